@@ -1,0 +1,73 @@
+"""Gates: how strongly each concept's LoRA acts on every batch row, token and image cell of one UNet pass."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attention.layers import Grid, Kind, Place
+
+
+class GateKey(NamedTuple):
+    """What a bank layer asks for; layers with equal keys share one expanded tensor."""
+
+    place: Place
+    convolution: bool
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Gates:
+    """Factors on the LoRA deltas of `concepts` concepts during one UNet pass.
+
+    Weights are part of the factors. Every dimension may be 1 and is then broadcast; rows are ordered (uncond, cond)
+    and a tensor that treats them differently has all of them.
+
+    Attributes:
+        text: For keys and values of cross-attention. Shape: [rows, tokens, concepts].
+        image: For everything that sees image cells, by level. Shape: [rows, cells, concepts], cells in row-major order.
+        row: For layers that see neither (time embedding). Shape: [rows, concepts].
+        latent_grid: Height and width of the latents.
+    """
+
+    text: Tensor
+    image: Mapping[int, Tensor]
+    row: Tensor
+    latent_grid: Grid
+
+    def select(self, rows: slice) -> "Gates":
+        """The same gates for some of the rows."""
+
+        def cut(gate: Tensor) -> Tensor:
+            return gate if gate.shape[0] == 1 else gate[rows]
+
+        image = {level: cut(gate) for level, gate in self.image.items()}
+        return Gates(cut(self.text), image, cut(self.row), self.latent_grid)
+
+    def of(self, place: Place) -> Tensor:
+        """The gate that rules a place.
+
+        Raises:
+            KeyError: If there is none: a missing gate is an error, never "ungated".
+        """
+        gate: Mapping[Kind, Tensor | Mapping[int, Tensor]] = {"text": self.text, "image": self.image, "row": self.row}
+        found = gate[place.kind]
+        return found if isinstance(found, Tensor) else found[place.level]
+
+    def expand(self, key: GateKey, grid: Grid) -> Tensor:
+        """The factor on the pooled rank activations of one kind of layer.
+
+        Returns:
+            Shape: [rows, tokens or cells, sum of ranks] for linear layers, [rows, sum of ranks, height, width] for
+            convolutions, [rows, sum of ranks] for "row" places.
+        """
+        gate = self.of(key.place)
+        concept_of_rank = torch.repeat_interleave(torch.tensor(key.ranks)).to(gate.device)
+        gate = gate[..., concept_of_rank]
+        if not key.convolution:
+            return gate.contiguous()
+        gate = gate.transpose(1, 2)
+        height, width = grid if gate.shape[-1] > 1 else (1, 1)
+        return gate.reshape(*gate.shape[:2], height, width)

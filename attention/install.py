@@ -1,0 +1,245 @@
+"""One scoped installation of concepts in a model; everything is taken out again, also after an exception."""
+
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import cast
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from attention.gates import Gates
+from attention.layers import Kind, Place, attention_layers, grid_at, places
+from attention.lora_bank import BankLayer, Lora, base_layer
+from attention.processors import ComposeAttnProcessor, kernel_of
+from attention.recorder import Recorder
+from attention.slot import Slot
+from attention.text_kv import TextKV
+
+_in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_in_use_lock = threading.Lock()
+
+
+class Installation:
+    """Concepts installed in a model, for as long as the `with` block of `install` or `installed_layers` lasts.
+
+    Attributes:
+        bank: The bank layers in place, by name. Folded layers are no longer among them.
+        slot: What the current pass needs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: dict[str, BankLayer],
+        slot: Slot,
+        undo: ExitStack,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.bank = bank
+        self.slot = slot
+        self._model = model
+        self._undo = undo
+        self._device = device
+        self._dtype = dtype
+        self._gates: Gates | None = None
+        self._text: Tensor | None = None
+        self._text_gate: Tensor | None = None
+
+    def use(self, gates: Gates, encoder_hidden_states: Tensor | None = None, recorder: Recorder | None = None) -> None:
+        """Sets what the next pass needs; it stays until it is set again.
+
+        Work is done only for what changed: the same `gates` object is expanded once, and keys and values of the same
+        text under the same text gate are kept.
+
+        Args:
+            gates: How strongly each concept acts where.
+            encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels].
+            recorder: Takes attention maps of this pass.
+        """
+        if gates is not self._gates:
+            keys = {layer.key for layer in self.bank.values()}
+            self.slot.gates = {
+                key: gates.expand(key, grid_at(gates.latent_grid, key.place.level)).to(self._device, self._dtype)
+                for key in keys
+            }
+            self._gates = gates
+        if encoder_hidden_states is not self._text or gates.text is not self._text_gate:
+            self.slot.text_kv = None if encoder_hidden_states is None else TextKV()
+            self._text, self._text_gate = encoder_hidden_states, gates.text
+        self.slot.recorder = recorder
+
+    def fold(self, kinds: Iterable[Kind], weights: Sequence[float]) -> int:
+        """Adds the deltas of some kinds of layers to the weights until the installation ends: base speed for any N.
+
+        Only for gates that are constant over rows and positions during the whole call. Layers whose weights cannot be
+        replaced (offloaded layer by layer, quantised, stored in another precision) stay in the bank, so gates are still
+        to be given for them.
+
+        Args:
+            kinds: Which layers.
+            weights: The constant gate of every concept.
+
+        Returns:
+            How many layers were folded.
+        """
+        if any(hasattr(module, "_diffusers_hook") for module in self._model.modules()):
+            return 0  # group offloading and layerwise casting hold on to the weights they found
+        kinds = set(kinds)
+        names = [name for name, layer in self.bank.items() if layer.key.place.kind in kinds]
+        names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]
+        for name in names:
+            layer = self.bank.pop(name)
+            base = base_layer(layer.layer)
+            weight = base.get_parameter("weight")
+            used = [(factor, weights[index]) for index, factor in layer.factors if weights[index] != 0]
+            if used:
+                folded = weight.detach().to(self._device, torch.float32)
+                for factor, gate in used:
+                    folded = folded + gate * factor.delta(self._device)
+                _replace_weight(base, folded.to(weight.device, weight.dtype), self._undo)
+            _swap(self._model, name, layer.layer)
+        self._gates = None
+        return len(names)
+
+
+def _foldable(layer: nn.Module, dtype: torch.dtype) -> bool:
+    weight = layer._parameters.get("weight")
+    offloaded = weight is not None and weight.is_meta and hasattr(layer, "_hf_hook")
+    return type(weight) is nn.Parameter and weight.dtype == dtype and not offloaded
+
+
+def _replace_weight(layer: nn.Module, weight: Tensor, undo: ExitStack) -> None:
+    found = layer.get_parameter("weight")
+
+    def restore() -> None:
+        current = layer.get_parameter("weight")
+        if current.device != found.device:  # the model was moved in between
+            found.data = found.data.to(current.device)
+        layer._parameters["weight"] = found
+
+    undo.callback(restore)
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=found.requires_grad)
+
+
+def _swap(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = layer
+
+
+@contextmanager
+def installed_layers(
+    model: nn.Module,
+    loras: Sequence[Lora],
+    where: Mapping[str, Place],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    silence: Iterable[str] = (),
+) -> Iterator[Installation]:
+    """Puts the bank layers of all concepts into a model, a UNet or a text encoder.
+
+    Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
+
+    Args:
+        model: The model.
+        loras: The factors of every concept for this model; empty where a concept leaves it alone.
+        where: The place of every layer that may be adapted.
+        device: Where the model runs.
+        dtype: The precision in which it runs.
+        silence: Names of PEFT adapters whose own contribution is off, because they are among the concepts.
+
+    Raises:
+        ValueError: For layers that the model does not have or whose shape differs.
+        RuntimeError: If concepts are installed in this model already.
+    """
+    for lora in loras:
+        for name, factors in lora.items():
+            check_factors(model, name, factors.down.shape, factors.up.shape, where)
+    with ExitStack() as undo:
+        _claim(model, undo)
+        _silence(model, frozenset(silence), undo)
+        slot, bank = Slot(), {}
+        for name in dict.fromkeys(name for lora in loras for name in lora):
+            found = model.get_submodule(name)
+            factors = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
+            bank[name] = BankLayer(found, factors, where[name], len(loras), slot, device=device, dtype=dtype)
+            bank[name].train(found.training)
+        for name, layer in bank.items():
+            undo.callback(_swap, model, name, layer.layer)
+            _swap(model, name, layer)
+        yield Installation(model, bank, slot, undo, device, dtype)
+
+
+@contextmanager
+def install(
+    unet: nn.Module,
+    loras: Sequence[Lora],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    silence: Iterable[str] = (),
+) -> Iterator[Installation]:
+    """Puts concepts into a UNet: bank layers for adapted layers, our processor for every attention layer.
+
+    Args, errors: as for `installed_layers`; a UNet with attention that ours would change is refused too.
+    """
+    attention = {layer: cast(Attention, unet.get_submodule(layer.name)) for layer in attention_layers(unet)}
+    kernels = {layer: kernel_of(layer.name, module) for layer, module in attention.items()}
+    where = places(unet)
+    with installed_layers(unet, loras, where, device=device, dtype=dtype, silence=silence) as installation:
+        with ExitStack() as undo:
+            for layer, module in attention.items():
+                undo.callback(module.set_processor, module.processor)
+                ours = ComposeAttnProcessor(layer, kernels[layer], installation.slot)
+                module.set_processor(ours)  # pyright: ignore[reportArgumentType]
+            yield installation
+
+
+def _claim(model: nn.Module, undo: ExitStack) -> None:
+    with _in_use_lock:
+        if model in _in_use:
+            raise RuntimeError("this model is composing another image right now; wait for it or use a second pipeline")
+        _in_use.add(model)
+    undo.callback(_in_use.discard, model)
+
+
+def _silence(model: nn.Module, adapters: frozenset[str], undo: ExitStack) -> None:
+    """Sets the scaling of PEFT adapters to zero, as `peft.helpers.rescale_adapter_scale` scales it."""
+    for module in model.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and hasattr(module, "base_layer"):
+            for name in adapters & scaling.keys():
+                undo.callback(scaling.__setitem__, name, scaling[name])
+                scaling[name] = 0.0
+
+
+def check_factors(
+    model: nn.Module, name: str, down: torch.Size, up: torch.Size, where: Mapping[str, Place] | None = None
+) -> None:
+    """Checks that factors of these shapes fit a layer.
+
+    Raises:
+        ValueError: Naming the layer and both shapes.
+    """
+    try:
+        layer = base_layer(model.get_submodule(name))
+    except AttributeError:
+        layer = None
+    if layer is None or (where is not None and name not in where):
+        raise ValueError(f"the model has no layer {name!r}")
+    weight = getattr(layer, "weight", None)
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or weight is None:
+        raise ValueError(f"{name} is a {type(layer).__name__}; a LoRA can change linear layers and convolutions")
+    if isinstance(layer, nn.Conv2d):
+        expected = (layer.in_channels, *layer.kernel_size), (layer.out_channels,)
+        if layer.groups != 1:
+            raise ValueError(f"{name} is a grouped convolution, which is not supported")
+    else:
+        expected = (layer.in_features,), (layer.out_features,)
+    if (down[1:], up[:1]) != expected or down[0] != up[1] or any(side != 1 for side in up[2:]):
+        wanted = f"[rank, {', '.join(map(str, expected[0]))}] and [{expected[1][0]}, rank]"
+        raise ValueError(f"{name}: the factors have shapes {list(down)} and {list(up)}, the model needs {wanted}")

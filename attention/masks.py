@@ -1,0 +1,48 @@
+"""Boxes and free masks on the grids of a UNet: pure tensor functions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention.layers import Grid
+
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels of the output image; right and bottom are outside."""
+
+
+def box_mask(box: Box, image_size: Grid, grid: Grid) -> Tensor:
+    """How much of every grid cell a box covers.
+
+    The best covered cell has the value 1, so a box that is smaller than a cell does not vanish on a coarse grid.
+
+    Args:
+        box: The box in pixels.
+        image_size: Height and width of the image in pixels.
+        grid: The grid wanted.
+
+    Returns:
+        Values in 0..1. Shape: [grid height, grid width], fp32.
+    """
+    left, top, right, bottom = box
+    rows = _covered(top, bottom, image_size[0], grid[0])
+    columns = _covered(left, right, image_size[1], grid[1])
+    mask = rows[:, None] * columns[None, :]
+    return mask / mask.max()
+
+
+def _covered(start: int, stop: int, pixels: int, cells: int) -> Tensor:
+    """Share of each of `cells` equal cells of a line of `pixels` that lies between start and stop."""
+    edges = torch.linspace(0, pixels, cells + 1)
+    overlap = torch.minimum(edges[1:], torch.tensor(float(stop))) - torch.maximum(edges[:-1], torch.tensor(float(start)))
+    return overlap.clamp(min=0) * (cells / pixels)
+
+
+def resize_mask(mask: Tensor, grid: Grid) -> Tensor:
+    """A free mask on a grid: the mean over every cell, scaled so that a non-empty mask reaches 1 somewhere.
+
+    Args:
+        mask: Values in 0..1. Shape: [height, width].
+        grid: The grid wanted.
+    """
+    small = F.adaptive_avg_pool2d(mask.float()[None, None], grid)[0, 0]
+    return small / small.max().clamp(min=torch.finfo(small.dtype).tiny)

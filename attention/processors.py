@@ -1,0 +1,154 @@
+"""The attention processor that is in place while concepts are installed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    XFormersAttnProcessor,
+)
+from torch import Tensor
+
+from attention.layers import AttentionLayer
+from attention.slot import Slot
+
+
+class Kernel(Protocol):
+    """Computes attention for [rows, heads, positions, channels] tensors and returns the same shape."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's scaled dot product attention, as in diffusers' AttnProcessor2_0."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+@dataclass(frozen=True)
+class PlainKernel:
+    """Scores, softmax and product one after the other, as in diffusers' AttnProcessor."""
+
+    scale: float
+    upcast_attention: bool
+    upcast_softmax: bool
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.upcast_attention:
+            query, key = query.float(), key.float()
+        scores = query @ key.transpose(-1, -2) * self.scale
+        probabilities = torch.softmax(scores.float() if self.upcast_softmax else scores, dim=-1)
+        return probabilities.to(value.dtype) @ value
+
+
+@dataclass(frozen=True)
+class XFormersKernel:
+    """Memory-efficient attention from xformers, with the operator that the user chose."""
+
+    scale: float
+    operator: Callable | None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        import xformers.ops  # pyright: ignore[reportMissingImports]
+
+        query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+        out = xformers.ops.memory_efficient_attention(query, key, value, op=self.operator, scale=self.scale)
+        return out.transpose(1, 2)
+
+
+def kernel_of(name: str, attn: Attention) -> Kernel:
+    """The kernel of the processor that a layer has, to be kept while ours stands in for it.
+
+    Raises:
+        ValueError: For a processor or a part of the layer whose behaviour ours would lose; nothing has been changed then.
+    """
+    if getattr(attn, "fused_projections", False):
+        raise ValueError(f"{name} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`")
+    for part in ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj"):
+        if getattr(attn, part, None) is not None:
+            raise ValueError(f"{name} has {part}, which cannot be combined with concepts")
+    processor = attn.processor
+    if type(processor) is AttnProcessor2_0:
+        return sdpa
+    if type(processor) is XFormersAttnProcessor:
+        return XFormersKernel(attn.scale, processor.attention_op)
+    if type(processor) is AttnProcessor:
+        return PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
+    raise ValueError(
+        f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: AttnProcessor2_0, "
+        "XFormersAttnProcessor, AttnProcessor. Undo what installed it (for example `unload_ip_adapter()` or "
+        "`disable_attention_slicing()`; attention needs no more memory without slicing)."
+    )
+
+
+class ComposeAttnProcessor:
+    """Attention with kept text keys and values and with recording; the kernel is the one found.
+
+    LoRA deltas need nothing here: the projections are bank layers. Facts of the layer are given when it is built,
+    what a pass needs is read from the slot, and nothing of a call is kept on the processor.
+
+    Args:
+        layer: The attention layer it serves.
+        kernel: How attention is computed.
+        slot: What the current pass needs.
+    """
+
+    def __init__(self, layer: AttentionLayer, kernel: Kernel, slot: Slot) -> None:
+        self._layer = layer
+        self._kernel = kernel
+        self._slot = slot
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attends. The frame around the kernel follows diffusers' AttnProcessor2_0 (0.42).
+
+        Args:
+            attn: The module, which owns the projections.
+            hidden_states: Shape: [rows, cells, channels].
+            encoder_hidden_states: The text for cross-attention, None for self-attention. Shape: [rows, tokens, channels].
+            attention_mask: Not supported, must be None.
+            temb: Unused, part of the interface.
+        """
+        if attention_mask is not None:
+            raise ValueError("attention masks of the caller cannot be combined with concepts")
+        residual = hidden_states
+        query = attn.to_q(hidden_states)
+        key, value = self._key_value(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
+        recorder = self._slot.recorder
+        if recorder is not None and self._layer.name in recorder.layers:
+            recorder.take(self._layer.name, query, key, attn.scale)
+        hidden_states = self._kernel(query, key, value)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        to_out: Sequence[Callable[[Tensor], Tensor]] = attn.to_out  # pyright: ignore[reportAssignmentType]
+        hidden_states = to_out[1](to_out[0](hidden_states))
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        def project() -> tuple[Tensor, Tensor]:
+            source = hidden_states if text is None else text
+            if text is not None and attn.norm_cross:
+                source = attn.norm_encoder_hidden_states(text)
+            return attn.to_k(source), attn.to_v(source)
+
+        text_kv = self._slot.text_kv
+        if text is None or text_kv is None:
+            return project()
+        return text_kv.get(self._layer.name, project)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[rows, positions, heads * channels] -> [rows, heads, positions, channels]."""
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)

@@ -1,0 +1,29 @@
+"""The one channel through which a UNet pass is told what it needs."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from attention.gates import GateKey
+    from attention.recorder import Recorder
+    from attention.text_kv import TextKV
+
+
+@dataclass
+class Slot:
+    """What the bank layers and attention processors of one model read during a pass.
+
+    Only `Installation.use` writes it. What it holds stays until the next pass, because gradient checkpointing enters
+    the forward again during backward.
+
+    Attributes:
+        gates: Expanded gates by key; a missing key is an error.
+        text_kv: Kept keys and values of cross-attention.
+        recorder: Takes attention maps, if any are wanted.
+    """
+
+    gates: dict["GateKey", Tensor] = field(default_factory=dict)
+    text_kv: "TextKV | None" = None
+    recorder: "Recorder | None" = None

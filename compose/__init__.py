@@ -1,0 +1,28 @@
+"""lora-compose: several concept LoRAs in one image, every one with its own identity."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from pipelines.base import ComposePipeline
+from pipelines.loading import LoraError
+from pipelines.methods import METHODS, Merge, Tara
+from pipelines.output import ComposeOutput, Cost
+from pipelines.scene import Concept, Run, Scene
+
+try:
+    __version__ = version("lora-compose")
+except PackageNotFoundError:  # run from a clone that has not been installed
+    __version__ = "0.0.0"
+
+__all__ = [
+    "METHODS",
+    "ComposeOutput",
+    "ComposePipeline",
+    "Concept",
+    "Cost",
+    "LoraError",
+    "Merge",
+    "Run",
+    "Scene",
+    "Tara",
+    "__version__",
+]

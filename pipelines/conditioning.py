@@ -1,0 +1,124 @@
+"""Prompts of all branches -> the text side of one UNet pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipelines.scene import Concept
+from pipelines.tokens import check_disjoint, locate, token_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """The text of all rows of one UNet pass.
+
+    Rows are ordered (uncond, branch 0, branch 1, ...), each part with one row per image; uncond is there with guidance
+    only. Images of one prompt are adjacent.
+
+    Attributes:
+        prompt_embeds: Shape: [rows, tokens, channels].
+        trigger_mask: 1 at the tokens of each concept's trigger; rows of uncond are 0. Shape: [rows, tokens, concepts].
+        phrase_mask: The same for trigger and class word together.
+        guided: True if the uncond rows are there.
+        images: Images in the batch.
+        added_cond_kwargs: Further inputs of the UNet by row (SDXL's pooled text and sizes).
+    """
+
+    prompt_embeds: Tensor
+    trigger_mask: Tensor
+    phrase_mask: Tensor
+    guided: bool
+    images: int
+    added_cond_kwargs: Mapping[str, Tensor] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.prompt_embeds.shape[0]
+
+    @property
+    def conditional_rows(self) -> slice:
+        return slice(self.images if self.guided else 0, self.rows)
+
+    def conditional(self) -> "Conditioning":
+        """The same without the uncond rows."""
+        rows = self.conditional_rows
+        added = self.added_cond_kwargs
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds[rows],
+            trigger_mask=self.trigger_mask[rows],
+            phrase_mask=self.phrase_mask[rows],
+            guided=False,
+            added_cond_kwargs=None if added is None else {key: value[rows] for key, value in added.items()},
+        )
+
+
+TokenPositions = Mapping[str, Sequence[int] | Sequence[Sequence[int]]]
+"""Token positions of the trigger by concept: one list for all prompts, or one per prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMasks:
+    """Masks of the concepts' tokens by prompt. Shape: [prompts, tokens, concepts] each, fp32."""
+
+    trigger: Tensor
+    phrase: Tensor
+
+    @classmethod
+    def of_prompts(cls, tokenizer, prompts: Sequence[str], concepts: Sequence[Concept]) -> "TokenMasks":
+        """Finds triggers and class words; concepts without a trigger have an empty mask.
+
+        Raises:
+            ValueError: For triggers that are missing, truncated or shared.
+        """
+        named = [concept for concept in concepts if concept.trigger]
+        trigger, phrase = [], []
+        for prompt in prompts:
+            found = {concept.name: locate(tokenizer, prompt, concept) for concept in named}
+            check_disjoint(named, list(found.values()), prompt)
+            trigger.append([found[c.name].trigger if c.name in found else () for c in concepts])
+            phrase.append([found[c.name].phrase if c.name in found else () for c in concepts])
+        tokens = tokenizer.model_max_length
+        return cls(token_mask(trigger, tokens), token_mask(phrase, tokens))
+
+    @classmethod
+    def of_positions(
+        cls, positions: TokenPositions, prompts: int, tokens: int, concepts: Sequence[Concept]
+    ) -> "TokenMasks":
+        """Takes positions that the caller of `prompt_embeds` gives.
+
+        Raises:
+            ValueError: For unknown concepts, positions outside the embeddings or shared ones.
+        """
+        unknown = positions.keys() - {concept.name for concept in concepts}
+        if unknown:
+            raise ValueError(f"token_positions names {sorted(unknown)}, which are not among the concepts of this call")
+        rows: list[list[tuple[int, ...]]] = [[] for _ in range(prompts)]
+        for concept in concepts:
+            given = positions.get(concept.name, ())
+            nested = [tuple(p) if isinstance(p, Sequence) else p for p in given]
+            per_prompt = nested if nested and isinstance(nested[0], tuple) else [tuple(nested)] * prompts
+            if len(per_prompt) != prompts:
+                raise ValueError(f"token_positions of {concept.name!r} are for {len(per_prompt)} prompts, there are {prompts}")
+            for row, found in zip(rows, per_prompt, strict=True):
+                row.append(found)  # pyright: ignore[reportArgumentType]
+        if any(not 0 <= p < tokens for row in rows for found in row for p in found):
+            raise ValueError(f"token_positions must lie between 0 and {tokens - 1}")
+        mask = token_mask(rows, tokens)
+        if (mask.sum(dim=2) > 1).any():
+            raise ValueError("token_positions of two concepts share a token")
+        return cls(mask, mask)
+
+
+def join_rows(uncond: Tensor | None, branches: Sequence[Tensor], images_per_prompt: int) -> Tensor:
+    """Rows (uncond, branch 0, ...) from one mask per prompt and branch; prompts are repeated for their images.
+
+    Args:
+        uncond: What stands in the uncond rows, by prompt; None without guidance.
+        branches: One tensor per branch. Shape: [prompts, ...].
+        images_per_prompt: How many images each prompt gets.
+    """
+    parts = [*([] if uncond is None else [uncond]), *branches]
+    return torch.cat([part.repeat_interleave(images_per_prompt, dim=0) for part in parts])

@@ -1,0 +1,306 @@
+"""The only way to run the UNet during a call; it counts what it costs."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import Tensor, nn
+
+from attention import Gates, Installation, Recorder, attention_layers, grid_at, install, installed_layers, map_level, places
+from attention.layers import Grid, Kind, Place
+from pipelines.conditioning import Conditioning, TokenMasks, join_rows
+from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
+from pipelines.output import Cost
+from pipelines.scene import Concept
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedConcept:
+    """A concept with the factors of its LoRA.
+
+    Attributes:
+        concept: All its fields; weight is set.
+        factors: Its LoRA, matched to the pipeline's models.
+        file: Where it came from; None for an adapter loaded by `load_lora_weights`.
+    """
+
+    concept: Concept
+    factors: Factors
+    file: LoraFile | None = None
+
+    @property
+    def trained_with(self) -> str | None:
+        """How the LoRA was trained ("tara"), from the file's metadata."""
+        return self.file.metadata.get("method") if self.file else None
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """What a pipeline's text encoders say, one row per image.
+
+    Attributes:
+        prompt_embeds: Shape: [images, tokens, channels].
+        negative_prompt_embeds: The same for the negative prompts; None without guidance.
+        added_cond_kwargs: Further inputs of the UNet by row, ordered (uncond, cond).
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor | None
+    added_cond_kwargs: Mapping[str, Tensor] | None = None
+
+
+class Encoder(Protocol):
+    """Encodes the prompts of a call, or others in their place, with a pipeline's text encoders."""
+
+    def __call__(self, prompts: Sequence[str] | None = None) -> EncodedText: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What one UNet pass says.
+
+    Attributes:
+        model_output: What the scheduler takes (noise, velocity). Shape: [rows, channels, height, width].
+        guided: True if the first rows are the uncond ones.
+        images: Images in the batch.
+    """
+
+    model_output: Tensor
+    guided: bool
+    images: int
+
+
+class Engine:
+    """Encodes prompts, installs concepts and runs the UNet for the method of one call.
+
+    Args:
+        components: unet, scheduler and text encoders by name.
+        concepts: Who takes part.
+        encoder: Encodes the prompts of the call.
+        token_masks: Where the concepts' words stand.
+        latent_grid: Height and width of the latents.
+        image_size: Height and width of the image in pixels.
+        images_per_prompt: How many images each prompt gets.
+        guidance_scale: Classifier-free guidance; 1 or less is none.
+        guidance_rescale: As in diffusers.
+        device: Where the UNet runs.
+        unet_kwargs: Further arguments of every UNet call (timestep_cond, cross_attention_kwargs).
+        record_steps: Steps of which attention maps are kept.
+    """
+
+    def __init__(
+        self,
+        components: Mapping[str, Any],
+        concepts: Sequence[LoadedConcept],
+        encoder: Encoder,
+        token_masks: TokenMasks,
+        *,
+        latent_grid: Grid,
+        image_size: Grid,
+        images_per_prompt: int,
+        guidance_scale: float,
+        guidance_rescale: float,
+        device: torch.device,
+        unet_kwargs: Mapping[str, Any],
+        record_steps: frozenset[int] = frozenset(),
+    ) -> None:
+        self.loaded = tuple(concepts)
+        self.concepts = tuple(loaded.concept for loaded in concepts)
+        self.weights = torch.tensor([concept.weight for concept in self.concepts], device=device)
+        self.token_masks = token_masks
+        self.latent_grid = latent_grid
+        self.image_size = image_size
+        self.images_per_prompt = images_per_prompt
+        self.guidance_scale = guidance_scale
+        self.device = device
+        self.cost = Cost()
+        self.step = 0
+        self._components = components
+        self._unet: nn.Module = components["unet"]
+        self._scheduler = components["scheduler"]
+        self._encoder = encoder
+        self._guidance_rescale = guidance_rescale
+        self._unet_kwargs = dict(unet_kwargs)
+        self._record_steps = record_steps
+        self._log: dict[int, list[Tensor]] = {}
+        self._installation: Installation | None = None
+        self._first: Conditioning | None = None
+        self._cut: tuple[Conditioning, Gates, Conditioning, Gates] | None = None
+        layers = attention_layers(self._unet)
+        self.map_level = map_level(layers)
+        self._map_layers = [layer.name for layer in layers if layer.cross and layer.level == self.map_level]
+        self.levels = frozenset(place.level for place in places(self._unet).values())
+
+    @property
+    def guided(self) -> bool:
+        """Whether this step has classifier-free guidance; a callback may switch it off."""
+        return self.guidance_scale > 1 and self._unet.config.time_cond_proj_dim is None  # pyright: ignore[reportAttributeAccessIssue]
+
+    def encode(self, text_weights: Sequence[float] | None = None, prompts: Sequence[str] | None = None) -> Conditioning:
+        """Encodes the prompts of the call.
+
+        Args:
+            text_weights: Weight of every concept's text-encoder factors; None leaves them out.
+            prompts: Other prompts in place of the call's.
+        """
+        with ExitStack() as stack:
+            for part in TEXT_ENCODERS:
+                if self._components.get(part) is not None:
+                    stack.enter_context(self._text_factors(part, text_weights))
+                conditioning = self._conditioning(self._encoder(prompts))
+        if self._first is None:
+            self._first = conditioning
+        return conditioning
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What was encoded first: the prompts of the call, as callbacks see them."""
+        if self._first is None:
+            raise RuntimeError("the method has not encoded the prompts yet")
+        return self._first
+
+    @contextmanager
+    def _text_factors(self, part: str, weights: Sequence[float] | None) -> Iterator[None]:
+        model: nn.Module = self._components[part]
+        loras = [c.factors.text_encoders.get(part, {}) if weights is not None else {} for c in self.loaded]
+        where = {name: Place("text", 0) for name, _ in model.named_modules()}
+        to = {"device": self.device, "dtype": model.dtype, "silence": self._adapters()}
+        with installed_layers(model, loras, where, **to) as installation:  # pyright: ignore[reportArgumentType]
+            if weights is not None:
+                gate = torch.tensor([[list(weights)]], device=self.device)
+                installation.use(Gates(gate, {}, gate[0], (1, 1)))
+            yield
+
+    def _conditioning(self, text: EncodedText) -> Conditioning:
+        embeds, negative = text.prompt_embeds, text.negative_prompt_embeds
+        masks = [mask.to(self.device) for mask in (self.token_masks.trigger, self.token_masks.phrase)]
+        trigger, phrase = (
+            join_rows(None if negative is None else torch.zeros_like(mask), [mask], self.images_per_prompt)
+            for mask in masks
+        )
+        return Conditioning(
+            embeds if negative is None else torch.cat([negative, embeds]),
+            trigger,
+            phrase,
+            guided=negative is not None,
+            images=embeds.shape[0],
+            added_cond_kwargs=text.added_cond_kwargs,
+        )
+
+    def _adapters(self) -> list[str]:
+        return [loaded.concept.name for loaded in self.loaded if loaded.file is None]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Concepts are in the UNet inside this block, and nowhere after it."""
+        loras = [loaded.factors.unet for loaded in self.loaded]
+        with install(
+            self._unet, loras, device=self.device, dtype=self._unet.dtype, silence=self._adapters()  # pyright: ignore[reportArgumentType]
+        ) as installation:
+            self._installation = installation
+            try:
+                yield
+            finally:
+                self._installation = None
+
+    @property
+    def installation(self) -> Installation:
+        if self._installation is None:
+            raise RuntimeError("the UNet can run only inside `Engine.installed()`")
+        return self._installation
+
+    def fold(self, kinds: Sequence[Kind], weights: Sequence[float]) -> None:
+        """Promises that some kinds of layers have these constant gates during the whole call: base speed for any N."""
+        folded = self.installation.fold(kinds, weights)
+        logger.debug("folded %d layers, %d stay in the bank", folded, len(self.installation.bank))
+
+    def unet(
+        self, latents: Tensor, t: Tensor, conditioning: Conditioning, gates: Gates, record: Recorder | None = None
+    ) -> Prediction:
+        """One pass.
+
+        Args:
+            latents: Shape: [images, channels, height, width].
+            t: The timestep.
+            conditioning: The text of all rows.
+            gates: How strongly each concept acts where.
+            record: Takes attention maps of this pass.
+        """
+        if conditioning.guided and not self.guided:
+            conditioning, gates = self._without_uncond(conditioning, gates)
+        watch = record or self._watch(conditioning)
+        self.installation.use(gates, conditioning.prompt_embeds, watch)
+        rows = torch.cat([latents] * (conditioning.rows // conditioning.images))
+        added = conditioning.added_cond_kwargs
+        output = self._unet(
+            self._scheduler.scale_model_input(rows, t),
+            t,
+            encoder_hidden_states=conditioning.prompt_embeds,
+            added_cond_kwargs=None if added is None else dict(added),
+            return_dict=False,
+            **self._unet_kwargs,
+        )[0]
+        self.cost.rows_forward += conditioning.rows
+        if watch is not None and watch is not record:
+            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning))
+        return Prediction(output, conditioning.guided, conditioning.images)
+
+    def guide(self, prediction: Prediction) -> Tensor:
+        """Classifier-free guidance over a pass with one branch. Shape: [images, channels, height, width]."""
+        if not prediction.guided:
+            return prediction.model_output
+        uncond, cond = prediction.model_output.chunk(2)
+        guided = uncond + self.guidance_scale * (cond - uncond)
+        if self._guidance_rescale > 0:
+            guided = rescale_noise_cfg(guided, cond, guidance_rescale=self._guidance_rescale)
+        return guided
+
+    def attention_maps(self) -> tuple[tuple[int, ...], Tensor] | None:
+        """The recorded steps and their maps. Shape: [steps, images, concepts, height, width], fp32."""
+        if not self._log:
+            return None
+        steps = tuple(sorted(self._log))
+        return steps, torch.stack([torch.stack(self._log[step]).mean(dim=0) for step in steps])
+
+    def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
+        """Conditional rows only, the same objects every time, so that nothing is built again per step."""
+        if self._cut is None or self._cut[0] is not conditioning or self._cut[1] is not gates:
+            rows = conditioning.conditional_rows
+            self._cut = conditioning, gates, conditioning.conditional(), gates.select(rows)
+        return self._cut[2], self._cut[3]
+
+    def _watch(self, conditioning: Conditioning) -> Recorder | None:
+        if self.step not in self._record_steps:
+            return None
+        words = conditioning.phrase_mask
+        return Recorder(self._map_layers, words / words.sum(dim=1, keepdim=True).clamp(min=1))
+
+    def _concept_maps(self, recorder: Recorder, conditioning: Conditioning) -> Tensor:
+        """Mean over the branches in which a concept is named. Shape: [images, concepts, height, width]."""
+        rows = conditioning.conditional_rows
+        named = (conditioning.phrase_mask[rows].sum(dim=1) > 0).float()  # [branches * images, concepts]
+        maps = recorder.mean()[rows].unflatten(0, (-1, conditioning.images))  # [branches, images, cells, concepts]
+        named = named.unflatten(0, (-1, conditioning.images))
+        mean = (maps * named[:, :, None]).sum(dim=0) / named.sum(dim=0).clamp(min=1)[:, None]
+        return mean.transpose(1, 2).unflatten(2, grid_at(self.latent_grid, self.map_level))
+
+
+def masks_of(maps: Tensor) -> Tensor:
+    """Where each concept is, from its maps: above half of its own maximum, and above every other concept's share there.
+
+    Args:
+        maps: Shape: [..., concepts, height, width].
+
+    Returns:
+        The same shape, bool; no cell belongs to two concepts.
+    """
+    share = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    best = share.argmax(dim=-3, keepdim=True)
+    mine = torch.zeros_like(share, dtype=torch.bool).scatter_(-3, best, True)
+    return mine & (share >= 0.5)

@@ -1,0 +1,50 @@
+"""How concepts are fused: one paper, one file. `METHODS` is the registry; nothing else asks for a method by name."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.engine import LoadedConcept
+from pipelines.methods.merge import Merge
+from pipelines.methods.process import OnePass, Process, Settings
+from pipelines.methods.tara import Tara
+
+__all__ = ["METHODS", "Merge", "OnePass", "Process", "Settings", "Tara", "choose_method", "make_method"]
+
+logger = logging.getLogger(__name__)
+
+METHODS: Mapping[str, type[Settings]] = {"merge": Merge, "tara": Tara}
+
+
+def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = None) -> Settings:
+    """A settings object from a method's name.
+
+    Args:
+        method: A name of `METHODS`, or settings, which are returned as they are.
+        settings: Fields that differ from the defaults.
+
+    Raises:
+        ValueError: For unknown methods and settings; the message lists those that exist.
+    """
+    if not isinstance(method, str):
+        if isinstance(method, type) or not callable(getattr(method, "start", None)):
+            raise ValueError(f"method must be one of {', '.join(METHODS)} or a settings object, not {method!r}")
+        return method
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+    kind = METHODS[method]
+    fields = getattr(kind, "__dataclass_fields__", {})
+    unknown = (settings or {}).keys() - fields.keys()
+    if unknown:
+        raise ValueError(f"{method} has no settings {sorted(unknown)}; it has {', '.join(fields) or 'none'}")
+    return kind(**(settings or {}))
+
+
+def choose_method(concepts: Sequence[LoadedConcept]) -> Settings:
+    """The method for a call that names none, with the reason in the log."""
+    without = [loaded.concept.name for loaded in concepts if not loaded.concept.trigger]
+    if without:
+        logger.info("method: merge, because %s has no trigger that a token mask could use", without[0])
+        return Merge()
+    logger.info("method: tara, because every concept has a trigger; it costs no more than merge")
+    return Tara()

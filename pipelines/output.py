@@ -1,0 +1,38 @@
+"""What a call with concepts returns."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+
+
+@dataclass
+class Cost:
+    """What a call cost. The unit is one latent row through the whole UNet.
+
+    Attributes:
+        rows_forward: Rows run forward; a pass that stops early counts its share.
+        rows_backward: Rows run backward.
+    """
+
+    rows_forward: float = 0.0
+    rows_backward: float = 0.0
+
+
+@dataclass
+class ComposeOutput(StableDiffusionPipelineOutput):
+    """Images and, if asked for, where each concept was.
+
+    Attributes:
+        cost: Counted UNet rows.
+        attention_maps: Attention to each concept's words on the map grid, fp32, mean over heads and layers.
+            Shape: [recorded steps, images, concepts, height, width].
+        masks: Where a concept's map is above half of its maximum and above every other concept's share.
+            Shape: as attention_maps, bool.
+        recorded_steps: The steps that were recorded.
+    """
+
+    cost: Cost | None = None
+    attention_maps: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    recorded_steps: tuple[int, ...] | None = None

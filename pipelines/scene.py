@@ -1,0 +1,123 @@
+"""What is to be seen and how it is made: `Concept`, `Scene` and `Run`, frozen and validated."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from attention.masks import Box
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _proper(box: Box) -> Box:
+    left, top, right, bottom = box
+    if not (0 <= left < right and 0 <= top < bottom):
+        raise ValueError(f"a region is (left, top, right, bottom) in pixels with 0 <= left < right and 0 <= top < bottom, not {box}")
+    return box
+
+
+Region = Annotated[Box, AfterValidator(_proper)]
+"""A box in output pixels: left, top, right, bottom; right and bottom are outside."""
+
+
+class Concept(_Frozen):
+    """One subject or style and the LoRA that knows it.
+
+    In a call, fields that are None are taken from the loaded concept of the same name.
+
+    Attributes:
+        name: What the concept is called.
+        lora: A safetensors file, a folder or hub repository with one, or `playground:NAME`. Not needed where the
+            concept has been loaded by `load_concept` or `load_lora_weights`.
+        trigger: The rare word or words that the LoRA was trained with, without the class word: "sks".
+        class_word: The noun after the trigger: "cat".
+        weight: Factor on the whole LoRA; 1 by default.
+        region: Where the concept may appear; None leaves it to the method.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    lora: str | None = None
+    trigger: str | None = None
+    class_word: str | None = None
+    weight: float | None = None
+    region: Region | None = None
+
+    @property
+    def phrase(self) -> str:
+        """Trigger and class word: "sks cat"."""
+        return " ".join(word for word in (self.trigger, self.class_word) if word)
+
+
+class Scene(_Frozen):
+    """What is to be seen.
+
+    Attributes:
+        prompt: Names every concept by its trigger.
+        negative_prompt: What is not to be seen.
+        concepts: Who takes part.
+        width: Width of the image in pixels; None is the model's own.
+        height: Height of the image in pixels; None is the model's own.
+    """
+
+    prompt: Annotated[str, Field(min_length=1)]
+    negative_prompt: str = ""
+    concepts: tuple[Concept, ...] = ()
+    width: Annotated[int, Field(gt=0)] | None = None
+    height: Annotated[int, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        check_names(self.concepts)
+        for concept in self.concepts:
+            check_region(concept, self.width, self.height)
+        return self
+
+
+class Run(_Frozen):
+    """All that makes an image again: scene, model, method with settings, scheduler, steps, guidance and seed.
+
+    Attributes:
+        scene: What is to be seen.
+        model: A folder, a checkpoint file, a hub repository or `playground`.
+        method: Name of the method; None chooses.
+        settings: The method's settings that differ from its defaults.
+        scheduler: Class name of a diffusers scheduler; None keeps the model's.
+        steps: Number of denoising steps.
+        guidance_scale: Classifier-free guidance; 1 or less is none.
+        seed: Seed of the start noise.
+        dtype: Precision of the model.
+        device: Where it runs; None chooses. A seed gives the same start noise on every device.
+    """
+
+    scene: Scene
+    model: str
+    method: str | None = None
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    scheduler: str | None = None
+    steps: Annotated[int, Field(gt=0)] = 25
+    guidance_scale: float = 5.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
+    device: str | None = None
+
+
+def check_names(concepts: tuple[Concept, ...]) -> None:
+    """Raises ValueError if two concepts share a name."""
+    names = [concept.name for concept in concepts]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"concept names must differ, but {', '.join(map(repr, twice))} stands twice")
+
+
+def check_region(concept: Concept, width: int | None, height: int | None) -> None:
+    """Raises ValueError if a concept's region leaves the canvas; sizes that are None are not checked."""
+    if concept.region is None:
+        return
+    _, _, right, bottom = concept.region
+    if (width is not None and right > width) or (height is not None and bottom > height):
+        raise ValueError(
+            f"the region {concept.region} of concept {concept.name!r} leaves the canvas of {width} x {height} pixels"
+        )

@@ -1,0 +1,123 @@
+"""From the words of a prompt to token positions, per tokenizer.
+
+TARA (arXiv 2508.08812) masks LoRA deltas by the positions of each concept's trigger, so a wrong position ruins the image
+without a sign. Words are found as whole words in the text and every position is checked against the token ids.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipelines.scene import Concept
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where a concept stands in one tokenised prompt; position 0 is the start token.
+
+    Attributes:
+        trigger: Positions of all tokens of all occurrences of the trigger.
+        class_word: Positions of the class word that belongs to each occurrence: the first one after it.
+    """
+
+    trigger: tuple[int, ...]
+    class_word: tuple[int, ...] = ()
+
+    @property
+    def phrase(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.trigger, *self.class_word}))
+
+
+def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
+    """Spans of characters where words stand as whole words in a prompt, whatever their case and spacing."""
+    pattern = r"\s+".join(re.escape(word) for word in words.split())
+    # A boundary is needed only beside letters, digits and underscores: "<V1>" has its own.
+    before = r"(?<!\w)" if re.match(r"\w", words.strip()) else ""
+    after = r"(?!\w)" if re.search(r"\w$", words.strip()) else ""
+    return [match.span() for match in re.finditer(before + pattern + after, prompt, re.IGNORECASE)] if pattern else []
+
+
+def locate(tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept) -> Positions:
+    """The token positions of a concept's trigger and class word in a prompt.
+
+    Args:
+        tokenizer: A tokenizer whose words are tokenised one by one (CLIP's), fast or slow.
+        prompt: The text.
+        concept: Its trigger must be set.
+
+    Raises:
+        ValueError: If the trigger is missing from the prompt, stands past the tokenizer's limit, or is glued to
+            punctuation in a way that gives it other tokens.
+    """
+    trigger = (concept.trigger or "").strip()
+    spans = find_words(trigger, prompt)
+    if not spans:
+        raise ValueError(
+            f"the trigger {trigger!r} of concept {concept.name!r} is not in the prompt {prompt!r}; "
+            f"write {(concept.phrase or trigger)!r} where the concept is meant"
+        )
+    nouns = find_words(concept.class_word or "", prompt)
+    bound = {next((noun for noun in nouns if noun[0] >= end), None) for _, end in spans} - {None}
+    trigger_positions = [p for span in spans for p in _positions(tokenizer, prompt, span, concept)]
+    noun_positions = [p for span in sorted(b for b in bound if b) for p in _positions(tokenizer, prompt, span, concept)]
+    return Positions(tuple(trigger_positions), tuple(noun_positions))
+
+
+def _positions(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int], concept: Concept
+) -> range:
+    """The positions of a span of whole words: those after the tokens of everything before it."""
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    start, end = span
+    words = prompt[start:end]
+    first, wanted = len(ids(prompt[:start])), ids(words)
+    if ids(prompt)[first : first + len(wanted)] != wanted:
+        raise ValueError(
+            f"{words!r} of concept {concept.name!r} does not keep its own tokens in {prompt!r}: "
+            "put spaces around it or choose a trigger of letters"
+        )
+    limit = tokenizer.model_max_length - 2  # start and end token
+    if first + len(wanted) > limit:
+        raise ValueError(
+            f"{words!r} of concept {concept.name!r} stands at tokens {first + 1} to {first + len(wanted)} of the prompt, but "
+            f"the model reads only {limit}; move it forward or shorten the prompt {prompt!r}"
+        )
+    return range(1 + first, 1 + first + len(wanted))
+
+
+def check_disjoint(concepts: Sequence[Concept], positions: Sequence[Positions], prompt: str) -> None:
+    """Raises ValueError if the triggers of two concepts share a token."""
+    owner: dict[int, Concept] = {}
+    for concept, found in zip(concepts, positions, strict=True):
+        for position in found.trigger:
+            if position in owner:
+                other = owner[position]
+                raise ValueError(
+                    f"the triggers of concepts {other.name!r} ({other.trigger!r}) and {concept.name!r} ({concept.trigger!r}) "
+                    f"share words of the prompt {prompt!r}; each concept needs a trigger of its own"
+                )
+            owner[position] = concept
+
+
+def token_mask(positions: Sequence[Sequence[Sequence[int]]], tokens: int) -> Tensor:
+    """A mask with 1 at the given positions.
+
+    Args:
+        positions: Token positions by prompt and concept.
+        tokens: How many tokens a prompt has.
+
+    Returns:
+        Shape: [prompts, tokens, concepts], fp32.
+    """
+    mask = torch.zeros(len(positions), tokens, len(positions[0]) if positions else 0)
+    for row, concepts in enumerate(positions):
+        for column, found in enumerate(concepts):
+            mask[row, list(found), column] = 1.0
+    return mask
