@@ -190,13 +190,13 @@ def install(
     attention = {layer: cast(Attention, unet.get_submodule(layer.name)) for layer in attention_layers(unet)}
     kernels = {layer: kernel_of(layer.name, module) for layer, module in attention.items()}
     where = places(unet)
-    with installed_layers(unet, loras, where, device=device, dtype=dtype, silence=silence) as installation:
-        with ExitStack() as undo:
-            for layer, module in attention.items():
-                undo.callback(module.set_processor, module.processor)
-                ours = ComposeAttnProcessor(layer, kernels[layer], installation.slot)
-                module.set_processor(ours)  # pyright: ignore[reportArgumentType]
-            yield installation
+    layers = installed_layers(unet, loras, where, device=device, dtype=dtype, silence=silence)
+    with layers as installation, ExitStack() as undo:
+        for layer, module in attention.items():
+            undo.callback(module.set_processor, module.processor)
+            ours = ComposeAttnProcessor(layer, kernels[layer], installation.slot)
+            module.set_processor(ours)  # pyright: ignore[reportArgumentType]
+        yield installation
 
 
 def _claim(model: nn.Module, undo: ExitStack) -> None:

@@ -37,6 +37,7 @@ class LoraFactors:
 
     @property
     def rank(self) -> int:
+        """Rank of the delta."""
         return self.down.shape[0]
 
     def delta(self, device: torch.device | str | None = None) -> Tensor:
@@ -96,13 +97,20 @@ class BankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """The weight of the layer as found, for code that looks at it."""
         return base_layer(self.layer).get_parameter("weight")
 
     @property
     def bias(self) -> Tensor | None:
+        """Its bias."""
         return getattr(base_layer(self.layer), "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The layer's output plus the gated deltas of all concepts.
+
+        Raises:
+            KeyError: If no gate was set for this kind of layer.
+        """
         out = self.layer(x)
         gate = self._slot.gates[self.key]
         if self.convolution:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,9 @@ from attention.slot import Slot
 class Kernel(Protocol):
     """Computes attention for [rows, heads, positions, channels] tensors and returns the same shape."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attends."""
+        ...
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -38,6 +40,7 @@ class PlainKernel:
     upcast_softmax: bool
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attends."""
         if self.upcast_attention:
             query, key = query.float(), key.float()
         scores = query @ key.transpose(-1, -2) * self.scale
@@ -53,6 +56,7 @@ class XFormersKernel:
     operator: Callable | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attends."""
         import xformers.ops  # pyright: ignore[reportMissingImports]
 
         query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
@@ -64,7 +68,7 @@ def kernel_of(name: str, attn: Attention) -> Kernel:
     """The kernel of the processor that a layer has, to be kept while ours stands in for it.
 
     Raises:
-        ValueError: For a processor or a part of the layer whose behaviour ours would lose; nothing has been changed then.
+        ValueError: For a processor or a part of the layer whose behaviour ours would lose.
     """
     if getattr(attn, "fused_projections", False):
         raise ValueError(f"{name} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`")
@@ -79,9 +83,9 @@ def kernel_of(name: str, attn: Attention) -> Kernel:
     if type(processor) is AttnProcessor:
         return PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
     raise ValueError(
-        f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: AttnProcessor2_0, "
-        "XFormersAttnProcessor, AttnProcessor. Undo what installed it (for example `unload_ip_adapter()` or "
-        "`disable_attention_slicing()`; attention needs no more memory without slicing)."
+        f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: "
+        "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor. Undo what installed it (for example "
+        "`unload_ip_adapter()` or `disable_attention_slicing()`; attention needs no more memory without slicing)."
     )
 
 
@@ -115,7 +119,7 @@ class ComposeAttnProcessor:
         Args:
             attn: The module, which owns the projections.
             hidden_states: Shape: [rows, cells, channels].
-            encoder_hidden_states: The text for cross-attention, None for self-attention. Shape: [rows, tokens, channels].
+            encoder_hidden_states: The text; None for self-attention. Shape: [rows, tokens, channels].
             attention_mask: Not supported, must be None.
             temb: Unused, part of the interface.
         """
@@ -130,8 +134,8 @@ class ComposeAttnProcessor:
             recorder.take(self._layer.name, query, key, attn.scale)
         hidden_states = self._kernel(query, key, value)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
-        to_out: Sequence[Callable[[Tensor], Tensor]] = attn.to_out  # pyright: ignore[reportAssignmentType]
-        hidden_states = to_out[1](to_out[0](hidden_states))
+        project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
+        hidden_states = dropout(project(hidden_states))
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
@@ -141,7 +145,7 @@ class ComposeAttnProcessor:
             source = hidden_states if text is None else text
             if text is not None and attn.norm_cross:
                 source = attn.norm_encoder_hidden_states(text)
-            return attn.to_k(source), attn.to_v(source)
+            return attn.to_k(source), attn.to_v(source)  # pyright: ignore[reportOptionalCall]
 
         text_kv = self._slot.text_kv
         if text is None or text_kv is None:

@@ -9,8 +9,8 @@ from torch import Tensor
 class TextKV:
     """Keeps keys and values by layer for one text and one set of gates.
 
-    `Installation.use` starts a new one as soon as the text embeddings or their gates are other tensors, which covers new
-    prompts, weights, rows, dtypes and devices.
+    `Installation.use` starts a new one as soon as the text embeddings or their gates are other tensors, which covers
+    new prompts, weights, rows, dtypes and devices.
     """
 
     def __init__(self) -> None:

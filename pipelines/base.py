@@ -4,11 +4,10 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.engine import Engine, LoadedConcept
 from pipelines.loading import LoraError, adapter_factors, find_file, match, read_lora
@@ -64,8 +63,18 @@ class ComposePipeline:
         """A composing pipeline that shares all components with another pipeline.
 
         The precision stays what it is; diffusers alone would turn the shared models to float32.
+
+        Raises:
+            ValueError: If the components differ in precision and no `dtype` is given, which would change some of them.
         """
-        options.setdefault("dtype", pipeline.dtype)
+        if not options.keys() & {"dtype", "torch_dtype"}:
+            found = {name: part.dtype for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+            if len(set(found.values())) > 1:
+                raise ValueError(
+                    f"the components differ in precision ({found}); build the pipeline with its class and "
+                    "`**pipe.components` to keep them so, or give from_pipe a dtype to change the shared models"
+                )
+            options["dtype"] = pipeline.dtype
         if cls is not ComposePipeline:
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportAttributeAccessIssue]
         return _family(pipeline.config).from_pipe(pipeline, **options)
@@ -75,7 +84,9 @@ class ComposePipeline:
         super().save_config(save_directory, push_to_hub=push_to_hub, **options)  # pyright: ignore[reportAttributeAccessIssue]
         path = Path(save_directory) / DiffusionPipeline.config_name
         config = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**config, "_class_name": self._plain_class_name}, indent=2) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({**config, "_class_name": self._plain_class_name}, indent=2) + "\n", encoding="utf-8"
+        )
 
     @property
     def _loaded(self) -> dict[str, LoadedConcept]:
@@ -116,7 +127,9 @@ class ComposePipeline:
             name=name or Path(source).stem, lora=str(source), trigger=trigger, class_word=class_word, weight=weight
         )
         if concept.name in self._loaded or concept.name in _adapters(self):
-            raise ValueError(f"there is a concept or adapter {concept.name!r} already; unload it or choose another name")
+            raise ValueError(
+                f"there is a concept or adapter {concept.name!r} already; unload it or choose another name"
+            )
         loaded = self._read(concept, weight_name, **hub)
         logger.info("concept %s: %s", concept.name, loaded.factors.report)
         self._loaded[concept.name] = loaded
@@ -137,8 +150,9 @@ class ComposePipeline:
         factors = match(file, self)
         if factors.unmatched:
             logger.warning("%s: %s", file.path.name, factors.report)
-        known = {key: file.metadata[key] for key in ("trigger", "class_word") if file.metadata.get(key)}
-        return LoadedConcept(_filled(concept, Concept(name=concept.name, weight=1.0, **known)), factors, file)
+        trigger, class_word = (file.metadata.get(key) for key in ("trigger", "class_word"))
+        known = Concept(name=concept.name, trigger=trigger, class_word=class_word, weight=1.0)
+        return LoadedConcept(_filled(concept, known), factors, file)
 
     def resolve_concepts(self, concepts: Sequence[str | Concept]) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; fields that are given win over loaded ones.
@@ -162,9 +176,13 @@ class ComposePipeline:
         if loaded is not None:
             return LoadedConcept(_filled(concept, loaded.concept), loaded.factors, loaded.file)
         if concept.name in _adapters(self):
-            return LoadedConcept(_filled(concept, Concept(name=concept.name, weight=1.0)), adapter_factors(self, concept.name))
+            return LoadedConcept(
+                _filled(concept, Concept(name=concept.name, weight=1.0)), adapter_factors(self, concept.name)
+            )
         known = ", ".join([*self._loaded, *sorted(_adapters(self))]) or "none"
-        raise ValueError(f"unknown concept {concept.name!r}; loaded are {known}. Load it with load_concept(file, name=...)")
+        raise ValueError(
+            f"unknown concept {concept.name!r}; loaded are {known}. Load it with load_concept(file, name=...)"
+        )
 
     def resolve_method(self, method: str | Settings | None, concepts: Sequence[LoadedConcept]) -> Settings:
         """The settings behind a method's name; None chooses and logs why."""
@@ -211,8 +229,8 @@ class ComposePipeline:
         changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
         if changed and not (changed == {"prompt_embeds"} and was_guided and not engine.guided):
             raise ValueError(
-                f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch guidance "
-                "off, since the places of the concepts' words in other embeddings are unknown"
+                f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
+                "guidance off, since the places of the concepts' words in other embeddings are unknown"
             )
         return returned.get("latents", latents)
 
@@ -234,7 +252,8 @@ def _family(config: Mapping[str, Any]) -> type[ComposePipeline]:
     if "unet" in config and "text_encoder" in config and "text_encoder_2" not in config:
         return ComposeStableDiffusionPipeline
     raise ValueError(
-        f"this model is a {config.get('_class_name', 'of an unknown kind')}; supported so far: Stable Diffusion 1.x and 2.x"
+        f"this is a model for {config.get('_class_name', 'an unknown pipeline')}; supported so far: Stable Diffusion "
+        "1.x and 2.x"
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pipelines.scene import Concept
 from pipelines.tokens import check_disjoint, locate, token_mask
@@ -35,10 +36,12 @@ class Conditioning:
 
     @property
     def rows(self) -> int:
+        """Rows in the batch."""
         return self.prompt_embeds.shape[0]
 
     @property
     def conditional_rows(self) -> slice:
+        """The rows that are not uncond."""
         return slice(self.images if self.guided else 0, self.rows)
 
     def conditional(self) -> "Conditioning":
@@ -67,7 +70,9 @@ class TokenMasks:
     phrase: Tensor
 
     @classmethod
-    def of_prompts(cls, tokenizer, prompts: Sequence[str], concepts: Sequence[Concept]) -> "TokenMasks":
+    def of_prompts(
+        cls, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], concepts: Sequence[Concept]
+    ) -> "TokenMasks":
         """Finds triggers and class words; concepts without a trigger have an empty mask.
 
         Raises:
@@ -101,7 +106,9 @@ class TokenMasks:
             nested = [tuple(p) if isinstance(p, Sequence) else p for p in given]
             per_prompt = nested if nested and isinstance(nested[0], tuple) else [tuple(nested)] * prompts
             if len(per_prompt) != prompts:
-                raise ValueError(f"token_positions of {concept.name!r} are for {len(per_prompt)} prompts, there are {prompts}")
+                raise ValueError(
+                    f"token_positions of {concept.name!r} are for {len(per_prompt)} prompts, there are {prompts}"
+                )
             for row, found in zip(rows, per_prompt, strict=True):
                 row.append(found)  # pyright: ignore[reportArgumentType]
         if any(not 0 <= p < tokens for row in rows for found in row for p in found):

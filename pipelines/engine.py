@@ -7,10 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
 
-from attention import Gates, Installation, Recorder, attention_layers, grid_at, install, installed_layers, map_level, places
+from attention import (
+    Gates,
+    Installation,
+    Recorder,
+    attention_layers,
+    grid_at,
+    install,
+    installed_layers,
+    map_level,
+    places,
+)
 from attention.layers import Grid, Kind, Place
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
 from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
@@ -58,7 +69,9 @@ class EncodedText:
 class Encoder(Protocol):
     """Encodes the prompts of a call, or others in their place, with a pipeline's text encoders."""
 
-    def __call__(self, prompts: Sequence[str] | None = None) -> EncodedText: ...
+    def __call__(self, prompts: Sequence[str] | None = None) -> EncodedText:
+        """Encodes."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +125,7 @@ class Engine:
     ) -> None:
         self.loaded = tuple(concepts)
         self.concepts = tuple(loaded.concept for loaded in concepts)
-        self.weights = torch.tensor([concept.weight for concept in self.concepts], device=device)
+        self.weights = tuple(concept.weight or 0.0 for concept in self.concepts)
         self.token_masks = token_masks
         self.latent_grid = latent_grid
         self.image_size = image_size
@@ -122,7 +135,7 @@ class Engine:
         self.cost = Cost()
         self.step = 0
         self._components = components
-        self._unet: nn.Module = components["unet"]
+        self._unet: UNet2DConditionModel = components["unet"]
         self._scheduler = components["scheduler"]
         self._encoder = encoder
         self._guidance_rescale = guidance_rescale
@@ -140,7 +153,7 @@ class Engine:
     @property
     def guided(self) -> bool:
         """Whether this step has classifier-free guidance; a callback may switch it off."""
-        return self.guidance_scale > 1 and self._unet.config.time_cond_proj_dim is None  # pyright: ignore[reportAttributeAccessIssue]
+        return self.guidance_scale > 1 and self._unet.config["time_cond_proj_dim"] is None
 
     def encode(self, text_weights: Sequence[float] | None = None, prompts: Sequence[str] | None = None) -> Conditioning:
         """Encodes the prompts of the call.
@@ -149,11 +162,13 @@ class Engine:
             text_weights: Weight of every concept's text-encoder factors; None leaves them out.
             prompts: Other prompts in place of the call's.
         """
-        with ExitStack() as stack:
-            for part in TEXT_ENCODERS:
-                if self._components.get(part) is not None:
-                    stack.enter_context(self._text_factors(part, text_weights))
-                conditioning = self._conditioning(self._encoder(prompts))
+        parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
+        stack = ExitStack()
+        with stack:
+            for part in parts:
+                stack.enter_context(self._text_factors(part, text_weights))
+            text = self._encoder(prompts)
+        conditioning = self._conditioning(text)
         if self._first is None:
             self._first = conditioning
         return conditioning
@@ -201,7 +216,11 @@ class Engine:
         """Concepts are in the UNet inside this block, and nowhere after it."""
         loras = [loaded.factors.unet for loaded in self.loaded]
         with install(
-            self._unet, loras, device=self.device, dtype=self._unet.dtype, silence=self._adapters()  # pyright: ignore[reportArgumentType]
+            self._unet,
+            loras,
+            device=self.device,
+            dtype=self._unet.dtype,
+            silence=self._adapters(),  # pyright: ignore[reportArgumentType]
         ) as installation:
             self._installation = installation
             try:
@@ -211,6 +230,7 @@ class Engine:
 
     @property
     def installation(self) -> Installation:
+        """What is installed in the UNet; exists inside `installed()` only."""
         if self._installation is None:
             raise RuntimeError("the UNet can run only inside `Engine.installed()`")
         return self._installation

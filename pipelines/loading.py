@@ -16,8 +16,7 @@ from diffusers.utils import (
     convert_unet_state_dict_to_peft,
 )
 from huggingface_hub import hf_hub_download, list_repo_files
-from peft.tuners.lora import Conv2d as PeftConv2d
-from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -83,8 +82,12 @@ class Factors:
     @property
     def report(self) -> str:
         """One line: how many layers of which part, which ranks, what was left over."""
-        parts = [f"{len(lora)} {name} layers" for name, lora in {"unet": self.unet, **self.text_encoders}.items() if lora]
-        ranks = sorted({factors.rank for lora in (self.unet, *self.text_encoders.values()) for factors in lora.values()})
+        parts = [
+            f"{len(lora)} {name} layers" for name, lora in {"unet": self.unet, **self.text_encoders}.items() if lora
+        ]
+        ranks = sorted(
+            {factors.rank for lora in (self.unet, *self.text_encoders.values()) for factors in lora.values()}
+        )
         line = f"{', '.join(parts)}, rank {'/'.join(map(str, ranks))}"
         if self.unmatched:
             line += f"; {len(self.unmatched)} keys fit no layer and are left out: {', '.join(self.unmatched[:3])}, ..."
@@ -152,7 +155,9 @@ def read_lora(path: Path) -> LoraFile:
         raise LoraError(f"{path.name} is not a readable safetensors file (truncated or corrupt?): {error}") from error
     for mark, kind in _OTHER_KINDS.items():
         if key := next((key for key in tensors if mark in key), None):
-            raise LoraError(f"{path.name} is {kind} (key {key!r}); only plain LoRA and LoCon factors are supported so far")
+            raise LoraError(
+                f"{path.name} is {kind} (key {key!r}); only plain LoRA and LoCon factors are supported so far"
+            )
     if not any("lora" in key for key in tensors):
         keys = ", ".join(list(tensors)[:3]) or "none"
         raise LoraError(f"{path.name} is no LoRA: expected keys with lora_A/lora_B or lora_down/lora_up, found {keys}")
@@ -264,10 +269,10 @@ def _peft_keys(part: str, model: nn.Module, values: dict[str, Any]) -> dict[str,
 
 
 def _scale(name: str, rank: int, alphas: dict[str, float], config: dict[str, Any]) -> float:
-    """alpha / rank; alpha from the file's alpha keys, else from PEFT's configuration, else the rank."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), name), config.get("lora_alpha", rank))
-    alpha = alphas.get(name, alpha)
+    """Alpha / rank; alpha from the file's alpha keys, else from PEFT's configuration, else the rank."""
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    configured = patterns.get(get_pattern_key(list(patterns), name), float(config.get("lora_alpha", rank)))
+    alpha = alphas.get(name, configured)
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -286,8 +291,10 @@ def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:
     for name, module in model.named_modules() if model is not None else ():
         if not isinstance(module, BaseTunerLayer) or adapter not in _adapter_names(module):
             continue
-        if type(module) not in (PeftLinear, PeftConv2d) or adapter in module.lora_variant or module.lora_bias[adapter]:
-            raise LoraError(f"adapter {adapter!r} is no plain LoRA at {name} (DoRA, LoKr or with a bias), which is not supported")
+        if not isinstance(module, LoraLayer) or adapter in module.lora_variant or module.lora_bias[adapter]:
+            raise LoraError(
+                f"adapter {adapter!r} is no plain LoRA at {name} (DoRA, LoKr or with a bias), which is not supported"
+            )
         if adapter in module.merged_adapters:
             raise LoraError(f"adapter {adapter!r} is fused into the weights; call `unfuse_lora()` first")
         down, up = (_real_weight(side[adapter]) for side in (module.lora_A, module.lora_B))

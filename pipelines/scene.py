@@ -15,7 +15,9 @@ class _Frozen(BaseModel):
 def _proper(box: Box) -> Box:
     left, top, right, bottom = box
     if not (0 <= left < right and 0 <= top < bottom):
-        raise ValueError(f"a region is (left, top, right, bottom) in pixels with 0 <= left < right and 0 <= top < bottom, not {box}")
+        raise ValueError(
+            f"a region is (left, top, right, bottom) in pixels with 0 <= left < right and 0 <= top < bottom, not {box}"
+        )
     return box
 
 

@@ -24,7 +24,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
     _plain_class_name: ClassVar[str] = "StableDiffusionPipeline"
 
     @torch.no_grad()
-    def __call__(  # noqa: C901, D417
+    def __call__(  # noqa: D417
         self,
         prompt: str | list[str] | None = None,
         height: int | None = None,
@@ -59,8 +59,8 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         """Makes images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
-            concepts: Who takes part: names of loaded concepts or adapters, or `Concept` objects, whose given fields win.
-                None or empty: exactly what diffusers does.
+            concepts: Who takes part: names of loaded concepts or adapters, or `Concept` objects, whose given fields
+                win. None or empty: exactly what diffusers does.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
             token_positions: With `prompt_embeds`: where each concept's trigger stands, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
@@ -73,8 +73,11 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         """
         if not concepts:
             if method is not None or token_positions is not None or record_attention is not False:
-                raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
-            return super().__call__(
+                raise ValueError(
+                    "method, token_positions and record_attention need concepts; name some with concepts=[...]"
+                )
+            plain: Callable[..., Any] = super().__call__
+            return plain(
                 prompt, height, width, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt,
                 num_images_per_prompt, eta, generator, latents, prompt_embeds, negative_prompt_embeds, ip_adapter_image,
                 ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs, guidance_rescale, clip_skip,
@@ -85,13 +88,12 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
             raise ValueError("IP-Adapter images cannot be combined with concepts yet")
         if unknown := (cross_attention_kwargs or {}).keys() - {"scale"}:
-            raise ValueError(f"cross_attention_kwargs {sorted(unknown)} cannot be combined with concepts; only 'scale' can")
+            raise ValueError(
+                f"cross_attention_kwargs {sorted(unknown)} cannot be combined with concepts; only 'scale' can"
+            )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        default = self.unet.config.sample_size
-        default = (default, default) if isinstance(default, int) else default
-        height = default[0] * self.vae_scale_factor if height is None else height
-        width = default[1] * self.vae_scale_factor if width is None else width
+        width, height = self._size(width, height)
         self.check_inputs(
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds, None, None,
             list(callback_on_step_end_tensor_inputs),
@@ -112,13 +114,15 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
 
         def encode(prompts: Sequence[str] | None = None) -> EncodedText:
             embeds, negative = self.encode_prompt(
-                prompt if prompts is None else list(prompts), device, images_per_prompt, self.do_classifier_free_guidance,
-                negative_prompt, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+                prompt if prompts is None else list(prompts), device, images_per_prompt,
+                self.do_classifier_free_guidance, negative_prompt, prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
                 lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
             )  # fmt: skip
             return EncodedText(embeds, negative if self.do_classifier_free_guidance else None)
 
-        steps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        schedule: Any = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        steps, num_inference_steps = schedule
         engine = Engine(
             self.components,
             loaded,
@@ -134,15 +138,15 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             record_steps=steps_to_record(record_attention, len(steps)),
         )
         process = settings.start(engine)
-        latents = self.prepare_latents(
+        start = self.prepare_latents(
             batch_size, self.unet.config.in_channels, height, width, engine.conditioning.prompt_embeds.dtype, device,
             generator, latents,
         )  # fmt: skip
-        latents = self.denoise(
-            engine, process, latents, steps, num_inference_steps, self.prepare_extra_step_kwargs(generator, eta),
+        final = self.denoise(
+            engine, process, start, steps, num_inference_steps, self.prepare_extra_step_kwargs(generator, eta),
             callback_on_step_end, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
-        images, nsfw = self._decode(latents, output_type, generator, engine.conditioning.prompt_embeds.dtype)
+        images, nsfw = self._decode(final, output_type or "np", generator, engine.conditioning.prompt_embeds.dtype)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, nsfw
@@ -156,6 +160,13 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             recorded_steps=recorded_steps,
         )
 
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Width and height in pixels; what is None is the model's own."""
+        sample: Any = self.unet.config["sample_size"]
+        own_height, own_width = (sample, sample) if isinstance(sample, int) else sample
+        scale = self.vae_scale_factor
+        return own_width * scale if width is None else width, own_height * scale if height is None else height
+
     def _token_masks(
         self,
         loaded: Sequence[LoadedConcept],
@@ -165,13 +176,13 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
     ) -> TokenMasks:
         concepts = [found.concept for found in loaded]
         if prompt_embeds is not None:
-            return TokenMasks.of_positions(token_positions or {}, *prompt_embeds.shape[:2], concepts)
+            prompts, tokens, _ = prompt_embeds.shape
+            return TokenMasks.of_positions(token_positions or {}, prompts, tokens, concepts)
         if token_positions is not None:
             raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
-        prompts = [prompt] if isinstance(prompt, str) else prompt or []
         # Textual inversion puts several tokens in place of one.
-        prompts = [self.maybe_convert_prompt(text, self.tokenizer) for text in prompts]
-        return TokenMasks.of_prompts(self.tokenizer, prompts, concepts)
+        texts = [str(self.maybe_convert_prompt(text, self.tokenizer)) for text in _listed(prompt)]
+        return TokenMasks.of_prompts(self.tokenizer, texts, concepts)
 
     def _unet_kwargs(self, batch_size: int, device: torch.device) -> Mapping[str, Any]:
         kwargs: dict[str, Any] = {"cross_attention_kwargs": self.cross_attention_kwargs}
@@ -181,10 +192,14 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             kwargs["timestep_cond"] = embedding.to(device=device, dtype=self.unet.dtype)
         return kwargs
 
-    def _decode(self, latents: Tensor, output_type: str | None, generator: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    def _decode(self, latents: Tensor, output_type: str, generator: Any, dtype: torch.dtype) -> tuple[Any, Any]:
         if output_type == "latent":
             return self.image_processor.postprocess(latents, output_type=output_type), None
         image = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False, generator=generator)[0]
         image, nsfw = self.run_safety_checker(image, latents.device, dtype)
         denormalize = [True] * len(image) if nsfw is None else [not flag for flag in nsfw]
         return self.image_processor.postprocess(image, output_type=output_type, do_denormalize=denormalize), nsfw
+
+
+def _listed(prompt: str | list[str] | None) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else prompt or []

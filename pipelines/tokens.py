@@ -1,7 +1,7 @@
 """From the words of a prompt to token positions, per tokenizer.
 
-TARA (arXiv 2508.08812) masks LoRA deltas by the positions of each concept's trigger, so a wrong position ruins the image
-without a sign. Words are found as whole words in the text and every position is checked against the token ids.
+TARA (arXiv 2508.08812) masks LoRA deltas by the positions of each concept's trigger, so a wrong position ruins the
+image without a sign. Words are found as whole words in the text and every position is checked against the token ids.
 """
 
 import re
@@ -29,6 +29,7 @@ class Positions:
 
     @property
     def phrase(self) -> tuple[int, ...]:
+        """Positions of trigger and class word together."""
         return tuple(sorted({*self.trigger, *self.class_word}))
 
 
@@ -67,9 +68,7 @@ def locate(tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept) ->
     return Positions(tuple(trigger_positions), tuple(noun_positions))
 
 
-def _positions(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int], concept: Concept
-) -> range:
+def _positions(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int], concept: Concept) -> range:
     """The positions of a span of whole words: those after the tokens of everything before it."""
 
     def ids(text: str) -> list[int]:
@@ -86,8 +85,8 @@ def _positions(
     limit = tokenizer.model_max_length - 2  # start and end token
     if first + len(wanted) > limit:
         raise ValueError(
-            f"{words!r} of concept {concept.name!r} stands at tokens {first + 1} to {first + len(wanted)} of the prompt, but "
-            f"the model reads only {limit}; move it forward or shorten the prompt {prompt!r}"
+            f"{words!r} of concept {concept.name!r} stands at tokens {first + 1} to {first + len(wanted)}, "
+            f"but the model reads only {limit}; move it forward or shorten the prompt {prompt!r}"
         )
     return range(1 + first, 1 + first + len(wanted))
 
@@ -100,8 +99,8 @@ def check_disjoint(concepts: Sequence[Concept], positions: Sequence[Positions], 
             if position in owner:
                 other = owner[position]
                 raise ValueError(
-                    f"the triggers of concepts {other.name!r} ({other.trigger!r}) and {concept.name!r} ({concept.trigger!r}) "
-                    f"share words of the prompt {prompt!r}; each concept needs a trigger of its own"
+                    f"the triggers of concepts {other.name!r} ({other.trigger!r}) and {concept.name!r} "
+                    f"({concept.trigger!r}) share words of {prompt!r}; each concept needs a trigger of its own"
                 )
             owner[position] = concept
 

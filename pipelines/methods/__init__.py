@@ -41,10 +41,14 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
 
 
 def choose_method(concepts: Sequence[LoadedConcept]) -> Settings:
-    """The method for a call that names none, with the reason in the log."""
-    without = [loaded.concept.name for loaded in concepts if not loaded.concept.trigger]
-    if without:
-        logger.info("method: merge, because %s has no trigger that a token mask could use", without[0])
+    """The method for a call that names none, with the reason in the log.
+
+    Token masks serve LoRAs that were trained with them. On ordinary LoRAs they lose more identities than they separate
+    (seen in a blind look, `docs/methods/tara.md`), so those are merged.
+    """
+    others = [c.concept.name for c in concepts if c.trained_with != "tara" or not c.concept.trigger]
+    if others:
+        logger.info("method: merge, because %s has no trigger or was not trained with TARA", ", ".join(others))
         return Merge()
-    logger.info("method: tara, because every concept has a trigger; it costs no more than merge")
+    logger.info("method: tara, because every concept was trained for it")
     return Tara()

@@ -6,6 +6,8 @@ subjects the deltas act on each other's tokens and pixels, so identities blend o
 
 from dataclasses import dataclass
 
+import torch
+
 from attention import Gates
 from pipelines.engine import Engine
 from pipelines.methods.process import OnePass
@@ -16,11 +18,12 @@ class Merge:
     """The weighted sum of all LoRAs. It has no settings and uses no regions."""
 
     def start(self, engine: Engine) -> OnePass:
-        weights = engine.weights.tolist()
+        """Constant gates for everything; text encoders take part."""
+        weights = torch.tensor(engine.weights, device=engine.device)
         gates = Gates(
-            text=engine.weights[None, None],
-            image={level: engine.weights[None, None] for level in engine.levels},
-            row=engine.weights[None],
+            text=weights[None, None],
+            image=dict.fromkeys(engine.levels, weights[None, None]),
+            row=weights[None],
             latent_grid=engine.latent_grid,
         )
-        return OnePass(engine, engine.encode(weights), gates, ("text", "image", "row"), weights)
+        return OnePass(engine, engine.encode(engine.weights), gates, ("text", "image", "row"), engine.weights)

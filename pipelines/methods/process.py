@@ -58,10 +58,12 @@ class OnePass:
     constant_weights: Sequence[float]
 
     def prepare(self, latents: Tensor) -> Tensor:
+        """Folds what is constant."""
         self.engine.fold(self.constant, self.constant_weights)
         return latents
 
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass with guidance."""
         return latents, self.engine.guide(self.engine.unet(latents, t, self.conditioning, self.gates))
 
 
@@ -76,7 +78,7 @@ def image_gates(engine: Engine, weights: Tensor) -> dict[int, Tensor]:
         By level: [1, 1, concepts] if no concept has a region, else [1, cells, concepts].
     """
     if all(concept.region is None for concept in engine.concepts):
-        return {level: weights[None, None] for level in engine.levels}
+        return dict.fromkeys(engine.levels, weights[None, None])
     return {level: (_region_masks(engine, level) * weights)[None] for level in engine.levels}
 
 

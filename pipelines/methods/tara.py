@@ -51,20 +51,23 @@ class Tara:
         return cls(cfg_mask="broadcast")
 
     def start(self, engine: Engine) -> OnePass:
+        """Token masks for keys and values, constant or regional gates for everything else."""
         _check(engine)
         conditioning = engine.encode()
         mask = conditioning.trigger_mask
         if self.cfg_mask == "broadcast" and conditioning.guided:
             mask = torch.cat([mask[conditioning.conditional_rows]] * 2)
-        weights = engine.weights if self.scope == "all" else torch.zeros_like(engine.weights)
+        weights = torch.tensor(engine.weights, device=engine.device)
+        unmasked = weights if self.scope == "all" else torch.zeros_like(weights)
         gates = Gates(
-            text=mask * engine.weights,
-            image=image_gates(engine, weights),
-            row=weights[None],
+            text=mask * weights,
+            image=image_gates(engine, unmasked),
+            row=unmasked[None],
             latent_grid=engine.latent_grid,
         )
+        constant = engine.weights if self.scope == "all" else [0.0] * len(engine.weights)
         everywhere = all(gate.shape[1] == 1 for gate in gates.image.values())
-        return OnePass(engine, conditioning, gates, ("image", "row") if everywhere else ("row",), weights.tolist())
+        return OnePass(engine, conditioning, gates, ("image", "row") if everywhere else ("row",), constant)
 
 
 def _check(engine: Engine) -> None:
@@ -75,6 +78,10 @@ def _check(engine: Engine) -> None:
             raise ValueError(
                 f"tara needs to know the words of concept {name!r}: give it a trigger that stands in every prompt"
                 " (with prompt_embeds: its token_positions)"
+            )
+        if not loaded.factors.unet:
+            raise ValueError(
+                f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'"
             )
         if loaded.factors.text_encoders:
             _say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")

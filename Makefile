@@ -1,0 +1,48 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format wheel clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+demo: .venv/.installed-core  ## make pictures with several concepts of the playground, offline
+	$(BIN)/lora-compose demo
+
+test: .venv/.installed-dev  ## run the tests
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/.installed-dev  ## ruff check, ruff format --check, pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/.installed-dev  ## sort imports, fix what can be fixed, format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/.installed-dev  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove build results and caches (keeps .venv and outputs)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find attention pipelines compose tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One environment. A stamp says what was installed into it, so that the next run starts at once.
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "lora-compose needs Python 3.11 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Choose another one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 1; \
+	}
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed-core: pyproject.toml | .venv/.created
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/.created
+	$(BIN)/python -m pip install --editable '.[dev]'
+	@touch .venv/.installed-core $@

@@ -1,0 +1,143 @@
+"""Looking at pictures without knowing which method made them.
+
+`lora-compose blind make` paints pairs of playground concepts in several ways, shuffles the pictures and writes numbered
+sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and says which way they were for.
+"""
+
+import csv
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from compose.assets import playground_lora, playground_model, playground_references
+from pipelines.base import ComposePipeline
+
+PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
+VERDICTS = {
+    "both": "both subjects are there, each wearing its own coat and none of the other's",
+    "one": "exactly one subject wears its own coat unmixed",
+    "none": "no subject wears its own coat unmixed",
+}
+COLUMNS, ROWS, SIDE = 5, 4, 192
+
+blind = typer.Typer(help="Look at pictures without knowing which method made them.", no_args_is_help=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of composing: a method with one kind of LoRAs."""
+
+    method: str
+    kind: str
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"{self.method}, {self.kind} LoRAs"
+
+
+ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("tara", "ordinary"))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to be made."""
+
+    pair: tuple[str, str]
+    arm: Arm
+    seed: int
+
+
+@blind.command()
+def make(
+    out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... per pair and way.", min=1)] = 20,
+) -> None:
+    """Makes and shuffles the pictures. Do not open key.json before you have voted."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipe = ComposePipeline.from_pretrained(playground_model())
+    pipe.set_progress_bar_config(disable=True)
+    key, number = {}, 0
+    for pair in PAIRS:
+        jobs = [Picture(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
+        random.Random(" ".join(pair)).shuffle(jobs)
+        numbered = {}
+        for job in track(jobs, description=f"{pair[0]} and {pair[1]}"):
+            number += 1
+            numbered[number] = _paint(pipe, job)
+            key[number] = job.arm.label
+        for page, start in enumerate(range(0, len(jobs), COLUMNS * ROWS)):
+            chosen = dict(list(numbered.items())[start : start + COLUMNS * ROWS])
+            _sheet(pair, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
+    (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+    votes = out / "votes.csv"
+    if not votes.exists():
+        votes.write_text("number,verdict\n" + "".join(f"{n},\n" for n in key), encoding="utf-8")
+    meaning = "\n".join(f"  [bold]{verdict}[/]: {text}" for verdict, text in VERDICTS.items())
+    Console().print(f"Look at the sheets in {out}, write a verdict for every number into {votes}:\n{meaning}")
+
+
+@blind.command()
+def score(
+    out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
+) -> None:
+    """Counts the votes by way of composing."""
+    key = json.loads((out / "key.json").read_text(encoding="utf-8"))
+    with (out / "votes.csv").open(encoding="utf-8", newline="") as file:
+        votes = {row["number"]: row["verdict"].strip() for row in csv.DictReader(file)}
+    wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
+    if wrong:
+        number, verdict = next(iter(wrong.items()))
+        raise typer.BadParameter(f"picture {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
+    counts = Counter((key[number], verdict) for number, verdict in votes.items())
+    table = Table(title="Blind look")
+    for column in ("way", *VERDICTS, "pictures"):
+        table.add_column(column)
+    for label in dict.fromkeys(arm.label for arm in ARMS):
+        found = [counts[label, verdict] for verdict in VERDICTS]
+        table.add_row(label, *map(str, found), str(sum(found)))
+    Console().print(table)
+
+
+def _paint(pipe: Any, job: Picture) -> Image.Image:
+    suffix = "-tara" if job.arm.kind == "TARA" else ""
+    names = [f"{subject}{suffix}" for subject in job.pair]
+    for name in names:
+        if name not in pipe.concepts:
+            pipe.load_concept(playground_lora(name), name=name)
+    first, second = (pipe.concepts[name].phrase for name in names)
+    return pipe(
+        f"a {first} and a {second} on a white background",
+        concepts=names,
+        method=job.arm.method,
+        num_inference_steps=25,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(job.seed),
+    ).images[0]
+
+
+def _sheet(pair: tuple[str, str], pictures: dict[int, Image.Image]) -> Image.Image:
+    """What the two subjects look like, and numbered pictures below."""
+    font = ImageFont.load_default(18)
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + 8) + 8, (ROWS + 1) * (SIDE + 30) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    references = [(subject, Image.open(path)) for subject in pair for path in playground_references(subject)[:2]]
+    tiles = [(f"reference: {subject}", picture) for subject, picture in references]
+    tiles += [("", Image.new("RGB", (1, 1), "white"))] * (COLUMNS - len(tiles))
+    tiles += [(str(number), picture) for number, picture in pictures.items()]
+    for i, (label, picture) in enumerate(tiles):
+        x, y = 8 + (i % COLUMNS) * (SIDE + 8), 8 + (i // COLUMNS) * (SIDE + 30)
+        draw.text((x, y), label, fill="black", font=font)
+        sheet.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y + 24))
+    return sheet

@@ -1,0 +1,102 @@
+"""The playground's files are found, named safely, and open in plain diffusers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+
+from compose import assets
+
+CONCEPTS = {"bear": "xlo", "car": "pll", "cat": "sks", "dog": "zwx", "rabbit": "ohwx", "robot": "qrt"}
+OUTSIDE = ["../loras/cat", "../../playground/loras/cat", "..", ".", "", "cat/../cat", "cat.safetensors", "/etc/passwd"]
+
+
+def test_assets_of_the_clone_are_found() -> None:
+    assert assets.assets_dir() == Path(__file__).resolve().parents[1] / "assets"
+
+
+def test_assets_of_an_installed_wheel_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "compose/assets/playground").mkdir(parents=True)
+    monkeypatch.setattr(assets, "_PACKAGE", tmp_path / "compose")
+    assert assets.assets_dir() == tmp_path / "compose/assets"
+
+
+def test_another_folder_called_assets_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "compose/assets/playground").mkdir(parents=True)
+    monkeypatch.setattr(assets, "_PACKAGE", tmp_path / "compose")
+    assert assets.assets_dir() == tmp_path / "compose/assets"
+
+
+def test_missing_assets_are_reported_with_the_places_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "_PACKAGE", tmp_path / "compose")
+    with pytest.raises(FileNotFoundError, match="assets of lora-compose are missing") as caught:
+        assets.playground_model()
+    assert str(tmp_path / "assets") in str(caught.value)
+    assert str(tmp_path / "compose" / "assets") in str(caught.value)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+@pytest.mark.parametrize("suffix", ["", "-tara"])
+def test_every_concept_has_its_loras(concept: str, suffix: str) -> None:
+    path = assets.playground_lora(concept + suffix)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert path.parent == assets.assets_dir() / "playground" / "loras"
+    assert (metadata["trigger"], metadata["class_word"]) == (CONCEPTS[concept], concept)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS)
+def test_every_concept_has_ten_references_in_order(concept: str) -> None:
+    paths = assets.playground_references(concept)
+    assert [path.name for path in paths] == [f"{number}.png" for number in range(10)]
+    rows = (paths[0].parent / "captions.tsv").read_text().splitlines()
+    assert [row.split("\t")[0] for row in rows] == [path.name for path in paths]
+    assert all(f"{CONCEPTS[concept]} {concept}" in row for row in rows)
+    for path in paths:
+        with Image.open(path) as image:
+            assert (image.size, image.mode) == ((128, 128), "RGB")
+
+
+@pytest.mark.parametrize("name", ["mouse", "CAT", *OUTSIDE])
+def test_unknown_names_are_refused_and_the_known_ones_listed(name: str) -> None:
+    with pytest.raises(ValueError, match="bear, bear-tara, car, car-tara, cat, cat-tara, dog"):
+        assets.playground_lora(name)
+    with pytest.raises(ValueError, match="bear, car, cat, dog, rabbit, robot"):
+        assets.playground_references(name)
+
+
+def test_model_holds_half_precision_weights_and_no_local_paths() -> None:
+    model = assets.playground_model()
+    weights = sorted(model.rglob("*.safetensors"))
+    assert [path.parent.name for path in weights] == ["text_encoder", "unet", "vae"]
+    for path in weights:
+        with safe_open(path, framework="pt") as file:
+            assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118 (not a dict)
+    for path in model.rglob("*config.json"):
+        assert "_name_or_path" not in json.loads(path.read_text()), path
+
+
+def test_plain_diffusers_opens_the_model_and_makes_a_picture() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(assets.playground_model())
+    assert {module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+    assert pipe.tokenizer.model_max_length == 32
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(assets.playground_lora("cat")))
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "guidance_scale": 4, "generator": generator, "output_type": "pt"}
+    (images,) = pipe("a sks cat on grass", **options, return_dict=False)[:1]
+    assert isinstance(images, torch.Tensor)
+    assert images.shape == (1, 3, 128, 128)
+    assert images.isfinite().all()
+    assert images.std() > 0.01
+
+
+def test_plain_diffusers_opens_the_model_in_half_precision() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(assets.playground_model(), dtype=torch.float16)
+    assert {module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float16}
