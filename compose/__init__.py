@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pipelines.base import ComposePipeline
 from pipelines.loading import LoraError
-from pipelines.methods import METHODS, Merge, Tara
+from pipelines.methods import METHODS, Merge, Regional, Tara
 from pipelines.output import ComposeOutput, Cost
 from pipelines.scene import Concept, Run, Scene
 
@@ -21,6 +21,7 @@ __all__ = [
     "Cost",
     "LoraError",
     "Merge",
+    "Regional",
     "Run",
     "Scene",
     "Tara",

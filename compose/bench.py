@@ -1,5 +1,6 @@
 """What methods cost: UNet rows, FLOPs and seconds, next to the plain pipeline in the same run."""
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention import LoraFactors
 from compose.assets import playground_lora, playground_model
+from compose.terminal import kindly
 from pipelines.base import ComposePipeline
 from pipelines.conditioning import TokenMasks
 from pipelines.engine import EncodedText, Engine, LoadedConcept
 from pipelines.loading import Factors, LoraFile
 from pipelines.methods import METHODS, Settings, make_method
-from pipelines.scene import Concept
+from pipelines.scene import Concept, Region
 
 STEPS = 25
 SUBJECTS = ("cat", "dog", "rabbit", "bear", "car", "robot")
@@ -43,6 +45,7 @@ class Flops:
     preparation: int
 
 
+@kindly(logging.ERROR)
 def bench(
     methods: Annotated[list[str] | None, typer.Option("--method", help="A method; repeatable. All by default.")] = None,
     concepts: Annotated[
@@ -74,6 +77,16 @@ def load_concept(pipe: Any, i: int) -> None:
         pipe.load_concept(playground_lora(f"{subject}-tara"), name=f"concept {i}", trigger=word, class_word="")
 
 
+def playground_concepts(number: int) -> list[Concept]:
+    """The first concepts of the bench, each with a column of the picture as its region."""
+    return [Concept(name=f"concept {i}", region=region) for i, region in enumerate(columns(number, 128))]
+
+
+def columns(number: int, side: int) -> list[Region]:
+    """Boxes side by side that fill a square picture."""
+    return [(side * i // number, 0, side * (i + 1) // number, side) for i in range(number)]
+
+
 def counts_table(pipe: Any, methods: dict[str, Settings], numbers: Sequence[int]) -> Table:
     """UNet rows of an image and FLOPs of a step, as ratios to the plain pipeline."""
     table = Table(
@@ -85,10 +98,10 @@ def counts_table(pipe: Any, methods: dict[str, Settings], numbers: Sequence[int]
     table.add_row("plain", "0", str(2 * STEPS), "1.000", "1.000", "-")
     for name, settings in methods.items():
         for number in numbers:
-            loaded = pipe.resolve_concepts([f"concept {i}" for i in range(number)])
-            small, sd = flops(pipe.unet, loaded, settings), flops(sd15_unet(), sd15_concepts(number), settings)
-            names = [found.concept.name for found in loaded]
-            one_step = pipe(PROMPT, concepts=names, method=settings, num_inference_steps=1, output_type="latent")
+            concepts = playground_concepts(number)
+            one_step = pipe(PROMPT, concepts=concepts, method=settings, num_inference_steps=1, output_type="latent")
+            small = flops(pipe.unet, pipe.resolve_concepts(concepts), settings)
+            sd = flops(sd15_unet(), sd15_concepts(number), settings)
             preparation = f"{sd.preparation / plain_sd:.2f} steps"
             ratios = f"{small.step / plain_small:.3f}", f"{sd.step / plain_sd:.3f}"
             table.add_row(name, str(number), f"{one_step.cost.rows_forward * STEPS:g}", *ratios, preparation)
@@ -113,7 +126,7 @@ def seconds_table(pipe: Any, methods: dict[str, Settings], numbers: Sequence[int
 
     jobs = [(name, number) for name in methods for number in numbers]
     for name, number in track(jobs, description="timing", transient=True):
-        options = {"concepts": [f"concept {i}" for i in range(number)], "method": methods[name]}
+        options = {"concepts": playground_concepts(number), "method": methods[name]}
         for warm_up in ({}, options):
             seconds(**warm_up)
         timed = [(seconds(), seconds(**options)) for _ in range(pairs)]
@@ -135,7 +148,10 @@ def sd15_concepts(number: int) -> list[LoadedConcept]:
     with torch.device("meta"):
         lora = {name: _factors(module) for name, module in sd15_unet().named_modules() if _is_projection(name)}
     file = LoraFile(Path("counted.safetensors"), "", {"method": "tara"}, {})
-    return [LoadedConcept(Concept(name=f"{i}", trigger="sks", weight=1.0), Factors(lora), file) for i in range(number)]
+    return [
+        LoadedConcept(Concept(name=f"{i}", trigger="sks", weight=1.0, region=region), Factors(lora), file)
+        for i, region in enumerate(columns(number, 512))
+    ]
 
 
 def _is_projection(name: str) -> bool:
@@ -150,11 +166,12 @@ def _factors(linear: torch.nn.Module) -> LoraFactors:
 def flops(unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], settings: Settings) -> Flops:
     """Counts the FLOPs of a method's step on a UNet with or without numbers."""
     device, grid = unet.device, (unet.config["sample_size"],) * 2
+    size = (grid[0] * 8, grid[1] * 8)
     tokens, latents, text = _inputs(unet, rows=1)
     mask = torch.eye(tokens, len(concepts))[None]
     engine = Engine(
         {"unet": unet, "scheduler": DDIMScheduler()}, concepts, lambda prompts=None: EncodedText(text, text),
-        TokenMasks(mask, mask), latent_grid=grid, image_size=grid, images_per_prompt=1, guidance_scale=5.0,
+        TokenMasks(mask, mask), latent_grid=grid, image_size=size, images_per_prompt=1, guidance_scale=5.0,
         guidance_rescale=0.0, device=device, unet_kwargs={},
     )  # fmt: skip
     t = torch.tensor(500, device=device)

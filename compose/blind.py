@@ -22,6 +22,7 @@ from rich.table import Table
 
 from compose.assets import playground_lora, playground_model, playground_references
 from pipelines.base import ComposePipeline
+from pipelines.scene import Concept
 
 PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
 VERDICTS = {
@@ -47,7 +48,8 @@ class Arm:
         return f"{self.method}, {self.kind} LoRAs"
 
 
-ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("tara", "ordinary"))
+ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("regional", "ordinary"), Arm("regional", "TARA"))
+HALVES = ((0, 0, 64, 128), (64, 0, 128, 128))
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _paint(pipe: Any, job: Picture) -> Image.Image:
     first, second = (pipe.concepts[name].phrase for name in names)
     return pipe(
         f"a {first} and a {second} on a white background",
-        concepts=names,
+        concepts=[Concept(name=name, region=half) for name, half in zip(names, HALVES, strict=True)],
         method=job.arm.method,
         num_inference_steps=25,
         guidance_scale=4.0,

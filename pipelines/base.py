@@ -203,7 +203,7 @@ class ComposePipeline:
         order = self.scheduler.order
         warmup = len(timesteps) - num_inference_steps * order
         self._num_timesteps = len(timesteps)
-        with engine.installed(), self.progress_bar(total=num_inference_steps) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
+        with self.progress_bar(total=num_inference_steps) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
             latents = process.prepare(latents)
             for i, t in enumerate(timesteps):
                 if self.interrupt:  # pyright: ignore[reportAttributeAccessIssue]

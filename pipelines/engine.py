@@ -104,6 +104,10 @@ class Engine:
         guidance_rescale: As in diffusers.
         device: Where the UNet runs.
         unet_kwargs: Further arguments of every UNet call (timestep_cond, cross_attention_kwargs).
+
+    Attributes:
+        cost: What has been run so far.
+        step: The current step.
         record_steps: Steps of which attention maps are kept.
     """
 
@@ -121,7 +125,6 @@ class Engine:
         guidance_rescale: float,
         device: torch.device,
         unet_kwargs: Mapping[str, Any],
-        record_steps: frozenset[int] = frozenset(),
     ) -> None:
         self.loaded = tuple(concepts)
         self.concepts = tuple(loaded.concept for loaded in concepts)
@@ -134,13 +137,13 @@ class Engine:
         self.device = device
         self.cost = Cost()
         self.step = 0
+        self.record_steps: frozenset[int] = frozenset()
         self._components = components
         self._unet: UNet2DConditionModel = components["unet"]
         self._scheduler = components["scheduler"]
         self._encoder = encoder
         self._guidance_rescale = guidance_rescale
         self._unet_kwargs = dict(unet_kwargs)
-        self._record_steps = record_steps
         self._log: dict[int, list[Tensor]] = {}
         self._installation: Installation | None = None
         self._first: Conditioning | None = None
@@ -296,7 +299,7 @@ class Engine:
         return self._cut[2], self._cut[3]
 
     def _watch(self, conditioning: Conditioning) -> Recorder | None:
-        if self.step not in self._record_steps:
+        if self.step not in self.record_steps:
             return None
         words = conditioning.phrase_mask
         return Recorder(self._map_layers, words / words.sum(dim=1, keepdim=True).clamp(min=1))

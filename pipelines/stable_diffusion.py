@@ -103,11 +103,6 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         settings = self.resolve_method(method, loaded)
         masks = self._token_masks(loaded, prompt, prompt_embeds, token_positions)
 
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
         device = self._execution_device
         images_per_prompt = num_images_per_prompt or 1
         batch_size = masks.trigger.shape[0] * images_per_prompt
@@ -121,8 +116,6 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             )  # fmt: skip
             return EncodedText(embeds, negative if self.do_classifier_free_guidance else None)
 
-        schedule: Any = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        steps, num_inference_steps = schedule
         engine = Engine(
             self.components,
             loaded,
@@ -134,18 +127,27 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
             device=device,
-            unet_kwargs=self._unet_kwargs(batch_size, device),
-            record_steps=steps_to_record(record_attention, len(steps)),
+            unet_kwargs=self._unet_kwargs(batch_size, device, guidance_scale, cross_attention_kwargs),
         )
-        process = settings.start(engine)
-        start = self.prepare_latents(
-            batch_size, self.unet.config.in_channels, height, width, engine.conditioning.prompt_embeds.dtype, device,
-            generator, latents,
-        )  # fmt: skip
-        final = self.denoise(
-            engine, process, start, steps, num_inference_steps, self.prepare_extra_step_kwargs(generator, eta),
-            callback_on_step_end, callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
+        # Refuses a second call on this UNet before the scheduler and the properties of the first are touched.
+        with engine.installed():
+            self._guidance_scale = guidance_scale
+            self._guidance_rescale = guidance_rescale
+            self._clip_skip = clip_skip
+            self._cross_attention_kwargs = cross_attention_kwargs
+            self._interrupt = False
+            schedule: Any = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+            steps, num_inference_steps = schedule
+            engine.record_steps = steps_to_record(record_attention, len(steps))
+            process = settings.start(engine)
+            start = self.prepare_latents(
+                batch_size, self.unet.config.in_channels, height, width, engine.conditioning.prompt_embeds.dtype,
+                device, generator, latents,
+            )  # fmt: skip
+            final = self.denoise(
+                engine, process, start, steps, num_inference_steps, self.prepare_extra_step_kwargs(generator, eta),
+                callback_on_step_end, callback_on_step_end_tensor_inputs,
+            )  # fmt: skip
         images, nsfw = self._decode(final, output_type or "np", generator, engine.conditioning.prompt_embeds.dtype)
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -184,10 +186,16 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         texts = [str(self.maybe_convert_prompt(text, self.tokenizer)) for text in _listed(prompt)]
         return TokenMasks.of_prompts(self.tokenizer, texts, concepts)
 
-    def _unet_kwargs(self, batch_size: int, device: torch.device) -> Mapping[str, Any]:
-        kwargs: dict[str, Any] = {"cross_attention_kwargs": self.cross_attention_kwargs}
+    def _unet_kwargs(
+        self,
+        batch_size: int,
+        device: torch.device,
+        guidance_scale: float,
+        cross_attention_kwargs: dict[str, Any] | None,
+    ) -> Mapping[str, Any]:
+        kwargs: dict[str, Any] = {"cross_attention_kwargs": cross_attention_kwargs}
         if self.unet.config.time_cond_proj_dim is not None:  # distilled models take the guidance scale as an input
-            scale = torch.tensor(self.guidance_scale - 1).repeat(batch_size)
+            scale = torch.tensor(guidance_scale - 1).repeat(batch_size)
             embedding = self.get_guidance_scale_embedding(scale, embedding_dim=self.unet.config.time_cond_proj_dim)
             kwargs["timestep_cond"] = embedding.to(device=device, dtype=self.unet.dtype)
         return kwargs

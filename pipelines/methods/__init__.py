@@ -7,13 +7,14 @@ from typing import Any
 from pipelines.engine import LoadedConcept
 from pipelines.methods.merge import Merge
 from pipelines.methods.process import OnePass, Process, Settings
+from pipelines.methods.regional import Regional
 from pipelines.methods.tara import Tara
 
-__all__ = ["METHODS", "Merge", "OnePass", "Process", "Settings", "Tara", "choose_method", "make_method"]
+__all__ = ["METHODS", "Merge", "OnePass", "Process", "Regional", "Settings", "Tara", "choose_method", "make_method"]
 
 logger = logging.getLogger(__name__)
 
-METHODS: Mapping[str, type[Settings]] = {"merge": Merge, "tara": Tara}
+METHODS: Mapping[str, type[Settings]] = {"merge": Merge, "tara": Tara, "regional": Regional}
 
 
 def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = None) -> Settings:
@@ -46,6 +47,9 @@ def choose_method(concepts: Sequence[LoadedConcept]) -> Settings:
     Token masks serve LoRAs that were trained with them. On ordinary LoRAs they lose more identities than they separate
     (seen in a blind look, `docs/methods/tara.md`), so those are merged.
     """
+    if all(loaded.concept.region for loaded in concepts):
+        logger.info("method: regional, because every concept has a region")
+        return Regional()
     others = [c.concept.name for c in concepts if c.trained_with != "tara" or not c.concept.trigger]
     if others:
         logger.info("method: merge, because %s has no trigger or was not trained with TARA", ", ".join(others))

@@ -10,15 +10,17 @@ import torch
 
 from attention import Gates
 from pipelines.engine import Engine
-from pipelines.methods.process import OnePass
+from pipelines.methods.process import OnePass, say_once
 
 
 @dataclass(frozen=True)
 class Merge:
-    """The weighted sum of all LoRAs. It has no settings and uses no regions."""
+    """The weighted sum of all LoRAs. It has no settings."""
 
     def start(self, engine: Engine) -> OnePass:
         """Constant gates for everything; text encoders take part."""
+        if any(concept.region for concept in engine.concepts):
+            say_once("merge has no use for regions; method='regional' has")
         weights = torch.tensor(engine.weights, device=engine.device)
         gates = Gates(
             text=weights[None, None],

@@ -1,17 +1,19 @@
 """What a method is: settings that start a process, and a process that lives for one call."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from attention import Gates, grid_at
+from attention import Gates
 from attention.layers import Kind
-from attention.masks import box_mask
 from pipelines.conditioning import Conditioning
 from pipelines.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 class Process(Protocol):
@@ -47,15 +49,15 @@ class OnePass:
         engine: Runs the UNet.
         conditioning: The text.
         gates: How strongly each concept acts where.
-        constant: Kinds of layers whose gates are the concepts' weights everywhere, to be folded into the model.
-        constant_weights: Those weights.
+        constant: Kinds of layers whose gates are the same on all rows and positions, to be folded into the model.
+        constant_weights: Those gates, one per concept.
     """
 
     engine: Engine
     conditioning: Conditioning
     gates: Gates
-    constant: Sequence[Kind]
-    constant_weights: Sequence[float]
+    constant: Sequence[Kind] = ()
+    constant_weights: Sequence[float] = ()
 
     def prepare(self, latents: Tensor) -> Tensor:
         """Folds what is constant."""
@@ -67,25 +69,7 @@ class OnePass:
         return latents, self.engine.guide(self.engine.unet(latents, t, self.conditioning, self.gates))
 
 
-def image_gates(engine: Engine, weights: Tensor) -> dict[int, Tensor]:
-    """Gates over image cells: each concept's weight inside its region, or everywhere if it has none.
-
-    Args:
-        engine: Its concepts and grid.
-        weights: Shape: [concepts].
-
-    Returns:
-        By level: [1, 1, concepts] if no concept has a region, else [1, cells, concepts].
-    """
-    if all(concept.region is None for concept in engine.concepts):
-        return dict.fromkeys(engine.levels, weights[None, None])
-    return {level: (_region_masks(engine, level) * weights)[None] for level in engine.levels}
-
-
-def _region_masks(engine: Engine, level: int) -> Tensor:
-    grid = grid_at(engine.latent_grid, level)
-    masks = [
-        torch.ones(grid) if concept.region is None else box_mask(concept.region, engine.image_size, grid)
-        for concept in engine.concepts
-    ]
-    return torch.stack(masks, dim=-1).flatten(0, 1).to(engine.device)
+@lru_cache(maxsize=1024)
+def say_once(message: str) -> None:
+    """Logs a warning the first time it comes up in this process."""
+    logger.warning(message)

@@ -7,19 +7,18 @@ trigger, m_i in {0, 1}:
 
 Every other adapted layer is summed without a mask. One UNet pass per step whatever the number of concepts.
 
-Beyond the paper: a weight per concept, regions for the layers without a token mask, the negative prompt left alone.
+Beyond the paper: a weight per concept, the negative prompt left alone.
 `docs/methods/tara.md` says what differs from the authors' code and why.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
 
 from attention import Gates
-from pipelines.engine import Engine, logger
-from pipelines.methods.process import OnePass, image_gates
+from pipelines.engine import Engine
+from pipelines.methods.process import OnePass, say_once
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]
@@ -51,7 +50,7 @@ class Tara:
         return cls(cfg_mask="broadcast")
 
     def start(self, engine: Engine) -> OnePass:
-        """Token masks for keys and values, constant or regional gates for everything else."""
+        """Token masks for keys and values, constant gates for everything else."""
         _check(engine)
         conditioning = engine.encode()
         mask = conditioning.trigger_mask
@@ -61,13 +60,12 @@ class Tara:
         unmasked = weights if self.scope == "all" else torch.zeros_like(weights)
         gates = Gates(
             text=mask * weights,
-            image=image_gates(engine, unmasked),
+            image=dict.fromkeys(engine.levels, unmasked[None, None]),
             row=unmasked[None],
             latent_grid=engine.latent_grid,
         )
         constant = engine.weights if self.scope == "all" else [0.0] * len(engine.weights)
-        everywhere = all(gate.shape[1] == 1 for gate in gates.image.values())
-        return OnePass(engine, conditioning, gates, ("image", "row") if everywhere else ("row",), constant)
+        return OnePass(engine, conditioning, gates, ("image", "row"), constant)
 
 
 def _check(engine: Engine) -> None:
@@ -84,11 +82,8 @@ def _check(engine: Engine) -> None:
                 f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'"
             )
         if loaded.factors.text_encoders:
-            _say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")
+            say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")
+        if loaded.concept.region is not None:
+            say_once(f"tara has no use for the region of {name!r}; method='regional' has")
         if loaded.trained_with != "tara":
-            _say_once(f"{name!r} does not say that it was trained with TARA: tara is a plain token mask for it")
-
-
-@lru_cache(maxsize=1024)
-def _say_once(message: str) -> None:
-    logger.warning(message)
+            say_once(f"{name!r} does not say that it was trained with TARA: tara is a plain token mask for it")

@@ -1,0 +1,81 @@
+"""Regional: every LoRA acts inside its region, on its own words, and on the prompt only.
+
+The plain way to use a layout, for any LoRA and without optimisation. For concept i with region mask M_i [cells] on the
+grid of each layer and token mask m_i of its trigger,
+
+    layers that see image cells:            y = W x + sum_i diag(M_i) Delta_i x
+    keys and values of cross-attention:     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
+
+both on the rows of the prompt. The rows of the negative prompt stay those of the base model, so guidance points from
+what the base model paints to what the LoRAs paint, and strengthens the identities. It gates LoRAs; it does not move
+objects into their regions. `docs/methods/regional.md` shows what each part contributes.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attention import Gates, grid_at
+from attention.masks import box_mask
+from pipelines.engine import Engine
+from pipelines.methods.process import OnePass, say_once
+
+Rows = Literal["cond_only", "all"]
+
+
+@dataclass(frozen=True)
+class Regional:
+    """Region masks on LoRA deltas.
+
+    Attributes:
+        rows: Where LoRAs act under guidance: "cond_only", the prompt's rows, or "all", the negative prompt's as well,
+            as LoRAs usually do.
+        token_mask: Whether keys and values of cross-attention change only at the concept's own trigger. A concept
+            without a trigger changes them at all tokens.
+    """
+
+    rows: Rows = "cond_only"
+    token_mask: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rows not in get_args(Rows):
+            raise ValueError(f"rows must be one of {', '.join(get_args(Rows))}, not {self.rows!r}")
+
+    def start(self, engine: Engine) -> OnePass:
+        """Gates by region, token and row. A concept without a region acts everywhere."""
+        if all(concept.region is None for concept in engine.concepts):
+            raise ValueError(
+                "regional needs to know where the concepts are: give at least one a region, for example "
+                "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
+            )
+        for loaded in engine.loaded:
+            if loaded.factors.text_encoders:
+                say_once(f"regional leaves out the text-encoder part of {loaded.concept.name!r}: text has no regions")
+        conditioning = engine.encode()
+        weights = torch.tensor(engine.weights, device=engine.device)
+        acting = torch.ones(conditioning.rows, 1, 1, device=engine.device)
+        if self.rows == "cond_only":
+            acting[: conditioning.conditional_rows.start] = 0
+        tokens = torch.ones_like(conditioning.trigger_mask)
+        if self.token_mask:
+            named = conditioning.trigger_mask.sum(dim=(0, 1)) > 0
+            tokens = torch.where(named, conditioning.trigger_mask, tokens)
+        gates = Gates(
+            text=acting * tokens * weights,
+            image={level: acting * region_masks(engine, level) * weights for level in engine.levels},
+            row=acting[:, 0] * weights,
+            latent_grid=engine.latent_grid,
+        )
+        return OnePass(engine, conditioning, gates)
+
+
+def region_masks(engine: Engine, level: int) -> Tensor:
+    """The concepts' regions on the grid of a level; 1 everywhere without a region. Shape: [cells, concepts]."""
+    grid = grid_at(engine.latent_grid, level)
+    masks = [
+        torch.ones(grid) if concept.region is None else box_mask(concept.region, engine.image_size, grid)
+        for concept in engine.concepts
+    ]
+    return torch.stack(masks, dim=-1).flatten(0, 1).to(engine.device)
