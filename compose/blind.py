@@ -106,7 +106,7 @@ def score(
     table = Table(title="Blind look")
     for column in ("way", *VERDICTS, "pictures"):
         table.add_column(column)
-    for label in dict.fromkeys(arm.label for arm in ARMS):
+    for label in dict.fromkeys(sorted(key.values())):
         found = [counts[label, verdict] for verdict in VERDICTS]
         table.add_row(label, *map(str, found), str(sum(found)))
     Console().print(table)
