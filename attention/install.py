@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from attention.gates import Gates
-from attention.layers import Kind, Place, attention_layers, grid_at, places
+from attention.layers import Kind, Place, attention_layers, grid_at, places, uncompiled
 from attention.lora_bank import BankLayer, Lora, base_layer
 from attention.processors import ComposeAttnProcessor, kernel_of
 from attention.recorder import Recorder
@@ -102,7 +102,7 @@ class Installation:
                     folded = folded + gate * factor.delta(self._device)
                 _replace_weight(base, folded.to(weight.device, weight.dtype), self._undo)
             _swap(self._model, name, layer.layer)
-        self._gates = None
+        self._gates = self._text = None
         return len(names)
 
 
@@ -117,8 +117,8 @@ def _replace_weight(layer: nn.Module, weight: Tensor, undo: ExitStack) -> None:
 
     def restore() -> None:
         current = layer.get_parameter("weight")
-        if current.device != found.device:  # the model was moved in between
-            found.data = found.data.to(current.device)
+        if (current.device, current.dtype) != (found.device, found.dtype):  # the model was moved in between
+            found.data = found.data.to(current)
         layer._parameters["weight"] = found
 
     undo.callback(restore)
@@ -156,22 +156,10 @@ def installed_layers(
         ValueError: For layers that the model does not have or whose shape differs.
         RuntimeError: If concepts are installed in this model already.
     """
-    for lora in loras:
-        for name, factors in lora.items():
-            check_factors(model, name, factors.down.shape, factors.up.shape, where)
+    model = uncompiled(model)
     with ExitStack() as undo:
         _claim(model, undo)
-        _silence(model, frozenset(silence), undo)
-        slot, bank = Slot(), {}
-        for name in dict.fromkeys(name for lora in loras for name in lora):
-            found = model.get_submodule(name)
-            factors = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
-            bank[name] = BankLayer(found, factors, where[name], len(loras), slot, device=device, dtype=dtype)
-            bank[name].train(found.training)
-        for name, layer in bank.items():
-            undo.callback(_swap, model, name, layer.layer)
-            _swap(model, name, layer)
-        yield Installation(model, bank, slot, undo, device, dtype)
+        yield _put_in_place(model, loras, where, undo, device=device, dtype=dtype, silence=silence)
 
 
 @contextmanager
@@ -187,11 +175,12 @@ def install(
 
     Args, errors: as for `installed_layers`; a UNet with attention that ours would change is refused too.
     """
-    attention = {layer: cast(Attention, unet.get_submodule(layer.name)) for layer in attention_layers(unet)}
-    kernels = {layer: kernel_of(layer.name, module) for layer, module in attention.items()}
-    where = places(unet)
-    layers = installed_layers(unet, loras, where, device=device, dtype=dtype, silence=silence)
-    with layers as installation, ExitStack() as undo:
+    unet = uncompiled(unet)
+    with ExitStack() as undo:
+        _claim(unet, undo)
+        attention = {layer: cast(Attention, unet.get_submodule(layer.name)) for layer in attention_layers(unet)}
+        kernels = {layer: kernel_of(layer.name, module) for layer, module in attention.items()}
+        installation = _put_in_place(unet, loras, places(unet), undo, device=device, dtype=dtype, silence=silence)
         for layer, module in attention.items():
             undo.callback(module.set_processor, module.processor)
             ours = ComposeAttnProcessor(layer, kernels[layer], installation.slot)
@@ -199,12 +188,38 @@ def install(
         yield installation
 
 
+def _put_in_place(
+    model: nn.Module,
+    loras: Sequence[Lora],
+    where: Mapping[str, Place],
+    undo: ExitStack,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    silence: Iterable[str],
+) -> Installation:
+    for lora in loras:
+        for name, factors in lora.items():
+            check_factors(model, name, factors.down.shape, factors.up.shape, where)
+    slot, bank = Slot(), {}
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        found = model.get_submodule(name)
+        factors = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
+        bank[name] = BankLayer(found, factors, where[name], len(loras), slot, device=device, dtype=dtype)
+        bank[name].training = found.training
+    _silence(model, frozenset(silence), undo)
+    for name, layer in bank.items():
+        undo.callback(_swap, model, name, layer.layer)
+        _swap(model, name, layer)
+    return Installation(model, bank, slot, undo, device, dtype)
+
+
 def _claim(model: nn.Module, undo: ExitStack) -> None:
     with _in_use_lock:
         if model in _in_use:
             raise RuntimeError("this model is composing another image right now; wait for it or use a second pipeline")
+        undo.callback(_in_use.discard, model)
         _in_use.add(model)
-    undo.callback(_in_use.discard, model)
 
 
 def _silence(model: nn.Module, adapters: frozenset[str], undo: ExitStack) -> None:
@@ -212,9 +227,8 @@ def _silence(model: nn.Module, adapters: frozenset[str], undo: ExitStack) -> Non
     for module in model.modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and hasattr(module, "base_layer"):
-            for name in adapters & scaling.keys():
-                undo.callback(scaling.__setitem__, name, scaling[name])
-                scaling[name] = 0.0
+            undo.callback(scaling.update, dict(scaling))  # all of them: diffusers resets them after a pass at scale 0
+            scaling.update(dict.fromkeys(adapters & scaling.keys(), 0.0))
 
 
 def check_factors(
@@ -235,11 +249,16 @@ def check_factors(
     if not isinstance(layer, nn.Linear | nn.Conv2d) or weight is None:
         raise ValueError(f"{name} is a {type(layer).__name__}; a LoRA can change linear layers and convolutions")
     if isinstance(layer, nn.Conv2d):
-        expected = (layer.in_channels, *layer.kernel_size), (layer.out_channels,)
+        inputs, outputs = (layer.in_channels, *layer.kernel_size), layer.out_channels
         if layer.groups != 1:
             raise ValueError(f"{name} is a grouped convolution, which is not supported")
     else:
-        expected = (layer.in_features,), (layer.out_features,)
-    if (down[1:], up[:1]) != expected or down[0] != up[1] or any(side != 1 for side in up[2:]):
-        wanted = f"[rank, {', '.join(map(str, expected[0]))}] and [{expected[1][0]}, rank]"
+        inputs, outputs = (layer.in_features,), layer.out_features
+    ones = (1,) * (len(inputs) - 1)
+    if down[1:] != inputs or up != (outputs, *down[:1], *ones) or 0 in down:
+        wanted = f"{_shape('rank', *inputs)} and {_shape(outputs, 'rank', *ones)}"
         raise ValueError(f"{name}: the factors have shapes {list(down)} and {list(up)}, the model needs {wanted}")
+
+
+def _shape(*sides: object) -> str:
+    return f"[{', '.join(map(str, sides))}]"

@@ -54,6 +54,11 @@ def grid_at(latent_grid: Grid, level: int) -> Grid:
     return height, width
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper that `torch.compile(model)` returns, or the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Stage, int]]:
     """Name, module, stage and level of every block, in the order in which the UNet runs them."""
     level = 0
@@ -94,6 +99,7 @@ def places(unet: nn.Module) -> Mapping[str, Place]:
 
     Names that are not in the result belong to no module of the UNet.
     """
+    unet = uncompiled(unet)
     found = {name: Place("row", 0) for name, _ in unet.named_modules() if name.split(".")[0].endswith("_embedding")}
     found |= {"conv_in": Place("image", 0), "conv_out": Place("image", 0)}
     text = {f"{layer.name}.{side}" for layer in attention_layers(unet) if layer.cross for side in ("to_k", "to_v")}

@@ -129,6 +129,8 @@ class Engine:
         self.loaded = tuple(concepts)
         self.concepts = tuple(loaded.concept for loaded in concepts)
         self.weights = tuple(concept.weight or 0.0 for concept in self.concepts)
+        # Adapters of these names give way to the concepts, also to those that come from a file.
+        self._names = [concept.name for concept in self.concepts]
         self.token_masks = token_masks
         self.latent_grid = latent_grid
         self.image_size = image_size
@@ -188,7 +190,7 @@ class Engine:
         model: nn.Module = self._components[part]
         loras = [c.factors.text_encoders.get(part, {}) if weights is not None else {} for c in self.loaded]
         where = {name: Place("text", 0) for name, _ in model.named_modules()}
-        to = {"device": self.device, "dtype": model.dtype, "silence": self._adapters()}
+        to = {"device": self.device, "dtype": model.dtype, "silence": self._names}
         with installed_layers(model, loras, where, **to) as installation:  # pyright: ignore[reportArgumentType]
             if weights is not None:
                 gate = torch.tensor([[list(weights)]], device=self.device)
@@ -211,9 +213,6 @@ class Engine:
             added_cond_kwargs=text.added_cond_kwargs,
         )
 
-    def _adapters(self) -> list[str]:
-        return [loaded.concept.name for loaded in self.loaded if loaded.file is None]
-
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Concepts are in the UNet inside this block, and nowhere after it."""
@@ -223,7 +222,7 @@ class Engine:
             loras,
             device=self.device,
             dtype=self._unet.dtype,
-            silence=self._adapters(),  # pyright: ignore[reportArgumentType]
+            silence=self._names,  # pyright: ignore[reportArgumentType]
         ) as installation:
             self._installation = installation
             try:

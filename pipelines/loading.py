@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from attention.install import check_factors
-from attention.layers import places
+from attention.layers import places, uncompiled
 from attention.lora_bank import Lora, LoraFactors
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ _OTHER_KINDS = {
     "hada_": "a LoHa",
     "oft_": "an OFT",
     "lora_mid": "a LoCon with Tucker factors (lora_mid)",
-    ".diff": "a file with full weight differences",
+    ".diff.": "a file with full weight differences",
+    ".diff_b.": "a file with full weight differences",
     "lora_B.bias": "a LoRA with biases",
 }
 
@@ -111,10 +113,15 @@ def find_file(source: str | Path, weight_name: str | None = None, **hub: Any) ->
     if path.is_dir():
         names = sorted(found.name for found in path.glob("*.safetensors"))
         return path / _only(names, weight_name, path)
-    if path.is_absolute() or path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *_PICKLES}
+    if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         _refuse_pickle(path)
         raise LoraError(f"there is no file {str(source)!r}")
-    names = [weight_name] if weight_name else [n for n in list_repo_files(str(source)) if n.endswith(".safetensors")]
+    if weight_name is None:
+        access = {option: hub[option] for option in ("revision", "token") if option in hub}
+        names = [name for name in list_repo_files(str(source), **access) if name.endswith(".safetensors")]
+    else:
+        names = [weight_name]
     return Path(hf_hub_download(str(source), _only(names, weight_name, source), **hub))
 
 
@@ -142,19 +149,15 @@ def read_lora(path: Path) -> LoraFile:
     """
     _refuse_pickle(path)
     with path.open("rb") as file:
-        start = file.read(2)
-        file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    if start in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise LoraError(f"{path.name} is a pickle or an archive under another name; expected a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise LoraError(f"{path.name} is not a readable safetensors file (truncated or corrupt?): {error}") from error
+        raise LoraError(f"{path.name} is no readable safetensors file ({_other_format(path)}): {error}") from error
     for mark, kind in _OTHER_KINDS.items():
-        if key := next((key for key in tensors if mark in key), None):
+        if key := next((key for key in tensors if mark in f"{key}."), None):
             raise LoraError(
                 f"{path.name} is {kind} (key {key!r}); only plain LoRA and LoCon factors are supported so far"
             )
@@ -162,11 +165,18 @@ def read_lora(path: Path) -> LoraFile:
         keys = ", ".join(list(tensors)[:3]) or "none"
         raise LoraError(f"{path.name} is no LoRA: expected keys with lora_A/lora_B or lora_down/lora_up, found {keys}")
     for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _DTYPES and not key.endswith(".alpha"):  # some trainers write whole numbers
             raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
         if not torch.isfinite(tensor).all():
             raise LoraError(f"{path.name}: {key} has values that are NaN or infinite; the file is damaged")
     return LoraFile(path, sha256, metadata, tensors)
+
+
+def _other_format(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(2)
+    pickled = start[:1] == b"\x80" or start == b"PK"  # a guess: sound safetensors files may begin so as well
+    return "a pickle or an archive under another name" if pickled else "truncated or corrupt"
 
 
 def match(file: LoraFile, pipe: Any) -> Factors:
@@ -181,8 +191,11 @@ def match(file: LoraFile, pipe: Any) -> Factors:
     Raises:
         LoraError: If no layer of the UNet matches, or a matching layer has another shape.
     """
-    tensors, alphas = _diffusers_keys(file, pipe)
-    adapter = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        tensors, alphas = _diffusers_keys(file, pipe)
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise LoraError(f"{file.path.name}: the names of its layers are not understood: {error}") from error
+    adapter = _adapter_config(file)
     if any(value for key, value in adapter.items() if key.endswith("use_dora")):
         raise LoraError(f"{file.path.name} is a DoRA; only plain LoRA and LoCon factors are supported so far")
     unmatched: list[str] = []
@@ -202,12 +215,20 @@ def match(file: LoraFile, pipe: Any) -> Factors:
     return Factors(parts["unet"], text, tuple(unmatched))
 
 
+def _adapter_config(file: LoraFile) -> dict[str, Any]:
+    """PEFT's configuration, which diffusers writes into the header under keys that start with the component's name."""
+    try:
+        config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise LoraError(f"{file.path.name}: lora_adapter_metadata is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise LoraError(f"{file.path.name}: lora_adapter_metadata is {config!r}; expected settings by name")
+    return config
+
+
 def _diffusers_keys(file: LoraFile, pipe: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Weights and alphas under keys that start with the component's name."""
-    try:
-        tensors, alphas = pipe.lora_state_dict(dict(file.tensors), unet_config=pipe.unet.config)
-    except (ValueError, KeyError, IndexError) as error:
-        raise LoraError(f"{file.path.name}: the names of its layers are not understood: {error}") from error
+    tensors, alphas = pipe.lora_state_dict(dict(file.tensors), unet_config=pipe.unet.config)
     alphas = {key: float(value) for key, value in (alphas or {}).items()}
     named = {}
     for key, tensor in tensors.items():
@@ -233,12 +254,19 @@ def _factors(
     if model is None:
         unmatched += [f"{part}.{key}" for key in tensors]
         return {}
-    tensors, alphas = _peft_keys(part, model, tensors), _peft_keys(part, model, alphas)
+    model = uncompiled(model)
+    try:
+        tensors, alphas = _peft_keys(part, model, tensors), _peft_keys(part, model, alphas)
+    except ValueError as error:
+        raise LoraError(f"{file.path.name}: the names of its {part} layers are not understood: {error}") from error
     alphas = {re.sub(r"(\.lora_A\.weight)?\.alpha$", "", key): value for key, value in alphas.items()}
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight", key):
-            layers.setdefault(found[1], {})[found[2]] = tensor
+            sides = layers.setdefault(found[1], {})
+            if found[2] in sides:
+                raise LoraError(f"{file.path.name} has more than one LoRA for {part}.{found[1]}; expected one adapter")
+            sides[found[2]] = tensor
         else:
             unmatched.append(f"{part}.{key}")
     where = places(model) if part == "unet" else dict(model.named_modules())
@@ -253,8 +281,11 @@ def _factors(
             check_factors(model, name, sides["A"].shape, sides["B"].shape)
         except ValueError as error:
             raise LoraError(f"{file.path.name} does not fit this model: {part}.{error}") from error
-        rank = sides["A"].shape[0]
-        factors[name] = LoraFactors(sides["A"], sides["B"], _scale(name, rank, alphas, config))
+        try:
+            scale = _scale(name, sides["A"].shape[0], alphas, config)
+        except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+            raise LoraError(f"{file.path.name}: lora_adapter_metadata gives {name} no alpha: {error}") from error
+        factors[name] = LoraFactors(sides["A"], sides["B"], scale)
     return factors
 
 
@@ -270,9 +301,11 @@ def _peft_keys(part: str, model: nn.Module, values: dict[str, Any]) -> dict[str,
 
 def _scale(name: str, rank: int, alphas: dict[str, float], config: dict[str, Any]) -> float:
     """Alpha / rank; alpha from the file's alpha keys, else from PEFT's configuration, else the rank."""
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    configured = patterns.get(get_pattern_key(list(patterns), name), float(config.get("lora_alpha", rank)))
-    alpha = alphas.get(name, configured)
+    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
+    configured = patterns.get(get_pattern_key(list(patterns), name), config.get("lora_alpha", rank))
+    alpha = float(alphas.get(name, configured))
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
@@ -288,7 +321,7 @@ def adapter_factors(pipe: Any, adapter: str) -> Factors:
 
 def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:
     layers = {}
-    for name, module in model.named_modules() if model is not None else ():
+    for name, module in uncompiled(model).named_modules() if model is not None else ():
         if not isinstance(module, BaseTunerLayer) or adapter not in _adapter_names(module):
             continue
         if not isinstance(module, LoraLayer) or adapter in module.lora_variant or module.lora_bias[adapter]:

@@ -5,6 +5,7 @@ image without a sign. Words are found as whole words in the text and every posit
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,9 @@ def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
     # A boundary is needed only beside letters, digits and underscores: "<V1>" has its own.
     before = r"(?<!\w)" if re.match(r"\w", words.strip()) else ""
     after = r"(?!\w)" if re.search(r"\w$", words.strip()) else ""
-    return [match.span() for match in re.finditer(before + pattern + after, prompt, re.IGNORECASE)] if pattern else []
+    matches = re.finditer(before + pattern + after, prompt, re.IGNORECASE) if pattern else ()
+    # To `re` the long s is an s, to tokenizers it is another letter.
+    return [match.span() for match in matches if match[0].lower().split() == words.lower().split()]
 
 
 def locate(tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept) -> Positions:
@@ -54,14 +57,18 @@ def locate(tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept) ->
         ValueError: If the trigger is missing from the prompt, stands past the tokenizer's limit, or is glued to
             punctuation in a way that gives it other tokens.
     """
-    trigger = (concept.trigger or "").strip()
+    # Composed letters, as the tokenizer reads them: an accent of its own would look like the end of a word.
+    prompt, trigger, class_word = (
+        unicodedata.normalize("NFC", text or "") for text in (prompt, concept.trigger, concept.class_word)
+    )
+    trigger = trigger.strip()
     spans = find_words(trigger, prompt)
     if not spans:
         raise ValueError(
             f"the trigger {trigger!r} of concept {concept.name!r} is not in the prompt {prompt!r}; "
             f"write {(concept.phrase or trigger)!r} where the concept is meant"
         )
-    nouns = find_words(concept.class_word or "", prompt)
+    nouns = find_words(class_word, prompt)
     bound = {next((noun for noun in nouns if noun[0] >= end), None) for _, end in spans} - {None}
     trigger_positions = [p for span in spans for p in _positions(tokenizer, prompt, span, concept)]
     noun_positions = [p for span in sorted(b for b in bound if b) for p in _positions(tokenizer, prompt, span, concept)]

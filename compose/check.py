@@ -1,0 +1,165 @@
+"""What a run would do, without denoising: which words and layers match, what it costs, and everything that is wrong."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from compose.models import load, lora_source, open_model, rehearse, resolve_settings, size_of
+from pipelines.engine import LoadedConcept
+from pipelines.loading import find_file, read_lora
+from pipelines.methods import METHODS
+from pipelines.scene import Concept, Run, check_region
+from pipelines.tokens import Positions, check_disjoint, locate
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        facts: Label and text, in the order to be shown.
+        notes: What one should know, although it is no mistake.
+        problems: What would make the run fail; empty if it can run.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def check(run: Run) -> Report:
+    """Looks at everything that a run needs and collects all problems, not only the first."""
+    facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
+    problems: list[str] = []
+    with _heard() as heard:
+        # An unknown method does not keep the rest from being looked at.
+        pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
+        if pipe is None:
+            for concept in run.scene.concepts:
+                facts += _attempt(problems, _file_facts, concept) or []
+        else:
+            facts += _facts(pipe, run, problems)
+    reasons = dict.fromkeys(record.getMessage() for record in heard if record.name == "pipelines.methods")
+    notes = [record.getMessage() for record in heard if record.levelno >= logging.WARNING]
+    facts = [
+        (label, text + "".join(f", {reason}" for reason in reasons) if label == "method" else text)
+        for label, text in facts
+    ]
+    return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)))
+
+
+def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
+    facts = [("tokens", _tokens(pipe.tokenizer, run.scene.prompt))]
+    loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
+    width, height = size_of(pipe, run.scene)
+    places: list[tuple[Concept, Positions]] = []
+    for concept, found in zip(run.scene.concepts, loaded, strict=True):
+        facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
+        known = concept if found is None else found.concept
+        _attempt(problems, check_region, known, width, height)
+        place = _attempt(problems, locate, pipe.tokenizer, run.scene.prompt, known) if known.trigger else None
+        facts.append((f"{known.name}: words", _words(known, place)))
+        places += [(known, place)] if place else []
+    _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], run.scene.prompt)
+    settings = None
+    if all(loaded) or run.method is not None:
+        settings = _attempt(problems, resolve_settings, pipe, run, [found for found in loaded if found])
+    if not problems:
+        _attempt(problems, rehearse, pipe, run)
+    name = next((name for name, kind in METHODS.items() if type(settings) is kind), "none")
+    return [*facts, ("method", name), ("size", f"{width} x {height} pixels"), ("cost", _cost(run))]
+
+
+def _file_facts(concept: Concept) -> list[tuple[str, str]]:
+    if concept.lora is None:
+        raise ValueError(f"concept {concept.name!r} names no LoRA; give it `lora`, a file or a hub repository")
+    file = read_lora(find_file(lora_source(concept.lora)))
+    return [(f"{concept.name}: file", f"{concept.lora}, SHA-256 {file.sha256}")]
+
+
+def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
+    concept, factors, file = found.concept, found.factors, found.file
+    trained = f", trained with {found.trained_with}" if found.trained_with else ""
+    facts = [
+        (f"{concept.name}: file", f"{file.path}, SHA-256 {file.sha256}{trained}" if file else "a loaded adapter"),
+        (f"{concept.name}: layers", factors.report.partition(";")[0]),
+    ]
+    if factors.unmatched:
+        facts.append((f"{concept.name}: left out", f"{len(factors.unmatched)} keys: {', '.join(factors.unmatched)}"))
+    if concept.region is not None:
+        facts.append((f"{concept.name}: region", "{} to {} across, {} to {} down".format(*_axes(concept.region))))
+    return [*facts, (f"{concept.name}: weight", f"{concept.weight:g}")]
+
+
+def _axes(region: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = region
+    return left, right, top, bottom
+
+
+def _words(concept: Concept, place: Positions | None) -> str:
+    if not concept.trigger:
+        return "no trigger given, so no token belongs to it"
+    if place is None:
+        return f"the trigger {concept.trigger!r} was not found"
+    words = f"trigger {concept.trigger!r} at token {_listed(place.trigger)}"
+    if not concept.class_word:
+        return f"{words}; no class word given"
+    if not place.class_word:
+        return f"{words}; the class word {concept.class_word!r} does not follow it"
+    return f"{words}; class word {concept.class_word!r} at token {_listed(place.class_word)}"
+
+
+def _listed(positions: Sequence[int]) -> str:
+    return ", ".join(map(str, positions))
+
+
+def _tokens(tokenizer: Any, prompt: str) -> str:
+    """The prompt as the model reads it, with positions; position 0 is the start token."""
+    ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    limit = tokenizer.model_max_length - 2
+    pieces = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
+    text = " ".join(f"{position}:{piece}" for position, piece in enumerate(pieces[:limit], start=1))
+    return (
+        text if len(ids) <= limit else f"{text} (the model reads {limit} tokens; {len(ids) - limit} more are cut off)"
+    )
+
+
+def _cost(run: Run) -> str:
+    rows = 2 if run.guidance_scale > 1 else 1
+    how = "with guidance" if rows == 2 else "without guidance"
+    return f"{run.steps * rows} UNet rows ({run.steps} steps x {rows} {how}), as for a plain picture"
+
+
+def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:
+    try:
+        return function(*args)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return None
+
+
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@contextmanager
+def _heard() -> Iterator[list[logging.LogRecord]]:
+    """What the pipelines log meanwhile: the reason for a method, and warnings."""
+    logger, listener = logging.getLogger("pipelines"), _Listener()
+    before = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    try:
+        yield listener.records
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(before)

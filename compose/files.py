@@ -1,0 +1,443 @@
+"""Scene and run files, and pictures that say how they were made.
+
+Scene files and pictures come from strangers: sizes are limited, nothing is executed, and every complaint names the
+file, the place in it, what was expected and what was found.
+"""
+
+import json
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipelines.scene import Concept, Run, Scene
+
+PLAYGROUND = "playground"
+RECORD_KEY = "lora-compose"
+
+_MIB = 2**20
+_TEXT_LIMIT = _MIB  # bytes of a scene or run file
+_RECORD_LIMIT = 8 * _MIB  # characters; a scene file of the largest size fits, whatever its letters
+_PICTURE_LIMIT = 256 * _MIB  # bytes of a picture file
+_PIXEL_LIMIT = 64 * _MIB
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written as asked; the message says where, what was expected and what was found."""
+
+
+class Machine(BaseModel):
+    """Where a picture was made.
+
+    Attributes:
+        device: As torch names it: "cpu", "cuda:0".
+        name: Which processor that is.
+        threads: Threads that torch computed with on the CPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    name: str
+    threads: Annotated[int, Field(gt=0)]
+
+
+class Record(BaseModel):
+    """All that a picture says about how it was made.
+
+    Attributes:
+        run: What was asked for, with the method, scheduler and device that were used.
+        versions: Of lora-compose, python, torch, diffusers and transformers.
+        sha256: Of the LoRA files, by concept.
+        machine: Where it was made.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: Run
+    versions: Mapping[str, str]
+    sha256: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    machine: Machine
+
+
+def read_scene(path: str | Path) -> Scene:
+    """Reads a scene file, YAML or JSON. Relative paths of LoRAs in it are relative to the file.
+
+    Raises:
+        FileError: If it is missing, unreadable or says something else than a scene.
+    """
+    path = Path(path)
+    return _located(_validated(Scene, _parse(path), str(path)), path)
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads a run file, YAML or JSON. Relative paths of LoRAs and of the model are relative to the file.
+
+    Raises:
+        FileError: If it is missing, unreadable or says something else than a run.
+    """
+    path = Path(path)
+    return _located(_validated(Run, _parse(path), str(path)), path)
+
+
+def write_scene(scene: Scene, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a scene file, YAML or JSON by its suffix. LoRAs below the file's folder become relative paths.
+
+    Raises:
+        FileError: If the file exists and is not to be overwritten, or for other suffixes.
+    """
+    _write_model(scene, Path(path), overwrite)
+
+
+def write_run(run: Run, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a run file, YAML or JSON by its suffix. LoRAs and models below the file's folder become relative paths.
+
+    Raises:
+        FileError: If the file exists and is not to be overwritten, or for other suffixes.
+    """
+    _write_model(run, Path(path), overwrite)
+
+
+def save_image(image: Image.Image, path: str | Path, record: Record | None = None) -> Path:
+    """Writes a PNG that carries its record. It appears whole or not at all, and no file is ever overwritten.
+
+    Args:
+        image: The picture.
+        path: Where to; missing folders are made. If there is such a file, "-2", "-3", ... is added to its name.
+        record: How it was made. Paths in it are made absolute, with "~" for the home folder.
+
+    Returns:
+        Where it was written.
+    """
+    info = PngInfo()
+    if record is not None:
+        portable = record.model_copy(update={"run": _moved(record.run, _to_record)})
+        info.add_text(RECORD_KEY, json.dumps(portable.model_dump(mode="json")))
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return _write_new(Path(path), buffer.getvalue())
+
+
+def read_record(path: str | Path) -> Record:
+    """Reads how a picture was made. Reading opens no model and no LoRA.
+
+    Raises:
+        FileError: If it is no PNG, carries no record, or one that is broken.
+    """
+    path = Path(path)
+    with _opened(path) as image:
+        text = image.info.get(RECORD_KEY)
+    if not isinstance(text, str):
+        raise FileError(
+            f"{path} carries no record of lora-compose: it was made by something else, or a program that edited or "
+            "shrank it has dropped the record"
+        )
+    if len(text) > _RECORD_LIMIT:
+        raise FileError(f"{path}: the record has {len(text)} characters; at most {_RECORD_LIMIT} are read")
+    where = f"{path}, its record"
+    record = _validated(Record, _json(text, where), where)
+    return record.model_copy(update={"run": _located(record.run, path)})
+
+
+def read_pixels(path: str | Path) -> Image.Image:
+    """Reads the picture in a PNG, as RGB.
+
+    Raises:
+        FileError: If it is no PNG, is damaged, or is too large to be a picture of ours.
+    """
+    with _opened(Path(path)) as image:
+        return image.convert("RGB")
+
+
+def free_path(path: Path) -> Path:
+    """The path itself if nothing is there, else the first free one of "name-2", "name-3", ..."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    # lexists: a link that leads nowhere is in the way, too
+    return path if not os.path.lexists(path) else next(free for free in numbered if not os.path.lexists(free))
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source reads as a repository on the hub ("user/my-cat-lora") and not as a file."""
+    return bool(_HUB.fullmatch(source)) and not source.lower().endswith((".safetensors", ".ckpt", ".bin", ".pt"))
+
+
+# --- paths ---
+
+
+def _expanded(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # "~stranger/...": there is no such home
+        return Path(source)
+
+
+def _is_named(source: str) -> bool:
+    return source == PLAYGROUND or source.startswith(f"{PLAYGROUND}:")
+
+
+def _from_file(source: str, base: Path) -> str:
+    path = _expanded(source)
+    if _is_named(source) or (is_hub_name(source) and not (base / path).exists()):
+        return source
+    return str(base / path)  # an absolute path stays what it is
+
+
+def _to_file(source: str, base: Path) -> str:
+    full = _to_record(source)
+    path = _expanded(full)
+    if full == source and not path.is_absolute():  # a name, not a path
+        return source
+    if not path.is_relative_to(base):
+        return full
+    relative = path.relative_to(base).as_posix()
+    return f"./{relative}" if is_hub_name(relative) or _is_named(relative) else relative
+
+
+def _to_record(source: str) -> str:
+    """A path that is valid from everywhere on this machine, without the name of the user."""
+    path = _expanded(source)
+    if _is_named(source) or (is_hub_name(source) and not path.exists()):
+        return source
+    path, home = path.absolute(), Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path != home and path.is_relative_to(home) else str(path)
+
+
+def _moved(model: Any, move: Any) -> Any:
+    """The same scene or run with every path moved."""
+    if isinstance(model, Run):
+        return model.model_copy(update={"model": move(model.model), "scene": _moved(model.scene, move)})
+    concepts = tuple(
+        concept if concept.lora is None else concept.model_copy(update={"lora": move(concept.lora)})
+        for concept in model.concepts
+    )
+    return model.model_copy(update={"concepts": concepts})
+
+
+def _located(model: _Model, path: Path) -> _Model:
+    """What a file says, with relative paths made absolute: they are relative to the file."""
+    base = path.parent.absolute()
+    return _moved(model, lambda source: _from_file(source, base))
+
+
+# --- text files ---
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which can blow up, and without fields given twice, of which one would be lost."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not read here; write the value out",
+                problem_mark=self.peek_event().start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            twice = _twice([str(key.value) for key, _ in node.value]) or "a field"
+            raise yaml.MarkedYAMLError(problem=f"{twice!r} is given twice", problem_mark=node.start_mark)
+        return mapping
+
+
+def parse_value(text: str) -> Any:
+    """A value as YAML writes it: a number, true, a list, otherwise text.
+
+    Raises:
+        FileError: If it is not valid YAML.
+    """
+    return _yaml(text, "the value")
+
+
+def _parse(path: Path) -> Any:
+    kind = _kind(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_TEXT_LIMIT + 1)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > _TEXT_LIMIT:
+        raise FileError(f"{path} is larger than {_TEXT_LIMIT} bytes; that is no scene or run")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error
+    return kind(text, str(path))
+
+
+def _kind(path: Path) -> Any:
+    kinds = {".yaml": _yaml, ".yml": _yaml, ".json": _json}
+    if path.suffix.lower() not in kinds:
+        raise FileError(f"{path}: expected a file that ends with {', '.join(kinds)}")
+    return kinds[path.suffix.lower()]
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise FileError(f"{where}{place}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # characters and dates that YAML does not allow
+        raise FileError(f"{where}: not valid YAML: {error}") from error
+    except (RecursionError, TypeError) as error:  # nested without end; a mapping as a key
+        raise FileError(f"{where}: not valid YAML for a scene or run") from error
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise FileError(f"{where}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
+    except ValueError as error:
+        raise FileError(f"{where}: {error}") from error
+    except RecursionError as error:
+        raise FileError(f"{where}: nested too deeply") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"{_twice([name for name, _ in pairs])!r} is given twice")
+    return found
+
+
+def _twice(names: list[str]) -> str | None:
+    return next((name for name, times in Counter(names).items() if times > 1), None)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that can be used here")
+
+
+def _write_model(model: Scene | Run, path: Path, overwrite: bool) -> None:
+    as_json = _kind(path) is _json
+    if path.exists() and not overwrite:
+        raise FileError(f"{path} exists already; choose another name")
+    folder = path.parent.absolute()
+    data = _moved(model, lambda source: _to_file(source, folder)).model_dump(mode="json", exclude_none=True)
+    if as_json:
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    else:
+        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
+    with _part(path, text.encode()) as part:
+        part.replace(path)
+
+
+# --- validation ---
+
+
+def _validated(kind: type[_Model], data: Any, where: str) -> _Model:
+    if not isinstance(data, dict):
+        raise FileError(f"{where}: expected {', '.join(kind.model_fields)}, found {_came(data)}")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise FileError("\n".join(f"{where}: {line}" for line in complaints(kind, error))) from error
+
+
+def complaints(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """What is wrong, a line for every place, with what was expected and what was found.
+
+    Args:
+        kind: What was validated.
+        error: What came of it.
+    """
+    return [f"{_place(found['loc'])}{_complaint(kind, found)}" for found in error.errors(include_url=False)]
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    place = "".join(steps).removeprefix(".")
+    return f"{place}: " if place else ""
+
+
+def _complaint(kind: type[BaseModel], found: Any) -> str:
+    location, problem = found["loc"], found["type"]
+    if problem == "extra_forbidden":
+        return f"there is no such field; there are {', '.join(_fields(kind, location[:-1]))}"
+    if problem == "missing":
+        return "is missing"
+    if problem == "value_error":
+        return str(found["ctx"]["error"])
+    hint = (
+        "; put it in quotes" if problem == "string_type" and not isinstance(found["input"], dict | list | None) else ""
+    )
+    message = found["msg"].replace("Input should be", "expected").replace("String should", "expected text that should")
+    return f"{message[:1].lower()}{message[1:]}, found {_came(found['input'])}{hint}"
+
+
+def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    inner: Mapping[int | str, type[BaseModel]] = {"concepts": Concept, "scene": Scene, "run": Run, "machine": Machine}
+    named = [inner[step] for step in location if step in inner]
+    return list((named[-1] if named else kind).model_fields)
+
+
+def _came(value: Any) -> str:
+    """A value in an error message, short whatever it is."""
+    if isinstance(value, dict | list):
+        return f"{'fields' if isinstance(value, dict) else 'a list'} ({len(value)} entries)"
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+# --- files on disk ---
+
+
+@contextmanager
+def _part(path: Path, data: bytes) -> Iterator[Path]:
+    """A finished file beside its destination, to be moved there in one step; gone afterwards if it was not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, data: bytes) -> Path:
+    with _part(path, data) as part:
+        while True:
+            free = free_path(path)
+            try:
+                os.link(part, free)  # unlike a rename, fails if another process was faster
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without links
+                part.replace(free)
+            return free
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        if path.stat().st_size > _PICTURE_LIMIT:
+            raise FileError(f"{path} is larger than {_PICTURE_LIMIT} bytes; that is no picture of lora-compose")
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > _PIXEL_LIMIT:
+                raise FileError(
+                    f"{path} has {image.width} x {image.height} pixels, too many for a picture of lora-compose"
+                )
+            yield image
+    except FileNotFoundError as error:
+        raise FileError(f"there is no file {str(path)!r}") from error
+    except FileError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise FileError(f"{path} is not a readable PNG (another format, truncated or damaged?): {error}") from error

@@ -1,0 +1,329 @@
+"""From a run to a picture, in one way for all: `open_model`, then `make`."""
+
+import inspect
+import logging
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers.schedulers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
+
+from compose import __version__
+from compose.assets import playground_lora, playground_model
+from compose.files import PLAYGROUND, Machine, Record, is_hub_name
+from pipelines.base import ComposePipeline
+from pipelines.engine import Engine, LoadedConcept
+from pipelines.methods import METHODS, Process, Settings, make_method
+from pipelines.scene import Concept, Run, Scene
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "diffusers", "transformers")
+
+_DEVICES = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
+
+
+class ModelError(ValueError):
+    """A model that cannot be opened; the message says why and what was expected."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture and how it was made."""
+
+    image: Image.Image
+    record: Record
+
+
+def open_model(run: Run) -> Any:
+    """Opens the model of a run: weights from safetensors only, in the run's precision, on the run's device.
+
+    Returns:
+        A pipeline for `make`.
+
+    Raises:
+        ModelError: If there is no such model, it is of another kind, or it has pickled weights only.
+        ValueError: If the device, method, settings or scheduler are unknown, before anything is opened.
+    """
+    if run.method is not None:
+        make_method(run.method, run.settings)
+    if run.scheduler is not None:
+        scheduler_class(run.scheduler)
+    device, dtype = choose_device(run.device), getattr(torch, run.dtype)
+    source = _model_source(run.model)
+    try:
+        if source.is_file():
+            pipe = ComposePipeline.from_single_file(source, dtype=dtype)
+        else:
+            # A path would turn the slash of a hub name around on Windows.
+            name = str(source) if source.is_dir() else run.model
+            pipe = ComposePipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # model files come from strangers, and libraries raise whatever they meet
+        reason = str(error).strip() or type(error).__name__
+        raise ModelError(f"the model {run.model!r} cannot be opened: {reason[:600]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
+    """Turns a run into a picture. The same run on the same machine gives the same bits.
+
+    The concepts stay loaded in the pipeline, so that the next run with them does not read their files again.
+
+    Args:
+        pipe: What `open_model` gave for this run, or for one that differs only in scene, method, scheduler, steps,
+            guidance or seed.
+        run: What to make.
+        on_progress: Called after every step with the share that is done, up to 1.
+
+    Returns:
+        The picture, and its record with the method, scheduler and device that were used.
+
+    Raises:
+        ValueError: For anything that does not fit together, before any work is done.
+    """
+    with _prepared(pipe, run) as (loaded, settings, arguments):
+        record = Record(
+            run=_as_used(pipe, run, settings), versions=versions(), sha256=_hashes(loaded), machine=machine(pipe.device)
+        )
+        output = pipe(
+            **arguments,
+            generator=torch.Generator().manual_seed(run.seed),
+            callback_on_step_end=_callback(on_progress) if on_progress else None,
+        )
+    if (output.nsfw_content_detected or [False])[0]:
+        logger.warning("the safety checker of the model has replaced the picture of seed %d by a black one", run.seed)
+    return Made(output.images[0], record)
+
+
+def rehearse(pipe: Any, run: Run) -> None:
+    """Does what `make` does until the first denoising step, without it.
+
+    Raises:
+        ValueError: Whatever `make` would raise.
+    """
+    with _prepared(pipe, run) as (loaded, settings, arguments):
+        if not loaded:
+            return
+        try:
+            pipe(**{**arguments, "method": _Rehearsal(settings)})
+        except _Rehearsed:
+            return
+
+
+def load(pipe: Any, concept: Concept) -> LoadedConcept:
+    """Loads a concept's LoRA into a pipeline, unless it is there already.
+
+    Raises:
+        ValueError: If there is no such LoRA, or it does not fit the model.
+    """
+    if concept.lora is not None:
+        concept = concept.model_copy(update={"lora": lora_source(concept.lora)})
+        known = pipe.concepts.get(concept.name)
+        if known is not None and known.lora != concept.lora:
+            pipe.unload_concept(concept.name)
+        if known is None or known.lora != concept.lora:
+            pipe.load_concept(concept.lora, name=concept.name)
+    return pipe.resolve_concepts([concept])[0]
+
+
+def lora_source(source: str) -> str:
+    """What a concept's `lora` names: the file behind `playground:NAME`, everything else as it is."""
+    name = source.removeprefix(f"{PLAYGROUND}:")
+    return source if name == source else str(playground_lora(name))
+
+
+def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
+    """Width and height of a scene's pictures in pixels; what the scene leaves open is the model's own."""
+    # Both are always said: diffusers alone takes the model's own for both where one is missing.
+    sample = pipe.unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    scale = pipe.vae_scale_factor
+    return scene.width or width * scale, scene.height or height * scale
+
+
+def resolve_settings(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Settings | None:
+    """The settings of a run's method; without a method one is chosen, and the log says why. None without concepts.
+
+    Raises:
+        ValueError: For unknown methods and settings, and for settings without a method.
+    """
+    if run.settings and run.method is None:
+        raise ValueError(f"the settings {', '.join(run.settings)} need a method; there are {', '.join(METHODS)}")
+    if not loaded:
+        if run.method is not None:
+            raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
+        return None
+    return pipe.resolve_method(None, loaded) if run.method is None else make_method(run.method, run.settings)
+
+
+def choose_device(name: str | None) -> str:
+    """A device that is there; None chooses an accelerator if there is one.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    there = devices()
+    if name is None:
+        return there[0]
+    if not _DEVICES.fullmatch(name):
+        raise ValueError(f"unknown device {name!r}; expected cpu, cuda, cuda:0, mps or xpu")
+    if name not in there:
+        raise ValueError(f"the device {name!r} is not there; there are {', '.join(there)}")
+    return name
+
+
+def devices() -> list[str]:
+    """The devices of this machine, the fastest first."""
+    there = []
+    for kind in ("cuda", "xpu"):
+        module = getattr(torch, kind)
+        if module.is_available():
+            there += [kind, *(f"{kind}:{number}" for number in range(module.device_count()))]
+    return [*there, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def scheduler_names() -> list[str]:
+    """The schedulers that a run may name."""
+    return sorted(name for name in dir(diffusers.schedulers) if _is_scheduler(getattr(diffusers.schedulers, name)))
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler of that class name.
+
+    Raises:
+        ValueError: If there is none; the message names those that are spelled alike.
+    """
+    names = scheduler_names()
+    if name not in names:
+        near = get_close_matches(name, names, n=5, cutoff=0.4) or names
+        raise ValueError(f"unknown scheduler {name!r}; did you mean one of {', '.join(near)}?")
+    return getattr(diffusers.schedulers, name)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a picture may depend on, by package."""
+    ours = {"lora-compose": __version__, "python": platform.python_version()}
+    return {**ours, **{name: version(name) for name in PACKAGES}}
+
+
+def machine(device: torch.device | str) -> Machine:
+    """The facts about a device that a picture may depend on."""
+    device = torch.device(device)
+    if device.type in ("cuda", "xpu"):
+        name = getattr(torch, device.type).get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return Machine(device=str(device), name=name, threads=torch.get_num_threads())
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """So many threads on the CPU inside this block, if there are as many processors; bits depend on their number."""
+    before = torch.get_num_threads()
+    if number <= (os.cpu_count() or 1):
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Rehearsal:
+    """A method that starts, and then goes no further."""
+
+    settings: Settings | None
+
+    def start(self, engine: Engine) -> Process:
+        if self.settings is not None:
+            self.settings.start(engine)
+        raise _Rehearsed
+
+
+class _Rehearsed(Exception):  # noqa: N818 (nothing has gone wrong)
+    pass
+
+
+@contextmanager
+def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settings | None, dict[str, Any]]]:
+    """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
+    if pipe.unet.dtype != getattr(torch, run.dtype):
+        raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.unet.dtype}; open it again")
+    loaded = [load(pipe, concept) for concept in run.scene.concepts]
+    settings = resolve_settings(pipe, run, loaded)
+    before = pipe.scheduler
+    kind = type(before) if run.scheduler is None else scheduler_class(run.scheduler)
+    scheduler = kind.from_config(before.config)  # a new one, so that nothing of another run is left in it
+    arguments = {
+        "prompt": run.scene.prompt,
+        "negative_prompt": run.scene.negative_prompt,
+        **dict(zip(("width", "height"), size_of(pipe, run.scene), strict=True)),
+        "num_inference_steps": run.steps,
+        "guidance_scale": run.guidance_scale,
+        "concepts": [concept.concept for concept in loaded],
+        "method": settings,
+    }
+    pipe.scheduler = scheduler
+    try:
+        yield loaded, settings, arguments
+    finally:
+        pipe.scheduler = before
+
+
+def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
+    used = {"scheduler": type(pipe.scheduler).__name__, "device": str(pipe.device)}
+    if settings is not None:
+        used["method"] = next(name for name, kind in METHODS.items() if type(settings) is kind)
+    return run.model_copy(update=used)
+
+
+def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, str]:
+    return {found.concept.name: found.file.sha256 for found in loaded if found.file is not None}
+
+
+def _callback(on_progress: Callable[[float], None]) -> Callable[..., dict]:
+    def tell(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        on_progress((step + 1) / pipe.num_timesteps)
+        return {}
+
+    return tell
+
+
+def _model_source(model: str) -> Path:
+    if model == PLAYGROUND:
+        return playground_model()
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix.lower() != ".safetensors":
+        raise ModelError(f"{model!r}: a model in one file must be .safetensors; a pickle could run code when opened")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ModelError(f"the folder {model!r} has no model_index.json; expected a model as diffusers saves it")
+    if not path.exists() and not is_hub_name(model):
+        raise ModelError(
+            f"there is no model {model!r}; expected {PLAYGROUND}, a folder as diffusers saves it, a .safetensors file, "
+            "or a hub repository such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    return path
+
+
+def _is_scheduler(kind: Any) -> bool:
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and hasattr(kind, "step")):
+        return False
+    # Those for flows, audio, inpainting and the like have another interface than Stable Diffusion's loop.
+    parameters = inspect.signature(getattr(kind, "step")).parameters.values()  # noqa: B009 (not in the mixin's type)
+    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    return needed[1:] == ["model_output", "timestep", "sample"] and all(
+        hasattr(kind, name) for name in ("scale_model_input", "set_timesteps", "add_noise", "order")
+    )

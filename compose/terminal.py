@@ -1,0 +1,100 @@
+"""What the commands share: saying things, progress, and errors without tracebacks."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+out = Console(highlight=False, emoji=False)
+err = Console(highlight=False, emoji=False, stderr=True)
+
+BAD_INPUT, FAILED = 2, 1
+
+
+def plain(text: object) -> str:
+    """Text as one may show it: characters that steer a terminal or reverse the writing are spelled out.
+
+    Names and prompts are the user's data, and those in pictures a stranger's.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def say(*words: object, style: str | None = None, to: Console = out) -> None:
+    """Prints text as it is, without markup and without breaking lines."""
+    to.print(plain(" ".join(map(str, words))), style=style, markup=False, soft_wrap=True)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        label = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        say(f"{label}{record.getMessage()}", style="yellow" if label else "dim", to=err)
+
+
+@contextmanager
+def logged(level: int) -> Iterator[None]:
+    """Shows what our own packages log, and keeps the bars of the libraries below away."""
+    loggers = [logging.getLogger(name) for name in ("attention", "pipelines", "compose")]
+    handler, levels = _Handler(), [logger.level for logger in loggers]
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    handler.setLevel(level)
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(before)
+
+
+@contextmanager
+def bar(text: str, pictures: int) -> Iterator[Callable[[float], None]]:
+    """A progress bar with the time left; what it yields takes the number of pictures done, fractions included."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
+        task = progress.add_task(plain(text), total=pictures)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Makes a command answer mistakes with a message and exit code 2, failures with a message and exit code 1.
+
+    Args:
+        level: From which level on the log is shown.
+    """
+
+    def decorate(command: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(command)
+        def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            try:
+                with logged(level):
+                    return command(*args, **kwargs)
+            except ValueError as error:
+                raise _ended("error", error, BAD_INPUT) from error
+            except torch.OutOfMemoryError as error:
+                hint = "use a smaller --width and --height, --dtype float16, or --device cpu"
+                raise _ended("out of memory", f"{str(error).splitlines()[0]}\n{hint}", FAILED) from error
+            except OSError as error:
+                raise _ended("failed", error, FAILED) from error
+
+        return wrapped
+
+    return decorate
+
+
+def _ended(label: str, message: Any, code: int) -> typer.Exit:
+    say(f"{label}: {message}", style="red", to=err)
+    return typer.Exit(code)

@@ -1,0 +1,126 @@
+"""Small real components for the tests: `from components import sd_unet`. Everything runs offline on the CPU."""
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from attention import Lora, LoraFactors
+from compose.assets import playground_model
+from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+EVERYTHING = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv", "conv_shortcut",
+              "time_emb_proj", "conv_in", "conv_out", "time_embedding.linear_1")  # fmt: skip
+
+
+def sd_unet(**changes: Any) -> UNet2DConditionModel:
+    """SD1.5's block structure (three attention levels of two layers, convolutional projections) with few channels."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16, 16, 16),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "layers_per_block": 2,
+        "cross_attention_dim": 24,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**config | changes).eval()
+
+
+def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
+    """SDXL's block structure (0, 2 and 10 transformer layers, linear projections, added conditions), few channels."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "layers_per_block": 2,
+        "cross_attention_dim": 24,
+        "attention_head_dim": (2, 4, 8),
+        "use_linear_projection": True,
+        "norm_num_groups": 4,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 12,
+    }
+    return UNet2DConditionModel(**config | changes).eval()
+
+
+def random_lora(
+    model: nn.Module,
+    seed: int,
+    *,
+    rank: int = 3,
+    scale: float = 1.0,
+    targets: tuple[str, ...] = ATTENTION,
+    size: float = 0.3,
+) -> Lora:
+    """Factors for every layer whose name ends with one of the targets; the delta is far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d) or not any(f".{name}".endswith(f".{t}") for t in targets):
+            continue
+        out, *inputs = module.weight.shape
+        up_shape = (out, rank, 1, 1) if isinstance(module, nn.Conv2d) else (out, rank)
+        down = torch.randn(rank, *inputs, generator=generator) * size
+        factors[name] = LoraFactors(down, torch.randn(up_shape, generator=generator) * size, scale)
+    return factors
+
+
+def small_pipeline(cls: type = ComposeStableDiffusionPipeline, unet: UNet2DConditionModel | None = None) -> Any:
+    """A Stable Diffusion pipeline of small real components with the playground's tokenizer (32 tokens)."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vae: dict[str, Any] = {
+        "block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4, "norm_num_groups": 4, "sample_size": 128,
+    }  # fmt: skip
+    return cls(
+        vae=AutoencoderKL(**vae).eval(),
+        text_encoder=CLIPTextModel(text).eval(),
+        tokenizer=tokenizer,
+        unet=unet or sd_unet(),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def unet_inputs(
+    unet: UNet2DConditionModel, *, rows: int = 2, grid: tuple[int, int] = (16, 16), tokens: int = 7, seed: int = 0
+) -> dict[str, Any]:
+    """Random inputs for a whole UNet pass, as keyword arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = unet.config
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(rows, config.in_channels, *grid, generator=generator),
+        "timestep": torch.tensor(321),
+        "encoder_hidden_states": torch.randn(rows, tokens, config.cross_attention_dim, generator=generator),
+        "return_dict": False,
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        time_ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]]).repeat(rows, 1)
+        text = torch.randn(rows, pooled, generator=generator)
+        inputs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": time_ids}
+    return inputs

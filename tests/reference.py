@@ -1,0 +1,129 @@
+"""A slow reference for gated LoRA, written from its formula: y = W x + b + sum over concepts of gate_i * (D_i x).
+
+D_i = scale * up @ down is dense, concepts are looped over, gates are full size, and everything happens in forward hooks
+on a copy of a plain UNet. Which gate rules a layer follows from its name and from the shape of its actual output.
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attention import Gates, Lora, LoraFactors
+
+Style = Literal["constant", "rows", "tokens", "pixels", "everything"]
+STYLES: tuple[Style, ...] = ("constant", "rows", "tokens", "pixels", "everything")
+
+
+@dataclass(frozen=True)
+class FullGates:
+    """Gates without broadcasting.
+
+    Attributes:
+        text: Shape: [rows, tokens, concepts].
+        image: By height and width of a feature map. Shape: [rows, height, width, concepts].
+        row: Shape: [rows, concepts].
+    """
+
+    text: Tensor
+    image: Mapping[tuple[int, int], Tensor]
+    row: Tensor
+
+    def of_image(self, cells: int) -> Tensor:
+        """The gate of the one grid with so many cells. Shape: [rows, cells, concepts]."""
+        (found,) = [gate for (height, width), gate in self.image.items() if height * width == cells]
+        return found.flatten(1, 2)
+
+
+def random_gates(
+    style: Style, *, rows: int, tokens: int, concepts: int, latent_grid: tuple[int, int], seed: int = 0, levels: int = 4
+) -> tuple[Gates, FullGates]:
+    """The same random gates twice: broadcast as far as the style allows, and full size for the reference."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, concepts, generator=generator) * 2.5 - 1
+
+    gate_rows = rows if style in ("rows", "everything") else 1
+    text = draw(gate_rows, tokens if style in ("tokens", "everything") else 1)
+    row = draw(gate_rows)
+    image, full = {}, {}
+    for level in range(levels):
+        height, width = (math.ceil(side / 2**level) for side in latent_grid)
+        cells = height * width if style in ("pixels", "everything") else 1
+        image[level] = draw(gate_rows, cells)
+        full[height, width] = image[level].expand(rows, height * width, concepts).unflatten(1, (height, width))
+    gates = Gates(text, image, row, latent_grid)
+    return gates, FullGates(text.expand(rows, tokens, concepts), full, row.expand(rows, concepts))
+
+
+def constant_gates(
+    weights: Sequence[float],
+    *,
+    rows: int = 2,
+    tokens: int = 7,
+    latent_grid: tuple[int, int] = (16, 16),
+    levels: int = 4,
+) -> tuple[Gates, FullGates]:
+    """Every concept has its weight everywhere; twice, as `random_gates`."""
+    gate = torch.tensor(weights)
+    gates = Gates(gate[None, None], dict.fromkeys(range(levels), gate[None, None]), gate[None], latent_grid)
+    full = {}
+    for level in range(levels):
+        height, width = (math.ceil(side / 2**level) for side in latent_grid)
+        full[height, width] = gate.expand(rows, height, width, -1)
+    return gates, FullGates(gate.expand(rows, tokens, -1), full, gate.expand(rows, -1))
+
+
+def dense(factors: LoraFactors) -> Tensor:
+    """scale * up @ down in the shape of the layer's weight."""
+    product = torch.einsum("or,r...->o...", factors.up.flatten(1), factors.down)
+    return factors.scale * product
+
+
+def with_reference(model: nn.Module, loras: Sequence[Lora], gates: FullGates) -> Any:
+    """A copy of a plain model that computes the gated sum of all LoRAs."""
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        deltas = [(concept, dense(lora[name])) for concept, lora in enumerate(loras) if name in lora]
+        if deltas:
+            module.register_forward_hook(_Hook(name, deltas, gates))
+    return model
+
+
+@dataclass(frozen=True)
+class _Hook:
+    name: str
+    deltas: Sequence[tuple[int, Tensor]]
+    gates: FullGates
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        layer = getattr(module, "base_layer", module)
+        total = out.clone()
+        for concept, delta in self.deltas:
+            delta = delta.to(out.dtype)
+            if isinstance(layer, nn.Conv2d):
+                change = F.conv2d(inputs[0], delta, None, layer.stride, layer.padding, layer.dilation)
+            else:
+                change = F.linear(inputs[0], delta)
+            total = total + change * self._gate(out, concept).to(out.dtype)
+        return total
+
+    def _gate(self, out: Tensor, concept: int) -> Tensor:
+        if out.ndim == 4:
+            return self.gates.image[out.shape[2], out.shape[3]][:, None, :, :, concept]
+        if out.ndim == 2:
+            return self.gates.row[:, None, concept]
+        if self.name.endswith(("attn2.to_k", "attn2.to_v")):
+            return self.gates.text[:, :, None, concept]
+        return self.gates.of_image(out.shape[1])[:, :, None, concept]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest deviation, as a share of the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,620 @@
+"""The command line on the playground, with few steps."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from typer.testing import CliRunner
+
+from compose import Concept, Run, Scene, __version__
+from compose import cli as cli_module
+from compose.assets import playground_lora, playground_model
+from compose.cli import app, parse_concept, parse_settings
+from compose.files import read_pixels, read_record
+from compose.models import choose_device, devices, make, open_model, scheduler_names
+from compose.replay import difference
+
+PROMPT = "a xlo bear and a qrt robot on grass"
+BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
+ROBOT = "path=playground:robot-tara,trigger=qrt,class=robot"
+PAIR = ["--prompt", PROMPT, "--concept", BEAR, "--concept", ROBOT]
+SCENES = Path(__file__).resolve().parents[1] / "assets/scenes"
+
+# Every way of making a picture that the command line has: what differs from `run playground --steps 2`.
+WAYS = {
+    "chosen": [*PAIR],
+    "merge": [*PAIR, "--method", "merge", "--seed", "5"],
+    "tara": [*PAIR, "--method", "tara", "--set", "cfg_mask=broadcast", "--seed", "7"],
+    "regional": [
+        "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:64:128", "--concept", f"{ROBOT},region=64:0:128:128,weight=0.7",
+        "--method", "regional", "--set", "token_mask=false",
+    ],
+    "plain": ["--prompt", "a red cat on grass"],
+    "scene": ["--scene", str(SCENES / "cat-dog.yaml"), "--prompt", "a zwx dog and a sks cat in snow"],
+    "ancestral": [*PAIR, "--scheduler", "EulerAncestralDiscreteScheduler", "--seed", str(2**63 - 1)],
+    "second order": [*PAIR, "--scheduler", "HeunDiscreteScheduler"],
+    "multistep": [*PAIR, "--scheduler", "DPMSolverMultistepScheduler", "--guidance", "1"],
+    "size and words": [*PAIR, "--width", "192", "--height", "128", "--negative-prompt", "a tree", "--dtype", "bfloat16"],
+}  # fmt: skip
+
+
+# numpy about a line of diffusers' schedulers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def call(*arguments: object, code: int = 0) -> Any:
+    """Runs a command and checks its exit code, and that no traceback is shown."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, arguments in WAYS.items():
+        call("run", "playground", "--steps", 2, "--out", folder / name, *arguments)
+    return {name: next((folder / name).glob("*.png")) for name in WAYS}
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """A picture whose LoRA is a file in `tmp_path/loras`."""
+    (tmp_path / "loras").mkdir()
+    lora = shutil.copy(playground_lora("bear"), tmp_path / "loras/my,bear.safetensors")
+    arguments = ["--prompt", "a xlo bear", "--concept", f"path={lora},trigger=xlo,class=bear", "--steps", 2]
+    call("run", "playground", *arguments, "--out", tmp_path)
+    return tmp_path / "0.png"
+
+
+def edited(picture: Path, to: Path, change: Callable[[dict], None]) -> Path:
+    """The same picture with another record."""
+    with Image.open(picture) as image:
+        data = json.loads(image.info["lora-compose"])
+        change(data)
+        info = PngInfo()
+        info.add_text("lora-compose", json.dumps(data))
+        image.save(to, pnginfo=info)
+    return to
+
+
+# --- run ---
+
+
+def test_a_run_says_where_the_pictures_are_and_why_the_method(tmp_path: Path) -> None:
+    result = call("run", "playground", "--steps", 1, *PAIR, "--seed", 3, "--seed", 4, "--seed", 3, "--out", tmp_path)
+    assert result.stdout.split("\n") == [str(tmp_path / name) for name in ("3.png", "4.png", "sheet.png")] + [""]
+    assert "method: tara, because" in result.stderr
+    assert listed(tmp_path) == ["3.png", "4.png", "sheet.png"]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 2 * 256
+
+
+def test_pictures_of_earlier_runs_stay(tmp_path: Path) -> None:
+    for _ in range(2):
+        call("run", "playground", "--steps", 1, "--prompt", "a cat", "--out", tmp_path / "new/folder")
+    first, second = (tmp_path / "new/folder" / name for name in ("0.png", "0-2.png"))
+    assert listed(tmp_path / "new/folder") == ["0-2.png", "0.png"]
+    assert difference(read_pixels(first), read_pixels(second)) is None
+
+
+def test_the_record_says_what_was_used(pictures: dict[str, Path]) -> None:
+    record = read_record(pictures["regional"])
+    assert (record.run.method, record.run.settings) == ("regional", {"token_mask": False})
+    assert (record.run.scheduler, record.run.device, record.run.steps) == ("DDIMScheduler", devices()[0], 2)
+    assert record.run.scene.concepts[1].region == (64, 0, 128, 128)
+    assert record.run.scene.concepts[1].weight == 0.7
+    assert record.run.scene.concepts[1].lora == "playground:robot-tara"
+    assert record.versions.keys() == {"lora-compose", "python", "torch", "diffusers", "transformers"}
+    assert record.versions["torch"] == torch.__version__
+    assert all(re.fullmatch("[0-9a-f]{64}", sha) for sha in record.sha256.values())
+    assert record.sha256.keys() == {"bear-tara", "robot-tara"}
+    assert record.machine.threads == torch.get_num_threads()
+    assert read_record(pictures["chosen"]).run.method == "tara"
+    assert read_record(pictures["plain"]).run.method is None
+
+
+def test_options_win_over_the_scene_file(pictures: dict[str, Path]) -> None:
+    scene = read_record(pictures["scene"]).run.scene
+    assert scene.prompt == "a zwx dog and a sks cat in snow"
+    assert [concept.name for concept in scene.concepts] == ["cat", "dog"]
+
+
+def test_a_seed_gives_what_the_pipeline_gives(playground: Any, pictures: dict[str, Path]) -> None:
+    playground.load_concept(playground_lora("bear-tara"), name="bear-tara")
+    playground.load_concept(playground_lora("robot-tara"), name="robot-tara")
+    image = playground(
+        PROMPT, concepts=["bear-tara", "robot-tara"], method="merge", num_inference_steps=2, guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    assert difference(image, read_pixels(pictures["merge"])) is None
+
+
+def test_text_is_shown_and_kept_as_it_is(tmp_path: Path) -> None:
+    prompt = "a xlo bear [red]:smile:[/] [/nope] \x1b[31m"
+    concept = f"{BEAR},name=[bold]b\x1b[2J"
+    call("run", "playground", "--steps", 1, "--prompt", prompt, "--concept", concept, "--out", tmp_path / "[a] :cat:")
+    record = read_record(tmp_path / "[a] :cat:" / "0.png")
+    assert record.run.scene.prompt == prompt
+    assert record.run.scene.concepts[0].name == "[bold]b\x1b[2J"
+    result = call("replay", tmp_path / "[a] :cat:" / "0.png")
+    assert "a xlo bear [red]:smile:[/] [/nope] \\x1b[31m" in result.output
+    assert "\x1b[31m" not in result.output
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "..", "a/b", "C:\\evil"])
+def test_names_lead_to_no_files(tmp_path: Path, name: str) -> None:
+    call(
+        "run",
+        "playground",
+        "--steps",
+        1,
+        "--prompt",
+        "a xlo bear",
+        "--concept",
+        f"{BEAR},name={name}",
+        "--out",
+        tmp_path / "o/p",
+    )
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["o", "o/p", "o/p/0.png"]
+
+
+MISTAKES = {
+    "no prompt": (["playground"], "Give --prompt TEXT or --scene FILE"),
+    "no model": (["nowhere", "--prompt", "a"], "there is no model 'nowhere'; expected playground, a folder"),
+    "no hub": (["someone/nothing-here", "--prompt", "a"], "the model 'someone/nothing-here' cannot be opened"),
+    "unknown method": (["playground", *PAIR, "--method", "blend"], "unknown method 'blend'; there are merge, tara"),
+    "unknown setting": (["playground", *PAIR, "--method", "tara", "--set", "cfg=1"], "tara has no settings ['cfg']; it has cfg_mask"),
+    "wrong setting": (["playground", *PAIR, "--method", "tara", "--set", "cfg_mask=x"], "cfg_mask must be one of cond_only, broadcast"),
+    "settings alone": (["playground", *PAIR, "--set", "cfg_mask=broadcast"], "the settings cfg_mask need a method"),
+    "no equals": (["playground", *PAIR, "--method", "tara", "--set", "cfg_mask"], "--set cfg_mask: expected NAME=VALUE"),
+    "method alone": (["playground", "--prompt", "a", "--method", "tara"], "the method tara needs concepts"),
+    "scheduler": (["playground", "--prompt", "a", "--scheduler", "EulerScheduler"], "unknown scheduler 'EulerScheduler'; did you mean one of"),
+    "no scheduler": (["playground", "--prompt", "a", "--scheduler", "os"], "unknown scheduler 'os'"),
+    "dtype": (["playground", "--prompt", "a", "--dtype", "fp16"], "dtype: expected text that should match pattern"),
+    "device": (["playground", "--prompt", "a", "--device", "toaster"], "unknown device 'toaster'; expected cpu, cuda"),
+    "no device": (["playground", "--prompt", "a", "--device", "cuda:77"], "the device 'cuda:77' is not there; there are"),
+    "odd size": (["playground", "--prompt", "a", "--width", "100"], "divisible by 8"),
+    "no size": (["playground", "--prompt", "a", "--width", "0"], "width: expected greater than 0"),
+    "region outside": (["playground", "--prompt", "a xlo", "--concept", f"{BEAR},region=0:0:256:8"], "leaves the canvas of 128 x 128"),
+    "no lora": (["playground", "--prompt", "a", "--concept", "path=[b]x.safetensors"], "there is no file '[b]x.safetensors'"),
+    "no playground lora": (["playground", "--prompt", "a", "--concept", "path=playground:../cat"], "has no LoRA '../cat'; it has: bear"),
+    "no trigger": (["playground", "--prompt", "a bear", "--concept", BEAR], "the trigger 'xlo' of concept 'bear-tara' is not in the"),
+    "twice": (["playground", "--prompt", "a xlo", "--concept", BEAR, "--concept", BEAR], "'bear-tara' stands twice"),
+    "both": (["playground", "--scene", SCENES / "cat-dog.yaml", "--concept", BEAR], "in the scene file or with --concept, not both"),
+    "no scene": (["playground", "--scene", "none.yaml"], "none.yaml cannot be read: No such file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
+    arguments, message = MISTAKES[name]
+    result = call("run", *arguments, "--steps", 1, "--out", tmp_path / "out", code=2)
+    assert message in flat(result.stderr)
+    assert result.stderr.count("error:") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected path, name, trigger, class, weight, region"),
+        ("cat.safetensors", "'cat.safetensors' is no field of a concept"),
+        ("path=a.safetensors,wieght=2", "'wieght' is no field of a concept"),
+        ("trigger=sks", "path is missing"),
+        ("path=", "path is missing"),
+        ("path=a.safetensors,path=b.safetensors", "path is given twice"),
+        ("path=a.safetensors,weight=much", "weight: expected a valid number"),
+        ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
+        ("path=a.safetensors,region=1:2:3", "region is left:top:right:bottom in whole pixels, not '1:2:3'"),
+        ("path=a.safetensors,region=9:0:3:4", "0 <= left < right"),
+    ],
+)
+def test_concepts_that_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match="--concept") as caught:
+        parse_concept(text)
+    assert message in str(caught.value)
+
+
+def test_concepts_as_they_are_written() -> None:
+    concept = parse_concept("path=loras/a,b.safetensors, trigger=<s1> <s2>,class=big cat,weight=-0.5,region=0:8:64:128")
+    assert concept == Concept(
+        name="a,b",
+        lora="loras/a,b.safetensors",
+        trigger="<s1> <s2>",
+        class_word="big cat",
+        weight=-0.5,
+        region=(0, 8, 64, 128),
+    )
+    assert parse_concept("path=playground:cat-tara").name == "cat-tara"
+    assert parse_concept("path=user/my-cat,name=cat") == Concept(name="cat", lora="user/my-cat")
+
+
+def test_settings_as_they_are_written() -> None:
+    assert parse_settings(["a=1", "b = two", "c=x=y", "d=false"]) == {"a": 1, "b": "two", "c": "x=y", "d": False}
+    with pytest.raises(ValueError, match="a is given twice"):
+        parse_settings(["a=1", "a=2"])
+
+
+def test_failures_that_are_nobodys_mistake_end_with_1(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = call("run", "playground", "--steps", 1, "--prompt", "a", "--out", tmp_path / "file", code=1)
+    assert "failed: " in result.stderr
+
+
+def test_a_full_memory_is_answered_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 40 GiB\nmore")
+
+    monkeypatch.setattr(cli_module, "make", full)
+    result = call("run", "playground", "--prompt", "a", "--out", tmp_path, code=1)
+    assert "out of memory: tried to allocate 40 GiB\nuse a smaller --width" in result.stderr
+
+
+def test_what_was_made_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(pipe: Any, run: Run, *rest: Any) -> Any:
+        if run.seed == 2:
+            raise KeyboardInterrupt
+        return make(pipe, run, *rest)
+
+    monkeypatch.setattr(cli_module, "make", once)
+    seeds = ["--seed", "1", "--seed", "2"]
+    result = CliRunner().invoke(
+        app, ["run", "playground", "--steps", "1", "--prompt", "a", *seeds, "--out", str(tmp_path)]
+    )
+    assert result.exit_code != 0
+    assert listed(tmp_path) == ["1.png"]
+    assert read_record(tmp_path / "1.png").run.seed == 1
+
+
+# --- replay ---
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_replay_is_identical(pictures: dict[str, Path], name: str) -> None:
+    result = call("replay", pictures[name])
+    assert result.stdout.splitlines()[-1] == "identical: every pixel is the same"
+    assert "changed" not in result.output
+
+
+def test_replay_can_write_the_new_picture(pictures: dict[str, Path], tmp_path: Path) -> None:
+    call("replay", pictures["merge"], "--out", tmp_path / "again.png")
+    again, before = read_record(tmp_path / "again.png"), read_record(pictures["merge"])
+    assert again == before
+    call("replay", pictures["merge"], "--out", tmp_path / "again.png")
+    assert listed(tmp_path) == ["again-2.png", "again.png"]
+
+
+def test_replay_without_out_writes_nothing(
+    pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call("replay", pictures["plain"])
+    assert listed(tmp_path) == []
+
+
+def test_replay_says_how_different_an_edited_picture_is(pictures: dict[str, Path], tmp_path: Path) -> None:
+    with Image.open(pictures["plain"]) as image:
+        info = PngInfo()
+        info.add_text("lora-compose", image.info["lora-compose"])
+        image.paste("red", (0, 0, 2, 3))
+        image.save(tmp_path / "edited.png", pnginfo=info)
+        image.resize((64, 64)).save(tmp_path / "small.png", pnginfo=info)
+    assert "different: 6 pixels differ (0.0366 %), by at most" in call("replay", tmp_path / "edited.png", code=1).output
+    assert "the sizes differ: 64 x 64 and 128 x 128" in call("replay", tmp_path / "small.png", code=1).output
+
+
+def test_loras_that_have_moved_are_found_by_content(moved: Path, tmp_path: Path) -> None:
+    sha = read_record(moved).sha256["my,bear"]
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "loras/my,bear.safetensors").rename(tmp_path / "elsewhere/deep/other name.safetensors")
+    result = call("replay", moved, code=2)
+    assert f"loras/my,bear.safetensors, SHA-256 {sha}" in result.stderr
+    assert "--loras FOLDER" in result.stderr
+    assert "identical" in call("replay", moved, "--loras", tmp_path / "elsewhere").output
+    (tmp_path / "empty").mkdir()
+    assert f"nor below {tmp_path / 'empty'}" in call("replay", moved, "--loras", tmp_path / "empty", code=2).stderr
+    assert "there is no folder" in call("replay", moved, "--loras", tmp_path / "none", code=2).stderr
+
+
+def test_all_missing_loras_are_listed(pictures: dict[str, Path], tmp_path: Path) -> None:
+    def move(data: dict) -> None:
+        for concept in data["run"]["scene"]["concepts"]:
+            concept["lora"] = f"gone/{concept['name']}.safetensors"
+
+    result = call("replay", edited(pictures["tara"], tmp_path / "1.png", move), code=2)
+    assert "bear-tara.safetensors" in result.stderr
+    assert "robot-tara.safetensors" in result.stderr
+
+
+def test_a_lora_that_has_changed_is_told_and_the_right_one_preferred(moved: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    shutil.copy(tmp_path / "loras/my,bear.safetensors", tmp_path / "kept")
+    shutil.copy(playground_lora("robot"), tmp_path / "loras/my,bear.safetensors")
+    result = call("replay", moved, code=1)
+    assert "changed: LoRA of my,bear: was " in result.output
+    assert "different: " in result.output
+    assert "identical" in call("replay", moved, "--loras", tmp_path / "kept").output
+
+
+def test_other_versions_and_machines_are_told(pictures: dict[str, Path], tmp_path: Path) -> None:
+    def age(data: dict) -> None:
+        data["versions"]["torch"] = "1.0"
+        data["machine"] = {"device": "cuda:6", "name": "A fast one", "threads": 4096}
+        data["run"]["device"] = "cuda:6"
+
+    result = call("replay", edited(pictures["plain"], tmp_path / "1.png", age))
+    assert f"changed: torch: was 1.0, is {torch.__version__}" in result.output
+    assert f"changed: device: was cuda:6, is {devices()[0]}" in result.output
+    assert "changed: processor: was A fast one, is " in result.output
+    assert "changed: threads: was 4096, is " in result.output
+    assert "identical" in result.output
+
+
+def test_a_model_that_has_moved_can_be_named(pictures: dict[str, Path], tmp_path: Path) -> None:
+    def move(data: dict) -> None:
+        data["run"]["model"] = "/gone/model"
+
+    picture = edited(pictures["plain"], tmp_path / "1.png", move)
+    assert "there is no model '/gone/model'" in call("replay", picture, code=2).stderr
+    assert "identical" in call("replay", picture, "--model", playground_model()).output
+
+
+class _Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_strangers_picture_runs_no_code(pictures: dict[str, Path], tmp_path: Path) -> None:
+    trap, folder = tmp_path / "trapped", tmp_path / "model"
+    for name in ("lora.pt", "lora.safetensors", "model.ckpt"):
+        (tmp_path / name).write_bytes(pickle.dumps(_Payload(trap)))
+    shutil.copytree(playground_model(), folder)
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    (folder / "unet/diffusion_pytorch_model.bin").write_bytes(pickle.dumps(_Payload(trap)))
+
+    def lora(name: str) -> Callable[[dict], None]:
+        return lambda data: data["run"]["scene"]["concepts"][0].update(lora=str(tmp_path / name))
+
+    def model(name: str) -> Callable[[dict], None]:
+        return lambda data: data["run"].update(model=str(tmp_path / name))
+
+    for i, change in enumerate([lora("lora.pt"), lora("lora.safetensors"), model("model.ckpt"), model("model")]):
+        call("replay", edited(pictures["tara"], tmp_path / f"{i}.png", change), code=2)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: run.update(method="__import__"), "unknown method '__import__'"),
+        (lambda run: run.update(method="tara", settings={"self": 1}), "tara has no settings ['self']"),
+        (lambda run: run.update(scheduler="SchedulerMixin"), "unknown scheduler 'SchedulerMixin'"),
+        (lambda run: run.update(scheduler="logging"), "unknown scheduler 'logging'"),
+        (lambda run: run.update(device="meta"), None),
+        (lambda run: run.update(model="playground/../../secret"), "there is no model"),
+        (lambda run: run["scene"]["concepts"][0].update(lora="playground:../../x"), "not where they were"),
+        (lambda run: run["scene"]["concepts"][0].update(lora=None), "no file named"),
+    ],
+)
+def test_records_of_strangers_reach_only_what_is_meant(
+    pictures: dict[str, Path], tmp_path: Path, change: Callable[[dict], None], message: str | None
+) -> None:
+    def with_other_content(data: dict) -> None:
+        change(data["run"])
+        data["sha256"] = dict.fromkeys(data["sha256"], "0" * 64) if message and "file" in message else data["sha256"]
+
+    picture = edited(pictures["tara"], tmp_path / "1.png", with_other_content)
+    result = call("replay", picture, code=2 if message else 0)
+    assert (message or "identical") in flat(result.output)
+
+
+def test_pictures_without_a_record_are_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    assert "carries no record" in call("replay", tmp_path / "1.png", code=2).stderr
+    assert "there is no file" in call("replay", tmp_path / "2.png", code=2).stderr
+
+
+# --- check ---
+
+
+def test_check_says_what_matches_without_making_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_steps(*_: object, **__: object) -> None:
+        raise AssertionError("check must not denoise")
+
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.forward", no_steps)
+    text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20).stdout)
+    assert "2:xlo 3:bear 4:and 5:a 6:qrt 7:robot" in text
+    assert "trigger 'xlo' at token 2; class word 'bear' at token 3" in text
+    assert "trigger 'qrt' at token 6; class word 'robot' at token 7" in text
+    assert "unet layers, rank 16" in text
+    assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
+    assert text.count("because every concept was trained for it") == 1
+    assert "40 UNet rows (20 steps x 2 with guidance)" in text
+    assert text.endswith("no problems")
+    text = flat(call("check", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
+    assert "25 UNet rows (25 steps x 1 without guidance)" in text
+    assert "method merge" in text
+
+
+def test_check_lists_every_problem(tmp_path: Path) -> None:
+    (tmp_path / "pickle.pt").write_bytes(b"\x80\x04")
+    (tmp_path / "cut.safetensors").write_bytes(playground_lora("cat").read_bytes()[:5000])
+    (tmp_path / "scene.yaml").write_text(
+        "prompt: a xlo bear and a robot\nconcepts:\n"
+        "  - {name: one, lora: gone.safetensors, trigger: sks}\n"
+        "  - {name: two, lora: pickle.pt, trigger: xlo}\n"
+        "  - {name: three, lora: cut.safetensors}\n"
+        "  - {name: four, lora: 'playground:bear', trigger: xlo}\n"
+        "  - {name: five, lora: 'playground:robot', region: [0, 0, 512, 64]}\n"
+        "  - {name: six}\n"
+    )
+    result = call("check", tmp_path / "scene.yaml", "--method", "blend", code=2)
+    problems = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
+    expected = [
+        "gone.safetensors", "'sks' of concept 'one' is not in the prompt", "pickle.pt is a pickle", "cut.safetensors is no",
+        "share words", "the trigger 'qrt' of concept 'five'", "leaves the canvas of 128 x 128", "'six'", "unknown method 'blend'",
+    ]  # fmt: skip
+    for text in expected:
+        assert [problem for problem in problems if text in problem], (text, problems)
+    assert "no problems" not in result.stdout
+
+
+def test_check_finds_what_only_the_method_knows(tmp_path: Path) -> None:
+    (tmp_path / "scene.yaml").write_text("prompt: a xlo bear\nconcepts: [{name: bear, lora: 'playground:bear'}]\n")
+    result = call("check", tmp_path / "scene.yaml", "--method", "regional", code=2)
+    assert "problem: regional needs to know where the concepts are" in result.stdout
+
+
+def test_check_looks_at_the_loras_even_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "scene.yaml").write_text(
+        "prompt: a\nconcepts: [{name: a, lora: gone.safetensors}, {name: b, lora: 'playground:cat'}]\n"
+    )
+    result = call("check", tmp_path / "scene.yaml", "--model", "nowhere", code=2)
+    assert "problem: there is no model 'nowhere'" in result.stdout
+    assert "gone.safetensors" in result.stdout
+    assert "b: file  playground:cat, SHA-256" in result.stdout
+
+
+def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(playground_lora("bear"))
+    down, up = (f"unet.down_blocks.0.attentions.0.proj_in.lora_{side}.weight" for side in "AB")
+    tensors |= {key.replace("attentions.0", "attentions.9"): tensors[key].clone() for key in (down, up)}
+    save_file(tensors, tmp_path / "bear.safetensors")
+    (tmp_path / "scene.yaml").write_text(
+        "prompt: a xlo bear\nconcepts: [{name: bear, lora: bear.safetensors, trigger: xlo}]\n"
+    )
+    result = call("check", tmp_path / "scene.yaml", "--method", "merge")
+    assert re.search(r"bear: left out +1 keys: .*attentions\.9", result.stdout)
+
+
+def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
+    (tmp_path / "scene.yaml").write_text(f"prompt: {'a cat and ' * 12}\n")
+    assert "(the model reads 30 tokens; 6 more are cut off)" in call("check", tmp_path / "scene.yaml").stdout
+
+
+def test_check_reports_a_broken_scene_file(tmp_path: Path) -> None:
+    (tmp_path / "scene.yaml").write_text("prompt: a\nconcept: []\n")
+    assert "concept: there is no such field" in call("check", tmp_path / "scene.yaml", code=2).stderr
+
+
+# --- demo and the rest ---
+
+
+def test_the_demo_writes_a_sheet_and_pictures_that_replay(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    result = call("demo", "--steps", 1, "--seed", 4, "--out", tmp_path / "demo")
+    folder = tmp_path / "demo-2"
+    assert listed(tmp_path / "demo") == []
+    assert f"The sheet: {folder / 'sheet.png'}" in result.stdout
+    assert "no cure" in result.stdout
+    assert len(listed(folder)) == 3 * 5 + 1
+    with Image.open(folder / "sheet.png") as sheet:
+        assert sheet.width > 5 * 256
+        assert sheet.height > 3 * 256
+    merged, composed = (read_record(folder / f"cat-dog-{part}-4.png") for part in ("merge", "tara"))
+    assert [concept.lora for concept in merged.run.scene.concepts] == ["playground:cat", "playground:dog"]
+    assert [concept.lora for concept in composed.run.scene.concepts] == ["playground:cat-tara", "playground:dog-tara"]
+    assert read_record(folder / "cat-dog-second-4.png").run.scene.prompt == "a zwx dog on a white background"
+    assert "identical" in call("replay", folder / "car-rabbit-tara-4.png").output
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "check", "replay", "bench", "blind"])
+def test_every_command_explains_itself(command: str) -> None:
+    assert "Usage:" in call(command, "--help").output
+
+
+def test_unknown_commands_and_options_end_with_2() -> None:
+    call("dance", code=2)
+    call("run", "playground", "--prompt", "a", "--sedd", "1", code=2)
+    call("run", "playground", "--prompt", "a", "--seed", "-1", code=2)
+    call("run", "playground", "--prompt", "a", "--seed", 2**63, code=2)
+
+
+def test_version() -> None:
+    assert call("--version").stdout.strip() == f"lora-compose {__version__}"
+
+
+def test_it_is_a_module_too() -> None:
+    ran = subprocess.run([sys.executable, "-m", "compose", "--version"], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == f"lora-compose {__version__}"
+
+
+def test_nothing_is_left_on_the_logs(tmp_path: Path) -> None:
+    import logging
+
+    loggers = [logging.getLogger(name) for name in ("attention", "pipelines", "compose")]
+    before = [(list(logger.handlers), logger.level) for logger in loggers]
+    call("run", "nowhere", "--prompt", "a", code=2)
+    assert [(list(logger.handlers), logger.level) for logger in loggers] == before
+
+
+# --- making a picture from Python ---
+
+
+def test_make_leaves_the_pipeline_and_the_random_state_as_they_were() -> None:
+    run = Run(scene=Scene(prompt="a cat"), model="playground", steps=1, scheduler="EulerDiscreteScheduler")
+    pipe, state, shares = open_model(run), torch.get_rng_state(), []
+    scheduler = pipe.scheduler
+    first = make(pipe, run.model_copy(update={"steps": 2}), shares.append)
+    assert shares == [0.5, 1.0]
+    assert pipe.scheduler is scheduler
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.record.run.scheduler == "EulerDiscreteScheduler"
+    assert (first.image.size, first.image.mode) == ((128, 128), "RGB")
+    with pytest.raises(ValueError, match="opened in torch.float32; open it again"):
+        make(pipe, run.model_copy(update={"dtype": "float16"}))
+
+
+def test_a_concept_of_the_same_name_with_another_lora_is_loaded_anew() -> None:
+    def run(lora: str) -> Run:
+        concept = Concept(name="it", lora=f"playground:{lora}", trigger="xlo", class_word="bear")
+        return Run(scene=Scene(prompt="a xlo bear", concepts=(concept,)), model="playground", method="merge", steps=1)
+
+    pipe = open_model(run("bear"))
+    first, other, again = (make(pipe, run(name)) for name in ("bear", "bear-tara", "bear"))
+    assert difference(first.image, other.image) is not None
+    assert difference(first.image, again.image) is None
+    assert first.record == again.record
+    assert first.record.sha256 != other.record.sha256
+
+
+def test_schedulers_are_those_of_diffusers_that_fit() -> None:
+    names = scheduler_names()
+    assert {"DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"} <= set(names)
+    assert not {"SchedulerMixin", "FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler", "RePaintScheduler"} & set(
+        names
+    )
+
+
+def test_devices_are_named_or_chosen() -> None:
+    assert devices()[-1] == "cpu"
+    assert choose_device(None) == devices()[0]
+    assert choose_device("cpu") == "cpu"

@@ -1,0 +1,449 @@
+"""Scene files, run files, and pictures that carry their record."""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from compose import Concept, Run, Scene
+from compose.files import (
+    FileError,
+    Machine,
+    Record,
+    free_path,
+    parse_value,
+    read_pixels,
+    read_record,
+    read_run,
+    read_scene,
+    save_image,
+    write_run,
+    write_scene,
+)
+from compose.sheets import Row, seeds_sheet, sheet
+from compose.terminal import plain
+
+SHA = "0123456789abcdef" * 4
+SCENE = "prompt: a sks cat\nconcepts:\n  - name: cat\n    lora: cat.safetensors\n    trigger: sks\n"
+
+
+def record(run: Run, **changes: Any) -> Record:
+    machine = Machine(device="cpu", name="x86_64", threads=1)
+    return Record(run=run, versions={"torch": "2"}, sha256={"cat": SHA}, machine=machine).model_copy(update=changes)
+
+
+def run_with(lora: str, **fields: Any) -> Run:
+    scene = Scene(prompt="a sks cat", concepts=(Concept(name="cat", lora=lora, trigger="sks"),))
+    return Run(scene=scene, model=fields.pop("model", "playground"), **fields)
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def png(path: Path, **texts: str) -> Path:
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key.replace("_", "-"), text)
+    Image.new("RGB", (8, 8), "red").save(path, "PNG", pnginfo=info)
+    return path
+
+
+# --- what is written is read again ---
+
+names = st.text(min_size=1)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+loras = st.none() | st.sampled_from(
+    ["playground:cat", "user/my-cat", "/loras/a b/cat.safetensors", "/loras/\u00fc.safetensors"]
+)
+concepts = st.builds(
+    Concept, name=names, lora=loras, trigger=st.none() | st.text(), class_word=st.none() | st.text(),
+    weight=st.none() | numbers, region=st.none() | st.just((0, 8, 64, 128)),
+)  # fmt: skip
+scenes = st.builds(
+    Scene, prompt=names, negative_prompt=st.text(),
+    concepts=st.lists(concepts, max_size=3, unique_by=lambda concept: concept.name).map(tuple),
+    width=st.none() | st.integers(64, 4096), height=st.none() | st.integers(128, 4096),
+)  # fmt: skip
+values = st.none() | st.booleans() | st.integers() | numbers | st.text()
+runs = st.builds(
+    Run, scene=scenes, model=st.sampled_from(["playground", "user/model", "/models/one"]), method=st.none() | names,
+    settings=st.dictionaries(st.text(), values | st.lists(values, max_size=3), max_size=3), scheduler=st.none() | names,
+    steps=st.integers(1, 1000), guidance_scale=numbers, seed=st.integers(0, 2**63 - 1),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]), device=st.none() | st.text(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+@given(scene=scenes)
+@settings(max_examples=80, deadline=None)
+def test_scenes_survive_a_file(tmp_path_factory: pytest.TempPathFactory, suffix: str, scene: Scene) -> None:
+    path = tmp_path_factory.getbasetemp() / f"scene.{suffix}"
+    write_scene(scene, path, overwrite=True)
+    assert read_scene(path) == scene
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+@given(run=runs)
+@settings(max_examples=80, deadline=None)
+def test_runs_survive_a_file(tmp_path_factory: pytest.TempPathFactory, suffix: str, run: Run) -> None:
+    path = tmp_path_factory.getbasetemp() / f"run.{suffix}"
+    write_run(run, path, overwrite=True)
+    assert read_run(path) == run
+
+
+@given(run=runs)
+@settings(max_examples=60, deadline=None)
+def test_records_survive_a_picture(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
+    written = record(run, sha256={concept.name: SHA for concept in run.scene.concepts})
+    path = save_image(Image.new("RGB", (8, 8)), tmp_path_factory.mktemp("picture") / "1.png", written)
+    assert read_record(path) == written
+
+
+def test_the_shipped_scenes_can_be_read() -> None:
+    folder = Path(__file__).resolve().parents[1] / "assets/scenes"
+    scenes = {path.stem: read_scene(path) for path in folder.glob("*.yaml")}
+    assert scenes.keys() >= {"cat-dog", "car-rabbit", "bear-robot"}
+    assert all(concept.phrase in scene.prompt for scene in scenes.values() for concept in scene.concepts)
+
+
+# --- paths ---
+
+
+def test_relative_loras_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes/one.yaml").write_text(SCENE)
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("scenes/one.yaml"), tmp_path / "scenes/one.yaml"):
+        assert read_scene(path).concepts[0].lora == str(tmp_path / "scenes/cat.safetensors")
+
+
+def test_written_scenes_can_be_moved_with_their_loras(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    write_scene(run_with(str(here / "loras/cat.safetensors")).scene, here / "one.yaml")
+    assert "lora: loras/cat.safetensors" in (here / "one.yaml").read_text()
+    here.rename(there)
+    assert read_scene(there / "one.yaml").concepts[0].lora == str(there / "loras/cat.safetensors")
+
+
+@pytest.mark.parametrize("source", ["playground:cat-tara", "user/my-cat-lora"])
+def test_names_are_not_taken_for_paths(tmp_path: Path, source: str) -> None:
+    (tmp_path / "one.yaml").write_text(SCENE.replace("cat.safetensors", source))
+    assert read_scene(tmp_path / "one.yaml").concepts[0].lora == source
+
+
+def test_a_folder_that_reads_like_a_repository_is_a_folder_where_it_is_there(tmp_path: Path) -> None:
+    (tmp_path / "loras/cat").mkdir(parents=True)
+    (tmp_path / "one.yaml").write_text(SCENE.replace("cat.safetensors", "loras/cat"))
+    scene = read_scene(tmp_path / "one.yaml")
+    assert scene.concepts[0].lora == str(tmp_path / "loras/cat")
+    write_scene(scene, tmp_path / "two.yaml")
+    assert read_scene(tmp_path / "two.yaml") == scene
+
+
+def test_records_hold_absolute_paths_without_the_users_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "a-person"))
+    (tmp_path / "a-person/loras").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a-person/loras")
+    path = save_image(Image.new("RGB", (8, 8)), tmp_path / "out/1.png", record(run_with("cat.safetensors")))
+    assert b"~/loras/cat.safetensors" in path.read_bytes()
+    assert b"a-person" not in path.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert read_record(path).run.scene.concepts[0].lora == str(tmp_path / "a-person/loras/cat.safetensors")
+
+
+# --- what cannot be read ---
+
+WRONG = {
+    "not yaml": ("a.yaml", "prompt: [a\nb: c", r"a\.yaml, line 2, column \d+: not valid YAML"),
+    "not json": ("a.json", '{"prompt": "a",\n}', r"a\.json, line 2, column \d+: not valid JSON"),
+    "a list": ("a.yaml", "- a\n- b\n", r"expected prompt, negative_prompt, concepts, width, height, found a list \(2 "),
+    "text": ("a.yaml", "a sks cat", "found 'a sks cat'"),
+    "nothing": ("a.yaml", "", "found nothing"),
+    "no prompt": ("a.yaml", "width: 64", "a.yaml: prompt: is missing"),
+    "unknown field": ("a.yaml", SCENE + "    wieght: 2\n", r"concepts\[0\].wieght: there is no such field; there are name, lora"),
+    "unknown scene field": ("a.yaml", "prompt: a\nseed: 1\n", "seed: there is no such field; there are prompt, negative"),
+    "a field twice": ("a.yaml", "prompt: a\nprompt: b\n", "'prompt' is given twice"),
+    "a field twice in json": ("a.json", '{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
+    "true for a word": ("a.yaml", "prompt: yes\n", "prompt: expected a valid string, found True; put it in quotes"),
+    "a date": ("a.yaml", "prompt: 2020-02-02\n", "expected a valid string, found datetime.*put it in quotes"),
+    "an impossible date": ("a.yaml", "prompt: 2020-13-45\n", "not valid YAML"),
+    "words for a number": ("a.yaml", SCENE + "    weight: much\n", r"concepts\[0\].weight: expected a valid number.*found 'much'"),
+    "an infinite weight": ("a.yaml", SCENE + "    weight: .inf\n", r"concepts\[0\].weight: .*finite number, found inf"),
+    "not a number": ("a.json", '{"prompt": "a", "width": NaN}', "NaN is not a number"),
+    "a broken region": ("a.yaml", SCENE + "    region: [9, 0, 3, 4]\n", r"concepts\[0\].region: a region is \(left, top,"),
+    "a region outside": ("a.yaml", SCENE + "    region: [0, 0, 99, 9]\nwidth: 64\n", "leaves the canvas"),
+    "the same name twice": ("a.yaml", SCENE + "  - name: cat\n", "'cat' stands twice"),
+    "an alias": ("a.yaml", "prompt: &x a\nnegative_prompt: *x\n", r"line 2.*aliases \(\*name\) are not read"),
+    "a tag that runs code": ("a.yaml", "prompt: !!python/object/apply:os.system [exit]\n", "could not determine a constructor"),
+    "deep yaml": ("a.yaml", "[" * 5000, "not valid YAML"),
+    "deep json": ("a.json", "[" * 200_000, "nested too deeply"),
+    "control characters": ("a.yaml", "prompt: \x07\n", "not valid YAML"),
+    "a mapping as a key": ("a.yaml", "? {a: b}\n: c\n", "not valid YAML"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_complaints_name_the_file_the_place_and_what_was_expected(tmp_path: Path, name: str) -> None:
+    file, text, message = WRONG[name]
+    (tmp_path / file).write_text(text)
+    with pytest.raises(FileError, match=message) as caught:
+        read_scene(tmp_path / file)
+    assert str(tmp_path / file) in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_all_mistakes_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(SCENE + "    weight: much\n  - lora: x\nwidth: -3\n")
+    with pytest.raises(FileError) as caught:
+        read_scene(tmp_path / "a.yaml")
+    places = [line.split(": ")[1] for line in str(caught.value).splitlines()]
+    assert places == ["concepts[0].weight", "concepts[1].name", "width"]
+
+
+def test_a_small_file_cannot_blow_up(tmp_path: Path) -> None:
+    levels = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    (tmp_path / "a.yaml").write_text(f"x0: &x0 lol\n{levels}")
+    with pytest.raises(FileError, match="aliases"):
+        read_scene(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "cannot be read: No such file"),
+        (lambda path: path.mkdir(), "cannot be read: Is a directory"),
+        (lambda path: path.write_bytes(b"prompt: \xff"), "not UTF-8 text: byte 8 is 0xff"),
+        (lambda path: path.write_bytes(b"#" * (2**20 + 1)), "larger than 1048576 bytes"),
+    ],
+)
+def test_unreadable_files(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:
+    make(tmp_path / "a.yaml")
+    with pytest.raises(FileError, match=message):
+        read_scene(tmp_path / "a.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_field(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfprompt: a cat\n")
+    assert read_scene(tmp_path / "a.yaml").prompt == "a cat"
+
+
+def test_other_suffixes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(SCENE)
+    with pytest.raises(FileError, match=r"ends with \.yaml, \.yml, \.json"):
+        read_scene(tmp_path / "a.txt")
+    with pytest.raises(FileError, match=r"ends with \.yaml, \.yml, \.json"):
+        write_scene(Scene(prompt="a"), tmp_path / "b.txt")
+    assert not (tmp_path / "b.txt").exists()
+
+
+def test_scene_files_are_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("# by hand\n" + SCENE)
+    with pytest.raises(FileError, match="exists already"):
+        write_scene(Scene(prompt="another"), tmp_path / "a.yaml")
+    assert (tmp_path / "a.yaml").read_text().startswith("# by hand")
+    assert listed(tmp_path) == ["a.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("broadcast", "broadcast"),
+        ("8", 8),
+        ("0.5", 0.5),
+        ("true", True),
+        ("[1, 2]", [1, 2]),
+        ("", None),
+        ("a: b", {"a": "b"}),
+    ],
+)
+def test_values_are_read_as_yaml(text: str, value: object) -> None:
+    assert parse_value(text) == value
+
+
+# --- pictures ---
+
+
+def test_pictures_are_never_overwritten(tmp_path: Path) -> None:
+    colours = ["red", "green", "blue"]
+    paths = [save_image(Image.new("RGB", (8, 8), colour), tmp_path / "1.png") for colour in colours]
+    assert [path.name for path in paths] == ["1.png", "1-2.png", "1-3.png"]
+    for path, colour in zip(paths, colours, strict=True):
+        assert read_pixels(path).getpixel((0, 0)) == Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+
+
+def test_a_link_that_leads_nowhere_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "1.png").symlink_to(tmp_path / "elsewhere.png")
+    assert save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png") == tmp_path / "1-2.png"
+    assert not (tmp_path / "elsewhere.png").exists()
+
+
+def test_without_hard_links_pictures_are_renamed_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("not supported")
+
+    monkeypatch.setattr("compose.files.os.link", refuse)
+    paths = [save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png") for _ in range(2)]
+    assert listed(tmp_path) == sorted(path.name for path in paths) == ["1-2.png", "1.png"]
+
+
+def test_another_process_that_was_faster_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([tmp_path / "1.png", tmp_path / "1-2.png"])
+    monkeypatch.setattr("compose.files.free_path", lambda path: next(answers))
+    (tmp_path / "1.png").write_text("theirs")
+    assert save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png") == tmp_path / "1-2.png"
+    assert (tmp_path / "1.png").read_text() == "theirs"
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.open("wb").write(data[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png", record(run_with("cat.safetensors")))
+    assert listed(tmp_path) == []
+
+
+def test_pictures_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    path = save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_free_path_counts_up(tmp_path: Path) -> None:
+    assert free_path(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert free_path(tmp_path / "demo") == tmp_path / "demo-3"
+
+
+def test_records_have_no_place_for_anything_else(tmp_path: Path) -> None:
+    data = record(run_with("cat.safetensors")).model_dump(mode="json")
+    wrong = {
+        "extra": ({**data, "code": "x"}, r"its record: code: there is no such field; there are run, versions"),
+        "hash": ({**data, "sha256": {"cat": "../../x"}}, r"sha256\.cat"),
+        "threads": ({**data, "machine": {**data["machine"], "threads": 0}}, r"machine\.threads"),
+        "run": ({**data, "run": {"scene": {}}}, r"run\.scene\.prompt: is missing"),
+        "seed": ({**data, "run": {**data["run"], "seed": -1}}, r"run\.seed"),
+        "list": ([data], "found a list"),
+    }
+    for name, (content, message) in wrong.items():
+        path = png(tmp_path / f"{name}.png", lora_compose=json.dumps(content))
+        with pytest.raises(FileError, match=message):
+            read_record(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\x01", "null", "[" * 100_000, '{"run": NaN}', "\u00ff" * 50])
+def test_garbage_in_place_of_a_record(tmp_path: Path, text: str) -> None:
+    with pytest.raises(FileError, match=r"1\.png"):
+        read_record(png(tmp_path / "1.png", lora_compose=text))
+
+
+def test_pictures_of_others_have_no_record(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="carries no record of lora-compose"):
+        read_record(png(tmp_path / "1.png", parameters="a cat, Steps: 20"))
+    with pytest.raises(FileError, match="there is no file"):
+        read_record(tmp_path / "none.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.jpg")
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("1.jpg", "text.png"):
+        with pytest.raises(FileError, match="not a readable PNG"):
+            read_record(tmp_path / name)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def with_chunks(path: Path, *chunks: bytes) -> Path:
+    """A PNG with chunks put in after its header."""
+    data = png(path).read_bytes()
+    path.write_bytes(data[:33] + b"".join(chunks) + data[33:])
+    return path
+
+
+def test_a_record_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    path = with_chunks(tmp_path / "1.png", chunk(b"tEXt", b"lora-compose\0" + b"x" * (8 * 2**20 + 1)))
+    with pytest.raises(FileError, match="at most 8388608 are read"):
+        read_record(path)
+
+
+def test_compressed_text_cannot_blow_up(tmp_path: Path) -> None:
+    bomb = zlib.compress(b"x" * (200 * 2**20))
+    path = with_chunks(tmp_path / "1.png", chunk(b"zTXt", b"lora-compose\0\0" + bomb))
+    with pytest.raises(FileError, match=r"not a readable PNG.*too large"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [chunk(b"tEXt", b"no separator")],
+        [chunk(b"iTXt", b"lora-compose\0\0\0\0\0\xff\xfe")],
+        [chunk(b"zTXt", b"lora-compose\0\0not zlib")],
+        [chunk(b"tEXt", b"lora-compose\0{}")[:-4] + b"\0\0\0\0"],
+        [b"\xff\xff\xff\xfftEXt"],
+        [b"\0\0\0\1\0\0\0\0\0"],
+    ],
+)
+def test_broken_chunks_are_refused_kindly(tmp_path: Path, chunks: list[bytes]) -> None:
+    with pytest.raises(FileError, match=r"1\.png"):
+        read_record(with_chunks(tmp_path / "1.png", *chunks))
+
+
+def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
+    path = save_image(Image.effect_noise((64, 64), 50), tmp_path / "1.png", record(run_with("cat.safetensors")))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(FileError, match="truncated or damaged"):
+        read_pixels(path)
+
+
+def test_a_picture_with_too_many_pixels_is_not_unpacked(tmp_path: Path) -> None:
+    path = png(tmp_path / "1.png")
+    data = path.read_bytes()
+    header = struct.pack(">II", 50_000, 1_500) + data[24:29]
+    path.write_bytes(data[:8] + chunk(b"IHDR", header) + data[33:])
+    with pytest.raises(FileError, match="too many"):
+        read_pixels(path)
+
+
+# --- sheets ---
+
+
+def test_sheets_show_every_picture_at_its_place() -> None:
+    colours = [["red", "green"], ["blue", "black"]]
+    rows = [
+        Row((f"row {i}",), [Image.new("RGB", (8, 8), c) for c in line], parted=True) for i, line in enumerate(colours)
+    ]
+    drawn = sheet([("one",), ("two", "second line")], rows, title="Title", lines=["below"], side=64)
+    counts: dict[Any, int] = {colour: count for count, colour in drawn.getcolors(maxcolors=2**24) or []}
+    for colour in ("red", "green", "blue", "black"):
+        assert counts[Image.new("RGB", (1, 1), colour).getpixel((0, 0))] >= 64 * 64
+    assert drawn.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("text", ["", "\u732b and \U0001f408", "line\nbreak", "\x1b[31mred", "w" * 500])
+def test_sheets_take_any_text(text: str) -> None:
+    pictures = {seed: Image.new("RGB", (32, 64)) for seed in range(7)}
+    drawn = seeds_sheet(pictures, text, [text])
+    assert drawn.height > 2 * 256
+
+
+def test_text_cannot_steer_the_terminal() -> None:
+    assert plain("a\x1b[2Jb\u202ec\r\u2028") == "a\\x1b[2Jb\\u202ec\\r\\u2028"
+    assert plain("\u732b [bold] a\nb") == "\u732b [bold] a\nb"

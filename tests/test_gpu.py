@@ -1,0 +1,176 @@
+"""What can be seen on an accelerator only: `pytest -m gpu`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import XFormersAttnProcessor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor
+
+from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from pipelines.methods import Regional
+from pipelines.scene import Concept
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = "cuda"
+TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "xlo", "robot": "ohwx"}
+PROMPT = "a sks cat, a zwx dog, a xlo bear and a ohwx robot"
+METHODS = ("merge", "tara", Regional())
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    """Convolutions in full single precision, so that results can be compared."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.fixture
+def composer(write_lora) -> Any:
+    """A small pipeline on the CPU with four concepts."""
+    pipe = small_pipeline(unet=sd_unet(block_out_channels=(32, 64, 64, 64)))
+    load_concepts(pipe, write_lora, targets=EVERYTHING, size=0.05)
+    return pipe
+
+
+def load_concepts(pipe: Any, write_lora: Any, **options: Any) -> None:
+    pipe.set_progress_bar_config(disable=True)
+    for seed, (name, trigger) in enumerate(TRIGGERS.items()):
+        path = write_lora(name, unet=random_lora(pipe.unet, seed, **options), metadata={"method": "tara"})
+        pipe.load_concept(path, trigger=trigger, class_word=name)
+
+
+def latents_of(pipe: Any, *, method: Any = "tara", composed: bool = True, **arguments: Any) -> Tensor:
+    if composed:
+        first = Concept(name="cat", region=(0, 0, 64, 128))
+        arguments |= {"concepts": [first, "dog", "bear", "robot"], "method": method}
+    given = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    return pipe(PROMPT, **given | arguments).images
+
+
+def assert_close(one: Tensor, other: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(one.float().cpu(), other.float().cpu(), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_device_gives_what_the_cpu_gives_and_the_same_bits_again(composer, method):
+    expected = latents_of(composer, method=method)
+    composer.to(DEVICE)
+    first, second = (latents_of(composer, method=method) for _ in range(2))
+    assert first.device.type == DEVICE
+    assert_close(first, expected, 2e-3)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite_and_near(composer, method, dtype):
+    composer.to(DEVICE)
+    expected = latents_of(composer, method=method, num_inference_steps=1)
+    composer.to(dtype=dtype)
+    latents = latents_of(composer, method=method, num_inference_steps=1)
+    assert latents.dtype == dtype
+    assert torch.isfinite(latents_of(composer, method=method, num_inference_steps=8)).all()
+    error = (latents.float() - expected).norm() / expected.norm()
+    assert error < (0.02 if dtype == torch.float16 else 0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_offloaded_models_give_the_same_image_and_come_back_as_they_were(composer, method, layer_by_layer):
+    composer.to(DEVICE)
+    expected = latents_of(composer, method=method), latents_of(composer, composed=False)
+    composer.to("cpu")
+    if layer_by_layer:
+        composer.enable_sequential_cpu_offload()
+    else:
+        composer.enable_model_cpu_offload()
+    place = "meta" if layer_by_layer else "cpu"
+    tree, bits = repr(composer.unet), [p.clone() for p in composer.unet.parameters()]
+    for _ in range(2):
+        assert_close(latents_of(composer, method=method), expected[0], 2e-3)
+        assert_close(latents_of(composer, composed=False), expected[1], 2e-3)
+        assert repr(composer.unet) == tree
+        parameters = list(composer.unet.parameters())
+        assert {p.device.type for p in parameters} == {place}
+        if not layer_by_layer:
+            assert all(torch.equal(now, before) for now, before in zip(parameters, bits, strict=True))
+
+
+def test_moving_a_pipeline_between_calls_moves_nothing_half(composer):
+    expected = latents_of(composer)
+    parameters = dict(composer.unet.named_parameters())
+    for device in (DEVICE, "cpu", DEVICE):
+        composer.to(device)
+        assert_close(latents_of(composer), expected, 2e-3)
+        now = dict(composer.unet.named_parameters())
+        assert all(now[name] is parameter for name, parameter in parameters.items())
+        assert {parameter.device.type for parameter in now.values()} == {device}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.float16, 0.1)])
+def test_xformers_is_kept_and_gives_what_sdpa_gives(composer, method, dtype, tolerance):
+    pytest.importorskip("xformers.ops")
+    composer.to(DEVICE, dtype)
+    expected = latents_of(composer, method=method)
+    composer.enable_xformers_memory_efficient_attention()
+    processors = composer.unet.attn_processors
+    assert {type(processor) for processor in processors.values()} == {XFormersAttnProcessor}
+    assert_close(latents_of(composer, method=method), expected, tolerance)
+    assert composer.unet.attn_processors == processors
+
+
+def test_four_concepts_need_little_more_memory_than_none(write_lora):
+    """In the size of Stable Diffusion 1.5, 512 pixels, half precision."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=24, attention_head_dim=8).half().eval()
+    pipe = small_pipeline(unet=unet)
+    pipe.to(DEVICE, torch.float16)
+    load_concepts(pipe, write_lora, rank=8, size=0.01)
+
+    def peak(**arguments: Any) -> int:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        latents_of(pipe, width=512, height=512, **arguments)
+        return torch.cuda.max_memory_allocated()
+
+    peak(composed=False)  # workspaces of the libraries
+    plain, composed = peak(composed=False), peak(method="tara")
+    assert plain > 1.5e9
+    assert composed <= 1.3 * plain
+    assert peak(composed=False) <= 1.01 * plain
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_after_the_first_do_not_wait_for_the_device(composer, method):
+    """From the end of one step to the end of the next UNet pass nothing may synchronise, so that launches run ahead."""
+    composer.to(DEVICE)
+    passes = []
+
+    def watch(pipe, step, timestep, tensors):
+        torch.cuda.set_sync_debug_mode("error" if step < 3 else "default")
+        return tensors
+
+    def stop_watching(*call):
+        passes.append(torch.cuda.get_sync_debug_mode())
+        torch.cuda.set_sync_debug_mode("default")
+
+    composer.unet.register_forward_hook(stop_watching)
+    try:
+        latents = latents_of(composer, method=method, num_inference_steps=4, callback_on_step_end=watch)
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            latents.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert passes == [0, 2, 2, 2]

@@ -1,0 +1,701 @@
+"""Concepts are in a model inside the `with` block only, and the model is exactly what it was after it."""
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from attention import Gates, Lora, LoraFactors, attention_layers, install, installed_layers
+from attention.layers import Kind, Place
+from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
+from reference import FullGates, constant_gates, random_gates, relative_error, with_reference
+
+CPU = torch.device("cpu")
+FP32: dict[str, Any] = {"device": CPU, "dtype": torch.float32}
+SIZE = 0.1
+KINDS: tuple[Kind, ...] = ("text", "image", "row")
+WEIGHTS = (0.8, -0.5)
+
+
+def tiny_unet(**changes: Any) -> Any:
+    """Two levels of one layer each."""
+    return sd_unet(
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        **changes,
+    )
+
+
+def two_loras(unet: nn.Module, targets: tuple[str, ...] = EVERYTHING) -> list[Lora]:
+    return [random_lora(unet, seed, rank=2 + seed, size=SIZE, targets=targets) for seed in (1, 2)]
+
+
+class Snapshot:
+    """All that must not change; the objects are held, so that no other can take over their identity."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.training = {name: module.training for name, module in self.modules.items()}
+        self.hooks = {
+            name: (list(module._forward_hooks), list(module._forward_pre_hooks))
+            for name, module in self.modules.items()
+        }
+        self.parameters = dict(model.named_parameters())
+        self.buffers = dict(model.named_buffers())
+        self.bits = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        self.facts = {name: (t.requires_grad, t.device, t.dtype) for name, t in self.tensors.items()}
+        self.processors = {n: getattr(m, "processor", None) for n, m in self.modules.items()}
+        scaling: dict[str, Any] = {n: getattr(m, "scaling", None) for n, m in self.modules.items()}
+        self.scaling = {n: dict(found) for n, found in scaling.items() if isinstance(found, dict)}
+        self.attributes = {name: set(vars(module)) for name, module in self.modules.items()}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.parameters, **self.buffers}
+
+    def assert_unchanged(self, model: nn.Module) -> None:
+        now = Snapshot(model)
+        for what in ("modules", "parameters", "buffers", "processors"):
+            before, after = getattr(self, what), getattr(now, what)
+            assert list(before) == list(after), what
+            assert [name for name in before if before[name] is not after[name]] == [], what
+        for what in ("training", "hooks", "facts", "scaling", "attributes"):
+            assert getattr(self, what) == getattr(now, what), what
+        assert [name for name, bits in self.bits.items() if not torch.equal(bits, now.bits[name])] == []
+
+
+class Stop(BaseException):
+    """As rude as KeyboardInterrupt and SystemExit, and nobody catches it by accident."""
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, Stop])
+@pytest.mark.parametrize("fold", [False, True])
+@torch.no_grad()
+def test_nothing_is_left_in_the_model(error: type[BaseException] | None, fold: bool) -> None:
+    unet = sd_unet()
+    unet.train()
+    unet.conv_in.eval()
+    unet.mid_block.requires_grad_(False)
+    inputs = unet_inputs(unet)
+    expected = unet(**inputs)[0]
+    before = Snapshot(unet)
+
+    def use() -> None:
+        with install(unet, two_loras(unet), **FP32) as installation:
+            if fold:
+                assert installation.fold(("image", "row"), WEIGHTS) > 200
+            installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+            assert relative_error(unet(**inputs)[0], expected) > 0.1
+            if error is not None:
+                raise error
+
+    if error is None:
+        use()
+    else:
+        with pytest.raises(error):
+            use()
+    before.assert_unchanged(unet)
+    assert torch.equal(unet(**inputs)[0], expected)
+
+
+@torch.no_grad()
+def test_a_failing_pass_leaves_nothing_behind() -> None:
+    unet = sd_unet()
+    before = Snapshot(unet)
+    inputs = unet_inputs(unet)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][..., :5]  # too few channels
+    with pytest.raises(RuntimeError), install(unet, two_loras(unet), **FP32) as installation:  # noqa: PT012
+        installation.use(constant_gates(WEIGHTS)[0])
+        unet(**inputs)
+    before.assert_unchanged(unet)
+
+
+class InterruptedAt:
+    """Raises KeyboardInterrupt at the nth function call that a source file makes, where Python delivers Ctrl-C."""
+
+    def __init__(self, suffix: str, call: int) -> None:
+        self.suffix, self.call, self.seen = suffix, call, 0
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> None:
+        caller = frame.f_back
+        if event == "call" and caller is not None and caller.f_code.co_filename.endswith(self.suffix):
+            self.seen += 1
+            if self.seen == self.call:
+                raise KeyboardInterrupt
+
+
+@torch.no_grad()
+def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind() -> None:
+    unet = sd_unet(
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+        layers_per_block=1,
+    )
+    add_adapter(unet, "style", ("attn2.to_k", "attn1.to_q"))
+    loras = two_loras(unet, ("conv_in", "attn2.to_k.base_layer"))
+    loras = [{name.removesuffix(".base_layer"): found for name, found in lora.items()} for lora in loras]
+    before = Snapshot(unet)
+    call, interrupted = 1, True
+    while interrupted:
+        interrupted = False
+        trace = InterruptedAt("attention/install.py", call)
+        try:
+            sys.setprofile(trace)
+            with install(unet, loras, silence=["style"], **FP32) as installation:
+                installation.fold(KINDS, WEIGHTS)
+                sys.setprofile(None)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.setprofile(None)
+        before.assert_unchanged(unet)
+        call += 1
+    assert call > 50, "the loop ended because nothing was left to interrupt"
+    with install(unet, loras, **FP32):
+        pass
+
+
+@pytest.mark.parametrize("kind", [AttnProcessor, AttnProcessor2_0])
+def test_processors_that_the_user_chose_come_back_as_the_same_objects(kind: Callable[[], Any]) -> None:
+    unet = sd_unet()
+    unet.set_attn_processor({name: kind() for name in unet.attn_processors})
+    chosen = unet.attn_processors
+    with install(unet, two_loras(unet), **FP32):
+        assert not {id(p) for p in unet.attn_processors.values()} & {id(p) for p in chosen.values()}
+    assert len(chosen) == 32
+    assert list(unet.attn_processors) == list(chosen)
+    assert all(found is chosen[name] for name, found in unet.attn_processors.items())
+
+
+@torch.no_grad()
+def test_a_model_takes_one_installation_at_a_time_and_the_first_keeps_working() -> None:
+    unet = sd_unet()
+    inputs = unet_inputs(unet)
+    loras = two_loras(unet)
+    before = Snapshot(unet)
+    with install(unet, loras, **FP32) as installation:
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        expected = unet(**inputs)[0]
+        during = Snapshot(unet)
+        for second in (install(unet, loras, **FP32), installed_layers(unet, [], {}, **FP32)):
+            with pytest.raises(RuntimeError, match="another image"), second:
+                pass
+        during.assert_unchanged(unet)
+        assert torch.equal(unet(**inputs)[0], expected)
+    before.assert_unchanged(unet)
+    with install(unet, loras, **FP32) as installation:
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        assert torch.equal(unet(**inputs)[0], expected)
+
+
+@torch.no_grad()
+def test_two_models_are_independent() -> None:
+    first, second = tiny_unet(), tiny_unet()
+    inputs = unet_inputs(first)
+    base = first(**inputs)[0]
+    with install(first, two_loras(first), **FP32) as one, install(second, two_loras(second), **FP32) as two:
+        one.use(constant_gates((0.8, 0.0))[0], inputs["encoder_hidden_states"])
+        two.use(constant_gates((0.0, 0.0))[0], inputs["encoder_hidden_states"])
+        assert relative_error(second(**inputs)[0], base) < 1e-6
+        assert relative_error(first(**inputs)[0], base) > 0.1
+
+
+def test_of_two_threads_on_one_model_the_second_is_refused() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    loras = two_loras(unet)
+    expected = []
+    installed, refused = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def first() -> None:
+        with torch.no_grad(), install(unet, loras, **FP32) as installation:
+            installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+            expected.append(unet(**inputs)[0])
+            installed.set()
+            refused.wait(30)
+            expected.append(unet(**inputs)[0])
+
+    def second() -> None:
+        installed.wait(30)
+        try:
+            with install(unet, loras, **FP32):
+                pass
+        except BaseException as error:
+            errors.append(error)
+        refused.set()
+
+    before = Snapshot(unet)
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [type(error) for error in errors] == [RuntimeError]
+    assert len(expected) == 2
+    assert torch.equal(*expected)
+    before.assert_unchanged(unet)
+
+
+def test_many_threads_never_see_each_others_concepts() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet, grid=(8, 8))
+    loras = two_loras(unet)
+    weights = [(0.2 * i, 1 - 0.3 * i) for i in range(4)]
+
+    def once(gates: Gates) -> Tensor:
+        with torch.no_grad(), install(unet, loras, **FP32) as installation:
+            installation.use(gates, inputs["encoder_hidden_states"])
+            return unet(**inputs)[0]
+
+    expected = [once(constant_gates(w, latent_grid=(8, 8))[0]) for w in weights]
+    results: list[tuple[int, Tensor | BaseException]] = []
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            try:
+                results.append((i, once(constant_gates(weights[i], latent_grid=(8, 8))[0])))
+            except RuntimeError as error:
+                results.append((i, error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(weights))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 20
+    for i, result in results:
+        if isinstance(result, Tensor):
+            assert torch.equal(result, expected[i])
+        else:
+            assert "another image" in str(result)
+    assert any(isinstance(result, Tensor) for _, result in results)
+
+
+def factors(down: tuple[int, ...], up: tuple[int, ...]) -> LoraFactors:
+    return LoraFactors(torch.zeros(down), torch.zeros(up))
+
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+WRONG = {
+    "unknown layer": ("down_blocks.9.attn.to_q", factors((2, 8), (8, 2)), "no layer 'down_blocks.9.attn.to_q'"),
+    "a layer without weights": ("down_blocks.0.resnets.0.nonlinearity", factors((2, 8), (8, 2)), "SiLU"),
+    "a norm": ("down_blocks.0.resnets.0.norm1", factors((2, 8), (8, 2)), "GroupNorm"),
+    "a block": ("down_blocks.0.resnets.0", factors((2, 8), (8, 2)), "ResnetBlock2D"),
+    "inputs": (TO_Q, factors((2, 9), (8, 2)), r"\[2, 9\] and \[8, 2\].*\[rank, 8\] and \[8, rank\]"),
+    "outputs": (TO_Q, factors((2, 8), (16, 2)), r"\[2, 8\] and \[16, 2\].*\[rank, 8\] and \[8, rank\]"),
+    "unequal ranks": (TO_Q, factors((3, 8), (8, 2)), r"\[3, 8\] and \[8, 2\]"),
+    "rank zero": (TO_Q, factors((0, 8), (8, 0)), r"\[0, 8\] and \[8, 0\]"),
+    "a vector": (TO_Q, factors((2, 8), (8,)), r"\[2, 8\] and \[8\]"),
+    "a scalar": (TO_Q, factors((), ()), r"\[\] and \[\]"),
+    "convolution for a linear layer": (TO_Q, factors((2, 8, 1, 1), (8, 2, 1, 1)), r"\[2, 8, 1, 1\]"),
+    "half a convolution for a linear layer": (TO_Q, factors((2, 8), (8, 2, 1, 1)), r"\[8, 2, 1, 1\]"),
+    "kernel": ("conv_in", factors((2, 4, 1, 1), (8, 2, 1, 1)), r"\[2, 4, 1, 1\].*\[rank, 4, 3, 3\]"),
+    "a wide up": ("conv_in", factors((2, 4, 3, 3), (8, 2, 3, 3)), r"\[8, 2, 3, 3\]"),
+    "a linear up for a convolution": ("conv_in", factors((2, 4, 3, 3), (8, 2)), r"\[8, 2\]"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_factors_that_do_not_fit_are_refused_before_anything_changes(wrong: str) -> None:
+    unet = tiny_unet()
+    name, bad, message = WRONG[wrong]
+    before = Snapshot(unet)
+    good = two_loras(unet)
+    with pytest.raises(ValueError, match=message) as caught, install(unet, [*good, {name: bad}], **FP32):
+        pass
+    assert name in str(caught.value)
+    before.assert_unchanged(unet)
+    with install(unet, good, **FP32):  # the model was given back
+        pass
+
+
+def test_layers_outside_the_given_places_are_refused() -> None:
+    unet = tiny_unet()
+    loras = [random_lora(unet, 1, targets=("attn1.to_q", "attn1.to_k"))]
+    where = {name: Place("image", 0) for name in loras[0] if name.endswith("to_q")}
+    before = Snapshot(unet)
+    with pytest.raises(ValueError, match=r"no layer .*to_k"), installed_layers(unet, loras, where, **FP32):
+        pass
+    before.assert_unchanged(unet)
+
+
+def test_grouped_convolutions_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    lora = {"0": factors((2, 2, 3, 3), (4, 2, 1, 1))}
+    with pytest.raises(ValueError, match="grouped"), installed_layers(model, [lora], {"0": Place("image", 0)}, **FP32):
+        pass
+
+
+def fused(unet: Any) -> None:
+    unet.fuse_qkv_projections()
+
+
+def sliced(unet: Any) -> None:
+    unet.set_attention_slice("max")
+
+
+def ip_adapter(unet: Any) -> None:
+    layer = next(layer for layer in attention_layers(unet) if layer.cross)
+    module = unet.get_submodule(layer.name)
+    module.set_processor(IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=24))
+
+
+class OwnProcessor:
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None):
+        return hidden_states
+
+
+class OwnSubclass(AttnProcessor2_0):
+    pass
+
+
+def own_processor(unet: Any) -> None:
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(OwnProcessor())
+
+
+def own_subclass(unet: Any) -> None:
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(OwnSubclass())
+
+
+UNSUPPORTED: dict[Callable[[Any], None], str] = {
+    fused: "fused projections.*unfuse_qkv_projections",
+    sliced: SlicedAttnProcessor.__name__,
+    ip_adapter: IPAdapterAttnProcessor2_0.__name__,
+    own_processor: "OwnProcessor",
+    own_subclass: "OwnSubclass",
+}
+
+
+@pytest.mark.parametrize("change", UNSUPPORTED)
+def test_processors_that_would_be_lost_are_refused(change: Callable[[Any], None]) -> None:
+    unet = tiny_unet()
+    change(unet)
+    before = Snapshot(unet)
+    with pytest.raises(ValueError, match=UNSUPPORTED[change]), install(unet, [], **FP32):
+        pass
+    before.assert_unchanged(unet)
+
+
+def test_attention_with_parts_that_would_be_lost_is_refused() -> None:
+    unet = sd_unet(down_block_types=("AttnDownBlock2D",) + ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",))
+    before = Snapshot(unet)
+    with pytest.raises(ValueError, match=r"down_blocks.0.attentions.0 has group_norm"), install(unet, [], **FP32):
+        pass
+    before.assert_unchanged(unet)
+
+
+# Folding: deltas added to the weights for as long as the installation lasts.
+
+
+@pytest.mark.parametrize("family", [sd_unet, sdxl_unet])
+@torch.no_grad()
+def test_folded_layers_equal_the_bank_and_the_slow_sum(family: Callable[[], Any]) -> None:
+    unet = family()
+    inputs = unet_inputs(unet)
+    loras = two_loras(unet)
+    gates, full = constant_gates(WEIGHTS)
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    with install(unet, loras, **FP32) as installation:
+        installation.use(gates, inputs["encoder_hidden_states"])
+        bank = unet(**inputs)[0]
+        layers = len(installation.bank)
+        assert installation.fold(KINDS, WEIGHTS) == layers
+        assert installation.bank == {}
+        installation.use(gates, inputs["encoder_hidden_states"])
+        folded = unet(**inputs)[0]
+    assert relative_error(bank, expected) < 1e-5
+    assert relative_error(folded, expected) < 1e-5
+    assert relative_error(unet(**inputs)[0], expected) > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_some_kinds_of_layers_are_folded_and_the_others_stay_gated(kind: Kind) -> None:
+    unet = sd_unet()
+    inputs = unet_inputs(unet)
+    loras = two_loras(unet)
+    gates, full = random_gates("everything", rows=2, tokens=7, concepts=2, latent_grid=(16, 16))
+    weights = torch.tensor(WEIGHTS)
+    constant = {
+        "text": {"text": weights.expand(2, 7, 2)},
+        "image": {"image": {grid: weights.expand_as(gate) for grid, gate in full.image.items()}},
+        "row": {"row": weights.expand(2, 2)},
+    }[kind]
+    full = FullGates(**{"text": full.text, "image": full.image, "row": full.row, **constant})
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    before = Snapshot(unet)
+    with install(unet, loras, **FP32) as installation:
+        folded = {name for name, layer in installation.bank.items() if layer.key.place.kind == kind}
+        kept = installation.bank.keys() - folded
+        assert installation.fold([kind], WEIGHTS) == len(folded) > 0
+        assert installation.bank.keys() == kept
+        assert {name for name in before.parameters if _parameter(unet, name) is not before.parameters[name]} == {
+            f"{name}.weight" for name in folded
+        }
+        installation.use(gates, inputs["encoder_hidden_states"])
+        assert relative_error(unet(**inputs)[0], expected) < 1e-5
+    before.assert_unchanged(unet)
+
+
+def _parameter(unet: nn.Module, name: str) -> Any:
+    owner, _, parameter = name.rpartition(".")
+    module = unet.get_submodule(owner)
+    return getattr(getattr(module, "layer", module), parameter)
+
+
+@torch.no_grad()
+def test_folded_layers_need_no_gates_and_the_others_do() -> None:
+    unet = sd_unet()
+    inputs = unet_inputs(unet)
+    gates, _ = constant_gates(WEIGHTS)
+    bare = Gates(gates.text, {}, gates.row, gates.latent_grid)
+    with install(unet, two_loras(unet), **FP32) as installation:
+        with pytest.raises(KeyError):
+            installation.use(bare)
+        installation.fold(["image"], WEIGHTS)
+        installation.use(bare, inputs["encoder_hidden_states"])
+        unet(**inputs)
+
+
+@torch.no_grad()
+def test_a_concept_folded_with_weight_zero_leaves_its_layers_alone() -> None:
+    unet = tiny_unet()
+    before = Snapshot(unet)
+    with install(unet, two_loras(unet), **FP32) as installation:
+        assert installation.fold(KINDS, (0.0, 0.0)) > 0
+        assert all(found is before.parameters[name] for name, found in unet.named_parameters())
+
+
+@torch.no_grad()
+def test_folding_after_a_pass_renews_what_was_kept() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    loras = two_loras(unet, ("attn2.to_k", "attn2.to_v"))
+    gates, text = constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"]
+    with install(unet, loras, **FP32) as installation:
+        installation.fold(["text"], (0.3, 2.0))
+        installation.use(gates, text)
+        expected = unet(**inputs)[0]
+    with install(unet, loras, **FP32) as installation:
+        installation.use(gates, text)
+        first = unet(**inputs)[0]
+        installation.fold(["text"], (0.3, 2.0))
+        installation.use(gates, text)
+        assert relative_error(unet(**inputs)[0], expected) < 1e-5
+    assert relative_error(first, expected) > 1e-3
+
+
+@torch.no_grad()
+def test_bfloat16_weights_are_folded_in_full_precision_and_come_back_bit_by_bit() -> None:
+    unet = tiny_unet().to(torch.bfloat16)
+    before = Snapshot(unet)
+    lora = random_lora(unet, 1, size=SIZE, targets=("conv_in",))
+    with install(unet, [lora], device=CPU, dtype=torch.bfloat16) as installation:
+        assert installation.fold(["image"], [0.7]) == 1
+        found = unet.conv_in.weight
+        change = 0.7 * torch.einsum("orhw,rijk->oijk", lora["conv_in"].up, lora["conv_in"].down)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, (before.parameters["conv_in.weight"].float() + change).to(torch.bfloat16))
+        assert not torch.equal(found, before.parameters["conv_in.weight"])
+    before.assert_unchanged(unet)
+
+
+@torch.no_grad()
+def test_weights_kept_in_another_precision_are_not_folded() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    base = unet(**inputs)[0]
+    before = Snapshot(unet)
+    with install(unet, two_loras(unet), **FP32) as installation:
+        layers = len(installation.bank)
+        assert installation.fold(KINDS, WEIGHTS) == 0
+        assert len(installation.bank) == layers
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        assert relative_error(unet(**inputs)[0], base) > 0.1
+    before.assert_unchanged(unet)
+
+
+@torch.no_grad()
+def test_models_in_another_precision_than_the_call_are_not_folded() -> None:
+    unet = tiny_unet().to(torch.float16)
+    before = Snapshot(unet)
+    with install(unet, two_loras(unet), **FP32) as installation:
+        assert installation.fold(KINDS, WEIGHTS) == 0
+    before.assert_unchanged(unet)
+
+
+@torch.no_grad()
+def test_weights_offloaded_layer_by_layer_are_not_folded_and_give_the_same_image() -> None:
+    from accelerate import cpu_offload
+
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    loras = two_loras(unet)
+    with install(unet, loras, **FP32) as installation:
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        expected = unet(**inputs)[0]
+    cpu_offload(unet, execution_device=CPU)
+    assert all(parameter.is_meta for parameter in unet.parameters())
+    with install(unet, loras, **FP32) as installation:
+        assert installation.fold(KINDS, WEIGHTS) == 0
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        assert torch.equal(unet(**inputs)[0], expected)
+    assert all(parameter.is_meta for parameter in unet.parameters())
+
+
+class Quantised(nn.Parameter):
+    """Stands for the parameter types of quantisation libraries, which hold other numbers than they seem to."""
+
+
+@torch.no_grad()
+def test_quantised_weights_are_not_folded_and_the_rest_is() -> None:
+    unet = tiny_unet()
+    unet.conv_in._parameters["weight"] = Quantised(unet.conv_in.weight.detach())
+    before = Snapshot(unet)
+    with install(unet, two_loras(unet, ("conv_in", "conv_out")), **FP32) as installation:
+        assert installation.fold(KINDS, WEIGHTS) == 1
+        assert list(installation.bank) == ["conv_in"]
+    before.assert_unchanged(unet)
+
+
+@torch.no_grad()
+def test_a_model_that_is_cast_during_the_call_stays_cast() -> None:
+    unet, other = tiny_unet(), tiny_unet()
+    before = Snapshot(unet)
+    with install(unet, two_loras(unet), **FP32) as installation:
+        assert installation.fold(KINDS, WEIGHTS) > 0
+        unet.to(torch.float16)
+    other.to(torch.float16)
+    assert all(found is before.parameters[name] for name, found in unet.named_parameters())
+    for found, expected in zip(unet.parameters(), other.parameters(), strict=True):
+        assert found.dtype == torch.float16
+        assert torch.equal(found, expected)
+
+
+# PEFT adapters that the user has loaded.
+
+
+def add_adapter(unet: Any, name: str, targets: Sequence[str] = ATTENTION, seed: int = 0, **config: Any) -> None:
+    unet.add_adapter(
+        LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), init_lora_weights=False, **config), name
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in unet.named_parameters():
+        if f".{name}." in parameter_name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * SIZE
+
+
+@torch.no_grad()
+def test_a_loaded_adapter_that_is_no_concept_stays_part_of_the_base() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    plain = unet(**inputs)[0]
+    add_adapter(unet, "style", (*ATTENTION, "ff.net.2", "conv1"))
+    loras = two_loras(tiny_unet(), (*ATTENTION, "conv2", "conv1"))
+    gates, full = random_gates("everything", rows=2, tokens=7, concepts=2, latent_grid=(16, 16))
+    styled = unet(**inputs)[0]
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    before = Snapshot(unet)
+    with install(unet, loras, **FP32) as installation:
+        installation.use(gates, inputs["encoder_hidden_states"])
+        found = unet(**inputs)[0]
+        installation.fold([], ())
+    before.assert_unchanged(unet)
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(styled, plain) > 0.1
+    assert torch.equal(unet(**inputs)[0], styled)
+
+
+@torch.no_grad()
+def test_concepts_fold_under_a_loaded_adapter() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    add_adapter(unet, "style")
+    loras = two_loras(tiny_unet(), ATTENTION)
+    before = Snapshot(unet)
+    with install(unet, loras, **FP32) as installation:
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        expected = unet(**inputs)[0]
+        layers = len(installation.bank)
+        assert installation.fold(KINDS, WEIGHTS) == layers
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        assert relative_error(unet(**inputs)[0], expected) < 1e-5
+    before.assert_unchanged(unet)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@torch.no_grad()
+def test_an_adapter_among_the_concepts_is_silent_and_comes_back_exactly() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    plain = unet(**inputs)[0]
+    add_adapter(unet, "cat", seed=1)
+    add_adapter(unet, "style", seed=2)
+    unet.set_adapters(["style"], [0.7])
+    styled = unet(**inputs)[0]
+    unet.set_adapters(["cat", "style"], [1.3, 0.7])
+    both = unet(**inputs)[0]
+    before = Snapshot(unet)
+    with install(unet, [], silence=["cat"], **FP32) as installation:
+        installation.use(constant_gates(())[0], inputs["encoder_hidden_states"])
+        assert torch.equal(unet(**inputs)[0], styled)
+    before.assert_unchanged(unet)
+    assert torch.equal(unet(**inputs)[0], both)
+    with install(unet, [], silence=["cat", "style"], **FP32) as installation:
+        installation.use(constant_gates(())[0], inputs["encoder_hidden_states"])
+        assert torch.equal(unet(**inputs)[0], plain)
+    before.assert_unchanged(unet)
+    assert relative_error(styled, plain) > 0.02
+    assert relative_error(both, styled) > 0.02
+
+
+@torch.no_grad()
+def test_an_adapter_from_a_file_that_is_left_in_training_mode_is_given_back_so() -> None:
+    unet = tiny_unet()
+    state = {}
+    for name, lora in random_lora(unet, 1, size=SIZE).items():
+        state |= {f"unet.{name}.lora_A.weight": lora.down, f"unet.{name}.lora_B.weight": lora.up}
+    unet.load_lora_adapter(state, prefix="unet", adapter_name="style")
+    modes = {module.training for module in unet.modules()}
+    assert modes == {True, False}
+    before = Snapshot(unet)
+    with install(unet, two_loras(tiny_unet()), silence=["style"], **FP32):
+        assert unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.layer.base_layer.training is False
+    before.assert_unchanged(unet)
+
+
+@torch.no_grad()
+def test_text_encoders_take_concepts_too(pipe: Any) -> None:
+    encoder = pipe.text_encoder
+    ids = pipe.tokenizer(["a sks cat", "a dog"], padding="max_length", return_tensors="pt").input_ids
+    base = encoder(ids)[0]
+    loras = [random_lora(encoder, seed, targets=("q_proj", "v_proj", "fc1")) for seed in (1, 2)]
+    where = {name: Place("text", 0) for name, _ in encoder.named_modules()}
+    gates, full = random_gates("everything", rows=2, tokens=32, concepts=2, latent_grid=(1, 1), levels=1)
+    full = FullGates(full.text, {(1, 32): full.text[:, None]}, full.row)  # all its layers see tokens
+    before = Snapshot(encoder)
+    with installed_layers(encoder, loras, where, **FP32) as installation:
+        installation.use(gates)
+        found = encoder(ids)[0]
+    before.assert_unchanged(encoder)
+    expected = with_reference(encoder, loras, full)(ids)[0]
+    assert relative_error(base, expected) > 0.05
+    assert relative_error(found, expected) < 1e-5

@@ -1,0 +1,156 @@
+"""The layers of a UNet: names, order, grids and places are what a real pass shows."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from attention import AttentionLayer, attention_layers, grid_at, map_level, places
+from attention.layers import Place
+from components import sd_unet, sdxl_unet, unet_inputs
+from compose.assets import playground_model
+
+
+def playground_unet() -> Any:
+    config: Any = UNet2DConditionModel.load_config(str(playground_model() / "unet"))
+    return UNet2DConditionModel.from_config(config)
+
+
+def resnet_sampled_unet() -> UNet2DConditionModel:
+    """Halves and doubles the grid inside residual blocks instead of by a convolution of its own."""
+    return sd_unet(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+UNETS: dict[str, Callable[[], Any]] = {
+    "sd": sd_unet,
+    "sdxl": sdxl_unet,
+    "playground": playground_unet,
+    "resnet-sampled": resnet_sampled_unet,
+}
+GRIDS = [(16, 16), (8, 24), (24, 16)]
+ODD_GRIDS = [(15, 9), (9, 14), (17, 21)]
+CASES = [(name, grid) for name in UNETS for grid in GRIDS]
+CASES += [(name, grid) for name in UNETS if name != "resnet-sampled" for grid in ODD_GRIDS]
+
+
+def watch(unet: Any, modules: Mapping[str, nn.Module], grid: tuple[int, int]) -> dict[str, tuple[Any, Any, Any]]:
+    """Runs the UNet and returns positional arguments, keyword arguments and output of modules, in calling order."""
+    calls: dict[str, tuple[Any, Any, Any]] = {}
+
+    def listen(name: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            assert name not in calls, f"{name} was called twice"
+            calls[name] = args, kwargs, out
+
+        module.register_forward_hook(hook, with_kwargs=True)
+
+    for name, module in modules.items():
+        listen(name, module)
+    with torch.no_grad():
+        unet(**unet_inputs(unet, grid=grid))
+    return calls
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_attention_layers_are_named_in_the_order_of_a_real_pass(name: str) -> None:
+    unet = UNETS[name]()
+    modules = {n: m for n, m in unet.named_modules() if isinstance(m, Attention)}
+    calls = watch(unet, modules, (16, 16))
+    layers = attention_layers(unet)
+    assert [layer.name for layer in layers] == list(calls)
+    for layer in layers:
+        _, kwargs, _ = calls[layer.name]
+        assert layer.cross == (kwargs["encoder_hidden_states"] is not None), layer.name
+        assert layer.stage == layer.name.split("_")[0]
+
+
+def test_families_have_the_known_numbers_of_attention_layers() -> None:
+    for unet, expected in ((sd_unet(), (32, 16)), (sdxl_unet(), (140, 70))):
+        layers = attention_layers(unet)
+        assert (len(layers), sum(layer.cross for layer in layers)) == expected
+
+
+@pytest.mark.parametrize(("name", "grid"), CASES)
+def test_grids_are_the_true_sizes_of_activations(name: str, grid: tuple[int, int]) -> None:
+    unet = UNETS[name]()
+    adaptable = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | Attention)}
+    calls = watch(unet, adaptable, grid)
+    assert calls.keys() == adaptable.keys()
+    where, text_tokens = places(unet), 7
+    for layer in attention_layers(unet):
+        height, width = grid_at(grid, layer.level)
+        assert calls[layer.name][2].shape[1] == height * width, layer.name
+    for module, (_, _, out) in calls.items():
+        if isinstance(adaptable[module], Attention):
+            continue
+        place = where[module]
+        if out.ndim == 4:
+            assert (place.kind, tuple(out.shape[2:])) == ("image", grid_at(grid, place.level)), module
+        elif out.ndim == 2:
+            assert place == Place("row", 0), module
+        elif place.kind == "text":
+            assert out.shape[1] == text_tokens, module
+            assert module.endswith(("attn2.to_k", "attn2.to_v")), module
+        else:
+            height, width = grid_at(grid, place.level)
+            assert place.kind == "image", module
+            assert out.shape[1] == height * width, module
+    keys_and_values = [m for m, place in where.items() if place.kind == "text"]
+    assert len(keys_and_values) == 2 * sum(layer.cross for layer in attention_layers(unet))
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_every_linear_layer_and_convolution_has_a_place(name: str) -> None:
+    unet = UNETS[name]()
+    where = places(unet)
+    for module_name, module in unet.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            assert module_name in where, module_name
+
+
+def test_names_outside_the_unet_have_no_place() -> None:
+    outside = {"", "down_blocks.4.resnets.0.conv1", "mid_block.attentions.1.proj_in", "encoder.conv_in", "to_q"}
+    assert not outside & places(sd_unet()).keys()
+
+
+def test_map_grid_of_sd_and_sdxl_is_a_thirty_second_of_the_image() -> None:
+    for unet in (sd_unet(), sdxl_unet()):
+        # 1024 pixels are 128 latent cells
+        level = map_level(attention_layers(unet))
+        assert grid_at((128, 128), level) == (32, 32)
+
+
+def test_map_grid_of_the_playground_is_the_coarser_of_its_two() -> None:
+    assert grid_at((16, 16), map_level(attention_layers(playground_unet()))) == (8, 8)
+
+
+def test_map_grid_needs_cross_attention_on_the_way_down_and_up() -> None:
+    def layer(stage: Any, level: int, cross: bool = True) -> AttentionLayer:
+        return AttentionLayer(f"{stage}.{level}", cross, stage, level)
+
+    assert map_level((layer("down", 0), layer("down", 1), layer("mid", 2), layer("up", 1), layer("up", 0))) == 1
+    assert map_level((layer("down", 0), layer("down", 1), layer("up", 1, cross=False), layer("up", 0))) == 0
+    with pytest.raises(ValueError, match="no grid with cross-attention"):
+        map_level((layer("down", 0), layer("mid", 1), layer("up", 1)))
+    with pytest.raises(ValueError, match="no grid with cross-attention"):
+        map_level(attention_layers(sd_unet(up_block_types=("UpBlock2D",) * 4)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 4))
+def test_grids_shrink_as_strided_convolutions_do(height: int, width: int, level: int) -> None:
+    x: Tensor = torch.zeros(1, 1, height, width)
+    for _ in range(level):
+        x = F.conv2d(x, torch.zeros(1, 1, 3, 3), stride=2, padding=1)
+    assert grid_at((height, width), level) == tuple(x.shape[2:])

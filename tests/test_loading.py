@@ -1,0 +1,771 @@
+"""LoRA files of every spelling give what diffusers itself makes of them, and bad files are refused with a reason."""
+
+import json
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Conv2d, Linear
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from attention import Lora
+from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, small_pipeline
+from compose import ComposePipeline
+from compose.assets import playground_lora
+from pipelines import loading
+from pipelines.loading import Factors, LoraError, LoraFile, adapter_factors, find_file, match, read_lora
+from reference import dense
+
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """Is never changed here."""
+    return small_pipeline()
+
+
+@pytest.fixture(scope="module")
+def unet_lora(pipe: Any) -> Lora:
+    """Linear layers and convolutions of every kind that kohya's names can express."""
+    return random_lora(pipe.unet, 1, targets=EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def attention_lora(pipe: Any) -> Lora:
+    return random_lora(pipe.unet, 2, rank=2)
+
+
+@pytest.fixture(scope="module")
+def text_lora(pipe: Any) -> Lora:
+    return random_lora(pipe.text_encoder, 3, rank=4, targets=TEXT_TARGETS)
+
+
+def spelled(lora: Lora, key: Callable[[str], str], down: str, up: str, alpha: float | None = None) -> dict[str, Tensor]:
+    """The tensors of a file: `key` turns a layer's name into the file's."""
+    tensors = {}
+    for name, factors in lora.items():
+        tensors[key(name) + down] = factors.down
+        tensors[key(name) + up] = factors.up
+        if alpha is not None:
+            tensors[f"{key(name)}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
+    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path, {"format": "pt", **metadata})
+    return path
+
+
+def loaded(pipe: Any, path: Path) -> Factors:
+    return match(read_lora(path), pipe)
+
+
+def deltas(factors: Factors) -> dict[str, Tensor]:
+    """Dense changes by component and layer."""
+    parts = {"unet": factors.unet, **factors.text_encoders}
+    return {f"{part}.{name}": dense(found) for part, lora in parts.items() for name, found in lora.items()}
+
+
+def deltas_of_peft(pipe: Any, adapter: str) -> dict[str, Tensor]:
+    """What PEFT says that an adapter adds to every weight."""
+    found = {}
+    for part in ("unet", "text_encoder"):
+        for name, module in getattr(pipe, part).named_modules():
+            if isinstance(module, Linear | Conv2d) and adapter in module.scaling:
+                found[f"{part}.{name}"] = module.get_delta_weight(adapter).detach()
+    return found
+
+
+def deltas_of_diffusers(path: Path) -> dict[str, Tensor]:
+    """What diffusers' own pipeline makes of a file."""
+    plain = small_pipeline(StableDiffusionPipeline)
+    plain.load_lora_weights(str(path), adapter_name="it")
+    return deltas_of_peft(plain, "it")
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert len(expected) > 0
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, msg=lambda text, name=name: f"{name}: {text}")
+        assert delta.abs().max() > 0.01
+
+
+def old_processor(name: str) -> str:
+    attention, _, projection = name.removesuffix(".0").rpartition(".")
+    return f"unet.{attention}.processor.{projection}_lora"
+
+
+def kohya(name: str) -> str:
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+def kohya_text(name: str) -> str:
+    return f"lora_te_text_model_{name.replace('.', '_')}"
+
+
+def unet_key(name: str) -> str:
+    return f"unet.{name}"
+
+
+def text_key(name: str) -> str:
+    return f"text_encoder.text_model.{name}"
+
+
+# Spellings that diffusers reads too.
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora.down.weight", ".lora.up.weight"),
+    ],
+)
+def test_unet_keys_of_diffusers(pipe: Any, unet_lora: Lora, tmp_path: Path, down: str, up: str) -> None:
+    path = write(tmp_path / "cat.safetensors", spelled(unet_lora, unet_key, down, up))
+    factors = loaded(pipe, path)
+    assert factors.unmatched == ()
+    assert factors.text_encoders == {}
+    assert factors.report == f"{len(unet_lora)} unet layers, rank 3"
+    assert_same(deltas(factors), deltas_of_diffusers(path))
+
+
+def test_old_processor_keys_of_diffusers(pipe: Any, attention_lora: Lora, tmp_path: Path) -> None:
+    tensors = spelled(attention_lora, old_processor, ".down.weight", ".up.weight")
+    assert f"unet.{TO_Q.removesuffix('.to_q')}.processor.to_q_lora.down.weight" in tensors
+    path = write(tmp_path / "cat.safetensors", tensors)
+    found = deltas(loaded(pipe, path))
+    assert len(found) == 128
+    assert_same(found, deltas_of_diffusers(path))
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0, 6.0])
+def test_kohya_keys(pipe: Any, unet_lora: Lora, text_lora: Lora, tmp_path: Path, alpha: float | None) -> None:
+    tensors = spelled(unet_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha)
+    tensors |= spelled(
+        text_lora, kohya_text, ".lora_down.weight", ".lora_up.weight", None if alpha is None else alpha / 2
+    )
+    path = write(tmp_path / "cat.safetensors", tensors)
+    factors = loaded(pipe, path)
+    assert factors.unmatched == ()
+    assert (len(factors.unet), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
+    assert {found.scale for found in factors.unet.values()} == {1.0 if alpha is None else alpha / 3}
+    assert_same(deltas(factors), deltas_of_diffusers(path))
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    ],
+)
+def test_text_encoder_keys(
+    pipe: Any, attention_lora: Lora, text_lora: Lora, tmp_path: Path, down: str, up: str
+) -> None:
+    tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
+    path = write(tmp_path / "cat.safetensors", tensors | spelled(text_lora, text_key, down, up))
+    factors = loaded(pipe, path)
+    assert factors.report == f"128 unet layers, {len(text_lora)} text_encoder layers, rank 2/4"
+    assert_same(deltas(factors), deltas_of_diffusers(path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"lora_alpha": 12},
+        {"lora_alpha": 12, "use_rslora": True},
+        {"lora_alpha": 5, "alpha_pattern": {"to_q": 1.5, "attn2.to_v": 9, r".*\.proj_in": 2}},
+        {"lora_alpha": 5, "rank_pattern": {"attn1.to_k": 5}, "use_rslora": True},
+    ],
+)
+def test_alphas_from_the_configuration_that_diffusers_saves(pipe: Any, tmp_path: Path, config: dict[str, Any]) -> None:
+    plain = small_pipeline(StableDiffusionPipeline)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1"]
+    plain.unet.add_adapter(LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **config), "default")
+    text = LoraConfig(r=2, lora_alpha=7, target_modules=list(TEXT_TARGETS), init_lora_weights=False)
+    inject_adapter_in_model(text, plain.text_encoder, "default")
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        **{
+            f"{part}_lora_layers": get_peft_model_state_dict(getattr(plain, part), adapter_name="default")
+            for part in ("unet", "text_encoder")
+        },  # pyright: ignore[reportArgumentType]
+        weight_name="cat.safetensors",
+        **_collate_lora_metadata({"unet": plain.unet, "text_encoder": plain.text_encoder}),  # pyright: ignore[reportArgumentType]
+    )
+    file = read_lora(tmp_path / "cat.safetensors")
+    assert "lora_adapter_metadata" in file.metadata
+    factors = match(file, pipe)
+    assert factors.unmatched == ()
+    assert_same(deltas(factors), deltas_of_peft(plain, "default"))
+    scales = {found.scale for found in factors.unet.values()}
+    assert (scales == {8 / 3}) == (config == {}), "the settings are to change something"
+
+
+# Spellings that diffusers does not read: the same tensors under diffusers' keys say what is right.
+
+
+@pytest.mark.parametrize(
+    ("key", "down", "up"),
+    [
+        (str, ".lora_A.weight", ".lora_B.weight"),
+        ("base_model.model.{}".format, ".lora_A.weight", ".lora_B.weight"),
+        ("base_model.model.unet.{}".format, ".lora_A.weight", ".lora_B.weight"),
+        (unet_key, ".lora_A.default.weight", ".lora_B.default.weight"),
+        (str, ".lora.down.weight", ".lora.up.weight"),
+    ],
+    ids=["bare", "peft", "peft-unet", "adapter-name", "bare-old"],
+)
+def test_other_spellings_give_the_same(
+    pipe: Any, unet_lora: Lora, tmp_path: Path, key: Callable[[str], str], down: str, up: str
+) -> None:
+    usual = write(tmp_path / "usual.safetensors", spelled(unet_lora, unet_key, ".lora_A.weight", ".lora_B.weight"))
+    factors = loaded(pipe, write(tmp_path / "cat.safetensors", spelled(unet_lora, key, down, up)))
+    assert factors.unmatched == ()
+    assert_same(deltas(factors), deltas(loaded(pipe, usual)))
+
+
+def test_alpha_keys_beside_diffusers_keys_and_over_the_configuration(
+    pipe: Any, attention_lora: Lora, tmp_path: Path
+) -> None:
+    tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight", alpha=6.0)
+    config = json.dumps({"unet.lora_alpha": 40})
+    del tensors[f"unet.{TO_Q}.alpha"]
+    factors = loaded(pipe, write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=config))
+    assert factors.unet[TO_Q].scale == 20.0
+    assert {found.scale for name, found in factors.unet.items() if name != TO_Q} == {3.0}
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(6), torch.tensor([6.0]), torch.tensor(6.0, dtype=torch.float16)])
+def test_alphas_may_be_whole_numbers(pipe: Any, attention_lora: Lora, tmp_path: Path, alpha: Tensor) -> None:
+    tensors = spelled(attention_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha=1.0)
+    tensors = {key: alpha if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
+    factors = loaded(pipe, write(tmp_path / "cat.safetensors", tensors))
+    assert {found.scale for found in factors.unet.values()} == {3.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_any_floating_point_precision(pipe: Any, attention_lora: Lora, tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
+    factors = loaded(pipe, write(tmp_path / "cat.safetensors", {key: t.to(dtype) for key, t in tensors.items()}))
+    name, found = next(iter(factors.unet.items()))
+    assert found.down.dtype == dtype
+    assert torch.equal(found.down, attention_lora[name].down.to(dtype))
+
+
+def test_compiled_models_take_the_same_files(unet_lora: Lora, text_lora: Lora, tmp_path: Path) -> None:
+    tensors = spelled(unet_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
+    tensors |= spelled(text_lora, text_key, ".lora_A.weight", ".lora_B.weight")
+    path = write(tmp_path / "cat.safetensors", tensors)
+    pipe = small_pipeline()
+    expected = loaded(pipe, path)
+    pipe.unet = torch.compile(pipe.unet)  # nothing is compiled before the first call
+    pipe.text_encoder = torch.compile(pipe.text_encoder)
+    assert_same(deltas(loaded(pipe, path)), deltas(expected))
+
+
+def test_the_playgrounds_own_files_are_what_diffusers_makes_of_them(playground: Any) -> None:
+    file = read_lora(playground_lora("cat-tara"))
+    factors = match(file, playground)
+    plain = StableDiffusionPipeline(**{n: c for n, c in playground.components.items() if n != "unet"}, unet=None)  # pyright: ignore[reportArgumentType]
+    plain.register_modules(unet=type(playground.unet).from_config(playground.unet.config))
+    plain.load_lora_weights(str(file.path), adapter_name="it")
+    assert factors.unmatched == ()
+    found, expected = deltas(factors), deltas_of_peft(plain, "it")
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, check_dtype=False)
+
+
+# What is known from the file, and what is left over.
+
+
+def concept_file(path: Path, **metadata: str) -> Path:
+    lora = random_lora(sd_unet(), 1, rank=2, targets=("attn2.to_k",))
+    return write(path, spelled(lora, unet_key, ".lora_A.weight", ".lora_B.weight"), **metadata)
+
+
+def test_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: Path) -> None:
+    pipe: ComposePipeline = small_pipeline()
+    path = concept_file(tmp_path / "cat.safetensors", trigger="sks", class_word="cat", method="tara")
+    concept = pipe.load_concept(path)
+    assert (concept.name, concept.trigger, concept.class_word, concept.weight) == ("cat", "sks", "cat", 1.0)
+    other = pipe.load_concept(path, name="tiger", trigger="zwx", weight=0.5)
+    assert (other.name, other.trigger, other.class_word, other.weight) == ("tiger", "zwx", "cat", 0.5)
+    bare = pipe.load_concept(concept_file(tmp_path / "dog.safetensors", trigger=""))
+    assert not bare.trigger
+    assert bare.class_word is None
+    first, _, last = pipe.resolve_concepts(["cat", "tiger", "dog"])
+    assert (first.trained_with, last.trained_with) == ("tara", None)
+    assert first.file is not None
+    assert first.file.metadata["trigger"] == "sks"
+
+
+def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
+    import hashlib
+
+    path = concept_file(tmp_path / "cat.safetensors")
+    assert read_lora(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_keys_without_a_layer_are_reported_and_warned_about(
+    attention_lora: Lora, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe: Any = small_pipeline()
+    tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
+    tensors["unet.down_blocks.7.attn.to_q.lora_A.weight"] = torch.ones(2, 8)
+    tensors["unet.down_blocks.7.attn.to_q.lora_B.weight"] = torch.ones(8, 2)
+    tensors["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 8)
+    path = write(tmp_path / "cat.safetensors", tensors)
+    factors = loaded(pipe, path)
+    assert len(factors.unet) == 128
+    left_over = (
+        "unet.down_blocks.7.attn.to_q",
+        "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+    )
+    assert factors.unmatched == left_over
+    assert "2 keys fit no layer and are left out" in factors.report
+    with caplog.at_level(logging.WARNING, logger="pipelines"):
+        pipe.load_concept(path)
+    (record,) = [record for record in caplog.records if record.name.startswith("pipelines")]
+    assert record.levelno == logging.WARNING
+    for part in ("cat.safetensors", "128 unet layers", *left_over):
+        assert part in record.getMessage()
+
+
+def test_complete_files_are_loaded_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pipe: Any = small_pipeline()
+    with caplog.at_level(logging.WARNING):
+        pipe.load_concept(concept_file(tmp_path / "cat.safetensors"))
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl", ".PT"])
+def test_pickles_are_refused_unopened(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"cat{suffix}"
+    path.write_bytes(b"whatever")
+    with pytest.raises(LoraError, match=rf"cat{re.escape(suffix)} is a pickle.*convert it to safetensors"):
+        read_lora(path)
+    with pytest.raises(LoraError, match="is a pickle"):
+        find_file(tmp_path / f"missing{suffix}")
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise AssertionError('a pickle was opened')",)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles_named_safetensors_are_refused(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "cat.safetensors"
+    path.write_bytes(pickle.dumps(Bomb(), protocol=protocol))
+    with pytest.raises(LoraError, match="a pickle or an archive under another name"):
+        read_lora(path)
+
+
+def test_archives_named_safetensors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cat.safetensors"
+    torch.save({"lora_A.weight": torch.ones(2)}, path)
+    assert zipfile.is_zipfile(path)
+    with pytest.raises(LoraError, match="a pickle or an archive under another name"):
+        read_lora(path)
+
+
+@pytest.mark.parametrize("header", [640, 1152, 0x4B50])
+def test_sound_files_whose_length_looks_like_a_pickle_are_read(tmp_path: Path, header: int) -> None:
+    """The first bytes are the length of the header, which may be those that begin a pickle or an archive."""
+    path = tmp_path / "cat.safetensors"
+    missing = header - header_length_with_padding(path, 0)
+    assert header_length_with_padding(path, missing) == header
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04", b"PK")
+    assert len(read_lora(path).tensors) == 2
+
+
+def header_length_with_padding(path: Path, padding: int) -> int:
+    tensors = {f"unet.{TO_Q}.lora_A.weight": torch.ones(2, 8), f"unet.{TO_Q}.lora_B.weight": torch.ones(8, 2)}
+    return int.from_bytes(write(path, tensors, note="x" * padding).read_bytes()[:8], "little")
+
+
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
+    path = concept_file(tmp_path / "cat.safetensors")
+    whole = path.read_bytes()
+    for length in (0, 1, 7, 8, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            LoraError, match=r"cat.safetensors is no readable safetensors file \(truncated or corrupt\)"
+        ):
+            read_lora(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(LoraError, match="no readable safetensors file"):
+        read_lora(path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("random") / "cat.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(LoraError):
+        read_lora(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["down", "up", "alpha"])
+def test_values_that_are_not_finite_are_refused(attention_lora: Lora, tmp_path: Path, value: float, where: str) -> None:
+    tensors = spelled(attention_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha=1.0)
+    key = next(key for key in tensors if where in key.rpartition("lora_unet")[2].partition(".")[2])
+    tensors[key] = tensors[key].clone()
+    tensors[key].view(-1)[-1] = value
+    with pytest.raises(LoraError, match=rf"{re.escape(key)} has values that are NaN or infinite"):
+        read_lora(write(tmp_path / "cat.safetensors", tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_ordinary_floats_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"unet.x.lora_A.weight": torch.ones(2, 8).to(dtype), "unet.x.lora_B.weight": torch.ones(8, 2)}
+    with pytest.raises(LoraError, match=f"unet.x.lora_A.weight is stored as {dtype}; expected float32"):
+        read_lora(write(tmp_path / "cat.safetensors", tensors))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        ["weight"],
+        ["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.x"],
+        ["down_blocks.0.conv.weight"],
+    ],
+    ids=["empty", "one", "checkpoint", "unet"],
+)
+def test_files_without_lora_keys_are_refused(tmp_path: Path, keys: Sequence[str]) -> None:
+    path = write(tmp_path / "cat.safetensors", {key: torch.ones(2) for key in keys})
+    found = re.escape(", ".join(sorted(keys)) or "none")
+    with pytest.raises(LoraError, match=f"cat.safetensors is no LoRA: expected keys .* found {found}$"):
+        read_lora(path)
+
+
+LAYER = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+PLAIN = {f"{LAYER}.lora_down.weight": torch.ones(2, 8), f"{LAYER}.lora_up.weight": torch.ones(8, 2)}
+OTHER_KINDS = {
+    "a DoRA": PLAIN | {f"{LAYER}.dora_scale": torch.ones(8, 1)},
+    "a DoRA ": {
+        "unet.x.lora_A.weight": torch.ones(2, 8),
+        "unet.x.lora_B.weight": torch.ones(8, 2),
+        "unet.x.lora_magnitude_vector": torch.ones(8),
+    },
+    "a LoKr": {f"{LAYER}.lokr_w1": torch.ones(2, 2), f"{LAYER}.lokr_w2": torch.ones(4, 4)},
+    "a LoHa": {f"{LAYER}.hada_w{i}_{s}": torch.ones(2, 2) for i in (1, 2) for s in "ab"},
+    "an OFT": {f"{LAYER}.oft_blocks": torch.ones(2, 2)},
+    "a LoCon with Tucker factors": PLAIN | {f"{LAYER}.lora_mid.weight": torch.ones(2, 2, 3, 3)},
+    "full weight differences": PLAIN | {"lora_unet_conv_in.diff": torch.ones(8, 4, 3, 3)},
+    "full weight differences ": PLAIN | {"lora_unet_conv_in.diff_b": torch.ones(8)},
+    "a LoRA with biases": {
+        "unet.x.lora_A.weight": torch.ones(2, 8),
+        "unet.x.lora_B.weight": torch.ones(8, 2),
+        "unet.x.lora_B.bias": torch.ones(8),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_adapters_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(LoraError, match=rf"is .*{kind.strip()}.*only plain LoRA and LoCon factors are supported"):
+        read_lora(write(tmp_path / "cat.safetensors", OTHER_KINDS[kind]))
+
+
+def test_a_dora_is_refused_by_its_configuration_alone(pipe: Any, attention_lora: Lora, tmp_path: Path) -> None:
+    tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
+    config = json.dumps({"unet.use_dora": True, "unet.lora_alpha": 4})
+    with pytest.raises(LoraError, match="is a DoRA"):
+        loaded(pipe, write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=config))
+
+
+def test_layers_with_one_factor_are_refused(pipe: Any, attention_lora: Lora, tmp_path: Path) -> None:
+    for key, down, up in (
+        (unet_key, ".lora_A.weight", ".lora_B.weight"),
+        (kohya, ".lora_down.weight", ".lora_up.weight"),
+    ):
+        for missing in (down, up):
+            tensors = spelled(attention_lora, key, down, up)
+            del tensors[key(TO_Q) + missing]
+            with pytest.raises(LoraError, match=r"only one of its two factors|not understood"):
+                loaded(pipe, write(tmp_path / "cat.safetensors", tensors))
+
+
+def test_two_adapters_in_one_file_are_refused(pipe: Any, attention_lora: Lora, tmp_path: Path) -> None:
+    tensors = spelled(attention_lora, unet_key, ".lora_A.cat.weight", ".lora_B.cat.weight")
+    tensors |= spelled(attention_lora, unet_key, ".lora_A.dog.weight", ".lora_B.dog.weight")
+    with pytest.raises(LoraError, match=r"more than one LoRA for unet.*expected one adapter"):
+        loaded(pipe, write(tmp_path / "cat.safetensors", tensors))
+
+
+def test_files_for_a_wider_model_are_refused_with_both_shapes(pipe: Any, tmp_path: Path) -> None:
+    wider = random_lora(sd_unet(block_out_channels=(16, 16, 16, 16)), 1, rank=2, targets=("attn1.to_q",))
+    path = write(tmp_path / "cat.safetensors", spelled(wider, unet_key, ".lora_A.weight", ".lora_B.weight"))
+    with pytest.raises(LoraError, match=r"cat.safetensors does not fit this model: unet\.down_blocks.*") as caught:
+        loaded(pipe, path)
+    assert "[2, 16] and [16, 2]" in str(caught.value)
+    assert "[rank, 8] and [8, rank]" in str(caught.value)
+
+
+FOREIGN = {
+    "flux": ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"],
+    "sd3": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
+    "flux kohya": [
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight",
+    ],
+    "wan": ["diffusion_model.blocks.0.self_attn.q.lora_down.weight"],
+    "kohya without layers": ["lora_unet_nothing.lora_down.weight", "lora_unet_nothing.lora_up.weight"],
+    "glora": [f"{LAYER}.a1.weight", f"{LAYER}.b1.weight"],
+    "ia3": [f"{LAYER}.weight", f"{LAYER}.on_input"],
+    "no separate name": ["lora_A.weight", "lora_B.weight"],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_for_other_architectures_are_refused(pipe: Any, tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "cat.safetensors", {key: torch.ones(2, 2) for key in FOREIGN[kind]})
+    with pytest.raises(LoraError, match=r"matches no layer of this model|not understood|does not fit"):
+        loaded(pipe, path)
+
+
+def test_an_sdxl_file_does_not_fit_sd(pipe: Any, tmp_path: Path) -> None:
+    lora = random_lora(sdxl_unet(transformer_layers_per_block=(1, 1, 2), cross_attention_dim=32), 1)
+    for key, down, up in ((unet_key, "lora_A", "lora_B"), (kohya, "lora_down", "lora_up")):
+        path = write(tmp_path / "cat.safetensors", spelled(lora, key, f".{down}.weight", f".{up}.weight"))
+        with pytest.raises(LoraError, match="does not fit this model"):
+            loaded(pipe, path)
+
+
+DAMAGED_SETTINGS = {
+    "no JSON": "{",
+    "a list": "[1, 2]",
+    "a number": "7",
+    "alpha in words": json.dumps({"unet.lora_alpha": "many"}),
+    "no alpha": json.dumps({"unet.lora_alpha": None}),
+    "an alpha that is no number": json.dumps({"unet.lora_alpha": float("nan")}),
+    "an endless alpha": json.dumps({"unet.lora_alpha": float("inf")}),
+    "a huge alpha": '{"unet.lora_alpha": 1' + "0" * 400 + "}",
+    "a pattern that is a list": json.dumps({"unet.alpha_pattern": ["to_q"]}),
+    "a pattern that is no pattern": json.dumps({"unet.alpha_pattern": {"(": 3}}),
+    "a pattern without numbers": json.dumps({"unet.alpha_pattern": {"to_q": {}}}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_SETTINGS)
+def test_damaged_settings_in_the_header_are_refused(
+    pipe: Any, attention_lora: Lora, tmp_path: Path, damage: str
+) -> None:
+    tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
+    path = write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=DAMAGED_SETTINGS[damage])
+    with pytest.raises(LoraError, match="lora_adapter_metadata"):
+        loaded(pipe, path)
+
+
+PARTS = [
+    *(
+        "unet",
+        "text_encoder",
+        "text_encoder_2",
+        "lora_unet",
+        "lora_te",
+        "base_model",
+        "model",
+        "processor",
+        "text_model",
+    ),
+    *(
+        TO_Q,
+        TO_Q.replace(".", "_"),
+        "encoder.layers.0.self_attn.q_proj",
+        "conv_in",
+        "down_blocks_0",
+        "input_blocks_1_0",
+    ),
+    *(
+        "lora",
+        "lora_A",
+        "lora_B",
+        "lora_down",
+        "lora_up",
+        "up",
+        "down",
+        "alpha",
+        "weight",
+        "default",
+        "to_q_lora",
+        "",
+        "é",
+    ),
+]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    keys=st.lists(
+        st.tuples(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6), st.sampled_from("._")), max_size=5
+    ),
+    shapes=st.lists(st.lists(st.integers(0, 3) | st.just(8), max_size=4), min_size=5, max_size=5),
+)
+def test_no_file_gives_another_error_than_a_refusal(pipe: Any, keys: list[Any], shapes: list[list[int]]) -> None:
+    tensors = {sep.join(parts): torch.ones(shape) for (parts, sep), shape in zip(keys, shapes, strict=False)}
+    try:
+        factors = match(LoraFile(Path("cat.safetensors"), "", {}, tensors), pipe)
+    except LoraError:
+        return
+    assert deltas(factors)
+
+
+# Where files are found.
+
+
+def test_a_file_or_a_folder_with_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = concept_file(tmp_path / "cat.safetensors")
+    (tmp_path / "readme.md").write_text("about")
+    assert find_file(path) == path
+    assert find_file(str(path)) == path
+    assert find_file(tmp_path) == path
+    assert find_file(tmp_path, "cat.safetensors") == path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_file("~/cat.safetensors") == path
+
+
+def test_a_folder_with_two_files_asks_which(tmp_path: Path) -> None:
+    paths = [concept_file(tmp_path / f"{name}.safetensors") for name in ("cat", "dog")]
+    with pytest.raises(
+        LoraError, match=r"has 2 safetensors files; say which with weight_name: cat.safetensors, dog.safetensors"
+    ):
+        find_file(tmp_path)
+    assert [find_file(tmp_path, path.name) for path in paths] == paths
+    for name in ("bird.safetensors", "../cat.safetensors", str(paths[0])):
+        with pytest.raises(LoraError, match=r"it has cat.safetensors, dog.safetensors"):
+            find_file(tmp_path, name)
+
+
+def test_an_empty_folder_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(LoraError, match="has 0 safetensors files"):
+        find_file(tmp_path)
+    for source in (
+        tmp_path / "cat.safetensors",
+        tmp_path / "cat",
+        "loras/cat.safetensors",
+        "cat",
+        "a/b/c",
+        "no such/cat",
+    ):
+        with pytest.raises(LoraError, match="there is no file"):
+            find_file(source)
+
+
+def test_hub_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two functions of the hub's client stand in for the network."""
+    asked: list[tuple[Any, ...]] = []
+    files = {
+        "user/cat-v1.5": ["README.md", "cat.safetensors"],
+        "user/two": ["a.safetensors", "b.safetensors", "c.bin"],
+    }
+
+    def list_repo_files(repo: str, **options: Any) -> list[str]:
+        asked.append((repo, options))
+        return files[repo]
+
+    def hf_hub_download(repo: str, name: str, **options: Any) -> str:
+        asked.append((repo, name, options))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(loading, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(loading, "hf_hub_download", hf_hub_download)
+    options = {"revision": "v2", "token": "secret", "local_files_only": False}
+    assert find_file("user/cat-v1.5", **options) == tmp_path / "cat.safetensors"
+    assert asked == [
+        ("user/cat-v1.5", {"revision": "v2", "token": "secret"}),
+        ("user/cat-v1.5", "cat.safetensors", options),
+    ]
+    with pytest.raises(LoraError, match="user/two has 2 safetensors files"):
+        find_file("user/two")
+    asked.clear()
+    assert find_file("user/two", "b.safetensors") == tmp_path / "b.safetensors"
+    assert asked == [("user/two", "b.safetensors", {})]
+
+
+# Adapters that the user has loaded into the pipeline.
+
+
+def pipeline_with_adapter(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> Any:
+    tensors = spelled(unet_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha=1.5)
+    tensors |= spelled(text_lora, kohya_text, ".lora_down.weight", ".lora_up.weight", alpha=8.0)
+    pipe = small_pipeline()
+    pipe.load_lora_weights(str(write(tmp_path / "cat.safetensors", tensors)), adapter_name="cat")
+    return pipe
+
+
+def test_loaded_adapters_give_pefts_numbers(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> None:
+    pipe = pipeline_with_adapter(tmp_path, unet_lora, text_lora)
+    factors = adapter_factors(pipe, "cat")
+    assert (len(factors.unet), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
+    assert_same(deltas(factors), deltas_of_peft(pipe, "cat"))
+    assert_same(deltas(factors), deltas(loaded(small_pipeline(), tmp_path / "cat.safetensors")))
+    pipe.set_adapters(["cat"], [0.4])
+    assert_same(deltas(adapter_factors(pipe, "cat")), deltas_of_peft(pipe, "cat"))
+    assert not any(factors.down.requires_grad for factors in adapter_factors(pipe, "cat").unet.values())
+
+
+def test_loading_a_concept_is_not_disturbed_by_adapters(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> None:
+    pipe = pipeline_with_adapter(tmp_path, unet_lora, text_lora)
+    assert_same(
+        deltas(loaded(pipe, tmp_path / "cat.safetensors")),
+        deltas(loaded(small_pipeline(), tmp_path / "cat.safetensors")),
+    )
+
+
+def test_fused_adapters_are_refused(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> None:
+    pipe = pipeline_with_adapter(tmp_path, unet_lora, text_lora)
+    pipe.fuse_lora()
+    with pytest.raises(LoraError, match=r"'cat' is fused into the weights.*unfuse_lora"):
+        adapter_factors(pipe, "cat")
+    pipe.unfuse_lora()
+    assert len(adapter_factors(pipe, "cat").unet) == len(unet_lora)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["to_q"], use_dora=True),
+        LoraConfig(r=2, target_modules=["to_q"], lora_bias=True),
+        LoKrConfig(r=2, target_modules=["to_q"]),
+        LoHaConfig(r=2, target_modules=["to_q"]),
+    ],
+    ids=["DoRA", "bias", "LoKr", "LoHa"],
+)
+def test_other_kinds_of_loaded_adapters_are_refused(config: Any) -> None:
+    pipe = small_pipeline()
+    if isinstance(config, LoraConfig):
+        pipe.unet.add_adapter(config, "cat")
+    else:
+        inject_adapter_in_model(config, pipe.unet, "cat")
+    with pytest.raises(LoraError, match=r"adapter 'cat' is no plain LoRA at .*to_q"):
+        adapter_factors(pipe, "cat")

@@ -1,0 +1,383 @@
+"""The pooled LoRAs of all concepts equal a slow sum of dense deltas, under every kind of gate."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attention import Gates, Lora, LoraFactors, install
+from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
+from reference import STYLES, FullGates, Style, constant_gates, random_gates, relative_error, with_reference
+
+CPU = torch.device("cpu")
+UNETS: dict[str, Callable[..., Any]] = {
+    "sd": sd_unet,
+    "sdxl": lambda: sdxl_unet(transformer_layers_per_block=(1, 1, 2), layers_per_block=1),
+}
+ALL_LAYERS = (*EVERYTHING, "linear_1", "linear_2")
+SIZE = 0.1  # of random factors: the effect is as large as the output, rounding errors are not amplified
+
+
+def lora(unet: nn.Module, seed: int, **options: Any) -> Lora:
+    return random_lora(unet, seed, **{"size": SIZE, "targets": ALL_LAYERS, **options})
+
+
+def unequal_loras(unet: nn.Module) -> list[Lora]:
+    """Three concepts with unequal ranks and scales; the third adapts only a part of the layers."""
+    partly = lora(unet, 3, rank=5, scale=0.25, targets=("attn2.to_k", "ff.net.2", "conv1", "attn1.to_q"))
+    return [lora(unet, 1, rank=1, scale=3.0), lora(unet, 2, rank=4, scale=0.7), partly]
+
+
+def with_bank(unet: Any, loras: Sequence[Lora], gates: Gates, inputs: dict[str, Any], **options: Any) -> Tensor:
+    with install(unet, loras, device=CPU, dtype=options.get("dtype", torch.float32)) as installation:
+        installation.use(gates, inputs["encoder_hidden_states"])
+        return unet(**inputs)[0]
+
+
+def gates_for(inputs: dict[str, Any], concepts: int, style: Style, seed: int = 0) -> tuple[Gates, FullGates]:
+    rows, tokens, _ = inputs["encoder_hidden_states"].shape
+    height, width = inputs["sample"].shape[2:]
+    return random_gates(style, rows=rows, tokens=tokens, concepts=concepts, latent_grid=(height, width), seed=seed)
+
+
+@pytest.fixture(params=UNETS)
+def unet(request: pytest.FixtureRequest) -> Any:
+    return UNETS[request.param]()
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("grid", [(16, 16), (8, 24), (15, 9)])
+@torch.no_grad()
+def test_bank_equals_the_slow_sum(unet: Any, style: Style, grid: tuple[int, int]) -> None:
+    inputs = unet_inputs(unet, grid=grid, rows=3)
+    loras = unequal_loras(unet)
+    gates, full = gates_for(inputs, len(loras), style)
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    assert relative_error(unet(**inputs)[0], expected) > 0.1, "the LoRAs are to have an effect"
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_bank_equals_the_slow_sum_in_the_depth_of_sdxl() -> None:
+    unet = sdxl_unet()
+    inputs = unet_inputs(unet, grid=(9, 14))
+    loras = unequal_loras(unet)
+    gates, full = gates_for(inputs, len(loras), "everything")
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    assert relative_error(unet(**inputs)[0], expected) > 0.1, "the LoRAs are to have an effect"
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_all_kinds_of_layers_are_adapted_in_these_tests(name: str) -> None:
+    unet = UNETS[name]()
+    adaptable = {n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert set(lora(unet, 1)) == adaptable
+
+
+KINDS_OF_LAYERS = {
+    "cross-attention keys": ("attn2.to_k",),
+    "cross-attention": ("attn2.to_q", "attn2.to_v", "attn2.to_out.0"),
+    "self-attention": tuple(f"attn1.{p}" for p in ATTENTION),
+    "feed-forward": ("ff.net.0.proj", "ff.net.2"),
+    "projections": ("proj_in", "proj_out"),
+    "residual blocks": ("conv1", "conv2"),
+    "shortcuts": ("conv_shortcut",),
+    "downsamplers": ("downsamplers.0.conv",),
+    "upsamplers": ("upsamplers.0.conv",),
+    "first convolution": ("conv_in",),
+    "last convolution": ("conv_out",),
+    "time": ("time_embedding.linear_1", "time_embedding.linear_2", "time_emb_proj"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
+@torch.no_grad()
+def test_bank_equals_the_slow_sum_for_every_kind_of_layer_alone(unet: Any, kind: str) -> None:
+    inputs = unet_inputs(unet, grid=(8, 16))
+    loras = [lora(unet, seed, rank=2 + seed, targets=KINDS_OF_LAYERS[kind], size=0.3) for seed in range(2)]
+    gates, full = gates_for(inputs, 2, "everything")
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    assert relative_error(unet(**inputs)[0], expected) > 1e-3, "the LoRAs are to have an effect"
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_added_conditions_of_sdxl_are_adapted_by_row() -> None:
+    unet = sdxl_unet()
+    inputs = unet_inputs(unet)
+    loras = [lora(unet, 1, targets=("add_embedding.linear_1", "add_embedding.linear_2"), size=0.5)]
+    gates, full = gates_for(inputs, 1, "rows")
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    assert relative_error(unet(**inputs)[0], expected) > 1e-3
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@torch.no_grad()
+def test_one_adapted_layer_alone_gives_base_plus_delta(kind: str) -> None:
+    """Without any amplification by the layers that follow."""
+    unet = sd_unet()
+    name = "conv_in" if kind == "convolution" else "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = lora(unet, 1)[name]
+    gates, _ = random_gates("constant", rows=2, tokens=7, concepts=1, latent_grid=(4, 6))
+    weight = unet.get_submodule(name).get_parameter("weight")
+    x = torch.randn(2, 4, 4, 6) if kind == "convolution" else torch.randn(2, 24, weight.shape[1])
+    base = unet.get_submodule(name)(x)
+    with install(unet, [{name: factors}], device=CPU, dtype=torch.float32) as installation:
+        installation.use(gates)
+        found = unet.get_submodule(name)(x)
+    changed = weight + gates.image[0].item() * factors.delta().view_as(weight)
+    bias = unet.get_submodule(name).bias
+    if kind == "convolution":
+        expected = torch.nn.functional.conv2d(x, changed, bias, padding=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    else:
+        expected = torch.nn.functional.linear(x, changed, bias)  # pyright: ignore[reportArgumentType]
+    assert relative_error(base, expected) > 1e-2
+    assert relative_error(found, expected) < 1e-6
+
+
+@torch.no_grad()
+def test_negative_and_zero_weights(unet: Any) -> None:
+    inputs = unet_inputs(unet)
+    loras = unequal_loras(unet)
+    gates, full = constant_gates([-1.5, 0.0, 0.8])
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    assert relative_error(unet(**inputs)[0], expected) > 0.3
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
+def pick(gates: Gates, concepts: Sequence[int]) -> Gates:
+    """The gates of some concepts, in that order."""
+    which = list(concepts)
+    image = {level: gate[..., which] for level, gate in gates.image.items()}
+    return Gates(gates.text[..., which], image, gates.row[..., which], gates.latent_grid)
+
+
+@torch.no_grad()
+def test_the_order_of_concepts_does_not_matter(unet: Any) -> None:
+    inputs = unet_inputs(unet)
+    loras = unequal_loras(unet)
+    gates, _ = gates_for(inputs, 3, "everything")
+    first = with_bank(unet, loras, gates, inputs)
+    for order in ((2, 0, 1), (1, 0, 2)):
+        other = with_bank(unet, [loras[i] for i in order], pick(gates, order), inputs)
+        assert relative_error(other, first) < 5e-6
+    swapped = with_bank(unet, [loras[1], loras[0], loras[2]], gates, inputs)
+    assert relative_error(swapped, first) > 0.1, "the gates go with their concepts"
+
+
+@torch.no_grad()
+def test_a_concept_of_weight_zero_is_absent(unet: Any) -> None:
+    inputs = unet_inputs(unet)
+    loras = unequal_loras(unet)
+    gates, _ = gates_for(inputs, 3, "everything")
+    keep = torch.tensor([1.0, 0.0, 1.0])
+    image = {level: gate * keep for level, gate in gates.image.items()}
+    silent = Gates(gates.text * keep, image, gates.row * keep, gates.latent_grid)
+    without = with_bank(unet, [loras[0], loras[2]], pick(gates, (0, 2)), inputs)
+    assert relative_error(with_bank(unet, loras, silent, inputs), without) < 5e-6
+    assert relative_error(with_bank(unet, loras, gates, inputs), without) > 0.1
+
+
+@torch.no_grad()
+def test_a_lora_that_was_never_trained_leaves_exactly_the_base(unet: Any) -> None:
+    inputs = unet_inputs(unet)
+    untrained = {n: LoraFactors(f.down, torch.zeros_like(f.up), f.scale) for n, f in lora(unet, 1).items()}
+    gates, _ = gates_for(inputs, 1, "everything")
+    assert torch.equal(with_bank(unet, [untrained], gates, inputs), unet(**inputs)[0])
+
+
+@torch.no_grad()
+def test_without_concepts_the_output_is_exactly_the_base(unet: Any) -> None:
+    inputs = unet_inputs(unet)
+    gates, _ = gates_for(inputs, 0, "constant")
+    assert torch.equal(with_bank(unet, [], gates, inputs), unet(**inputs)[0])
+
+
+def latent_gradient(model: Any, inputs: dict[str, Any]) -> Tensor:
+    sample = inputs["sample"].clone().requires_grad_()
+    output = model(**{**inputs, "sample": sample})[0]
+    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+    return torch.autograd.grad((output * weights).sum(), sample)[0]
+
+
+@pytest.mark.parametrize("style", ["constant", "everything"])
+def test_gradient_to_the_latents_equals_that_of_the_slow_sum(unet: Any, style: Style) -> None:
+    inputs = unet_inputs(unet, grid=(8, 16))
+    loras = unequal_loras(unet)
+    gates, full = gates_for(inputs, 3, style)
+    expected = latent_gradient(with_reference(unet, loras, full), inputs)
+    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+        installation.use(gates, inputs["encoder_hidden_states"])
+        found = latent_gradient(unet, inputs)
+    assert relative_error(latent_gradient(unet, inputs), expected) > 0.3
+    assert relative_error(found, expected) < 2e-5
+
+
+def test_gradient_checkpointing_gives_equal_gradients(unet: Any) -> None:
+    inputs = unet_inputs(unet, grid=(8, 16))
+    loras = unequal_loras(unet)
+    gates, _ = gates_for(inputs, 3, "everything")
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+            passes = 0
+
+            def count(*_: Any) -> None:
+                nonlocal passes
+                passes += 1
+
+            handle = unet.down_blocks[0].resnets[0].conv1.register_forward_hook(count)
+            installation.use(gates, inputs["encoder_hidden_states"])
+            found.append(latent_gradient(unet, inputs))
+            handle.remove()
+        assert passes == (2 if checkpointing else 1)
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("style", ["constant", "everything"])
+@torch.no_grad()
+def test_bfloat16_is_as_exact_as_the_slow_sum_in_bfloat16(style: Style) -> None:
+    unet: Any = sd_unet()
+    inputs = unet_inputs(unet)
+    loras = unequal_loras(unet)
+    gates, full = gates_for(inputs, 3, style)
+    exact = with_reference(unet, loras, full)(**inputs)[0]
+    unet.to(torch.bfloat16)
+    half = {
+        k: v.to(torch.bfloat16) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
+    slow = with_reference(unet, loras, full)(**half)[0].float()
+    found = with_bank(unet, loras, gates, half, dtype=torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+
+    def error(output: Tensor) -> float:
+        return ((output.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+
+    assert error(found) < 0.05
+    assert error(found) < 1.5 * error(slow)
+    assert error(unet(**half)[0]) > 0.3, "the LoRAs are to have an effect"
+
+
+@torch.no_grad()
+def test_autocast_runs_and_agrees() -> None:
+    unet = sd_unet()
+    inputs = unet_inputs(unet)
+    loras = unequal_loras(unet)
+    gates, full = gates_for(inputs, 3, "everything")
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_bank(unet, loras, gates, inputs)
+    assert relative_error(unet(**inputs)[0], expected) > 0.3
+    assert relative_error(found.float(), expected) < 0.1
+
+
+@torch.no_grad()
+def test_channels_last_models_agree(unet: Any) -> None:
+    inputs = unet_inputs(unet)
+    loras = unequal_loras(unet)
+    gates, full = gates_for(inputs, 3, "everything")
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    unet.to(memory_format=torch.channels_last)
+    inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_gates_of_some_rows_are_those_of_a_smaller_batch(unet: Any) -> None:
+    inputs = unet_inputs(unet, rows=4)
+    loras = unequal_loras(unet)
+    gates, _ = gates_for(inputs, 3, "everything")
+    whole = with_bank(unet, loras, gates, inputs)
+    part = unet_inputs(unet, rows=4)
+    for key in ("sample", "encoder_hidden_states"):
+        part[key] = part[key][2:]
+    if "added_cond_kwargs" in part:
+        part["added_cond_kwargs"] = {k: v[2:] for k, v in part["added_cond_kwargs"].items()}
+    found = with_bank(unet, loras, gates.select(slice(2, None)), part)
+    assert relative_error(found, whole[2:]) < 1e-5
+
+
+@torch.no_grad()
+def test_a_new_gates_object_takes_effect_at_once_and_the_last_one_stays() -> None:
+    unet = sd_unet()
+    inputs = unet_inputs(unet)
+    loras = unequal_loras(unet)
+    pairs = [gates_for(inputs, 3, style, seed) for seed, style in enumerate(("constant", "everything", "tokens"))]
+    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+        for gates, full in (*pairs, pairs[0]):
+            installation.use(gates, inputs["encoder_hidden_states"])
+            expected = with_reference(sd_unet(), loras, full)(**inputs)[0]
+            assert relative_error(unet(**inputs)[0], expected) < 1e-5
+            assert relative_error(unet(**inputs)[0], expected) < 1e-5
+
+
+@torch.no_grad()
+def test_a_missing_gate_is_an_error() -> None:
+    unet = sd_unet()
+    inputs = unet_inputs(unet)
+    loras = [lora(unet, 1)]
+    gates, _ = gates_for(inputs, 1, "everything")
+    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+        with pytest.raises(KeyError):
+            unet(**inputs)
+        for level in gates.image:
+            fewer = {other: gate for other, gate in gates.image.items() if other != level}
+            with pytest.raises(KeyError):
+                installation.use(Gates(gates.text, fewer, gates.row, gates.latent_grid))
+        installation.use(gates)
+        unet(**inputs)
+
+
+@torch.no_grad()
+def test_gates_of_another_size_are_an_error() -> None:
+    unet = sd_unet()
+    inputs = unet_inputs(unet)
+    loras = [lora(unet, 1)]
+    wrong = [
+        random_gates("everything", rows=3, tokens=7, concepts=1, latent_grid=(16, 16))[0],
+        random_gates("tokens", rows=2, tokens=8, concepts=1, latent_grid=(16, 16))[0],
+        random_gates("pixels", rows=2, tokens=7, concepts=1, latent_grid=(16, 8))[0],
+        random_gates("constant", rows=2, tokens=7, concepts=0, latent_grid=(16, 16))[0],
+    ]
+    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+        for gates in wrong:
+            with pytest.raises((RuntimeError, IndexError)):  # noqa: PT012
+                installation.use(gates, inputs["encoder_hidden_states"])
+                unet(**inputs)
+
+
+@pytest.mark.parametrize(("way", "backend"), [("wrapper", "aot_eager"), ("in place", "eager")])
+@torch.no_grad()
+def test_models_compiled_without_concepts_show_them_later(way: str, backend: str) -> None:
+    """A graph that was compiled without concepts must not be used again with them, nor one with them without."""
+    torch._dynamo.reset()
+    unet = tiny_unet()
+    inputs = unet_inputs(unet, grid=(4, 4))
+    loras = [lora(unet, 1, targets=(*ATTENTION, "conv_in", "conv_out", "linear_1", "ff.net.2"))]
+    gates, full = gates_for(inputs, 1, "everything")
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    base = unet(**inputs)[0]
+    model: Any = torch.compile(unet, backend=backend) if way == "wrapper" else unet
+    if way == "in place":
+        unet.compile(backend=backend)
+    assert relative_error(base, expected) > 0.1
+    assert relative_error(model(**inputs)[0], base) < 1e-5
+    assert relative_error(with_bank(model, loras, gates, inputs), expected) < 1e-5
+    assert relative_error(model(**inputs)[0], base) < 1e-5
+    torch._dynamo.reset()
+
+
+def tiny_unet() -> Any:
+    return sd_unet(
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        layers_per_block=1,
+    )

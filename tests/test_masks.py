@@ -1,0 +1,122 @@
+"""Boxes and masks on the grids of a UNet."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attention.masks import Box, box_mask, resize_mask
+
+SETTINGS = settings(deadline=None, max_examples=60)
+
+
+@pytest.mark.parametrize(
+    ("box", "image", "grid", "expected"),
+    [
+        # the right half
+        ((64, 0, 128, 128), (128, 128), (2, 4), [[0, 0, 1, 1], [0, 0, 1, 1]]),
+        # one and a half columns, two of four rows
+        ((0, 32, 48, 96), (128, 128), (4, 4), [[0, 0, 0, 0], [1, 0.5, 0, 0], [1, 0.5, 0, 0], [0, 0, 0, 0]]),
+        # wide image: cells of 8 x 8 pixels
+        ((8, 4, 24, 16), (16, 32), (2, 4), [[0, 0.5, 0.5, 0], [0, 1, 1, 0]]),
+        # tall image with cells of 8 x 4 pixels
+        ((0, 8, 6, 32), (32, 8), (4, 2), [[0, 0], [1, 0.5], [1, 0.5], [1, 0.5]]),
+        # everything
+        ((0, 0, 100, 50), (50, 100), (3, 5), [[1] * 5] * 3),
+        # a pixel that lies in one cell
+        ((127, 127, 128, 128), (128, 128), (2, 2), [[0, 0], [0, 1]]),
+        # two pixels on a border between cells
+        ((63, 0, 65, 1), (128, 128), (2, 2), [[1, 1], [0, 0]]),
+        # three pixels, one on this and two on that side of a border
+        ((63, 10, 66, 20), (128, 128), (2, 2), [[0.5, 1], [0, 0]]),
+    ],
+)
+def test_boxes_cover_cells_by_their_share(
+    box: Box, image: tuple[int, int], grid: tuple[int, int], expected: list
+) -> None:
+    torch.testing.assert_close(box_mask(box, image, grid), torch.tensor(expected, dtype=torch.float32))
+
+
+@st.composite
+def boxes(draw: st.DrawFn, most: int = 40) -> tuple[Box, tuple[int, int]]:
+    height, width = draw(st.integers(1, most)), draw(st.integers(1, most))
+    left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    right, bottom = draw(st.integers(left + 1, width)), draw(st.integers(top + 1, height))
+    return (left, top, right, bottom), (height, width)
+
+
+def painted(box: Box, image: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The share of every cell that a box covers, counted on a canvas with a whole number of dots per pixel and cell."""
+    (left, top, right, bottom), (height, width), (rows, columns) = box, image, grid
+    y, x = math.lcm(height, rows), math.lcm(width, columns)
+    canvas = torch.zeros(y, x)
+    canvas[top * y // height : bottom * y // height, left * x // width : right * x // width] = 1
+    return canvas.view(rows, y // rows, columns, x // columns).mean(dim=(1, 3))
+
+
+@SETTINGS
+@given(boxes(), st.integers(1, 9), st.integers(1, 9))
+def test_boxes_equal_a_painted_canvas(case: tuple[Box, tuple[int, int]], rows: int, columns: int) -> None:
+    box, image = case
+    share = painted(box, image, (rows, columns))
+    torch.testing.assert_close(box_mask(box, image, (rows, columns)), share / share.max(), atol=1e-5, rtol=0)
+
+
+@SETTINGS
+@given(boxes(most=4096), st.integers(1, 130), st.integers(1, 130))
+def test_boxes_never_vanish_and_touch_only_their_cells(
+    case: tuple[Box, tuple[int, int]], rows: int, columns: int
+) -> None:
+    (left, top, right, bottom), (height, width) = case
+    mask = box_mask((left, top, right, bottom), (height, width), (rows, columns))
+    assert mask.shape == (rows, columns)
+    assert mask.isfinite().all()
+    assert mask.max() == 1
+    assert mask.min() >= 0
+    y, x = torch.where(mask > 1e-3)
+    cell_height, cell_width = height / rows, width / columns
+    assert bool((y * cell_height < bottom).all())
+    assert bool(((y + 1) * cell_height > top).all())
+    assert bool((x * cell_width < right).all())
+    assert bool(((x + 1) * cell_width > left).all())
+
+
+def test_masks_are_averaged_over_cells() -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]])
+    expected = torch.tensor([[1.0, 0.25, 0.0], [0.0, 0.0, 0.25]])
+    torch.testing.assert_close(resize_mask(mask, (2, 3)), expected)
+
+
+def test_small_masks_reach_one_and_empty_ones_stay_empty() -> None:
+    mask = torch.zeros(64, 64)
+    assert torch.equal(resize_mask(mask, (4, 4)), torch.zeros(4, 4))
+    mask[17, 33] = 1
+    expected = torch.zeros(4, 4)
+    expected[1, 2] = 1
+    torch.testing.assert_close(resize_mask(mask, (4, 4)), expected)
+
+
+@SETTINGS
+@given(boxes(), st.integers(1, 9), st.integers(1, 9))
+def test_masks_painted_from_boxes_agree_with_boxes(case: tuple[Box, tuple[int, int]], rows: int, columns: int) -> None:
+    (left, top, right, bottom), (height, width) = case
+    mask = torch.zeros(height * rows, width * columns)  # a size that the grid divides
+    mask[top * rows : bottom * rows, left * columns : right * columns] = 1
+    found = resize_mask(mask, (rows, columns))
+    torch.testing.assert_close(
+        found, box_mask((left, top, right, bottom), (height, width), (rows, columns)), atol=1e-5, rtol=0
+    )
+
+
+@SETTINGS
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**16))
+def test_masks_of_any_size_fit_any_grid(height: int, width: int, rows: int, columns: int, seed: int) -> None:
+    mask = (torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) > 0.7).float()
+    found = resize_mask(mask, (rows, columns))
+    assert found.shape == (rows, columns)
+    assert found.isfinite().all()
+    assert found.max() == (1 if mask.any() else 0)
+    assert found.min() >= 0

@@ -1,0 +1,167 @@
+"""Concepts, scenes and runs are frozen and validated."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipelines.scene import Concept, Run, Scene, check_names, check_region
+
+SCENE = Scene(prompt="a sks cat")
+
+VALID: list[tuple[type, dict[str, Any]]] = [
+    (Concept, {"name": "cat"}),
+    (Scene, {"prompt": "a sks cat"}),
+    (Run, {"scene": SCENE, "model": "playground"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), VALID)
+def test_fields_cannot_be_changed(kind, fields):
+    made = kind(**fields)
+    for name in kind.model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(made, name, None)
+    assert made == kind(**fields)
+
+
+@pytest.mark.parametrize(("kind", "fields"), VALID)
+def test_unknown_fields_are_refused_by_name(kind, fields):
+    with pytest.raises(ValidationError, match=r"promt\n\s+Extra inputs are not permitted"):
+        kind(**fields, promt="a sks cat")
+
+
+@pytest.mark.parametrize(("kind", "fields"), VALID)
+def test_required_fields_are_required(kind, fields):
+    for name in fields:
+        with pytest.raises(ValidationError, match=rf"{name}\n\s+Field required"):
+            kind(**{key: value for key, value in fields.items() if key != name})
+
+
+def test_fields_of_a_concept_that_are_not_given_are_none():
+    fields = {"name": "cat", "lora": None, "trigger": None, "class_word": None, "weight": None, "region": None}
+    assert Concept(name="cat").model_dump() == fields
+
+
+@pytest.mark.parametrize(("fields", "phrase"), [
+    ({"trigger": "sks", "class_word": "cat"}, "sks cat"),
+    ({"trigger": "sks"}, "sks"),
+    ({"class_word": "cat"}, "cat"),
+    ({}, ""),
+])  # fmt: skip
+def test_the_phrase_is_trigger_and_class_word(fields, phrase):
+    assert Concept(name="cat", **fields).phrase == phrase
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
+def test_weights_must_be_finite(weight):
+    with pytest.raises(ValidationError, match="finite number"):
+        Concept(name="cat", weight=weight)
+    with pytest.raises(ValidationError, match="finite number"):
+        Run(scene=SCENE, model="playground", guidance_scale=weight)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.5, 3, 1e-8])
+def test_any_finite_weight_is_kept(weight):
+    assert Concept(name="cat", weight=weight).weight == weight
+
+
+@pytest.mark.parametrize("region", [
+    (64, 0, 32, 64), (0, 64, 64, 32), (32, 0, 32, 64), (0, 32, 64, 32), (-8, 0, 32, 64), (0, -8, 32, 64), (0, 0, 0, 0),
+])  # fmt: skip
+def test_inverted_empty_and_negative_regions_are_refused(region):
+    with pytest.raises(
+        ValidationError, match=r"a region is \(left, top, right, bottom\) in pixels with 0 <= left < right"
+    ):
+        Concept(name="cat", region=region)
+
+
+@pytest.mark.parametrize("region", [(0, 0, 64), (0, 0, 64, 64, 64), (0, 0, 0.5, 64), "left", (0, 0, math.inf, 64)])
+def test_regions_are_four_whole_numbers(region):
+    with pytest.raises(ValidationError, match="region"):
+        Concept(name="cat", region=region)
+
+
+@given(st.tuples(*[st.integers(-20, 200)] * 4))
+def test_a_region_is_taken_exactly_if_it_has_pixels(box):
+    left, top, right, bottom = box
+    if 0 <= left < right and 0 <= top < bottom:
+        assert Concept(name="cat", region=box).region == box
+        return
+    with pytest.raises(ValidationError, match="a region is"):
+        Concept(name="cat", region=box)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 250), st.integers(1, 250))
+def test_a_region_must_lie_on_the_canvas(width, height, right, bottom):
+    concept = Concept(name="cat", region=(0, 0, right, bottom))
+    scene = {"prompt": "sks", "concepts": (concept,), "width": width, "height": height}
+    if right <= width and bottom <= height:
+        assert Scene(**scene).concepts == (concept,)
+        return
+    message = rf"the region \(0, 0, {right}, {bottom}\) of concept 'cat' leaves the canvas of {width} x {height}"
+    with pytest.raises(ValidationError, match=message):
+        Scene(**scene)
+
+
+def test_sides_of_the_canvas_that_are_unknown_are_not_checked():
+    concept = Concept(name="cat", region=(0, 0, 100, 100))
+    assert Scene(prompt="sks", concepts=(concept,)).concepts == (concept,)
+    check_region(concept, None, 100)
+    check_region(concept, 100, None)
+    with pytest.raises(ValueError, match="leaves the canvas of None x 99"):
+        check_region(concept, None, 99)
+    with pytest.raises(ValueError, match="leaves the canvas of 99 x None"):
+        check_region(concept, 99, None)
+
+
+def test_names_of_concepts_differ():
+    twice = (Concept(name="cat"), Concept(name="dog"), Concept(name="cat"))
+    with pytest.raises(ValidationError, match="concept names must differ, but 'cat' stands twice"):
+        Scene(prompt="sks", concepts=twice)
+    with pytest.raises(ValueError, match="'cat' stands twice"):
+        check_names(twice)
+    check_names(twice[:2])
+
+
+@pytest.mark.parametrize(("kind", "fields", "message"), [
+    (Concept, {"name": ""}, "at least 1 character"),
+    (Scene, {"prompt": ""}, "at least 1 character"),
+    (Scene, {"prompt": "sks", "width": 0}, "greater than 0"),
+    (Scene, {"prompt": "sks", "height": -8}, "greater than 0"),
+    (Scene, {"prompt": "sks", "height": 64.5}, "valid integer"),
+    (Scene, {"prompt": "sks", "concepts": "cat"}, "tuple"),
+    (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "wieght": 1}]}, "concepts.0.wieght"),
+    (Run, {"scene": SCENE, "model": "playground", "steps": 0}, "greater than 0"),
+    (Run, {"scene": SCENE, "model": "playground", "seed": -1}, "greater than or equal to 0"),
+    (Run, {"scene": SCENE, "model": "playground", "seed": 2**63}, "less than"),
+    (Run, {"scene": SCENE, "model": "playground", "dtype": "float8"}, "match pattern"),
+    (Run, {"scene": SCENE, "model": "playground", "dtype": "float32\n"}, "match pattern"),
+    (Run, {"scene": {"prompt": ""}, "model": "playground"}, "scene.prompt"),
+])  # fmt: skip
+def test_bad_values_are_refused(kind, fields, message):
+    with pytest.raises(ValidationError, match=message):
+        kind(**fields)
+
+
+def test_a_run_survives_json():
+    concepts = (Concept(name="cat", lora="playground:cat", trigger="sks", weight=0.5, region=(0, 0, 64, 128)),)
+    scene = Scene(prompt="a sks cat, \u732b", negative_prompt="dark", concepts=concepts, width=128, height=128)
+    run = Run(scene=scene, model="playground", method="tara", settings={"scope": "cross_kv"}, seed=2**63 - 1)
+    assert Run.model_validate_json(run.model_dump_json()) == run
+    assert Run.model_validate(run.model_dump()) == run
+
+
+def test_the_settings_of_a_run_are_its_own():
+    settings = {"scope": "all"}
+    run = Run(scene=SCENE, model="playground", settings=settings)
+    settings["scope"] = "cross_kv"
+    assert run.settings == {"scope": "all"}
+
+
+def test_a_list_of_concepts_becomes_a_tuple():
+    scene = Scene.model_validate({"prompt": "sks", "concepts": [{"name": "cat"}, Concept(name="dog")]})
+    assert scene.concepts == (Concept(name="cat"), Concept(name="dog"))
