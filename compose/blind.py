@@ -6,6 +6,7 @@ sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes 
 
 import csv
 import json
+import logging
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from compose.assets import playground_lora, playground_model, playground_references
+from compose.terminal import kindly
 from pipelines.base import ComposePipeline
 from pipelines.scene import Concept
 
@@ -62,6 +64,7 @@ class Picture:
 
 
 @blind.command()
+@kindly(logging.ERROR)
 def make(
     out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... per pair and way.", min=1)] = 20,
@@ -91,6 +94,7 @@ def make(
 
 
 @blind.command()
+@kindly()
 def score(
     out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
 ) -> None:
@@ -101,7 +105,7 @@ def score(
     wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
     if wrong:
         number, verdict = next(iter(wrong.items()))
-        raise typer.BadParameter(f"picture {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
+        raise ValueError(f"picture {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
     counts = Counter((key[number], verdict) for number, verdict in votes.items())
     table = Table(title="Blind look")
     for column in ("way", *VERDICTS, "pictures"):

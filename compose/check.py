@@ -43,12 +43,12 @@ def check(run: Run) -> Report:
                 facts += _attempt(problems, _file_facts, concept) or []
         else:
             facts += _facts(pipe, run, problems)
-    reasons = dict.fromkeys(record.getMessage() for record in heard if record.name == "pipelines.methods")
-    notes = [record.getMessage() for record in heard if record.levelno >= logging.WARNING]
+    # A method that was not asked for comes with the reason for the choice: "method: tara, because ..."
+    chosen = [record.getMessage() for record in heard if record.name == "pipelines.methods"]
     facts = [
-        (label, text + "".join(f", {reason}" for reason in reasons) if label == "method" else text)
-        for label, text in facts
+        (label, chosen[0].removeprefix("method: ") if label == "method" and chosen else text) for label, text in facts
     ]
+    notes = [record.getMessage() for record in heard if record.levelno >= logging.WARNING]
     return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)))
 
 

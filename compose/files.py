@@ -255,6 +255,16 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML whose unusual characters are escaped: in other styles, some line breaks are read as spaces."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def parse_value(text: str) -> Any:
     """A value as YAML writes it: a number, true, a list, otherwise text.
 
@@ -334,7 +344,7 @@ def _write_model(model: Scene | Run, path: Path, overwrite: bool) -> None:
     if as_json:
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     else:
-        text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=10_000)
+        text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
     with _part(path, text.encode()) as part:
         part.replace(path)
 

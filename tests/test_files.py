@@ -1,7 +1,6 @@
 """Scene files, run files, and pictures that carry their record."""
 
 import json
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -85,6 +84,7 @@ runs = st.builds(
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 @given(scene=scenes)
+@example(scene=Scene(prompt="a\x85b", negative_prompt="\u2028 \ufeff\r\n\t \x00 \U0001f408 'no' \"yes\" # : -"))
 @settings(max_examples=80, deadline=None)
 def test_scenes_survive_a_file(tmp_path_factory: pytest.TempPathFactory, suffix: str, scene: Scene) -> None:
     path = tmp_path_factory.getbasetemp() / f"scene.{suffix}"
@@ -171,26 +171,46 @@ WRONG = {
     "text": ("a.yaml", "a sks cat", "found 'a sks cat'"),
     "nothing": ("a.yaml", "", "found nothing"),
     "no prompt": ("a.yaml", "width: 64", "a.yaml: prompt: is missing"),
-    "unknown field": ("a.yaml", SCENE + "    wieght: 2\n", r"concepts\[0\].wieght: there is no such field; there are name, lora"),
-    "unknown scene field": ("a.yaml", "prompt: a\nseed: 1\n", "seed: there is no such field; there are prompt, negative"),
+    "unknown field": (
+        "a.yaml",
+        SCENE + "    wieght: 2\n",
+        r"concepts\[0\].wieght: there is no such field; there are name, lora",
+    ),
+    "unknown scene field": (
+        "a.yaml",
+        "prompt: a\nseed: 1\n",
+        "seed: there is no such field; there are prompt, negative",
+    ),
     "a field twice": ("a.yaml", "prompt: a\nprompt: b\n", "'prompt' is given twice"),
     "a field twice in json": ("a.json", '{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
     "true for a word": ("a.yaml", "prompt: yes\n", "prompt: expected a valid string, found True; put it in quotes"),
     "a date": ("a.yaml", "prompt: 2020-02-02\n", "expected a valid string, found datetime.*put it in quotes"),
     "an impossible date": ("a.yaml", "prompt: 2020-13-45\n", "not valid YAML"),
-    "words for a number": ("a.yaml", SCENE + "    weight: much\n", r"concepts\[0\].weight: expected a valid number.*found 'much'"),
+    "words for a number": (
+        "a.yaml",
+        SCENE + "    weight: much\n",
+        r"concepts\[0\].weight: expected a valid number.*found 'much'",
+    ),
     "an infinite weight": ("a.yaml", SCENE + "    weight: .inf\n", r"concepts\[0\].weight: .*finite number, found inf"),
     "not a number": ("a.json", '{"prompt": "a", "width": NaN}', "NaN is not a number"),
-    "a broken region": ("a.yaml", SCENE + "    region: [9, 0, 3, 4]\n", r"concepts\[0\].region: a region is \(left, top,"),
+    "a broken region": (
+        "a.yaml",
+        SCENE + "    region: [9, 0, 3, 4]\n",
+        r"concepts\[0\].region: a region is \(left, top,",
+    ),
     "a region outside": ("a.yaml", SCENE + "    region: [0, 0, 99, 9]\nwidth: 64\n", "leaves the canvas"),
     "the same name twice": ("a.yaml", SCENE + "  - name: cat\n", "'cat' stands twice"),
     "an alias": ("a.yaml", "prompt: &x a\nnegative_prompt: *x\n", r"line 2.*aliases \(\*name\) are not read"),
-    "a tag that runs code": ("a.yaml", "prompt: !!python/object/apply:os.system [exit]\n", "could not determine a constructor"),
+    "a tag that runs code": (
+        "a.yaml",
+        "prompt: !!python/object/apply:os.system [exit]\n",
+        "could not determine a constructor",
+    ),
     "deep yaml": ("a.yaml", "[" * 5000, "not valid YAML"),
     "deep json": ("a.json", "[" * 200_000, "nested too deeply"),
     "control characters": ("a.yaml", "prompt: \x07\n", "not valid YAML"),
     "a mapping as a key": ("a.yaml", "? {a: b}\n: c\n", "not valid YAML"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
