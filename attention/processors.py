@@ -43,9 +43,13 @@ class PlainKernel:
         """Attends."""
         if self.upcast_attention:
             query, key = query.float(), key.float()
-        scores = query @ key.transpose(-1, -2) * self.scale
+        nothing = query.new_empty(1, 1, 1)
+        # As diffusers does it: the scale comes before the scores are rounded to half precision.
+        scores = torch.baddbmm(
+            nothing, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=0, alpha=self.scale
+        )
         probabilities = torch.softmax(scores.float() if self.upcast_softmax else scores, dim=-1)
-        return probabilities.to(value.dtype) @ value
+        return probabilities.to(value.dtype).unflatten(0, value.shape[:2]) @ value
 
 
 @dataclass(frozen=True)

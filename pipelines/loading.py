@@ -251,6 +251,7 @@ def _factors(
     config: dict[str, Any],
     unmatched: list[str],
 ) -> Lora:
+    """The factors for one model; keys that fit none of its layers are added to `unmatched`."""
     if model is None:
         unmatched += [f"{part}.{key}" for key in tensors]
         return {}
@@ -260,18 +261,9 @@ def _factors(
     except ValueError as error:
         raise LoraError(f"{file.path.name}: the names of its {part} layers are not understood: {error}") from error
     alphas = {re.sub(r"(\.lora_A\.weight)?\.alpha$", "", key): value for key, value in alphas.items()}
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight", key):
-            sides = layers.setdefault(found[1], {})
-            if found[2] in sides:
-                raise LoraError(f"{file.path.name} has more than one LoRA for {part}.{found[1]}; expected one adapter")
-            sides[found[2]] = tensor
-        else:
-            unmatched.append(f"{part}.{key}")
     where = places(model) if part == "unet" else dict(model.named_modules())
     factors = {}
-    for name, sides in layers.items():
+    for name, sides in _by_layer(file, part, tensors, unmatched).items():
         if name not in where:
             unmatched.append(f"{part}.{name}")
             continue
@@ -289,6 +281,22 @@ def _factors(
     return factors
 
 
+def _by_layer(
+    file: LoraFile, part: str, tensors: dict[str, Tensor], unmatched: list[str]
+) -> dict[str, dict[str, Tensor]]:
+    """The two factors "A" and "B" of every layer, from PEFT's keys."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight", key):
+            sides = layers.setdefault(found[1], {})
+            if found[2] in sides:
+                raise LoraError(f"{file.path.name} has more than one LoRA for {part}.{found[1]}; expected one adapter")
+            sides[found[2]] = tensor
+        else:
+            unmatched.append(f"{part}.{key}")
+    return layers
+
+
 def _peft_keys(part: str, model: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
     """The same values under PEFT's spelling of the keys, as diffusers converts them."""
     if part == "unet":
@@ -299,7 +307,7 @@ def _peft_keys(part: str, model: nn.Module, values: dict[str, Any]) -> dict[str,
     return converted
 
 
-def _scale(name: str, rank: int, alphas: dict[str, float], config: dict[str, Any]) -> float:
+def _scale(name: str, rank: int, alphas: dict[str, Any], config: dict[str, Any]) -> float:
     """Alpha / rank; alpha from the file's alpha keys, else from PEFT's configuration, else the rank."""
     patterns: dict[str, Any] = config.get("alpha_pattern") or {}
     configured = patterns.get(get_pattern_key(list(patterns), name), config.get("lora_alpha", rank))

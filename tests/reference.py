@@ -1,12 +1,11 @@
 """A slow reference for gated LoRA, written from its formula: y = W x + b + sum over concepts of gate_i * (D_i x).
 
 D_i = scale * up @ down is dense, concepts are looped over, gates are full size, and everything happens in forward hooks
-on a copy of a plain UNet. Which gate rules a layer follows from its name and from the shape of its actual output.
+on a plain model. Which gate rules a layer follows from its name and from the shape of its actual output.
 """
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,14 +85,23 @@ def dense(factors: LoraFactors) -> Tensor:
     return factors.scale * product
 
 
-def with_reference(model: nn.Module, loras: Sequence[Lora], gates: FullGates) -> Any:
-    """A copy of a plain model that computes the gated sum of all LoRAs."""
-    model = copy.deepcopy(model)
-    for name, module in model.named_modules():
+def with_reference(model: nn.Module, loras: Sequence[Lora], gates: FullGates) -> Callable[..., Any]:
+    """A plain model that computes the gated sum of all LoRAs when it is called so, and only then."""
+    hooks = {}
+    for name, _ in model.named_modules():
         deltas = [(concept, dense(lora[name])) for concept, lora in enumerate(loras) if name in lora]
         if deltas:
-            module.register_forward_hook(_Hook(name, deltas, gates))
-    return model
+            hooks[name] = _Hook(name, deltas, gates)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
+        try:
+            return model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def unet(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("grid", [(16, 16), (8, 24), (15, 9)])
+@pytest.mark.parametrize("grid", [(8, 8), (15, 9)])
 @torch.no_grad()
 def test_bank_equals_the_slow_sum(unet: Any, style: Style, grid: tuple[int, int]) -> None:
     inputs = unet_inputs(unet, grid=grid, rows=3)
@@ -305,15 +305,14 @@ def test_gates_of_some_rows_are_those_of_a_smaller_batch(unet: Any) -> None:
 
 @torch.no_grad()
 def test_a_new_gates_object_takes_effect_at_once_and_the_last_one_stays() -> None:
-    unet = sd_unet()
+    unet, plain = sd_unet(), sd_unet()
     inputs = unet_inputs(unet)
     loras = unequal_loras(unet)
     pairs = [gates_for(inputs, 3, style, seed) for seed, style in enumerate(("constant", "everything", "tokens"))]
     with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
         for gates, full in (*pairs, pairs[0]):
             installation.use(gates, inputs["encoder_hidden_states"])
-            expected = with_reference(sd_unet(), loras, full)(**inputs)[0]
-            assert relative_error(unet(**inputs)[0], expected) < 1e-5
+            expected = with_reference(plain, loras, full)(**inputs)[0]
             assert relative_error(unet(**inputs)[0], expected) < 1e-5
 
 

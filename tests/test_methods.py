@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Gates, Lora, LoraFactors, attention_layers, install, places
 from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from pipelines.engine import masks_of
 from pipelines.methods import METHODS, Merge, Regional, Tara, make_method
 from pipelines.methods.tara import CfgMask, Scope
 from pipelines.scene import Concept
@@ -501,22 +502,31 @@ def test_attention_to_all_words_of_a_cell_is_at_most_one(pipe, write_lora):
     assert ((maps * lengths[:, None, None]).sum(dim=2) < 1).all()
 
 
-def test_masks_follow_from_the_maps_and_no_cell_has_two_concepts(pipe, write_lora):
-    names = ["cat", "dog", "bear"]
-    load(pipe, write_lora, names, loras_of(pipe, names))
-    output = denoise(pipe, concepts=names, method="tara", num_images_per_prompt=2, record_attention=True)
-    maps, masks = output.attention_maps, output.masks
+def test_masks_follow_from_the_maps_and_no_cell_has_two_concepts():
+    maps = torch.rand(2, 2, 3, 4, 4, generator=seeded()) * torch.tensor([1.0, 0.01, 5.0])[:, None, None]
+    maps[1, 1, 2] = 0  # a concept that is nowhere
+    masks = masks_of(maps)
     assert masks.shape == maps.shape
     assert masks.dtype == torch.bool
-    assert masks.any()
     for step in range(2):
         for image in range(2):
-            share = torch.stack([each / each.max() for each in maps[step, image]])
+            share = torch.stack([each / each.max().clamp(min=1e-30) for each in maps[step, image]])
             for row in range(4):
                 for column in range(4):
                     best = int(share[:, row, column].argmax())
                     expected = [k == best and bool(share[k, row, column] >= 0.5) for k in range(3)]
                     assert masks[step, image, :, row, column].tolist() == expected
+    shares = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+    assert ((shares.amax(dim=2) > 0.4) & ~masks.any(dim=2)).any()
+
+
+def test_masks_are_returned_with_the_maps(pipe, write_lora):
+    names = ["cat", "dog", "bear"]
+    load(pipe, write_lora, names, loras_of(pipe, names))
+    output = denoise(pipe, concepts=names, method="tara", num_images_per_prompt=2, record_attention=True)
+    assert torch.equal(output.masks, masks_of(output.attention_maps))
+    assert output.masks.any()
+    assert output.masks.sum(dim=2).max() == 1
 
 
 @pytest.mark.parametrize(("wanted", "steps"), [([0], (0,)), ([-1], (1,)), ([1, 0, -2], (0, 1)), (range(2), (0, 1))])

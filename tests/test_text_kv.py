@@ -127,13 +127,14 @@ def test_kept_keys_and_values_are_renewed_for_a_new_text_and_new_text_gates_only
     calls = Calls(unet, text_layers(unet))
     once = dict.fromkeys(text_layers(unet), 1)
 
-    def fresh(gates: Gates, inputs: dict[str, Any]) -> Tensor:
-        unet = sd_unet()
-        with install(unet, two_loras(unet), **FP32) as installation:
-            installation.use(gates)
-            return unet(**inputs)[0]
+    loras, untouched = two_loras(unet), sd_unet()
 
-    with install(unet, two_loras(unet), **FP32) as installation:
+    def fresh(gates: Gates, inputs: dict[str, Any]) -> Tensor:
+        with install(untouched, loras, **FP32) as installation:
+            installation.use(gates)
+            return untouched(**inputs)[0]
+
+    with install(unet, loras, **FP32) as installation:
         for use, inputs, renewed in (
             (gates, first, once),
             (gates, second, once),  # new text
