@@ -22,7 +22,7 @@ from attention import (
     map_level,
     places,
 )
-from attention.layers import Grid, Kind, Place
+from attention.layers import Grid, Kind, Place, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
 from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
 from pipelines.output import Cost
@@ -189,7 +189,7 @@ class Engine:
     def _text_factors(self, part: str, weights: Sequence[float] | None) -> Iterator[None]:
         model: nn.Module = self._components[part]
         loras = [c.factors.text_encoders.get(part, {}) if weights is not None else {} for c in self.loaded]
-        where = {name: Place("text", 0) for name, _ in model.named_modules()}
+        where = {name: Place("text", 0) for name, _ in uncompiled(model).named_modules()}
         to = {"device": self.device, "dtype": model.dtype, "silence": self._names}
         with installed_layers(model, loras, where, **to) as installation:  # pyright: ignore[reportArgumentType]
             if weights is not None:

@@ -440,6 +440,7 @@ def test_some_kinds_of_layers_are_folded_and_the_others_stay_gated(kind: Kind) -
         "image": {"image": {grid: weights.expand_as(gate) for grid, gate in full.image.items()}},
         "row": {"row": weights.expand(2, 2)},
     }[kind]
+    unet.mid_block.requires_grad_(False)
     full = FullGates(**{"text": full.text, "image": full.image, "row": full.row, **constant})
     expected = with_reference(unet, loras, full)(**inputs)[0]
     before = Snapshot(unet)
@@ -451,6 +452,8 @@ def test_some_kinds_of_layers_are_folded_and_the_others_stay_gated(kind: Kind) -
         assert {name for name in before.parameters if _parameter(unet, name) is not before.parameters[name]} == {
             f"{name}.weight" for name in folded
         }
+        for name, parameter in before.parameters.items():
+            assert _parameter(unet, name).requires_grad == parameter.requires_grad, name
         installation.use(gates, inputs["encoder_hidden_states"])
         assert relative_error(unet(**inputs)[0], expected) < 1e-5
     before.assert_unchanged(unet)
@@ -563,6 +566,23 @@ def test_weights_offloaded_layer_by_layer_are_not_folded_and_give_the_same_image
     assert all(parameter.is_meta for parameter in unet.parameters())
 
 
+@torch.no_grad()
+def test_weights_offloaded_in_groups_are_not_folded_and_give_the_same_image() -> None:
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    loras = two_loras(unet)
+    with install(unet, loras, **FP32) as installation:
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        expected = unet(**inputs)[0]
+    unet.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+    before = Snapshot(unet)
+    with install(unet, loras, **FP32) as installation:
+        assert installation.fold(KINDS, WEIGHTS) == 0
+        installation.use(constant_gates(WEIGHTS)[0], inputs["encoder_hidden_states"])
+        assert torch.equal(unet(**inputs)[0], expected)
+    before.assert_unchanged(unet)
+
+
 class Quantised(nn.Parameter):
     """Stands for the parameter types of quantisation libraries, which hold other numbers than they seem to."""
 
@@ -667,6 +687,20 @@ def test_an_adapter_among_the_concepts_is_silent_and_comes_back_exactly() -> Non
     before.assert_unchanged(unet)
     assert relative_error(styled, plain) > 0.02
     assert relative_error(both, styled) > 0.02
+
+
+@torch.no_grad()
+def test_adapter_scales_are_restored_though_a_pass_without_adapters_resets_them() -> None:
+    """diffusers forgets the weights of adapters in a pass with `cross_attention_kwargs={"scale": 0}`."""
+    unet = tiny_unet()
+    inputs = unet_inputs(unet)
+    add_adapter(unet, "cat")
+    unet.set_adapters(["cat"], [1.3])
+    before = Snapshot(unet)
+    with install(unet, [], silence=["cat"], **FP32) as installation:
+        installation.use(constant_gates(())[0], inputs["encoder_hidden_states"])
+        unet(**inputs, cross_attention_kwargs={"scale": 0.0})
+    before.assert_unchanged(unet)
 
 
 @torch.no_grad()

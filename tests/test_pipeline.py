@@ -550,7 +550,7 @@ def offload_layers(pipe: Any) -> None:
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, Tara(scope="cross_kv")])
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])
 def test_offloaded_models_give_the_same_image_again_and_again(pipe, load_concepts, write_lora, method, offload):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
@@ -567,6 +567,13 @@ def test_offloaded_models_give_the_same_image_again_and_again(pipe, load_concept
         compose(pipe, method=method, **raise_at_step(StoppedError))
     assert torch.equal(latents_of(pipe, concepts=None, method=None), expected[1])
     assert_close(latents_of(pipe, method=method), expected[0])
+
+
+def test_offloaded_models_go_back_after_a_call(composer):
+    offload_models(composer)
+    hooks = composer._all_hooks
+    compose(composer)
+    assert composer._all_hooks is not hooks  # diffusers moves every model and attaches its hooks anew
 
 
 # Adapters of the user

@@ -123,7 +123,7 @@ def less_guidance_after_the_first_step(pipe, step, timestep, tensors):
 
 def no_guidance_after_the_first_step(pipe, step, timestep, tensors):
     if step == 0:
-        pipe._guidance_scale = 0.0
+        pipe._guidance_scale = 1.0
         return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
     return {}
 

@@ -44,9 +44,7 @@ def test_whole_models_give_diffusers_own_output(processor: str, family: Any) -> 
     with install(unet, [], device=CPU, dtype=torch.float32) as installation:
         installation.use(gates, inputs["encoder_hidden_states"])
         found = unet(**inputs)[0]
-    if processor == "AttnProcessor2_0":
-        assert torch.equal(found, expected)
-    assert relative_error(found, expected) < 1e-5
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,15 +61,13 @@ def test_whole_models_give_diffusers_own_output(processor: str, family: Any) -> 
     ],
 )
 @torch.no_grad()
-def test_plain_kernel_equals_diffusers_attn_processor(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_plain_kernel_has_the_bits_of_diffusers_attn_processor(options: dict[str, Any], dtype: torch.dtype) -> None:
     attn = attention(processor=AttnProcessor(), cross_attention_dim=12, **options).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    hidden = (torch.randn(2, 24, 16, generator=generator) * 4).to(dtype)
-    text = (torch.randn(2, 7, 12, generator=generator) * 4).to(dtype)
+    hidden = (torch.randn(2, 24, 16, generator=generator) * 8).to(dtype)
+    text = (torch.randn(2, 7, 12, generator=generator) * 8).to(dtype)
     found, expected = both(attn, hidden, text)
-    assert found.dtype == dtype
-    tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    assert relative_error(found.float(), expected.float()) < tolerance
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
