@@ -4,7 +4,7 @@ This package knows torch and diffusers' attention, and nothing of prompts, metho
 """
 
 from attention.gates import Gates
-from attention.install import Installation, install, installed_layers
+from attention.install import Installation, check_free, install, installed_layers
 from attention.layers import AttentionLayer, attention_layers, grid_at, map_level, places
 from attention.lora_bank import Lora, LoraFactors
 from attention.recorder import Recorder
@@ -17,6 +17,7 @@ __all__ = [
     "LoraFactors",
     "Recorder",
     "attention_layers",
+    "check_free",
     "grid_at",
     "install",
     "installed_layers",

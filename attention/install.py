@@ -214,10 +214,15 @@ def _put_in_place(
     return Installation(model, bank, slot, undo, device, dtype)
 
 
+def check_free(model: nn.Module) -> None:
+    """Raises RuntimeError if concepts are installed in a model, which would act on whoever runs it."""
+    if uncompiled(model) in _in_use:
+        raise RuntimeError("this model is composing another image right now; wait for it or use a second pipeline")
+
+
 def _claim(model: nn.Module, undo: ExitStack) -> None:
     with _in_use_lock:
-        if model in _in_use:
-            raise RuntimeError("this model is composing another image right now; wait for it or use a second pipeline")
+        check_free(model)
         undo.callback(_in_use.discard, model)
         _in_use.add(model)
 

@@ -10,6 +10,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor
 
+from attention import check_free
 from pipelines.base import ComposePipeline, check_call, steps_to_record
 from pipelines.conditioning import TokenMasks, TokenPositions
 from pipelines.engine import EncodedText, Engine, LoadedConcept, masks_of
@@ -76,6 +77,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
                 raise ValueError(
                     "method, token_positions and record_attention need concepts; name some with concepts=[...]"
                 )
+            check_free(self.unet)
             plain: Callable[..., Any] = super().__call__
             return plain(
                 prompt, height, width, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt,

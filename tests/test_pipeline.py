@@ -918,3 +918,18 @@ def test_without_a_method_the_choice_is_logged_with_its_reason(composer, caplog)
     chosen = latents_of(composer, method=None, concepts=concepts)
     assert torch.equal(chosen, latents_of(composer, method=Merge(), concepts=concepts))
     assert "method: merge, because cat has no trigger" in caplog.text
+
+
+def test_a_plain_call_on_a_model_that_is_composing_is_refused_and_the_image_is_not_harmed(pipe, write_lora):
+    pipe.load_concept(write_lora("cat", unet=random_lora(pipe.unet, 1)), name="cat", trigger="sks")
+    call = {"prompt": "a sks cat", "concepts": ["cat"], "num_inference_steps": 2, "output_type": "latent"}
+    alone = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    def call_plainly(pipe, step, timestep, tensors):
+        with pytest.raises(RuntimeError, match="composing another image right now"):
+            pipe("a cat", num_inference_steps=1)
+        return tensors
+
+    again = pipe(**call, generator=torch.Generator().manual_seed(0), callback_on_step_end=call_plainly).images
+    assert torch.equal(alone, again)
+    pipe("a cat", num_inference_steps=1, output_type="latent")
