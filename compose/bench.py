@@ -170,7 +170,7 @@ def flops(unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], setting
     tokens, latents, text = _inputs(unet, rows=1)
     mask = torch.eye(tokens, len(concepts))[None]
     engine = Engine(
-        {"unet": unet, "scheduler": DDIMScheduler()}, concepts, lambda prompts=None: EncodedText(text, text),
+        {"unet": unet, "scheduler": DDIMScheduler()}, concepts, lambda: EncodedText(text, text),
         TokenMasks(mask, mask), latent_grid=grid, image_size=size, images_per_prompt=1, guidance_scale=5.0,
         guidance_rescale=0.0, device=device, unet_kwargs={},
     )  # fmt: skip

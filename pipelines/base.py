@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from pipelines.engine import Engine, LoadedConcept
-from pipelines.loading import LoraError, adapter_factors, find_file, match, read_lora
+from pipelines.loading import adapter_factors, find_file, match, read_lora
 from pipelines.methods import Process, Settings, choose_method, make_method
 from pipelines.scene import Concept, check_names, check_region
 
@@ -283,6 +283,3 @@ def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> froze
     if wrong:
         raise ValueError(f"record_attention names steps {wrong}, but there are {steps}")
     return frozenset(step % steps for step in record_attention)
-
-
-__all__ = ["ComposePipeline", "LoraError", "check_call", "steps_to_record"]

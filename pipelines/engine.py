@@ -1,10 +1,10 @@
 """The only way to run the UNet during a call; it counts what it costs."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -66,12 +66,8 @@ class EncodedText:
     added_cond_kwargs: Mapping[str, Tensor] | None = None
 
 
-class Encoder(Protocol):
-    """Encodes the prompts of a call, or others in their place, with a pipeline's text encoders."""
-
-    def __call__(self, prompts: Sequence[str] | None = None) -> EncodedText:
-        """Encodes."""
-        ...
+Encoder = Callable[[], EncodedText]
+"""Encodes the prompts of a call with a pipeline's text encoders, in whatever state they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,19 +156,18 @@ class Engine:
         """Whether this step has classifier-free guidance; a callback may switch it off."""
         return self.guidance_scale > 1 and self._unet.config["time_cond_proj_dim"] is None
 
-    def encode(self, text_weights: Sequence[float] | None = None, prompts: Sequence[str] | None = None) -> Conditioning:
+    def encode(self, text_weights: Sequence[float] | None = None) -> Conditioning:
         """Encodes the prompts of the call.
 
         Args:
             text_weights: Weight of every concept's text-encoder factors; None leaves them out.
-            prompts: Other prompts in place of the call's.
         """
         parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
         stack = ExitStack()
         with stack:
             for part in parts:
                 stack.enter_context(self._text_factors(part, text_weights))
-            text = self._encoder(prompts)
+            text = self._encoder()
         conditioning = self._conditioning(text)
         if self._first is None:
             self._first = conditioning

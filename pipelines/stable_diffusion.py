@@ -109,9 +109,9 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         images_per_prompt = num_images_per_prompt or 1
         batch_size = masks.trigger.shape[0] * images_per_prompt
 
-        def encode(prompts: Sequence[str] | None = None) -> EncodedText:
+        def encode() -> EncodedText:
             embeds, negative = self.encode_prompt(
-                prompt if prompts is None else list(prompts), device, images_per_prompt,
+                prompt, device, images_per_prompt,
                 self.do_classifier_free_guidance, negative_prompt, prompt_embeds=prompt_embeds,
                 negative_prompt_embeds=negative_prompt_embeds,
                 lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,

@@ -124,3 +124,19 @@ def unet_inputs(
         text = torch.randn(rows, pooled, generator=generator)
         inputs["added_cond_kwargs"] = {"text_embeds": text, "time_ids": time_ids}
     return inputs
+
+
+# Two levels of one layer each, for everything that does not depend on the structure of the UNet.
+TINY = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def tiny_pipeline(cls: Any = ComposeStableDiffusionPipeline) -> Any:
+    """A still smaller pipeline than `small_pipeline`, without a progress bar."""
+    pipe = small_pipeline(cls, unet=sd_unet(**TINY))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from components import EVERYTHING, random_lora, small_pipeline, tiny_pipeline
 from pipelines.base import ComposePipeline
 from pipelines.loading import LoraError
 from pipelines.methods import Merge, Tara
@@ -48,27 +48,16 @@ METHODS = ("merge", "tara")
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-# Two levels of one layer each, for everything that does not depend on the structure of the UNet.
-TINY: dict[str, Any] = {
-    "block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
-
-
 @pytest.fixture
 def pipe() -> ComposeStableDiffusionPipeline:
     """A still smaller pipeline than the common one."""
-    pipe = small_pipeline(unet=sd_unet(**TINY))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline()
 
 
 @pytest.fixture
 def plain_pipe() -> StableDiffusionPipeline:
     """diffusers' own pipeline with the same weights as `pipe`."""
-    pipe = small_pipeline(StableDiffusionPipeline, unet=sd_unet(**TINY))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline(StableDiffusionPipeline)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection
 
-from components import random_lora, sd_unet, sdxl_unet, small_pipeline
+from components import TINY, random_lora, sd_unet, sdxl_unet, small_pipeline, tiny_pipeline
 from pipelines.base import ComposePipeline
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
@@ -41,27 +41,16 @@ PROMPT = "a sks cat and a zwx dog"
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-# Two levels of one layer each: what is tested here does not depend on the structure of the UNet.
-TINY: dict[str, Any] = {
-    "block_out_channels": (8, 16), "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}  # fmt: skip
-
-
 @pytest.fixture
 def pipe() -> ComposeStableDiffusionPipeline:
     """A still smaller pipeline than the common one."""
-    pipe = small_pipeline(unet=sd_unet(**TINY))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline()
 
 
 @pytest.fixture
 def plain_pipe() -> StableDiffusionPipeline:
     """diffusers' own pipeline with the same weights as `pipe`."""
-    pipe = small_pipeline(StableDiffusionPipeline, unet=sd_unet(**TINY))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline(StableDiffusionPipeline)
 
 
 @pytest.fixture
