@@ -2,15 +2,16 @@
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from attention.gates import Gates
+from attention.gates import GateKey, Gates
 from attention.layers import Kind, Place, attention_layers, grid_at, places, uncompiled
 from attention.lora_bank import BankLayer, Lora, base_layer
 from attention.processors import ComposeAttnProcessor, kernel_of
@@ -45,32 +46,33 @@ class Installation:
         self._undo = undo
         self._device = device
         self._dtype = dtype
-        self._gates: Gates | None = None
-        self._text: Tensor | None = None
-        self._text_gate: Tensor | None = None
+        # Both keep things for as long as their keys live: passes may alternate between several gates and texts.
+        self._expanded: weakref.WeakKeyDictionary[Gates, dict[GateKey, Tensor]] = weakref.WeakKeyDictionary()
+        self._text_kv: MutableMapping[Tensor, MutableMapping[Tensor, TextKV]] = WeakIdKeyDictionary()  # text, its gate
 
     def use(self, gates: Gates, encoder_hidden_states: Tensor | None = None, recorder: Recorder | None = None) -> None:
         """Sets what the next pass needs; it stays until it is set again.
 
-        Work is done only for what changed: the same `gates` object is expanded once, and keys and values of the same
-        text under the same text gate are kept.
+        Nothing is done twice: the same `gates` object is expanded once, and keys and values of the same text under the
+        same text gate are kept, also if other passes come in between.
 
         Args:
             gates: How strongly each concept acts where.
             encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels].
             recorder: Takes attention maps of this pass.
         """
-        if gates is not self._gates:
+        if gates not in self._expanded:
             keys = {layer.key for layer in self.bank.values()}
-            self.slot.gates = {
+            self._expanded[gates] = {
                 key: gates.expand(key, grid_at(gates.latent_grid, key.place.level)).to(self._device, self._dtype)
                 for key in keys
             }
-            self._gates = gates
-        if encoder_hidden_states is not self._text or gates.text is not self._text_gate:
-            self.slot.text_kv = None if encoder_hidden_states is None else TextKV()
-            self._text, self._text_gate = encoder_hidden_states, gates.text
+        self.slot.gates = self._expanded[gates]
+        self.slot.text_kv = None if encoder_hidden_states is None else self._kept(encoder_hidden_states, gates.text)
         self.slot.recorder = recorder
+
+    def _kept(self, text: Tensor, gate: Tensor) -> TextKV:
+        return self._text_kv.setdefault(text, WeakIdKeyDictionary()).setdefault(gate, TextKV())
 
     def fold(self, kinds: Iterable[Kind], weights: Sequence[float]) -> int:
         """Adds the deltas of some kinds of layers to the weights until the installation ends: base speed for any N.
@@ -102,7 +104,8 @@ class Installation:
                     folded = folded + gate * factor.delta(self._device)
                 _replace_weight(base, folded.to(weight.device, weight.dtype), self._undo)
             _swap(self._model, name, layer.layer)
-        self._gates = self._text = None
+        self._expanded.clear()
+        self._text_kv.clear()
         return len(names)
 
 

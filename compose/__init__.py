@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pipelines.base import ComposePipeline
 from pipelines.loading import LoraError
-from pipelines.methods import METHODS, Merge, Regional, Tara
+from pipelines.methods import METHODS, Composite, Merge, Regional, Switch, Tara
 from pipelines.output import ComposeOutput, Cost
 from pipelines.scene import Concept, Run, Scene
 
@@ -17,6 +17,7 @@ __all__ = [
     "METHODS",
     "ComposeOutput",
     "ComposePipeline",
+    "Composite",
     "Concept",
     "Cost",
     "LoraError",
@@ -24,6 +25,7 @@ __all__ = [
     "Regional",
     "Run",
     "Scene",
+    "Switch",
     "Tara",
     "__version__",
 ]

@@ -1,201 +1,169 @@
-"""What methods cost: UNet rows, FLOPs and seconds, next to the plain pipeline in the same run."""
+"""What methods cost next to the plain pipeline: UNet rows and FLOPs, counted; seconds and memory, measured."""
 
+import json
 import logging
-import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from rich.console import Console
-from rich.progress import track
+from rich.box import SIMPLE
 from rich.table import Table
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from attention import LoraFactors
-from compose.assets import playground_lora, playground_model
-from compose.terminal import kindly
-from pipelines.base import ComposePipeline
-from pipelines.conditioning import TokenMasks
-from pipelines.engine import EncodedText, Engine, LoadedConcept
-from pipelines.loading import Factors, LoraFile
-from pipelines.methods import METHODS, Settings, make_method
-from pipelines.scene import Concept, Region
+from compose import counting
+from compose.architectures import ARCHITECTURES, TRIGGERS, attention_lora, columns, with_lora
+from compose.counting import Counted
+from compose.files import PLAYGROUND
+from compose.terminal import bar, kindly, out, say
+from compose.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
+from pipelines.methods import METHODS, make_method
 
-STEPS = 25
-SUBJECTS = ("cat", "dog", "rabbit", "bear", "car", "robot")
-PROMPT = "sks cat, zwx dog, ohwx rabbit, xlo bear, pll car, qrt robot, a fox and a lion"
-# Eight concepts need eight triggers; the last two are ordinary words, which is as good for counting.
-EXTRA = (("cat", "fox"), ("dog", "lion"))
-# The UNet of Stable Diffusion 1.5, for counting without its weights.
-SD15: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
-RANK = 8
+GUIDANCE = 5.0
+MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Flops:
-    """Operations of one denoising step with guidance, and of everything before the second step that comes on top."""
+class CountedRow:
+    """A method's cost on an architecture, and the plain pipeline's."""
 
-    step: int
-    preparation: int
+    architecture: str
+    method: str
+    concepts: int
+    cost: Counted
+    plain: Counted
+
+
+@dataclass(frozen=True)
+class TimedRow:
+    """A method's seconds and memory on a model, and the plain pipeline's memory."""
+
+    method: str
+    concepts: int
+    time: Timed
+    peak_bytes: int
+    plain_peak_bytes: int
 
 
 @kindly(logging.ERROR)
 def bench(
     methods: Annotated[list[str] | None, typer.Option("--method", help="A method; repeatable. All by default.")] = None,
     concepts: Annotated[
-        list[int] | None, typer.Option("--concepts", "-n", help="How many concepts; repeatable.")
+        list[int] | None,
+        typer.Option("--concepts", "-n", help="How many concepts; repeatable.", min=1, max=len(TRIGGERS)),
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Interleaved pairs of runs that are timed.", min=1)] = 7,
-    count: Annotated[bool, typer.Option("--count", help="Count rows and FLOPs only; takes no time.")] = False,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count rows and FLOPs, for SD 1.5 and SDXL; the default.")
+    ] = False,
+    time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
+    model: Annotated[
+        str, typer.Option(help="What is timed: playground, a folder, a file, or a hub repository.")
+    ] = PLAYGROUND,
     device: Annotated[str, typer.Option(help="Where to time.")] = "cpu",
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs of runs that are timed.", min=1)] = 7,
+    to: Annotated[Path | None, typer.Option("--json", help="A file for the numbers of the tables.")] = None,
 ) -> None:
-    """Counts and times methods on the playground, and counts FLOPs on the architecture of Stable Diffusion 1.5."""
-    chosen = {name: make_method(name) for name in methods or METHODS}
-    numbers = concepts or [1, 2, 4, 8]
-    console = Console()
-    pipe = ComposePipeline.from_pretrained(playground_model()).to(device)
-    pipe.set_progress_bar_config(disable=True)
-    for i in range(max(numbers)):
-        load_concept(pipe, i)
-    console.print(counts_table(pipe, chosen, numbers))
-    if not count:
-        console.print(seconds_table(pipe, chosen, numbers, pairs))
+    """Says what methods cost, next to the plain pipeline; each concept has a random LoRA of rank 8 on all attention."""
+    cells = [(name, number) for name in methods or METHODS for number in concepts or (1, 2, 4, 8)]
+    for name, _ in cells:
+        make_method(name)
+    numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE}
+    if count or not time:
+        counted = count_cells(cells, steps)
+        out.print(counts_table(counted, steps))
+        numbers["counted"] = [asdict(row) for row in counted]
+    if time:
+        timed = time_cells(cells, Job(model, device, steps), pairs)
+        out.print(times_table(timed, f"{model} on {device}, {steps} steps, {pairs} interleaved pairs"))
+        numbers |= {"model": model, "device": device, "pairs": pairs, "timed": [asdict(row) for row in timed]}
+    if to is not None:
+        to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        say(to)
 
 
-def load_concept(pipe: Any, i: int) -> None:
-    """Loads the i-th concept of the bench into the playground."""
-    if i < len(SUBJECTS):
-        pipe.load_concept(playground_lora(f"{SUBJECTS[i]}-tara"), name=f"concept {i}")
-    else:
-        subject, word = EXTRA[(i - len(SUBJECTS)) % len(EXTRA)]
-        pipe.load_concept(playground_lora(f"{subject}-tara"), name=f"concept {i}", trigger=word, class_word="")
+def count_cells(cells: Sequence[tuple[str, int]], steps: int) -> list[CountedRow]:
+    """Counts methods with so many concepts on every architecture."""
+    rows = []
+    with bar("counting", len(ARCHITECTURES) * len(cells)) as on_progress:
+        for architecture, config in ARCHITECTURES.items():
+            unet = counting.meta_unet(config)
+            side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
+            plain = counting.count(unet, (), None, steps, GUIDANCE, (side, side))
+            for method, number in cells:
+                concepts = with_lora(columns(number, side, side), lora)
+                cost = counting.count(unet, concepts, make_method(method), steps, GUIDANCE, (side, side))
+                rows.append(CountedRow(architecture, method, number, cost, plain))
+                on_progress(len(rows))
+    return rows
 
 
-def playground_concepts(number: int) -> list[Concept]:
-    """The first concepts of the bench, each with a column of the picture as its region."""
-    return [Concept(name=f"concept {i}", region=region) for i, region in enumerate(columns(number, 128))]
-
-
-def columns(number: int, side: int) -> list[Region]:
-    """Boxes side by side that fill a square picture."""
-    return [(side * i // number, 0, side * (i + 1) // number, side) for i in range(number)]
-
-
-def counts_table(pipe: Any, methods: dict[str, Settings], numbers: Sequence[int]) -> Table:
-    """UNet rows of an image and FLOPs of a step, as ratios to the plain pipeline."""
-    table = Table(
-        title=f"Counted: one image, {STEPS} steps, guidance on; FLOPs of a step relative to the plain pipeline"
+def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
+    """UNet rows of an image, and FLOPs relative to the plain pipeline's."""
+    plain = {row.architecture: row.plain for row in rows}
+    whole = ", ".join(f"{cost.flops / 1e12:.0f} TFLOP on {name}" for name, cost in plain.items())
+    table = _table(
+        f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
+        f"({whole}), and those before the first step in plain steps",
+        ["method", "N", "UNet rows", *(header for name in plain for header in (name, "before"))],
     )
-    for column in ("method", "concepts", "UNet rows", "FLOPs, playground", "FLOPs, SD 1.5", "preparation, SD 1.5"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    plain_small, plain_sd = _plain_flops(pipe.unet), _plain_flops(sd15_unet())
-    table.add_row("plain", "0", str(2 * STEPS), "1.000", "1.000", "-")
-    for name, settings in methods.items():
-        for number in numbers:
-            concepts = playground_concepts(number)
-            one_step = pipe(PROMPT, concepts=concepts, method=settings, num_inference_steps=1, output_type="latent")
-            small = flops(pipe.unet, pipe.resolve_concepts(concepts), settings)
-            sd = flops(sd15_unet(), sd15_concepts(number), settings)
-            preparation = f"{sd.preparation / plain_sd:.2f} steps"
-            ratios = f"{small.step / plain_small:.3f}", f"{sd.step / plain_sd:.3f}"
-            table.add_row(name, str(number), f"{one_step.cost.rows_forward * STEPS:g}", *ratios, preparation)
+    table.add_row("plain", "0", _rows(next(iter(plain.values()))), *["1.000", "-"] * len(plain))
+    cells: dict[tuple[str, int], list[CountedRow]] = {}
+    for row in rows:
+        cells.setdefault((row.method, row.concepts), []).append(row)
+    for (method, number), found in cells.items():
+        ratios = [text for row in found for text in _ratios(row, steps)]
+        table.add_row(method, str(number), _rows(found[0].cost), *ratios)
     return table
 
 
-def seconds_table(pipe: Any, methods: dict[str, Settings], numbers: Sequence[int], pairs: int) -> Table:
-    """Seconds of whole calls in interleaved pairs (plain, method, plain, method, ...), as ratios pair by pair."""
-    table = Table(
-        title=f"Timed on {pipe.device}: whole calls of {STEPS} steps without decoding, {pairs} interleaved pairs"
+def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list[TimedRow]:
+    """Times methods with so many concepts in this process, then measures the memory of each in a process of its own."""
+    most = max(number for _, number in cells)
+    pipe = open_with_concepts(plain.model, plain.device, most)
+    with bar("measuring", 2 * len(cells) + 1) as on_progress:
+        times: list[Timed] = []
+        for method, number in cells:
+            times.append(time_pairs(pipe, make_method(method), number, plain.steps, pairs))
+            on_progress(len(times))
+        del pipe
+        peaks = []
+        for method, number in ((None, 0), *cells):
+            peaks.append(peak_bytes(replace(plain, method=method, concepts=number)))
+            on_progress(len(times) + len(peaks))
+    measured = zip(cells, times, peaks[1:], strict=True)
+    return [TimedRow(method, number, time, peak, peaks[0]) for (method, number), time, peak in measured]
+
+
+def times_table(rows: Sequence[TimedRow], what: str) -> Table:
+    """Seconds of whole calls and the peak of the memory, as ratios to the plain pipeline."""
+    table = _table(
+        f"Measured: {what}; seconds of whole calls without decoding, of those before the first step, ratio to the "
+        "plain pipeline pair by pair; peak of the memory, model included",
+        ["method", "N", "plain s", "s", "before", "ratio", "min..max", "MiB", "ratio"],
     )
-    for column in ("method", "concepts", "plain, s", "method, s", "ratio: median", "min", "max"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-
-    def seconds(**options: Any) -> float:
-        generator = torch.Generator().manual_seed(0)
-        start = time.perf_counter()
-        pipe(
-            PROMPT, num_inference_steps=STEPS, output_type="latent", generator=generator, **options
-        ).images.sum().item()
-        return time.perf_counter() - start
-
-    jobs = [(name, number) for name in methods for number in numbers]
-    for name, number in track(jobs, description="timing", transient=True):
-        options = {"concepts": playground_concepts(number), "method": methods[name]}
-        for warm_up in ({}, options):
-            seconds(**warm_up)
-        timed = [(seconds(), seconds(**options)) for _ in range(pairs)]
-        ratios = [ours / plain for plain, ours in timed]
-        plain, ours = (statistics.median(side) for side in zip(*timed, strict=True))
-        spread = f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}"
-        table.add_row(name, str(number), f"{plain:.2f}", f"{ours:.2f}", *spread)
+    table.add_row("plain", "0", *"-----", f"{rows[0].plain_peak_bytes / MIB:.0f}", "1.000")
+    for row in rows:
+        time, memory = row.time, row.peak_bytes / row.plain_peak_bytes
+        table.add_row(
+            row.method, str(row.concepts), f"{time.plain_seconds:.2f}", f"{time.seconds:.2f}",
+            f"{time.preparation_seconds:.2f}", f"{time.ratio:.3f}", f"{time.ratio_min:.2f}..{time.ratio_max:.2f}",
+            f"{row.peak_bytes / MIB:.0f}", f"{memory:.3f}",
+        )  # fmt: skip
     return table
 
 
-def sd15_unet() -> UNet2DConditionModel:
-    """The UNet of Stable Diffusion 1.5 without numbers, on the meta device."""
-    with torch.device("meta"):
-        return UNet2DConditionModel(**SD15)
+def _table(title: str, headers: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE)
+    for header in headers:
+        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    return table
 
 
-def sd15_concepts(number: int) -> list[LoadedConcept]:
-    """Concepts of rank 8 on all attention projections of SD 1.5, without numbers."""
-    with torch.device("meta"):
-        lora = {name: _factors(module) for name, module in sd15_unet().named_modules() if _is_projection(name)}
-    file = LoraFile(Path("counted.safetensors"), "", {"method": "tara"}, {})
-    return [
-        LoadedConcept(Concept(name=f"{i}", trigger="sks", weight=1.0, region=region), Factors(lora), file)
-        for i, region in enumerate(columns(number, 512))
-    ]
+def _rows(cost: Counted) -> str:
+    return f"{cost.rows_forward:g}" + (f" + {cost.rows_backward:g} backward" if cost.rows_backward else "")
 
 
-def _is_projection(name: str) -> bool:
-    return name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
-
-
-def _factors(linear: torch.nn.Module) -> LoraFactors:
-    out, inputs = linear.get_parameter("weight").shape
-    return LoraFactors(torch.empty(RANK, inputs), torch.empty(out, RANK))
-
-
-def flops(unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], settings: Settings) -> Flops:
-    """Counts the FLOPs of a method's step on a UNet with or without numbers."""
-    device, grid = unet.device, (unet.config["sample_size"],) * 2
-    size = (grid[0] * 8, grid[1] * 8)
-    tokens, latents, text = _inputs(unet, rows=1)
-    mask = torch.eye(tokens, len(concepts))[None]
-    engine = Engine(
-        {"unet": unet, "scheduler": DDIMScheduler()}, concepts, lambda: EncodedText(text, text),
-        TokenMasks(mask, mask), latent_grid=grid, image_size=size, images_per_prompt=1, guidance_scale=5.0,
-        guidance_rescale=0.0, device=device, unet_kwargs={},
-    )  # fmt: skip
-    t = torch.tensor(500, device=device)
-    with torch.no_grad():
-        process = settings.start(engine)
-        with engine.installed():
-            with FlopCounterMode(display=False) as first:
-                process.prepare(latents)
-                process.step(latents, t)
-            with FlopCounterMode(display=False) as second:
-                process.step(latents, t)
-    return Flops(second.get_total_flops(), first.get_total_flops() - second.get_total_flops())
-
-
-def _plain_flops(unet: UNet2DConditionModel) -> int:
-    _, latents, text = _inputs(unet, rows=2)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(latents, torch.tensor(500, device=unet.device), encoder_hidden_states=text)
-    return counter.get_total_flops()
-
-
-def _inputs(unet: UNet2DConditionModel, rows: int) -> tuple[int, Tensor, Tensor]:
-    """Number of tokens, latents and text for a UNet."""
-    tokens = 77 if unet.config["cross_attention_dim"] >= 768 else 32
-    size = unet.config["sample_size"]
-    latents = torch.zeros(rows, unet.config["in_channels"], size, size, device=unet.device)
-    return tokens, latents, torch.zeros(rows, tokens, unet.config["cross_attention_dim"], device=unet.device)
+def _ratios(row: CountedRow, steps: int) -> tuple[str, str]:
+    plain = row.plain.flops
+    return f"{row.cost.flops / plain:.3f}", f"{row.cost.preparation_flops * steps / plain:.3f}"

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from compose.models import load, lora_source, open_model, rehearse, resolve_settings, size_of
+from compose.counting import count_run
+from compose.models import load, lora_source, open_model, rehearse, resolve_settings, scheduler_of, size_of
 from pipelines.engine import LoadedConcept
 from pipelines.loading import find_file, read_lora
-from pipelines.methods import METHODS
+from pipelines.methods import METHODS, Settings
 from pipelines.scene import Concept, Run, check_region
 from pipelines.tokens import Positions, check_disjoint, locate
 
@@ -70,8 +71,9 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
         settings = _attempt(problems, resolve_settings, pipe, run, [found for found in loaded if found])
     if not problems:
         _attempt(problems, rehearse, pipe, run)
+    cost = None if problems else _attempt(problems, _cost, pipe, run, settings, loaded)
     name = next((name for name, kind in METHODS.items() if type(settings) is kind), "none")
-    return [*facts, ("method", name), ("size", f"{width} x {height} pixels"), ("cost", _cost(run))]
+    return [*facts, ("method", name), ("size", f"{width} x {height} pixels"), ("cost", cost or "not known")]
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:
@@ -128,10 +130,16 @@ def _tokens(tokenizer: Any, prompt: str) -> str:
     )
 
 
-def _cost(run: Run) -> str:
-    rows = 2 if run.guidance_scale > 1 else 1
-    how = "with guidance" if rows == 2 else "without guidance"
-    return f"{run.steps * rows} UNet rows ({run.steps} steps x {rows} {how}), as for a plain picture"
+def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[LoadedConcept | None]) -> str:
+    width, height = size_of(pipe, run.scene)
+    whole = run.steps, run.guidance_scale, width, height
+    scheduler = scheduler_of(pipe, run)
+    cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
+    plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
+    backward = f" and {cost.rows_backward:g} backward" if cost.rows_backward else ""
+    how = "with guidance" if run.guidance_scale > 1 else "without guidance"
+    ratio = f"{cost.flops / plain.flops:.2f} times the operations of a plain picture"
+    return f"{cost.rows_forward:g} UNet rows{backward} ({run.steps} steps {how}), {ratio}"
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:

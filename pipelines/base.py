@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -205,6 +206,7 @@ class ComposePipeline:
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=num_inference_steps) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
             latents = process.prepare(latents)
+            engine.cost.preparation_seconds = time.perf_counter() - engine.started
             for i, t in enumerate(timesteps):
                 if self.interrupt:  # pyright: ignore[reportAttributeAccessIssue]
                     continue

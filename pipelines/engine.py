@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -100,6 +101,7 @@ class Engine:
         guidance_rescale: As in diffusers.
         device: Where the UNet runs.
         unet_kwargs: Further arguments of every UNet call (timestep_cond, cross_attention_kwargs).
+        started: When the call began, by `time.perf_counter()`.
 
     Attributes:
         cost: What has been run so far.
@@ -121,6 +123,7 @@ class Engine:
         guidance_rescale: float,
         device: torch.device,
         unet_kwargs: Mapping[str, Any],
+        started: float,
     ) -> None:
         self.loaded = tuple(concepts)
         self.concepts = tuple(loaded.concept for loaded in concepts)
@@ -133,6 +136,7 @@ class Engine:
         self.images_per_prompt = images_per_prompt
         self.guidance_scale = guidance_scale
         self.device = device
+        self.started = started
         self.cost = Cost()
         self.step = 0
         self.record_steps: frozenset[int] = frozenset()
@@ -145,7 +149,8 @@ class Engine:
         self._log: dict[int, list[Tensor]] = {}
         self._installation: Installation | None = None
         self._first: Conditioning | None = None
-        self._cut: tuple[Conditioning, Gates, Conditioning, Gates] | None = None
+        self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
+        self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
         layers = attention_layers(self._unet)
         self.map_level = map_level(layers)
         self._map_layers = [layer.name for layer in layers if layer.cross and layer.level == self.map_level]
@@ -254,19 +259,23 @@ class Engine:
         watch = record or self._watch(conditioning)
         self.installation.use(gates, conditioning.prompt_embeds, watch)
         rows = torch.cat([latents] * (conditioning.rows // conditioning.images))
+        output = self._run(self._scheduler.scale_model_input(rows, t), t, conditioning)
+        self.cost.rows_forward += conditioning.rows
+        if watch is not None and watch is not record:
+            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning))
+        return Prediction(output, conditioning.guided, conditioning.images)
+
+    def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet itself, for which everything is set. Shape: [rows, channels, height, width]."""
         added = conditioning.added_cond_kwargs
-        output = self._unet(
-            self._scheduler.scale_model_input(rows, t),
+        return self._unet(
+            latents,
             t,
             encoder_hidden_states=conditioning.prompt_embeds,
             added_cond_kwargs=None if added is None else dict(added),
             return_dict=False,
             **self._unet_kwargs,
         )[0]
-        self.cost.rows_forward += conditioning.rows
-        if watch is not None and watch is not record:
-            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning))
-        return Prediction(output, conditioning.guided, conditioning.images)
 
     def guide(self, prediction: Prediction) -> Tensor:
         """Classifier-free guidance over a pass with one branch. Shape: [images, channels, height, width]."""
@@ -287,10 +296,11 @@ class Engine:
 
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""
-        if self._cut is None or self._cut[0] is not conditioning or self._cut[1] is not gates:
-            rows = conditioning.conditional_rows
-            self._cut = conditioning, gates, conditioning.conditional(), gates.select(rows)
-        return self._cut[2], self._cut[3]
+        if conditioning not in self._cut_text:
+            self._cut_text[conditioning] = conditioning.conditional()
+        if gates not in self._cut_gates:
+            self._cut_gates[gates] = gates.select(conditioning.conditional_rows)
+        return self._cut_text[conditioning], self._cut_gates[gates]
 
     def _watch(self, conditioning: Conditioning) -> Recorder | None:
         if self.step not in self.record_steps:

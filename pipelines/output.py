@@ -13,10 +13,13 @@ class Cost:
     Attributes:
         rows_forward: Rows run forward; a pass that stops early counts its share.
         rows_backward: Rows run backward.
+        preparation_seconds: From the start of the call to its first denoising step, by the host's clock: checking,
+            encoding, installing, folding.
     """
 
     rows_forward: float = 0.0
     rows_backward: float = 0.0
+    preparation_seconds: float = 0.0
 
 
 @dataclass

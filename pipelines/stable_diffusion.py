@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x with concepts."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -85,6 +86,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
                 ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs, guidance_rescale, clip_skip,
                 callback_on_step_end, list(callback_on_step_end_tensor_inputs), **kwargs,
             )  # fmt: skip
+        started = time.perf_counter()
         if kwargs:
             raise TypeError(f"unknown arguments: {', '.join(kwargs)}")
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
@@ -130,6 +132,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             guidance_rescale=guidance_rescale,
             device=device,
             unet_kwargs=self._unet_kwargs(batch_size, device, guidance_scale, cross_attention_kwargs),
+            started=started,
         )
         # Refuses a second call on this UNet before the scheduler and the properties of the first are touched.
         with engine.installed():

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
@@ -480,10 +481,13 @@ def test_pictures_without_a_record_are_refused(tmp_path: Path) -> None:
 
 
 def test_check_says_what_matches_without_making_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_steps(*_: object, **__: object) -> None:
-        raise AssertionError("check must not denoise")
+    forward = UNet2DConditionModel.forward
 
-    monkeypatch.setattr("diffusers.UNet2DConditionModel.forward", no_steps)
+    def without_numbers(unet: UNet2DConditionModel, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert sample.is_meta, "check must not denoise"
+        return forward(unet, sample, *args, **kwargs)
+
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.forward", without_numbers)
     text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20).stdout)
     assert "2:xlo 3:bear 4:and 5:a 6:qrt 7:robot" in text
     assert "trigger 'xlo' at token 2; class word 'bear' at token 3" in text
@@ -491,11 +495,13 @@ def test_check_says_what_matches_without_making_a_picture(monkeypatch: pytest.Mo
     assert "unet layers, rank 16" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
     assert "method tara, because every concept was trained for it size" in text
-    assert "40 UNet rows (20 steps x 2 with guidance)" in text
+    assert "40 UNet rows (20 steps with guidance), 0.99 times the operations of a plain picture" in text
     assert text.endswith("no problems")
     text = flat(call("check", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
-    assert "25 UNet rows (25 steps x 1 without guidance)" in text
+    assert "25 UNet rows (25 steps without guidance)" in text
     assert "method merge" in text
+    text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
+    assert "80 UNet rows (20 steps with guidance), 2.07 times the operations of a plain picture" in text
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:

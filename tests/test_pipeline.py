@@ -3,7 +3,9 @@
 import random
 import re
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,9 @@ from transformers import CLIPTextModel
 
 from components import EVERYTHING, random_lora, small_pipeline, tiny_pipeline
 from pipelines.base import ComposePipeline
+from pipelines.engine import Engine
 from pipelines.loading import LoraError
-from pipelines.methods import Merge, Tara
+from pipelines.methods import Merge, OnePass, Tara
 from pipelines.output import ComposeOutput
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
@@ -45,6 +48,7 @@ CONCEPTS = {
     "bag": "mjq",
 }
 METHODS = ("merge", "tara")
+EVERY_METHOD = (*METHODS, "switch", "composite")
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
@@ -179,7 +183,7 @@ def raise_at_step(error: type[BaseException]) -> dict[str, Any]:
     return {"callback_on_step_end": callback}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt, None])
 def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write_lora, method, error):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
@@ -198,7 +202,7 @@ def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 def test_nothing_is_left_when_a_model_fails(composer, method, part):
     calls = []
@@ -295,7 +299,7 @@ def test_a_second_call_is_refused_while_the_first_one_runs_and_does_not_disturb_
 # Arguments of diffusers
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_prompts_images_and_generators_in_one_call_equal_single_calls(composer, method):
     prompts = [PROMPT, "zwx dog, sks cat, sks"]
     together = latents_of(
@@ -311,7 +315,7 @@ def test_prompts_images_and_generators_in_one_call_equal_single_calls(composer, 
         assert_close(together[row], one[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_a_list_of_one_prompt_gives_the_bits_of_the_prompt(composer, method):
     assert torch.equal(latents_of(composer, method=method, prompt=[PROMPT]), latents_of(composer, method=method))
 
@@ -322,7 +326,7 @@ def test_one_generator_serves_all_images_in_turn(composer):
     assert torch.equal(drawn, latents_of(composer, num_images_per_prompt=2, latents=start))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
 def test_embeddings_with_positions_give_the_bits_of_the_prompt(composer, method, guidance_scale):
     arguments: dict[str, Any] = {"method": method, "guidance_scale": guidance_scale, "num_images_per_prompt": 2}
@@ -361,7 +365,7 @@ def test_a_pipeline_without_text_encoder_composes_from_embeddings(composer, load
     image_only = ComposeStableDiffusionPipeline(**parts, requires_safety_checker=False)
     image_only.set_progress_bar_config(disable=True)
     load_concepts(image_only, "cat", "dog")
-    for method in METHODS:
+    for method in EVERY_METHOD:
         latents = latents_of(
             image_only, method=method, prompt=None, prompt_embeds=positive, negative_prompt_embeds=negative,
             token_positions=POSITIONS,
@@ -387,7 +391,7 @@ class _WithInnerModel(CLIPTextModel):
         return self
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_clip_skip_reaches_the_text_encoder(composer, method):
     weights = composer.text_encoder.state_dict()
     composer.text_encoder = _WithInnerModel(composer.text_encoder.config).eval()
@@ -468,7 +472,7 @@ def test_the_vae_may_work_in_slices_and_tiles(composer):
     assert far_apart(images, whole)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize(("width", "height"), [(8, 8), (64, 96), (136, 40), (104, 72)])
 def test_any_size_works_with_and_without_regions(load_concepts, method, width, height):
     pipe = small_pipeline()
@@ -539,7 +543,7 @@ def offload_layers(pipe: Any) -> None:
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
-@pytest.mark.parametrize("method", [*METHODS, Tara(scope="cross_kv")])
+@pytest.mark.parametrize("method", [*EVERY_METHOD, Tara(scope="cross_kv")])
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])
 def test_offloaded_models_give_the_same_image_again_and_again(pipe, load_concepts, write_lora, method, offload):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
@@ -588,7 +592,7 @@ def with_adapters(pipe: Any, files: dict[str, Any], weights: dict[str, float]) -
 CAT = {"prompt": "a sks cat", "concepts": [Concept(name="cat", trigger="sks")]}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize("active", [True, False])
 def test_an_adapter_named_as_concept_equals_the_loaded_file(pipe, plain_pipe, files, method, active):
     by_name = ComposePipeline.from_pipe(plain_pipe)
@@ -602,7 +606,7 @@ def test_an_adapter_named_as_concept_equals_the_loaded_file(pipe, plain_pipe, fi
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_weights_of_adapters_and_concepts_multiply(pipe, plain_pipe, files, method):
     by_name = ComposePipeline.from_pipe(plain_pipe)
     by_name.set_progress_bar_config(disable=True)
@@ -648,7 +652,7 @@ def test_scale_passes_to_the_adapters_of_the_base_and_leaves_concepts_alone(pipe
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 @pytest.mark.parametrize("error", [None, StoppedError])
 def test_adapters_are_what_they_were_after_a_call(pipe, files, method, error):
     with_adapters(pipe, files, {"cat": 0.7, "style": 0.3})
@@ -663,7 +667,7 @@ def test_adapters_are_what_they_were_after_a_call(pipe, files, method, error):
     assert pipe.get_active_adapters() == ["style"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY_METHOD)
 def test_a_concept_from_a_file_takes_the_place_of_an_adapter_of_its_name(pipe, files, method):
     pipe.load_concept(files["cat"], "cat")
     expected = latents_of(pipe, method=method, **CAT)
@@ -802,6 +806,40 @@ def test_a_call_runs_the_rows_of_diffusers_whatever_the_number_of_concepts(
 @pytest.mark.parametrize(("guidance_scale", "rows"), [(7.5, 2), (1.0, 1), (0.0, 1)])
 def test_without_guidance_half_of_the_rows_are_run(composer, method, guidance_scale, rows):
     assert compose(composer, method=method, guidance_scale=guidance_scale).cost.rows_forward == 2 * rows
+
+
+@dataclass(frozen=True)
+class _Slow:
+    """Merge that takes its time, before the loop and in it."""
+
+    def start(self, engine: Engine) -> OnePass:
+        time.sleep(0.1)
+        one_pass = Merge().start(engine)
+        return _SlowPass(one_pass.engine, one_pass.conditioning, one_pass.gates)
+
+
+class _SlowPass(OnePass):
+    def prepare(self, latents: Tensor) -> Tensor:
+        time.sleep(0.2)
+        return super().prepare(latents)
+
+    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        time.sleep(0.4)
+        return super().step(latents, t)
+
+
+class _SlowToCheck(ComposeStableDiffusionPipeline):
+    def check_inputs(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.4)
+        super().check_inputs(*args, **kwargs)
+
+
+def test_preparation_lasts_from_the_call_to_the_first_step(write_lora):
+    pipe = tiny_pipeline(_SlowToCheck)
+    pipe.load_concept(write_lora("cat", unet=random_lora(pipe.unet, 0)), trigger="sks")
+    start = time.perf_counter()
+    cost = compose(pipe, concepts=["cat"], method=_Slow()).cost
+    assert 0.7 <= cost.preparation_seconds <= time.perf_counter() - start - 0.8
 
 
 # What cannot be

@@ -1,5 +1,6 @@
 """Keys and values of the text: masked by token, projected once, and never stale."""
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -140,13 +141,48 @@ def test_kept_keys_and_values_are_renewed_for_a_new_text_and_new_text_gates_only
             (gates, second, once),  # new text
             (other, second, once),  # new gates
             (other, second, {}),
-            (gates, first, once),
+            (gates, first, {}),  # both are still there
             (other_image, first, {}),  # the text gates are the same
             (gates, first, {}),
         ):
             installation.use(use, inputs["encoder_hidden_states"])
             assert torch.equal(unet(**inputs)[0], fresh(use, inputs))
             assert calls.take() == renewed
+
+
+def test_gates_that_alternate_are_expanded_once() -> None:
+    unet = sd_unet()
+    one, other = (
+        random_gates("everything", rows=2, tokens=TOKENS, concepts=2, latent_grid=GRID, seed=seed)[0] for seed in (1, 2)
+    )
+    with install(unet, two_loras(unet), **FP32) as installation:
+        expanded = []
+        for gates in (one, other, one, other):
+            installation.use(gates)
+            expanded.append(installation.slot.gates)
+    assert expanded[0] is expanded[2] is not expanded[1]
+    assert expanded[1] is expanded[3]
+
+
+@pytest.mark.parametrize("gone", ["text", "gates"])
+@torch.no_grad()
+def test_kept_keys_and_values_go_with_their_text_and_with_their_gates(gone: str) -> None:
+    unet = sd_unet()
+    first, second = (unet_inputs(unet, grid=GRID, tokens=TOKENS, seed=seed) for seed in range(2))
+    gates, other = (
+        random_gates("everything", rows=2, tokens=TOKENS, concepts=2, latent_grid=GRID, seed=seed)[0] for seed in (1, 2)
+    )
+    with install(unet, two_loras(unet), **FP32) as installation:
+        installation.use(gates, first["encoder_hidden_states"])
+        unet(**first)
+        kept = weakref.ref(installation.slot.text_kv)
+        installation.use(other, second["encoder_hidden_states"])
+        assert kept() is not None
+        if gone == "text":
+            del first
+        else:
+            del gates
+        assert kept() is None
 
 
 @torch.no_grad()

@@ -5,16 +5,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.engine import LoadedConcept
+from pipelines.methods.composite import Composite
 from pipelines.methods.merge import Merge
 from pipelines.methods.process import OnePass, Process, Settings
 from pipelines.methods.regional import Regional
+from pipelines.methods.switch import Switch
 from pipelines.methods.tara import Tara
 
-__all__ = ["METHODS", "Merge", "OnePass", "Process", "Regional", "Settings", "Tara", "choose_method", "make_method"]
+__all__ = [
+    "METHODS",
+    "Composite",
+    "Merge",
+    "OnePass",
+    "Process",
+    "Regional",
+    "Settings",
+    "Switch",
+    "Tara",
+    "choose_method",
+    "make_method",
+]
 
 logger = logging.getLogger(__name__)
 
-METHODS: Mapping[str, type[Settings]] = {"merge": Merge, "tara": Tara, "regional": Regional}
+METHODS: Mapping[str, type[Settings]] = {
+    "merge": Merge,
+    "tara": Tara,
+    "regional": Regional,
+    "switch": Switch,
+    "composite": Composite,
+}
 
 
 def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = None) -> Settings:

@@ -6,11 +6,8 @@ subjects the deltas act on each other's tokens and pixels, so identities blend o
 
 from dataclasses import dataclass
 
-import torch
-
-from attention import Gates
 from pipelines.engine import Engine
-from pipelines.methods.process import OnePass, say_once
+from pipelines.methods.process import OnePass, constant_gates, say_once
 
 
 @dataclass(frozen=True)
@@ -21,11 +18,5 @@ class Merge:
         """Constant gates for everything; text encoders take part."""
         if any(concept.region for concept in engine.concepts):
             say_once("merge has no use for regions; method='regional' has")
-        weights = torch.tensor(engine.weights, device=engine.device)
-        gates = Gates(
-            text=weights[None, None],
-            image=dict.fromkeys(engine.levels, weights[None, None]),
-            row=weights[None],
-            latent_grid=engine.latent_grid,
-        )
+        gates = constant_gates(engine, engine.weights)
         return OnePass(engine, engine.encode(engine.weights), gates, ("text", "image", "row"), engine.weights)

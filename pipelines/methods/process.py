@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from attention import Gates
@@ -67,6 +68,36 @@ class OnePass:
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """One pass with guidance."""
         return latents, self.engine.guide(self.engine.unet(latents, t, self.conditioning, self.gates))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a UNet pass needs in which one concept's LoRA acts at its weight, everywhere, and no other acts at all.
+
+    Attributes:
+        conditioning: The text, encoded with that LoRA's text-encoder factors.
+        gates: The concept's weight at the concept, 0 at the others.
+    """
+
+    conditioning: Conditioning
+    gates: Gates
+
+
+def each_alone(engine: Engine) -> list[Alone]:
+    """What passes with one LoRA each need, in the order of the concepts."""
+    only = torch.diag(torch.tensor(engine.weights)).tolist()
+    return [Alone(engine.encode(weights), constant_gates(engine, weights)) for weights in only]
+
+
+def constant_gates(engine: Engine, weights: Sequence[float]) -> Gates:
+    """Gates that are the same at all tokens, cells and rows: one number per concept."""
+    gate = torch.tensor(weights, device=engine.device)
+    return Gates(
+        text=gate[None, None],
+        image=dict.fromkeys(engine.levels, gate[None, None]),
+        row=gate[None],
+        latent_grid=engine.latent_grid,
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,104 @@
+"""The peak of the memory that tensors take on a device."""
+
+import gc
+import weakref
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakMemory(Protocol):
+    """Watches the memory of one device inside a `with` block.
+
+    Attributes:
+        peak_bytes: The most that tensors took at once inside the block, with those that were there before.
+    """
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak so far."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Starts to watch."""
+        ...
+
+    def __exit__(self, *error: Any) -> None:
+        """Watches no longer."""
+        ...
+
+
+def peak_memory(device: torch.device | str) -> PeakMemory:
+    """Watches a device.
+
+        with peak_memory("cuda") as memory:
+            ...
+        memory.peak_bytes
+
+    On CUDA it is what PyTorch's allocator says, on the CPU a sum over the storages of all tensors. What operations need
+    for themselves counts on CUDA only, and on the CPU tensors of other threads do not count.
+
+    Raises:
+        ValueError: For devices whose memory PyTorch does not tell.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _CudaMemory(device)
+    if device.type == "cpu":
+        return _CpuMemory()
+    raise ValueError(f"the peak of the memory can be measured on cuda and on the cpu, not on {device}")
+
+
+class _CudaMemory:
+    def __init__(self, device: torch.device) -> None:
+        self.peak_bytes = 0
+        self._device = device
+
+    def __enter__(self) -> Self:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
+
+
+class _CpuMemory(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._live_bytes = 0
+        self._watched: dict[int, weakref.finalize] = {}  # by storage; its Python object lives as long as the storage
+
+    def __enter__(self) -> Self:
+        for found in gc.get_objects():
+            if issubclass(type(found), Tensor):  # isinstance would wake up lazy modules
+                self._watch(found)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for end in self._watched.values():
+            end.detach()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf)
+        return out
+
+    def _watch(self, tensor: Tensor) -> None:
+        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._watched:
+            self._watched[id(storage)] = weakref.finalize(storage, self._end, id(storage), storage.nbytes())
+            self._live_bytes += storage.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self._live_bytes)
+
+    def _end(self, storage: int, size: int) -> None:
+        del self._watched[storage]
+        self._live_bytes -= size

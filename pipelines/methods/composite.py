@@ -1,0 +1,80 @@
+"""LoRA Composite, from Multi-LoRA Composition for Image Generation (arXiv 2402.16843).
+
+In every step each of the k LoRAs, alone in the model, predicts without and with the prompt, and the guided predictions
+are averaged. With theta_j for the model with LoRA j, guidance scale s and prompt c,
+
+    e = (1/k) sum_j w_j [e_theta_j(z) + s (e_theta_j(z, c) - e_theta_j(z))]
+
+Guidance is linear, so averaging first and guiding once gives the same, and `guidance_rescale` then sees the averages.
+
+`docs/methods/composite.md` says what differs from the authors' code and why.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipelines.engine import Engine
+from pipelines.methods.process import Alone, each_alone, say_once
+
+
+@dataclass(frozen=True)
+class Composite:
+    """The average of what the model predicts with each LoRA alone.
+
+    Attributes:
+        shares: How much each concept's prediction counts, in the order of the concepts; the paper's w_j up to a common
+            factor, as only ratios matter. None: all the same, w_j = 1.
+    """
+
+    shares: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shares is not None and not _proper(self.shares):
+            raise ValueError(f"shares must be numbers of which none is negative and not all are 0, not {self.shares!r}")
+
+    def start(self, engine: Engine) -> "Average":
+        """What every LoRA needs for its passes; text encoders take part."""
+        if any(concept.region for concept in engine.concepts):
+            say_once("composite has no use for regions; method='regional' has")
+        concepts = len(engine.concepts)
+        shares = [1.0] * concepts if self.shares is None else self.shares
+        if len(shares) != concepts:
+            raise ValueError(f"composite has {len(shares)} shares, but there are {concepts} concepts")
+        return Average(engine, each_alone(engine), [share / sum(shares) for share in shares])
+
+
+@dataclass(frozen=True)
+class Average:
+    """The process of `Composite`.
+
+    Attributes:
+        engine: Runs the UNet.
+        alone: What a pass with each LoRA alone needs.
+        shares: How much each pass counts; their sum is 1, so that the average is again a prediction of the noise.
+    """
+
+    engine: Engine
+    alone: Sequence[Alone]
+    shares: Sequence[float]
+
+    def prepare(self, latents: Tensor) -> Tensor:
+        """Nothing is to be prepared."""
+        return latents
+
+    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass per LoRA, one after the other, so that memory does not grow with their number."""
+        passes = [self.engine.unet(latents, t, one.conditioning, one.gates) for one in self.alone]
+        weighted = [share * one.model_output for share, one in zip(self.shares, passes, strict=True)]
+        return latents, self.engine.guide(replace(passes[0], model_output=torch.stack(weighted).sum(dim=0)))
+
+
+def _proper(shares: object) -> bool:
+    return (
+        isinstance(shares, list | tuple)
+        and all(type(share) in (int, float) and math.isfinite(share) and share >= 0 for share in shares)
+        and sum(shares) > 0
+    )

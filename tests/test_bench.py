@@ -1,0 +1,110 @@
+"""What the methods cost, as the command says it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from components import tiny_pipeline
+from compose.architectures import PROMPT, attention_lora, columns
+from compose.cli import app
+from compose.timing import Job, open_with_concepts, peak_bytes, time_pairs
+from pipelines.methods import Regional
+from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+
+
+def call(*arguments: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def cells(output: str) -> dict[tuple[str, str], list[str]]:
+    """The rows of a table by method and number of concepts."""
+    rows = [line.split() for line in output.splitlines()]
+    return {(row[0], row[1]): row[2:] for row in rows if len(row) > 3 and row[1].isdigit()}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+def test_counting_is_what_it_does_if_nothing_is_said(tmp_path):
+    output = call("--method", "tara", "--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
+    rows = cells(output)
+    assert rows["plain", "0"] == ["6", "1.000", "-", "1.000", "-"]
+    assert rows["tara", "2"][0] == "6"
+    assert rows["composite", "2"][0] == "12"
+    written = json.loads((tmp_path / "it.json").read_text())
+    assert (written["steps"], len(written["counted"])) == (3, 4)
+    for row in written["counted"]:
+        ratio = row["cost"]["flops"] / row["plain"]["flops"]
+        preparation = 3 * row["cost"]["preparation_flops"] / row["plain"]["flops"]
+        at = 1 if row["architecture"] == "SD 1.5" else 3
+        assert rows[row["method"], "2"][at : at + 2] == [f"{ratio:.3f}", f"{preparation:.3f}"]
+        assert ratio == pytest.approx(2 if row["method"] == "composite" else 1, rel=0.02)
+
+
+def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
+    output = call(
+        "--time", "--model", model, "--method", "regional", "-n", 2, "--steps", 2, "--pairs", 2, "--json",
+        tmp_path / "it.json",
+    )  # fmt: skip
+    written = json.loads((tmp_path / "it.json").read_text())
+    assert "counted" not in written
+    (row,) = written["timed"]
+    time = row["time"]
+    assert 0 < time["preparation_seconds"] < time["seconds"]
+    assert time["ratio_min"] <= time["ratio"] <= time["ratio_max"]
+    parameters = sum(p.numel() for p in tiny_pipeline().unet.parameters())
+    assert row["peak_bytes"] > row["plain_peak_bytes"] > 4 * parameters
+    assert cells(output)["regional", "2"][-1] == f"{row['peak_bytes'] / row['plain_peak_bytes']:.3f}"
+
+
+class Watched(ComposeStableDiffusionPipeline):
+    """Writes down which calls there were."""
+
+    calls: tuple[Any, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        Watched.calls += (kwargs.get("method"),)
+        return super().__call__(*args, **kwargs)
+
+
+def test_runs_are_interleaved(model):
+    pipe = open_with_concepts(str(model), "cpu", 2)
+    watched = Watched(**pipe.components, requires_safety_checker=False)
+    watched.set_progress_bar_config(disable=True)
+    watched._loaded.update(pipe._loaded)
+    method = Regional()
+    timed = time_pairs(watched, method, 2, steps=1, pairs=3)
+    assert Watched.calls == (None, method) * 4  # the first two warm up
+    assert timed.ratio_min <= timed.ratio <= timed.ratio_max
+
+
+def test_every_concept_has_a_word_and_a_column(model):
+    pipe = open_with_concepts(str(model), "cpu", 26)
+    concepts = columns(26, 130, 64)
+    assert [concept.region for concept in concepts[:2]] == [(0, 0, 5, 64), (5, 0, 10, 64)]
+    assert concepts[-1].region == (125, 0, 130, 64)
+    found = pipe._token_masks(pipe.resolve_concepts(concepts), PROMPT, None, None).trigger
+    assert found.shape == (1, 32, 26)
+    assert found.sum(dim=1).tolist() == [[1.0] * 26]
+    assert pipe.resolve_concepts(concepts)[25].factors.unet.keys() == attention_lora(pipe.unet).keys()
+
+
+def test_a_failure_in_the_other_process_is_told():
+    with pytest.raises(ChildProcessError, match="there is no model 'nowhere'"):
+        peak_bytes(Job("nowhere", "cpu", 1))
+
+
+def test_wrong_options_end_with_2():
+    assert "unknown method 'blend'" in call("--method", "blend", code=2)
+    call("-n", 0, code=2)
+    call("-n", 27, code=2)
+    call("--steps", 0, code=2)

@@ -1,0 +1,255 @@
+"""What an image costs, counted without numbers, against PyTorch's own counter, formulas and real calls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from attention import Recorder, attention_layers, grid_at
+from components import TINY, random_lora, sd_unet, sdxl_unet, tiny_pipeline
+from compose.architectures import ARCHITECTURES, SD15, attention_lora, columns, with_lora
+from compose.counting import Counted, Operations, count, count_run, meta_unet
+from pipelines.conditioning import TokenMasks
+from pipelines.engine import EncodedText, Engine, LoadedConcept
+from pipelines.loading import Factors
+from pipelines.methods import METHODS, Merge, OnePass, Regional, Settings, Switch, Tara
+from pipelines.scene import Concept
+
+TINY_XL = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (0, 2),
+    "attention_head_dim": (2, 4),
+}
+UNETS = {"sd": (sd_unet, TINY), "sdxl": (sdxl_unet, TINY_XL)}
+ALL_METHODS = [Switch(interval=1) if name == "switch" else kind() for name, kind in METHODS.items()]
+
+
+def small(family: str) -> UNet2DConditionModel:
+    build, changes = UNETS[family]
+    return meta_unet(build(**changes).config)
+
+
+def torch_counter() -> FlopCounterMode:
+    """PyTorch's counter, with the one product that it does not know."""
+
+    def addmm_(out: Any, left: Any, right: Any, out_shape: Any = None, **_: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+
+
+def by_hand(
+    unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], settings: Settings, *, steps: int,
+    guidance_scale: float, image_size: tuple[int, int], images: int,
+) -> tuple[int, int]:  # fmt: skip
+    """FLOPs of the whole call and of its preparation, every pass run for real on the meta device."""
+    meta = torch.device("meta")
+    guided, words = guidance_scale > 1, torch.zeros(1, 77, len(concepts))
+    for i in range(len(concepts)):
+        words[0, i + 1, i] = 1
+    text = torch.empty(images, 77, 24, device=meta)
+    added = None
+    if unet.config["addition_embed_type"]:
+        rows = 2 * images if guided else images
+        added = {"text_embeds": torch.empty(rows, 12, device=meta), "time_ids": torch.empty(rows, 6, device=meta)}
+    encoded = EncodedText(text, text if guided else None, added)
+    scheduler, grid = DDIMScheduler(), (image_size[0] // 8, image_size[1] // 8)
+    scheduler.set_timesteps(steps)
+    lora = {name: type(f)(f.down.to(meta), f.up.to(meta), f.scale) for name, f in concepts[0].factors.unet.items()}
+    engine = Engine(
+        {"unet": unet, "scheduler": scheduler}, [LoadedConcept(c.concept, Factors(lora)) for c in concepts],
+        lambda: encoded, TokenMasks(words, words), latent_grid=grid, image_size=image_size, images_per_prompt=images,
+        guidance_scale=guidance_scale, guidance_rescale=0.0, device=meta, unet_kwargs={}, started=0.0,
+    )  # fmt: skip
+    latents = torch.empty(images, 4, *grid, device=meta)
+    with torch.no_grad(), engine.installed(), torch_counter() as counter:
+        process = settings.start(engine)
+        latents = process.prepare(latents)
+        preparation = counter.get_total_flops()
+        for step, t in enumerate(scheduler.timesteps):
+            engine.step = step
+            latents, _ = process.step(latents, t)
+    return counter.get_total_flops(), preparation
+
+
+@pytest.mark.parametrize(("family", "guidance_scale"), [("sd", 1.0), ("sdxl", 5.0)])
+@pytest.mark.parametrize("settings", ALL_METHODS, ids=lambda settings: type(settings).__name__)
+def test_what_is_remembered_counts_as_what_is_run(family, settings, guidance_scale):
+    unet = small(family)
+    concepts = with_lora(columns(2, 96, 128), attention_lora(unet))
+    whole = {"steps": 3, "guidance_scale": guidance_scale, "image_size": (128, 96), "images": 2}
+    counted = count(unet, concepts, settings, **whole)
+    assert (counted.flops, counted.preparation_flops) == by_hand(unet, concepts, settings, **whole)
+
+
+@dataclass(frozen=True)
+class _Updates:
+    """A method that follows gradients of attention maps in the first steps and records maps in all of them."""
+
+    def start(self, engine: Engine) -> "_Updating":
+        one_pass = Regional().start(engine)
+        return _Updating(one_pass.engine, one_pass.conditioning, one_pass.gates)
+
+
+class _Updating(OnePass):
+    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        layers = [layer.name for layer in attention_layers(self.engine._unet) if layer.cross]
+        if self.engine.step < 2:
+            with torch.enable_grad():
+                moving = latents.detach().requires_grad_()
+                recorder = Recorder(layers, self.conditioning.trigger_mask)
+                self.engine.unet(moving, t, self.conditioning, self.gates, recorder)
+                (gradient,) = torch.autograd.grad(recorder.maps[layers[0]].sum(), moving)
+            self.engine.cost.rows_backward += self.conditioning.rows
+            latents = latents - gradient
+        recorder = Recorder(layers, self.conditioning.trigger_mask)
+        prediction = self.engine.unet(latents, t, self.conditioning, self.gates, recorder)
+        assert recorder.maps.keys() == set(layers)
+        return OnePass.step(self, latents, t) if self.engine.step % 2 else (latents, self.engine.guide(prediction))
+
+
+def test_passes_with_a_graph_and_with_maps_count_as_well():
+    unet = small("sd")
+    concepts = with_lora(columns(2, 128, 128), attention_lora(unet))
+    whole = {"steps": 4, "guidance_scale": 5.0, "image_size": (128, 128), "images": 1}
+    counted = count(unet, concepts, _Updates(), **whole)
+    assert (counted.rows_forward, counted.rows_backward) == (2 * (4 + 2 + 2), 2 * 2)
+    assert (counted.flops, counted.preparation_flops) == by_hand(unet, concepts, _Updates(), **whole)
+
+
+def test_an_operation_gives_the_same_kind_of_tensors_when_it_is_remembered():
+    def run() -> list[Tensor]:
+        x = torch.empty(3, 4, device="meta")
+        y = x.t() + 1
+        groups = torch.empty(2, 4, 3, 3, device="meta")
+        normed = torch.native_group_norm(groups, None, None, 2, 4, 9, 2, 1e-5)
+        mixed = torch.cat([x, x.double()])
+        return [y, *normed, mixed, x.add_(1), x.t_(), x, x > 0, x.sum(), torch.full((2,), 1, device="meta")]
+
+    expected = [(t.shape, t.stride(), t.dtype, t.device) for t in run()]
+    for _ in range(2):
+        with Operations():
+            assert [(t.shape, t.stride(), t.dtype, t.device) for t in run()] == expected
+
+
+def test_what_has_numbers_keeps_them():
+    with Operations() as operations:
+        for number in (1.0, 2.0):
+            assert (torch.full((2, 2), number) @ torch.ones(2, 2)).tolist() == [[2 * number] * 2] * 2
+    assert operations.flops == 2 * 2 * 2**3
+
+
+# The architectures
+
+
+def test_the_architectures_are_those_of_the_models():
+    parameters = {
+        name: sum(p.numel() for p in meta_unet(config).parameters()) for name, config in ARCHITECTURES.items()
+    }
+    assert parameters == {"SD 1.5": 859_520_964, "SDXL": 2_567_463_684}
+
+
+def test_a_plain_image_of_stable_diffusion():
+    unet = meta_unet(SD15)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(torch.empty(2, 4, 64, 64, device="meta"), torch.tensor(1), torch.empty(2, 77, 768, device="meta"))
+    counted = count(unet, (), None, 25, 7.5, (512, 512))
+    assert counted == Counted(50, 0, 25 * counter.get_total_flops(), 0)
+    assert counted.flops / counted.rows_forward == pytest.approx(803e9, rel=1e-3)
+
+
+def test_the_bank_costs_its_two_thin_products_per_layer_and_concept():
+    unet = meta_unet(SD15)
+    lora = attention_lora(unet)
+    levels = {layer.name: layer for layer in attention_layers(unet)}
+    image = text = dense = 0
+    for name, factors in lora.items():
+        layer = levels[name.removesuffix(".0").rpartition(".")[0]]
+        height, width = grid_at((64, 96), layer.level)
+        ends = factors.down.shape[1] + factors.up.shape[0]
+        if layer.cross and name.endswith(("to_k", "to_v")):
+            text += 2 * 2 * 77 * 8 * ends
+        else:
+            image += 2 * 2 * height * width * 8 * ends
+        dense += 2 * factors.up.numel() * factors.down.shape[1]
+
+    def counted(settings: Settings, concepts: int) -> Counted:
+        return count(unet, with_lora(columns(concepts, 768, 512), lora), settings, 3, 5.0, (512, 768))
+
+    one, four, eight = (counted(Regional(), number) for number in (1, 4, 8))
+    assert four.flops - one.flops == 3 * (3 * image + text)
+    assert eight.flops - four.flops == 4 * (3 * image + text)
+    assert counted(Tara(), 8).flops - counted(Tara(), 4).flops == 4 * text + 4 * _folded(lora)
+    assert counted(Merge(), 4).preparation_flops == 4 * dense
+    assert {cost.rows_forward for cost in (one, four, eight)} == {6}
+
+
+def _folded(lora: Any) -> int:
+    """FLOPs of folding what is not keys and values of the text."""
+    folded = [f for n, f in lora.items() if not n.endswith(("attn2.to_k", "attn2.to_v"))]
+    return sum(2 * factors.up.numel() * factors.down.shape[1] for factors in folded)
+
+
+ROWS = {"merge": 2, "tara": 2, "regional": 2, "switch": 2, "composite": 6}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' Heun
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_are_those_of_the_formula_and_of_a_real_call(name, write_lora):
+    pipe, triggers = tiny_pipeline(), ("sks", "zwx", "xlo")
+    for seed, trigger in enumerate(triggers):
+        pipe.load_concept(write_lora(trigger, unet=random_lora(pipe.unet, seed)), trigger=trigger)
+    concepts = [Concept(name=trigger, region=(32 * i, 0, 32 * i + 32, 64)) for i, trigger in enumerate(triggers)]
+    settings, loaded = METHODS[name](), pipe.resolve_concepts(concepts)
+    for scheduler, guidance_scale, rows in (
+        (pipe.scheduler, 5.0, 3 * ROWS[name]),
+        (pipe.scheduler, 1.0, 3 * ROWS[name] // 2),
+        (HeunDiscreteScheduler(), 5.0, 5 * ROWS[name]),
+    ):
+        counted = count_run(pipe, settings, loaded, 3, guidance_scale, 96, 64, scheduler=scheduler)
+        pipe.scheduler = scheduler
+        real = pipe(
+            " ".join(triggers), 64, 96, 3, guidance_scale=guidance_scale, concepts=concepts, method=settings,
+            output_type="latent",
+        )  # fmt: skip
+        assert counted.rows_forward == real.cost.rows_forward == rows
+        assert counted.rows_backward == real.cost.rows_backward == 0
+
+
+def test_counting_a_run_changes_nothing(write_lora):
+    pipe = tiny_pipeline()
+    pipe.load_concept(write_lora("cat", unet=random_lora(pipe.unet, 0)), trigger="cat")
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    processors, timesteps = pipe.unet.attn_processors, pipe.scheduler.timesteps
+    loaded = pipe.resolve_concepts(["cat"])
+    first = count_run(pipe, Merge(), loaded, 2, 5.0, 128, 128)
+    assert count_run(pipe, Merge(), loaded, 2, 5.0, 128, 128) == first
+    assert count_run(pipe, Merge(), loaded, 2, 5.0, 128, 64).flops < 0.6 * first.flops
+    after = pipe.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert pipe.unet.attn_processors == processors
+    assert pipe.scheduler.timesteps is timesteps
+    assert all(factors.down.device.type == "cpu" for factors in loaded[0].factors.unet.values())
+
+
+def test_a_distilled_model_has_no_uncond_rows():
+    unet = meta_unet(sd_unet(**TINY, time_cond_proj_dim=8).config)
+    plain = count(unet, (), None, 4, 5.0, (128, 128))
+    merged = count(unet, with_lora(columns(1, 128, 128), attention_lora(unet)), Merge(), 4, 5.0, (128, 128))
+    assert plain.rows_forward == merged.rows_forward == 4
+
+
+def test_a_method_that_lacks_something_says_so():
+    unet = small("sd")
+    nowhere = [LoadedConcept(Concept(name="cat", weight=1.0), Factors(attention_lora(unet)))]
+    with pytest.raises(ValueError, match="regional needs to know where"):
+        count(unet, nowhere, Regional(), 2, 5.0, (128, 128))
