@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo evaluate test lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 demo: .venv/.installed-core  ## make pictures with several concepts of the playground, offline
 	$(BIN)/lora-compose demo
+
+evaluate: .venv/.installed-evaluation  ## score all methods on the playground, offline, in a few minutes
+	$(BIN)/lora-compose evaluate playground-quick
 
 test: .venv/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
@@ -43,6 +46,10 @@ clean:  ## remove build results and caches (keeps .venv and outputs)
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
+.venv/.installed-evaluation: pyproject.toml | .venv/.created
+	$(BIN)/python -m pip install --editable '.[evaluation]'
+	@touch .venv/.installed-core $@
+
 .venv/.installed-dev: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --editable '.[dev]'
-	@touch .venv/.installed-core $@
+	@touch .venv/.installed-core .venv/.installed-evaluation $@

@@ -104,7 +104,6 @@ class Installation:
                     folded = folded + gate * factor.delta(self._device)
                 _replace_weight(base, folded.to(weight.device, weight.dtype), self._undo)
             _swap(self._model, name, layer.layer)
-        self._expanded.clear()
         self._text_kv.clear()
         return len(names)
 

@@ -31,6 +31,18 @@ def playground_model() -> Path:
     return assets_dir() / "playground" / "model"
 
 
+def playground_judge() -> Path:
+    """Finds the playground's judge, a small CLIP that knows its concepts, a folder for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If the assets or the judge are missing.
+    """
+    folder = assets_dir() / "playground" / "judge"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the playground's judge is missing: {folder} is not there; install lora-compose again")
+    return folder
+
+
 def playground_lora(name: str) -> Path:
     """Finds a LoRA of the playground.
 

@@ -63,6 +63,16 @@ class Picture:
     seed: int
 
 
+def numbered(seeds: int) -> dict[int, Picture]:
+    """All pictures under the numbers that the sheets show: shuffled, and the same every time."""
+    jobs: list[Picture] = []
+    for pair in PAIRS:
+        mine = [Picture(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
+        random.Random(" ".join(pair)).shuffle(mine)
+        jobs += mine
+    return dict(enumerate(jobs, start=1))
+
+
 @blind.command()
 @kindly(logging.ERROR)
 def make(
@@ -73,17 +83,13 @@ def make(
     out.mkdir(parents=True, exist_ok=True)
     pipe = ComposePipeline.from_pretrained(playground_model())
     pipe.set_progress_bar_config(disable=True)
-    key, number = {}, 0
+    jobs = numbered(seeds)
+    key = {number: job.arm.label for number, job in jobs.items()}
+    painted = {number: paint(pipe, job) for number, job in track(list(jobs.items()), description="painting")}
     for pair in PAIRS:
-        jobs = [Picture(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
-        random.Random(" ".join(pair)).shuffle(jobs)
-        numbered = {}
-        for job in track(jobs, description=f"{pair[0]} and {pair[1]}"):
-            number += 1
-            numbered[number] = _paint(pipe, job)
-            key[number] = job.arm.label
-        for page, start in enumerate(range(0, len(jobs), COLUMNS * ROWS)):
-            chosen = dict(list(numbered.items())[start : start + COLUMNS * ROWS])
+        mine = [number for number, job in jobs.items() if job.pair == pair]
+        for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
+            chosen = {number: painted[number] for number in mine[start : start + COLUMNS * ROWS]}
             _sheet(pair, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
     (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     votes = out / "votes.csv"
@@ -99,13 +105,7 @@ def score(
     out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
 ) -> None:
     """Counts the votes by way of composing."""
-    key = json.loads((out / "key.json").read_text(encoding="utf-8"))
-    with (out / "votes.csv").open(encoding="utf-8", newline="") as file:
-        votes = {row["number"]: row["verdict"].strip() for row in csv.DictReader(file)}
-    wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
-    if wrong:
-        number, verdict = next(iter(wrong.items()))
-        raise ValueError(f"picture {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
+    key, votes = read_votes(out)
     counts = Counter((key[number], verdict) for number, verdict in votes.items())
     table = Table(title="Blind look")
     for column in ("way", *VERDICTS, "pictures"):
@@ -116,7 +116,62 @@ def score(
     Console().print(table)
 
 
-def _paint(pipe: Any, job: Picture) -> Image.Image:
+@blind.command()
+@kindly(logging.ERROR)
+def judge(
+    out: Annotated[Path, typer.Argument(help="A folder with votes.csv and key.json.")],
+    evaluation: Annotated[Path, typer.Option(help="A finished evaluation of the playground, for the thresholds.")],
+    first: Annotated[int | None, typer.Option(help="Only so many pictures, every n-th of them.", min=1)] = None,
+) -> None:
+    """Makes the pictures again, lets the judge vote, and says where it disagrees with the eye."""
+    from compose.evaluation.agreement import judge_votes
+
+    key, votes = read_votes(out)
+    jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
+    if {str(number): job.arm.label for number, job in jobs.items()} != key:
+        raise ValueError(
+            f"{out / 'key.json'} is of pictures that are made in other ways today, so they cannot be made again"
+        )
+    chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
+    pipe = ComposePipeline.from_pretrained(playground_model())
+    pipe.set_progress_bar_config(disable=True)
+    pictures = {n: (jobs[n].pair, paint(pipe, jobs[n])) for n in track(chosen, description="painting")}
+    judged = judge_votes(evaluation, pictures)
+    table = Table(title=f"The eye (rows) and the judge (columns) on {len(judged)} pictures")
+    for column in ("", *VERDICTS):
+        table.add_column(column)
+    counts = Counter((votes[str(number)], verdict) for number, verdict in judged.items())
+    for verdict in VERDICTS:
+        table.add_row(verdict, *(str(counts[verdict, other]) for other in VERDICTS))
+    Console().print(table)
+    apart = {
+        number: (votes[str(number)], verdict) for number, verdict in judged.items() if votes[str(number)] != verdict
+    }
+    Console().print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
+    for number, (eye, verdict) in apart.items():
+        Console().print(
+            f"  {number}: {jobs[number].arm.label}, {' and '.join(jobs[number].pair)}: eye {eye}, judge {verdict}"
+        )
+
+
+def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Way and verdict by number.
+
+    Raises:
+        ValueError: For verdicts that there are not.
+    """
+    key = json.loads((out / "key.json").read_text(encoding="utf-8"))
+    with (out / "votes.csv").open(encoding="utf-8", newline="") as file:
+        votes = {row["number"]: row["verdict"].strip() for row in csv.DictReader(file)}
+    wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
+    if wrong:
+        number, verdict = next(iter(wrong.items()))
+        raise ValueError(f"picture {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
+    return key, votes
+
+
+def paint(pipe: Any, job: Picture) -> Image.Image:
+    """Makes a picture."""
     suffix = "-tara" if job.arm.kind == "TARA" else ""
     names = [f"{subject}{suffix}" for subject in job.pair]
     for name in names:

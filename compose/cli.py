@@ -1,4 +1,4 @@
-"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench` and `blind`."""
+"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench`, `evaluate` and `blind`."""
 
 import logging
 import re
@@ -15,9 +15,10 @@ from compose.bench import bench
 from compose.blind import blind
 from compose.check import check as check_run
 from compose.demo import SEEDS, Shown, jobs, show
+from compose.evaluation.command import app as evaluation
 from compose.files import PLAYGROUND, complaints, parse_value, read_pixels, read_record, read_scene, save_image
 from compose.models import make, open_model, threads
-from compose.replay import changes, difference, runnable
+from compose.replay import changes, difference, remake, runnable
 from compose.sheets import seeds_sheet
 from compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
 from pipelines.scene import Concept, Run, Scene
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(kindly()(bench))
+app.add_typer(evaluation, name="evaluate")
 app.add_typer(blind, name="blind")
 
 ModelOption = Annotated[
@@ -200,7 +202,7 @@ def replay(
     say(f"{asked.model}, {asked.method or 'no method'}, seed {asked.seed}, {asked.steps} steps: {asked.scene.prompt}")
     pipe = open_model(asked)
     with threads(record.machine.threads), bar("composing", 1) as on_progress:
-        made = make(pipe, asked, on_progress)
+        made = remake(pipe, record, asked, on_progress)
     if out is not None:
         say(save_image(made.image, out, made.record))
     for change in changes(record, made.record):

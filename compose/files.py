@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipelines.scene import Concept, Run, Scene
+from pipelines.scene import Run, Scene
 
 PLAYGROUND = "playground"
 RECORD_KEY = "lora-compose"
@@ -64,6 +64,8 @@ class Record(BaseModel):
         versions: Of lora-compose, python, torch, diffusers and transformers.
         sha256: Of the LoRA files, by concept.
         machine: Where it was made.
+        batch: The seeds of all pictures that were made in one call with this one, in order; empty if it was made alone.
+            Bits depend on it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +74,13 @@ class Record(BaseModel):
     versions: Mapping[str, str]
     sha256: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     machine: Machine
+    batch: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)] = ()
+
+    @model_validator(mode="after")
+    def _in_its_batch(self) -> Self:
+        if self.batch and self.run.seed not in self.batch:
+            raise ValueError(f"the seed {self.run.seed} is not among those of its batch {list(self.batch)}")
+        return self
 
 
 def read_scene(path: str | Path) -> Scene:
@@ -80,8 +89,7 @@ def read_scene(path: str | Path) -> Scene:
     Raises:
         FileError: If it is missing, unreadable or says something else than a scene.
     """
-    path = Path(path)
-    return _located(_validated(Scene, _parse(path), str(path)), path)
+    return _located(read_as(Scene, path), Path(path))
 
 
 def read_run(path: str | Path) -> Run:
@@ -90,8 +98,17 @@ def read_run(path: str | Path) -> Run:
     Raises:
         FileError: If it is missing, unreadable or says something else than a run.
     """
+    return _located(read_as(Run, path), Path(path))
+
+
+def read_as(kind: type[_Model], path: str | Path) -> _Model:
+    """Reads a YAML or JSON file as a model. Paths in it stay as they are.
+
+    Raises:
+        FileError: If it is missing, unreadable or says something else.
+    """
     path = Path(path)
-    return _located(_validated(Run, _parse(path), str(path)), path)
+    return _validated(kind, _parse(path), str(path))
 
 
 def write_scene(scene: Scene, path: str | Path, *, overwrite: bool = False) -> None:
@@ -189,7 +206,8 @@ def _is_named(source: str) -> bool:
     return source == PLAYGROUND or source.startswith(f"{PLAYGROUND}:")
 
 
-def _from_file(source: str, base: Path) -> str:
+def local_source(source: str, base: Path) -> str:
+    """A source as a file in the folder `base` names it: names stay, and relative paths begin at that folder."""
     path = _expanded(source)
     if _is_named(source) or (is_hub_name(source) and not (base / path).exists()):
         return source
@@ -230,7 +248,7 @@ def _moved(model: Any, move: Any) -> Any:
 def _located(model: _Model, path: Path) -> _Model:
     """What a file says, with relative paths made absolute: they are relative to the file."""
     base = path.parent.absolute()
-    return _moved(model, lambda source: _from_file(source, base))
+    return _moved(model, lambda source: local_source(source, base))
 
 
 # --- text files ---
@@ -393,9 +411,18 @@ def _complaint(kind: type[BaseModel], found: Any) -> str:
 
 
 def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    inner: Mapping[int | str, type[BaseModel]] = {"concepts": Concept, "scene": Scene, "run": Run, "machine": Machine}
-    named = [inner[step] for step in location if step in inner]
-    return list((named[-1] if named else kind).model_fields)
+    for step in location:
+        if isinstance(step, str) and step in kind.model_fields:
+            kind = next(_models_in(kind.model_fields[step].annotation), kind)
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field's type mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
 
 
 def _came(value: Any) -> str:

@@ -24,6 +24,7 @@ from compose.files import PLAYGROUND, Machine, Record, is_hub_name
 from pipelines.base import ComposePipeline
 from pipelines.engine import Engine, LoadedConcept
 from pipelines.methods import METHODS, Process, Settings, make_method
+from pipelines.output import Cost
 from pipelines.scene import Concept, Run, Scene
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,14 @@ class Made:
 
     image: Image.Image
     record: Record
+
+
+@dataclass(frozen=True)
+class MadeBatch:
+    """Pictures of one call, one for each seed, and what the call cost; None without concepts."""
+
+    pictures: tuple[Made, ...]
+    cost: Cost | None
 
 
 def open_model(run: Run) -> Any:
@@ -94,18 +103,43 @@ def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
     """
+    return make_batch(pipe, run, (run.seed,), on_progress).pictures[0]
+
+
+def make_batch(
+    pipe: Any, run: Run, seeds: Sequence[int], on_progress: Callable[[float], None] | None = None
+) -> MadeBatch:
+    """Makes pictures of a run that differ in their seed, in one call. Bits depend on how many there are.
+
+    Args:
+        pipe: As for `make`.
+        run: What to make; its own seed is not used.
+        seeds: One for each picture.
+        on_progress: As for `make`.
+
+    Raises:
+        ValueError: For anything that does not fit together, before any work is done.
+    """
+    seeds = tuple(seeds)
     with _prepared(pipe, run) as (loaded, settings, arguments):
         record = Record(
             run=_as_used(pipe, run, settings), versions=versions(), sha256=_hashes(loaded), machine=machine(pipe.device)
         )
         output = pipe(
             **arguments,
-            generator=torch.Generator().manual_seed(run.seed),
+            num_images_per_prompt=len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             callback_on_step_end=_callback(on_progress) if on_progress else None,
         )
-    if (output.nsfw_content_detected or [False])[0]:
-        logger.warning("the safety checker of the model has replaced the picture of seed %d by a black one", run.seed)
-    return Made(output.images[0], record)
+    for seed, flagged in zip(seeds, output.nsfw_content_detected or [False] * len(seeds), strict=True):
+        if flagged:
+            logger.warning("the safety checker of the model has replaced the picture of seed %d by a black one", seed)
+    together = seeds if len(seeds) > 1 else ()
+    records = [
+        record.model_copy(update={"run": record.run.model_copy(update={"seed": seed}), "batch": together})
+        for seed in seeds
+    ]
+    return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None))
 
 
 def rehearse(pipe: Any, run: Run) -> None:
@@ -213,6 +247,16 @@ def scheduler_class(name: str) -> Any:
     return getattr(diffusers.schedulers, name)
 
 
+def scheduler_of(pipe: Any, run: Run) -> Any:
+    """A run's scheduler; a new one, so that nothing of another run is left in it.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    kind = type(pipe.scheduler) if run.scheduler is None else scheduler_class(run.scheduler)
+    return kind.from_config(pipe.scheduler.config)
+
+
 def versions() -> dict[str, str]:
     """The versions that a picture may depend on, by package."""
     ours = {"lora-compose": __version__, "python": platform.python_version()}
@@ -264,9 +308,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settin
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.unet.dtype}; open it again")
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     settings = resolve_settings(pipe, run, loaded)
-    before = pipe.scheduler
-    kind = type(before) if run.scheduler is None else scheduler_class(run.scheduler)
-    scheduler = kind.from_config(before.config)  # a new one, so that nothing of another run is left in it
+    before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     arguments = {
         "prompt": run.scene.prompt,
         "negative_prompt": run.scene.negative_prompt,

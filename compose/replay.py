@@ -1,13 +1,15 @@
 """Making a picture again from its record, and saying what is different."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from compose.files import Record, is_hub_name
-from compose.models import devices, lora_source
+from compose.models import Made, devices, lora_source, make_batch
 from pipelines.loading import find_file
 from pipelines.scene import Concept, Run
 
@@ -44,6 +46,19 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
     device = record.run.device if record.run.device in devices() else None
     scene = record.run.scene.model_copy(update={"concepts": tuple(concepts)})
     return record.run.model_copy(update={"scene": scene, "device": device})
+
+
+def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
+    """Makes a picture again, together with those of its batch, since bits depend on them.
+
+    Args:
+        pipe: What `open_model` gave for the run.
+        record: What the picture says.
+        run: The recorded run, as `runnable` gave it.
+        on_progress: As for `make`.
+    """
+    seeds = record.batch or (run.seed,)
+    return make_batch(pipe, run, seeds, on_progress).pictures[seeds.index(run.seed)]
 
 
 def changes(before: Record, now: Record) -> list[str]:

@@ -40,6 +40,17 @@ def test_missing_assets_are_reported_with_the_places_looked_at(tmp_path: Path, m
     assert str(tmp_path / "compose" / "assets") in str(caught.value)
 
 
+def test_the_judge_is_found_or_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "_PACKAGE", tmp_path / "compose")
+    (tmp_path / "assets/playground").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="the playground's judge is missing") as caught:
+        assets.playground_judge()
+    judge = tmp_path / "assets" / "playground" / "judge"
+    assert str(judge) in str(caught.value)
+    judge.mkdir()
+    assert assets.playground_judge() == judge
+
+
 @pytest.mark.parametrize("concept", CONCEPTS)
 @pytest.mark.parametrize("suffix", ["", "-tara"])
 def test_every_concept_has_its_loras(concept: str, suffix: str) -> None:

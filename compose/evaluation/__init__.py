@@ -1,0 +1,1 @@
+"""Batch evaluation: many scenes, seeds and methods, scored, with intervals and cost."""

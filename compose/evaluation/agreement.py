@@ -1,0 +1,43 @@
+"""Whether the scores say what an eye says: verdicts on pictures of two concepts, by the thresholds of an evaluation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from compose.evaluation.detectors import make_detector
+from compose.evaluation.encoders import load_encoder
+from compose.evaluation.results import PictureScores
+from compose.evaluation.scoring import Scorer, reference_crops
+from compose.evaluation.suite import SuiteScene
+from compose.evaluation.table import load
+
+
+def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
+    """Says "both", "one" or "none" of every picture: how many concepts are there and are themselves.
+
+    Args:
+        evaluation: The folder of an evaluation with these concepts; encoder, detector and thresholds are its.
+        pictures: Two concepts and a picture by number.
+    """
+    found = load(evaluation)
+    suite, limits = found.suite, dict(found.thresholds[["concept", "threshold"]].itertuples(index=False))
+    if suite.detector is None:
+        raise ValueError(f"the evaluation in {evaluation} has no detector, so it cannot say where concepts are")
+    encoder = load_encoder(suite.encoder)
+    references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
+    scorer = Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)
+    verdicts = {}
+    for number, (pair, image) in pictures.items():
+        prompt = " and ".join(f"a {suite.concept(name).trigger} {suite.concept(name).class_word}" for name in pair)
+        scores = scorer.score(image.convert("RGB"), SuiteScene(name="pair", prompt=prompt, concepts=pair))
+        there = sum(_is_there(scores, name, limits[name]) for name in pair)
+        verdicts[number] = ("none", "one", "both")[there]
+    return verdicts
+
+
+def _is_there(scores: PictureScores, name: str, threshold: float) -> bool:
+    similarity = scores.concepts[name].similarity
+    return (
+        bool(similarity) and max(similarity, key=lambda one: similarity[one]) == name and similarity[name] >= threshold
+    )

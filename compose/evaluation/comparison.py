@@ -1,0 +1,235 @@
+"""Two runs of an evaluation beside each other: what differs between them, and what that does to the metrics."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from compose.evaluation.report import marked, number
+from compose.evaluation.statistics import MINIMUM_SCENES, compare
+from compose.evaluation.suite import Suite
+from compose.evaluation.table import METRICS, Evaluation, Metric, arm_names, by_scene_and_seed, load
+from compose.terminal import plain
+
+COMPARED = ("success", "region_min", "region", "leak", "swap", "clip_t")
+"""What is compared between runs that measure in the same way."""
+
+RELATIVE = ("success", "swap")
+"""What is compared between runs that measure in different ways: similarities are then on different scales, but whether
+a concept is nearest to its own references, and above a threshold that comes from the same run, means the same."""
+
+_SIMILARITIES_FROM = ("encoder", "detector")
+_LISTS = ("concepts", "scenes", "methods")
+_UNIMPORTANT = ("name", "processes", *_LISTS)
+_HEADER = ("", "metric", "A", "B", "B - A", "won / tied / lost", "")
+
+
+@dataclass(frozen=True, eq=False)
+class RunComparison:
+    """Two runs beside each other; a console of rich prints it, what differs first.
+
+    Attributes:
+        a: Folder of the first run.
+        b: Folder of the second run.
+        notes: What differs between them, and what follows from it.
+        table: A row per arm and metric: means in `a` and `b` over the pictures that both have, their `difference`
+            (b - a) with its interval (`low`, `high`), `wins`, `ties` and `losses` of b, and the `verdict` on b.
+            Without common pictures the means are those of each run, and there is no difference.
+    """
+
+    a: Path
+    b: Path
+    notes: tuple[str, ...]
+    table: pd.DataFrame
+
+    def markdown(self) -> str:
+        """Everything as Markdown."""
+        lines = [
+            "# Comparison of two evaluations",
+            "",
+            f"- A: {marked(str(self.a))}",
+            f"- B: {marked(str(self.b))}",
+            "",
+        ]
+        lines += [f"- {marked(note)}" for note in self.notes]
+        lines += ["", _line(_HEADER), _line(["---", "---", "---:", "---:", "---:", "---:", "---"])]
+        lines += [_line([marked(cell) for cell in row]) for row in self._cells()]
+        return "\n".join(lines) + "\n"
+
+    def __rich__(self) -> Group:
+        return Group(*(Text(plain(f"- {note}")) for note in self.notes), Text(), self._table())
+
+    def _table(self) -> Table:
+        table = Table(*_HEADER, box=None, pad_edge=False)
+        for column in table.columns[2:6]:
+            column.justify = "right"
+        colours = {"B is better": "green", "B is worse": "red"}
+        for row in self._cells():
+            *cells, said = (Text(plain(cell)) for cell in row)
+            said.stylize(colours.get(said.plain, "dim"))
+            table.add_row(*cells, said)
+        return table
+
+    def _cells(self) -> Iterator[list[str]]:
+        before = None
+        for row in self.table.to_dict("records"):
+            metric = _metric(row["metric"])
+            yield [
+                "" if row["arm"] == before else row["arm"],
+                metric.title,
+                number(row["a"], metric),
+                number(row["b"], metric),
+                _difference(row, metric),
+                f"{row['wins']} / {row['ties']} / {row['losses']}" if row["pictures"] else "",
+                _said(row),
+            ]
+            before = row["arm"]
+
+
+def compare_runs(a: Path, b: Path) -> RunComparison:
+    """Compares two runs, picture by picture where both have the same scene and seed.
+
+    Scenes of the same name are the same only if their prompts, concepts and sizes are. If encoder, detector or
+    reference pictures differ, similarities are not comparable, and only `RELATIVE` is compared.
+
+    Raises:
+        FileError: If a folder has no evaluation, or a file of it is damaged.
+    """
+    first, second = load(a), load(b)
+    comparable = _same_scale(first.suite, second.suite)
+    shared = _shared_scenes(first.suite, second.suite)
+    rows = [
+        {"arm": arm, "metric": metric.key, **_row(metric, first.arm(arm), second.arm(arm), shared)}
+        for arm in arm_names(first.suite)
+        if arm in arm_names(second.suite)
+        for metric in METRICS
+        if metric.key in (COMPARED if comparable else RELATIVE)
+    ]
+    columns = ["arm", "metric", "a", "b", "difference", "low", "high", "wins", "ties", "losses", "pictures", "verdict"]
+    notes = [*_differences(first, second), *_consequences(first, second, comparable, shared)]
+    return RunComparison(a, b, tuple(notes), pd.DataFrame(rows, columns=columns))
+
+
+def _row(metric: Metric, a: pd.DataFrame, b: pd.DataFrame, shared: Sequence[str]) -> dict[str, Any]:
+    a, b = (pictures.dropna(subset=[metric.key]) for pictures in (a, b))
+    both = {key for key in set(_keys(a)) & set(_keys(b)) if key[0] in shared}
+    if not both:
+        means = {"a": _mean(by_scene_and_seed(a, metric.key)), "b": _mean(by_scene_and_seed(b, metric.key))}
+        return {**means, "wins": 0, "ties": 0, "losses": 0, "pictures": 0, "verdict": ""}
+    first, second = (by_scene_and_seed(_chosen(p, both), metric.key) for p in (a, b))
+    found = compare(second, first, metric.higher_is_better)
+    ends = {"difference": found.difference.mean, "low": found.difference.low, "high": found.difference.high}
+    counts = {"wins": found.wins, "ties": found.ties, "losses": found.losses, "pictures": len(both)}
+    return {"a": _mean(first), "b": _mean(second), **ends, **counts, "verdict": found.verdict}
+
+
+def _keys(pictures: pd.DataFrame) -> list[tuple[str, str, int]]:
+    """Scene, concept that acts alone, and seed of each picture."""
+    alone = ["" if pd.isna(name) else str(name) for name in pictures["alone"]]
+    return list(zip(pictures["scene"], alone, pictures["seed"], strict=True))
+
+
+def _chosen(pictures: pd.DataFrame, keys: Set[tuple[str, str, int]]) -> pd.DataFrame:
+    return pd.DataFrame(pictures[[key in keys for key in _keys(pictures)]])
+
+
+def _mean(values: pd.Series) -> float:
+    """Over scenes, as everywhere."""
+    means = np.asarray(values.groupby(level=0).mean(), dtype=float)
+    return float(means.mean()) if len(means) else np.nan
+
+
+# --- what differs ---
+
+
+def _same_scale(a: Suite, b: Suite) -> bool:
+    references = [{concept.name: concept.references for concept in suite.concepts} for suite in (a, b)]
+    in_both = references[0].keys() & references[1].keys()
+    same = all(references[0][name] == references[1][name] for name in in_both)
+    return same and all(getattr(a, field) == getattr(b, field) for field in _SIMILARITIES_FROM)
+
+
+def _shared_scenes(a: Suite, b: Suite) -> list[str]:
+    """Scenes that are the same in both; where the boxes lie makes no other scene."""
+    fields = ("prompt", "negative_prompt", "concepts", "width", "height")
+    others = {scene.name: scene for scene in b.scenes}
+    return [
+        scene.name
+        for scene in a.scenes
+        if scene.name in others and all(getattr(scene, f) == getattr(others[scene.name], f) for f in fields)
+    ]
+
+
+def _differences(a: Evaluation, b: Evaluation) -> Iterator[str]:
+    first, second = (evaluation.suite.model_dump(mode="json") for evaluation in (a, b))
+    yield from _changed("", {k: first[k] for k in first if k not in _UNIMPORTANT}, second)
+    for kind in _LISTS:
+        yield from _changed_entries(kind.removesuffix("s"), getattr(a.suite, kind), getattr(b.suite, kind))
+    versions = [{k: v for made in evaluation.made for k, v in made.versions.items()} for evaluation in (a, b)]
+    names = sorted(versions[0].keys() | versions[1].keys())
+    yield from _changed("version of ", {name: versions[0].get(name) for name in names}, versions[1])
+    machines = [", ".join(dict.fromkeys(made.machine.name for made in evaluation.made)) for evaluation in (a, b)]
+    yield from _changed("", {"machine": machines[0]}, {"machine": machines[1]})
+
+
+def _changed_entries(kind: str, a: Iterable[Any], b: Iterable[Any]) -> Iterator[str]:
+    """What differs between lists of named things."""
+    first, second = ({entry.name: entry for entry in entries} for entries in (a, b))
+    for run, own, other in (("A", first, second), ("B", second, first)):
+        if only := [name for name in own if name not in other]:
+            yield f"only in {run}: {kind} {', '.join(map(repr, only))}"
+    for name in (name for name in first if name in second):
+        yield from _changed(f"{kind} {name!r}, ", _fields(first[name]), _fields(second[name]))
+
+
+def _fields(entry: BaseModel) -> dict[str, Any]:
+    return entry.model_dump(mode="json")
+
+
+def _changed(where: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+    for field, value in a.items():
+        if value != b.get(field):
+            yield f"{where}{field.replace('_', ' ')}: {value} in A, {b.get(field)} in B"
+
+
+def _consequences(a: Evaluation, b: Evaluation, comparable: bool, shared: Sequence[str]) -> Iterator[str]:
+    if not comparable:
+        yield (
+            "encoder, detector or references differ: similarities are not comparable, and are left out; each run "
+            "decides on success by thresholds of its own"
+        )
+    names = {scene.name for scene in b.suite.scenes}
+    if changed := [s.name for s in a.suite.scenes if s.name in names and s.name not in shared]:
+        yield f"not the same scene in spite of the name, and left out: {', '.join(map(repr, changed))}"
+    if len(shared) < MINIMUM_SCENES:
+        yield f"scenes in both: {len(shared)}; there is no verdict with fewer than {MINIMUM_SCENES}"
+    if untold := sorted({*a.untold, *b.untold}):
+        yield f"the metric cannot tell {', '.join(untold)} in at least one of the runs"
+
+
+def _metric(key: str) -> Metric:
+    return next(metric for metric in METRICS if metric.key == key)
+
+
+def _difference(row: Mapping[str, Any], metric: Metric) -> str:
+    if pd.isna(row["difference"]):
+        return ""
+    ends = "" if pd.isna(row["low"]) else f" ({number(row['low'], metric)} … {number(row['high'], metric)})"
+    return number(row["difference"], metric, sign=True) + ends
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if not row["pictures"]:
+        return "no common pictures"
+    return "undecided" if row["verdict"] == "undecided" else f"B is {row['verdict']}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,194 @@
+"""Where concepts are in a picture: detectors that take nouns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from attention.masks import Box
+from compose.evaluation.encoders import Encoder
+from compose.evaluation.suite import WindowsConfig, ZeroShotConfig
+
+OVERLAP = 0.4  # two boxes that share more than this (intersection over union) are one object
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object that was found.
+
+    Attributes:
+        word: The noun it was found by.
+        box: Where it is, in pixels.
+        score: How sure the detector is, 0 to 1.
+    """
+
+    word: str
+    box: Box
+    score: float
+
+
+class Detector(Protocol):
+    """Finds objects by nouns."""
+
+    def detect(self, image: Image.Image, words: Sequence[str]) -> list[Detection]:
+        """The objects called by any of the words, surest first; no two of them are at the same place."""
+        ...
+
+
+class WindowDetector:
+    """Names square windows of a picture with an encoder that knows words.
+
+    A window is a finding if "a WORD" fits it better than all of: the same of every other noun, "a part of a WORD" of
+    every noun, and "nothing". Windows of three sizes are tried on a coarse grid; around the best ones for every word,
+    nearby windows are tried as well. The encoder must know what a part is: this is made for the playground's judge.
+
+    Args:
+        encoder: Must read text.
+        vocabulary: Nouns that may be there besides those asked for.
+        threshold: Least probability of a finding.
+        temperature: What similarities are divided by before they become probabilities.
+    """
+
+    def __init__(
+        self, encoder: Encoder, vocabulary: Sequence[str] = (), threshold: float = 0.5, temperature: float = 0.04
+    ) -> None:
+        if not encoder.has_text:
+            raise ValueError(
+                f"windows need an encoder that reads text, and {encoder.name} does not; use CLIP or SigLIP"
+            )
+        self._encoder, self._vocabulary = encoder, tuple(vocabulary)
+        self._threshold, self._temperature = threshold, temperature
+
+    def detect(self, image: Image.Image, words: Sequence[str]) -> list[Detection]:
+        """The objects called by any of the words, surest first."""
+        words = list(dict.fromkeys(words))
+        nouns = list(dict.fromkeys([*words, *self._vocabulary]))
+        whole = [_article(noun) for noun in nouns]
+        texts = self._encoder.texts([*whole, *(f"a part of {noun}" for noun in whole), "nothing"])
+        boxes = coarse_windows(image.size)
+        shares = self._name(image, boxes, texts, len(words))
+        near = [box for word in range(len(words)) for box in _around(boxes, shares[:, word], image.size)]
+        near = [box for box in dict.fromkeys(near) if box not in set(boxes)]
+        if near:
+            boxes, shares = [*boxes, *near], torch.cat([shares, self._name(image, near, texts, len(words))])
+        found = [
+            Detection(words[word], box, round(share, 4))
+            for box, row in zip(boxes, shares.tolist(), strict=True)
+            for word, share in enumerate(row)
+            if share >= self._threshold
+        ]
+        return distinct(found)
+
+    def _name(self, image: Image.Image, boxes: Sequence[Box], texts: Tensor, words: int) -> Tensor:
+        """How well each window is named by the first so many texts. Shape: [boxes, words]."""
+        similarity = self._encoder.images([image.crop(box) for box in boxes]) @ texts.T
+        return (similarity / self._temperature).softmax(dim=1)[:, :words]
+
+
+class ZeroShotDetector:
+    """A zero-shot object detection model of transformers, such as OWLv2 or Grounding DINO.
+
+    Args:
+        source: A folder or hub repository.
+        threshold: Least score of a finding.
+        device: Where it runs.
+    """
+
+    def __init__(self, source: str, threshold: float = 0.2, device: str = "cpu") -> None:
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(source)
+            model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(source, use_safetensors=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"the detector {source!r} cannot be opened: {str(error)[:400]}") from error
+        self._model, self._threshold, self._device = model.to(device).eval(), threshold, device
+
+    @torch.no_grad()
+    def detect(self, image: Image.Image, words: Sequence[str]) -> list[Detection]:
+        """The objects called by any of the words, surest first."""
+        words = list(dict.fromkeys(words))
+        queries = [_article(word) for word in words]
+        inputs = self._processor(text=[queries], images=image, return_tensors="pt").to(self._device)
+        output = self._model(**inputs)
+        (result,) = self._processor.post_process_grounded_object_detection(
+            output, threshold=self._threshold, target_sizes=[(image.height, image.width)], text_labels=[queries]
+        )
+        found = [
+            Detection(words[queries.index(label)], box, round(float(score), 4))
+            for label, score, edges in zip(result["text_labels"], result["scores"], result["boxes"], strict=True)
+            if label in queries and (box := _inside(edges.tolist(), image.size)) is not None
+        ]
+        return distinct(found)
+
+
+def make_detector(config: WindowsConfig | ZeroShotConfig, encoder: Encoder, device: str) -> Detector:
+    """The detector that a suite asks for."""
+    if isinstance(config, WindowsConfig):
+        return WindowDetector(encoder, config.vocabulary, config.threshold)
+    return ZeroShotDetector(config.model, config.threshold, device)
+
+
+def coarse_windows(size: tuple[int, int]) -> list[Box]:
+    """Squares of three sizes, spread evenly so that the edges of the picture are reached."""
+    width, height = size
+    found = []
+    for share, per_side in ((0.4, 6), (0.5, 5), (0.6, 4)):
+        side = round(share * min(width, height))
+        across = per_side if width <= height else round(per_side * width / height)
+        down = per_side if height <= width else round(per_side * height / width)
+        for top in np.linspace(0, height - side, down).round().astype(int).tolist():
+            for left in np.linspace(0, width - side, across).round().astype(int).tolist():
+                found.append((left, top, left + side, top + side))
+    return found
+
+
+def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int], best: int = 2) -> list[Box]:
+    """Windows near the best ones: moved by a sixteenth of the picture, or a little larger or smaller."""
+    width, height = size
+    step = max(1, min(width, height) // 16)
+    found = []
+    for i in shares.argsort(descending=True)[:best].tolist():
+        left, top, right, bottom = boxes[i]
+        for x, y, grow in ((step, 0, 0), (-step, 0, 0), (0, step, 0), (0, -step, 0), (0, 0, step), (0, 0, -step)):
+            half = grow // 2
+            moved = (left + x - half, top + y - half, right + x + grow - half, bottom + y + grow - half)
+            if moved[0] >= 0 and moved[1] >= 0 and moved[2] <= width and moved[3] <= height:
+                found.append(moved)
+    return found
+
+
+def distinct(found: Sequence[Detection]) -> list[Detection]:
+    """The surest of findings that lie on each other, whatever their words."""
+    kept: list[Detection] = []
+    for one in sorted(found, key=lambda one: -one.score):
+        if all(overlap(one.box, other.box) <= OVERLAP for other in kept):
+            kept.append(one)
+    return kept
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, 0 to 1."""
+    across = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    down = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    both = across * down
+    return both / (area(a) + area(b) - both)
+
+
+def area(box: Box) -> int:
+    """Pixels in a box."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _inside(edges: Sequence[float], size: tuple[int, int]) -> Box | None:
+    """A box in whole pixels that stays in the picture; None if nothing of it is there."""
+    left, top, right, bottom = (round(edge) for edge in edges)
+    box = max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
+    return box if box[0] < box[2] and box[1] < box[3] else None
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"

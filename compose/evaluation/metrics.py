@@ -1,0 +1,196 @@
+"""What pictures are scored by: pure functions of embeddings and similarities.
+
+Embeddings are torch tensors [n, channels] of length 1 (see `encoders.py`); everything else is numpy, float64.
+
+A picture with several concepts is described by one matrix S [concepts, concepts]: row i is the crop that belongs to
+concept i, column j its similarity to the references of concept j. A row of NaN is a concept that was not detected.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+
+def clip_t(images: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
+    """How well pictures fit their texts: 100 max(cos, 0), CLIPScore with the factor 100 of torchmetrics.
+
+    0 to 100; higher is better. Detection plays no part: the whole picture is compared.
+
+    Hessel et al. 2021, "CLIPScore", https://arxiv.org/abs/2104.08718, who use the factor 2.5.
+
+    Args:
+        images: Embeddings [n, channels].
+        texts: Embeddings [n, channels], the text of each picture.
+
+    Returns:
+        Scores [n].
+    """
+    return 100 * (images.double() * texts.double()).sum(dim=1).clamp(min=0).numpy()
+
+
+def clip_i(images: torch.Tensor, references: torch.Tensor) -> np.ndarray:
+    """How alike pictures and references are: the mean cosine similarity to all references.
+
+    -1 to 1; higher is better. Detection plays no part: what is in `images` is compared. With embeddings of CLIP this is
+    CLIP-I, with those of DINO it is DINO-I, of Ruiz et al. 2022, "DreamBooth", https://arxiv.org/abs/2208.12242.
+
+    Args:
+        images: Embeddings [n, channels].
+        references: Embeddings [m, channels].
+
+    Returns:
+        Similarities [n].
+
+    Raises:
+        ValueError: If there are no references.
+    """
+    if not len(references):
+        raise ValueError("there are no references to compare with")
+    return (images.double() @ references.double().mean(dim=0)).numpy()
+
+
+def similarity_matrix(crops: torch.Tensor, references: Sequence[torch.Tensor]) -> np.ndarray:
+    """`clip_i` of every crop to the references of every concept.
+
+    -1 to 1; higher is more alike. Only what was detected has a crop.
+
+    Args:
+        crops: Embeddings [k, channels]; k may be 0.
+        references: Embeddings [m_j, channels] for every concept j.
+
+    Returns:
+        Similarities [k, concepts].
+    """
+    return np.stack([clip_i(crops, of_concept) for of_concept in references], axis=1)
+
+
+def assign(similarity: np.ndarray, allowed: np.ndarray) -> list[int | None]:
+    """Gives each concept at most one candidate and each candidate to at most one concept.
+
+    As many concepts as possible get one; among the ways to do so, the one with the largest total similarity is taken.
+
+    Args:
+        similarity: Of the concepts' references to the candidates [concepts, candidates]; there may be no candidates.
+        allowed: Which candidates a concept may get [concepts, candidates], bool.
+
+    Returns:
+        The candidate of every concept; None for a concept without one, which counts as not detected.
+    """
+    most = np.abs(similarity).max(initial=0, where=allowed)
+    bonus = 2 * min(similarity.shape) * most + 1  # one more pair outweighs any change of the similarities
+    pairs = zip(*linear_sum_assignment(np.where(allowed, similarity + bonus, 0), maximize=True), strict=True)
+    chosen = {int(concept): int(candidate) for concept, candidate in pairs if allowed[concept, candidate]}
+    return [chosen.get(concept) for concept in range(len(similarity))]
+
+
+def region_similarity(similarity: np.ndarray) -> np.ndarray:
+    """How alike every concept is to its own references: the diagonal of S.
+
+    -1 to 1, in practice above 0; higher is better. A concept that was not detected counts as 0.
+
+    Args:
+        similarity: S [concepts, concepts].
+
+    Returns:
+        Similarities [concepts].
+    """
+    return np.nan_to_num(np.diagonal(similarity), nan=0.0)
+
+
+def minimum(similarity: np.ndarray) -> float:
+    """How alike the worst concept is to its own references, so that a good concept cannot make up for a lost one.
+
+    -1 to 1, in practice above 0; higher is better. A concept that was not detected counts as 0.
+
+    Args:
+        similarity: S [concepts, concepts].
+    """
+    return float(region_similarity(similarity).min())
+
+
+def leak(similarity: np.ndarray) -> float:
+    """How alike concepts are to others: the highest similarity to another concept's references, averaged over concepts.
+
+    -1 to 1; lower is better, but a picture without any identity has a low leak as well: read it beside
+    `region_similarity`. Concepts that were not detected are left out; NaN if none was, or there are fewer than two.
+
+    Args:
+        similarity: S [concepts, concepts].
+    """
+    _, others = _own_and_others(similarity)
+    return _mean(others) if len(similarity) > 1 else np.nan
+
+
+def swap_rate(similarity: np.ndarray) -> float:
+    """The share of concepts whose nearest references are another concept's.
+
+    0 to 1; lower is better. Concepts that were not detected are left out; NaN if none was, or there are fewer than two.
+
+    Args:
+        similarity: S [concepts, concepts].
+    """
+    own, others = _own_and_others(similarity)
+    return _mean(others > own) if len(similarity) > 1 else np.nan
+
+
+def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
+    """Whether every concept is there, and is itself.
+
+    Every concept was detected, is nearer to its own references than to those of any other, and reaches its threshold.
+    True is better. One concept that was not detected makes it False.
+
+    Args:
+        similarity: S [concepts, concepts].
+        thresholds: What the similarity to the own references is to reach [concepts], see `presence_threshold`; NaN
+            leaves that check out.
+    """
+    own, others = _own_and_others(similarity)
+    if len(own) < len(similarity):
+        return False
+    return bool(np.all((own > others) & ~(own < thresholds)))
+
+
+def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
+    """From which similarity to its references on a concept counts as there.
+
+    That the own references are the nearest is not enough: a plain cat is the nearest thing to the references of "my
+    cat" among cat and dog. So two kinds of pictures are made: of the plain object, without any LoRA, and with the
+    concept's LoRA alone. The threshold is halfway between their mean similarities to the concept's references. Measured
+    with the encoder that is used, it calibrates itself for every encoder.
+
+    -1 to 1; neither direction is better. NaN if pictures with the LoRA are not more alike to the references than
+    pictures without: then this encoder cannot tell the identity.
+
+    Args:
+        without: Similarities without any LoRA [n]; NaN (not detected) is left out.
+        alone: Similarities with the concept's LoRA alone [m]; NaN (not detected) is left out.
+    """
+    low, high = _mean(without[~np.isnan(without)]), _mean(alone[~np.isnan(alone)])
+    return (low + high) / 2 if high > low else np.nan
+
+
+def bound_ratio(method: np.ndarray, alone: np.ndarray) -> float:
+    """How much of a concept's identity a method keeps: its mean similarity, over that with its LoRA alone.
+
+    About 0 to 1, above 1 if the method does better than the LoRA alone; higher is better. Concepts that were not
+    detected count as 0 in both means. NaN if the mean alone is not above 0.
+
+    Args:
+        method: Similarities to the own references under the method [n].
+        alone: Similarities to the own references with that LoRA alone [m].
+    """
+    kept, whole = _mean(np.nan_to_num(method, nan=0.0)), _mean(np.nan_to_num(alone, nan=0.0))
+    return kept / whole if whole > 0 else np.nan
+
+
+def _own_and_others(similarity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the detected concepts: similarity to the own references, and the highest to another's (-inf if none)."""
+    others = np.where(np.eye(len(similarity), dtype=bool), -np.inf, similarity).max(axis=1)
+    detected = ~np.isnan(similarity).any(axis=1)
+    return np.diagonal(similarity)[detected], others[detected]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else np.nan

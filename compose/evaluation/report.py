@@ -1,0 +1,412 @@
+"""The report of an evaluation: one HTML page that needs nothing else, Markdown, and tables for pandas."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from compose.evaluation.plots import against_cost
+from compose.evaluation.results import Failed, write_text
+from compose.evaluation.scoring import reference_crops
+from compose.evaluation.statistics import MINIMUM_SCENES
+from compose.evaluation.suite import Arm, SuiteScene, ZeroShotConfig, arms
+from compose.evaluation.table import MAIN, METRICS, Evaluation, Metric, load, role, summary
+from compose.terminal import plain
+
+MANY, SIDE, SMALL_SIDE = 400, 384, 192
+"""From how many pictures on they are embedded smaller, and the longer side of few and of many, in pixels."""
+_REFERENCES = 4
+_OPEN_SCENES = 3
+_DASH = "\u2013"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report.
+
+    Attributes:
+        html: The page.
+        markdown: The table as Markdown.
+        pictures: A row per picture, as CSV.
+        concepts: A row per picture and concept, as CSV.
+        summary: A row per arm, as JSON records.
+    """
+
+    html: Path
+    markdown: Path
+    pictures: Path
+    concepts: Path
+    summary: Path
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All of them, the page first."""
+        return self.html, self.markdown, self.pictures, self.concepts, self.summary
+
+
+def write_report(out: Path) -> Report:
+    """Writes what an evaluation has found so far into its folder.
+
+    report.html (pictures inside), report.md, pictures.csv, concepts.csv and summary.json; each appears whole or not at
+    all. The same results give the same files.
+
+    Raises:
+        FileError: If there is no evaluation in the folder, or a file of it is damaged.
+        OSError: If a file cannot be written.
+    """
+    evaluation = load(out)
+    arms_table = summary(evaluation)
+    report = Report(
+        html=out / "report.html",
+        markdown=out / "report.md",
+        pictures=out / "pictures.csv",
+        concepts=out / "concepts.csv",
+        summary=out / "summary.json",
+    )
+    write_text(report.html, render_html(out, evaluation, arms_table))
+    write_text(report.markdown, render_markdown(evaluation, arms_table))
+    write_text(report.pictures, _csv(evaluation.pictures))
+    write_text(report.concepts, _csv(evaluation.concepts))
+    write_text(report.summary, _json(arms_table))
+    return report
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return str(table.to_csv(index=False, lineterminator="\n"))
+
+
+def _json(table: pd.DataFrame) -> str:
+    return f"{table.to_json(orient='records', indent=1, double_precision=15)}\n"
+
+
+def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
+    """The page. `arms_table` is what `table.summary` gives."""
+    environment = Environment(
+        loader=PackageLoader("compose.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters |= {"plain": plain, "number": number, "bytes": _bytes, "amount": _amount}
+    environment.globals |= {"verdict": verdict}
+    gallery = _Gallery(out, evaluation)
+    plots = [Markup(against_cost(arms_table, metric)) for metric in METRICS if metric.key in ("success", "region_min")]
+    return environment.get_template("report.html.j2").render(
+        suite=evaluation.suite,
+        facts=facts(evaluation),
+        warnings=warnings(evaluation),
+        metrics=METRICS,
+        main=MAIN,
+        rows=arms_table.to_dict("records"),
+        plots=[plot for plot in plots if plot],
+        concepts=_concepts(evaluation, gallery),
+        bounds=_bounds_rows(evaluation),
+        scenes=[_scene(evaluation, gallery, scene) for scene in evaluation.suite.scenes],
+        open_scenes=_OPEN_SCENES,
+        cases=_cases(evaluation, gallery),
+        failed=evaluation.failed,
+        many=gallery.many,
+        side=gallery.side,
+    )
+
+
+# --- words ---
+
+
+def facts(evaluation: Evaluation) -> dict[str, str]:
+    """What a reader has to know about the circumstances."""
+    suite = evaluation.suite
+    detector = suite.detector
+    found_by = "none, the scenes' regions are cut out" if detector is None else detector.kind
+    found_by += f", {detector.model}" if isinstance(detector, ZeroShotConfig) else ""
+    versions = _distinct(", ".join(f"{k} {v}" for k, v in sorted(made.versions.items())) for made in evaluation.made)
+    machines = _distinct(
+        f"{m.machine.name} ({m.machine.device}, {_count(m.machine.threads, 'thread')})" for m in evaluation.made
+    )
+    batches, failed = len(evaluation.plan.batches), len(evaluation.failed)
+    return {
+        "Model": suite.model,
+        "Encoder": suite.encoder,
+        "Detector": found_by,
+        "Steps": str(suite.steps),
+        "Guidance": f"{suite.guidance_scale:g}",
+        "Scheduler": suite.scheduler or "the model's own",
+        "Precision": suite.dtype,
+        "Seeds": ", ".join(map(str, suite.seeds)),
+        "Scenes": str(len(suite.scenes)),
+        "Pictures": f"{len(evaluation.pictures)} with scores, {evaluation.unscored} without",
+        "Batches": f"{batches} planned, {failed} failed, {evaluation.missing} not made yet",
+        "Versions": "; or ".join(versions) or "unknown",
+        "Machine": "; or ".join(machines) or "unknown",
+    }
+
+
+def warnings(evaluation: Evaluation) -> list[str]:
+    """What a reader must not overlook."""
+    found = [
+        f"This metric cannot tell {name}: with its LoRA alone, pictures are no more alike to its references than "
+        "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "
+        "references are the nearest."
+        for name in evaluation.untold
+    ]
+    if unmeasured := evaluation.unmeasured:
+        found.append(
+            f"No threshold for {', '.join(unmeasured)}: not found without LoRA, or not with the LoRA alone. Success "
+            "only asks whether their own references are the nearest."
+        )
+    if (scenes := len(set(evaluation.pictures["scene"]))) < MINIMUM_SCENES:
+        found.append(
+            f"{_count(scenes, 'scene')}: intervals of so few say little about other scenes, and there is no verdict "
+            f"with fewer than {MINIMUM_SCENES}. More seeds do not help, more scenes do."
+        )
+    if len(_distinct(str(sorted(made.versions.items())) for made in evaluation.made)) > 1:
+        found.append("Pictures were made by different versions of the packages, so differences may be due to them.")
+    if len(_distinct(str(made.machine) for made in evaluation.made)) > 1:
+        found.append("Pictures were made by different machines, so their seconds cannot be compared.")
+    if left := evaluation.missing + len(evaluation.failed):
+        found.append(
+            f"{_count(left, 'batch', 'batches')} of {len(evaluation.plan.batches)} failed or are not made yet. Means "
+            "are over different pictures then; comparisons use only what both have."
+        )
+    return found
+
+
+def number(value: Any, metric: Metric | None = None, digits: int = 2, sign: bool = False) -> str:
+    """A number as tables show it, with a plus if `sign`; a dash if there is none."""
+    digits, plus = metric.digits if metric else digits, "+" if sign else ""
+    return _DASH if value is None or pd.isna(value) else f"{value:{plus}.{digits}f}".replace("-", "\u2212")
+
+
+def verdict(row: Mapping[str, Any], key: str, baseline: str) -> str:
+    """How a row compares with the baseline, in words; empty for rows that are not compared."""
+    said = row.get(f"{key}_verdict")
+    if not isinstance(said, str):
+        return ""
+    return said if said == "undecided" else f"{said} than {baseline}"
+
+
+def _bytes(value: float) -> str:
+    return _DASH if pd.isna(value) else f"{value / 2**20:.0f} MiB"
+
+
+def _amount(value: float) -> str:
+    """Operations, in the unit that fits."""
+    units = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")]
+    size, unit = next(((size, unit) for size, unit in units if value >= size), (1, ""))
+    return _DASH if pd.isna(value) else f"{value / size:.3g} {unit}".rstrip()
+
+
+def _count(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+# --- Markdown ---
+
+
+def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
+    """The tables as Markdown. `arms_table` is what `table.summary` gives."""
+    suite = evaluation.suite
+    shown = [metric for metric in METRICS if not np.isnan(arms_table[metric.key].to_numpy(dtype=float)).all()]
+    header = ["", *(f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in shown)]
+    header += ["UNet rows", "operations", "seconds"]
+    lines = [f"# Evaluation: {marked(suite.name)}", ""]
+    lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
+    lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
+    lines += [_line(header), _line(["---", *["---:"] * (len(header) - 1)])]
+    lines += [_line(_cells(row, shown, suite.baseline)) for row in arms_table.to_dict("records")]
+    lines += ["", *_GUIDE]
+    if evaluation.failed:
+        lines += ["", "## Failed", "", *(f"- {marked(_whose(one))}: {marked(one.error)}" for one in evaluation.failed)]
+    return "\n".join(lines) + "\n"
+
+
+_GUIDE = (
+    "Success: every concept is there and is itself. Worst concept, Likeness: similarity to the own references; a "
+    "concept that was not found counts as 0. Leak, Swapped: likeness to other concepts; lower is better.  ",
+    "Behind a mean is its 95 % interval over scenes. A verdict against the baseline stands only where the interval of "
+    f"the difference, on the same scenes and seeds, leaves 0 out, and never with fewer than {MINIMUM_SCENES} scenes.  ",
+    "The first rows are no methods but what to expect: no LoRA, and each LoRA alone. Costs are medians of a picture; "
+    "x1 is a picture without LoRA.",
+)
+
+
+def _cells(row: Mapping[str, Any], shown: Iterable[Metric], baseline: str) -> list[str]:
+    name = marked(row["arm"]) + (" (baseline)" if row["role"] == "baseline" else "")
+    cells = [f"*{name}*" if row["role"] == "sanity" else name]
+    for metric in shown:
+        low, high = row[f"{metric.key}_low"], row[f"{metric.key}_high"]
+        interval = "" if pd.isna(low) else f" ({number(low, metric)} … {number(high, metric)})"
+        said = verdict(row, metric.key, baseline)
+        cells.append(number(row[metric.key], metric) + interval + (f"<br>{marked(said)}" if said else ""))
+    costs = [f"{number(row['rows'], digits=0)} (x{number(row['rows_ratio'])})"]
+    costs += [f"{_amount(row['flops'])} (x{number(row['flops_ratio'])})"]
+    return [*cells, *costs, f"{number(row['seconds'])} (x{number(row['seconds_ratio'])})"]
+
+
+def marked(text: str) -> str:
+    """Text as Markdown shows it, on one line: nothing in it is markup."""
+    return re.sub(r"([\\`*_{}\[\]#|~])", r"\\\1", html.escape(" ".join(plain(text).split()), quote=False))
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _whose(failed: Failed) -> str:
+    alone = f", {failed.alone}" if failed.alone else ""
+    return f"{failed.scene}, {failed.arm}{alone}, seeds {', '.join(map(str, failed.seeds))}"
+
+
+# --- pictures and what stands below them ---
+
+
+@dataclass(frozen=True, eq=False)
+class _Gallery:
+    """Pictures with what was measured on them, ready for the page."""
+
+    out: Path
+    evaluation: Evaluation
+
+    @property
+    def many(self) -> bool:
+        """Whether there are so many pictures that they are embedded smaller."""
+        return len(self.evaluation.pictures) > MANY
+
+    @property
+    def side(self) -> int:
+        """Longest side of an embedded picture."""
+        return SMALL_SIDE if self.many else SIDE
+
+    @cached_property
+    def _concepts(self) -> dict[str, list[dict[str, Any]]]:
+        table = self.evaluation.concepts.astype(object)
+        table = table.where(table.notna(), None).assign(alone=self.evaluation.concepts["alone"].fillna(""))
+        keys = ["scene", "arm", "alone", "seed"]
+        return {str(key): rows.to_dict("records") for key, rows in table.groupby(keys, sort=False)}
+
+    @cached_property
+    def _pictures(self) -> dict[str, dict[str, Any]]:
+        rows = self.evaluation.pictures.assign(alone=self.evaluation.pictures["alone"].fillna("")).to_dict("records")
+        return {str((row["scene"], row["arm"], row["alone"], row["seed"])): row for row in rows}
+
+    def shown(self, scene: str, arm: str, alone: str | None, seed: int) -> dict[str, Any] | None:
+        """A picture with its scores; None if it has none."""
+        key = str((scene, arm, alone or "", seed))
+        if key not in self._pictures:
+            return None
+        row = self._pictures[key]
+        source, size = self._embedded(row["file"])
+        places = self.evaluation.suite.scene(scene).concepts
+        concepts = [
+            {**one, "box": _percent(one, size), "place": places.index(one["concept"])} for one in self._concepts[key]
+        ]
+        return {**row, "source": source, "size": size, "concepts": concepts}
+
+    def _embedded(self, file: str) -> tuple[str, tuple[int, int]]:
+        """A picture as a data URI, and its own size; an empty one if it cannot be read."""
+        try:
+            with Image.open(path := self.out / file) as image:
+                if max(image.size) <= self.side and not self.many:
+                    return _uri(path.read_bytes(), "png"), image.size
+                return _shrunk(image, self.side), image.size
+        except (OSError, SyntaxError, Image.DecompressionBombError):
+            return "", (1, 1)
+
+
+def _shrunk(image: Image.Image, side: int) -> str:
+    copy = image.convert("RGB")
+    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    copy.save(stream, "WEBP", quality=85)
+    return _uri(stream.getvalue(), "webp")
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _percent(concept: Mapping[str, Any], size: tuple[int, int]) -> dict[str, float] | None:
+    """Where a box is, in percent of the picture."""
+    if concept["left"] is None:
+        return None
+    left, top, right, bottom = (concept[edge] for edge in ("left", "top", "right", "bottom"))
+    across, down = 100 / size[0], 100 / size[1]
+    places = {
+        "left": left * across,
+        "top": top * down,
+        "width": (right - left) * across,
+        "height": (bottom - top) * down,
+    }
+    return {name: round(place, 2) for name, place in places.items()}
+
+
+def _scene(evaluation: Evaluation, gallery: _Gallery, scene: SuiteScene) -> dict[str, Any]:
+    """A scene as a grid: a row per arm, a column per seed."""
+    rows = []
+    for arm in arms(evaluation.suite, scene):
+        cells = [
+            gallery.shown(scene.name, arm.name, arm.alone, seed) or _gap(evaluation, scene, arm, seed)
+            for seed in evaluation.suite.seeds
+        ]
+        rows.append({"arm": arm.name, "alone": arm.alone, "role": role(evaluation.suite, arm.name), "cells": cells})
+    return {"name": scene.name, "prompt": scene.prompt, "rows": rows}
+
+
+def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:
+    """Why there is no picture with scores."""
+    wanted = (scene.name, arm.name, arm.alone)
+    if any(seed in one.seeds and (one.scene, one.arm, one.alone) == wanted for one in evaluation.failed):
+        return "failed"
+    return "not there yet"
+
+
+def _cases(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
+    """The best and the worst picture of every method, by its worst concept."""
+    cases = []
+    for method in evaluation.suite.compared:
+        pictures = evaluation.arm(method.name).to_dict("records")
+        if len(pictures) < 2:
+            continue
+        for kind, choose in (("best", max), ("worst", min)):
+            chosen = choose(pictures, key=lambda picture: picture["region_min"])
+            shown = gallery.shown(chosen["scene"], method.name, None, chosen["seed"])
+            cases.append({"kind": kind, "shown": shown, "prompt": evaluation.suite.scene(chosen["scene"]).prompt})
+    return cases
+
+
+def _concepts(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
+    """Concepts with their references and thresholds."""
+    rows = []
+    for row in evaluation.thresholds.to_dict("records"):
+        concept = evaluation.suite.concept(row["concept"])
+        try:
+            crops = reference_crops(concept)[:_REFERENCES]
+        except (ValueError, OSError):
+            crops = []
+        told = "cannot be told" if row["concept"] in evaluation.untold else ""
+        pictures = [_shrunk(crop, SMALL_SIDE) for crop in crops]
+        rows.append(
+            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "pictures": pictures}
+        )
+    return rows
+
+
+def _bounds_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """How alike every concept is under every arm: a row per arm."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in evaluation.bounds.to_dict("records"):
+        rows.setdefault(row["arm"], {})[row["concept"]] = row
+    return [{"arm": arm, "role": role(evaluation.suite, arm), "concepts": found} for arm, found in rows.items()]

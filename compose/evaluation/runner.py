@@ -1,0 +1,244 @@
+"""Makes and scores the batches of a plan, continues where it was stopped, and keeps what it has whatever happens."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from compose.counting import Counted, count_run
+from compose.evaluation.detectors import make_detector
+from compose.evaluation.encoders import load_encoder
+from compose.evaluation.planning import make_plan
+from compose.evaluation.results import (
+    PLAN,
+    Failed,
+    Made,
+    PictureCost,
+    Planned,
+    Scores,
+    batch_folder,
+    clear,
+    picture_path,
+    read,
+    write,
+)  # fmt: skip
+from compose.evaluation.scoring import Scorer, reference_crops
+from compose.evaluation.suite import Batch, Suite, batches, run_of
+from compose.files import read_pixels, save_image
+from compose.memory import peak_memory
+from compose.models import (
+    MadeBatch,
+    load,
+    machine,
+    make_batch,
+    open_model,
+    rehearse,
+    resolve_settings,
+    scheduler_class,
+    size_of,
+    versions,
+)  # fmt: skip
+from pipelines.scene import Run
+
+logger = logging.getLogger(__name__)
+
+MADE, FAILED = "made.json", "failed.json"
+PROBE_STEPS = 2
+_DAYS = timedelta(days=30)  # a process that is done waits for the others as long as they need
+
+OnProgress = Callable[[float], None]
+
+
+def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> bool:
+    """Does this process's share of a suite, and waits for the other processes.
+
+    Started by `accelerate launch`, every process does every n-th batch. What is there already is not done again.
+
+    Args:
+        suite: What to evaluate.
+        out: The evaluation's folder.
+        on_progress: Called with the number of finished batches of this process.
+
+    Returns:
+        Whether this is the process that goes on to write the report.
+
+    Raises:
+        ValueError: If something in the suite cannot work; nothing has been made then.
+        OSError: If results cannot be written; those so far are kept.
+    """
+    state = PartialState(**({} if torch.cuda.is_available() else {"cpu": True}), timeout=_DAYS)
+    plan = make_plan(suite)
+    if state.is_main_process:
+        write(out / PLAN, plan)
+    work = list(zip(batches(suite), plan.batches, strict=True))[state.process_index :: state.num_processes]
+    todo = [(batch, planned) for batch, planned in work if not is_done(out, planned)]
+    report = on_progress or (lambda done: None)
+    done = len(work) - len(todo)
+    report(done)
+    if todo:
+        if suite.threads is not None:
+            torch.set_num_threads(suite.threads)
+        worker = open_worker(suite, out, str(state.device))
+        worker.check(todo)
+        for batch, planned in todo:
+            worker.do(batch, planned, lambda share, done=done: report(done + share))
+            done += 1
+            report(done)
+    state.wait_for_everyone()
+    return state.is_main_process
+
+
+def is_done(out: Path, planned: Planned) -> bool:
+    """Whether a batch has been made and scored."""
+    folder = batch_folder(out, planned.key)
+    return (folder / MADE).is_file() and (folder / planned.scores).is_file()
+
+
+def open_worker(suite: Suite, out: Path, device: str) -> "Worker":
+    """Opens model, encoder, detector and references.
+
+    Raises:
+        ValueError: If one of them cannot be opened.
+    """
+    encoder = load_encoder(suite.encoder, device)
+    detector = None if suite.detector is None else make_detector(suite.detector, encoder, device)
+    references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
+    run = run_of(suite, next(batches(suite)))
+    pipe = open_model(run.model_copy(update={"device": suite.device or device}))
+    return Worker(suite, out, pipe, Scorer(suite, encoder, detector, references))
+
+
+@dataclass
+class Worker:
+    """Makes and scores batches, one after the other.
+
+    Attributes:
+        suite: What is evaluated.
+        out: The evaluation's folder.
+        pipe: The model.
+        scorer: Scores pictures.
+    """
+
+    suite: Suite
+    out: Path
+    pipe: Any
+    scorer: Scorer
+    _counted: dict[Any, Counted] = field(default_factory=dict)
+    _peaks: dict[Any, int] = field(default_factory=dict)
+
+    def check(self, todo: Sequence[tuple[Batch, Planned]]) -> None:
+        """Goes through everything that is to be made, up to the first denoising step.
+
+        Raises:
+            ValueError: With all problems, each with its scene and arm.
+        """
+        problems = []
+        for batch in {(batch.scene.name, batch.arm.name, batch.arm.alone): batch for batch, _ in todo}.values():
+            try:
+                rehearse(self.pipe, self._run(batch))
+            except ValueError as error:
+                problems.append(f"scene {batch.scene.name!r}, {batch.arm.name}: {error}")
+        if problems:
+            raise ValueError("\n".join(["the suite cannot be evaluated as it is:", *problems]))
+
+    def do(self, batch: Batch, planned: Planned, on_progress: OnProgress) -> None:
+        """Makes and scores one batch. What goes wrong in it is written down and stops nothing else.
+
+        Raises:
+            OSError: If results cannot be written.
+            FileError: If what is there is damaged.
+        """
+        folder = batch_folder(self.out, planned.key)
+        images: Sequence[Image.Image] = ()
+        if read(folder / MADE, Made) is None:
+            try:
+                made, cost = self._make(batch, on_progress)
+            except Exception as error:  # whatever models and libraries raise
+                _write_down(folder, planned, error)
+                return
+            self._keep(planned, made, cost)
+            images = [picture.image for picture in made.pictures]
+        try:
+            scores = self._score(batch, planned, images)
+        except Exception as error:
+            _write_down(folder, planned, error)
+            return
+        write(folder / planned.scores, scores)
+        (folder / FAILED).unlink(missing_ok=True)
+
+    def _score(self, batch: Batch, planned: Planned, images: Sequence[Image.Image]) -> Scores:
+        """Scores the pictures that were just made, or those on disk."""
+        images = images or [read_pixels(picture_path(self.out, planned.key, seed)) for seed in batch.seeds]
+        scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
+        return Scores(pictures=dict(zip(batch.seeds, scored, strict=True)))
+
+    def _run(self, batch: Batch) -> Run:
+        return run_of(self.suite, batch).model_copy(update={"device": str(self.pipe.device)})
+
+    def _make(self, batch: Batch, on_progress: OnProgress) -> tuple[MadeBatch, PictureCost]:
+        run, device, number = self._run(batch), self.pipe.device, len(batch.seeds)
+        counted = self._count(batch)
+        peak = self._probed_peak(batch, run) if device.type == "cpu" else None
+        start = time.perf_counter()
+        if device.type == "cuda":
+            with peak_memory(device) as memory:
+                made = make_batch(self.pipe, run, batch.seeds, on_progress)
+            peak = memory.peak_bytes
+        else:
+            made = make_batch(self.pipe, run, batch.seeds, on_progress)
+        return made, PictureCost(
+            rows_forward=made.cost.rows_forward / number if made.cost else counted.rows_forward,
+            rows_backward=made.cost.rows_backward / number if made.cost else counted.rows_backward,
+            flops=counted.flops,
+            seconds=(time.perf_counter() - start) / number,
+            preparation_seconds=made.cost.preparation_seconds / number if made.cost else 0.0,
+            peak_bytes=peak,
+        )
+
+    def _probed_peak(self, batch: Batch, run: Run) -> int:
+        """On a CPU, watching memory takes time, so it is done in a short run of its own, once for each kind of call."""
+        kind = batch.arm.name, len(run.scene.concepts), len(batch.seeds), run.scene.width, run.scene.height
+        if kind not in self._peaks:
+            with peak_memory("cpu") as memory:
+                make_batch(self.pipe, run.model_copy(update={"steps": min(run.steps, PROBE_STEPS)}), batch.seeds)
+            self._peaks[kind] = memory.peak_bytes
+        return self._peaks[kind]
+
+    def _count(self, batch: Batch) -> Counted:
+        run = self._run(batch)
+        width, height = size_of(self.pipe, run.scene)
+        kind = batch.arm.name, len(run.scene.concepts), width, height
+        if kind not in self._counted:
+            loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
+            settings = resolve_settings(self.pipe, run, loaded)
+            scheduler = self.pipe.scheduler
+            if run.scheduler is not None:
+                scheduler = scheduler_class(run.scheduler).from_config(scheduler.config)
+            self._counted[kind] = count_run(
+                self.pipe, settings, loaded, run.steps, run.guidance_scale, width, height, scheduler=scheduler
+            )
+        return self._counted[kind]
+
+    def _keep(self, planned: Planned, made: MadeBatch, cost: PictureCost) -> None:
+        clear(self.out, planned.key)
+        for picture in made.pictures:
+            save_image(picture.image, picture_path(self.out, planned.key, picture.record.run.seed), picture.record)
+        about = Made(
+            scene=planned.scene, arm=planned.arm, alone=planned.alone, seeds=planned.seeds, cost=cost,
+            versions=versions(), machine=machine(self.pipe.device),
+        )  # fmt: skip
+        write(batch_folder(self.out, planned.key) / MADE, about)
+
+
+def _write_down(folder: Path, planned: Planned, error: Exception) -> None:
+    message = f"{type(error).__name__}: {str(error).strip()[:1000]}"
+    logger.error("%s failed: %s", planned.key, message, exc_info=logger.isEnabledFor(logging.DEBUG))
+    about = {"scene": planned.scene, "arm": planned.arm, "alone": planned.alone, "seeds": planned.seeds}
+    write(folder / FAILED, Failed(**about, error=message))

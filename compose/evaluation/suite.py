@@ -1,0 +1,389 @@
+"""What is to be evaluated: a suite of concepts, scenes and methods, and the batches of pictures that follow from it."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from compose.assets import assets_dir
+from compose.files import FileError, local_source, read_as
+from pipelines.methods import make_method
+from pipelines.scene import Concept, Region, Run, Scene
+from pipelines.tokens import find_words
+
+SANITY = ("no LoRA", "alone", "merge")
+"""What every evaluation contains: the model as it is, each LoRA alone, and all of them added up."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Name = Annotated[str, Field(pattern=r"^[\w][\w .,+-]{0,59}$")]
+
+
+class SuiteConcept(_Frozen):
+    """A concept and what it should look like.
+
+    Attributes:
+        name: What it is called.
+        lora: Its LoRA, or several by kind ("ordinary", "tara"), of which the first is used where none is named.
+        trigger: The rare word or words.
+        class_word: The noun after it.
+        references: Reference pictures: a folder, a list of files, or `playground:NAME`.
+        weight: Factor on the whole LoRA.
+    """
+
+    name: Name
+    lora: str | Annotated[Mapping[Name, str], Field(min_length=1)]
+    trigger: Annotated[str, Field(min_length=1)]
+    class_word: Annotated[str, Field(min_length=1)]
+    references: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    weight: float = 1.0
+
+    @property
+    def loras(self) -> Mapping[str, str]:
+        """LoRAs by kind; the only one of a concept is of the kind ""."""
+        return {"": self.lora} if isinstance(self.lora, str) else self.lora
+
+
+class SuiteScene(_Frozen):
+    """A prompt with concepts.
+
+    Attributes:
+        name: What it is called.
+        prompt: Names every concept by its trigger.
+        concepts: Names of concepts of the suite.
+        regions: Boxes in pixels by concept, for methods that take a layout; all of the scene's concepts or none.
+        negative_prompt: What is not to be seen.
+        width: In pixels; None is the model's own.
+        height: Likewise.
+    """
+
+    name: Name
+    prompt: Annotated[str, Field(min_length=1)]
+    concepts: Annotated[tuple[str, ...], Field(min_length=1)]
+    regions: Mapping[str, Region] = {}
+    negative_prompt: str = ""
+    width: Annotated[int, Field(gt=0)] | None = None
+    height: Annotated[int, Field(gt=0)] | None = None
+
+
+class SuiteMethod(_Frozen):
+    """A way of composing.
+
+    Attributes:
+        name: What tables call it.
+        method: The method.
+        settings: Those that differ from its defaults.
+        lora: The kind of LoRAs it uses; None is each concept's first.
+    """
+
+    name: Name
+    method: str
+    settings: Mapping[str, Any] = {}
+    lora: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        """`- merge` is `- {name: merge, method: merge}`, and the name of a method is a name."""
+        data = {"method": data} if isinstance(data, str) else data
+        return {"name": data["method"], **data} if isinstance(data, dict) and "method" in data else data
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        make_method(self.method, self.settings)
+        if self.name in SANITY[:2]:
+            raise ValueError(f"{self.name!r} is the name of a row that every evaluation has; choose another one")
+        return self
+
+
+def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"the seeds must differ, not {list(values)}")
+    return values
+
+
+class WindowsConfig(_Frozen):
+    """Find objects by naming square windows of the picture with the suite's encoder.
+
+    Attributes:
+        vocabulary: Nouns that a window may be named by besides those of the scene.
+        threshold: Least probability of a window that is named right.
+    """
+
+    kind: Literal["windows"]
+    vocabulary: tuple[str, ...] = ()
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class ZeroShotConfig(_Frozen):
+    """Find objects with a detector that takes words, such as google/owlv2-base-patch16-ensemble.
+
+    Attributes:
+        model: A folder or hub repository of a zero-shot object detection model of transformers.
+        threshold: Least score.
+    """
+
+    kind: Literal["zero-shot"]
+    model: str
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+
+class Suite(_Frozen):
+    """An evaluation.
+
+    Attributes:
+        name: What it is called.
+        model: A folder, a checkpoint file, a hub repository or `playground`.
+        encoder: What measures similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
+        detector: How concepts are found in pictures; None crops the regions of the scenes.
+        concepts: Who takes part.
+        scenes: What is to be seen.
+        methods: What is compared; `merge` is added where it is missing.
+        baseline: The method that the others are compared with.
+        seeds: Of the start noise, for every scene and method.
+        batch_size: Pictures made in one call. It is part of the suite because bits depend on it.
+        threads: CPU threads of a process; bits depend on them too. None leaves them.
+        processes: How many processes share the work on a CPU, if there are as many processors.
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance.
+        scheduler: Class name of a diffusers scheduler; None keeps the model's.
+        dtype: Precision of the model.
+        device: Where it runs; None chooses, and uses every GPU of the machine.
+    """
+
+    name: Name
+    model: str
+    encoder: str = "openai/clip-vit-base-patch32"
+    detector: Annotated[WindowsConfig | ZeroShotConfig, Field(discriminator="kind")] | None = None
+    concepts: Annotated[tuple[SuiteConcept, ...], Field(min_length=1)]
+    scenes: Annotated[tuple[SuiteScene, ...], Field(min_length=1)]
+    methods: Annotated[tuple[SuiteMethod, ...], Field(min_length=1)]
+    baseline: str = "merge"
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1), AfterValidator(_distinct)]
+    batch_size: Annotated[int, Field(gt=0, le=64)] = 1
+    threads: Annotated[int, Field(gt=0)] | None = None
+    processes: Annotated[int, Field(gt=0)] = 1
+    steps: Annotated[int, Field(gt=0)] = 25
+    guidance_scale: float = 5.0
+    scheduler: str | None = None
+    dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
+    device: str | None = None
+
+    @field_validator("concepts", "scenes", "methods")
+    @classmethod
+    def _names(cls, entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [entry.name for entry in entries]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the name {name!r} stands twice")
+        return entries
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        known = [concept.name for concept in self.concepts]
+        for scene in self.scenes:
+            _check_scene(scene, known, self)
+        for method in self.methods:
+            missing = [c.name for c in self.concepts if method.lora is not None and method.lora not in c.loras]
+            if missing:
+                raise ValueError(
+                    f"method {method.name!r} uses LoRAs of the kind {method.lora!r}, which {_listed(missing)} lacks"
+                )
+        if self.baseline not in (names := [arm.name for arm in self.compared]):
+            raise ValueError(f"the baseline {self.baseline!r} is not among the methods; there are {_listed(names)}")
+        return self
+
+    @property
+    def compared(self) -> tuple[SuiteMethod, ...]:
+        """The methods, `merge` included."""
+        merge = SuiteMethod(name="merge", method="merge")
+        return self.methods if any(m.name == "merge" for m in self.methods) else (merge, *self.methods)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of LoRAs that the methods use; each is tried alone as well. The concepts' own first comes first."""
+        first = next(iter(self.concepts[0].loras))
+        used = [first if method.lora is None else method.lora for method in self.compared]
+        return tuple(dict.fromkeys([first, *used]))
+
+    def concept(self, name: str) -> SuiteConcept:
+        """The concept of that name."""
+        return next(concept for concept in self.concepts if concept.name == name)
+
+    def scene(self, name: str) -> SuiteScene:
+        """The scene of that name."""
+        return next(scene for scene in self.scenes if scene.name == name)
+
+
+def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
+    where = f"scene {scene.name!r}"
+    undefined = [name for name in scene.concepts if name not in known]
+    if undefined:
+        raise ValueError(
+            f"{where} names {_listed(undefined)}, which is no concept of the suite; there are {_listed(known)}"
+        )
+    if len(set(scene.concepts)) < len(scene.concepts):
+        raise ValueError(f"{where} names a concept twice")
+    if scene.regions and set(scene.regions) != set(scene.concepts):
+        raise ValueError(f"{where} needs a region for each of {_listed(scene.concepts)}, or none at all")
+    if suite.detector is None and not scene.regions:
+        raise ValueError(
+            f"{where} has no regions and the suite has no detector, so nobody knows where its concepts are"
+        )
+    for name in scene.concepts:
+        concept = suite.concept(name)
+        if not find_words(concept.trigger, scene.prompt):
+            raise ValueError(f"{where}: the prompt does not name {name!r} by its trigger {concept.trigger!r}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the tables: a method, or one of the sanity rows.
+
+    Attributes:
+        name: What tables call it.
+        method: None without LoRAs.
+        alone: The only concept whose LoRA acts.
+        lora: The kind of LoRAs.
+    """
+
+    name: str
+    method: SuiteMethod | None = None
+    alone: str | None = None
+    lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are made in one call: one scene, one arm, some seeds."""
+
+    scene: SuiteScene
+    arm: Arm
+    seeds: tuple[int, ...]
+
+
+def arms(suite: Suite, scene: SuiteScene) -> list[Arm]:
+    """The rows of a scene: no LoRA, each LoRA alone, by kind, and the methods."""
+    alone = [
+        Arm(alone_name(suite, kind), SuiteMethod(name="merge", method="merge"), concept, kind or None)
+        for kind in suite.kinds
+        for concept in scene.concepts
+    ]
+    return [Arm(SANITY[0]), *alone, *(Arm(m.name, m, lora=m.lora) for m in suite.compared)]
+
+
+def alone_name(suite: Suite, kind: str) -> str:
+    """What tables call LoRAs of a kind that act alone."""
+    return SANITY[1] if kind == suite.kinds[0] else f"{SANITY[1]}, {kind}"
+
+
+def batches(suite: Suite) -> Iterator[Batch]:
+    """All batches, in the order in which they are made."""
+    for scene in suite.scenes:
+        for arm in arms(suite, scene):
+            for start in range(0, len(suite.seeds), suite.batch_size):
+                yield Batch(scene, arm, suite.seeds[start : start + suite.batch_size])
+
+
+def run_of(suite: Suite, batch: Batch) -> Run:
+    """How a batch is made; the seed is that of its first picture."""
+    scene, arm = batch.scene, batch.arm
+    acting = [] if arm.method is None else [arm.alone] if arm.alone else list(scene.concepts)
+    concepts = [_concept(suite.concept(name), arm.lora, scene.regions.get(name)) for name in acting]
+    silent = [suite.concept(name) for name in scene.concepts if name not in acting]
+    return Run(
+        scene=Scene(
+            prompt=without_triggers(scene.prompt, silent),
+            negative_prompt=scene.negative_prompt,
+            concepts=tuple(concepts),
+            width=scene.width,
+            height=scene.height,
+        ),
+        model=suite.model,
+        method=arm.method.method if arm.method else None,
+        settings=arm.method.settings if arm.method else {},
+        scheduler=suite.scheduler,
+        steps=suite.steps,
+        guidance_scale=suite.guidance_scale,
+        seed=batch.seeds[0],
+        dtype=suite.dtype,
+        device=suite.device,
+    )
+
+
+def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
+    lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
+    return Concept(
+        name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
+        region=region,
+    )  # fmt: skip
+
+
+def without_triggers(prompt: str, concepts: Sequence[SuiteConcept]) -> str:
+    """A prompt in which some concepts are called by their class words alone: "a sks cat" becomes "a cat"."""
+    for concept in concepts:
+        for start, end in reversed(find_words(concept.trigger, prompt)):
+            prompt = prompt[:start] + prompt[end:].lstrip()
+    return re.sub(r"\s+", " ", prompt).strip()
+
+
+def suites_dir() -> Path:
+    """The folder with the suites that come along."""
+    return assets_dir() / "suites"
+
+
+def find_suite(name: str) -> Path:
+    """The file of a suite: a path, or the name of one that comes along.
+
+    Raises:
+        FileError: If there is neither; the message lists the names.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        return path
+    shipped = {file.stem: file for file in sorted(suites_dir().glob("*.yaml"))}
+    if name not in shipped:
+        raise FileError(f"there is no suite {name!r}; give a file (YAML or JSON), or one of {_listed(list(shipped))}")
+    return shipped[name]
+
+
+def read_suite(name: str) -> Suite:
+    """Reads and checks a suite. Relative paths in it are relative to its file.
+
+    Raises:
+        FileError: If it is missing, unreadable or wrong; every complaint names its place.
+    """
+    path = find_suite(name)
+    suite = read_as(Suite, path)
+    base = path.parent.absolute()
+
+    def here(source: str) -> str:
+        return local_source(source, base)
+
+    concepts = tuple(
+        concept.model_copy(
+            update={
+                "lora": here(concept.lora)
+                if isinstance(concept.lora, str)
+                else {k: here(v) for k, v in concept.lora.items()},
+                "references": here(concept.references)
+                if isinstance(concept.references, str)
+                else tuple(here(source) for source in concept.references),
+            }
+        )
+        for concept in suite.concepts
+    )
+    moved: dict[str, Any] = {"concepts": concepts, "model": here(suite.model), "encoder": here(suite.encoder)}
+    if isinstance(suite.detector, ZeroShotConfig):
+        moved["detector"] = suite.detector.model_copy(update={"model": here(suite.detector.model)})
+    return suite.model_copy(update=moved)

@@ -1,0 +1,479 @@
+"""From stored scores to tables: a row per concept, a row per picture, and a row per arm with intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from compose.evaluation.metrics import (
+    bound_ratio,
+    leak,
+    presence_threshold,
+    region_similarity,
+    swap_rate,
+)
+from compose.evaluation.results import (
+    FAILED,
+    MADE,
+    PLAN,
+    Failed,
+    Made,
+    PictureScores,
+    Plan,
+    Planned,
+    Scores,
+    batch_folder,
+    picture_path,
+    read,
+)
+from compose.evaluation.statistics import bootstrap, compare
+from compose.evaluation.suite import SANITY, Suite, alone_name
+from compose.files import FileError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that pictures are judged by.
+
+    Attributes:
+        key: Its column in the tables.
+        title: What people call it.
+        higher_is_better: Its direction.
+        digits: How many are shown after the point.
+        span: From where to where it goes.
+        meaning: What it says, in a sentence or two.
+    """
+
+    key: str
+    title: str
+    higher_is_better: bool
+    digits: int
+    span: str
+    meaning: str
+
+
+METRICS = (
+    Metric(
+        "success", "Success", True, 2, "0 to 1",
+        "Share of pictures in which every concept is there and is itself: it was found, it is more alike to its own "
+        "references than to those of any other, and its similarity reaches the concept's threshold.",
+    ),
+    Metric(
+        "region_min", "Worst concept", True, 3, "-1 to 1, in practice above 0",
+        "Similarity of the worst concept of a picture to its own references, so that a good concept cannot make up for "
+        "a lost one. A concept that was not found counts as 0.",
+    ),
+    Metric(
+        "region", "Likeness", True, 3, "-1 to 1, in practice above 0",
+        "Similarity of what was found to its own references, averaged over the concepts of a picture. A concept that "
+        "was not found counts as 0.",
+    ),
+    Metric(
+        "ratio", "Of alone", True, 2, "about 0 to 1",
+        "Likeness over what the same kind of LoRA reaches when it acts alone: how much of the identity the method "
+        "keeps. The row without LoRA shows how much of that is due to the object as such.",
+    ),
+    Metric(
+        "leak", "Leak", False, 3, "-1 to 1, in practice above 0",
+        "Similarity of what was found to the most alike of the other concepts' references. A picture without any "
+        "identity leaks little as well: read it beside the likeness. The rows of LoRAs that act alone show how much "
+        "there is without any other LoRA.",
+    ),
+    Metric(
+        "swap", "Swapped", False, 2, "0 to 1",
+        "Share of the concepts that were found, but look more like another concept than like themselves.",
+    ),
+    Metric("found", "Found", True, 2, "0 to 1", "Share of the concepts that the detector found."),
+    Metric(
+        "placed", "In place", True, 2, "0 to 1",
+        "Share of the found concepts whose middle lies in their region, in scenes with a layout. Methods that take no "
+        "layout are not meant to follow it.",
+    ),
+    Metric(
+        "extra", "Extra objects", False, 2, "0 and more",
+        "Objects of the concepts' classes beyond one for each concept, such as a second cat.",
+    ),
+    Metric(
+        "clip_t", "CLIP-T", True, 1, "0 to 100",
+        "100 x similarity of the picture to its prompt, without the triggers. It is blind to identity.",
+    ),
+    Metric(
+        "clip_i", "CLIP-I", True, 3, "-1 to 1",
+        "Similarity of the whole picture to the references, averaged over the concepts. It cannot say which object is "
+        "alike; it is here because papers report it.",
+    ),
+)  # fmt: skip
+"""All metrics, the main ones among them; tables show them in this order."""
+
+MAIN = ("success", "region_min", "leak")
+"""The metrics in which methods are compared with the baseline."""
+
+COSTS = ("rows_forward", "rows_backward", "flops", "seconds", "preparation_seconds", "peak_bytes")
+_KEYS = ("scene", "arm", "alone", "seed")
+_EDGES = ("left", "top", "right", "bottom")
+_CONCEPT_COLUMNS = (
+    *_KEYS, "concept", "found", "own", "other", "nearest", "whole", "placed", "detection", "threshold", "present",
+    *_EDGES,
+)  # fmt: skip
+_PICTURE_COLUMNS = (
+    *_KEYS, "file", "clip_t", "clip_i", "region", "region_min", "ratio", "leak", "swap", "success", "found", "placed",
+    "extra", *COSTS,
+)  # fmt: skip
+_NUMBERS = (
+    "own", "other", "whole", "detection", "threshold", "clip_t", "clip_i", "region", "region_min", "ratio", "leak",
+    "swap", "extra", *COSTS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation has measured so far.
+
+    Attributes:
+        plan: What is to be made.
+        concepts: A row per picture and concept; of pictures with a single LoRA, its concept only.
+        pictures: A row per picture.
+        thresholds: A row per concept: mean similarity without any LoRA, with its LoRA alone, and the threshold.
+        bounds: A row per arm and concept: mean similarity, and its ratio to that with the LoRA alone.
+        made: How the batches with scores were made.
+        failed: What went wrong.
+        missing: Batches that are not made yet.
+        unscored: Pictures that are made, but not scored yet.
+    """
+
+    plan: Plan
+    concepts: pd.DataFrame
+    pictures: pd.DataFrame
+    thresholds: pd.DataFrame
+    bounds: pd.DataFrame
+    made: tuple[Made, ...]
+    failed: tuple[Failed, ...]
+    missing: int
+    unscored: int
+
+    @property
+    def suite(self) -> Suite:
+        """What was evaluated."""
+        return self.plan.suite
+
+    def arm(self, name: str) -> pd.DataFrame:
+        """The pictures of an arm."""
+        return pd.DataFrame(self.pictures[self.pictures["arm"] == name])
+
+    @property
+    def untold(self) -> list[str]:
+        """Concepts whose LoRA alone is no more alike to the references than no LoRA: the encoder cannot tell them."""
+        measured = self.thresholds.dropna(subset=["without", "alone"])
+        return measured.loc[measured["threshold"].isna(), "concept"].tolist()
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """Concepts that were not found in any picture without LoRA, or in none with their LoRA alone."""
+        return self.thresholds.loc[self.thresholds[["without", "alone"]].isna().any(axis=1), "concept"].tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """A picture with scores. `concepts` are those of its scene; `acting` are the places of those that count."""
+
+    planned: Planned
+    seed: int
+    file: str
+    made: Made
+    scores: PictureScores
+    concepts: tuple[str, ...]
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        return {"scene": self.planned.scene, "arm": self.planned.arm, "alone": self.planned.alone, "seed": self.seed}
+
+    @property
+    def acting(self) -> list[int]:
+        return [i for i, name in enumerate(self.concepts) if self.planned.alone in (None, name)]
+
+    @property
+    def similarity(self) -> np.ndarray:
+        """S [concepts, concepts] of the metrics, with rows of NaN for those that do not count."""
+        rows = [self.scores.concepts[name].similarity for name in self.concepts]
+        values = np.array([[row.get(name, np.nan) for name in self.concepts] for row in rows], dtype=np.float64)
+        values[[i for i in range(len(values)) if i not in self.acting]] = np.nan
+        return values
+
+
+def arm_names(suite: Suite) -> list[str]:
+    """The rows of the tables, in their order: no LoRA, LoRAs alone, the methods."""
+    return [SANITY[0], *(alone_name(suite, kind) for kind in suite.kinds), *(method.name for method in suite.compared)]
+
+
+def bound_name(suite: Suite, arm: str) -> str:
+    """The row in which the LoRAs of an arm act alone; for pictures without LoRA, the first kind of LoRAs."""
+    kinds = {method.name: method.lora for method in suite.compared}
+    if arm not in kinds:
+        return SANITY[1] if arm == SANITY[0] else arm
+    kind = kinds[arm]
+    return alone_name(suite, suite.kinds[0] if kind is None else kind)
+
+
+def load(out: Path) -> Evaluation:
+    """Reads all that an evaluation has stored so far, and computes its tables.
+
+    Raises:
+        FileError: If there is no evaluation, or a file of it is damaged.
+    """
+    plan = read(out / PLAN, Plan)
+    if plan is None:
+        raise FileError(f"there is no evaluation in {out}: {PLAN} is missing")
+    shots, failed, missing, unscored = _stored(out, plan)
+    concepts = _typed(pd.DataFrame([row for shot in shots for row in _concept_rows(shot)], columns=_CONCEPT_COLUMNS))
+    thresholds = _thresholds(plan.suite, concepts)
+    limits = dict(zip(thresholds["concept"], thresholds["threshold"], strict=True))
+    concepts["threshold"] = [limits[name] for name in concepts["concept"]]
+    concepts = _typed(concepts)
+    concepts["present"] = _present(concepts)
+    return Evaluation(
+        plan=plan,
+        concepts=concepts,
+        pictures=_pictures(plan.suite, shots, concepts),
+        thresholds=thresholds,
+        bounds=_bounds(plan.suite, concepts),
+        made=tuple({id(shot.made): shot.made for shot in shots}.values()),
+        failed=tuple(failed),
+        missing=missing,
+        unscored=unscored,
+    )
+
+
+def _stored(out: Path, plan: Plan) -> tuple[list[_Picture], list[Failed], int, int]:
+    """Pictures with scores, failures, how many batches are not made, and how many pictures are not scored."""
+    shots: list[_Picture] = []
+    failed: list[Failed] = []
+    missing = unscored = 0
+    for planned in plan.batches:
+        folder = batch_folder(out, planned.key)
+        made, scores = read(folder / MADE, Made), read(folder / planned.scores, Scores)
+        if made is not None and scores is not None:
+            found = _scored(out, plan.suite, planned, made, scores)
+            unscored += len(planned.seeds) - len(found)
+            shots += found
+        elif (failure := read(folder / FAILED, Failed)) is not None:
+            failed.append(failure)
+        elif made is None:
+            missing += 1
+        else:
+            unscored += len(planned.seeds)
+    return shots, failed, missing, unscored
+
+
+def _scored(out: Path, suite: Suite, planned: Planned, made: Made, scores: Scores) -> list[_Picture]:
+    concepts = suite.scene(planned.scene).concepts
+    for seed, picture in scores.pictures.items():
+        if lost := set(concepts) - set(picture.concepts):
+            raise FileError(
+                f"{batch_folder(out, planned.key) / planned.scores} is damaged: seed {seed} lacks "
+                f"{', '.join(sorted(lost))}; delete it, and the next run makes it again"
+            )
+    return [
+        _Picture(
+            planned, seed, picture_path(out, planned.key, seed).relative_to(out).as_posix(), made,
+            scores.pictures[seed], concepts,
+        )
+        for seed in planned.seeds
+        if seed in scores.pictures
+    ]  # fmt: skip
+
+
+def _concept_rows(shot: _Picture) -> list[dict[str, Any]]:
+    similarity = shot.similarity
+    own = region_similarity(similarity)
+    rows = []
+    for i in shot.acting:
+        score = shot.scores.concepts[shot.concepts[i]]
+        found = not np.isnan(similarity[i]).any()
+        others = np.delete(similarity[i], i)
+        rows.append(
+            {
+                **shot.keys,
+                "concept": shot.concepts[i],
+                "found": found,
+                "own": own[i],
+                "other": others.max() if len(others) else np.nan,
+                "nearest": shot.concepts[int(similarity[i].argmax())] if found else None,
+                "whole": score.whole,
+                "placed": score.placed,
+                "detection": score.detection,
+                **dict(zip(_EDGES, score.box or [None] * 4, strict=True)),
+            }
+        )
+    return rows
+
+
+def _pictures(suite: Suite, shots: Sequence[_Picture], concepts: pd.DataFrame) -> pd.DataFrame:
+    own = _own_by(concepts)
+    rows = []
+    for shot in shots:
+        bound = bound_name(suite, shot.planned.arm)
+        rows.append(_picture_row(shot, {name: own.get((bound, name), np.array([])) for name in shot.concepts}))
+    pictures = _typed(pd.DataFrame(rows, columns=_PICTURE_COLUMNS))
+    present = concepts.groupby(list(_KEYS), dropna=False, sort=False)["present"].all()
+    return pictures.assign(success=present.to_numpy(dtype=bool))
+
+
+def _present(concepts: pd.DataFrame) -> np.ndarray:
+    """Whether each concept is there and is itself: what `metrics.success` asks of every concept of a picture."""
+    own, other, threshold = (concepts[key].to_numpy(dtype=float) for key in ("own", "other", "threshold"))
+    return concepts["found"].to_numpy(dtype=bool) & ~(own <= other) & ~(own < threshold)
+
+
+def _picture_row(shot: _Picture, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    similarity, acting = shot.similarity, shot.acting
+    names = [shot.concepts[i] for i in acting]
+    scores = [shot.scores.concepts[name] for name in names]
+    own = region_similarity(similarity)[acting]
+    return {
+        **shot.keys,
+        "file": shot.file,
+        "clip_t": shot.scores.clip_t,
+        "clip_i": _mean([score.whole for score in scores]),
+        "region": own.mean(),
+        "region_min": own.min(),
+        "ratio": _mean([bound_ratio(own[[i]], bounds[name]) for i, name in enumerate(names)]),
+        "leak": leak(similarity),
+        "swap": swap_rate(similarity),
+        "found": 1 - np.isnan(similarity[acting]).any(axis=1).mean(),
+        "placed": _mean([np.nan if score.placed is None else score.placed for score in scores]),
+        "extra": shot.scores.extra,
+        **shot.made.cost.model_dump(),
+    }
+
+
+def _thresholds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
+    """From which similarity on a concept counts as there, for the concepts that scenes use."""
+    used = {name for scene in suite.scenes for name in scene.concepts}
+    rows = []
+    for name in (concept.name for concept in suite.concepts if concept.name in used):
+        found = concepts[concepts["found"] & (concepts["concept"] == name)]
+        without, alone = (found.loc[found["arm"] == arm, "own"].to_numpy() for arm in SANITY[:2])
+        threshold = presence_threshold(without, alone)
+        rows.append({"concept": name, "without": _mean(without), "alone": _mean(alone), "threshold": threshold})
+    return pd.DataFrame(rows, columns=["concept", "without", "alone", "threshold"])
+
+
+def _bounds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
+    """How alike each concept is under each arm, and its ratio to that with the LoRA alone."""
+    own = _own_by(concepts)
+    rows = [
+        {
+            "arm": arm,
+            "concept": concept.name,
+            "region": _mean(own[arm, concept.name]),
+            "ratio": bound_ratio(own[arm, concept.name], own.get((bound_name(suite, arm), concept.name), np.array([]))),
+        }
+        for arm in arm_names(suite)
+        for concept in suite.concepts
+        if (arm, concept.name) in own
+    ]
+    return pd.DataFrame(rows, columns=["arm", "concept", "region", "ratio"])
+
+
+def _own_by(concepts: pd.DataFrame) -> dict[Any, np.ndarray]:
+    """Similarities to the own references by arm and concept."""
+    return {key: rows.to_numpy() for key, rows in concepts.groupby(["arm", "concept"])["own"]}
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    """Gives columns their types, so that they are the same with and without rows and gaps."""
+    kinds = dict.fromkeys(_NUMBERS, "float64") | dict.fromkeys(_EDGES, "Int64")
+    kinds |= {"seed": "int64", "placed": "boolean"} if "concept" in table else {"seed": "int64", "placed": "float64"}
+    return table.astype({name: kind for name, kind in kinds.items() if name in table})
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    """Without the gaps; NaN if nothing is left."""
+    kept = np.asarray(values, dtype=np.float64)
+    kept = kept[~np.isnan(kept)]
+    return float(kept.mean()) if len(kept) else np.nan
+
+
+def summary(evaluation: Evaluation) -> pd.DataFrame:
+    """A row per arm: metrics with intervals over scenes, comparisons with the baseline, and cost.
+
+    The rows stand in the order of the suite; there is no ranking. For a metric `m`, `m_low` and `m_high` are the ends
+    of its interval; for the main ones `m_difference` is the difference to the baseline on the same scenes and seeds,
+    with `m_difference_low` and `m_difference_high`, `m_wins`, `m_ties`, `m_losses` in pictures, and `m_verdict`.
+
+    Costs are medians over pictures (`peak_bytes` is the largest), and `*_ratio` those over the row without LoRA.
+    `rows` are UNet rows, forward and backward.
+    """
+    suite = evaluation.suite
+    baseline, plain = evaluation.arm(suite.baseline), _cost(evaluation.arm(SANITY[0]))
+    rows = []
+    for arm in arm_names(suite):
+        chosen = evaluation.arm(arm)
+        row: dict[str, Any] = {"arm": arm, "role": role(suite, arm), "pictures": len(chosen)}
+        row |= {"scenes": len(set(chosen["scene"]))}
+        for metric in METRICS:
+            row |= _interval(metric.key, chosen)
+            if metric.key in MAIN:
+                row |= _compared(metric, chosen, baseline) if row["role"] == "method" else {}
+        cost = _cost(chosen)
+        rows.append(
+            row | cost | {f"{key}_ratio": _ratio(cost[key], plain[key]) for key in ("rows", "flops", "seconds")}
+        )
+    return pd.DataFrame(rows, columns=_summary_columns())
+
+
+def role(suite: Suite, arm: str) -> str:
+    """What a row is for: "sanity", "baseline" or "method"."""
+    if arm in {method.name for method in suite.compared}:
+        return "baseline" if arm == suite.baseline else "method"
+    return "sanity"
+
+
+def _interval(key: str, pictures: pd.DataFrame) -> dict[str, float]:
+    interval = bootstrap(pictures[key].astype(float).tolist(), pictures["scene"].tolist())
+    return {key: interval.mean, f"{key}_low": interval.low, f"{key}_high": interval.high}
+
+
+def _compared(metric: Metric, method: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
+    result = compare(
+        by_scene_and_seed(method, metric.key), by_scene_and_seed(baseline, metric.key), metric.higher_is_better
+    )
+    found = (
+        result.difference.mean, result.difference.low, result.difference.high,
+        result.wins, result.ties, result.losses, result.verdict,
+    )  # fmt: skip
+    return dict(zip(_comparison_columns(metric.key), found, strict=True))
+
+
+def by_scene_and_seed(pictures: pd.DataFrame, key: str) -> pd.Series:
+    """A column of an arm as `statistics.compare` takes it; where LoRAs act alone, the mean over them."""
+    values = pd.Series(pictures[key].to_numpy(dtype=float), [pictures["scene"], pictures["seed"]], name=key)
+    return pd.Series(values.groupby(level=[0, 1], sort=False).mean())
+
+
+def _comparison_columns(key: str) -> list[str]:
+    parts = ("difference", "difference_low", "difference_high", "wins", "ties", "losses", "verdict")
+    return [f"{key}_{part}" for part in parts]
+
+
+def _cost(pictures: pd.DataFrame) -> dict[str, float]:
+    costs = {key: pictures[key].to_numpy(dtype=float) for key in COSTS}
+    costs = {"rows": costs["rows_forward"] + costs["rows_backward"], **costs}
+    if pictures.empty:
+        return dict.fromkeys(costs, np.nan)
+    return {key: float(values.max() if key == "peak_bytes" else np.median(values)) for key, values in costs.items()}
+
+
+def _ratio(cost: float, plain: float) -> float:
+    return cost / plain if plain else np.nan
+
+
+def _summary_columns() -> list[str]:
+    columns = ["arm", "role", "pictures", "scenes"]
+    for metric in METRICS:
+        columns += [metric.key, f"{metric.key}_low", f"{metric.key}_high"]
+        columns += _comparison_columns(metric.key) if metric.key in MAIN else []
+    return [*columns, "rows", *COSTS, "rows_ratio", "flops_ratio", "seconds_ratio"]

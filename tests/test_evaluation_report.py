@@ -1,0 +1,279 @@
+"""The report of an evaluation: what it says, and that it needs nothing else."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from compose.evaluation.report import MANY, SIDE, SMALL_SIDE, marked, number, write_report
+from compose.evaluation.results import PLAN, Plan
+from compose.evaluation.suite import Batch, Suite
+from compose.evaluation.table import METRICS, load, summary
+from compose.files import Machine
+from evaluations import Seen, known, sanity, store, suite
+
+FILES = ["report.html", "report.md", "pictures.csv", "concepts.csv", "summary.json"]
+EVIL = 'a <script>alert("x")</script> sks cat & a zwx dog | *bold* \x1b[31m\u202e'
+
+
+class _Page(HTMLParser):
+    """Everything of a page that could load something, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.alts: list[str] = []
+        self.text: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        found = {name: value or "" for name, value in attrs}
+        self.sources += [
+            value for name, value in found.items() if name in ("src", "srcset", "poster", "data", "background")
+        ]
+        self.links += [value for name, value in found.items() if name.endswith("href")]
+        self.alts += [found.get("alt", "")] if tag == "img" else []
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def evil() -> Suite:
+    return suite(model="<b>model</b>", scenes=[{"name": "both", "prompt": EVIL, "concepts": ["cat", "dog"]}])
+
+
+def partly(batch: Batch, seed: int) -> Seen | str | None:
+    gaps = {("tara", 1): "RuntimeError: <img src=x onerror=alert(1)> in `step`", ("tara", 2): None}
+    return gaps.get((batch.arm.name, seed), known(batch, seed))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = store(tmp_path_factory.mktemp("report"), evil(), partly, draw=True)
+    write_report(out)
+    return out
+
+
+def report_of(tmp_path: Path, of: Suite, measured: Any, **changes: Any) -> str:
+    write_report(store(tmp_path, of, measured, **changes))
+    return _Page(tmp_path / "report.html").words
+
+
+# --- the files ---
+
+
+def test_the_files(written: Path) -> None:
+    assert sorted(path.name for path in written.iterdir()) == sorted([*FILES, PLAN, "batches"])
+    report = write_report(written)
+    assert [path.name for path in report.paths] == FILES
+    assert report.html == written / "report.html"
+
+
+def test_the_same_results_give_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    write_report(store(tmp_path, evil(), partly, draw=True))
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
+
+
+def test_the_page_needs_nothing_else(written: Path) -> None:
+    page = _Page(written / "report.html")
+    text = (written / "report.html").read_text(encoding="utf-8")
+    assert page.sources
+    assert all(source.startswith("data:image/") for source in page.sources)
+    assert all(link.startswith("#") or (written / link).is_file() for link in page.links)
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
+    assert not re.search(
+        r"https?:|@import|url\((?!#)| on\w+=", re.sub(r"data:image/\w+;base64,[\w+/=]+|&lt;.*?&gt;", "", text)
+    )
+    assert all(page.alts)
+
+
+def test_identifiers_of_the_page_are_distinct(written: Path) -> None:
+    text = (written / "report.html").read_text(encoding="utf-8")
+    found = re.findall(r'\sid="([^"]+)"', text)
+    assert len(set(found)) == len(found)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(found)
+
+
+# --- what a stranger wrote ---
+
+
+def test_names_and_prompts_are_not_markup(written: Path) -> None:
+    page = _Page(written / "report.html")
+    assert "<script>alert(" in page.words  # as text
+    assert "<b>model</b>" in page.words
+    assert "<img src=x onerror=alert(1)>" in page.words
+    markdown = (written / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown + "".join(page.tags)
+    assert "<img" not in markdown
+    assert r"\`step\`" in markdown
+
+
+def test_characters_that_steer_are_spelled_out(written: Path) -> None:
+    for name in FILES[:2]:
+        assert not re.search("[\x00-\x09\x0b-\x1f\u202e]", (written / name).read_text(encoding="utf-8"))
+    assert r"\x1b[31m\u202e" in _Page(written / "report.html").words
+
+
+def test_marked_text_is_one_line_without_markup() -> None:
+    assert marked("a|b\n*c* <i>_d_ [e](f) `g`") == r"a\|b \*c\* &lt;i&gt;\_d\_ \[e\](f) \`g\`"
+
+
+# --- numbers ---
+
+
+def test_numbers_agree_everywhere(written: Path) -> None:
+    table = summary(load(written)).to_dict("records")
+    stored = json.loads((written / "summary.json").read_text())
+    pictures = pd.read_csv(written / "pictures.csv")
+    page = _Page(written / "report.html").words
+    lines = (written / "report.md").read_text(encoding="utf-8").splitlines()
+    for row, kept in zip(table, stored, strict=True):
+        (line,) = (line for line in lines if re.match(rf"\| \*?{row['arm']}[* ]", line))
+        of_arm = pictures[pictures["arm"] == row["arm"]]
+        for metric in METRICS:
+            shown = number(row[metric.key], metric)
+            assert f" {shown}" in line
+            assert shown in page
+            assert kept[metric.key] == pytest.approx(row[metric.key]) or pd.isna(row[metric.key])
+            if len(of_arm):  # one scene, so that the mean over scenes is that over pictures
+                assert number(of_arm[metric.key].astype(float).mean(), metric) == shown
+
+
+def test_tables_for_pandas(written: Path) -> None:
+    pictures, concepts = pd.read_csv(written / "pictures.csv"), pd.read_csv(written / "concepts.csv")
+    assert len(pictures) == 14
+    assert all((written / file).is_file() for file in pictures["file"])
+    merge = concepts[(concepts["arm"] == "merge") & (concepts["concept"] == "cat")]
+    assert merge["own"].tolist() == [0.6, 0.0]
+    assert merge["present"].tolist() == [True, False]
+    assert [row["arm"] for row in json.loads((written / "summary.json").read_text())][-1] == "tara"
+
+
+def test_numbers_are_short_and_signed() -> None:
+    assert number(0.12345) == "0.12"
+    assert number(-0.5, digits=1) == "\u22120.5"
+    assert number(0.5, METRICS[0], sign=True) == "+0.50"
+    assert number(float("nan")) == number(None) == "\u2013"
+
+
+def test_what_is_said_of_pictures(written: Path) -> None:
+    words = _Page(written / "report.html").words
+    assert "dog 0.300 like cat" in words
+    assert "cat 0.490 too low" in words
+    assert "cat not found" in words
+    assert "both, merge, seed 2: cat not found, dog found" in _Page(written / "report.html").alts
+    assert words.count("not there yet") == 1
+    assert "both , tara, seeds 1" in words
+
+
+def test_verdicts_in_words(tmp_path: Path) -> None:
+    scenes = {f"scene {i}": ("cat", "dog") for i in range(10)}
+    methods: dict[str, Seen] = {
+        "merge": {"cat": (0.5, 0.2), "dog": (0.5, 0.2)},
+        "regional": {"cat": (0.7, 0.1), "dog": (0.6, 0.1)},
+        "tara": {"cat": (0.2, 0.3), "dog": (0.1, 0.3)},
+    }
+    words = report_of(
+        tmp_path, suite(scenes, batch_size=2), lambda batch, seed: sanity(batch) or methods[batch.arm.name]
+    )
+    assert "better than merge" in words
+    assert "worse than merge" in words
+    assert "no verdict" not in words
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "better than merge" in next(line for line in markdown.splitlines() if line.startswith("| regional"))
+    assert "worse than merge" in next(line for line in markdown.splitlines() if line.startswith("| tara"))
+
+
+# --- warnings ---
+
+
+def test_few_scenes_and_gaps_are_said(written: Path) -> None:
+    for text in (_Page(written / "report.html").words, (written / "report.md").read_text(encoding="utf-8")):
+        assert "1 scene: intervals of so few say little" in text
+        assert "2 batches of 16 failed or are not made yet" in text
+
+
+def test_a_concept_that_cannot_be_told_is_said(tmp_path: Path) -> None:
+    words = report_of(tmp_path, suite(), lambda batch, seed: {"cat": (0.5, 0.2), "dog": known(batch, seed)["dog"]})
+    assert "This metric cannot tell cat" in words
+    assert "cannot tell dog" not in words
+
+
+def test_mixed_versions_and_machines_are_said(tmp_path: Path) -> None:
+    store(tmp_path, suite(seeds=[1]), known)
+    plan = Plan.model_validate_json((tmp_path / PLAN).read_text())
+    path = tmp_path / "batches" / plan.batches[0].key / "made.json"
+    made = json.loads(path.read_text())
+    other = Machine(device="cuda:0", name="a GPU", threads=1)
+    path.write_text(json.dumps(made | {"versions": {"torch": "3"}, "machine": other.model_dump()}))
+    write_report(tmp_path)
+    words = _Page(tmp_path / "report.html").words
+    assert "different versions" in words
+    assert "different machines" in words
+    assert "torch 3; or torch 2" in words
+
+
+def test_an_evaluation_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
+    words = report_of(tmp_path, suite(), lambda batch, seed: None)
+    assert "16 batches of 16 failed or are not made yet" in words
+    assert "No pictures with scores yet." in words
+
+
+# --- pictures ---
+
+
+def embedded(page: Path) -> list[tuple[str, Image.Image]]:
+    parts = [source.removeprefix("data:image/").split(";base64,") for source in _Page(page).sources]
+    return [(kind, Image.open(io.BytesIO(base64.b64decode(data)))) for kind, data in parts]
+
+
+def test_small_pictures_are_embedded_as_they_are(written: Path) -> None:
+    sources = _Page(written / "report.html").sources
+    for file in pd.read_csv(written / "pictures.csv")["file"]:
+        assert f"data:image/png;base64,{base64.b64encode((written / file).read_bytes()).decode()}" in sources
+
+
+def test_large_pictures_are_embedded_smaller(tmp_path: Path) -> None:
+    store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
+    for path in tmp_path.glob("batches/*/*.png"):
+        Image.new("RGB", (1024, 512)).save(path)
+    write_report(tmp_path)
+    sizes = {image.size for kind, image in embedded(tmp_path / "report.html") if max(image.size) > SMALL_SIDE}
+    assert sizes == {(SIDE, SIDE // 2)}
+    style = re.search(r'title="cat" style="([^"]*)"', (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert style is not None
+    assert style[1] == "left:0.2%;top:1.56%;width:5.86%;height:21.88%"  # of 1024 x 512
+
+
+def test_many_pictures_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MANY > 5
+    monkeypatch.setattr("compose.evaluation.report.MANY", 5)
+    store(tmp_path, suite(methods=["merge"]), known, draw=True)
+    Image.new("RGB", (512, 512)).save(next(tmp_path.glob("batches/*/1.png")))
+    write_report(tmp_path)
+    assert {kind for kind, _ in embedded(tmp_path / "report.html")} == {"webp"}
+    assert max(max(image.size) for _, image in embedded(tmp_path / "report.html")) == SMALL_SIDE
+    assert f"at no more than {SMALL_SIDE} pixels" in _Page(tmp_path / "report.html").words
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no picture")])
+def test_a_picture_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None:
+    store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
+    damage(next(tmp_path.glob("batches/both-merge*/1.png")))
+    write_report(tmp_path)
+    assert _Page(tmp_path / "report.html").words.count("picture missing") == 1

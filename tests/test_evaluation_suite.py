@@ -1,0 +1,195 @@
+"""Suites: what they say, what follows from them, and what is wrong with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compose.evaluation.planning import make_plan
+from compose.evaluation.suite import arms, batches, read_suite, run_of, suites_dir, without_triggers
+from compose.files import FileError
+
+CAT = {
+    "name": "cat",
+    "lora": {"ordinary": "playground:cat", "tara": "playground:cat-tara"},
+    "trigger": "sks",
+    "class_word": "cat",
+    "references": "playground:cat",
+}
+DOG = {
+    "name": "dog",
+    "lora": {"ordinary": "playground:dog", "tara": "playground:dog-tara"},
+    "trigger": "zwx",
+    "class_word": "dog",
+    "references": "playground:dog",
+}
+SCENE = {
+    "name": "both",
+    "prompt": "a sks cat and a zwx dog on grass",
+    "concepts": ["cat", "dog"],
+    "regions": {"cat": [0, 0, 64, 128], "dog": [64, 0, 128, 128]},
+}
+SUITE: dict[str, Any] = {
+    "name": "small",
+    "model": "playground",
+    "encoder": "playground:judge",
+    "concepts": [CAT, DOG],
+    "scenes": [SCENE],
+    "methods": ["merge", {"method": "tara", "lora": "tara"}, "regional"],
+    "seeds": [3, 1, 2],
+    "batch_size": 2,
+    "steps": 2,
+}
+
+
+def written(folder: Path, **changes: Any) -> str:
+    path = folder / "suite.json"
+    path.write_text(json.dumps({**SUITE, **changes}), encoding="utf-8")
+    return str(path)
+
+
+def complaint(folder: Path, **changes: Any) -> str:
+    with pytest.raises(FileError) as caught:
+        read_suite(written(folder, **changes))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in suites_dir().glob("*.yaml")))
+def test_suites_that_come_along_can_be_read(name: str) -> None:
+    suite = read_suite(name)
+    assert len(suite.scenes) >= 5  # intervals are taken over scenes
+    assert {"merge", "regional"} <= {method.name for method in suite.compared}
+
+
+@pytest.mark.parametrize("name", ["playground-quick", "playground-full"])
+def test_playground_suites_use_every_concept(name: str) -> None:
+    suite = read_suite(name)
+    used = [concept for scene in suite.scenes for concept in scene.concepts]
+    assert all(used.count(concept.name) >= 2 for concept in suite.concepts)
+
+
+def test_every_scene_has_the_sanity_rows_and_all_methods(tmp_path: Path) -> None:
+    suite = read_suite(written(tmp_path, methods=["regional", {"method": "tara", "lora": "tara"}]))
+    rows = [(arm.name, arm.alone, arm.lora) for arm in arms(suite, suite.scenes[0])]
+    assert rows == [
+        ("no LoRA", None, None),
+        ("alone", "cat", "ordinary"),
+        ("alone", "dog", "ordinary"),
+        ("alone, tara", "cat", "tara"),
+        ("alone, tara", "dog", "tara"),
+        ("merge", None, None),
+        ("regional", None, None),
+        ("tara", None, "tara"),
+    ]
+
+
+def test_seeds_are_divided_into_batches_in_their_order(tmp_path: Path) -> None:
+    suite = read_suite(written(tmp_path))
+    seeds = [batch.seeds for batch in batches(suite) if batch.arm.name == "merge"]
+    assert seeds == [(3, 1), (2,)]
+
+
+def test_prompts_name_only_who_takes_part(tmp_path: Path) -> None:
+    suite = read_suite(written(tmp_path))
+    prompts = {(batch.arm.name, batch.arm.alone): run_of(suite, batch).scene.prompt for batch in batches(suite)}
+    assert prompts["no LoRA", None] == "a cat and a dog on grass"
+    assert prompts["alone", "dog"] == "a cat and a zwx dog on grass"
+    assert prompts["merge", None] == SCENE["prompt"]
+
+
+def test_methods_get_the_loras_of_their_kind(tmp_path: Path) -> None:
+    suite = read_suite(written(tmp_path))
+    loras = {batch.arm.name: [c.lora for c in run_of(suite, batch).scene.concepts] for batch in batches(suite)}
+    assert loras["no LoRA"] == []
+    assert loras["merge"] == ["playground:cat", "playground:dog"]
+    assert loras["tara"] == ["playground:cat-tara", "playground:dog-tara"]
+
+
+def test_a_concept_may_have_one_lora(tmp_path: Path) -> None:
+    concepts = [{**CAT, "lora": "playground:cat"}, {**DOG, "lora": "playground:dog"}]
+    suite = read_suite(written(tmp_path, concepts=concepts, methods=["merge"]))
+    assert [arm.name for arm in arms(suite, suite.scenes[0])] == ["no LoRA", "alone", "alone", "merge"]
+
+
+def test_triggers_are_taken_out_as_whole_words(tmp_path: Path) -> None:
+    suite = read_suite(written(tmp_path))
+    assert without_triggers("SKS cat, sksy and zwx dog; a sks", suite.concepts) == "cat, sksy and dog; a"
+
+
+def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
+    concepts = [
+        {**CAT, "lora": "loras/cat.safetensors", "references": ["a.png", "b.png"]},
+        {**DOG, "lora": "./dog.safetensors"},
+    ]
+    suite = read_suite(written(tmp_path, concepts=concepts, methods=["merge"], model="./model"))
+    assert suite.concepts[0].lora == str(tmp_path / "loras/cat.safetensors")
+    assert suite.concepts[0].references == (str(tmp_path / "a.png"), str(tmp_path / "b.png"))
+    assert suite.model == str(tmp_path / "model")
+    assert suite.encoder == "playground:judge"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"scenes": []}, "scenes"),
+        ({"methods": []}, "methods"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"methods": ["mrege"]}, "unknown method 'mrege'; there are merge"),
+        ({"methods": [{"method": "tara", "settings": {"speed": 1}}]}, "tara has no settings ['speed']"),
+        ({"methods": ["merge", "merge"]}, "'merge' stands twice"),
+        ({"methods": [{"method": "merge", "name": "alone"}]}, "'alone' is the name of a row"),
+        ({"methods": [{"method": "merge", "name": "m", "lora": "other"}]}, "of the kind 'other', which cat, dog lacks"),
+        ({"baseline": "clora"}, "the baseline 'clora' is not among the methods; there are merge, tara, regional"),
+        (
+            {"scenes": [{**SCENE, "concepts": ["cat", "fox"]}]},
+            "scene 'both' names fox, which is no concept of the suite",
+        ),
+        ({"scenes": [{**SCENE, "concepts": ["cat", "cat"]}]}, "names a concept twice"),
+        ({"scenes": [{**SCENE, "prompt": "a sks cat and a dog"}]}, "does not name 'dog' by its trigger 'zwx'"),
+        ({"scenes": [{**SCENE, "regions": {"cat": [0, 0, 9, 9]}}]}, "needs a region for each of cat, dog"),
+        ({"scenes": [{**SCENE, "regions": {}}]}, "no regions and the suite has no detector"),
+        ({"scenes": [SCENE, SCENE]}, "'both' stands twice"),
+        ({"scenes": [{**SCENE, "name": "../../etc"}]}, "scenes[0].name"),
+        ({"scenes": [{**SCENE, "sizes": 3}]}, "scenes[0].sizes: there is no such field; there are name, prompt"),
+        ({"detector": {"kind": "magic"}}, "detector"),
+        ({"encodr": "clip"}, "encodr: there is no such field; there are name, model, encoder"),
+        ({"concepts": [{**CAT, "trigger": ""}, DOG]}, "concepts[0].trigger"),
+        ({"guidance_scale": "much"}, "guidance_scale"),
+    ],
+)
+def test_mistakes_are_named_with_their_place(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    message = complaint(tmp_path, **changes)
+    assert expected in message
+    assert "suite.json" in message
+
+
+def test_an_unknown_suite_lists_those_that_come_along() -> None:
+    with pytest.raises(FileError, match="playground-full, playground-quick"):
+        read_suite("playground-slow")
+
+
+def test_a_plan_changes_only_where_something_changed(tmp_path: Path) -> None:
+    before = make_plan(read_suite(written(tmp_path)))
+    same = make_plan(read_suite(written(tmp_path)))
+    more = make_plan(read_suite(written(tmp_path, methods=["merge", "regional"], name="other", baseline="regional")))
+    slower = make_plan(read_suite(written(tmp_path, steps=3)))
+    judged = make_plan(read_suite(written(tmp_path, detector={"kind": "windows", "vocabulary": ["fox"]})))
+    keys = {planned.key for planned in before.batches}
+    assert same.batches == before.batches
+    assert {planned.key for planned in more.batches} < keys
+    assert not {planned.key for planned in slower.batches} & keys
+    assert {planned.key for planned in judged.batches} == keys
+    assert not {planned.scores for planned in judged.batches} & {planned.scores for planned in before.batches}
+
+
+def test_batches_have_different_names(tmp_path: Path) -> None:
+    plan = make_plan(read_suite(written(tmp_path)))
+    assert len({planned.key for planned in plan.batches}) == len(plan.batches)
+
+
+def test_a_missing_reference_picture_is_named(tmp_path: Path) -> None:
+    suite = read_suite(written(tmp_path, concepts=[{**CAT, "references": ["lost.png"]}, DOG]))
+    with pytest.raises(ValueError, match=r"concept 'cat': the reference picture '.*lost.png' is missing"):
+        make_plan(suite)

@@ -1,0 +1,288 @@
+"""From stored scores to tables, with numbers computed by hand."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from pandas.testing import assert_frame_equal
+
+from compose.evaluation.metrics import success
+from compose.evaluation.results import MADE, PLAN
+from compose.evaluation.statistics import bootstrap
+from compose.evaluation.suite import Batch
+from compose.evaluation.table import MAIN, METRICS, Evaluation, arm_names, load, summary
+from compose.files import FileError
+from evaluations import SCORES, Seen, known, sanity, store, suite
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Evaluation:
+    return load(store(tmp_path, suite(), known))
+
+
+def picture(evaluation: Evaluation, arm: str, seed: int, alone: str | None = None) -> dict[str, Any]:
+    rows = evaluation.arm(arm).to_dict("records")
+    (row,) = (row for row in rows if row["seed"] == seed and alone in (None, row["alone"]))
+    return row
+
+
+def concept(evaluation: Evaluation, arm: str, seed: int, name: str) -> dict[str, Any]:
+    rows = evaluation.concepts.to_dict("records")
+    (row,) = (row for row in rows if (row["arm"], row["seed"], row["concept"]) == (arm, seed, name))
+    return row
+
+
+def arms(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    return {row["arm"]: row for row in summary(evaluation).to_dict("records")}
+
+
+def values(row: dict[str, Any], names: str) -> list[Any]:
+    return [row[name] for name in names.split()]
+
+
+def by_concept(evaluation: Evaluation, *names: str) -> dict[str, tuple[float, ...]]:
+    return {row["concept"]: tuple(row[name] for name in names) for row in evaluation.thresholds.to_dict("records")}
+
+
+# --- pictures and concepts ---
+
+
+def test_there_is_a_row_per_picture_and_per_concept_that_counts(evaluation: Evaluation) -> None:
+    # two seeds of: no LoRA, two kinds of LoRAs of two concepts, three methods
+    assert len(evaluation.pictures) == 2 * (1 + 4 + 3)
+    assert len(evaluation.concepts) == 2 * (2 + 4 + 2 * 3)
+    assert set(evaluation.concepts.query("arm == 'alone' and alone == 'cat'")["concept"]) == {"cat"}
+
+
+def test_a_swapped_concept(evaluation: Evaluation) -> None:
+    row = picture(evaluation, "merge", 1)
+    assert values(row, "region region_min leak swap found") == pytest.approx([0.45, 0.3, 0.4, 0.5, 1])
+    assert not row["success"]
+    dog = concept(evaluation, "merge", 1, "dog")
+    assert (dog["own"], dog["other"], dog["nearest"], dog["present"]) == (0.3, 0.5, "cat", False)
+    cat = concept(evaluation, "merge", 1, "cat")
+    assert (cat["nearest"], cat["threshold"], cat["present"]) == ("cat", pytest.approx(0.5), True)
+
+
+def test_what_was_not_found_counts_as_0_but_does_not_leak(evaluation: Evaluation) -> None:
+    row = picture(evaluation, "merge", 2)
+    assert values(row, "region region_min leak swap found") == pytest.approx([0.25, 0, 0.2, 0, 0.5])
+    assert not row["success"]
+    cat = concept(evaluation, "merge", 2, "cat")
+    assert (cat["own"], cat["found"], cat["present"]) == (0, False, False)
+    assert all(map(pd.isna, values(cat, "other nearest placed detection left")))
+    nothing = picture(evaluation, "tara", 2)
+    assert values(nothing, "region region_min found") == [0, 0, 0]
+    assert all(map(pd.isna, values(nothing, "leak swap placed")))
+
+
+def test_success_needs_the_threshold(evaluation: Evaluation) -> None:
+    assert picture(evaluation, "regional", 1)["success"]
+    assert not picture(evaluation, "regional", 2)["success"]  # 0.49 of the cat are less than 0.5
+
+
+def test_where_a_lora_acts_alone_only_its_concept_counts(evaluation: Evaluation) -> None:
+    row = picture(evaluation, "alone", 1, "dog")
+    assert values(row, "region region_min leak swap found") == pytest.approx([0.6, 0.6, 0.2, 0, 1])
+    assert row["success"]
+
+
+def test_thresholds_are_halfway_between_without_and_alone(evaluation: Evaluation) -> None:
+    table = by_concept(evaluation, "without", "alone", "threshold")
+    assert table["cat"] == pytest.approx((0.3, 0.7, 0.5))
+    assert table["dog"] == pytest.approx((0.2, 0.6, 0.4))
+    assert evaluation.untold == evaluation.unmeasured == []
+
+
+def test_thresholds_leave_out_what_was_not_found(tmp_path: Path) -> None:
+    def measured(batch: Batch, seed: int) -> Seen:
+        lost = seed == 2 and batch.arm.name in ("no LoRA", "alone")
+        return {"cat": None, "dog": None} if lost else known(batch, seed)
+
+    table = by_concept(load(store(tmp_path, suite(), measured)), "threshold")
+    assert (*table["cat"], *table["dog"]) == pytest.approx((0.5, 0.4))
+
+
+def test_ratios_are_over_the_same_kind_of_lora_alone(evaluation: Evaluation) -> None:
+    ratio = {(row["arm"], row["concept"]): row["ratio"] for row in evaluation.bounds.to_dict("records")}
+    assert ratio["merge", "cat"] == pytest.approx(0.3 / 0.7)  # 0.6 and 0
+    assert ratio["merge", "dog"] == pytest.approx(0.4 / 0.6)
+    assert ratio["tara", "cat"] == pytest.approx(0.25 / 0.5)  # 0.5 and 0, over TARA LoRAs
+    assert ratio["no LoRA", "cat"] == pytest.approx(0.3 / 0.7)
+    assert ratio["alone, tara", "dog"] == pytest.approx(1)
+    assert np.mean(evaluation.arm("merge")["ratio"].to_numpy()) == pytest.approx((0.3 / 0.7 + 0.4 / 0.6) / 2)
+
+
+def test_a_concept_that_cannot_be_told(tmp_path: Path) -> None:
+    def measured(batch: Batch, seed: int) -> Seen:
+        found = dict(known(batch, seed))
+        return found | {"dog": (0.65, 0.1)} if batch.arm.name == "no LoRA" else found
+
+    evaluation = load(store(tmp_path, suite(), measured))
+    assert evaluation.untold == ["dog"]
+    assert concept(evaluation, "regional", 1, "dog")["present"]  # nearest to its own references, no threshold
+    assert np.isnan(concept(evaluation, "regional", 1, "dog")["threshold"])
+
+
+def test_a_scene_of_one_concept(tmp_path: Path) -> None:
+    evaluation = load(store(tmp_path, suite({"one": ("cat",)}), known))
+    row = picture(evaluation, "regional", 1)
+    assert (row["region"], row["region_min"], row["success"]) == (0.7, 0.7, True)
+    assert all(map(pd.isna, values(row, "leak swap")))
+    assert evaluation.thresholds["concept"].tolist() == ["cat"]
+
+
+def test_the_order_of_concepts_does_not_matter(tmp_path: Path) -> None:
+    straight = load(store(tmp_path / "a", suite({"both": ("cat", "dog")}), known))
+    turned = load(store(tmp_path / "b", suite({"both": ("dog", "cat")}), known))
+    keys = ["arm", "alone", "seed"]
+    first, second = (one.pictures.sort_values(keys).reset_index(drop=True) for one in (straight, turned))
+    assert_frame_equal(first, second)
+    assert_frame_equal(straight.thresholds, turned.thresholds)
+
+
+def test_success_of_a_picture_is_that_of_the_metric(tmp_path: Path) -> None:
+    steps = [None, *product((0.125, 0.375, 0.5, 0.75), repeat=2)]  # a concept's similarity to itself and to the other
+    cases: dict[int, Any] = dict(enumerate(product(steps, repeat=2)))
+
+    def measured(batch: Batch, seed: int) -> Seen:
+        return sanity(batch) or dict(zip(("cat", "dog"), cases[seed], strict=True))
+
+    evaluation = load(store(tmp_path, suite(seeds=list(cases), methods=["merge"], batch_size=64), measured))
+    found = dict(zip(evaluation.arm("merge")["seed"], evaluation.arm("merge")["success"], strict=True))
+    gap = (np.nan, np.nan)
+    for seed, (cat, dog) in cases.items():
+        matrix = np.array([cat or gap, (dog or gap)[::-1]])
+        assert found[seed] == success(matrix, np.array([0.5, 0.4])), (cat, dog)
+
+
+# --- what is not there ---
+
+
+def test_failures_and_gaps_are_counted(tmp_path: Path) -> None:
+    def measured(batch: Batch, seed: int) -> Seen | str | None:
+        gaps = {("merge", 1): "out of memory", ("merge", 2): None, ("regional", 1): "unscored"}
+        return gaps.get((batch.arm.name, seed), known(batch, seed))
+
+    evaluation = load(store(tmp_path, suite(), measured))
+    assert [(one.arm, one.error) for one in evaluation.failed] == [("merge", "out of memory")]
+    assert (evaluation.missing, evaluation.unscored) == (1, 1)
+    assert evaluation.arm("merge").empty
+    assert evaluation.arm("regional")["seed"].tolist() == [2]
+    table = arms(evaluation)
+    assert table["merge"]["pictures"] == 0
+    assert np.isnan(table["merge"]["success"])
+    assert table["regional"]["success_verdict"] == "undecided"
+
+
+def test_a_batch_is_there_when_it_is_complete(tmp_path: Path) -> None:
+    store(tmp_path, suite(), known)
+    for path in tmp_path.glob(f"batches/both-merge-*/{MADE}"):
+        path.unlink()
+    assert load(tmp_path).missing == 2
+
+
+def test_scores_of_some_pictures(tmp_path: Path) -> None:
+    def measured(batch: Batch, seed: int) -> Seen | None:
+        return None if batch.arm.name == "merge" and seed == 2 else known(batch, seed)
+
+    evaluation = load(store(tmp_path, suite(batch_size=2), measured))
+    assert evaluation.arm("merge")["seed"].tolist() == [1]
+    assert evaluation.unscored == 1
+
+
+def test_an_evaluation_that_has_not_begun(tmp_path: Path) -> None:
+    evaluation = load(store(tmp_path, suite(), lambda batch, seed: None))
+    assert evaluation.pictures.empty
+    assert evaluation.missing == len(evaluation.plan.batches)
+    assert evaluation.unmeasured == ["cat", "dog"]
+    assert summary(evaluation)["pictures"].tolist() == [0] * 6
+
+
+def test_types_do_not_depend_on_what_is_there(tmp_path: Path, evaluation: Evaluation) -> None:
+    empty = load(store(tmp_path / "empty", suite(), lambda batch, seed: None))
+    numbers = ["seed", "own", "other", "threshold", "left", "region", "leak", "success", "extra", "seconds"]
+    for full, none in ((evaluation.pictures, empty.pictures), (evaluation.concepts, empty.concepts)):
+        assert full.columns.tolist() == none.columns.tolist()
+        shared = [name for name in numbers if name in full]
+        assert full.dtypes[shared].tolist() == none.dtypes[shared].tolist()
+
+
+def test_no_evaluation_and_damaged_ones(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="there is no evaluation"):
+        load(tmp_path)
+    store(tmp_path, suite(), known)
+    path = tmp_path / "batches/both-merge-None-1" / SCORES
+    path.write_text(path.read_text().replace('"cat"', '"cow"'))
+    with pytest.raises(FileError, match="seed 1 lacks cat"):
+        load(tmp_path)
+    path.write_text("{")
+    with pytest.raises(FileError, match="damaged"):
+        load(tmp_path)
+    (tmp_path / PLAN).write_text("[]")
+    with pytest.raises(FileError, match="damaged"):
+        load(tmp_path)
+
+
+# --- the summary ---
+
+
+def many_scenes(better: bool) -> tuple[dict[str, tuple[str, ...]], "dict[str, Seen]"]:
+    scenes = {f"scene {i}": ("cat", "dog") for i in range(12)}
+    good: Seen = {"cat": (0.7, 0.1), "dog": (0.6, 0.1)}
+    bad: Seen = {"cat": (0.45, 0.3), "dog": (0.3, 0.3)}
+    return scenes, {"regional": good if better else bad, "merge": bad if better else good, "tara": bad}
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_verdicts_of_clear_cases(tmp_path: Path, better: bool) -> None:
+    scenes, seen = many_scenes(better)
+    out = store(tmp_path, suite(scenes, batch_size=2), lambda batch, seed: sanity(batch) or seen[batch.arm.name])
+    row = arms(load(out))["regional"]
+    assert {row[f"{key}_verdict"] for key in MAIN} == {"better" if better else "worse"}
+    assert row["region_min_difference"] == pytest.approx(0.3 if better else -0.3)
+    assert row["leak_difference"] == pytest.approx(-0.2 if better else 0.2)
+    assert (row["leak_wins"], row["leak_losses"]) == ((24, 0) if better else (0, 24))
+
+
+def test_few_scenes_give_no_verdict(evaluation: Evaluation) -> None:
+    row = arms(evaluation)["regional"]
+    assert {row[f"{key}_verdict"] for key in MAIN} == {"undecided"}
+    assert (row["region_min_wins"], row["region_min_ties"], row["region_min_losses"]) == (2, 0, 0)
+
+
+def test_the_summary_is_in_the_order_of_the_suite(evaluation: Evaluation) -> None:
+    table = summary(evaluation)
+    expected = ["no LoRA", "alone", "alone, tara", "merge", "regional", "tara"]
+    assert table["arm"].tolist() == arm_names(evaluation.suite) == expected
+    assert table["role"].tolist() == ["sanity"] * 3 + ["baseline"] + ["method"] * 2
+    assert [isinstance(said, str) for said in table["success_verdict"]] == [False] * 4 + [True] * 2
+    first = suite(methods=["regional", "merge"], baseline="regional")
+    assert arm_names(first) == ["no LoRA", "alone", "regional", "merge"]
+
+
+def test_intervals_are_over_scenes(tmp_path: Path) -> None:
+    scenes = {f"scene {i}": ("cat", "dog") for i in range(4)}
+
+    def measured(batch: Batch, seed: int) -> Seen:
+        own = 0.2 + 0.1 * int(batch.scene.name[-1]) + 0.01 * seed
+        return sanity(batch) or {"cat": (own, 0.1), "dog": (own, 0.1)}
+
+    evaluation = load(store(tmp_path, suite(scenes), measured))
+    row = arms(evaluation)["merge"]
+    pictures = evaluation.arm("merge")
+    for metric in METRICS:
+        interval = bootstrap(pictures[metric.key].astype(float).tolist(), pictures["scene"].tolist())
+        expected = [interval.mean, interval.low, interval.high]
+        found = [row[metric.key], row[f"{metric.key}_low"], row[f"{metric.key}_high"]]
+        assert found == pytest.approx(expected, nan_ok=True)
+    assert row["region"] == pytest.approx(0.365)
+
+
+def test_costs_are_relative_to_no_lora(evaluation: Evaluation) -> None:
+    table = arms(evaluation)
+    assert values(table["tara"], "rows rows_ratio flops_ratio seconds seconds_ratio") == [100, 2, 2, 4, 2]
+    assert values(table["no LoRA"], "rows_ratio flops_ratio seconds_ratio") == [1, 1, 1]

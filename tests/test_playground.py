@@ -1,0 +1,207 @@
+"""The playground's recipe, on made-up artwork, and its judge, on pictures it has not seen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from compose.assets import playground_judge, playground_references
+from compose.evaluation.detectors import WindowDetector, overlap
+from compose.evaluation.encoders import JUDGE, Encoder, load_encoder
+from compose.evaluation.scoring import reference_crop
+from compose.playground import world
+from compose.playground.judge import app, nearest
+from compose.playground.judge_data import (
+    SIDE,
+    Batches,
+    Label,
+    Painter,
+    describe,
+    is_held_out,
+    name_of,
+    names,
+)
+from compose.playground.world import CONCEPTS, PALE, Coat, dress, place, squares
+
+CLASSES = ("bear", "boat", "car", "cat", "dog", "fox", "house", "lion", "rabbit", "robot", "tree")
+
+
+@pytest.fixture(scope="module")
+def sprites() -> dict[str, np.ndarray]:
+    """A grey disc, square or bar of its own shape for every class and vendor."""
+    found = {}
+    ys, xs = np.mgrid[:96, :96] - 48
+    for i, name in enumerate(CLASSES):
+        for j, vendor in enumerate(world.VENDORS):
+            inside = np.abs(xs) ** (1 + j) * (1 + 0.1 * i) + np.abs(ys) ** (1 + j) < 44 ** (1 + j)
+            shade = (90 + 10 * i + (ys + 48) // 2)[..., None].repeat(3, 2)
+            found[f"{name}/{vendor}"] = np.concatenate([shade, 255 * inside[..., None]], 2).clip(0, 255).astype("u1")
+    return found
+
+
+@pytest.fixture
+def painter(sprites: dict[str, np.ndarray]) -> Painter:
+    return Painter(sprites, seed=0)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Encoder:
+    return load_encoder(JUDGE)
+
+
+def colour(picture: np.ndarray) -> np.ndarray:
+    return picture[40:56, 40:56, :3].reshape(-1, 3).mean(axis=0)
+
+
+def test_objects_stay_in_the_picture_and_apart() -> None:
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3):
+        for _ in range(50):
+            found = squares(rng, count)
+            assert len(found) == count
+            assert all(x >= 0 and y >= 0 and max(x, y) + side <= world.SIZE for x, y, side in found)
+            boxes = [(x, y, x + side, y + side) for x, y, side in found]
+            assert all(overlap(a, b) == 0 for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_what_sticks_out_is_cut_off(sprites: dict[str, np.ndarray]) -> None:
+    image = np.zeros((64, 64, 3))
+    place(image, sprites["cat/noto"], (40, -20, 48))
+    place(image, sprites["cat/noto"], (200, 0, 48))
+    assert image[:28, 40:].any()
+    assert not image[:, :40].any()
+    assert not image[28:].any()
+
+
+def test_a_coat_has_its_colours_and_keeps_the_outline(sprites: dict[str, np.ndarray]) -> None:
+    sprite = sprites["bear/noto"]
+    blue = dress(sprite, Coat(None, world.HUES["blue"]))
+    assert colour(blue).argmax() == 2
+    assert (blue[..., 3] == sprite[..., 3]).all()
+    halves = dress(sprite, Coat("half", world.HUES["red"], PALE))
+    assert halves[20, 48, 0] > 1.5 * halves[20, 48, 2]
+    assert np.ptp(halves[80, 48, :3].astype(int)) < 5
+
+
+def test_the_same_seed_gives_the_same_batch(sprites: dict[str, np.ndarray]) -> None:
+    one, again = (next(iter(Batches(sprites, 3, None))) for _ in range(2))
+    assert torch.equal(one.pixels, again.pixels)
+    assert one.captions == again.captions
+
+
+def test_a_caption_is_right_about_its_picture(painter: Painter) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        for label in painter.identities():
+            assert describe(rng, label).true_of(label)
+            assert describe(rng, Label("part", label.name, label.vendor, label.coat)).name == label.name
+
+
+def test_captions_are_wrong_about_other_coats_and_classes() -> None:
+    rng = np.random.default_rng(0)
+    striped = Label("whole", "cat", "noto", Coat("stripes", 115), "on grass")
+    others = [
+        Label("whole", "dog", "noto", Coat("stripes", 115), "on grass"),
+        Label("part", "cat", "noto", Coat("stripes", 115), "on grass"),
+        Label("nothing"),
+    ]
+    for _ in range(50):
+        caption = describe(rng, striped)
+        assert not any(caption.true_of(other) for other in others)
+        spotted = Label("whole", "cat", "noto", Coat("dots", 60, 28), "on grass")
+        assert caption.true_of(spotted) == (not caption.colours and not caption.pattern)
+
+
+def test_the_concepts_of_the_playground_are_never_shown(painter: Painter) -> None:
+    labels = [label for _ in range(300) for label in painter.identities()]
+    assert not [label for label in labels if is_held_out(*label.identity)]
+    assert all(is_held_out(name, "noto", known.coat) for name, known in CONCEPTS.items())
+
+
+def test_every_crop_has_a_name() -> None:
+    known = names(CLASSES)
+    assert known[name_of(Label("whole", "fox"), CLASSES)] == "a fox"
+    assert known[name_of(Label("part", "fox"), CLASSES)] == "a part of a fox"
+    assert known[name_of(Label("nothing"), CLASSES)] == "nothing"
+    assert name_of(Label("scene", text="a fox on grass"), CLASSES) == -1
+
+
+def test_a_batch_fits_together(painter: Painter, sprites: dict[str, np.ndarray]) -> None:
+    batch = next(iter(Batches(sprites, 0, None)))
+    pictures = len(batch.captions)
+    assert batch.pixels.shape == (pictures, 3, SIDE, SIDE)
+    assert -1 <= batch.pixels.min() < batch.pixels.max() <= 1
+    assert batch.truth.diagonal().all()  # every caption is right about its own picture
+    told = batch.identity[batch.identity >= 0]
+    assert (torch.bincount(told) == 2).all()  # two views of every identity
+
+
+def test_the_judge_is_trained_continued_and_opened(
+    sprites: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "sprites.npz", **dict(sprites))
+    arguments = ["train", str(tmp_path / "sprites.npz"), str(tmp_path / "judge"), "--steps"]
+    first = CliRunner().invoke(app, [*arguments, "1"])
+    assert first.exit_code == 0, first.output
+    more = CliRunner().invoke(app, [*arguments, "2"])
+    assert more.exit_code == 0, more.output
+    assert "1 captions" in more.output
+    assert "0 captions" not in more.output
+    encoder = load_encoder(str(tmp_path / "judge"))
+    found = encoder.images([Image.new("RGB", (70, 70), "red")]) @ encoder.texts(["a cat"]).T
+    assert found.shape == (1, 1)
+
+
+def test_the_judge_is_small() -> None:
+    files = list(playground_judge().iterdir())
+    assert sum(file.stat().st_size for file in files) < 20 * 2**20
+
+
+def references() -> list[tuple[str, Path]]:
+    return [(name, path) for name in CONCEPTS for path in playground_references(name)]
+
+
+def test_the_judge_knows_the_concepts_by_their_references(judge: Encoder) -> None:
+    crops = judge.images([reference_crop(path) for _, path in references()])
+    right = nearest(crops, [name for name, _ in references()])
+    assert np.mean(right) >= 0.98
+
+
+def test_the_judge_names_the_classes(judge: Encoder) -> None:
+    crops = judge.images([reference_crop(path) for _, path in references()])
+    words = judge.texts([world.article(name) for name in world.BASE_CLASSES])
+    named = [world.BASE_CLASSES[i] for i in (crops @ words.T).argmax(1)]
+    assert np.mean([one == name for one, (name, _) in zip(named, references(), strict=True)]) >= 0.95
+
+
+def recorded(path: Path) -> tuple[int, int, int, int]:
+    lines = (path.parent / "captions.tsv").read_text(encoding="utf-8").splitlines()
+    left, top, side = map(int, lines[int(path.stem)].split("\t")[2].split())
+    return left, top, left + side, top + side
+
+
+def found_in(judge: Encoder, paths: Sequence[tuple[str, Path]]) -> list[bool]:
+    detector = WindowDetector(judge, world.BASE_CLASSES)
+    hits = []
+    for name, path in paths:
+        with Image.open(path) as image:
+            found = detector.detect(image.convert("RGB"), [name])
+        hits.append(bool(found) and overlap(found[0].box, recorded(path)) > 0.4)
+    return hits
+
+
+def test_the_judge_finds_the_concepts_in_their_references(judge: Encoder) -> None:
+    hits = found_in(judge, references()[::2])
+    assert np.mean(hits) >= 0.9
+
+
+def test_the_judge_finds_nothing_where_nothing_is(judge: Encoder) -> None:
+    detector = WindowDetector(judge, world.BASE_CLASSES)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        image, _ = world.background(rng)
+        assert not detector.detect(Image.fromarray(image.clip(0, 255).astype("u1")), ["cat", "dog"])
