@@ -21,7 +21,7 @@ pytestmark = [
 DEVICE = "cuda"
 TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "xlo", "robot": "ohwx"}
 PROMPT = "a sks cat, a zwx dog, a xlo bear and a ohwx robot"
-METHODS = ("merge", "tara", Regional())
+METHODS = ("merge", "tara", "switch", "composite", Regional())
 
 
 @pytest.fixture(autouse=True)

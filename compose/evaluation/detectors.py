@@ -14,7 +14,7 @@ from attention.masks import Box
 from compose.evaluation.encoders import Encoder
 from compose.evaluation.suite import WindowsConfig, ZeroShotConfig
 
-OVERLAP = 0.4  # two boxes that share more than this (intersection over union) are one object
+SHARED = 0.5  # two boxes of which the smaller one lies in the larger one by more than this are one object
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WindowDetector:
     """
 
     def __init__(
-        self, encoder: Encoder, vocabulary: Sequence[str] = (), threshold: float = 0.5, temperature: float = 0.04
+        self, encoder: Encoder, vocabulary: Sequence[str] = (), threshold: float = 0.3, temperature: float = 0.04
     ) -> None:
         if not encoder.has_text:
             raise ValueError(
@@ -165,21 +165,27 @@ def distinct(found: Sequence[Detection]) -> list[Detection]:
     """The surest of findings that lie on each other, whatever their words."""
     kept: list[Detection] = []
     for one in sorted(found, key=lambda one: -one.score):
-        if all(overlap(one.box, other.box) <= OVERLAP for other in kept):
+        if all(shared(one.box, other.box) <= SHARED for other in kept):
             kept.append(one)
     return kept
 
 
 def overlap(a: Box, b: Box) -> float:
     """Intersection over union of two boxes, 0 to 1."""
-    across = max(0, min(a[2], b[2]) - max(a[0], b[0]))
-    down = max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    both = across * down
-    return both / (area(a) + area(b) - both)
+    both = _common(a, b)
+    return both / (_area(a) + _area(b) - both)
 
 
-def area(box: Box) -> int:
-    """Pixels in a box."""
+def shared(a: Box, b: Box) -> float:
+    """How much of the smaller box lies in the larger one, 0 to 1."""
+    return _common(a, b) / min(_area(a), _area(b))
+
+
+def _common(a: Box, b: Box) -> int:
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _area(box: Box) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 

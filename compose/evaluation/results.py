@@ -99,7 +99,7 @@ class PictureScores(_Frozen):
     Attributes:
         clip_t: 100 x similarity to the prompt without triggers; None if the encoder reads no text.
         concepts: By name of the scene's concepts.
-        extra: Objects of the concepts' classes beyond one for each concept; None without a detector.
+        extra: Findings that belong to no concept, such as a second cat; None without a detector.
     """
 
     clip_t: float | None

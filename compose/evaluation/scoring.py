@@ -47,7 +47,7 @@ class Scorer:
             told = float(clip_t(whole, self.encoder.texts([without_triggers(scene.prompt, concepts)]))[0])
         found = self._found(image, scene, concepts)
         boxes = [one.box for one in found]
-        crops = self.encoder.images([image.crop(box) for box in boxes]) if boxes else whole[:0]
+        crops = self.encoder.images([squared(image.crop(box)) for box in boxes]) if boxes else whole[:0]
         similarity = similarity_matrix(crops, references)  # [findings, concepts]
         chosen = _chosen(similarity, found, scene, concepts)
         scores = {}
@@ -62,7 +62,7 @@ class Scorer:
                     whole=_rounded(whole_similarity),
                     placed=_placed(boxes[i], scene.regions.get(concept.name)) if self.detector else None,
                 )
-        extra = max(0, len(found) - len(concepts)) if self.detector else None
+        extra = len(found) - sum(i is not None for i in chosen) if self.detector else None
         return PictureScores(clip_t=None if told is None else _rounded(told), concepts=scores, extra=extra)
 
     def _found(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
@@ -70,6 +70,12 @@ class Scorer:
             return self.detector.detect(image, [concept.class_word for concept in concepts])
         # A region belongs to its concept, whatever their class words.
         return [Detection(concept.name, scene.regions[concept.name], 1.0) for concept in concepts]
+
+
+def squared(image: Image.Image) -> Image.Image:
+    """A picture as it is, with grey beside it up to a square: encoders would cut off or bend what is not square."""
+    side = max(image.size)
+    return ImageOps.pad(image, (side, side), color=(128, 128, 128))
 
 
 def _chosen(
@@ -133,7 +139,7 @@ def reference_crop(path: Path, whose: str = "") -> Image.Image:
     """
     image = _opened(path, f"{whose}: the reference picture {str(path)!r}".removeprefix(": "))
     box = _recorded_boxes(path.parent).get(path.name)
-    return image if box is None else image.crop(box)
+    return squared(image if box is None else image.crop(box))
 
 
 def _opened(path: Path, where: str) -> Image.Image:

@@ -118,7 +118,7 @@ class WindowsConfig(_Frozen):
 
     kind: Literal["windows"]
     vocabulary: tuple[str, ...] = ()
-    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.3
 
 
 class ZeroShotConfig(_Frozen):

@@ -1,0 +1,142 @@
+"""Finding objects in pictures, and what becomes of findings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTProcessor
+from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
+
+from attention.masks import Box
+from compose.assets import playground_model
+from compose.evaluation.detectors import (
+    SHARED,
+    Detection,
+    WindowDetector,
+    ZeroShotDetector,
+    coarse_windows,
+    distinct,
+    make_detector,
+    overlap,
+    shared,
+)
+from compose.evaluation.encoders import Encoder, load_encoder
+from compose.evaluation.suite import ZeroShotConfig
+
+BOXES = st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(1, 40), st.integers(1, 40)).map(
+    lambda edges: (edges[0], edges[1], edges[0] + edges[2], edges[1] + edges[3])
+)
+
+
+def pixels(box: Box) -> np.ndarray:
+    mask = np.zeros((130, 130), dtype=bool)
+    left, top, right, bottom = box
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+@given(BOXES, BOXES)
+def test_overlap_counts_pixels(a: Box, b: Box) -> None:
+    one, other = pixels(a), pixels(b)
+    both = (one & other).sum()
+    assert overlap(a, b) == pytest.approx(both / (one | other).sum())
+    assert shared(a, b) == pytest.approx(both / min(one.sum(), other.sum()))
+
+
+@given(st.lists(st.tuples(BOXES, st.floats(0, 1)), max_size=12))
+def test_no_two_findings_are_the_same_object(found: list[tuple[Box, float]]) -> None:
+    kept = distinct([Detection("cat", box, score) for box, score in found])
+    assert all(shared(a.box, b.box) <= SHARED for i, a in enumerate(kept) for b in kept[:i])
+    assert [one.score for one in kept] == sorted((one.score for one in kept), reverse=True)
+    assert bool(kept) == bool(found)
+
+
+def test_the_surest_word_wins_a_place() -> None:
+    found = [
+        Detection("cat", (0, 0, 40, 40), 0.6),
+        Detection("dog", (2, 2, 44, 44), 0.9),
+        Detection("cat", (80, 80, 120, 120), 0.5),
+    ]
+    assert [(one.word, one.score) for one in distinct(found)] == [("dog", 0.9), ("cat", 0.5)]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (192, 96), (64, 160), (512, 512)])
+def test_windows_are_squares_that_cover_the_picture(size: tuple[int, int]) -> None:
+    windows = coarse_windows(size)
+    seen = np.zeros(size[::-1], dtype=bool)
+    for left, top, right, bottom in windows:
+        assert 0 <= left < right <= size[0]
+        assert 0 <= top < bottom <= size[1]
+        assert right - left == bottom - top
+        seen[top:bottom, left:right] = True
+    assert seen.all()
+    assert len(set(windows)) == len(windows) < 400
+
+
+@pytest.fixture(scope="module")
+def owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real detection model with random weights."""
+    folder = tmp_path_factory.mktemp("owl")
+    tokenizer = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    same = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**same, "vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length}
+    vision = {**same, "image_size": 64, "patch_size": 16}
+    torch.manual_seed(0)
+    config = OwlViTConfig(text_config=text, vision_config=vision, projection_dim=32)
+    OwlViTForObjectDetection(config).save_pretrained(folder)
+    images = OwlViTImageProcessorPil(size={"height": 64, "width": 64}, do_center_crop=False)
+    OwlViTProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3)).astype("u1"))
+
+
+def test_a_detection_model_finds_words_inside_the_picture(owl: Path, picture: Image.Image) -> None:
+    found = ZeroShotDetector(str(owl), threshold=0.0).detect(picture, ["cat", "dog", "cat"])
+    assert found
+    assert {one.word for one in found} <= {"cat", "dog"}
+    for one in found:
+        left, top, right, bottom = one.box
+        assert 0 <= left < right <= 100
+        assert 0 <= top < bottom <= 80
+        assert 0 <= one.score <= 1
+
+
+def test_findings_below_the_threshold_are_left_out(owl: Path, picture: Image.Image) -> None:
+    everything = ZeroShotDetector(str(owl), threshold=0.0).detect(picture, ["cat"])
+    limit = everything[0].score - 1e-3
+    sure = make_detector(ZeroShotConfig(kind="zero-shot", model=str(owl), threshold=limit), None, "cpu").detect(  # pyright: ignore[reportArgumentType]
+        picture, ["cat"]
+    )
+    assert sure == [one for one in everything if one.score > limit]
+    assert len(sure) < len(everything)
+
+
+def test_a_folder_without_a_detection_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the detector .* cannot be opened"):
+        ZeroShotDetector(str(tmp_path))
+
+
+def test_windows_need_an_encoder_that_reads(tmp_path: Path) -> None:
+    class Blind(Encoder):
+        has_text = False  # pyright: ignore[reportAssignmentType]
+
+    with pytest.raises(ValueError, match="windows need an encoder that reads text, and pictures only does not"):
+        WindowDetector(Blind("pictures only", None, None))
+
+
+def test_a_finding_does_not_depend_on_the_order_of_the_words() -> None:
+    judge = load_encoder("playground:judge")
+    with Image.open(playground_model().parent / "references/bear/7.png") as image:
+        shown = image.convert("RGB")
+    detector = WindowDetector(judge, ("fox", "tree"))
+    one, other = (detector.detect(shown, words) for words in (["bear", "dog"], ["dog", "bear"]))
+    assert [(f.word, f.box) for f in one] == [(f.word, f.box) for f in other]
+    assert [f.score for f in one] == pytest.approx([f.score for f in other], abs=1e-3)

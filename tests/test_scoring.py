@@ -1,0 +1,151 @@
+"""From a picture to its scores, with the judge, on pictures put together by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from compose.assets import playground_references
+from compose.evaluation.detectors import Detection, make_detector
+from compose.evaluation.encoders import Encoder, load_encoder
+from compose.evaluation.scoring import Scorer, reference_crop, reference_crops, reference_files, squared
+from compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, WindowsConfig, read_suite
+
+HALVES = {"bear": (0, 0, 64, 128), "car": (64, 0, 128, 128)}
+
+
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    return read_suite("playground-quick")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Encoder:
+    return load_encoder("playground:judge")
+
+
+def scene(names: tuple[str, ...] = ("bear", "car"), **options: Any) -> SuiteScene:
+    prompt = " and ".join({"bear": "a xlo bear", "car": "a pll car"}[name] for name in names)
+    return SuiteScene(name="pair", prompt=f"{prompt} on a white background", concepts=names, **options)
+
+
+@pytest.fixture(scope="module")
+def scorer(suite: Suite, judge: Encoder) -> Scorer:
+    references = {name: judge.images(reference_crops(suite.concept(name))) for name in ("bear", "car")}
+    assert isinstance(suite.detector, WindowsConfig)
+    return Scorer(suite, judge, make_detector(suite.detector, judge, "cpu"), references)
+
+
+def pasted(*where: tuple[str, int, int]) -> Image.Image:
+    """Concepts, cut from a reference on white, at places."""
+    image = Image.new("RGB", (128, 128), (250, 250, 250))
+    for name, left, top in where:
+        crop = reference_crop(playground_references(name)[0])
+        image.paste(crop.resize((48, 48)), (left, top))
+    return image
+
+
+def test_concepts_are_found_where_they_are(scorer: Scorer) -> None:
+    scores = scorer.score(pasted(("bear", 8, 40), ("car", 72, 40)), scene(regions=HALVES))
+    bear, car = scores.concepts["bear"], scores.concepts["car"]
+    assert bear.similarity["bear"] > bear.similarity["car"]
+    assert car.similarity["car"] > car.similarity["bear"]
+    assert bear.placed is True
+    assert car.placed is True
+    assert scores.extra == 0
+
+
+def test_concepts_on_the_wrong_side_are_not_in_place(scorer: Scorer) -> None:
+    scores = scorer.score(pasted(("bear", 72, 40), ("car", 8, 40)), scene(regions=HALVES))
+    assert [scores.concepts[name].placed for name in ("bear", "car")] == [False, False]
+
+
+def test_what_is_not_there_is_not_found(scorer: Scorer) -> None:
+    scores = scorer.score(pasted(("bear", 8, 40)), scene())
+    assert scores.concepts["car"].box is None
+    assert scores.concepts["car"].similarity == {}
+    assert scores.concepts["bear"].box is not None
+
+
+def test_a_second_one_is_one_too_many(scorer: Scorer) -> None:
+    scores = scorer.score(pasted(("bear", 0, 0), ("bear", 72, 0), ("car", 40, 76)), scene())
+    assert scores.extra == 1
+
+
+def test_the_order_of_the_concepts_does_not_matter(scorer: Scorer) -> None:
+    image = pasted(("bear", 8, 40), ("car", 72, 40))
+    one, other = scorer.score(image, scene()), scorer.score(image, scene(("car", "bear")))
+    for name in ("bear", "car"):
+        assert one.concepts[name].box == other.concepts[name].box
+        assert dict(one.concepts[name].similarity) == pytest.approx(dict(other.concepts[name].similarity), abs=1e-4)
+
+
+def test_without_a_detector_the_regions_are_cut_out(suite: Suite, scorer: Scorer, judge: Encoder) -> None:
+    blind = Scorer(suite.model_copy(update={"detector": None}), judge, None, scorer.references)
+    tight = {"bear": (8, 40, 56, 88), "car": (72, 40, 120, 88)}
+    scores = blind.score(pasted(("bear", 8, 40), ("car", 72, 40)), scene(regions=tight))
+    assert {name: score.box for name, score in scores.concepts.items()} == tight
+    assert all(score.placed is None and score.detection is None for score in scores.concepts.values())
+    assert scores.extra is None
+    swapped = blind.score(pasted(("car", 8, 40), ("bear", 72, 40)), scene(regions=tight))
+    assert swapped.concepts["bear"].similarity["car"] > swapped.concepts["bear"].similarity["bear"]
+
+
+def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Encoder) -> None:
+    """A detector that calls both of them animals; likeness says which is which."""
+
+    class Animals:
+        def detect(self, image: Image.Image, words: Any) -> list[Detection]:
+            return [Detection("animal", (72, 40, 120, 88), 0.9), Detection("animal", (8, 40, 56, 88), 0.8)]
+
+    concepts = tuple(suite.concept(name).model_copy(update={"class_word": "animal"}) for name in ("bear", "car"))
+    references = {one.name: judge.images(reference_crops(one)) for one in concepts}
+    scorer = Scorer(suite.model_copy(update={"concepts": concepts}), judge, Animals(), references)
+    scores = scorer.score(pasted(("bear", 8, 40), ("car", 72, 40)), scene())
+    assert scores.concepts["bear"].box == (8, 40, 56, 88)
+    assert scores.concepts["car"].box == (72, 40, 120, 88)
+
+
+def test_the_prompt_is_compared_without_triggers(scorer: Scorer, judge: Encoder) -> None:
+    image = pasted(("bear", 8, 40), ("car", 72, 40))
+    told = float(judge.images([image]) @ judge.texts(["a bear and a car on a white background"]).T)
+    assert scorer.score(image, scene()).clip_t == pytest.approx(max(0, 100 * told), abs=1e-2)
+
+
+def test_pictures_are_padded_to_squares() -> None:
+    wide = squared(Image.new("RGB", (60, 20), "red"))
+    assert wide.size == (60, 60)
+    assert wide.getpixel((30, 30)) == (255, 0, 0)
+    assert wide.getpixel((30, 5)) == (128, 128, 128)
+    assert squared(Image.new("RGB", (7, 7), "red")).size == (7, 7)
+
+
+def concept(references: Any) -> SuiteConcept:
+    return SuiteConcept(name="bear", lora="x.safetensors", trigger="xlo", class_word="bear", references=references)
+
+
+def test_a_folder_of_references_holds_pictures_only(tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in reference_files(concept(str(tmp_path)))] == ["a.jpg", "b.png"]
+
+
+def test_an_empty_folder_of_references_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="concept 'bear': no picture in"):
+        reference_files(concept(str(tmp_path)))
+
+
+def test_an_unreadable_reference_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(ValueError, match=r"concept 'bear': the reference picture '.*a.png' cannot be read"):
+        reference_crops(concept(str(tmp_path)))
+
+
+def test_references_are_turned_the_way_a_camera_says(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert np.asarray(reference_crop(tmp_path / "a.jpg")).shape == (40, 40, 3)
