@@ -93,13 +93,15 @@ def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
     if factors.unmatched:
         facts.append((f"{concept.name}: left out", f"{len(factors.unmatched)} keys: {', '.join(factors.unmatched)}"))
     if concept.region is not None:
-        facts.append((f"{concept.name}: region", "{} to {} across, {} to {} down".format(*_axes(concept.region))))
+        facts.append((f"{concept.name}: region", _region(concept.region)))
     return [*facts, (f"{concept.name}: weight", f"{concept.weight:g}")]
 
 
-def _axes(region: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def _region(region: tuple[int, int, int, int] | str) -> str:
+    if isinstance(region, str):
+        return f"mask {region}"
     left, top, right, bottom = region
-    return left, right, top, bottom
+    return f"{left} to {right} across, {top} to {bottom} down"
 
 
 def _words(concept: Concept, place: Positions | None) -> str:

@@ -29,7 +29,7 @@ _CONCEPT_FIELDS = {
 }  # fmt: skip
 _CONCEPT_HELP = (
     "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
-    "Only path is needed; region is left, top, right and bottom in pixels."
+    "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside."
 )
 
 _WHAT_TO_LOOK_AT = (
@@ -260,9 +260,14 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _region(text: str, value: str) -> tuple[int, ...]:
+def _region(text: str, value: str) -> tuple[int, ...] | str:
+    if value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")):
+        return value
     if not re.fullmatch(r"\d+:\d+:\d+:\d+", value):
-        raise ValueError(f"--concept {text}: region is left:top:right:bottom in whole pixels, not {value!r}")
+        raise ValueError(
+            f"--concept {text}: region is left:top:right:bottom in whole pixels, or a picture that is white inside, "
+            f"not {value!r}"
+        )
     return tuple(int(number) for number in value.split(":"))
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipelines.scene import Run, Scene
+from pipelines.scene import Concept, Run, Scene
 
 PLAYGROUND = "playground"
 RECORD_KEY = "lora-compose"
@@ -31,6 +31,7 @@ _TEXT_LIMIT = _MIB  # bytes of a scene or run file
 _RECORD_LIMIT = 8 * _MIB  # characters; a scene file of the largest size fits, whatever its letters
 _PICTURE_LIMIT = 256 * _MIB  # bytes of a picture file
 _PIXEL_LIMIT = 64 * _MIB
+_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -189,7 +190,7 @@ def free_path(path: Path) -> Path:
 
 def is_hub_name(source: str) -> bool:
     """Whether a source reads as a repository on the hub ("user/my-cat-lora") and not as a file."""
-    return bool(_HUB.fullmatch(source)) and not source.lower().endswith((".safetensors", ".ckpt", ".bin", ".pt"))
+    return bool(_HUB.fullmatch(source)) and not source.lower().endswith(_FILES)
 
 
 # --- paths ---
@@ -238,11 +239,12 @@ def _moved(model: Any, move: Any) -> Any:
     """The same scene or run with every path moved."""
     if isinstance(model, Run):
         return model.model_copy(update={"model": move(model.model), "scene": _moved(model.scene, move)})
-    concepts = tuple(
-        concept if concept.lora is None else concept.model_copy(update={"lora": move(concept.lora)})
-        for concept in model.concepts
-    )
-    return model.model_copy(update={"concepts": concepts})
+    return model.model_copy(update={"concepts": tuple(_moved_concept(concept, move) for concept in model.concepts)})
+
+
+def _moved_concept(concept: Concept, move: Any) -> Concept:
+    paths = {"lora": concept.lora, "region": concept.region}
+    return concept.model_copy(update={name: move(path) for name, path in paths.items() if isinstance(path, str)})
 
 
 def _located(model: _Model, path: Path) -> _Model:
@@ -390,7 +392,9 @@ def complaints(kind: type[BaseModel], error: ValidationError) -> list[str]:
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in location)
+    # Which kind of region it was taken for is no place in a file.
+    named = [step for i, step in enumerate(location) if "region" not in location[max(0, i - 1) : i]]
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in named)
     place = "".join(steps).removeprefix(".")
     return f"{place}: " if place else ""
 

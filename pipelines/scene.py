@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from attention.masks import Box
+from pipelines.regions import check_mask
 
 
 class _Frozen(BaseModel):
@@ -24,6 +25,14 @@ def _proper(box: Box) -> Box:
 Region = Annotated[Box, AfterValidator(_proper)]
 """A box in output pixels: left, top, right, bottom; right and bottom are outside."""
 
+MaskFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
+"""The path of a picture that is white inside."""
+
+BoxOrMask = Annotated[
+    Annotated[Region, Tag("box")] | Annotated[MaskFile, Tag("mask")],
+    Discriminator(lambda region: "mask" if isinstance(region, str) else "box"),
+]
+
 
 class Concept(_Frozen):
     """One subject or style and the LoRA that knows it.
@@ -37,7 +46,8 @@ class Concept(_Frozen):
         trigger: The rare word or words that the LoRA was trained with, without the class word: "sks".
         class_word: The noun after the trigger: "cat".
         weight: Factor on the whole LoRA; 1 by default.
-        region: Where the concept may appear; None leaves it to the method.
+        region: Where the concept may appear: a box, or the path of a picture that is white inside; None leaves it to
+            the method.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -45,7 +55,7 @@ class Concept(_Frozen):
     trigger: str | None = None
     class_word: str | None = None
     weight: float | None = None
-    region: Region | None = None
+    region: BoxOrMask | None = None
 
     @property
     def phrase(self) -> str:
@@ -74,7 +84,8 @@ class Scene(_Frozen):
     def _distinct(self) -> Self:
         check_names(self.concepts)
         for concept in self.concepts:
-            check_region(concept, self.width, self.height)
+            if not isinstance(concept.region, str):  # files are looked at when the scene is used
+                check_region(concept, self.width, self.height)
         return self
 
 
@@ -115,8 +126,11 @@ def check_names(concepts: tuple[Concept, ...]) -> None:
 
 
 def check_region(concept: Concept, width: int | None, height: int | None) -> None:
-    """Raises ValueError if a concept's region leaves the canvas; sizes that are None are not checked."""
+    """Raises ValueError if a concept's region does not fit the canvas; sizes that are None are not checked."""
     if concept.region is None:
+        return
+    if isinstance(concept.region, str):
+        check_mask(concept.region, width, height)
         return
     _, _, right, bottom = concept.region
     if (width is not None and right > width) or (height is not None and bottom > height):

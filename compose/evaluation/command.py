@@ -1,10 +1,15 @@
 """`lora-compose evaluate`: run a suite, write its report again, compare two evaluations."""
 
 import logging
+import math
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,21 +59,19 @@ def run(
     to = folder or Path("outputs/evaluation") / asked.name
     number = processes or _processes(asked.processes, asked.device)
     if number > 1 and "WORLD_SIZE" not in os.environ:
-        _launch([suite, *(["--out", str(folder)] if folder else [])], number, asked.device)
+        _launch([suite, *(["--out", str(folder)] if folder else [])], number)
         return
-    main = int(os.environ.get("RANK", "0")) == 0
-    total = len(make_plan(asked).batches) // int(os.environ.get("WORLD_SIZE", "1"))
-    if main:
-        say(f"{asked.name}: {len(make_plan(asked).batches)} batches of {asked.batch_size} pictures, in {to}", to=err)
-        with bar("evaluating", total) as on_progress:
-            evaluate(asked, to, on_progress)
-        _say_report(to)
-    else:
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank > 0:
         evaluate(asked, to)
-    if main and (left := sum(not is_done(to, planned) for planned in make_plan(asked).batches)):
-        say(
-            f"{left} batches failed; the report says why. Run the command again to try them again.", style="red", to=err
-        )
+        return
+    plan = make_plan(asked)
+    say(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} pictures, in {to}", to=err)
+    with bar("evaluating", math.ceil(len(plan.batches) / world)) as on_progress:
+        evaluate(asked, to, on_progress)
+    _say_report(to)
+    if left := sum(not is_done(to, planned) for planned in plan.batches):
+        say(f"{left} batches failed; the report says why. The same command tries them again.", style="red", to=err)
         raise typer.Exit(FAILED)
 
 
@@ -119,22 +122,40 @@ def _processes(wanted: int, device: str | None) -> int:
     return 1 if device not in (None, "cpu") else min(wanted, os.cpu_count() or 1)
 
 
-def _launch(arguments: Sequence[str], number: int, device: str | None) -> None:
-    """The same command in several processes, by accelerate."""
-    on_gpus = torch.cuda.is_available() and device != "cpu"
-    kind = ["--multi_gpu"] if on_gpus else ["--cpu"]
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", str(number)]
-    fixed = [
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
-    command = [*accelerate, *fixed, *kind, "--module", "compose", "evaluate", "run", *arguments]
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise typer.Exit(FAILED)
+def _launch(arguments: Sequence[str], number: int) -> None:
+    """The same command in several processes, with the variables by which `accelerate launch` tells them who they are.
+
+    Not by `accelerate launch` itself, which buries the message of a failed process under tracebacks of its own.
+    """
+    command = [sys.executable, "-m", "compose", "evaluate", "run", *arguments, "--processes", "1"]
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with ExitStack() as stack:
+        told = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
+        started: list[subprocess.Popen] = []
+        stack.callback(_stop, started)
+        for rank in range(number):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # The first one talks; of the others one hears only what went wrong, and once.
+            started.append(subprocess.Popen(command, env=environment, stderr=told[rank] if rank else None))
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            time.sleep(0.2)
+        codes = [process.poll() for process in started]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is None:
+            return
+        told[failed].seek(0)
+        sys.stderr.write(told[failed].read())
+        raise typer.Exit(max(codes[failed] or 0, FAILED))
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends processes that would wait for one that is gone."""
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]

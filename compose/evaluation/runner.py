@@ -85,7 +85,7 @@ def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> 
     if todo:
         if suite.threads is not None:
             torch.set_num_threads(suite.threads)
-        worker = open_worker(suite, out, str(state.device))
+        worker = open_worker(suite, out, "cpu" if state.device.type == "cpu" else str(state.device))
         worker.check(todo)
         for batch, planned in todo:
             worker.do(batch, planned, lambda share, done=done: report(done + share))

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from attention import Gates, grid_at
-from attention.masks import box_mask
 from pipelines.engine import Engine
 from pipelines.methods.process import OnePass, say_once
+from pipelines.regions import region_mask
 
 Rows = Literal["cond_only", "all"]
 
@@ -74,8 +74,5 @@ class Regional:
 def region_masks(engine: Engine, level: int) -> Tensor:
     """The concepts' regions on the grid of a level; 1 everywhere without a region. Shape: [cells, concepts]."""
     grid = grid_at(engine.latent_grid, level)
-    masks = [
-        torch.ones(grid) if concept.region is None else box_mask(concept.region, engine.image_size, grid)
-        for concept in engine.concepts
-    ]
+    masks = [region_mask(concept.region, engine.image_size, grid) for concept in engine.concepts]
     return torch.stack(masks, dim=-1).flatten(0, 1).to(engine.device)

@@ -1,0 +1,116 @@
+"""Regions drawn as pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attention.masks import box_mask
+from compose.cli import parse_concept
+from compose.files import read_scene, write_scene
+from pipelines.regions import check_mask, read_mask, region_mask
+from pipelines.scene import Concept, Scene
+
+BOX = (32, 16, 96, 128)
+
+
+def drawn(path: Path, box: tuple[int, int, int, int] = BOX, size: tuple[int, int] = (128, 128)) -> str:
+    image = Image.new("L", size)
+    image.paste(255, box)
+    image.save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (8, 8), (4, 4), (3, 5)])
+def test_a_drawn_box_is_the_box(tmp_path: Path, grid: tuple[int, int]) -> None:
+    mask = region_mask(drawn(tmp_path / "mask.png"), (128, 128), grid)
+    if all(128 % side == 0 for side in grid):
+        assert torch.allclose(mask, box_mask(BOX, (128, 128), grid), atol=1e-6)
+    assert mask.shape == grid
+    assert mask.max() == 1
+
+
+def test_a_mask_of_another_size_means_the_same_place(tmp_path: Path) -> None:
+    small = drawn(tmp_path / "small.png", (8, 4, 24, 32), (32, 32))
+    assert torch.allclose(region_mask(small, (128, 128), (8, 8)), box_mask(BOX, (128, 128), (8, 8)), atol=1e-6)
+
+
+def test_opacity_counts_where_there_is_any(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (10, 10), (255, 255, 255, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 5, 10))
+    image.save(tmp_path / "mask.png")
+    mask = read_mask(str(tmp_path / "mask.png"))
+    assert mask[:, :5].min() == 1
+    assert mask[:, 5:].max() == 0
+
+
+def test_a_black_mask_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is black all over"):
+        read_mask(drawn(tmp_path / "mask.png", (0, 0, 0, 0)))
+
+
+def test_a_missing_mask_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no mask '.*lost.png'"):
+        read_mask(str(tmp_path / "lost.png"))
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_mask(str(tmp_path / "mask.png"))
+
+
+def test_other_proportions_than_the_canvas_are_refused(tmp_path: Path) -> None:
+    path = drawn(tmp_path / "mask.png", size=(128, 64))
+    with pytest.raises(ValueError, match="128 x 64 pixels, the canvas 128 x 128: their proportions differ"):
+        check_mask(path, 128, 128)
+    check_mask(path, 256, 128)
+
+
+@pytest.mark.parametrize("method", ["regional"])
+def test_a_drawn_half_makes_the_picture_of_a_box(playground, tmp_path: Path, method: str) -> None:
+    left, right = (0, 0, 64, 128), (64, 0, 128, 128)
+    masks = drawn(tmp_path / "left.png", left), drawn(tmp_path / "right.png", right)
+    pictures = [
+        playground(
+            "a xlo bear and a qrt robot on grass",
+            concepts=[
+                Concept(name="bear-ordinary", trigger="xlo", region=regions[0]),
+                Concept(name="robot-ordinary", trigger="qrt", region=regions[1]),
+            ],
+            method=method, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent",
+        ).images
+        for regions in ((left, right), masks, (right, left))
+    ]  # fmt: skip
+    assert torch.allclose(pictures[0], pictures[1], atol=1e-4)
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-2)
+
+
+def test_a_bad_mask_is_refused_before_anything_is_changed(playground, tmp_path: Path) -> None:
+    concept = Concept(name="bear-ordinary", trigger="xlo", region=str(tmp_path / "lost.png"))
+    with pytest.raises(ValueError, match="there is no mask"):
+        playground("a xlo bear", concepts=[concept], method="regional", num_inference_steps=1)
+
+
+def test_masks_in_scene_files_are_relative_to_them(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    path = drawn(tmp_path / "masks/cat.png")
+    scene = Scene(prompt="a sks cat", concepts=(Concept(name="cat", lora="playground:cat", region=path),))
+    write_scene(scene, tmp_path / "scene.yaml")
+    assert "masks/cat.png" in (tmp_path / "scene.yaml").read_text(encoding="utf-8")
+    assert str(tmp_path) not in (tmp_path / "scene.yaml").read_text(encoding="utf-8")
+    assert read_scene(tmp_path / "scene.yaml") == scene
+
+
+def test_a_mask_can_be_named_on_the_command_line() -> None:
+    assert parse_concept("path=cat.safetensors,region=masks/cat.png").region == "masks/cat.png"
+    assert parse_concept("path=cat.safetensors,region=0:0:64:128").region == (0, 0, 64, 128)
+    with pytest.raises(ValueError, match="or a picture that is white inside"):
+        parse_concept("path=cat.safetensors,region=left")
+
+
+def test_greys_are_parts(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 51, dtype="u1")).save(tmp_path / "mask.png")
+    assert read_mask(str(tmp_path / "mask.png")).unique().tolist() == pytest.approx([0.2])
