@@ -263,7 +263,10 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,path=b.safetensors", "path is given twice"),
         ("path=a.safetensors,weight=much", "weight: expected a valid number"),
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
-        ("path=a.safetensors,region=1:2:3", "region is left:top:right:bottom in whole pixels, or a picture that is white inside, not '1:2:3'"),
+        (
+            "path=a.safetensors,region=1:2:3",
+            "region is left:top:right:bottom in whole pixels, or a picture that is white inside, not '1:2:3'",
+        ),
         ("path=a.safetensors,region=9:0:3:4", "0 <= left < right"),
     ],
 )

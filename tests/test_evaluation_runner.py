@@ -182,16 +182,41 @@ def test_results_are_the_same_after_kills_at_random_moments(suite: Suite, finish
     assert contents(out) == contents(finished)
 
 
-def test_two_processes_give_the_results_of_one(suite_file: Path, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def by_accelerate(suite_file: Path, out: Path) -> list[str]:
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
     fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [sys.executable, *launch, *fixed, "--module", "compose", "evaluate", str(suite_file), "--out", str(out)]
+    return [*launch, *fixed, "--module", "compose", "evaluate", str(suite_file), "--out", str(out)]
+
+
+def by_option(suite_file: Path, out: Path) -> list[str]:
+    return ["-m", "compose", "evaluate", str(suite_file), "--out", str(out), "--processes", "2"]
+
+
+def called(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("launched", [by_accelerate, by_option])
+def test_two_processes_give_the_results_of_one(
+    launched: Callable[[Path, Path], list[str]], suite_file: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = called(launched(suite_file, out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(out) == contents(finished)
     assert (out / "report.html").is_file()
+
+
+def test_two_processes_say_once_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(yaml.safe_dump({**SUITE, "encoder": "./nothing", "device": None}), encoding="utf-8")
+    done = called(by_option(path, tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr.count("error:") == 1, done.stderr
+    assert "nothing" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_failing_batch_is_written_down_and_tried_again(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,10 +141,9 @@ def test_a_batch_fits_together(painter: Painter, sprites: dict[str, np.ndarray])
     assert (torch.bincount(told) == 2).all()  # two views of every identity
 
 
-def test_the_judge_is_trained_continued_and_opened(
-    sprites: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    np.savez(tmp_path / "sprites.npz", **dict(sprites))
+def test_the_judge_is_trained_continued_and_opened(sprites: dict[str, np.ndarray], tmp_path: Path) -> None:
+    named: dict[str, Any] = dict(sprites)
+    np.savez(tmp_path / "sprites.npz", **named)
     arguments = ["train", str(tmp_path / "sprites.npz"), str(tmp_path / "judge"), "--steps"]
     first = CliRunner().invoke(app, [*arguments, "1"])
     assert first.exit_code == 0, first.output

@@ -59,7 +59,7 @@ def run(
     to = folder or Path("outputs/evaluation") / asked.name
     number = processes or _processes(asked.processes, asked.device)
     if number > 1 and "WORLD_SIZE" not in os.environ:
-        _launch([suite, *(["--out", str(folder)] if folder else [])], number)
+        _launch([suite, *(["--out", str(folder)] if folder else [])], number, asked.threads or 1)
         return
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank > 0:
@@ -122,13 +122,14 @@ def _processes(wanted: int, device: str | None) -> int:
     return 1 if device not in (None, "cpu") else min(wanted, os.cpu_count() or 1)
 
 
-def _launch(arguments: Sequence[str], number: int) -> None:
+def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
     """The same command in several processes, with the variables by which `accelerate launch` tells them who they are.
 
     Not by `accelerate launch` itself, which buries the message of a failed process under tracebacks of its own.
     """
     command = [sys.executable, "-m", "compose", "evaluate", "run", *arguments, "--processes", "1"]
     shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     with ExitStack() as stack:
         told = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
         started: list[subprocess.Popen] = []

@@ -35,6 +35,7 @@ from compose.files import read_pixels, save_image
 from compose.memory import peak_memory
 from compose.models import (
     MadeBatch,
+    choose_device,
     load,
     machine,
     make_batch,
@@ -85,7 +86,7 @@ def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> 
     if todo:
         if suite.threads is not None:
             torch.set_num_threads(suite.threads)
-        worker = open_worker(suite, out, "cpu" if state.device.type == "cpu" else str(state.device))
+        worker = open_worker(suite, out, _device(suite, state))
         worker.check(todo)
         for batch, planned in todo:
             worker.do(batch, planned, lambda share, done=done: report(done + share))
@@ -93,6 +94,14 @@ def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> 
             report(done)
     state.wait_for_everyone()
     return state.is_main_process
+
+
+def _device(suite: Suite, state: PartialState) -> str:
+    """Where this process works: what the suite says, else the GPU of its own that accelerate gave it."""
+    if suite.device not in (None, "cuda"):
+        return choose_device(suite.device)
+    own = torch.device(state.device or "cpu")
+    return str(own) if own.type == "cuda" else choose_device(suite.device)
 
 
 def is_done(out: Path, planned: Planned) -> bool:
@@ -111,7 +120,7 @@ def open_worker(suite: Suite, out: Path, device: str) -> "Worker":
     detector = None if suite.detector is None else make_detector(suite.detector, encoder, device)
     references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
     run = run_of(suite, next(batches(suite)))
-    pipe = open_model(run.model_copy(update={"device": suite.device or device}))
+    pipe = open_model(run.model_copy(update={"device": device}))
     return Worker(suite, out, pipe, Scorer(suite, encoder, detector, references))
 
 

@@ -40,36 +40,53 @@ class Scorer:
     def score(self, image: Image.Image, scene: SuiteScene) -> PictureScores:
         """What can be measured on a picture of a scene."""
         concepts = [self.suite.concept(name) for name in scene.concepts]
-        references = [self.references[name] for name in scene.concepts]
+        references = [self.references[concept.name] for concept in concepts]
         whole = self.encoder.images([image])
-        told = None
-        if self.encoder.has_text:
-            told = float(clip_t(whole, self.encoder.texts([without_triggers(scene.prompt, concepts)]))[0])
         found = self._found(image, scene, concepts)
-        boxes = [one.box for one in found]
-        crops = self.encoder.images([squared(image.crop(box)) for box in boxes]) if boxes else whole[:0]
-        similarity = similarity_matrix(crops, references)  # [findings, concepts]
-        chosen = _chosen(similarity, found, scene, concepts)
+        crops = [squared(image.crop(one.box)) for one in found]
+        similarity = similarity_matrix(self.encoder.images(crops), references)  # [findings, concepts]
+        chosen = self._chosen(similarity, found, concepts)
         scores = {}
-        for j, (concept, i) in enumerate(zip(concepts, chosen, strict=True)):
-            whole_similarity = float(clip_i(whole, references[j])[0])
-            scores[concept.name] = ConceptScore(whole=_rounded(whole_similarity))
+        for concept, i, own in zip(concepts, chosen, references, strict=True):
+            alike = _rounded(clip_i(whole, own)[0])
+            scores[concept.name] = ConceptScore(whole=alike)
             if i is not None:
-                scores[concept.name] = ConceptScore(
-                    box=boxes[i],
-                    detection=found[i].score if self.detector else None,
-                    similarity=dict(zip(scene.concepts, map(_rounded, similarity[i].tolist()), strict=True)),
-                    whole=_rounded(whole_similarity),
-                    placed=_placed(boxes[i], scene.regions.get(concept.name)) if self.detector else None,
-                )
-        extra = len(found) - sum(i is not None for i in chosen) if self.detector else None
-        return PictureScores(clip_t=None if told is None else _rounded(told), concepts=scores, extra=extra)
+                likeness = dict(zip(scene.concepts, map(_rounded, similarity[i]), strict=True))
+                scores[concept.name] = self._found_score(found[i], scene.regions.get(concept.name), likeness, alike)
+        extra = None if self.detector is None else len(found) - sum(i is not None for i in chosen)
+        return PictureScores(clip_t=self._clip_t(whole, scene, concepts), concepts=scores, extra=extra)
+
+    def _clip_t(self, whole: Tensor, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> float | None:
+        if not self.encoder.has_text:
+            return None
+        return _rounded(clip_t(whole, self.encoder.texts([without_triggers(scene.prompt, concepts)]))[0])
 
     def _found(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
+        """What the detector finds; without one, each concept's region, in the order of the concepts."""
         if self.detector is not None:
             return self.detector.detect(image, [concept.class_word for concept in concepts])
-        # A region belongs to its concept, whatever their class words.
-        return [Detection(concept.name, scene.regions[concept.name], 1.0) for concept in concepts]
+        return [Detection(concept.class_word, scene.regions[concept.name], 1.0) for concept in concepts]
+
+    def _chosen(
+        self, similarity: np.ndarray, found: Sequence[Detection], concepts: Sequence[SuiteConcept]
+    ) -> list[int | None]:
+        """Which finding belongs to which concept: one each, of its own class, by likeness to its references."""
+        if self.detector is None:
+            return list(range(len(concepts)))
+        allowed = [[one.word == concept.class_word for one in found] for concept in concepts]
+        return assign(similarity.T, np.array(allowed, dtype=bool).reshape(len(concepts), len(found)))
+
+    def _found_score(
+        self, found: Detection, region: Box | None, similarity: Mapping[str, float], whole: float
+    ) -> ConceptScore:
+        known = self.detector is not None
+        return ConceptScore(
+            box=found.box,
+            detection=found.score if known else None,
+            similarity=similarity,
+            whole=whole,
+            placed=_placed(found.box, region) if known and region is not None else None,
+        )
 
 
 def squared(image: Image.Image) -> Image.Image:
@@ -78,25 +95,13 @@ def squared(image: Image.Image) -> Image.Image:
     return ImageOps.pad(image, (side, side), color=(128, 128, 128))
 
 
-def _chosen(
-    similarity: np.ndarray, found: Sequence[Detection], scene: SuiteScene, concepts: Sequence[SuiteConcept]
-) -> list[int | None]:
-    """Which finding belongs to which concept: one each, of its own class, by similarity to its references."""
-    allowed = np.array(
-        [[one.word in (concept.class_word, concept.name) for one in found] for concept in concepts], dtype=bool
-    ).reshape(len(concepts), len(found))
-    return assign(similarity.T, allowed)
-
-
-def _placed(box: Box, region: Box | None) -> bool | None:
-    if region is None:
-        return None
+def _placed(box: Box, region: Box) -> bool:
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     return region[0] <= x < region[2] and region[1] <= y < region[3]
 
 
 def _rounded(value: float) -> float:
-    return round(value, 5)
+    return round(float(value), 5)
 
 
 def reference_files(concept: SuiteConcept) -> list[Path]:

@@ -69,7 +69,8 @@ def main(
     missing = [key for key, image in drawn.items() if image is None]
     if missing:
         raise ValueError(f"the packages have no picture for {', '.join(missing)}")
-    np.savez_compressed(out, **{key: fit(image) for key, image in drawn.items() if image is not None})
+    sprites: dict[str, Any] = {key: fit(image) for key, image in drawn.items() if image is not None}
+    np.savez_compressed(out, **sprites)
     say(f"{len(drawn)} sprites in {out}")
 
 
@@ -144,7 +145,8 @@ def _iconify_index(package: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _from_svg(svg: bytes) -> Image.Image:
     import cairosvg
 
-    return Image.open(io.BytesIO(cairosvg.svg2png(bytestring=svg, output_width=192, output_height=192)))
+    png: Any = cairosvg.svg2png(bytestring=svg, output_width=192, output_height=192)
+    return Image.open(io.BytesIO(png))
 
 
 if __name__ == "__main__":
