@@ -9,19 +9,19 @@ from compose.evaluation.detectors import make_detector
 from compose.evaluation.encoders import load_encoder
 from compose.evaluation.results import PictureScores
 from compose.evaluation.scoring import Scorer, reference_crops
-from compose.evaluation.suite import SuiteScene
-from compose.evaluation.table import load
+from compose.evaluation.table import load, scene_thresholds
 
 
 def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
     """Says "both", "one" or "none" of every picture: how many concepts are there and are themselves.
 
     Args:
-        evaluation: The folder of an evaluation with these concepts; encoder, detector and thresholds are its.
+        evaluation: The folder of an evaluation with scenes of these pairs; encoder, detector and thresholds are its.
         pictures: Two concepts and a picture by number.
     """
     found = load(evaluation)
-    suite, limits = found.suite, dict(found.thresholds[["concept", "threshold"]].itertuples(index=False))
+    suite, limits = found.suite, scene_thresholds(found.suite, found.concepts, found.thresholds)
+    scenes = {frozenset(scene.concepts): scene for scene in suite.scenes}
     if suite.detector is None:
         raise ValueError(f"the evaluation in {evaluation} has no detector, so it cannot say where concepts are")
     encoder = load_encoder(suite.encoder)
@@ -29,15 +29,15 @@ def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], 
     scorer = Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)
     verdicts = {}
     for number, (pair, image) in pictures.items():
-        prompt = " and ".join(f"a {suite.concept(name).trigger} {suite.concept(name).class_word}" for name in pair)
-        scores = scorer.score(image.convert("RGB"), SuiteScene(name="pair", prompt=prompt, concepts=pair))
-        there = sum(_is_there(scores, name, limits[name]) for name in pair)
+        scene = scenes[frozenset(pair)]
+        scores = scorer.score(image.convert("RGB"), scene)
+        there = sum(_is_there(scores, name, limits[scene.name, name]) for name in pair)
         verdicts[number] = ("none", "one", "both")[there]
     return verdicts
 
 
 def _is_there(scores: PictureScores, name: str, threshold: float) -> bool:
     similarity = scores.concepts[name].similarity
-    return (
-        bool(similarity) and max(similarity, key=lambda one: similarity[one]) == name and similarity[name] >= threshold
-    )
+    if not similarity or max(similarity, key=lambda one: similarity[one]) != name:
+        return False
+    return not similarity[name] < threshold  # without a threshold, being nearest is enough
