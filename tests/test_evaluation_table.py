@@ -106,25 +106,6 @@ def test_thresholds_leave_out_what_was_not_found(tmp_path: Path) -> None:
     assert (*table["cat"], *table["dog"]) == pytest.approx((0.5, 0.4))
 
 
-@pytest.mark.parametrize(("seeds", "expected"), [((1, 2), (0.55, 0.55)), ((1, 2, 3), (0.4, 0.7))])
-def test_scenes_with_enough_pictures_have_thresholds_of_their_own(
-    tmp_path: Path, seeds: tuple[int, ...], expected: tuple[float, float]
-) -> None:
-    """Cats: 0.2 without and 0.6 alone in the dark scene, 0.5 and 0.9 in the bright one; over both, 0.55 is halfway."""
-
-    def measured(batch: Batch, seed: int) -> Seen:
-        dark = batch.scene.name == "dark"
-        cat = {"no LoRA": 0.2 if dark else 0.5, "alone": 0.6 if dark else 0.9}.get(batch.arm.name, 0.6)
-        return {"cat": (cat, 0.1)}
-
-    scenes = {"dark": ("cat",), "bright": ("cat",)}
-    concepts = load(store(tmp_path, suite(scenes, seeds=seeds), measured)).concepts
-    limits = concepts.groupby("scene")["threshold"].unique()
-    assert [limits["dark"].item(), limits["bright"].item()] == pytest.approx(expected)
-    merged = concepts[concepts["arm"] == "merge"].groupby("scene")["present"].all()
-    assert merged.to_dict() == {"dark": True, "bright": len(seeds) < 3}
-
-
 def test_ratios_are_over_the_same_kind_of_lora_alone(evaluation: Evaluation) -> None:
     ratio = {(row["arm"], row["concept"]): row["ratio"] for row in evaluation.bounds.to_dict("records")}
     assert ratio["merge", "cat"] == pytest.approx(0.3 / 0.7)  # 0.6 and 0

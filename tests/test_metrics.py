@@ -19,6 +19,7 @@ from compose.evaluation.metrics import (
     leak,
     minimum,
     presence_threshold,
+    reached,
     region_similarity,
     similarity_matrix,
     success,
@@ -219,7 +220,18 @@ def test_scores_keep_to_their_ranges_and_to_each_other(similarity: np.ndarray) -
 
 
 def test_the_threshold_is_halfway_and_leaves_out_what_was_not_detected() -> None:
-    assert presence_threshold(np.array([0.2, 0.4, NAN]), np.array([NAN, 0.8, 0.6])) == pytest.approx(0.5)
+    assert presence_threshold(np.array([0.2, 0.4, NAN]), np.array([NAN, 0.7, 0.7])) == pytest.approx(0.5)
+
+
+def test_a_lora_that_often_fails_alone_does_not_lower_the_threshold() -> None:
+    without = np.array([0.3])
+    works, fails = np.full(10, 0.9), np.array([0.3] * 6 + [0.9] * 4)
+    assert presence_threshold(without, fails) == pytest.approx(presence_threshold(without, works))
+
+
+def test_what_a_lora_reaches_is_exceeded_by_one_in_ten() -> None:
+    assert reached(np.arange(11) / 10) == pytest.approx(0.9)
+    assert np.isnan(reached(np.array([NAN])))
 
 
 @pytest.mark.parametrize(

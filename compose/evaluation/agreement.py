@@ -9,7 +9,7 @@ from compose.evaluation.detectors import make_detector
 from compose.evaluation.encoders import load_encoder
 from compose.evaluation.results import PictureScores
 from compose.evaluation.scoring import Scorer, reference_crops
-from compose.evaluation.table import load, scene_thresholds
+from compose.evaluation.table import load
 
 
 def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
@@ -20,7 +20,8 @@ def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], 
         pictures: Two concepts and a picture by number.
     """
     found = load(evaluation)
-    suite, limits = found.suite, scene_thresholds(found.suite, found.concepts, found.thresholds)
+    suite = found.suite
+    limits = dict(zip(found.thresholds["concept"], found.thresholds["threshold"], strict=True))
     scenes = {frozenset(scene.concepts): scene for scene in suite.scenes}
     if suite.detector is None:
         raise ValueError(f"the evaluation in {evaluation} has no detector, so it cannot say where concepts are")
@@ -31,7 +32,7 @@ def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], 
     for number, (pair, image) in pictures.items():
         scene = scenes[frozenset(pair)]
         scores = scorer.score(image.convert("RGB"), scene)
-        there = sum(_is_there(scores, name, limits[scene.name, name]) for name in pair)
+        there = sum(_is_there(scores, name, limits[name]) for name in pair)
         verdicts[number] = ("none", "one", "both")[there]
     return verdicts
 

@@ -157,8 +157,9 @@ def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
 
     That the own references are the nearest is not enough: a plain cat is the nearest thing to the references of "my
     cat" among cat and dog. So two kinds of pictures are made: of the plain object, without any LoRA, and with the
-    concept's LoRA alone. The threshold is halfway between their mean similarities to the concept's references. Measured
-    with the encoder that is used, it calibrates itself for every encoder.
+    concept's LoRA alone. The threshold is halfway between the mean similarity of the former and what the latter reach
+    at their best (`reached`; a LoRA alone often fails, too). Measured with the encoder that is used, it calibrates
+    itself for every encoder.
 
     -1 to 1; neither direction is better. NaN if pictures with the LoRA are not more alike to the references than
     pictures without: then this encoder cannot tell the identity.
@@ -167,8 +168,18 @@ def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
         without: Similarities without any LoRA [n]; NaN (not detected) is left out.
         alone: Similarities with the concept's LoRA alone [m]; NaN (not detected) is left out.
     """
-    low, high = _mean(without[~np.isnan(without)]), _mean(alone[~np.isnan(alone)])
+    low, high = _mean(without[~np.isnan(without)]), reached(alone)
     return (low + high) / 2 if high > low else np.nan
+
+
+def reached(alone: np.ndarray) -> float:
+    """What a LoRA reaches alone, when it works: the similarity that one picture in ten exceeds.
+
+    Args:
+        alone: Similarities with the LoRA alone [m]; NaN (not detected) is left out. NaN if nothing is left.
+    """
+    kept = alone[~np.isnan(alone)]
+    return float(np.quantile(kept, 0.9)) if len(kept) else np.nan
 
 
 def bound_ratio(method: np.ndarray, alone: np.ndarray) -> float:

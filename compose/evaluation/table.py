@@ -12,6 +12,7 @@ from compose.evaluation.metrics import (
     bound_ratio,
     leak,
     presence_threshold,
+    reached,
     region_similarity,
     swap_rate,
 )
@@ -112,9 +113,6 @@ MAIN = ("success", "region_min", "leak")
 """The metrics in which methods are compared with the baseline."""
 
 COSTS = ("rows_forward", "rows_backward", "flops", "seconds", "preparation_seconds", "peak_bytes")
-SCENE_MINIMUM = 3
-"""Pictures of each kind that a scene needs for thresholds of its own."""
-
 _KEYS = ("scene", "arm", "alone", "seed")
 _EDGES = ("left", "top", "right", "bottom")
 _CONCEPT_COLUMNS = (
@@ -139,8 +137,7 @@ class Evaluation:
         plan: What is to be made.
         concepts: A row per picture and concept; of pictures with a single LoRA, its concept only.
         pictures: A row per picture.
-        thresholds: A row per concept: mean similarity without any LoRA, with its LoRA alone, and the threshold between
-            them; scenes with enough pictures have their own, see `scene_thresholds`.
+        thresholds: A row per concept: mean similarity without any LoRA, what its LoRA reaches alone, and the threshold.
         bounds: A row per arm and concept: mean similarity, and its ratio to that with the LoRA alone.
         made: How the batches with scores were made.
         failed: What went wrong.
@@ -233,8 +230,8 @@ def load(out: Path) -> Evaluation:
     shots, failed, missing, unscored = _stored(out, plan)
     concepts = _typed(pd.DataFrame([row for shot in shots for row in _concept_rows(shot)], columns=_CONCEPT_COLUMNS))
     thresholds = _thresholds(plan.suite, concepts)
-    limits = scene_thresholds(plan.suite, concepts, thresholds)
-    concepts["threshold"] = [limits[row] for row in zip(concepts["scene"], concepts["concept"], strict=True)]
+    limits = dict(zip(thresholds["concept"], thresholds["threshold"], strict=True))
+    concepts["threshold"] = [limits[name] for name in concepts["concept"]]
     concepts = _typed(concepts)
     concepts["present"] = _present(concepts)
     return Evaluation(
@@ -358,34 +355,11 @@ def _thresholds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
     used = {name for scene in suite.scenes for name in scene.concepts}
     rows = []
     for name in (concept.name for concept in suite.concepts if concept.name in used):
-        without, alone = _sanity(pd.DataFrame(concepts[concepts["concept"] == name]))
+        found = concepts[concepts["found"] & (concepts["concept"] == name)]
+        without, alone = (found.loc[found["arm"] == arm, "own"].to_numpy() for arm in SANITY[:2])
         threshold = presence_threshold(without, alone)
-        rows.append({"concept": name, "without": _mean(without), "alone": _mean(alone), "threshold": threshold})
+        rows.append({"concept": name, "without": _mean(without), "alone": reached(alone), "threshold": threshold})
     return pd.DataFrame(rows, columns=["concept", "without", "alone", "threshold"])
-
-
-def scene_thresholds(suite: Suite, concepts: pd.DataFrame, overall: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """From which similarity on a concept counts as there in a scene, by scene and concept.
-
-    Backgrounds and neighbours change similarities, so a threshold comes from pictures of the same scene if at least
-    `SCENE_MINIMUM` of each kind show the concept, and tell it apart; else it is the overall one.
-    """
-    limits = dict(zip(overall["concept"], overall["threshold"], strict=True))
-    found = {}
-    for scene in suite.scenes:
-        for name in scene.concepts:
-            here = (concepts["concept"] == name) & (concepts["scene"] == scene.name)
-            without, alone = _sanity(pd.DataFrame(concepts[here]))
-            own = presence_threshold(without, alone) if min(len(without), len(alone)) >= SCENE_MINIMUM else np.nan
-            found[scene.name, name] = limits[name] if np.isnan(own) else own
-    return found
-
-
-def _sanity(concepts: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities to the own references without any LoRA, and with LoRAs of the first kind alone, where found."""
-    found = concepts[concepts["found"].astype(bool)]
-    without, alone = (found.loc[found["arm"] == arm, "own"].to_numpy(dtype=float) for arm in SANITY[:2])
-    return without, alone
 
 
 def _bounds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
