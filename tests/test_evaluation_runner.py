@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,10 +331,8 @@ def test_a_file_in_the_place_of_the_folder(suite_file: Path, tmp_path: Path) -> 
 def test_the_report_is_written_at_the_end(suite_file: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    start = time.perf_counter()
     result = CliRunner().invoke(app, ["evaluate", str(suite_file), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert time.perf_counter() - start < 60
     assert {"report.html", "report.md", "pictures.csv", "concepts.csv"} <= {path.name for path in out.iterdir()}
     again = CliRunner().invoke(app, ["evaluate", "report", str(out)])
     assert again.exit_code == 0, again.output
