@@ -137,21 +137,27 @@ def judge(
     pipe.set_progress_bar_config(disable=True)
     pictures = {n: (jobs[n].pair, paint(pipe, jobs[n])) for n in track(chosen, description="painting")}
     judged = judge_votes(evaluation, pictures)
+    _say_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
+
+
+def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, Picture]) -> None:
+    console = Console()
     table = Table(title=f"The eye (rows) and the judge (columns) on {len(judged)} pictures")
     for column in ("", *VERDICTS):
         table.add_column(column)
-    counts = Counter((votes[str(number)], verdict) for number, verdict in judged.items())
+    counts = Counter((eye[number], verdict) for number, verdict in judged.items())
     for verdict in VERDICTS:
         table.add_row(verdict, *(str(counts[verdict, other]) for other in VERDICTS))
-    Console().print(table)
-    apart = {
-        number: (votes[str(number)], verdict) for number, verdict in judged.items() if votes[str(number)] != verdict
-    }
-    Console().print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
-    for number, (eye, verdict) in apart.items():
-        Console().print(
-            f"  {number}: {jobs[number].arm.label}, {' and '.join(jobs[number].pair)}: eye {eye}, judge {verdict}"
-        )
+    console.print(table)
+    for arm in ARMS:
+        mine = [number for number in judged if jobs[number].arm == arm]
+        both = [sum(verdicts[number] == "both" for number in mine) for verdicts in (eye, judged)]
+        console.print(f"both, in {len(mine)} pictures of {arm.label}: eye {both[0]}, judge {both[1]}")
+    apart = [number for number in judged if eye[number] != judged[number]]
+    console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
+    for number in apart:
+        what = f"{jobs[number].arm.label}, {' and '.join(jobs[number].pair)}"
+        console.print(f"  {number}: {what}: eye {eye[number]}, judge {judged[number]}")
 
 
 def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
