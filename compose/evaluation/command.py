@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,8 @@ class _Suites(TyperGroup):
             args = ["run", *args]
         return super().resolve_command(ctx, args)
 
+
+GRACE = 10  # seconds that the first process has to fail by itself when another one has failed
 
 app = typer.Typer(
     cls=_Suites,
@@ -140,6 +142,8 @@ def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
             started.append(subprocess.Popen(command, env=environment, stderr=told[rank] if rank else None))
         while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
             time.sleep(0.2)
+        with suppress(subprocess.TimeoutExpired):  # what is wrong for one is mostly wrong for the first one, too
+            started[0].wait(GRACE)
         codes = [process.poll() for process in started]
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is None:
