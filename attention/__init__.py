@@ -6,21 +6,27 @@ This package knows torch and diffusers' attention, and nothing of prompts, metho
 from attention.gates import Gates
 from attention.install import Installation, check_free, install, installed_layers
 from attention.layers import AttentionLayer, attention_layers, grid_at, map_level, places
+from attention.layout import Layout, Partition
 from attention.lora_bank import Lora, LoraFactors
 from attention.recorder import Recorder
+from attention.stopping import frozen, stopped_after
 
 __all__ = [
     "AttentionLayer",
     "Gates",
     "Installation",
+    "Layout",
     "Lora",
     "LoraFactors",
+    "Partition",
     "Recorder",
     "attention_layers",
     "check_free",
+    "frozen",
     "grid_at",
     "install",
     "installed_layers",
     "map_level",
     "places",
+    "stopped_after",
 ]

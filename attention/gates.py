@@ -26,25 +26,31 @@ class Gates:
     and a tensor that treats them differently has all of them.
 
     Attributes:
-        text: For keys and values of cross-attention. Shape: [rows, tokens, concepts].
+        text: For keys and values of cross-attention. Shape: [rows, tokens, concepts], or [texts, rows, tokens,
+            concepts] where cells choose among several texts.
         image: For everything that sees image cells, by level. Shape: [rows, cells, concepts], cells in row-major order.
         row: For layers that see neither (time embedding). Shape: [rows, concepts].
         latent_grid: Height and width of the latents.
+        read: For the output of cross-attention, by level; None is as `image`. Shape: as image.
     """
 
     text: Tensor
     image: Mapping[int, Tensor]
     row: Tensor
     latent_grid: Grid
+    read: Mapping[int, Tensor] | None = None
 
     def select(self, rows: slice) -> "Gates":
         """The same gates for some of the rows."""
 
-        def cut(gate: Tensor) -> Tensor:
-            return gate if gate.shape[0] == 1 else gate[rows]
+        def cut(gate: Tensor, dim: int = -3) -> Tensor:
+            chosen = [slice(None)] * gate.dim()
+            chosen[dim] = rows
+            return gate if gate.shape[dim] == 1 else gate[tuple(chosen)]
 
         image = {level: cut(gate) for level, gate in self.image.items()}
-        return Gates(cut(self.text), image, cut(self.row), self.latent_grid)
+        read = None if self.read is None else {level: cut(gate) for level, gate in self.read.items()}
+        return Gates(cut(self.text), image, cut(self.row, dim=-2), self.latent_grid, read)
 
     def of(self, place: Place) -> Tensor:
         """The gate that rules a place.
@@ -52,7 +58,8 @@ class Gates:
         Raises:
             KeyError: If there is none: a missing gate is an error, never "ungated".
         """
-        gate: Mapping[Kind, Tensor | Mapping[int, Tensor]] = {"text": self.text, "image": self.image, "row": self.row}
+        image = self.read if place.reads and self.read is not None else self.image
+        gate: Mapping[Kind, Tensor | Mapping[int, Tensor]] = {"text": self.text, "image": image, "row": self.row}
         found = gate[place.kind]
         return found if isinstance(found, Tensor) else found[place.level]
 
@@ -60,8 +67,8 @@ class Gates:
         """The factor on the pooled rank activations of one kind of layer.
 
         Returns:
-            Shape: [rows, tokens or cells, sum of ranks] for linear layers, [rows, sum of ranks, height, width] for
-            convolutions, [rows, sum of ranks] for "row" places.
+            Shape: [(texts,) rows, tokens or cells, sum of ranks] for linear layers, [rows, sum of ranks, height,
+            width] for convolutions, [rows, sum of ranks] for "row" places.
         """
         gate = self.of(key.place)
         concept_of_rank = torch.repeat_interleave(torch.tensor(key.ranks)).to(gate.device)

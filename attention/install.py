@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from attention.gates import GateKey, Gates
 from attention.layers import Kind, Place, attention_layers, grid_at, places, uncompiled
+from attention.layout import Layout
 from attention.lora_bank import BankLayer, Lora, base_layer
 from attention.processors import ComposeAttnProcessor, kernel_of
 from attention.recorder import Recorder
@@ -50,7 +51,13 @@ class Installation:
         self._expanded: weakref.WeakKeyDictionary[Gates, dict[GateKey, Tensor]] = weakref.WeakKeyDictionary()
         self._text_kv: MutableMapping[Tensor, MutableMapping[Tensor, TextKV]] = WeakIdKeyDictionary()  # text, its gate
 
-    def use(self, gates: Gates, encoder_hidden_states: Tensor | None = None, recorder: Recorder | None = None) -> None:
+    def use(
+        self,
+        gates: Gates,
+        encoder_hidden_states: Tensor | None = None,
+        recorder: Recorder | None = None,
+        layout: Layout | None = None,
+    ) -> None:
         """Sets what the next pass needs; it stays until it is set again.
 
         Nothing is done twice: the same `gates` object is expanded once, and keys and values of the same text under the
@@ -58,8 +65,10 @@ class Installation:
 
         Args:
             gates: How strongly each concept acts where.
-            encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels].
+            encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens,
+                channels] with a layout that divides cells among texts.
             recorder: Takes attention maps of this pass.
+            layout: What attention does differently in regions.
         """
         if gates not in self._expanded:
             keys = {layer.key for layer in self.bank.values()}
@@ -70,6 +79,8 @@ class Installation:
         self.slot.gates = self._expanded[gates]
         self.slot.text_kv = None if encoder_hidden_states is None else self._kept(encoder_hidden_states, gates.text)
         self.slot.recorder = recorder
+        self.slot.layout = layout
+        self.slot.texts = encoder_hidden_states if layout is not None else None
 
     def _kept(self, text: Tensor, gate: Tensor) -> TextKV:
         return self._text_kv.setdefault(text, WeakIdKeyDictionary()).setdefault(gate, TextKV())

@@ -23,10 +23,12 @@ class Place:
     Attributes:
         kind: What the layer sees.
         level: How often the latent grid has been halved where the layer's output lives; 0 for "text" and "row".
+        reads: True for the output of cross-attention, which sees what image cells have read from the text.
     """
 
     kind: Kind
     level: int
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,16 @@ def places(unet: nn.Module) -> Mapping[str, Place]:
     unet = uncompiled(unet)
     found = {name: Place("row", 0) for name, _ in unet.named_modules() if name.split(".")[0].endswith("_embedding")}
     found |= {"conv_in": Place("image", 0), "conv_out": Place("image", 0)}
-    text = {f"{layer.name}.{side}" for layer in attention_layers(unet) if layer.cross for side in ("to_k", "to_v")}
+    cross = [layer.name for layer in attention_layers(unet) if layer.cross]
+    text = {f"{name}.{side}" for name in cross for side in ("to_k", "to_v")}
+    read = {f"{name}.to_out.0" for name in cross}
     for block_name, block, _, level in blocks(unet):
         for inner, _ in block.named_modules():
             name = f"{block_name}.{inner}"
             if name in text:
                 found[name] = Place("text", 0)
+            elif name in read:
+                found[name] = Place("image", level, reads=True)
             elif name.endswith("time_emb_proj"):
                 found[name] = Place("row", 0)
             else:

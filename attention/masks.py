@@ -48,3 +48,16 @@ def resize_mask(mask: Tensor, grid: Grid) -> Tensor:
     """
     small = F.adaptive_avg_pool2d(mask.float()[None, None], grid)[0, 0]
     return small / small.max().clamp(min=torch.finfo(small.dtype).tiny)
+
+
+def cells_of(mask: Tensor, threshold: float) -> Tensor:
+    """Which cells belong to a region, from the share that it covers of each; at least the best covered one does.
+
+    Args:
+        mask: What `box_mask` or `resize_mask` gives: values in 0..1, of which one is 1.
+        threshold: The share from which on a cell belongs to the region; 1 takes cells that lie inside altogether.
+
+    Returns:
+        The same shape, bool.
+    """
+    return (mask >= threshold - 1e-4) & (mask > 0)

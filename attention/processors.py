@@ -133,10 +133,8 @@ class ComposeAttnProcessor:
         query = attn.to_q(hidden_states)
         key, value = self._key_value(attn, hidden_states, encoder_hidden_states)
         query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
-        recorder = self._slot.recorder
-        if recorder is not None and self._layer.name in recorder.layers:
-            recorder.take(self._layer.name, query, key, attn.scale)
-        hidden_states = self._kernel(query, key, value)
+        self._record(query, key, attn.scale)
+        hidden_states = self._attend(query, key, value)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
         hidden_states = dropout(project(hidden_states))
@@ -144,7 +142,25 @@ class ComposeAttnProcessor:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        layout = self._slot.layout
+        if layout is None:
+            return self._kernel(query, key, value)
+        attend = layout.cross if self._layer.cross else layout.self_attention
+        return attend(self._kernel, self._layer.level, query, key, value)
+
+    def _record(self, query: Tensor, key: Tensor, scale: float) -> None:
+        recorder, layout, name = self._slot.recorder, self._slot.layout, self._layer.name
+        if recorder is None:
+            return
+        isolated = layout is not None and layout.isolate and name in recorder.self_layers
+        allowed = layout.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
+        recorder.take(name, query, key, scale, allowed)
+
     def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        if text is not None and self._slot.texts is not None:
+            text = self._slot.texts
+
         def project() -> tuple[Tensor, Tensor]:
             source = hidden_states if text is None else text
             if text is not None and attn.norm_cross:
@@ -158,5 +174,5 @@ class ComposeAttnProcessor:
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    """[rows, positions, heads * channels] -> [rows, heads, positions, channels]."""
-    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+    """[..., rows, positions, heads * channels] -> [..., rows, heads, positions, channels]."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)

@@ -1,41 +1,64 @@
-"""Attention maps of chosen cross-attention layers, as they are computed."""
+"""Attention maps of chosen attention layers, as they are computed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 
 class Recorder:
-    """Takes the attention that image cells pay to groups of tokens during one pass.
+    """Takes, during one pass, the attention that image cells pay to groups of tokens, and to each other.
 
     Maps are assigned by layer, never added up, so that a recomputation under gradient checkpointing changes nothing.
 
     Args:
         layers: Names of the cross-attention layers wanted.
-        readout: Weight of every token in every map. Shape: [rows, tokens, maps].
+        readout: Weight of every token in every map. Shape: [rows, tokens, maps], or [texts, rows, tokens, maps] where
+            cells choose among several texts; then there is a map for every text, over all cells.
+        self_layers: Names of the self-attention layers wanted.
 
     Attributes:
-        maps: Mean over heads, by layer, in fp32. Shape: [rows, cells, maps] each.
+        maps: Mean over heads, by cross-attention layer, in fp32. Shape: [(texts,) rows, cells, maps] each.
+        self_maps: Mean over heads, by self-attention layer, in fp32. Shape: [rows, cells, cells seen] each.
     """
 
-    def __init__(self, layers: Iterable[str], readout: Tensor) -> None:
+    def __init__(self, layers: Iterable[str], readout: Tensor, self_layers: Iterable[str] = ()) -> None:
         self.layers = frozenset(layers)
         self.readout = readout.float()
+        self.self_layers = frozenset(self_layers)
         self.maps: dict[str, Tensor] = {}
+        self.self_maps: dict[str, Tensor] = {}
 
-    def take(self, layer: str, query: Tensor, key: Tensor, scale: float) -> None:
-        """Records a layer.
+    def take(self, layer: str, query: Tensor, key: Tensor, scale: float, allowed: Tensor | None = None) -> None:
+        """Records a layer if it is wanted.
 
         Args:
             layer: Its name.
             query: Shape: [rows, heads, cells, channels].
-            key: Shape: [rows, heads, tokens, channels].
+            key: Shape: [(texts,) rows, heads, tokens or cells, channels].
             scale: Factor on the logits.
+            allowed: Which cells see which; None is all. Shape: [cells, cells].
         """
-        logits = query.float() @ key.float().transpose(-1, -2) * scale
-        self.maps[layer] = torch.softmax(logits, dim=-1).mean(dim=1) @ self.readout
+        if layer in self.layers:
+            self.maps[layer] = _attention(query, key, scale, None) @ self.readout
+        elif layer in self.self_layers:
+            self.self_maps[layer] = _attention(query, key, scale, allowed)
 
     def mean(self) -> Tensor:
-        """Mean over the recorded layers, which must share one grid. Shape: [rows, cells, maps]."""
-        return torch.stack([self.maps[layer] for layer in sorted(self.maps)]).mean(dim=0)
+        """Mean over the recorded layers, which must share one grid. Shape: [(texts,) rows, cells, maps]."""
+        return _mean(self.maps)
+
+    def self_mean(self) -> Tensor:
+        """Mean over the recorded self-attention layers. Shape: [rows, cells, cells seen]."""
+        return _mean(self.self_maps)
+
+
+def _attention(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
+    logits = query.float() @ key.float().transpose(-1, -2) * scale
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return torch.softmax(logits, dim=-1).mean(dim=-3)
+
+
+def _mean(maps: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([maps[layer] for layer in sorted(maps)]).mean(dim=0)

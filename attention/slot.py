@@ -7,6 +7,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from attention.gates import GateKey
+    from attention.layout import Layout
     from attention.recorder import Recorder
     from attention.text_kv import TextKV
 
@@ -22,8 +23,13 @@ class Slot:
         gates: Expanded gates by key; a missing key is an error.
         text_kv: Kept keys and values of cross-attention.
         recorder: Takes attention maps, if any are wanted.
+        layout: What attention does differently in regions, if there are any.
+        texts: What cross-attention reads instead of the text that the UNet was given, with a layout. Shape: [texts,
+            rows, tokens, channels].
     """
 
     gates: dict["GateKey", Tensor] = field(default_factory=dict)
     text_kv: "TextKV | None" = None
     recorder: "Recorder | None" = None
+    layout: "Layout | None" = None
+    texts: Tensor | None = None

@@ -107,13 +107,13 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
         f"({whole}), and those before the first step in plain steps",
         ["method", "N", "UNet rows", *(header for name in plain for header in (name, "before"))],
     )
-    table.add_row("plain", "0", _rows(next(iter(plain.values()))), *["1.000", "-"] * len(plain))
+    table.add_row("plain", "0", next(iter(plain.values())).rows, *["1.000", "-"] * len(plain))
     cells: dict[tuple[str, int], list[CountedRow]] = {}
     for row in rows:
         cells.setdefault((row.method, row.concepts), []).append(row)
     for (method, number), found in cells.items():
         ratios = [text for row in found for text in _ratios(row, steps)]
-        table.add_row(method, str(number), _rows(found[0].cost), *ratios)
+        table.add_row(method, str(number), found[0].cost.rows, *ratios)
     return table
 
 
@@ -158,10 +158,6 @@ def _table(title: str, headers: Sequence[str]) -> Table:
     for header in headers:
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
     return table
-
-
-def _rows(cost: Counted) -> str:
-    return f"{cost.rows_forward:g}" + (f" + {cost.rows_backward:g} backward" if cost.rows_backward else "")
 
 
 def _ratios(row: CountedRow, steps: int) -> tuple[str, str]:

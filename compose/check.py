@@ -138,10 +138,9 @@ def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[Loade
     scheduler = scheduler_of(pipe, run)
     cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
     plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
-    backward = f" and {cost.rows_backward:g} backward" if cost.rows_backward else ""
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
     ratio = f"{cost.flops / plain.flops:.2f} times the operations of a plain picture"
-    return f"{cost.rows_forward:g} UNet rows{backward} ({run.steps} steps {how}), {ratio}"
+    return f"{cost.rows} UNet rows ({run.steps} steps {how}), {ratio}"
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:

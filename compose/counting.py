@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from attention import Lora
+from attention import Gates, Layout, Lora, Recorder
 from attention.layers import Grid, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks
-from pipelines.engine import EncodedText, Engine, LoadedConcept
+from pipelines.engine import EncodedText, Engine, LoadedConcept, Objective
 from pipelines.methods import Settings
+from pipelines.output import Cost
 
 META = torch.device("meta")
 
@@ -27,16 +28,24 @@ class Counted:
     """What one call costs.
 
     Attributes:
-        rows_forward: Latent rows through the UNet.
+        rows_forward: Latent rows through the whole UNet.
+        rows_stopped: Rows forward through passes that stop early.
         rows_backward: Rows run backward.
         flops: Operations of the whole call, a multiplication and an addition being two.
         preparation_flops: Those of them before the first denoising step.
     """
 
     rows_forward: float
+    rows_stopped: float
     rows_backward: float
     flops: int
     preparation_flops: int
+
+    @property
+    def rows(self) -> str:
+        """The rows in words: "50", or "50 + 13 stopped + 13 backward"."""
+        parts = ((self.rows_forward, ""), (self.rows_stopped, " stopped"), (self.rows_backward, " backward"))
+        return " + ".join(f"{number:g}{what}" for number, what in parts if number or not what)
 
 
 def count(
@@ -52,7 +61,7 @@ def count(
     tokens: int = 77,
     vae_scale: int = 8,
 ) -> Counted:
-    """Counts a call.
+    """Counts a call; what depends on numbers, as when to stop updating latents, is counted as the most that can be.
 
     Args:
         unet: On the meta device.
@@ -80,17 +89,31 @@ def count(
     words = torch.eye(tokens, len(concepts)).roll(1, dims=0)[None]  # after the start token
     operations = Operations()
     engine = _Engine(
-        operations, {"unet": unet, "scheduler": scheduler}, [_without_numbers(concept) for concept in concepts],
-        lambda: text, TokenMasks(words, words), latent_grid=grid, image_size=image_size, images_per_prompt=images,
-        guidance_scale=guidance_scale, guidance_rescale=0.0, device=META, unet_kwargs=unet_kwargs, started=0.0,
-    )  # fmt: skip
+        operations,
+        {"unet": unet, "scheduler": scheduler},
+        [_without_numbers(concept) for concept in concepts],
+        lambda prompts, negative_prompts: text,
+        lambda prompts, optional: TokenMasks(words, words),
+        [" ".join(concept.concept.phrase for concept in concepts)],
+        TokenMasks(words, words),
+        latent_grid=grid,
+        image_size=image_size,
+        images_per_prompt=images,
+        guidance_scale=guidance_scale,
+        guidance_rescale=0.0,
+        device=META,
+        unet_kwargs=unet_kwargs,
+        started=0.0,
+    )
     with torch.no_grad(), operations, engine.installed():
+        engine.timesteps = scheduler.timesteps
         process = settings.start(engine)
         latents = process.prepare(latents)
         preparation = operations.flops
         for engine.step, t in enumerate(scheduler.timesteps):
             latents, _ = process.step(latents, t)  # what the scheduler makes of them has the same shape
-    return Counted(engine.cost.rows_forward, engine.cost.rows_backward, operations.flops, preparation)
+    cost = engine.cost
+    return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, preparation)
 
 
 def count_run(
@@ -214,16 +237,56 @@ class _Pass:
     maps: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Update:
+    """What a pass with a gradient gives, and what it has cost."""
+
+    flops: int
+    cost: Cost
+    losses: Tensor
+    gradient: Tensor
+
+
 class _Engine(Engine):
     """An engine without numbers: of all passes that cost the same, it runs the first.
 
-    Passes with a graph are all run, as somebody is going to walk it.
+    Of passes with a gradient as well, with all that belongs to it.
     """
 
     def __init__(self, operations: Operations, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._operations = operations
         self._passes: dict[tuple, _Pass] = {}
+        self._begun: set[tuple] = set()
+        self._updates: dict[tuple, _Update] = {}
+
+    def goes_on(self, images: Tensor) -> bool:
+        return True
+
+    def gradient(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        record: Recorder,
+        objective: Objective,
+        layout: Layout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        kind = latents.shape, conditioning, gates, layout
+        if kind not in self._begun:  # the first of a kind makes keys and values of the text
+            self._begun.add(kind)
+            return super().gradient(latents, t, conditioning, gates, record, objective, layout)
+        if kind not in self._updates:
+            before, self.cost = (self._operations.flops, self.cost), Cost()
+            losses, gradient = super().gradient(latents, t, conditioning, gates, record, objective, layout)
+            self._updates[kind] = _Update(self._operations.flops - before[0], self.cost, losses, gradient)
+            self._operations.flops, self.cost = before
+        known = self._updates[kind]
+        self._operations.flops += known.flops
+        self.cost.rows_stopped += known.cost.rows_stopped
+        self.cost.rows_backward += known.cost.rows_backward
+        return known.losses, known.gradient
 
     def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         if torch.is_grad_enabled():
@@ -232,7 +295,8 @@ class _Engine(Engine):
         text_kv = {} if slot.text_kv is None else slot.text_kv.kept
         maps, recorded = ({}, None) if slot.recorder is None else (slot.recorder.maps, slot.recorder.layers)
         bank = frozenset((name, layer.key) for name, layer in self.installation.bank.items())
-        kind = latents.shape, conditioning.prompt_embeds.shape, bank, frozenset(text_kv), recorded
+        text = conditioning.prompt_embeds.shape
+        kind = latents.shape, text, bank, frozenset(text_kv), recorded, slot.layout, len(self._unet.up_blocks)
         if kind not in self._passes:
             before = self._operations.flops
             output = super()._run(latents, t, conditioning)
@@ -260,7 +324,7 @@ def _plain(
             torch.cat([latents] * len(both)), torch.tensor(1), embeds,
             added_cond_kwargs=text.added_cond_kwargs, **unet_kwargs,
         )  # fmt: skip
-    return Counted(passes * len(embeds), 0.0, passes * operations.flops, 0)
+    return Counted(passes * len(embeds), 0.0, 0.0, passes * operations.flops, 0)
 
 
 def _text(unet: UNet2DConditionModel, images: int, tokens: int, guided: bool) -> EncodedText:

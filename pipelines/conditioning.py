@@ -1,6 +1,6 @@
 """Prompts of all branches -> the text side of one UNet pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.scene import Concept
-from pipelines.tokens import check_disjoint, locate, token_mask
+from pipelines.tokens import check_disjoint, find_words, locate, token_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,11 +16,13 @@ class Conditioning:
     """The text of all rows of one UNet pass.
 
     Rows are ordered (uncond, branch 0, branch 1, ...), each part with one row per image; uncond is there with guidance
-    only. Images of one prompt are adjacent.
+    only. Images of one prompt are adjacent. Where image cells choose among several texts, all tensors have the texts as
+    a dimension in front (`stack_texts`).
 
     Attributes:
-        prompt_embeds: Shape: [rows, tokens, channels].
-        trigger_mask: 1 at the tokens of each concept's trigger; rows of uncond are 0. Shape: [rows, tokens, concepts].
+        prompt_embeds: Shape: [(texts,) rows, tokens, channels].
+        trigger_mask: 1 at the tokens of each concept's trigger; rows of uncond are 0. Shape: [(texts,) rows, tokens,
+            concepts].
         phrase_mask: The same for trigger and class word together.
         guided: True if the uncond rows are there.
         images: Images in the batch.
@@ -37,7 +39,12 @@ class Conditioning:
     @property
     def rows(self) -> int:
         """Rows in the batch."""
-        return self.prompt_embeds.shape[0]
+        return self.prompt_embeds.shape[-3]
+
+    @property
+    def first_embeds(self) -> Tensor:
+        """The embeddings of the only or of the first text. Shape: [rows, tokens, channels]."""
+        return self.prompt_embeds if self.prompt_embeds.dim() == 3 else self.prompt_embeds[0]
 
     @property
     def conditional_rows(self) -> slice:
@@ -50,12 +57,22 @@ class Conditioning:
         added = self.added_cond_kwargs
         return replace(
             self,
-            prompt_embeds=self.prompt_embeds[rows],
-            trigger_mask=self.trigger_mask[rows],
-            phrase_mask=self.phrase_mask[rows],
+            prompt_embeds=self.prompt_embeds[..., rows, :, :],
+            trigger_mask=self.trigger_mask[..., rows, :, :],
+            phrase_mask=self.phrase_mask[..., rows, :, :],
             guided=False,
             added_cond_kwargs=None if added is None else {key: value[rows] for key, value in added.items()},
         )
+
+
+def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
+    """Several texts among which image cells choose; further inputs of the UNet come from the first."""
+    return replace(
+        texts[0],
+        prompt_embeds=torch.stack([text.prompt_embeds for text in texts]),
+        trigger_mask=torch.stack([text.trigger_mask for text in texts]),
+        phrase_mask=torch.stack([text.phrase_mask for text in texts]),
+    )
 
 
 TokenPositions = Mapping[str, Sequence[int] | Sequence[Sequence[int]]]
@@ -71,16 +88,26 @@ class TokenMasks:
 
     @classmethod
     def of_prompts(
-        cls, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], concepts: Sequence[Concept]
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        concepts: Sequence[Concept],
+        optional: Container[str] = (),
     ) -> "TokenMasks":
         """Finds triggers and class words; concepts without a trigger have an empty mask.
+
+        Args:
+            tokenizer: The tokenizer.
+            prompts: The texts.
+            concepts: Whose words are looked for.
+            optional: Names of concepts whose trigger need not be there.
 
         Raises:
             ValueError: For triggers that are missing, truncated or shared.
         """
-        named = [concept for concept in concepts if concept.trigger]
         trigger, phrase = [], []
         for prompt in prompts:
+            named = [c for c in concepts if c.trigger and (c.name not in optional or find_words(c.trigger, prompt))]
             found = {concept.name: locate(tokenizer, prompt, concept) for concept in named}
             check_disjoint(named, list(found.values()), prompt)
             trigger.append([found[c.name].trigger if c.name in found else () for c in concepts])

@@ -1,7 +1,7 @@
 """The only way to run the UNet during a call; it counts what it costs."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from attention import (
     Gates,
     Installation,
+    Layout,
     Recorder,
     attention_layers,
+    frozen,
     grid_at,
     install,
     installed_layers,
     map_level,
     places,
+    stopped_after,
 )
 from attention.layers import Grid, Kind, Place, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
@@ -67,8 +70,15 @@ class EncodedText:
     added_cond_kwargs: Mapping[str, Tensor] | None = None
 
 
-Encoder = Callable[[], EncodedText]
-"""Encodes the prompts of a call with a pipeline's text encoders, in whatever state they are."""
+Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
+"""Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None is the
+call's own."""
+
+Finder = Callable[[Sequence[str], Collection[str]], TokenMasks]
+"""Finds the concepts' words in prompts; the concepts named in the second argument need not be there."""
+
+Objective = Callable[[Recorder], Tensor]
+"""What is wrong with the attention maps of a pass, one number per image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +103,9 @@ class Engine:
         components: unet, scheduler and text encoders by name.
         concepts: Who takes part.
         encoder: Encodes the prompts of the call.
-        token_masks: Where the concepts' words stand.
+        finder: Finds the concepts' words.
+        prompts: The prompts of the call; None if it was given embeddings.
+        token_masks: Where the concepts' words stand in them.
         latent_grid: Height and width of the latents.
         image_size: Height and width of the image in pixels.
         images_per_prompt: How many images each prompt gets.
@@ -106,6 +118,7 @@ class Engine:
     Attributes:
         cost: What has been run so far.
         step: The current step.
+        timesteps: The timesteps of all steps.
         record_steps: Steps of which attention maps are kept.
     """
 
@@ -114,6 +127,8 @@ class Engine:
         components: Mapping[str, Any],
         concepts: Sequence[LoadedConcept],
         encoder: Encoder,
+        finder: Finder,
+        prompts: Sequence[str] | None,
         token_masks: TokenMasks,
         *,
         latent_grid: Grid,
@@ -130,6 +145,7 @@ class Engine:
         self.weights = tuple(concept.weight or 0.0 for concept in self.concepts)
         # Adapters of these names give way to the concepts, also to those that come from a file.
         self._names = [concept.name for concept in self.concepts]
+        self.prompts = None if prompts is None else tuple(prompts)
         self.token_masks = token_masks
         self.latent_grid = latent_grid
         self.image_size = image_size
@@ -139,11 +155,13 @@ class Engine:
         self.started = started
         self.cost = Cost()
         self.step = 0
+        self.timesteps: Sequence[Tensor] | Tensor = ()
         self.record_steps: frozenset[int] = frozenset()
         self._components = components
         self._unet: UNet2DConditionModel = components["unet"]
         self._scheduler = components["scheduler"]
         self._encoder = encoder
+        self._finder = finder
         self._guidance_rescale = guidance_rescale
         self._unet_kwargs = dict(unet_kwargs)
         self._log: dict[int, list[Tensor]] = {}
@@ -151,9 +169,13 @@ class Engine:
         self._first: Conditioning | None = None
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
         self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
+        sample = self._unet.config["sample_size"]
+        self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
         layers = attention_layers(self._unet)
         self.map_level = map_level(layers)
-        self._map_layers = [layer.name for layer in layers if layer.cross and layer.level == self.map_level]
+        wanted = [layer for layer in layers if layer.level == self.map_level]
+        self.map_layers = tuple(layer.name for layer in wanted if layer.cross)
+        self.self_map_layers = tuple(layer.name for layer in wanted if not layer.cross)
         self.levels = frozenset(place.level for place in places(self._unet).values())
 
     @property
@@ -161,22 +183,45 @@ class Engine:
         """Whether this step has classifier-free guidance; a callback may switch it off."""
         return self.guidance_scale > 1 and self._unet.config["time_cond_proj_dim"] is None
 
-    def encode(self, text_weights: Sequence[float] | None = None) -> Conditioning:
-        """Encodes the prompts of the call.
+    def encode(
+        self,
+        text_weights: Sequence[float] | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
+        names: Collection[str] = (),
+    ) -> Conditioning:
+        """Encodes the prompts of the call, or others in their place, one for each.
 
         Args:
             text_weights: Weight of every concept's text-encoder factors; None leaves them out.
+            prompts: Instead of the call's own.
+            negative_prompts: Instead of the call's own.
+            names: Concepts whose trigger has to be in those prompts.
+
+        Raises:
+            ValueError: If a trigger is missing.
         """
+        masks = self.token_masks
+        if prompts is not None:
+            masks = self.find(prompts, names)
         parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
         stack = ExitStack()
         with stack:
             for part in parts:
                 stack.enter_context(self._text_factors(part, text_weights))
-            text = self._encoder()
-        conditioning = self._conditioning(text)
+            text = self._encoder(prompts, negative_prompts)
+        conditioning = self._conditioning(text, masks)
         if self._first is None:
             self._first = conditioning
         return conditioning
+
+    def find(self, prompts: Sequence[str], names: Collection[str]) -> TokenMasks:
+        """Where the concepts' words stand in prompts; the named concepts have to be there.
+
+        Raises:
+            ValueError: If one is missing.
+        """
+        return self._finder(prompts, {concept.name for concept in self.concepts} - set(names))
 
     @property
     def conditioning(self) -> Conditioning:
@@ -197,12 +242,11 @@ class Engine:
                 installation.use(Gates(gate, {}, gate[0], (1, 1)))
             yield
 
-    def _conditioning(self, text: EncodedText) -> Conditioning:
+    def _conditioning(self, text: EncodedText, masks: TokenMasks) -> Conditioning:
         embeds, negative = text.prompt_embeds, text.negative_prompt_embeds
-        masks = [mask.to(self.device) for mask in (self.token_masks.trigger, self.token_masks.phrase)]
         trigger, phrase = (
             join_rows(None if negative is None else torch.zeros_like(mask), [mask], self.images_per_prompt)
-            for mask in masks
+            for mask in (masks.trigger.to(self.device), masks.phrase.to(self.device))
         )
         return Conditioning(
             embeds if negative is None else torch.cat([negative, embeds]),
@@ -243,27 +287,106 @@ class Engine:
         logger.debug("folded %d layers, %d stay in the bank", folded, len(self.installation.bank))
 
     def unet(
-        self, latents: Tensor, t: Tensor, conditioning: Conditioning, gates: Gates, record: Recorder | None = None
+        self, latents: Tensor, t: Tensor, conditioning: Conditioning, gates: Gates, layout: Layout | None = None
     ) -> Prediction:
         """One pass.
 
         Args:
-            latents: Shape: [images, channels, height, width].
+            latents: All of them, or a part of the canvas. Shape: [images, channels, height, width].
             t: The timestep.
             conditioning: The text of all rows.
             gates: How strongly each concept acts where.
-            record: Takes attention maps of this pass.
+            layout: What attention does differently in regions; needed if the conditioning has several texts.
         """
         if conditioning.guided and not self.guided:
             conditioning, gates = self._without_uncond(conditioning, gates)
-        watch = record or self._watch(conditioning)
-        self.installation.use(gates, conditioning.prompt_embeds, watch)
+        watch = self._watch(conditioning)
+        self.installation.use(gates, conditioning.prompt_embeds, watch, layout)
         rows = torch.cat([latents] * (conditioning.rows // conditioning.images))
         output = self._run(self._scheduler.scale_model_input(rows, t), t, conditioning)
-        self.cost.rows_forward += conditioning.rows
-        if watch is not None and watch is not record:
+        self.cost.rows_forward += conditioning.rows * self._share(latents)
+        if watch is not None:
             self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning))
         return Prediction(output, conditioning.guided, conditioning.images)
+
+    def observe(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        record: Recorder,
+        layout: Layout | None = None,
+    ) -> None:
+        """Attention maps alone: a pass of the prompt's rows that stops after the last recorded layer.
+
+        Args: as for `unet`, and the recorder, whose readout is for the prompt's rows.
+        """
+        self._stopped(self._scheduler.scale_model_input(latents, t), t, conditioning, gates, record, layout)
+
+    def gradient(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        record: Recorder,
+        objective: Objective,
+        layout: Layout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of an objective on attention maps with respect to the latents, as `observe` sees them.
+
+        With respect to the latents as the UNet gets them, and given back in the scale of `latents`, so that one step
+        size serves all schedulers: those that scale the input down (Euler) would otherwise take steps too small.
+
+        Args: as for `observe`, and the objective. One graph exists at a time, in which no weight asks for a gradient.
+
+        Returns:
+            The objective by image, shape [images], and a direction of the latents' shape, both fp32.
+
+        Raises:
+            RuntimeError: Under `torch.inference_mode`, which knows no gradients.
+            ValueError: If the gradient is not finite.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
+        scaled = self._scheduler.scale_model_input(latents, t)
+        per_latent = self._scheduler.scale_model_input(torch.ones(1, 1, 1, 1, device=self.device), t)
+        with torch.enable_grad(), frozen(uncompiled(self._unet)):
+            scaled = scaled.detach().requires_grad_()
+            self._stopped(scaled, t, conditioning, gates, record, layout)
+            losses = objective(record)
+            (gradient,) = torch.autograd.grad(losses.sum(), scaled)
+        self.cost.rows_backward += len(latents)
+        gradient = gradient.float() / per_latent
+        if not gradient.is_meta and not gradient.isfinite().all():
+            raise ValueError(f"the gradient at step {self.step} is not finite; try float32 or a smaller step size")
+        return losses.detach(), gradient
+
+    def _stopped(
+        self,
+        scaled: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        record: Recorder,
+        layout: Layout | None,
+    ) -> None:
+        if conditioning.guided:
+            conditioning, gates = self._without_uncond(conditioning, gates)
+        self.installation.use(gates, conditioning.prompt_embeds, record, layout)
+        rows = torch.cat([scaled] * (conditioning.rows // conditioning.images))
+        with stopped_after(self._unet, record.layers | record.self_layers):
+            self._run(rows, t, conditioning)
+        self.cost.rows_stopped += conditioning.rows * self._share(scaled)
+
+    def _share(self, latents: Tensor) -> float:
+        """What part of the canvas some latents are."""
+        return latents.shape[-2] * latents.shape[-1] / (self.latent_grid[0] * self.latent_grid[1])
+
+    def goes_on(self, images: Tensor) -> bool:
+        """Whether any image is still to be worked on. Shape: [images], bool."""
+        return bool(images.any())
 
     def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet itself, for which everything is set. Shape: [rows, channels, height, width]."""
@@ -271,7 +394,7 @@ class Engine:
         return self._unet(
             latents,
             t,
-            encoder_hidden_states=conditioning.prompt_embeds,
+            encoder_hidden_states=conditioning.first_embeds,
             added_cond_kwargs=None if added is None else dict(added),
             return_dict=False,
             **self._unet_kwargs,
@@ -306,14 +429,15 @@ class Engine:
         if self.step not in self.record_steps:
             return None
         words = conditioning.phrase_mask
-        return Recorder(self._map_layers, words / words.sum(dim=1, keepdim=True).clamp(min=1))
+        return Recorder(self.map_layers, words / words.sum(dim=-2, keepdim=True).clamp(min=1))
 
     def _concept_maps(self, recorder: Recorder, conditioning: Conditioning) -> Tensor:
-        """Mean over the branches in which a concept is named. Shape: [images, concepts, height, width]."""
+        """Mean over the texts or branches in which a concept is named. Shape: [images, concepts, height, width]."""
         rows = conditioning.conditional_rows
-        named = (conditioning.phrase_mask[rows].sum(dim=1) > 0).float()  # [branches * images, concepts]
-        maps = recorder.mean()[rows].unflatten(0, (-1, conditioning.images))  # [branches, images, cells, concepts]
-        named = named.unflatten(0, (-1, conditioning.images))
+        named = (conditioning.phrase_mask[..., rows, :, :].sum(dim=-2) > 0).float()
+        maps = recorder.mean()[..., rows, :, :]
+        maps = maps.reshape(-1, conditioning.images, *maps.shape[-2:])
+        named = named.reshape(-1, conditioning.images, named.shape[-1])  # [texts or branches, images, concepts]
         mean = (maps * named[:, :, None]).sum(dim=0) / named.sum(dim=0).clamp(min=1)[:, None]
         return mean.transpose(1, 2).unflatten(2, grid_at(self.latent_grid, self.map_level))
 

@@ -8,16 +8,19 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 @dataclass
 class Cost:
-    """What a call cost. The unit is one latent row through the whole UNet.
+    """What a call cost. The unit is one latent row, which is one image's whole canvas, through the UNet.
 
     Attributes:
-        rows_forward: Rows run forward; a pass that stops early counts its share.
-        rows_backward: Rows run backward.
+        rows_forward: Rows run forward through the whole UNet.
+        rows_stopped: Rows run forward in passes that stop after the last layer whose attention is wanted; what share
+            of the UNet that is, `lora-compose bench` counts.
+        rows_backward: Rows run backward, through stopped passes.
         preparation_seconds: From the start of the call to its first denoising step, by the host's clock: checking,
             encoding, installing, folding.
     """
 
     rows_forward: float = 0.0
+    rows_stopped: float = 0.0
     rows_backward: float = 0.0
     preparation_seconds: float = 0.0
 

@@ -48,6 +48,9 @@ class Concept(_Frozen):
         weight: Factor on the whole LoRA; 1 by default.
         region: Where the concept may appear: a box, or the path of a picture that is white inside; None leaves it to
             the method.
+        prompt: What is to be seen in the region, for methods that read a text per concept; it holds the trigger. None
+            derives it from the scene's prompt.
+        negative_prompt: What is not to be seen there; None is the scene's.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -56,6 +59,8 @@ class Concept(_Frozen):
     class_word: str | None = None
     weight: float | None = None
     region: BoxOrMask | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    negative_prompt: str | None = None
 
     @property
     def phrase(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from attention import check_free
 from pipelines.base import ComposePipeline, check_call, steps_to_record
 from pipelines.conditioning import TokenMasks, TokenPositions
-from pipelines.engine import EncodedText, Engine, LoadedConcept, masks_of
+from pipelines.engine import EncodedText, Engine, masks_of
 from pipelines.methods import Settings
 from pipelines.output import ComposeOutput
 from pipelines.scene import Concept
@@ -105,25 +105,33 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         loaded = self.resolve_concepts(concepts)
         check_call(loaded, width, height, num_inference_steps)
         settings = self.resolve_method(method, loaded)
-        masks = self._token_masks(loaded, prompt, prompt_embeds, token_positions)
+        takers = [found.concept for found in loaded]
+        # Textual inversion puts several tokens in place of one.
+        texts = None if prompt_embeds is not None else self._converted(_listed(prompt))
+        masks = self._token_masks(takers, texts, prompt_embeds, token_positions)
 
         device = self._execution_device
         images_per_prompt = num_images_per_prompt or 1
         batch_size = masks.trigger.shape[0] * images_per_prompt
 
-        def encode() -> EncodedText:
-            embeds, negative = self.encode_prompt(
-                prompt, device, images_per_prompt,
-                self.do_classifier_free_guidance, negative_prompt, prompt_embeds=prompt_embeds,
-                negative_prompt_embeds=negative_prompt_embeds,
+        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+            own, negative = prompt, negative_prompts or negative_prompt
+            if prompts is not None:
+                own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
+            embeds, uncond = self.encode_prompt(
+                own, device, images_per_prompt, self.do_classifier_free_guidance, negative,
+                prompt_embeds=prompt_embeds if prompts is None else None,
+                negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                 lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
             )  # fmt: skip
-            return EncodedText(embeds, negative if self.do_classifier_free_guidance else None)
+            return EncodedText(embeds, uncond if self.do_classifier_free_guidance else None)
 
         engine = Engine(
             self.components,
             loaded,
             encode,
+            lambda prompts, optional: TokenMasks.of_prompts(self.tokenizer, self._converted(prompts), takers, optional),
+            None if prompt_embeds is not None else _listed(prompt),
             masks,
             latent_grid=(height // self.vae_scale_factor, width // self.vae_scale_factor),
             image_size=(height, width),
@@ -143,6 +151,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             self._interrupt = False
             schedule: Any = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
             steps, num_inference_steps = schedule
+            engine.timesteps = steps
             engine.record_steps = steps_to_record(record_attention, len(steps))
             process = settings.start(engine)
             start = self.prepare_latents(
@@ -176,20 +185,21 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
 
     def _token_masks(
         self,
-        loaded: Sequence[LoadedConcept],
-        prompt: str | list[str] | None,
+        concepts: Sequence[Concept],
+        texts: Sequence[str] | None,
         prompt_embeds: Tensor | None,
         token_positions: TokenPositions | None,
     ) -> TokenMasks:
-        concepts = [found.concept for found in loaded]
         if prompt_embeds is not None:
             prompts, tokens, _ = prompt_embeds.shape
             return TokenMasks.of_positions(token_positions or {}, prompts, tokens, concepts)
         if token_positions is not None:
             raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
-        # Textual inversion puts several tokens in place of one.
-        texts = [str(self.maybe_convert_prompt(text, self.tokenizer)) for text in _listed(prompt)]
-        return TokenMasks.of_prompts(self.tokenizer, texts, concepts)
+        elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
+        return TokenMasks.of_prompts(self.tokenizer, texts or (), concepts, elsewhere)
+
+    def _converted(self, prompts: Sequence[str]) -> list[str]:
+        return [str(self.maybe_convert_prompt(prompt, self.tokenizer)) for prompt in prompts]
 
     def _unet_kwargs(
         self,

@@ -92,7 +92,7 @@ def test_every_concept_has_a_word_and_a_column(model):
     concepts = columns(26, 130, 64)
     assert [concept.region for concept in concepts[:2]] == [(0, 0, 5, 64), (5, 0, 10, 64)]
     assert concepts[-1].region == (125, 0, 130, 64)
-    found = pipe._token_masks(pipe.resolve_concepts(concepts), PROMPT, None, None).trigger
+    found = pipe._token_masks(concepts, [PROMPT], None, None).trigger
     assert found.shape == (1, 32, 26)
     assert found.sum(dim=1).tolist() == [[1.0] * 26]
     assert pipe.resolve_concepts(concepts)[25].factors.unet.keys() == attention_lora(pipe.unet).keys()

@@ -17,7 +17,7 @@ from compose.counting import Counted, Operations, count, count_run, meta_unet
 from pipelines.conditioning import TokenMasks
 from pipelines.engine import EncodedText, Engine, LoadedConcept
 from pipelines.loading import Factors
-from pipelines.methods import METHODS, Merge, OnePass, Regional, Settings, Switch, Tara
+from pipelines.methods import METHODS, LoraComposer, Merge, OnePass, Regional, Settings, Switch, Tara
 from pipelines.scene import Concept
 
 TINY_XL = {
@@ -46,6 +46,13 @@ def torch_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
 
 
+class _Endless(Engine):
+    """Without numbers nobody knows when to stop."""
+
+    def goes_on(self, images: Tensor) -> bool:
+        return True
+
+
 def by_hand(
     unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], settings: Settings, *, steps: int,
     guidance_scale: float, image_size: tuple[int, int], images: int,
@@ -64,11 +71,14 @@ def by_hand(
     scheduler, grid = DDIMScheduler(), (image_size[0] // 8, image_size[1] // 8)
     scheduler.set_timesteps(steps)
     lora = {name: type(f)(f.down.to(meta), f.up.to(meta), f.scale) for name, f in concepts[0].factors.unet.items()}
-    engine = Engine(
+    engine = _Endless(
         {"unet": unet, "scheduler": scheduler}, [LoadedConcept(c.concept, Factors(lora)) for c in concepts],
-        lambda: encoded, TokenMasks(words, words), latent_grid=grid, image_size=image_size, images_per_prompt=images,
+        lambda *prompts: encoded, lambda *prompts: TokenMasks(words, words),
+        [" ".join(c.concept.phrase for c in concepts)], TokenMasks(words, words), latent_grid=grid,
+        image_size=image_size, images_per_prompt=images,
         guidance_scale=guidance_scale, guidance_rescale=0.0, device=meta, unet_kwargs={}, started=0.0,
     )  # fmt: skip
+    engine.timesteps = scheduler.timesteps
     latents = torch.empty(images, 4, *grid, device=meta)
     with torch.no_grad(), engine.installed(), torch_counter() as counter:
         process = settings.start(engine)
@@ -101,19 +111,17 @@ class _Updates:
 
 class _Updating(OnePass):
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        layers = [layer.name for layer in attention_layers(self.engine._unet) if layer.cross]
-        if self.engine.step < 2:
-            with torch.enable_grad():
-                moving = latents.detach().requires_grad_()
-                recorder = Recorder(layers, self.conditioning.trigger_mask)
-                self.engine.unet(moving, t, self.conditioning, self.gates, recorder)
-                (gradient,) = torch.autograd.grad(recorder.maps[layers[0]].sum(), moving)
-            self.engine.cost.rows_backward += self.conditioning.rows
+        engine, what = self.engine, (t, self.conditioning, self.gates)
+        if engine.step < 2:
+            _, gradient = engine.gradient(latents, *what, self.recorder(), lambda maps: maps.mean().sum(dim=(1, 2)))
             latents = latents - gradient
-        recorder = Recorder(layers, self.conditioning.trigger_mask)
-        prediction = self.engine.unet(latents, t, self.conditioning, self.gates, recorder)
-        assert recorder.maps.keys() == set(layers)
-        return OnePass.step(self, latents, t) if self.engine.step % 2 else (latents, self.engine.guide(prediction))
+        recorder = self.recorder()
+        engine.observe(latents, *what, recorder)
+        assert recorder.maps.keys() == set(engine.map_layers)
+        return super().step(latents, t)
+
+    def recorder(self) -> Recorder:
+        return Recorder(self.engine.map_layers, self.conditioning.trigger_mask[self.conditioning.conditional_rows])
 
 
 def test_passes_with_a_graph_and_with_maps_count_as_well():
@@ -121,7 +129,7 @@ def test_passes_with_a_graph_and_with_maps_count_as_well():
     concepts = with_lora(columns(2, 128, 128), attention_lora(unet))
     whole = {"steps": 4, "guidance_scale": 5.0, "image_size": (128, 128), "images": 1}
     counted = count(unet, concepts, _Updates(), **whole)
-    assert (counted.rows_forward, counted.rows_backward) == (2 * (4 + 2 + 2), 2 * 2)
+    assert (counted.rows_forward, counted.rows_stopped, counted.rows_backward) == (2 * 4, 2 + 4, 2)
     assert (counted.flops, counted.preparation_flops) == by_hand(unet, concepts, _Updates(), **whole)
 
 
@@ -162,7 +170,7 @@ def test_a_plain_image_of_stable_diffusion():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(torch.empty(2, 4, 64, 64, device="meta"), torch.tensor(1), torch.empty(2, 77, 768, device="meta"))
     counted = count(unet, (), None, 25, 7.5, (512, 512))
-    assert counted == Counted(50, 0, 25 * counter.get_total_flops(), 0)
+    assert counted == Counted(50, 0, 0, 25 * counter.get_total_flops(), 0)
     assert counted.flops / counted.rows_forward == pytest.approx(803e9, rel=1e-3)
 
 
@@ -202,7 +210,7 @@ ROWS = {"merge": 2, "tara": 2, "regional": 2, "switch": 2, "composite": 6}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' Heun
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ROWS)
 def test_rows_are_those_of_the_formula_and_of_a_real_call(name, write_lora):
     pipe, triggers = tiny_pipeline(), ("sks", "zwx", "xlo")
     for seed, trigger in enumerate(triggers):
@@ -222,6 +230,20 @@ def test_rows_are_those_of_the_formula_and_of_a_real_call(name, write_lora):
         )  # fmt: skip
         assert counted.rows_forward == real.cost.rows_forward == rows
         assert counted.rows_backward == real.cost.rows_backward == 0
+
+
+@pytest.mark.parametrize("settings", [LoraComposer.official(), LoraComposer(apart=1.0, most_updates=0.0)])
+def test_updates_and_parts_of_the_canvas_count_as_in_a_real_call(settings, write_lora):
+    pipe = tiny_pipeline()
+    pipe.load_concept(write_lora("sks", unet=random_lora(pipe.unet, 0)), trigger="sks")
+    concept = Concept(name="sks", region=(0, 0, 64, 64))
+    counted = count_run(pipe, settings, pipe.resolve_concepts([concept]), 3, 5.0, 128, 64)
+    real = pipe("sks", 64, 128, 3, guidance_scale=5.0, concepts=[concept], method=settings, output_type="latent").cost
+    assert counted.rows_forward == real.rows_forward
+    assert (counted.rows_forward > 6) == (settings.apart > 0)  # a part besides the canvas, or the canvas alone
+    updates = 1 + int(settings.most_updates * 3)
+    assert 1 <= real.rows_backward <= counted.rows_backward == updates
+    assert counted.rows_stopped - counted.rows_backward == (settings.reinit != "off")
 
 
 def test_counting_a_run_changes_nothing(write_lora):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention.masks import Box, box_mask, resize_mask
+from attention import grid_at
+from attention.masks import Box, box_mask, cells_of, resize_mask
 
 SETTINGS = settings(deadline=None, max_examples=60)
 
@@ -120,3 +121,94 @@ def test_masks_of_any_size_fit_any_grid(height: int, width: int, rows: int, colu
     assert found.isfinite().all()
     assert found.max() == (1 if mask.any() else 0)
     assert found.min() >= 0
+
+
+def whole_cells(box: Box, image: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The cells that lie inside a box altogether: from the first edge in it to the last one, in whole numbers."""
+    (left, top, right, bottom), (height, width), (rows, columns) = box, image, grid
+    expected = torch.zeros(grid, dtype=torch.bool)
+    first_row, first_column = -(-top * rows // height), -(-left * columns // width)
+    expected[first_row : bottom * rows // height, first_column : right * columns // width] = True
+    return expected
+
+
+@st.composite
+def roomy_boxes(draw: st.DrawFn) -> tuple[Box, tuple[int, int], tuple[int, int]]:
+    """Box, image and grid; the box holds at least one whole cell."""
+
+    def side() -> tuple[int, int, int, int]:
+        pixels, cells = draw(st.integers(1, 2048)), draw(st.integers(1, 64))
+        first = draw(st.integers(0, cells - 1))
+        last = draw(st.integers(first + 1, cells))
+        start = draw(st.integers(0, first * pixels // cells))
+        return start, draw(st.integers(-(-last * pixels // cells), pixels)), pixels, cells
+
+    top, bottom, height, rows = side()
+    left, right, width, columns = side()
+    return (left, top, right, bottom), (height, width), (rows, columns)
+
+
+@SETTINGS
+@given(roomy_boxes())
+def test_cells_of_a_box_are_those_inside_it_altogether(case: tuple[Box, tuple[int, int], tuple[int, int]]) -> None:
+    box, image, grid = case
+    cells = cells_of(box_mask(box, image, grid), 1.0)
+    assert cells.any()
+    assert torch.equal(cells, whole_cells(box, image, grid))
+
+
+@pytest.mark.parametrize(
+    ("grid", "rows", "columns"),
+    [((24, 32), slice(12, 23), slice(10, 15)), ((12, 16), slice(6, 11), slice(5, 7))],
+)
+def test_cells_of_a_box_that_ends_a_pixel_before_the_border(grid: tuple[int, int], rows: slice, columns: slice) -> None:
+    """A box of the scenes that the authors of LoRA-Composer (arXiv 2403.11627) published."""
+    expected = torch.zeros(grid, dtype=torch.bool)
+    expected[rows, columns] = True
+    assert torch.equal(cells_of(box_mask((290, 375, 490, 767), (768, 1024), grid), 1.0), expected)
+
+
+@pytest.mark.parametrize("image", [(512, 512), (768, 1024), (520, 776), (1000, 8), (1, 1)])
+def test_the_whole_canvas_is_inside_on_every_grid(image: tuple[int, int]) -> None:
+    height, width = image
+    for level in range(8):
+        grid = grid_at((-(-height // 8), -(-width // 8)), level)
+        assert cells_of(box_mask((0, 0, width, height), image, grid), 1.0).all()
+
+
+@pytest.mark.parametrize(("level", "grid"), [(0, (65, 97)), (1, (33, 49)), (2, (17, 25)), (3, (9, 13))])
+def test_cells_on_canvases_that_no_grid_divides(level: int, grid: tuple[int, int]) -> None:
+    box, image = (100, 50, 600, 470), (520, 776)
+    assert grid_at((65, 97), level) == grid
+    cells = cells_of(box_mask(box, image, grid), 1.0)
+    assert torch.equal(cells, whole_cells(box, image, grid))
+    assert cells.any()
+
+
+@SETTINGS
+@given(boxes(most=4096), st.integers(1, 130), st.integers(1, 130), st.floats(0, 1))
+def test_every_box_has_a_cell_on_every_grid(
+    case: tuple[Box, tuple[int, int]], rows: int, columns: int, threshold: float
+) -> None:
+    mask = box_mask(*case, (rows, columns))
+    cells = cells_of(mask, threshold)
+    assert cells.dtype == torch.bool
+    assert cells.shape == mask.shape
+    assert cells.any()
+    assert cells[mask == 1].all()
+    assert not (cells_of(mask, 1.0) & ~cells).any(), "a lower threshold takes more cells"
+
+
+def test_cells_are_taken_from_a_share_on() -> None:
+    mask = torch.tensor([[0.0, 0.2, 0.5], [0.7, 0.99, 1.0]])
+    assert cells_of(mask, 0.5).tolist() == [[False, False, True], [True, True, True]]
+    assert cells_of(mask, 0.7).tolist() == [[False, False, False], [True, True, True]]
+    assert cells_of(mask, 1.0).tolist() == [[False, False, False], [False, False, True]]
+
+
+@SETTINGS
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**16))
+def test_every_free_mask_has_a_cell_on_every_grid(height: int, width: int, rows: int, columns: int, seed: int) -> None:
+    mask = (torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) > 0.9).float()
+    mask[seed % height, seed % width] = 1
+    assert cells_of(resize_mask(mask, (rows, columns)), 1.0).any()

@@ -36,6 +36,7 @@ class PictureCost(_Frozen):
 
     Attributes:
         rows_forward: UNet rows run forward.
+        rows_stopped: UNet rows run forward in passes that stop early.
         rows_backward: UNet rows run backward.
         flops: Operations of all UNet passes, counted.
         seconds: By the clock, decoding included.
@@ -45,6 +46,7 @@ class PictureCost(_Frozen):
     """
 
     rows_forward: float
+    rows_stopped: float = 0.0
     rows_backward: float
     flops: float
     seconds: float

@@ -204,6 +204,7 @@ class Worker:
             made = make_batch(self.pipe, run, batch.seeds, on_progress)
         return made, PictureCost(
             rows_forward=made.cost.rows_forward / number if made.cost else counted.rows_forward,
+            rows_stopped=made.cost.rows_stopped / number if made.cost else counted.rows_stopped,
             rows_backward=made.cost.rows_backward / number if made.cost else counted.rows_backward,
             flops=counted.flops,
             seconds=(time.perf_counter() - start) / number,

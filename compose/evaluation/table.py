@@ -112,7 +112,7 @@ METRICS = (
 MAIN = ("success", "region_min", "leak")
 """The metrics in which methods are compared with the baseline."""
 
-COSTS = ("rows_forward", "rows_backward", "flops", "seconds", "preparation_seconds", "peak_bytes")
+COSTS = ("rows_forward", "rows_stopped", "rows_backward", "flops", "seconds", "preparation_seconds", "peak_bytes")
 _KEYS = ("scene", "arm", "alone", "seed")
 _EDGES = ("left", "top", "right", "bottom")
 _CONCEPT_COLUMNS = (
@@ -462,7 +462,7 @@ def _comparison_columns(key: str) -> list[str]:
 
 def _cost(pictures: pd.DataFrame) -> dict[str, float]:
     costs = {key: pictures[key].to_numpy(dtype=float) for key in COSTS}
-    costs = {"rows": costs["rows_forward"] + costs["rows_backward"], **costs}
+    costs = {"rows": costs["rows_forward"] + costs["rows_stopped"] + costs["rows_backward"], **costs}
     if pictures.empty:
         return dict.fromkeys(costs, np.nan)
     return {key: float(values.max() if key == "peak_bytes" else np.median(values)) for key, values in costs.items()}

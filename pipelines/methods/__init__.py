@@ -6,6 +6,7 @@ from typing import Any
 
 from pipelines.engine import LoadedConcept
 from pipelines.methods.composite import Composite
+from pipelines.methods.lora_composer import LoraComposer
 from pipelines.methods.merge import Merge
 from pipelines.methods.process import OnePass, Process, Settings
 from pipelines.methods.regional import Regional
@@ -15,6 +16,7 @@ from pipelines.methods.tara import Tara
 __all__ = [
     "METHODS",
     "Composite",
+    "LoraComposer",
     "Merge",
     "OnePass",
     "Process",
@@ -34,6 +36,7 @@ METHODS: Mapping[str, type[Settings]] = {
     "regional": Regional,
     "switch": Switch,
     "composite": Composite,
+    "lora-composer": LoraComposer,
 }
 
 

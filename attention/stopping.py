@@ -1,0 +1,52 @@
+"""A UNet that stops after the last layer whose attention is wanted: about half the work where only maps count."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from attention.layers import blocks, uncompiled
+
+
+@contextmanager
+def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    """Inside this block the UNet ends with the up block that holds the last of some layers; its output has no meaning.
+
+    The model is cut rather than left by an exception, which would make `torch.compile` and offloading hooks stumble.
+
+    Args:
+        unet: The model.
+        layers: Names of layers; without one in an up block the whole up path is left out.
+    """
+    model: Any = uncompiled(unet)
+    layers = tuple(layers)
+    names = [name for name, _, stage, _ in blocks(model) if stage == "up"]
+    needed = [i for i, name in enumerate(names, start=1) if any(layer.startswith(f"{name}.") for layer in layers)]
+    keep = max(needed, default=0)
+    found = {name: model._modules.get(name) for name in ("up_blocks", "conv_norm_out", "conv_out")}
+    up_blocks = list(model.up_blocks)
+    last = up_blocks[keep - 1] if keep else None
+    upsamplers = None if last is None else getattr(last, "upsamplers", None)
+    try:
+        model._modules.update(up_blocks=nn.ModuleList(up_blocks[:keep]), conv_norm_out=None, conv_out=nn.Identity())
+        if upsamplers is not None:
+            last.upsamplers = None  # pyright: ignore[reportOptionalMemberAccess]
+        yield
+    finally:
+        if upsamplers is not None:
+            last.upsamplers = upsamplers  # pyright: ignore[reportOptionalMemberAccess]
+        model._modules.update(found)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside this block no parameter asks for a gradient, so a graph holds on to no inputs of weights."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

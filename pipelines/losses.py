@@ -1,0 +1,91 @@
+"""Losses on attention maps."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMOOTHING = (0.2119, 0.5761, 0.2119)
+"""exp(-(x / (2 * 0.5))^2) at -1, 0, 1, normalised: the kernel of Attend-and-Excite's code, which the authors of
+LoRA-Composer use; a Gaussian of that sigma would be narrower."""
+
+
+def smooth(maps: Tensor) -> Tensor:
+    """Smooths maps with a separable kernel of 3 x 3, mirrored at the borders. Shape: [..., height, width]."""
+    line = torch.tensor([-1.0, 0.0, 1.0], device=maps.device).square().neg().exp()
+    line = line / line.sum()
+    kernel = line[:, None] * line[None, :]
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    mode = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"
+    return F.conv2d(F.pad(flat, (1, 1, 1, 1), mode=mode), kernel[None, None]).view(maps.shape)
+
+
+def bell(region: Tensor) -> Tensor:
+    """A Gaussian over the bounding box of a region, sigma half of its sides, highest value 1, and 0 outside the region.
+
+    Args:
+        region: True inside. Shape: [height, width].
+    """
+    weight = torch.zeros(region.shape, device=region.device)
+    rows, columns = bounds(region)
+    u = torch.linspace(-1, 1, rows.stop - rows.start, device=region.device)
+    v = torch.linspace(-1, 1, columns.stop - columns.start, device=region.device)
+    u, v = (x if len(x) > 1 else torch.zeros_like(x) for x in (u, v))
+    weight[rows, columns] = torch.exp(-(u[:, None].square() + v[None, :].square()) / 2)
+    weight = weight * region
+    return weight / weight.max()
+
+
+def bounds(region: Tensor) -> tuple[slice, slice]:
+    """The rows and columns of a region's bounding box. Shape: [height, width], bool."""
+    rows, columns = region.any(dim=1).nonzero()[:, 0], region.any(dim=0).nonzero()[:, 0]
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def concentration(maps: Tensor, weight: Tensor, best: int) -> Tensor:
+    """How far the strongest attention inside a region is from 1 (LoRA-Composer, L_ce).
+
+    Args:
+        maps: Attention to one token. Shape: [..., height, width].
+        weight: Factor on the attention, 0 outside the region. Shape: [height, width].
+        best: Over how many cells the mean is taken.
+
+    Returns:
+        Shape: [...].
+    """
+    return (1 - (maps * weight).flatten(-2).topk(best, dim=-1).values.mean(dim=-1)).clamp(min=0)
+
+
+def filling(maps: Tensor, region: Tensor) -> Tensor:
+    """How far the profiles of the attention inside a region are from those of the region (LoRA-Composer, L_fill).
+
+    A profile is the highest value of every column, or row; the deviation is averaged over the whole axis.
+
+    Args:
+        maps: Attention to one token. Shape: [..., height, width].
+        region: 1 inside. Shape: [height, width].
+
+    Returns:
+        Sum over both axes. Shape: [...].
+    """
+    inside = maps * region
+    columns = (inside.amax(dim=-2) - region.amax(dim=-2)).abs().mean(dim=-1)
+    rows = (inside.amax(dim=-1) - region.amax(dim=-1)).abs().mean(dim=-1)
+    return columns + rows
+
+
+def outlook(attention: Tensor, inside: Tensor, outside: Tensor, best: int) -> Tensor:
+    """The strongest attention that the cells of a region pay to cells outside (LoRA-Composer, L_region).
+
+    Args:
+        attention: Self-attention. Shape: [..., cells, cells seen].
+        inside: Indices of the region's cells.
+        outside: Indices of all others.
+        best: Over how many values the mean is taken.
+
+    Returns:
+        Shape: [...].
+    """
+    if not len(outside):
+        return attention.new_zeros(attention.shape[:-2])
+    outward = attention[..., inside, :][..., outside].flatten(-2)
+    return outward.topk(min(best, outward.shape[-1]), dim=-1).values.mean(dim=-1)

@@ -1,0 +1,463 @@
+"""LoRA-Composer: a region, a text and a LoRA for every concept.
+
+Yang et al., "LoRA-Composer: Leveraging Low-Rank Adaptation for Multi-Concept Customization in Training-Free Diffusion
+Models", arXiv 2403.11627. What happens in the regions M_n of the concepts, on every grid:
+
+    concept injection (eq. 1-2):    cells of M_n read the concept's own text with the concept's LoRA, the rest of the
+                                    canvas reads a text without the concepts
+    concept isolation (3.4):        cells of M_n see M_n and the background in self-attention, but no other region
+    latent re-initialisation (3.5): every concept starts from the noise in which its words find most to look at
+    updates (eq. 3-10):             z <- z - phi_t dL/dz, with L over the attention maps of the map grid: every
+                                    concept's words attend inside its region (L_ce) and fill it (L_fill), and its cells
+                                    do not look outside (L_region)
+
+Beyond the paper, every region can be denoised on a canvas of its own at first (`apart`). Attention is all that the
+paper isolates, but convolutions mix regions as well, and the layout of a picture is decided in the first steps: cells
+that each read of one object then agree on one, across the border. Where regions cover the canvas this costs nothing.
+
+A concept without a region acts on the whole canvas, except in what the regions read: the background.
+Where paper and code disagree, `LoraComposer.paper` and `LoraComposer.official` say how. `docs/methods/lora-composer.md`
+shows what each mechanism contributes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attention import Gates, Layout, Partition, Recorder, grid_at
+from attention.masks import cells_of
+from pipelines.conditioning import Conditioning, stack_texts
+from pipelines.engine import Engine
+from pipelines.losses import bell, bounds, concentration, filling, outlook, smooth
+from pipelines.methods.reinit import reinitialised
+from pipelines.prompts import about, surroundings, without_triggers
+from pipelines.regions import region_mask
+from pipelines.scene import Concept
+
+Inject = Literal["attn2", "full", "off"]
+Rows = Literal["cond_only", "all"]
+Reinit = Literal["off", "copy", "swap"]
+StepRule = Literal["raw", "rms"]
+Background = Literal["surroundings", "scene"]
+_CHOICES = {"inject": Inject, "rows": Rows, "reinit": Reinit, "step_rule": StepRule, "background": Background}
+
+
+@dataclass(frozen=True)
+class LoraComposer:
+    """Layout-driven composition; every mechanism can be switched off on its own.
+
+    Attributes:
+        inject: Where a concept's LoRA acts in its region: "attn2", on keys, values and output of cross-attention, as
+            the paper has it; "full", in every layer that it adapts, for LoRAs of other trainers keep most of a
+            subject's looks there; "off", nowhere, and all cells read the scene's prompt.
+        rows: Where LoRAs act under guidance: "all", also on the negative prompt's rows, as the authors' code does, or
+            "cond_only", the prompt's rows.
+        isolate: Whether the cells of a region see no other region in self-attention.
+        threshold: The share of a cell that a region covers, from which on the cell belongs to it; 1 takes cells that
+            lie inside altogether, as the authors' code does.
+        step_size: Size of an update of the latents; 0 switches updates off.
+        step_rule: "raw" multiplies the gradient, as published; "rms" a gradient of root mean square 1.
+        step_decay: The step size falls from 1 to (1 - 0.5)^decay times itself over all steps: 0.5 in the code
+            (a square root), 1 in the paper (linear).
+        least_updates: Every image is updated in this part of the steps, and then until its loss rises.
+        most_updates: No image is updated after this part of the steps.
+        ce_weight: Weight of L_ce; 0 switches it off, likewise below.
+        fill_weight: Weight of L_fill, the sum of both profiles' deviations.
+        region_weight: Weight of L_region.
+        gaussian: Whether L_ce counts the middle of a region more than its borders.
+        apart: In this part of the steps, from the first, every region is denoised on a canvas of its own.
+        apart_side: Sides of those canvases at least, as a share of the size that the model was made for; around a
+            smaller region there is background.
+        background: What cells outside all regions read: "surroundings", the prompt without the concepts, or "scene",
+            all of it in plain words, as the authors do.
+        reinit: Whether the noise in which a concept's words find most is copied to its region, or exchanged with the
+            noise there, before the first step; "swap" keeps the noise white.
+    """
+
+    inject: Inject = "full"
+    rows: Rows = "cond_only"
+    isolate: bool = True
+    threshold: float = 1.0
+    step_size: float = 0.05
+    step_rule: StepRule = "rms"
+    step_decay: float = 0.5
+    least_updates: float = 0.1
+    most_updates: float = 0.5
+    ce_weight: float = 8.0
+    fill_weight: float = 2.0
+    region_weight: float = 10.0
+    gaussian: bool = True
+    reinit: Reinit = "off"
+    apart: float = 0.4
+    apart_side: float = 0.5
+    background: Background = "surroundings"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}")
+        for name in ("threshold", "least_updates", "most_updates", "apart", "apart_side"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        for name in ("step_size", "step_decay", "ce_weight", "fill_weight", "region_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, and it is {getattr(self, name)}")
+
+    @classmethod
+    def official(cls) -> "LoraComposer":
+        """What the authors' code does, without its mistakes (words looked for at wrong tokens, maps of the last image).
+
+        With its 50 steps of DPM-Solver++ and guidance 7.5: updates in steps 0 to 5 at least, 25 at most.
+        """
+        return cls(
+            inject="attn2",
+            rows="all",
+            threshold=1.0,
+            step_size=20.0,
+            step_rule="raw",
+            apart=0.0,
+            background="scene",
+            reinit="copy",
+        )
+
+    @classmethod
+    def paper(cls) -> "LoraComposer":
+        """The paper's weights where they differ from the code's: L = L_ce + 0.25 L_fill + 0.8 L_region.
+
+        Its L_fill is one mean over both profiles, half of the sum here on square canvases. The step size falls
+        linearly. The paper takes one update before the latent re-initialisation; the code and this do not.
+        """
+        return replace(cls.official(), ce_weight=1.0, fill_weight=0.125, region_weight=0.8, step_decay=1.0)
+
+    @property
+    def updates(self) -> bool:
+        """Whether latents are updated at all."""
+        return self.step_size > 0 and max(self.ce_weight, self.fill_weight, self.region_weight) > 0
+
+    def start(self, engine: Engine) -> "Composing":
+        """Encodes a text for the canvas and one for each region, and divides the grids."""
+        regional = [i for i, concept in enumerate(engine.concepts) if concept.region is not None]
+        if not regional:
+            raise ValueError(
+                "lora-composer needs to know where the concepts are: give at least one a region, for example "
+                "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
+            )
+        prompts = [_own_prompts(engine, i) for i in regional]
+        texts = self._texts(engine, regional, prompts)
+        membership = {level: _membership(engine, regional, level, self.threshold) for level in engine.levels}
+        gates = self._gates(engine, texts, regional, membership)
+        looks = self.updates or self.reinit != "off"
+        return Composing(
+            self,
+            engine,
+            texts,
+            gates,
+            self._layout(engine, membership),
+            [_target(engine, i, n, own, membership) for n, (i, own) in enumerate(zip(regional, prompts, strict=True))]
+            if looks
+            else (),
+            self._solos(engine, texts, regional, membership, gates) if self.apart > 0 else (),
+            bool(membership[0].any(dim=-1).all()),
+        )
+
+    def _texts(self, engine: Engine, regional: Sequence[int], prompts: Sequence[Sequence[str]]) -> Conditioning:
+        """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA."""
+        mine = [engine.concepts[i] for i in regional]
+        bare = surroundings if self.background == "surroundings" else without_triggers
+        canvas = [bare(prompt, mine) for prompt in engine.prompts or ()]
+        others = [concept.name for concept in engine.concepts if concept.region is None and concept.trigger]
+        behind = [0.0 if i in regional else weight for i, weight in enumerate(engine.weights)]
+        texts = [engine.encode(behind, canvas, names=others)]
+        for i, own in zip(regional, prompts, strict=True):
+            negative = engine.concepts[i].negative_prompt
+            negatives = None if negative is None else [negative] * len(own)
+            alone = [weight if j == i else 0.0 for j, weight in enumerate(engine.weights)]
+            texts.append(engine.encode(alone, own, negatives, [engine.concepts[i].name]))
+        return stack_texts(texts)
+
+    def _layout(self, engine: Engine, membership: Mapping[int, Tensor]) -> Layout:
+        partitions = {level: Partition.of(cells.flatten(0, 1), engine.device) for level, cells in membership.items()}
+        return Layout(partitions, self.inject != "off", self.isolate)
+
+    def _solos(
+        self,
+        engine: Engine,
+        texts: Conditioning,
+        regional: Sequence[int],
+        membership: Mapping[int, Tensor],
+        gates: Gates,
+    ) -> "list[Solo]":
+        solos = []
+        for n in range(len(regional)):
+            only = torch.arange(len(regional)) == n
+            rows, columns = _window(membership[0][..., n], engine.native_side * self.apart_side, max(engine.levels))
+            inside = {
+                level: cells[_coarser(rows, level), _coarser(columns, level)] & only
+                for level, cells in membership.items()
+            }
+            alone = self._gates(engine, texts, regional, inside)
+            grid = rows.stop - rows.start, columns.stop - columns.start
+            # The same text gates, so that keys and values are kept once for all passes.
+            mine = replace(alone, text=gates.text, latent_grid=grid)
+            solos.append(Solo(rows, columns, inside[0][..., n].to(engine.device), mine, self._layout(engine, inside)))
+        return solos
+
+    def _gates(
+        self, engine: Engine, texts: Conditioning, regional: Sequence[int], membership: Mapping[int, Tensor]
+    ) -> Gates:
+        """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
+
+        Where regions overlap, each of their LoRAs acts in equal parts, as each of their texts is read.
+        """
+        weights, concepts = torch.tensor(engine.weights, device=engine.device), len(engine.concepts)
+        acting = torch.ones(texts.rows, 1, 1, device=engine.device)
+        if self.rows == "cond_only":
+            acting[: texts.conditional_rows.start] = 0
+        background = torch.ones(concepts)
+        background[list(regional)] = 0
+        of_text = torch.stack([background, *torch.eye(concepts)[list(regional)]])[:, None, None]
+        image, read = {}, {}
+        for level, inside in membership.items():
+            cells = inside.flatten(0, 1)
+            parts = torch.zeros(len(cells), concepts)
+            parts[:, list(regional)] = cells / cells.sum(dim=1, keepdim=True).clamp(min=1)
+            outside = (~cells.any(dim=1, keepdim=True)).float()
+            everywhere = parts + background if self.inject == "full" else background.expand(len(cells), -1)
+            image[level] = acting * everywhere.to(engine.device) * weights
+            read[level] = acting * (parts + background * outside).to(engine.device) * weights
+        row = torch.ones(concepts) if self.inject == "full" else background
+        if self.inject == "off":
+            of_text, read = background.expand(1 + len(regional), 1, 1, -1), image
+        return Gates(
+            text=acting * of_text.to(engine.device) * weights,
+            image=image,
+            row=acting[:, 0] * row.to(engine.device) * weights,
+            latent_grid=engine.latent_grid,
+            read=read,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What the losses look at in one region.
+
+    Attributes:
+        region: 1 inside. Shape: [height, width] of the map grid.
+        bell: The Gaussian in it.
+        inside: Indices of its cells.
+        outside: Indices of the others.
+        words: The concept's tokens in its own text, one map each, padded. Shape: [images, tokens, maps].
+        share: Weight of every map in the mean over the concept's tokens, 0 at the padding. Shape: [images, maps].
+    """
+
+    region: Tensor
+    bell: Tensor
+    inside: Tensor
+    outside: Tensor
+    words: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Solo:
+    """A canvas on which one region is denoised alone.
+
+    Attributes:
+        rows: The rows of the latents that it is.
+        columns: The columns.
+        inside: True in the region, which is what is taken from it. Shape: [rows, columns].
+        gates: The concept in its region.
+        layout: Region and background.
+    """
+
+    rows: slice
+    columns: slice
+    inside: Tensor
+    gates: Gates
+    layout: Layout
+
+
+@dataclass
+class Composing:
+    """The process of LoRA-Composer for one call.
+
+    Attributes:
+        settings: The settings.
+        engine: Runs the UNet.
+        conditioning: Text 0 for the canvas, text 1 + n for region n.
+        gates: How strongly each concept acts where.
+        layout: Which cell reads and sees what.
+        targets: What the losses look at, one for each region.
+        refining: Which images are still updated; None before the first step. Shape: [images].
+        losses: Their losses before the last update.
+    """
+
+    settings: LoraComposer
+    engine: Engine
+    conditioning: Conditioning
+    gates: Gates
+    layout: Layout
+    targets: Sequence[Target]
+    solos: Sequence[Solo]
+    covered: bool
+    refining: Tensor | None = None
+    losses: Tensor | None = None
+
+    def prepare(self, latents: Tensor) -> Tensor:
+        """Re-initialises the latents (section 3.5)."""
+        if self.settings.reinit == "off":
+            return latents
+        recorder = self._recorder()
+        self.engine.observe(latents, self.engine.timesteps[0], self.conditioning, self.gates, recorder, self.layout)
+        scores = [(self._maps(recorder, n) * target.share[:, :, None, None]).sum(dim=1) for n, target in self._numbered]
+        factor = 2**self.engine.map_level
+        regions = [target.region > 0 for target in self.targets]
+        return reinitialised(latents, torch.stack(scores, dim=1), regions, factor, swap=self.settings.reinit == "swap")
+
+    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """An update while there is something to gain (eq. 10), then a pass with guidance."""
+        if self.settings.updates:
+            latents = self._update(latents, t)
+        if self.engine.step < self.settings.apart * len(self.engine.timesteps):
+            return latents, self._apart(latents, t)
+        return latents, self._together(latents, t)
+
+    def _together(self, latents: Tensor, t: Tensor) -> Tensor:
+        prediction = self.engine.unet(latents, t, self.conditioning, self.gates, self.layout)
+        return self.engine.guide(prediction)
+
+    def _apart(self, latents: Tensor, t: Tensor) -> Tensor:
+        """Every region from a canvas of its own, where they overlap the mean, and the rest from the whole canvas."""
+        total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
+        for solo in self.solos:
+            part = latents[..., solo.rows, solo.columns].contiguous()
+            prediction = self.engine.unet(part, t, self.conditioning, solo.gates, solo.layout)
+            total[..., solo.rows, solo.columns] += self.engine.guide(prediction) * solo.inside
+            times[..., solo.rows, solo.columns] += solo.inside
+        if self.covered:
+            return total / times
+        return torch.where(times > 0, total / times.clamp(min=1), self._together(latents, t))
+
+    def _update(self, latents: Tensor, t: Tensor) -> Tensor:
+        step, steps = self.engine.step, len(self.engine.timesteps)
+        if self.refining is None:
+            self.refining = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+        if step > int(self.settings.most_updates * steps) or not self.engine.goes_on(self.refining):
+            return latents
+        losses, gradient = self.engine.gradient(
+            latents, t, self.conditioning, self.gates, self._recorder(), self.loss, self.layout
+        )
+        if self.settings.step_rule == "rms":
+            gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+        size = self.settings.step_size * (1 - 0.5 * step / max(1, steps - 1)) ** self.settings.step_decay
+        updated = (latents - size * gradient * self.refining[:, None, None, None]).to(latents.dtype)
+        if self.losses is not None and step >= int(self.settings.least_updates * steps):
+            self.refining = self.refining & (losses <= self.losses)  # the update of this step has been applied
+        self.losses = losses
+        return updated
+
+    def loss(self, recorder: Recorder) -> Tensor:
+        """Eq. 9: the sum over the concepts. Shape: [images]."""
+        settings, total = self.settings, None
+        for n, target in self._numbered:
+            maps = smooth(self._maps(recorder, n))  # [images, maps, height, width]
+            weight = target.bell if settings.gaussian else target.region
+            best = max(1, int(PART * len(target.inside)))
+            attended = settings.ce_weight * concentration(maps, weight, best)
+            attended = attended + settings.fill_weight * filling(maps, target.region)
+            loss = WORDS * (attended * target.share).sum(dim=1)
+            if settings.region_weight > 0:
+                loss = loss + settings.region_weight * outlook(
+                    recorder.self_mean(), target.inside, target.outside, best
+                )
+            total = loss if total is None else total + loss
+        return total if total is not None else torch.zeros(())
+
+    @cached_property
+    def _numbered(self) -> list[tuple[int, Target]]:
+        return list(enumerate(self.targets))
+
+    def _recorder(self) -> Recorder:
+        self_layers = self.engine.self_map_layers if self.settings.region_weight > 0 else ()
+        return Recorder(self.engine.map_layers, self._readout, self_layers)
+
+    @cached_property
+    def _readout(self) -> Tensor:
+        """The tokens of region n in text 1 + n. Shape: [texts, images, tokens, maps]."""
+        maps = max(target.words.shape[-1] for target in self.targets)
+        padded = [torch.nn.functional.pad(target.words, (0, maps - target.words.shape[-1])) for target in self.targets]
+        return torch.stack([torch.zeros_like(padded[0]), *padded])
+
+    def _maps(self, recorder: Recorder, n: int) -> Tensor:
+        """Attention to each of concept n's tokens. Shape: [images, maps, height, width]."""
+        maps = recorder.mean()[1 + n, :, :, : self.targets[n].words.shape[-1]].transpose(1, 2)
+        return maps.unflatten(2, self.targets[n].region.shape)
+
+
+PART = 0.2
+"""The part of a region's cells that L_ce and L_region take their mean over."""
+
+WORDS = 2
+"""The authors sum over the two tokens of a concept; here it is twice the mean, whatever their number."""
+
+
+def _own_prompts(engine: Engine, i: int) -> list[str]:
+    if engine.prompts is None:
+        raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
+    return [about(engine.concepts[i], prompt, engine.concepts) for prompt in engine.prompts]
+
+
+def _membership(engine: Engine, regional: Sequence[int], level: int, threshold: float) -> Tensor:
+    """Which cell lies in which region. Shape: [height, width, regions], bool."""
+    grid = grid_at(engine.latent_grid, level)
+    masks = [region_mask(engine.concepts[i].region, engine.image_size, grid) for i in regional]
+    return torch.stack([cells_of(mask, threshold) for mask in masks], dim=-1)
+
+
+def _window(region: Tensor, side: float, levels: int) -> tuple[slice, slice]:
+    """A part of the canvas around a region, with sides of so many cells at least, that the UNet can halve so often."""
+    grain = 2**levels
+
+    def stretch(inside: slice, cells: int) -> slice:
+        middle, half = (inside.start + inside.stop) / 2, max(side, inside.stop - inside.start) / 2
+        start = max(0, math.floor((middle - half) / grain) * grain)
+        stop = min(cells, math.ceil((middle + half) / grain) * grain)
+        start = max(0, min(start, math.floor((stop - side) / grain) * grain))
+        return slice(start, min(cells, max(stop, math.ceil((start + side) / grain) * grain)))
+
+    rows, columns = bounds(region)
+    return stretch(rows, region.shape[0]), stretch(columns, region.shape[1])
+
+
+def _coarser(inside: slice, level: int) -> slice:
+    """The same part of a line on the grid of a level."""
+    return slice(inside.start >> level, -(-inside.stop >> level))
+
+
+def _target(engine: Engine, concept: int, n: int, prompts: Sequence[str], membership: Mapping[int, Tensor]) -> Target:
+    region = membership[engine.map_level][..., n]
+    name = engine.concepts[concept].name
+    words = engine.find(prompts, [name]).phrase[:, :, concept].repeat_interleave(engine.images_per_prompt, dim=0)
+    _check_words(engine.concepts[concept], words)
+    tokens = [row.nonzero()[:, 0] for row in words.cpu()]
+    readout = torch.zeros(*words.shape, max(len(found) for found in tokens))
+    share = torch.zeros(len(tokens), readout.shape[-1])
+    for image, found in enumerate(tokens):
+        readout[image, found, torch.arange(len(found))] = 1
+        share[image, : len(found)] = 1 / len(found)
+    inside, outside = region.flatten().nonzero()[:, 0], (~region).flatten().nonzero()[:, 0]
+    on_device = (x.to(engine.device) for x in (region.float(), bell(region), inside, outside, readout, share))
+    return Target(*on_device)
+
+
+def _check_words(concept: Concept, words: Tensor) -> None:
+    if not words.any(dim=1).all():
+        raise ValueError(
+            f"lora-composer moves {concept.name!r} by its words: give it a trigger (and class word), or switch "
+            "updates and re-initialisation off with step_size=0, reinit='off'"
+        )

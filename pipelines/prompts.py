@@ -1,0 +1,75 @@
+"""Prompts made from a scene's prompt: without the triggers, about one concept alone, and about none."""
+
+import re
+from collections.abc import Sequence
+
+from pipelines.scene import Concept
+from pipelines.tokens import find_words
+
+_LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the))?\s*$", re.IGNORECASE)
+"""Words before a list of concepts that have no meaning without it: "a photo of a"."""
+
+
+def without_triggers(prompt: str, concepts: Sequence[Concept]) -> str:
+    """The prompt in plain words: "a sks cat and a zwx dog" becomes "a cat and a dog"."""
+    for concept in concepts:
+        for start, end in reversed(find_words(concept.trigger or "", prompt)):
+            prompt = prompt[:start] + prompt[end:]
+    return _tidy(prompt)
+
+
+def surroundings(prompt: str, concepts: Sequence[Concept]) -> str:
+    """The prompt without the list of concepts: "a sks cat and a zwx dog on grass" becomes "on grass"."""
+    start, end = _list_of(concepts, prompt)
+    return _tidy(f"{_LEADING_UP.sub('', prompt[:start])} {prompt[end:]}") if end else prompt
+
+
+def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
+    """A prompt about one concept: the scene's, in which its words stand for the list of all concepts.
+
+    "a photo of a sks cat and a zwx dog on grass" is "a photo of a zwx dog on grass" for the dog. What stands between
+    the first and the last concept is left out.
+
+    Args:
+        concept: Whose prompt is wanted; its own prompt wins.
+        prompt: The scene's prompt.
+        concepts: All concepts that the prompt may name.
+
+    Raises:
+        ValueError: If the prompt does not name it, so that none can be derived.
+    """
+    if concept.prompt is not None:
+        return concept.prompt
+    mine = _named(concept, prompt)
+    if not mine:
+        missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
+        raise ValueError(
+            f"the prompt {prompt!r} does not name the concept {concept.name!r}: {missing}, or give the concept a "
+            f"prompt of its own, Concept(name={concept.name!r}, prompt=...)"
+        )
+    start, end = _list_of(concepts, prompt)
+    return prompt[:start] + prompt[slice(*mine[0])] + prompt[end:]
+
+
+def _list_of(concepts: Sequence[Concept], prompt: str) -> tuple[int, int]:
+    """From the first word that names a concept to the last; (0, 0) if there is none."""
+    spans = [span for concept in concepts for span in _named(concept, prompt)]
+    return (min(spans)[0], max(end for _, end in spans)) if spans else (0, 0)
+
+
+def _named(concept: Concept, prompt: str) -> list[tuple[int, int]]:
+    """Where a prompt names a concept: from its trigger to the class word after it, or the class word alone."""
+    nouns = find_words(concept.class_word or "", prompt)
+    if not concept.trigger:
+        return nouns
+    return [
+        (start, next((noun_end for noun, noun_end in nouns if noun >= end), end))
+        for start, end in find_words(concept.trigger, prompt)
+    ]
+
+
+def _tidy(prompt: str) -> str:
+    """Single spaces, and no punctuation that has lost its words."""
+    prompt = re.sub(r"\s*([,;:])[\s,;:]*(?=[,.;:!?]|$)", "", prompt)
+    prompt = re.sub(r"\s+(?=[,.;:!?])", "", prompt)
+    return re.sub(r"\s+", " ", prompt).lstrip(" ,.;:!?").rstrip(" ,;:")

@@ -1,0 +1,267 @@
+"""Which text a cell reads and which cells it sees, against attention written cell by cell."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attention import Layout, Partition
+from attention.processors import sdpa
+
+SETTINGS = settings(deadline=None, max_examples=40)
+ROWS, HEADS, CHANNELS, TOKENS = 2, 2, 4, 5
+LEVEL = 1
+
+Boxes = Sequence[tuple[int, int, int, int]]
+"""top, left, bottom, right in cells."""
+
+
+def inside(grid: tuple[int, int], boxes: Boxes) -> Tensor:
+    """Shape: [cells, regions], bool."""
+    membership = torch.zeros(*grid, len(boxes), dtype=torch.bool)
+    for n, (top, left, bottom, right) in enumerate(boxes):
+        membership[top:bottom, left:right, n] = True
+    return membership.flatten(0, 1)
+
+
+APART = inside((4, 6), [(0, 0, 4, 2), (1, 3, 3, 6)])
+OVERLAPPING = inside((4, 6), [(0, 0, 3, 3), (1, 2, 4, 5), (2, 1, 4, 6)])
+WITHOUT_BACKGROUND = inside((3, 4), [(0, 0, 3, 2), (0, 1, 3, 4)])
+NESTED = inside((4, 4), [(0, 0, 4, 4), (1, 1, 3, 3)])
+HAND_MADE = {
+    "apart": APART,
+    "overlapping": OVERLAPPING,
+    "without background": WITHOUT_BACKGROUND,
+    "nested": NESTED,
+}
+
+
+@st.composite
+def memberships(draw: st.DrawFn) -> Tensor:
+    """Boxes that may overlap, cover everything or be the same."""
+    height, width = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    boxes = []
+    for _ in range(draw(st.integers(1, 4))):
+        top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+        boxes.append((top, left, draw(st.integers(top + 1, height)), draw(st.integers(left + 1, width))))
+    return inside((height, width), boxes)
+
+
+def regions_of(membership: Tensor) -> list[set[int]]:
+    """The regions of every cell."""
+    return [{n for n, covered in enumerate(cell) if covered} for cell in membership.tolist()]
+
+
+def seen_from(membership: Tensor, p: int) -> list[int]:
+    """The cells that cell p sees: all from the background, else the background and all that share a region with p."""
+    regions = regions_of(membership)
+    return [q for q in range(len(regions)) if not regions[p] or not regions[q] or regions[p] & regions[q]]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one cell, in double precision. Shapes: [rows, heads, channels], then twice [rows, heads, n, ...]."""
+    scores = (key.double() * query.double()[:, :, None]).sum(dim=-1) / math.sqrt(query.shape[-1])
+    powers = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+    return ((powers / powers.sum(dim=-1, keepdim=True))[..., None] * value.double()).sum(dim=2)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def query_key_value(cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (random(ROWS, HEADS, cells, CHANNELS, seed=seed) for seed in range(3))
+    return query, key, value
+
+
+def texts(regions: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one text for the background and one for each region."""
+    keys, values = (random(1 + regions, ROWS, HEADS, TOKENS, CHANNELS, seed=seed) for seed in (3, 4))
+    return keys, values
+
+
+def layout_of(membership: Tensor, *, inject: bool = True, isolate: bool = True) -> Layout:
+    return Layout({LEVEL: Partition.of(membership)}, inject, isolate)
+
+
+@SETTINGS
+@given(memberships())
+def test_every_cell_is_in_one_group_and_restore_puts_the_groups_in_order(membership: Tensor) -> None:
+    partition = Partition.of(membership)
+    cells = torch.cat([group.cells for group in partition.groups])
+    assert sorted(cells.tolist()) == list(range(len(membership)))
+    assert torch.equal(cells[partition.restore], torch.arange(len(membership)))
+    regions = regions_of(membership)
+    for group in partition.groups:
+        assert all(regions[p] == set(group.regions) for p in group.cells.tolist())
+    assert len({group.regions for group in partition.groups}) == len(partition.groups)
+
+
+@SETTINGS
+@given(memberships())
+def test_cells_are_allowed_to_see_the_background_and_their_regions(membership: Tensor) -> None:
+    partition = Partition.of(membership)
+    expected = [seen_from(membership, p) for p in range(len(membership))]
+    assert [row.nonzero()[:, 0].tolist() for row in partition.allowed] == expected
+    assert partition.allowed.diagonal().all()
+    for group in partition.groups:
+        seen = list(range(len(membership))) if group.visible is None else group.visible.tolist()
+        assert all(seen == expected[p] for p in group.cells.tolist())
+
+
+@SETTINGS
+@given(memberships())
+def test_isolated_self_attention_equals_masked_attention(membership: Tensor) -> None:
+    query, key, value = query_key_value(len(membership))
+    found = layout_of(membership).self_attention(sdpa, LEVEL, query, key, value)
+    assert found.isfinite().all()
+    assert found.shape == query.shape
+    for p in range(len(membership)):
+        seen = seen_from(membership, p)
+        expected = attend(query[:, :, p], key[:, :, seen], value[:, :, seen])
+        torch.testing.assert_close(found[:, :, p].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HAND_MADE)
+def test_isolated_self_attention_equals_a_dense_mask(name: str) -> None:
+    membership = HAND_MADE[name]
+    background = ~membership.any(dim=1)
+    share = (membership[:, None] & membership[None]).any(dim=2)
+    mask = background[:, None] | background[None] | share
+    query, key, value = query_key_value(len(membership))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    found = layout_of(membership).self_attention(sdpa, LEVEL, query, key, value)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(Partition.of(membership).allowed, mask)
+
+
+@pytest.mark.parametrize("name", HAND_MADE)
+def test_the_output_of_a_cell_depends_on_exactly_the_cells_it_sees(name: str) -> None:
+    membership = HAND_MADE[name]
+    layout, weights = layout_of(membership), random(3, HEADS * CHANNELS, HEADS * CHANNELS) / 4
+
+    def layer(hidden: Tensor) -> Tensor:
+        """Self-attention with projections. Shape: [cells, channels]."""
+        query, key, value = ((hidden @ weight).view(1, len(hidden), HEADS, -1).transpose(1, 2) for weight in weights)
+        return layout.self_attention(sdpa, LEVEL, query, key, value).transpose(1, 2).flatten(2)[0]
+
+    hidden = random(len(membership), HEADS * CHANNELS, seed=1) / 2
+    jacobian = torch.autograd.functional.jacobian(layer, hidden)
+    assert isinstance(jacobian, Tensor)
+    depends = jacobian.abs().amax(dim=(1, 3)) > 0  # [cells, cells seen]
+    for p in range(len(membership)):
+        assert depends[p].nonzero()[:, 0].tolist() == seen_from(membership, p)
+    background = ~membership.any(dim=1)
+    assert depends[background].all()
+    assert depends[:, background].all()
+
+
+def test_cells_of_regions_that_are_apart_do_not_see_each_other() -> None:
+    allowed = Partition.of(APART).allowed
+    first, second = APART.T
+    assert not allowed[first][:, second].any()
+    assert not allowed[second][:, first].any()
+    assert allowed[first][:, first].all()
+    assert (~first & ~second).any()
+
+
+@pytest.mark.parametrize("box", [(1, 2, 3, 5), (0, 0, 4, 6), (2, 2, 3, 3)])
+def test_one_region_alone_is_isolated_from_nothing(box: tuple[int, int, int, int]) -> None:
+    membership = inside((4, 6), [box])
+    assert all(group.visible is None for group in Partition.of(membership).groups)
+    query, key, value = query_key_value(len(membership))
+    found = layout_of(membership).self_attention(sdpa, LEVEL, query, key, value)
+    torch.testing.assert_close(found, sdpa(query, key, value))
+
+
+def test_two_regions_on_the_same_box_are_as_one() -> None:
+    box = (1, 1, 3, 4)
+    query, key, value = query_key_value(24)
+    keys, values = texts(1)
+    one, two = layout_of(inside((4, 6), [box])), layout_of(inside((4, 6), [box, box]))
+    expected = one.self_attention(sdpa, LEVEL, query, key, value)
+    torch.testing.assert_close(two.self_attention(sdpa, LEVEL, query, key, value), expected)
+    expected = one.cross(sdpa, LEVEL, query, keys, values)
+    torch.testing.assert_close(two.cross(sdpa, LEVEL, query, keys[[0, 1, 1]], values[[0, 1, 1]]), expected)
+
+
+@SETTINGS
+@given(memberships())
+def test_cells_read_the_texts_of_their_regions(membership: Tensor) -> None:
+    query, (keys, values) = query_key_value(len(membership))[0], texts(membership.shape[1])
+    found = layout_of(membership).cross(sdpa, LEVEL, query, keys, values)
+    assert found.shape == query.shape
+    for p, regions in enumerate(regions_of(membership)):
+        numbers = [1 + n for n in regions] if regions else [0]
+        read = [attend(query[:, :, p], keys[number], values[number]) for number in numbers]
+        expected = sum(read, torch.zeros(())) / len(read)
+        torch.testing.assert_close(found[:, :, p].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", HAND_MADE)
+def test_another_text_changes_only_the_cells_that_read_it(name: str) -> None:
+    membership = HAND_MADE[name]
+    layout, query, (keys, values) = layout_of(membership), query_key_value(len(membership))[0], texts(3)
+    before = layout.cross(sdpa, LEVEL, query, keys, values)
+    readers = [~membership.any(dim=1), *membership.T]
+    for number, reads in enumerate(readers):
+        for source in ("keys", "values"):
+            changed = {"keys": keys, "values": values}
+            changed[source] = changed[source].clone()
+            changed[source][number] += random(ROWS, HEADS, TOKENS, CHANNELS, seed=9)
+            after = layout.cross(sdpa, LEVEL, query, changed["keys"], changed["values"])
+            assert torch.equal((after != before).flatten(0, 1).any(dim=0).any(dim=1), reads)
+
+
+def test_without_injection_every_cell_reads_the_first_text() -> None:
+    query, (keys, values) = query_key_value(len(OVERLAPPING))[0], texts(3)
+    found = layout_of(OVERLAPPING, inject=False).cross(sdpa, LEVEL, query, keys, values)
+    assert torch.equal(found, sdpa(query, keys[0], values[0]))
+    found = layout_of(OVERLAPPING, inject=False).cross(sdpa, LEVEL, query, keys[:1], values[:1])
+    assert torch.equal(found, sdpa(query, keys[0], values[0]))
+
+
+def test_without_isolation_every_cell_sees_all() -> None:
+    query, key, value = query_key_value(len(APART))
+    found = layout_of(APART, isolate=False).self_attention(sdpa, LEVEL, query, key, value)
+    assert torch.equal(found, sdpa(query, key, value))
+    isolated = layout_of(APART).self_attention(sdpa, LEVEL, query, key, value)
+    assert torch.equal((isolated - found).abs().amax(dim=(0, 1, 3)) > 1e-4, APART.any(dim=1))
+
+
+def test_injection_and_isolation_do_not_depend_on_each_other() -> None:
+    query, key, value = query_key_value(len(APART))
+    keys, values = texts(2)
+    both = layout_of(APART)
+    injecting, isolating = layout_of(APART, isolate=False), layout_of(APART, inject=False)
+    expected = both.cross(sdpa, LEVEL, query, keys, values)
+    assert torch.equal(injecting.cross(sdpa, LEVEL, query, keys, values), expected)
+    expected = both.self_attention(sdpa, LEVEL, query, key, value)
+    assert torch.equal(isolating.self_attention(sdpa, LEVEL, query, key, value), expected)
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 0, 1], [2, 1, 0]])
+def test_the_order_of_regions_does_not_matter(order: list[int]) -> None:
+    membership = inside((4, 6), [(0, 0, 4, 1), (1, 2, 3, 4), (0, 5, 2, 6)])
+    query, key, value = query_key_value(len(membership))
+    keys, values = texts(3)
+    first, second = layout_of(membership), layout_of(membership[:, order])
+    moved = [0, *(1 + n for n in order)]
+    expected = first.cross(sdpa, LEVEL, query, keys, values)
+    torch.testing.assert_close(second.cross(sdpa, LEVEL, query, keys[moved], values[moved]), expected)
+    expected = first.self_attention(sdpa, LEVEL, query, key, value)
+    torch.testing.assert_close(second.self_attention(sdpa, LEVEL, query, key, value), expected)
+
+
+def test_every_level_has_its_own_partition() -> None:
+    coarse = inside((2, 3), [(0, 0, 2, 1), (0, 2, 2, 3)])
+    layout = Layout({0: Partition.of(APART), 1: Partition.of(coarse)}, inject=True, isolate=True)
+    for level, membership in enumerate((APART, coarse)):
+        query, key, value = query_key_value(len(membership))
+        alone = Layout({level: Partition.of(membership)}, inject=True, isolate=True)
+        expected = alone.self_attention(sdpa, level, query, key, value)
+        assert torch.equal(layout.self_attention(sdpa, level, query, key, value), expected)

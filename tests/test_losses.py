@@ -1,0 +1,253 @@
+"""The losses of LoRA-Composer (arXiv 2403.11627, section 3.3) have the values of their formulas."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import convolve1d
+from torch import Tensor
+
+from pipelines.losses import SMOOTHING, bell, bounds, concentration, filling, outlook, smooth
+
+SETTINGS = settings(deadline=None, max_examples=40)
+
+Box = tuple[int, int, int, int]
+"""top, left, bottom, right in cells."""
+
+SCENE: Box = (1, 20, 23, 29)
+"""22 rows and 9 columns of a grid of 24 x 32."""
+
+
+def boxed(box: Box, grid: tuple[int, int] = (24, 32)) -> Tensor:
+    region = torch.zeros(grid, dtype=torch.bool)
+    region[box[0] : box[2], box[1] : box[3]] = True
+    return region
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[Box, tuple[int, int]]:
+    height, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
+    return (top, left, draw(st.integers(top + 1, height)), draw(st.integers(left + 1, width))), (height, width)
+
+
+def test_a_point_is_smoothed_into_the_kernel() -> None:
+    point = torch.zeros(7, 9)
+    point[3, 4] = 1
+    found = smooth(point)
+    line = torch.tensor(SMOOTHING)
+    torch.testing.assert_close(found[2:5, 3:6], line[:, None] * line[None, :], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[2:5, 3:6].sum(), torch.tensor(1.0))
+    assert int((found != 0).sum()) == 9
+    assert sum(SMOOTHING) == pytest.approx(1, abs=2e-4)
+
+
+@SETTINGS
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(0, 2**16))
+def test_smoothing_equals_scipy_with_mirrored_borders(height: int, width: int, seed: int) -> None:
+    maps = random(2, 3, height, width, seed=seed)
+    weights = np.exp(-(np.array([-1.0, 0.0, 1.0]) ** 2))
+    weights /= weights.sum()
+    expected = maps.double().numpy()
+    for axis in (-2, -1):
+        expected = convolve1d(expected, weights, axis=axis, mode="mirror")
+    torch.testing.assert_close(smooth(maps).double(), torch.from_numpy(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [(5, 6), (1, 6), (5, 1), (1, 1), (2, 2)])
+def test_constant_maps_stay_constant_under_smoothing(grid: tuple[int, int]) -> None:
+    maps = torch.full((2, *grid), 0.3)
+    torch.testing.assert_close(smooth(maps), maps)
+
+
+def test_bells_fall_from_one_in_the_middle_to_e_to_the_minus_one_in_the_corners() -> None:
+    weight = bell(boxed((2, 3, 9, 8), (12, 10)))
+    assert weight.max() == 1
+    assert weight[5, 5] == 1
+    for row, column in ((2, 3), (2, 7), (8, 3), (8, 7)):
+        assert weight[row, column].item() == pytest.approx(math.exp(-1), abs=1e-6)
+    assert weight[2, 5].item() == pytest.approx(math.exp(-0.5), abs=1e-6)
+    assert weight[5, 3].item() == pytest.approx(math.exp(-0.5), abs=1e-6)
+    assert torch.equal(weight > 0, boxed((2, 3, 9, 8), (12, 10)))
+
+
+def test_the_bell_of_a_tall_box_has_the_published_values() -> None:
+    region = boxed(SCENE)
+    weight = bell(region)
+    best = int(0.2 * int(region.sum()))
+    assert best == 39
+    assert weight[1, 20].item() == pytest.approx(0.3683, abs=5e-5)
+    assert weight.flatten().topk(best).values.mean().item() == pytest.approx(0.9296, abs=5e-5)
+    assert concentration(torch.ones(24, 32), weight, best).item() == pytest.approx(1 - 0.9296, abs=5e-5)
+
+
+@SETTINGS
+@given(boxes())
+def test_bells_of_any_box_are_finite_symmetric_and_reach_one(case: tuple[Box, tuple[int, int]]) -> None:
+    box, grid = case
+    weight = bell(boxed(box, grid))
+    assert weight.isfinite().all()
+    assert weight.max() == 1
+    assert torch.equal(weight > 0, boxed(box, grid))
+    part = weight[box[0] : box[2], box[1] : box[3]]
+    torch.testing.assert_close(part, part.flip(0, 1))
+    torch.testing.assert_close(part, part.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((2, 3, 3, 4), [[1.0]]),
+        ((2, 1, 3, 4), [[math.exp(-0.5), 1.0, math.exp(-0.5)]]),
+        ((1, 3, 4, 4), [[math.exp(-0.5)], [1.0], [math.exp(-0.5)]]),
+        ((1, 1, 2, 3), [[1.0, 1.0]]),
+    ],
+)
+def test_bells_of_a_line_or_a_cell(box: Box, expected: list[list[float]]) -> None:
+    weight = bell(boxed(box, (5, 6)))
+    torch.testing.assert_close(weight[box[0] : box[2], box[1] : box[3]], torch.tensor(expected))
+
+
+def test_bells_of_free_regions_are_zero_in_the_gaps_and_reach_one() -> None:
+    region = boxed((1, 1, 6, 6), (8, 8))
+    region[2:5, 2:5] = False
+    weight = bell(region)
+    assert torch.equal(weight > 0, region)
+    assert weight.max() == 1
+    assert weight[1, 3] == 1
+    assert weight[1, 1].item() == pytest.approx(math.exp(-0.5), abs=1e-6)
+
+
+def test_bounds_enclose_all_parts_of_a_region() -> None:
+    region = torch.zeros(7, 9, dtype=torch.bool)
+    region[2, 3] = region[5, 1] = True
+    assert bounds(region) == (slice(2, 6), slice(1, 4))
+    assert bounds(torch.ones(3, 4, dtype=torch.bool)) == (slice(0, 3), slice(0, 4))
+
+
+def test_without_attention_nothing_is_concentrated_or_filled() -> None:
+    region = boxed(SCENE).float()
+    maps = smooth(torch.zeros(2, 3, 24, 32))
+    torch.testing.assert_close(concentration(maps, bell(region > 0), 39), torch.ones(2, 3))
+    torch.testing.assert_close(filling(maps, region), torch.full((2, 3), 9 / 32 + 22 / 24))
+
+
+def test_attention_everywhere_is_concentrated_and_fills_the_region() -> None:
+    region = boxed(SCENE).float()
+    maps = smooth(torch.ones(2, 24, 32))
+    torch.testing.assert_close(concentration(maps, region, 39), torch.zeros(2))
+    torch.testing.assert_close(filling(maps, region), torch.zeros(2))
+
+
+def test_filling_measures_the_profiles_over_the_whole_axes() -> None:
+    region = boxed((1, 1, 3, 3), (4, 5)).float()
+    maps = torch.zeros(4, 5)
+    maps[1, 1], maps[2, 1] = 0.75, 0.5
+    columns = (0.25 + 1) / 5  # 0.75 and nothing where 1 is wanted
+    rows = (0.25 + 0.5) / 4
+    torch.testing.assert_close(filling(maps, region), torch.tensor(columns + rows))
+
+
+def test_concentration_is_the_distance_of_the_strongest_cells_from_one() -> None:
+    maps = torch.tensor([[0.9, 0.1, 0.8], [0.2, 0.6, 0.7]])
+    weight = torch.tensor([[1.0, 1.0, 0.5], [1.0, 1.0, 0.0]])
+    torch.testing.assert_close(concentration(maps, weight, 2), torch.tensor(1 - (0.9 + 0.6) / 2))
+    torch.testing.assert_close(concentration(maps, weight, 1), torch.tensor(1 - 0.9))
+    assert concentration(maps * 3, weight, 2) == 0, "more than enough is enough"
+
+
+@SETTINGS
+@given(boxes(), st.integers(0, 2**16))
+def test_attention_more_than_a_cell_away_counts_for_nothing(case: tuple[Box, tuple[int, int]], seed: int) -> None:
+    (top, left, bottom, right), grid = case
+    region = boxed((top, left, bottom, right), grid)
+    near = boxed((max(top - 1, 0), max(left - 1, 0), bottom + 1, right + 1), grid)
+    maps = random(*grid, seed=seed)
+    changed = torch.where(near, maps, random(*grid, seed=seed + 1))
+    best = max(1, int(0.2 * int(region.sum())))
+    for loss in (
+        lambda a: concentration(a, bell(region), best),
+        lambda a: concentration(a, region.float(), best),
+        lambda a: filling(a, region.float()),
+    ):
+        torch.testing.assert_close(loss(smooth(changed)), loss(smooth(maps)), atol=1e-6, rtol=0)
+
+
+@SETTINGS
+@given(st.integers(2, 8), st.integers(1, 7), st.integers(1, 12), st.integers(0, 2**16))
+def test_outlook_is_the_mean_of_the_strongest_looks_outside(cells: int, size: int, best: int, seed: int) -> None:
+    attention = random(2, cells, cells, seed=seed).softmax(dim=-1)
+    order = torch.randperm(cells, generator=torch.Generator().manual_seed(seed))
+    inside, outside = order[: min(size, cells - 1)].sort().values, order[min(size, cells - 1) :].sort().values
+    found = outlook(attention, inside, outside, best)
+    assert found.shape == (2,)
+    for image in range(2):
+        looks = [attention[image, p, q].item() for p in inside.tolist() for q in outside.tolist()]
+        strongest = sorted(looks, reverse=True)[:best]
+        assert found[image].item() == pytest.approx(sum(strongest) / len(strongest), abs=1e-6)
+
+
+def test_outlook_is_zero_only_where_no_cell_looks_outside() -> None:
+    inside, outside = torch.tensor([0, 2]), torch.tensor([1, 3])
+    attention = torch.zeros(2, 4, 4)
+    attention[:, inside[:, None], inside] = 0.5
+    attention[:, outside] = 0.25  # what the others look at does not count
+    assert torch.equal(outlook(attention, inside, outside, 3), torch.zeros(2))
+    attention[1, 2, 3] = 0.3
+    torch.testing.assert_close(outlook(attention, inside, outside, 3), torch.tensor([0, 0.1]))
+
+
+def test_a_region_of_the_whole_canvas_has_no_outside() -> None:
+    attention = random(3, 4, 4)
+    nothing = torch.tensor([], dtype=torch.long)
+    assert torch.equal(outlook(attention, torch.arange(4), nothing, 2), torch.zeros(3))
+
+
+def distinct(*shape: int, seed: int = 0) -> Tensor:
+    """Values in 0..1 that are far enough apart for finite differences, in double precision."""
+    order = torch.randperm(math.prod(shape), generator=torch.Generator().manual_seed(seed))
+    return ((order.double() + 0.5) / len(order)).view(shape).requires_grad_()
+
+
+REGION = boxed((1, 1, 4, 5), (5, 7))
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "concentration": lambda maps: concentration(maps, bell(REGION).double(), 3),
+    "concentration without a bell": lambda maps: concentration(maps, REGION.double(), 3),
+    "filling": lambda maps: filling(maps, REGION.double()),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_cross_attention_losses_equal_finite_differences(name: str) -> None:
+    assert torch.autograd.gradcheck(LOSSES[name], distinct(2, 5, 7))
+
+
+def test_the_gradient_of_outlook_equals_finite_differences() -> None:
+    inside, outside = torch.tensor([0, 2, 3]), torch.tensor([1, 4])
+    assert torch.autograd.gradcheck(lambda attention: outlook(attention, inside, outside, 3), distinct(2, 5, 5))
+
+
+def test_the_gradient_of_smoothing_is_its_transpose() -> None:
+    maps, direction = random(4, 5, seed=1).requires_grad_(), random(4, 5, seed=2)
+    (gradient,) = torch.autograd.grad(smooth(maps), maps, direction)
+    columns = torch.stack([smooth(point.view(4, 5)).flatten() for point in torch.eye(20)], dim=1)
+    torch.testing.assert_close(gradient.flatten(), columns.T @ direction.flatten())
+
+
+def test_losses_of_images_and_tokens_are_independent() -> None:
+    maps, attention = random(3, 2, 5, 7), random(3, 35, 35)
+    inside, outside = REGION.flatten().nonzero()[:, 0], (~REGION).flatten().nonzero()[:, 0]
+    for loss, seen in (
+        (lambda a: concentration(smooth(a), bell(REGION), 3), maps),
+        (lambda a: filling(smooth(a), REGION.float()), maps),
+        (lambda a: outlook(a, inside, outside, 3), attention),
+    ):
+        torch.testing.assert_close(loss(seen), torch.stack([loss(image) for image in seen]))

@@ -1,0 +1,154 @@
+"""Prompts without triggers, about one concept, and about nothing but the surroundings."""
+
+import pytest
+
+from pipelines.prompts import about, surroundings, without_triggers
+from pipelines.scene import Concept
+
+CAT = Concept(name="cat", trigger="sks", class_word="cat")
+DOG = Concept(name="dog", trigger="zwx", class_word="dog")
+HERO = Concept(name="hero", trigger="max power", class_word="man")
+PLAIN = Concept(name="bear", class_word="bear")
+STYLE = Concept(name="style", trigger="<ink>")
+EVERYBODY = (CAT, DOG, HERO, PLAIN, STYLE)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a sks cat and a zwx dog", "a cat and a dog"),
+        ("a photo of a sks cat, a zwx dog and a bear", "a photo of a cat, a dog and a bear"),
+        ("sks cat", "cat"),
+        ("sks", ""),
+        # punctuation
+        ("a cat called sks, on grass", "a cat called, on grass"),
+        ("look: a dog named zwx!", "look: a dog named!"),
+        ("a sks cat; a zwx dog.", "a cat; a dog."),
+        # several occurrences
+        ("a sks cat beside a sks cat and another sks cat", "a cat beside a cat and another cat"),
+        # several words, however they are spaced
+        ("max power man on a roof", "man on a roof"),
+        ("a max  power man and max\npower man", "a man and man"),
+        # capital letters
+        ("A SKS cat and a Zwx Dog, MAX Power man", "A cat and a Dog, man"),
+        # no letters
+        ("a cat in <ink>, at night", "a cat in, at night"),
+        # words that contain a trigger, or a part of one
+        ("risks of sksy max speed and power of zwxs", "risks of sksy max speed and power of zwxs"),
+        ("a maximum power man", "a maximum power man"),
+        ("a cat on grass", "a cat on grass"),
+    ],
+)
+def test_triggers_are_taken_out_as_whole_words(prompt: str, expected: str) -> None:
+    assert without_triggers(prompt, EVERYBODY) == expected
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a sks  cat", "a  sks cat", " a sks cat ", "sks a  cat", "a cat sks", "a cat  sks "]
+)
+def test_no_spaces_are_left_over(prompt: str) -> None:
+    assert without_triggers(prompt, [CAT]) == "a cat"
+
+
+def test_only_the_triggers_of_the_concepts_given_are_taken_out() -> None:
+    prompt = "a sks cat and a zwx dog"
+    assert without_triggers(prompt, [CAT]) == "a cat and a zwx dog"
+    assert without_triggers(prompt, [DOG]) == "a sks cat and a dog"
+    assert without_triggers(prompt, [PLAIN]) == prompt
+    assert without_triggers(prompt, []) == prompt
+
+
+PAIR = "a photo of a sks cat and a zwx dog on grass"
+
+
+@pytest.mark.parametrize(
+    ("concept", "prompt", "expected"),
+    [
+        (CAT, PAIR, "a photo of a sks cat on grass"),
+        (DOG, PAIR, "a photo of a zwx dog on grass"),
+        (CAT, "sks cat", "sks cat"),
+        (CAT, "a sks cat, by night", "a sks cat, by night"),
+        # punctuation between and after the concepts
+        (DOG, "a sks cat, a zwx dog, a bear: at dusk.", "a zwx dog: at dusk."),
+        # one of them stands there twice
+        (CAT, "a sks cat, a zwx dog and the sks cat again", "a sks cat again"),
+        # several words, any spacing
+        (HERO, "a zwx dog and a max  power man in snow", "a max  power man in snow"),
+        (DOG, "a max power man and a zwx dog in snow", "a zwx dog in snow"),
+        # capital letters: the words stay as they are written
+        (CAT, "Photo of a SKS Cat and a ZWX dog", "Photo of a SKS Cat"),
+        # the trigger without its class word
+        (CAT, "a photo of sks and a zwx dog, outside", "a photo of sks, outside"),
+        # no trigger: the class word names it
+        (PLAIN, "a sks cat and a bear, at night", "a bear, at night"),
+        (CAT, "a sks cat and a bear, at night", "a sks cat, at night"),
+        # no class word
+        (STYLE, "a drawing in <ink> on paper", "a drawing in <ink> on paper"),
+    ],
+)
+def test_one_phrase_stands_for_all_concepts(concept: Concept, prompt: str, expected: str) -> None:
+    assert about(concept, prompt, EVERYBODY) == expected
+
+
+def test_concepts_that_the_prompt_does_not_name_leave_it_alone() -> None:
+    assert about(CAT, "a sks cat on grass", EVERYBODY) == "a sks cat on grass"
+    assert about(CAT, "a sks cat among bears, dogs and risks", EVERYBODY) == "a sks cat among bears, dogs and risks"
+
+
+def test_a_class_word_alone_does_not_name_a_concept_with_a_trigger() -> None:
+    assert about(CAT, "a dog and a sks cat on grass", EVERYBODY) == "a dog and a sks cat on grass"
+    with pytest.raises(ValueError, match="does not name the concept 'dog'"):
+        about(DOG, "a dog and a sks cat on grass", EVERYBODY)
+
+
+@pytest.mark.parametrize("prompt", [PAIR, "nothing of it"])
+def test_a_prompt_of_its_own_wins(prompt: str) -> None:
+    own = DOG.model_copy(update={"prompt": "one zwx dog  asleep"})
+    assert about(own, prompt, [CAT, own]) == "one zwx dog  asleep"
+
+
+@pytest.mark.parametrize(
+    ("concept", "advice"),
+    [
+        (DOG, "does not name the concept 'dog': write 'zwx dog' in it, or .* Concept(name='dog', prompt=...)"),
+        (PLAIN, "does not name the concept 'bear': write 'bear' in it, or .* Concept(name='bear', prompt=...)"),
+        (HERO, "does not name the concept 'hero': write 'max power man' in it, or .* Concept(name='hero', prompt=...)"),
+        (STYLE, "does not name the concept 'style': write '<ink>' in it, or .* Concept(name='style', prompt=...)"),
+    ],
+)
+def test_concepts_that_are_not_named_are_refused_with_advice(concept: Concept, advice: str) -> None:
+    pattern = advice.replace("(", r"\(").replace(")", r"\)").replace("...", r"\.\.\.")
+    with pytest.raises(ValueError, match=f"the prompt 'a risks cat' {pattern}"):
+        about(concept, "a risks cat", EVERYBODY)
+
+
+def test_a_concept_without_any_words_needs_a_prompt() -> None:
+    nameless = Concept(name="mood")
+    with pytest.raises(ValueError, match="'mood': give it a trigger and write that in it, or give"):
+        about(nameless, PAIR, [CAT, nameless])
+    assert about(CAT, PAIR, [CAT, nameless]) == PAIR
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a sks cat and a zwx dog on grass", "on grass"),
+        ("A SKS cat and the zwx dog on grass", "on grass"),
+        (PAIR, "a photo on grass"),
+        ("a meadow with a sks cat and a zwx dog", "a meadow"),
+        ("a meadow with sks cat and zwx dog at night", "a meadow at night"),
+        ("a photo showing the max power man in snow", "a photo in snow"),
+        ("a sks cat, a zwx dog, by night", "by night"),
+        ("a bear in the woods", "in the woods"),
+        ("sks cat", ""),
+        ("risks on grass", "risks on grass"),
+        ("an empty room", "an empty room"),
+    ],
+)
+def test_surroundings_are_what_is_said_besides_the_concepts(prompt: str, expected: str) -> None:
+    assert surroundings(prompt, EVERYBODY) == expected
+
+
+def test_surroundings_keep_the_concepts_that_are_not_given() -> None:
+    assert surroundings("a zwx dog with a sks cat on grass", [CAT]) == "a zwx dog on grass"
+    assert surroundings(PAIR, []) == PAIR
