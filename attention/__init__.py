@@ -5,7 +5,7 @@ This package knows torch and diffusers' attention, and nothing of prompts, metho
 
 from attention.gates import Gates
 from attention.install import Installation, check_free, install, installed_layers
-from attention.layers import AttentionLayer, attention_layers, grid_at, map_level, places
+from attention.layers import AttentionLayer, attention_layers, coarser, grid_at, map_level, places
 from attention.layout import Layout, Partition
 from attention.lora_bank import Lora, LoraFactors
 from attention.recorder import Recorder
@@ -22,6 +22,7 @@ __all__ = [
     "Recorder",
     "attention_layers",
     "check_free",
+    "coarser",
     "frozen",
     "grid_at",
     "install",

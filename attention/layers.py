@@ -56,6 +56,11 @@ def grid_at(latent_grid: Grid, level: int) -> Grid:
     return height, width
 
 
+def coarser(cells: slice, level: int) -> slice:
+    """The same part of a line after `level` halvings, rounded up at its end."""
+    return slice(cells.start >> level, -(-cells.stop >> level))
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The model inside the wrapper that `torch.compile(model)` returns, or the model itself."""
     return getattr(model, "_orig_mod", model)

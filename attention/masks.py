@@ -50,6 +50,22 @@ def resize_mask(mask: Tensor, grid: Grid) -> Tensor:
     return small / small.max().clamp(min=torch.finfo(small.dtype).tiny)
 
 
+def coarse_mask(mask: Tensor, level: int) -> Tensor:
+    """A mask of the latent grid after `level` halvings: the mean over the cells that the UNet's convolutions join.
+
+    Args:
+        mask: Values in 0..1. Shape: [height, width].
+        level: How often the grid is halved, rounded up.
+
+    Returns:
+        Scaled so that a non-empty mask reaches 1 somewhere.
+    """
+    coarse = mask[None, None]
+    if level:
+        coarse = F.avg_pool2d(coarse, 2**level, ceil_mode=True, count_include_pad=False)
+    return coarse[0, 0] / coarse.max().clamp(min=torch.finfo(mask.dtype).tiny)
+
+
 def cells_of(mask: Tensor, threshold: float) -> Tensor:
     """Which cells belong to a region, from the share that it covers of each; at least the best covered one does.
 

@@ -33,11 +33,11 @@ _CONCEPT_HELP = (
 )
 
 _WHAT_TO_LOOK_AT = (
-    "What to look at: are both concepts there, each in the coat it wears alone in the first two columns? merge "
+    "What to look at: are all concepts there, each in the coat it wears alone in the first two columns? merge "
     "adds the LoRAs up, so coats mix (cat and dog) or a concept is lost. tara lets each LoRA change only what its "
-    "own word says, and separates nothing in space: on this small model one coat often takes both. regional gives "
-    "each LoRA one half of the canvas: clear coats, as long as the model puts each object into its own half, "
-    "which it does not always do."
+    "own word says, and separates nothing in space: on this small model one coat often takes both. regional lets "
+    "each LoRA act in its box only: clear coats, as long as the model puts each object into its own box, which it "
+    "does not always do. lora-composer gives each box its own text as well, and so an object."
 )
 
 app = typer.Typer(
@@ -95,16 +95,16 @@ def demo(
     seed: Annotated[list[int] | None, typer.Option(help="A seed, repeatable.", min=0, max=_LAST_SEED)] = None,
     steps: StepsOption = 25,
 ) -> None:
-    """Composes three scenes of the playground, offline, on the CPU, in a minute or two."""
+    """Composes four scenes of the playground, offline, on the CPU, in two minutes."""
     todo = jobs(seed or SEEDS, steps)
-    say(f"{len(todo)} pictures: three scenes, each concept alone, merge, tara and regional")
+    say(f"{len(todo)} pictures: three pairs, each concept alone and composed in four ways, and three concepts in boxes")
     with bar("composing", len(todo)) as on_progress:
         shown = show(out, todo, on_progress)
     _say_demo(shown)
 
 
 def _say_demo(shown: Shown) -> None:
-    say(f"The sheet: {shown.sheet}", style="bold")
+    say(f"The sheets: {shown.sheet} and {shown.three}", style="bold")
     say(f"The pictures, each with all that makes it again: {shown.folder} (try: lora-compose replay PICTURE)")
     say(_WHAT_TO_LOOK_AT)
 

@@ -185,9 +185,11 @@ class ComposePipeline:
             f"unknown concept {concept.name!r}; loaded are {known}. Load it with load_concept(file, name=...)"
         )
 
-    def resolve_method(self, method: str | Settings | None, concepts: Sequence[LoadedConcept]) -> Settings:
-        """The settings behind a method's name; None chooses and logs why."""
-        return choose_method(concepts) if method is None else make_method(method)
+    def resolve_method(
+        self, method: str | Settings | None, concepts: Sequence[LoadedConcept], *, text: bool = True
+    ) -> Settings:
+        """The settings behind a method's name; None chooses and logs why. `text` is False without a prompt in words."""
+        return choose_method(concepts, text=text) if method is None else make_method(method)
 
     def denoise(
         self,

@@ -92,6 +92,7 @@ class TokenMasks:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[str],
         concepts: Sequence[Concept],
+        names: Container[str] | None = None,
         optional: Container[str] = (),
     ) -> "TokenMasks":
         """Finds triggers and class words; concepts without a trigger have an empty mask.
@@ -100,14 +101,16 @@ class TokenMasks:
             tokenizer: The tokenizer.
             prompts: The texts.
             concepts: Whose words are looked for.
-            optional: Names of concepts whose trigger need not be there.
+            names: Looked for are these concepts alone; None is all.
+            optional: Concepts whose trigger need not be there.
 
         Raises:
             ValueError: For triggers that are missing, truncated or shared.
         """
+        wanted = [c for c in concepts if c.trigger and (names is None or c.name in names)]
         trigger, phrase = [], []
         for prompt in prompts:
-            named = [c for c in concepts if c.trigger and (c.name not in optional or find_words(c.trigger, prompt))]
+            named = [c for c in wanted if c.name not in optional or find_words(c.trigger or "", prompt)]
             found = {concept.name: locate(tokenizer, prompt, concept) for concept in named}
             check_disjoint(named, list(found.values()), prompt)
             trigger.append([found[c.name].trigger if c.name in found else () for c in concepts])

@@ -18,6 +18,7 @@ from attention import (
     Layout,
     Recorder,
     attention_layers,
+    coarser,
     frozen,
     grid_at,
     install,
@@ -75,7 +76,10 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 call's own."""
 
 Finder = Callable[[Sequence[str], Collection[str]], TokenMasks]
-"""Finds the concepts' words in prompts; the concepts named in the second argument need not be there."""
+"""Finds words in prompts, of the concepts named in the second argument alone, which have to be there."""
+
+Window = tuple[slice, slice]
+"""Rows and columns of the latents that are a part of the canvas."""
 
 Objective = Callable[[Recorder], Tensor]
 """What is wrong with the attention maps of a pass, one number per image."""
@@ -164,7 +168,7 @@ class Engine:
         self._finder = finder
         self._guidance_rescale = guidance_rescale
         self._unet_kwargs = dict(unet_kwargs)
-        self._log: dict[int, list[Tensor]] = {}
+        self._log: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._installation: Installation | None = None
         self._first: Conditioning | None = None
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
@@ -196,7 +200,7 @@ class Engine:
             text_weights: Weight of every concept's text-encoder factors; None leaves them out.
             prompts: Instead of the call's own.
             negative_prompts: Instead of the call's own.
-            names: Concepts whose trigger has to be in those prompts.
+            names: Concepts whose words are looked for in those prompts.
 
         Raises:
             ValueError: If a trigger is missing.
@@ -216,12 +220,12 @@ class Engine:
         return conditioning
 
     def find(self, prompts: Sequence[str], names: Collection[str]) -> TokenMasks:
-        """Where the concepts' words stand in prompts; the named concepts have to be there.
+        """Where the words of the named concepts, and of no others, stand in prompts.
 
         Raises:
             ValueError: If one is missing.
         """
-        return self._finder(prompts, {concept.name for concept in self.concepts} - set(names))
+        return self._finder(prompts, names)
 
     @property
     def conditioning(self) -> Conditioning:
@@ -287,16 +291,23 @@ class Engine:
         logger.debug("folded %d layers, %d stay in the bank", folded, len(self.installation.bank))
 
     def unet(
-        self, latents: Tensor, t: Tensor, conditioning: Conditioning, gates: Gates, layout: Layout | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        layout: Layout | None = None,
+        window: Window | None = None,
     ) -> Prediction:
         """One pass.
 
         Args:
-            latents: All of them, or a part of the canvas. Shape: [images, channels, height, width].
+            latents: Shape: [images, channels, height, width].
             t: The timestep.
             conditioning: The text of all rows.
             gates: How strongly each concept acts where.
             layout: What attention does differently in regions; needed if the conditioning has several texts.
+            window: Which rows and columns of the canvas the latents are; None is all of it.
         """
         if conditioning.guided and not self.guided:
             conditioning, gates = self._without_uncond(conditioning, gates)
@@ -306,7 +317,7 @@ class Engine:
         output = self._run(self._scheduler.scale_model_input(rows, t), t, conditioning)
         self.cost.rows_forward += conditioning.rows * self._share(latents)
         if watch is not None:
-            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning))
+            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning, window))
         return Prediction(output, conditioning.guided, conditioning.images)
 
     def observe(
@@ -415,7 +426,7 @@ class Engine:
         if not self._log:
             return None
         steps = tuple(sorted(self._log))
-        return steps, torch.stack([torch.stack(self._log[step]).mean(dim=0) for step in steps])
+        return steps, torch.stack([_mean_where_seen(self._log[step]) for step in steps])
 
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""
@@ -431,15 +442,32 @@ class Engine:
         words = conditioning.phrase_mask
         return Recorder(self.map_layers, words / words.sum(dim=-2, keepdim=True).clamp(min=1))
 
-    def _concept_maps(self, recorder: Recorder, conditioning: Conditioning) -> Tensor:
-        """Mean over the texts or branches in which a concept is named. Shape: [images, concepts, height, width]."""
+    def _concept_maps(
+        self, recorder: Recorder, conditioning: Conditioning, window: Window | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over the texts or branches in which a concept is named, and where the pass has looked.
+
+        Returns:
+            On the grid of the whole canvas. Shape: [images, concepts, height, width] and [height, width].
+        """
         rows = conditioning.conditional_rows
         named = (conditioning.phrase_mask[..., rows, :, :].sum(dim=-2) > 0).float()
         maps = recorder.mean()[..., rows, :, :]
         maps = maps.reshape(-1, conditioning.images, *maps.shape[-2:])
         named = named.reshape(-1, conditioning.images, named.shape[-1])  # [texts or branches, images, concepts]
         mean = (maps * named[:, :, None]).sum(dim=0) / named.sum(dim=0).clamp(min=1)[:, None]
-        return mean.transpose(1, 2).unflatten(2, grid_at(self.latent_grid, self.map_level))
+        grid = grid_at(self.latent_grid, self.map_level)
+        rows, columns = (slice(0, cells) for cells in self.latent_grid) if window is None else window
+        seen = torch.zeros(grid, device=mean.device)
+        place = seen[coarser(rows, self.map_level), coarser(columns, self.map_level)].fill_(1)
+        whole = mean.new_zeros(*mean.shape[::2], *grid)
+        whole[..., seen > 0] = mean.transpose(1, 2).unflatten(2, place.shape).flatten(2)
+        return whole, seen
+
+
+def _mean_where_seen(passes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.stack([maps for maps, _ in passes]).sum(dim=0)
+    return total / torch.stack([seen for _, seen in passes]).sum(dim=0).clamp(min=1)
 
 
 def masks_of(maps: Tensor) -> Tensor:

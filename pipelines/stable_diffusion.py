@@ -104,7 +104,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         )  # fmt: skip
         loaded = self.resolve_concepts(concepts)
         check_call(loaded, width, height, num_inference_steps)
-        settings = self.resolve_method(method, loaded)
+        settings = self.resolve_method(method, loaded, text=prompt_embeds is None)
         takers = [found.concept for found in loaded]
         # Textual inversion puts several tokens in place of one.
         texts = None if prompt_embeds is not None else self._converted(_listed(prompt))
@@ -130,7 +130,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             self.components,
             loaded,
             encode,
-            lambda prompts, optional: TokenMasks.of_prompts(self.tokenizer, self._converted(prompts), takers, optional),
+            lambda prompts, names: TokenMasks.of_prompts(self.tokenizer, self._converted(prompts), takers, names),
             None if prompt_embeds is not None else _listed(prompt),
             masks,
             latent_grid=(height // self.vae_scale_factor, width // self.vae_scale_factor),
@@ -196,7 +196,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         if token_positions is not None:
             raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
         elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
-        return TokenMasks.of_prompts(self.tokenizer, texts or (), concepts, elsewhere)
+        return TokenMasks.of_prompts(self.tokenizer, texts or (), concepts, optional=elsewhere)
 
     def _converted(self, prompts: Sequence[str]) -> list[str]:
         return [str(self.maybe_convert_prompt(prompt, self.tokenizer)) for prompt in prompts]

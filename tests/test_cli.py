@@ -579,12 +579,14 @@ def test_the_demo_writes_a_sheet_and_pictures_that_replay(tmp_path: Path) -> Non
     result = call("demo", "--steps", 1, "--seed", 4, "--out", tmp_path / "demo")
     folder = tmp_path / "demo-2"
     assert listed(tmp_path / "demo") == []
-    assert f"The sheet: {folder / 'sheet.png'}" in result.stdout
+    assert f"The sheets: {folder / 'sheet.png'} and {folder / 'three.png'}" in flat(result.stdout)
     assert "What to look at" in result.stdout
-    assert len(listed(folder)) == 3 * 5 + 1
+    assert len(listed(folder)) == 3 * 6 + 3 + 2
     with Image.open(folder / "sheet.png") as sheet:
-        assert sheet.width > 5 * 256
+        assert sheet.width > 6 * 256
         assert sheet.height > 3 * 256
+    three = read_record(folder / "three-lora-composer-4.png").run.scene
+    assert [concept.region for concept in three.concepts] == [(4, 12, 60, 116), (68, 12, 124, 116), (132, 12, 188, 116)]
     merged, composed = (read_record(folder / f"cat-dog-{part}-4.png") for part in ("merge", "tara"))
     assert [concept.lora for concept in merged.run.scene.concepts] == ["playground:cat", "playground:dog"]
     assert [concept.lora for concept in composed.run.scene.concepts] == ["playground:cat-tara", "playground:dog-tara"]

@@ -64,14 +64,20 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
     return kind(**(settings or {}))
 
 
-def choose_method(concepts: Sequence[LoadedConcept]) -> Settings:
+def choose_method(concepts: Sequence[LoadedConcept], *, text: bool = True) -> Settings:
     """The method for a call that names none, with the reason in the log.
+
+    A region for everybody is best used by LoRA-Composer (`docs/methods/lora-composer.md`), which needs words to write a
+    text for each region. `text` says whether the call's prompt is text.
 
     Token masks serve LoRAs that were trained with them. On ordinary LoRAs they lose more identities than they separate
     (seen in a blind look, `docs/methods/tara.md`), so those are merged.
     """
     if all(loaded.concept.region for loaded in concepts):
-        logger.info("method: regional, because every concept has a region")
+        if text and all(loaded.concept.phrase for loaded in concepts):
+            logger.info("method: lora-composer, because every concept has a region")
+            return LoraComposer()
+        logger.info("method: regional, because every concept has a region, and some have no words")
         return Regional()
     others = [c.concept.name for c in concepts if c.trained_with != "tara" or not c.concept.trigger]
     if others:

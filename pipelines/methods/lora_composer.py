@@ -29,8 +29,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attention import Gates, Layout, Partition, Recorder, grid_at
-from attention.masks import cells_of
+from attention import Gates, Layout, Partition, Recorder, coarser
+from attention.masks import cells_of, coarse_mask
 from pipelines.conditioning import Conditioning, stack_texts
 from pipelines.engine import Engine
 from pipelines.losses import bell, bounds, concentration, filling, outlook, smooth
@@ -38,6 +38,7 @@ from pipelines.methods.reinit import reinitialised
 from pipelines.prompts import about, surroundings, without_triggers
 from pipelines.regions import region_mask
 from pipelines.scene import Concept
+from pipelines.tokens import find_words
 
 Inject = Literal["attn2", "full", "off"]
 Rows = Literal["cond_only", "all"]
@@ -147,32 +148,32 @@ class LoraComposer:
                 "lora-composer needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
-        prompts = [_own_prompts(engine, i) for i in regional]
+        prompts = _own_prompts(engine, regional)
         texts = self._texts(engine, regional, prompts)
-        membership = {level: _membership(engine, regional, level, self.threshold) for level in engine.levels}
+        membership = _membership(engine, regional, self.threshold)
         gates = self._gates(engine, texts, regional, membership)
-        looks = self.updates or self.reinit != "off"
         return Composing(
             self,
             engine,
             texts,
             gates,
             self._layout(engine, membership),
-            [_target(engine, i, n, own, membership) for n, (i, own) in enumerate(zip(regional, prompts, strict=True))]
-            if looks
-            else (),
-            self._solos(engine, texts, regional, membership, gates) if self.apart > 0 else (),
-            bool(membership[0].any(dim=-1).all()),
+            self._targets(engine, regional, prompts, membership[engine.map_level]),
+            self._parts(engine, texts, regional, membership, gates) if self.apart > 0 else None,
         )
 
     def _texts(self, engine: Engine, regional: Sequence[int], prompts: Sequence[Sequence[str]]) -> Conditioning:
         """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA."""
         mine = [engine.concepts[i] for i in regional]
-        bare = surroundings if self.background == "surroundings" else without_triggers
-        canvas = [bare(prompt, mine) for prompt in engine.prompts or ()]
-        others = [concept.name for concept in engine.concepts if concept.region is None and concept.trigger]
+        others = [concept for concept in engine.concepts if concept.region is None and concept.trigger]
+        canvas = [without_triggers(prompt, mine) for prompt in engine.prompts or ()]
+        if self.background == "surroundings":
+            bare = [surroundings(prompt, mine) for prompt in engine.prompts or ()]
+            # Where the words of a background concept stand among the others, plain words keep them.
+            kept = [all(find_words(other.trigger or "", text) for other in others) for text in bare]
+            canvas = [text if keep else plain for text, keep, plain in zip(bare, kept, canvas, strict=True)]
         behind = [0.0 if i in regional else weight for i, weight in enumerate(engine.weights)]
-        texts = [engine.encode(behind, canvas, names=others)]
+        texts = [engine.encode(behind, canvas, names=[other.name for other in others])]
         for i, own in zip(regional, prompts, strict=True):
             negative = engine.concepts[i].negative_prompt
             negatives = None if negative is None else [negative] * len(own)
@@ -184,28 +185,41 @@ class LoraComposer:
         partitions = {level: Partition.of(cells.flatten(0, 1), engine.device) for level, cells in membership.items()}
         return Layout(partitions, self.inject != "off", self.isolate)
 
-    def _solos(
+    def _parts(
         self,
         engine: Engine,
         texts: Conditioning,
         regional: Sequence[int],
         membership: Mapping[int, Tensor],
         gates: Gates,
-    ) -> "list[Solo]":
-        solos = []
+    ) -> "Parts":
+        """A canvas for each region."""
+        parts, seen = [], torch.zeros(engine.latent_grid, dtype=torch.bool)
         for n in range(len(regional)):
             only = torch.arange(len(regional)) == n
             rows, columns = _window(membership[0][..., n], engine.native_side * self.apart_side, max(engine.levels))
-            inside = {
-                level: cells[_coarser(rows, level), _coarser(columns, level)] & only
-                for level, cells in membership.items()
+            window = {
+                level: cells[coarser(rows, level), coarser(columns, level)] for level, cells in membership.items()
             }
-            alone = self._gates(engine, texts, regional, inside)
+            inside = {level: cells & only for level, cells in window.items()}
+            shown = window[0][..., n] | ~window[0].any(dim=-1)
+            seen[rows, columns] |= shown
             grid = rows.stop - rows.start, columns.stop - columns.start
             # The same text gates, so that keys and values are kept once for all passes.
-            mine = replace(alone, text=gates.text, latent_grid=grid)
-            solos.append(Solo(rows, columns, inside[0][..., n].to(engine.device), mine, self._layout(engine, inside)))
-        return solos
+            mine = replace(self._gates(engine, texts, regional, inside), text=gates.text, latent_grid=grid)
+            parts.append(Part(rows, columns, shown.to(engine.device), mine, self._layout(engine, inside)))
+        return Parts(parts, complete=bool(seen.all()))
+
+    def _targets(
+        self, engine: Engine, regional: Sequence[int], prompts: Sequence[Sequence[str]], membership: Tensor
+    ) -> "list[Target]":
+        """What the losses look at, if anything does."""
+        if not self.updates and self.reinit == "off":
+            return []
+        return [
+            _target(engine, i, membership[..., n], own)
+            for n, (i, own) in enumerate(zip(regional, prompts, strict=True))
+        ]
 
     def _gates(
         self, engine: Engine, texts: Conditioning, regional: Sequence[int], membership: Mapping[int, Tensor]
@@ -264,22 +278,30 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class Solo:
-    """A canvas on which one region is denoised alone.
+class Part:
+    """A canvas on which one region is denoised, a part of the whole one.
 
     Attributes:
         rows: The rows of the latents that it is.
         columns: The columns.
-        inside: True in the region, which is what is taken from it. Shape: [rows, columns].
+        shown: True where its result counts: in the region, and where no region is. Shape: [rows, columns].
         gates: The concept in its region.
         layout: Region and background.
     """
 
     rows: slice
     columns: slice
-    inside: Tensor
+    shown: Tensor
     gates: Gates
     layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The canvases of all regions, and whether they leave nothing of the whole canvas out."""
+
+    each: Sequence[Part]
+    complete: bool
 
 
 @dataclass
@@ -293,6 +315,7 @@ class Composing:
         gates: How strongly each concept acts where.
         layout: Which cell reads and sees what.
         targets: What the losses look at, one for each region.
+        parts: The canvases on which regions are denoised apart; None if they are not.
         refining: Which images are still updated; None before the first step. Shape: [images].
         losses: Their losses before the last update.
     """
@@ -303,8 +326,7 @@ class Composing:
     gates: Gates
     layout: Layout
     targets: Sequence[Target]
-    solos: Sequence[Solo]
-    covered: bool
+    parts: Parts | None
     refining: Tensor | None = None
     losses: Tensor | None = None
 
@@ -323,23 +345,24 @@ class Composing:
         """An update while there is something to gain (eq. 10), then a pass with guidance."""
         if self.settings.updates:
             latents = self._update(latents, t)
-        if self.engine.step < self.settings.apart * len(self.engine.timesteps):
-            return latents, self._apart(latents, t)
+        if self.parts is not None and self.engine.step < math.ceil(_share(self.settings.apart, self.engine)):
+            return latents, self._apart(latents, t, self.parts)
         return latents, self._together(latents, t)
 
     def _together(self, latents: Tensor, t: Tensor) -> Tensor:
         prediction = self.engine.unet(latents, t, self.conditioning, self.gates, self.layout)
         return self.engine.guide(prediction)
 
-    def _apart(self, latents: Tensor, t: Tensor) -> Tensor:
-        """Every region from a canvas of its own, where they overlap the mean, and the rest from the whole canvas."""
+    def _apart(self, latents: Tensor, t: Tensor, parts: Parts) -> Tensor:
+        """Every region, and what is around it, from a canvas of its own; the rest, if any, from the whole canvas."""
         total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
-        for solo in self.solos:
-            part = latents[..., solo.rows, solo.columns].contiguous()
-            prediction = self.engine.unet(part, t, self.conditioning, solo.gates, solo.layout)
-            total[..., solo.rows, solo.columns] += self.engine.guide(prediction) * solo.inside
-            times[..., solo.rows, solo.columns] += solo.inside
-        if self.covered:
+        for part in parts.each:
+            cut = latents[..., part.rows, part.columns].contiguous()
+            window = part.rows, part.columns
+            prediction = self.engine.unet(cut, t, self.conditioning, part.gates, part.layout, window)
+            total[..., part.rows, part.columns] += self.engine.guide(prediction) * part.shown
+            times[..., part.rows, part.columns] += part.shown
+        if parts.complete:
             return total / times
         return torch.where(times > 0, total / times.clamp(min=1), self._together(latents, t))
 
@@ -347,7 +370,7 @@ class Composing:
         step, steps = self.engine.step, len(self.engine.timesteps)
         if self.refining is None:
             self.refining = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
-        if step > int(self.settings.most_updates * steps) or not self.engine.goes_on(self.refining):
+        if step > int(_share(self.settings.most_updates, self.engine)) or not self.engine.goes_on(self.refining):
             return latents
         losses, gradient = self.engine.gradient(
             latents, t, self.conditioning, self.gates, self._recorder(), self.loss, self.layout
@@ -356,7 +379,7 @@ class Composing:
             gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
         size = self.settings.step_size * (1 - 0.5 * step / max(1, steps - 1)) ** self.settings.step_decay
         updated = (latents - size * gradient * self.refining[:, None, None, None]).to(latents.dtype)
-        if self.losses is not None and step >= int(self.settings.least_updates * steps):
+        if self.losses is not None and step >= int(_share(self.settings.least_updates, self.engine)):
             self.refining = self.refining & (losses <= self.losses)  # the update of this step has been applied
         self.losses = losses
         return updated
@@ -402,25 +425,38 @@ class Composing:
 PART = 0.2
 """The part of a region's cells that L_ce and L_region take their mean over."""
 
+MOST = 0.75
+"""The share of the canvas's side from which on a region's own canvas takes all of it."""
+
 WORDS = 2
 """The authors sum over the two tokens of a concept; here it is twice the mean, whatever their number."""
 
 
-def _own_prompts(engine: Engine, i: int) -> list[str]:
+def _share(part: float, engine: Engine) -> float:
+    """A part of all steps, free of what floating point adds to 0.28 * 25."""
+    return round(part * len(engine.timesteps), 6)
+
+
+def _own_prompts(engine: Engine, regional: Sequence[int]) -> list[list[str]]:
+    """What each region reads, by prompt of the call."""
     if engine.prompts is None:
         raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
-    return [about(engine.concepts[i], prompt, engine.concepts) for prompt in engine.prompts]
+    concepts = [engine.concepts[i] for i in regional]
+    return [[about(concept, prompt, concepts) for prompt in engine.prompts] for concept in concepts]
 
 
-def _membership(engine: Engine, regional: Sequence[int], level: int, threshold: float) -> Tensor:
-    """Which cell lies in which region. Shape: [height, width, regions], bool."""
-    grid = grid_at(engine.latent_grid, level)
-    masks = [region_mask(engine.concepts[i].region, engine.image_size, grid) for i in regional]
-    return torch.stack([cells_of(mask, threshold) for mask in masks], dim=-1)
+def _membership(engine: Engine, regional: Sequence[int], threshold: float) -> dict[int, Tensor]:
+    """Which cell lies in which region, by level. Shape: [height, width, regions], bool."""
+    covered = [region_mask(engine.concepts[i].region, engine.image_size, engine.latent_grid) for i in regional]
+    by_level = {level: [coarse_mask(mask, level) for mask in covered] for level in engine.levels}
+    return {level: torch.stack([cells_of(mask, threshold) for mask in masks], -1) for level, masks in by_level.items()}
 
 
 def _window(region: Tensor, side: float, levels: int) -> tuple[slice, slice]:
-    """A part of the canvas around a region, with sides of so many cells at least, that the UNet can halve so often."""
+    """A part of the canvas around a region, with sides of so many cells at least, that the UNet can halve so often.
+
+    A side that would be most of the canvas is all of it, for then the canvas need not be run as well.
+    """
     grain = 2**levels
 
     def stretch(inside: slice, cells: int) -> slice:
@@ -428,19 +464,14 @@ def _window(region: Tensor, side: float, levels: int) -> tuple[slice, slice]:
         start = max(0, math.floor((middle - half) / grain) * grain)
         stop = min(cells, math.ceil((middle + half) / grain) * grain)
         start = max(0, min(start, math.floor((stop - side) / grain) * grain))
-        return slice(start, min(cells, max(stop, math.ceil((start + side) / grain) * grain)))
+        stop = min(cells, max(stop, math.ceil((start + side) / grain) * grain))
+        return slice(0, cells) if stop - start >= MOST * cells else slice(start, stop)
 
     rows, columns = bounds(region)
     return stretch(rows, region.shape[0]), stretch(columns, region.shape[1])
 
 
-def _coarser(inside: slice, level: int) -> slice:
-    """The same part of a line on the grid of a level."""
-    return slice(inside.start >> level, -(-inside.stop >> level))
-
-
-def _target(engine: Engine, concept: int, n: int, prompts: Sequence[str], membership: Mapping[int, Tensor]) -> Target:
-    region = membership[engine.map_level][..., n]
+def _target(engine: Engine, concept: int, region: Tensor, prompts: Sequence[str]) -> Target:
     name = engine.concepts[concept].name
     words = engine.find(prompts, [name]).phrase[:, :, concept].repeat_interleave(engine.images_per_prompt, dim=0)
     _check_words(engine.concepts[concept], words)
