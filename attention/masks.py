@@ -77,3 +77,9 @@ def cells_of(mask: Tensor, threshold: float) -> Tensor:
         The same shape, bool.
     """
     return (mask >= threshold - 1e-4) & (mask > 0)
+
+
+def bounds(region: Tensor) -> tuple[slice, slice]:
+    """The rows and columns of a region's bounding box. Shape: [height, width], bool."""
+    rows, columns = region.any(dim=1).nonzero()[:, 0], region.any(dim=0).nonzero()[:, 0]
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)

@@ -31,6 +31,7 @@ from attention.layers import Grid, Kind, Place, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
 from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
 from pipelines.output import Cost
+from pipelines.regions import Window
 from pipelines.scene import Concept
 
 logger = logging.getLogger(__name__)
@@ -77,9 +78,6 @@ call's own."""
 
 Finder = Callable[[Sequence[str], Collection[str]], TokenMasks]
 """Finds words in prompts, of the concepts named in the second argument alone, which have to be there."""
-
-Window = tuple[slice, slice]
-"""Rows and columns of the latents that are a part of the canvas."""
 
 Objective = Callable[[Recorder], Tensor]
 """What is wrong with the attention maps of a pass, one number per image."""
@@ -367,9 +365,11 @@ class Engine:
             scaled = scaled.detach().requires_grad_()
             self._stopped(scaled, t, conditioning, gates, record, layout)
             losses = objective(record)
-            (gradient,) = torch.autograd.grad(losses.sum(), scaled)
+            # In half precision small gradients would become 0 on their way back.
+            lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
+            (gradient,) = torch.autograd.grad(losses.sum() * lift, scaled)
         self.cost.rows_backward += len(latents)
-        gradient = gradient.float() / per_latent
+        gradient = gradient.float() / lift / per_latent
         if not gradient.is_meta and not gradient.isfinite().all():
             raise ValueError(f"the gradient at step {self.step} is not finite; try float32 or a smaller step size")
         return losses.detach(), gradient

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention.masks import bounds
+
 SMOOTHING = (0.2119, 0.5761, 0.2119)
 """exp(-(x / (2 * 0.5))^2) at -1, 0, 1, normalised: the kernel of Attend-and-Excite's code, which the authors of
 LoRA-Composer use; a Gaussian of that sigma would be narrower."""
@@ -11,12 +13,14 @@ LoRA-Composer use; a Gaussian of that sigma would be narrower."""
 
 def smooth(maps: Tensor) -> Tensor:
     """Smooths maps with a separable kernel of 3 x 3, mirrored at the borders. Shape: [..., height, width]."""
-    line = torch.tensor([-1.0, 0.0, 1.0], device=maps.device).square().neg().exp()
+    line = torch.tensor([-1.0, 0.0, 1.0], device=maps.device, dtype=maps.dtype).square().neg().exp()
     line = line / line.sum()
-    kernel = line[:, None] * line[None, :]
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    mode = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"
-    return F.conv2d(F.pad(flat, (1, 1, 1, 1), mode=mode), kernel[None, None]).view(maps.shape)
+    for pad, kernel in (((1, 1, 0, 0), line[None]), ((0, 0, 1, 1), line[:, None])):
+        cells = flat.shape[-1] if pad[0] else flat.shape[-2]
+        padded = F.pad(flat, pad, mode="reflect" if cells > 1 else "replicate")
+        flat = F.conv2d(padded, kernel[None, None])
+    return flat.view(maps.shape)
 
 
 def bell(region: Tensor) -> Tensor:
@@ -33,12 +37,6 @@ def bell(region: Tensor) -> Tensor:
     weight[rows, columns] = torch.exp(-(u[:, None].square() + v[None, :].square()) / 2)
     weight = weight * region
     return weight / weight.max()
-
-
-def bounds(region: Tensor) -> tuple[slice, slice]:
-    """The rows and columns of a region's bounding box. Shape: [height, width], bool."""
-    rows, columns = region.any(dim=1).nonzero()[:, 0], region.any(dim=0).nonzero()[:, 0]
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def concentration(maps: Tensor, weight: Tensor, best: int) -> Tensor:

@@ -1,5 +1,8 @@
-"""Where a concept may appear, as a mask: from a box, or from a picture that is white inside."""
+"""Where concepts may appear: from boxes, or pictures that are white inside, to the cells of every grid."""
 
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +10,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from attention.layers import Grid
-from attention.masks import Box, box_mask, resize_mask
+from attention.layers import Grid, coarser
+from attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
 
 _PIXEL_LIMIT = 64 * 2**20
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -65,3 +68,89 @@ def region_mask(region: Box | str | None, image_size: Grid, grid: Grid) -> Tenso
     if region is None:
         return torch.ones(grid)
     return resize_mask(read_mask(region), grid) if isinstance(region, str) else box_mask(region, image_size, grid)
+
+
+Window = tuple[slice, slice]
+"""Rows and columns of the latents that are a part of the canvas."""
+
+_MOST = 0.75
+"""A part that takes so much of a side of the canvas takes all of it, which often spares running the whole one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """Which cells lie in which regions, on all grids of a canvas or of a part of it.
+
+    Attributes:
+        owners: Whose regions they are: indices of concepts.
+        cells: By level. Shape: [height, width, regions], bool, on the CPU.
+    """
+
+    owners: tuple[int, ...]
+    cells: Mapping[int, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        regions: Sequence[Box | str | None],
+        image_size: Grid,
+        latent_grid: Grid,
+        levels: Collection[int],
+        threshold: float,
+    ) -> "Regions":
+        """The regions of all concepts that have one.
+
+        Args:
+            regions: What the concepts say.
+            image_size: Height and width of the canvas in pixels.
+            latent_grid: Height and width of the latents.
+            levels: Which grids are wanted.
+            threshold: The share of a cell that a region covers, from which on the cell belongs to it.
+        """
+        owners = tuple(i for i, region in enumerate(regions) if region is not None)
+        masks = [region_mask(regions[i], image_size, latent_grid) for i in owners]
+        cells = {
+            level: torch.stack([cells_of(coarse_mask(mask, level), threshold) for mask in masks], dim=-1)
+            for level in levels
+        }
+        return cls(owners, cells)
+
+    @property
+    def grid(self) -> Grid:
+        """Height and width of the latents."""
+        height, width, _ = self.cells[0].shape
+        return height, width
+
+    def window(self, region: int, side: float) -> Window:
+        """A part of the canvas around a region that the UNet can halve as often as the whole.
+
+        Args:
+            region: Which one.
+            side: Cells of the latents that each side has at least, if the canvas has them.
+        """
+        grain = 2 ** max(self.cells)
+
+        def stretch(inside: slice, cells: int) -> slice:
+            middle, half = (inside.start + inside.stop) / 2, max(side, inside.stop - inside.start) / 2
+            start = max(0, math.floor((middle - half) / grain) * grain)
+            stop = min(cells, math.ceil((middle + half) / grain) * grain)
+            start = max(0, min(start, math.floor((stop - side) / grain) * grain))
+            stop = min(cells, max(stop, math.ceil((start + side) / grain) * grain))
+            return slice(0, cells) if stop - start >= _MOST * cells else slice(start, stop)
+
+        rows, columns = bounds(self.cells[0][..., region])
+        return stretch(rows, self.grid[0]), stretch(columns, self.grid[1])
+
+    def part(self, window: Window, region: int) -> "Regions":
+        """One region, as it lies in a part of the canvas; the others are background there."""
+        only = torch.arange(len(self.owners)) == region
+        rows, columns = window
+        cut = {level: cells[coarser(rows, level), coarser(columns, level)] for level, cells in self.cells.items()}
+        return Regions(self.owners, {level: cells & only for level, cells in cut.items()})
+
+    def shares(self, level: int, concepts: int) -> Tensor:
+        """How much of a cell is whose; cells of several regions are theirs in equal parts. Shape: [cells, concepts]."""
+        cells = self.cells[level].flatten(0, 1)
+        shares = torch.zeros(len(cells), concepts)
+        shares[:, list(self.owners)] = cells / cells.sum(dim=1, keepdim=True).clamp(min=1)
+        return shares

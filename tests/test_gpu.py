@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from components import EVERYTHING, random_lora, sd_unet, small_pipeline
-from pipelines.methods import Regional
+from pipelines.methods import LoraComposer, Regional
 from pipelines.scene import Concept
 
 pytestmark = [
@@ -21,7 +21,7 @@ pytestmark = [
 DEVICE = "cuda"
 TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "xlo", "robot": "ohwx"}
 PROMPT = "a sks cat, a zwx dog, a xlo bear and a ohwx robot"
-METHODS = ("merge", "tara", "switch", "composite", Regional())
+METHODS = ("merge", "tara", "switch", "composite", Regional(), LoraComposer(), LoraComposer.official())
 
 
 @pytest.fixture(autouse=True)

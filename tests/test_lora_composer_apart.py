@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention import coarser, grid_at
-from attention.masks import box_mask, cells_of
+from attention import grid_at
 from components import random_lora, tiny_pipeline
-from pipelines.methods.lora_composer import LoraComposer, _window
+from pipelines.methods.lora_composer import LoraComposer
+from pipelines.regions import Regions
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
@@ -167,9 +167,10 @@ def test_windows_hold_their_region_and_lie_on_the_canvas(data: st.DataObject, le
     box = [
         slice(start, data.draw(st.integers(start + 1, length))) for start, length in zip(starts, canvas, strict=True)
     ]
-    region = torch.zeros(canvas, dtype=torch.bool)
+    region = torch.zeros(*canvas, 1, dtype=torch.bool)
     region[box[0], box[1]] = True
-    for window, inside, length in zip(_window(region, side, levels), box, canvas, strict=True):
+    regions = Regions((0,), {0: region, levels: region[:: 2**levels, :: 2**levels]})  # the coarsest grid says how often
+    for window, inside, length in zip(regions.window(0, side), box, canvas, strict=True):
         assert 0 <= window.start <= inside.start
         assert inside.stop <= window.stop <= length
         assert window.stop - window.start >= min(side, length)
@@ -177,23 +178,21 @@ def test_windows_hold_their_region_and_lie_on_the_canvas(data: st.DataObject, le
         assert window.stop % 2**levels == 0 or window.stop == length
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(0, 3), st.floats(0, 20), st.sampled_from([0.0, 0.5, 1.0]))
 def test_windows_hold_their_region_on_every_grid(
     data: st.DataObject, levels: int, side: float, threshold: float
 ) -> None:
-    height, width = (data.draw(st.integers(1, 5)) * 2**levels for _ in range(2))  # cells of the same size everywhere
+    height, width = (data.draw(st.integers(1, 40)) for _ in range(2))
     left, top = data.draw(st.integers(0, width * 8 - 1)), data.draw(st.integers(0, height * 8 - 1))
     box = left, top, data.draw(st.integers(left + 1, width * 8)), data.draw(st.integers(top + 1, height * 8))
-    grids = [grid_at((height, width), level) for level in range(levels + 1)]
-    inside = [cells_of(box_mask(box, (height * 8, width * 8), grid), threshold) for grid in grids]
-    window = _window(inside[0], side, levels)
-    for level, region in enumerate(inside):
-        rows, columns = (coarser(line, level) for line in window)
-        assert region[rows, columns].sum() == region.sum() > 0
-        assert region[rows, columns].shape == grid_at(
-            (len(range(height)[window[0]]), len(range(width)[window[1]])), level
-        )
+    size = height * 8, width * 8
+    regions = Regions.of([None, box], size, (height, width), range(levels + 1), threshold)
+    window = regions.window(0, side)
+    part = regions.part(window, 0)
+    for level, cells in part.cells.items():
+        assert cells.sum() == regions.cells[level].sum() > 0
+        assert cells.shape[:2] == grid_at(part.grid, level)
 
 
 @pytest.mark.parametrize("boxes", [(LEFT, RIGHT), ((0, 0, 64, 64), (72, 80, 128, 128))], ids=["covered", "gaps"])

@@ -258,12 +258,14 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(composer):
         expected = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum(dim=0)
         assert_close(loss(**weights), expected, 1e-5)
         assert loss().abs().max() == 0
-        cat, dog = (replace(process, targets=process.targets[n : n + 1]) for n in range(2))
         # Nobody's words but their own count: the terms are a sum over the concepts.
-        dog_maps = Recorder(recorder.layers, recorder.readout[[0, 2]], recorder.self_layers)
-        dog_maps.maps = {name: maps[[0, 2]] for name, maps in recorder.maps.items()}
-        dog_maps.self_maps = recorder.self_maps
-        assert_close(cat.loss(recorder) + dog.loss(dog_maps), process.loss(recorder), 1e-5)
+        alone = []
+        for n, target in enumerate(process.targets):
+            maps = Recorder(recorder.layers, recorder.readout[[0, 1 + n]], recorder.self_layers)
+            maps.maps = {name: each[[0, 1 + n]] for name, each in recorder.maps.items()}
+            maps.self_maps = recorder.self_maps
+            alone.append(replace(process, targets=[target]).loss(maps))
+        assert_close(alone[0] + alone[1], process.loss(recorder), 1e-5)
 
     at_the_first_step(composer, look, num_images_per_prompt=2)
 

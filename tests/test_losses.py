@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import convolve1d
 from torch import Tensor
 
-from pipelines.losses import SMOOTHING, bell, bounds, concentration, filling, outlook, smooth
+from attention.masks import bounds
+from pipelines.losses import SMOOTHING, bell, concentration, filling, outlook, smooth
 
 SETTINGS = settings(deadline=None, max_examples=40)
 

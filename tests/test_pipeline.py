@@ -947,6 +947,19 @@ def test_without_a_method_the_choice_is_logged_with_its_reason(composer, caplog)
     assert "method: merge, because cat has no trigger" in caplog.text
 
 
+def test_with_a_region_for_everybody_the_choice_depends_on_words(composer, caplog):
+    caplog.set_level("INFO", "pipelines.methods")
+    boxed = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
+    assert torch.equal(
+        latents_of(composer, method=None, concepts=boxed), latents_of(composer, method="lora-composer", concepts=boxed)
+    )
+    assert "method: lora-composer, because every concept has a region" in caplog.text
+    nameless = [boxed[0].model_copy(update={"trigger": ""}), boxed[1]]
+    chosen = latents_of(composer, method=None, concepts=nameless)
+    assert torch.equal(chosen, latents_of(composer, method="regional", concepts=nameless))
+    assert "method: regional, because every concept has a region, and not every one a trigger" in caplog.text
+
+
 def test_a_plain_call_on_a_model_that_is_composing_is_refused_and_the_image_is_not_harmed(pipe, write_lora):
     pipe.load_concept(write_lora("cat", unet=random_lora(pipe.unet, 1)), name="cat", trigger="sks")
     call = {"prompt": "a sks cat", "concepts": ["cat"], "num_inference_steps": 2, "output_type": "latent"}

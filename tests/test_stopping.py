@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attention import Recorder, attention_layers, frozen, install, map_level, stopped_after
 from components import TINY, sd_unet, sdxl_unet, unet_inputs
+from compose.memory import peak_memory
 from reference import constant_gates, relative_error
 
 FP32: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -94,6 +95,28 @@ def test_gradients_are_the_same_with_gradient_checkpointing(family: str) -> None
     assert len(passes) == 2, "the forward is to be entered again in backward"
     assert all(relative_error(again[name], maps[name]) < 1e-6 for name in layers)
     assert relative_error(same, gradient) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_a_stopped_pass_needs_less_memory(family: str) -> None:
+    unet = FAMILIES[family]()
+    peaks = []
+    for stop in (True, False):
+        with peak_memory("cpu") as memory:
+            maps_and_gradient(unet, map_layers(unet), stop=stop)
+        peaks.append(memory.peak_bytes)
+    assert peaks[0] < peaks[1]
+
+
+def test_a_compiled_model_gives_the_same_maps_and_gradient() -> None:
+    unet = two_levels()
+    layers = map_layers(unet)
+    whole, gradient = maps_and_gradient(unet, layers, stop=False)
+    unet.compile(backend="eager")
+    for stop in (True, False, True):  # one graph must not serve the other
+        maps, same = maps_and_gradient(unet, layers, stop=stop)
+        assert all(relative_error(maps[name], whole[name]) < 1e-6 for name in layers)
+        assert relative_error(same, gradient) < 1e-5
 
 
 class ReachedError(Exception):

@@ -74,10 +74,10 @@ def choose_method(concepts: Sequence[LoadedConcept], *, text: bool = True) -> Se
     (seen in a blind look, `docs/methods/tara.md`), so those are merged.
     """
     if all(loaded.concept.region for loaded in concepts):
-        if text and all(loaded.concept.phrase for loaded in concepts):
+        if text and all(loaded.concept.trigger for loaded in concepts):
             logger.info("method: lora-composer, because every concept has a region")
             return LoraComposer()
-        logger.info("method: regional, because every concept has a region, and some have no words")
+        logger.info("method: regional, because every concept has a region, and not every one a trigger")
         return Regional()
     others = [c.concept.name for c in concepts if c.trained_with != "tara" or not c.concept.trigger]
     if others:

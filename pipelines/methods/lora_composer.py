@@ -21,7 +21,7 @@ shows what each mechanism contributes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
@@ -29,14 +29,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attention import Gates, Layout, Partition, Recorder, coarser
-from attention.masks import cells_of, coarse_mask
+from attention import Gates, Layout, Partition, Recorder
 from pipelines.conditioning import Conditioning, stack_texts
 from pipelines.engine import Engine
-from pipelines.losses import bell, bounds, concentration, filling, outlook, smooth
+from pipelines.losses import bell, concentration, filling, outlook, smooth
 from pipelines.methods.reinit import reinitialised
 from pipelines.prompts import about, surroundings, without_triggers
-from pipelines.regions import region_mask
+from pipelines.regions import Regions, Window
 from pipelines.scene import Concept
 from pipelines.tokens import find_words
 
@@ -142,118 +141,96 @@ class LoraComposer:
 
     def start(self, engine: Engine) -> "Composing":
         """Encodes a text for the canvas and one for each region, and divides the grids."""
-        regional = [i for i, concept in enumerate(engine.concepts) if concept.region is not None]
-        if not regional:
+        wanted = [concept.region for concept in engine.concepts]
+        if not any(wanted):
             raise ValueError(
                 "lora-composer needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
-        prompts = _own_prompts(engine, regional)
-        texts = self._texts(engine, regional, prompts)
-        membership = _membership(engine, regional, self.threshold)
-        gates = self._gates(engine, texts, regional, membership)
+        regions = Regions.of(wanted, engine.image_size, engine.latent_grid, engine.levels, self.threshold)
+        prompts = _own_prompts(engine, regions)
+        texts = self._texts(engine, regions, prompts)
+        gates = self._gates(engine, texts, regions)
         return Composing(
             self,
             engine,
             texts,
             gates,
-            self._layout(engine, membership),
-            self._targets(engine, regional, prompts, membership[engine.map_level]),
-            self._parts(engine, texts, regional, membership, gates) if self.apart > 0 else None,
+            self._layout(engine, regions),
+            _targets(engine, regions, prompts) if self.updates or self.reinit != "off" else (),
+            self._parts(engine, texts, regions, gates) if self.apart > 0 else None,
         )
 
-    def _texts(self, engine: Engine, regional: Sequence[int], prompts: Sequence[Sequence[str]]) -> Conditioning:
+    def _texts(self, engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]) -> Conditioning:
         """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA."""
-        mine = [engine.concepts[i] for i in regional]
+        mine = [engine.concepts[i] for i in regions.owners]
         others = [concept for concept in engine.concepts if concept.region is None and concept.trigger]
-        canvas = [without_triggers(prompt, mine) for prompt in engine.prompts or ()]
-        if self.background == "surroundings":
-            bare = [surroundings(prompt, mine) for prompt in engine.prompts or ()]
-            # Where the words of a background concept stand among the others, plain words keep them.
-            kept = [all(find_words(other.trigger or "", text) for other in others) for text in bare]
-            canvas = [text if keep else plain for text, keep, plain in zip(bare, kept, canvas, strict=True)]
-        behind = [0.0 if i in regional else weight for i, weight in enumerate(engine.weights)]
+        canvas = [self._background(prompt, mine, others) for prompt in engine.prompts or ()]
+        behind = [0.0 if i in regions.owners else weight for i, weight in enumerate(engine.weights)]
         texts = [engine.encode(behind, canvas, names=[other.name for other in others])]
-        for i, own in zip(regional, prompts, strict=True):
+        for i, own in zip(regions.owners, prompts, strict=True):
             negative = engine.concepts[i].negative_prompt
             negatives = None if negative is None else [negative] * len(own)
             alone = [weight if j == i else 0.0 for j, weight in enumerate(engine.weights)]
             texts.append(engine.encode(alone, own, negatives, [engine.concepts[i].name]))
         return stack_texts(texts)
 
-    def _layout(self, engine: Engine, membership: Mapping[int, Tensor]) -> Layout:
-        partitions = {level: Partition.of(cells.flatten(0, 1), engine.device) for level, cells in membership.items()}
+    def _background(self, prompt: str, mine: Sequence[Concept], others: Sequence[Concept]) -> str:
+        bare = surroundings(prompt, mine)
+        # Where the words of a background concept stand among those of the others, plain words keep them.
+        keeps = all(find_words(other.trigger or "", bare) for other in others)
+        return bare if self.background == "surroundings" and keeps else without_triggers(prompt, mine)
+
+    def _layout(self, engine: Engine, regions: Regions) -> Layout:
+        cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
+        partitions = {level: Partition.of(inside, engine.device) for level, inside in cells.items()}
         return Layout(partitions, self.inject != "off", self.isolate)
 
-    def _parts(
-        self,
-        engine: Engine,
-        texts: Conditioning,
-        regional: Sequence[int],
-        membership: Mapping[int, Tensor],
-        gates: Gates,
-    ) -> "Parts":
-        """A canvas for each region."""
-        parts, seen = [], torch.zeros(engine.latent_grid, dtype=torch.bool)
-        for n in range(len(regional)):
-            only = torch.arange(len(regional)) == n
-            rows, columns = _window(membership[0][..., n], engine.native_side * self.apart_side, max(engine.levels))
-            window = {
-                level: cells[coarser(rows, level), coarser(columns, level)] for level, cells in membership.items()
-            }
-            inside = {level: cells & only for level, cells in window.items()}
-            shown = window[0][..., n] | ~window[0].any(dim=-1)
-            seen[rows, columns] |= shown
-            grid = rows.stop - rows.start, columns.stop - columns.start
-            # The same text gates, so that keys and values are kept once for all passes.
-            mine = replace(self._gates(engine, texts, regional, inside), text=gates.text, latent_grid=grid)
-            parts.append(Part(rows, columns, shown.to(engine.device), mine, self._layout(engine, inside)))
-        return Parts(parts, complete=bool(seen.all()))
-
-    def _targets(
-        self, engine: Engine, regional: Sequence[int], prompts: Sequence[Sequence[str]], membership: Tensor
-    ) -> "list[Target]":
-        """What the losses look at, if anything does."""
-        if not self.updates and self.reinit == "off":
-            return []
-        return [
-            _target(engine, i, membership[..., n], own)
-            for n, (i, own) in enumerate(zip(regional, prompts, strict=True))
-        ]
-
-    def _gates(
-        self, engine: Engine, texts: Conditioning, regional: Sequence[int], membership: Mapping[int, Tensor]
-    ) -> Gates:
+    def _gates(self, engine: Engine, texts: Conditioning, regions: Regions) -> Gates:
         """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
 
         Where regions overlap, each of their LoRAs acts in equal parts, as each of their texts is read.
         """
-        weights, concepts = torch.tensor(engine.weights, device=engine.device), len(engine.concepts)
-        acting = torch.ones(texts.rows, 1, 1, device=engine.device)
+        weights, concepts = torch.tensor(engine.weights), len(engine.concepts)
+        acting = torch.ones(texts.rows, 1, 1)
         if self.rows == "cond_only":
             acting[: texts.conditional_rows.start] = 0
-        background = torch.ones(concepts)
-        background[list(regional)] = 0
-        of_text = torch.stack([background, *torch.eye(concepts)[list(regional)]])[:, None, None]
+        mine = list(regions.owners)
+        background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
+        of_text = torch.stack([background, *torch.eye(concepts)[mine]])
+        everywhere = torch.ones(concepts) if self.inject == "full" else background
         image, read = {}, {}
-        for level, inside in membership.items():
-            cells = inside.flatten(0, 1)
-            parts = torch.zeros(len(cells), concepts)
-            parts[:, list(regional)] = cells / cells.sum(dim=1, keepdim=True).clamp(min=1)
-            outside = (~cells.any(dim=1, keepdim=True)).float()
-            everywhere = parts + background if self.inject == "full" else background.expand(len(cells), -1)
-            image[level] = acting * everywhere.to(engine.device) * weights
-            read[level] = acting * (parts + background * outside).to(engine.device) * weights
-        row = torch.ones(concepts) if self.inject == "full" else background
+        for level, cells in regions.cells.items():
+            inside = regions.shares(level, concepts)
+            image[level] = (inside + background) * everywhere
+            read[level] = inside + background * ~cells.flatten(0, 1).any(dim=1, keepdim=True)
         if self.inject == "off":
-            of_text, read = background.expand(1 + len(regional), 1, 1, -1), image
+            of_text, read = background.expand(1 + len(mine), -1), image
+
+        def on_device(gate: Tensor) -> Tensor:
+            return (acting * gate * weights).to(engine.device)
+
         return Gates(
-            text=acting * of_text.to(engine.device) * weights,
-            image=image,
-            row=acting[:, 0] * row.to(engine.device) * weights,
-            latent_grid=engine.latent_grid,
-            read=read,
+            text=on_device(of_text[:, None, None]),
+            image={level: on_device(gate) for level, gate in image.items()},
+            row=on_device(everywhere)[:, 0],
+            latent_grid=regions.grid,
+            read={level: on_device(gate) for level, gate in read.items()},
         )
+
+    def _parts(self, engine: Engine, texts: Conditioning, regions: Regions, gates: Gates) -> "Parts":
+        """A canvas for each region."""
+        parts, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
+        for n in range(len(regions.owners)):
+            window = regions.window(n, engine.native_side * self.apart_side)
+            alone = regions.part(window, n)
+            mine, all_here = alone.cells[0][..., n], regions.cells[0][window]
+            shown = mine | ~all_here.any(dim=-1)
+            seen[window] |= shown
+            # The same text gates, so that keys and values are kept once for all passes.
+            of_part = replace(self._gates(engine, texts, alone), text=gates.text)
+            parts.append(Part(window, shown.to(engine.device), of_part, self._layout(engine, alone)))
+        return Parts(parts, complete=bool(seen.all()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,15 +259,13 @@ class Part:
     """A canvas on which one region is denoised, a part of the whole one.
 
     Attributes:
-        rows: The rows of the latents that it is.
-        columns: The columns.
+        window: Which rows and columns of the latents it is.
         shown: True where its result counts: in the region, and where no region is. Shape: [rows, columns].
         gates: The concept in its region.
         layout: Region and background.
     """
 
-    rows: slice
-    columns: slice
+    window: Window
     shown: Tensor
     gates: Gates
     layout: Layout
@@ -336,10 +311,11 @@ class Composing:
             return latents
         recorder = self._recorder()
         self.engine.observe(latents, self.engine.timesteps[0], self.conditioning, self.gates, recorder, self.layout)
-        scores = [(self._maps(recorder, n) * target.share[:, :, None, None]).sum(dim=1) for n, target in self._numbered]
-        factor = 2**self.engine.map_level
+        words = zip(self._maps(recorder), self.targets, strict=True)
+        scores = torch.stack([(maps * target.share[:, :, None, None]).sum(dim=1) for maps, target in words], dim=1)
         regions = [target.region > 0 for target in self.targets]
-        return reinitialised(latents, torch.stack(scores, dim=1), regions, factor, swap=self.settings.reinit == "swap")
+        swap = self.settings.reinit == "swap"
+        return reinitialised(latents, scores, regions, 2**self.engine.map_level, swap=swap)
 
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """An update while there is something to gain (eq. 10), then a pass with guidance."""
@@ -357,11 +333,12 @@ class Composing:
         """Every region, and what is around it, from a canvas of its own; the rest, if any, from the whole canvas."""
         total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
         for part in parts.each:
-            cut = latents[..., part.rows, part.columns].contiguous()
-            window = part.rows, part.columns
-            prediction = self.engine.unet(cut, t, self.conditioning, part.gates, part.layout, window)
-            total[..., part.rows, part.columns] += self.engine.guide(prediction) * part.shown
-            times[..., part.rows, part.columns] += part.shown
+            here = (..., *part.window)
+            prediction = self.engine.unet(
+                latents[here].contiguous(), t, self.conditioning, part.gates, part.layout, part.window
+            )
+            total[here] += self.engine.guide(prediction) * part.shown
+            times[here] += part.shown
         if parts.complete:
             return total / times
         return torch.where(times > 0, total / times.clamp(min=1), self._together(latents, t))
@@ -386,24 +363,19 @@ class Composing:
 
     def loss(self, recorder: Recorder) -> Tensor:
         """Eq. 9: the sum over the concepts. Shape: [images]."""
-        settings, total = self.settings, None
-        for n, target in self._numbered:
-            maps = smooth(self._maps(recorder, n))  # [images, maps, height, width]
-            weight = target.bell if settings.gaussian else target.region
+        settings, every = self.settings, self._maps(recorder)
+        looks = recorder.self_mean() if settings.region_weight > 0 else None
+        losses = []
+        for target, maps in zip(self.targets, map(smooth, every), strict=True):
             best = max(1, int(PART * len(target.inside)))
-            attended = settings.ce_weight * concentration(maps, weight, best)
+            attended = settings.ce_weight * concentration(
+                maps, target.bell if settings.gaussian else target.region, best
+            )
             attended = attended + settings.fill_weight * filling(maps, target.region)
-            loss = WORDS * (attended * target.share).sum(dim=1)
-            if settings.region_weight > 0:
-                loss = loss + settings.region_weight * outlook(
-                    recorder.self_mean(), target.inside, target.outside, best
-                )
-            total = loss if total is None else total + loss
-        return total if total is not None else torch.zeros(())
-
-    @cached_property
-    def _numbered(self) -> list[tuple[int, Target]]:
-        return list(enumerate(self.targets))
+            losses.append(WORDS * (attended * target.share).sum(dim=1))
+            if looks is not None:
+                losses.append(settings.region_weight * outlook(looks, target.inside, target.outside, best))
+        return torch.stack(losses).sum(dim=0)
 
     def _recorder(self) -> Recorder:
         self_layers = self.engine.self_map_layers if self.settings.region_weight > 0 else ()
@@ -416,17 +388,16 @@ class Composing:
         padded = [torch.nn.functional.pad(target.words, (0, maps - target.words.shape[-1])) for target in self.targets]
         return torch.stack([torch.zeros_like(padded[0]), *padded])
 
-    def _maps(self, recorder: Recorder, n: int) -> Tensor:
-        """Attention to each of concept n's tokens. Shape: [images, maps, height, width]."""
-        maps = recorder.mean()[1 + n, :, :, : self.targets[n].words.shape[-1]].transpose(1, 2)
-        return maps.unflatten(2, self.targets[n].region.shape)
+    def _maps(self, recorder: Recorder) -> list[Tensor]:
+        """Attention to each concept's tokens, by concept. Shape: [images, maps, height, width] each."""
+        own = zip(recorder.mean()[1:], self.targets, strict=True)  # text 0 is the background's
+        return [
+            maps[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape) for maps, target in own
+        ]
 
 
 PART = 0.2
 """The part of a region's cells that L_ce and L_region take their mean over."""
-
-MOST = 0.75
-"""The share of the canvas's side from which on a region's own canvas takes all of it."""
 
 WORDS = 2
 """The authors sum over the two tokens of a concept; here it is twice the mean, whatever their number."""
@@ -437,38 +408,17 @@ def _share(part: float, engine: Engine) -> float:
     return round(part * len(engine.timesteps), 6)
 
 
-def _own_prompts(engine: Engine, regional: Sequence[int]) -> list[list[str]]:
+def _own_prompts(engine: Engine, regions: Regions) -> list[list[str]]:
     """What each region reads, by prompt of the call."""
     if engine.prompts is None:
         raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
-    concepts = [engine.concepts[i] for i in regional]
+    concepts = [engine.concepts[i] for i in regions.owners]
     return [[about(concept, prompt, concepts) for prompt in engine.prompts] for concept in concepts]
 
 
-def _membership(engine: Engine, regional: Sequence[int], threshold: float) -> dict[int, Tensor]:
-    """Which cell lies in which region, by level. Shape: [height, width, regions], bool."""
-    covered = [region_mask(engine.concepts[i].region, engine.image_size, engine.latent_grid) for i in regional]
-    by_level = {level: [coarse_mask(mask, level) for mask in covered] for level in engine.levels}
-    return {level: torch.stack([cells_of(mask, threshold) for mask in masks], -1) for level, masks in by_level.items()}
-
-
-def _window(region: Tensor, side: float, levels: int) -> tuple[slice, slice]:
-    """A part of the canvas around a region, with sides of so many cells at least, that the UNet can halve so often.
-
-    A side that would be most of the canvas is all of it, for then the canvas need not be run as well.
-    """
-    grain = 2**levels
-
-    def stretch(inside: slice, cells: int) -> slice:
-        middle, half = (inside.start + inside.stop) / 2, max(side, inside.stop - inside.start) / 2
-        start = max(0, math.floor((middle - half) / grain) * grain)
-        stop = min(cells, math.ceil((middle + half) / grain) * grain)
-        start = max(0, min(start, math.floor((stop - side) / grain) * grain))
-        stop = min(cells, max(stop, math.ceil((start + side) / grain) * grain))
-        return slice(0, cells) if stop - start >= MOST * cells else slice(start, stop)
-
-    rows, columns = bounds(region)
-    return stretch(rows, region.shape[0]), stretch(columns, region.shape[1])
+def _targets(engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:
+    masks = regions.cells[engine.map_level].unbind(dim=-1)
+    return [_target(engine, *one) for one in zip(regions.owners, masks, prompts, strict=True)]
 
 
 def _target(engine: Engine, concept: int, region: Tensor, prompts: Sequence[str]) -> Target:
