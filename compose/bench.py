@@ -104,16 +104,17 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
     whole = ", ".join(f"{cost.flops / 1e12:.0f} TFLOP on {name}" for name, cost in plain.items())
     table = _table(
         f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
-        f"({whole}), and those before the first step in plain steps",
-        ["method", "N", "UNet rows", *(header for name in plain for header in (name, "before"))],
+        f"({whole}), and those before the first step in plain steps. UNet rows, those of passes that stop early, and "
+        "backward",
+        ["method", "N", "rows", "stopped", "back", *(header for name in plain for header in (name, "before"))],
     )
-    table.add_row("plain", "0", next(iter(plain.values())).rows, *["1.000", "-"] * len(plain))
+    table.add_row("plain", "0", *_rows(next(iter(plain.values()))), *["1.000", "-"] * len(plain))
     cells: dict[tuple[str, int], list[CountedRow]] = {}
     for row in rows:
         cells.setdefault((row.method, row.concepts), []).append(row)
     for (method, number), found in cells.items():
         ratios = [text for row in found for text in _ratios(row, steps)]
-        table.add_row(method, str(number), found[0].cost.rows, *ratios)
+        table.add_row(method, str(number), *_rows(found[0].cost), *ratios)
     return table
 
 
@@ -158,6 +159,11 @@ def _table(title: str, headers: Sequence[str]) -> Table:
     for header in headers:
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
     return table
+
+
+def _rows(cost: Counted) -> tuple[str, str, str]:
+    stopped, backward = (f"{rows:g}" if rows else "-" for rows in (cost.rows_stopped, cost.rows_backward))
+    return f"{cost.rows_forward:g}", stopped, backward
 
 
 def _ratios(row: CountedRow, steps: int) -> tuple[str, str]:

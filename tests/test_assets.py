@@ -73,11 +73,18 @@ def test_every_concept_has_ten_references_in_order(concept: str) -> None:
             assert (image.size, image.mode) == ((128, 128), "RGB")
 
 
+def test_there_is_a_second_cat() -> None:
+    with safe_open(assets.playground_lora("kitten"), framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["trigger"], metadata["class_word"]) == ("vbn", "cat")
+    assert len(assets.playground_references("kitten")) == 10
+
+
 @pytest.mark.parametrize("name", ["mouse", "CAT", *OUTSIDE])
 def test_unknown_names_are_refused_and_the_known_ones_listed(name: str) -> None:
     with pytest.raises(ValueError, match="bear, bear-tara, car, car-tara, cat, cat-tara, dog"):
         assets.playground_lora(name)
-    with pytest.raises(ValueError, match="bear, car, cat, dog, rabbit, robot"):
+    with pytest.raises(ValueError, match="bear, car, cat, dog, kitten, rabbit, robot"):
         assets.playground_references(name)
 
 

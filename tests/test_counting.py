@@ -1,7 +1,7 @@
 """What an image costs, counted without numbers, against PyTorch's own counter, formulas and real calls."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -153,6 +153,24 @@ def test_what_has_numbers_keeps_them():
         for number in (1.0, 2.0):
             assert (torch.full((2, 2), number) @ torch.ones(2, 2)).tolist() == [[2 * number] * 2] * 2
     assert operations.flops == 2 * 2 * 2**3
+
+
+def test_an_update_costs_half_a_row_forward_and_half_a_row_backward():
+    """The official schedule on Stable Diffusion 1.5: 2T rows, one stopped row before, and one and its way back each."""
+    unet = meta_unet(SD15)
+    concepts, official = with_lora(columns(2, 512, 512), attention_lora(unet)), LoraComposer.official()
+
+    def counted(**changes: Any) -> Counted:
+        return count(unet, concepts, replace(official, **changes), 50, 7.5, (512, 512))
+
+    whole, observed = counted(step_size=0, reinit="off"), counted(step_size=0)
+    updated, everything = counted(reinit="off"), counted()
+    assert (everything.rows_forward, everything.rows_stopped, everything.rows_backward) == (100, 1 + 26, 26)
+    row, stopped = whole.flops / 100, observed.flops - whole.flops
+    text = observed.preparation_flops - (updated.flops - whole.flops) / 26  # keys and values are made once, wherever
+    assert everything.flops - whole.flops == pytest.approx(updated.flops - whole.flops + stopped, abs=abs(text))
+    assert stopped / row == pytest.approx(0.5, abs=0.05)
+    assert (updated.flops - whole.flops) / 26 / row == pytest.approx(1.05, abs=0.1)
 
 
 # The architectures

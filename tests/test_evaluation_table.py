@@ -10,6 +10,7 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from compose.evaluation.metrics import success
+from compose.evaluation.report import write_report
 from compose.evaluation.results import MADE, PLAN
 from compose.evaluation.statistics import bootstrap
 from compose.evaluation.suite import Batch
@@ -246,6 +247,19 @@ def test_verdicts_of_clear_cases(tmp_path: Path, better: bool) -> None:
     assert row["region_min_difference"] == pytest.approx(0.3 if better else -0.3)
     assert row["leak_difference"] == pytest.approx(-0.2 if better else 0.2)
     assert (row["leak_wins"], row["leak_losses"]) == ((24, 0) if better else (0, 24))
+
+
+def test_another_baseline_turns_the_verdict_around(tmp_path: Path) -> None:
+    scenes, seen = many_scenes(True)
+    out = store(tmp_path, suite(scenes, batch_size=2), lambda batch, seed: sanity(batch) or seen[batch.arm.name])
+    against = load(out).against("regional")
+    rows = arms(against)
+    assert (rows["regional"]["role"], rows["merge"]["role"]) == ("baseline", "method")
+    assert rows["merge"]["success_verdict"] == "worse"
+    write_report(out, "regional")
+    assert "regional (baseline)" in (out / "report.md").read_text()
+    with pytest.raises(ValueError, match="'clora' is not among the methods; there are merge, regional, tara"):
+        load(out).against("clora")
 
 
 def test_few_scenes_give_no_verdict(evaluation: Evaluation) -> None:

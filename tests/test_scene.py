@@ -42,8 +42,7 @@ def test_required_fields_are_required(kind, fields):
 
 
 def test_fields_of_a_concept_that_are_not_given_are_none():
-    fields = {"name": "cat", "lora": None, "trigger": None, "class_word": None, "weight": None, "region": None}
-    assert Concept(name="cat").model_dump() == fields
+    assert {name: value for name, value in Concept(name="cat") if value is not None} == {"name": "cat"}
 
 
 @pytest.mark.parametrize(("fields", "phrase"), [

@@ -79,10 +79,15 @@ def run(
 
 @app.command()
 @kindly(logging.ERROR)
-def report(folder: Annotated[Path, typer.Argument(help="An evaluation's folder, finished or not.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="An evaluation's folder, finished or not.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="The method that others are compared with, instead of the suite's.")
+    ] = None,
+) -> None:
     """Writes the report of an evaluation again, from what is there."""
     _check_packages()
-    _say_report(folder)
+    _say_report(folder, baseline)
 
 
 @app.command()
@@ -98,10 +103,10 @@ def compare(
     out.print(compare_runs(first, second))
 
 
-def _say_report(folder: Path) -> None:
+def _say_report(folder: Path, baseline: str | None = None) -> None:
     from compose.evaluation.report import write_report
 
-    written = write_report(folder)
+    written = write_report(folder, baseline)
     say(f"The report: {written.html}", style="bold")
     say(f"As a table: {written.markdown}; for pandas: {written.pictures}, {written.concepts}, {written.summary}")
 

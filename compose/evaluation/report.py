@@ -55,17 +55,22 @@ class Report:
         return self.html, self.markdown, self.pictures, self.concepts, self.summary
 
 
-def write_report(out: Path) -> Report:
+def write_report(out: Path, baseline: str | None = None) -> Report:
     """Writes what an evaluation has found so far into its folder.
 
     report.html (pictures inside), report.md, pictures.csv, concepts.csv and summary.json; each appears whole or not at
     all. The same results give the same files.
 
+    Args:
+        out: The folder.
+        baseline: The method that others are compared with; None is the suite's.
+
     Raises:
+        ValueError: If there is no such method.
         FileError: If there is no evaluation in the folder, or a file of it is damaged.
         OSError: If a file cannot be written.
     """
-    evaluation = load(out)
+    evaluation = load(out) if baseline is None else load(out).against(baseline)
     arms_table = summary(evaluation)
     report = Report(
         html=out / "report.html",

@@ -1,7 +1,7 @@
 """From stored scores to tables: a row per concept, a row per picture, and a row per arm with intervals."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,18 @@ class Evaluation:
     def suite(self) -> Suite:
         """What was evaluated."""
         return self.plan.suite
+
+    def against(self, baseline: str) -> "Evaluation":
+        """The same, compared with another method.
+
+        Raises:
+            ValueError: If there is no such method.
+        """
+        names = [arm.name for arm in self.suite.compared]
+        if baseline not in names:
+            raise ValueError(f"the baseline {baseline!r} is not among the methods; there are {', '.join(names)}")
+        suite = self.suite.model_copy(update={"baseline": baseline})
+        return replace(self, plan=self.plan.model_copy(update={"suite": suite}))
 
     def arm(self, name: str) -> pd.DataFrame:
         """The pictures of an arm."""

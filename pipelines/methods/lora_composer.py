@@ -54,7 +54,7 @@ class LoraComposer:
     Attributes:
         inject: Where a concept's LoRA acts in its region: "attn2", on keys, values and output of cross-attention, as
             the paper has it; "full", in every layer that it adapts, for LoRAs of other trainers keep most of a
-            subject's looks there; "off", nowhere, and all cells read the scene's prompt.
+            subject's looks there; "off", nowhere, and all cells read what the background reads.
         rows: Where LoRAs act under guidance: "all", also on the negative prompt's rows, as the authors' code does, or
             "cond_only", the prompt's rows.
         isolate: Whether the cells of a region see no other region in self-attention.
