@@ -58,7 +58,9 @@ def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
     """All pictures, so that pictures with the same LoRAs follow each other."""
     scenes = {name: read_scene(assets_dir() / "scenes" / f"{name}.yaml") for name in (*PAIRS, THREE)}
     parts = [(name, *part) for name in PAIRS for part in _pair(scenes[name])]
-    parts += [(THREE, method, scenes[THREE], method) for method in COMPOSED]
+    boxed = scenes[THREE]
+    merged = boxed.model_copy(update={"concepts": tuple(_unboxed(concept) for concept in boxed.concepts)})
+    parts += [(THREE, method, merged if method == "merge" else boxed, method) for method in COMPOSED]
     return [
         Job(name, part, Run(scene=scene, model=PLAYGROUND, method=method, steps=steps, guidance_scale=GUIDANCE,
             seed=seed, device="cpu"))
@@ -99,6 +101,10 @@ def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
     scenes = (*alone, merged, scene, boxes, boxes)
     methods = ("merge", "merge", "merge", "tara", "regional", "lora-composer")
     return list(zip(COLUMNS, scenes, methods, strict=True))
+
+
+def _unboxed(concept: Concept) -> Concept:
+    return concept.model_copy(update={"region": None})
 
 
 def _ordinary(concept: Concept) -> Concept:
