@@ -206,6 +206,8 @@ class Engine:
         masks = self.token_masks
         if prompts is not None:
             masks = self.find(prompts, names)
+        elif self._first is None:
+            self._mention_own_prompts()
         parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
         stack = ExitStack()
         with stack:
@@ -216,6 +218,15 @@ class Engine:
         if self._first is None:
             self._first = conditioning
         return conditioning
+
+    def _mention_own_prompts(self) -> None:
+        own = [concept.name for concept in self.concepts if (concept.prompt or concept.negative_prompt) is not None]
+        if own:
+            logger.warning(
+                "the own prompts of %s are not read: this method has one text for all; method='lora-composer' has one "
+                "for each region",
+                ", ".join(own),
+            )
 
     def find(self, prompts: Sequence[str], names: Collection[str]) -> TokenMasks:
         """Where the words of the named concepts, and of no others, stand in prompts.

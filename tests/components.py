@@ -140,3 +140,8 @@ def tiny_pipeline(cls: Any = ComposeStableDiffusionPipeline) -> Any:
     pipe = small_pipeline(cls, unet=sd_unet(**TINY))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A generator for a call."""
+    return torch.Generator().manual_seed(seed)

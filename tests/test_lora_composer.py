@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from attention import Lora
-from components import ATTENTION, EVERYTHING, random_lora, tiny_pipeline
+from components import ATTENTION, EVERYTHING, random_lora, seeded, tiny_pipeline
 from pipelines.engine import Engine
 from pipelines.methods.lora_composer import Composing, LoraComposer
 from pipelines.scene import Concept
@@ -78,10 +78,6 @@ def composer(tiny, load) -> ComposeStableDiffusionPipeline:
     load(tiny, "cat")
     load(tiny, "dog")
     return tiny
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def side_by_side(**cat: Any) -> list[Concept]:

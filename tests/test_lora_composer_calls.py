@@ -24,7 +24,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 
-from components import ATTENTION, EVERYTHING, random_lora, small_pipeline, tiny_pipeline
+from components import ATTENTION, EVERYTHING, random_lora, seeded, small_pipeline, tiny_pipeline
 from pipelines.methods import make_method
 from pipelines.methods.lora_composer import LoraComposer
 from pipelines.scene import Concept
@@ -56,10 +56,6 @@ def load(write_lora) -> Callable[..., Any]:
 def composer(load) -> ComposeStableDiffusionPipeline:
     """A small pipeline with both concepts."""
     return load(tiny_pipeline())
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def at(cat: Any, dog: Any, **of_dog: Any) -> list[Concept]:

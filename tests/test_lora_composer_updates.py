@@ -14,7 +14,7 @@ from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from attention import Recorder
-from components import random_lora, sd_unet, small_pipeline, tiny_pipeline
+from components import random_lora, sd_unet, seeded, small_pipeline, tiny_pipeline
 from compose.counting import count_run
 from pipelines.engine import Engine
 from pipelines.methods.lora_composer import Composing, LoraComposer
@@ -93,10 +93,6 @@ def load(write_lora) -> Callable[..., Any]:
 def composer(load) -> ComposeStableDiffusionPipeline:
     """A small pipeline with both concepts, for canvases of 64 x 64."""
     return load(tiny_pipeline())
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def side_by_side(width: int = 64, height: int = 64) -> list[Concept]:

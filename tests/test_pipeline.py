@@ -947,6 +947,18 @@ def test_without_a_method_the_choice_is_logged_with_its_reason(composer, caplog)
     assert "method: merge, because cat has no trigger" in caplog.text
 
 
+@pytest.mark.parametrize("method", ["merge", "tara", "regional", "switch", "composite"])
+def test_methods_with_one_text_say_that_own_prompts_are_not_read(composer, caplog, method):
+    cat = Concept(name="cat", region=(0, 0, 64, 128), negative_prompt="blurry")
+    latents_of(composer, method=method, concepts=[cat, "dog"])
+    said = [record.getMessage() for record in caplog.records if "own prompts" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("the own prompts of cat are not read")
+    caplog.clear()
+    latents_of(composer, method="lora-composer", concepts=[cat, "dog"])
+    assert "own prompts" not in caplog.text
+
+
 def test_with_a_region_for_everybody_the_choice_depends_on_words(composer, caplog):
     caplog.set_level("INFO", "pipelines.methods")
     boxed = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
