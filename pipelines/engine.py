@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +33,7 @@ from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
 from pipelines.output import Cost
 from pipelines.regions import Window
 from pipelines.scene import Concept
+from pipelines.tokens import Mention
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 """Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None is the
 call's own."""
 
-Finder = Callable[[Sequence[str], Collection[str]], TokenMasks]
-"""Finds words in prompts, of the concepts named in the second argument alone, which have to be there."""
+Finder = Callable[[Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks]
+"""Finds words in prompts: the triggers of the concepts named in the second argument alone, and by prompt what else
+names a concept. All have to be there."""
 
 Objective = Callable[[Recorder], Tensor]
 """What is wrong with the attention maps of a pass, one number per image."""
@@ -89,13 +91,34 @@ class Prediction:
 
     Attributes:
         model_output: What the scheduler takes (noise, velocity). Shape: [rows, channels, height, width].
-        guided: True if the first rows are the uncond ones.
+        unconds: How many parts of the rows, one row per image each, come first and are uncond.
         images: Images in the batch.
     """
 
     model_output: Tensor
-    guided: bool
+    unconds: int
     images: int
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The uncond parts and the branches. Shape: [parts, images, channels, height, width] each."""
+        parts = self.model_output.unflatten(0, (-1, self.images))
+        return parts[: self.unconds], parts[self.unconds :]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What a pass with a gradient gives.
+
+    Attributes:
+        losses: The objective by image, fp32. Shape: [images].
+        direction: Its gradient in the scale of the latents, fp32. Shape: as the latents.
+        prediction: What the UNet said, if it was run to its end.
+    """
+
+    losses: Tensor
+    direction: Tensor
+    prediction: Prediction | None = None
 
 
 class Engine:
@@ -191,6 +214,7 @@ class Engine:
         prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None,
         names: Collection[str] = (),
+        mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> Conditioning:
         """Encodes the prompts of the call, or others in their place, one for each.
 
@@ -199,13 +223,14 @@ class Engine:
             prompts: Instead of the call's own.
             negative_prompts: Instead of the call's own.
             names: Concepts whose words are looked for in those prompts.
+            mentions: By prompt, what else names a concept.
 
         Raises:
             ValueError: If a trigger is missing.
         """
         masks = self.token_masks
         if prompts is not None:
-            masks = self.find(prompts, names)
+            masks = self.find(prompts, names, mentions)
         elif self._first is None:
             self._mention_own_prompts()
         parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
@@ -228,13 +253,18 @@ class Engine:
                 ", ".join(own),
             )
 
-    def find(self, prompts: Sequence[str], names: Collection[str]) -> TokenMasks:
-        """Where the words of the named concepts, and of no others, stand in prompts.
+    def find(
+        self,
+        prompts: Sequence[str],
+        names: Collection[str],
+        mentions: Sequence[Mapping[str, Mention]] | None = None,
+    ) -> TokenMasks:
+        """Where the words of the named concepts, and of no others but those mentioned, stand in prompts.
 
         Raises:
             ValueError: If one is missing.
         """
-        return self._finder(prompts, names)
+        return self._finder(prompts, names, mentions)
 
     @property
     def conditioning(self) -> Conditioning:
@@ -265,7 +295,7 @@ class Engine:
             embeds if negative is None else torch.cat([negative, embeds]),
             trigger,
             phrase,
-            guided=negative is not None,
+            unconds=0 if negative is None else 1,
             images=embeds.shape[0],
             added_cond_kwargs=text.added_cond_kwargs,
         )
@@ -307,6 +337,7 @@ class Engine:
         gates: Gates,
         layout: Layout | None = None,
         window: Window | None = None,
+        record: Recorder | None = None,
     ) -> Prediction:
         """One pass.
 
@@ -317,17 +348,17 @@ class Engine:
             gates: How strongly each concept acts where.
             layout: What attention does differently in regions; needed if the conditioning has several texts.
             window: Which rows and columns of the canvas the latents are; None is all of it.
+            record: Takes attention maps meanwhile; its readout is for the rows that are run.
         """
-        if conditioning.guided and not self.guided:
-            conditioning, gates = self._without_uncond(conditioning, gates)
+        conditioning, gates = self._at(conditioning, gates)
         watch = self._watch(conditioning)
-        self.installation.use(gates, conditioning.prompt_embeds, watch, layout)
-        rows = torch.cat([latents] * (conditioning.rows // conditioning.images))
-        output = self._run(self._scheduler.scale_model_input(rows, t), t, conditioning)
-        self.cost.rows_forward += conditioning.rows * self._share(latents)
+        recorders = [recorder for recorder in (watch, record) if recorder is not None]
+        prediction = self._whole(
+            self._scheduler.scale_model_input(latents, t), t, conditioning, gates, recorders, layout
+        )
         if watch is not None:
             self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning, window))
-        return Prediction(output, conditioning.guided, conditioning.images)
+        return prediction
 
     def observe(
         self,
@@ -342,7 +373,8 @@ class Engine:
 
         Args: as for `unet`, and the recorder, whose readout is for the prompt's rows.
         """
-        self._stopped(self._scheduler.scale_model_input(latents, t), t, conditioning, gates, record, layout)
+        conditioning, gates = self._without_uncond(conditioning, gates)
+        self._stopped(self._scheduler.scale_model_input(latents, t), t, conditioning, gates, [record], layout)
 
     def gradient(
         self,
@@ -353,16 +385,20 @@ class Engine:
         record: Recorder,
         objective: Objective,
         layout: Layout | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        whole: bool = False,
+    ) -> Gradient:
         """The gradient of an objective on attention maps with respect to the latents, as `observe` sees them.
 
         With respect to the latents as the UNet gets them, and given back in the scale of `latents`, so that one step
         size serves all schedulers: those that scale the input down (Euler) would otherwise take steps too small.
 
-        Args: as for `observe`, and the objective. One graph exists at a time, in which no weight asks for a gradient.
+        One graph exists at a time, in which no weight asks for a gradient.
 
-        Returns:
-            The objective by image, shape [images], and a direction of the latents' shape, both fp32.
+        Args: as for `observe`, and
+            objective: What is to become smaller.
+            whole: Whether the pass goes on to the end, with the uncond rows as well, and gives a prediction. The
+                recorder's readout is for all rows then.
 
         Raises:
             RuntimeError: Under `torch.inference_mode`, which knows no gradients.
@@ -370,20 +406,39 @@ class Engine:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
+        conditioning, gates = self._at(conditioning, gates) if whole else self._without_uncond(conditioning, gates)
         scaled = self._scheduler.scale_model_input(latents, t)
         per_latent = self._scheduler.scale_model_input(torch.ones(1, 1, 1, 1, device=self.device), t)
         with torch.enable_grad(), frozen(uncompiled(self._unet)):
             scaled = scaled.detach().requires_grad_()
-            self._stopped(scaled, t, conditioning, gates, record, layout)
+            run = self._whole if whole else self._stopped
+            prediction = run(scaled, t, conditioning, gates, [record], layout)
             losses = objective(record)
             # In half precision small gradients would become 0 on their way back.
             lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
             (gradient,) = torch.autograd.grad(losses.sum() * lift, scaled)
-        self.cost.rows_backward += len(latents)
+        self.cost.rows_backward += conditioning.rows
         gradient = gradient.float() / lift / per_latent
         if not gradient.is_meta and not gradient.isfinite().all():
             raise ValueError(f"the gradient at step {self.step} is not finite; try float32 or a smaller step size")
-        return losses.detach(), gradient
+        if prediction is not None:
+            prediction = replace(prediction, model_output=prediction.model_output.detach())
+        return Gradient(losses.detach(), gradient, prediction)
+
+    def _whole(
+        self,
+        scaled: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        recorders: Sequence[Recorder],
+        layout: Layout | None,
+    ) -> Prediction:
+        self.installation.use(gates, conditioning.prompt_embeds, *recorders, layout=layout)
+        rows = torch.cat([scaled] * (conditioning.rows // conditioning.images))
+        output = self._run(rows, t, conditioning)
+        self.cost.rows_forward += conditioning.rows * self._share(scaled)
+        return Prediction(output, conditioning.unconds, conditioning.images)
 
     def _stopped(
         self,
@@ -391,14 +446,13 @@ class Engine:
         t: Tensor,
         conditioning: Conditioning,
         gates: Gates,
-        record: Recorder,
+        recorders: Sequence[Recorder],
         layout: Layout | None,
     ) -> None:
-        if conditioning.guided:
-            conditioning, gates = self._without_uncond(conditioning, gates)
-        self.installation.use(gates, conditioning.prompt_embeds, record, layout)
+        self.installation.use(gates, conditioning.prompt_embeds, *recorders, layout=layout)
         rows = torch.cat([scaled] * (conditioning.rows // conditioning.images))
-        with stopped_after(self._unet, record.layers | record.self_layers):
+        wanted = [layer for recorder in recorders for layer in recorder.layers | recorder.self_layers]
+        with stopped_after(self._unet, wanted):
             self._run(rows, t, conditioning)
         self.cost.rows_stopped += conditioning.rows * self._share(scaled)
 
@@ -424,7 +478,7 @@ class Engine:
 
     def guide(self, prediction: Prediction) -> Tensor:
         """Classifier-free guidance over a pass with one branch. Shape: [images, channels, height, width]."""
-        if not prediction.guided:
+        if not prediction.unconds:
             return prediction.model_output
         uncond, cond = prediction.model_output.chunk(2)
         guided = uncond + self.guidance_scale * (cond - uncond)
@@ -439,8 +493,16 @@ class Engine:
         steps = tuple(sorted(self._log))
         return steps, torch.stack([_mean_where_seen(self._log[step]) for step in steps])
 
+    def _at(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
+        """What this step takes of them: a callback may have switched guidance off."""
+        if conditioning.guided and not self.guided:
+            return self._without_uncond(conditioning, gates)
+        return conditioning, gates
+
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""
+        if not conditioning.guided:
+            return conditioning, gates
         if conditioning not in self._cut_text:
             self._cut_text[conditioning] = conditioning.conditional()
         if gates not in self._cut_gates:

@@ -130,7 +130,9 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             self.components,
             loaded,
             encode,
-            lambda prompts, names: TokenMasks.of_prompts(self.tokenizer, self._converted(prompts), takers, names),
+            lambda prompts, names, mentions: TokenMasks.of_prompts(
+                self.tokenizer, self._converted(prompts), takers, names, mentions=mentions
+            ),
             None if prompt_embeds is not None else _listed(prompt),
             masks,
             latent_grid=(height // self.vae_scale_factor, width // self.vae_scale_factor),
