@@ -119,7 +119,10 @@ def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> li
 
 
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
-    """Which of the free nouns are the concept's: the first after each trigger. "a sks cat and a zwx cat": (0,), (1,)."""
+    """Which of the free nouns are the concept's: the first after each trigger.
+
+    In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx.
+    """
     nouns = free_nouns(concept, prompt, concepts)
     after = [
         next((k for k, (start, _) in enumerate(nouns) if start >= end), None)
