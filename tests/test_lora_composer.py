@@ -178,6 +178,8 @@ def cells(box: tuple[int, int, int, int], canvas: tuple[int, int], grid: tuple[i
 class WrittenOut:
     """Attention with dense masks and dense deltas, for one layer of a plain model.
 
+    What a cell reads in several regions is projected for each of them, and the mean counts.
+
     regions: by number of cells, 1 inside. Shape: [cells, regions].
     acting: 1 in the rows in which LoRAs act. Shape: [rows, 1, 1].
     texts: of the background and of the regions. Shape: [texts, rows, tokens, channels].
@@ -209,15 +211,20 @@ class WrittenOut:
         else:
             times = member.sum(dim=1, keepdim=True)
             reads = torch.cat([(times == 0).float(), member / times.clamp(min=1)], dim=1)
-            out = torch.zeros_like(query)
             nothing = torch.zeros(query.shape[1], self.texts.shape[2], dtype=torch.bool)
-            for n, (text, lora) in enumerate(zip(self.texts, self.loras, strict=True)):
+            parts = []
+            for text, lora in zip(self.texts, self.loras, strict=True):
                 key, value = (
-                    side(text) + self.acting * (text @ dense(lora[f"{self.name}.{which}"]).T)  # pyright: ignore[reportOptionalCall]
+                    self._with_lora(side, text, lora[f"{self.name}.{which}"])
                     for which, side in zip(("to_k", "to_v"), sides, strict=True)
                 )
-                out = out + reads[:, n, None] * self._attend(attn, query, key, value, nothing)
+                attended = self._attend(attn, query, key, value, nothing)
+                parts.append(self._with_lora(project, attended, lora[f"{self.name}.to_out.0"]))
+            return torch.einsum("pn,nrpc->rpc", reads, torch.stack(parts))
         return dropout(project(out))
+
+    def _with_lora(self, layer: Any, x: Tensor, factors: Any) -> Tensor:
+        return layer(x) + self.acting * (x @ dense(factors).T)
 
     def _attend(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -232,6 +239,7 @@ OVERLAPPING = ((0, 0, 128, 128), (64, 64, 192, 128))
 @pytest.mark.parametrize(("inject", "isolate", "rows", "boxes"), [
     ("attn2", True, "all", APART), ("attn2", False, "cond_only", APART), ("full", False, "all", APART),
     ("full", True, "cond_only", APART), ("attn2", True, "all", OVERLAPPING), ("full", True, "cond_only", OVERLAPPING),
+    ("attn2", True, "all", ((0, 0, 192, 128), (64, 32, 128, 128))),
 ])  # fmt: skip
 @torch.no_grad()
 def test_injection_and_isolation_equal_their_formula(pipe, plain_pipe, load, inject, isolate, rows, boxes):
@@ -251,20 +259,15 @@ def test_injection_and_isolation_equal_their_formula(pipe, plain_pipe, load, inj
     flat = {grid[0] * grid[1]: member.flatten(0, 1) for grid, member in regions.items()}
     what = flat, acting[:, None, None], texts, [loras[2], *loras[:2]], isolate
     unet.set_attn_processor({n: WrittenOut(n.removesuffix(".processor"), *what) for n in unet.attn_processors})
-    # The background's output of cross-attention acts outside the regions, the rest of it everywhere.
-    output = {name: factors for name, factors in loras[2].items() if name.endswith("attn2.to_out.0")}
-    rest = {name: factors for name, factors in loras[2].items() if not name.endswith(READ)}
-    mine = [
-        {name: f for name, f in lora.items() if name in output or (inject == "full" and not name.endswith(READ))}
-        for lora in loras[:2]
-    ]
+    # In all other layers a concept acts in its region, if at all, and the background everywhere.
+    rest = [{name: f for name, f in lora.items() if not name.endswith(READ)} for lora in loras]
     image = {}
     for grid, member in regions.items():
         times = member.sum(dim=-1, keepdim=True)
-        gate = torch.cat([member / times.clamp(min=1), (times == 0).float(), torch.ones(*grid, 1)], dim=-1)
+        gate = torch.cat([member / times.clamp(min=1), torch.ones(*grid, 1)], dim=-1)
         image[grid] = acting[:, None, None, None] * gate
-    gates = FullGates(torch.zeros(2, 32, 4), image, acting[:, None].expand(2, 4))
-    forward = with_reference(unet, [*mine, output, rest], gates)
+    gates = FullGates(torch.zeros(2, 32, 3), image, acting[:, None].expand(2, 3))
+    forward = with_reference(unet, rest if inject == "full" else [{}, {}, rest[2]], gates)
     latents = torch.randn(1, 4, 16, 24, generator=seeded())
     scheduler.set_timesteps(2)
     for t in scheduler.timesteps:

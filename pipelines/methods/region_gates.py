@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention import Gates
+from attention.layout import read_by
 from pipelines.conditioning import Conditioning
 from pipelines.engine import Engine
 from pipelines.regions import Regions
@@ -22,7 +23,8 @@ def region_gates(
 ) -> Gates:
     """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
 
-    Where regions overlap, each of their LoRAs acts in equal parts, as each of their texts is read.
+    Where regions overlap, each of their LoRAs acts in equal parts, and what was read of a text is projected with the
+    LoRA of that text.
 
     Args:
         engine: Knows the concepts and their weights.
@@ -43,7 +45,7 @@ def region_gates(
     for level, cells in regions.cells.items():
         inside = regions.shares(level, concepts)
         image[level] = (inside + background) * everywhere
-        read[level] = inside + background * ~cells.flatten(0, 1).any(dim=1, keepdim=True)
+        read[level] = of_text[read_by(cells.flatten(0, 1))[0]]
     if inject == "off":
         of_text, read = background.expand(1 + len(mine), -1), image
 
