@@ -1,7 +1,7 @@
 """The only way to run the UNet during a call; it counts what it costs."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from attention import (
     Gates,
@@ -194,6 +195,7 @@ class Engine:
         self._first: Conditioning | None = None
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
         self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
+        self._cut_text_gates: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         sample = self._unet.config["sample_size"]
         self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
         layers = attention_layers(self._unet)
@@ -207,6 +209,14 @@ class Engine:
     def guided(self) -> bool:
         """Whether this step has classifier-free guidance; a callback may switch it off."""
         return self.guidance_scale > 1 and self._unet.config["time_cond_proj_dim"] is None
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether this pass is the second one of a step of the scheduler, which then goes back to the latents of the first.
+
+        What a method does to the latents before it is lost (Heun's and other methods of second order).
+        """
+        return self.step % self._scheduler.order > 0
 
     def encode(
         self,
@@ -506,7 +516,9 @@ class Engine:
         if conditioning not in self._cut_text:
             self._cut_text[conditioning] = conditioning.conditional()
         if gates not in self._cut_gates:
-            self._cut_gates[gates] = gates.select(conditioning.conditional_rows)
+            cut = gates.select(conditioning.conditional_rows)
+            # Gates that share the one for the text go on to share it, and with it keys and values.
+            self._cut_gates[gates] = replace(cut, text=self._cut_text_gates.setdefault(gates.text, cut.text))
         return self._cut_text[conditioning], self._cut_gates[gates]
 
     def _watch(self, conditioning: Conditioning) -> Recorder | None:

@@ -327,9 +327,10 @@ def test_settings_that_there_are_not_are_refused(changes, message):
 # What was published
 
 
+# The code sums over the two tokens of a concept, of which the mean counts here.
 OFFICIAL = {
     "inject": "attn2", "rows": "all", "isolate": True, "threshold": 1.0, "step_size": 20.0, "step_rule": "raw",
-    "step_decay": 0.5, "least_updates": 5 / 50, "most_updates": 25 / 50, "ce_weight": 8.0, "fill_weight": 2.0,
+    "step_decay": 0.5, "least_updates": 5 / 50, "most_updates": 25 / 50, "ce_weight": 2 * 8.0, "fill_weight": 2 * 2.0,
     "region_weight": 10.0, "gaussian": True, "reinit": "copy", "apart": 0.0, "background": "scene",
 }  # fmt: skip
 
