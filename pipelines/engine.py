@@ -212,9 +212,9 @@ class Engine:
 
     @property
     def second_pass(self) -> bool:
-        """Whether this pass is the second one of a step of the scheduler, which then goes back to the latents of the first.
+        """Whether the scheduler goes back to the latents of the pass before: it is the second of a step (Heun's method).
 
-        What a method does to the latents before it is lost (Heun's and other methods of second order).
+        What a method does to the latents before such a pass is lost.
         """
         return self.step % self._scheduler.order > 0
 

@@ -58,7 +58,7 @@ def _list_of(concepts: Sequence[Concept], prompt: str) -> tuple[int, int]:
 
 
 def _named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
-    """Where a prompt names a concept: from its trigger to the class word that belongs to it, or the class word alone."""
+    """Where a prompt names a concept: from its trigger to its class word, or the class word alone."""
     if not concept.trigger:
         return find_words(concept.class_word or "", prompt)
     return [(start, (noun or (start, end))[1]) for (start, end), noun in class_words(concept, prompt, concepts)]

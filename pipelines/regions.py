@@ -61,7 +61,7 @@ def region_mask(region: Box | str | None, image_size: Grid, grid: Grid, *, sharp
         region: A box in pixels, or the path of a mask.
         image_size: Height and width of the canvas in pixels.
         grid: The grid wanted.
-        sharp: Whether every dot of a mask is inside or outside, from half of its highest value on; else greys are parts.
+        sharp: Whether every dot of a mask is inside or outside, from half of its maximum on; else greys are parts.
 
     Returns:
         Values in 0..1, of which one is 1. Shape: [grid height, grid width], fp32.

@@ -160,7 +160,7 @@ class WrittenOut:
     acting: 1 in the rows in which LoRAs act. Shape: [rows, 1, 1].
     texts: of the background and of the regions. Shape: [texts, rows, tokens, channels].
     loras: those of the texts, background first, at full weight.
-    seen: probabilities of the last pass in double precision, by layer: of all cells for every text, or for each other.
+    seen: probabilities in the last pass, in double precision: those of all cells for every text, or for each other.
         Shape: [rows, heads, cells, tokens or cells] each.
     """
 
@@ -170,7 +170,7 @@ class WrittenOut:
     texts: Tensor
     loras: Sequence[Lora]
     isolate: bool
-    seen: dict[str, list[Tensor]] = field(default_factory=dict)
+    seen: list[Tensor] = field(default_factory=list)
 
     def __call__(
         self,
@@ -179,7 +179,7 @@ class WrittenOut:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        self.seen[self.name] = []
+        self.seen.clear()
         project, dropout = attn.to_out  # pyright: ignore[reportGeneralTypeIssues]
         member = self.regions[hidden_states.shape[1]]
         query, sides = attn.to_q(hidden_states), (attn.to_k, attn.to_v)
@@ -210,5 +210,5 @@ class WrittenOut:
         query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
         scores = (query @ key.transpose(-1, -2) * attn.scale).masked_fill(hidden, -torch.inf)
         exact = (query.double() @ key.double().transpose(-1, -2) * attn.scale).masked_fill(hidden, -torch.inf)
-        self.seen[self.name].append(exact.softmax(dim=-1))
+        self.seen.append(exact.softmax(dim=-1))
         return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)

@@ -368,7 +368,7 @@ class Composing:
 
     @cached_property
     def _readout(self) -> Tensor:
-        """The tokens of region n in text 1 + n; the background's is left out. Shape: [regions, images, tokens, maps]."""
+        """The tokens of region n in text 1 + n, without the background's. Shape: [regions, images, tokens, maps]."""
         maps = max(target.words.shape[-1] for target in self.targets)
         padded = [torch.nn.functional.pad(target.words, (0, maps - target.words.shape[-1])) for target in self.targets]
         return torch.stack(padded)
