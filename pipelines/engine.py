@@ -212,7 +212,7 @@ class Engine:
 
     @property
     def second_pass(self) -> bool:
-        """Whether the scheduler goes back to the latents of the pass before: it is the second of a step (Heun's method).
+        """Whether the scheduler goes back to the latents of the pass before, in the second pass of a step (Heun).
 
         What a method does to the latents before such a pass is lost.
         """
