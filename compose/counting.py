@@ -263,6 +263,12 @@ class _Engine(Engine):
     def goes_on(self, images: Tensor) -> bool:
         return True
 
+    def found(self, masks: Tensor) -> Tensor:
+        """A column of the picture for each concept."""
+        _, concepts, _, width = masks.shape
+        column = torch.arange(width) * concepts // width
+        return (column == torch.arange(concepts)[:, None])[None, :, None].expand(masks.shape)
+
     def gradient(
         self,
         latents: Tensor,

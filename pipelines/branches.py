@@ -1,7 +1,7 @@
 """The branches of CLoRA: a prompt for each, and the words that name every concept in it.
 
-From "a sks cat and a zwx dog on grass": the base branch reads "a cat and a dog on grass", the cat's "a sks cat and a dog
-on grass", the dog's "a cat and a zwx dog on grass". All name both, so all see the whole picture.
+From "a sks cat and a zwx dog on grass": the base branch reads "a cat and a dog on grass", the cat's "a sks cat and a
+dog on grass", the dog's "a cat and a zwx dog on grass". All name both, so all see the whole picture.
 """
 
 from collections.abc import Collection, Mapping, Sequence

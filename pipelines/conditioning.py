@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ class Conditioning:
     """The text of all rows of one UNet pass.
 
     Rows are ordered (uncond, branch 0, branch 1, ...), each part with one row per image; uncond is there with guidance
-    only, once for all branches or once for each. Images of one prompt are adjacent. Where image cells choose among several texts, all tensors have the texts as
-    a dimension in front (`stack_texts`).
+    only, once for all branches or once for each. Images of one prompt are adjacent. Where image cells choose among
+    several texts, all tensors have the texts as a dimension in front (`stack_texts`).
 
     Attributes:
         prompt_embeds: Shape: [(texts,) rows, tokens, channels].
@@ -28,6 +27,7 @@ class Conditioning:
         unconds: How many uncond parts there are in front; 0 without guidance.
         images: Images in the batch.
         added_cond_kwargs: Further inputs of the UNet by row (SDXL's pooled text and sizes).
+        at_once: How many parts of one row per image are run together, which saves memory; None is all of them.
     """
 
     prompt_embeds: Tensor
@@ -36,6 +36,7 @@ class Conditioning:
     unconds: int
     images: int
     added_cond_kwargs: Mapping[str, Tensor] | None = None
+    at_once: int | None = None
 
     @property
     def guided(self) -> bool:
@@ -59,13 +60,14 @@ class Conditioning:
 
     def conditional(self) -> "Conditioning":
         """The same without the uncond rows."""
-        return replace(self._select(self.conditional_rows), unconds=0)
+        return replace(self.select(self.conditional_rows), unconds=0)
 
     def of_image(self, image: int) -> "Conditioning":
         """The rows of one image."""
-        return replace(self._select(slice(image, None, self.images)), images=1)
+        return replace(self.select(slice(image, None, self.images)), images=1)
 
-    def _select(self, rows: slice) -> "Conditioning":
+    def select(self, rows: slice) -> "Conditioning":
+        """Some of the rows, whatever they are then."""
         added = self.added_cond_kwargs
         return replace(
             self,
@@ -86,18 +88,17 @@ def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
     )
 
 
-def join_branches(branches: Sequence[Conditioning], *, uncond: Literal["first", "each"] = "first") -> Conditioning:
+def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioning]) -> Conditioning:
     """Several texts of the same images as branches of one batch: rows (uncond, branch 0, branch 1, ...).
 
     Args:
         branches: One text each, without branches of their own.
-        uncond: Whose uncond rows are kept: those of the first branch alone, or those of each.
+        unconds: Those of them whose uncond rows are kept: one, or each.
     """
-    kept = branches[:1] if uncond == "first" else branches
 
     def join(rows_of: Callable[[Conditioning], Tensor]) -> Tensor:
-        unconds = [rows_of(branch)[: branch.conditional_rows.start] for branch in kept]
-        return torch.cat([*unconds, *(rows_of(branch)[branch.conditional_rows] for branch in branches)])
+        first = [rows_of(branch)[: branch.conditional_rows.start] for branch in unconds]
+        return torch.cat([*first, *(rows_of(branch)[branch.conditional_rows] for branch in branches)])
 
     added = branches[0].added_cond_kwargs
     return replace(
@@ -105,7 +106,7 @@ def join_branches(branches: Sequence[Conditioning], *, uncond: Literal["first", 
         prompt_embeds=join(lambda branch: branch.prompt_embeds),
         trigger_mask=join(lambda branch: branch.trigger_mask),
         phrase_mask=join(lambda branch: branch.phrase_mask),
-        unconds=sum(branch.unconds for branch in kept),
+        unconds=sum(branch.unconds for branch in unconds),
         added_cond_kwargs=None
         if added is None
         else {key: join(lambda branch, key=key: (branch.added_cond_kwargs or {})[key]) for key in added},

@@ -151,7 +151,10 @@ def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> li
 
 
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
-    """Which of the free nouns are the concept's own (`class_words`). "a sks cat and a zwx cat": (0,), (1,)."""
+    """Which of the free nouns are the concept's own (`class_words`).
+
+    In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx.
+    """
     nouns = free_nouns(concept, prompt, concepts)
     return tuple(sorted({nouns.index(noun) for _, noun in class_words(concept, prompt, concepts) if noun}))
 
