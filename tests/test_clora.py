@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 from torch import Tensor, nn
 
-from attention import Lora
-from components import ATTENTION, EVERYTHING, random_lora, seeded, small_pipeline
-from pipelines.engine import Engine, Prediction
-from pipelines.methods.clora import Clora, Contrasting
+from attention import Lora, Recorder
+from components import random_lora, seeded
+from pipelines.engine import Engine
+from pipelines.methods.clora import Clora
 from pipelines.methods.lora_composer import LoraComposer
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
@@ -42,7 +42,7 @@ OFFICIAL = replace(Clora.official(), threshold=THETA, refinements=2)
 class Seen(Clora):
     """CLoRA whose processes can be looked at after the call."""
 
-    processes: list[Contrasting] = field(default_factory=list)
+    processes: list[Any] = field(default_factory=list)
 
     def start(self, engine: Engine) -> Any:
         self.processes.append(super().start(engine))
@@ -57,9 +57,9 @@ def seen(settings: Clora) -> Seen:
 def load(write_lora) -> Callable[..., dict[str, Lora]]:
     """Loads a concept and returns its factors by model: `load(pipe, "cat", "sks", text=True)`."""
 
-    def load(pipe: Any, name: str, trigger: str | None, *, text: bool = False, **options: Any) -> dict[str, Lora]:
+    def load(pipe: Any, name: str, trigger: str | None, *, text: bool = False, size: float = 0.5) -> dict[str, Lora]:
         seed = sum(map(ord, name))
-        parts = {"unet": random_lora(pipe.unet, seed, **({"size": 0.5} | options))}
+        parts = {"unet": random_lora(pipe.unet, seed, size=size)}
         if text:
             parts["text_encoder"] = random_lora(pipe.text_encoder, seed, targets=TEXT)
         pipe.load_concept(write_lora(name, **parts), name, trigger=trigger, class_word=trigger and name)
@@ -75,11 +75,15 @@ def composer(pipe, load) -> ComposeStableDiffusionPipeline:
     return pipe
 
 
-def latents_of(pipe: Any, prompt: str | list[str] = PROMPT, **arguments: Any) -> Tensor:
-    given = {"num_inference_steps": 4, "output_type": "latent", "generator": seeded()}
+def call(pipe: Any, prompt: str | list[str] = PROMPT, **arguments: Any) -> Any:
+    given: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "generator": seeded()}
     if isinstance(pipe, ComposeStableDiffusionPipeline):
         given["concepts"] = ["cat", "dog"]
-    return pipe(prompt, **given | arguments).images
+    return pipe(prompt, **given | arguments)
+
+
+def latents_of(pipe: Any, prompt: str | list[str] = PROMPT, **arguments: Any) -> Tensor:
+    return call(pipe, prompt, **arguments).images
 
 
 def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> None:
@@ -134,7 +138,7 @@ class WrittenOut:
         maps = []
         for name, query in taken.items():
             if name.endswith("to_q") and query.shape[1] == 16:  # the grid of a thirty-second of 128 pixels
-                heads = unet.get_submodule(name.removesuffix(".to_q")).heads
+                heads: Any = unet.get_submodule(name.removesuffix(".to_q")).heads
                 q, k = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, taken[name[:-1] + "k"]))
                 maps.append((q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(dim=-1))
         assert len(maps) == 5  # two layers down, three up
@@ -179,6 +183,7 @@ class WrittenOut:
         latents = torch.randn(1, 4, 16, 16, generator=seeded()) * scheduler.init_noise_sigma
         self.claimed = []
         for i, t in enumerate(scheduler.timesteps):
+            outputs, maps = [], []
             for _ in range(1 + refine.get(i, 0)):
                 latents = latents.detach().requires_grad_()
                 outputs, maps = self.passes(latents, t)
@@ -217,14 +222,343 @@ def test_without_updates_it_is_the_mean_of_the_branches_under_their_masks(compos
     assert_close(latents_of(composer, method=replace(OFFICIAL, step_size=0)), expected, 5e-4)
 
 
-def first(pipe: Any, settings: Clora, **arguments: Any) -> tuple[Contrasting, Tensor, Tensor]:
-    """The process of a call, its first latents and timestep; the concepts are not installed any more."""
-    watched, taken = seen(settings), {}
+# Against other methods, and against itself
 
-    def look(pipe: Any, step: int, t: Tensor, tensors: dict) -> dict:
-        taken.setdefault("t", t)
-        return {}
 
-    latents_of(pipe, method=watched, callback_on_step_end=look, **arguments)
-    start = torch.randn(1, 4, 16, 16, generator=seeded()) * pipe.scheduler.init_noise_sigma
-    return watched.processes[0], start, taken["t"]
+def test_regions_are_those_of_lora_composer_with_the_same_masks_and_texts(composer, tmp_path):
+    settings = Clora(step_size=0, threshold=THETA, exclusive=False, mask_until=0)
+    found = call(composer, method=settings, record_attention=True)
+    masks = found.masks[0, 0]
+    assert (masks[0] & masks[1]).any()
+    assert not masks.all()
+    assert (found.masks == found.masks[:1]).all()  # they stay as they are after the first step
+    concepts = []
+    for name, text, mask in zip(("cat", "dog"), (CAT, DOG), masks, strict=True):
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(mask.repeat_interleave(32, 0).repeat_interleave(32, 1).numpy()).convert("L").save(path)
+        concepts.append(Concept(name=name, prompt=text, region=str(path)))
+    composed = LoraComposer(isolate=False, step_size=0, apart=0, background="scene")
+    assert_close(found.images, latents_of(composer, method=composed, concepts=concepts))
+    branches = latents_of(composer, method=replace(MASKS_ONLY, mask_until=0))
+    assert far_apart(found.images, branches)
+
+
+def test_loras_that_do_nothing_change_nothing(pipe, plain_pipe, load):
+    for name, trigger in (("cat", "sks"), ("dog", "zwx")):
+        load(pipe, name, trigger, size=0.0)
+    concepts = [Concept(name=name, prompt=PROMPT) for name in ("cat", "dog")]
+    expected = latents_of(plain_pipe)
+    words = {"cat": ["cat"], "dog": ["dog"]}
+    for settings in (MASKS_ONLY, replace(MASKS_ONLY, uncond="each"), Clora(step_size=0, threshold=THETA)):
+        same = replace(settings, base_prompt=PROMPT, words=words)
+        assert_close(latents_of(pipe, method=same, concepts=concepts), expected)
+
+
+def test_one_subject_is_an_ordinary_lora(composer, plain_pipe):
+    prompt = "a sks cat on grass"
+    plain_pipe.load_lora_weights(composer.concepts["cat"].lora, adapter_name="cat")
+    expected = latents_of(plain_pipe, prompt)
+    for settings in (Clora(), OFFICIAL):
+        assert_close(latents_of(composer, prompt, method=settings, concepts=["cat"]), expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [Clora(step_size=0.05, threshold=THETA), MASKS_ONLY, OFFICIAL], ids=lambda s: s.fuse
+)
+def test_the_order_of_concepts_does_not_count(composer, settings):
+    one = latents_of(composer, method=settings)
+    assert_close(one, latents_of(composer, method=settings, concepts=["dog", "cat"]), 1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings", [MASKS_ONLY, replace(MASKS_ONLY, uncond="each"), Clora(step_size=0, threshold=THETA)]
+)
+def test_a_style_of_weight_0_is_no_style(composer, load, settings):
+    load(composer, "style", None)
+    style = Concept(name="style", weight=0.0, role="style")
+    without = latents_of(composer, method=settings)
+    assert_close(latents_of(composer, method=settings, concepts=["cat", "dog", style]), without)
+    with_style = latents_of(
+        composer, method=settings, concepts=["cat", "dog", style.model_copy(update={"weight": 1.0})]
+    )
+    assert far_apart(with_style, without)
+
+
+BOTH = replace(MASKS_ONLY, step_size=0.05, refine_at=(0.0,), refinements=1)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize(
+    "settings", [BOTH, replace(OFFICIAL, update_until=0.3), Clora(step_size=0.05, threshold=THETA)]
+)
+def test_fewer_branches_at_once_give_the_same_numbers(composer, settings, at_once):
+    found = call(composer, method=replace(settings, branches_at_once=at_once))
+    expected = call(composer, method=settings)
+    assert_close(found.images, expected.images, 1e-3)
+    assert found.cost.rows_forward == expected.cost.rows_forward
+    assert found.cost.rows_backward == expected.cost.rows_backward
+
+
+@pytest.mark.parametrize("settings", [Clora(step_size=0.05, threshold=THETA), BOTH])
+def test_images_of_a_batch_are_those_made_alone(composer, settings):
+    prompts = [PROMPT, "a zwx dog, a sks cat"]
+    together = latents_of(composer, prompts, method=settings, generator=[seeded(1), seeded(2)])
+    alone = [
+        latents_of(composer, prompt, method=settings, generator=seeded(k)) for k, prompt in enumerate(prompts, start=1)
+    ]
+    assert_close(together, torch.cat(alone), 1e-3)
+
+
+# Costs, schedules, what is returned
+
+
+def counted(found: Any) -> tuple[float, float, float]:
+    return found.cost.rows_forward, found.cost.rows_stopped, found.cost.rows_backward
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # P = 3 branches, T = 4 steps, K = 2 updates, one refinement step of r = 3
+        (replace(OFFICIAL, refine_at=(0.25,), refinements=3), (2 * 3 * (4 + 3), 0, 2 * 3 * (2 + 3))),
+        (replace(MASKS_ONLY, step_size=0.1, refine_at=(0.25,), refinements=3), (4 * 4, 3 * 5, 3 * 5)),
+        (MASKS_ONLY, (4 * 4, 0, 0)),
+        (replace(MASKS_ONLY, uncond="each"), (6 * 4, 0, 0)),
+        (Clora(step_size=0.1), (2 * 4, 3 * 2, 3 * 2)),
+        (Clora(step_size=0), (2 * 4, 3 * 2, 0)),
+        (Clora(step_size=0, mask_until=0), (2 * 4, 3, 0)),
+        (Clora(step_size=0.1, mask_until=1.0), (2 * 4, 3 * 4, 3 * 2)),
+        (replace(OFFICIAL, update_until=3, refine_at=(2, 3), refinements=1), (2 * 3 * (4 + 1), 0, 2 * 3 * (3 + 1))),
+    ],
+)
+def test_rows_are_counted(composer, settings, expected):
+    assert counted(call(composer, method=settings)) == expected
+
+
+@pytest.mark.parametrize("settings", [Clora(), OFFICIAL, BOTH], ids=["regions", "official", "branches"])
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 7.5), (4, 1.0), (8, 0.0)])
+def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
+    found = call(composer, method=settings, num_inference_steps=steps, guidance_scale=guidance)
+    assert found.images.isfinite().all()
+    halves = 2 if guidance > 1 else 1
+    if settings.fuse == "regions":
+        assert found.cost.rows_forward == halves * steps
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
+def test_other_schedulers_work(composer, kind):
+    composer.scheduler = kind.from_config(composer.scheduler.config)
+    assert latents_of(composer, method=Clora()).isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [BOTH, Clora(), OFFICIAL], ids=["branches", "regions", "official"])
+def test_guidance_may_be_switched_off_on_the_way(composer, settings):
+    found = latents_of(composer, method=settings, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+    assert found.isfinite().all()
+    assert far_apart(found, latents_of(composer, method=settings))
+
+
+@pytest.mark.parametrize("settings", [BOTH, Clora(step_size=0.05, threshold=THETA)], ids=["branches", "regions"])
+def test_maps_and_masks_of_every_step_come_back_on_the_grid_of_the_canvas(composer, load, settings):
+    load(composer, "style", None)
+    concepts = ["cat", Concept(name="style", role="style"), "dog"]
+    size: dict[str, Any] = {"width": 192, "height": 128}
+    found = call(composer, method=settings, concepts=concepts, record_attention=[0, 3], **size)
+    assert found.recorded_steps == (0, 3)
+    assert found.attention_maps.shape == found.masks.shape == (2, 1, 3, 4, 6)
+    assert found.masks[:, :, 1].all()  # a style is everywhere
+    assert found.masks[:, :, [0, 2]].any()
+    plain = call(composer, method=settings, concepts=concepts, **size)
+    assert torch.equal(plain.images, found.images)
+
+
+def test_the_map_of_a_cell_stays_where_the_cell_is(composer):
+    """Rows are rows and columns are columns, on a canvas that is not square."""
+    settings = seen(replace(MASKS_ONLY, threshold=0.0))
+    call(composer, method=settings, width=192, height=128)
+    (process,) = settings.processes
+    recorder = Recorder(process.engine.map_layers, process.words.readout)
+    cells = torch.arange(24.0)[None, :, None]  # counted along the rows of 4 x 6 cells
+    recorder.maps = {layer: cells.expand(3, 24, process.words.readout.shape[2]) for layer in recorder.layers}
+    assert torch.equal(process._maps(recorder)[0, 0, 0], torch.arange(24.0).view(4, 6))
+
+
+def test_maps_of_both_halves_are_averaged_as_the_authors_do(composer):
+    settings = seen(OFFICIAL)
+    call(composer, method=settings)
+    (process,) = settings.processes
+    readout = process._all_rows
+    assert torch.equal(readout[:3], readout[3:])
+    recorder = Recorder(process.engine.map_layers, readout)
+    maps = torch.rand(6, 16, readout.shape[2], generator=seeded())
+    recorder.maps = dict.fromkeys(recorder.layers, maps)
+    expected = ((maps[:3] + maps[3:]) / 2).transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(process._maps(recorder)[:, 0], expected)
+
+
+def masks_of(masks: list[list[int]]) -> Tensor:
+    """Masks of two subjects on a grid of 2 x 2."""
+    return torch.tensor(masks).bool().view(1, 2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("masks", "expected"),
+    [
+        ([[1, 0, 0, 0], [0, 1, 0, 0]], [[0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 0, 0]]),
+        ([[1, 1, 0, 0], [0, 1, 1, 1]], [[0, 0, 0, 0], [1, 0.5, 0, 0], [0, 0.5, 1, 1]]),
+        ([[0, 0, 0, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]),
+    ],
+)
+def test_every_cell_is_shared_out_and_what_nobody_claims_is_the_base_models(composer, masks, expected):
+    settings = seen(MASKS_ONLY)
+    call(composer, method=settings)
+    process = replace(settings.processes[0], masks=masks_of(masks))
+    shares = process._shares()
+    assert shares.shape == (3, 1, 1, 16, 16)
+    assert torch.equal(shares[:, 0, 0, ::8, ::8].flatten(1), torch.tensor(expected))
+    torch.testing.assert_close(shares.sum(dim=0), torch.ones(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_cells_that_several_claim_are_shared_or_go_to_the_highest(composer, exclusive):
+    settings = seen(replace(MASKS_ONLY, threshold=0.4, exclusive=exclusive))
+    call(composer, method=settings)
+    (process,) = settings.processes
+    cat, dog = torch.tensor([[10.0, 8, 5, 0]]), torch.tensor([[0.1, 0.9, 1.0, 0.2]])
+    mine = process.words.mine[0]
+    maps = torch.stack(
+        [torch.where(m[:, None, None], x, torch.rand(1, 4)) for m, x in zip(mine, (cat, dog), strict=True)]
+    )
+    found = process._found(maps[None])[0, :, 0].int().tolist()
+    # As parts of their own maximum, 0.8 against 0.9 in the second cell, 0.5 against 1 in the third.
+    assert found == ([[1, 0, 0, 0], [0, 1, 1, 0]] if exclusive else [[1, 1, 1, 0], [0, 1, 1, 0]])
+
+
+def test_before_mask_from_all_branches_are_averaged(composer):
+    early = replace(MASKS_ONLY, mask_from=1.0)
+    found = latents_of(composer, method=early)
+    one, other = (latents_of(composer, method=replace(early, threshold=theta)) for theta in (0.0, 0.9))
+    assert torch.equal(one, other)  # masks do not count
+    assert far_apart(found, latents_of(composer, method=MASKS_ONLY))
+
+
+def test_words_that_make_the_mask_can_be_named(composer):
+    named = replace(MASKS_ONLY, mask_words={"cat": ["sks", "cat"], "dog": ["zwx", "dog"]})
+    assert torch.equal(latents_of(composer, method=named), latents_of(composer, method=MASKS_ONLY))
+    triggers = replace(MASKS_ONLY, mask_words={"cat": ["sks"], "dog": ["zwx"]})
+    assert far_apart(latents_of(composer, method=triggers), latents_of(composer, method=MASKS_ONLY))
+    other = replace(MASKS_ONLY, mask_words={"cat": ["grass"]})
+    watched = seen(other)
+    call(composer, method=watched)
+    words = watched.processes[0].words
+    (column,) = words.mine[0, 0].nonzero()[:, 0].tolist()
+    assert words.readout[1, :, column].nonzero().tolist() == [[8]]  # a1 sks2 cat3 and4 a5 dog6 on7 grass8
+    assert words.groups[0].unflatten(0, (3, -1))[1, column] == -1  # it belongs to no group
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("rule", ["raw", "rms"])
+def test_a_small_update_lowers_the_loss(composer, rule):
+    settings = seen(Clora(step_size=0))
+    call(composer, method=settings)
+    (process,) = settings.processes
+    engine, latents = process.engine, torch.randn(1, 4, 16, 16, generator=seeded(3))
+    t = engine.timesteps[1]
+    with engine.installed():
+
+        def loss(latents: Tensor) -> Tensor:
+            recorder = process._recorder(process.words.readout)
+            engine.observe(latents, t, process.conditioning, process.gates, recorder)
+            return process.loss(recorder)
+
+        recorder = process._recorder(process.words.readout)
+        found = engine.gradient(latents, t, process.conditioning, process.gates, recorder, process.loss)
+        process.settings = replace(process.settings, step_rule=rule)
+        direction = process._direction(found)
+        if rule == "rms":
+            assert direction.square().mean().sqrt().item() == pytest.approx(1)
+            direction = direction * found.direction.norm() / direction.norm()
+        slope = found.direction.square().sum()
+        step = 0.05 / slope
+        assert loss(latents - step * direction) < found.losses
+        nudge = 1e-2 / found.direction.norm()
+        ahead, behind = loss(latents + nudge * direction), loss(latents - nudge * direction)
+        assert ((ahead - behind) / (2 * nudge)).item() == pytest.approx(slope.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("settings", [BOTH, Clora(), OFFICIAL], ids=["branches", "regions", "official"])
+def test_nothing_is_left_behind_and_the_same_call_gives_the_same_bits(composer, settings):
+    before = {name: value.clone() for name, value in composer.unet.state_dict().items()}
+    processors = composer.unet.attn_processors
+    one, other = latents_of(composer, method=settings), latents_of(composer, method=settings)
+    assert torch.equal(one, other)
+    assert not one.requires_grad
+    assert all(parameter.grad is None for parameter in composer.unet.parameters())
+    assert all(parameter.requires_grad for parameter in composer.unet.parameters())
+    assert all(torch.equal(before[name], value) for name, value in composer.unet.state_dict().items())
+    assert composer.unet.attn_processors == processors
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_step(composer):
+    def spoil(pipe: Any, step: int, t: Tensor, tensors: dict) -> dict:
+        return {"latents": tensors["latents"] * math.nan}
+
+    with pytest.raises(ValueError, match="the gradient at step 1 is not finite"):
+        latents_of(composer, method=Clora(step_size=0.1), callback_on_step_end=spoil)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fuse": "mean"}, "fuse must be one of regions, branches"),
+        ({"step_size": -1}, "step_size must not be negative"),
+        ({"threshold": 1.0}, "threshold must be at least 0 and below 1"),
+        ({"temperature": 0}, "temperature must be positive"),
+        ({"morphology": ("shrink",)}, "morphology may be dilate, erode, open, close, not shrink"),
+        ({"refine_at": (-1,)}, "refine_at names parts of the steps"),
+        ({"branches_at_once": 0}, "branches_at_once must be at least 1"),
+        ({"whole": True}, 'are for fuse="branches"'),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Clora(**changes)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "concepts", "changes", "message"),
+    [
+        ("a sks and a zwx dog", ["cat", "dog"], {}, "write 'sks cat' in the prompt"),
+        (PROMPT, [Concept(name="cat", prompt="a cat"), "dog"], {}, "the trigger 'sks' of concept 'cat' is not in"),
+        (PROMPT, ["cat", "dog"], {"words": {"bird": ["bird"]}}, r"words names \['bird'\]; the subjects are cat, dog"),
+        (PROMPT, ["cat", "dog"], {"words": {"cat": "cat"}}, "must be a list of words"),
+        (PROMPT, ["cat", "dog"], {"words": {"cat": ["dog"]}}, r"the same word of .* names cat and dog"),
+        (PROMPT, ["cat", "dog"], {"mask_words": {"cat": ["bird"]}}, "none of the words"),
+    ],
+)
+def test_scenes_that_cannot_be_told_apart_are_refused(composer, prompt, concepts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        latents_of(composer, prompt, concepts=concepts, method=Clora(**changes))
+
+
+def test_embeddings_are_refused(composer):
+    embeds = torch.zeros(1, 32, 24)
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "concepts": ["cat", "dog"]}
+    with pytest.raises(ValueError, match="clora makes a text for each branch"):
+        composer(**given, num_inference_steps=1, method="clora")
+
+
+def test_updates_are_refused_in_inference_mode(composer):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside torch.inference_mode"):
+        latents_of(composer, method=Clora(step_size=0.1))
+
+
+def test_refinement_outside_the_updates_is_mentioned_and_left_out(composer, caplog):
+    late = replace(BOTH, refine_at=(0.75,), refinements=3)
+    assert call(composer, method=late).cost.rows_backward == 3 * 2
+    assert "refine_at" in caplog.text

@@ -1,6 +1,7 @@
 """The contrastive loss of CLoRA (arXiv 2403.19776) has the values of its formula."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ SETTINGS = settings(deadline=None, max_examples=40)
 LABELS = torch.tensor([0, 0, 1, 1])
 
 
-def loss(rows: list[list[float]], labels: list[int], temperature: float = 0.5) -> float:
+def loss(rows: Sequence[Sequence[float]], labels: list[int], temperature: float = 0.5) -> float:
     maps = torch.tensor(rows, dtype=torch.float64)[:, None]
     return contrast(maps, torch.tensor(labels), temperature).item()
 

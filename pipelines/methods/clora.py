@@ -82,7 +82,7 @@ class Clora:
 
     fuse: Fuse = "regions"
     uncond: Uncond = "shared"
-    step_size: float = 0.0
+    step_size: float = 0.05
     step_rule: StepRule = "rms"
     update_until: float = 0.5
     refine_at: Sequence[float] = ()
@@ -279,7 +279,13 @@ class Contrasting:
     regions: "Sequence[InRegions]" = ()
 
     def prepare(self, latents: Tensor) -> Tensor:
-        """Nothing is to be prepared."""
+        """Says which refinements there will not be."""
+        settings = self.settings
+        late = [part for part in settings.refine_at if self._at(part) >= self._until(settings.update_until)]
+        if late and settings.step_size > 0:
+            say_once(
+                f"refine_at {late} lies after the last update (update_until={settings.update_until}) and is left out"
+            )
         return latents
 
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,9 +312,9 @@ class Contrasting:
     def _updates(self) -> int:
         """How many updates this step has."""
         settings, step = self.settings, self.engine.step
-        if settings.step_size == 0 or step >= self._until(settings.update_until):
+        if settings.step_size == 0 or step >= self._until(settings.update_until) or self.engine.second_pass:
             return 0
-        refined = step in {int(_share(part, self.engine)) for part in settings.refine_at}
+        refined = step in map(self._at, settings.refine_at)
         return 1 + settings.refinements if refined else 1
 
     def _direction(self, found: Gradient) -> Tensor:
@@ -366,9 +372,9 @@ class Contrasting:
                 masks = F.interpolate(self.engine.found(self.masks).float(), self.engine.latent_grid)
                 self.regions = [self._region(text, mask) for text, mask in zip(self.texts, masks, strict=True)]
         if self.masks is not None:
-            everywhere = torch.ones(len(self.masks), len(self.engine.concepts), *self.masks.shape[2:], dtype=torch.bool)
-            everywhere[:, list(self.subjects)] = self.masks.cpu()
-            self.engine.keep_masks(everywhere.to(self.masks.device))
+            everywhere = torch.ones_like(self.masks[:, :1]).repeat(1, len(self.engine.concepts), 1, 1)
+            everywhere[:, list(self.subjects)] = self.masks
+            self.engine.keep_masks(everywhere)
 
     def _found(self, maps: Tensor) -> Tensor:
         """Masks of all subjects.
@@ -403,6 +409,10 @@ class Contrasting:
     @property
     def _masks_due(self) -> bool:
         return self.masks is None or self.engine.step < self._until(self.settings.mask_until)
+
+    def _at(self, part: float) -> int:
+        """The step at a part of all steps; above 1 it is the number of a step."""
+        return int(_share(part, self.engine))
 
     def _until(self, part: float) -> int:
         """The first step after a part of all steps; above 1 it is a number of steps."""
