@@ -87,7 +87,8 @@ def latents_of(pipe: Any, prompt: str | list[str] = PROMPT, **arguments: Any) ->
 
 
 def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+    """Random weights under guidance make latents of any size, so their largest value is the scale."""
+    assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
 def far_apart(one: Tensor, other: Tensor) -> bool:
