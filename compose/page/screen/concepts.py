@@ -34,20 +34,19 @@ def _card(here: Visit, i: int, row: Row) -> None:
     lora = row.lora
     with st.container(border=True, key=f"card_{row.number}"):
         st.html(f"<style>.st-key-card_{row.number} {{ border-left: 5px solid {colour(i)} !important; }}</style>")
-        picture, words, more = st.columns([1, 5, 1], vertical_alignment="center")
+        picture, name, trigger, noun = st.columns([1, 2, 2, 2], vertical_alignment="center", wrap=False)
         picture.image((lora.thumbnail if lora else None) or tile(i), width=64)
-        with words:
-            name, trigger, noun = st.columns(3)
-            name.text_input("Name", key=fields.of_row(row, "name"), max_chars=MOST_NAME)
-            trigger.text_input("Trigger", key=fields.of_row(row, "trigger"), max_chars=MOST_NAME, help=(
-                "The rare word or words that the LoRA was trained with, without the class word."
-            ))  # fmt: skip
-            noun.text_input("Class word", key=fields.of_row(row, "class_word"), max_chars=MOST_NAME, help=(
-                "The plain noun that follows the trigger in the prompt."
-            ))  # fmt: skip
-        with more, st.popover("", icon=":material/tune:", help="Weight, own prompts, remove", width="stretch"):
+        name.text_input("Name", key=fields.of_row(row, "name"), max_chars=MOST_NAME)
+        trigger.text_input("Trigger", key=fields.of_row(row, "trigger"), max_chars=MOST_NAME, help=(
+            "The rare word or words that the LoRA was trained with, without the class word."
+        ))  # fmt: skip
+        noun.text_input("Class word", key=fields.of_row(row, "class_word"), max_chars=MOST_NAME, help=(
+            "The plain noun that follows the trigger in the prompt."
+        ))  # fmt: skip
+        about, more = st.columns([4, 1], vertical_alignment="center", wrap=False)
+        about.html(f'<div class="lc-file">{_about(here, row)}</div>')
+        with more, st.popover("More"):
             _details(here, row)
-        st.html(f'<div class="lc-file">{_about(here, row)}</div>')
         if row.lora is None:
             st.error(f"This LoRA is not here: {markdown(row.wanted)}. Upload it, or remove the concept.")
         elif (fit := here.fit(row)) is not None and fit[2]:

@@ -49,7 +49,9 @@ def gallery_view(here: Visit) -> None:
     if not here.pictures:
         st.caption("None yet.")
     for start in range(0, len(here.pictures), _ACROSS):
-        for column, picture in zip(st.columns(_ACROSS), here.pictures[start : start + _ACROSS], strict=False):
+        for column, picture in zip(
+            st.columns(_ACROSS, wrap=False), here.pictures[start : start + _ACROSS], strict=False
+        ):
             with column:
                 st.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
                 st.caption(markdown(f"{picture.run.method or 'no method'}, seed {picture.run.seed}"))
@@ -65,7 +67,7 @@ def _folder(here: Visit) -> None:
     if not paths:
         st.caption("Nothing has been kept there yet. Everybody who opens this page sees what is there.")
     for start in range(0, len(paths), _ACROSS):
-        for column, path in zip(st.columns(_ACROSS), paths[start : start + _ACROSS], strict=False):
+        for column, path in zip(st.columns(_ACROSS, wrap=False), paths[start : start + _ACROSS], strict=False):
             with column:
                 _kept(here, path)
 

@@ -19,7 +19,8 @@ _CANVAS = "do.canvas"
 def layout_part(here: Visit) -> None:
     """The size of the canvas, and the boxes on it."""
     st.subheader("Layout", anchor=False)
-    mode, width, height = st.columns([2, 1, 1], vertical_alignment="bottom")
+    mode, sides = st.columns([1, 1], vertical_alignment="bottom")
+    width, height = sides.columns(2, wrap=False)
     mode.segmented_control("Where are the concepts?", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
                            required=True, width="stretch")  # fmt: skip
     width.number_input("Width", *SIDES, key=fields.WIDTH, step=8)
@@ -45,7 +46,7 @@ def _apply(here: Visit, name: str) -> None:
 
 def _numbers(row: Row) -> None:
     st.caption(markdown(str(st.session_state[fields.of_row(row, "name")])))
-    for column, edge in zip(st.columns(4), fields.EDGES, strict=True):
+    for column, edge in zip(st.columns(4, wrap=False), fields.EDGES, strict=True):
         column.number_input(edge.capitalize(), 0, SIDES[1], key=fields.of_row(row, edge), step=8)
 
 

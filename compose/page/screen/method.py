@@ -23,7 +23,7 @@ def method_part(here: Visit) -> None:
             _settings(method)
     else:
         st.caption("Without concepts there is nothing to compose: the model paints as it always does.")
-    steps, guidance, seeds = st.columns(3)
+    steps, guidance, seeds = st.columns(3, wrap=False)
     steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
     guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
         "How much the picture follows the prompt; 1 or less switches guidance off and halves the cost."

@@ -17,30 +17,16 @@ from compose.page.work import Job, Picture
 
 _EVERY = 0.4  # seconds between two looks at the work
 _VIEW = "set.view"
-_VIEWS = {
-    "Picture": ":material/image:",
-    "Compare": ":material/view_column:",
-    "Understand": ":material/visibility:",
-    "Gallery": ":material/photo_library:",
-    "Evaluate": ":material/bar_chart:",
-}
 _PLACE = "stage"
 
 
 def stage_part(here: Visit) -> None:
     """The right view of the stage, under the button."""
     _pressing(here)
-    st.fragment(_working, run_every=_EVERY if here.working else None)(here)
     st.session_state.setdefault(_VIEW, "Picture")
-    view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", required=True,
-                                format_func=lambda name: f"{_VIEWS[name]} {name}", width="stretch")  # fmt: skip
-    {
-        "Picture": _picture_view,
-        "Compare": compare_view,
-        "Understand": understand_view,
-        "Gallery": gallery_view,
-        "Evaluate": evaluate_view,
-    }[view](here)
+    view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", width="stretch")
+    st.fragment(_working, run_every=_EVERY if here.working else None)(here)
+    _VIEWS[view or "Picture"](here)
 
 
 def read_draft(here: Visit) -> tuple[Draft | None, list[str]]:
@@ -117,7 +103,7 @@ def _working(here: Visit) -> None:
 
 def _progress(job: Job) -> None:
     with st.container(key="progress"):
-        bar, button = st.columns([5, 1], vertical_alignment="center")
+        bar, button = st.columns([4, 1], vertical_alignment="center", wrap=False)
         bar.progress(job.share, text=progress_words(job))
         button.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping,
                       width="stretch")  # fmt: skip
@@ -185,3 +171,12 @@ def _exports(here: Visit, picture: Picture) -> None:
         command_tab.caption("It reads scene.yaml, from the first tab.")
         if run != picture.run:
             st.caption("LoRAs that you uploaded are named as your files are; put them beside the scene file.")
+
+
+_VIEWS = {
+    "Picture": _picture_view,
+    "Compare": compare_view,
+    "Understand": understand_view,
+    "Gallery": gallery_view,
+    "Evaluate": evaluate_view,
+}

@@ -21,14 +21,14 @@ def understand_view(here: Visit) -> None:
     names = ["All", *(str(step + 1) for step in attention.steps)]
     chosen = st.select_slider("Step", names, key="do.attention.step")
     step = None if chosen == "All" else names.index(chosen) - 1
-    left, right = st.columns(2)
+    left, right = st.columns(2, wrap=False)
     left.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
     left.caption("The picture")
     right.image(masks(picture.made.image, attention, step), width="stretch", alt="Whose cells are whose")
     right.caption("Whose cells are whose: above half of its own maximum, and above everybody else's share")
     concepts = picture.run.scene.concepts
     for start in range(0, len(concepts), 2):
-        for column, i in zip(st.columns(2), range(start, min(start + 2, len(concepts))), strict=False):
+        for column, i in zip(st.columns(2, wrap=False), range(start, min(start + 2, len(concepts))), strict=False):
             column.image(heat(picture.made.image, attention, i, step), width="stretch", alt=f"Attention to {i}")
             column.caption(f"Where the model looks for {markdown(concepts[i].name)}, "
                            f"“{markdown(concepts[i].phrase)}”")  # fmt: skip
