@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,12 @@ from pipelines.scene import Concept, Run, Scene
 LIMIT = 2
 """Models that are open at once; the one that was not used for longest makes room."""
 
-MEMORY = {
-    "VAE in tiles": "enable_vae_tiling",
-    "Attention in slices": "enable_attention_slicing",
-    "Parts on the CPU until needed": "enable_model_cpu_offload",
-    "Layers on the CPU until needed": "enable_sequential_cpu_offload",
+MEMORY: Mapping[str, Callable[[Any, str], None]] = {
+    "Decode in tiles": lambda pipe, device: pipe.vae.enable_tiling(),
+    "Parts on the CPU until needed": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
+    "Layers on the CPU until needed": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
 }
-"""Ways to save memory, and diffusers' functions for them."""
+"""Ways to save memory, and what they do with a pipeline on its way to a device."""
 
 _OFFLOAD = ("Parts on the CPU until needed", "Layers on the CPU until needed")
 
@@ -164,8 +163,7 @@ def _opened(choice: Choice) -> Any:
     scene = Scene(prompt="-")  # opening looks at the model's part of a run only
     pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=start))
     for name in choice.memory:
-        function = getattr(pipe, MEMORY[name])
-        function(device=device) if name in _OFFLOAD else function()
+        MEMORY[name](pipe, device)
     return pipe
 
 
