@@ -392,7 +392,7 @@ def test_page_command_and_python_text_give_the_same_picture(
     Path("it.py").write_text(export.python(run), encoding="utf-8")
     exec(compile(export.python(run), "it.py", "exec"), {})
     ours = np.asarray(picture.made.image)
-    assert np.array_equal(ours, np.asarray(read_pixels("cli/7.png")))
+    assert np.array_equal(ours, np.asarray(read_pixels("cli/2.png")))
     assert np.array_equal(ours, np.asarray(read_pixels("picture.png")))
 
 

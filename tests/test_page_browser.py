@@ -237,7 +237,7 @@ def test_a_picture_dropped_in_sets_everything_and_gives_the_same_pixels(page: Pa
     make(page)
     picture = downloaded(page, tmp_path / "picture.png")
     page.reload()
-    expect(page.get_by_label("Seeds", exact=True)).to_have_value("7", timeout=2 * MINUTE)
+    expect(page.get_by_label("Seeds", exact=True)).to_have_value("2", timeout=2 * MINUTE)
     page.get_by_text("Everything from a picture").click()
     page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*="png"]').set_input_files(picture)
     expect(page.get_by_label("Seeds", exact=True)).to_have_value("3")

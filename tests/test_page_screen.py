@@ -75,13 +75,13 @@ def test_a_picture_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (picture,) = visit(at).pictures
     assert visit(at).shown == picture.key
-    assert "lora-composer · seed 7 · 2 steps" in said(at)
+    assert "lora-composer · seed 2 · 2 steps" in said(at)
     at.button(key=f"do.keep.{picture.key}").click().run()
-    kept = tmp_path / "out" / "page" / "7.png"
+    kept = tmp_path / "out" / "page" / "2.png"
     assert read_record(kept) == picture.made.record
     at.session_state["set.view"] = "Gallery"
     at.run()
-    assert "7.png: lora-composer, seed 7" in said(at)
+    assert "2.png: lora-composer, seed 2" in said(at)
     at.session_state["set.view"] = "Understand"
     at.run()
     assert "Where the model looks for bear" in said(at)

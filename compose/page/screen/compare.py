@@ -22,9 +22,8 @@ def compare_view(here: Visit) -> None:
     st.session_state.setdefault(_CHOSEN, ["merge", "regional", "lora-composer"])
     methods = st.multiselect("Methods", list(METHODS), key=_CHOSEN)
     _costs(here, methods)
-    seeds = st.session_state[fields.SEEDS]
-    st.button(f"Make them all, seeds {markdown(seeds)}", key="do.compare", icon=":material/view_column:",
-              disabled=here.working or not methods, on_click=_start, args=(here, methods), width="stretch")  # fmt: skip
+    st.button("Make them all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
+              disabled=here.working or not methods, on_click=_start, args=(here, methods))  # fmt: skip
     for trouble in here.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
     _table(here)

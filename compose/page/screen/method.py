@@ -36,8 +36,10 @@ def method_part(here: Visit) -> None:
 
 def _settings(method: str) -> None:
     with st.expander("Settings of this method", icon=":material/tune:"):
-        for control in controls(method):
-            _control(method, control)
+        halves = st.columns(2)
+        for i, control in enumerate(controls(method)):
+            with halves[i % 2]:
+                _control(method, control)
         st.button("Back to the defaults", key="do.defaults", on_click=_reset, args=(method,))
         try:
             different = changed(method, {control.name: _shown(method, control) for control in controls(method)})

@@ -47,7 +47,7 @@ def _pressing(here: Visit) -> None:
     number = len(draft.seeds) if draft is not None else 1
     label = "Make the picture" if number == 1 else f"Make {number} pictures"
     st.button(label, type="primary", icon=":material/brush:", key="do.make", width="stretch", on_click=_start,
-              args=(here,), disabled=bool(problems) or here.working, shortcut="Ctrl+Enter")  # fmt: skip
+              args=(here,), disabled=bool(problems) or here.working)  # fmt: skip
     for problem in problems:
         st.error(markdown(problem), icon=":material/error:")
     if draft is not None and not problems and not here.working:
@@ -85,7 +85,7 @@ def _working(here: Visit) -> None:
     job = here.job
     new = here.collect()
     if job is not None and job.running:
-        _progress(job)
+        _progress(job, small=here.comparing)
         if new and here.comparing:
             st.rerun()
     elif job is not None and (new or "running" in here.troubles.get("job", [])):
@@ -101,14 +101,14 @@ def _working(here: Visit) -> None:
         st.info("Stopped. Everything you have set is still here.", icon=":material/stop_circle:")
 
 
-def _progress(job: Job) -> None:
+def _progress(job: Job, *, small: bool) -> None:
     with st.container(key="progress"):
         bar, button = st.columns([4, 1], vertical_alignment="center", wrap=False)
         bar.progress(job.share, text=progress_words(job))
         button.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping,
                       width="stretch")  # fmt: skip
         if job.preview is not None:
-            st.image(job.preview, width="stretch", alt="What the picture looks like so far")
+            st.image(job.preview, width=160 if small else "stretch", alt="What the picture looks like so far")
 
 
 def progress_words(job: Job) -> str:
