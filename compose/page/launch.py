@@ -2,16 +2,15 @@
 
 import importlib.util
 import ipaddress
+import logging
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from compose.terminal import FAILED, kindly
+from compose.terminal import kindly
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
@@ -50,7 +49,7 @@ def options() -> Options:
     )
 
 
-@kindly()
+@kindly(logging.WARNING)
 def ui(
     port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 8501,
     host: Annotated[
@@ -67,14 +66,12 @@ def ui(
         raise ValueError(f"there is no folder {str(loras)!r}; --loras names a folder with safetensors files")
     told = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no"}
     told |= {_LORAS: str(loras.absolute())} if loras is not None else {}
-    command = [sys.executable, "-m", "streamlit", "run", str(script()), "--server.port", str(port)]
-    command += ["--server.address", host, "--server.headless", "false" if browser else "true"]
-    try:
-        code = subprocess.run(command, env={**os.environ, **told}, check=False).returncode
-    except KeyboardInterrupt:  # Streamlit has heard it as well, and has closed
-        return
-    if code:
-        raise typer.Exit(FAILED)
+    os.environ.update(told)
+    from streamlit.web.cli import main
+
+    served = ["--server.port", str(port), "--server.address", host, "--server.headless", str(not browser).lower()]
+    # In this process: a signal that ends the command then ends the page.
+    main(["run", str(script()), *served], standalone_mode=False)
 
 
 def script() -> Path:

@@ -164,7 +164,7 @@ class Job:
             record_attention=self._record_attention,
         )
         self.pictures.append(Picture(made.pictures[0], made.cost, made.attention, time.monotonic() - start))
-        self._done, self.preview = 0, None
+        self._done, self.preview = 0, made.pictures[0].image  # until the next one can be looked at
 
     def _step(self, pipe: Any, done: int, of: int, latents: Tensor) -> None:
         if self._stop.is_set():

@@ -43,9 +43,10 @@ def _card(here: Visit, i: int, row: Row) -> None:
         noun.text_input("Class word", key=fields.of_row(row, "class_word"), max_chars=MOST_NAME, help=(
             "The plain noun that follows the trigger in the prompt."
         ))  # fmt: skip
-        about, more = st.columns([4, 1], vertical_alignment="center", wrap=False)
-        about.html(f'<div class="lc-file">{_about(here, row)}</div>')
-        with more, st.popover("More"):
+        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
+            st.html(f'<div class="lc-file">{_about(here, row)}</div>', width="stretch")
+            more = st.popover("More", width="content")
+        with more:
             _details(here, row)
         if row.lora is None:
             st.error(f"This LoRA is not here: {markdown(row.wanted)}. Upload it, or remove the concept.")

@@ -30,9 +30,9 @@ def _suite(suite: Quick) -> None:
     st.caption("The quick suite makes pictures of six scenes of the playground with every method, scores them, and "
                "writes a report. It takes a few minutes, and goes on where it was stopped.")  # fmt: skip
     if suite.state == "running":
-        bar, button = st.columns([5, 1], vertical_alignment="center")
-        bar.progress(suite.share, text=f"{suite.share:.0%} of the batches are done")
-        button.button("Stop", key="do.suite.stop", on_click=suite.stop, icon=":material/stop:", width="stretch")
+        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
+            st.progress(suite.share, text=f"{suite.share:.0%} of the batches are done")
+            st.button("Stop", key="do.suite.stop", on_click=suite.stop, icon=":material/stop:")
         st.session_state["do.suite.ran"] = True
         return
     if st.session_state.pop("do.suite.ran", False):

@@ -18,6 +18,7 @@ from compose.page.work import Job, Picture
 _EVERY = 0.4  # seconds between two looks at the work
 _VIEW = "set.view"
 _PLACE = "stage"
+_TOGETHER = "do.together"
 
 
 def stage_part(here: Visit) -> None:
@@ -103,12 +104,13 @@ def _working(here: Visit) -> None:
 
 def _progress(job: Job, *, small: bool) -> None:
     with st.container(key="progress"):
-        bar, button = st.columns([4, 1], vertical_alignment="center", wrap=False)
-        bar.progress(job.share, text=progress_words(job))
-        button.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping,
-                      width="stretch")  # fmt: skip
+        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
+            st.progress(job.share, text=progress_words(job))
+            st.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
         if job.preview is not None:
             st.image(job.preview, width=160 if small else "stretch", alt="What the picture looks like so far")
+        elif not small:
+            st.html('<div class="lc-empty"><p>The first look comes after a few steps.</p></div>')
 
 
 def progress_words(job: Job) -> str:
@@ -136,6 +138,7 @@ def _picture_view(here: Visit) -> None:
         st.html('<div class="lc-empty"><p>Your picture appears here.</p><p>Everything is filled in: press the button '
                 "above, and change what you like afterwards.</p></div>")  # fmt: skip
         return
+    _siblings(here, picture)
     boxes = [concept.region if isinstance(concept.region, tuple) else None for concept in picture.run.scene.concepts]
     shown = picture.made.image
     if any(boxes) and st.toggle("Show the boxes", key="set.outlines"):
@@ -144,6 +147,25 @@ def _picture_view(here: Visit) -> None:
     _about(picture)
     keep_buttons(here, picture)
     _exports(here, picture)
+
+
+def _siblings(here: Visit, picture: Picture) -> None:
+    """Which of the pictures that were made together is looked at."""
+    together = {found.key: found for found in (here.job.pictures if here.job is not None else [])}
+    if picture.key not in together or len(together) < 2:
+        return
+
+    def label(key: str) -> str:
+        run = together[key].run
+        return f"{run.method}, {run.seed}" if here.comparing else f"Seed {run.seed}"
+
+    st.session_state[_TOGETHER] = picture.key
+    st.segmented_control("Made together", list(together), key=_TOGETHER, format_func=label, on_change=_switch,
+                         args=(here,), label_visibility="collapsed")  # fmt: skip
+
+
+def _switch(here: Visit) -> None:
+    here.shown = st.session_state[_TOGETHER] or here.shown
 
 
 def _about(picture: Picture) -> None:

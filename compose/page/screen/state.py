@@ -92,6 +92,7 @@ class Visit:
     troubles: dict[str, list[str]] = field(default_factory=dict)
     uploads: int = 0
     _numbers: int = 0
+    _ending: weakref.finalize | None = None
     _outlooks: dict[str, Report] = field(default_factory=dict)
     _likeness: dict[str, dict[str, Likeness]] = field(default_factory=dict)
 
@@ -115,7 +116,9 @@ class Visit:
         """Starts to make pictures; they go on while the page is looked at, and stop when nobody has it open."""
         self.comparing = comparing
         self.job = Job(self.slot, runs, record_attention=record_attention).start()
-        weakref.finalize(self, self.job.stop)
+        if self._ending is not None:
+            self._ending.detach()
+        self._ending = weakref.finalize(self, self.job.stop)
 
     def collect(self) -> bool:
         """Takes over what the job has finished; True if there was something new."""
