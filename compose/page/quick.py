@@ -1,5 +1,6 @@
 """The quick suite, started from the page: a process of its own, as `lora-compose evaluate` makes it."""
 
+import atexit
 import subprocess
 import sys
 import threading
@@ -49,11 +50,14 @@ class Quick:
             if self.state == "running":
                 return
             self._said.clear()
+            # One process: the others of several would outlive the first one, and pictures need a processor, too.
             command = [sys.executable, "-m", "compose", "evaluate", "run", NAME, "--out", str(self.folder)]
+            command += ["--processes", "1"]
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
             )
             self.state = "running"
+            atexit.register(self.stop)
             threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
 
     def stop(self) -> None:

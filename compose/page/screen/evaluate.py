@@ -28,7 +28,7 @@ def evaluate_view(here: Visit) -> None:
 
 def _suite(suite: Quick) -> None:
     st.caption("The quick suite makes pictures of six scenes of the playground with every method, scores them, and "
-               "writes a report. It takes a few minutes, and goes on where it was stopped.")  # fmt: skip
+               "writes a report. It takes some minutes, and goes on where it was stopped.")  # fmt: skip
     if suite.state == "running":
         with st.container(horizontal=True, vertical_alignment="center", wrap=False):
             st.progress(suite.share, text=f"{suite.share:.0%} of the batches are done")
