@@ -55,7 +55,7 @@ class Installation:
         self,
         gates: Gates,
         encoder_hidden_states: Tensor | None = None,
-        recorder: Recorder | None = None,
+        *recorders: Recorder,
         layout: Layout | None = None,
     ) -> None:
         """Sets what the next pass needs; it stays until it is set again.
@@ -67,7 +67,7 @@ class Installation:
             gates: How strongly each concept acts where.
             encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens,
                 channels] with a layout that divides cells among texts.
-            recorder: Takes attention maps of this pass.
+            recorders: Take attention maps of this pass.
             layout: What attention does differently in regions.
         """
         if gates not in self._expanded:
@@ -78,7 +78,7 @@ class Installation:
             }
         self.slot.gates = self._expanded[gates]
         self.slot.text_kv = None if encoder_hidden_states is None else self._kept(encoder_hidden_states, gates.text)
-        self.slot.recorder = recorder
+        self.slot.recorders = recorders
         self.slot.layout = layout
         self.slot.texts = encoder_hidden_states if layout is not None else None
 

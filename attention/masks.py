@@ -83,3 +83,37 @@ def bounds(region: Tensor) -> tuple[slice, slice]:
     """The rows and columns of a region's bounding box. Shape: [height, width], bool."""
     rows, columns = region.any(dim=1).nonzero()[:, 0], region.any(dim=0).nonzero()[:, 0]
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def strongest(maps: Tensor, threshold: float) -> Tensor:
+    """Which cells of a map are above a share of its maximum.
+
+    Args:
+        maps: Not negative. Shape: [..., height, width].
+        threshold: The share, below 1.
+
+    Returns:
+        The same shape, bool; at least the highest cell of a map that is not 0 all over.
+    """
+    return maps > threshold * maps.amax(dim=(-2, -1), keepdim=True)
+
+
+def dilated(mask: Tensor) -> Tensor:
+    """A mask and all neighbours of its cells. Shape: [..., height, width], bool."""
+    flat = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    return (F.max_pool2d(flat, 3, stride=1, padding=1) > 0).view(mask.shape)
+
+
+def eroded(mask: Tensor) -> Tensor:
+    """The cells of a mask of which no neighbour is outside; what lies beyond the border counts for nothing."""
+    return ~dilated(~mask)
+
+
+def opened(mask: Tensor) -> Tensor:
+    """A mask without what is thinner than three cells."""
+    return dilated(eroded(mask))
+
+
+def closed(mask: Tensor) -> Tensor:
+    """A mask in which holes and gaps thinner than three cells are filled."""
+    return eroded(dilated(mask))

@@ -150,12 +150,11 @@ class ComposeAttnProcessor:
         return attend(self._kernel, self._layer.level, query, key, value)
 
     def _record(self, query: Tensor, key: Tensor, scale: float) -> None:
-        recorder, layout, name = self._slot.recorder, self._slot.layout, self._layer.name
-        if recorder is None:
-            return
-        isolated = layout is not None and layout.isolate and name in recorder.self_layers
-        allowed = layout.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-        recorder.take(name, query, key, scale, allowed)
+        layout, name = self._slot.layout, self._layer.name
+        for recorder in self._slot.recorders:
+            isolated = layout is not None and layout.isolate and name in recorder.self_layers
+            allowed = layout.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
+            recorder.take(name, query, key, scale, allowed)
 
     def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         if text is not None and self._slot.texts is not None:

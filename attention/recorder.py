@@ -1,6 +1,6 @@
 """Attention maps of chosen attention layers, as they are computed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,17 @@ class Recorder:
             self.maps[layer] = _attention(query, key, scale, None) @ self.readout
         elif layer in self.self_layers:
             self.self_maps[layer] = _attention(query, key, scale, allowed)
+
+    def of_rows(self, rows: slice) -> "Recorder":
+        """One that takes the maps of some of the rows."""
+        readout = self.readout if self.readout.shape[-3] == 1 else self.readout[..., rows, :, :]
+        return Recorder(self.layers, readout, self.self_layers)
+
+    def join(self, parts: Sequence["Recorder"]) -> None:
+        """Takes over what recorders of consecutive rows have taken."""
+        first = parts[0]
+        self.maps = {layer: torch.cat([part.maps[layer] for part in parts], dim=-3) for layer in first.maps}
+        self.self_maps = {layer: torch.cat([part.self_maps[layer] for part in parts]) for layer in first.self_maps}
 
     def mean(self) -> Tensor:
         """Mean over the recorded layers, which must share one grid. Shape: [(texts,) rows, cells, maps]."""

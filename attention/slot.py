@@ -1,5 +1,6 @@
 """The one channel through which a UNet pass is told what it needs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ class Slot:
     Attributes:
         gates: Expanded gates by key; a missing key is an error.
         text_kv: Kept keys and values of cross-attention.
-        recorder: Takes attention maps, if any are wanted.
+        recorders: Take attention maps, if any are wanted.
         layout: What attention does differently in regions, if there are any.
         texts: What cross-attention reads instead of the text that the UNet was given, with a layout. Shape: [texts,
             rows, tokens, channels].
@@ -30,6 +31,6 @@ class Slot:
 
     gates: dict["GateKey", Tensor] = field(default_factory=dict)
     text_kv: "TextKV | None" = None
-    recorder: "Recorder | None" = None
+    recorders: "Sequence[Recorder]" = ()
     layout: "Layout | None" = None
     texts: Tensor | None = None

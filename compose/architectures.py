@@ -30,8 +30,9 @@ SDXL: Mapping[str, Any] = {
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"SD 1.5": SD15, "SDXL": SDXL}
 
 RANK = 8
-TRIGGERS = string.ascii_lowercase  # words of one token for every CLIP tokenizer
-PROMPT = " ".join(TRIGGERS)
+# Words of one token for every CLIP tokenizer.
+TRIGGERS, NOUNS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
+PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS, NOUNS, strict=True))
 
 
 def attention_lora(unet: UNet2DConditionModel) -> Lora:
@@ -50,7 +51,10 @@ def attention_lora(unet: UNet2DConditionModel) -> Lora:
 def columns(number: int, width: int, height: int) -> list[Concept]:
     """Concepts, each with a column of the picture as its region; the columns fill it."""
     boxes: list[Region] = [(width * i // number, 0, width * (i + 1) // number, height) for i in range(number)]
-    return [Concept(name=f"concept {i}", trigger=TRIGGERS[i], weight=1.0, region=box) for i, box in enumerate(boxes)]
+    return [
+        Concept(name=f"concept {i}", trigger=TRIGGERS[i], class_word=NOUNS[i], weight=1.0, region=box)
+        for i, box in enumerate(boxes)
+    ]
 
 
 def with_lora(concepts: list[Concept], lora: Lora) -> list[LoadedConcept]:

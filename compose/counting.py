@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from attention import Gates, Layout, Lora, Recorder
 from attention.layers import Grid, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks
-from pipelines.engine import EncodedText, Engine, LoadedConcept, Objective
+from pipelines.engine import EncodedText, Engine, Gradient, LoadedConcept, Objective
 from pipelines.methods import Settings
 from pipelines.output import Cost
 
@@ -93,7 +93,7 @@ def count(
         {"unet": unet, "scheduler": scheduler},
         [_without_numbers(concept) for concept in concepts],
         lambda prompts, negative_prompts: text,
-        lambda prompts, names: TokenMasks(words, words),
+        lambda prompts, names, mentions: TokenMasks(words, words),
         [" ".join(concept.concept.phrase for concept in concepts)],
         TokenMasks(words, words),
         latent_grid=grid,
@@ -234,7 +234,7 @@ class _Pass:
     flops: int
     output: Tensor
     text_kv: Mapping[str, tuple[Tensor, Tensor]]
-    maps: Mapping[str, Tensor]
+    maps: Sequence[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ class _Update:
 
     flops: int
     cost: Cost
-    losses: Tensor
-    gradient: Tensor
+    gradient: Gradient
+    maps: Mapping[str, Tensor]
 
 
 class _Engine(Engine):
@@ -263,6 +263,12 @@ class _Engine(Engine):
     def goes_on(self, images: Tensor) -> bool:
         return True
 
+    def found(self, masks: Tensor) -> Tensor:
+        """A column of the picture for each concept."""
+        _, concepts, _, width = masks.shape
+        column = torch.arange(width) * concepts // width
+        return (column == torch.arange(concepts)[:, None])[None, :, None].expand(masks.shape)
+
     def gradient(
         self,
         latents: Tensor,
@@ -272,40 +278,47 @@ class _Engine(Engine):
         record: Recorder,
         objective: Objective,
         layout: Layout | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        kind = latents.shape, conditioning, gates, layout
+        *,
+        whole: bool = False,
+    ) -> Gradient:
+        kind = latents.shape, conditioning, gates, layout, whole
+        what = latents, t, conditioning, gates, record, objective, layout
         if kind not in self._begun:  # the first of a kind makes keys and values of the text
             self._begun.add(kind)
-            return super().gradient(latents, t, conditioning, gates, record, objective, layout)
+            return super().gradient(*what, whole=whole)
         if kind not in self._updates:
             before, self.cost = (self._operations.flops, self.cost), Cost()
-            losses, gradient = super().gradient(latents, t, conditioning, gates, record, objective, layout)
-            self._updates[kind] = _Update(self._operations.flops - before[0], self.cost, losses, gradient)
+            gradient = super().gradient(*what, whole=whole)
+            self._updates[kind] = _Update(self._operations.flops - before[0], self.cost, gradient, dict(record.maps))
             self._operations.flops, self.cost = before
         known = self._updates[kind]
         self._operations.flops += known.flops
+        self.cost.rows_forward += known.cost.rows_forward
         self.cost.rows_stopped += known.cost.rows_stopped
         self.cost.rows_backward += known.cost.rows_backward
-        return known.losses, known.gradient
+        record.maps.update(known.maps)
+        return known.gradient
 
     def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         if torch.is_grad_enabled():
             return super()._run(latents, t, conditioning)
         slot = self.installation.slot
         text_kv = {} if slot.text_kv is None else slot.text_kv.kept
-        maps, recorded = ({}, None) if slot.recorder is None else (slot.recorder.maps, slot.recorder.layers)
+        recorded = tuple((recorder.layers, recorder.readout.shape) for recorder in slot.recorders)
         bank = frozenset((name, layer.key) for name, layer in self.installation.bank.items())
         text = conditioning.prompt_embeds.shape
         kind = latents.shape, text, bank, frozenset(text_kv), recorded, slot.layout, len(self._unet.up_blocks)
         if kind not in self._passes:
             before = self._operations.flops
             output = super()._run(latents, t, conditioning)
-            self._passes[kind] = _Pass(self._operations.flops - before, output, dict(text_kv), dict(maps))
+            maps = [dict(recorder.maps) for recorder in slot.recorders]
+            self._passes[kind] = _Pass(self._operations.flops - before, output, dict(text_kv), maps)
             return output
         known = self._passes[kind]
         self._operations.flops += known.flops
         text_kv.update(known.text_kv)
-        maps.update(known.maps)
+        for recorder, maps in zip(slot.recorders, known.maps, strict=True):
+            recorder.maps.update(maps)
         return known.output
 
 

@@ -76,7 +76,7 @@ def open_with_concepts(model: str, device: str, concepts: int) -> Any:
         lora = attention_lora(pipe.unet).items()
         save_file({f"unet.{n}.{key}.weight": getattr(f, side) for n, f in lora for key, side in sides.items()}, path)
         for concept in columns(concepts, *size_of(pipe, _SCENE)):
-            pipe.load_concept(path, name=concept.name, trigger=concept.trigger)
+            pipe.load_concept(path, name=concept.name, trigger=concept.trigger, class_word=concept.class_word)
     return pipe
 
 

@@ -1,6 +1,6 @@
 """Prompts of all branches -> the text side of one UNet pass."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.scene import Concept
-from pipelines.tokens import check_disjoint, find_words, locate, token_mask
+from pipelines.tokens import Mention, check_disjoint, find_words, locate, locate_mention, token_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,25 +16,32 @@ class Conditioning:
     """The text of all rows of one UNet pass.
 
     Rows are ordered (uncond, branch 0, branch 1, ...), each part with one row per image; uncond is there with guidance
-    only. Images of one prompt are adjacent. Where image cells choose among several texts, all tensors have the texts as
-    a dimension in front (`stack_texts`).
+    only, once for all branches or once for each. Images of one prompt are adjacent. Where image cells choose among
+    several texts, all tensors have the texts as a dimension in front (`stack_texts`).
 
     Attributes:
         prompt_embeds: Shape: [(texts,) rows, tokens, channels].
         trigger_mask: 1 at the tokens of each concept's trigger; rows of uncond are 0. Shape: [(texts,) rows, tokens,
             concepts].
         phrase_mask: The same for trigger and class word together.
-        guided: True if the uncond rows are there.
+        unconds: How many uncond parts there are in front; 0 without guidance.
         images: Images in the batch.
         added_cond_kwargs: Further inputs of the UNet by row (SDXL's pooled text and sizes).
+        at_once: How many parts of one row per image are run together, which saves memory; None is all of them.
     """
 
     prompt_embeds: Tensor
     trigger_mask: Tensor
     phrase_mask: Tensor
-    guided: bool
+    unconds: int
     images: int
     added_cond_kwargs: Mapping[str, Tensor] | None = None
+    at_once: int | None = None
+
+    @property
+    def guided(self) -> bool:
+        """True if there are uncond rows."""
+        return self.unconds > 0
 
     @property
     def rows(self) -> int:
@@ -49,18 +56,24 @@ class Conditioning:
     @property
     def conditional_rows(self) -> slice:
         """The rows that are not uncond."""
-        return slice(self.images if self.guided else 0, self.rows)
+        return slice(self.unconds * self.images, self.rows)
 
     def conditional(self) -> "Conditioning":
         """The same without the uncond rows."""
-        rows = self.conditional_rows
+        return replace(self.select(self.conditional_rows), unconds=0)
+
+    def of_image(self, image: int) -> "Conditioning":
+        """The rows of one image."""
+        return replace(self.select(slice(image, None, self.images)), images=1)
+
+    def select(self, rows: slice) -> "Conditioning":
+        """Some of the rows, whatever they are then."""
         added = self.added_cond_kwargs
         return replace(
             self,
             prompt_embeds=self.prompt_embeds[..., rows, :, :],
             trigger_mask=self.trigger_mask[..., rows, :, :],
             phrase_mask=self.phrase_mask[..., rows, :, :],
-            guided=False,
             added_cond_kwargs=None if added is None else {key: value[rows] for key, value in added.items()},
         )
 
@@ -72,6 +85,31 @@ def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
         prompt_embeds=torch.stack([text.prompt_embeds for text in texts]),
         trigger_mask=torch.stack([text.trigger_mask for text in texts]),
         phrase_mask=torch.stack([text.phrase_mask for text in texts]),
+    )
+
+
+def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioning]) -> Conditioning:
+    """Several texts of the same images as branches of one batch: rows (uncond, branch 0, branch 1, ...).
+
+    Args:
+        branches: One text each, without branches of their own.
+        unconds: Those of them whose uncond rows are kept: one, or each.
+    """
+
+    def join(rows_of: Callable[[Conditioning], Tensor]) -> Tensor:
+        first = [rows_of(branch)[: branch.conditional_rows.start] for branch in unconds]
+        return torch.cat([*first, *(rows_of(branch)[branch.conditional_rows] for branch in branches)])
+
+    added = branches[0].added_cond_kwargs
+    return replace(
+        branches[0],
+        prompt_embeds=join(lambda branch: branch.prompt_embeds),
+        trigger_mask=join(lambda branch: branch.trigger_mask),
+        phrase_mask=join(lambda branch: branch.phrase_mask),
+        unconds=sum(branch.unconds for branch in unconds),
+        added_cond_kwargs=None
+        if added is None
+        else {key: join(lambda branch, key=key: (branch.added_cond_kwargs or {})[key]) for key in added},
     )
 
 
@@ -94,6 +132,7 @@ class TokenMasks:
         concepts: Sequence[Concept],
         names: Container[str] | None = None,
         optional: Container[str] = (),
+        mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> "TokenMasks":
         """Finds triggers and class words; concepts without a trigger have an empty mask.
 
@@ -103,18 +142,25 @@ class TokenMasks:
             concepts: Whose words are looked for.
             names: Looked for are these concepts alone; None is all.
             optional: Concepts whose trigger need not be there.
+            mentions: By prompt, words that name a concept there; they are its phrase, whatever else would be.
 
         Raises:
-            ValueError: For triggers that are missing, truncated or shared.
+            ValueError: For triggers that are missing, truncated or shared, and mentions that are missing or truncated.
         """
         wanted = [c for c in concepts if c.trigger and (names is None or c.name in names)]
         trigger, phrase = [], []
-        for prompt in prompts:
+        for prompt, mentioned in zip(prompts, mentions or [{}] * len(prompts), strict=True):
             named = [c for c in wanted if c.name not in optional or find_words(c.trigger or "", prompt)]
             found = {concept.name: locate(tokenizer, prompt, concept) for concept in named}
             check_disjoint(named, list(found.values()), prompt)
             trigger.append([found[c.name].trigger if c.name in found else () for c in concepts])
-            phrase.append([found[c.name].phrase if c.name in found else () for c in concepts])
+            phrases = {name: place.phrase for name, place in found.items()}
+            phrases |= {
+                c.name: locate_mention(tokenizer, prompt, c, mentioned[c.name], concepts)
+                for c in concepts
+                if c.name in mentioned
+            }
+            phrase.append([phrases.get(c.name, ()) for c in concepts])
         tokens = tokenizer.model_max_length
         return cls(token_mask(trigger, tokens), token_mask(phrase, tokens))
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,6 +33,7 @@ from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
 from pipelines.output import Cost
 from pipelines.regions import Window
 from pipelines.scene import Concept
+from pipelines.tokens import Mention
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 """Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None is the
 call's own."""
 
-Finder = Callable[[Sequence[str], Collection[str]], TokenMasks]
-"""Finds words in prompts, of the concepts named in the second argument alone, which have to be there."""
+Finder = Callable[[Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks]
+"""Finds words in prompts: the triggers of the concepts named in the second argument alone, and by prompt what else
+names a concept. All have to be there."""
 
 Objective = Callable[[Recorder], Tensor]
 """What is wrong with the attention maps of a pass, one number per image."""
@@ -89,13 +91,34 @@ class Prediction:
 
     Attributes:
         model_output: What the scheduler takes (noise, velocity). Shape: [rows, channels, height, width].
-        guided: True if the first rows are the uncond ones.
+        unconds: How many parts of the rows, one row per image each, come first and are uncond.
         images: Images in the batch.
     """
 
     model_output: Tensor
-    guided: bool
+    unconds: int
     images: int
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The uncond parts and the branches. Shape: [parts, images, channels, height, width] each."""
+        parts = self.model_output.unflatten(0, (-1, self.images))
+        return parts[: self.unconds], parts[self.unconds :]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """What a pass with a gradient gives.
+
+    Attributes:
+        losses: The objective by image, fp32. Shape: [images].
+        direction: Its gradient in the scale of the latents, fp32. Shape: as the latents.
+        prediction: What the UNet said, if it was run to its end.
+    """
+
+    losses: Tensor
+    direction: Tensor
+    prediction: Prediction | None = None
 
 
 class Engine:
@@ -167,10 +190,12 @@ class Engine:
         self._guidance_rescale = guidance_rescale
         self._unet_kwargs = dict(unet_kwargs)
         self._log: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._masks: dict[int, Tensor] = {}
         self._installation: Installation | None = None
         self._first: Conditioning | None = None
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
         self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
+        self._cut_portions: WeakKeyDictionary[Gates, Any] = WeakKeyDictionary()
         sample = self._unet.config["sample_size"]
         self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
         layers = attention_layers(self._unet)
@@ -179,6 +204,11 @@ class Engine:
         self.map_layers = tuple(layer.name for layer in wanted if layer.cross)
         self.self_map_layers = tuple(layer.name for layer in wanted if not layer.cross)
         self.levels = frozenset(place.level for place in places(self._unet).values())
+
+    @property
+    def images(self) -> int:
+        """Images in the batch."""
+        return len(self.token_masks.trigger) * self.images_per_prompt
 
     @property
     def guided(self) -> bool:
@@ -191,6 +221,7 @@ class Engine:
         prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None,
         names: Collection[str] = (),
+        mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> Conditioning:
         """Encodes the prompts of the call, or others in their place, one for each.
 
@@ -199,13 +230,14 @@ class Engine:
             prompts: Instead of the call's own.
             negative_prompts: Instead of the call's own.
             names: Concepts whose words are looked for in those prompts.
+            mentions: By prompt, what else names a concept.
 
         Raises:
             ValueError: If a trigger is missing.
         """
         masks = self.token_masks
         if prompts is not None:
-            masks = self.find(prompts, names)
+            masks = self.find(prompts, names, mentions)
         elif self._first is None:
             self._mention_own_prompts()
         parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
@@ -228,13 +260,18 @@ class Engine:
                 ", ".join(own),
             )
 
-    def find(self, prompts: Sequence[str], names: Collection[str]) -> TokenMasks:
-        """Where the words of the named concepts, and of no others, stand in prompts.
+    def find(
+        self,
+        prompts: Sequence[str],
+        names: Collection[str],
+        mentions: Sequence[Mapping[str, Mention]] | None = None,
+    ) -> TokenMasks:
+        """Where the words of the named concepts, and of no others but those mentioned, stand in prompts.
 
         Raises:
             ValueError: If one is missing.
         """
-        return self._finder(prompts, names)
+        return self._finder(prompts, names, mentions)
 
     @property
     def conditioning(self) -> Conditioning:
@@ -265,7 +302,7 @@ class Engine:
             embeds if negative is None else torch.cat([negative, embeds]),
             trigger,
             phrase,
-            guided=negative is not None,
+            unconds=0 if negative is None else 1,
             images=embeds.shape[0],
             added_cond_kwargs=text.added_cond_kwargs,
         )
@@ -307,6 +344,8 @@ class Engine:
         gates: Gates,
         layout: Layout | None = None,
         window: Window | None = None,
+        record: Recorder | None = None,
+        image: int | None = None,
     ) -> Prediction:
         """One pass.
 
@@ -317,17 +356,17 @@ class Engine:
             gates: How strongly each concept acts where.
             layout: What attention does differently in regions; needed if the conditioning has several texts.
             window: Which rows and columns of the canvas the latents are; None is all of it.
+            record: Takes attention maps meanwhile; its readout is for the rows that are run.
+            image: Which image of the batch the latents are; None is all of them.
         """
-        if conditioning.guided and not self.guided:
-            conditioning, gates = self._without_uncond(conditioning, gates)
+        conditioning, gates = self._at(conditioning, gates)
         watch = self._watch(conditioning)
-        self.installation.use(gates, conditioning.prompt_embeds, watch, layout)
-        rows = torch.cat([latents] * (conditioning.rows // conditioning.images))
-        output = self._run(self._scheduler.scale_model_input(rows, t), t, conditioning)
-        self.cost.rows_forward += conditioning.rows * self._share(latents)
+        recorders = [recorder for recorder in (watch, record) if recorder is not None]
+        scaled = self._scheduler.scale_model_input(latents, t)
+        output = self._pass(scaled, t, conditioning, gates, recorders, layout, whole=True)
         if watch is not None:
-            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning, window))
-        return Prediction(output, conditioning.guided, conditioning.images)
+            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning, window, image))
+        return Prediction(output, conditioning.unconds, conditioning.images)
 
     def observe(
         self,
@@ -342,7 +381,9 @@ class Engine:
 
         Args: as for `unet`, and the recorder, whose readout is for the prompt's rows.
         """
-        self._stopped(self._scheduler.scale_model_input(latents, t), t, conditioning, gates, record, layout)
+        conditioning, gates = self._without_uncond(conditioning, gates)
+        scaled = self._scheduler.scale_model_input(latents, t)
+        self._pass(scaled, t, conditioning, gates, [record], layout, whole=False)
 
     def gradient(
         self,
@@ -353,16 +394,21 @@ class Engine:
         record: Recorder,
         objective: Objective,
         layout: Layout | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        whole: bool = False,
+    ) -> Gradient:
         """The gradient of an objective on attention maps with respect to the latents, as `observe` sees them.
 
         With respect to the latents as the UNet gets them, and given back in the scale of `latents`, so that one step
         size serves all schedulers: those that scale the input down (Euler) would otherwise take steps too small.
 
-        Args: as for `observe`, and the objective. One graph exists at a time, in which no weight asks for a gradient.
+        One graph exists at a time, in which no weight asks for a gradient: of all rows, or of those that the
+        conditioning wants to be run at once, which then are run a second time.
 
-        Returns:
-            The objective by image, shape [images], and a direction of the latents' shape, both fp32.
+        Args: as for `observe`, and
+            objective: What is to become smaller.
+            whole: Whether the pass goes on to the end, with the uncond rows as well, and gives a prediction. The
+                recorder's readout is for all rows then.
 
         Raises:
             RuntimeError: Under `torch.inference_mode`, which knows no gradients.
@@ -370,37 +416,107 @@ class Engine:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
+        conditioning, gates = self._at(conditioning, gates) if whole else self._without_uncond(conditioning, gates)
         scaled = self._scheduler.scale_model_input(latents, t)
         per_latent = self._scheduler.scale_model_input(torch.ones(1, 1, 1, 1, device=self.device), t)
-        with torch.enable_grad(), frozen(uncompiled(self._unet)):
-            scaled = scaled.detach().requires_grad_()
-            self._stopped(scaled, t, conditioning, gates, record, layout)
-            losses = objective(record)
-            # In half precision small gradients would become 0 on their way back.
-            lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
-            (gradient,) = torch.autograd.grad(losses.sum() * lift, scaled)
-        self.cost.rows_backward += len(latents)
+        # In half precision small gradients would become 0 on their way back.
+        lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
+        differentiate = self._together if conditioning.at_once is None else self._in_turn
+        with frozen(uncompiled(self._unet)):
+            losses, gradient, output = differentiate(
+                scaled, t, conditioning, gates, record, lambda taken: objective(taken) * lift, layout, whole
+            )
+        self.cost.rows_backward += conditioning.rows
         gradient = gradient.float() / lift / per_latent
         if not gradient.is_meta and not gradient.isfinite().all():
             raise ValueError(f"the gradient at step {self.step} is not finite; try float32 or a smaller step size")
-        return losses.detach(), gradient
+        prediction = Prediction(output.detach(), conditioning.unconds, conditioning.images) if whole else None
+        return Gradient(losses.detach() / lift, gradient, prediction)
 
-    def _stopped(
+    def _together(
         self,
         scaled: Tensor,
         t: Tensor,
         conditioning: Conditioning,
         gates: Gates,
         record: Recorder,
+        objective: Objective,
         layout: Layout | None,
-    ) -> None:
-        if conditioning.guided:
-            conditioning, gates = self._without_uncond(conditioning, gates)
-        self.installation.use(gates, conditioning.prompt_embeds, record, layout)
-        rows = torch.cat([scaled] * (conditioning.rows // conditioning.images))
-        with stopped_after(self._unet, record.layers | record.self_layers):
-            self._run(rows, t, conditioning)
-        self.cost.rows_stopped += conditioning.rows * self._share(scaled)
+        whole: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, gradient and output by one graph of all rows."""
+        with torch.enable_grad():
+            scaled = scaled.detach().requires_grad_()
+            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole)
+            losses = objective(record)
+            (gradient,) = torch.autograd.grad(losses.sum(), scaled)
+        return losses, gradient, output
+
+    def _in_turn(
+        self,
+        scaled: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        record: Recorder,
+        objective: Objective,
+        layout: Layout | None,
+        whole: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with one graph of some rows at a time: maps first, without a graph, then once more for each."""
+        with torch.no_grad():
+            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole)
+        with torch.enable_grad():
+            maps = [taken.requires_grad_() for taken in (*record.maps.values(), *record.self_maps.values())]
+            losses = objective(record)
+            pulls = torch.autograd.grad(losses.sum(), maps)
+        gradient = torch.zeros_like(scaled)
+        for text, gate, rows in self._portions(conditioning, gates):
+            portion = record.of_rows(rows)
+            with torch.enable_grad():
+                leaf = scaled.detach().requires_grad_()
+                self._pass(leaf, t, text, gate, [portion], layout, whole=False)
+                taken = [*portion.maps.values(), *portion.self_maps.values()]
+                gradient += torch.autograd.grad(taken, leaf, [pull[..., rows, :, :] for pull in pulls])[0]
+        return losses, gradient, output
+
+    def _pass(
+        self,
+        scaled: Tensor,
+        t: Tensor,
+        conditioning: Conditioning,
+        gates: Gates,
+        recorders: Sequence[Recorder],
+        layout: Layout | None,
+        whole: bool,
+    ) -> Tensor:
+        """All rows, through the UNet to its end, or to the last layer that is recorded."""
+        wanted = [layer for recorder in recorders for layer in recorder.layers | recorder.self_layers]
+        outputs, portions = [], self._portions(conditioning, gates)
+        parts = [[r.of_rows(rows) for r in recorders] for *_, rows in portions] if len(portions) > 1 else [recorders]
+        with nullcontext() if whole else stopped_after(self._unet, wanted):
+            for (text, gate, _), part in zip(portions, parts, strict=True):
+                self.installation.use(gate, text.prompt_embeds, *part, layout=layout)
+                outputs.append(self._run(torch.cat([scaled] * (text.rows // text.images)), t, text))
+        if len(portions) > 1:
+            for recorder, taken in zip(recorders, zip(*parts, strict=True), strict=True):
+                recorder.join(taken)
+        rows = conditioning.rows * self._share(scaled)
+        if whole:
+            self.cost.rows_forward += rows
+        else:
+            self.cost.rows_stopped += rows
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _portions(self, conditioning: Conditioning, gates: Gates) -> Sequence[tuple[Conditioning, Gates, slice]]:
+        """The rows that are run together, the same objects every time."""
+        if conditioning.at_once is None:
+            return [(conditioning, gates, slice(None))]
+        size = conditioning.at_once * conditioning.images
+        slices = [slice(start, start + size) for start in range(0, conditioning.rows, size)]
+        if gates not in self._cut_portions:
+            self._cut_portions[gates] = [(conditioning.select(rows), gates.select(rows), rows) for rows in slices]
+        return self._cut_portions[gates]
 
     def _share(self, latents: Tensor) -> float:
         """What part of the canvas some latents are."""
@@ -409,6 +525,10 @@ class Engine:
     def goes_on(self, images: Tensor) -> bool:
         """Whether any image is still to be worked on. Shape: [images], bool."""
         return bool(images.any())
+
+    def found(self, masks: Tensor) -> Tensor:
+        """Masks that were read from attention maps, on the CPU. Shape: [images, concepts, height, width], bool."""
+        return masks.cpu()
 
     def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet itself, for which everything is set. Shape: [rows, channels, height, width]."""
@@ -424,13 +544,30 @@ class Engine:
 
     def guide(self, prediction: Prediction) -> Tensor:
         """Classifier-free guidance over a pass with one branch. Shape: [images, channels, height, width]."""
-        if not prediction.guided:
+        if not prediction.unconds:
             return prediction.model_output
         uncond, cond = prediction.model_output.chunk(2)
         guided = uncond + self.guidance_scale * (cond - uncond)
         if self._guidance_rescale > 0:
             guided = rescale_noise_cfg(guided, cond, guidance_rescale=self._guidance_rescale)
         return guided
+
+    def keep_masks(self, masks: Tensor) -> None:
+        """Where a method has each concept in this step, to be returned if the step is recorded.
+
+        Args:
+            masks: On the map grid. Shape: [images, concepts, height, width], bool.
+        """
+        if self.step in self.record_steps:
+            self._masks[self.step] = masks
+
+    def masks(self) -> Tensor | None:
+        """The masks of all recorded steps. Shape: [steps, images, concepts, height, width], bool."""
+        found = self.attention_maps()
+        if found is None:
+            return None
+        steps, maps = found
+        return torch.stack([self._masks.get(step, masks_of(m)) for step, m in zip(steps, maps, strict=True)])
 
     def attention_maps(self) -> tuple[tuple[int, ...], Tensor] | None:
         """The recorded steps and their maps. Shape: [steps, images, concepts, height, width], fp32."""
@@ -439,8 +576,16 @@ class Engine:
         steps = tuple(sorted(self._log))
         return steps, torch.stack([_mean_where_seen(self._log[step]) for step in steps])
 
+    def _at(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
+        """What this step takes of them: a callback may have switched guidance off."""
+        if conditioning.guided and not self.guided:
+            return self._without_uncond(conditioning, gates)
+        return conditioning, gates
+
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""
+        if not conditioning.guided:
+            return conditioning, gates
         if conditioning not in self._cut_text:
             self._cut_text[conditioning] = conditioning.conditional()
         if gates not in self._cut_gates:
@@ -454,12 +599,12 @@ class Engine:
         return Recorder(self.map_layers, words / words.sum(dim=-2, keepdim=True).clamp(min=1))
 
     def _concept_maps(
-        self, recorder: Recorder, conditioning: Conditioning, window: Window | None
+        self, recorder: Recorder, conditioning: Conditioning, window: Window | None, image: int | None
     ) -> tuple[Tensor, Tensor]:
         """Mean over the texts or branches in which a concept is named, and where the pass has looked.
 
         Returns:
-            On the grid of the whole canvas. Shape: [images, concepts, height, width] and [height, width].
+            On the grid of the whole canvas. Shape: [images, concepts, height, width] and [images, 1, height, width].
         """
         rows = conditioning.conditional_rows
         named = (conditioning.phrase_mask[..., rows, :, :].sum(dim=-2) > 0).float()
@@ -469,10 +614,12 @@ class Engine:
         mean = (maps * named[:, :, None]).sum(dim=0) / named.sum(dim=0).clamp(min=1)[:, None]
         grid = grid_at(self.latent_grid, self.map_level)
         rows, columns = (slice(0, cells) for cells in self.latent_grid) if window is None else window
-        seen = torch.zeros(grid, device=mean.device)
-        place = seen[coarser(rows, self.map_level), coarser(columns, self.map_level)].fill_(1)
-        whole = mean.new_zeros(*mean.shape[::2], *grid)
-        whole[..., seen > 0] = mean.transpose(1, 2).unflatten(2, place.shape).flatten(2)
+        place = slice(image, None if image is None else image + 1), slice(None)
+        place = *place, coarser(rows, self.map_level), coarser(columns, self.map_level)
+        whole = mean.new_zeros(self.images, mean.shape[-1], *grid)
+        seen = mean.new_zeros(self.images, 1, *grid)
+        seen[place] = 1
+        whole[place] = mean.transpose(1, 2).unflatten(2, seen[place].shape[-2:])
         return whole, seen
 
 

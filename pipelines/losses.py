@@ -87,3 +87,32 @@ def outlook(attention: Tensor, inside: Tensor, outside: Tensor, best: int) -> Te
         return attention.new_zeros(attention.shape[:-2])
     outward = attention[..., inside, :][..., outside].flatten(-2)
     return outward.topk(min(best, outward.shape[-1]), dim=-1).values.mean(dim=-1)
+
+
+def contrast(maps: Tensor, groups: Tensor, temperature: float) -> Tensor:
+    """How much the maps of one group differ from each other and resemble those of other groups (CLoRA; InfoNCE).
+
+    With s the cosine of two maps after subtracting each one's minimum, the mean over all ordered pairs (a, b) of a
+    group of -log(e^(s_ab/t) / (e^(s_ab/t) + sum e^(s_an/t) over the maps n of all other groups)).
+
+    Args:
+        maps: Attention maps. Shape: [..., maps, height, width].
+        groups: The group of every map; negative ones are left out. Shape: [..., maps].
+        temperature: t.
+
+    Returns:
+        0 where no map has a partner or there is one group only. Shape: [...].
+    """
+    flat = maps.flatten(-2)
+    flat = flat - flat.amin(dim=-1, keepdim=True)
+    length = flat.norm(dim=-1, keepdim=True)
+    # A map that is the same everywhere has no direction, nor a gradient.
+    unit = torch.where(length > 1e-8, flat / length.clamp(min=1e-8), 0)
+    scores = unit @ unit.transpose(-1, -2) / temperature
+    same = groups[..., :, None] == groups[..., None, :]
+    there = (groups[..., :, None] >= 0) & (groups[..., None, :] >= 0)
+    pairs = same & there & ~torch.eye(groups.shape[-1], dtype=torch.bool, device=groups.device)
+    # Not -inf where there is no other group: the gradient of that is not a number.
+    against = scores.masked_fill(same | ~there, -1e4).logsumexp(dim=-1, keepdim=True)
+    losses = torch.where(pairs, F.softplus(against - scores), 0)
+    return losses.sum(dim=(-2, -1)) / pairs.sum(dim=(-2, -1)).clamp(min=1)

@@ -33,8 +33,8 @@ class ComposeOutput(StableDiffusionPipelineOutput):
         cost: Counted UNet rows.
         attention_maps: Attention to each concept's words on the map grid, fp32, mean over heads and layers.
             Shape: [recorded steps, images, concepts, height, width].
-        masks: Where a concept's map is above half of its maximum and above every other concept's share.
-            Shape: as attention_maps, bool.
+        masks: Where each concept is: the method's own masks (`clora`), or else where its map is above half of its
+            maximum and above every other concept's share. Shape: as attention_maps, bool.
         recorded_steps: The steps that were recorded.
     """
 

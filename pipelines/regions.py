@@ -1,7 +1,7 @@
 """Where concepts may appear: from boxes, or pictures that are white inside, to the cells of every grid."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,12 +108,28 @@ class Regions:
             threshold: The share of a cell that a region covers, from which on the cell belongs to it.
         """
         owners = tuple(i for i, region in enumerate(regions) if region is not None)
-        masks = [region_mask(regions[i], image_size, latent_grid) for i in owners]
+        return cls.of_masks(
+            owners, [region_mask(regions[i], image_size, latent_grid) for i in owners], levels, threshold
+        )
+
+    @classmethod
+    def of_masks(
+        cls, owners: Sequence[int], masks: Iterable[Tensor], levels: Collection[int], threshold: float
+    ) -> "Regions":
+        """Regions from masks on the latent grid.
+
+        Args:
+            owners: Whose they are: indices of concepts.
+            masks: Values in 0..1. Shape: [height, width] each.
+            levels: Which grids are wanted.
+            threshold: The share of a cell that a region covers, from which on the cell belongs to it.
+        """
+        masks = [mask.cpu() for mask in masks]
         cells = {
             level: torch.stack([cells_of(coarse_mask(mask, level), threshold) for mask in masks], dim=-1)
             for level in levels
         }
-        return cls(owners, cells)
+        return cls(tuple(owners), cells)
 
     @property
     def grid(self) -> Grid:

@@ -1,7 +1,7 @@
 """What is to be seen and how it is made: `Concept`, `Scene` and `Run`, frozen and validated."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -51,6 +51,7 @@ class Concept(_Frozen):
         prompt: What is to be seen in the region, for methods that read a text per concept; it holds the trigger. None
             derives it from the scene's prompt.
         negative_prompt: What is not to be seen there; None is the scene's.
+        role: What it is: a subject, which is somewhere, or a style, which is everywhere; None is a subject.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -61,6 +62,7 @@ class Concept(_Frozen):
     region: BoxOrMask | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     negative_prompt: str | None = None
+    role: Literal["subject", "style"] | None = None
 
     @property
     def phrase(self) -> str:

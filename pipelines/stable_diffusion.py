@@ -14,7 +14,7 @@ from torch import Tensor
 from attention import check_free
 from pipelines.base import ComposePipeline, check_call, steps_to_record
 from pipelines.conditioning import TokenMasks, TokenPositions
-from pipelines.engine import EncodedText, Engine, masks_of
+from pipelines.engine import EncodedText, Engine
 from pipelines.methods import Settings
 from pipelines.output import ComposeOutput
 from pipelines.scene import Concept
@@ -130,7 +130,9 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             self.components,
             loaded,
             encode,
-            lambda prompts, names: TokenMasks.of_prompts(self.tokenizer, self._converted(prompts), takers, names),
+            lambda prompts, names, mentions: TokenMasks.of_prompts(
+                self.tokenizer, self._converted(prompts), takers, names, mentions=mentions
+            ),
             None if prompt_embeds is not None else _listed(prompt),
             masks,
             latent_grid=(height // self.vae_scale_factor, width // self.vae_scale_factor),
@@ -172,7 +174,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             nsfw_content_detected=nsfw,
             cost=engine.cost,
             attention_maps=maps,
-            masks=None if maps is None else masks_of(maps),
+            masks=engine.masks(),
             recorded_steps=recorded_steps,
         )
 

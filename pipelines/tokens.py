@@ -98,6 +98,58 @@ def _positions(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int,
     return range(1 + first, 1 + first + len(wanted))
 
 
+@dataclass(frozen=True)
+class Mention:
+    """Words that name a concept in a text, which need not have its trigger.
+
+    Attributes:
+        words: Looked for as whole words.
+        which: Which of their occurrences name the concept, those inside triggers not counted; None is every one.
+    """
+
+    words: tuple[str, ...]
+    which: tuple[int, ...] | None = None
+
+
+def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int]]:
+    """Spans of a concept's class word in a prompt, but for those that are a part of somebody's trigger."""
+    taken = [span for other in concepts for span in find_words(other.trigger or "", prompt)]
+    nouns = find_words(concept.class_word or "", prompt)
+    return [(start, end) for start, end in nouns if not any(a <= start and end <= b for a, b in taken)]
+
+
+def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
+    """Which of the free nouns are the concept's: the first after each trigger.
+
+    In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx.
+    """
+    nouns = free_nouns(concept, prompt, concepts)
+    after = [
+        next((k for k, (start, _) in enumerate(nouns) if start >= end), None)
+        for _, end in find_words(concept.trigger or "", prompt)
+    ]
+    return tuple(sorted({k for k in after if k is not None}))
+
+
+def locate_mention(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept, mention: Mention, concepts: Sequence[Concept]
+) -> tuple[int, ...]:
+    """The token positions of the words that name a concept.
+
+    Raises:
+        ValueError: If one of the words is not in the prompt, or as for `locate`.
+    """
+    prompt = unicodedata.normalize("NFC", prompt)
+    if mention.which is None:
+        spans = [span for word in mention.words for span in find_words(unicodedata.normalize("NFC", word), prompt)]
+    else:
+        nouns = free_nouns(concept, prompt, concepts)
+        spans = [nouns[k] for k in mention.which if k < len(nouns)]
+    if not spans:
+        raise ValueError(f"none of the words {mention.words} that name {concept.name!r} is in the prompt {prompt!r}")
+    return tuple(sorted({p for span in spans for p in _positions(tokenizer, prompt, span, concept)}))
+
+
 def check_disjoint(concepts: Sequence[Concept], positions: Sequence[Positions], prompt: str) -> None:
     """Raises ValueError if the triggers of two concepts share a token."""
     owner: dict[int, Concept] = {}

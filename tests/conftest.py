@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from attention import Lora
 from components import small_pipeline
 from compose.assets import playground_lora, playground_model
+from pipelines.methods.process import say_once
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 torch.set_num_threads(1)
@@ -74,3 +75,9 @@ def plain_pipe() -> StableDiffusionPipeline:
     pipe = small_pipeline(StableDiffusionPipeline)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(autouse=True)
+def _nothing_has_been_said() -> None:
+    """What is said once in a process may have been said by another test."""
+    say_once.cache_clear()

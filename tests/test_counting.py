@@ -113,8 +113,8 @@ class _Updating(OnePass):
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         engine, what = self.engine, (t, self.conditioning, self.gates)
         if engine.step < 2:
-            _, gradient = engine.gradient(latents, *what, self.recorder(), lambda maps: maps.mean().sum(dim=(1, 2)))
-            latents = latents - gradient
+            found = engine.gradient(latents, *what, self.recorder(), lambda maps: maps.mean().sum(dim=(1, 2)))
+            latents = latents - found.direction
         recorder = self.recorder()
         engine.observe(latents, *what, recorder)
         assert recorder.maps.keys() == set(engine.map_layers)

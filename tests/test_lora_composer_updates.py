@@ -122,7 +122,8 @@ def losses_of(process: Composing, latents: Tensor, t: Tensor) -> tuple[Tensor, R
 
 def gradient_of(process: Composing, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     what = (process.conditioning, process.gates, process._recorder(), process.loss, process.layout)
-    return process.engine.gradient(latents, t, *what)
+    found = process.engine.gradient(latents, t, *what)
+    return found.losses, found.direction
 
 
 def at_the_first_step(pipe: Any, look: Look, settings: LoraComposer | None = None, **arguments: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.engine import LoadedConcept
+from pipelines.methods.clora import Clora
 from pipelines.methods.composite import Composite
 from pipelines.methods.lora_composer import LoraComposer
 from pipelines.methods.merge import Merge
@@ -15,6 +16,7 @@ from pipelines.methods.tara import Tara
 
 __all__ = [
     "METHODS",
+    "Clora",
     "Composite",
     "LoraComposer",
     "Merge",
@@ -37,6 +39,7 @@ METHODS: Mapping[str, type[Settings]] = {
     "switch": Switch,
     "composite": Composite,
     "lora-composer": LoraComposer,
+    "clora": Clora,
 }
 
 

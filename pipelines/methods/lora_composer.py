@@ -33,14 +33,13 @@ from attention import Gates, Layout, Partition, Recorder
 from pipelines.conditioning import Conditioning, stack_texts
 from pipelines.engine import Engine
 from pipelines.losses import bell, concentration, filling, outlook, smooth
+from pipelines.methods.region_gates import Inject, Rows, region_gates
 from pipelines.methods.reinit import reinitialised
 from pipelines.prompts import about, surroundings, without_triggers
 from pipelines.regions import Regions, Window
 from pipelines.scene import Concept
 from pipelines.tokens import find_words
 
-Inject = Literal["attn2", "full", "off"]
-Rows = Literal["cond_only", "all"]
 Reinit = Literal["off", "copy", "swap"]
 StepRule = Literal["raw", "rms"]
 Background = Literal["surroundings", "scene"]
@@ -152,7 +151,7 @@ class LoraComposer:
         regions = Regions.of(wanted, engine.image_size, engine.latent_grid, engine.levels, self.threshold)
         prompts = _own_prompts(engine, regions)
         texts = self._texts(engine, regions, prompts)
-        gates = self._gates(engine, texts, regions)
+        gates = region_gates(engine, texts, regions, rows=self.rows, inject=self.inject)
         return Composing(
             self,
             engine,
@@ -188,38 +187,6 @@ class LoraComposer:
         partitions = {level: Partition.of(inside, engine.device) for level, inside in cells.items()}
         return Layout(partitions, self.inject != "off", self.isolate)
 
-    def _gates(self, engine: Engine, texts: Conditioning, regions: Regions) -> Gates:
-        """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
-
-        Where regions overlap, each of their LoRAs acts in equal parts, as each of their texts is read.
-        """
-        weights, concepts = torch.tensor(engine.weights), len(engine.concepts)
-        acting = torch.ones(texts.rows, 1, 1)
-        if self.rows == "cond_only":
-            acting[: texts.conditional_rows.start] = 0
-        mine = list(regions.owners)
-        background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
-        of_text = torch.stack([background, *torch.eye(concepts)[mine]])
-        everywhere = torch.ones(concepts) if self.inject == "full" else background
-        image, read = {}, {}
-        for level, cells in regions.cells.items():
-            inside = regions.shares(level, concepts)
-            image[level] = (inside + background) * everywhere
-            read[level] = inside + background * ~cells.flatten(0, 1).any(dim=1, keepdim=True)
-        if self.inject == "off":
-            of_text, read = background.expand(1 + len(mine), -1), image
-
-        def on_device(gate: Tensor) -> Tensor:
-            return (acting * gate * weights).to(engine.device)
-
-        return Gates(
-            text=on_device(of_text[:, None, None]),
-            image={level: on_device(gate) for level, gate in image.items()},
-            row=on_device(everywhere)[:, 0],
-            latent_grid=regions.grid,
-            read={level: on_device(gate) for level, gate in read.items()},
-        )
-
     def _parts(self, engine: Engine, texts: Conditioning, regions: Regions, gates: Gates) -> "Parts":
         """A canvas for each region."""
         parts, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
@@ -230,7 +197,7 @@ class LoraComposer:
             shown = mine | ~all_here.any(dim=-1)
             seen[window] |= shown
             # The same text gates, so that keys and values are kept once for all passes.
-            of_part = replace(self._gates(engine, texts, alone), text=gates.text)
+            of_part = replace(region_gates(engine, texts, alone, rows=self.rows, inject=self.inject), text=gates.text)
             parts.append(Part(window, shown.to(engine.device), of_part, self._layout(engine, alone)))
         return Parts(parts, complete=bool(seen.all()))
 
@@ -351,9 +318,10 @@ class Composing:
             self.refining = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
         if step > int(_share(self.settings.most_updates, self.engine)) or not self.engine.goes_on(self.refining):
             return latents
-        losses, gradient = self.engine.gradient(
+        found = self.engine.gradient(
             latents, t, self.conditioning, self.gates, self._recorder(), self.loss, self.layout
         )
+        losses, gradient = found.losses, found.direction
         if self.settings.step_rule == "rms":
             gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
         size = self.settings.step_size * (1 - 0.5 * step / max(1, steps - 1)) ** self.settings.step_decay

@@ -1,0 +1,95 @@
+"""The branches of CLoRA: a prompt for each, and the words that name every concept in it.
+
+From "a sks cat and a zwx dog on grass": the base branch reads "a cat and a dog on grass", the cat's "a sks cat and a
+dog on grass", the dog's "a cat and a zwx dog on grass". All name both, so all see the whole picture.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipelines.prompts import without_triggers
+from pipelines.scene import Concept
+from pipelines.tokens import Mention, free_nouns, own_nouns
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One text of all pictures.
+
+    Attributes:
+        owner: Index of the concept whose LoRA it has; None for the base branch.
+        prompts: One for each prompt of the call.
+        names: Concepts whose triggers are in it.
+        mentions: By prompt, how the other concepts are named in it.
+    """
+
+    owner: int | None
+    prompts: tuple[str, ...]
+    names: Collection[str]
+    mentions: tuple[Mapping[str, Mention], ...]
+
+
+def branches_of(
+    prompts: Sequence[str],
+    concepts: Sequence[Concept],
+    subjects: Sequence[int],
+    *,
+    base_prompt: str | None = None,
+    words: Mapping[str, Sequence[str]] | None = None,
+) -> list[Branch]:
+    """The base branch and one for each subject.
+
+    Args:
+        prompts: Of the call.
+        concepts: All of it.
+        subjects: Indices of those that have a branch; the words of the others stay in every branch.
+        base_prompt: What the base branch reads, instead of the prompt without triggers.
+        words: By name of a concept, the words that name it, instead of its trigger and class word.
+
+    Raises:
+        ValueError: If a concept is not named in a prompt, or it cannot be known by which word.
+    """
+    mine = [concepts[i] for i in subjects]
+    branches = []
+    for owner in (None, *subjects):
+        own = None if owner is None else concepts[owner]
+        given = base_prompt if own is None else own.prompt
+        others = [concept for concept in mine if concept is not own]
+        texts = tuple(given or without_triggers(prompt, others) for prompt in prompts)
+        mentions = tuple(
+            {
+                concept.name: _mention(concept, text, prompt, mine, words or {})
+                for concept in mine
+                if concept is not own or concept.name in (words or {})
+            }
+            for text, prompt in zip(texts, prompts, strict=True)
+        )
+        branches.append(Branch(owner, texts, () if own is None else (own.name,), mentions))
+    return branches
+
+
+def _mention(
+    concept: Concept, text: str, prompt: str, subjects: Sequence[Concept], words: Mapping[str, Sequence[str]]
+) -> Mention:
+    """How a concept is named in a text without its trigger, made from a prompt that has it."""
+    if concept.name in words:
+        return Mention(tuple(words[concept.name]))
+    which = own_nouns(concept, prompt, subjects)
+    if not concept.class_word or not which:
+        missing = (
+            f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class_word, such as 'cat'"
+        )
+        raise ValueError(
+            f"the concept {concept.name!r} has to be named in the branches of the others too, which do without its "
+            f"trigger {concept.trigger!r}: {missing}, or say which words name it, words={{{concept.name!r}: [...]}}"
+        )
+    there = len(free_nouns(concept, text, subjects))
+    if there == len(free_nouns(concept, prompt, subjects)):
+        return Mention((concept.class_word,), which)
+    twins = [other.name for other in subjects if (other.class_word or "").lower() == concept.class_word.lower()]
+    if not there or len(twins) > 1:
+        raise ValueError(
+            f"the prompt {text!r} has to name every concept as the prompt of the scene does, but "
+            f"{concept.class_word!r} stands there {there} times; it names {' and '.join(twins)}"
+        )
+    return Mention((concept.class_word,), tuple(range(there)))

@@ -1,0 +1,59 @@
+"""Gates of LoRAs that act in regions, each region reading a text of its own."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attention import Gates
+from pipelines.conditioning import Conditioning
+from pipelines.engine import Engine
+from pipelines.regions import Regions
+
+Inject = Literal["attn2", "full", "off"]
+"""Where a LoRA acts in its region: on keys, values and output of cross-attention, in every layer, or nowhere."""
+
+Rows = Literal["cond_only", "all"]
+"""Where LoRAs act under guidance: on the prompt's rows, or on the negative prompt's as well."""
+
+
+def region_gates(
+    engine: Engine, texts: Conditioning, regions: Regions, *, rows: Rows = "cond_only", inject: Inject = "full"
+) -> Gates:
+    """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
+
+    Where regions overlap, each of their LoRAs acts in equal parts, as each of their texts is read.
+
+    Args:
+        engine: Knows the concepts and their weights.
+        texts: Text 0 for the background, text 1 + n for region n.
+        regions: On all grids.
+        rows: Where LoRAs act under guidance.
+        inject: Where they act in their regions.
+    """
+    weights, concepts = torch.tensor(engine.weights), len(engine.concepts)
+    acting = torch.ones(texts.rows, 1, 1)
+    if rows == "cond_only":
+        acting[: texts.conditional_rows.start] = 0
+    mine = list(regions.owners)
+    background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
+    of_text = torch.stack([background, *torch.eye(concepts)[mine]])
+    everywhere = torch.ones(concepts) if inject == "full" else background
+    image, read = {}, {}
+    for level, cells in regions.cells.items():
+        inside = regions.shares(level, concepts)
+        image[level] = (inside + background) * everywhere
+        read[level] = inside + background * ~cells.flatten(0, 1).any(dim=1, keepdim=True)
+    if inject == "off":
+        of_text, read = background.expand(1 + len(mine), -1), image
+
+    def on_device(gate: Tensor) -> Tensor:
+        return (acting * gate * weights).to(engine.device)
+
+    return Gates(
+        text=on_device(of_text[:, None, None]),
+        image={level: on_device(gate) for level, gate in image.items()},
+        row=on_device(everywhere)[:, 0],
+        latent_grid=regions.grid,
+        read={level: on_device(gate) for level, gate in read.items()},
+    )
