@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from compose.assets import playground_lora
 from compose.cli import app
-from compose.files import PLAYGROUND, FileError, Machine, Record, read_pixels, read_record, read_scene
+from compose.files import PLAYGROUND, FileError, Machine, Record, parse_value, read_pixels, read_record, read_scene
 from compose.models import Attention, make, open_model
 from compose.page import boxes, controls, draft, export, launch, overlay, quick, store, text, work
 from compose.page.scores import Judge
@@ -127,13 +127,15 @@ def test_controls_are_made_from_types(monkeypatch: pytest.MonkeyPatch) -> None:
             strong: How strongly.
             twice: Whether twice.
             parts: Which parts.
+            text: What is read.
         """
 
         where: Literal["here", "there"] = "here"
         often: int = 3
         strong: float = 0.5
         twice: bool = False
-        parts: tuple[int, ...] | None = None
+        parts: tuple[int, ...] = ()
+        text: str | None = None
 
         def start(self, engine: Any) -> Any:
             raise NotImplementedError
@@ -141,12 +143,18 @@ def test_controls_are_made_from_types(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "new", New)  # pyright: ignore[reportArgumentType]
     found = {control.name: control for control in controls.controls("new")}
     assert {name: control.kind for name, control in found.items()} == {
-        "where": "choice", "often": "whole", "strong": "number", "twice": "switch", "parts": "text",
+        "where": "choice", "often": "whole", "strong": "number", "twice": "switch", "parts": "yaml", "text": "words",
     }  # fmt: skip
     assert found["where"].choices == ("here", "there")
     assert found["where"].help == "Where it acts, on two lines."
     shown = {"where": "there", "often": 3, "strong": 0.5, "twice": True, "parts": "[1, 2]"}
     assert controls.changed("new", shown) == {"where": "there", "twice": True, "parts": [1, 2]}
+    assert controls.changed("new", {"parts": "[]", "text": " "}) == {}
+    assert controls.changed("new", {"text": "a cat: on grass"}) == {"text": "a cat: on grass"}
+    assert export._as_yaml("a cat") == "a cat"
+    assert all(
+        parse_value(export._as_yaml(value)) == value for value in (True, None, 0.5, "yes", [1, "a: b"], {"a": 1})
+    )
 
 
 def test_settings_that_a_method_does_not_take_are_said() -> None:
@@ -577,7 +585,8 @@ def test_the_page_is_where_the_clone_has_it() -> None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """What a module needs to be imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

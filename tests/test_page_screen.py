@@ -3,19 +3,23 @@
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from compose.assets import playground_lora
-from compose.files import read_record
+from compose.assets import playground_lora, playground_model
+from compose.files import Machine, Record, read_record, save_image
+from compose.page.draft import example
 from compose.page.launch import script
 from compose.page.screen import fields
 from compose.page.screen.state import Visit
 from pipelines.methods import METHODS
+from pipelines.scene import Concept
 
 STEPS = 2
 
@@ -220,7 +224,55 @@ def test_settings_of_a_picture_come_back(at: AppTest) -> None:
     assert fields_of(at) == first.run.model_copy(update={"device": None})
 
 
-def test_models_are_opened_and_trouble_keeps_the_old_one(at: AppTest) -> None:
+def test_pictures_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_path: Path) -> None:
+    for change in (
+        {"concepts": tuple(Concept(name=f"bear {i}", lora="playground:bear", trigger="xlo") for i in range(200))},
+        {"width": 80_000},
+    ):
+        before = at.text_area(key=fields.PROMPT).value
+        drop(at, tmp_path, change)
+        assert "200 concepts are too many" in said(at) or "80000 x 128 pixels" in said(at)
+        assert at.text_area(key=fields.PROMPT).value == before
+        assert len(visit(at).rows) == 2
+
+
+def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_gap(
+    at: AppTest, tmp_path: Path
+) -> None:
+    cat = Concept(name="cat", lora="/elsewhere/cat.safetensors", trigger="sks", class_word="cat", weight=0.7)
+    drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
+    assert "LoRAs are not here: cat" in said(at)
+    assert at.button(key="do.make").disabled
+    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
+    assert [row.lora and row.lora.shown for row in visit(at).rows] == ["cat.safetensors"]
+    assert at.number_input(key=row_key(at, 0, "weight")).value == 0.7
+    assert not at.button(key="do.make").disabled
+
+
+def drop(at: AppTest, folder: Path, change: dict[str, Any]) -> None:
+    """Drops a picture of the example in which a scene is changed."""
+    (run,) = replace(example(), method="merge", boxed=False).runs()
+    run = run.model_copy(update={"scene": run.scene.model_copy(update=change)})
+    record = Record(run=run, versions={}, sha256={}, machine=Machine(device="cpu", name="x", threads=1))
+    path = save_image(Image.new("RGB", (8, 8)), folder / "dropped.png", record)
+    key = f"do.restore.{visit(at).uploads}"
+    at.file_uploader(key=key).set_value(("dropped.png", path.read_bytes(), "image/png")).run()
+    assert not at.exception
+
+
+def test_another_model_is_opened_from_a_folder(at: AppTest) -> None:
+    at.session_state["set.model.kind"] = "A folder or a hub repository"
+    at.run()
+    at.text_input(key="set.model.name").set_value(str(playground_model())).run()
+    at.multiselect(key="set.memory").set_value(["Decode in tiles"]).run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    assert visit(at).slot.choice.memory == ("Decode in tiles",)
+    made(at)
+    assert visit(at).pictures[0].run.model == str(playground_model())
+
+
+def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
     at.session_state["set.model.kind"] = "A folder or a hub repository"
     at.run()
     open_it = next(button for button in at.button if button.label == "Open this model")

@@ -2,16 +2,16 @@
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from compose.files import parse_value
 from pipelines.methods import METHODS, make_method
 
-Kind = Literal["choice", "switch", "whole", "number", "text"]
+Kind = Literal["choice", "switch", "whole", "number", "words", "yaml"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Control:
 
     Attributes:
         name: The field's name.
-        kind: What sets it: one of several values, on or off, a whole number, a number, or text read as YAML.
+        kind: What sets it: one of several values, on or off, a whole number, a number, words as they are, or
+            text read as YAML.
         default: The field's default.
         choices: The values of a "choice".
         help: What the settings' docstring says about it.
@@ -34,21 +35,23 @@ class Control:
 
     def shown(self, value: Any) -> Any:
         """A value as its control takes it: text for what has no control of its own, everything else as it is."""
-        if self.kind != "text":
+        if self.kind == "words":
+            return value or ""
+        if self.kind != "yaml":
             return value
-        if value is None:
-            return ""
-        return f"[{', '.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
+        return json.dumps(_plain(value), ensure_ascii=False) if value or value == 0 else ""  # JSON is YAML
 
     def value(self, shown: Any) -> Any:
-        """The value that a control shows.
+        """The value that a control shows; empty text is the default.
 
         Raises:
             ValueError: For text that is no value.
         """
-        if self.kind != "text":
+        if self.kind == "words":
+            return shown.strip() or self.default
+        if self.kind != "yaml":
             return shown
-        return parse_value(shown) if shown.strip() else None
+        return parse_value(shown) if shown.strip() else self.default
 
 
 def controls(method: str) -> tuple[Control, ...]:
@@ -75,7 +78,7 @@ def changed(method: str, shown: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {control.name: control.value(shown[control.name]) for control in controls(method) if control.name in shown}
     defaults = {control.name: control.default for control in controls(method)}
-    different = {name: value for name, value in values.items() if value != defaults[name]}
+    different = {name: value for name, value in values.items() if _plain(value) != _plain(defaults[name])}
     make_method(method, different)
     return different
 
@@ -83,12 +86,15 @@ def changed(method: str, shown: Mapping[str, Any]) -> dict[str, Any]:
 def _control(name: str, hint: Any, default: Any, text: str) -> Control:
     if get_origin(hint) is Literal:
         return Control(name, "choice", default, get_args(hint), text)
-    kinds: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number"}
-    if hint in kinds:
-        return Control(name, kinds[hint], default, (), text)
-    if get_origin(hint) in (Union, UnionType) and type(None) in get_args(hint):
-        text = f"{text} Empty: none."
-    return Control(name, "text", default, (), text)
+    kinds: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number", str: "words", str | None: "words"}
+    return Control(name, kinds.get(hint, "yaml"), default, (), text)
+
+
+def _plain(value: Any) -> Any:
+    """As YAML gives it: lists and dictionaries."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -1,5 +1,6 @@
 """A run to take away: as a scene file, as Python, and as a command."""
 
+import json
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -73,10 +74,6 @@ def _call(kind: str, fields: Mapping[str, object]) -> str:
 
 
 def _as_yaml(value: object) -> str:
-    """As `--set` reads it back."""
-    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-    if isinstance(value, tuple):
-        text = str(list(value))
-    if parse_value(text) != (list(value) if isinstance(value, tuple) else value):
-        raise ValueError(f"the value {value!r} cannot be written for the command line")
-    return text
+    """As `--set` reads it back; JSON where plain text would be read as something else."""
+    text = str(value)
+    return text if isinstance(value, str) and parse_value(text) == text else json.dumps(value, ensure_ascii=False)

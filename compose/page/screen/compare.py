@@ -43,7 +43,7 @@ def _costs(here: Visit, methods: list[str]) -> None:
         elif report.problems:
             said = f":material/block: {markdown(report.problems[0])}"
         else:
-            said = markdown(dict(report.facts)["cost"])
+            said = markdown(dict(report.facts).get("cost", "not known"))
         rows.append(f"| **{markdown(method)}** | {markdown(sentence(method))} | {said} |")
     if rows:
         st.markdown("\n".join(["| method | what it does | cost, or what it needs |", "|---|---|---|", *rows]))

@@ -62,10 +62,10 @@ def _say_outlook(draft: Draft, report: Report | None) -> None:
         return
     facts = dict(report.facts)
     each = " for each picture" if len(draft.seeds) > 1 else ""
-    st.caption(f"Costs {markdown(facts['cost'])}{each}.", help=(
+    st.caption(f"Costs {markdown(facts.get('cost', 'what is not known'))}{each}.", help=(
         "One row is one image through the whole UNet; with guidance a plain picture takes two for every step."
     ))  # fmt: skip
-    if draft.method is None and draft.concepts:
+    if draft.method is None and "method" in facts:
         st.caption(f"Method: {markdown(facts['method'])}.")
     for note in report.notes:
         st.caption(f":material/info: {markdown(note)}")

@@ -1,5 +1,6 @@
 """What is kept between two looks at the screen: by everybody (open models), and by one visit (everything else)."""
 
+import logging
 import threading
 import weakref
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from compose.page.store import Lora, Store
 from compose.page.work import Job, Picture
 from pipelines.loading import LoraError
 from pipelines.scene import Concept, Run
+
+logger = logging.getLogger(__name__)
 
 _CHECKING = threading.Lock()  # checks listen to the log, whose level is everybody's
 _OUTLOOKS = 64  # kept per visit
@@ -141,6 +144,9 @@ class Visit:
                     self._outlooks[key] = check(run, pipe)
             except Busy:
                 return None
+            except Exception as error:  # whatever a method raises: the page lives on, and the picture may be tried
+                logger.exception("a run could not be checked")
+                self._outlooks[key] = Report((), (f"This could not be checked: {error}",), ())
             for old in list(self._outlooks)[:-_OUTLOOKS]:
                 del self._outlooks[old]
         return self._outlooks[key]
