@@ -280,6 +280,22 @@ def make_alone(record: Any) -> Image.Image:
         return models.make(models.open_model(record.run), record.run).image
 
 
+def test_all_of_it_by_keyboard(page: Page) -> None:
+    page.keyboard.press("Tab")
+    for _ in range(5):
+        if page.evaluate("document.activeElement.innerText").strip().endswith("Make the picture"):
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
+    page.get_by_role("radio", name="Picture", exact=True).focus()
+    page.keyboard.press("ArrowRight")
+    settled(page)
+    if page.get_by_text("what it does").count() == 0:  # arrows move, Enter chooses
+        page.keyboard.press("Enter")
+    expect(page.get_by_text("what it does")).to_be_visible()
+
+
 def test_markup_is_shown_as_it_is(page: Page) -> None:
     evil = '<img src=x onerror="window.caught=1"> **bold** $x$ :smile: [a](javascript:alert(1))'
     page.get_by_label("Name", exact=True).first.fill(evil[:60])

@@ -80,7 +80,10 @@ def _table(here: Visit) -> None:
             with column:
                 if picture := pictures.get((seed, method)):
                     _cell(here, picture)
-    if not judge().judges(here.compared[0].run):
+    if judge().judges(here.compared[0].run):
+        st.caption("Likeness, up to 1: of the object that was found to the reference pictures of its concept, and the "
+                   "highest to those of another concept.")  # fmt: skip
+    else:
         st.caption("Likeness is measured where there are reference pictures of every concept: on the playground.")
 
 
