@@ -25,7 +25,7 @@ def understand_view(here: Visit) -> None:
     left.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
     left.caption("The picture")
     right.image(masks(picture.made.image, attention, step), width="stretch", alt="Whose cells are whose")
-    right.caption("Whose cells are whose: above half of its own maximum, and above everybody else's share")
+    right.caption("Whose cells are whose")
     concepts = picture.run.scene.concepts
     for start in range(0, len(concepts), 2):
         for column, i in zip(st.columns(2, wrap=False), range(start, min(start + 2, len(concepts))), strict=False):
@@ -34,4 +34,5 @@ def understand_view(here: Visit) -> None:
                            f"“{markdown(concepts[i].phrase)}”")  # fmt: skip
     grid = attention.maps.shape[-2:]
     st.caption(f"Cross-attention to the words of each concept on the grid of {grid[1]} x {grid[0]} cells, each map "
-               "scaled to its own brightest cell.")  # fmt: skip
+               "scaled to its own brightest cell. A cell is a concept's where the method says so, or else where its map is "
+               "above half of its maximum and above every other share.")  # fmt: skip
