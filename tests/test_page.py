@@ -571,6 +571,13 @@ def test_the_quick_suite_stops_when_it_is_told(tmp_path: Path) -> None:
     assert suite._process.wait(30) != 0
 
 
+def test_the_command_explains_itself_and_refuses_what_cannot_be() -> None:
+    assert "--host" in CliRunner().invoke(app, ["ui", "--help"]).output
+    ran = CliRunner().invoke(app, ["ui", "--loras", "/nowhere"])
+    assert ran.exit_code == 2
+    assert "there is no folder" in ran.output
+
+
 def test_only_this_machine_is_local() -> None:
     assert all(launch.is_local(host) for host in ("localhost", "127.0.0.1", "::1"))
     assert not any(launch.is_local(host) for host in ("0.0.0.0", "192.168.0.2", "example.org", ""))

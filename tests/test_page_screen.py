@@ -250,10 +250,17 @@ def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_
     assert not at.button(key="do.make").disabled
 
 
-def drop(at: AppTest, folder: Path, change: dict[str, Any]) -> None:
+def test_a_picture_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
+    drop(at, tmp_path, {}, model="stranger/model")
+    assert visit(at).slot.choice.model == "playground"
+    assert at.text_input(key="set.model.name").value == "stranger/model"
+    assert "look whether you want it" in said(at)
+
+
+def drop(at: AppTest, folder: Path, change: dict[str, Any], **changes: Any) -> None:
     """Drops a picture of the example in which a scene is changed."""
     (run,) = replace(example(), method="merge", boxed=False).runs()
-    run = run.model_copy(update={"scene": run.scene.model_copy(update=change)})
+    run = run.model_copy(update={"scene": run.scene.model_copy(update=change), **changes})
     record = Record(run=run, versions={}, sha256={}, machine=Machine(device="cpu", name="x", threads=1))
     path = save_image(Image.new("RGB", (8, 8)), folder / "dropped.png", record)
     key = f"do.restore.{visit(at).uploads}"

@@ -182,7 +182,9 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
 def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
     if sha256 in known:
         return known[sha256]
-    if source.removeprefix(f"{PLAYGROUND}:") in playground_loras() or is_hub_name(source):
+    if source.removeprefix(f"{PLAYGROUND}:") in playground_loras() or (
+        is_hub_name(source) and not Path(source).exists()
+    ):
         return named(source)
     nearby = in_folder(folder) if folder is not None and folder.is_dir() else []
     for path in [*([Path(source).expanduser()] if local and source else []), *nearby]:

@@ -98,6 +98,16 @@ def set_box(row: Row, box: tuple[int, int, int, int]) -> None:
         st.session_state[of_row(row, edge)] = int(value)
 
 
+def resize(here: Visit, new: tuple[int, int]) -> None:
+    """Makes the canvas larger or smaller, with all boxes."""
+    old = size()
+    boxes = {row.number: box_of(row) for row in here.rows}
+    st.session_state[WIDTH], st.session_state[HEIGHT] = new
+    for row in here.rows:
+        scaled = [edge * new[i % 2] / old[i % 2] for i, edge in enumerate(boxes[row.number])]
+        set_box(row, fitted(scaled, *new))
+
+
 def size() -> tuple[int, int]:
     """The canvas."""
     return int(st.session_state[WIDTH]), int(st.session_state[HEIGHT])

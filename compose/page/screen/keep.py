@@ -9,7 +9,7 @@ from compose.files import FileError, Record, free_path, read_record
 from compose.models import devices
 from compose.page.draft import draft_of
 from compose.page.screen import fields
-from compose.page.screen.model import reopen
+from compose.page.screen.model import take_over
 from compose.page.screen.state import Visit
 from compose.page.shelf import Choice
 from compose.page.store import PNG_LIMIT, located, picture_files
@@ -89,17 +89,25 @@ def restore(here: Visit, record: Record) -> None:
         ValueError: If it is beyond the page's limits, or its model cannot be opened; nothing has changed then.
     """
     run = record.run
-    draft_of(run, here.slot.size)  # refuses before anything is opened
+    draft = draft_of(run, here.slot.size)
     device = run.device if run.device in devices() else None
     memory = here.slot.choice.memory if here.slot.choice.model == run.model else ()
-    reopen(here, Choice(run.model, run.dtype, _same_device(here, device), memory))
-    draft = draft_of(run, here.slot.size)
+    is_open = take_over(here, Choice(run.model, run.dtype, _same_device(here, device), memory))
     loras = located(record, here.store.uploads, here.options.loras, local=here.options.local)
     fields.fill(here, draft, loras)
-    missing = [name for name, lora in loras.items() if lora is None]
-    here.troubles[_PLACE] = [f"Everything is set, but LoRAs are not here: {', '.join(missing)}."] if missing else []
+    said = []
+    if missing := [name for name, lora in loras.items() if lora is None]:
+        said.append(f"Everything is set, but LoRAs are not here: {', '.join(missing)}.")
+    if not is_open:
+        said.append(f"It was made with the model {run.model}, which is not open here. It is named under “Model”: look "
+                    "whether you want it, and open it there.")  # fmt: skip
     if run.device is not None and device is None:
-        here.troubles[_PLACE].append(f"It was made on {run.device}, which this machine does not have.")
+        said.append(f"It was made on {run.device}, which this machine does not have.")
+    if not here.options.local and any(row.mask is not None for row in here.rows):
+        said.append("It has masks from files, which cannot be named from here; boxes stand in their place.")
+        for row in here.rows:
+            row.mask = None
+    here.troubles[_PLACE] = said
 
 
 def _same_device(here: Visit, device: str | None) -> str | None:

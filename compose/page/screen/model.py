@@ -57,19 +57,24 @@ def show_choice(choice: Choice) -> None:
     st.session_state.setdefault(_MEMORY, list(choice.memory))
 
 
-def reopen(here: Visit, choice: Choice) -> None:
-    """Opens a model that a picture named, and shows it in the fields.
+def take_over(here: Visit, choice: Choice) -> bool:
+    """Shows a model that a picture names in the fields, and opens it if it is known here.
+
+    A stranger's picture may name anything: another model is opened, and perhaps downloaded, only when somebody says so.
+
+    Returns:
+        Whether it is open.
 
     Raises:
-        ValueError: If it cannot be opened, or must not be named from here.
+        ValueError: If it cannot be opened.
     """
-    if choice == here.slot.choice:
-        return
-    _check_allowed(here, choice.model)
-    choose_model(here, choice)
+    known = choice.model in (PLAYGROUND, here.slot.choice.model)
+    if known and choice != here.slot.choice:
+        choose_model(here, choice)
     for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY):
         st.session_state.pop(name, None)
     show_choice(choice)
+    return known
 
 
 def _asked() -> Choice:
@@ -84,6 +89,7 @@ def _asked() -> Choice:
 
 def _open(here: Visit, choice: Choice) -> None:
     here.troubles[_PLACE] = []
+    before = here.slot.size
     try:
         if not choice.model:
             raise ValueError("Name a model: a folder, a .safetensors file, or a hub repository.")
@@ -92,7 +98,8 @@ def _open(here: Visit, choice: Choice) -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         here.troubles[_PLACE] = [str(error)]
         return
-    st.session_state[fields.WIDTH], st.session_state[fields.HEIGHT] = here.slot.size
+    if fields.size() == before:  # nobody has chosen another one
+        fields.resize(here, here.slot.size)
 
 
 def _check_allowed(here: Visit, model: str) -> None:

@@ -17,7 +17,6 @@ from compose.page.work import Job, Picture
 
 _EVERY = 0.4  # seconds between two looks at the work
 _VIEW = "set.view"
-_PLACE = "stage"
 _TOGETHER = "do.together"
 
 
@@ -72,11 +71,9 @@ def _say_outlook(draft: Draft, report: Report | None) -> None:
 
 
 def _start(here: Visit) -> None:
-    draft, problems = read_draft(here)
+    draft, _ = read_draft(here)
     if draft is None:
-        here.troubles[_PLACE] = problems
-        return
-    here.troubles[_PLACE] = []
+        return  # what is wrong is said beside the button
     here.begin(draft.runs(), comparing=False, record_attention=st.session_state[fields.ATTENTION])
     st.session_state[_VIEW] = "Picture"
 

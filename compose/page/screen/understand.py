@@ -33,6 +33,8 @@ def understand_view(here: Visit) -> None:
             column.caption(f"Where the model looks for {markdown(concepts[i].name)}, "
                            f"“{markdown(concepts[i].phrase)}”")  # fmt: skip
     grid = attention.maps.shape[-2:]
-    st.caption(f"Cross-attention to the words of each concept on the grid of {grid[1]} x {grid[0]} cells, each map "
-               "scaled to its own brightest cell. A cell is a concept's where the method says so, or else where its map is "
-               "above half of its maximum and above every other share.")  # fmt: skip
+    st.caption(
+        f"Cross-attention to the words of each concept on the grid of {grid[1]} x {grid[0]} cells, each map scaled to its "
+        "own brightest cell. A cell is a concept's where the method says so, or else where its map is above half of its "
+        "maximum and above every other share."
+    )
