@@ -29,12 +29,12 @@ def understand_view(here: Visit) -> None:
     concepts = picture.run.scene.concepts
     for start in range(0, len(concepts), 2):
         for column, i in zip(st.columns(2, wrap=False), range(start, min(start + 2, len(concepts))), strict=False):
-            column.image(heat(picture.made.image, attention, i, step), width="stretch", alt=f"Attention to {i}")
+            column.image(heat(picture.made.image, attention, i, step), width="stretch", alt=f"Attention to {concepts[i].name}")
             column.caption(f"Where the model looks for {markdown(concepts[i].name)}, "
                            f"“{markdown(concepts[i].phrase)}”")  # fmt: skip
     grid = attention.maps.shape[-2:]
     st.caption(
-        f"Cross-attention to the words of each concept on the grid of {grid[1]} x {grid[0]} cells, each map scaled to its "
-        "own brightest cell. A cell is a concept's where the method says so, or else where its map is above half of its "
-        "maximum and above every other share."
+        f"Cross-attention to the words of each concept on the grid of {grid[1]} x {grid[0]} cells, each map scaled to "
+        "its own brightest cell. A cell is a concept's where the method says so, or else where its map is above half "
+        "of its maximum and above every other share."
     )
