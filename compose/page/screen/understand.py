@@ -29,7 +29,9 @@ def understand_view(here: Visit) -> None:
     concepts = picture.run.scene.concepts
     for start in range(0, len(concepts), 2):
         for column, i in zip(st.columns(2, wrap=False), range(start, min(start + 2, len(concepts))), strict=False):
-            column.image(heat(picture.made.image, attention, i, step), width="stretch", alt=f"Attention to {concepts[i].name}")
+            column.image(
+                heat(picture.made.image, attention, i, step), width="stretch", alt=f"Attention to {concepts[i].name}"
+            )
             column.caption(f"Where the model looks for {markdown(concepts[i].name)}, "
                            f"“{markdown(concepts[i].phrase)}”")  # fmt: skip
     grid = attention.maps.shape[-2:]
