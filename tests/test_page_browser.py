@@ -334,3 +334,11 @@ def test_nothing_is_cut_off_at_the_side(chromium: Browser, address: str, scheme:
     assert isinstance(ground, int)
     assert (ground > 128) == (scheme == "light")
     context.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a second loopback address without asking for it")
+def test_nobody_else_is_listened_to(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    socket.create_connection(("localhost", port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port))
