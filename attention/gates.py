@@ -31,7 +31,8 @@ class Gates:
         image: For everything that sees image cells, by level. Shape: [rows, cells, concepts], cells in row-major order.
         row: For layers that see neither (time embedding). Shape: [rows, concepts].
         latent_grid: Height and width of the latents.
-        read: For the output of cross-attention, by level; None is as `image`. Shape: as image.
+        read: For the output of cross-attention, by level; None is as `image`. Shape: as image, with readers in place of
+            cells where cells choose among several texts (`Readers`).
     """
 
     text: Tensor

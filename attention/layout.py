@@ -17,14 +17,43 @@ class Group:
     """The cells of one grid that lie in the same regions.
 
     Attributes:
-        regions: Which regions, in order; empty for the background.
         cells: Their indices.
         visible: Indices of the cells they see in isolated self-attention; None is all.
     """
 
-    regions: tuple[int, ...]
     cells: Tensor
     visible: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Who reads what in cross-attention: a cell is a reader for each of its regions, or one for the background.
+
+    Readers are ordered by cell, then by text, so they are the cells where no regions overlap.
+
+    Attributes:
+        by_text: Every text that is read, and the cells that read it.
+        order: Indices that put the readers of all texts, one text after the other, into their own order.
+        of_cell: The readers that each cell is, padded, and the share of each in it; None where readers are cells.
+            Shape: [cells, most readers of a cell] each.
+    """
+
+    by_text: Sequence[tuple[int, Tensor]]
+    order: Tensor
+    of_cell: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, membership: Tensor, device: torch.device | None = None) -> "Readers":
+        """Args: as for `Partition.of`."""
+        texts, cells = read_by(membership)
+        by_text = tuple((text, cells[texts == text].to(device)) for text in texts.unique().tolist())
+        order = texts.argsort(stable=True).argsort().to(device)
+        times = cells.bincount()[:, None]
+        if times.max() == 1:
+            return cls(by_text, order, None)
+        nth = torch.arange(int(times.max()))
+        readers = times.cumsum(dim=0) - times + nth.minimum(times - 1)
+        return cls(by_text, order, (readers.to(device), ((nth < times) / times).to(device)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +64,11 @@ class Partition:
 
     Attributes:
         groups: Every cell is in one of them.
+        readers: Who reads what.
     """
 
     groups: Sequence[Group]
+    readers: Readers
 
     @classmethod
     def of(cls, membership: Tensor, device: torch.device | None = None) -> "Partition":
@@ -58,8 +89,8 @@ class Partition:
             sees = background | (membership & kind).any(dim=1) | ~kind.any()
             visible = None if sees.all() else sees.nonzero()[:, 0].to(device)
             cells = (kind_of == i).nonzero()[:, 0].to(device)
-            groups.append(Group(tuple(kind.nonzero()[:, 0].tolist()), cells, visible))
-        return cls(tuple(groups))
+            groups.append(Group(cells, visible))
+        return cls(tuple(groups), Readers.of(membership, device))
 
     @cached_property
     def restore(self) -> Tensor:
@@ -84,8 +115,8 @@ class Layout:
 
     Attributes:
         partitions: The cells of every grid, by level.
-        inject: In cross-attention, whether the cells of region n read text 1 + n and the background text 0 (the mean
-            where regions overlap), instead of text 0 everywhere.
+        inject: In cross-attention, whether the cells of region n read text 1 + n and the background text 0, instead of
+            text 0 everywhere. Where regions overlap, the mean counts of what was read and projected for each.
         isolate: Whether the cells of a region see no other region in self-attention.
     """
 
@@ -94,7 +125,7 @@ class Layout:
     isolate: bool
 
     def cross(self, kernel: "Kernel", level: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Cross-attention.
+        """Cross-attention of every reader.
 
         Args:
             kernel: Computes attention.
@@ -104,16 +135,24 @@ class Layout:
             values: The same shape.
 
         Returns:
-            Shape: as query.
+            Shape: [rows, heads, readers, channels]; without injection cells read once.
         """
         if not self.inject:
             return kernel(query, keys[0], values[0])
-        partition, parts = self.partitions[level], []
-        for group in partition.groups:
-            mine = query[:, :, group.cells]
-            read = [kernel(mine, keys[text], values[text]) for text in ([1 + n for n in group.regions] or [0])]
-            parts.append(read[0] if len(read) == 1 else torch.stack(read).mean(dim=0))
-        return torch.cat(parts, dim=2)[:, :, partition.restore]
+        readers = self.partitions[level].readers
+        parts = [kernel(query[:, :, cells], keys[text], values[text]) for text, cells in readers.by_text]
+        return torch.cat(parts, dim=2)[:, :, readers.order]
+
+    def gathered(self, level: int, out: Tensor) -> Tensor:
+        """What each cell gets of its readers, their mean. Shape: [rows, readers, channels] -> [rows, cells, channels].
+
+        After the projection of the output, since every reader has a LoRA of its own there.
+        """
+        of_cell = self.partitions[level].readers.of_cell if self.inject else None
+        if of_cell is None:
+            return out
+        readers, shares = of_cell
+        return (out[:, readers] * shares[..., None].to(out.dtype)).sum(dim=2)
 
     def self_attention(self, kernel: "Kernel", level: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Self-attention. Shapes: [rows, heads, cells, channels] all."""
@@ -124,3 +163,16 @@ class Layout:
             seen = slice(None) if group.visible is None else group.visible
             parts.append(kernel(query[:, :, group.cells], key[:, :, seen], value[:, :, seen]))
         return torch.cat(parts, dim=2)[:, :, partition.restore]
+
+
+def read_by(membership: Tensor) -> tuple[Tensor, Tensor]:
+    """The text and the cell of every reader.
+
+    Args:
+        membership: True where a region covers a cell. Shape: [cells, regions].
+
+    Returns:
+        Ordered by cell, then by text: 0 for the background, 1 + n for region n. Shape: [readers] each.
+    """
+    cells, texts = torch.cat([~membership.any(dim=1, keepdim=True), membership], dim=1).nonzero(as_tuple=True)
+    return texts, cells

@@ -138,6 +138,8 @@ class ComposeAttnProcessor:
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
         hidden_states = dropout(project(hidden_states))
+        if self._layer.cross and self._slot.layout is not None:
+            hidden_states = self._slot.layout.gathered(self._layer.level, hidden_states)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor

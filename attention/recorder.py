@@ -14,7 +14,8 @@ class Recorder:
     Args:
         layers: Names of the cross-attention layers wanted.
         readout: Weight of every token in every map. Shape: [rows, tokens, maps], or [texts, rows, tokens, maps] where
-            cells choose among several texts; then there is a map for every text, over all cells.
+            cells choose among several texts; then there is a map for every text, over all cells. Fewer texts than
+            there are mean the last ones.
         self_layers: Names of the self-attention layers wanted.
 
     Attributes:
@@ -40,6 +41,8 @@ class Recorder:
             allowed: Which cells see which; None is all. Shape: [cells, cells].
         """
         if layer in self.layers:
+            if self.readout.dim() == 4:
+                key = key[-len(self.readout) :]
             self.maps[layer] = _attention(query, key, scale, None) @ self.readout
         elif layer in self.self_layers:
             self.self_maps[layer] = _attention(query, key, scale, allowed)

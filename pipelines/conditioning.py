@@ -151,7 +151,7 @@ class TokenMasks:
         trigger, phrase = [], []
         for prompt, mentioned in zip(prompts, mentions or [{}] * len(prompts), strict=True):
             named = [c for c in wanted if c.name not in optional or find_words(c.trigger or "", prompt)]
-            found = {concept.name: locate(tokenizer, prompt, concept) for concept in named}
+            found = {concept.name: locate(tokenizer, prompt, concept, concepts) for concept in named}
             check_disjoint(named, list(found.values()), prompt)
             trigger.append([found[c.name].trigger if c.name in found else () for c in concepts])
             phrases = {name: place.phrase for name, place in found.items()}

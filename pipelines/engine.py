@@ -1,9 +1,9 @@
 """The only way to run the UNet during a call; it counts what it costs."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from attention import (
     Gates,
@@ -195,6 +196,7 @@ class Engine:
         self._first: Conditioning | None = None
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
         self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
+        self._cut_text_gates: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         self._cut_portions: WeakKeyDictionary[Gates, Any] = WeakKeyDictionary()
         sample = self._unet.config["sample_size"]
         self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
@@ -214,6 +216,14 @@ class Engine:
     def guided(self) -> bool:
         """Whether this step has classifier-free guidance; a callback may switch it off."""
         return self.guidance_scale > 1 and self._unet.config["time_cond_proj_dim"] is None
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether the scheduler goes back to the latents of the pass before, in the second pass of a step (Heun).
+
+        What a method does to the latents before such a pass is lost.
+        """
+        return self.step % self._scheduler.order > 0
 
     def encode(
         self,
@@ -589,7 +599,9 @@ class Engine:
         if conditioning not in self._cut_text:
             self._cut_text[conditioning] = conditioning.conditional()
         if gates not in self._cut_gates:
-            self._cut_gates[gates] = gates.select(conditioning.conditional_rows)
+            cut = gates.select(conditioning.conditional_rows)
+            # Gates that share the one for the text go on to share it, and with it keys and values.
+            self._cut_gates[gates] = replace(cut, text=self._cut_text_gates.setdefault(gates.text, cut.text))
         return self._cut_text[conditioning], self._cut_gates[gates]
 
     def _watch(self, conditioning: Conditioning) -> Recorder | None:

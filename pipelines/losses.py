@@ -6,13 +6,13 @@ from torch import Tensor
 
 from attention.masks import bounds
 
-SMOOTHING = (0.2119, 0.5761, 0.2119)
-"""exp(-(x / (2 * 0.5))^2) at -1, 0, 1, normalised: the kernel of Attend-and-Excite's code, which the authors of
-LoRA-Composer use; a Gaussian of that sigma would be narrower."""
-
 
 def smooth(maps: Tensor) -> Tensor:
-    """Smooths maps with a separable kernel of 3 x 3, mirrored at the borders. Shape: [..., height, width]."""
+    """Smooths maps with a separable kernel of 3 x 3, mirrored at the borders. Shape: [..., height, width].
+
+    exp(-(x / (2 * 0.5))^2) at -1, 0, 1, normalised (0.2119, 0.5761, 0.2119): the kernel of Attend-and-Excite's code,
+    which the authors of LoRA-Composer use; a Gaussian of that sigma would be narrower.
+    """
     line = torch.tensor([-1.0, 0.0, 1.0], device=maps.device, dtype=maps.dtype).square().neg().exp()
     line = line / line.sum()
     flat = maps.reshape(-1, 1, *maps.shape[-2:])

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 
 from pipelines.scene import Concept
-from pipelines.tokens import find_words
+from pipelines.tokens import Span, class_words, find_words
 
-_LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the))?\s*$", re.IGNORECASE)
+_LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
 """Words before a list of concepts that have no meaning without it: "a photo of a"."""
 
 
@@ -40,7 +40,7 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     """
     if concept.prompt is not None:
         return concept.prompt
-    mine = _named(concept, prompt)
+    mine = _named(concept, prompt, concepts)
     if not mine:
         missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
         raise ValueError(
@@ -53,19 +53,15 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
 
 def _list_of(concepts: Sequence[Concept], prompt: str) -> tuple[int, int]:
     """From the first word that names a concept to the last; (0, 0) if there is none."""
-    spans = [span for concept in concepts for span in _named(concept, prompt)]
+    spans = [span for concept in concepts for span in _named(concept, prompt, concepts)]
     return (min(spans)[0], max(end for _, end in spans)) if spans else (0, 0)
 
 
-def _named(concept: Concept, prompt: str) -> list[tuple[int, int]]:
-    """Where a prompt names a concept: from its trigger to the class word after it, or the class word alone."""
-    nouns = find_words(concept.class_word or "", prompt)
+def _named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
+    """Where a prompt names a concept: from its trigger to its class word, or the class word alone."""
     if not concept.trigger:
-        return nouns
-    return [
-        (start, next((noun_end for noun, noun_end in nouns if noun >= end), end))
-        for start, end in find_words(concept.trigger, prompt)
-    ]
+        return find_words(concept.class_word or "", prompt)
+    return [(start, (noun or (start, end))[1]) for (start, end), noun in class_words(concept, prompt, concepts)]
 
 
 def _tidy(prompt: str) -> str:

@@ -54,20 +54,24 @@ def check_mask(path: str, width: int | None, height: int | None) -> None:
         )
 
 
-def region_mask(region: Box | str | None, image_size: Grid, grid: Grid) -> Tensor:
+def region_mask(region: Box | str | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:
     """A region on a grid; 1 everywhere without a region.
 
     Args:
         region: A box in pixels, or the path of a mask.
         image_size: Height and width of the canvas in pixels.
         grid: The grid wanted.
+        sharp: Whether every dot of a mask is inside or outside, from half of its maximum on; else greys are parts.
 
     Returns:
         Values in 0..1, of which one is 1. Shape: [grid height, grid width], fp32.
     """
     if region is None:
         return torch.ones(grid)
-    return resize_mask(read_mask(region), grid) if isinstance(region, str) else box_mask(region, image_size, grid)
+    if not isinstance(region, str):
+        return box_mask(region, image_size, grid)
+    mask = read_mask(region)
+    return resize_mask((mask >= mask.max() / 2).float() if sharp else mask, grid)
 
 
 Window = tuple[slice, slice]
@@ -98,7 +102,7 @@ class Regions:
         levels: Collection[int],
         threshold: float,
     ) -> "Regions":
-        """The regions of all concepts that have one.
+        """The regions of all concepts that have one; masks are sharp here, so that grey dots do not thin out cells.
 
         Args:
             regions: What the concepts say.
@@ -108,9 +112,8 @@ class Regions:
             threshold: The share of a cell that a region covers, from which on the cell belongs to it.
         """
         owners = tuple(i for i, region in enumerate(regions) if region is not None)
-        return cls.of_masks(
-            owners, [region_mask(regions[i], image_size, latent_grid) for i in owners], levels, threshold
-        )
+        masks = [region_mask(regions[i], image_size, latent_grid, sharp=True) for i in owners]
+        return cls.of_masks(owners, masks, levels, threshold)
 
     @classmethod
     def of_masks(

@@ -22,7 +22,7 @@ class Positions:
 
     Attributes:
         trigger: Positions of all tokens of all occurrences of the trigger.
-        class_word: Positions of the class word that belongs to each occurrence: the first one after it.
+        class_word: Positions of the class word that belongs to each occurrence (`class_words`).
     """
 
     trigger: tuple[int, ...]
@@ -45,34 +45,66 @@ def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
     return [match.span() for match in matches if match[0].lower().split() == words.lower().split()]
 
 
-def locate(tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept) -> Positions:
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+
+
+def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[tuple[Span, Span | None]]:
+    """Where a prompt has a concept's trigger, and the class word that belongs to each occurrence.
+
+    That is the first one after it, unless another concept's trigger comes before its end: in "a sks beside a zwx cat"
+    the cat is zwx.
+
+    Args:
+        concept: Whose words are looked for.
+        prompt: The text.
+        concepts: All concepts that it may name.
+    """
+    others = [find_words(other.trigger or "", prompt) for other in concepts if other.name != concept.name]
+    starts = [start for spans in others for start, _ in spans]
+    nouns = free_nouns(concept, prompt, concepts)
+    found = []
+    for span in find_words(concept.trigger or "", prompt):
+        noun = next((noun for noun in nouns if noun[0] >= span[1]), None)
+        taken = noun is not None and any(span[1] <= start < noun[1] for start in starts)
+        found.append((span, None if taken else noun))
+    return found
+
+
+def locate(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept, concepts: Sequence[Concept] = ()
+) -> Positions:
     """The token positions of a concept's trigger and class word in a prompt.
 
     Args:
         tokenizer: A tokenizer whose words are tokenised one by one (CLIP's), fast or slow.
         prompt: The text.
         concept: Its trigger must be set.
+        concepts: All concepts that it may name.
 
     Raises:
         ValueError: If the trigger is missing from the prompt, stands past the tokenizer's limit, or is glued to
             punctuation in a way that gives it other tokens.
     """
-    # Composed letters, as the tokenizer reads them: an accent of its own would look like the end of a word.
-    prompt, trigger, class_word = (
-        unicodedata.normalize("NFC", text or "") for text in (prompt, concept.trigger, concept.class_word)
-    )
-    trigger = trigger.strip()
-    spans = find_words(trigger, prompt)
-    if not spans:
+    prompt = unicodedata.normalize("NFC", prompt)
+    found = class_words(_composed(concept), prompt, list(map(_composed, concepts)))
+    if not found:
+        trigger = (concept.trigger or "").strip()
         raise ValueError(
             f"the trigger {trigger!r} of concept {concept.name!r} is not in the prompt {prompt!r}; "
             f"write {(concept.phrase or trigger)!r} where the concept is meant"
         )
-    nouns = find_words(class_word, prompt)
-    bound = {next((noun for noun in nouns if noun[0] >= end), None) for _, end in spans} - {None}
-    trigger_positions = [p for span in spans for p in _positions(tokenizer, prompt, span, concept)]
-    noun_positions = [p for span in sorted(b for b in bound if b) for p in _positions(tokenizer, prompt, span, concept)]
-    return Positions(tuple(trigger_positions), tuple(noun_positions))
+    triggers, nouns = [span for span, _ in found], sorted({noun for _, noun in found if noun})
+    positions = (
+        [p for span in spans for p in _positions(tokenizer, prompt, span, concept)] for spans in (triggers, nouns)
+    )
+    return Positions(*map(tuple, positions))
+
+
+def _composed(concept: Concept) -> Concept:
+    """With composed letters, as the tokenizer reads them: an accent of its own would look like the end of a word."""
+    words = {name: unicodedata.normalize("NFC", getattr(concept, name) or "") for name in ("trigger", "class_word")}
+    return concept.model_copy(update=words)
 
 
 def _positions(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int], concept: Concept) -> range:
@@ -111,7 +143,7 @@ class Mention:
     which: tuple[int, ...] | None = None
 
 
-def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[tuple[int, int]]:
+def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
     """Spans of a concept's class word in a prompt, but for those that are a part of somebody's trigger."""
     taken = [span for other in concepts for span in find_words(other.trigger or "", prompt)]
     nouns = find_words(concept.class_word or "", prompt)
@@ -119,16 +151,12 @@ def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> li
 
 
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
-    """Which of the free nouns are the concept's: the first after each trigger.
+    """Which of the free nouns are the concept's own (`class_words`).
 
     In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx.
     """
     nouns = free_nouns(concept, prompt, concepts)
-    after = [
-        next((k for k, (start, _) in enumerate(nouns) if start >= end), None)
-        for _, end in find_words(concept.trigger or "", prompt)
-    ]
-    return tuple(sorted({k for k in after if k is not None}))
+    return tuple(sorted({nouns.index(noun) for _, noun in class_words(concept, prompt, concepts) if noun}))
 
 
 def locate_mention(
@@ -140,6 +168,7 @@ def locate_mention(
         ValueError: If one of the words is not in the prompt, or as for `locate`.
     """
     prompt = unicodedata.normalize("NFC", prompt)
+    concept, concepts = _composed(concept), list(map(_composed, concepts))
     if mention.which is None:
         spans = [span for word in mention.words for span in find_words(unicodedata.normalize("NFC", word), prompt)]
     else:

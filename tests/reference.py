@@ -1,4 +1,6 @@
-"""A slow reference for gated LoRA, written from its formula: y = W x + b + sum over concepts of gate_i * (D_i x).
+"""Slow references for gated LoRA and for attention in regions.
+
+Gated LoRA is written from its formula: y = W x + b + sum over concepts of gate_i * (D_i x).
 
 D_i = scale * up @ down is dense, concepts are looped over, gates are full size, and everything happens in forward hooks
 on a plain model. Which gate rules a layer follows from its name and from the shape of its actual output.
@@ -6,11 +8,12 @@ on a plain model. Which gate rules a layer follows from its name and from the sh
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from attention import Gates, Lora, LoraFactors
@@ -135,3 +138,77 @@ class _Hook:
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest deviation, as a share of the largest expected value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def cells(box: tuple[int, int, int, int], canvas: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The cells that lie inside a box altogether: 1 from ceil(top) to floor(bottom). Shape: [height, width]."""
+    left, top, right, bottom = box
+    inside = torch.zeros(grid)
+    scale = grid[0] / canvas[0], grid[1] / canvas[1]
+    rows = slice(math.ceil(top * scale[0]), math.floor(bottom * scale[0]))
+    inside[rows, math.ceil(left * scale[1]) : math.floor(right * scale[1])] = 1
+    return inside
+
+
+@dataclass
+class WrittenOut:
+    """Attention with dense masks and dense deltas, for one layer of a plain model.
+
+    What a cell reads in several regions is projected for each of them, and the mean counts.
+
+    regions: by number of cells, 1 inside. Shape: [cells, regions].
+    acting: 1 in the rows in which LoRAs act. Shape: [rows, 1, 1].
+    texts: of the background and of the regions. Shape: [texts, rows, tokens, channels].
+    loras: those of the texts, background first, at full weight.
+    seen: probabilities in the last pass, in double precision: those of all cells for every text, or for each other.
+        Shape: [rows, heads, cells, tokens or cells] each.
+    """
+
+    name: str
+    regions: dict[int, Tensor]
+    acting: Tensor
+    texts: Tensor
+    loras: Sequence[Lora]
+    isolate: bool
+    seen: list[Tensor] = field(default_factory=list)
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        self.seen.clear()
+        project, dropout = attn.to_out  # pyright: ignore[reportGeneralTypeIssues]
+        member = self.regions[hidden_states.shape[1]]
+        query, sides = attn.to_q(hidden_states), (attn.to_k, attn.to_v)
+        if encoder_hidden_states is None:
+            same, anywhere = member @ member.T > 0, member.sum(dim=1) > 0
+            hidden = anywhere[:, None] & anywhere[None, :] & ~same & self.isolate
+            key, value = (side(hidden_states) for side in sides)  # pyright: ignore[reportOptionalCall]
+            out = self._attend(attn, query, key, value, hidden)
+        else:
+            times = member.sum(dim=1, keepdim=True)
+            reads = torch.cat([(times == 0).float(), member / times.clamp(min=1)], dim=1)
+            nothing = torch.zeros(query.shape[1], self.texts.shape[2], dtype=torch.bool)
+            parts = []
+            for text, lora in zip(self.texts, self.loras, strict=True):
+                key, value = (
+                    self._with_lora(side, text, lora[f"{self.name}.{which}"])
+                    for which, side in zip(("to_k", "to_v"), sides, strict=True)
+                )
+                attended = self._attend(attn, query, key, value, nothing)
+                parts.append(self._with_lora(project, attended, lora[f"{self.name}.to_out.0"]))
+            return torch.einsum("pn,nrpc->rpc", reads, torch.stack(parts))
+        return dropout(project(out))
+
+    def _with_lora(self, layer: Any, x: Tensor, factors: Any) -> Tensor:
+        return layer(x) + self.acting * (x @ dense(factors).T)
+
+    def _attend(self, attn: Attention, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        scores = (query @ key.transpose(-1, -2) * attn.scale).masked_fill(hidden, -torch.inf)
+        exact = (query.double() @ key.double().transpose(-1, -2) * attn.scale).masked_fill(hidden, -torch.inf)
+        self.seen.append(exact.softmax(dim=-1))
+        return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)

@@ -1,10 +1,13 @@
 """What can be seen on an accelerator only: `pytest -m gpu`."""
 
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
@@ -151,26 +154,38 @@ def test_four_concepts_need_little_more_memory_than_none(write_lora):
     assert peak(composed=False) <= 1.01 * plain
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_steps_after_the_first_do_not_wait_for_the_device(composer, method):
-    """From the end of one step to the end of the next UNet pass nothing may synchronise, so that launches run ahead."""
+# All updates that there can be: when an image stops is a matter of its numbers.
+WAITING = [replace(method, least_updates=1.0) if isinstance(method, LoraComposer) else method for method in METHODS]
+
+
+@pytest.mark.parametrize("method", WAITING)
+def test_steps_after_the_first_wait_for_the_device_twice_for_an_update_and_else_never(composer, method):
+    """Launches run ahead: from the end of one step to the scheduler's next nothing else may synchronise."""
     composer.to(DEVICE)
-    passes = []
+    waits: list[int] = []
+
+    class Watched(DDIMScheduler):
+        """The end of what is watched; it waits for the device itself."""
+
+        def step(self, *args: Any, **options: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("default")
+            waits.append(sum("called a synchronizing" in str(warning.message) for warning in caught))
+            caught.clear()
+            return super().step(*args, **options)
 
     def watch(pipe, step, timestep, tensors):
-        torch.cuda.set_sync_debug_mode("error" if step < 3 else "default")
+        torch.cuda.set_sync_debug_mode("warn")
         return tensors
 
-    def stop_watching(*call):
-        passes.append(torch.cuda.get_sync_debug_mode())
-        torch.cuda.set_sync_debug_mode("default")
-
-    composer.unet.register_forward_hook(stop_watching)
+    composer.scheduler = Watched.from_config(composer.scheduler.config)
     try:
-        latents = latents_of(composer, method=method, num_inference_steps=4, callback_on_step_end=watch)
-        torch.cuda.set_sync_debug_mode("error")
-        with pytest.raises(RuntimeError, match="synchroniz"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            latents = latents_of(composer, method=method, num_inference_steps=4, callback_on_step_end=watch)
+            caught.clear()
             latents.sum().item()
+            assert any("called a synchronizing" in str(warning.message) for warning in caught)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert passes == [0, 2, 2, 2]
+    # Updates end at half of the steps, with that of the step which begins there.
+    assert waits == ([0, 2, 2, 0] if isinstance(method, LoraComposer) else [0, 0, 0, 0])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention import grid_at
-from components import random_lora, tiny_pipeline
+from components import EVERYTHING, random_lora, tiny_pipeline
 from pipelines.methods.lora_composer import LoraComposer
 from pipelines.regions import Regions
 from pipelines.scene import Concept
@@ -58,6 +58,17 @@ def test_regions_apart_never_know_of_each_other(composer):
         latents_of(composer, method, concepts=at(LEFT, RIGHT, prompt=prompt), num_inference_steps=4)
         for prompt in ("a zwx dog on grass", "one big zwx dog in the water")
     )
+    assert torch.equal(one[..., :8], other[..., :8])
+    assert far_apart(one[..., 8:], other[..., 8:])
+
+
+def test_regions_apart_never_know_of_each_others_loras_in_any_layer(write_lora):
+    pipe = tiny_pipeline()
+    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
+        path = write_lora(name, unet=random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.1))
+        pipe.load_concept(path, name, trigger=trigger, class_word=name)
+    method = LoraComposer(apart=1.0, step_size=0)
+    one, other = (latents_of(pipe, method, concepts=at(LEFT, RIGHT, weight=weight)) for weight in (1.0, 0.0))
     assert torch.equal(one[..., :8], other[..., :8])
     assert far_apart(one[..., 8:], other[..., 8:])
 

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from components import ATTENTION, EVERYTHING, random_lora, seeded, small_pipeline, tiny_pipeline
+from compose.counting import count_run
 from pipelines.methods import make_method
 from pipelines.methods.lora_composer import LoraComposer
 from pipelines.scene import Concept
@@ -93,6 +94,23 @@ def test_a_mask_acts_as_the_box_that_it_shows(composer, tmp_path):
     assert far_apart(box, latents_of(composer, concepts=at(str(tmp_path / "left.png"), RIGHT)))
 
 
+def test_two_concepts_on_one_box_share_it_in_equal_parts(composer):
+    """In the first cross-attention, of which the input is the same for all: the mean of what each would give alone."""
+    outputs: list[Tensor] = []
+    layer = composer.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    method = LoraComposer(inject="attn2", step_size=0, apart=0)
+    boxed = [Concept(name=name, region=LEFT, prompt=f"a {TRIGGERS[name]} {name}") for name in TRIGGERS]
+    images = [
+        latents_of(composer, method, prompt="on grass", concepts=concepts, num_inference_steps=1)
+        for concepts in (boxed, boxed[::-1], boxed[:1], boxed[1:])
+    ]
+    assert_close(images[0], images[1])
+    both, _, cat, dog = outputs
+    assert far_apart(cat, dog)
+    torch.testing.assert_close(both, (cat + dog) / 2, atol=1e-5, rtol=1e-5)
+
+
 SCENES = {
     "wide": (192, 64, (0, 0, 64, 64), (128, 0, 192, 64)),
     "not divisible by 64": (136, 104, (0, 0, 60, 104), (70, 20, 136, 90)),
@@ -146,6 +164,77 @@ def test_a_callback_may_switch_guidance_off(composer, apart):
     assert far_apart(output.images, latents_of(composer, method, num_inference_steps=4))
 
 
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_keys_and_values_are_made_once_for_guidance_and_once_without_it(composer, apart):
+    made: list[int] = []
+    layer = composer.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
+    layer.register_forward_hook(lambda module, inputs, output: made.append(output.shape[-3]))
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=0.25)
+    compose(composer, LoraComposer(apart=apart), num_inference_steps=4, callback_on_step_end=cut)
+    assert sorted(made) == [1, 2], "rows: also of updates, which have no negative prompt"
+
+
+@NUMPY_2
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_after_guidance_is_switched_off_a_call_goes_on_as_one_without_it(composer, apart):
+    scheduler: Any = EulerDiscreteScheduler.from_config(composer.scheduler.config)
+    composer.scheduler = scheduler
+    kept: list[Tensor] = []
+
+    def switch_off(pipe, step, timestep, tensors):
+        kept.append(tensors["latents"])
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors |= {"prompt_embeds": tensors["prompt_embeds"][-1:]}
+        return tensors
+
+    method = LoraComposer(step_size=0, apart=apart)
+    inputs = ["latents", "prompt_embeds"]
+    expected = latents_of(
+        composer, method, num_inference_steps=5, callback_on_step_end=switch_off,
+        callback_on_step_end_tensor_inputs=inputs,
+    )  # fmt: skip
+    rest = scheduler.timesteps[2:].tolist()
+    scheduler.set_timesteps(timesteps=rest)
+    start = kept[1] / scheduler.init_noise_sigma
+    found = latents_of(composer, method, timesteps=rest, guidance_scale=1.0, latents=start)
+    assert_close(found, expected)
+    assert far_apart(found, latents_of(composer, method, timesteps=rest, latents=start))
+
+
+def test_rows_are_exchanged_where_all_prompts_are_exchanged_with_the_negative_ones(composer):
+    outputs: list[Tensor] = []
+    composer.unet.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    own = {name: (f"a {trigger} {name} at night", f"{trigger} in the water") for name, trigger in TRIGGERS.items()}
+    for ahead in (0, 1):
+        boxes = {"cat": (0, 0, 64, 64), "dog": (64, 64, 128, 128)}
+        concepts = [
+            Concept(name=name, region=boxes[name], prompt=texts[ahead], negative_prompt=texts[1 - ahead])
+            for name, texts in own.items()
+        ]
+        scene = ("on grass", "in snow")
+        compose(
+            composer, LoraComposer(step_size=0, apart=0, rows="all"), prompt=scene[ahead],
+            negative_prompt=scene[1 - ahead], concepts=concepts, num_inference_steps=1,
+        )  # fmt: skip
+    one, other = outputs
+    assert far_apart(one[0], one[1])
+    torch.testing.assert_close(one, other.flip(0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiled_unet_gives_the_same_image(composer):
+    boxes = (0, 0, 96, 96), (32, 32, 128, 128)
+    call = {"concepts": at(*boxes), "num_inference_steps": 1, "method": LoraComposer(apart=0)}
+    expected = latents_of(composer, **call)
+    plain = composer.unet
+    composer.unet = torch.compile(plain, backend="eager")
+    try:
+        assert_close(latents_of(composer, **call), expected)
+    finally:
+        composer.unet = plain
+        torch.compiler.reset()
+
+
 def test_all_map_steps_have_the_concepts_in_them(composer):
     output = compose(
         composer, LoraComposer(apart=0), num_inference_steps=3, num_images_per_prompt=2, width=96, height=64,
@@ -162,6 +251,20 @@ def test_schedulers_with_two_passes_per_step_work(composer):
     output = compose(composer, LoraComposer(), num_inference_steps=3)
     assert output.images.isfinite().all()
     assert output.cost.rows_forward == 2 * 5
+
+
+@NUMPY_2
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, EulerDiscreteScheduler])
+def test_latents_are_updated_only_where_the_scheduler_goes_on_from_them(composer, scheduler):
+    """A second pass of a step goes back to the latents of the first one."""
+    composer.scheduler = scheduler.from_config(composer.scheduler.config)
+    method = LoraComposer(least_updates=1.0, most_updates=1.0)
+    passes = 5 if scheduler.order == 2 else 3
+    updated = 3
+    cost = compose(composer, method, num_inference_steps=3).cost
+    assert (cost.rows_forward, cost.rows_backward) == (2 * passes, updated)
+    loaded = composer.resolve_concepts(at(LEFT, RIGHT))
+    assert count_run(composer, method, loaded, 3, 4.0, 128, 128).rows_backward == updated
 
 
 @pytest.mark.parametrize("method", [LoraComposer(reinit="swap"), LoraComposer.official()], ids=["swap", "official"])
@@ -287,6 +390,32 @@ def test_bad_input_is_refused_with_a_clear_message_and_changes_nothing(composer,
     assert torch.equal(generator.get_state(), drawn)
 
 
+def test_a_mask_of_other_proportions_is_refused(composer, tmp_path):
+    Image.new("L", (128, 64), 255).save(tmp_path / "wide.png")
+    before = state_of(composer)
+    with pytest.raises(ValueError, match="has 128 x 64 pixels, the canvas 128 x 128: their proportions differ"):
+        compose(composer, concepts=at(str(tmp_path / "wide.png"), RIGHT))
+    assert state_of(composer) == before
+
+
+def test_a_background_concept_has_to_be_named_in_the_prompt_that_it_is_read_in(composer):
+    ink = Concept(name="ink", trigger="mjq", lora=composer.concepts["cat"].lora, prompt="in mjq style")
+    before = state_of(composer)
+    missing = "the trigger 'mjq' of concept 'ink' is not in the prompt 'a sks cat and a zwx dog on grass'"
+    with pytest.raises(ValueError, match=missing):
+        compose(composer, concepts=[*at(LEFT, RIGHT), ink])
+    assert state_of(composer) == before
+
+
+@pytest.mark.parametrize("own", [{"prompt": "in ohwx style"}, {"negative_prompt": "bright"}, {}], ids=str)
+def test_own_prompts_that_nobody_reads_are_mentioned(composer, caplog, own):
+    concepts = [*at(LEFT, RIGHT, prompt="a zwx dog"), Concept(name="ink", lora=composer.concepts["cat"].lora, **own)]
+    latents_of(composer, concepts=concepts, num_inference_steps=1)
+    said = [record.message for record in caplog.records if "are not read" in record.message]
+    assert said == (["the own prompts of ink are not read: without a region a concept acts in the background, which "
+                     "reads the scene's prompt"] if own else [])  # fmt: skip
+
+
 def test_embeddings_in_place_of_a_prompt_are_refused(composer):
     positive, negative = composer.encode_prompt(PROMPT, torch.device("cpu"), 1, True)
     given = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
@@ -327,9 +456,10 @@ def test_settings_that_there_are_not_are_refused(changes, message):
 # What was published
 
 
+# The code sums over the two tokens of a concept, of which the mean counts here.
 OFFICIAL = {
     "inject": "attn2", "rows": "all", "isolate": True, "threshold": 1.0, "step_size": 20.0, "step_rule": "raw",
-    "step_decay": 0.5, "least_updates": 5 / 50, "most_updates": 25 / 50, "ce_weight": 8.0, "fill_weight": 2.0,
+    "step_decay": 0.5, "least_updates": 5 / 50, "most_updates": 25 / 50, "ce_weight": 2 * 8.0, "fill_weight": 2 * 2.0,
     "region_weight": 10.0, "gaussian": True, "reinit": "copy", "apart": 0.0, "background": "scene",
 }  # fmt: skip
 

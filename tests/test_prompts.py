@@ -10,7 +10,8 @@ DOG = Concept(name="dog", trigger="zwx", class_word="dog")
 HERO = Concept(name="hero", trigger="max power", class_word="man")
 PLAIN = Concept(name="bear", class_word="bear")
 STYLE = Concept(name="style", trigger="<ink>")
-EVERYBODY = (CAT, DOG, HERO, PLAIN, STYLE)
+TOM = Concept(name="tom", trigger="tmb", class_word="cat")
+EVERYBODY = (CAT, TOM, DOG, HERO, PLAIN, STYLE)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,11 @@ PAIR = "a photo of a sks cat and a zwx dog on grass"
         # no trigger: the class word names it
         (PLAIN, "a sks cat and a bear, at night", "a bear, at night"),
         (CAT, "a sks cat and a bear, at night", "a sks cat, at night"),
+        # the class word of another concept of the same class
+        (CAT, "a photo of sks beside a tmb cat on grass", "a photo of sks on grass"),
+        (TOM, "a photo of sks beside a tmb cat on grass", "a photo of tmb cat on grass"),
+        (CAT, "a photo of sks, a zwx dog and a cat", "a photo of sks and a cat"),
+        (CAT, "sks and a sks cat on grass", "sks and a sks cat on grass"),
         # no class word
         (STYLE, "a drawing in <ink> on paper", "a drawing in <ink> on paper"),
     ],
@@ -141,6 +147,11 @@ def test_a_concept_without_any_words_needs_a_prompt() -> None:
         ("a sks cat, a zwx dog, by night", "by night"),
         ("a bear in the woods", "in the woods"),
         ("sks cat", ""),
+        ("an image of my sks cat on grass", "an image on grass"),
+        ("Your sks cat, their zwx dog at night", "at night"),
+        ("a photo of his sks cat and her zwx dog in snow", "a photo in snow"),
+        ("our sks cat on grass", "on grass"),
+        ("a tour with sks cat", "a tour"),
         ("risks on grass", "risks on grass"),
         ("an empty room", "an empty room"),
     ],

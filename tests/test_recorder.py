@@ -174,3 +174,13 @@ def test_gradients_through_maps_are_the_same_with_gradient_checkpointing() -> No
             found.append(torch.autograd.grad(loss, sample)[0])
     assert found[0].abs().max() > 0
     assert torch.equal(found[0], found[1])
+
+
+def test_a_readout_of_fewer_texts_is_for_the_last_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, keys = (torch.randn(*shape, generator=generator) for shape in ((ROWS, 2, 6, 4), (3, ROWS, 2, TOKENS, 4)))
+    readout = torch.rand(3, ROWS, TOKENS, 2, generator=generator)
+    every, last = Recorder(["layer"], readout), Recorder(["layer"], readout[1:])
+    for recorder in (every, last):
+        recorder.take("layer", query, keys, 0.5)
+    assert torch.equal(last.mean(), every.mean()[1:])

@@ -10,7 +10,7 @@ from PIL import Image
 from attention.masks import box_mask
 from compose.cli import parse_concept
 from compose.files import read_scene, write_scene
-from pipelines.regions import check_mask, read_mask, region_mask
+from pipelines.regions import Regions, check_mask, read_mask, region_mask
 from pipelines.scene import Concept, Scene
 
 BOX = (32, 16, 96, 128)
@@ -60,6 +60,73 @@ def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(b"text")
     with pytest.raises(ValueError, match="cannot be read"):
         read_mask(str(tmp_path / "mask.png"))
+
+
+@pytest.mark.parametrize("quality", [30, 95])
+def test_the_cells_of_a_mask_do_not_depend_on_how_bright_it_is(tmp_path: Path, quality: int) -> None:
+    """A photograph of a mask: not all of the white is white, and not all of the black is black."""
+    noise = np.random.default_rng(0).integers(0, 20, (128, 128))
+    drawing = np.where(np.asarray(Image.open(drawn(tmp_path / "mask.png"))) > 0, 230 + noise, noise)
+    drawing[64, 64] = 255
+    path = str(tmp_path / "mask.jpg")
+    Image.fromarray(drawing.astype("u1")).save(path, quality=quality)
+    assert len(np.unique(np.asarray(Image.open(path)))) > 4
+    found, expected = (Regions.of([region], (128, 128), (16, 16), range(4), 1.0) for region in (path, BOX))
+    for level, cells in expected.cells.items():
+        assert torch.equal(found.cells[level], cells)
+    assert region_mask(path, (128, 128), (16, 16)).unique().numel() > 4, "as a soft mask it keeps its greys"
+
+
+def test_half_of_the_highest_value_is_the_border_of_a_sharp_mask(tmp_path: Path) -> None:
+    drawing = np.zeros((8, 8), dtype="u1")
+    drawing[:, 2:4], drawing[:, 4:6], drawing[:, 6:] = 49, 50, 100
+    Image.fromarray(drawing).save(tmp_path / "mask.png")
+    (cells,) = Regions.of([str(tmp_path / "mask.png")], (64, 64), (8, 8), [0], 1.0).cells.values()
+    assert torch.equal(cells[..., 0], torch.arange(8).expand(8, 8) >= 4)
+
+
+# A box of the scenes that the authors of LoRA-Composer (arXiv 2403.11627) published, a pixel from the lower border.
+PUBLISHED = (290, 375, 490, 767)
+
+
+@pytest.mark.parametrize(("level", "rows", "columns"), [(2, (12, 23), (10, 15)), (3, (6, 11), (5, 7))])
+def test_regions_of_a_published_box_are_as_published(
+    level: int, rows: tuple[int, int], columns: tuple[int, int]
+) -> None:
+    boxes = [PUBLISHED, None, (0, 0, 1024, 768), (0, 0, 1023, 767)]
+    regions = Regions.of(boxes, (768, 1024), (96, 128), [0, 2, 3], 1.0)
+    assert regions.owners == (0, 2, 3)
+    box, canvas, nearly = regions.cells[level].unbind(dim=-1)
+    expected = torch.zeros_like(box)
+    expected[rows[0] : rows[1], columns[0] : columns[1]] = True
+    assert torch.equal(box, expected)
+    assert canvas.all()
+    assert nearly[:-1, :-1].all()
+    assert not nearly[-1].any()
+    assert not nearly[:, -1].any()
+
+
+@pytest.mark.parametrize("box", [(13, 40, 135, 201), (0, 0, 100, 90), (97, 1, 136, 104), (8, 8, 16, 16)])
+def test_coarse_cells_of_a_region_are_blocks_that_lie_in_it_altogether(box: tuple[int, int, int, int]) -> None:
+    """On a canvas of 27 x 17 latents, which no grid divides: the last blocks are smaller."""
+    height, width = 27, 17
+    regions = Regions.of([box], (height * 8, width * 8), (height, width), range(4), 1.0)
+    pixels = np.zeros((height * 8, width * 8), dtype=bool)
+    pixels[box[1] : box[3], box[0] : box[2]] = True
+    painted = np.array(
+        [[pixels[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].all() for x in range(width)] for y in range(height)]
+    )
+    for level, cells in regions.cells.items():
+        side = 2**level
+        share = np.array([
+            [painted[y : y + side, x : x + side].mean() for x in range(0, width, side)] for y in range(0, height, side)
+        ])  # fmt: skip
+        inside = share == 1
+        if inside.any():
+            assert np.array_equal(cells[..., 0].numpy(), inside)
+        else:  # the best covered cell stays
+            assert cells[..., 0].any()
+            assert (share[cells[..., 0].numpy()] > 0).all()
 
 
 def test_other_proportions_than_the_canvas_are_refused(tmp_path: Path) -> None:

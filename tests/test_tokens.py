@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer
 from compose.assets import playground_model
 from pipelines.conditioning import TokenMasks, join_rows
 from pipelines.scene import Concept
-from pipelines.tokens import Positions, check_disjoint, find_words, locate, token_mask
+from pipelines.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask
 
 
 def playground_tokenizer() -> Any:
@@ -223,6 +223,40 @@ def test_two_concepts_of_one_class_have_a_class_word_each(tokenizer: Any) -> Non
     assert words_at(tokenizer, prompt, first.phrase) == "sks cat"
     assert words_at(tokenizer, prompt, second.phrase) == "zwx cat"
     assert not set(first.phrase) & set(second.phrase)
+
+
+def test_no_other_trigger_stands_between_a_trigger_and_its_class_word(tokenizer: Any) -> None:
+    cat, other, kitten = concept("sks", "cat", name="one"), concept("zwx", "cat", name="two"), concept("ktn", "a cat")
+    for concepts, prompt, expected in (
+        ([cat, other], "sks beside a zwx cat on grass", ["sks", "zwx cat"]),
+        ([cat, other], "a zwx and a sks cat", ["sks cat", "zwx"]),
+        ([cat, other], "a sks cat and a zwx cat", ["sks cat", "zwx cat"]),
+        ([cat, other], "sks and zwx, then a sks cat and a cat", ["sks sks cat", "zwx"]),
+        ([cat, other], "sks, sks cat", ["sks sks cat", None]),
+        ([cat, concept("my cat", "pet", name="two")], "a sks and my cat", ["sks", "my cat"]),
+        ([cat, kitten], "sks and a cat", ["sks cat", None]),
+    ):
+        for one, words in zip(concepts, expected, strict=True):
+            if words is None:
+                continue
+            found = locate(tokenizer, prompt, one, concepts)
+            assert words_at(tokenizer, prompt, found.phrase) == words, prompt
+        there = [one for one, words in zip(concepts, expected, strict=True) if words is not None]
+        masks = TokenMasks.of_prompts(tokenizer, [prompt], concepts, [one.name for one in there])
+        for column, words in enumerate(expected):
+            positions = masks.phrase[0, :, column].nonzero()[:, 0].tolist()
+            assert words_at(tokenizer, prompt, positions) == (words or "")
+
+
+def test_a_class_word_that_another_concept_has_taken_is_not_among_a_concepts_own_nouns() -> None:
+    cat, other = concept("sks", "cat", name="one"), concept("zwx", "cat", name="two")
+    for prompt, first, second in (
+        ("a sks cat and a zwx cat", (0,), (1,)),
+        ("sks beside a zwx cat", (), (0,)),
+        ("a cat, a zwx and a sks cat by a cat", (1,), ()),
+        ("a sks, a cat and a zwx", (0,), ()),
+    ):
+        assert [own_nouns(one, prompt, [cat, other]) for one in (cat, other)] == [first, second], prompt
 
 
 def test_class_words_of_several_tokens(tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ Where paper and code disagree, `LoraComposer.paper` and `LoraComposer.official` 
 shows what each mechanism contributes.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from pipelines.regions import Regions, Window
 from pipelines.scene import Concept
 from pipelines.tokens import find_words
 
+logger = logging.getLogger(__name__)
+
 Reinit = Literal["off", "copy", "swap"]
 StepRule = Literal["raw", "rms"]
 Background = Literal["surroundings", "scene"]
@@ -55,7 +58,8 @@ class LoraComposer:
     Attributes:
         inject: Where a concept's LoRA acts in its region: "attn2", on keys, values and output of cross-attention, as
             the paper has it; "full", in every layer that it adapts, for LoRAs of other trainers keep most of a
-            subject's looks there; "off", nowhere, and all cells read what the background reads.
+            subject's looks there (those without cells, for the time, see the whole canvas); "off", nowhere: all cells
+            read what the background reads, and no words of concepts move anything.
         rows: Where LoRAs act under guidance: "all", also on the negative prompt's rows, as the authors' code does, or
             "cond_only", the prompt's rows.
         isolate: Whether the cells of a region see no other region in self-attention.
@@ -66,9 +70,9 @@ class LoraComposer:
         step_decay: The step size falls from 1 to (1 - 0.5)^decay times itself over all steps: 0.5 in the code
             (a square root), 1 in the paper (linear).
         least_updates: Every image is updated in this part of the steps, and then until its loss rises.
-        most_updates: No image is updated after this part of the steps.
-        ce_weight: Weight of L_ce; 0 switches it off, likewise below.
-        fill_weight: Weight of L_fill, the sum of both profiles' deviations.
+        most_updates: No image is updated in steps that begin after this part of the steps; 0 switches updates off.
+        ce_weight: Weight of L_ce, the mean over a concept's words; 0 switches it off, likewise below.
+        fill_weight: Weight of L_fill, the sum of both profiles' deviations, the mean over its words.
         region_weight: Weight of L_region.
         gaussian: Whether L_ce counts the middle of a region more than its borders.
         apart: In this part of the steps, from the first, every region is denoised on a canvas of its own.
@@ -89,8 +93,8 @@ class LoraComposer:
     step_decay: float = 0.5
     least_updates: float = 0.1
     most_updates: float = 0.5
-    ce_weight: float = 8.0
-    fill_weight: float = 2.0
+    ce_weight: float = 16.0
+    fill_weight: float = 4.0
     region_weight: float = 10.0
     gaussian: bool = True
     reinit: Reinit = "off"
@@ -113,7 +117,8 @@ class LoraComposer:
     def official(cls) -> "LoraComposer":
         """What the authors' code does, without its mistakes (words looked for at wrong tokens, maps of the last image).
 
-        With its 50 steps of DPM-Solver++ and guidance 7.5: updates in steps 0 to 5 at least, 25 at most.
+        With its 50 steps of DPM-Solver++ and guidance 7.5: updates in steps 0 to 5 at least, 25 at most. It sums 8 L_ce
+        + 2 L_fill over the two tokens of a concept, which is 16 and 4 times their mean here, and adds 10 L_region.
         """
         return cls(
             inject="attn2",
@@ -138,7 +143,13 @@ class LoraComposer:
     @property
     def updates(self) -> bool:
         """Whether latents are updated at all."""
-        return self.step_size > 0 and max(self.ce_weight, self.fill_weight, self.region_weight) > 0
+        weights = self.ce_weight, self.fill_weight, self.region_weight
+        return self.inject != "off" and min(self.step_size, self.most_updates, max(weights)) > 0
+
+    @property
+    def moves_noise(self) -> bool:
+        """Whether there is a latent re-initialisation."""
+        return self.inject != "off" and self.reinit != "off"
 
     def start(self, engine: Engine) -> "Composing":
         """Encodes a text for the canvas and one for each region, and divides the grids."""
@@ -149,6 +160,7 @@ class LoraComposer:
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
         regions = Regions.of(wanted, engine.image_size, engine.latent_grid, engine.levels, self.threshold)
+        _mention_unread_prompts(engine.concepts)
         prompts = _own_prompts(engine, regions)
         texts = self._texts(engine, regions, prompts)
         gates = region_gates(engine, texts, regions, rows=self.rows, inject=self.inject)
@@ -158,7 +170,7 @@ class LoraComposer:
             texts,
             gates,
             self._layout(engine, regions),
-            _targets(engine, regions, prompts) if self.updates or self.reinit != "off" else (),
+            _targets(engine, regions, prompts) if self.updates or self.moves_noise else (),
             self._parts(engine, texts, regions, gates) if self.apart > 0 else None,
         )
 
@@ -166,6 +178,8 @@ class LoraComposer:
         """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA."""
         mine = [engine.concepts[i] for i in regions.owners]
         others = [concept for concept in engine.concepts if concept.region is None and concept.trigger]
+        # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
+        engine.find(engine.prompts or (), [other.name for other in others])
         canvas = [self._background(prompt, mine, others) for prompt in engine.prompts or ()]
         behind = [0.0 if i in regions.owners else weight for i, weight in enumerate(engine.weights)]
         texts = [engine.encode(behind, canvas, names=[other.name for other in others])]
@@ -252,6 +266,9 @@ class Parts:
 class Composing:
     """The process of LoRA-Composer for one call.
 
+    On a GPU the host waits twice for each update: to know whether any image goes on, and whether the gradient is
+    finite.
+
     Attributes:
         settings: The settings.
         engine: Runs the UNet.
@@ -276,7 +293,7 @@ class Composing:
 
     def prepare(self, latents: Tensor) -> Tensor:
         """Re-initialises the latents (section 3.5)."""
-        if self.settings.reinit == "off":
+        if not self.settings.moves_noise:
             return latents
         recorder = self._recorder()
         self.engine.observe(latents, self.engine.timesteps[0], self.conditioning, self.gates, recorder, self.layout)
@@ -288,7 +305,7 @@ class Composing:
 
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """An update while there is something to gain (eq. 10), then a pass with guidance."""
-        if self.settings.updates:
+        if self.settings.updates and not self.engine.second_pass:
             latents = self._update(latents, t)
         if self.parts is not None and self.engine.step < math.ceil(_share(self.settings.apart, self.engine)):
             return latents, self._apart(latents, t, self.parts)
@@ -342,7 +359,7 @@ class Composing:
                 maps, target.bell if settings.gaussian else target.region, best
             )
             attended = attended + settings.fill_weight * filling(maps, target.region)
-            losses.append(WORDS * (attended * target.share).sum(dim=1))
+            losses.append((attended * target.share).sum(dim=1))
             if looks is not None:
                 losses.append(settings.region_weight * outlook(looks, target.inside, target.outside, best))
         return torch.stack(losses).sum(dim=0)
@@ -353,24 +370,21 @@ class Composing:
 
     @cached_property
     def _readout(self) -> Tensor:
-        """The tokens of region n in text 1 + n. Shape: [texts, images, tokens, maps]."""
+        """The tokens of region n in text 1 + n, without the background's. Shape: [regions, images, tokens, maps]."""
         maps = max(target.words.shape[-1] for target in self.targets)
         padded = [torch.nn.functional.pad(target.words, (0, maps - target.words.shape[-1])) for target in self.targets]
-        return torch.stack([torch.zeros_like(padded[0]), *padded])
+        return torch.stack(padded)
 
     def _maps(self, recorder: Recorder) -> list[Tensor]:
         """Attention to each concept's tokens, by concept. Shape: [images, maps, height, width] each."""
-        own = zip(recorder.mean()[1:], self.targets, strict=True)  # text 0 is the background's
         return [
-            maps[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape) for maps, target in own
+            maps[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape)
+            for maps, target in zip(recorder.mean(), self.targets, strict=True)
         ]
 
 
 PART = 0.2
 """The part of a region's cells that L_ce and L_region take their mean over."""
-
-WORDS = 2
-"""The authors sum over the two tokens of a concept; here it is twice the mean, whatever their number."""
 
 
 def _share(part: float, engine: Engine) -> float:
@@ -384,6 +398,16 @@ def _own_prompts(engine: Engine, regions: Regions) -> list[list[str]]:
         raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
     concepts = [engine.concepts[i] for i in regions.owners]
     return [[about(concept, prompt, concepts) for prompt in engine.prompts] for concept in concepts]
+
+
+def _mention_unread_prompts(concepts: Sequence[Concept]) -> None:
+    given = [c.name for c in concepts if c.region is None and (c.prompt, c.negative_prompt) != (None, None)]
+    if given:
+        logger.warning(
+            "the own prompts of %s are not read: without a region a concept acts in the background, which reads the "
+            "scene's prompt",
+            ", ".join(given),
+        )
 
 
 def _targets(engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:

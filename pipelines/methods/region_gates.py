@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention import Gates
+from attention.layout import read_by
 from pipelines.conditioning import Conditioning
 from pipelines.engine import Engine
 from pipelines.regions import Regions
@@ -22,7 +23,9 @@ def region_gates(
 ) -> Gates:
     """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
 
-    Where regions overlap, each of their LoRAs acts in equal parts, as each of their texts is read.
+    Layers without cells (of the time) take part in all of a canvas: each LoRA acts there whose region has a cell on it.
+    Where regions overlap, each of their LoRAs acts in equal parts, and what was read of a text is projected with the
+    LoRA of that text.
 
     Args:
         engine: Knows the concepts and their weights.
@@ -39,11 +42,12 @@ def region_gates(
     background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
     of_text = torch.stack([background, *torch.eye(concepts)[mine]])
     everywhere = torch.ones(concepts) if inject == "full" else background
+    here = background.index_copy(0, torch.tensor(mine), regions.cells[0].flatten(0, 1).any(dim=0).float())
     image, read = {}, {}
     for level, cells in regions.cells.items():
         inside = regions.shares(level, concepts)
         image[level] = (inside + background) * everywhere
-        read[level] = inside + background * ~cells.flatten(0, 1).any(dim=1, keepdim=True)
+        read[level] = of_text[read_by(cells.flatten(0, 1))[0]]
     if inject == "off":
         of_text, read = background.expand(1 + len(mine), -1), image
 
@@ -53,7 +57,7 @@ def region_gates(
     return Gates(
         text=on_device(of_text[:, None, None]),
         image={level: on_device(gate) for level, gate in image.items()},
-        row=on_device(everywhere)[:, 0],
+        row=on_device(everywhere * here)[:, 0],
         latent_grid=regions.grid,
         read={level: on_device(gate) for level, gate in read.items()},
     )
