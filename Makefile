@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evaluate test lint format wheel clean
+.PHONY: help demo ui evaluate test lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 demo: .venv/.installed-core  ## make pictures with several concepts of the playground, offline
 	$(BIN)/lora-compose demo
+
+ui: .venv/.installed-ui  ## open the page: several LoRAs and a prompt, in a browser
+	$(BIN)/lora-compose ui
 
 evaluate: .venv/.installed-evaluation  ## score all methods on the playground, offline, in a few minutes
 	$(BIN)/lora-compose evaluate playground-quick
@@ -49,6 +52,10 @@ clean:  ## remove build results and caches (keeps .venv and outputs)
 .venv/.installed-evaluation: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --editable '.[evaluation]'
 	@touch .venv/.installed-core $@
+
+.venv/.installed-ui: pyproject.toml | .venv/.created
+	$(BIN)/python -m pip install --editable '.[ui,evaluation]'
+	@touch .venv/.installed-core .venv/.installed-evaluation $@
 
 .venv/.installed-dev: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --editable '.[dev]'

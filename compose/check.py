@@ -1,6 +1,7 @@
 """What a run would do, without denoising: which words and layers match, what it costs, and everything that is wrong."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from compose.models import load, lora_source, open_model, rehearse, resolve_sett
 from pipelines.engine import LoadedConcept
 from pipelines.loading import find_file, read_lora
 from pipelines.methods import METHODS, Settings
+from pipelines.methods.process import say_once
 from pipelines.scene import Concept, Run, check_region
 from pipelines.tokens import Positions, check_disjoint, locate
 
@@ -32,13 +34,19 @@ class Report:
     problems: tuple[str, ...]
 
 
-def check(run: Run) -> Report:
-    """Looks at everything that a run needs and collects all problems, not only the first."""
+def check(run: Run, pipe: Any = None) -> Report:
+    """Looks at everything that a run needs and collects all problems, not only the first.
+
+    Args:
+        run: What is to be made.
+        pipe: The run's model, if it is open already.
+    """
     facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
     problems: list[str] = []
     with _heard() as heard:
         # An unknown method does not keep the rest from being looked at.
-        pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
+        if pipe is None:
+            pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
         if pipe is None:
             for concept in run.scene.concepts:
                 facts += _attempt(problems, _file_facts, concept) or []
@@ -155,9 +163,11 @@ class _Listener(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
+        self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
+        if record.thread == self._thread:  # other threads log about runs of their own
+            self.records.append(record)
 
 
 @contextmanager
@@ -167,6 +177,7 @@ def _heard() -> Iterator[list[logging.LogRecord]]:
     before = logger.level
     logger.addHandler(listener)
     logger.setLevel(logging.INFO)
+    say_once.cache_clear()  # what was said about an earlier run is news about this one
     try:
         yield listener.records
     finally:

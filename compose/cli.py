@@ -1,4 +1,4 @@
-"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench`, `evaluate` and `blind`."""
+"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench`, `evaluate`, `blind` and `ui`."""
 
 import logging
 import re
@@ -18,6 +18,7 @@ from compose.demo import SEEDS, Shown, jobs, show
 from compose.evaluation.command import app as evaluation
 from compose.files import PLAYGROUND, complaints, parse_value, read_pixels, read_record, read_scene, save_image
 from compose.models import make, open_model, threads
+from compose.page.launch import ui
 from compose.replay import changes, difference, remake, runnable
 from compose.sheets import seeds_sheet
 from compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
@@ -47,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(kindly()(bench))
+app.command()(ui)
 app.add_typer(evaluation, name="evaluate")
 app.add_typer(blind, name="blind")
 

@@ -17,6 +17,7 @@ import diffusers.schedulers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
+from torch import Tensor
 
 from compose import __version__
 from compose.assets import playground_lora, playground_model
@@ -30,6 +31,9 @@ from pipelines.scene import Concept, Run, Scene
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "diffusers", "transformers")
+
+OnStep = Callable[[int, int, Tensor], None]
+"""Called after every step with the number of steps done, of how many, and the latents; what it raises ends the call."""
 
 _DEVICES = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
 
@@ -46,12 +50,34 @@ class Made:
     record: Record
 
 
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Where each concept was looked for during a call.
+
+    Attributes:
+        steps: The recorded steps.
+        maps: Shape: [steps, pictures, concepts, height, width], fp32.
+        masks: Shape: as maps, bool.
+    """
+
+    steps: tuple[int, ...]
+    maps: Tensor
+    masks: Tensor
+
+
 @dataclass(frozen=True)
 class MadeBatch:
-    """Pictures of one call, one for each seed, and what the call cost; None without concepts."""
+    """Pictures of one call, one for each seed.
+
+    Attributes:
+        pictures: In the order of the seeds.
+        cost: What the call cost; None without concepts.
+        attention: Attention maps, if they were asked for and there are concepts.
+    """
 
     pictures: tuple[Made, ...]
     cost: Cost | None
+    attention: Attention | None = None
 
 
 def open_model(run: Run) -> Any:
@@ -107,7 +133,13 @@ def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None
 
 
 def make_batch(
-    pipe: Any, run: Run, seeds: Sequence[int], on_progress: Callable[[float], None] | None = None
+    pipe: Any,
+    run: Run,
+    seeds: Sequence[int],
+    on_progress: Callable[[float], None] | None = None,
+    *,
+    on_step: OnStep | None = None,
+    record_attention: bool = False,
 ) -> MadeBatch:
     """Makes pictures of a run that differ in their seed, in one call. Bits depend on how many there are.
 
@@ -116,6 +148,8 @@ def make_batch(
         run: What to make; its own seed is not used.
         seeds: One for each picture.
         on_progress: As for `make`.
+        on_step: Sees every step, and may end the call by raising.
+        record_attention: Whether attention maps of all steps are kept; they change nothing in the pictures.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -129,7 +163,8 @@ def make_batch(
             **arguments,
             num_images_per_prompt=len(seeds),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            callback_on_step_end=_callback(on_progress) if on_progress else None,
+            callback_on_step_end=_callback(on_progress, on_step) if on_progress or on_step else None,
+            record_attention=record_attention and bool(loaded),
         )
     for seed, flagged in zip(seeds, output.nsfw_content_detected or [False] * len(seeds), strict=True):
         if flagged:
@@ -139,7 +174,9 @@ def make_batch(
         record.model_copy(update={"run": record.run.model_copy(update={"seed": seed}), "batch": together})
         for seed in seeds
     ]
-    return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None))
+    maps, masks = getattr(output, "attention_maps", None), getattr(output, "masks", None)
+    attention = None if maps is None or masks is None else Attention(output.recorded_steps, maps.cpu(), masks.cpu())
+    return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention)
 
 
 def rehearse(pipe: Any, run: Run) -> None:
@@ -336,9 +373,12 @@ def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, str]:
     return {found.concept.name: found.file.sha256 for found in loaded if found.file is not None}
 
 
-def _callback(on_progress: Callable[[float], None]) -> Callable[..., dict]:
+def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | None) -> Callable[..., dict]:
     def tell(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        on_progress((step + 1) / pipe.num_timesteps)
+        if on_progress is not None:
+            on_progress((step + 1) / pipe.num_timesteps)
+        if on_step is not None:
+            on_step(step + 1, pipe.num_timesteps, tensors["latents"])
         return {}
 
     return tell

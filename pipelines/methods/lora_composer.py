@@ -51,7 +51,9 @@ _CHOICES = {"inject": Inject, "rows": Rows, "reinit": Reinit, "step_rule": StepR
 
 @dataclass(frozen=True)
 class LoraComposer:
-    """Layout-driven composition; every mechanism can be switched off on its own.
+    """Every region has its own text and LoRA, and objects are moved into their regions.
+
+    Every mechanism can be switched off on its own.
 
     Attributes:
         inject: Where a concept's LoRA acts in its region: "attn2", on keys, values and output of cross-attention, as

@@ -12,7 +12,7 @@ from pipelines.methods.process import OnePass, constant_gates, say_once
 
 @dataclass(frozen=True)
 class Merge:
-    """The weighted sum of all LoRAs. It has no settings."""
+    """All LoRAs are added up, as every tool does it; there are no settings."""
 
     def start(self, engine: Engine) -> OnePass:
         """Constant gates for everything; text encoders take part."""

@@ -27,7 +27,7 @@ Rows = Literal["cond_only", "all"]
 
 @dataclass(frozen=True)
 class Regional:
-    """Region masks on LoRA deltas.
+    """Every LoRA acts in its own region and on its own words; nothing moves objects into their regions.
 
     Attributes:
         rows: Where LoRAs act under guidance: "cond_only", the prompt's rows, or "all", the negative prompt's as well,

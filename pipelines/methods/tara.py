@@ -26,7 +26,7 @@ Scope = Literal["all", "cross_kv"]
 
 @dataclass(frozen=True)
 class Tara:
-    """Token masks on the LoRA deltas of cross-attention keys and values.
+    """Every LoRA acts on its own words: token masks on its deltas of cross-attention keys and values.
 
     Attributes:
         cfg_mask: Where the masked deltas act under guidance. "cond_only": on the prompt's rows, which is what training

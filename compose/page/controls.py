@@ -1,0 +1,108 @@
+"""Which controls a method has: read off the fields of its settings, so that a new method has its controls at once."""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from compose.files import parse_value
+from pipelines.methods import METHODS, make_method
+
+Kind = Literal["choice", "switch", "whole", "number", "words", "yaml"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """One setting of a method.
+
+    Attributes:
+        name: The field's name.
+        kind: What sets it: one of several values, on or off, a whole number, a number, words as they are, or
+            text read as YAML.
+        default: The field's default.
+        choices: The values of a "choice".
+        help: What the settings' docstring says about it.
+    """
+
+    name: str
+    kind: Kind
+    default: Any
+    choices: tuple[Any, ...] = ()
+    help: str = ""
+
+    def shown(self, value: Any) -> Any:
+        """A value as its control takes it: text for what has no control of its own, everything else as it is."""
+        if self.kind == "words":
+            return value or ""
+        if self.kind != "yaml":
+            return value
+        return json.dumps(_plain(value), ensure_ascii=False) if value or value == 0 else ""  # JSON is YAML
+
+    def value(self, shown: Any) -> Any:
+        """The value that a control shows; empty text is the default.
+
+        Raises:
+            ValueError: For text that is no value.
+        """
+        if self.kind == "words":
+            return shown.strip() or self.default
+        if self.kind != "yaml":
+            return shown
+        return parse_value(shown) if shown.strip() else self.default
+
+
+def controls(method: str) -> tuple[Control, ...]:
+    """The controls of a method, in the order of its fields."""
+    kind = METHODS[method]
+    hints, texts = get_type_hints(kind), _field_texts(kind)
+    return tuple(
+        _control(field.name, hints[field.name], _default(field), texts.get(field.name, ""))
+        for field in dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+        if field.init
+    )
+
+
+def sentence(method: str) -> str:
+    """What a method does, in one sentence."""
+    return (inspect.getdoc(METHODS[method]) or "").partition("\n")[0]
+
+
+def changed(method: str, shown: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from a method's defaults, from what its controls show.
+
+    Raises:
+        ValueError: If the method does not take them; the message says why.
+    """
+    values = {control.name: control.value(shown[control.name]) for control in controls(method) if control.name in shown}
+    defaults = {control.name: control.default for control in controls(method)}
+    different = {name: value for name, value in values.items() if _plain(value) != _plain(defaults[name])}
+    make_method(method, different)
+    return different
+
+
+def _control(name: str, hint: Any, default: Any, text: str) -> Control:
+    if get_origin(hint) is Literal:
+        return Control(name, "choice", default, get_args(hint), text)
+    kinds: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number", str: "words", str | None: "words"}
+    return Control(name, kinds.get(hint, "yaml"), default, (), text)
+
+
+def _plain(value: Any) -> Any:
+    """As YAML gives it: lists and dictionaries."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def _field_texts(kind: Any) -> dict[str, str]:
+    """What a docstring in Google's style says about attributes."""
+    section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text) for name, text in found}

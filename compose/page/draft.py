@@ -1,0 +1,202 @@
+"""What is set on the page: a run in the making, that may still be incomplete, with the page's limits."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from compose.assets import assets_dir
+from compose.files import PLAYGROUND, complaints, read_scene
+from compose.page.boxes import Box, template
+from compose.page.shelf import Choice
+from pipelines.methods import METHODS, make_method
+from pipelines.scene import Concept, Run, Scene
+
+MOST_CONCEPTS = 12
+MOST_SEEDS = 16
+MOST_STEPS = 200
+MOST_TEXT = 2000  # characters of a prompt
+MOST_NAME = 60
+SIDES = (64, 2048)  # pixels
+_LARGER = 4  # times the side that a model was made for
+
+EXAMPLE = ("bear-robot", "lora-composer", 2)
+"""Scene, method and seed of the filled-in example. All of the first eight seeds show both; this one shows them well."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Everything that is set.
+
+    Attributes:
+        choice: The model.
+        prompt: As in `Scene`.
+        negative_prompt: As in `Scene`.
+        concepts: As in `Scene`; regions are kept in them also while `boxed` is off.
+        boxed: Whether regions count.
+        size: Width and height.
+        method: As in `Run`.
+        settings: As in `Run`.
+        scheduler: As in `Run`.
+        steps: As in `Run`.
+        guidance_scale: As in `Run`.
+        seeds: One for each picture.
+    """
+
+    choice: Choice
+    prompt: str
+    negative_prompt: str = ""
+    concepts: tuple[Concept, ...] = ()
+    boxed: bool = False
+    size: tuple[int, int] = (128, 128)
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str | None = None
+    steps: int = 25
+    guidance_scale: float = 5.0
+    seeds: tuple[int, ...] = (0,)
+
+    def runs(self) -> list[Run]:
+        """A run for every seed.
+
+        Raises:
+            ValueError: With everything that is wrong, a line each.
+        """
+        check_limits(self)
+        concepts = self.concepts if self.boxed else tuple(_unboxed(concept) for concept in self.concepts)
+        try:
+            scene = Scene(
+                prompt=self.prompt, negative_prompt=self.negative_prompt, concepts=concepts,
+                width=self.size[0], height=self.size[1],
+            )  # fmt: skip
+            return [
+                Run(
+                    scene=scene, model=self.choice.model, method=self.method, settings=self.settings,
+                    scheduler=self.scheduler, steps=self.steps, guidance_scale=self.guidance_scale, seed=seed,
+                    dtype=self.choice.dtype, device=self.choice.device,
+                )
+                for seed in self.seeds
+            ]  # fmt: skip
+        except ValidationError as error:
+            kind = Run if error.title == "Run" else Scene
+            raise ValueError("\n".join(complaints(kind, error))) from error
+
+    def with_method(self, method: str) -> "Draft":
+        """The same with another method at its defaults."""
+        return replace(self, method=method, settings=self.settings if method == self.method else {})
+
+
+def draft_of(run: Run, size: tuple[int, int]) -> Draft:
+    """What makes a run again, on the page.
+
+    Args:
+        run: From a record or an example; its model is the page's from now on.
+        size: The model's own, for what the scene leaves open.
+
+    Raises:
+        ValueError: If it is beyond the page's limits, or a method or its settings are unknown.
+    """
+    if run.method is not None:
+        make_method(run.method, run.settings)
+    draft = Draft(
+        choice=Choice(run.model, run.dtype, run.device),
+        prompt=run.scene.prompt,
+        negative_prompt=run.scene.negative_prompt,
+        concepts=run.scene.concepts,
+        boxed=any(concept.region is not None for concept in run.scene.concepts),
+        size=(run.scene.width or size[0], run.scene.height or size[1]),
+        method=run.method,
+        settings=dict(run.settings),
+        scheduler=run.scheduler,
+        steps=run.steps,
+        guidance_scale=run.guidance_scale,
+        seeds=(run.seed,),
+    )
+    check_limits(draft)
+    return draft
+
+
+def check_limits(draft: Draft) -> None:
+    """Raises ValueError, in words, for what is too much for a page that others use as well."""
+    width, height = draft.size
+    texts = [draft.prompt, draft.negative_prompt]
+    texts += [text or "" for concept in draft.concepts for text in (concept.prompt, concept.negative_prompt)]
+    beyond = [
+        (len(draft.concepts) > MOST_CONCEPTS, f"{len(draft.concepts)} concepts are too many; the page takes "
+         f"{MOST_CONCEPTS}."),
+        (max(map(len, texts)) > MOST_TEXT, f"A prompt may have {MOST_TEXT} characters; a model reads far fewer."),
+        (not draft.prompt.strip(), "Write a prompt: what is to be seen?"),
+        (not all(SIDES[0] <= side <= SIDES[1] and side % 8 == 0 for side in draft.size),
+         f"{width} x {height} pixels: each side has {SIDES[0]} to {SIDES[1]} pixels, a multiple of 8."),
+        (not 1 <= draft.steps <= MOST_STEPS, f"{draft.steps} steps; the page takes 1 to {MOST_STEPS}."),
+        (len(draft.seeds) > MOST_SEEDS, f"{len(draft.seeds)} seeds are too many at once; the page takes "
+         f"{MOST_SEEDS}."),
+        (any(len(concept.name) > MOST_NAME for concept in draft.concepts), f"A name may have {MOST_NAME} letters."),
+        (draft.method is not None and draft.method not in METHODS, f"There is no method {draft.method!r}."),
+    ]  # fmt: skip
+    if wrong := [words for is_beyond, words in beyond if is_beyond]:
+        raise ValueError("\n".join(wrong))
+
+
+def check_canvas(size: tuple[int, int], own: tuple[int, int]) -> None:
+    """Raises ValueError for a canvas that is far from what the model was made for, and would take very long."""
+    most = _LARGER * max(own)
+    if max(size) > most:
+        raise ValueError(
+            f"{size[0]} x {size[1]} pixels are far too many for a model made for {own[0]} x {own[1]}; "
+            f"the page takes up to {most} for each side."
+        )
+
+
+def read_seeds(text: str) -> tuple[int, ...]:
+    """Seeds as they are typed: "0, 1, 2" or "5-8".
+
+    Raises:
+        ValueError: For anything else; the message shows how.
+    """
+    seeds: list[int] = []
+    for part in filter(None, re.split(r"[,;\s]+", re.sub(r"\s*-\s*", "-", text.strip()))):
+        found = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", part)
+        if found is None or int(found[2] or found[1]) >= 2**63:
+            raise ValueError(f"Seeds are whole numbers such as “0, 1, 2” or “5-8”, not “{part[:40]}”.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if not 0 <= last - first < MOST_SEEDS:
+            raise ValueError(f"“{part}” is no range of at most {MOST_SEEDS} seeds.")
+        seeds += range(first, last + 1)
+    if not seeds:
+        raise ValueError("Write a seed: a whole number, such as 0. The same seed gives the same picture.")
+    return tuple(dict.fromkeys(seeds))
+
+
+def free_name(wanted: str, taken: Sequence[str]) -> str:
+    """A name like this one that nobody has yet."""
+    wanted = wanted.strip()[: MOST_NAME - 4] or "concept"
+    names = [wanted, *(f"{wanted} {number}" for number in range(2, len(taken) + 3))]
+    return next(name for name in names if name not in taken)
+
+
+def example() -> Draft:
+    """Two concepts of the playground, in boxes, ready to be made."""
+    name, method, seed = EXAMPLE
+    scene = read_scene(assets_dir() / "scenes" / f"{name}.yaml")
+    boxes: list[Box] = template("Side by side", len(scene.concepts), 128, 128)
+    concepts = tuple(
+        concept.model_copy(update={"lora": (concept.lora or "").removesuffix("-tara"), "region": box})
+        for concept, box in zip(scene.concepts, boxes, strict=True)
+    )
+    return Draft(
+        Choice(PLAYGROUND), scene.prompt, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
+        seeds=(seed,),
+    )  # fmt: skip
+
+
+def playground_loras() -> list[str]:
+    """Names of the playground's LoRAs."""
+    return sorted(path.stem for path in Path(assets_dir() / "playground" / "loras").glob("*.safetensors"))
+
+
+def _unboxed(concept: Concept) -> Concept:
+    return concept.model_copy(update={"region": None})

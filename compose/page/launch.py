@@ -1,0 +1,95 @@
+"""`lora-compose ui`: starts the page."""
+
+import importlib.util
+import ipaddress
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compose.terminal import kindly
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the page was started; it is told by variables, since Streamlit starts it anew for every visitor.
+
+    Attributes:
+        out: Where pictures and evaluations are kept.
+        loras: A folder whose LoRAs can be chosen; None if none was named.
+        local: Whether only this machine can open the page, so that its visitors may name files.
+    """
+
+    out: Path = Path("outputs")
+    loras: Path | None = None
+    local: bool = False
+
+    @property
+    def pictures(self) -> Path:
+        """The folder for pictures that somebody keeps."""
+        return self.out / "page"
+
+    @property
+    def evaluations(self) -> Path:
+        """The folder of evaluations, as the command line has it."""
+        return self.out / "evaluation"
+
+
+def options() -> Options:
+    """How this page was started."""
+    loras = os.environ.get(_LORAS)
+    return Options(
+        Path(os.environ.get(_OUT, "outputs")), Path(loras) if loras else None, os.environ.get(_LOCAL) == "yes"
+    )
+
+
+@kindly(logging.WARNING)
+def ui(
+    port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 8501,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than localhost let everybody who reaches it in.")
+    ] = "localhost",
+    out: Annotated[Path, typer.Option(help="Folder for pictures and evaluations.")] = Path("outputs"),
+    loras: Annotated[Path | None, typer.Option(help="A folder whose LoRAs can be chosen on the page.")] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Opens the page: several LoRAs and a prompt, in a browser."""
+    if importlib.util.find_spec("streamlit") is None:
+        raise ValueError("the page needs one more package: pip install 'lora-compose[ui]'")
+    if loras is not None and not loras.is_dir():
+        raise ValueError(f"there is no folder {str(loras)!r}; --loras names a folder with safetensors files")
+    told = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no"}
+    told |= {_LORAS: str(loras.absolute())} if loras is not None else {}
+    os.environ.update(told)
+    from streamlit.web.cli import main
+
+    served = ["--server.port", str(port), "--server.address", host, "--server.headless", str(not browser).lower()]
+    # In this process: a signal that ends the command then ends the page.
+    main(["run", str(script()), *served], standalone_mode=False)
+
+
+def script() -> Path:
+    """The page's script: beside this package in a clone, inside it in an installed wheel.
+
+    Raises:
+        FileNotFoundError: If it is in neither place.
+    """
+    candidates = (_PACKAGE / "ui.py", _PACKAGE.parent / "ui.py")
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"the page is missing: {candidates[0]} is not there; install lora-compose again")
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False

@@ -1,0 +1,82 @@
+"""The quick suite, started from the page: a process of its own, as `lora-compose evaluate` makes it."""
+
+import atexit
+import subprocess
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Literal
+
+NAME = "playground-quick"
+REPORT = "report.html"
+
+State = Literal["idle", "running", "done", "failed", "stopped"]
+
+
+class Quick:
+    """The quick suite; one at a time for everybody who has the page open.
+
+    Args:
+        folder: The folder of all evaluations.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / NAME
+        self.state: State = "idle"
+        self._said: deque[str] = deque(maxlen=20)
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def said(self) -> str:
+        """The last lines that it has printed."""
+        return "\n".join(self._said)
+
+    @property
+    def share(self) -> float:
+        """How much is done, up to 1."""
+        from compose.evaluation.results import PLAN, Plan, read
+        from compose.evaluation.runner import is_done
+
+        plan = read(self.folder / PLAN, Plan)
+        if plan is None:
+            return 0.0
+        return sum(is_done(self.folder, planned) for planned in plan.batches) / len(plan.batches)
+
+    def start(self) -> None:
+        """Starts, or goes on where it was stopped. Does nothing while it runs."""
+        with self._lock:
+            if self.state == "running":
+                return
+            self._said.clear()
+            # One process: the others of several would outlive the first one, and pictures need a processor, too.
+            command = [sys.executable, "-m", "compose", "evaluate", "run", NAME, "--out", str(self.folder)]
+            command += ["--processes", "1"]
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+            )
+            self.state = "running"
+            atexit.register(self.stop)
+            threading.Thread(target=self._listen, args=(self._process,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Stops it; what is finished is kept."""
+        with self._lock:
+            if self._process is not None and self.state == "running":
+                self.state = "stopped"
+                self._process.terminate()
+
+    def _listen(self, process: "subprocess.Popen[str]") -> None:
+        for line in process.stdout or ():
+            self._said.append(line.rstrip()[:500])
+        code = process.wait()
+        with self._lock:
+            if self.state == "running":
+                self.state = "failed" if code else "done"
+
+
+def reports(folder: Path) -> list[Path]:
+    """The reports of the evaluations in a folder, the newest first."""
+    found = list(folder.glob(f"*/{REPORT}")) if folder.is_dir() else []
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)

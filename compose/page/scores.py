@@ -1,0 +1,93 @@
+"""How much pictures look like the concepts they are of, where there are pictures to compare with: on the playground."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from PIL import Image
+
+from compose.files import PLAYGROUND
+from pipelines.scene import Run, Scene
+
+SUITE = "playground-quick"
+"""Whose encoder, detector and reference pictures are used."""
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What the judge says of one concept in a picture.
+
+    Attributes:
+        found: Whether an object of its class was found at all.
+        own: Cosine similarity of that object to the concept's reference pictures.
+        others: The highest to those of another concept of the scene; None if it is alone.
+    """
+
+    found: bool
+    own: float | None
+    others: float | None
+
+    @property
+    def words(self) -> str:
+        """In a few words, for a table."""
+        if not self.found or self.own is None:
+            return "not found"
+        beside = "" if self.others is None else f", others {self.others:.2f}"
+        return f"{self.own:.2f}{beside}"
+
+
+class Judge:
+    """The playground's judge, opened when it is first asked."""
+
+    def judges(self, run: Run) -> bool:
+        """Whether there are reference pictures for every concept of a run."""
+        return run.model == PLAYGROUND and bool(run.scene.concepts) and self._names(run.scene) is not None
+
+    def score(self, image: Image.Image, scene: Scene) -> dict[str, Likeness]:
+        """Looks at a picture of the playground.
+
+        Raises:
+            ValueError: If there are no reference pictures for some concept.
+        """
+        from compose.evaluation.suite import SuiteScene
+
+        names = self._names(scene)
+        if names is None:
+            raise ValueError("there are no reference pictures for every concept of this scene")
+        suite_scene = SuiteScene(name="page", prompt=scene.prompt, concepts=tuple(names.values()))
+        scores = self._scorer.score(image.convert("RGB"), suite_scene)
+        return {ours: _likeness(scores.concepts[theirs], theirs) for ours, theirs in names.items()}
+
+    @cached_property
+    def _suite(self) -> Any:
+        from compose.evaluation.suite import read_suite
+
+        return read_suite(SUITE)
+
+    @cached_property
+    def _scorer(self) -> Any:
+        from compose.evaluation.detectors import make_detector
+        from compose.evaluation.encoders import load_encoder
+        from compose.evaluation.scoring import Scorer, reference_crops
+
+        suite = self._suite
+        encoder = load_encoder(suite.encoder, "cpu")
+        references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
+        return Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)
+
+    def _names(self, scene: Scene) -> Mapping[str, str] | None:
+        """The suite's concepts by ours; None if one of ours has no counterpart, or two have the same."""
+        theirs = {lora: concept.name for concept in self._suite.concepts for lora in concept.loras.values()}
+        names = {concept.name: theirs.get(concept.lora or "") for concept in scene.concepts}
+        found = [name for name in names.values() if name is not None]
+        if len(found) < len(names) or len(set(found)) < len(found):
+            return None
+        return {ours: name for ours, name in names.items() if name is not None}
+
+
+def _likeness(score: Any, name: str) -> Likeness:
+    if name not in score.similarity:
+        return Likeness(found=False, own=None, others=None)
+    others = [value for other, value in score.similarity.items() if other != name]
+    return Likeness(True, score.similarity[name], max(others, default=None))

@@ -1,0 +1,106 @@
+"""The same scene and seeds across methods, side by side, with what each costs and how alike the concepts are."""
+
+import streamlit as st
+
+from compose.page.controls import sentence
+from compose.page.screen import fields
+from compose.page.screen.state import Visit, judge
+from compose.page.text import markdown
+from compose.page.work import Picture
+from pipelines.methods import METHODS
+
+_CHOSEN = "set.compared"
+_PLACE = "compare"
+_MOST = 24  # pictures at once
+
+
+def compare_view(here: Visit) -> None:
+    """Which methods, what each costs, and their pictures."""
+    if not here.rows:
+        st.info("Add concepts first.", icon=":material/view_column:")
+        return
+    st.session_state.setdefault(_CHOSEN, ["merge", "regional", "lora-composer"])
+    methods = st.multiselect("Methods", list(METHODS), key=_CHOSEN)
+    _costs(here, methods)
+    st.button("Make them all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
+              disabled=here.working or not methods, on_click=_start, args=(here, methods))  # fmt: skip
+    for trouble in here.troubles.get(_PLACE, []):
+        st.error(markdown(trouble), icon=":material/error:")
+    _table(here)
+
+
+def _costs(here: Visit, methods: list[str]) -> None:
+    """Before anything is made: what each does, needs and costs in this scene."""
+    try:
+        draft = fields.draft(here)
+        reports = [here.outlook(draft.with_method(method)) for method in methods]
+    except ValueError:
+        return  # said at the button above
+    rows = []
+    for method, report in zip(methods, reports, strict=True):
+        if report is None:
+            said = "known when the model is free"
+        elif report.problems:
+            said = f":material/block: {markdown(report.problems[0])}"
+        else:
+            said = markdown(dict(report.facts).get("cost", "not known"))
+        rows.append(f"| **{markdown(method)}** | {markdown(sentence(method))} | {said} |")
+    if rows:
+        st.markdown("\n".join(["| method | what it does | cost, or what it needs |", "|---|---|---|", *rows]))
+
+
+def _start(here: Visit, methods: list[str]) -> None:
+    here.troubles[_PLACE] = []
+    try:
+        draft = fields.draft(here)
+        able = [m for m in methods if (report := here.outlook(draft.with_method(m))) is None or not report.problems]
+        runs = [run for method in able for run in draft.with_method(method).runs()]
+        if not runs:
+            raise ValueError("None of these methods can compose this scene; the table says what they need.")
+        if len(runs) > _MOST:
+            raise ValueError(
+                f"{len(runs)} pictures are too many at once; choose fewer methods or seeds, up to {_MOST}."
+            )
+    except ValueError as error:
+        here.troubles[_PLACE] = str(error).splitlines()
+        return
+    here.compared = []
+    runs.sort(key=lambda run: draft.seeds.index(run.seed))  # row by row
+    here.begin(runs, comparing=True, record_attention=st.session_state[fields.ATTENTION])
+
+
+def _table(here: Visit) -> None:
+    pictures = {(picture.run.seed, picture.run.method): picture for picture in here.compared}
+    if not pictures:
+        return
+    methods = list(dict.fromkeys(method for _, method in pictures))
+    for seed in dict.fromkeys(seed for seed, _ in pictures):
+        st.markdown(f"**Seed {seed}**")
+        for column, method in zip(st.columns(len(methods)), methods, strict=True):
+            with column:
+                if picture := pictures.get((seed, method)):
+                    _cell(here, picture)
+    if judge().judges(here.compared[0].run):
+        st.caption("Likeness, up to 1: of the object that was found to the reference pictures of its concept, and the "
+                   "highest to those of another concept.")  # fmt: skip
+    else:
+        st.caption("Likeness is measured where there are reference pictures of every concept: on the playground.")
+
+
+def _cell(here: Visit, picture: Picture) -> None:
+    st.image(picture.made.image, width="stretch", alt=f"By {picture.run.method}")
+    lines = [f"**{markdown(picture.run.method or '')}**"]
+    cost = picture.cost
+    if cost is not None:
+        kinds = ((cost.rows_forward, "rows"), (cost.rows_stopped, "stopped"), (cost.rows_backward, "backward"))
+        lines.append(" + ".join(f"{number:g} {what}" for number, what in kinds if number))
+    lines.append(f"{picture.seconds:.1f} s")
+    if judge().judges(picture.run):
+        lines += [f"{markdown(name)}: {found.words}" for name, found in here.likeness(picture).items()]
+    st.caption("  \n".join(lines))
+    st.button("Look at it", key=f"do.compared.{picture.key}", on_click=_look, args=(here, picture), width="stretch")
+
+
+def _look(here: Visit, picture: Picture) -> None:
+    here.shown = picture.key
+    st.session_state["set.view"] = "Picture"

@@ -1,0 +1,159 @@
+"""The concepts: which LoRAs, what they are called, and what is wrong with them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from compose.page.draft import MOST_CONCEPTS, MOST_NAME, free_name
+from compose.page.screen import fields
+from compose.page.screen.state import Row, Visit
+from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, named, playground, tile
+from compose.page.text import colour, markdown, markup
+
+_PLACE = "concepts"
+_MB = 2**20
+
+
+def concepts_part(here: Visit) -> None:
+    """A card for every concept, and ways to add more."""
+    st.subheader("Concepts", anchor=False)
+    for i, row in enumerate(list(here.rows)):
+        _card(here, i, row)
+    if not here.rows:
+        st.info(
+            "No concepts: this is a plain picture of the model. Add a LoRA to compose.", icon=":material/add_circle:"
+        )
+    for trouble in here.troubles.get(_PLACE, []):
+        st.error(markdown(trouble), icon=":material/error:")
+    _adding(here)
+
+
+def _card(here: Visit, i: int, row: Row) -> None:
+    lora = row.lora
+    with st.container(border=True, key=f"card_{row.number}"):
+        st.html(f"<style>.st-key-card_{row.number} {{ border-left: 5px solid {colour(i)} !important; }}</style>")
+        picture, name, trigger, noun = st.columns([1, 2, 2, 2], vertical_alignment="center", wrap=False)
+        picture.image((lora.thumbnail if lora else None) or tile(i), width=64)
+        name.text_input("Name", key=fields.of_row(row, "name"), max_chars=MOST_NAME)
+        trigger.text_input("Trigger", key=fields.of_row(row, "trigger"), max_chars=MOST_NAME, help=(
+            "The rare word or words that the LoRA was trained with, without the class word."
+        ))  # fmt: skip
+        noun.text_input("Class word", key=fields.of_row(row, "class_word"), max_chars=MOST_NAME, help=(
+            "The plain noun that follows the trigger in the prompt."
+        ))  # fmt: skip
+        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
+            st.html(f'<div class="lc-file">{_about(here, row)}</div>', width="stretch")
+            more = st.popover("More", width="content")
+        with more:
+            _details(here, row)
+        if row.lora is None:
+            st.error(f"This LoRA is not here: {markdown(row.wanted)}. Upload it, or remove the concept.")
+        elif (fit := here.fit(row)) is not None and fit[2]:
+            st.error(markdown(fit[2]), icon=":material/error:")
+
+
+def _details(here: Visit, row: Row) -> None:
+    st.number_input("Weight", key=fields.of_row(row, "weight"), step=0.05, format="%.2f", help=(
+        "Factor on the whole LoRA; 1 as trained, 0 switches it off."
+    ))  # fmt: skip
+    st.text_area("Own prompt", key=fields.of_row(row, "prompt"), height=68, help=(
+        "What is to be seen in its box, for methods with a text per box; it holds the trigger. Empty: taken from the "
+        "prompt."
+    ))  # fmt: skip
+    st.text_area("Own negative prompt", key=fields.of_row(row, "negative_prompt"), height=68)
+    st.button("Remove this concept", key=f"do.remove.{row.number}", on_click=here.rows.remove, args=(row,),
+              icon=":material/delete:", width="stretch")  # fmt: skip
+
+
+def _about(here: Visit, row: Row) -> str:
+    if row.lora is None:
+        return ""
+    weight = float(st.session_state[fields.of_row(row, "weight")])
+    parts = [row.lora.shown, f"weight {weight:g}"]
+    if row.lora.trained_with:
+        parts.append(f"trained with {row.lora.trained_with}")
+    fit = here.fit(row)
+    if fit is not None and fit[1]:
+        parts.append(fit[1])
+    return markup(" · ".join(parts))
+
+
+def _adding(here: Visit) -> None:
+    full = len(here.rows) >= MOST_CONCEPTS
+    upload, ready = st.columns(2)
+    with upload.popover("Upload LoRAs", icon=":material/upload:", width="stretch", disabled=full):
+        key = f"do.upload.{here.uploads}"
+        st.file_uploader("safetensors files", type=["safetensors"], accept_multiple_files=True, key=key,
+                         on_change=_uploaded, args=(here, key), max_upload_size=UPLOAD_LIMIT // _MB)  # fmt: skip
+        st.caption("They stay on this machine, and are deleted when you leave. Pickles (.pt, .ckpt, .bin) are refused: "
+                   "they could run code.")  # fmt: skip
+    with ready.popover("Choose LoRAs", icon=":material/folder:", width="stretch", disabled=full):
+        _choosing(here)
+    if full:
+        st.caption(f"{MOST_CONCEPTS} concepts are the most.")
+
+
+def _choosing(here: Visit) -> None:
+    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in _playground()}
+    ready |= {f"{lora.shown} (uploaded)": lora.source for lora in here.store.uploads}
+    _picker(here, "Of the playground, and uploaded before", ready, "ready")
+    folder = here.options.loras
+    if here.options.local:
+        text = st.text_input("A folder on this machine", value=str(folder or ""), key="set.folder")
+        folder = Path(text) if text.strip() else None
+    if folder is not None:
+        try:
+            _picker(here, "In the folder", {path.name: str(path) for path in in_folder(folder)}, "folder")
+        except ValueError as error:
+            st.error(markdown(str(error)))
+
+
+def _picker(here: Visit, label: str, sources: dict[str, str], key: str) -> None:
+    chosen = st.multiselect(label, list(sources), key=f"do.pick.{key}.{here.uploads}")
+    st.button("Add", key=f"do.add.{key}", disabled=not chosen, on_click=_picked,
+              args=(here, [sources[name] for name in chosen]))  # fmt: skip
+
+
+@st.cache_data(show_spinner=False)
+def _playground() -> list[Lora]:
+    return playground()
+
+
+def _uploaded(here: Visit, key: str) -> None:
+    files: list[Any] = st.session_state[key]
+    _add_all(here, [(file.name, lambda file=file: here.store.add_upload(file.name, file)) for file in files])
+
+
+def _picked(here: Visit, sources: list[str]) -> None:
+    _add_all(here, [(source, lambda source=source: named(source)) for source in sources])
+
+
+def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
+    """Adds what can be used, and says what of the rest cannot."""
+    troubles = []
+    for name, read in wanted:
+        if len(here.rows) >= MOST_CONCEPTS:
+            troubles.append(f"{MOST_CONCEPTS} concepts are the most; {name} and what comes after it are left out.")
+            break
+        try:
+            _add(here, read())
+        except (ValueError, OSError) as error:
+            troubles.append(str(error))
+    here.troubles[_PLACE] = troubles
+    here.uploads += 1
+
+
+def _add(here: Visit, lora: Lora) -> None:
+    waiting = next((row for row in here.rows if row.lora is None and _stem(row.wanted) == _stem(lora.shown)), None)
+    if waiting is not None:  # a picture has named it
+        waiting.lora = lora
+        return
+    names = [st.session_state[fields.of_row(row, "name")] for row in here.rows]
+    name = free_name(lora.class_word or _stem(lora.shown), names)
+    fields.add(here, lora.concept(name), lora, fields.size())
+
+
+def _stem(name: str) -> str:
+    return Path(name.rpartition(":")[2]).stem

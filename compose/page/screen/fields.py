@@ -1,0 +1,180 @@
+"""The fields of the screen, by name: how a draft is written into them, and read from them again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import streamlit as st
+
+from compose.page.boxes import fitted
+from compose.page.controls import changed, controls
+from compose.page.draft import Draft, read_seeds
+from compose.page.screen.state import Row, Visit
+from compose.page.store import Lora
+from pipelines.methods import METHODS
+from pipelines.scene import Concept
+
+SET = "set."
+"""What the names of all fields begin with."""
+
+PROMPT, NEGATIVE = "set.prompt", "set.negative"
+WIDTH, HEIGHT, BOXED = "set.width", "set.height", "set.boxed"
+METHOD, SCHEDULER, STEPS, GUIDANCE, SEEDS = "set.method", "set.scheduler", "set.steps", "set.guidance", "set.seeds"
+ATTENTION = "set.attention"
+ANYWHERE, IN_BOXES = "Anywhere", "In boxes"
+AUTOMATIC = "automatic"
+EDGES = ("left", "top", "right", "bottom")
+
+_TEXTS = ("name", "trigger", "class_word", "prompt", "negative_prompt")
+
+
+def of_row(row: Row, field: str) -> str:
+    """The name of a concept's field."""
+    return f"set.concept.{row.number}.{field}"
+
+
+def of_setting(method: str, name: str) -> str:
+    """The name of a method's setting."""
+    return f"set.method.{method}.{name}"
+
+
+def keep() -> None:
+    """Keeps fields that are not on the screen at the moment, which Streamlit would forget."""
+    for name in list(st.session_state):
+        if str(name).startswith(SET):
+            st.session_state[name] = st.session_state[name]
+
+
+def fill(here: Visit, draft: Draft, loras: Mapping[str, Lora | None]) -> None:
+    """Writes a draft into the fields; what stood in them is gone.
+
+    Args:
+        here: The visit.
+        draft: What to write.
+        loras: The concepts' LoRAs by name; None for those that are not here.
+    """
+    values: dict[str, Any] = {
+        PROMPT: draft.prompt,
+        NEGATIVE: draft.negative_prompt,
+        WIDTH: draft.size[0],
+        HEIGHT: draft.size[1],
+        BOXED: IN_BOXES if draft.boxed else ANYWHERE,
+        METHOD: draft.method or AUTOMATIC,
+        SCHEDULER: draft.scheduler or AUTOMATIC,
+        STEPS: draft.steps,
+        GUIDANCE: float(draft.guidance_scale),
+        SEEDS: ", ".join(map(str, draft.seeds)),
+    }
+    for method in METHODS:
+        given = draft.settings if method == draft.method else {}
+        for control in controls(method):
+            value = given.get(control.name, control.default)
+            values[of_setting(method, control.name)] = control.shown(value)
+    st.session_state.update(values)
+    st.session_state.setdefault(ATTENTION, True)
+    here.rows = []
+    for concept in draft.concepts:
+        mask = concept.region if isinstance(concept.region, str) else None
+        add(here, concept, loras.get(concept.name), draft.size, wanted=concept.lora or "", mask=mask)
+
+
+def add(
+    here: Visit, concept: Concept, lora: Lora | None, size: tuple[int, int], wanted: str = "", mask: str | None = None
+) -> Row:
+    """Adds a concept with its fields filled in."""
+    row = here.new_row(lora, wanted, mask)
+    known = {"trigger": lora.trigger, "class_word": lora.class_word} if lora is not None else {}
+    for field in _TEXTS:
+        value = getattr(concept, field)
+        st.session_state[of_row(row, field)] = known.get(field, "") if value is None else value
+    st.session_state[of_row(row, "weight")] = 1.0 if concept.weight is None else float(concept.weight)
+    box = concept.region if isinstance(concept.region, tuple) else (0, 0, *size)
+    set_box(row, box)
+    return row
+
+
+def set_box(row: Row, box: tuple[int, int, int, int]) -> None:
+    """Writes a concept's box into its fields."""
+    for edge, value in zip(EDGES, box, strict=True):
+        st.session_state[of_row(row, edge)] = int(value)
+
+
+def resize(here: Visit, new: tuple[int, int]) -> None:
+    """Makes the canvas larger or smaller, with all boxes."""
+    old = size()
+    boxes = {row.number: box_of(row) for row in here.rows}
+    st.session_state[WIDTH], st.session_state[HEIGHT] = new
+    for row in here.rows:
+        scaled = [edge * new[i % 2] / old[i % 2] for i, edge in enumerate(boxes[row.number])]
+        set_box(row, fitted(scaled, *new))
+
+
+def size() -> tuple[int, int]:
+    """The canvas."""
+    return int(st.session_state[WIDTH]), int(st.session_state[HEIGHT])
+
+
+def boxed() -> bool:
+    """Whether concepts have boxes."""
+    return st.session_state[BOXED] == IN_BOXES
+
+
+def box_of(row: Row) -> tuple[int, int, int, int]:
+    """A concept's box, made to fit the canvas."""
+    return fitted([st.session_state[of_row(row, edge)] for edge in EDGES], *size())
+
+
+def concept_of(row: Row) -> Concept:
+    """A concept as its fields say.
+
+    Raises:
+        ValueError: If it has no name.
+    """
+    texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in _TEXTS}
+    if not texts["name"]:
+        raise ValueError("A concept has no name. Give it one, for example what is to be seen.")
+    return Concept(
+        name=texts["name"],
+        lora=None if row.lora is None else row.lora.source,
+        trigger=texts["trigger"],
+        class_word=texts["class_word"],
+        weight=float(st.session_state[of_row(row, "weight")]),
+        region=row.mask or box_of(row),
+        prompt=texts["prompt"] or None,
+        negative_prompt=texts["negative_prompt"] or None,
+    )
+
+
+def draft(here: Visit) -> Draft:
+    """What the fields say.
+
+    Raises:
+        ValueError: If they say nothing that can be used; the message says where.
+    """
+    missing = [row.wanted for row in here.rows if row.lora is None]
+    if missing:
+        raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload them, or remove these concepts.")
+    method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
+    return Draft(
+        choice=here.slot.choice,
+        prompt=st.session_state[PROMPT],
+        negative_prompt=st.session_state[NEGATIVE],
+        concepts=tuple(concept_of(row) for row in here.rows),
+        boxed=boxed(),
+        size=size(),
+        method=method if here.rows else None,
+        settings=settings(method) if method and here.rows else {},
+        scheduler=None if st.session_state[SCHEDULER] == AUTOMATIC else st.session_state[SCHEDULER],
+        steps=int(st.session_state[STEPS]),
+        guidance_scale=float(st.session_state[GUIDANCE]),
+        seeds=read_seeds(st.session_state[SEEDS]),
+    )
+
+
+def settings(method: str) -> dict[str, Any]:
+    """A method's settings that differ from its defaults.
+
+    Raises:
+        ValueError: If the method does not take them.
+    """
+    shown = {control.name: st.session_state[of_setting(method, control.name)] for control in controls(method)}
+    return changed(method, shown)

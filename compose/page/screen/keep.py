@@ -1,0 +1,148 @@
+"""Pictures to keep: download, folder, gallery, and a picture that sets everything as it was when it was made."""
+
+import shutil
+from pathlib import Path
+
+import streamlit as st
+
+from compose.files import FileError, Record, free_path, read_record
+from compose.models import devices
+from compose.page.draft import draft_of
+from compose.page.screen import fields
+from compose.page.screen.model import take_over
+from compose.page.screen.state import Visit
+from compose.page.shelf import Choice
+from compose.page.store import PNG_LIMIT, located, picture_files
+from compose.page.text import markdown
+from compose.page.work import Picture
+
+_PLACE = "restore"
+_ACROSS = 3
+
+
+def keep_buttons(here: Visit, picture: Picture) -> None:
+    """What one can do with a picture."""
+    with st.container(horizontal=True):
+        st.download_button("Download", here.store.png(picture), f"{picture.run.seed}.png", "image/png",
+                           key=f"do.download.{picture.key}", icon=":material/download:", on_click="ignore",
+                           help="A PNG that carries all that makes it again.")  # fmt: skip
+        st.button("Keep in the folder", key=f"do.keep.{picture.key}", on_click=_keep, args=(here, picture),
+                  icon=":material/save:",
+                  help="Copies it to the folder of this page, which everybody who opens the page can see.")  # fmt: skip
+        st.button("Use its settings", key=f"do.reuse.{picture.key}", on_click=_reuse, args=(here, picture.made.record),
+                  icon=":material/undo:")  # fmt: skip
+
+
+def restoring(here: Visit) -> None:
+    """A place to drop a picture that sets everything."""
+    with st.expander("Everything from a picture", icon=":material/image_search:"):
+        key = f"do.restore.{here.uploads}"
+        st.file_uploader("Drop a PNG made here", type=["png"], key=key, on_change=_dropped, args=(here, key),
+                         max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
+    for said in here.troubles.get(_PLACE, []):
+        st.warning(markdown(said), icon=":material/image_search:")
+
+
+def gallery_view(here: Visit) -> None:
+    """The pictures of this visit, and those in the folder."""
+    st.markdown("**Of this visit**")
+    if not here.pictures:
+        st.caption("None yet.")
+    for start in range(0, len(here.pictures), _ACROSS):
+        for column, picture in zip(
+            st.columns(_ACROSS, wrap=False), here.pictures[start : start + _ACROSS], strict=False
+        ):
+            with column:
+                st.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
+                st.caption(markdown(f"{picture.run.method or 'no method'}, seed {picture.run.seed}"))
+                st.button("Look at it", key=f"do.look.{picture.key}", on_click=_look, args=(here, picture),
+                          width="stretch")  # fmt: skip
+    _folder(here)
+
+
+def _folder(here: Visit) -> None:
+    folder = here.options.pictures
+    st.markdown(f"**In the folder** {markdown(str(folder))}")
+    paths = picture_files(folder)
+    if not paths:
+        st.caption("Nothing has been kept there yet. Everybody who opens this page sees what is there.")
+    for start in range(0, len(paths), _ACROSS):
+        for column, path in zip(st.columns(_ACROSS, wrap=False), paths[start : start + _ACROSS], strict=False):
+            with column:
+                _kept(here, path)
+
+
+def _kept(here: Visit, path: Path) -> None:
+    try:
+        record = read_record(path)
+    except FileError:
+        return  # sheets and pictures of other programs have nothing to restore
+    st.image(str(path), width="stretch", alt=record.run.scene.prompt)
+    st.caption(markdown(f"{path.name}: {record.run.method or 'no method'}, seed {record.run.seed}"))
+    st.button("Use its settings", key=f"do.kept.{path}", on_click=_reuse, args=(here, record), width="stretch")
+
+
+def restore(here: Visit, record: Record) -> None:
+    """Sets every field as it was when a picture was made; says what could not be set.
+
+    Raises:
+        ValueError: If it is beyond the page's limits, or its model cannot be opened; nothing has changed then.
+    """
+    run = record.run
+    draft = draft_of(run, here.slot.size)
+    device = run.device if run.device in devices() else None
+    memory = here.slot.choice.memory if here.slot.choice.model == run.model else ()
+    is_open = take_over(here, Choice(run.model, run.dtype, _same_device(here, device), memory))
+    loras = located(record, here.store.uploads, here.options.loras, local=here.options.local)
+    fields.fill(here, draft, loras)
+    said = []
+    if missing := [name for name, lora in loras.items() if lora is None]:
+        said.append(f"Everything is set, but LoRAs are not here: {', '.join(missing)}.")
+    if not is_open:
+        said.append(f"It was made with the model {run.model}, which is not open here. It is named under “Model”: look "
+                    "whether you want it, and open it there.")  # fmt: skip
+    if run.device is not None and device is None:
+        said.append(f"It was made on {run.device}, which this machine does not have.")
+    if not here.options.local and any(row.mask is not None for row in here.rows):
+        said.append("It has masks from files, which cannot be named from here; boxes stand in their place.")
+        for row in here.rows:
+            row.mask = None
+    here.troubles[_PLACE] = said
+
+
+def _same_device(here: Visit, device: str | None) -> str | None:
+    """The open model's own word for its device, so that the same model is not opened twice."""
+    chosen = here.slot.choice.device
+    return chosen if chosen is None and (device is None or device == devices()[0]) else device
+
+
+def _dropped(here: Visit, key: str) -> None:
+    file = st.session_state[key]
+    if file is None:
+        return
+    here.uploads += 1
+    try:
+        _reuse(here, here.store.read_png(file.name, file))
+    except ValueError as error:
+        here.troubles[_PLACE] = [str(error)]
+
+
+def _reuse(here: Visit, record: Record) -> None:
+    try:
+        restore(here, record)
+    except (ValueError, OSError) as error:
+        here.troubles[_PLACE] = [str(error)]
+
+
+def _look(here: Visit, picture: Picture) -> None:
+    here.shown = picture.key
+    st.session_state["set.view"] = "Picture"
+
+
+def _keep(here: Visit, picture: Picture) -> None:
+    here.store.png(picture)
+    folder = here.options.pictures
+    folder.mkdir(parents=True, exist_ok=True)
+    to = free_path(folder / f"{picture.run.seed}.png")
+    shutil.copyfile(here.store.folder / f"{picture.key}.png", to)
+    st.toast(f"Kept as {markdown(str(to))}", icon=":material/save:")

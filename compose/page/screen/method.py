@@ -1,0 +1,73 @@
+"""How the concepts are composed, and how the picture is sampled."""
+
+import streamlit as st
+
+from compose.models import scheduler_names
+from compose.page.controls import Control, changed, controls, sentence
+from compose.page.draft import MOST_STEPS
+from compose.page.screen import fields
+from compose.page.screen.state import Visit
+from compose.page.text import markdown
+from pipelines.methods import METHODS
+
+_AUTOMATIC = "Chosen by what the concepts have: boxes, LoRAs trained with TARA, or neither."
+
+
+def method_part(here: Visit) -> None:
+    """The method with its settings, and the sampling."""
+    st.subheader("Method", anchor=False)
+    if here.rows:
+        method = st.selectbox("How are the concepts composed?", [fields.AUTOMATIC, *METHODS], key=fields.METHOD)
+        st.caption(markdown(_AUTOMATIC if method == fields.AUTOMATIC else sentence(method)))
+        if method != fields.AUTOMATIC and controls(method):
+            _settings(method)
+    else:
+        st.caption("Without concepts there is nothing to compose: the model paints as it always does.")
+    steps, guidance, seeds = st.columns(3, wrap=False)
+    steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
+    guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
+        "How much the picture follows the prompt; 1 or less switches guidance off and halves the cost."
+    ))  # fmt: skip
+    seeds.text_input("Seeds", key=fields.SEEDS, help="One picture for each: “0, 1, 2” or “5-8”.")
+    with st.expander("More", icon=":material/settings:"):
+        st.selectbox("Scheduler", [fields.AUTOMATIC, *scheduler_names()], key=fields.SCHEDULER)
+        st.toggle("Keep attention maps, for “Understand”", key=fields.ATTENTION)
+
+
+def _settings(method: str) -> None:
+    with st.expander("Settings of this method", icon=":material/tune:"):
+        halves = st.columns(2)
+        for i, control in enumerate(controls(method)):
+            with halves[i % 2]:
+                _control(method, control)
+        st.button("Back to the defaults", key="do.defaults", on_click=_reset, args=(method,))
+        try:
+            different = changed(method, {control.name: _shown(method, control) for control in controls(method)})
+        except ValueError as error:
+            st.error(markdown(str(error)), icon=":material/error:")
+            return
+        said = ", ".join(f"{name} = {value}" for name, value in different.items())
+        st.caption(f"Changed: {markdown(said)}" if said else "All at their defaults.")
+
+
+def _control(method: str, control: Control) -> None:
+    label, key, text = control.name.replace("_", " "), fields.of_setting(method, control.name), markdown(control.help)
+    if control.kind == "choice":
+        st.segmented_control(label, list(control.choices), key=key, help=text, required=True)
+    elif control.kind == "switch":
+        st.toggle(label, key=key, help=text)
+    elif control.kind == "whole":
+        st.number_input(label, key=key, step=1, help=text)
+    elif control.kind == "number":
+        st.number_input(label, key=key, step=0.05, format="%.3g", help=text)
+    else:
+        st.text_input(label, key=key, help=text)
+
+
+def _shown(method: str, control: Control) -> object:
+    return st.session_state[fields.of_setting(method, control.name)]
+
+
+def _reset(method: str) -> None:
+    for control in controls(method):
+        st.session_state[fields.of_setting(method, control.name)] = control.shown(control.default)

@@ -1,0 +1,109 @@
+"""Which model, and how it is opened."""
+
+from pathlib import Path
+
+import streamlit as st
+
+from compose.files import PLAYGROUND, is_hub_name
+from compose.models import devices
+from compose.page.screen import fields
+from compose.page.screen.state import Visit, choose_model
+from compose.page.shelf import MEMORY, Choice
+from compose.page.text import markdown
+
+_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
+_OWN = "A folder or a hub repository"
+_PLACE = "model"
+
+
+def model_part(here: Visit) -> None:
+    """Which model is open, and the fields to open another one."""
+    choice = here.slot.choice
+    show_choice(choice)
+    with st.expander(f"Model: **{markdown(choice.model)}**, {choice.dtype}", icon=":material/deployed_code:"):
+        kind = st.segmented_control("Model", [PLAYGROUND, _OWN], key=_KIND, required=True, help=(
+            "The playground is a small model that comes along: it draws blurry little pictures, at once and offline."
+        ))  # fmt: skip
+        if kind == _OWN:
+            st.text_input(
+                "Folder as diffusers saves it, .safetensors file, or hub repository",
+                key=_NAME,
+                placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            )
+            st.caption("Stable Diffusion 1.x and 2.x. Weights are read from safetensors only. A hub repository is "
+                       "downloaded first.")  # fmt: skip
+        left, right = st.columns(2)
+        left.selectbox("Precision", ["float32", "float16", "bfloat16"], key=_DTYPE)
+        right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
+        st.multiselect("Save memory", list(MEMORY), key=_MEMORY, help=(
+            "Slower, with less memory. Keeping parts on the CPU needs an accelerator. Not written into pictures: "
+            "tiles can change a large picture by a little."
+        ))  # fmt: skip
+        asked = _asked()
+        st.button(
+            "Open this model", on_click=_open, args=(here, asked), disabled=asked == choice or here.working,
+            icon=":material/folder_open:",
+        )  # fmt: skip
+    for trouble in here.troubles.get(_PLACE, []):
+        st.error(markdown(trouble), icon=":material/error:")
+
+
+def show_choice(choice: Choice) -> None:
+    """Fills the fields with the open model, where they are empty."""
+    st.session_state.setdefault(_KIND, PLAYGROUND if choice.model == PLAYGROUND else _OWN)
+    st.session_state.setdefault(_NAME, "" if choice.model == PLAYGROUND else choice.model)
+    st.session_state.setdefault(_DTYPE, choice.dtype)
+    st.session_state.setdefault(_DEVICE, choice.device or fields.AUTOMATIC)
+    st.session_state.setdefault(_MEMORY, list(choice.memory))
+
+
+def take_over(here: Visit, choice: Choice) -> bool:
+    """Shows a model that a picture names in the fields, and opens it if it is known here.
+
+    A stranger's picture may name anything: another model is opened, and perhaps downloaded, only when somebody says so.
+
+    Returns:
+        Whether it is open.
+
+    Raises:
+        ValueError: If it cannot be opened.
+    """
+    known = choice.model in (PLAYGROUND, here.slot.choice.model)
+    if known and choice != here.slot.choice:
+        choose_model(here, choice)
+    for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY):
+        st.session_state.pop(name, None)
+    show_choice(choice)
+    return known
+
+
+def _asked() -> Choice:
+    own, device = st.session_state[_KIND] == _OWN, st.session_state[_DEVICE]
+    return Choice(
+        st.session_state[_NAME].strip() if own else PLAYGROUND,
+        st.session_state[_DTYPE],
+        None if device == fields.AUTOMATIC else device,
+        tuple(st.session_state[_MEMORY]),
+    )
+
+
+def _open(here: Visit, choice: Choice) -> None:
+    here.troubles[_PLACE] = []
+    before = here.slot.size
+    try:
+        if not choice.model:
+            raise ValueError("Name a model: a folder, a .safetensors file, or a hub repository.")
+        _check_allowed(here, choice.model)
+        choose_model(here, choice)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
+        here.troubles[_PLACE] = [str(error)]
+        return
+    if fields.size() == before:  # nobody has chosen another one
+        fields.resize(here, here.slot.size)
+
+
+def _check_allowed(here: Visit, model: str) -> None:
+    if here.options.local or model == PLAYGROUND or (is_hub_name(model) and not Path(model).expanduser().exists()):
+        return
+    raise ValueError("This page is open to other machines, so files on this one cannot be named here; a hub repository "
+                     "can.")  # fmt: skip

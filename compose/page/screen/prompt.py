@@ -1,0 +1,44 @@
+"""The prompt, with every concept's words in its colour, and what is wrong with them."""
+
+import streamlit as st
+
+from compose.page.draft import MOST_TEXT
+from compose.page.screen import fields
+from compose.page.screen.state import Visit
+from compose.page.text import colour, markdown
+from compose.page.words import as_html, read_prompt, with_phrase
+from pipelines.scene import Concept
+
+
+def prompt_part(here: Visit) -> None:
+    """The prompts, and the words of the concepts in them."""
+    st.subheader("Prompt", anchor=False)
+    prompt = st.text_area("What is to be seen?", key=fields.PROMPT, max_chars=MOST_TEXT, height=80)
+    try:
+        concepts = [fields.concept_of(row) for row in here.rows]
+    except ValueError as error:
+        st.warning(markdown(str(error)), icon=":material/warning:")
+        return
+    reading = read_prompt(prompt, concepts, here.slot.tokenizer)
+    if concepts and prompt.strip():
+        st.html(as_html(prompt, reading))
+    for flag in reading.flags:
+        st.warning(markdown(flag), icon=":material/warning:")
+    _inserting(concepts, reading.missing)
+    st.text_input("What is not to be seen? (negative prompt)", key=fields.NEGATIVE, max_chars=MOST_TEXT)
+
+
+def _inserting(concepts: list[Concept], missing: tuple[int, ...]) -> None:
+    """A button for every concept that is not in the prompt."""
+    if not missing:
+        return
+    with st.container(horizontal=True):
+        for i in missing:
+            others = [concept for concept in concepts if concept is not concepts[i]]
+            st.button(f"Insert “{markdown(concepts[i].phrase)}”", key=f"do.insert.{i}", icon=":material/add:",
+                      on_click=_insert, args=(concepts[i], others))  # fmt: skip
+            st.html(f"<style>.st-key-do-insert-{i} button {{ border-color: {colour(i)}; }}</style>")
+
+
+def _insert(concept: Concept, others: list[Concept]) -> None:
+    st.session_state[fields.PROMPT] = with_phrase(st.session_state[fields.PROMPT], concept, others)

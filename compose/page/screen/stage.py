@@ -1,0 +1,201 @@
+"""The button, what is said before it is pressed, the work in hand, and the picture."""
+
+import streamlit as st
+
+from compose.check import Report
+from compose.page import export
+from compose.page.draft import Draft, check_canvas
+from compose.page.overlay import outlined
+from compose.page.screen import fields
+from compose.page.screen.compare import compare_view
+from compose.page.screen.evaluate import evaluate_view
+from compose.page.screen.keep import gallery_view, keep_buttons
+from compose.page.screen.state import Visit
+from compose.page.screen.understand import understand_view
+from compose.page.text import markdown
+from compose.page.work import Job, Picture
+
+_EVERY = 0.4  # seconds between two looks at the work
+_VIEW = "set.view"
+_TOGETHER = "do.together"
+
+
+def stage_part(here: Visit) -> None:
+    """The right view of the stage, under the button."""
+    _pressing(here)
+    st.session_state.setdefault(_VIEW, "Picture")
+    view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", width="stretch")
+    st.fragment(_working, run_every=_EVERY if here.working else None)(here)
+    _VIEWS[view or "Picture"](here)
+
+
+def read_draft(here: Visit) -> tuple[Draft | None, list[str]]:
+    """What the fields say, or what is wrong with them."""
+    try:
+        draft = fields.draft(here)
+        draft.runs()
+        check_canvas(draft.size, here.slot.size)
+    except ValueError as error:
+        return None, str(error).splitlines()
+    return draft, []
+
+
+def _pressing(here: Visit) -> None:
+    draft, problems = read_draft(here)
+    report = here.outlook(draft) if draft is not None else None
+    problems += report.problems if report is not None else []
+    number = len(draft.seeds) if draft is not None else 1
+    label = "Make the picture" if number == 1 else f"Make {number} pictures"
+    st.button(label, type="primary", icon=":material/brush:", key="do.make", width="stretch", on_click=_start,
+              args=(here,), disabled=bool(problems) or here.working)  # fmt: skip
+    for problem in problems:
+        st.error(markdown(problem), icon=":material/error:")
+    if draft is not None and not problems and not here.working:
+        _say_outlook(draft, report)
+
+
+def _say_outlook(draft: Draft, report: Report | None) -> None:
+    if report is None:
+        st.caption("The model is at work for somebody else. What this costs is said when it is free; a picture waits "
+                   "for its turn.")  # fmt: skip
+        return
+    facts = dict(report.facts)
+    each = " for each picture" if len(draft.seeds) > 1 else ""
+    st.caption(f"Costs {markdown(facts.get('cost', 'what is not known'))}{each}.", help=(
+        "One row is one image through the whole UNet; with guidance a plain picture takes two for every step."
+    ))  # fmt: skip
+    if draft.method is None and "method" in facts:
+        st.caption(f"Method: {markdown(facts['method'])}.")
+    for note in report.notes:
+        st.caption(f":material/info: {markdown(note)}")
+
+
+def _start(here: Visit) -> None:
+    draft, _ = read_draft(here)
+    if draft is None:
+        return  # what is wrong is said beside the button
+    here.begin(draft.runs(), comparing=False, record_attention=st.session_state[fields.ATTENTION])
+    st.session_state[_VIEW] = "Picture"
+
+
+def _working(here: Visit) -> None:
+    """The work in hand; looked at again and again while it lasts."""
+    job = here.job
+    new = here.collect()
+    if job is not None and job.running:
+        _progress(job, small=here.comparing)
+        if new and here.comparing:
+            st.rerun()
+    elif job is not None and (new or "running" in here.troubles.get("job", [])):
+        here.troubles["job"] = []
+        st.rerun()  # the whole page: the button may be pressed again
+    if job is None:
+        return
+    if job.running:
+        here.troubles["job"] = ["running"]
+    elif job.state == "failed":
+        st.error(markdown(job.error), icon=":material/error:")
+    elif job.state == "stopped":
+        st.info("Stopped. Everything you have set is still here.", icon=":material/stop_circle:")
+
+
+def _progress(job: Job, *, small: bool) -> None:
+    with st.container(key="progress"):
+        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
+            st.progress(job.share, text=progress_words(job))
+            st.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
+        if job.preview is not None:
+            st.image(job.preview, width=160 if small else "stretch", alt="What the picture looks like so far")
+        elif not small:
+            st.html('<div class="lc-empty"><p>The first look comes after a few steps.</p></div>')
+
+
+def progress_words(job: Job) -> str:
+    """What is being done, in words."""
+    if job.stopping:
+        return "Stopping after this step"
+    if job.state == "waiting":
+        others = "one call of somebody else" if job.ahead == 1 else f"{job.ahead} calls of others"
+        return f"Waiting for the model: {others} before you" if job.ahead else "Waiting for the model"
+    done, of = job.steps
+    which = f"Picture {len(job.pictures) + 1} of {len(job.runs)}, step" if len(job.runs) > 1 else "Step"
+    left = "" if job.seconds_left is None else f", {_time(job.seconds_left)} left"
+    return f"{which} {done} of {of}{left}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _picture_view(here: Visit) -> None:
+    picture = here.picture
+    if here.working and not here.comparing:
+        return  # the preview stands in its place
+    if picture is None:
+        st.html('<div class="lc-empty"><p>Your picture appears here.</p><p>Everything is filled in: press the button '
+                "above, and change what you like afterwards.</p></div>")  # fmt: skip
+        return
+    _siblings(here, picture)
+    boxes = [concept.region if isinstance(concept.region, tuple) else None for concept in picture.run.scene.concepts]
+    shown = picture.made.image
+    if any(boxes) and st.toggle("Show the boxes", key="set.outlines"):
+        shown = outlined(shown, boxes)
+    st.image(shown, width="stretch", alt=picture.run.scene.prompt)
+    _about(picture)
+    keep_buttons(here, picture)
+    _exports(here, picture)
+
+
+def _siblings(here: Visit, picture: Picture) -> None:
+    """Which of the pictures that were made together is looked at."""
+    together = {found.key: found for found in (here.job.pictures if here.job is not None else [])}
+    if picture.key not in together or len(together) < 2:
+        return
+
+    def label(key: str) -> str:
+        run = together[key].run
+        return f"{run.method}, {run.seed}" if here.comparing else f"Seed {run.seed}"
+
+    st.session_state[_TOGETHER] = picture.key
+    st.segmented_control("Made together", list(together), key=_TOGETHER, format_func=label, on_change=_switch,
+                         args=(here,), label_visibility="collapsed")  # fmt: skip
+
+
+def _switch(here: Visit) -> None:
+    here.shown = st.session_state[_TOGETHER] or here.shown
+
+
+def _about(picture: Picture) -> None:
+    run = picture.run
+    parts = [run.method or "no method", f"seed {run.seed}", f"{run.steps} steps", f"guidance {run.guidance_scale:g}"]
+    parts.append(f"{picture.seconds:.1f} s")
+    if picture.cost is not None:
+        cost = picture.cost
+        kinds = ((cost.rows_forward, "rows"), (cost.rows_stopped, "stopped"), (cost.rows_backward, "backward"))
+        parts.append(" + ".join(f"{number:g} {what}" for number, what in kinds if number))
+    st.caption(markdown(" · ".join(parts)))
+
+
+def _exports(here: Visit, picture: Picture) -> None:
+    with st.expander("Take it along: scene file, Python, command line", icon=":material/code:"):
+        run = export.portable(picture.run, {lora.source: lora.shown for lora in here.store.uploads})
+        scene = export.scene_file(run.scene)
+        scene_tab, python_tab, command_tab = st.tabs(["Scene file", "Python", "Command line"])
+        with scene_tab:
+            st.code(scene, language="yaml")
+            st.download_button("Save scene.yaml", scene, "scene.yaml", "application/yaml", icon=":material/download:",
+                               on_click="ignore")  # fmt: skip
+        python_tab.code(export.python(run), language="python")
+        command_tab.code(export.command(run), language="bash")
+        command_tab.caption("It reads scene.yaml, from the first tab.")
+        if run != picture.run:
+            st.caption("LoRAs that you uploaded are named as your files are; put them beside the scene file.")
+
+
+_VIEWS = {
+    "Picture": _picture_view,
+    "Compare": compare_view,
+    "Understand": understand_view,
+    "Gallery": gallery_view,
+    "Evaluate": evaluate_view,
+}

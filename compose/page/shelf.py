@@ -1,0 +1,174 @@
+"""Open models, shared by everybody who has the page open. One call at a time per model; the others wait in turn."""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from compose.models import choose_device, lora_source, open_model
+from pipelines.scene import Concept, Run, Scene
+
+LIMIT = 2
+"""Models that are open at once; the one that was not used for longest makes room."""
+
+MEMORY: Mapping[str, Callable[[Any, str], None]] = {
+    "Decode in tiles": lambda pipe, device: pipe.vae.enable_tiling(),
+    "Parts on the CPU until needed": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
+    "Layers on the CPU until needed": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
+}
+"""Ways to save memory, and what they do with a pipeline on its way to a device."""
+
+_OFFLOAD = ("Parts on the CPU until needed", "Layers on the CPU until needed")
+
+
+class Stopped(Exception):  # noqa: N818 (nothing has gone wrong)
+    """Somebody pressed stop."""
+
+
+class Busy(Exception):  # noqa: N818
+    """The model is at work, and nobody wanted to wait."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which model, and how it is opened.
+
+    Attributes:
+        model: As in `Run`.
+        dtype: As in `Run`.
+        device: As in `Run`.
+        memory: Names of `MEMORY`.
+    """
+
+    model: str
+    dtype: str = "float32"
+    device: str | None = None
+    memory: tuple[str, ...] = ()
+
+    @property
+    def offloads(self) -> bool:
+        """Whether parts of the model move between devices during a call."""
+        return any(name in _OFFLOAD for name in self.memory)
+
+
+class Slot:
+    """An open model with its queue.
+
+    Args:
+        choice: What was opened.
+        pipe: The pipeline.
+    """
+
+    def __init__(self, choice: Choice, pipe: Any) -> None:
+        self.choice = choice
+        self._pipe = pipe
+        self._queue: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, which may be used without a turn."""
+        return self._pipe.tokenizer
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody has the model."""
+        return bool(self._queue)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the model's own pictures."""
+        sample, scale = self._pipe.unet.config.sample_size, self._pipe.vae_scale_factor
+        height, width = (sample, sample) if isinstance(sample, int) else sample
+        return width * scale, height * scale
+
+    @contextmanager
+    def turn(
+        self,
+        concepts: Sequence[Concept],
+        *,
+        wait: bool = True,
+        stop: threading.Event | None = None,
+        on_wait: Callable[[int], None] | None = None,
+    ) -> Iterator[Any]:
+        """The pipeline, for this thread alone inside the block; only these concepts' LoRAs stay loaded in it.
+
+        Args:
+            concepts: Of the run that is to come.
+            wait: Whether to wait for others.
+            stop: Ends the waiting.
+            on_wait: Called with the number of those who are before.
+
+        Raises:
+            Busy: If others have the model and one does not wait.
+            Stopped: If `stop` was set before the turn came.
+        """
+        ticket = object()
+        with self._changed:
+            if self._queue and not wait:
+                raise Busy
+            self._queue.append(ticket)
+        try:
+            self._await(ticket, stop, on_wait)
+            _unload_others(self._pipe, concepts)
+            yield self._pipe
+        finally:
+            with self._changed:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+
+    def _await(self, ticket: object, stop: threading.Event | None, on_wait: Callable[[int], None] | None) -> None:
+        with self._changed:
+            while self._queue[0] is not ticket:
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                if on_wait is not None:
+                    on_wait(self._queue.index(ticket))
+                self._changed.wait(0.1)
+
+
+class Shelf:
+    """The models that are open."""
+
+    def __init__(self) -> None:
+        self._slots: OrderedDict[Choice, Slot] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, choice: Choice) -> Slot:
+        """Opens a model, unless it is open already.
+
+        Raises:
+            ModelError: If there is no such model, or it cannot be used.
+            ValueError: If device or precision are unknown.
+        """
+        with self._lock:
+            if choice in self._slots:
+                self._slots.move_to_end(choice)
+                return self._slots[choice]
+            self._make_room()
+            self._slots[choice] = Slot(choice, _opened(choice))
+            return self._slots[choice]
+
+    def _make_room(self) -> None:
+        idle = [choice for choice, slot in self._slots.items() if not slot.busy]
+        for choice in idle[: max(0, len(self._slots) - LIMIT + 1)]:
+            del self._slots[choice]  # whoever still shows it keeps it alive until then
+
+
+def _opened(choice: Choice) -> Any:
+    device = choose_device(choice.device)
+    start = "cpu" if choice.offloads else device
+    scene = Scene(prompt="-")  # opening looks at the model's part of a run only
+    pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=start))
+    for name in choice.memory:
+        MEMORY[name](pipe, device)
+    return pipe
+
+
+def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:
+    wanted = {(concept.name, lora_source(concept.lora or "")) for concept in concepts}
+    for name, known in list(pipe.concepts.items()):
+        if (name, known.lora) not in wanted:
+            pipe.unload_concept(name)

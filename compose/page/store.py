@@ -1,0 +1,285 @@
+"""The files of one visit: a folder of its own, names that we give, nothing that was not read and checked first."""
+
+import base64
+import binascii
+import hashlib
+import secrets
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image, UnidentifiedImageError
+
+from compose.assets import playground_lora, playground_references
+from compose.files import PLAYGROUND, FileError, Record, is_hub_name, read_pixels, read_record, save_image
+from compose.page.draft import playground_loras
+from compose.page.text import PALETTE
+from compose.page.work import Picture
+from pipelines.loading import LoraError, LoraFile, find_file, read_lora
+from pipelines.scene import Concept
+
+UPLOAD_LIMIT = 2**30
+"""Bytes of an uploaded LoRA."""
+
+PNG_LIMIT = 64 * 2**20
+"""Bytes of a picture that is dropped in."""
+
+SUFFIX = ".safetensors"
+_CHUNK = 2**20
+_THUMBNAIL_LIMIT = 2**20  # characters of a picture in a file's metadata
+_THUMBNAIL_PIXELS = 4096 * 4096
+_SIDE = 96
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that can be chosen.
+
+    Attributes:
+        source: What `Concept.lora` says.
+        shown: What it is called on the page.
+        sha256: Of its content; empty for repositories, which are not read yet.
+        trigger: From its metadata.
+        class_word: From its metadata.
+        trained_with: From its metadata.
+        thumbnail: A PNG; None if there is no picture of it.
+    """
+
+    source: str
+    shown: str
+    sha256: str = ""
+    trigger: str = ""
+    class_word: str = ""
+    trained_with: str = ""
+    thumbnail: bytes | None = None
+
+    def concept(self, name: str) -> Concept:
+        """A concept with this LoRA."""
+        return Concept(name=name, lora=self.source, trigger=self.trigger, class_word=self.class_word, weight=1.0)
+
+
+class Store:
+    """A folder that is gone when nobody looks at the page any more."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="lora-compose-page-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.uploads: list[Lora] = []
+
+    def add_upload(self, name: str, data: BinaryIO) -> Lora:
+        """Keeps an uploaded LoRA, if it is one.
+
+        Args:
+            name: What its owner calls it; never a part of a path.
+            data: Its content.
+
+        Raises:
+            FileError: If it is too large or no safetensors file by its name.
+            LoraError: If it cannot be used; the message says why.
+        """
+        shown = _shown(name)
+        if not shown.lower().endswith(SUFFIX):
+            raise FileError(f"{shown}: only {SUFFIX} files are taken; other formats could run code when opened")
+        path = self._new(SUFFIX)
+        try:
+            _copy(data, path, UPLOAD_LIMIT, shown)
+            lora = _described(read_lora(path), str(path), shown)
+        except (LoraError, FileError) as error:
+            path.unlink(missing_ok=True)
+            raise type(error)(str(error).replace(path.name, shown)) from error
+        known = next((upload for upload in self.uploads if upload.sha256 == lora.sha256), None)
+        if known is not None:
+            path.unlink()
+            return known
+        self.uploads.append(lora)
+        return lora
+
+    def read_png(self, name: str, data: BinaryIO) -> Record:
+        """The record in a picture that was dropped in. The picture itself is not kept.
+
+        Raises:
+            FileError: If it is no picture of ours.
+        """
+        shown, path = _shown(name), self._new(".png")
+        try:
+            _copy(data, path, PNG_LIMIT, shown)
+            return read_record(path)
+        except FileError as error:
+            raise FileError(str(error).replace(str(path), shown)) from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def png(self, picture: Picture) -> bytes:
+        """A picture as a file that carries its record."""
+        path = self.folder / f"{picture.key}.png"
+        if not path.exists():
+            save_image(picture.made.image, path, picture.made.record)
+        return path.read_bytes()
+
+    def _new(self, suffix: str) -> Path:
+        return self.folder / f"{secrets.token_hex(12)}{suffix}"
+
+
+def playground() -> list[Lora]:
+    """The LoRAs of the playground."""
+    return [named(f"{PLAYGROUND}:{name}") for name in playground_loras()]
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, by name.
+
+    Raises:
+        FileError: If there is no such folder, or it cannot be read.
+    """
+    try:
+        found = sorted(path for path in folder.expanduser().iterdir() if path.suffix.lower() == SUFFIX)
+    except (OSError, RuntimeError) as error:
+        raise FileError(f"the folder {str(folder)!r} cannot be read: {error}") from error
+    return [path for path in found if path.is_file()]
+
+
+def named(source: str) -> Lora:
+    """A LoRA by what `Concept.lora` says: of the playground, a file, or a repository.
+
+    Raises:
+        LoraError: If it cannot be used.
+        ValueError: If the playground has none of that name.
+        OSError: If it cannot be read.
+    """
+    if source.startswith(f"{PLAYGROUND}:"):
+        name = source.removeprefix(f"{PLAYGROUND}:")
+        return _described(read_lora(playground_lora(name)), source, name, _reference(name))
+    if is_hub_name(source):
+        return Lora(source, source)
+    path = find_file(source)
+    return _described(read_lora(path), str(path), path.name, _beside(path))
+
+
+def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, local: bool) -> dict[str, Lora | None]:
+    """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for missing ones.
+
+    A picture may come from a stranger: a path in it is looked at only on the owner's own machine, and taken only if
+    the content is the recorded one.
+
+    Args:
+        record: What a picture says.
+        uploads: What was uploaded in this visit.
+        folder: Where else to look.
+        local: Whether the page belongs to who looks at it, so that paths may be followed.
+    """
+    known = {lora.sha256: lora for lora in uploads}
+    return {
+        concept.name: _located(concept.lora or "", record.sha256.get(concept.name, ""), known, folder, local)
+        for concept in record.run.scene.concepts
+    }
+
+
+def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
+    if sha256 in known:
+        return known[sha256]
+    if source.removeprefix(f"{PLAYGROUND}:") in playground_loras() or (
+        is_hub_name(source) and not Path(source).exists()
+    ):
+        return named(source)
+    nearby = in_folder(folder) if folder is not None and folder.is_dir() else []
+    for path in [*([Path(source).expanduser()] if local and source else []), *nearby]:
+        if path.suffix.lower() == SUFFIX and path.is_file() and _sha256(path) == sha256:
+            return named(str(path))
+    return None
+
+
+def picture_files(folder: Path, most: int = 60) -> list[Path]:
+    """The newest pictures of a folder and the folders in it."""
+    found = [path for path in _pngs(folder) if path.is_file()]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
+
+
+def _pngs(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from folder.glob("*.png")
+        yield from folder.glob("*/*.png")
+
+
+def _copy(data: BinaryIO, path: Path, limit: int, shown: str) -> None:
+    """In pieces, so that too much is noticed before it is all there."""
+    size = 0
+    with path.open("wb") as file:
+        while piece := data.read(_CHUNK):
+            size += len(piece)
+            if size > limit:
+                raise FileError(f"{shown} is larger than {limit // 2**20} MB, which is the most that is taken")
+            file.write(piece)
+
+
+def _shown(name: str) -> str:
+    """The last part of a name, however a path is written; it is shown, never opened."""
+    return name.replace("\\", "/").rpartition("/")[2][:120] or "a file without a name"
+
+
+def _described(file: LoraFile, source: str, shown: str, picture: Path | None = None) -> Lora:
+    metadata = file.metadata
+    return Lora(
+        source=source,
+        shown=shown,
+        sha256=file.sha256,
+        trigger=(metadata.get("trigger") or metadata.get("modelspec.trigger_phrase") or "").strip(),
+        class_word=(metadata.get("class_word") or "").strip(),
+        trained_with=(metadata.get("method") or "").strip(),
+        thumbnail=_thumbnail(picture) if picture else _embedded(metadata.get("modelspec.thumbnail")),
+    )
+
+
+def _reference(name: str) -> Path | None:
+    try:
+        return playground_references(name.removesuffix("-tara"))[0]
+    except ValueError:  # no pictures of this one
+        return None
+
+
+def _beside(path: Path) -> Path | None:
+    """A picture of the same name, as many programs put it beside a LoRA."""
+    pictures = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))
+    return next((picture for picture in pictures if picture.is_file()), None)
+
+
+def _thumbnail(path: Path) -> bytes | None:
+    try:
+        return _small(read_pixels(path))
+    except FileError:
+        return None
+
+
+def _embedded(uri: str | None) -> bytes | None:
+    """The picture that trainers write into the metadata as a data URI."""
+    head, comma, text = (uri or "").partition(",")
+    if not comma or not head.startswith("data:image/") or len(text) > _THUMBNAIL_LIMIT:
+        return None
+    try:
+        with Image.open(BytesIO(base64.b64decode(text)), formats=("PNG", "JPEG", "WEBP")) as image:
+            return _small(image.convert("RGB")) if image.width * image.height <= _THUMBNAIL_PIXELS else None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, binascii.Error, Image.DecompressionBombError):
+        return None
+
+
+def _small(image: Image.Image) -> bytes:
+    image.thumbnail((_SIDE, _SIDE))
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def tile(index: int) -> bytes:
+    """A plain tile in a concept's colour, where there is no picture."""
+    buffer = BytesIO()
+    Image.new("RGB", (_SIDE, _SIDE), PALETTE[index % len(PALETTE)]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,156 @@
+"""Reading along while a prompt is written: whose words are where, and what is wrong with them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from compose.page.text import colour, markup
+from pipelines.scene import Concept
+from pipelines.tokens import Positions, check_disjoint, find_words, locate
+
+Part = Literal["trigger", "class word"]
+
+
+@dataclass(frozen=True, order=True)
+class Mark:
+    """Words of a concept: characters from start to end of the prompt, and whose they are."""
+
+    start: int
+    end: int
+    concept: int
+    part: Part
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read.
+
+    Attributes:
+        marks: Words of concepts, in order; none of them overlap.
+        flags: What is wrong or doubtful, in words.
+        missing: Indices of concepts that the prompt does not name.
+        cut: From which character on the model reads nothing any more; None if it reads all.
+    """
+
+    marks: tuple[Mark, ...]
+    flags: tuple[str, ...]
+    missing: tuple[int, ...]
+    cut: int | None
+
+
+def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Reading:
+    """Finds every concept's words in a prompt, as the model's tokenizer reads it."""
+    marks, flags, missing = [], [], []
+    located: list[tuple[Concept, Positions]] = []
+    for i, concept in enumerate(concepts):
+        if not concept.trigger:
+            flags.append(f"{concept.name} has no trigger, so no word of the prompt is its own.")
+            continue
+        found = _marks(i, concept, prompt)
+        marks += found
+        if not found:
+            missing.append(i)
+            if concept.prompt is None:
+                flags.append(f"{concept.name} is not in the prompt: write “{concept.phrase}” where it is meant.")
+            continue
+        flags += _doubts(concept, found)
+        try:
+            located.append((concept, locate(tokenizer, prompt, concept)))
+        except ValueError as error:
+            flags.append(str(error))
+    try:
+        check_disjoint([concept for concept, _ in located], [place for _, place in located], prompt)
+    except ValueError as error:
+        flags.append(str(error))
+    cut = cut_off(prompt, tokenizer)
+    if cut is not None:
+        limit = tokenizer.model_max_length - 2
+        flags.append(f"The model reads {limit} tokens; it does not see “{_shortened(prompt[cut:])}”.")
+    return Reading(_apart(marks), tuple(flags), tuple(missing), cut)
+
+
+def cut_off(prompt: str, tokenizer: Any) -> int | None:
+    """From which character on a prompt is too long; None if it is not. Words are not divided."""
+    limit = tokenizer.model_max_length - 2
+
+    def tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    if tokens(prompt) <= limit:
+        return None
+    ends = [i for i, letter in enumerate(prompt) if letter.isspace()]
+    fits = [end for end in ends if tokens(prompt[:end]) <= limit]
+    return fits[-1] if fits else 0
+
+
+def with_phrase(prompt: str, concept: Concept, others: Sequence[Concept]) -> str:
+    """The prompt with a concept's phrase in it.
+
+    A bare class word becomes the phrase; otherwise the phrase follows the last concept that the prompt names.
+    """
+    nouns = [
+        (start, end)
+        for start, end in find_words(concept.class_word or "", prompt)
+        if not any(_belongs(other, prompt, start) for other in others)
+    ]
+    if nouns:
+        start, end = nouns[0]
+        return prompt[:start] + concept.phrase + prompt[end:]
+    ends = [mark.end for i, other in enumerate(others) for mark in _marks(i, other, prompt)]
+    if not ends:
+        return f"{prompt.rstrip()}, a {concept.phrase}" if prompt.strip() else f"a {concept.phrase}"
+    return f"{prompt[: max(ends)]} and a {concept.phrase}{prompt[max(ends) :]}"
+
+
+def as_html(prompt: str, reading: Reading) -> str:
+    """The prompt with every concept's words in its colour, and struck through where the model reads nothing."""
+    pieces, at = [], 0
+    for mark in reading.marks:
+        pieces.append(_piece(prompt, at, mark.start, reading.cut))
+        inside = _piece(prompt, mark.start, mark.end, reading.cut)
+        kind = "trigger" if mark.part == "trigger" else "noun"
+        pieces.append(f'<span class="lc-{kind}" style="--concept:{colour(mark.concept)}">{inside}</span>')
+        at = mark.end
+    return f'<p class="lc-prompt">{"".join(pieces)}{_piece(prompt, at, len(prompt), reading.cut)}</p>'
+
+
+def _piece(prompt: str, start: int, end: int, cut: int | None) -> str:
+    seen = markup(prompt[start : end if cut is None else min(end, max(start, cut))])
+    unseen = "" if cut is None or cut >= end else markup(prompt[max(start, cut) : end])
+    return f"{seen}<del>{unseen}</del>" if unseen else seen
+
+
+def _marks(i: int, concept: Concept, prompt: str) -> list[Mark]:
+    triggers = find_words(concept.trigger or "", prompt)
+    nouns = find_words(concept.class_word or "", prompt)
+    marks = [Mark(start, end, i, "trigger") for start, end in triggers]
+    bound = {noun for _, end in triggers for noun in [noun for noun in nouns if noun[0] >= end][:1]}
+    return marks + [Mark(start, end, i, "class word") for start, end in bound]
+
+
+def _doubts(concept: Concept, found: Sequence[Mark]) -> list[str]:
+    doubts = []
+    if concept.class_word and all(mark.part == "trigger" for mark in found):
+        doubts.append(f"No “{concept.class_word}” stands after the trigger “{concept.trigger}” of {concept.name}.")
+    times = sum(mark.part == "trigger" for mark in found)
+    if times > 1:
+        doubts.append(f"The trigger of {concept.name} stands {times} times; all of them are the same {concept.name}.")
+    return doubts
+
+
+def _belongs(concept: Concept, prompt: str, start: int) -> bool:
+    return any(mark.start == start for mark in _marks(0, concept, prompt))
+
+
+def _apart(marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """Without marks that begin inside an earlier one."""
+    kept: list[Mark] = []
+    for mark in sorted(marks):
+        if not kept or mark.start >= kept[-1].end:
+            kept.append(mark)
+    return tuple(kept)
+
+
+def _shortened(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,188 @@
+"""Making pictures in a thread of its own, so that one can watch, and stop."""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from compose.models import Attention, Made, make_batch
+from compose.page.shelf import Slot, Stopped
+from pipelines.output import Cost
+from pipelines.scene import Run
+
+logger = logging.getLogger(__name__)
+
+State = Literal["waiting", "working", "done", "stopped", "failed"]
+
+_PREVIEW_CELLS = 32  # longer side of the latents that a preview is decoded from
+_PREVIEW_SHARE = 0.1  # of the time, that previews may take
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A finished picture.
+
+    Attributes:
+        made: The picture and its record.
+        cost: What its call cost; None without concepts.
+        attention: Attention maps, if they were kept.
+        seconds: How long it took.
+        key: A name of its own.
+    """
+
+    made: Made
+    cost: Cost | None
+    attention: Attention | None
+    seconds: float
+    key: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def run(self) -> Run:
+        """How it was made."""
+        return self.made.record.run
+
+
+class Job:
+    """Pictures to be made one after the other, each as `compose.models.make` makes it.
+
+    Args:
+        slot: The model.
+        runs: One for each picture.
+        record_attention: Whether attention maps are kept.
+
+    Attributes:
+        state: Where it is.
+        ahead: While waiting: how many calls of others come first.
+        pictures: Those that are finished.
+        preview: What the current picture looks like so far.
+        error: What went wrong, in words.
+    """
+
+    def __init__(self, slot: Slot, runs: Sequence[Run], *, record_attention: bool) -> None:
+        self.slot = slot
+        self.runs = tuple(runs)
+        self.state: State = "waiting"
+        self.ahead = 0
+        self.pictures: list[Picture] = []
+        self.preview: Image.Image | None = None
+        self.error = ""
+        self._record_attention = record_attention
+        self._stop = threading.Event()
+        self._done, self._of = 0, self.runs[0].steps if self.runs else 0
+        self._first_step: float | None = None
+        self._next_look = 0.0
+        self._thread = threading.Thread(target=self._work, name="lora-compose-page", daemon=True)
+
+    def start(self) -> "Job":
+        """Begins; does not wait."""
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ends it after the current denoising step."""
+        self._stop.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Waits for the end."""
+        self._thread.join(timeout)
+
+    @property
+    def running(self) -> bool:
+        """Whether it still waits or works."""
+        return self.state in ("waiting", "working")
+
+    @property
+    def stopping(self) -> bool:
+        """Whether stop was pressed, and the current step is not over yet."""
+        return self.running and self._stop.is_set()
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Steps of the current picture that are done, and of how many."""
+        return self._done, self._of
+
+    @property
+    def share(self) -> float:
+        """How much of everything is done, up to 1."""
+        within = self._done / self._of if self._of else 0.0
+        return min(1.0, (len(self.pictures) + within) / max(1, len(self.runs)))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long it will take still, judged by the steps so far; None before the first one."""
+        share = self.share
+        if self._first_step is None or share <= 0:
+            return None
+        return (time.monotonic() - self._first_step) * (1 - share) / share
+
+    def _work(self) -> None:
+        try:
+            concepts = [concept for run in self.runs for concept in run.scene.concepts]
+            with self.slot.turn(concepts, stop=self._stop, on_wait=self._wait) as pipe:
+                self.state = "working"
+                for run in self.runs:
+                    self._make(pipe, run)
+            self.state = "done"
+        except Stopped:
+            self.state = "stopped"
+        except (ValueError, OSError) as error:
+            self._fail(str(error))
+        except torch.OutOfMemoryError as error:
+            logger.warning("out of memory: %s", error)
+            self._fail("The device has too little memory for this. Choose a smaller canvas, float16, or save memory.")
+        except Exception as error:  # whatever models and libraries raise: the page lives on
+            logger.exception("a picture could not be made")
+            self._fail(f"Something failed inside ({type(error).__name__}): {str(error)[:300]}")
+        finally:
+            self.preview = None
+
+    def _fail(self, message: str) -> None:
+        self.error, self.state = message, "failed"
+
+    def _wait(self, ahead: int) -> None:
+        self.ahead = ahead
+
+    def _make(self, pipe: Any, run: Run) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        self._done, self._of = 0, run.steps
+        start = time.monotonic()
+        self._first_step = self._first_step or start
+        made = make_batch(
+            pipe,
+            run,
+            (run.seed,),
+            on_step=lambda done, of, latents: self._step(pipe, done, of, latents),
+            record_attention=self._record_attention,
+        )
+        self.pictures.append(Picture(made.pictures[0], made.cost, made.attention, time.monotonic() - start))
+        self._done, self.preview = 0, made.pictures[0].image  # until the next one can be looked at
+
+    def _step(self, pipe: Any, done: int, of: int, latents: Tensor) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        self._done, self._of = done, of
+        # With offloading, a look would move the models to and fro.
+        if not self.slot.choice.offloads and done < of and time.monotonic() >= self._next_look:
+            start = time.monotonic()
+            self.preview = look(pipe, latents)
+            took = time.monotonic() - start
+            self._next_look = time.monotonic() + took / _PREVIEW_SHARE
+
+
+def look(pipe: Any, latents: Tensor) -> Image.Image:
+    """What latents look like now: decoded by the model's own VAE, in little where they are many."""
+    longer = max(latents.shape[-2:])
+    if longer > _PREVIEW_CELLS:
+        latents = F.interpolate(latents, scale_factor=_PREVIEW_CELLS / longer, mode="area")
+    with torch.no_grad():
+        image = pipe.vae.decode(latents[:1] / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    return pipe.image_processor.postprocess(image, output_type="pil")[0]

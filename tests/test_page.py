@@ -1,0 +1,615 @@
+"""The page's logic, without a browser and without Streamlit."""
+
+import ast
+import base64
+import dataclasses
+import gc
+import os
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from compose.assets import playground_lora
+from compose.cli import app
+from compose.files import PLAYGROUND, FileError, Machine, Record, parse_value, read_pixels, read_record, read_scene
+from compose.models import Attention, make, open_model
+from compose.page import boxes, controls, draft, export, launch, overlay, quick, store, text, work
+from compose.page.scores import Judge
+from compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
+from compose.page.words import as_html, cut_off, read_prompt, with_phrase
+from pipelines.loading import LoraError
+from pipelines.methods import METHODS, Composite, LoraComposer, Tara
+from pipelines.scene import Concept
+
+BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
+ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word="robot")
+
+
+@pytest.fixture(scope="module")
+def slot() -> Slot:
+    return Shelf().open(Choice(PLAYGROUND, device="cpu"))
+
+
+def short(**changes: Any) -> draft.Draft:
+    """The example, in two steps."""
+    return replace(draft.example(), choice=Choice(PLAYGROUND, device="cpu"), steps=2, **changes)
+
+
+# --- the example, limits ---
+
+
+def test_the_example_is_complete() -> None:
+    example = draft.example()
+    (run,) = example.runs()
+    assert [concept.name for concept in run.scene.concepts] == ["bear", "robot"]
+    assert all(isinstance(concept.region, tuple) for concept in run.scene.concepts)
+    assert draft.draft_of(run, (128, 128)) == replace(example, choice=Choice(PLAYGROUND, "float32", None))
+
+
+def test_regions_are_kept_but_do_not_count_while_boxes_are_off() -> None:
+    (run,) = short(boxed=False, method="merge").runs()
+    assert all(concept.region is None for concept in run.scene.concepts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"concepts": tuple(BEAR.model_copy(update={"name": f"bear {i}"}) for i in range(200))}, "200 concepts"),
+        ({"size": (100_000, 128)}, "100000 x 128 pixels"),
+        ({"size": (129, 128)}, "multiple of 8"),
+        ({"prompt": "a " * 5000}, "2000 characters"),
+        ({"prompt": "  "}, "what is to be seen"),
+        ({"steps": 10**9}, "1000000000 steps"),
+        ({"seeds": tuple(range(100))}, "100 seeds"),
+        ({"concepts": (BEAR.model_copy(update={"name": "b" * 1000}),)}, "60 letters"),
+        ({"method": "nothing"}, "no method 'nothing'"),
+        ({"concepts": (BEAR, BEAR)}, "'bear' stands twice"),
+    ],
+)
+def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(short(), **changes).runs()
+
+
+def test_a_canvas_far_from_the_models_own_is_refused() -> None:
+    draft.check_canvas((512, 128), (128, 128))
+    with pytest.raises(ValueError, match="made for 128 x 128"):
+        draft.check_canvas((520, 128), (128, 128))
+
+
+def test_seeds_as_they_are_typed() -> None:
+    assert draft.read_seeds("0, 2,2 5-7") == (0, 2, 5, 6, 7)
+    assert draft.read_seeds(str(2**63 - 1)) == (2**63 - 1,)
+    for wrong in ("", "a", "-1", "7-5", "0-99999999999", str(2**63), "1.5"):
+        with pytest.raises(ValueError, match=r"[Ss]eed"):
+            draft.read_seeds(wrong)
+
+
+def test_names_stay_different() -> None:
+    assert draft.free_name("cat", ["dog"]) == "cat"
+    assert draft.free_name("cat", ["cat", "cat 2"]) == "cat 3"
+    assert draft.free_name(" ", []) == "concept"
+
+
+# --- controls ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_setting_of_every_method_has_a_control_and_a_text(method: str) -> None:
+    found = controls.controls(method)
+    assert [control.name for control in found] == [field.name for field in dataclasses.fields(METHODS[method])]  # pyright: ignore[reportArgumentType]
+    assert all(control.help for control in found)
+    assert controls.sentence(method).endswith(".")
+    assert controls.changed(method, {control.name: control.shown(control.default) for control in found}) == {}
+
+
+def test_controls_are_made_from_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class New:
+        """A method of tomorrow.
+
+        Attributes:
+            where: Where it acts,
+                on two lines.
+            often: How often.
+            strong: How strongly.
+            twice: Whether twice.
+            parts: Which parts.
+            text: What is read.
+        """
+
+        where: Literal["here", "there"] = "here"
+        often: int = 3
+        strong: float = 0.5
+        twice: bool = False
+        parts: tuple[int, ...] = ()
+        text: str | None = None
+
+        def start(self, engine: Any) -> Any:
+            raise NotImplementedError
+
+    monkeypatch.setitem(METHODS, "new", New)  # pyright: ignore[reportArgumentType]
+    found = {control.name: control for control in controls.controls("new")}
+    assert {name: control.kind for name, control in found.items()} == {
+        "where": "choice", "often": "whole", "strong": "number", "twice": "switch", "parts": "yaml", "text": "words",
+    }  # fmt: skip
+    assert found["where"].choices == ("here", "there")
+    assert found["where"].help == "Where it acts, on two lines."
+    shown = {"where": "there", "often": 3, "strong": 0.5, "twice": True, "parts": "[1, 2]"}
+    assert controls.changed("new", shown) == {"where": "there", "twice": True, "parts": [1, 2]}
+    assert controls.changed("new", {"parts": "[]", "text": " "}) == {}
+    assert controls.changed("new", {"text": "a cat: on grass"}) == {"text": "a cat: on grass"}
+    assert export._as_yaml("a cat") == "a cat"
+    assert all(
+        parse_value(export._as_yaml(value)) == value for value in (True, None, 0.5, "yes", [1, "a: b"], {"a": 1})
+    )
+
+
+def test_settings_that_a_method_does_not_take_are_said() -> None:
+    with pytest.raises(ValueError, match="interval must be a whole number"):
+        controls.changed("switch", {"interval": 0})
+    assert controls.changed("composite", {"shares": "[1, 2]"}) == {"shares": [1, 2]}
+    (shares,) = controls.controls("composite")
+    assert shares.shown(Composite([1, 2]).shares) == "[1, 2]"
+
+
+# --- text ---
+
+
+def test_markup_of_users_is_text() -> None:
+    assert text.markup('<b onclick="x">&') == "&lt;b onclick=&quot;x&quot;&gt;&amp;"
+    assert text.markdown("**a** [b](c) :red[d] $e$\n# f") == (r"\*\*a\*\* \[b\]\(c\) \:red\[d\] \$e\$ \# f")
+    assert "\u202e" not in text.markdown("a\u202eb")
+
+
+# --- words ---
+
+
+def test_words_are_found_and_coloured(slot: Slot) -> None:
+    prompt = "a xlo bear and a qrt robot on grass"
+    reading = read_prompt(prompt, [BEAR, ROBOT], slot.tokenizer)
+    assert [(prompt[mark.start : mark.end], mark.concept) for mark in reading.marks] == [
+        ("xlo", 0), ("bear", 0), ("qrt", 1), ("robot", 1),
+    ]  # fmt: skip
+    assert (reading.flags, reading.missing, reading.cut) == ((), (), None)
+    assert f"--concept:{text.colour(1)}" in as_html(prompt, reading)
+
+
+def test_what_is_wrong_with_words_is_flagged(slot: Slot) -> None:
+    def flags(prompt: str, *concepts: Concept) -> str:
+        return "\n".join(read_prompt(prompt, concepts, slot.tokenizer).flags)
+
+    assert "robot is not in the prompt: write “qrt robot”" in flags("a xlo bear", BEAR, ROBOT)
+    assert "No “bear” stands after the trigger" in flags("a xlo", BEAR)
+    assert "stands 2 times" in flags("a xlo bear and a xlo bear", BEAR)
+    assert "share words" in flags("a xlo bear", BEAR, ROBOT.model_copy(update={"trigger": "xlo"}))
+    assert "has no trigger" in flags("a bear", BEAR.model_copy(update={"trigger": ""}))
+    own = ROBOT.model_copy(update={"prompt": "a qrt robot"})
+    assert flags("a xlo bear", BEAR, own) == ""  # named in its own prompt
+
+
+def test_what_the_model_does_not_read_is_struck_through(slot: Slot) -> None:
+    prompt = "a xlo bear " + "cat " * 60 + "and a qrt robot"
+    cut = cut_off(prompt, slot.tokenizer)
+    reading = read_prompt(prompt, [BEAR, ROBOT], slot.tokenizer)
+    assert cut is not None
+    assert prompt[:cut].count("cat") < 60
+    assert any("the model reads only" in flag for flag in reading.flags)
+    html = as_html(prompt, reading)
+    assert "<del>" in html
+    assert "<del>qrt</del>" in html
+
+
+def test_a_prompt_is_text_in_html(slot: Slot) -> None:
+    prompt = "a xlo bear <script>alert(1)</script>"
+    assert "<script>" not in as_html(prompt, read_prompt(prompt, [BEAR], slot.tokenizer))
+
+
+def test_a_phrase_is_inserted_where_it_belongs() -> None:
+    assert with_phrase("", BEAR, [ROBOT]) == "a xlo bear"
+    assert with_phrase("a qrt robot on grass", BEAR, [ROBOT]) == "a qrt robot and a xlo bear on grass"
+    assert with_phrase("a bear and a qrt robot", BEAR, [ROBOT]) == "a xlo bear and a qrt robot"
+    assert with_phrase("in snow", BEAR, []) == "in snow, a xlo bear"
+    second = BEAR.model_copy(update={"name": "other", "trigger": "sks"})
+    assert with_phrase("a xlo bear", second, [BEAR]) == "a xlo bear and a sks bear"
+
+
+# --- boxes ---
+
+
+@pytest.mark.parametrize("name", boxes.TEMPLATES)
+@pytest.mark.parametrize("number", [1, 2, 3, 12])
+def test_templates_fill_the_canvas_without_overlap(name: str, number: int) -> None:
+    found = boxes.template(name, number, 512, 256)
+    assert len(found) == number
+    assert all(0 <= left < right <= 512 and 0 <= top < bottom <= 256 for left, top, right, bottom in found)
+    assert all(a[2] <= b[0] for a, b in pairwise(found))
+
+
+def test_drawn_boxes_are_made_to_fit() -> None:
+    assert boxes.fitted([100.4, 50, 20, 10], 128, 128) == (20, 10, 100, 50)
+    assert boxes.fitted([-50, -1e5, 1e5, 500], 128, 64) == (0, 0, 128, 64)
+    assert boxes.fitted([128, 128, 128, 128], 128, 128) == (120, 120, 128, 128)
+
+
+# --- files ---
+
+
+@pytest.fixture
+def files() -> store.Store:
+    return store.Store()
+
+
+def opened(path: Path) -> BytesIO:
+    return BytesIO(path.read_bytes())
+
+
+def test_an_upload_is_kept_under_a_name_of_ours_and_described(files: store.Store) -> None:
+    lora = files.add_upload("../../../etc/cat.safetensors", opened(playground_lora("cat")))
+    path = Path(lora.source)
+    assert path.parent == files.folder
+    assert "cat" not in path.name
+    assert (lora.shown, lora.trigger, lora.class_word) == ("cat.safetensors", "sks", "cat")
+    assert files.add_upload("again.safetensors", opened(playground_lora("cat"))) == lora
+    assert list(files.folder.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["..\\..\\evil.safetensors", "/etc/passwd.safetensors", "a\0b.safetensors", "../"])
+def test_names_lead_nowhere(files: store.Store, name: str, tmp_path: Path) -> None:
+    before = set(files.folder.parent.iterdir())
+    with pytest.raises((LoraError, FileError)):
+        files.add_upload(name, BytesIO(b"no LoRA"))
+    assert set(files.folder.parent.iterdir()) == before
+    assert list(files.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\x80\x04K\x01.", "a pickle or an archive under another name"),
+        (b"PK\x03\x04" + bytes(1000), "a pickle or an archive under another name"),
+        (b"", "truncated or corrupt"),
+        ((2**40).to_bytes(8, "little") + b"{}", "truncated or corrupt"),
+        ((2).to_bytes(8, "little") + b"{}", "is no LoRA"),
+    ],
+)
+def test_what_is_no_lora_is_refused_at_the_file_and_not_kept(files: store.Store, data: bytes, words: str) -> None:
+    with pytest.raises(LoraError, match=words) as caught:
+        files.add_upload("mine.safetensors", BytesIO(data))
+    assert str(caught.value).startswith("mine.safetensors")
+    assert list(files.folder.iterdir()) == []
+
+
+def test_too_large_and_other_formats_are_refused(files: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "UPLOAD_LIMIT", 2**20)
+    with pytest.raises(FileError, match="larger than 1 MB"):
+        files.add_upload("a.safetensors", BytesIO(bytes(2**20 + 1)))
+    with pytest.raises(FileError, match=r"only \.safetensors"):
+        files.add_upload("a.ckpt", BytesIO(b""))
+    assert list(files.folder.iterdir()) == []
+
+
+def test_the_files_of_a_visit_are_gone_with_it() -> None:
+    files = store.Store()
+    folder = files.folder
+    files.add_upload("cat.safetensors", opened(playground_lora("cat")))
+    del files
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_pictures_in_metadata_are_shown_only_if_they_are_pictures() -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (500, 300), "red").save(buffer, "JPEG")
+    uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    found = store._embedded(uri)
+    assert found is not None
+    with Image.open(BytesIO(found)) as small:
+        assert max(small.size) <= 96
+    for wrong in (None, "", "javascript:alert(1)", "data:image/svg+xml;base64,PHN2Zz4=", "data:image/png;base64,!!"):
+        assert store._embedded(wrong) is None
+
+
+def record_of(run: Any, **sha256: str) -> Record:
+    return Record(run=run, versions={}, sha256=sha256, machine=Machine(device="cpu", name="x", threads=1))
+
+
+def test_loras_of_a_record_are_found_by_content_and_strangers_paths_are_not_followed(
+    files: store.Store, tmp_path: Path
+) -> None:
+    cat = files.add_upload("cat.safetensors", opened(playground_lora("cat")))
+    dog = tmp_path / "dog.safetensors"
+    dog.write_bytes(playground_lora("dog").read_bytes())
+    hashes = {"cat": cat.sha256, "dog": store.named(str(dog)).sha256, "passwords": "0" * 64, "bear": "0" * 64}
+    concepts = (
+        Concept(name="cat", lora="/gone/cat.safetensors"),
+        Concept(name="dog", lora=str(dog)),
+        Concept(name="passwords", lora="/etc/passwd"),
+        BEAR,
+    )
+    (run,) = short(concepts=concepts, prompt="x", method=None).runs()
+    found = store.located(record_of(run, **hashes), files.uploads, None, local=True)
+    shown = {name: lora and lora.shown for name, lora in found.items()}
+    assert shown == {"cat": "cat.safetensors", "dog": "dog.safetensors", "passwords": None, "bear": "bear"}
+    elsewhere = store.located(record_of(run, **hashes), files.uploads, None, local=False)
+    assert elsewhere["dog"] is None
+    folder = store.located(record_of(run, **hashes), files.uploads, tmp_path, local=False)
+    assert folder["dog"] is not None
+
+
+def test_pictures_that_are_not_ours_are_refused(files: store.Store) -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    with pytest.raises(FileError, match=r"^mine\.png carries no record"):
+        files.read_png("../mine.png", BytesIO(buffer.getvalue()))
+    with pytest.raises(FileError, match=r"^mine\.png is not a readable PNG"):
+        files.read_png("mine.png", BytesIO(b"GIF89a"))
+    assert list(files.folder.iterdir()) == []
+
+
+# --- models and work ---
+
+
+def finished(slot: Slot, one: draft.Draft, **options: Any) -> work.Job:
+    job = work.Job(slot, one.runs(), record_attention=options.get("record_attention", False)).start()
+    job.join(60)
+    return job
+
+
+def test_a_job_makes_what_python_makes_and_keeps_attention(slot: Slot, files: store.Store, tmp_path: Path) -> None:
+    example = short(seeds=(7, 8))
+    job = finished(slot, example, record_attention=True)
+    assert (job.state, job.error, len(job.pictures), job.share) == ("done", "", 2, 1.0)
+    picture = job.pictures[1]
+    run = example.runs()[1]
+    plain = make(open_model(run), run)
+    assert np.array_equal(np.asarray(picture.made.image), np.asarray(plain.image))
+    path = tmp_path / "picture.png"
+    path.write_bytes(files.png(picture))
+    assert read_record(path) == picture.made.record
+    attention = picture.attention
+    assert attention is not None
+    assert attention.maps.shape == (2, 1, 2, 8, 8)
+    for step in (None, 0):
+        assert overlay.heat(picture.made.image, attention, 1, step).size == (384, 384)
+        assert overlay.masks(picture.made.image, attention, step).size == (384, 384)
+
+
+def test_page_command_and_python_text_give_the_same_picture(
+    slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = short(settings={"rows": "all", "apart": 0.0})
+    (picture,) = finished(slot, example).pictures
+    monkeypatch.chdir(tmp_path)
+    run = export.portable(picture.run, {})
+    Path("scene.yaml").write_text(export.scene_file(run.scene), encoding="utf-8")
+    ran = CliRunner().invoke(app, [*shlex.split(export.command(run))[1:], "--out", "cli"])
+    assert ran.exit_code == 0, ran.output
+    Path("it.py").write_text(export.python(run), encoding="utf-8")
+    exec(compile(export.python(run), "it.py", "exec"), {})
+    ours = np.asarray(picture.made.image)
+    assert np.array_equal(ours, np.asarray(read_pixels("cli/2.png")))
+    assert np.array_equal(ours, np.asarray(read_pixels("picture.png")))
+
+
+def test_exports_write_what_users_write_as_text(tmp_path: Path) -> None:
+    name = """it's "x"; $(rm -rf /) \\"""
+    concept = Concept(name=name, lora="cat.safetensors", trigger="sks", region=(0, 0, 64, 64))
+    one = short(concepts=(concept,), prompt=f"{name}\n)]}}", settings={"threshold": 0.5}, seeds=(2**63 - 1,))
+    (run,) = one.runs()
+    names: dict[str, Any] = {}
+    code = export.python(run).partition("made = ")[0]
+    exec(code, names)
+    assert names["run"] == run
+    path = tmp_path / "scene.yaml"
+    path.write_text(export.scene_file(run.scene), encoding="utf-8")
+    assert read_scene(path).prompt == run.scene.prompt
+    assert "--set threshold=0.5" in export.command(run)
+    assert f"--seed {2**63 - 1}" in export.command(run)
+
+
+def test_uploads_are_exported_under_their_owners_names(files: store.Store) -> None:
+    lora = files.add_upload("my cat.safetensors", opened(playground_lora("cat")))
+    (run,) = short(concepts=(lora.concept("cat"),), method="merge", prompt="a sks cat").runs()
+    assert export.portable(run, {lora.source: lora.shown}).scene.concepts[0].lora == "my cat.safetensors"
+
+
+def test_stop_acts_within_a_step_and_leaves_a_usable_model(slot: Slot) -> None:
+    job = work.Job(slot, replace(short(), steps=200).runs(), record_attention=False).start()
+    until(lambda: job.steps[0] >= 1)
+    done = job.steps[0]
+    job.stop()
+    job.join(30)
+    assert job.state == "stopped"
+    assert job.steps[0] <= done + 2  # one may have ended meanwhile
+    assert job.preview is None
+    assert finished(slot, short()).state == "done"
+
+
+def test_progress_tells_steps_time_and_what_it_looks_like(slot: Slot) -> None:
+    job = work.Job(slot, replace(short(), steps=60).runs(), record_attention=False).start()
+    until(lambda: job.preview is not None)
+    assert 0 < job.share < 1
+    assert (job.seconds_left or 0) > 0
+    assert job.preview is not None
+    assert job.preview.size == (128, 128)
+    job.stop()
+    job.join(30)
+
+
+def test_one_call_at_a_time_in_the_order_of_arrival(slot: Slot) -> None:
+    order: list[str] = []
+    waited: list[int] = []
+    hold = threading.Event()
+
+    def call(name: str) -> None:
+        with slot.turn((), on_wait=waited.append):
+            order.append(name)
+            hold.wait(10)
+
+    threads = []
+    for name in "abc":
+        threads.append(threading.Thread(target=call, args=(name,)))
+        threads[-1].start()
+        until(lambda: len(slot._queue) == len(threads))
+    until(lambda: {1, 2} <= set(waited))
+    with pytest.raises(Busy), slot.turn((), wait=False):
+        pass
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped), slot.turn((), stop=stop):
+        pass
+    hold.set()
+    for thread in threads:
+        thread.join(10)
+    assert order == ["a", "b", "c"]
+    assert not slot.busy
+
+
+def test_nothing_of_one_visitors_call_is_left_in_the_next(slot: Slot) -> None:
+    """Two visitors call different LoRAs by the same name."""
+    first = short(concepts=(BEAR.model_copy(update={"name": "it"}),), prompt="a xlo bear", method="merge")
+    second = short(concepts=(ROBOT.model_copy(update={"name": "it"}),), prompt="a qrt robot", method="merge")
+    alone = [np.asarray(make(open_model(one.runs()[0]), one.runs()[0]).image) for one in (first, second)]
+    jobs = [work.Job(slot, one.runs(), record_attention=False).start() for one in (first, second, first)]
+    for job in jobs:
+        job.join(60)
+    made = [np.asarray(job.pictures[0].made.image) for job in jobs]
+    assert all(np.array_equal(one, other) for one, other in zip(made, (*alone, alone[0]), strict=True))
+    with slot.turn(()) as pipe:
+        assert dict(pipe.concepts) == {}
+
+
+def test_failures_are_said_in_words(slot: Slot) -> None:
+    job = finished(slot, short(prompt="nobody is named here", method="tara"))
+    assert job.state == "failed"
+    assert "is not in the prompt" in job.error
+    gone = BEAR.model_copy(update={"lora": "/nowhere/x.safetensors"})
+    assert "no file" in finished(slot, short(concepts=(gone,), method="merge")).error
+
+
+def test_a_shelf_holds_few_models_and_opens_each_once() -> None:
+    shelf = Shelf()
+    first = shelf.open(Choice(PLAYGROUND, device="cpu"))
+    assert shelf.open(Choice(PLAYGROUND, device="cpu")) is first
+    tiled = shelf.open(Choice(PLAYGROUND, device="cpu", memory=("Decode in tiles",)))
+    assert tiled is not first
+    with tiled.turn(()) as pipe:
+        assert pipe.vae.use_tiling
+    shelf.open(Choice(PLAYGROUND, "bfloat16", "cpu"))
+    assert shelf.open(Choice(PLAYGROUND, device="cpu")) is not first
+    with pytest.raises(ValueError, match="no model 'nothing here'"):
+        shelf.open(Choice("nothing here"))
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# --- overlays, scores, reports, launch ---
+
+
+def test_overlays_show_the_right_concept_in_the_right_place() -> None:
+    maps = torch.zeros(1, 1, 2, 2, 2)
+    maps[0, 0, 0, 0, 0] = maps[0, 0, 1, 1, 1] = 1
+    attention = Attention((0,), maps, maps > 0)
+    image = Image.new("RGB", (128, 128), "white")
+    pixels = np.asarray(overlay.heat(image, attention, 1, 0), np.int16)
+    assert pixels[-20, -20].sum() > pixels[20, 20].sum()
+    mask = np.asarray(overlay.masks(image, attention, None), np.int16)
+    assert not np.array_equal(mask[20, 20], mask[-20, -20])
+    assert np.array_equal(mask[20, -20], [255, 255, 255])
+    outlined = np.asarray(overlay.outlined(image, [(0, 0, 64, 64), None]))
+    assert not np.array_equal(outlined[0, 0], outlined[-1, -1])
+
+
+def test_the_judge_scores_where_there_are_reference_pictures() -> None:
+    judge = Judge()
+    (run,) = short().runs()
+    assert judge.judges(run)
+    foreign = BEAR.model_copy(update={"lora": "/mine.safetensors"})
+    assert not judge.judges(short(concepts=(foreign,)).runs()[0])
+    assert not judge.judges(short(concepts=(), method=None, boxed=False).runs()[0])
+    scores = judge.score(Image.new("RGB", (128, 128), "white"), run.scene)
+    assert scores.keys() == {"bear", "robot"}
+    assert {likeness.words for likeness in scores.values()} == {"not found"}
+
+
+def test_reports_are_found_newest_first(tmp_path: Path) -> None:
+    assert quick.reports(tmp_path / "none") == []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.html").write_text(name)
+    os.utime(tmp_path / "a" / "report.html", (2**31, 2**31))
+    assert [path.parent.name for path in quick.reports(tmp_path)] == ["a", "b"]
+
+
+def test_the_quick_suite_stops_when_it_is_told(tmp_path: Path) -> None:
+    suite = quick.Quick(tmp_path)
+    suite.start()
+    assert suite.state == "running"
+    suite.start()  # a second one does nothing
+    suite.stop()
+    assert suite.state == "stopped"
+    assert suite.share == 0.0
+    assert suite._process is not None
+    assert suite._process.wait(30) != 0
+
+
+def test_the_command_explains_itself_and_refuses_what_cannot_be() -> None:
+    assert "--host" in CliRunner().invoke(app, ["ui", "--help"]).output
+    ran = CliRunner().invoke(app, ["ui", "--loras", "/nowhere"])
+    assert ran.exit_code == 2
+    assert "there is no folder" in ran.output
+
+
+def test_only_this_machine_is_local() -> None:
+    assert all(launch.is_local(host) for host in ("localhost", "127.0.0.1", "::1"))
+    assert not any(launch.is_local(host) for host in ("0.0.0.0", "192.168.0.2", "example.org", ""))
+
+
+def test_the_page_is_where_the_clone_has_it() -> None:
+    assert launch.script().name == "ui.py"
+    config = (launch.script().parent / ".streamlit" / "config.toml").read_text()
+    assert 'address = "localhost"' in config
+    assert "gatherUsageStats = false" in config
+    assert f"maxUploadSize = {store.UPLOAD_LIMIT // 2**20}" in config
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a module needs to be imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_compose_needs_no_streamlit_but_for_the_screen() -> None:
+    package = launch.script().parent / "compose"
+    inner = [path for path in package.rglob("*.py") if "screen" not in path.parts]
+    assert len(inner) > 30
+    outer = ("streamlit", "compose.page.screen")
+    assert [path for path in inner if any(name.startswith(outer) for name in imported(path))] == []
+
+
+def test_settings_of_constructors_can_be_shown() -> None:
+    """What a record of `Tara.official()` or `LoraComposer.official()` says can be set on the page."""
+    for method, settings in (("tara", Tara.official()), ("lora-composer", LoraComposer.official())):
+        shown = {control.name: control.shown(getattr(settings, control.name)) for control in controls.controls(method)}
+        assert METHODS[method](**controls.changed(method, shown)) == settings

@@ -1,0 +1,344 @@
+"""The page in a real browser: Debian's chromium, driven by playwright. Asked for with `-m browser`."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from compose.assets import playground_lora
+from compose.files import read_pixels, read_record
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = shutil.which("chromium")
+# As root and offline: no sandbox, and none of the connections that a browser makes by itself.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+MINUTE = 60_000
+MAKE = re.compile("^Make the picture")
+
+
+def free_port() -> int:
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def address(out: Path) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "compose", "ui", "--port", str(port), "--no-browser", "--out", str(out)]
+    said = out / "said.txt"
+    with said.open("w") as file:
+        server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"http://localhost:{port}/_stcore/health")
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail(f"the page does not start: {said.read_text()}")
+        yield f"http://localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium here; on Debian: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, address: str) -> Iterator[Page]:
+    yield from visited(chromium, address)
+
+
+@pytest.fixture
+def other_page(chromium: Browser, address: str) -> Iterator[Page]:
+    yield from visited(chromium, address)
+
+
+def visited(chromium: Browser, address: str) -> Iterator[Page]:
+    context = chromium.new_context(viewport={"width": 1400, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(MINUTE)
+    page.goto(address)
+    expect(page.get_by_role("button", name=MAKE)).to_be_enabled(timeout=2 * MINUTE)
+    yield page
+    context.close()
+
+
+def make(page: Page, name: Any = MAKE) -> None:
+    expect(page.get_by_role("button", name=name)).to_be_enabled()
+    page.get_by_role("button", name=name).click()
+    expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
+
+
+def settled(page: Page) -> None:
+    """Waits until the page's script has run to its end."""
+    page.wait_for_timeout(300)
+    expect(page.locator('[data-testid="stApp"][data-test-script-state="running"]')).to_have_count(0)
+
+
+def downloaded(page: Page, to: Path) -> Path:
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    download.value.save_as(to)
+    return to
+
+
+def upload(page: Page, *files: Any) -> None:
+    page.get_by_role("button", name="Upload LoRAs").click()
+    page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*="safetensors"]').set_input_files(list(files))
+
+
+def view(page: Page, name: str) -> None:
+    page.get_by_role("radio", name=name, exact=True).click()
+    settled(page)
+
+
+def box(page: Page, name: str) -> list[int]:
+    label = page.get_by_role("group", name="Boxes of the concepts").locator(f'[aria-label^="Box of {name}"]')
+    return [int(number) for number in re.findall(r"\d+", (label.get_attribute("aria-label") or "").partition(":")[2])]
+
+
+def drag(page: Page, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Drags on the canvas; places are shares of its sides."""
+    stage = page.get_by_role("group", name="Boxes of the concepts")
+    stage.scroll_into_view_if_needed()
+    frame = stage.bounding_box()
+    assert frame is not None
+    points = [(frame["x"] + x * frame["width"], frame["y"] + y * frame["height"]) for x, y in (start, end)]
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    page.mouse.move(*points[1], steps=8)
+    page.mouse.up()
+    settled(page)
+
+
+def test_one_click_from_the_first_visit_to_a_picture_that_carries_its_run(page: Page, tmp_path: Path) -> None:
+    started = time.monotonic()
+    make(page)
+    assert time.monotonic() - started < 60
+    record = read_record(downloaded(page, tmp_path / "picture.png"))
+    assert [concept.name for concept in record.run.scene.concepts] == ["bear", "robot"]
+    assert record.run.method == "lora-composer"
+
+
+def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, tmp_path: Path) -> None:
+    upload(page, playground_lora("cat"), playground_lora("dog"))
+    expect(page.get_by_label("Name", exact=True)).to_have_count(4)
+    for _ in range(2):
+        page.get_by_role("button", name="More", exact=True).first.click()
+        page.get_by_role("button", name="Remove this concept").click()
+        settled(page)
+    expect(page.get_by_label("Name", exact=True)).to_have_count(2)
+    expect(page.get_by_label("Trigger", exact=True).first).to_have_value("sks")
+    prompt = page.get_by_label("What is to be seen?")
+    prompt.fill("")
+    prompt.press("Control+Enter")
+    for phrase in ("sks cat", "zwx dog"):
+        page.get_by_role("button", name=f"Insert “{phrase}”").click()
+        settled(page)
+    expect(prompt).to_have_value("a sks cat and a zwx dog")
+    page.get_by_role("button", name="Side by side").click()
+    make(page)
+    record = read_record(downloaded(page, tmp_path / "picture.png"))
+    assert record.run.scene.prompt == "a sks cat and a zwx dog"
+    assert all("lora-compose-page-" in (concept.lora or "") for concept in record.run.scene.concepts)
+
+
+def test_files_that_are_no_loras_are_refused_in_words_and_the_page_lives_on(page: Page, tmp_path: Path) -> None:
+    pickle = {"name": "cat.safetensors", "mimeType": "application/octet-stream", "buffer": b"\x80\x04K\x01."}
+    outside = {"name": "../../evil.safetensors", "mimeType": "application/octet-stream", "buffer": b"PK\x03\x04" * 9}
+    upload(page, pickle, outside)
+    expect(page.get_by_text("a pickle or an archive under another name").first).to_be_visible()
+    expect(page.get_by_label("Name", exact=True)).to_have_count(2)
+    page.keyboard.press("Escape")
+    make(page)
+
+
+def test_two_boxes_are_drawn_dragged_and_moved_by_keys(page: Page, tmp_path: Path) -> None:
+    page.get_by_role("button", name="Big and small").click()
+    settled(page)
+    before = box(page, "robot")
+    stage = page.get_by_role("group", name="Boxes of the concepts")
+    stage.locator('[aria-label^="Box of robot"]').focus()
+    page.keyboard.press("ArrowUp")
+    page.wait_for_timeout(600)
+    settled(page)
+    assert box(page, "robot") == [before[0], before[1] - 4, before[2], before[3] - 4]
+    drag(page, (0.98, 0.05), (0.7, 0.35))  # on free ground: the robot anew
+    assert box(page, "robot") == pytest.approx([90, 6, 126, 45], abs=5)
+    stage.locator('[aria-label^="Box of bear"]').focus()
+    drag(page, (0.3, 0.5), (0.35, 0.5))
+    assert box(page, "bear")[0] > 2
+    make(page)
+    regions = [concept.region for concept in read_record(downloaded(page, tmp_path / "a.png")).run.scene.concepts]
+    assert regions == [tuple(box(page, "bear")), tuple(box(page, "robot"))]
+
+
+def test_methods_side_by_side_with_cost_and_likeness(page: Page) -> None:
+    view(page, "Compare")
+    expect(page.get_by_text("what it does")).to_be_visible()
+    page.get_by_role("button", name="Make them all").click()
+    expect(page.get_by_role("button", name="Look at it")).to_have_count(3, timeout=3 * MINUTE)
+    expect(page.get_by_text(re.compile(r"bear: (\d\.\d\d|not found)")).first).to_be_visible()
+    page.get_by_role("button", name="Look at it").first.click()
+    settled(page)
+    view(page, "Understand")
+    expect(page.get_by_text("Where the model looks for bear")).to_be_visible()
+
+
+def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
+    page.get_by_label("Steps").fill("200")
+    page.get_by_label("Steps").press("Enter")
+    settled(page)
+    page.get_by_role("button", name=MAKE).click()
+    expect(page.get_by_text(re.compile(r"Step [1-9]\d* of 200, .* left"))).to_be_visible()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("Stopped. Everything you have set is still here.")).to_be_visible(timeout=15_000)
+    expect(page.get_by_label("Steps")).to_have_value("200")
+    expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
+
+
+def test_a_picture_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
+    page.get_by_label("Seeds", exact=True).fill("3")
+    page.get_by_label("Seeds", exact=True).press("Enter")
+    page.get_by_label("Steps").fill("5")
+    page.get_by_label("Steps").press("Enter")
+    settled(page)
+    make(page)
+    picture = downloaded(page, tmp_path / "picture.png")
+    page.reload()
+    expect(page.get_by_label("Seeds", exact=True)).to_have_value("2", timeout=2 * MINUTE)
+    page.get_by_text("Everything from a picture").click()
+    page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*="png"]').set_input_files(picture)
+    expect(page.get_by_label("Seeds", exact=True)).to_have_value("3")
+    expect(page.get_by_label("Steps")).to_have_value("5")
+    settled(page)
+    make(page)
+    again = downloaded(page, tmp_path / "again.png")
+    assert np.array_equal(np.asarray(read_pixels(picture)), np.asarray(read_pixels(again)))
+
+
+def test_two_visitors_see_nothing_of_each_other_and_both_finish(page: Page, other_page: Page, tmp_path: Path) -> None:
+    upload(page, playground_lora("cat"))
+    expect(page.get_by_label("Name", exact=True)).to_have_count(3)
+    page.keyboard.press("Escape")
+    page.get_by_label("What is to be seen?").fill("a xlo bear, a sks cat and a qrt robot on grass")
+    page.get_by_label("What is to be seen?").press("Control+Enter")
+    other_page.get_by_label("Seeds", exact=True).fill("1")
+    other_page.get_by_label("Seeds", exact=True).press("Enter")
+    for one in (page, other_page):
+        settled(one)
+        one.get_by_role("button", name=MAKE).click()
+    expect(other_page.get_by_text("Waiting for the model: one call of somebody else before you")).to_be_visible()
+    for one in (page, other_page):
+        expect(one.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
+    mine = read_record(downloaded(page, tmp_path / "mine.png"))
+    theirs = read_record(downloaded(other_page, tmp_path / "theirs.png"))
+    assert [concept.name for concept in mine.run.scene.concepts] == ["bear", "robot", "cat"]
+    assert [concept.name for concept in theirs.run.scene.concepts] == ["bear", "robot"]
+    expect(other_page.get_by_label("Name", exact=True)).to_have_count(2)
+    view(other_page, "Gallery")
+    expect(other_page.get_by_role("button", name="Look at it")).to_have_count(1)
+    alone = make_alone(theirs)
+    assert np.array_equal(np.asarray(alone), np.asarray(read_pixels(tmp_path / "theirs.png")))
+
+
+def make_alone(record: Any) -> Image.Image:
+    from compose import models
+
+    with models.threads(record.machine.threads):
+        return models.make(models.open_model(record.run), record.run).image
+
+
+def test_all_of_it_by_keyboard(page: Page) -> None:
+    page.keyboard.press("Tab")
+    for _ in range(5):
+        if page.evaluate("document.activeElement.innerText").strip().endswith("Make the picture"):
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
+    page.get_by_role("radio", name="Picture", exact=True).focus()
+    page.keyboard.press("ArrowRight")
+    settled(page)
+    if page.get_by_text("what it does").count() == 0:  # arrows move, Enter chooses
+        page.keyboard.press("Enter")
+    expect(page.get_by_text("what it does")).to_be_visible()
+
+
+def test_markup_is_shown_as_it_is(page: Page) -> None:
+    evil = '<img src=x onerror="window.caught=1"> **bold** $x$ :smile: [a](javascript:alert(1))'
+    page.get_by_label("Name", exact=True).first.fill(evil[:60])
+    page.get_by_label("Name", exact=True).first.press("Enter")
+    page.get_by_label("What is to be seen?").fill(f"a xlo bear and a qrt robot {evil}")
+    page.get_by_label("What is to be seen?").press("Control+Enter")
+    settled(page)
+    expect(page.locator(".lc-prompt")).to_contain_text(evil)
+    page.get_by_label("Trigger", exact=True).first.fill("<b>nowhere</b>")
+    page.get_by_label("Trigger", exact=True).first.press("Enter")
+    settled(page)
+    expect(page.get_by_text("<b>nowhere</b>").first).to_be_visible()
+    assert page.evaluate("window.caught") is None
+    assert page.locator(".stMain strong", has_text="bold").count() == 0
+
+
+def test_a_file_larger_than_the_limit_never_arrives(page: Page, tmp_path: Path, address: str) -> None:
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.truncate(2 * 2**30)  # takes no room on the disk
+    upload(page, path)
+    expect(page.get_by_text(re.compile("must be 1.*GB or smaller|exceeds|too large", re.IGNORECASE))).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [420, 1400])
+def test_nothing_is_cut_off_at_the_side(chromium: Browser, address: str, scheme: Any, width: int) -> None:
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(address)
+    expect(page.get_by_role("button", name=MAKE)).to_be_enabled(timeout=2 * MINUTE)
+    assert page.evaluate("document.querySelector('.stMain').scrollWidth") <= width
+    ground = Image.open(BytesIO(page.screenshot())).convert("L").resize((1, 1)).getpixel((0, 0))
+    assert isinstance(ground, int)
+    assert (ground > 128) == (scheme == "light")
+    context.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a second loopback address without asking for it")
+def test_nobody_else_is_listened_to(address: str) -> None:
+    port = int(address.rpartition(":")[2])
+    socket.create_connection(("localhost", port)).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port))

@@ -1,0 +1,339 @@
+"""The screen's logic by `streamlit.testing`: what is shown for what is set."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+
+from compose.assets import playground_lora, playground_model
+from compose.files import Machine, Record, read_record, save_image
+from compose.page.draft import example
+from compose.page.launch import script
+from compose.page.screen import fields
+from compose.page.screen.state import Visit
+from pipelines.methods import METHODS
+from pipelines.scene import Concept
+
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def _started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_COMPOSE_OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("LORA_COMPOSE_LOCAL", "yes")
+    monkeypatch.delenv("LORA_COMPOSE_LORAS", raising=False)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def at() -> AppTest:
+    at = AppTest.from_file(str(script()), default_timeout=60).run()
+    assert not at.exception
+    at.number_input(key=fields.STEPS).set_value(STEPS)  # from the next run on
+    return at
+
+
+def visit(at: AppTest) -> Visit:
+    return at.session_state["visit"]
+
+
+def made(at: AppTest) -> AppTest:
+    at.button(key="do.make").click().run()
+    return after(at)
+
+
+def after(at: AppTest) -> AppTest:
+    """The screen once the work in hand is done."""
+    job = visit(at).job
+    assert job is not None
+    job.join(60)
+    at.run()
+    assert not at.exception
+    return at
+
+
+def said(at: AppTest) -> str:
+    """All messages, without the marks that keep Markdown from being read as such."""
+    kinds = (at.error, at.warning, at.info, at.caption)
+    return "\n".join(message.value.replace("\\", "") for kind in kinds for message in kind)
+
+
+def row_key(at: AppTest, index: int, field: str) -> str:
+    return fields.of_row(visit(at).rows[index], field)
+
+
+def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: AppTest) -> None:
+    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot on a white background"
+    assert not at.button(key="do.make").disabled
+    assert "UNet rows (25 steps with guidance)" in said(at)
+
+
+def test_a_picture_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
+    made(at)
+    (picture,) = visit(at).pictures
+    assert visit(at).shown == picture.key
+    assert "lora-composer · seed 2 · 2 steps" in said(at)
+    at.button(key=f"do.keep.{picture.key}").click().run()
+    kept = tmp_path / "out" / "page" / "2.png"
+    assert read_record(kept) == picture.made.record
+    at.session_state["set.view"] = "Gallery"
+    at.run()
+    assert "2.png: lora-composer, seed 2" in said(at)
+    at.session_state["set.view"] = "Understand"
+    at.run()
+    assert "Where the model looks for bear" in said(at)
+
+
+def test_several_seeds_give_several_pictures(at: AppTest) -> None:
+    at.text_input(key=fields.SEEDS).set_value("1-3")
+    at.run()
+    assert at.button(key="do.make").label == "Make 3 pictures"
+    made(at)
+    assert [picture.run.seed for picture in visit(at).pictures] == [3, 2, 1]
+
+
+def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
+    at.text_area(key=fields.PROMPT).set_value("a xlo bear on grass").run()
+    assert "robot is not in the prompt" in said(at)
+    assert at.button(key="do.make").disabled
+    at.button(key="do.insert.1").click().run()
+    assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot on grass"
+    assert not at.button(key="do.make").disabled
+
+
+def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
+    at.session_state[fields.BOXED] = fields.ANYWHERE
+    at.run()
+    assert "needs to know where the concepts are" in said(at)
+    assert at.button(key="do.make").disabled
+    at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
+    assert "merge, because" in said(at)
+    assert not at.button(key="do.make").disabled
+
+
+def test_every_method_can_be_chosen(at: AppTest) -> None:
+    for method in METHODS:
+        at.selectbox(key=fields.METHOD).set_value(method).run()
+        assert not at.exception
+        assert not at.error
+
+
+def test_settings_are_used_kept_when_another_method_is_looked_at_and_wrong_ones_said(at: AppTest) -> None:
+    at.selectbox(key=fields.METHOD).set_value("switch").run()
+    key = fields.of_setting("switch", "interval")
+    at.number_input(key=key).set_value(0).run()
+    assert "interval must be a whole number of steps" in said(at)
+    assert at.button(key="do.make").disabled
+    at.number_input(key=key).set_value(1).run()
+    at.selectbox(key=fields.METHOD).set_value("merge").run()
+    at.selectbox(key=fields.METHOD).set_value("switch").run()
+    assert at.number_input(key=key).value == 1
+    assert fields_of(at).settings == {"interval": 1}
+
+
+def fields_of(at: AppTest) -> Any:
+    (run,) = made(at).session_state["visit"].job.runs
+    return run
+
+
+def test_errors_keep_all_input(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    at.text_input(key=row_key(at, 0, "name")).set_value("Bruno").run()
+    monkeypatch.setattr("compose.page.work.make_batch", fails)
+    made(at)
+    assert "too little memory" in said(at)
+    assert at.text_input(key=row_key(at, 0, "name")).value == "Bruno"
+    monkeypatch.undo()
+    made(at)
+    assert visit(at).picture is not None
+
+
+def test_concepts_are_chosen_from_a_folder_and_trouble_is_said_at_the_file(at: AppTest, tmp_path: Path) -> None:
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    shutil.copy(playground_lora("cat"), folder / "mine.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"\x80\x04K\x01.")
+    at.text_input(key="set.folder").set_value(str(folder)).run()
+    at.multiselect(key="do.pick.folder.0").set_value(["broken.safetensors", "mine.safetensors"]).run()
+    at.button(key="do.add.folder").click().run()
+    assert "broken.safetensors is no readable safetensors file" in said(at)
+    assert [row.lora.shown for row in visit(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
+    assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
+    at.button(key=f"do.remove.{visit(at).rows[2].number}").click().run()
+    assert len(visit(at).rows) == 2
+
+
+def test_more_concepts_than_can_be_are_left_out_in_words(at: AppTest) -> None:
+    names = at.multiselect(key="do.pick.ready.0").options
+    at.multiselect(key="do.pick.ready.0").set_value(names).run()
+    at.button(key="do.add.ready").click().run()
+    assert len(visit(at).rows) == 12
+    assert "12 concepts are the most" in said(at)
+
+
+def test_names_twice_are_said(at: AppTest) -> None:
+    at.text_input(key=row_key(at, 1, "name")).set_value("bear").run()
+    assert "'bear' stands twice" in said(at)
+    at.text_input(key=row_key(at, 1, "name")).set_value(" ").run()
+    assert "A concept has no name" in said(at)
+
+
+def test_a_canvas_that_is_too_large_is_refused(at: AppTest) -> None:
+    at.number_input(key=fields.WIDTH).set_value(2048).run()
+    assert "far too many for a model made for 128 x 128" in said(at)
+    assert at.button(key="do.make").disabled
+
+
+def test_templates_fill_the_boxes(at: AppTest) -> None:
+    at.button(key="do.template.Big and small").click().run()
+    big, small = (fields_box(at, i) for i in range(2))
+    assert big[2] - big[0] > small[2] - small[0]
+
+
+def fields_box(at: AppTest, index: int) -> list[int]:
+    return [int(at.number_input(key=row_key(at, index, edge)).value or 0) for edge in fields.EDGES]
+
+
+def test_a_plain_picture_without_concepts(at: AppTest) -> None:
+    for row in list(visit(at).rows):
+        at.button(key=f"do.remove.{row.number}").click().run()
+    at.text_area(key=fields.PROMPT).set_value("a cat on grass").run()
+    made(at)
+    assert visit(at).pictures[0].run.method is None
+
+
+def test_settings_of_a_picture_come_back(at: AppTest) -> None:
+    at.selectbox(key=fields.METHOD).set_value("tara").run()
+    at.session_state[fields.of_setting("tara", "scope")] = "cross_kv"
+    at.number_input(key=row_key(at, 0, "weight")).set_value(0.5).run()
+    made(at)
+    first = visit(at).pictures[0]
+    at.selectbox(key=fields.METHOD).set_value("merge").run()
+    at.text_area(key=fields.PROMPT).set_value("something else").run()
+    at.button(key=f"do.reuse.{first.key}").click().run()
+    assert at.selectbox(key=fields.METHOD).value == "tara"
+    assert fields_of(at) == first.run.model_copy(update={"device": None})
+
+
+def test_pictures_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_path: Path) -> None:
+    for change in (
+        {"concepts": tuple(Concept(name=f"bear {i}", lora="playground:bear", trigger="xlo") for i in range(200))},
+        {"width": 80_000},
+    ):
+        before = at.text_area(key=fields.PROMPT).value
+        drop(at, tmp_path, change)
+        assert "200 concepts are too many" in said(at) or "80000 x 128 pixels" in said(at)
+        assert at.text_area(key=fields.PROMPT).value == before
+        assert len(visit(at).rows) == 2
+
+
+def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_gap(
+    at: AppTest, tmp_path: Path
+) -> None:
+    cat = Concept(name="cat", lora="/elsewhere/cat.safetensors", trigger="sks", class_word="cat", weight=0.7)
+    drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
+    assert "LoRAs are not here: cat" in said(at)
+    assert at.button(key="do.make").disabled
+    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
+    assert [row.lora and row.lora.shown for row in visit(at).rows] == ["cat.safetensors"]
+    assert at.number_input(key=row_key(at, 0, "weight")).value == 0.7
+    assert not at.button(key="do.make").disabled
+
+
+def test_a_picture_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
+    drop(at, tmp_path, {}, model="stranger/model")
+    assert visit(at).slot.choice.model == "playground"
+    assert at.text_input(key="set.model.name").value == "stranger/model"
+    assert "look whether you want it" in said(at)
+
+
+def drop(at: AppTest, folder: Path, change: dict[str, Any], **changes: Any) -> None:
+    """Drops a picture of the example in which a scene is changed."""
+    (run,) = replace(example(), method="merge", boxed=False).runs()
+    run = run.model_copy(update={"scene": run.scene.model_copy(update=change), **changes})
+    record = Record(run=run, versions={}, sha256={}, machine=Machine(device="cpu", name="x", threads=1))
+    path = save_image(Image.new("RGB", (8, 8)), folder / "dropped.png", record)
+    key = f"do.restore.{visit(at).uploads}"
+    at.file_uploader(key=key).set_value(("dropped.png", path.read_bytes(), "image/png")).run()
+    assert not at.exception
+
+
+def test_another_model_is_opened_from_a_folder(at: AppTest) -> None:
+    at.session_state["set.model.kind"] = "A folder or a hub repository"
+    at.run()
+    at.text_input(key="set.model.name").set_value(str(playground_model())).run()
+    at.multiselect(key="set.memory").set_value(["Decode in tiles"]).run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    assert visit(at).slot.choice.memory == ("Decode in tiles",)
+    made(at)
+    assert visit(at).pictures[0].run.model == str(playground_model())
+
+
+def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
+    at.session_state["set.model.kind"] = "A folder or a hub repository"
+    at.run()
+    open_it = next(button for button in at.button if button.label == "Open this model")
+    at.text_input(key="set.model.name").set_value("/nowhere").run()
+    open_it.click().run()
+    assert "there is no model '/nowhere'" in said(at)
+    assert visit(at).slot.choice.model == "playground"
+    assert not at.button(key="do.make").disabled
+
+
+def test_a_page_that_others_reach_opens_no_files_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_COMPOSE_LOCAL", "no")
+    at = AppTest.from_file(str(script()), default_timeout=60).run()
+    assert not any(field.key == "set.folder" for field in at.text_input)
+    at.session_state["set.model.kind"] = "A folder or a hub repository"
+    at.run()
+    at.text_input(key="set.model.name").set_value("/etc").run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    assert "open to other machines" in said(at)
+
+
+def test_the_methods_are_compared(at: AppTest) -> None:
+    at.session_state["set.view"] = "Compare"
+    at.run()
+    table = next(markdown.value for markdown in at.markdown if "what it does" in markdown.value)
+    assert all(f"**{method}**" in table.replace("\\", "") for method in ("merge", "regional", "lora-composer"))
+    at.button(key="do.compare").click().run()
+    after(at)
+    assert {picture.run.method for picture in visit(at).compared} == {"merge", "regional", "lora-composer"}
+    assert "50 rows" not in said(at)  # two steps
+    assert "4 rows" in said(at)
+
+
+def test_stop_and_waiting_are_said(at: AppTest) -> None:
+    at.number_input(key=fields.STEPS).set_value(200).run()
+    with visit(at).slot.turn(()):
+        at.button(key="do.make").click().run()
+        until(lambda: bool(visit(at).job and visit(at).job.ahead))  # pyright: ignore[reportOptionalMemberAccess]
+        at.run()
+        assert any("one call of somebody else before you" in str(found.proto) for found in at.get("progress"))
+    at.button(key="do.stop").click().run()
+    after(at)
+    assert "Everything you have set is still here" in said(at)
+
+
+def until(true: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_page_says_nothing_of_evaluations_that_are_not_there(at: AppTest) -> None:
+    at.session_state["set.view"] = "Evaluate"
+    at.run()
+    assert not at.exception
+    assert "No reports yet" in said(at)
