@@ -17,20 +17,22 @@ from compose.check import check as check_run
 from compose.demo import SEEDS, Shown, jobs, show
 from compose.evaluation.command import app as evaluation
 from compose.files import PLAYGROUND, complaints, parse_value, read_pixels, read_record, read_scene, save_image
-from compose.models import make, open_model, threads
+from compose.models import make_batch, open_model, threads
 from compose.page.launch import ui
 from compose.replay import changes, difference, remake, runnable
-from compose.sheets import seeds_sheet
+from compose.sheets import maps_sheet, seeds_sheet
 from compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
 from pipelines.scene import Concept, Run, Scene
 
 _LAST_SEED = 2**63 - 1
 _CONCEPT_FIELDS = {
-    "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region"
+    "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
+    "role": "role",
 }  # fmt: skip
 _CONCEPT_HELP = (
     "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
-    "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside."
+    "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside; "
+    "role=style is for what is everywhere."
 )
 
 _WHAT_TO_LOOK_AT = (
@@ -134,6 +136,9 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the pictures. Nothing in it is overwritten.")] = Path(
         "outputs/run"
     ),
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Also a sheet for each picture: where the model looked for each concept.")
+    ] = False,
 ) -> None:
     """Makes pictures: one per seed, and a sheet of them if there are several."""
     given = {"prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height}
@@ -147,8 +152,13 @@ def run(
     pictures, records = {}, []
     with bar("composing", len(runs)) as on_progress:
         for i, one in enumerate(runs):
-            made = make(pipe, one, lambda share, done=i: on_progress(done + share))
+            batch = make_batch(
+                pipe, one, (one.seed,), lambda share, done=i: on_progress(done + share), record_attention=maps
+            )
+            made = batch.pictures[0]
             say(save_image(made.image, out / f"{one.seed}.png", made.record))
+            if batch.attention is not None:
+                say(save_image(maps_sheet(made, batch.attention), out / f"{one.seed}-maps.png"))
             pictures[one.seed] = made.image
             records.append(made.record)
     if len(pictures) > 1:

@@ -237,7 +237,9 @@ def resolve_settings(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Se
         if run.method is not None:
             raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
         return None
-    return pipe.resolve_method(None, loaded) if run.method is None else make_method(run.method, run.settings)
+    if run.method is None:
+        return pipe.resolve_method(None, loaded, [run.scene.prompt])
+    return make_method(run.method, run.settings)
 
 
 def choose_device(name: str | None) -> str:

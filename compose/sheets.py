@@ -1,11 +1,14 @@
 """Sheets: pictures in rows and columns with labels, on white."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from compose.models import Attention, Made
+from compose.overlay import heat, masks
 from compose.terminal import plain
 
 _MARGIN, _GAP = 24, 12
@@ -136,3 +139,28 @@ def _fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     grown = size[0] >= picture.width
     return picture.convert("RGB").resize(size, Image.Resampling.NEAREST if grown else Image.Resampling.BOX)
+
+
+def maps_sheet(made: Made, attention: Attention, columns: int = 5) -> Image.Image:
+    """A picture, and how the maps and masks of its concepts came about.
+
+    Args:
+        made: The picture.
+        attention: Of its call, which made this picture alone.
+        columns: How many of the recorded steps are shown, spread over all of them.
+    """
+    run, last = made.record.run, len(attention.steps) - 1
+    chosen = sorted({round(last * part / max(1, columns - 1)) for part in range(columns)})
+    rows = [
+        Row(
+            (concept.name, *textwrap.wrap(f'attention to "{concept.phrase}"', 22)),
+            [made.image, *(heat(made.image, attention, i, step) for step in chosen)],
+            parted=True,
+        )
+        for i, concept in enumerate(run.scene.concepts)
+    ]
+    whose = ("masks", "whose cells are whose")
+    rows.append(Row(whose, [made.image, *(masks(made.image, attention, step) for step in chosen)], parted=True))
+    titles = [(f"step {attention.steps[step] + 1}", f"of {run.steps}") for step in chosen]
+    line = f"{run.method}, seed {run.seed}; maps are scaled to their own brightest cell"
+    return sheet([("the picture",), *titles], rows, title=run.scene.prompt, lines=[line], side=192)

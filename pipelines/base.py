@@ -186,10 +186,10 @@ class ComposePipeline:
         )
 
     def resolve_method(
-        self, method: str | Settings | None, concepts: Sequence[LoadedConcept], *, text: bool = True
+        self, method: str | Settings | None, concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None
     ) -> Settings:
-        """The settings behind a method's name; None chooses and logs why. `text` is False without a prompt in words."""
-        return choose_method(concepts, text=text) if method is None else make_method(method)
+        """The settings behind a method's name; None chooses and logs why. Without words there are no prompts."""
+        return choose_method(concepts, prompts) if method is None else make_method(method)
 
     def denoise(
         self,

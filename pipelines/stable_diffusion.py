@@ -104,10 +104,11 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         )  # fmt: skip
         loaded = self.resolve_concepts(concepts)
         check_call(loaded, width, height, num_inference_steps)
-        settings = self.resolve_method(method, loaded, text=prompt_embeds is None)
+        prompts = None if prompt_embeds is not None else _listed(prompt)
+        settings = self.resolve_method(method, loaded, prompts)
         takers = [found.concept for found in loaded]
         # Textual inversion puts several tokens in place of one.
-        texts = None if prompt_embeds is not None else self._converted(_listed(prompt))
+        texts = None if prompts is None else self._converted(prompts)
         masks = self._token_masks(takers, texts, prompt_embeds, token_positions)
 
         device = self._execution_device
@@ -133,7 +134,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             lambda prompts, names, mentions: TokenMasks.of_prompts(
                 self.tokenizer, self._converted(prompts), takers, names, mentions=mentions
             ),
-            None if prompt_embeds is not None else _listed(prompt),
+            prompts,
             masks,
             latent_grid=(height // self.vae_scale_factor, width // self.vae_scale_factor),
             image_size=(height, width),

@@ -346,6 +346,7 @@ def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
         assert found.cost.rows_forward == halves * steps
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' schedulers
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
 def test_other_schedulers_work(composer, kind):
     composer.scheduler = kind.from_config(composer.scheduler.config)
@@ -535,7 +536,12 @@ def test_settings_that_mean_nothing_are_refused(changes, message):
     ("prompt", "concepts", "changes", "message"),
     [
         ("a sks and a zwx dog", ["cat", "dog"], {}, "write 'sks cat' in the prompt"),
-        (PROMPT, [Concept(name="cat", prompt="a cat"), "dog"], {}, "the trigger 'sks' of concept 'cat' is not in"),
+        (
+            PROMPT,
+            [Concept(name="cat", prompt="a cat and a dog"), "dog"],
+            {},
+            "the trigger 'sks' of concept 'cat' is not in",
+        ),
         (PROMPT, ["cat", "dog"], {"words": {"bird": ["bird"]}}, r"words names \['bird'\]; the subjects are cat, dog"),
         (PROMPT, ["cat", "dog"], {"words": {"cat": "cat"}}, "must be a list of words"),
         (PROMPT, ["cat", "dog"], {"words": {"cat": ["dog"]}}, r"the same word of .* names cat and dog"),
@@ -555,7 +561,7 @@ def test_embeddings_are_refused(composer):
 
 
 def test_updates_are_refused_in_inference_mode(composer):
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside torch.inference_mode"):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"):
         latents_of(composer, method=Clora(step_size=0.1))
 
 

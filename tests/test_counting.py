@@ -52,6 +52,13 @@ class _Endless(Engine):
     def goes_on(self, images: Tensor) -> bool:
         return True
 
+    def found(self, masks: Tensor) -> Tensor:
+        images, concepts, height, width = masks.shape
+        columns = torch.zeros(images, concepts, height, width, dtype=torch.bool)
+        for x in range(width):
+            columns[:, x * concepts // width, :, x] = True
+        return columns
+
 
 def by_hand(
     unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], settings: Settings, *, steps: int,

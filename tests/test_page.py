@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from compose import overlay
 from compose.assets import playground_lora
 from compose.cli import app
 from compose.files import PLAYGROUND, FileError, Machine, Record, parse_value, read_pixels, read_record, read_scene
 from compose.models import Attention, make, open_model
-from compose.page import boxes, controls, draft, export, launch, overlay, quick, store, text, work
+from compose.page import boxes, controls, draft, export, launch, quick, store, text, work
 from compose.page.scores import Judge
 from compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from compose.page.words import as_html, cut_off, read_prompt, with_phrase
@@ -184,7 +185,7 @@ def test_words_are_found_and_coloured(slot: Slot) -> None:
         ("xlo", 0), ("bear", 0), ("qrt", 1), ("robot", 1),
     ]  # fmt: skip
     assert (reading.flags, reading.missing, reading.cut) == ((), (), None)
-    assert f"--concept:{text.colour(1)}" in as_html(prompt, reading)
+    assert f"--concept:{overlay.colour(1)}" in as_html(prompt, reading)
 
 
 def test_what_is_wrong_with_words_is_flagged(slot: Slot) -> None:

@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from components import EVERYTHING, random_lora, small_pipeline, tiny_pipeline
 from pipelines.base import ComposePipeline
 from pipelines.engine import Engine
 from pipelines.loading import LoraError
-from pipelines.methods import Merge, OnePass, Tara
+from pipelines.methods import Clora, Merge, OnePass, Tara, choose_method
 from pipelines.output import ComposeOutput
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
@@ -944,7 +944,18 @@ def test_without_a_method_the_choice_is_logged_with_its_reason(composer, caplog)
     concepts = [Concept(name="cat", trigger=""), "dog"]
     chosen = latents_of(composer, method=None, concepts=concepts)
     assert torch.equal(chosen, latents_of(composer, method=Merge(), concepts=concepts))
-    assert "method: merge, because cat has no trigger" in caplog.text
+    assert "method: merge, because cat is not named by trigger and class word" in caplog.text
+
+
+def test_ordinary_loras_without_regions_are_told_apart_by_their_words(composer, caplog):
+    caplog.set_level("INFO", "pipelines.methods")
+    ordinary = [Concept(name=f"{name}-plain", lora=composer.concepts[name].lora, trigger=trigger, class_word=name)
+                for name, trigger in (("cat", "sks"), ("dog", "zwx"))]  # fmt: skip
+    loaded = [replace(concept, file=None) for concept in composer.resolve_concepts(ordinary)]
+    assert isinstance(choose_method(loaded, ["a sks cat, a zwx dog"]), Clora)
+    assert "method: clora, because the prompt names every concept" in caplog.text
+    assert isinstance(choose_method(loaded, ["a sks, a zwx dog"]), Merge)
+    assert "merge, because cat-plain is not named by trigger and class word" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["merge", "tara", "regional", "switch", "composite"])

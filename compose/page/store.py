@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from compose.assets import playground_lora, playground_references
 from compose.files import PLAYGROUND, FileError, Record, is_hub_name, read_pixels, read_record, save_image
+from compose.overlay import PALETTE
 from compose.page.draft import playground_loras
-from compose.page.text import PALETTE
 from compose.page.work import Picture
 from pipelines.loading import LoraError, LoraFile, find_file, read_lora
 from pipelines.scene import Concept

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compose.page.text import colour, markup
+from compose.overlay import colour
+from compose.page.text import markup
 from pipelines.scene import Concept
 from pipelines.tokens import Positions, check_disjoint, find_words, locate
 

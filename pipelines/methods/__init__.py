@@ -13,6 +13,8 @@ from pipelines.methods.process import OnePass, Process, Settings
 from pipelines.methods.regional import Regional
 from pipelines.methods.switch import Switch
 from pipelines.methods.tara import Tara
+from pipelines.scene import Concept
+from pipelines.tokens import own_nouns
 
 __all__ = [
     "METHODS",
@@ -67,24 +69,36 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
     return kind(**(settings or {}))
 
 
-def choose_method(concepts: Sequence[LoadedConcept], *, text: bool = True) -> Settings:
+def choose_method(concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None) -> Settings:
     """The method for a call that names none, with the reason in the log.
 
-    A region for everybody is best used by LoRA-Composer (`docs/methods/lora-composer.md`), which needs words to write a
-    text for each region. `text` says whether the call's prompt is text.
+    A region for everybody is best used by LoRA-Composer (`docs/methods/lora-composer.md`), and without regions CLoRA
+    finds them (`docs/methods/clora.md`); both need words, to write texts of their own. Token masks serve LoRAs that
+    were trained with them; on ordinary ones they lose more identities than they separate (`docs/methods/tara.md`).
 
-    Token masks serve LoRAs that were trained with them. On ordinary LoRAs they lose more identities than they separate
-    (seen in a blind look, `docs/methods/tara.md`), so those are merged.
+    Args:
+        concepts: Those of the call.
+        prompts: Its prompts; None if it was given embeddings.
     """
     if all(loaded.concept.region for loaded in concepts):
-        if text and all(loaded.concept.trigger for loaded in concepts):
+        if prompts is not None and all(loaded.concept.trigger for loaded in concepts):
             logger.info("method: lora-composer, because every concept has a region")
             return LoraComposer()
         logger.info("method: regional, because every concept has a region, and not every one a trigger")
         return Regional()
-    others = [c.concept.name for c in concepts if c.trained_with != "tara" or not c.concept.trigger]
-    if others:
-        logger.info("method: merge, because %s has no trigger or was not trained with TARA", ", ".join(others))
-        return Merge()
-    logger.info("method: tara, because every concept was trained for it")
-    return Tara()
+    if all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in concepts):
+        logger.info("method: tara, because every concept was trained for it")
+        return Tara()
+    subjects = [loaded.concept for loaded in concepts if loaded.concept.role != "style"]
+    unnamed = [subject.name for subject in subjects if not _named(subject, subjects, prompts)]
+    if len(subjects) > 1 and not unnamed:
+        logger.info("method: clora, because the prompt names every concept by trigger and class word")
+        return Clora()
+    reason = f"{', '.join(unnamed)} is not named by trigger and class word" if unnamed else "there is one subject"
+    logger.info("method: merge, because %s", reason)
+    return Merge()
+
+
+def _named(concept: Concept, concepts: Sequence[Concept], prompts: Sequence[str] | None) -> bool:
+    """Whether every prompt has a concept's trigger, and its class word after it."""
+    return bool(prompts) and all(own_nouns(concept, prompt, concepts) for prompt in prompts or ())

@@ -6,11 +6,12 @@ from typing import Any
 
 import streamlit as st
 
+from compose.overlay import colour
 from compose.page.draft import MOST_CONCEPTS, MOST_NAME, free_name
 from compose.page.screen import fields
 from compose.page.screen.state import Row, Visit
 from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, named, playground, tile
-from compose.page.text import colour, markdown, markup
+from compose.page.text import markdown, markup
 
 _PLACE = "concepts"
 _MB = 2**20

@@ -2,10 +2,11 @@
 
 import streamlit as st
 
+from compose.overlay import colour
 from compose.page.draft import MOST_TEXT
 from compose.page.screen import fields
 from compose.page.screen.state import Visit
-from compose.page.text import colour, markdown
+from compose.page.text import markdown
 from compose.page.words import as_html, read_prompt, with_phrase
 from pipelines.scene import Concept
 

@@ -3,9 +3,9 @@
 import streamlit as st
 
 from compose.check import Report
+from compose.overlay import outlined
 from compose.page import export
 from compose.page.draft import Draft, check_canvas
-from compose.page.overlay import outlined
 from compose.page.screen import fields
 from compose.page.screen.compare import compare_view
 from compose.page.screen.evaluate import evaluate_view

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from compose.page.overlay import heat, masks
+from compose.overlay import heat, masks
 from compose.page.screen.state import Visit
 from compose.page.text import markdown
 

@@ -6,11 +6,18 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from compose.models import Attention
-from compose.page.text import colour
+
+PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
+"""Colours of concepts, in their order; seen well on light and on dark ground."""
 
 _GREY = 0.35  # how much of the picture's light stays under a map
 _TINT = 0.45  # of a mask
 _SIDE = 384  # least longer side, so that small pictures are not drawn coarse
+
+
+def colour(index: int) -> str:
+    """The colour of a concept."""
+    return PALETTE[index % len(PALETTE)]
 
 
 def heat(image: Image.Image, attention: Attention, concept: int, step: int | None, picture: int = 0) -> Image.Image:
