@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from rich.table import Table
 from compose import counting
 from compose.architectures import ARCHITECTURES, TRIGGERS, attention_lora, columns, with_lora
 from compose.counting import Counted
-from compose.files import PLAYGROUND
+from compose.files import PLAYGROUND, parse_settings
 from compose.terminal import bar, kindly, out, say
 from compose.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
 from pipelines.methods import METHODS, make_method
@@ -52,6 +52,9 @@ def bench(
         list[int] | None,
         typer.Option("--concepts", "-n", help="How many concepts; repeatable.", min=1, max=len(TRIGGERS)),
     ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the methods, repeatable: fuse=branches")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
     count: Annotated[
         bool, typer.Option("--count", help="Count rows and FLOPs, for SD 1.5 and SDXL; the default.")
@@ -66,15 +69,16 @@ def bench(
 ) -> None:
     """Says what methods cost, next to the plain pipeline; each concept has a random LoRA of rank 8 on all attention."""
     cells = [(name, number) for name in methods or METHODS for number in concepts or (1, 2, 4, 8)]
+    given = parse_settings(settings or [])
     for name, _ in cells:
-        make_method(name)
-    numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE}
+        make_method(name, given)
+    numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": given}
     if count or not time:
-        counted = count_cells(cells, steps)
+        counted = count_cells(cells, steps, given)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
     if time:
-        timed = time_cells(cells, Job(model, device, steps), pairs)
+        timed = time_cells(cells, Job(model, device, steps, settings=given), pairs)
         out.print(times_table(timed, f"{model} on {device}, {steps} steps, {pairs} interleaved pairs"))
         numbers |= {"model": model, "device": device, "pairs": pairs, "timed": [asdict(row) for row in timed]}
     if to is not None:
@@ -82,7 +86,9 @@ def bench(
         say(to)
 
 
-def count_cells(cells: Sequence[tuple[str, int]], steps: int) -> list[CountedRow]:
+def count_cells(
+    cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
+) -> list[CountedRow]:
     """Counts methods with so many concepts on every architecture."""
     rows = []
     with bar("counting", len(ARCHITECTURES) * len(cells)) as on_progress:
@@ -92,7 +98,7 @@ def count_cells(cells: Sequence[tuple[str, int]], steps: int) -> list[CountedRow
             plain = counting.count(unet, (), None, steps, GUIDANCE, (side, side))
             for method, number in cells:
                 concepts = with_lora(columns(number, side, side), lora)
-                cost = counting.count(unet, concepts, make_method(method), steps, GUIDANCE, (side, side))
+                cost = counting.count(unet, concepts, make_method(method, settings), steps, GUIDANCE, (side, side))
                 rows.append(CountedRow(architecture, method, number, cost, plain))
                 on_progress(len(rows))
     return rows
@@ -125,7 +131,7 @@ def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list
     with bar("measuring", 2 * len(cells) + 1) as on_progress:
         times: list[Timed] = []
         for method, number in cells:
-            times.append(time_pairs(pipe, make_method(method), number, plain.steps, pairs))
+            times.append(time_pairs(pipe, make_method(method, plain.settings), number, plain.steps, pairs))
             on_progress(len(times))
         del pipe
         peaks = []

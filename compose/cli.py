@@ -16,7 +16,7 @@ from compose.blind import blind
 from compose.check import check as check_run
 from compose.demo import SEEDS, Shown, jobs, show
 from compose.evaluation.command import app as evaluation
-from compose.files import PLAYGROUND, complaints, parse_value, read_pixels, read_record, read_scene, save_image
+from compose.files import PLAYGROUND, complaints, parse_settings, read_pixels, read_record, read_scene, save_image
 from compose.models import make_batch, open_model, threads
 from compose.page.launch import ui
 from compose.replay import changes, difference, remake, runnable
@@ -253,23 +253,6 @@ def parse_concept(text: str) -> Concept:
         return Concept(**fields)
     except ValidationError as error:
         raise ValueError(f"--concept {text}: {'; '.join(complaints(Concept, error))}") from error
-
-
-def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
-    """Reads settings as they are written on the command line, "cfg_mask=broadcast"; values are read as YAML.
-
-    Raises:
-        ValueError: For texts without "=" and settings given twice.
-    """
-    settings: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise ValueError(f"--set {text}: expected NAME=VALUE, such as cfg_mask=broadcast")
-        if name.strip() in settings:
-            raise ValueError(f"--set {text}: {name.strip()} is given twice")
-        settings[name.strip()] = parse_value(value)
-    return settings
 
 
 def _region(text: str, value: str) -> tuple[int, ...] | str:

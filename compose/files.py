@@ -9,7 +9,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
@@ -283,6 +283,23 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads settings as they are written on the command line, "cfg_mask=broadcast"; values are read as YAML.
+
+    Raises:
+        ValueError: For texts without "=" and settings given twice.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {text}: expected NAME=VALUE, such as cfg_mask=broadcast")
+        if name.strip() in settings:
+            raise ValueError(f"--set {text}: {name.strip()} is given twice")
+        settings[name.strip()] = parse_value(value)
+    return settings
 
 
 def parse_value(text: str) -> Any:

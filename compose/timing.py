@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Job:
         steps: Denoising steps.
         method: Name of the method; None is the plain pipeline.
         concepts: How many take part.
+        settings: Those of the method that differ from its defaults.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Job:
     steps: int
     method: str | None = None
     concepts: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def main() -> None:
     """Measures the memory of the job on the command line."""
     job = Job(**json.loads(sys.argv[1]))
     pipe = open_with_concepts(job.model, job.device, job.concepts)
-    arguments = {} if job.method is None else _arguments(pipe, make_method(job.method), job.concepts)
+    arguments = {} if job.method is None else _arguments(pipe, make_method(job.method, job.settings), job.concepts)
     with peak_memory(pipe.device) as memory:
         _call(pipe, job.steps, arguments)
     sys.stdout.write(json.dumps({"peak_bytes": memory.peak_bytes}) + "\n")

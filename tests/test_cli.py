@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from compose import Concept, Run, Scene, __version__
 from compose import cli as cli_module
 from compose.assets import playground_lora, playground_model
-from compose.cli import app, parse_concept, parse_settings
-from compose.files import read_pixels, read_record
+from compose.cli import app, parse_concept
+from compose.files import parse_settings, read_pixels, read_record
 from compose.models import choose_device, devices, make, open_model, scheduler_names
 from compose.replay import difference
 

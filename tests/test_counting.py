@@ -10,14 +10,14 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import Recorder, attention_layers, grid_at
+from attention import Recorder, attention_layers, grid_at, map_level
 from components import TINY, random_lora, sd_unet, sdxl_unet, tiny_pipeline
 from compose.architectures import ARCHITECTURES, SD15, attention_lora, columns, with_lora
 from compose.counting import Counted, Operations, count, count_run, meta_unet
 from pipelines.conditioning import TokenMasks
 from pipelines.engine import EncodedText, Engine, LoadedConcept
 from pipelines.loading import Factors
-from pipelines.methods import METHODS, LoraComposer, Merge, OnePass, Regional, Settings, Switch, Tara
+from pipelines.methods import METHODS, Clora, LoraComposer, Merge, OnePass, Regional, Settings, Switch, Tara
 from pipelines.scene import Concept
 
 TINY_XL = {
@@ -255,6 +255,36 @@ def test_rows_are_those_of_the_formula_and_of_a_real_call(name, write_lora):
         )  # fmt: skip
         assert counted.rows_forward == real.cost.rows_forward == rows
         assert counted.rows_backward == real.cost.rows_backward == 0
+
+
+def test_clora_costs_a_fraction_of_the_authors_on_stable_diffusion() -> None:
+    """With their 50 steps, 25 of them with updates and 20 more at three: 2P (T + r |R|) rows, 2P (K + r |R|) back."""
+    unet = meta_unet(SD15)
+    official = Clora.official()
+    # The same updates in our way: of the prompt's rows alone, no further than the maps, and one pass for all regions.
+    same = Clora(refine_at=official.refine_at, refinements=official.refinements)
+    for number in (2, 3):
+        concepts, branches = with_lora(columns(number, 512, 512), attention_lora(unet)), number + 1
+
+        def counted(settings: Settings, concepts: Sequence[LoadedConcept] = concepts) -> Counted:
+            return count(unet, concepts, settings, 50, 7.5, (512, 512))
+
+        theirs, ours, default = counted(official), counted(same), counted(Clora())
+        assert theirs.rows_forward == 2 * branches * (50 + 60)
+        assert theirs.rows_backward == 2 * branches * (25 + 60)
+        assert theirs.rows_stopped == 0
+        assert (ours.rows_forward, ours.rows_stopped, ours.rows_backward) == (100, branches * 85, branches * 85)
+        assert ours.flops <= 0.40 * theirs.flops
+        assert default.flops <= theirs.flops / 3
+        assert (default.rows_forward, default.rows_stopped) == (100, branches * 25)
+
+
+def test_maps_come_from_the_published_number_of_layers() -> None:
+    layers = {name: attention_layers(meta_unet(config)) for name, config in ARCHITECTURES.items()}
+    numbers = {
+        name: sum(layer.cross and layer.level == map_level(layers[name]) for layer in layers[name]) for name in layers
+    }
+    assert numbers == {"SD 1.5": 5, "SDXL": 60}
 
 
 @pytest.mark.parametrize("settings", [LoraComposer.official(), LoraComposer(apart=1.0, most_updates=0.1)])
