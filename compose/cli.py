@@ -38,7 +38,8 @@ _CONCEPT_HELP = (
 _WHAT_TO_LOOK_AT = (
     "What to look at: are all concepts there, each in the coat it wears alone in the first two columns? merge "
     "adds the LoRAs up, so coats mix (cat and dog) or a concept is lost. tara lets each LoRA change only what its "
-    "own word says, and separates nothing in space: on this small model one coat often takes both. regional lets "
+    "own word says, and separates nothing in space: on this small model one coat often takes both. clora moves the "
+    "concepts apart, sees from the model's attention where each of them is, and lets its LoRA act there. regional lets "
     "each LoRA act in its box only: clear coats, as long as the model puts each object into its own box, which it "
     "does not always do. lora-composer gives each box its own text as well, and so an object."
 )
@@ -101,7 +102,7 @@ def demo(
 ) -> None:
     """Composes four scenes of the playground, offline, on the CPU, in two minutes."""
     todo = jobs(seed or SEEDS, steps)
-    say(f"{len(todo)} pictures: three pairs, each concept alone and composed in four ways, and three concepts in boxes")
+    say(f"{len(todo)} pictures: three pairs, each concept alone and composed in five ways, and three concepts in boxes")
     with bar("composing", len(todo)) as on_progress:
         shown = show(out, todo, on_progress)
     _say_demo(shown)

@@ -26,6 +26,7 @@ COLUMNS = {
     "second": ("concept 2 alone", "its ordinary LoRA"),
     "merge": ("merge", "all ordinary LoRAs added up"),
     "tara": ("tara", "TARA LoRAs, own words only"),
+    "clora": ("clora", "ordinary LoRAs, no boxes"),
     "regional": ("regional", "ordinary LoRAs, a box each"),
     "lora-composer": ("lora-composer", "ordinary LoRAs, a box each"),
 }
@@ -98,8 +99,8 @@ def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
     boxed = tuple(c.model_copy(update={"region": box}) for c, box in zip(ordinary, BOXES, strict=True))
     boxes = scene.model_copy(update={"concepts": boxed})
     merged = scene.model_copy(update={"concepts": ordinary})
-    scenes = (*alone, merged, scene, boxes, boxes)
-    methods = ("merge", "merge", "merge", "tara", "regional", "lora-composer")
+    scenes = (*alone, merged, scene, merged, boxes, boxes)
+    methods = ("merge", "merge", "merge", "tara", "clora", "regional", "lora-composer")
     return list(zip(COLUMNS, scenes, methods, strict=True))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attention import Lora, Recorder
 from components import random_lora, seeded
-from pipelines.engine import Engine
+from pipelines.engine import Engine, Prediction
 from pipelines.methods.clora import Clora
 from pipelines.methods.lora_composer import LoraComposer
 from pipelines.scene import Concept
@@ -308,6 +308,41 @@ def test_images_of_a_batch_are_those_made_alone(composer, settings):
         latents_of(composer, prompt, method=settings, generator=seeded(k)) for k, prompt in enumerate(prompts, start=1)
     ]
     assert_close(together, torch.cat(alone), 1e-3)
+
+
+def fused_at_once(process: Any, latents: Tensor, masks: Tensor) -> Tensor:
+    """What a step predicts under given masks."""
+    engine, process.masks = process.engine, masks
+    with torch.no_grad(), engine.installed():
+        return process._by_branches(latents, engine.timesteps[1], None, None)
+
+
+def test_a_lora_changes_nothing_outside_its_mask(composer):
+    masks = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    masks[0, 0, :2], masks[0, 1, 3] = True, True
+    latents, found = torch.randn(1, 4, 16, 16, generator=seeded(1)), []
+    for weight in (1.0, -0.5):
+        watched = seen(replace(MASKS_ONLY, mask_until=0))
+        call(composer, method=watched, concepts=["cat", Concept(name="dog", weight=weight)])
+        found.append(fused_at_once(watched.processes[0], latents, masks))
+    changed = (found[0] - found[1]).abs().amax(dim=1)[0]
+    assert (changed[:12] == 0).all()
+    assert (changed[12:] > 1e-4).all()
+
+
+def test_fusing_guiding_and_stepping_may_change_places(composer):
+    watched = seen(replace(MASKS_ONLY, uncond="each"))
+    call(composer, method=watched)
+    (process,) = watched.processes
+    shares, engine = process._shares(), process.engine
+    uncond, cond = torch.randn(2, 3, 1, 4, 16, 16, generator=seeded(2))
+    first = engine.guide(Prediction(torch.cat([(uncond * shares).sum(dim=0), (cond * shares).sum(dim=0)]), 1, 1))
+    each = [engine.guide(Prediction(torch.cat([u, c]), 1, 1)) for u, c in zip(uncond, cond, strict=True)]
+    torch.testing.assert_close(first, (torch.stack(each) * shares).sum(dim=0), atol=1e-4, rtol=1e-4)
+    latents, t, scheduler = torch.randn(1, 4, 16, 16, generator=seeded(3)), engine.timesteps[1], composer.scheduler
+    steps = torch.stack([scheduler.step(one, t, latents, return_dict=False)[0] for one in each])
+    fused = scheduler.step(first, t, latents, return_dict=False)[0]
+    torch.testing.assert_close((steps * shares).sum(dim=0), fused, atol=1e-4, rtol=1e-4)
 
 
 # Costs, schedules, what is returned
