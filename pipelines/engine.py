@@ -86,6 +86,10 @@ Objective = Callable[[Recorder], Tensor]
 """What is wrong with the attention maps of a pass, one number per image."""
 
 
+Portion = tuple[Conditioning, Gates, slice]
+"""Rows that are run together, and which of all rows they are."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What one UNet pass says.
@@ -197,7 +201,7 @@ class Engine:
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
         self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
         self._cut_text_gates: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
-        self._cut_portions: WeakKeyDictionary[Gates, Any] = WeakKeyDictionary()
+        self._cut_portions: WeakKeyDictionary[Gates, Sequence[Portion]] = WeakKeyDictionary()
         sample = self._unet.config["sample_size"]
         self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
         layers = attention_layers(self._unet)
@@ -518,7 +522,7 @@ class Engine:
             self.cost.rows_stopped += rows
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _portions(self, conditioning: Conditioning, gates: Gates) -> Sequence[tuple[Conditioning, Gates, slice]]:
+    def _portions(self, conditioning: Conditioning, gates: Gates) -> "Sequence[Portion]":
         """The rows that are run together, the same objects every time."""
         if conditioning.at_once is None:
             return [(conditioning, gates, slice(None))]

@@ -588,6 +588,25 @@ def test_scenes_that_cannot_be_told_apart_are_refused(composer, prompt, concepts
         latents_of(composer, prompt, concepts=concepts, method=Clora(**changes))
 
 
+def test_regions_are_not_used_and_it_is_said(composer, caplog):
+    boxed = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
+    assert torch.equal(latents_of(composer, method=Clora(), concepts=boxed), latents_of(composer, method=Clora()))
+    assert "method='lora-composer' uses regions" in caplog.text
+
+
+def test_the_negative_prompt_of_a_concept_is_read_in_its_mask(composer, caplog):
+    cat = Concept(name="cat", negative_prompt="a dog at night")
+    for settings in (Clora(step_size=0, threshold=THETA), replace(MASKS_ONLY, uncond="each")):
+        assert far_apart(
+            latents_of(composer, method=settings, concepts=[cat, "dog"]), latents_of(composer, method=settings)
+        )
+    assert not caplog.text
+    assert torch.equal(
+        latents_of(composer, method=MASKS_ONLY, concepts=[cat, "dog"]), latents_of(composer, method=MASKS_ONLY)
+    )
+    assert "clora reads own negative prompts only where" in caplog.text
+
+
 def test_embeddings_are_refused(composer):
     embeds = torch.zeros(1, 32, 24)
     given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "concepts": ["cat", "dog"]}

@@ -49,7 +49,9 @@ _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
 
 @dataclass(frozen=True)
 class Clora:
-    """Contrastive composition; schedules are parts of the steps, or numbers of steps where they are above 1.
+    """Every LoRA acts where the model looks for its concept, and concepts are moved apart; no layout is needed.
+
+    Schedules are parts of the steps, or numbers of steps where they are above 1.
 
     Attributes:
         fuse: "branches" takes the predictions of all branches, each under its mask, as published; "regions" runs one
@@ -149,6 +151,8 @@ class Clora:
             return Merge().start(engine)
         if engine.prompts is None:
             raise ValueError("clora makes a text for each branch, so it needs the prompt as text, not embeddings")
+        if any(concept.region for concept in engine.concepts):
+            say_once("clora finds out itself where concepts are; method='lora-composer' uses regions")
         self._check_words([engine.concepts[i].name for i in subjects])
         branches = branches_of(
             engine.prompts, engine.concepts, subjects, base_prompt=self.base_prompt, words=self.words
