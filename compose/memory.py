@@ -6,6 +6,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -91,7 +92,8 @@ class _CpuMemory(TorchDispatchMode):
         return out
 
     def _watch(self, tensor: Tensor) -> None:
-        if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        # Those that `torch.compile` reasons with say that they are on the CPU, but take nothing there.
+        if isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         if id(storage) not in self._watched:

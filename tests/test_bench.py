@@ -88,14 +88,15 @@ def test_runs_are_interleaved(model):
 
 
 def test_every_concept_has_a_word_and_a_column(model):
-    pipe = open_with_concepts(str(model), "cpu", 26)
-    concepts = columns(26, 130, 64)
-    assert [concept.region for concept in concepts[:2]] == [(0, 0, 5, 64), (5, 0, 10, 64)]
-    assert concepts[-1].region == (125, 0, 130, 64)
-    found = pipe._token_masks(concepts, [PROMPT], None, None).trigger
-    assert found.shape == (1, 32, 26)
-    assert found.sum(dim=1).tolist() == [[1.0] * 26]
-    assert pipe.resolve_concepts(concepts)[25].factors.unet.keys() == attention_lora(pipe.unet).keys()
+    pipe = open_with_concepts(str(model), "cpu", 13)
+    concepts = columns(13, 130, 64)
+    assert [concept.region for concept in concepts[:2]] == [(0, 0, 10, 64), (10, 0, 20, 64)]
+    assert concepts[-1].region == (120, 0, 130, 64)
+    found = pipe._token_masks(concepts, [PROMPT], None, None)
+    assert found.trigger.shape == (1, 32, 13)
+    assert found.trigger.sum(dim=1).tolist() == [[1.0] * 13]
+    assert found.phrase.sum(dim=1).tolist() == [[2.0] * 13]  # and a class word
+    assert pipe.resolve_concepts(concepts)[12].factors.unet.keys() == attention_lora(pipe.unet).keys()
 
 
 def test_a_failure_in_the_other_process_is_told():

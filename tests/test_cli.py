@@ -23,7 +23,7 @@ from compose import cli as cli_module
 from compose.assets import playground_lora, playground_model
 from compose.cli import app, parse_concept
 from compose.files import parse_settings, read_pixels, read_record
-from compose.models import choose_device, devices, make, open_model, scheduler_names
+from compose.models import choose_device, devices, make, make_batch, open_model, scheduler_names
 from compose.replay import difference
 
 PROMPT = "a xlo bear and a qrt robot on grass"
@@ -303,21 +303,21 @@ def test_failures_that_are_nobodys_mistake_end_with_1(tmp_path: Path) -> None:
 
 
 def test_a_full_memory_is_answered_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 40 GiB\nmore")
 
-    monkeypatch.setattr(cli_module, "make", full)
+    monkeypatch.setattr(cli_module, "make_batch", full)
     result = call("run", "playground", "--prompt", "a", "--out", tmp_path, code=1)
     assert "out of memory: tried to allocate 40 GiB\nuse a smaller --width" in result.stderr
 
 
 def test_what_was_made_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def once(pipe: Any, run: Run, *rest: Any) -> Any:
+    def once(pipe: Any, run: Run, *rest: Any, **options: Any) -> Any:
         if run.seed == 2:
             raise KeyboardInterrupt
-        return make(pipe, run, *rest)
+        return make_batch(pipe, run, *rest, **options)
 
-    monkeypatch.setattr(cli_module, "make", once)
+    monkeypatch.setattr(cli_module, "make_batch", once)
     seeds = ["--seed", "1", "--seed", "2"]
     result = CliRunner().invoke(
         app, ["run", "playground", "--steps", "1", "--prompt", "a", *seeds, "--out", str(tmp_path)]
@@ -581,9 +581,9 @@ def test_the_demo_writes_a_sheet_and_pictures_that_replay(tmp_path: Path) -> Non
     assert listed(tmp_path / "demo") == []
     assert f"The sheets: {folder / 'sheet.png'} and {folder / 'three.png'}" in flat(result.stdout)
     assert "What to look at" in result.stdout
-    assert len(listed(folder)) == 3 * 6 + 3 + 2
+    assert len(listed(folder)) == 3 * 7 + 3 + 2
     with Image.open(folder / "sheet.png") as sheet:
-        assert sheet.width > 6 * 256
+        assert sheet.width > 7 * 256
         assert sheet.height > 3 * 256
     three = read_record(folder / "three-lora-composer-4.png").run.scene
     assert [concept.region for concept in three.concepts] == [(4, 12, 60, 116), (68, 12, 124, 116), (132, 12, 188, 116)]

@@ -114,7 +114,7 @@ def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
     assert "needs to know where the concepts are" in said(at)
     assert at.button(key="do.make").disabled
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
-    assert "merge, because" in said(at)
+    assert "clora, because" in said(at)
     assert not at.button(key="do.make").disabled
 
 
