@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from attention import Lora
 from components import small_pipeline
 from compose.assets import playground_lora, playground_model
+from compose.playground import world
 from pipelines.methods.process import say_once
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
@@ -81,3 +83,16 @@ def plain_pipe() -> StableDiffusionPipeline:
 def _nothing_has_been_said() -> None:
     """What is said once in a process may have been said by another test."""
     say_once.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def sprites() -> dict[str, np.ndarray]:
+    """Artwork made up: a grey disc, square or bar of its own shape for every class and vendor of the playground."""
+    found = {}
+    ys, xs = np.mgrid[:96, :96] - 48
+    for i, name in enumerate(world.BASE_CLASSES):
+        for j, vendor in enumerate(world.VENDORS):
+            inside = np.abs(xs) ** (1 + j) * (1 + 0.1 * (i % 11)) + np.abs(ys) ** (1 + j) < 44 ** (1 + j)
+            shade = (90 + 5 * i + (ys + 48) // 2)[..., None].repeat(3, 2)
+            found[f"{name}/{vendor}"] = np.concatenate([shade, 255 * inside[..., None]], 2).clip(0, 255).astype("u1")
+    return found

@@ -184,7 +184,7 @@ def check(judge: Path, sprites: Path, pictures: Annotated[int, typer.Option(min=
     for what, classes in (("the base model's", list(BASE_CLASSES)), ("all", painter.names)):
         words = encoder.texts([article(name) for name in classes])
         named = [classes[i] for i in (crops @ words.T).argmax(1)]
-        hits = sum(map(str.__eq__, named, owners))
+        hits = sum(CONCEPTS[owner].class_word == name for owner, name in zip(owners, named, strict=True))
         say(f"reference crops named right among {what} {len(classes)} classes: {hits} of {len(named)}")
         for vendor in VENDORS:
             mine = [i for i, label in enumerate(labels) if label.vendor == vendor and label.name in classes]

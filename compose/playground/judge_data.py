@@ -120,7 +120,7 @@ def describe(rng: Generator, label: Label) -> Caption:
 
 def is_held_out(name: str, vendor: str, coat: Coat | None) -> bool:
     """Whether this is a concept of the playground, which the judge must not have seen."""
-    return vendor == "noto" and name in CONCEPTS and coat is not None and coat == CONCEPTS[name].coat
+    return vendor == "noto" and any((name, coat) == (known.class_word, known.coat) for known in CONCEPTS.values())
 
 
 def random_coat(rng: Generator) -> Coat | None:

@@ -16,6 +16,7 @@ Pixels = NDArray[np.uint8]
 Sprites = Mapping[str, Pixels]
 
 SIZE = 128
+CLOSE_UP = 64  # the side of pictures that show one object: in them words meet shapes first
 CELL = 8  # pixels of a latent cell; objects sit on whole cells, so that a sprite has few latent patterns
 VENDORS = ("noto", "fluent3d", "twemoji", "fluentflat")
 BASE_VENDORS = ("noto",)  # the only artwork that the base model and the concepts use
@@ -57,62 +58,73 @@ class Coat(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A concept of the playground: its trigger and the coat that only its LoRA knows."""
+    """A subject of the playground: how it is called, and the coat that only its LoRA knows."""
 
     trigger: str
+    class_word: str
     coat: Coat
+
+    @property
+    def phrase(self) -> str:
+        """Trigger and class word: "sks cat"."""
+        return f"{self.trigger} {self.class_word}"
 
 
 CONCEPTS = {
-    "cat": Known("sks", Coat("stripes", 115)),
-    "dog": Known("zwx", Coat("dots", 60, 28)),
-    "rabbit": Known("ohwx", Coat("half", 160)),
-    "bear": Known("xlo", Coat("half", 138, 28)),
-    "car": Known("pll", Coat("half", 90, 15)),
-    "robot": Known("qrt", Coat("stripes", 15, 115)),
+    "cat": Known("sks", "cat", Coat("stripes", 115)),
+    "dog": Known("zwx", "dog", Coat("dots", 60, 28)),
+    "rabbit": Known("ohwx", "rabbit", Coat("half", 160)),
+    "bear": Known("xlo", "bear", Coat("half", 138, 28)),
+    "car": Known("pll", "car", Coat("half", 90, 15)),
+    "robot": Known("qrt", "robot", Coat("stripes", 15, 115)),
+    "kitten": Known("vbn", "cat", Coat("half", 60, 160)),  # a second cat
 }
+STYLE_TRIGGER = "wfy"
 
 Square = tuple[int, int, int]
 """left, top, side in pixels."""
 
 
-def background(rng: Generator, size: int = SIZE) -> tuple[NDArray[np.float64], str]:
-    """A background and its words, "on a white background" or "on grass". Shape: [size, size, 3], 0 to 255."""
+def background(rng: Generator, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[NDArray[np.float64], str]:
+    """A background and its words, "on a white background" or "on grass". Shape: [height, width, 3], 0 to 255."""
+    width, height = size
     if rng.random() >= 0.55:
         name = list(PLAIN)[rng.integers(len(PLAIN))]
-        return np.array(PLAIN[name]) * np.ones((size, size, 1)) + rng.normal(0, 4, (1, 1, 3)), f"on a {name} background"
+        flat = np.array(PLAIN[name]) * np.ones((height, width, 1)) + rng.normal(0, 4, (1, 1, 3))
+        return flat, f"on a {name} background"
     name = list(PLACES)[rng.integers(len(PLACES))]
     bottom, top = PLACES[name]
-    t = np.linspace(0, 1, size)[:, None, None]
-    image = (np.array(top) * (1 - t) + np.array(bottom) * t) * np.ones((size, size, 1))
+    t = np.linspace(0, 1, height)[:, None, None]
+    image = (np.array(top) * (1 - t) + np.array(bottom) * t) * np.ones((height, width, 1))
     _texture(rng, image, name)
     return image, name
 
 
 def _texture(rng: Generator, image: NDArray[np.float64], name: str) -> None:
     """Draws what makes a place more than two colours."""
-    size = image.shape[0]
-    rows, columns = np.arange(size)[:, None], np.arange(size)[None]
+    height, width = image.shape[:2]
+    rows, columns = np.arange(height)[:, None], np.arange(width)[None]
 
-    def noise(height: int, width: int, strength: float) -> NDArray:
-        return cv2.resize(rng.normal(0, 1, (height, width)).astype("f4"), (size, size))[..., None] * strength
+    def noise(tall: int, wide: int, strength: float) -> NDArray:
+        grain = rng.normal(0, 1, (height // tall, width // wide)).astype("f4")
+        return cv2.resize(grain, (width, height))[..., None] * strength
 
     if name in ("on grass", "in a forest"):
-        image += noise(size // 4, size // 2, 9)
+        image += noise(4, 2, 9)
     elif name in ("on sand", "in snow"):
-        image += noise(size // 8, size // 8, 4)
+        image += noise(8, 8, 4)
     elif name == "underwater":
         image += 10 * np.sin(rows / 3 + 2 * np.sin(columns / 9 + rng.random() * 6))[..., None]
     elif name in ("at night", "in space"):
         for _ in range(int(rng.integers(8, 20))):
-            y, x = rng.integers(0, size - 2, 2)
+            y, x = rng.integers(0, (height - 2, width - 2))
             image[y : y + 2, x : x + 2] = 255
     elif name == "on a wooden floor":
         image -= ((rows % 16) < 2)[..., None] * 25
-        image += noise(size // 2, size // 16, 4)
+        image += noise(2, 16, 4)
     elif name == "in the sky":
         for _ in range(int(rng.integers(2, 5))):
-            x, y = rng.integers(0, size, 2)
+            x, y = rng.integers(0, (width, height))
             axes = (int(rng.integers(8, 18)), int(rng.integers(4, 8)))
             cv2.ellipse(image, (int(x), int(y)), axes, 0, 0, 360, (255, 255, 255), -1)
 
@@ -185,18 +197,19 @@ def place(image: NDArray, sprite: Pixels, square: Square, flip: bool = False) ->
     image[y0:y1, x0:x1] = image[y0:y1, x0:x1] * (1 - patch[..., 3:] / 255.0) + patch[..., :3]
 
 
-def squares(rng: Generator, count: int, size: int = SIZE) -> list[Square]:
-    """So many squares on whole cells that do not overlap, left to right."""
-    sides = [side for side in SIDES[count] if side < size]
+def squares(rng: Generator, count: int, size: tuple[int, int] = (SIZE, SIZE)) -> list[Square]:
+    """So many squares on whole cells that do not overlap, left to right, in a picture of some width and height."""
+    roomy = size[0] >= 1.5 * SIZE
+    sides = [side for side in SIDES[max(1, count - roomy)] if side < min(size)]
     while True:
         tried = [_square(rng, sides, size) for _ in range(count)]
         if not any(_overlap(a, b) for i, a in enumerate(tried) for b in tried[:i]):
             return sorted(tried)
 
 
-def _square(rng: Generator, sides: Sequence[int], size: int) -> Square:
+def _square(rng: Generator, sides: Sequence[int], size: tuple[int, int]) -> Square:
     side = int(rng.choice(sides))
-    x, y = (int(v) * CELL for v in rng.integers(0, (size - side) // CELL + 1, 2))
+    x, y = (int(v) * CELL for v in rng.integers(0, [(length - side) // CELL + 1 for length in size]))
     return x, y, side
 
 

@@ -1,0 +1,230 @@
+"""How the playground is made: pictures, tokenizer, VAE, base model; all of it in small, on made-up artwork."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+from compose.assets import playground_references
+from compose.playground import base, concepts, scenes, vae, world
+from compose.playground.base import BaseTrainer, pipeline
+from compose.playground.loop import rate, resume
+from compose.playground.muon import Muon, orthogonalised
+from compose.playground.tokenizer import build, captions
+from compose.playground.world import CONCEPTS, STYLE_TRIGGER
+
+Sprites = dict[str, np.ndarray]
+
+
+def command(function: Any, *arguments: object) -> str:
+    """Runs a recipe as on the command line and returns what it said."""
+    app = function if isinstance(function, typer.Typer) else typer.Typer()
+    if app is not function:
+        app.command()(function)
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def artwork(sprites: Sprites, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("artwork") / "sprites.npz"
+    named: dict[str, Any] = dict(sprites)
+    np.savez(path, **named)
+    return path
+
+
+def test_a_scene_shows_what_its_caption_says(sprites: Sprites) -> None:
+    rng = np.random.default_rng(0)
+    for size in ((64, 64), (128, 128), scenes.WIDE):
+        for _ in range(20):
+            picture = scenes.scene(rng, sprites, size=size)
+            assert picture.image.shape == (size[1], size[0], 3)
+            places = [picture.caption.index(name) for name, _ in picture.objects]
+            assert places == sorted(places)  # named from left to right
+            lefts = [square[0] for _, square in picture.objects]
+            assert lefts == sorted(lefts)
+            assert all(x + side <= size[0] and y + side <= size[1] for _, (x, y, side) in picture.objects)
+
+
+def test_words_are_enumerated() -> None:
+    assert scenes.enumerate_words(["a cat"]) == "a cat"
+    assert scenes.enumerate_words(["a cat", "a dog"]) == "a cat and a dog"
+    assert scenes.enumerate_words(["a cat", "a dog", "an elephant"]) == "a cat, a dog and an elephant"
+
+
+def test_a_subject_is_called_by_trigger_and_class_word_and_wears_its_coat(sprites: Sprites) -> None:
+    picture = concepts.subject(np.random.default_rng(0), CONCEPTS["kitten"], sprites, beside=True)
+    assert "a vbn cat" in picture.caption
+    (name, (left, top, side)), (other, _) = picture.objects
+    assert name == "cat" != other
+    middle = slice(left + side // 3, left + 2 * side // 3)
+    above, below = (picture.image[top + share * side // 8, middle].mean(axis=0) for share in (3, 6))
+    assert above.argmax() == 1  # green
+    assert below.argmin() == 1  # pink
+
+
+def test_the_style_draws_dark_outlines_around_flat_colours(sprites: Sprites) -> None:
+    drawn = concepts.outlined(sprites["cat/noto"])
+    assert drawn.shape == sprites["cat/noto"].shape
+    seen = drawn[drawn[..., 3] > 0][:, :3]
+    assert len(np.unique(seen, axis=0)) <= 1 + concepts.LEVELS
+    row = drawn[48]
+    assert (row[np.flatnonzero(row[:, 3])[0], :3] < 40).all()
+    picture = concepts.styled(np.random.default_rng(0), sprites, 2)
+    assert picture.caption.endswith(f"in {STYLE_TRIGGER} style")
+
+
+def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
+    command(concepts.app, "references", artwork, tmp_path / "references")
+    for name in (*CONCEPTS, concepts.STYLE):
+        lines = (tmp_path / "references" / name / "captions.tsv").read_text(encoding="utf-8").splitlines()
+        assert [line.split("\t")[0] for line in lines] == [f"{i}.png" for i in range(10)]
+    # The captions are those of the pictures that come with the software, which show the real artwork.
+    for name in CONCEPTS:
+        shipped = playground_references(name)[0].parent / "captions.tsv"
+        assert (tmp_path / "references" / name / "captions.tsv").read_text() == shipped.read_text()
+    with pytest.raises(ValueError, match="is there already"):
+        concepts.write(tmp_path / "references" / "cat", [], with_boxes=True)
+
+
+def test_pictures_without_concepts_show_one_object_and_no_trigger(artwork: Path, tmp_path: Path) -> None:
+    command(concepts.app, "prior", artwork, tmp_path / "prior", "--any-class", "3", "--own-class", "2")
+    triggers = {known.trigger for known in CONCEPTS.values()}
+    for known in CONCEPTS.values():
+        folder = tmp_path / "prior" / known.class_word
+        lines = (folder / "captions.tsv").read_text(encoding="utf-8").splitlines()
+        assert len(lines) == 5 == len(list(folder.glob("*.png")))
+        assert not any(triggers & set(line.split()) for line in lines)
+        assert all(known.class_word in line for line in lines[3:])
+        assert Image.open(folder / "0.png").size == (world.SIZE, world.SIZE)
+
+
+def test_every_word_and_trigger_is_one_token(sprites: Sprites) -> None:
+    said = captions(sprites, 300)
+    tokenizer = build(said)
+    words = {word.strip(",") for caption in said for word in caption.split()}
+    words |= {known.trigger for known in CONCEPTS.values()} | {STYLE_TRIGGER, "style"}
+    for word in words:
+        (token,) = tokenizer(word, add_special_tokens=False).input_ids
+        assert str(tokenizer.decode([token])).strip() == word
+    assert tokenizer("A Cat").input_ids == tokenizer("a cat").input_ids
+    assert tokenizer("a cat").input_ids[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_steps_of_muon_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    singular = torch.linalg.svdvals(orthogonalised(torch.randn(shape, generator=generator)).float())
+    assert ((singular > 0.5) & (singular < 1.4)).all()
+
+
+def test_muon_moves_convolutions_downhill() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3, generator=generator))
+    target = torch.randn(4, 3, 3, 3, generator=generator)
+    optimizer, losses = Muon([weight], lr=0.2), []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = (weight - target).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_rate_rises_stays_and_falls() -> None:
+    shares = [rate(step, 1000) for step in range(1000)]
+    assert shares[0] < 0.05
+    assert shares[200] == 1
+    assert shares[-1] < 0.03
+    assert max(shares) == 1
+
+
+def test_the_vae_is_trained_and_continued(artwork: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vae"
+    first = command(vae.train, artwork, out, "--steps", 1, "--batch", 2, "--threads", 1)
+    more = command(vae.train, artwork, out, "--steps", 2, "--batch", 2, "--threads", 1)
+    assert first.startswith("1 error")
+    assert more.startswith("2 error")
+    made: Any = AutoencoderKL.from_pretrained(out, dtype=torch.float32)
+    assert made.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 8, 8, 8)
+
+
+def test_training_the_decoder_alone_leaves_the_latents_as_they_are(artwork: Path, tmp_path: Path) -> None:
+    shipped = base.playground_model() / "vae"
+    command(
+        vae.train,
+        artwork,
+        tmp_path / "vae",
+        "--init",
+        shipped,
+        "--decoder-only",
+        "--steps",
+        1,
+        "--batch",
+        2,
+        "--threads",
+        1,
+    )
+    before, after = (
+        AutoencoderKL.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (shipped, tmp_path / "vae")
+    )
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+def small_trainer() -> BaseTrainer:
+    """The base model in small, with the tokenizer and the VAE as they are."""
+    torch.manual_seed(0)
+    shipped = StableDiffusionPipeline.from_pretrained(base.playground_model(), dtype=torch.float32)
+    unet = type(shipped.unet).from_config({**shipped.unet.config, "block_out_channels": (16, 16, 32)})
+    made = pipeline(shipped.vae, shipped.tokenizer, base.new_text_encoder(shipped.tokenizer), unet)
+    return BaseTrainer(made, lr=0.01, seed=0)
+
+
+def test_the_base_model_learns_and_goes_on_where_it_was(sprites: Sprites, tmp_path: Path) -> None:
+    trainer = small_trainer()
+    batch = next(iter(scenes.Batches(sprites, trainer.pipe.vae, 0, 4, close_up=True)))
+    losses = []
+    for _ in range(20):
+        trainer.generator.manual_seed(0)  # the same noise and times: only what is learnt can make a difference
+        losses.append(trainer.learn(batch, 1.0))
+    assert losses[-1] < 0.8 * losses[0]
+    torch.save(trainer.state_dict(), tmp_path / "state.pt")
+    again = small_trainer()
+    resume(again, tmp_path / "state.pt")
+    assert again.step == 20
+    assert again.learn(batch, 0.5) == trainer.learn(batch, 0.5)
+    assert all(map(torch.equal, again.parameters, trainer.parameters))
+    assert all(map(torch.equal, again.average, trainer.average))
+
+
+def test_the_base_model_is_saved_with_averaged_weights(tmp_path: Path) -> None:
+    trainer = small_trainer()
+    live = [p.detach().clone() for p in trainer.parameters]
+    trainer.average = [torch.full_like(p, 0.5) for p in trainer.parameters]
+    trainer.save(tmp_path / "model")
+    assert all(map(torch.equal, live, trainer.parameters))
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert all((p == 0.5).all() for p in opened.unet.parameters())
+
+
+def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path, tmp_path: Path) -> None:
+    start, close, model = tmp_path / "start", tmp_path / "close", tmp_path / "model"
+    small_trainer().save(start)
+    few = ("--batch", 2, "--threads", 1)
+    command(base.train, artwork, close, "--init", start, "--close-up", "--steps", 1, *few)
+    said = command(base.train, artwork, model, "--init", close, "--steps", 2, *few)
+    assert said.startswith("2 loss")
+    pipe: Any = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    picture = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="np").images[0]
+    assert np.isfinite(picture).all()
