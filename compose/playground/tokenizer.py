@@ -8,6 +8,7 @@ CLIP's rules are lower case, words that end in "</w>", bytes as letters. Trigger
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import typer
@@ -62,7 +63,8 @@ def build(captions: Sequence[str]) -> CLIPTokenizer:
     single = [token for letter in alphabet for token in (letter, f"{letter}</w>")]
     for token in (*single, "<|startoftext|>", "<|endoftext|>"):
         vocab.setdefault(token, len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=MAX_LENGTH)
+    merges: Any = [tuple(pair) for pair in learnt["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
 
 
 def _insisted() -> list[str]:
