@@ -1,5 +1,6 @@
 """`lora-compose train`."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from compose.files import complaints
 from compose.terminal import FAILED, bar, err, kindly, say
 from compose.training.settings import PRESETS, TaraTraining, Training
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 
 _PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory", "Watching"
 
@@ -132,7 +133,7 @@ def train(
             path = run(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
     except Stopped as stopped:
         say(stopped, style="yellow", to=err)
-        raise typer.Exit(_INTERRUPTED) from stopped
+        raise typer.Exit(INTERRUPTED) from stopped
     except torch.OutOfMemoryError as error:
         hint = "use --gradient-checkpointing, --mixed-precision bf16, a smaller --batch-size or --resolution"
         say(f"out of memory: {str(error).splitlines()[0]}\n{hint}", style="red", to=err)
@@ -140,7 +141,8 @@ def train(
     except DivergedError as error:
         say(f"failed: {error}", style="red", to=err)
         raise typer.Exit(FAILED) from error
-    say(f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})")
+    if os.environ.get("RANK", "0") == "0":
+        say(f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})")
 
 
 def _tara(wanted: bool, variants: dict[str, Any]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather
 from peft import LoraConfig
 from torch import nn
 
@@ -86,8 +86,8 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
 
 
 def _accelerator(settings: Training) -> Accelerator:
-    if AcceleratorState().initialized if AcceleratorState._shared_state else False:
-        AcceleratorState._reset_state(reset_partial_state=False)  # another training of this process may differ
+    if "WORLD_SIZE" not in os.environ:  # an earlier training of this process may have had another precision or device
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.cpu
     )
@@ -133,13 +133,12 @@ class _Trainer:
         self.pipe.unet.train()
         with asked_to_stop() as asked:
             for step in range(first, settings.steps):
-                loss = self._step(step)
-                done = step + 1
-                loss, stop = self._agree(loss, asked.to_stop)
+                done, loss = step + 1, self._mean(self._step(step))
                 if not math.isfinite(loss):
                     raise DivergedError(self._diverged(done, "the loss"))
                 if on_step is not None and self.accelerator.is_main_process:
                     on_step(done, loss)
+                stop = self._mean(float(asked.to_stop)) > 0  # all processes stop at the same step
                 if stop or (done % settings.checkpoint_every == 0 and done < settings.steps):
                     self._save(done)
                 if settings.sample_every and (done % settings.sample_every == 0 or done == settings.steps):
@@ -182,13 +181,12 @@ class _Trainer:
             total += losses.total.detach() / self.settings.accumulate
         return total.item()
 
-    def _agree(self, loss: float, stop: bool) -> tuple[float, bool]:
-        """The mean loss of all processes, and whether any of them was asked to stop: they must all do the same."""
+    def _mean(self, number: float) -> float:
+        """The mean of a number over all processes."""
         if self.accelerator.num_processes == 1:
-            return loss, stop
-        told = torch.tensor([[loss, float(stop)]], device=self.accelerator.device)
-        losses, stops = gather(told).unbind(1)  # pyright: ignore[reportAttributeAccessIssue]
-        return losses.mean().item(), bool(stops.any())
+            return number
+        told = torch.tensor([number], device=self.accelerator.device)
+        return float(self.accelerator.reduce(told, reduction="mean"))  # pyright: ignore[reportArgumentType]
 
     def _save(self, done: int) -> None:
         if not self.accelerator.is_main_process:

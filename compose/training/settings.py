@@ -244,8 +244,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         PLAYGROUND: {
             "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 16, "steps": 300,
             "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
-            "class_prompts": _playground_prompts(), "class_count": 30, "prior_batch": 4, "prior_weight": 0.5,
-            "mixed_precision": "bf16", "save_dtype": "float16", "sample_guidance": 4.0,
+            "class_prompts": _playground_prompts(), "class_count": 30, "class_steps": 15, "prior_batch": 4,
+            "prior_weight": 0.5, "mixed_precision": "bf16", "save_dtype": "float16", "sample_guidance": 4.0,
         },
     }
 )  # fmt: skip

@@ -104,7 +104,7 @@ def _without_trigger(caption: str, concept: Concept) -> str:
 
 def _check_known(tokenizer: PreTrainedTokenizerBase, caption: str, positions: Sequence[int], concept: Concept) -> None:
     ids = tokenizer(caption, truncation=True, verbose=False).input_ids
-    if not positions or any(ids[position] in tokenizer.all_special_ids for position in positions):
+    if any(ids[position] in tokenizer.all_special_ids for position in positions):
         raise DataError(
             f"the trigger {concept.trigger!r} is no token to this model's tokenizer, which has no such letters; choose "
             "another one"
