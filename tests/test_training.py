@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_cli import call, flat
 
-from components import unet_inputs
+from components import TINY, sd_unet, unet_inputs
 from compose import ComposePipeline
 from compose.assets import playground_references
 from compose.evaluation.command import free_port
+from compose.models import ModelError
 from compose.terminal import BAD_INPUT, FAILED
 from compose.training import PRESETS, DivergedError, Stopped, TaraTraining, Training, train
 from compose.training.checkpoint import CheckpointError, FullError
@@ -527,6 +528,17 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     assert len(small.class_prompts) == small.class_count
     with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, playground"):
         Training.preset("flux", model="m", **words)
+
+
+def test_models_of_other_kinds_are_refused(begin: Callable[..., Training], tmp_path: Path) -> None:
+    folder = tmp_path / "flux"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "X"]}')
+    with pytest.raises(ModelError, match="a model for FluxPipeline; expected a text-to-image model"):
+        train(begin().model_copy(update={"model": str(folder)}))
+    sd_pipeline(sd_unet(**TINY, in_channels=9)).save_pretrained(tmp_path / "inpaint")
+    with pytest.raises(ModelError, match="is it for inpainting"):
+        train(begin().model_copy(update={"model": str(tmp_path / "inpaint")}))
 
 
 def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:

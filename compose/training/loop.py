@@ -12,33 +12,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import LoraConfig
 from torch import nn
 
 from compose.files import write_whole
 from compose.models import threads
-from compose.training.alignment import Alignment
 from compose.training.batches import Batches, batches_of
 from compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
-from compose.training.data import Picture, digest, read_pictures, say_small
-from compose.training.examples import encode_pictures
-from compose.training.focus import Focus, focus_on_triggers
 from compose.training.learner import Batch, Learner, Losses, Weights
-from compose.training.model import (
-    ADAPTER,
-    add_lora,
-    encode_text,
-    lora_parameters,
-    noise_schedule,
-    open_base,
-    tokenizers_of,
-)
+from compose.training.model import lora_parameters, noise_schedule, open_base
 from compose.training.optimizers import learning_rate, optimizers_of
 from compose.training.output import lora_bytes
-from compose.training.pictures import paint_class, paint_samples
+from compose.training.pictures import paint_samples
+from compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
 from compose.training.settings import Training
 from compose.training.stopping import asked_to_stop
-from compose.training.words import Words, check_class_caption, find_concept, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,13 +87,11 @@ class _Trainer:
     settings: Training
     accelerator: Accelerator
     pipe: Any
-    config: LoraConfig
+    adapter: Adapter
     learner: Any
     optimizers: Sequence[Any]
     batches: Batches
-    focus: Focus | None
-    samples: Sequence[tuple[str, Sequence[int]]]
-    side: int
+    texts: Texts
     data: str
 
     @property
@@ -153,7 +138,7 @@ class _Trainer:
             if not finite(list(self._weights.values())):
                 raise DivergedError(self._diverged(settings.steps, "the LoRA"))
             try:
-                write_whole(settings.out, lora_bytes(self.pipe, self.config, settings))
+                write_whole(settings.out, lora_bytes(self.pipe, self.adapter.config, settings))
             except OSError:
                 self._save(settings.steps)  # if there is room for it, the same command only writes the file
                 raise
@@ -205,7 +190,8 @@ class _Trainer:
 
     def _paint(self, done: int) -> None:
         if self.accelerator.is_main_process:
-            paint_samples(self.pipe, self.accelerator, self.settings, self.samples, self.focus, done, self.side)
+            samples, side = self.texts.samples, self.texts.side
+            paint_samples(self.pipe, self.accelerator, self.settings, samples, self.adapter.focus, done, side)
         self.accelerator.wait_for_everyone()
 
     def _diverged(self, step: int, what: str) -> str:
@@ -220,89 +206,35 @@ class _Trainer:
 
 
 def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
-    """Everything before the first step; what can be wrong with words and pictures is found before work is done."""
-    pictures = read_pictures(settings.pictures, [settings.filled(settings.prompt)])
-    if len(pictures) == 1:
-        logger.warning("there is one picture: its background and pose will be learnt with the concept; five are better")
     pipe = open_base(settings.model)
-    side = settings.resolution or _own_side(pipe)
-    say_small(pictures, side)
-    tara = settings.tara
-    words = {caption: _find(pipe, settings, caption) for caption in dict.fromkeys(one.caption for one in pictures)}
-    asked = settings.sample_prompts or (next(iter(words)),)
-    samples = [(prompt, _find(pipe, settings, prompt, sample=True).trigger) for prompt in asked]
-
+    texts = read_texts(pipe, settings)
     _place(pipe, settings, accelerator)
-    class_pictures = _class_pictures(pipe, settings, accelerator, side)
-    triggers = {caption: found.trigger for caption, found in words.items()}
-    concept = encode_pictures(pipe, pictures, triggers, side, accelerator.device)
-    prior = encode_pictures(pipe, class_pictures, {}, side, accelerator.device) if class_pictures else None
-    class_text, _ = encode_text(pipe, [found.class_caption for found in words.values()], accelerator.device)
-    rows = rows_of(list(words.values()), concept.text, class_text) if tara and tara.needs_class_word else None
-
-    config = add_lora(pipe.unet, settings)
-    if settings.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    focus = focus_on_triggers(pipe.unet, ADAPTER) if tara and tara.token_mask == "training" else None
-    alignment = None
-    if tara and rows:
-        alignment = Alignment.of(pipe.unet, ADAPTER, rows, tara.align_norm)
-        if tara.keys == "tied":
-            alignment.freeze_keys()
-        elif tara.start_aligned:
-            alignment.set_keys()
-    used = alignment if tara and tara.keys == "aligned" and tara.align_weight > 0 else None
-    schedule = noise_schedule(pipe)
-    weights = Weights(settings.prior_weight, tara.align_weight if tara else 0.0, settings.min_snr)
-    learner = Learner(pipe.unet, schedule, weights, focus, used)
+    material = encode(pipe, texts, settings, accelerator)
+    adapter = adapt(pipe.unet, settings, material.rows)
     trained = [parameter for parameter in lora_parameters(pipe.unet).values() if parameter.requires_grad]
+    logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained))
+    schedule = noise_schedule(pipe)
+    weights = Weights(settings.prior_weight, settings.tara.align_weight if settings.tara else 0.0, settings.min_snr)
+    learner = Learner(pipe.unet, schedule, weights, adapter.focus, adapter.alignment)
     learner, *optimizers = accelerator.prepare(learner, *optimizers_of(trained, settings))
     batches = batches_of(
-        concept, prior, rows,
+        material.concept,
+        material.prior,
+        material.rows,
         seed=settings.seed,
         sizes=(settings.batch_size, settings.prior_batch or settings.batch_size),
         timesteps=schedule.config["num_train_timesteps"],
         accumulate=settings.accumulate,
         processes=accelerator.num_processes,
         process=accelerator.process_index,
-    )  # fmt: skip
-    number = sum(parameter.numel() for parameter in trained)
-    logger.info("%d pictures, %d class pictures, %d parameters to train", len(pictures), len(class_pictures), number)
-    data = digest([*pictures, *class_pictures])
-    return _Trainer(settings, accelerator, pipe, config, learner, optimizers, batches, focus, samples, side, data)
-
-
-def _find(pipe: Any, settings: Training, caption: str, sample: bool = False) -> Words:
-    tara = settings.tara
-    return find_concept(
-        tokenizers_of(pipe), caption, settings.concept,
-        noun=bool(tara and tara.needs_class_word) and not sample,
-        clean=bool(tara and tara.class_target == "clean"),
-    )  # fmt: skip
-
-
-def _own_side(pipe: Any) -> int:
-    sample = pipe.unet.config.sample_size
-    return (sample if isinstance(sample, int) else min(sample)) * pipe.vae_scale_factor
+    )
+    return _Trainer(settings, accelerator, pipe, adapter, learner, optimizers, batches, texts, material.data)
 
 
 def _place(pipe: Any, settings: Training, accelerator: Accelerator) -> None:
     """The UNet in the precision it is trained in; text encoders and VAE, which are used once, in float32."""
     pipe.to(accelerator.device)
     nn.Module.to(pipe.unet, _PRECISIONS[settings.mixed_precision])  # diffusers' own `to` warns about nothing
-
-
-def _class_pictures(pipe: Any, settings: Training, accelerator: Accelerator, side: int) -> tuple[Picture, ...]:
-    if not settings.has_prior:
-        return ()
-    if settings.class_count and accelerator.is_main_process:
-        paint_class(pipe, accelerator, settings, side)
-    accelerator.wait_for_everyone()
-    found = read_pictures(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
-    say_small(found, side)
-    for picture in found:
-        check_class_caption(picture.caption, settings.concept)
-    return found
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

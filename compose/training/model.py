@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 _XL_KEY = "conditioner.embedders.1."  # SDXL's second text encoder, in a checkpoint in one file
+_EXPECTED = "expected a text-to-image model: Stable Diffusion 1.x or 2.x, or SDXL"
 _KINDS = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
 
@@ -38,9 +39,12 @@ def _is_xl(model: str) -> bool:
         if source.is_file():
             with safe_open(source, framework="pt") as file:
                 return any(key.startswith(_XL_KEY) for key in file.keys())  # noqa: SIM118 (not a dict)
-        return "text_encoder_2" in DiffusionPipeline.load_config(str(source) if source.is_dir() else model)
+        config: Any = DiffusionPipeline.load_config(str(source) if source.is_dir() else model)
     except Exception as error:  # model files come from strangers, and libraries raise whatever they meet
         raise ModelError(f"the model {model!r} cannot be opened: {str(error).strip()[:600]}") from error
+    if "unet" not in config:
+        raise ModelError(f"{model!r} is a model for {config.get('_class_name', 'an unknown pipeline')}; {_EXPECTED}")
+    return "text_encoder_2" in config
 
 
 def open_base(model: str) -> Any:
@@ -65,6 +69,8 @@ def open_base(model: str) -> Any:
         raise
     except Exception as error:
         raise ModelError(f"the model {model!r} cannot be opened: {str(error).strip()[:600]}") from error
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise ModelError(f"{model!r} takes more than latents (is it for inpainting?); {_EXPECTED}")
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
