@@ -526,6 +526,7 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("transformer", "attention")
     assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
     assert len(small.class_prompts) == small.class_count
+    assert Training.preset("playground", **words, class_pictures=tmp_path).class_count == 0
     with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, playground"):
         Training.preset("flux", model="m", **words)
 

@@ -18,9 +18,9 @@ from compose.training.words import Rows
 _ORDER, _CONCEPT, _CLASS = range(3)
 
 
-def generator(*numbers: int) -> torch.Generator:
-    """A generator that belongs to these numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+def generator(seed: int, *key: int) -> torch.Generator:
+    """A generator that belongs to a seed and a key."""
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 

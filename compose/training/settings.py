@@ -175,6 +175,8 @@ class Training(_Frozen):
         fields = {**PRESETS[name], **given}
         if fields.get("tara") is not None and "scope" not in given:
             fields["scope"] = "attention"  # where the paper has its LoRA
+        if given.get("class_pictures") is not None and "class_count" not in given:
+            fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
         return cls(**fields)
 
     @model_validator(mode="after")
