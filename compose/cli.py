@@ -1,4 +1,4 @@
-"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench`, `evaluate`, `blind` and `ui`."""
+"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench`, `evaluate`, `blind`, `train` and `ui`."""
 
 import logging
 import re
@@ -22,6 +22,7 @@ from compose.page.launch import ui
 from compose.replay import changes, difference, remake, runnable
 from compose.sheets import maps_sheet, seeds_sheet
 from compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
+from compose.training.command import train
 from pipelines.scene import Concept, Run, Scene
 
 _LAST_SEED = 2**63 - 1
@@ -51,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(kindly()(bench))
+app.command()(train)
 app.command()(ui)
 app.add_typer(evaluation, name="evaluate")
 app.add_typer(blind, name="blind")

@@ -382,8 +382,7 @@ def _write_model(model: Scene | Run, path: Path, overwrite: bool) -> None:
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     else:
         text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
-    with _part(path, text.encode()) as part:
-        part.replace(path)
+    write_whole(path, text.encode())
 
 
 # --- validation ---
@@ -455,6 +454,12 @@ def _came(value: Any) -> str:
 
 
 # --- files on disk ---
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that replaces another one of its name at once, or not at all."""
+    with _part(path, data) as part:
+        part.replace(path)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def open_model(run: Run) -> Any:
     if run.scheduler is not None:
         scheduler_class(run.scheduler)
     device, dtype = choose_device(run.device), getattr(torch, run.dtype)
-    source = _model_source(run.model)
+    source = model_source(run.model)
     try:
         if source.is_file():
             pipe = ComposePipeline.from_single_file(source, dtype=dtype)
@@ -386,7 +386,12 @@ def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | Non
     return tell
 
 
-def _model_source(model: str) -> Path:
+def model_source(model: str) -> Path:
+    """What a run's `model` names: the playground's folder, a folder, a file, or a hub repository as if it were a path.
+
+    Raises:
+        ModelError: If there is no such model, or it is no model as diffusers saves it.
+    """
     if model == PLAYGROUND:
         return playground_model()
     path = Path(model).expanduser()

@@ -61,12 +61,24 @@ def logged(level: int) -> Iterator[None]:
 
 
 @contextmanager
-def bar(text: str, pictures: int) -> Iterator[Callable[[float], None]]:
-    """A progress bar with the time left; what it yields takes the number of pictures done, fractions included."""
+def bar(text: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar with the time left.
+
+    Args:
+        text: What is being done.
+        total: How much there is to do.
+
+    Yields:
+        What takes how much is done, fractions included, and a new text if there is one.
+    """
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
-        task = progress.add_task(plain(text), total=pictures)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(plain(text), total=total)
+
+        def update(done: float, text: str | None = None) -> None:
+            progress.update(task, completed=done, description=None if text is None else plain(text))
+
+        yield update
 
 
 def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

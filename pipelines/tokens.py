@@ -96,7 +96,7 @@ def locate(
         )
     triggers, nouns = [span for span, _ in found], sorted({noun for _, noun in found if noun})
     positions = (
-        [p for span in spans for p in _positions(tokenizer, prompt, span, concept)] for spans in (triggers, nouns)
+        [p for span in spans for p in span_positions(tokenizer, prompt, span, concept)] for spans in (triggers, nouns)
     )
     return Positions(*map(tuple, positions))
 
@@ -107,8 +107,18 @@ def _composed(concept: Concept) -> Concept:
     return concept.model_copy(update=words)
 
 
-def _positions(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int], concept: Concept) -> range:
-    """The positions of a span of whole words: those after the tokens of everything before it."""
+def span_positions(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int], concept: Concept) -> range:
+    """The positions of a span of whole words: those after the tokens of everything before it.
+
+    Args:
+        tokenizer: As for `locate`.
+        prompt: The text, with composed letters (NFC).
+        span: Of characters in it.
+        concept: Whose words they are, for messages.
+
+    Raises:
+        ValueError: As for `locate`.
+    """
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
@@ -176,7 +186,7 @@ def locate_mention(
         spans = [nouns[k] for k in mention.which if k < len(nouns)]
     if not spans:
         raise ValueError(f"none of the words {mention.words} that name {concept.name!r} is in the prompt {prompt!r}")
-    return tuple(sorted({p for span in spans for p in _positions(tokenizer, prompt, span, concept)}))
+    return tuple(sorted({p for span in spans for p in span_positions(tokenizer, prompt, span, concept)}))
 
 
 def check_disjoint(concepts: Sequence[Concept], positions: Sequence[Positions], prompt: str) -> None:

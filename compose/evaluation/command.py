@@ -135,7 +135,7 @@ def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
     Not by `accelerate launch` itself, which buries the message of a failed process under tracebacks of its own.
     """
     command = [sys.executable, "-m", "compose", "evaluate", "run", *arguments, "--processes", "1"]
-    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     with ExitStack() as stack:
         told = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
@@ -165,7 +165,8 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         return any_port.getsockname()[1]

@@ -1,0 +1,139 @@
+"""What is drawn for every step: order, noise and timesteps, from the seed and the number of the row alone.
+
+Nothing is kept between steps, so a training that goes on from a checkpoint draws what an undisturbed one would, and
+rows do not depend on how they are split into processes and batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compose.training.examples import Examples
+from compose.training.learner import Batch
+from compose.training.words import Rows
+
+_ORDER, _CONCEPT, _CLASS = range(3)
+
+
+def generator(seed: int, *key: int) -> torch.Generator:
+    """A generator that belongs to a seed and a key."""
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """An endless row of examples with noise: every example once, in a new order every time.
+
+    Attributes:
+        examples: What is drawn from.
+        seed: Of the training.
+        kind: Tells streams of one training apart.
+        timesteps: How many timesteps there are to draw from.
+    """
+
+    examples: Examples
+    seed: int
+    kind: int
+    timesteps: int
+
+    def picture(self, row: int) -> int:
+        """The example of a row."""
+        epoch, place = divmod(row, len(self.examples))
+        order = torch.randperm(len(self.examples), generator=generator(self.seed, _ORDER, self.kind, epoch))
+        return int(order[place])
+
+    def draw(self, row: int) -> tuple[Tensor, Tensor, int]:
+        """Latents, noise and timestep of a row."""
+        latents, random = self.examples.latents[self.picture(row)], generator(self.seed, self.kind, row)
+        noise = torch.randn(latents.shape, generator=random)
+        return latents, noise, int(torch.randint(self.timesteps, (1,), generator=random))
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Makes the batches of a training.
+
+    Attributes:
+        concept: Pictures of the concept.
+        prior: Pictures of its class, if there are any.
+        rows: Features at the words, for the alignment; None without one.
+        sizes: Rows of the concept and of its class in a batch.
+        accumulate: Batches in a step.
+        processes: How many processes share a step.
+        process: Which of them this is.
+    """
+
+    concept: Stream
+    prior: Stream | None
+    rows: Rows | None
+    sizes: tuple[int, int]
+    accumulate: int = 1
+    processes: int = 1
+    process: int = 0
+
+    def of(self, step: int, part: int) -> Batch:
+        """The batch of this process in a step; `part` counts the batches in the step. On the CPU."""
+        number = (step * self.accumulate + part) * self.processes + self.process
+        streams = [(self.concept, self.sizes[0])] + ([(self.prior, self.sizes[1])] if self.prior else [])
+        parts = [_rows_of(stream, range(number * size, (number + 1) * size)) for stream, size in streams]
+        captions = [int(self.concept.examples.caption[found]) for found in parts[0].pictures]
+        return Batch(
+            latents=torch.cat([part.latents for part in parts]),
+            noise=torch.cat([part.noise for part in parts]),
+            timesteps=torch.cat([part.timesteps for part in parts]),
+            text=torch.cat([part.text for part in parts]),
+            mask=torch.cat([part.mask for part in parts]),
+            added={name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
+            weights=torch.zeros(0) if self.rows is None else self.rows.weights(captions),
+            own=self.sizes[0],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    pictures: Sequence[int]
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    text: Tensor
+    mask: Tensor
+    added: dict[str, Tensor]
+
+
+def _rows_of(stream: Stream, rows: range) -> _Part:
+    pictures = [stream.picture(row) for row in rows]
+    latents, noise, timesteps = zip(*map(stream.draw, rows), strict=True)
+    examples = stream.examples
+    captions = examples.caption[pictures]
+    added = {}
+    if examples.pooled is not None and examples.time_ids is not None:
+        added = {"text_embeds": examples.pooled[captions], "time_ids": examples.time_ids[pictures]}
+    return _Part(
+        pictures, torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), examples.text[captions],
+        examples.mask[captions], added,
+    )  # fmt: skip
+
+
+def batches_of(
+    concept: Examples,
+    prior: Examples | None,
+    rows: Rows | None,
+    *,
+    seed: int,
+    sizes: tuple[int, int],
+    timesteps: int,
+    accumulate: int = 1,
+    processes: int = 1,
+    process: int = 0,
+) -> Batches:
+    """The batches of a training; arguments as in `Batches` and `Stream`."""
+    streams = [
+        None if examples is None else Stream(examples, seed, kind, timesteps)
+        for examples, kind in ((concept, _CONCEPT), (prior, _CLASS))
+    ]
+    assert streams[0] is not None
+    return Batches(streams[0], streams[1], rows, sizes, accumulate, processes, process)

@@ -1,0 +1,105 @@
+"""Checkpoints: a training goes on where it was stopped, with the same bits, or says why it cannot."""
+
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compose.files import write_whole
+from compose.training.settings import Training
+
+_VERSION = 1
+# What may differ when a training goes on; pictures are compared by their content.
+_FREE = {
+    "pictures", "out", "class_pictures", "class_count", "class_steps", "gradient_checkpointing", "save_dtype",
+    "checkpoint_every", "sample_every", "sample_prompts", "sample_guidance", "cpu", "threads",
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be gone on from; the message says why and what to do."""
+
+
+class FullError(OSError):
+    """A checkpoint that could not be written; the last good one is still there."""
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, data: str) -> None:
+    """Writes a checkpoint; an earlier one stays until the new one is complete.
+
+    Args:
+        path: Where to.
+        state: Numbers, tensors and the state of optimizers, with "step" among them.
+        settings: Of the training.
+        data: What the pictures are (`digest`).
+
+    Raises:
+        FullError: If it cannot be written.
+    """
+    buffer = io.BytesIO()
+    compared = json.dumps(_compared(settings))
+    torch.save({"version": _VERSION, "settings": compared, "data": data, **state}, buffer)
+    try:
+        write_whole(path, buffer.getvalue())
+    except OSError as error:
+        kept = f"the one before it is kept in {path}" if path.exists() else "there is none before it"
+        raise FullError(
+            f"the checkpoint at step {state['step']} could not be written ({len(buffer.getvalue()) / 2**20:.1f} MB to "
+            f"{path.parent}): {error.strerror or error}; {kept}. Make room and give the same command again"
+        ) from error
+
+
+def load_checkpoint(path: Path, settings: Training, data: str) -> dict[str, Any]:
+    """Reads a checkpoint of the same training.
+
+    Raises:
+        CheckpointError: If it is damaged, or settings or pictures have changed.
+    """
+    anew = "start over with --fresh"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        known = json.loads(state["settings"])
+        version, step = state["version"], int(state["step"])
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {str(error)[:300]}; {anew}") from error
+    if version != _VERSION:
+        raise CheckpointError(f"the checkpoint {path} is of another version of lora-compose; {anew}")
+    changed = _changes(known, _compared(settings))
+    if state["data"] != data:
+        changed.append("the pictures or captions are others")
+    if changed:
+        raise CheckpointError(
+            f"{path} is a checkpoint at step {step} of another training:\n  " + "\n  ".join(changed)
+            + f"\nGive what it was begun with to go on, or {anew}"
+        )  # fmt: skip
+    return state
+
+
+def _compared(settings: Training) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude=_FREE)
+
+
+def _changes(known: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
+    changes = []
+    for name in sorted(known.keys() | now.keys()):
+        before, after = known.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changes += _changes(before, after, f"{where}{name}.")
+        elif before != after:
+            changes.append(f"{where}{name} was {_short(before)} and is {_short(after)} now")
+    return changes
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers are numbers."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -1,0 +1,178 @@
+"""`lora-compose train`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from pydantic import ValidationError
+
+from compose.files import complaints
+from compose.terminal import FAILED, bar, err, kindly, say
+from compose.training.settings import PRESETS, TaraTraining, Training
+
+INTERRUPTED = 130
+
+_PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory", "Watching"
+
+
+@kindly()
+def train(
+    pictures: Annotated[Path, typer.Argument(help="A folder with pictures; captions.tsv or a .txt beside each.")],
+    out: Annotated[Path, typer.Option(help="The LoRA to be written, a .safetensors file.")],
+    trigger: Annotated[str, typer.Option(help="The rare word that will name the concept: sks.")],
+    class_word: Annotated[str, typer.Option("--class", help="The noun after it: cat.")],
+    model: Annotated[
+        str, typer.Option(help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository.")
+    ],
+    preset: Annotated[
+        str | None, typer.Option(help=f"Defaults: {', '.join(PRESETS)}; chosen by the model if not given.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The caption of pictures without one: 'a photo of {trigger} {class_word}'.")
+    ] = None,
+    scope: Annotated[str | None, typer.Option(help="Which layers: cross_kv, attention or transformer.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Scale times rank; the rank if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures in a batch, on every process.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or muon.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="The highest one.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps in which the learning rate rises.")] = None,
+    min_snr: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, such as 5.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side in pixels; the model's own if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    class_pictures: Annotated[
+        Path | None, typer.Option(help="A folder with pictures of the class.", rich_help_panel=_PRIOR)
+    ] = None,
+    class_prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Their caption, repeatable: 'a photo of {class_word}'.", rich_help_panel=_PRIOR),
+    ] = None,
+    class_count: Annotated[
+        int | None, typer.Option(help="The model paints what is missing of so many.", rich_help_panel=_PRIOR)
+    ] = None,
+    prior_batch: Annotated[int | None, typer.Option(help="Class pictures in a batch.", rich_help_panel=_PRIOR)] = None,
+    prior_weight: Annotated[float | None, typer.Option(help="Weight of their loss.", rich_help_panel=_PRIOR)] = None,
+    tara: Annotated[
+        bool, typer.Option("--tara", help="Train for composing with method tara.", rich_help_panel=_TARA)
+    ] = False,
+    align_weight: Annotated[
+        float | None, typer.Option(help="Weight of token alignment.", rich_help_panel=_TARA)
+    ] = None,
+    align_norm: Annotated[str | None, typer.Option(help="l1 or l2.", rich_help_panel=_TARA)] = None,
+    class_target: Annotated[
+        str | None,
+        typer.Option(help="Where from: caption, or clean of the trigger.", rich_help_panel=_TARA),
+    ] = None,
+    keys: Annotated[
+        str | None, typer.Option(help="aligned, or tied: values alone learn.", rich_help_panel=_TARA)
+    ] = None,
+    token_mask: Annotated[
+        str | None, typer.Option(help="In training, or at inference only.", rich_help_panel=_TARA)
+    ] = None,
+    start_aligned: Annotated[
+        bool | None,
+        typer.Option("--start-aligned/--start-apart", help="Whether keys start aligned.", rich_help_panel=_TARA),
+    ] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", rich_help_panel=_MEMORY)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Compute twice, remember less.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    save_dtype: Annotated[
+        str | None, typer.Option(help="The file's: float32, float16 or bfloat16.", rich_help_panel=_MEMORY)
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.", rich_help_panel=_MEMORY)] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads on the CPU.", rich_help_panel=_MEMORY)] = None,
+    sample_every: Annotated[
+        int | None, typer.Option(help="Steps between sample pictures; 0 is none.", rich_help_panel=_WATCH)
+    ] = None,
+    sample_prompt: Annotated[
+        list[str] | None, typer.Option(help="What samples show, repeatable.", rich_help_panel=_WATCH)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_WATCH)
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever checkpoint there is.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing LoRA.")] = False,
+) -> None:
+    """Trains a LoRA on a folder of pictures; Ctrl-C stops it, and the same command goes on.
+
+    On several GPUs: accelerate launch --module compose train ...
+    """
+    from compose.training.loop import DivergedError, Stopped
+    from compose.training.loop import train as run
+
+    variants = {
+        "align_weight": align_weight, "align_norm": align_norm, "class_target": class_target, "keys": keys,
+        "token_mask": token_mask, "start_aligned": start_aligned,
+    }  # fmt: skip
+    settings = _settings(
+        preset, _tara(tara, variants),
+        pictures=pictures, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt, scope=scope,
+        rank=rank, alpha=alpha, steps=steps, batch_size=batch_size, accumulate=accumulate, optimizer=optimizer,
+        learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr, resolution=resolution,
+        seed=seed,
+        class_pictures=class_pictures, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,
+        prior_batch=prior_batch, prior_weight=prior_weight, mixed_precision=mixed_precision,
+        gradient_checkpointing=gradient_checkpointing, save_dtype=save_dtype, cpu=cpu or None, threads=threads,
+        sample_every=sample_every, sample_prompts=tuple(sample_prompt or ()) or None, checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    try:
+        with _progress(settings) as on_step:
+            path = run(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
+    except Stopped as stopped:
+        say(stopped, style="yellow", to=err)
+        raise typer.Exit(INTERRUPTED) from stopped
+    except torch.OutOfMemoryError as error:
+        hint = "use --gradient-checkpointing, --mixed-precision bf16, a smaller --batch-size or --resolution"
+        say(f"out of memory: {str(error).splitlines()[0]}\n{hint}", style="red", to=err)
+        raise typer.Exit(FAILED) from error
+    except DivergedError as error:
+        say(f"failed: {error}", style="red", to=err)
+        raise typer.Exit(FAILED) from error
+    if os.environ.get("RANK", "0") == "0":
+        say(f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})")
+
+
+def _tara(wanted: bool, variants: dict[str, Any]) -> dict[str, Any] | None:
+    given = {name: value for name, value in variants.items() if value is not None}
+    if given and not wanted:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names}: these are options of --tara, which is not given")
+    return given if wanted else None
+
+
+def _settings(preset: str | None, tara: dict[str, Any] | None, **fields: Any) -> Training:
+    from compose.training.model import preset_of
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        words = None if tara is None else TaraTraining(**tara)
+        return Training.preset(preset or preset_of(given["model"]), tara=words, **given)
+    except ValidationError as error:
+        kind = TaraTraining if error.title == TaraTraining.__name__ else Training
+        raise ValueError("\n".join(complaints(kind, error))) from error
+
+
+@contextmanager
+def _progress(settings: Training) -> Iterator[Any]:
+    with bar("training", settings.steps) as on_progress:
+        smooth: list[float] = []
+
+        def on_step(step: int, loss: float) -> None:
+            smooth.append(loss)
+            recent = smooth[-20:]
+            on_progress(step, f"training, step {step} of {settings.steps}, loss {sum(recent) / len(recent):.4f}")
+
+        yield on_step

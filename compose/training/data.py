@@ -1,0 +1,169 @@
+"""Pictures and captions for training. They are the user's, or a stranger's: everything is checked first."""
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTIONS = "captions.tsv"
+_CAPTION_LIMIT = 2**20  # bytes of a file with captions
+_PIXEL_LIMIT = 2**26
+
+
+class DataError(ValueError):
+    """Pictures or captions that cannot be used; the message says which, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what it shows.
+
+    Attributes:
+        path: Its file.
+        caption: In words.
+        size: Width and height in pixels, upright.
+        sha256: Of the file.
+    """
+
+    path: Path
+    caption: str
+    size: tuple[int, int]
+    sha256: str
+
+
+def read_pictures(folder: Path, prompts: Sequence[str]) -> tuple[Picture, ...]:
+    """Reads and checks all pictures of a folder.
+
+    Args:
+        folder: Holds pictures; `captions.tsv` and .txt files beside pictures hold captions.
+        prompts: Captions for pictures without one, in turn.
+
+    Raises:
+        DataError: If there is no such folder, it holds no picture, one of them is broken, or captions are unreadable.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {str(folder)!r} with pictures")
+    paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=_natural)
+    if not paths:
+        raise DataError(f"{folder} holds no pictures; expected files that end with {', '.join(SUFFIXES)}")
+    told = _table(folder / CAPTIONS)
+    if strangers := sorted(told.keys() - {path.name for path in paths}):
+        logger.warning("%s has captions of pictures that are not there: %s", CAPTIONS, ", ".join(strangers[:5]))
+    captions = [told.get(path.name) or _beside(path) for path in paths]
+    if missing := captions.count(None):
+        logger.info("%s: %d of %d pictures have no caption and get the prompt", folder, missing, len(paths))
+    found = []
+    for i, (path, caption) in enumerate(zip(paths, captions, strict=True)):
+        size = load_picture(path).size
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        found.append(Picture(path, caption or prompts[i % len(prompts)], size, sha256))
+    return tuple(found)
+
+
+def load_picture(path: Path) -> Image.Image:
+    """Opens a picture, upright, as RGB on white.
+
+    Raises:
+        DataError: If it is broken or too large.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own
+            if opened.width * opened.height > _PIXEL_LIMIT:
+                raise DataError(f"{path} has {opened.width} x {opened.height} pixels; at most {_PIXEL_LIMIT} are read")
+            image = ImageOps.exif_transpose(opened)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except DataError:
+        raise
+    except Exception as error:  # what a broken picture raises depends on its format
+        raise DataError(f"{path} is not a readable picture (truncated or damaged?): {error}") from error
+
+
+def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
+    """The middle of a picture, so that its shorter side is whole.
+
+    Args:
+        image: RGB.
+        side: In pixels.
+
+    Returns:
+        Pixels from -1 to 1, shape [3, side, side], and how many pixels were cut off at top and left after resizing.
+    """
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    top, left = (height - side) // 2, (width - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1)
+    return pixels.permute(2, 0, 1).contiguous(), (top, left)
+
+
+def say_small(pictures: Sequence[Picture], side: int) -> None:
+    """Says which pictures have to be enlarged."""
+    small = [picture.path.name for picture in pictures if min(picture.size) < side]
+    if small:
+        logger.warning(
+            "%d of %d pictures are smaller than %d x %d and are enlarged, so that the concept will be soft: %s",
+            len(small), len(pictures), side, side, ", ".join(small[:5]),
+        )  # fmt: skip
+
+
+def digest(pictures: Sequence[Picture]) -> str:
+    """SHA-256 of all pictures and captions."""
+    lines = [f"{picture.path.name}\t{picture.sha256}\t{picture.caption}" for picture in pictures]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """A key by which 2.png stands before 10.png."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _table(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, rest = line.partition("\t")
+        caption = " ".join(rest.split("\t")[0].split())
+        if not caption:
+            raise DataError(f"{path}, line {number}: expected a file name, a tab and a caption, found {line[:80]!r}")
+        if name in captions:
+            raise DataError(f"{path}, line {number}: {name} has a caption already")
+        captions[name] = caption
+    return captions
+
+
+def _beside(path: Path) -> str | None:
+    beside = path.with_suffix(".txt")
+    return " ".join(_text(beside).split()) or None if beside.is_file() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_CAPTION_LIMIT + 1)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > _CAPTION_LIMIT:
+        raise DataError(f"{path} is larger than {_CAPTION_LIMIT} bytes; those are no captions")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}") from error

@@ -1,0 +1,244 @@
+"""`train`: from a folder of pictures to a LoRA."""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from compose.files import write_whole
+from compose.models import threads
+from compose.training.batches import Batches, batches_of
+from compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
+from compose.training.learner import Batch, Learner, Losses, Weights
+from compose.training.model import lora_parameters, noise_schedule, open_base
+from compose.training.optimizers import learning_rate, optimizers_of
+from compose.training.output import lora_bytes
+from compose.training.pictures import paint_samples
+from compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
+from compose.training.settings import Training
+from compose.training.stopping import asked_to_stop
+
+logger = logging.getLogger(__name__)
+
+_PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+OnStep = Callable[[int, float], None]
+"""Called after every step with the number of steps done and the step's loss; what it raises ends the training."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The training was stopped by the user; the same command goes on from its checkpoint."""
+
+
+class DivergedError(RuntimeError):
+    """The loss or the weights are no numbers any more; the last checkpoint is from before."""
+
+
+def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = False, overwrite: bool = False) -> Path:
+    """Trains a LoRA, or goes on with a training that was stopped.
+
+    Args:
+        settings: What is trained, on what, and how.
+        on_step: Sees every step.
+        fresh: Start over, whatever checkpoint there is.
+        overwrite: Whether an existing output may be replaced.
+
+    Returns:
+        The path of the LoRA.
+
+    Raises:
+        ValueError: For pictures, captions, words, models and checkpoints that cannot be used; nothing is trained then.
+        FileExistsError: If the output exists.
+        Stopped: After Ctrl-C; the same call goes on.
+        DivergedError: If the loss is no number any more.
+        OSError: If a checkpoint or the output cannot be written.
+    """
+    if settings.out.exists() and not overwrite:
+        raise FileExistsError(f"{settings.out} exists already; choose another name, or overwrite it with --overwrite")
+    accelerator = _accelerator(settings)
+    with threads(settings.threads) if settings.threads else nullcontext():
+        trainer = _prepare(settings, accelerator)
+        first = 0 if fresh else trainer.resume()
+        trainer.run(first, on_step)
+        return trainer.finish()
+
+
+def _accelerator(settings: Training) -> Accelerator:
+    if "WORLD_SIZE" not in os.environ:  # an earlier training of this process may have had another precision or device
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.cpu
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Trainer:
+    """A training that is ready to run."""
+
+    settings: Training
+    accelerator: Accelerator
+    pipe: Any
+    adapter: Adapter
+    learner: Any
+    optimizers: Sequence[Any]
+    batches: Batches
+    texts: Texts
+    data: str
+
+    @property
+    def _weights(self) -> dict[str, nn.Parameter]:
+        return dict(lora_parameters(self.pipe.unet))
+
+    def resume(self) -> int:
+        """Takes up the checkpoint, if there is one. Returns how many steps are done."""
+        if not self.settings.checkpoint.exists():
+            return 0
+        state = load_checkpoint(self.settings.checkpoint, self.settings, self.data)
+        with torch.no_grad():
+            for name, parameter in self._weights.items():
+                parameter.copy_(state["weights"][name])
+        for optimizer, known in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(known)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        logger.info("going on after step %d of %d", state["step"], self.settings.steps)
+        return int(state["step"])
+
+    def run(self, first: int, on_step: OnStep | None) -> None:
+        settings = self.settings
+        self.pipe.unet.train()
+        with asked_to_stop() as asked:
+            for step in range(first, settings.steps):
+                done, loss = step + 1, self._mean(self._step(step))
+                if not math.isfinite(loss):
+                    raise DivergedError(self._diverged(done, "the loss"))
+                if on_step is not None and self.accelerator.is_main_process:
+                    on_step(done, loss)
+                stop = self._mean(float(asked.to_stop)) > 0  # all processes stop at the same step
+                if stop or (done % settings.checkpoint_every == 0 and done < settings.steps):
+                    self._save(done)
+                if settings.sample_every and (done % settings.sample_every == 0 or done == settings.steps):
+                    self._paint(done)
+                if stop and done < settings.steps:
+                    raise Stopped(f"stopped after step {done} of {settings.steps}; give the same command to go on")
+
+    def finish(self) -> Path:
+        """Writes the LoRA; the checkpoint is not needed any more."""
+        settings = self.settings
+        if self.accelerator.is_main_process:
+            if not finite(list(self._weights.values())):
+                raise DivergedError(self._diverged(settings.steps, "the LoRA"))
+            try:
+                write_whole(settings.out, lora_bytes(self.pipe, self.adapter.config, settings))
+            except OSError:
+                self._save(settings.steps)  # if there is room for it, the same command only writes the file
+                raise
+            settings.checkpoint.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return settings.out
+
+    def _step(self, step: int) -> float:
+        """One optimisation step. Returns its loss, the mean over its batches."""
+        total = torch.zeros((), device=self.accelerator.device)
+        rate = learning_rate(self.settings, step)
+        for part in range(self.settings.accumulate):
+            batch = self.batches.of(step, part)
+            with self.accelerator.accumulate(self.learner):
+                losses: Losses = self.learner(_on(batch, self.accelerator.device))
+                self.accelerator.backward(losses.total)
+                if self.accelerator.sync_gradients and self.settings.max_grad_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.learner.parameters(), self.settings.max_grad_norm)
+                for optimizer in self.optimizers:
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    optimizer.step()
+                    optimizer.zero_grad()
+            total += losses.total.detach() / self.settings.accumulate
+        return total.item()
+
+    def _mean(self, number: float) -> float:
+        """The mean of a number over all processes."""
+        if self.accelerator.num_processes == 1:
+            return number
+        told = torch.tensor([number], device=self.accelerator.device)
+        return float(self.accelerator.reduce(told, reduction="mean"))  # pyright: ignore[reportArgumentType]
+
+    def _save(self, done: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        weights = {name: parameter.detach().cpu() for name, parameter in self._weights.items()}
+        if not finite(list(weights.values())):
+            raise DivergedError(self._diverged(done, "the LoRA"))
+        scaler = self.accelerator.scaler
+        state = {
+            "step": done,
+            "weights": weights,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": {} if scaler is None else scaler.state_dict(),
+        }
+        save_checkpoint(self.settings.checkpoint, state, self.settings, self.data)
+
+    def _paint(self, done: int) -> None:
+        if self.accelerator.is_main_process:
+            samples, side = self.texts.samples, self.texts.side
+            paint_samples(self.pipe, self.accelerator, self.settings, samples, self.adapter.focus, done, side)
+        self.accelerator.wait_for_everyone()
+
+    def _diverged(self, step: int, what: str) -> str:
+        kept = (
+            f" The checkpoint {self.settings.checkpoint} is from before." if self.settings.checkpoint.exists() else ""
+        )
+        half = "; fp16 overflows, bf16 does not" if self.settings.mixed_precision == "fp16" else ""
+        return (
+            f"{what} is no number any more at step {step}: the training has diverged. Try a lower learning rate (it is "
+            f"{self.settings.learning_rate:g}) or a longer warm-up, with --fresh{half}.{kept}"
+        )
+
+
+def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
+    pipe = open_base(settings.model)
+    texts = read_texts(pipe, settings)
+    _place(pipe, settings, accelerator)
+    material = encode(pipe, texts, settings, accelerator)
+    adapter = adapt(pipe.unet, settings, material.rows)
+    trained = [parameter for parameter in lora_parameters(pipe.unet).values() if parameter.requires_grad]
+    logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained))
+    schedule = noise_schedule(pipe)
+    weights = Weights(settings.prior_weight, settings.tara.align_weight if settings.tara else 0.0, settings.min_snr)
+    learner = Learner(pipe.unet, schedule, weights, adapter.focus, adapter.alignment)
+    learner, *optimizers = accelerator.prepare(learner, *optimizers_of(trained, settings))
+    batches = batches_of(
+        material.concept,
+        material.prior,
+        material.rows,
+        seed=settings.seed,
+        sizes=(settings.batch_size, settings.prior_batch or settings.batch_size),
+        timesteps=schedule.config["num_train_timesteps"],
+        accumulate=settings.accumulate,
+        processes=accelerator.num_processes,
+        process=accelerator.process_index,
+    )
+    return _Trainer(settings, accelerator, pipe, adapter, learner, optimizers, batches, texts, material.data)
+
+
+def _place(pipe: Any, settings: Training, accelerator: Accelerator) -> None:
+    """The UNet in the precision it is trained in; text encoders and VAE, which are used once, in float32."""
+    pipe.to(accelerator.device)
+    nn.Module.to(pipe.unet, _PRECISIONS[settings.mixed_precision])  # diffusers' own `to` warns about nothing
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    moved = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch._asdict().items()
+    }
+    return Batch(**{**moved, "added": {name: value.to(device) for name, value in batch.added.items()}})

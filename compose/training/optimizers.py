@@ -1,0 +1,41 @@
+"""Optimizers and the course of the learning rate."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from compose.training.settings import Training
+
+
+def optimizers_of(parameters: Sequence[nn.Parameter], settings: Training) -> list[torch.optim.Optimizer]:
+    """The optimizers of a training: AdamW for everything, or Muon for matrices and AdamW for convolutions.
+
+    Muon (Jordan et al. 2024) makes every update a semi-orthogonal matrix. Scaled to the size that AdamW's updates have
+    (Liu et al., arXiv 2502.16982), so that both go with one learning rate.
+
+    Raises:
+        ValueError: If this PyTorch has no Muon.
+    """
+    lr, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "adamw":
+        return [torch.optim.AdamW(parameters, lr, weight_decay=decay)]
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer muon needs PyTorch 2.9 or newer, this is {torch.__version__}; use adamw")
+    matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+    rest = [parameter for parameter in parameters if parameter.ndim != 2]
+    found: list[torch.optim.Optimizer] = []
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        found.append(torch.optim.AdamW(rest, lr, weight_decay=decay))
+    return found
+
+
+def learning_rate(settings: Training, step: int) -> float:
+    """The learning rate of a step, counted from 0."""
+    warm = min(1.0, (step + 1) / (settings.warmup + 1))
+    done = max(0, step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}[settings.schedule]
+    return settings.learning_rate * warm * share

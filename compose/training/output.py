@@ -1,0 +1,67 @@
+"""The file: a LoRA as diffusers writes it, with what inference needs in its metadata."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save
+
+from compose import __version__
+from compose.files import PLAYGROUND
+from compose.training.model import ADAPTER
+from compose.training.settings import Training
+
+_PATHS = {"pictures", "out", "class_pictures"}  # they would tell the user's name, and mean nothing elsewhere
+
+
+def lora_bytes(pipe: Any, config: LoraConfig, settings: Training) -> bytes:
+    """The LoRA of a pipeline's UNet as a safetensors file.
+
+    diffusers writes it, with PEFT's configuration; the strings of `metadata_of` are added.
+    """
+    weights = get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER)
+    dtype = getattr(torch, settings.save_dtype)
+    layers = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=plain)
+        (path,) = Path(folder).iterdir()
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    return save(tensors, metadata={**metadata, **metadata_of(pipe, settings)})
+
+
+def metadata_of(pipe: Any, settings: Training) -> dict[str, str]:
+    """What a file says about itself, in words that other tools ignore or know from the ModelSpec standard."""
+    tara = settings.tara
+    architecture = "stable-diffusion-xl-v1-base" if hasattr(pipe, "text_encoder_2") else "stable-diffusion-v1"
+    words = {
+        "trigger": settings.trigger,
+        "class_word": settings.class_word,
+        "method": settings.method,
+        "base_model": _model_name(settings.model),
+        "scope": settings.scope,
+        "rank": str(settings.rank),
+        "alpha": f"{settings.rank if settings.alpha is None else settings.alpha:g}",
+        "training": json.dumps(settings.model_dump(mode="json", exclude=_PATHS | {"model"}), sort_keys=True),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": settings.out.stem,
+        "modelspec.trigger_phrase": settings.concept.phrase,
+        "modelspec.prediction_type": "v" if pipe.scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "software": f"lora-compose {__version__}",
+    }
+    return words if tara is None else {**words, "keys": tara.keys, "token_mask": tara.token_mask}
+
+
+def _model_name(model: str) -> str:
+    if model == PLAYGROUND:
+        return f"lora-compose {PLAYGROUND}"
+    return Path(model).name if Path(model).expanduser().exists() else model

@@ -1,0 +1,113 @@
+"""Pictures that the model paints during training: samples, and pictures of the class."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from compose.files import save_image
+from compose.training.batches import generator
+from compose.training.data import SUFFIXES
+from compose.training.focus import Focus
+from compose.training.settings import Training
+
+logger = logging.getLogger(__name__)
+
+_TOGETHER = 4  # class pictures painted in one call
+_SAMPLE, _CLASS_PICTURE = range(100, 102)  # tell their noise apart from that of training
+
+
+def paint(
+    pipe: Any,
+    accelerator: Accelerator,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    *,
+    steps: int,
+    guidance: float,
+    side: int,
+) -> list[Image.Image]:
+    """Paints a picture for every prompt with the UNet as it is; the VAE stays in float32."""
+    with torch.no_grad(), accelerator.autocast():
+        latents = pipe(
+            list(prompts), generator=list(generators), num_inference_steps=steps, guidance_scale=guidance, width=side,
+            height=side, output_type="latent",
+        ).images  # fmt: skip
+    with torch.no_grad():
+        pixels = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
+    return pipe.image_processor.postprocess(pixels)
+
+
+def paint_samples(
+    pipe: Any,
+    accelerator: Accelerator,
+    settings: Training,
+    prompts: Sequence[tuple[str, Sequence[int]]],
+    focus: Focus | None,
+    step: int,
+    side: int,
+) -> list[Path]:
+    """Paints the samples of a step, always from the same noise, into a folder beside the output.
+
+    Args:
+        pipe: With the UNet that is trained.
+        accelerator: For its precision.
+        settings: Of the training.
+        prompts: What to paint, with the token positions of the trigger.
+        focus: Where the token mask is set: on the prompt's row, not on the negative prompt's.
+        step: Is in the names of the pictures.
+        side: In pixels.
+    """
+    folder = settings.out.with_name(f"{settings.out.stem}-samples")
+    guided, written = settings.sample_guidance > 1, []
+    pipe.unet.eval()
+    for number, (prompt, positions) in enumerate(prompts):
+        if focus is not None:
+            tokens = pipe.tokenizer.model_max_length
+            focus.mask = torch.zeros(2 if guided else 1, tokens, 1, device=accelerator.device)
+            focus.mask[-1, list(positions)] = 1
+        noise = generator(settings.seed, _SAMPLE, number)
+        (image,) = paint(
+            pipe, accelerator, [prompt], [noise], steps=25, guidance=settings.sample_guidance, side=side
+        )  # fmt: skip
+        written.append(save_image(image, folder / f"{step:06}-{number}.png"))
+    pipe.unet.train()
+    return written
+
+
+def paint_class(
+    pipe: Any,
+    accelerator: Accelerator,
+    settings: Training,
+    side: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Paints class pictures with the base model until there are as many as the settings want, with captions beside."""
+    folder = settings.class_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    missing = [number for number in range(settings.class_count) if not (folder / _name(number)).exists()]
+    missing = missing[: max(0, settings.class_count - there)]
+    if missing:
+        logger.info("the model paints %d pictures of its own into %s, for prior preservation", len(missing), folder)
+    for first in range(0, len(missing), _TOGETHER):
+        numbers = missing[first : first + _TOGETHER]
+        prompts = [settings.filled(settings.class_prompts[n % len(settings.class_prompts)]) for n in numbers]
+        noise = [generator(settings.seed, _CLASS_PICTURE, number) for number in numbers]
+        images = paint(
+            pipe, accelerator, prompts, noise, steps=settings.class_steps, guidance=settings.sample_guidance, side=side
+        )  # fmt: skip
+        for number, prompt, image in zip(numbers, prompts, images, strict=True):
+            path = folder / _name(number)
+            path.with_suffix(".txt").write_text(f"{prompt}\n", encoding="utf-8")
+            save_image(image, path)
+        if on_progress is not None:
+            on_progress(first + len(numbers), len(missing))
+
+
+def _name(number: int) -> str:
+    return f"class-{number:04}.png"

@@ -1,0 +1,144 @@
+"""What a training needs before its first step; words and pictures are checked before any work is done."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from peft import LoraConfig
+
+from compose.training.alignment import Alignment
+from compose.training.data import Picture, digest, read_pictures, say_small
+from compose.training.examples import Examples, encode_pictures
+from compose.training.focus import Focus, focus_on_triggers
+from compose.training.model import ADAPTER, add_lora, encode_text, tokenizers_of
+from compose.training.pictures import paint_class
+from compose.training.settings import Training
+from compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """What the concept's pictures show, in words.
+
+    Attributes:
+        pictures: The pictures.
+        words: By caption.
+        samples: What samples show, with the token positions of the trigger.
+        side: Of the training pictures, in pixels.
+    """
+
+    pictures: tuple[Picture, ...]
+    words: dict[str, Words]
+    samples: tuple[tuple[str, Sequence[int]], ...]
+    side: int
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What is learnt from.
+
+    Attributes:
+        concept: Pictures of the concept.
+        prior: Pictures of its class.
+        rows: Text features that are to be aligned; None without TARA.
+        data: SHA-256 of all of it.
+    """
+
+    concept: Examples
+    prior: Examples | None
+    rows: Rows | None
+    data: str
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The LoRA in the UNet.
+
+    Attributes:
+        config: PEFT's.
+        focus: Where the token mask is set; None without one.
+        alignment: The alignment loss; None without one.
+    """
+
+    config: LoraConfig
+    focus: Focus | None = None
+    alignment: Alignment | None = None
+
+
+def read_texts(pipe: Any, settings: Training) -> Texts:
+    """Reads pictures and captions and finds the concept's words in them.
+
+    Raises:
+        DataError: If anything cannot be used.
+    """
+    pictures = read_pictures(settings.pictures, [settings.filled(settings.prompt)])
+    if len(pictures) == 1:
+        logger.warning("there is one picture: its background and pose will be learnt with the concept; five are better")
+    side = settings.resolution or _own_side(pipe)
+    say_small(pictures, side)
+    noun = settings.tara is not None and settings.tara.needs_class_word
+    clean = settings.tara is not None and settings.tara.class_target == "clean"
+
+    def find(caption: str, noun: bool) -> Words:
+        return find_concept(tokenizers_of(pipe), caption, settings.concept, noun=noun, clean=clean)
+
+    words = {caption: find(caption, noun) for caption in dict.fromkeys(one.caption for one in pictures)}
+    asked = settings.sample_prompts or (next(iter(words)),)
+    samples = tuple((prompt, find(prompt, noun=False).trigger) for prompt in asked)
+    return Texts(pictures, words, samples, side)
+
+
+def _own_side(pipe: Any) -> int:
+    sample = pipe.unet.config.sample_size
+    return (sample if isinstance(sample, int) else min(sample)) * pipe.vae_scale_factor
+
+
+def encode(pipe: Any, texts: Texts, settings: Training, accelerator: Accelerator) -> Material:
+    """Encodes all pictures and captions; paints class pictures first if some are missing."""
+    device = accelerator.device
+    class_pictures = _class_pictures(pipe, settings, accelerator, texts.side)
+    triggers = {caption: found.trigger for caption, found in texts.words.items()}
+    concept = encode_pictures(pipe, texts.pictures, triggers, texts.side, device)
+    prior = encode_pictures(pipe, class_pictures, {}, texts.side, device) if class_pictures else None
+    rows = None
+    if settings.tara is not None and settings.tara.needs_class_word:
+        class_text, _ = encode_text(pipe, [found.class_caption for found in texts.words.values()], device)
+        rows = rows_of(list(texts.words.values()), concept.text, class_text)
+    logger.info("%d pictures of the concept, %d of its class", len(texts.pictures), len(class_pictures))
+    return Material(concept, prior, rows, digest([*texts.pictures, *class_pictures]))
+
+
+def _class_pictures(pipe: Any, settings: Training, accelerator: Accelerator, side: int) -> tuple[Picture, ...]:
+    if not settings.has_prior:
+        return ()
+    if settings.class_count and accelerator.is_main_process:
+        paint_class(pipe, accelerator, settings, side)
+    accelerator.wait_for_everyone()
+    found = read_pictures(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
+    say_small(found, side)
+    for picture in found:
+        check_class_caption(picture.caption, settings.concept)
+    return found
+
+
+def adapt(unet: Any, settings: Training, rows: Rows | None) -> Adapter:
+    """Gives the UNet its LoRA, with the mask and the keys that TARA asks for."""
+    config, tara = add_lora(unet, settings), settings.tara
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if tara is None:
+        return Adapter(config)
+    focus = focus_on_triggers(unet, ADAPTER) if tara.token_mask == "training" else None
+    if rows is None:
+        return Adapter(config, focus)
+    alignment = Alignment.of(unet, ADAPTER, rows, tara.align_norm)
+    if tara.keys == "tied":
+        alignment.freeze_keys()
+        return Adapter(config, focus)
+    if tara.start_aligned:
+        alignment.set_keys()
+    return Adapter(config, focus, alignment if tara.align_weight > 0 else None)

@@ -1,0 +1,254 @@
+"""What a training is: `Training` and `TaraTraining`, frozen and validated, and presets for kinds of models."""
+
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from compose.files import PLAYGROUND
+from compose.playground.world import BASE_CLASSES, PLACES
+from pipelines.scene import Concept
+from pipelines.tokens import find_words
+
+Scope = Literal["cross_kv", "attention", "transformer"]
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+SCOPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cross_kv": ("attn2.to_k", "attn2.to_v"),
+        "attention": _ATTENTION,
+        "transformer": (*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    }
+)
+"""The layers of each scope, as ends of their names."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _template(text: str) -> str:
+    fields = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    if unknown := fields - {"trigger", "class_word"}:
+        raise ValueError(f"{text!r} has {{{', '.join(sorted(unknown))}}}; there are {{trigger}} and {{class_word}}")
+    return text
+
+
+Template = Annotated[str, Field(min_length=1), AfterValidator(_template)]
+"""A prompt in which {trigger} and {class_word} are filled in."""
+
+Word = Annotated[str, Field(min_length=1, max_length=100)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class TaraTraining(_Frozen):
+    """How a LoRA is made that composes by `tara` (Peng et al., arXiv 2508.08812), and what one may vary.
+
+    Attributes:
+        align_weight: Weight of the token alignment loss; 0 is none.
+        align_norm: Its distance: "l1" is what the authors' code has, "l2" the squared one.
+        class_target: Where the class word's features come from. "caption": from the caption, as in the paper, where
+            they have seen the trigger, since CLIP reads from left to right. "clean": from the caption without it.
+        keys: "aligned": keys are trained, and the loss pulls the trigger's key to the class word's. "tied": keys are
+            not trained; the trigger's key is set to the class word's in closed form, which the file carries as a LoRA.
+        token_mask: "training": keys and values of cross-attention change at the trigger only, in training as in
+            inference. "inference": training has no mask.
+        start_aligned: Whether training starts with aligned keys, also set in closed form, or with the model's own.
+    """
+
+    align_weight: Annotated[float, Field(ge=0)] = 1.0
+    align_norm: Literal["l1", "l2"] = "l1"
+    class_target: Literal["caption", "clean"] = "caption"
+    keys: Literal["aligned", "tied"] = "aligned"
+    token_mask: Literal["training", "inference"] = "training"
+    start_aligned: bool = True
+
+    @property
+    def needs_class_word(self) -> bool:
+        """Whether every caption must have the class word."""
+        return self.align_weight > 0 or self.keys == "tied" or self.start_aligned
+
+
+class Training(_Frozen):
+    """All that makes a LoRA again: pictures, words, model, which layers, how they are optimised, seed.
+
+    `Training.preset` fills in what suits a kind of model.
+
+    Attributes:
+        pictures: A folder with pictures of the concept. Captions are read from its `captions.tsv` (file, tab, caption)
+            or a .txt beside each picture.
+        out: The LoRA to be written, a .safetensors file.
+        trigger: The rare word or words that will name the concept: "sks".
+        class_word: The noun after it: "cat".
+        model: The base model: `playground`, a folder as diffusers saves it, a .safetensors file, or a hub repository.
+        prompt: The caption of pictures that have none.
+        tara: Train for composing by `tara`; None is an ordinary LoRA.
+        scope: Which layers get a LoRA. "cross_kv": keys and values of cross-attention. "attention": all projections of
+            attention. "transformer": also the feed-forward layers and the projections around the transformer.
+        rank: Rank r of the LoRA.
+        alpha: The LoRA is scaled by alpha / r; None is r. Not every tool reads alpha: leave it if others use the file.
+        steps: Optimisation steps.
+        batch_size: Pictures of the concept in a batch, on every process.
+        accumulate: Batches in a step.
+        optimizer: "adamw", or "muon" (Jordan et al. 2024), which needs fewer pictures and PyTorch 2.9.
+        learning_rate: The highest one.
+        schedule: How it goes after the warm-up: stays, or falls to zero along a line or half a cosine.
+        warmup: Steps in which it rises from zero.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are shortened to this norm; None leaves them.
+        resolution: Side of the training pictures in pixels; None is the model's own.
+        seed: Decides everything random: start weights, order, noise, timesteps.
+        class_pictures: A folder with pictures of the class without the concept, for prior preservation, captioned like
+            `pictures`. None with `class_count` 0: no prior preservation.
+        class_prompts: The captions of class pictures that have none, and the prompts of those that the model makes.
+        class_count: Missing class pictures are made by the model, up to this number, into `class_pictures` (or a folder
+            beside `out`).
+        class_steps: Denoising steps for them.
+        prior_batch: Class pictures beside a batch; None is as many as `batch_size`.
+        prior_weight: Weight of their loss.
+        min_snr: Gamma of min-SNR weighting (Hang et al. 2023); None is none.
+        gradient_checkpointing: Compute twice, remember less.
+        mixed_precision: "no", "fp16" or "bf16"; the LoRA itself is float32.
+        save_dtype: Precision of the file.
+        checkpoint_every: Steps from checkpoint to checkpoint.
+        sample_every: Steps from sample to sample; 0 is none.
+        sample_prompts: What samples show; the first caption by default.
+        sample_guidance: Classifier-free guidance of samples and of class pictures that are made.
+        cpu: Stay on the CPU, whatever else is there.
+        threads: Threads on the CPU; None leaves it to PyTorch.
+    """
+
+    pictures: Path
+    out: Path
+    trigger: Word
+    class_word: Word
+    model: str
+    prompt: Template = "a photo of {trigger} {class_word}"
+    tara: TaraTraining | None = None
+    scope: Scope = "attention"
+    rank: Annotated[int, Field(gt=0, le=1024)] = 8
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive = 1000
+    batch_size: Positive = 1
+    accumulate: Positive = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    class_pictures: Path | None = None
+    class_prompts: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of {class_word}",)
+    class_count: Annotated[int, Field(ge=0, le=10_000)] = 0
+    class_steps: Positive = 25
+    prior_batch: Positive | None = None
+    prior_weight: Annotated[float, Field(ge=0)] = 1.0
+    min_snr: Annotated[float, Field(gt=0)] | None = None
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    checkpoint_every: Positive = 100
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    sample_prompts: tuple[str, ...] = ()
+    sample_guidance: float = 5.0
+    cpu: bool = False
+    threads: Positive | None = None
+
+    @classmethod
+    def preset(cls, name: str, **given: Any) -> "Training":
+        """A training with the defaults of a preset.
+
+        Args:
+            name: One of `PRESETS`.
+            given: Fields that are set; they win.
+
+        Raises:
+            ValueError: For unknown presets and unusable values.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        fields = {**PRESETS[name], **given}
+        if fields.get("tara") is not None and "scope" not in given:
+            fields["scope"] = "attention"  # where the paper has its LoRA
+        if given.get("class_pictures") is not None and "class_count" not in given:
+            fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
+        return cls(**fields)
+
+    @model_validator(mode="after")
+    def _usable(self) -> Self:
+        trigger, noun = " ".join(self.trigger.split()), " ".join(self.class_word.split())
+        if not trigger or not noun:
+            raise ValueError("the trigger and the class word need letters")
+        if trigger.lower() == noun.lower():
+            raise ValueError(
+                f"the trigger and the class word are both {trigger!r}; choose a rare trigger such as 'sks'"
+            )
+        if find_words(noun, trigger):
+            raise ValueError(f"the trigger {trigger!r} holds the class word {noun!r}; give the rare word alone")
+        if self.out.suffix != ".safetensors":
+            raise ValueError(f"out must end with .safetensors, not {self.out.name!r}")
+        if self.warmup >= self.steps:
+            raise ValueError(f"a warm-up of {self.warmup} steps leaves nothing of {self.steps} steps")
+        if self.cpu and self.mixed_precision == "fp16":
+            raise ValueError("mixed_precision fp16 needs a GPU; bf16 works on the CPU as well")
+        return self
+
+    @property
+    def concept(self) -> Concept:
+        """The concept that is learnt."""
+        return Concept(name=self.out.stem, trigger=self.trigger, class_word=self.class_word)
+
+    @property
+    def method(self) -> str:
+        """What the file says about how it was trained."""
+        return "dreambooth" if self.tara is None else "tara"
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether there are class pictures."""
+        return self.class_pictures is not None or self.class_count > 0
+
+    @property
+    def class_folder(self) -> Path:
+        """Where class pictures are."""
+        return self.class_pictures or self.out.with_name(f"{self.out.stem}-class")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file from which an interrupted training goes on."""
+        return self.out.with_suffix(".checkpoint")
+
+    def filled(self, template: str) -> str:
+        """A template with trigger and class word."""
+        return template.format(trigger=self.trigger, class_word=self.class_word)
+
+
+def _playground_prompts() -> tuple[str, ...]:
+    """One object each, every third one of the concept's own class: two objects would be taken for "no concept"."""
+    places = list(PLACES)
+    prompts = []
+    for i, name in enumerate(BASE_CLASSES):
+        prompts.append(f"a {name} {places[i % len(places)]}")
+        if i % 2:
+            prompts.append(f"a {{class_word}} {places[(i // 2) % len(places)]}")
+    return tuple(prompts)
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sd": {},
+        "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
+        PLAYGROUND: {
+            "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 16, "steps": 300,
+            "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
+            "class_prompts": _playground_prompts(), "class_count": 30, "class_steps": 15, "prior_batch": 4,
+            "prior_weight": 0.5, "mixed_precision": "bf16", "save_dtype": "float16", "sample_guidance": 4.0,
+        },
+    }
+)  # fmt: skip
+"""Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, and the playground."""

@@ -1,0 +1,176 @@
+"""Where trigger and class word stand in captions, and the text features there."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compose.training.data import DataError
+from pipelines.scene import Concept
+from pipelines.tokens import Mention, class_words, find_words, free_nouns, locate_mention, span_positions
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """One time that a caption names the concept.
+
+    Attributes:
+        trigger: Token positions of the trigger.
+        noun: Token positions of the class word that belongs to it, in the caption that class features come from; empty
+            if there is none.
+    """
+
+    trigger: tuple[int, ...]
+    noun: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Words:
+    """A caption's tokens.
+
+    Attributes:
+        caption: The text.
+        class_caption: The text that class features come from: the caption itself, or it without the trigger.
+        found: Every time that the concept is named.
+    """
+
+    caption: str
+    class_caption: str
+    found: tuple[Occurrence, ...]
+
+    @property
+    def trigger(self) -> tuple[int, ...]:
+        """Token positions of all triggers."""
+        return tuple(position for occurrence in self.found for position in occurrence.trigger)
+
+
+def find_concept(
+    tokenizers: Sequence[PreTrainedTokenizerBase], caption: str, concept: Concept, *, noun: bool, clean: bool
+) -> Words:
+    """Finds the concept's words in a caption.
+
+    Args:
+        tokenizers: Of the model: SDXL has two, which must agree about the positions.
+        caption: The text.
+        concept: With trigger and class word.
+        noun: Whether the class word is needed.
+        clean: Whether class features come from the caption without the trigger.
+
+    Raises:
+        DataError: If a word is missing, stands past the model's limit, is no word to a tokenizer, or the tokenizers
+            differ.
+    """
+    found = [_find(tokenizer, caption, concept, noun, clean) for tokenizer in tokenizers]
+    if any(other != found[0] for other in found):
+        raise DataError(f"the model's two tokenizers read {caption!r} differently; choose a trigger of plain letters")
+    return found[0]
+
+
+def _find(tokenizer: PreTrainedTokenizerBase, caption: str, concept: Concept, needed: bool, clean: bool) -> Words:
+    caption = unicodedata.normalize("NFC", caption)
+    pairs = class_words(concept, caption, [concept])
+    if not pairs:
+        raise DataError(
+            f"the caption {caption!r} lacks the trigger {concept.trigger!r}; write {concept.phrase!r} in it"
+        )
+    without = _without_trigger(caption, concept) if clean else caption
+    nouns = free_nouns(concept, caption, [concept])
+    found = []
+    for span, noun in pairs:
+        if needed and noun is None:
+            raise DataError(
+                f"the caption {caption!r} lacks the class word {concept.class_word!r} after the trigger; the alignment "
+                f"needs it: write {concept.phrase!r}"
+            )
+        try:
+            trigger = tuple(span_positions(tokenizer, caption, span, concept))
+            mention = None if noun is None else Mention((), which=(nouns.index(noun),))
+            at = locate_mention(tokenizer, without, concept, mention, []) if mention and needed else ()
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        _check_known(tokenizer, caption, trigger, concept)
+        found.append(Occurrence(trigger, at))
+    return Words(caption, without, tuple(found))
+
+
+def _without_trigger(caption: str, concept: Concept) -> str:
+    for start, end in reversed(find_words(concept.trigger or "", caption)):
+        caption = caption[:start] + caption[end:].lstrip()
+    return caption
+
+
+def _check_known(tokenizer: PreTrainedTokenizerBase, caption: str, positions: Sequence[int], concept: Concept) -> None:
+    ids = tokenizer(caption, truncation=True, verbose=False).input_ids
+    if any(ids[position] in tokenizer.all_special_ids for position in positions):
+        raise DataError(
+            f"the trigger {concept.trigger!r} is no token to this model's tokenizer, which has no such letters; choose "
+            "another one"
+        )
+
+
+def check_class_caption(caption: str, concept: Concept) -> None:
+    """Checks that a class picture's caption does not name the concept.
+
+    Raises:
+        DataError: If it does.
+    """
+    if find_words(concept.trigger or "", caption):
+        raise DataError(
+            f"the caption {caption!r} of a class picture has the trigger {concept.trigger!r}; class pictures show what "
+            "the concept is not"
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Text features at the words of all captions, a row for every token of a trigger.
+
+    Attributes:
+        trigger: Features at the trigger. Shape: [rows, channels], fp32.
+        noun: Features at the class word that belongs to it. Shape: [rows, channels], fp32.
+        of_caption: The rows of each caption.
+    """
+
+    trigger: Tensor
+    noun: Tensor
+    of_caption: tuple[tuple[int, ...], ...]
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks set all keys of one trigger."""
+        return max(map(len, self.of_caption), default=0)
+
+    def weights(self, captions: Sequence[int]) -> Tensor:
+        """How much each row counts: captions count alike, and within a caption its rows do. Shape: [rows], sum 1."""
+        weights = torch.zeros(len(self.trigger))
+        for caption in captions:
+            rows = self.of_caption[caption]
+            weights[list(rows)] += 1 / (len(captions) * len(rows))
+        return weights
+
+
+def rows_of(words: Sequence[Words], text: Tensor, class_text: Tensor) -> Rows:
+    """The features that alignment compares.
+
+    A trigger and a class word of as many tokens are paired one by one; otherwise every token of the trigger belongs to
+    the mean of the class word's tokens.
+
+    Args:
+        words: The captions.
+        text: Their features. Shape: [captions, tokens, channels].
+        class_text: Features of their `class_caption`. Shape: as `text`.
+    """
+    trigger, noun, of_caption = [], [], []
+    for features, class_features, caption in zip(text.float(), class_text.float(), words, strict=True):
+        first = len(trigger)
+        for occurrence in caption.found:
+            nouns = class_features[list(occurrence.noun)]
+            if len(occurrence.noun) != len(occurrence.trigger):
+                nouns = nouns.mean(0, keepdim=True).expand(len(occurrence.trigger), -1)
+            trigger += features[list(occurrence.trigger)].unbind()
+            noun += nouns.unbind()
+        of_caption.append(tuple(range(first, len(trigger))))
+    return Rows(torch.stack(trigger), torch.stack(noun), tuple(of_caption))

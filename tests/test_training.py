@@ -1,0 +1,610 @@
+"""Training from a folder to a file: what is written, interrupted, resumed and refused."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from peft.utils import get_peft_model_state_dict
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_cli import call, flat
+
+from components import TINY, sd_unet, unet_inputs
+from compose import ComposePipeline
+from compose.assets import playground_references
+from compose.evaluation.command import free_port
+from compose.models import ModelError
+from compose.terminal import BAD_INPUT, FAILED
+from compose.training import PRESETS, DivergedError, Stopped, TaraTraining, Training, train
+from compose.training.checkpoint import CheckpointError, FullError
+from compose.training.command import INTERRUPTED
+from compose.training.data import DataError
+from compose.training.model import preset_of
+from compose.training.optimizers import learning_rate
+from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
+
+# numpy about a line of diffusers' schedulers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+# Where keys start aligned, the l1 distance is at its kink, and rounding decides where the first steps go.
+APART = TaraTraining(start_aligned=False)
+
+MODELS = {"sd": sd_pipeline, "xl": xl_pipeline}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for name, make in MODELS.items():
+        make().save_pretrained(folder / name)
+    return {name: folder / name for name in MODELS}
+
+
+@pytest.fixture
+def begin(tmp_path: Path, models: dict[str, Path]) -> Callable[..., Training]:
+    """Settings for three pictures in a folder of the test's own."""
+    paint_folder(tmp_path / "pictures")
+
+    def settings(model: str = "sd", **fields: Any) -> Training:
+        return training(tmp_path, models[model], **fields)
+
+    return settings
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def opened(models: dict[str, Path], kind: str) -> Any:
+    pipe = {"sd": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}[kind].from_pretrained(models[kind])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(first: Path, second: Path) -> bool:
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    one, two = load_file(first), load_file(second)
+    assert one.keys() == two.keys()
+    return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("scope", ["cross_kv", "attention", "transformer"])
+def test_the_file_opens_in_diffusers_with_the_trained_weights(
+    begin: Callable[..., Training], models: dict[str, Path], kind: str, scope: str
+) -> None:
+    settings = begin(kind, scope=scope, alpha=5, tara=TARA, steps=2)
+    path = train(settings)
+    tensors = load_file(path)
+    pipe = opened(models, kind)
+    given = unet_inputs(pipe.unet, grid=(4, 4), tokens=32)
+    before = pipe.unet(**given)[0]
+    pipe.load_lora_weights(path, adapter_name="cat")
+    loaded = get_peft_model_state_dict(pipe.unet, adapter_name="cat")
+    assert {f"unet.{name}" for name in loaded} == tensors.keys()
+    for name, weight in loaded.items():
+        assert torch.equal(weight, tensors[f"unet.{name}"])
+    assert pipe.unet.peft_config["cat"].lora_alpha == 5
+    assert {m.scaling["cat"] for m in pipe.unet.modules() if hasattr(m, "scaling") and m.scaling} == {2.5}
+    assert not torch.allclose(pipe.unet.eval()(**given)[0], before, atol=1e-4)
+    kinds = {"cross_kv": 2, "attention": 8, "transformer": 10}[scope]
+    blocks = sum(name.endswith("attn2") for name, _ in pipe.unet.named_modules())
+    assert len({name.rsplit(".lora_", 1)[0] for name in tensors if "transformer_blocks" in name}) == kinds * blocks
+
+
+def test_a_file_in_half_precision_is_half_as_large_and_as_good(begin: Callable[..., Training]) -> None:
+    full = train(begin(steps=2))
+    half = train(begin(steps=2, save_dtype="float16", out=full.with_name("half.safetensors")))
+    assert {tensor.dtype for tensor in load_file(half).values()} == {torch.float16}
+    for key, tensor in load_file(half).items():
+        assert torch.equal(tensor, load_file(full)[key].half())
+
+
+@pytest.mark.parametrize("tara", [None, TARA, TaraTraining(token_mask="inference")])
+def test_the_file_says_what_inference_needs(begin: Callable[..., Training], tara: TaraTraining | None) -> None:
+    settings = begin(tara=tara, alpha=4, steps=1)
+    told = metadata(train(settings))
+    method = "dreambooth" if tara is None else "tara"
+    expected = {
+        "trigger": "sks", "class_word": "cat", "alpha": "4", "rank": "2", "scope": "attention", "method": method,
+        "base_model": "sd", "modelspec.trigger_phrase": "sks cat", "format": "pt",
+    }  # fmt: skip
+    assert expected.items() <= told.items()
+    assert told.get("token_mask") == (None if tara is None else tara.token_mask)
+    assert json.loads(told["training"])["learning_rate"] == settings.learning_rate
+    assert str(settings.pictures.parent) not in json.dumps(told)  # whose folder it was is nobody's business
+
+
+def test_inference_needs_the_file_alone(begin: Callable[..., Training], models: dict[str, Path]) -> None:
+    path = train(begin(tara=TARA, alpha=5, steps=2))
+    pipe = ComposePipeline.from_pretrained(models["sd"])
+    pipe.set_progress_bar_config(disable=True)
+    concept = pipe.load_concept(path)
+    assert (concept.trigger, concept.class_word) == ("sks", "cat")
+    (loaded,) = pipe.resolve_concepts(["cat"])
+    assert loaded.trained_with == "tara"
+    assert {factors.scale for factors in loaded.factors.unet.values()} == {2.5}
+    assert type(pipe.resolve_method(None, [loaded], ["a sks cat"])).__name__ == "Tara"
+    options: dict[str, Any] = {"width": SIDE, "height": SIDE, "num_inference_steps": 2, "output_type": "latent"}
+    images = [
+        pipe("a sks cat", concepts=concepts, generator=torch.Generator().manual_seed(0), **options).images
+        for concepts in (["cat"], None)
+    ]
+    assert not torch.allclose(*images)
+
+
+def test_the_playground_is_named_as_its_own_loras_name_it(tmp_path: Path) -> None:
+    settings = Training.preset(
+        "playground", pictures=playground_references("cat")[0].parent, out=tmp_path / "it.safetensors", trigger="sks",
+        class_word="cat", steps=1, warmup=0, class_count=0, batch_size=1, tara=TARA,
+    )  # fmt: skip
+    told = metadata(train(settings))
+    assert told["base_model"] == "lora-compose playground"
+    assert told["modelspec.prediction_type"] == "v"
+
+
+# --- TARA ---
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_training_aligns_keys(begin: Callable[..., Training], kind: str) -> None:
+    losses = []
+    start_apart = TaraTraining(start_aligned=False, align_weight=100)
+    train(begin(kind, tara=start_apart, steps=12), on_step=lambda _, loss: losses.append(loss))
+    assert losses[-1] < losses[0] * 0.8
+    aligned: list[float] = []
+    aligned_at_once = begin(kind, tara=TaraTraining(align_weight=100), steps=1)
+    train(aligned_at_once, on_step=lambda _, loss: aligned.append(loss), overwrite=True)
+    assert aligned[0] < losses[0] * 0.8
+
+
+def test_tied_keys_are_in_the_file_as_one_rank_for_every_token_of_the_trigger(begin: Callable[..., Training]) -> None:
+    first, second = (
+        load_file(train(begin(tara=TaraTraining(keys="tied"), scope="cross_kv", steps=steps), overwrite=True))
+        for steps in (1, 3)
+    )
+    moved = {key for key in first if not torch.equal(first[key], second[key])}
+    assert moved == {key for key in first if "to_v" in key}
+    keys = [first[key] for key in first if "to_k.lora_B" in key]
+    assert all(key[:, 0].any() and not key[:, 1:].any() for key in keys)
+
+
+def test_variants_differ(begin: Callable[..., Training]) -> None:
+    """So that no switch is without effect."""
+    variants = [
+        None, TARA, TaraTraining(align_norm="l2"), TaraTraining(align_weight=0), TaraTraining(class_target="clean"),
+        TaraTraining(keys="tied"), TaraTraining(token_mask="inference"), TaraTraining(start_aligned=False),
+    ]  # fmt: skip
+    files = []
+    for number, tara in enumerate(variants):
+        out = begin().out.with_name(f"{number}.safetensors")
+        files.append(train(begin(tara=tara, out=out, steps=2)))
+    for number, first in enumerate(files):
+        for second in files[number + 1 :]:
+            assert largest_difference(first, second) > 1e-6, (first, second)
+
+
+# --- the same bits ---
+
+
+def test_a_seed_decides_everything(begin: Callable[..., Training], tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    first = train(begin())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    second = train(begin(out=tmp_path / "second.safetensors"))
+    other = train(begin(out=tmp_path / "other.safetensors", seed=1))
+    assert same(first, second)
+    assert largest_difference(first, other) > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_training_that_was_stopped_goes_on_with_the_same_bits(
+    begin: Callable[..., Training], tmp_path: Path, optimizer: str
+) -> None:
+    if not hasattr(torch.optim, "Muon") and optimizer == "muon":
+        pytest.skip("this PyTorch has no Muon")
+    common: dict[str, Any] = {"optimizer": optimizer, "scope": "transformer", "tara": TARA, "steps": 5}
+    common |= {"schedule": "cosine", "warmup": 1}
+    whole = train(begin(**common, out=tmp_path / "whole.safetensors"))
+    settings = begin(**common)
+    before = signal.getsignal(signal.SIGINT)
+    steps: list[int] = []
+
+    def press_ctrl_c(step: int, _: float) -> None:
+        steps.append(step)
+        if step in (1, 4):
+            signal.raise_signal(signal.SIGINT)
+
+    for number in (1, 4):
+        with pytest.raises(Stopped, match=rf"stopped after step {number} of 5; give the same command to go on"):
+            train(settings, on_step=press_ctrl_c)
+        assert settings.checkpoint.exists()
+        assert not settings.out.exists()
+    assert signal.getsignal(signal.SIGINT) is before
+    train(settings, on_step=press_ctrl_c)
+    assert steps == [1, 2, 3, 4, 5]
+    assert same(whole, settings.out)
+    assert not settings.checkpoint.exists()
+
+
+def test_a_second_ctrl_c_ends_at_once(begin: Callable[..., Training]) -> None:
+    def press_twice(step: int, _: float) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train(begin(), on_step=press_twice)
+    assert not isinstance(raised.value, Stopped)
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(begin: Callable[..., Training], tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def die(step: int, _: float) -> None:
+        if step == 4:
+            raise KilledError
+
+    whole = train(begin(steps=6, out=tmp_path / "whole.safetensors"))
+    settings, steps = begin(steps=6), []
+    with pytest.raises(KilledError):
+        train(settings, on_step=die)
+    train(settings, on_step=lambda step, _: steps.append(step))
+    assert steps == [3, 4, 5, 6]
+    assert same(whole, settings.out)
+
+
+def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tmp_path: Path) -> None:
+    together = train(begin(batch_size=4, tara=APART, out=tmp_path / "together.safetensors"))
+    split = train(begin(batch_size=1, accumulate=4, tara=APART))
+    assert largest_difference(together, split) < 1e-4
+
+
+def test_two_processes_share_a_batch(begin: Callable[..., Training], tmp_path: Path) -> None:
+    together = train(begin(batch_size=2, tara=APART, steps=2, out=tmp_path / "together.safetensors"))
+    settings = begin(batch_size=1, tara=APART, steps=2)
+    given = arguments(settings, "--batch-size", 1, "--steps", 2, "--tara", "--start-apart")
+    command = [sys.executable, "-m", "compose", *map(str, given)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert [output.count("The LoRA:") for output, _ in told] == [1, 0]
+    assert largest_difference(together, settings.out) < 1e-4
+
+
+# --- checkpoints ---
+
+
+def stopped_at(settings: Training, step: int) -> None:
+    def stop(done: int, _: float) -> None:
+        if done == step:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        train(settings, on_step=stop)
+
+
+def test_changed_settings_are_refused_with_what_changed(begin: Callable[..., Training]) -> None:
+    settings = begin(tara=TARA)
+    stopped_at(settings, 2)
+    changed = settings.model_copy(
+        update={"learning_rate": 0.5, "tara": TaraTraining(align_norm="l2"), "checkpoint_every": 1}
+    )
+    with pytest.raises(CheckpointError) as raised:
+        train(changed)
+    lines = str(raised.value).splitlines()
+    assert lines[0].endswith("is a checkpoint at step 2 of another training:")
+    assert lines[1:3] == ["  learning_rate was 0.01 and is 0.5 now", "  tara.align_norm was l1 and is l2 now"]
+    assert "start over with --fresh" in lines[3]
+    assert len(lines) == 4
+    assert train(changed, fresh=True).exists()
+
+
+def test_changed_pictures_are_refused(begin: Callable[..., Training]) -> None:
+    settings = begin()
+    stopped_at(settings, 2)
+    paint_folder(settings.pictures, 4)
+    with pytest.raises(CheckpointError, match="the pictures or captions are others"):
+        train(settings)
+
+
+def test_what_changes_no_result_may_change(begin: Callable[..., Training], tmp_path: Path) -> None:
+    whole = train(begin(out=tmp_path / "whole.safetensors"))
+    settings = begin()
+    stopped_at(settings, 2)
+    settings.pictures.rename(tmp_path / "moved")
+    train(begin(pictures=tmp_path / "moved", checkpoint_every=1, gradient_checkpointing=True))
+    assert largest_difference(whole, settings.out) < 1e-6
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(100), "half"])
+def test_a_damaged_checkpoint_is_refused(begin: Callable[..., Training], content: bytes | str) -> None:
+    settings = begin()
+    if content == "half":
+        stopped_at(settings, 2)
+        data = settings.checkpoint.read_bytes()
+        content = data[: len(data) // 2]
+    assert isinstance(content, bytes)
+    settings.checkpoint.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: .*start over with --fresh"):
+        train(settings)
+
+
+def fill_disk(path: Path) -> None:
+    """Makes the next write of a file fail as on a full disk; what it writes to first is /dev/full."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_keeps_the_last_good_checkpoint(begin: Callable[..., Training], tmp_path: Path) -> None:
+    whole = train(begin(steps=6, out=tmp_path / "whole.safetensors"))
+    settings, kept = begin(steps=6), []
+
+    def fill(step: int, _: float) -> None:
+        if step == 3:
+            kept.append(settings.checkpoint.read_bytes())
+            fill_disk(settings.checkpoint)
+
+    with pytest.raises(FullError, match=r"at step 4 could not be written .*No space left on device; the one before it"):
+        train(settings, on_step=fill)
+    assert settings.checkpoint.read_bytes() == kept[0]
+    assert list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*")) == []
+    train(settings)
+    assert same(whole, settings.out)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_at_the_end_loses_nothing(begin: Callable[..., Training]) -> None:
+    settings, steps = begin(), []
+
+    def fill(step: int, _: float) -> None:
+        if step == 4:
+            fill_disk(settings.out)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        train(settings, on_step=fill)
+    assert not settings.out.exists()
+    train(settings, on_step=lambda step, _: steps.append(step))
+    assert steps == []
+    assert settings.out.exists()
+
+
+def test_an_existing_file_is_not_overwritten_unless_asked(begin: Callable[..., Training]) -> None:
+    settings = begin(steps=1)
+    settings.out.write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="exists already; choose another name, or overwrite it with --overwrite"):
+        train(settings)
+    assert settings.out.read_bytes() == b"precious"
+    train(settings, overwrite=True)
+    assert load_file(settings.out)
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(begin: Callable[..., Training]) -> None:
+    settings = begin(learning_rate=1e30, steps=6, max_grad_norm=None, checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"diverged. Try a lower learning rate \(it is 1e\+30\)"):
+        train(settings)
+    assert not settings.out.exists()
+
+
+# --- pictures ---
+
+
+def test_one_picture_is_enough_but_mentioned(
+    begin: Callable[..., Training], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folder = paint_folder(tmp_path / "one", 1)
+    assert train(begin(pictures=folder, steps=1)).exists()
+    assert "there is one picture" in caplog.text
+
+
+def test_small_pictures_can_be_trained_on(
+    begin: Callable[..., Training], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folder = paint_folder(tmp_path / "small", 2, (20, 12))
+    assert train(begin("xl", pictures=folder, steps=1)).exists()
+    assert "2 of 2 pictures are smaller than 32 x 32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("caption", "tara", "complaint"),
+    [
+        ("a cat", None, "lacks the trigger 'sks'"),
+        ("a sks dog", TARA, "lacks the class word 'cat'"),
+        ("so " * 40 + "sks cat", TARA, "the model reads only 30"),
+    ],
+)
+def test_unusable_captions_are_refused_before_anything_is_done(
+    begin: Callable[..., Training], caption: str, tara: TaraTraining | None, complaint: str
+) -> None:
+    settings = begin(tara=tara)
+    (settings.pictures / "1.txt").write_text(caption)
+    with pytest.raises(DataError, match=complaint):
+        train(settings)
+    assert not settings.checkpoint.exists()
+
+
+def test_variants_without_alignment_do_without_the_class_word(begin: Callable[..., Training]) -> None:
+    tara = TaraTraining(align_weight=0, start_aligned=False)
+    assert train(begin(tara=tara, prompt="a {trigger} thing", steps=1)).exists()
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_the_model_paints_missing_class_pictures(begin: Callable[..., Training], kind: str) -> None:
+    settings = begin(
+        kind, class_count=5, class_steps=1, class_prompts=("a {class_word}", "a dog"), prior_batch=1, tara=TARA, steps=2
+    )
+    folder = settings.class_folder
+    paint_folder(folder, 1)
+    first = load_file(train(settings))
+    assert sorted(path.name for path in folder.glob("*.png")) == ["0.png", *(f"class-000{i}.png" for i in range(4))]
+    captions = [(folder / f"class-000{i}.txt").read_text().strip() for i in range(4)]
+    assert captions == ["a cat", "a dog", "a cat", "a dog"]
+    again = load_file(train(settings, overwrite=True))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    without = load_file(train(settings.model_copy(update={"class_count": 0}), overwrite=True))
+    assert any(not torch.equal(first[key], without[key]) for key in first)
+
+
+def test_class_pictures_may_not_name_the_concept(begin: Callable[..., Training], tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path / "class", 1)
+    with pytest.raises(DataError, match="has the trigger 'sks'"):
+        train(begin(class_pictures=folder, class_prompts=("a {trigger} {class_word}",)))
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], tmp_path: Path, kind: str) -> None:
+    plain = train(begin(kind, tara=TARA, out=tmp_path / "plain.safetensors"))
+    prompts = ("a sks cat", "a red sks cat")
+    settings = begin(kind, tara=TARA, sample_every=3, sample_prompts=prompts)
+    train(settings)
+    names = sorted(path.name for path in (tmp_path / "cat-samples").iterdir())
+    assert names == ["000003-0.png", "000003-1.png", "000004-0.png", "000004-1.png"]
+    assert same(plain, settings.out)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"class_word": "Sks"}, "the trigger and the class word are both 'sks'"),
+        ({"trigger": "sks cat"}, "holds the class word 'cat'; give the rare word alone"),
+        ({"trigger": "  "}, "need letters"),
+        ({"out": Path("cat.bin")}, r"must end with \.safetensors"),
+        ({"prompt": "a {name}"}, r"has \{name\}; there are \{trigger\}"),
+        ({"prompt": "a {"}, "prompt"),
+        ({"resolution": 100}, "multiple of 8"),
+        ({"warmup": 4}, "a warm-up of 4 steps leaves nothing of 4 steps"),
+        ({"mixed_precision": "fp16"}, "fp16 needs a GPU"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"steps": 0}, "steps"),
+        ({"speed": 1}, "speed"),
+    ],
+)
+def test_unusable_settings_are_refused(tmp_path: Path, fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        training(tmp_path, "playground", **fields)
+
+
+def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
+    chosen = [preset_of(str(model)) for model in (models["sd"], models["xl"], "playground")]
+    assert chosen == list(PRESETS) == ["sd", "sdxl", "playground"]
+    out = tmp_path / "a.safetensors"
+    words: dict[str, Any] = {"pictures": tmp_path, "out": out, "trigger": "sks", "class_word": "cat"}
+    sd, xl = (Training.preset(name, model="m", **words) for name in ("sd", "sdxl"))
+    assert (sd.rank, sd.steps, sd.learning_rate, xl.learning_rate) == (8, 1000, 1e-4, 5e-5)
+    small = Training.preset("playground", **words)
+    assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("transformer", "attention")
+    assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
+    assert len(small.class_prompts) == small.class_count
+    assert Training.preset("playground", **words, class_pictures=tmp_path).class_count == 0
+    with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, playground"):
+        Training.preset("flux", model="m", **words)
+
+
+def test_models_of_other_kinds_are_refused(begin: Callable[..., Training], tmp_path: Path) -> None:
+    folder = tmp_path / "flux"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline", "transformer": ["diffusers", "X"]}')
+    with pytest.raises(ModelError, match="a model for FluxPipeline; expected a text-to-image model"):
+        train(begin().model_copy(update={"model": str(folder)}))
+    sd_pipeline(sd_unet(**TINY, in_channels=9)).save_pretrained(tmp_path / "inpaint")
+    with pytest.raises(ModelError, match="is it for inpainting"):
+        train(begin().model_copy(update={"model": str(tmp_path / "inpaint")}))
+
+
+def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:
+    settings = training(tmp_path, "m", steps=101, warmup=1, learning_rate=1)
+    rates: dict[str, list[float]] = {
+        schedule: [learning_rate(settings.model_copy(update={"schedule": schedule}), step) for step in range(101)]
+        for schedule in ("constant", "linear", "cosine")
+    }
+    assert {found[0] for found in rates.values()} == {0.5}
+    assert {found[1] for found in rates.values()} == {1}
+    assert [found[51] for found in rates.values()] == pytest.approx([1, 0.5, 0.5])
+    assert [found[26] for found in rates.values()] == pytest.approx([1, 0.75, 0.5 + 0.5 * 0.5**0.5])
+    assert rates["cosine"][-1] < 1e-3
+
+
+# --- the command ---
+
+
+def arguments(settings: Training, *more: object) -> list[object]:
+    return [
+        "train", settings.pictures, "--out", settings.out, "--trigger", "sks", "--class", "cat",
+        "--model", settings.model, "--resolution", SIDE, "--steps", 4, "--rank", 2, "--lr", "1e-2",
+        "--batch-size", 2, "--cpu", *more,
+    ]  # fmt: skip
+
+
+def test_the_command_trains_as_python_does(begin: Callable[..., Training], tmp_path: Path) -> None:
+    tara = TaraTraining(align_norm="l2", keys="aligned", align_weight=2, start_aligned=False)
+    expected = train(begin(tara=tara, checkpoint_every=100, out=tmp_path / "expected.safetensors"))
+    settings = begin()
+    result = call(*arguments(settings, "--tara", "--align-norm", "l2", "--align-weight", 2, "--start-apart"))
+    assert "trigger 'sks', class 'cat', method tara" in result.stdout
+    assert same(expected, settings.out)
+
+
+def test_the_command_answers_mistakes_kindly(begin: Callable[..., Training]) -> None:
+    settings = begin()
+    error = call(*arguments(settings, "--keys", "tied"), code=BAD_INPUT).stderr
+    assert "--keys: these are options of --tara, which is not given" in error
+    error = flat(call(*arguments(settings, "--scope", "all"), code=BAD_INPUT).stderr)
+    assert "scope: expected 'cross_kv', 'attention' or 'transformer', found 'all'" in error
+    settings.out.write_bytes(b"")
+    assert "exists already" in call(*arguments(settings), code=FAILED).stderr
+    elsewhere = settings.model_copy(update={"model": "no"})
+    assert "there is no model" in call(*arguments(elsewhere), code=BAD_INPUT).stderr
+    settings.out.unlink()
+    error = call(*arguments(settings, "--lr", "1e30"), code=FAILED).stderr
+    assert "diverged" in error
+
+
+def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Training]) -> None:
+    settings = begin()
+    command = [sys.executable, "-m", "compose", *map(str, arguments(settings, "--steps", 100_000))]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any("parameters to train" in line for line in iter(process.stderr.readline, ""))
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    error = process.stderr.read()
+    assert process.wait(60) == INTERRUPTED
+    assert "give the same command to go on" in error
+    assert "Traceback" not in error
+    assert settings.checkpoint.exists()
+
+
+@pytest.fixture(autouse=True)
+def _said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "compose")

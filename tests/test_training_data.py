@@ -1,0 +1,127 @@
+"""Pictures and captions that are read for training."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from compose.assets import playground_references
+from compose.training.data import DataError, digest, load_picture, read_pictures, say_small, square
+from trainings import paint_folder
+
+
+def test_captions_come_from_the_table_or_from_beside_or_are_the_prompt(tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path, 4)
+    (folder / "captions.tsv").write_text("0.png\ta sks cat\t1 2 3\n\n2.png\tthe  sks cat\n", encoding="utf-8")
+    (folder / "1.txt").write_text("a sks cat\nin snow\n", encoding="utf-8")
+    (folder / "notes.md").write_text("no picture")
+    found = read_pictures(folder, ["first", "second", "third", "fourth"])
+    assert [picture.caption for picture in found] == ["a sks cat", "a sks cat in snow", "the sks cat", "fourth"]
+    assert [picture.path.name for picture in found] == ["0.png", "1.png", "2.png", "3.png"]
+
+
+def test_pictures_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path, 11)
+    assert [picture.path.stem for picture in read_pictures(folder, ["x"])] == [str(i) for i in range(11)]
+
+
+def test_the_references_of_the_playground_are_read() -> None:
+    found = read_pictures(playground_references("cat")[0].parent, ["x"])
+    assert len(found) == 10
+    assert found[7].caption == "a sks cat and a fox on sand"
+    assert found[7].size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("0.png a sks cat", "line 1: expected a file name, a tab and a caption"),
+        ("0.png\ta\n0.png\tb", "line 2: 0.png has a caption already"),
+        ("0.png\t  \t1 2", "line 1: expected"),
+    ],
+)
+def test_broken_tables_are_refused_with_the_line(tmp_path: Path, lines: str, complaint: str) -> None:
+    folder = paint_folder(tmp_path, 1)
+    (folder / "captions.tsv").write_text(lines)
+    with pytest.raises(DataError, match=complaint):
+        read_pictures(folder, ["x"])
+
+
+def test_captions_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path, 1)
+    (folder / "0.txt").write_bytes(b"a \xff cat")
+    with pytest.raises(DataError, match=r"0\.txt is not UTF-8 text: byte 2 is 0xff"):
+        read_pictures(folder, ["x"])
+
+
+def test_captions_of_missing_pictures_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = paint_folder(tmp_path, 1)
+    (folder / "captions.tsv").write_text("0.png\ta\n9.png\tb\n../1.png\tc\n")
+    assert len(read_pictures(folder, ["x"])) == 1
+    assert "pictures that are not there: ../1.png, 9.png" in caplog.text
+
+
+def test_an_empty_or_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no pictures; expected files that end with \.png, \.jpg"):
+        read_pictures(tmp_path, ["x"])
+    with pytest.raises(DataError, match="there is no folder"):
+        read_pictures(tmp_path / "nowhere", ["x"])
+
+
+@pytest.mark.parametrize("how", ["truncated", "text", "empty"])
+def test_a_broken_picture_is_named(tmp_path: Path, how: str) -> None:
+    path = paint_folder(tmp_path, 3) / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[how])
+    with pytest.raises(DataError, match=r"1\.png is not a readable picture"):
+        read_pictures(tmp_path, ["x"])
+
+
+def test_pictures_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (40, 20), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    wide.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_picture(tmp_path / "turned.jpg").size == (20, 40)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_picture(tmp_path / "clear.png").getpixel((3, 3)) == (255, 255, 255)
+    Image.new("P", (8, 8)).save(tmp_path / "palette.gif")
+    assert load_picture(tmp_path / "palette.gif").mode == "RGB"
+
+
+def test_the_middle_of_a_picture_is_taken() -> None:
+    columns = np.zeros((20, 60, 3), "u1")
+    columns[:, 20:40] = 255
+    pixels, cut = square(Image.fromarray(columns), 20)
+    assert pixels.shape == (3, 20, 20)
+    assert cut == (0, 20)
+    assert torch.equal(pixels, torch.ones(3, 20, 20))
+    tall, cut = square(Image.fromarray(columns).rotate(90, expand=True), 40)
+    assert (tall.shape, cut) == ((3, 40, 40), (40, 0))
+    assert tall.min() >= -1
+
+
+def test_small_pictures_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = paint_folder(tmp_path, 2, (24, 50))
+    Image.new("RGB", (64, 64)).save(folder / "large.png")
+    found = read_pictures(folder, ["x"])
+    say_small(found, 32)
+    assert "2 of 3 pictures are smaller than 32 x 32" in caplog.text
+    assert "0.png, 1.png" in caplog.text
+    assert square(load_picture(found[0].path), 32)[0].shape == (3, 32, 32)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        say_small(found, 24)
+    assert caplog.text == ""
+
+
+def test_the_digest_sees_pictures_captions_and_nothing_else(tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path / "a", 2)
+    before = digest(read_pictures(folder, ["x"]))
+    assert digest(read_pictures(paint_folder(tmp_path / "b", 2), ["x"])) == before
+    assert digest(read_pictures(folder, ["y"])) != before
+    Image.new("RGB", (32, 32)).save(folder / "1.png")
+    assert digest(read_pictures(folder, ["x"])) != before

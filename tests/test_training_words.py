@@ -1,0 +1,127 @@
+"""Trigger and class word in captions, and the features there."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from compose.assets import playground_model
+from compose.training.data import DataError
+from compose.training.words import Occurrence, Words, check_class_caption, find_concept, rows_of
+from pipelines.scene import Concept
+from trainings import xl_pipeline
+
+SKS = Concept(name="it", trigger="sks", class_word="cat")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+
+
+def find(tokenizer: Any, caption: str, concept: Concept = SKS, **options: bool) -> Words:
+    return find_concept([tokenizer], caption, concept, **{"noun": True, "clean": False, **options})
+
+
+def tokens(tokenizer: Any, caption: str, positions: tuple[int, ...]) -> str:
+    ids = tokenizer(caption).input_ids
+    return tokenizer.decode([ids[position] for position in positions]).strip()
+
+
+def test_words_of_one_token(tokenizer: CLIPTokenizer) -> None:
+    found = find(tokenizer, "a SKS cat on grass")
+    assert found.found == (Occurrence((2,), (3,)),)
+    assert find(tokenizer, "a SKS cat on grass", noun=False).found == (Occurrence((2,)),)
+
+
+def test_every_occurrence_has_its_class_word(tokenizer: CLIPTokenizer) -> None:
+    found = find(tokenizer, "a sks cat and a red sks cat")
+    assert found.found == (Occurrence((2,), (3,)), Occurrence((7,), (8,)))
+    assert found.trigger == (2, 7)
+
+
+def test_triggers_and_class_words_of_several_tokens(tokenizer: CLIPTokenizer) -> None:
+    concept = Concept(name="it", trigger="monadikos", class_word="wooden floor")
+    caption = "a monadikos wooden floor"
+    found = find(tokenizer, caption, concept).found[0]
+    assert len(found.trigger) > 1
+    assert tokens(tokenizer, caption, found.trigger).replace(" ", "") == "monadikos"
+    assert tokens(tokenizer, caption, found.noun) == "wooden floor"
+
+
+def test_the_clean_caption_lacks_the_trigger_and_has_the_same_class_word(tokenizer: CLIPTokenizer) -> None:
+    caption = "a cat beside a sks cat and a sks cat"
+    found = find(tokenizer, caption, clean=True)
+    assert found.class_caption == "a cat beside a cat and a cat"
+    nouns = [occurrence.noun for occurrence in found.found]
+    assert [tokens(tokenizer, found.class_caption, noun) for noun in nouns] == ["cat", "cat"]
+    first, second = (noun[0] for noun in nouns)
+    assert find(tokenizer, caption).found[0].noun[0] == first + 1  # one trigger before it
+    assert find(tokenizer, caption).found[1].noun[0] == second + 2
+
+
+@pytest.mark.parametrize(
+    ("caption", "concept", "complaint"),
+    [
+        ("a cat", SKS, "the caption 'a cat' lacks the trigger 'sks'; write 'sks cat'"),
+        ("a sksy cat", SKS, "lacks the trigger"),
+        ("a sks dog", SKS, "lacks the class word 'cat' after the trigger"),
+        ("a cat called sks", SKS, "lacks the class word 'cat' after the trigger"),
+        ("very " * 40 + "sks cat", SKS, "the model reads only 30"),
+        ("sks " + "very " * 40 + "cat", SKS, "the model reads only 30"),
+        ("a <|endoftext|> cat", Concept(name="it", trigger="<|endoftext|>", class_word="cat"), "is no token"),
+    ],
+)
+def test_words_that_cannot_be_used_are_refused(
+    tokenizer: CLIPTokenizer, caption: str, concept: Concept, complaint: str
+) -> None:
+    with pytest.raises(DataError, match=complaint):
+        find(tokenizer, caption, concept)
+
+
+def test_an_ordinary_lora_does_not_need_the_class_word(tokenizer: CLIPTokenizer) -> None:
+    assert find(tokenizer, "a sks dog", noun=False).trigger == (2,)
+
+
+def test_both_tokenizers_of_sdxl_agree(tokenizer: CLIPTokenizer) -> None:
+    pipe = xl_pipeline()
+    two = [pipe.tokenizer, pipe.tokenizer_2]
+    assert two[0].pad_token_id != two[1].pad_token_id
+    caption = "a sks cat and a monadikos"
+    assert find_concept(two, caption, SKS, noun=True, clean=False) == find(tokenizer, caption)
+
+
+def test_tokenizers_that_disagree_are_refused(tokenizer: CLIPTokenizer) -> None:
+    other = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    other.add_tokens(["sks cat"])  # one token instead of two
+    with pytest.raises(DataError, match=r"two tokenizers read|does not keep its own tokens"):
+        find_concept([tokenizer, other], "a sks cat", SKS, noun=True, clean=False)
+
+
+def test_class_captions_must_not_name_the_concept() -> None:
+    check_class_caption("a cat", SKS)
+    with pytest.raises(DataError, match="has the trigger 'sks'"):
+        check_class_caption("a Sks cat", SKS)
+
+
+def words(*found: Occurrence) -> Words:
+    return Words("", "", found)
+
+
+def test_rows_pair_tokens_or_take_the_mean_of_the_class_word() -> None:
+    text = torch.arange(12.0)[:, None].expand(2, 12, 3)
+    text = torch.stack([text[0], text[1] + 100])
+    rows = rows_of(
+        [words(Occurrence((1, 2), (3, 4))), words(Occurrence((1,), (5, 6)), Occurrence((8, 9), (3,)))], text, text
+    )
+    assert rows.trigger[:, 0].tolist() == [1, 2, 101, 108, 109]
+    assert rows.noun[:, 0].tolist() == [3, 4, 105.5, 103, 103]
+    assert rows.of_caption == ((0, 1), (2, 3, 4))
+
+
+def test_captions_count_alike_however_often_they_name_the_concept() -> None:
+    text = torch.zeros(2, 12, 3)
+    rows = rows_of([words(Occurrence((1,), (2,))), words(Occurrence((1, 2), (3,)))], text, text)
+    assert rows.weights([0, 1, 1, 1]).tolist() == pytest.approx([0.25, 0.375, 0.375])
+    assert rows.weights([0]).tolist() == [1, 0, 0]
