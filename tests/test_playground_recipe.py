@@ -15,9 +15,12 @@ from compose.assets import playground_references
 from compose.playground import base, concepts, scenes, vae, world
 from compose.playground.base import BaseTrainer, pipeline
 from compose.playground.loop import rate, resume
+from compose.playground.loras import trainings
 from compose.playground.muon import Muon, orthogonalised
 from compose.playground.tokenizer import build, captions
 from compose.playground.world import CONCEPTS, STYLE_TRIGGER
+from compose.training import train
+from pipelines.loading import read_lora
 
 Sprites = dict[str, np.ndarray]
 
@@ -228,3 +231,23 @@ def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path,
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     picture = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="np").images[0]
     assert np.isfinite(picture).all()
+
+
+def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> None:
+    found = {one.out.stem: one for one in trainings(tmp_path / "r", tmp_path / "p", tmp_path, "playground")}
+    assert set(found) == {f"{name}{suffix}" for name in (*CONCEPTS, concepts.STYLE) for suffix in ("", "-tara")}
+    kitten = found["kitten-tara"]
+    assert (kitten.trigger, kitten.class_word, kitten.method) == ("vbn", "cat", "tara")
+    assert kitten.class_pictures == tmp_path / "p" / "cat"
+
+
+def test_a_lora_of_the_playground_is_trained_by_the_recipe(artwork: Path, tmp_path: Path) -> None:
+    command(concepts.app, "references", artwork, tmp_path / "references")
+    command(concepts.app, "prior", artwork, tmp_path / "prior", "--any-class", "2", "--own-class", "1")
+    (settings,) = [
+        one
+        for one in trainings(tmp_path / "references", tmp_path / "prior", tmp_path, "playground", threads=1)
+        if one.out.stem == "outline-tara"
+    ]
+    few = settings.model_copy(update={"steps": 1, "warmup": 0, "batch_size": 1, "prior_batch": 1})
+    assert read_lora(train(few)).metadata["trigger"] == STYLE_TRIGGER
