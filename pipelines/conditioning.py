@@ -195,6 +195,29 @@ class TokenMasks:
         return cls(mask, mask)
 
 
+def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMasks:
+    """The masks of one prompt for several tokenizers, which have to be the same.
+
+    Their encoders' features of one position stand side by side in one vector, which a token gate cannot take apart.
+
+    Raises:
+        ValueError: If a concept's words stand at different positions.
+    """
+    first, *others = masks
+    for other in others:
+        here, there = first.trigger.shape[1], other.trigger.shape[1]
+        if here != there:
+            raise ValueError(f"the two tokenizers read {here} and {there} tokens; expected the same number")
+        apart = ((first.trigger != other.trigger) | (first.phrase != other.phrase)).any(dim=1).any(dim=0)
+        if apart.any():
+            names = ", ".join(repr(concept.name) for concept, differs in zip(concepts, apart, strict=True) if differs)
+            raise ValueError(
+                f"the words of {names} stand at other tokens in prompt_2 than in prompt; write both so that they stand "
+                "at the same place, or leave prompt_2 out"
+            )
+    return first
+
+
 def join_rows(uncond: Tensor | None, branches: Sequence[Tensor], images_per_prompt: int) -> Tensor:
     """Rows (uncond, branch 0, ...) from one mask per prompt and branch; prompts are repeated for their images.
 

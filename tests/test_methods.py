@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Gates, Lora, LoraFactors, attention_layers, install, places
-from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from components import EVERYTHING, random_lora, sd_unet, small_pipeline, text_loras
 from pipelines.engine import masks_of
 from pipelines.methods import METHODS, Merge, Regional, Tara, make_method
 from pipelines.methods.tara import CfgMask, Scope
@@ -88,6 +88,7 @@ def load(
 # Merge
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize(("names", "arguments"), [
     (["cat"], {"guidance_scale": 1.0}),
     (["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "num_images_per_prompt": 2}),
@@ -96,8 +97,7 @@ def load(
 def test_merge_equals_the_adapters_of_diffusers_text_encoder_included(pipe, plain_pipe, write_lora, names, arguments):
     weights = WEIGHTS[: len(names)]
     for seed, (name, lora) in enumerate(zip(names, loras_of(pipe, names), strict=True)):
-        text = random_lora(pipe.text_encoder, 10 + seed, targets=TEXT_LAYERS, size=0.2)
-        path = write_lora(name, unet=lora, text_encoder=text)
+        path = write_lora(name, unet=lora, **text_loras(pipe, 10 + seed, TEXT_LAYERS, size=0.2))
         plain_pipe.load_lora_weights(path, adapter_name=name)
         pipe.load_concept(path, name)
     plain_pipe.set_adapters(names, list(weights))
