@@ -66,6 +66,16 @@ class Conditioning:
         """The rows of one image."""
         return replace(self.select(slice(image, None, self.images)), images=1)
 
+    def on_part(self, height: float, width: float) -> "Conditioning":
+        """The same for a canvas of its own, so much of the whole one: SDXL is told how large a picture it paints."""
+        if self.added_cond_kwargs is None or "time_ids" not in self.added_cond_kwargs:
+            return self
+        sizes = self.added_cond_kwargs["time_ids"]  # target height and width are the last two
+        shares = torch.ones(sizes.shape[-1], device=sizes.device)
+        shares[-2:] = torch.tensor([height, width])
+        scaled = (sizes * shares).round().to(sizes.dtype)
+        return replace(self, added_cond_kwargs={**self.added_cond_kwargs, "time_ids": scaled})
+
     def select(self, rows: slice) -> "Conditioning":
         """Some of the rows, whatever they are then."""
         added = self.added_cond_kwargs
@@ -212,8 +222,8 @@ def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMas
         if apart.any():
             names = ", ".join(repr(concept.name) for concept, differs in zip(concepts, apart, strict=True) if differs)
             raise ValueError(
-                f"the words of {names} stand at other tokens in prompt_2 than in prompt; write both so that they stand "
-                "at the same place, or leave prompt_2 out"
+                f"the words of {names} stand at other tokens for the second tokenizer; write prompt_2 so that they "
+                "stand where they stand in the prompt, or leave it out (or give a textual inversion to both encoders)"
             )
     return first
 

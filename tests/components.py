@@ -1,12 +1,15 @@
 """Small real components for the tests: `from components import sd_unet`. Everything runs offline on the CPU."""
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from attention import Lora, LoraFactors
@@ -156,6 +159,8 @@ def xl_pipeline(cls: Any = ComposeStableDiffusionXLPipeline, unet: UNet2DConditi
         add_watermarker=False,
     )
     pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        pipe.encode_prompt("")  # transformers leaves hooks in a model that is first asked for hidden states
     return pipe
 
 
@@ -218,3 +223,61 @@ FAMILIES = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline}
 def seeded(seed: int = 0) -> torch.Generator:
     """A generator for a call."""
     return torch.Generator().manual_seed(seed)
+
+
+class State:
+    """Everything about a pipeline that a call must leave alone, compared by identity and by bits."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        self.tree = {name: repr(model) for name, model in self.models.items()}
+        self.modules = self._modules()
+        self.tensors = self._tensors()
+        self.bits = [tensor.clone() for tensor, _ in self.tensors.values() if not tensor.is_meta]
+        self.processors = dict(pipe.unet.attn_processors)
+        self.adapters = self._adapters()
+        self.rng = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        self.pipe = pipe
+
+    def _modules(self) -> dict[str, tuple]:
+        return {
+            f"{part}.{name}": (module, module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+            for part, model in self.models.items()
+            for name, module in model.named_modules()
+        }
+
+    def _tensors(self) -> dict[str, tuple[Tensor, bool]]:
+        return {
+            f"{part}.{name}": (tensor, tensor.requires_grad)
+            for part, model in self.models.items()
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+
+    def _adapters(self) -> dict[str, Any]:
+        return {
+            f"{part}.{name}": (
+                dict(module.scaling), list(module.active_adapters), module.disable_adapters, module.merged,
+            )
+            for part, model in self.models.items()
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        }  # fmt: skip
+
+    def assert_unchanged(self) -> None:
+        assert {name: repr(model) for name, model in self.models.items()} == self.tree
+        assert self._modules() == self.modules
+        now = self._tensors()
+        assert now.keys() == self.tensors.keys()
+        for name, (tensor, requires_grad) in now.items():
+            assert tensor is self.tensors[name][0], name
+            assert requires_grad == self.tensors[name][1], name
+            assert tensor.grad is None, name
+        for tensor, bits in zip((t for t, _ in now.values() if not t.is_meta), self.bits, strict=True):
+            assert torch.equal(tensor, bits)
+        processors = self.pipe.unet.attn_processors
+        assert processors.keys() == self.processors.keys()
+        assert all(processors[name] is self.processors[name] for name in processors)
+        assert self._adapters() == self.adapters
+        assert torch.equal(torch.get_rng_state(), self.rng[0])
+        assert random.getstate() == self.rng[1]
+        assert str(np.random.get_state()) == self.rng[2]

@@ -88,11 +88,11 @@ def load(
 # Merge
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize(("names", "arguments"), [
-    (["cat"], {"guidance_scale": 1.0}),
-    (["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "num_images_per_prompt": 2}),
-    (["cat", "dog", "bear"], {"negative_prompt": "dark"}),
+@pytest.mark.parametrize(("family", "names", "arguments"), [
+    ("sd", ["cat"], {"guidance_scale": 1.0}),
+    ("sd", ["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "num_images_per_prompt": 2}),
+    ("sd", ["cat", "dog", "bear"], {"negative_prompt": "dark"}),
+    ("sdxl", ["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "negative_prompt": ["dark", "sks"]}),
 ])  # fmt: skip
 def test_merge_equals_the_adapters_of_diffusers_text_encoder_included(pipe, plain_pipe, write_lora, names, arguments):
     weights = WEIGHTS[: len(names)]

@@ -1,6 +1,5 @@
 """Calls with concepts: every argument of diffusers keeps its meaning, and nothing is left behind."""
 
-import random
 import re
 import threading
 import time
@@ -21,12 +20,11 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
-from peft.tuners.lora import LoraLayer
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel
 
-from components import EVERYTHING, random_lora, small_pipeline, tiny_pipeline
+from components import EVERYTHING, State, random_lora, small_pipeline, tiny_pipeline
 from pipelines.base import ComposePipeline
 from pipelines.engine import Engine
 from pipelines.loading import LoraError
@@ -110,64 +108,6 @@ def far_apart(one: Tensor, other: Tensor) -> bool:
 
 
 # What a call must leave alone
-
-
-class State:
-    """Everything about a pipeline that a call must leave alone, compared by identity and by bits."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        self.tree = {name: repr(model) for name, model in self.models.items()}
-        self.modules = self._modules()
-        self.tensors = self._tensors()
-        self.bits = [tensor.clone() for tensor, _ in self.tensors.values() if not tensor.is_meta]
-        self.processors = dict(pipe.unet.attn_processors)
-        self.adapters = self._adapters()
-        self.rng = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-        self.pipe = pipe
-
-    def _modules(self) -> dict[str, tuple]:
-        return {
-            f"{part}.{name}": (module, module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
-            for part, model in self.models.items()
-            for name, module in model.named_modules()
-        }
-
-    def _tensors(self) -> dict[str, tuple[Tensor, bool]]:
-        return {
-            f"{part}.{name}": (tensor, tensor.requires_grad)
-            for part, model in self.models.items()
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
-
-    def _adapters(self) -> dict[str, Any]:
-        return {
-            f"{part}.{name}": (
-                dict(module.scaling), list(module.active_adapters), module.disable_adapters, module.merged,
-            )
-            for part, model in self.models.items()
-            for name, module in model.named_modules()
-            if isinstance(module, LoraLayer)
-        }  # fmt: skip
-
-    def assert_unchanged(self) -> None:
-        assert {name: repr(model) for name, model in self.models.items()} == self.tree
-        assert self._modules() == self.modules
-        now = self._tensors()
-        assert now.keys() == self.tensors.keys()
-        for name, (tensor, requires_grad) in now.items():
-            assert tensor is self.tensors[name][0], name
-            assert requires_grad == self.tensors[name][1], name
-            assert tensor.grad is None, name
-        for tensor, bits in zip((t for t, _ in now.values() if not t.is_meta), self.bits, strict=True):
-            assert torch.equal(tensor, bits)
-        processors = self.pipe.unet.attn_processors
-        assert processors.keys() == self.processors.keys()
-        assert all(processors[name] is self.processors[name] for name in processors)
-        assert self._adapters() == self.adapters
-        assert torch.equal(torch.get_rng_state(), self.rng[0])
-        assert random.getstate() == self.rng[1]
-        assert str(np.random.get_state()) == self.rng[2]
 
 
 class StoppedError(Exception):
