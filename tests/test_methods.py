@@ -198,14 +198,20 @@ def token_rows(prompts: list[str], names: Sequence[str], images: int, uncond: st
     return torch.cat([cond if uncond == "broadcast" else torch.zeros_like(cond), cond])
 
 
-@pytest.mark.parametrize("cfg_mask", ["cond_only", "broadcast"])
-@pytest.mark.parametrize("scope", ["all", "cross_kv"])
-@pytest.mark.parametrize(("names", "prompts", "images", "arguments"), [
+TARA_CALLS: list[tuple[list[str], list[str], int, dict[str, Any]]] = [
     (["cat"], [PROMPT], 1, {"negative_prompt": "sks, zwx"}),
     (["cat", "dog", "bear"], [PROMPT], 1, {"width": 96, "height": 64, "negative_prompt": "sks, zwx"}),
     (["cat", "bear", "dog"], [PROMPT, OTHER_PROMPT], 2, {}),
     (["cat", "dog", "bear"], [OTHER_PROMPT, PROMPT], 1, {"guidance_scale": 1.0}),
-])  # fmt: skip
+]
+TARA_CASES = [
+    *(("sd", rows, scope, *call) for call in TARA_CALLS for rows in get_args(CfgMask) for scope in get_args(Scope)),
+    ("sdxl", "cond_only", "all", *TARA_CALLS[2]),
+    ("sdxl", "broadcast", "cross_kv", *TARA_CALLS[0]),
+]
+
+
+@pytest.mark.parametrize(("family", "cfg_mask", "scope", "names", "prompts", "images", "arguments"), TARA_CASES)
 def test_tara_equals_its_formula(pipe, plain_pipe, write_lora, cfg_mask, scope, names, prompts, images, arguments):
     loras = loras_of(pipe, names)
     load(pipe, write_lora, names, loras)
