@@ -452,7 +452,7 @@ def test_components_that_are_missing_stay_missing(composer, tmp_path):
 
 @BOTH
 def test_precision_follows_to(composer):
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
         composer.to(dtype=dtype)
         assert composer.dtype == composer.unet.dtype == composer.text_encoder.dtype == dtype
         for arguments in ({}, {"concepts": ["cat", "dog"], "method": "tara"}, {"concepts": ["cat"], "method": "merge"}):
