@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention import attention_layers
 from components import (
@@ -372,3 +373,47 @@ def test_latents_with_a_mean_of_their_own_are_decoded_as_in_diffusers(composer, 
     arguments = {"num_inference_steps": 1, "output_type": "pt"}
     expected = plain_pipe(PROMPT, generator=seeded(), **arguments).images
     assert_close(latents_of(composer, "merge", concepts=nobody, **arguments), expected)
+
+
+# Memory
+
+
+def offload_models(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_layers(pipe: Any) -> None:
+    """What `enable_sequential_cpu_offload` does, with the CPU as the device that layers are brought to."""
+    for model in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+@pytest.mark.parametrize("offload", [offload_models, offload_layers])
+def test_methods_with_gradients_give_the_same_image_with_offloaded_models(composer, method, offload):
+    expected = latents_of(composer, method)
+    offload(composer)
+    for _ in range(2):
+        assert_close(latents_of(composer, method), expected)
+
+
+@pytest.mark.parametrize("offload", [offload_models, offload_layers])
+def test_a_vae_that_overflows_is_decoded_in_single_precision_also_when_it_is_offloaded(composer, offload):
+    composer.vae.half()
+    expected = compose(composer, "tara", output_type="pt").images
+    offload(composer)
+    for _ in range(2):
+        assert_close(compose(composer, "tara", output_type="pt").images, expected)
+    assert composer.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_method_works_in_half_precision(composer, method, dtype):
+    expected = latents_of(composer, method, latents=torch.randn(1, 4, 16, 16, generator=seeded()))
+    composer.to(dtype=dtype)
+    output = compose(composer, method, latents=torch.randn(1, 4, 16, 16, generator=seeded()).to(dtype))
+    assert output.images.dtype == dtype
+    assert (output.images.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+    images = compose(composer, method, output_type="np", num_inference_steps=1).images
+    assert torch.from_numpy(images).isfinite().all()
