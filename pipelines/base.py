@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 Generators = torch.Generator | list[torch.Generator] | None
+
+Concepts = Sequence[str | Concept] | Sequence[Sequence[str | Concept]]
+"""Who takes part: concepts of all prompts, or a list of concepts for each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,7 +64,7 @@ class Call:
         started: When the call began, by `time.perf_counter()`.
     """
 
-    concepts: Sequence[str | Concept]
+    concepts: Concepts
     method: str | Settings | None
     texts: Sequence[Sequence[str]] | None
     prompt_embeds: Tensor | None
@@ -90,6 +93,12 @@ class Call:
     def prompts(self) -> Sequence[str] | None:
         """The prompts; None with embeddings."""
         return None if self.texts is None else self.texts[0]
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts or embeddings there are."""
+        given = self.prompts if self.prompt_embeds is None else self.prompt_embeds
+        return 0 if given is None else len(given)
 
     @property
     def lora_scale(self) -> float | None:
@@ -283,10 +292,38 @@ class ComposePipeline:
         )
 
     def resolve_method(
-        self, method: str | Settings | None, concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None
+        self,
+        method: str | Settings | None,
+        concepts: Sequence[LoadedConcept],
+        prompts: Sequence[str] | None,
+        *,
+        differ: bool = False,
     ) -> Settings:
         """The settings behind a method's name; None chooses and logs why. Without words there are no prompts."""
-        return choose_method(concepts, prompts) if method is None else make_method(method)
+        return choose_method(concepts, prompts, differ=differ) if method is None else make_method(method)
+
+    def _cast(self, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
+        """Everybody of a call, and by prompt who of them takes part.
+
+        A concept that is the same in several prompts is one; with another weight or region it is another.
+        """
+        given: Sequence[Any] = [call.concepts] if isinstance(call.concepts, str | Concept) else call.concepts
+        if not any(isinstance(entry, list | tuple) for entry in given):
+            everybody = self.resolve_concepts(call.concepts)  # pyright: ignore[reportArgumentType]
+            return everybody, [list(range(len(everybody)))] * call.prompt_count
+        if not all(isinstance(entry, list | tuple) for entry in given):
+            raise ValueError("concepts are those of all prompts, or a list for each prompt, but not a mixture of both")
+        if len(given) != call.prompt_count:
+            raise ValueError(f"there are concepts for {len(given)} prompts, but {call.prompt_count} prompts")
+        cast: dict[Concept, LoadedConcept] = {}
+        places: dict[Concept, int] = {}
+        members = []
+        for mine in map(self.resolve_concepts, given):
+            for found in mine:
+                cast.setdefault(found.concept, found)
+                places.setdefault(found.concept, len(places))
+            members.append([places[found.concept] for found in mine])
+        return tuple(cast.values()), members
 
     def compose(self, call: Call, encode: Encoder) -> tuple[Tensor, Engine]:
         """A call with concepts up to its final latents, the same for every family and method.
@@ -326,11 +363,12 @@ class ComposePipeline:
 
     def _prepared(self, call: Call, encode: Encoder) -> tuple[Engine, Settings]:
         """Checks everything that can be checked before something is changed."""
-        loaded = self.resolve_concepts(call.concepts)
+        loaded, members = self._cast(call)
         check_call(loaded, call.width, call.height, call.num_inference_steps)
-        settings = self.resolve_method(call.method, loaded, call.prompts)
+        differ = any(mine != members[0] for mine in members)
+        settings = self.resolve_method(call.method, loaded, call.prompts, differ=differ)
         takers = [found.concept for found in loaded]
-        masks = self._token_masks(call, takers)
+        masks = self._masks_by_prompt(call, takers, members) if differ else self._token_masks(call, takers)
         device, scale = self._execution_device, self.vae_scale_factor
         engine = Engine(
             self.components,
@@ -347,6 +385,7 @@ class ComposePipeline:
             device=device,
             unet_kwargs=self._unet_kwargs(call, len(masks.trigger) * call.images_per_prompt, device),
             started=call.started,
+            members=members,
         )
         return engine, settings
 
@@ -358,6 +397,21 @@ class ComposePipeline:
             raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
         elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
         return self._find_in(concepts, call.texts or (), optional=elsewhere)
+
+    def _masks_by_prompt(self, call: Call, concepts: Sequence[Concept], members: Sequence[Sequence[int]]) -> TokenMasks:
+        """The words of every prompt's own concepts; for the others there are none."""
+        parts = []
+        for prompt, mine in enumerate(members):
+            cast = [concepts[i] for i in mine]
+            here = slice(prompt, prompt + 1)
+            one = replace(
+                call,
+                texts=None if call.texts is None else [text[here] for text in call.texts],
+                prompt_embeds=None if call.prompt_embeds is None else call.prompt_embeds[here],
+                token_positions=_of_prompt(call.token_positions, cast, prompt, len(members)),
+            )
+            parts.append(self._token_masks(one, cast).spread(mine, len(concepts)))
+        return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
     def _find(self, concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any) -> TokenMasks:
         """A `Finder` for texts that all tokenizers read."""
@@ -471,6 +525,27 @@ def _filled(concept: Concept, known: Concept) -> Concept:
     """A concept whose missing fields come from what is known."""
     given = {name: value for name, value in concept if value is not None}
     return known.model_copy(update=given)
+
+
+def nobody(concepts: Concepts | None) -> bool:
+    """Whether no concept takes part in any prompt."""
+    return not concepts or all(isinstance(entry, list | tuple) and not entry for entry in concepts)
+
+
+def _of_prompt(
+    positions: TokenPositions | None, concepts: Sequence[Concept], prompt: int, prompts: int
+) -> TokenPositions | None:
+    """The token positions in one prompt, of its own concepts."""
+    if positions is None:
+        return None
+    found: dict[str, Sequence[int]] = {}
+    for concept in concepts:
+        given: Sequence[Any] = positions.get(concept.name, ())
+        nested = bool(given) and isinstance(given[0], Sequence)
+        if nested and len(given) != prompts:
+            raise ValueError(f"token_positions of {concept.name!r} are for {len(given)} prompts, there are {prompts}")
+        found[concept.name] = given[prompt] if nested else given
+    return found
 
 
 def _adapters(pipe: Any) -> set[str]:

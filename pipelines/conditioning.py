@@ -134,6 +134,21 @@ class TokenMasks:
     trigger: Tensor
     phrase: Tensor
 
+    def spread(self, columns: Sequence[int], concepts: int) -> "TokenMasks":
+        """The same among more concepts, whose masks are empty.
+
+        Args:
+            columns: Which of them these are.
+            concepts: How many there are.
+        """
+
+        def wide(mask: Tensor) -> Tensor:
+            spread = mask.new_zeros(*mask.shape[:2], concepts)
+            spread[..., list(columns)] = mask
+            return spread
+
+        return TokenMasks(wide(self.trigger), wide(self.phrase))
+
     @classmethod
     def of_prompts(
         cls,

@@ -14,10 +14,12 @@ from torch import Tensor
 from pipelines.base import (
     Call,
     ComposePipeline,
+    Concepts,
     Generators,
     check_arguments,
     check_plain,
     listed,
+    nobody,
     output_of,
     tensors_for,
 )
@@ -25,7 +27,6 @@ from pipelines.conditioning import Conditioning, TokenPositions
 from pipelines.engine import EncodedText
 from pipelines.methods import Settings
 from pipelines.output import ComposeOutput
-from pipelines.scene import Concept
 
 
 class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -71,7 +72,7 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         *,
-        concepts: Sequence[str | Concept] | None = None,
+        concepts: Concepts | None = None,
         method: str | Settings | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
@@ -85,7 +86,7 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
 
         Args:
             concepts: Who takes part: names of loaded concepts or adapters, or `Concept` objects, whose given fields
-                win. None or empty: exactly what diffusers does.
+                win. None or empty: exactly what diffusers does. A list of such lists gives every prompt its own.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
             token_positions: With `prompt_embeds`: where each concept's trigger stands, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
@@ -97,7 +98,7 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
-        if not concepts:
+        if concepts is None or nobody(concepts):
             check_plain(self.unet, method, token_positions, record_attention)
             plain: Callable[..., Any] = super().__call__
             return plain(

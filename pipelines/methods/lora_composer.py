@@ -153,6 +153,7 @@ class LoraComposer:
 
     def start(self, engine: Engine) -> "Composing":
         """Encodes a text for the canvas and one for each region, and divides the grids."""
+        engine.refuse_different("lora-composer")
         wanted = [concept.region for concept in engine.concepts]
         if not any(wanted):
             raise ValueError(
