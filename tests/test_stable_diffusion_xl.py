@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import StableDiffusionXLPipeline
+from diffusers.callbacks import SDXLCFGCutoffCallback
 from torch import Tensor, nn
 
 from attention import attention_layers
@@ -274,6 +276,26 @@ def test_a_canvas_of_its_own_is_told_its_size_and_its_own_text(load):
     for one in canvas:
         assert one["time_ids"].tolist() == [[128, 128, 0, 0, 128, 128]]
         torch.testing.assert_close(one["text_embeds"], pooled(pipe, "a cat and a dog on grass"))
+
+
+@pytest.mark.parametrize("method", [Clora(), Clora(fuse="branches", uncond="each")], ids=["regions", "branches"])
+def test_branches_that_run_one_after_the_other_keep_their_pooled_text(composer, method):
+    arguments = {"concepts": ["cat", "dog"], "negative_prompt": "dark", "num_images_per_prompt": 2}
+    together = latents_of(composer, method, **arguments)
+    assert_close(latents_of(composer, replace(method, branches_at_once=1), **arguments), together)
+
+
+def test_diffusers_callback_that_switches_guidance_off_cuts_every_row(composer):
+    concepts = [Concept(name=name, region=box) for name, box in BOXES.items()]
+    for method in EVERY_METHOD:
+        with added(composer) as passes:
+            output = compose(
+                composer, method, concepts=concepts, num_inference_steps=3,
+                callback_on_step_end=SDXLCFGCutoffCallback(cutoff_step_ratio=0.0),
+            )  # fmt: skip
+        assert output.images.isfinite().all()
+        assert {len(one["text_embeds"]) for one in passes[-1:]} == {1}
+        assert all(len(one["text_embeds"]) == len(one["time_ids"]) for one in passes)
 
 
 # Two prompts
