@@ -336,7 +336,8 @@ class Engine:
     def _text_factors(self, part: str, weights: Sequence[float] | Tensor | None) -> Iterator[None]:
         model: nn.Module = self._components[part]
         loras = [c.factors.text_encoders.get(part, {}) if weights is not None else {} for c in self.loaded]
-        where = {name: Place("text", 0) for name, _ in uncompiled(model).named_modules()}
+        kinds: dict[str, Kind] = {"text_projection": "row"}  # sees one vector of the whole prompt
+        where = {name: Place(kinds.get(name, "text"), 0) for name, _ in uncompiled(model).named_modules()}
         to = {"device": self.device, "dtype": model.dtype, "silence": self._names}
         with installed_layers(model, loras, where, **to) as installation:  # pyright: ignore[reportArgumentType]
             if weights is not None:

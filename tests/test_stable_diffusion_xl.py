@@ -1,5 +1,6 @@
 """What is particular to SDXL: two text encoders, pooled text and sizes of every row, and a VAE that overflows."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -230,6 +231,22 @@ def test_a_concept_may_change_the_second_text_encoder_alone(pipe, plain_pipe, wr
     expected = plain_pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images
     assert_close(found, expected)
     assert far_apart(found, pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images)
+
+
+def test_a_lora_on_the_projection_of_the_pooled_text_acts_in_its_own_rows(pipe, write_lora):
+    targets = ("text_projection", "q_proj")
+    path = write_lora("cat", text_encoder_2=random_lora(pipe.text_encoder_2, 5, targets=targets))
+    loaded = pipe.load_concept(path, "cat", trigger="sks")
+    expected = copy.deepcopy(pipe.text_encoder_2)
+    for name, factors in pipe.resolve_concepts([loaded])[0].factors.text_encoders["text_encoder_2"].items():
+        expected.get_submodule(name).weight.data += factors.delta()
+    words = pipe.tokenizer_2(PROMPT, padding="max_length", return_tensors="pt").input_ids
+    with added(pipe) as passes:
+        latents_of(pipe, "merge", [PROMPT, PROMPT], concepts=[["cat"], []], guidance_scale=1.0)
+    rows = passes[0]["text_embeds"]
+    torch.testing.assert_close(rows[:1], expected(words).text_embeds.detach())
+    torch.testing.assert_close(rows[1:], pooled(pipe, PROMPT))
+    assert far_apart(rows[0], rows[1])
 
 
 # Pooled text and sizes
