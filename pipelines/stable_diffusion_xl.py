@@ -11,18 +11,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from torch import Tensor
 
-from pipelines.base import (
-    Call,
-    ComposePipeline,
-    Concepts,
-    Generators,
-    check_arguments,
-    check_plain,
-    listed,
-    nobody,
-    output_of,
-    tensors_for,
-)
+from pipelines.base import ComposePipeline, output_of
+from pipelines.call import Call, Concepts, Generators, check_arguments, check_plain, listed, nobody, tensors_for
 from pipelines.conditioning import Conditioning, TokenPositions
 from pipelines.engine import EncodedText
 from pipelines.methods import Settings
