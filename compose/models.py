@@ -166,7 +166,8 @@ def make_batch(
             callback_on_step_end=_callback(on_progress, on_step) if on_progress or on_step else None,
             record_attention=record_attention and bool(loaded),
         )
-    for seed, flagged in zip(seeds, output.nsfw_content_detected or [False] * len(seeds), strict=True):
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(seeds)
+    for seed, flagged in zip(seeds, flags, strict=True):
         if flagged:
             logger.warning("the safety checker of the model has replaced the picture of seed %d by a black one", seed)
     together = seeds if len(seeds) > 1 else ()
@@ -350,7 +351,8 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settin
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     arguments = {
         "prompt": run.scene.prompt,
-        "negative_prompt": run.scene.negative_prompt,
+        # Where there is no text, SDXL gets zeros, which are not what an empty text gives.
+        "negative_prompt": run.scene.negative_prompt or None,
         **dict(zip(("width", "height"), size_of(pipe, run.scene), strict=True)),
         "num_inference_steps": run.steps,
         "guidance_scale": run.guidance_scale,

@@ -136,7 +136,7 @@ def _call(pipe: Any, steps: int, arguments: Mapping[str, Any]) -> _Call:
     width, height = size_of(pipe, _SCENE)
     start = time.perf_counter()
     output = pipe(
-        PROMPT, height, width, num_inference_steps=steps, guidance_scale=5.0, output_type="latent",
+        PROMPT, height=height, width=width, num_inference_steps=steps, guidance_scale=5.0, output_type="latent",
         generator=torch.Generator().manual_seed(0), **arguments,
     )  # fmt: skip
     output.images.sum().item()  # waits for the device

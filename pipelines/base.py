@@ -1,19 +1,26 @@
-"""What every composing pipeline has in common: opening models, holding concepts, the denoising loop."""
+"""What every composing pipeline has in common: opening models, holding concepts, a call with its denoising loop."""
 
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
-from pipelines.engine import Engine, LoadedConcept
+from pipelines.call import Call, check_call, of_prompt, steps_to_record
+from pipelines.conditioning import Conditioning, TokenMasks, agreed
+from pipelines.engine import Encoder, Engine, LoadedConcept
 from pipelines.loading import adapter_factors, find_file, match, read_lora
 from pipelines.methods import Process, Settings, choose_method, make_method
-from pipelines.scene import Concept, check_names, check_region
+from pipelines.output import ComposeOutput
+from pipelines.scene import Concept, check_names
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +41,20 @@ class ComposePipeline:
 
     _plain_class_name: ClassVar[str]
 
+    # What diffusers' pipelines have.
     unet: Any
     scheduler: Any
+    components: Any
+    image_processor: Any
+    vae_scale_factor: int
+    progress_bar: Any
+    interrupt: Any
+    guidance_scale: Any
+    maybe_convert_prompt: Any
+    prepare_latents: Any
+    prepare_extra_step_kwargs: Any
+    get_guidance_scale_embedding: Any
+    _execution_device: Any
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
@@ -47,17 +66,23 @@ class ComposePipeline:
         if cls is not ComposePipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)  # pyright: ignore[reportAttributeAccessIssue]
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+        from pipelines.families import family_of
+
         config = DiffusionPipeline.load_config(str(pretrained_model_name_or_path), **hub)
-        return _family(config).from_pretrained(pretrained_model_name_or_path, **options)  # pyright: ignore[reportArgumentType]
+        return family_of(config).from_pretrained(pretrained_model_name_or_path, **options)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def from_single_file(cls, link_or_path: str | Path, **options: Any) -> Any:
-        """Opens a checkpoint in one file (SD 1.x or 2.x); all options of diffusers are passed on."""
+        """Opens a checkpoint in one file; all options of diffusers are passed on.
+
+        Raises:
+            ValueError: For SDXL's refiner.
+        """
         if cls is not ComposePipeline:
             return super().from_single_file(str(link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
-        from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+        from pipelines.families import family_of_file
 
-        return ComposeStableDiffusionPipeline.from_single_file(str(link_or_path), **options)
+        return family_of_file(link_or_path, options).from_single_file(link_or_path, **options)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Any:
@@ -78,7 +103,9 @@ class ComposePipeline:
             options["dtype"] = pipeline.dtype
         if cls is not ComposePipeline:
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportAttributeAccessIssue]
-        return _family(pipeline.config).from_pipe(pipeline, **options)
+        from pipelines.families import family_of
+
+        return family_of(pipeline.config).from_pipe(pipeline, **options)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
         """As in diffusers, but under the name of diffusers' own class, so that what is saved opens without us."""
@@ -186,37 +213,191 @@ class ComposePipeline:
         )
 
     def resolve_method(
-        self, method: str | Settings | None, concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None
+        self,
+        method: str | Settings | None,
+        concepts: Sequence[LoadedConcept],
+        prompts: Sequence[str] | None,
+        *,
+        differ: bool = False,
     ) -> Settings:
         """The settings behind a method's name; None chooses and logs why. Without words there are no prompts."""
-        return choose_method(concepts, prompts) if method is None else make_method(method)
+        return choose_method(concepts, prompts, differ=differ) if method is None else make_method(method)
 
-    def denoise(
-        self,
-        engine: Engine,
-        process: Process,
-        latents: Tensor,
-        timesteps: Tensor,
-        num_inference_steps: int,
-        extra_step_kwargs: Mapping[str, Any],
-        callback_on_step_end: Callable | None,
-        callback_tensors: Sequence[str],
+    def _cast(self, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
+        """Everybody of a call, and by prompt who of them takes part.
+
+        A concept that is the same in several prompts is one; with another weight or region it is another.
+        """
+        given: Sequence[Any] = [call.concepts] if isinstance(call.concepts, str | Concept) else call.concepts
+        if not any(isinstance(entry, list | tuple) for entry in given):
+            everybody = self.resolve_concepts(call.concepts)  # pyright: ignore[reportArgumentType]
+            return everybody, [list(range(len(everybody)))] * call.prompt_count
+        if not all(isinstance(entry, list | tuple) for entry in given):
+            raise ValueError("concepts are those of all prompts, or a list for each prompt, but not a mixture of both")
+        if len(given) != call.prompt_count:
+            raise ValueError(f"there are concepts for {len(given)} prompts, but {call.prompt_count} prompts")
+        cast: dict[Concept, LoadedConcept] = {}
+        places: dict[Concept, int] = {}
+        members = []
+        for mine in map(self.resolve_concepts, given):
+            for found in mine:
+                cast.setdefault(found.concept, found)
+                places.setdefault(found.concept, len(places))
+            members.append([places[found.concept] for found in mine])
+        return tuple(cast.values()), members
+
+    def compose(self, call: Call, encode: Encoder) -> tuple[Tensor, Engine]:
+        """A call with concepts up to its final latents, the same for every family and method.
+
+        Args:
+            call: What is asked.
+            encode: Encodes prompts with the text encoders of the family.
+
+        Returns:
+            The latents, and the engine that has run the UNet.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        engine, settings = self._prepared(call, encode)
+        device = engine.device
+        # Refuses a second call on this UNet before the scheduler and the properties of the first are touched.
+        with engine.installed():
+            self._guidance_scale = call.guidance_scale
+            self._guidance_rescale = call.guidance_rescale
+            self._clip_skip = call.clip_skip
+            self._cross_attention_kwargs = call.cross_attention_kwargs
+            self._denoising_end = call.denoising_end
+            self._interrupt = False
+            schedule: Any = retrieve_timesteps(
+                self.scheduler, call.num_inference_steps, device, call.timesteps, call.sigmas
+            )
+            steps, number = self._shortened(call, *schedule)
+            engine.timesteps = steps
+            engine.record_steps = steps_to_record(call.record_attention, len(steps))
+            process = settings.start(engine)
+            start = self.prepare_latents(
+                engine.images, self.unet.config.in_channels, call.height, call.width,
+                engine.conditioning.prompt_embeds.dtype, device, call.generator, call.latents,
+            )  # fmt: skip
+            return self._denoise(call, engine, process, start, steps, number), engine
+
+    def _prepared(self, call: Call, encode: Encoder) -> tuple[Engine, Settings]:
+        """Checks everything that can be checked before something is changed."""
+        loaded, members = self._cast(call)
+        check_call(loaded, call.width, call.height, call.num_inference_steps)
+        differ = any(mine != members[0] for mine in members)
+        settings = self.resolve_method(call.method, loaded, call.prompts, differ=differ)
+        takers = [found.concept for found in loaded]
+        masks = self._masks_by_prompt(call, takers, members) if differ else self._token_masks(call, takers)
+        device, scale = self._execution_device, self.vae_scale_factor
+        engine = Engine(
+            self.components,
+            loaded,
+            encode,
+            partial(self._find, takers),
+            call.prompts,
+            masks,
+            latent_grid=(call.height // scale, call.width // scale),
+            image_size=(call.height, call.width),
+            images_per_prompt=call.images_per_prompt,
+            guidance_scale=call.guidance_scale,
+            guidance_rescale=call.guidance_rescale,
+            device=device,
+            unet_kwargs=self._unet_kwargs(call, len(masks.trigger) * call.images_per_prompt, device),
+            started=call.started,
+            members=members,
+        )
+        return engine, settings
+
+    def _token_masks(self, call: Call, concepts: Sequence[Concept]) -> TokenMasks:
+        if call.prompt_embeds is not None:
+            prompts, tokens, _ = call.prompt_embeds.shape
+            return TokenMasks.of_positions(call.token_positions or {}, prompts, tokens, concepts)
+        if call.token_positions is not None:
+            raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
+        elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
+        return self._find_in(concepts, call.texts or (), optional=elsewhere)
+
+    def _masks_by_prompt(self, call: Call, concepts: Sequence[Concept], members: Sequence[Sequence[int]]) -> TokenMasks:
+        """The words of every prompt's own concepts; for the others there are none."""
+        parts = []
+        for prompt, mine in enumerate(members):
+            cast = [concepts[i] for i in mine]
+            here = slice(prompt, prompt + 1)
+            one = replace(
+                call,
+                texts=None if call.texts is None else [text[here] for text in call.texts],
+                prompt_embeds=None if call.prompt_embeds is None else call.prompt_embeds[here],
+                token_positions=of_prompt(call.token_positions, cast, prompt, len(members)),
+            )
+            parts.append(self._token_masks(one, cast).spread(mine, len(concepts)))
+        return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
+
+    def _find(self, concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any) -> TokenMasks:
+        """A `Finder` for texts that all tokenizers read."""
+        return self._find_in(concepts, [prompts] * len(self._tokenizers), names=names, mentions=mentions)
+
+    def _find_in(self, concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any) -> TokenMasks:
+        """Where words stand, which is the same for all tokenizers, since their features are put side by side."""
+        found = [
+            # Textual inversion puts several tokens in place of one.
+            TokenMasks.of_prompts(tokenizer, [self._converted(text, tokenizer) for text in prompts], concepts, **how)
+            for tokenizer, prompts in zip(self._tokenizers, texts, strict=True)
+        ]
+        return agreed(found, concepts)
+
+    def _converted(self, prompt: str, tokenizer: Any) -> str:
+        return str(self.maybe_convert_prompt(prompt, tokenizer))
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        parts = (getattr(self, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [part for part in parts if part is not None]
+
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Width and height in pixels; what is None is the model's own."""
+        sample: Any = self.unet.config["sample_size"]
+        own_height, own_width = (sample, sample) if isinstance(sample, int) else sample
+        scale = self.vae_scale_factor
+        return own_width * scale if width is None else width, own_height * scale if height is None else height
+
+    def _unet_kwargs(self, call: Call, images: int, device: torch.device) -> Mapping[str, Any]:
+        kwargs: dict[str, Any] = {"cross_attention_kwargs": call.cross_attention_kwargs}
+        if self.unet.config.time_cond_proj_dim is not None:  # distilled models take the guidance scale as an input
+            scale = torch.tensor(call.guidance_scale - 1).repeat(images)
+            embedding = self.get_guidance_scale_embedding(scale, embedding_dim=self.unet.config.time_cond_proj_dim)
+            kwargs["timestep_cond"] = embedding.to(device=device, dtype=self.unet.dtype)
+        return kwargs
+
+    def _shortened(self, call: Call, timesteps: Tensor, number: int) -> tuple[Tensor, int]:
+        """The steps until `denoising_end`, and how many these are."""
+        if not isinstance(call.denoising_end, float) or not 0 < call.denoising_end < 1:
+            return timesteps, number
+        trained = self.scheduler.config.num_train_timesteps
+        kept = timesteps[timesteps >= round(trained - call.denoising_end * trained)]
+        if not len(kept):
+            raise ValueError(f"denoising_end={call.denoising_end} leaves none of the {number} steps")
+        return kept, len(kept)
+
+    def _denoise(
+        self, call: Call, engine: Engine, process: Process, latents: Tensor, timesteps: Tensor, number: int
     ) -> Tensor:
         """The loop, the same for every method: step, scheduler step, callback, progress. Returns the final latents."""
-        order = self.scheduler.order
-        warmup = len(timesteps) - num_inference_steps * order
+        order, extra = self.scheduler.order, self.prepare_extra_step_kwargs(call.generator, call.eta)
+        warmup = len(timesteps) - number * order
         self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:  # pyright: ignore[reportAttributeAccessIssue]
+        with self.progress_bar(total=number) as progress_bar:
             latents = process.prepare(latents)
             engine.cost.preparation_seconds = time.perf_counter() - engine.started
             for i, t in enumerate(timesteps):
-                if self.interrupt:  # pyright: ignore[reportAttributeAccessIssue]
+                if self.interrupt:
                     continue
                 engine.step = i
                 latents, model_output = process.step(latents, t)
-                latents = self.scheduler.step(model_output, t, latents, **extra_step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    latents = self._call_back(callback_on_step_end, callback_tensors, engine, i, t, latents)
+                latents = self.scheduler.step(model_output, t, latents, **extra, return_dict=False)[0]
+                if call.callback is not None:
+                    latents = self._call_back(call.callback, call.callback_tensors, engine, i, t, latents)
                 if i == len(timesteps) - 1 or (i + 1 > warmup and (i + 1) % order == 0):
                     progress_bar.update()
         return latents
@@ -224,19 +405,41 @@ class ComposePipeline:
     def _call_back(
         self, callback: Callable, tensors: Sequence[str], engine: Engine, i: int, t: Tensor, latents: Tensor
     ) -> Tensor:
-        text = engine.conditioning
-        uncond = text.prompt_embeds[: text.images] if text.guided else None
-        offered = {"latents": latents, "prompt_embeds": text.prompt_embeds, "negative_prompt_embeds": uncond}
+        offered = {"latents": latents, **self._text_for_callbacks(engine.conditioning)}
         given = {name: offered[name] for name in tensors}
         returned = callback(self, i, t, dict(given))
-        was_guided, engine.guidance_scale = engine.guided, self.guidance_scale  # pyright: ignore[reportAttributeAccessIssue]
+        was_guided, engine.guidance_scale = engine.guided, self.guidance_scale
         changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
-        if changed and not (changed == {"prompt_embeds"} and was_guided and not engine.guided):
+        if changed and not (changed <= _CUT_WITH_GUIDANCE and was_guided and not engine.guided):
             raise ValueError(
                 f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
                 "guidance off, since the places of the concepts' words in other embeddings are unknown"
             )
         return returned.get("latents", latents)
+
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
+        """What callbacks may see of the text, by diffusers' names."""
+        return {"prompt_embeds": text.prompt_embeds}
+
+    def _postprocess(self, image: Tensor, call: Call, **options: Any) -> Any:
+        return self.image_processor.postprocess(image, output_type=call.output_type, **options)
+
+
+_CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids"}
+"""What diffusers' own callbacks cut off when they switch guidance off."""
+
+
+def output_of(engine: Engine, images: Any, nsfw: Any = None) -> ComposeOutput:
+    """What a call returns."""
+    recorded_steps, maps = engine.attention_maps() or (None, None)
+    return ComposeOutput(
+        images=images,
+        nsfw_content_detected=nsfw,
+        cost=engine.cost,
+        attention_maps=maps,
+        masks=engine.masks(),
+        recorded_steps=recorded_steps,
+    )
 
 
 def _filled(concept: Concept, known: Concept) -> Concept:
@@ -247,43 +450,3 @@ def _filled(concept: Concept, known: Concept) -> Concept:
 
 def _adapters(pipe: Any) -> set[str]:
     return {name for names in pipe.get_list_adapters().values() for name in names}
-
-
-def _family(config: Mapping[str, Any]) -> type[ComposePipeline]:
-    """The pipeline class for a model's configuration (model_index.json)."""
-    from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
-
-    if "unet" in config and "text_encoder" in config and "text_encoder_2" not in config:
-        return ComposeStableDiffusionPipeline
-    raise ValueError(
-        f"this is a model for {config.get('_class_name', 'an unknown pipeline')}; supported so far: Stable Diffusion "
-        "1.x and 2.x"
-    )
-
-
-def check_call(concepts: Sequence[LoadedConcept], width: int, height: int, num_inference_steps: int) -> None:
-    """Checks what diffusers does not.
-
-    Raises:
-        ValueError: For sizes and step numbers below 1 and for regions outside the canvas.
-    """
-    if width < 1 or height < 1:
-        raise ValueError(f"width and height must be positive, not {width} x {height}")
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
-    for loaded in concepts:
-        check_region(loaded.concept, width, height)
-
-
-def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:
-    """The steps of which attention maps are kept: True is all, a list names some, negative ones count from the end.
-
-    Raises:
-        ValueError: For steps that there are not.
-    """
-    if isinstance(record_attention, bool):
-        return frozenset(range(steps)) if record_attention else frozenset()
-    wrong = [step for step in record_attention if not -steps <= step < steps]
-    if wrong:
-        raise ValueError(f"record_attention names steps {wrong}, but there are {steps}")
-    return frozenset(step % steps for step in record_attention)

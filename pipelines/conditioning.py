@@ -66,6 +66,16 @@ class Conditioning:
         """The rows of one image."""
         return replace(self.select(slice(image, None, self.images)), images=1)
 
+    def on_part(self, height: float, width: float) -> "Conditioning":
+        """The same for a canvas of its own, so much of the whole one: SDXL is told how large a picture it paints."""
+        if self.added_cond_kwargs is None or "time_ids" not in self.added_cond_kwargs:
+            return self
+        sizes = self.added_cond_kwargs["time_ids"]  # target height and width are the last two
+        shares = torch.ones(sizes.shape[-1], device=sizes.device)
+        shares[-2:] = torch.tensor([height, width])
+        scaled = (sizes * shares).round().to(sizes.dtype)
+        return replace(self, added_cond_kwargs={**self.added_cond_kwargs, "time_ids": scaled})
+
     def select(self, rows: slice) -> "Conditioning":
         """Some of the rows, whatever they are then."""
         added = self.added_cond_kwargs
@@ -123,6 +133,21 @@ class TokenMasks:
 
     trigger: Tensor
     phrase: Tensor
+
+    def spread(self, columns: Sequence[int], concepts: int) -> "TokenMasks":
+        """The same among more concepts, whose masks are empty.
+
+        Args:
+            columns: Which of them these are.
+            concepts: How many there are.
+        """
+
+        def wide(mask: Tensor) -> Tensor:
+            spread = mask.new_zeros(*mask.shape[:2], concepts)
+            spread[..., list(columns)] = mask
+            return spread
+
+        return TokenMasks(wide(self.trigger), wide(self.phrase))
 
     @classmethod
     def of_prompts(
@@ -193,6 +218,29 @@ class TokenMasks:
         if (mask.sum(dim=2) > 1).any():
             raise ValueError("token_positions of two concepts share a token")
         return cls(mask, mask)
+
+
+def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMasks:
+    """The masks of one prompt for several tokenizers, which have to be the same.
+
+    Their encoders' features of one position stand side by side in one vector, which a token gate cannot take apart.
+
+    Raises:
+        ValueError: If a concept's words stand at different positions.
+    """
+    first, *others = masks
+    for other in others:
+        here, there = first.trigger.shape[1], other.trigger.shape[1]
+        if here != there:
+            raise ValueError(f"the two tokenizers read {here} and {there} tokens; expected the same number")
+        apart = ((first.trigger != other.trigger) | (first.phrase != other.phrase)).any(dim=1).any(dim=0)
+        if apart.any():
+            names = ", ".join(repr(concept.name) for concept, differs in zip(concepts, apart, strict=True) if differs)
+            raise ValueError(
+                f"the words of {names} stand at other tokens for the second tokenizer; write prompt_2 so that they "
+                "stand where they stand in the prompt, or leave it out (or give a textual inversion to both encoders)"
+            )
+    return first
 
 
 def join_rows(uncond: Tensor | None, branches: Sequence[Tensor], images_per_prompt: int) -> Tensor:

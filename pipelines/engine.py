@@ -144,6 +144,7 @@ class Engine:
         device: Where the UNet runs.
         unet_kwargs: Further arguments of every UNet call (timestep_cond, cross_attention_kwargs).
         started: When the call began, by `time.perf_counter()`.
+        members: By prompt, who of the concepts takes part; None is all in every prompt.
 
     Attributes:
         cost: What has been run so far.
@@ -169,6 +170,7 @@ class Engine:
         device: torch.device,
         unet_kwargs: Mapping[str, Any],
         started: float,
+        members: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.loaded = tuple(concepts)
         self.concepts = tuple(loaded.concept for loaded in concepts)
@@ -177,6 +179,8 @@ class Engine:
         self._names = [concept.name for concept in self.concepts]
         self.prompts = None if prompts is None else tuple(prompts)
         self.token_masks = token_masks
+        everybody = tuple(range(len(self.concepts)))
+        self.members = [everybody] * len(token_masks.trigger) if members is None else [tuple(mine) for mine in members]
         self.latent_grid = latent_grid
         self.image_size = image_size
         self.images_per_prompt = images_per_prompt
@@ -222,6 +226,39 @@ class Engine:
         return self.guidance_scale > 1 and self._unet.config["time_cond_proj_dim"] is None
 
     @property
+    def differ(self) -> bool:
+        """Whether not all prompts have the same concepts."""
+        return any(mine != self.members[0] for mine in self.members)
+
+    def refuse_different(self, method: str) -> None:
+        """Raises ValueError if prompts have different concepts, for methods that divide the canvas among all."""
+        if self.differ:
+            raise ValueError(
+                f"{method} has the same concepts for all prompts of a call; make one call for each prompt, or use "
+                "merge, tara, regional, switch or composite"
+            )
+
+    def weights_of(self, chosen: Sequence[Collection[int]] | None = None) -> Tensor:
+        """The weight of every concept in every prompt, 0 where it takes no part.
+
+        Args:
+            chosen: By prompt, who takes part; None is everybody whom the prompt has.
+
+        Returns:
+            On the CPU. Shape: [prompts, concepts], or [1, concepts] if it is the same for all prompts.
+        """
+        parts = self.members if chosen is None else chosen
+        weights = torch.tensor([[w if i in mine else 0.0 for i, w in enumerate(self.weights)] for mine in parts])
+        return weights[:1] if (weights == weights[0]).all() else weights
+
+    def by_row(self, weights: Tensor, conditioning: Conditioning) -> Tensor:
+        """The same for the rows of a pass. Shape: [prompts or 1, ...] -> [rows or 1, ...], on the device."""
+        if len(weights) > 1:
+            images = weights.repeat_interleave(self.images_per_prompt, dim=0)
+            weights = torch.cat([images] * (conditioning.rows // conditioning.images))
+        return weights.to(self.device)
+
+    @property
     def second_pass(self) -> bool:
         """Whether the scheduler goes back to the latents of the pass before, in the second pass of a step (Heun).
 
@@ -231,7 +268,7 @@ class Engine:
 
     def encode(
         self,
-        text_weights: Sequence[float] | None = None,
+        text_weights: Sequence[float] | Tensor | None = None,
         prompts: Sequence[str] | None = None,
         negative_prompts: Sequence[str] | None = None,
         names: Collection[str] = (),
@@ -240,7 +277,8 @@ class Engine:
         """Encodes the prompts of the call, or others in their place, one for each.
 
         Args:
-            text_weights: Weight of every concept's text-encoder factors; None leaves them out.
+            text_weights: Weight of every concept's text-encoder factors, for all prompts or, [prompts, concepts], for
+                each; None leaves them out.
             prompts: Instead of the call's own.
             negative_prompts: Instead of the call's own.
             names: Concepts whose words are looked for in those prompts.
@@ -295,15 +333,17 @@ class Engine:
         return self._first
 
     @contextmanager
-    def _text_factors(self, part: str, weights: Sequence[float] | None) -> Iterator[None]:
+    def _text_factors(self, part: str, weights: Sequence[float] | Tensor | None) -> Iterator[None]:
         model: nn.Module = self._components[part]
         loras = [c.factors.text_encoders.get(part, {}) if weights is not None else {} for c in self.loaded]
-        where = {name: Place("text", 0) for name, _ in uncompiled(model).named_modules()}
+        kinds: dict[str, Kind] = {"text_projection": "row"}  # sees one vector of the whole prompt
+        where = {name: Place(kinds.get(name, "text"), 0) for name, _ in uncompiled(model).named_modules()}
         to = {"device": self.device, "dtype": model.dtype, "silence": self._names}
         with installed_layers(model, loras, where, **to) as installation:  # pyright: ignore[reportArgumentType]
             if weights is not None:
-                gate = torch.tensor([[list(weights)]], device=self.device)
-                installation.use(Gates(gate, {}, gate[0], (1, 1)))
+                gate = torch.as_tensor(weights, device=self.device)
+                gate = gate if gate.dim() == 2 else gate[None]
+                installation.use(Gates(gate[:, None], {}, gate, (1, 1)))
             yield
 
     def _conditioning(self, text: EncodedText, masks: TokenMasks) -> Conditioning:

@@ -1,17 +1,21 @@
 """Small real components for the tests: `from components import sd_unet`. Everything runs offline on the CPU."""
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from attention import Lora, LoraFactors
 from compose.assets import playground_model
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYTHING = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv", "conv_shortcut",
@@ -81,29 +85,83 @@ def random_lora(
     return factors
 
 
-def small_pipeline(cls: type = ComposeStableDiffusionPipeline, unet: UNet2DConditionModel | None = None) -> Any:
-    """A Stable Diffusion pipeline of small real components with the playground's tokenizer (32 tokens)."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    vae: dict[str, Any] = {
+def text_loras(pipe: Any, seed: int, targets: tuple[str, ...] = ("q_proj", "v_proj", "fc1"), **how: Any) -> Any:
+    """Random factors for every text encoder of a pipeline, by component name."""
+    parts = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    return {
+        name: random_lora(model, seed + 100 * n, targets=targets, **how)
+        for n, (name, model) in enumerate(parts.items())
+        if model is not None
+    }
+
+
+def tokenizer() -> CLIPTokenizer:
+    """The playground's (32 tokens)."""
+    return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+
+
+def text_config(words: CLIPTokenizer, **changes: Any) -> CLIPTextConfig:
+    """A small text encoder for these words."""
+    config: dict[str, Any] = {
+        "vocab_size": len(words), "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 32, "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id,
+    }  # fmt: skip
+    return CLIPTextConfig(**config | changes)
+
+
+def small_vae(**changes: Any) -> AutoencoderKL:
+    """A VAE with 8 pixels per latent cell and side."""
+    config: dict[str, Any] = {
         "block_out_channels": (8, 8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4, "latent_channels": 4, "norm_num_groups": 4, "sample_size": 128,
     }  # fmt: skip
+    return AutoencoderKL(**config | changes).eval()
+
+
+def small_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+
+
+def small_pipeline(cls: type = ComposeStableDiffusionPipeline, unet: UNet2DConditionModel | None = None) -> Any:
+    """A Stable Diffusion pipeline of small real components with the playground's tokenizer (32 tokens)."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    vae = small_vae()
     return cls(
-        vae=AutoencoderKL(**vae).eval(),
-        text_encoder=CLIPTextModel(text).eval(),
-        tokenizer=tokenizer,
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config(words)).eval(),
+        tokenizer=words,
         unet=unet or sd_unet(),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
+        scheduler=small_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def xl_pipeline(cls: Any = ComposeStableDiffusionXLPipeline, unet: UNet2DConditionModel | None = None) -> Any:
+    """An SDXL pipeline of small real components: two text encoders of 8 and 16 channels, pooled text of 12."""
+    torch.manual_seed(0)
+    words, more_words = tokenizer(), tokenizer()
+    first = text_config(words, hidden_size=8, num_attention_heads=2, num_hidden_layers=3)
+    second = text_config(words, hidden_size=16, num_attention_heads=2, num_hidden_layers=3, projection_dim=12)
+    more_words.pad_token = "!"  # as SDXL's second tokenizer, whose padding differs
+    pipe = cls(
+        vae=small_vae(force_upcast=True),
+        text_encoder=CLIPTextModel(first).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+        tokenizer=words,
+        tokenizer_2=more_words,
+        unet=unet or sdxl_unet(),
+        scheduler=small_scheduler(),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        pipe.encode_prompt("")  # transformers leaves hooks in a model that is first asked for hidden states
+    return pipe
 
 
 def unet_inputs(
@@ -135,6 +193,22 @@ TINY = {
 }
 
 
+# The same for SDXL: no attention on the first level, as there.
+TINY_XL = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (0, 2),
+    "attention_head_dim": (2, 4),
+}
+
+
+def tiny_xl_pipeline(cls: Any = ComposeStableDiffusionXLPipeline) -> Any:
+    """A still smaller pipeline than `xl_pipeline`."""
+    return xl_pipeline(cls, unet=sdxl_unet(**TINY_XL))
+
+
 def tiny_pipeline(cls: Any = ComposeStableDiffusionPipeline) -> Any:
     """A still smaller pipeline than `small_pipeline`, without a progress bar."""
     pipe = small_pipeline(cls, unet=sd_unet(**TINY))
@@ -142,6 +216,68 @@ def tiny_pipeline(cls: Any = ComposeStableDiffusionPipeline) -> Any:
     return pipe
 
 
+FAMILIES = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline}
+"""Makes a tiny pipeline of a family, of the composing class or of the one that is given."""
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     """A generator for a call."""
     return torch.Generator().manual_seed(seed)
+
+
+class State:
+    """Everything about a pipeline that a call must leave alone, compared by identity and by bits."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        self.tree = {name: repr(model) for name, model in self.models.items()}
+        self.modules = self._modules()
+        self.tensors = self._tensors()
+        self.bits = [tensor.clone() for tensor, _ in self.tensors.values() if not tensor.is_meta]
+        self.processors = dict(pipe.unet.attn_processors)
+        self.adapters = self._adapters()
+        self.rng = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        self.pipe = pipe
+
+    def _modules(self) -> dict[str, tuple]:
+        return {
+            f"{part}.{name}": (module, module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
+            for part, model in self.models.items()
+            for name, module in model.named_modules()
+        }
+
+    def _tensors(self) -> dict[str, tuple[Tensor, bool]]:
+        return {
+            f"{part}.{name}": (tensor, tensor.requires_grad)
+            for part, model in self.models.items()
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+
+    def _adapters(self) -> dict[str, Any]:
+        return {
+            f"{part}.{name}": (
+                dict(module.scaling), list(module.active_adapters), module.disable_adapters, module.merged,
+            )
+            for part, model in self.models.items()
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        }  # fmt: skip
+
+    def assert_unchanged(self) -> None:
+        assert {name: repr(model) for name, model in self.models.items()} == self.tree
+        assert self._modules() == self.modules
+        now = self._tensors()
+        assert now.keys() == self.tensors.keys()
+        for name, (tensor, requires_grad) in now.items():
+            assert tensor is self.tensors[name][0], name
+            assert requires_grad == self.tensors[name][1], name
+            assert tensor.grad is None, name
+        for tensor, bits in zip((t for t, _ in now.values() if not t.is_meta), self.bits, strict=True):
+            assert torch.equal(tensor, bits)
+        processors = self.pipe.unet.attn_processors
+        assert processors.keys() == self.processors.keys()
+        assert all(processors[name] is self.processors[name] for name in processors)
+        assert self._adapters() == self.adapters
+        assert torch.equal(torch.get_rng_state(), self.rng[0])
+        assert random.getstate() == self.rng[1]
+        assert str(np.random.get_state()) == self.rng[2]

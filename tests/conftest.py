@@ -6,16 +6,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 
 from attention import Lora
-from components import small_pipeline
+from components import small_pipeline, xl_pipeline
 from compose.assets import playground_lora, playground_model
 from compose.playground import world
 from pipelines.methods.process import say_once
@@ -26,9 +27,15 @@ diffusers_logging.disable_progress_bar()
 
 
 @pytest.fixture
-def pipe() -> ComposeStableDiffusionPipeline:
+def family() -> str:
+    """Which models: "sd", or "sdxl" where a test is parametrised so."""
+    return "sd"
+
+
+@pytest.fixture
+def pipe(family: str) -> Any:
     """A small pipeline with random weights, new for every test."""
-    pipe = small_pipeline()
+    pipe = small_pipeline() if family == "sd" else xl_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -72,9 +79,9 @@ def playground(_playground: ComposeStableDiffusionPipeline) -> Iterator[ComposeS
 
 
 @pytest.fixture
-def plain_pipe() -> StableDiffusionPipeline:
+def plain_pipe(family: str) -> Any:
     """diffusers' own pipeline with the same weights as `pipe`."""
-    pipe = small_pipeline(StableDiffusionPipeline)
+    pipe = small_pipeline(StableDiffusionPipeline) if family == "sd" else xl_pipeline(StableDiffusionXLPipeline)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

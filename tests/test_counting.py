@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Recorder, attention_layers, grid_at, map_level
-from components import TINY, random_lora, sd_unet, sdxl_unet, tiny_pipeline
-from compose.architectures import ARCHITECTURES, SD15, attention_lora, columns, with_lora
+from components import FAMILIES, TINY, TINY_XL, random_lora, sd_unet, sdxl_unet, tiny_pipeline
+from compose.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
 from compose.counting import Counted, Operations, count, count_run, meta_unet
 from pipelines.conditioning import TokenMasks
 from pipelines.engine import EncodedText, Engine, LoadedConcept
@@ -20,14 +20,6 @@ from pipelines.loading import Factors
 from pipelines.methods import METHODS, Clora, LoraComposer, Merge, OnePass, Regional, Settings, Switch, Tara
 from pipelines.scene import Concept
 
-TINY_XL = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (0, 2),
-    "attention_head_dim": (2, 4),
-}
 UNETS = {"sd": (sd_unet, TINY), "sdxl": (sdxl_unet, TINY_XL)}
 ALL_METHODS = [Switch(interval=1) if name == "switch" else kind() for name, kind in METHODS.items()]
 
@@ -235,9 +227,10 @@ ROWS = {"merge": 2, "tara": 2, "regional": 2, "switch": 2, "composite": 6}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' Heun
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_are_those_of_the_formula_and_of_a_real_call(name, write_lora):
-    pipe, triggers = tiny_pipeline(), ("sks", "zwx", "xlo")
+def test_rows_are_those_of_the_formula_and_of_a_real_call(name, family, write_lora):
+    pipe, triggers = FAMILIES[family](), ("sks", "zwx", "xlo")
     for seed, trigger in enumerate(triggers):
         pipe.load_concept(write_lora(trigger, unet=random_lora(pipe.unet, seed)), trigger=trigger)
     concepts = [Concept(name=trigger, region=(32 * i, 0, 32 * i + 32, 64)) for i, trigger in enumerate(triggers)]
@@ -250,11 +243,55 @@ def test_rows_are_those_of_the_formula_and_of_a_real_call(name, write_lora):
         counted = count_run(pipe, settings, loaded, 3, guidance_scale, 96, 64, scheduler=scheduler)
         pipe.scheduler = scheduler
         real = pipe(
-            " ".join(triggers), 64, 96, 3, guidance_scale=guidance_scale, concepts=concepts, method=settings,
-            output_type="latent",
+            " ".join(triggers), height=64, width=96, num_inference_steps=3, guidance_scale=guidance_scale,
+            concepts=concepts, method=settings, output_type="latent",
         )  # fmt: skip
         assert counted.rows_forward == real.cost.rows_forward == rows
         assert counted.rows_backward == real.cost.rows_backward == 0
+
+
+# SDXL as it is, without numbers
+
+
+@pytest.fixture(scope="module")
+def xl() -> UNet2DConditionModel:
+    return meta_unet(SDXL)
+
+
+def counted_on_xl(unet: UNet2DConditionModel, settings: Settings | None, concepts: int, steps: int = 4) -> Counted:
+    loaded = with_lora(columns(concepts, 1024, 1024), attention_lora(unet)) if concepts else ()
+    return count(unet, loaded, settings, steps, 5.0, (1024, 1024))
+
+
+def kv_flops(unet: UNet2DConditionModel, rows: int) -> int:
+    """Of keys and values of the text in one pass: 70 layers, two products of 77 tokens and 2048 channels each."""
+    layers: list[Any] = [unet.get_submodule(layer.name) for layer in attention_layers(unet) if layer.cross]
+    widths = [layer.to_k.out_features for layer in layers]
+    assert (len(widths), set(widths)) == (70, {640, 1280})
+    return sum(2 * 2 * rows * 77 * 2048 * width for width in widths)
+
+
+def test_keys_and_values_of_the_text_are_made_once_on_sdxl(xl) -> None:
+    plain, merged = counted_on_xl(xl, None, 0), counted_on_xl(xl, Merge(), 2)
+    assert merged.flops - merged.preparation_flops == plain.flops - 3 * kv_flops(xl, rows=2)
+
+
+def test_passes_for_maps_stop_early_on_sdxl(xl) -> None:
+    """The coarse grid has its last cross-attention in the first of three up blocks, which does without doubling."""
+    official = LoraComposer.official()
+    observed = counted_on_xl(xl, replace(official, step_size=0), 2)
+    without = counted_on_xl(xl, replace(official, step_size=0, reinit="off"), 2)
+    assert (observed.rows_stopped, without.rows_stopped) == (1, 0)
+    row = counted_on_xl(xl, None, 0).flops / 8
+    assert (observed.flops - without.flops) / row == pytest.approx(0.7, abs=0.1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_is_quadratic_in_the_number_of_concepts_on_sdxl(xl, name) -> None:
+    plain, settings = counted_on_xl(xl, None, 0, steps=3).flops, METHODS[name]()
+    two, four = (counted_on_xl(xl, settings, number, steps=3).flops / plain for number in (2, 4))
+    assert four - 1 <= 3.05 * (two - 1) + 0.02  # a pass for each concept is 3 times as much; 4 would be quadratic
+    assert four < {"composite": 4.1, "lora-composer": 2.2, "clora": 4.0}.get(name, 1.02)
 
 
 def test_clora_costs_a_fraction_of_the_authors_on_stable_diffusion() -> None:

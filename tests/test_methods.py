@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Gates, Lora, LoraFactors, attention_layers, install, places
-from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from components import EVERYTHING, random_lora, sd_unet, small_pipeline, text_loras
 from pipelines.engine import masks_of
 from pipelines.methods import METHODS, Merge, Regional, Tara, make_method
 from pipelines.methods.tara import CfgMask, Scope
@@ -88,16 +88,16 @@ def load(
 # Merge
 
 
-@pytest.mark.parametrize(("names", "arguments"), [
-    (["cat"], {"guidance_scale": 1.0}),
-    (["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "num_images_per_prompt": 2}),
-    (["cat", "dog", "bear"], {"negative_prompt": "dark"}),
+@pytest.mark.parametrize(("family", "names", "arguments"), [
+    ("sd", ["cat"], {"guidance_scale": 1.0}),
+    ("sd", ["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "num_images_per_prompt": 2}),
+    ("sd", ["cat", "dog", "bear"], {"negative_prompt": "dark"}),
+    ("sdxl", ["cat", "dog"], {"prompt": [PROMPT, OTHER_PROMPT], "negative_prompt": ["dark", "sks"]}),
 ])  # fmt: skip
 def test_merge_equals_the_adapters_of_diffusers_text_encoder_included(pipe, plain_pipe, write_lora, names, arguments):
     weights = WEIGHTS[: len(names)]
     for seed, (name, lora) in enumerate(zip(names, loras_of(pipe, names), strict=True)):
-        text = random_lora(pipe.text_encoder, 10 + seed, targets=TEXT_LAYERS, size=0.2)
-        path = write_lora(name, unet=lora, text_encoder=text)
+        path = write_lora(name, unet=lora, **text_loras(pipe, 10 + seed, TEXT_LAYERS, size=0.2))
         plain_pipe.load_lora_weights(path, adapter_name=name)
         pipe.load_concept(path, name)
     plain_pipe.set_adapters(names, list(weights))
@@ -198,14 +198,20 @@ def token_rows(prompts: list[str], names: Sequence[str], images: int, uncond: st
     return torch.cat([cond if uncond == "broadcast" else torch.zeros_like(cond), cond])
 
 
-@pytest.mark.parametrize("cfg_mask", ["cond_only", "broadcast"])
-@pytest.mark.parametrize("scope", ["all", "cross_kv"])
-@pytest.mark.parametrize(("names", "prompts", "images", "arguments"), [
+TARA_CALLS: list[tuple[list[str], list[str], int, dict[str, Any]]] = [
     (["cat"], [PROMPT], 1, {"negative_prompt": "sks, zwx"}),
     (["cat", "dog", "bear"], [PROMPT], 1, {"width": 96, "height": 64, "negative_prompt": "sks, zwx"}),
     (["cat", "bear", "dog"], [PROMPT, OTHER_PROMPT], 2, {}),
     (["cat", "dog", "bear"], [OTHER_PROMPT, PROMPT], 1, {"guidance_scale": 1.0}),
-])  # fmt: skip
+]
+TARA_CASES = [
+    *(("sd", rows, scope, *call) for call in TARA_CALLS for rows in get_args(CfgMask) for scope in get_args(Scope)),
+    ("sdxl", "cond_only", "all", *TARA_CALLS[2]),
+    ("sdxl", "broadcast", "cross_kv", *TARA_CALLS[0]),
+]
+
+
+@pytest.mark.parametrize(("family", "cfg_mask", "scope", "names", "prompts", "images", "arguments"), TARA_CASES)
 def test_tara_equals_its_formula(pipe, plain_pipe, write_lora, cfg_mask, scope, names, prompts, images, arguments):
     loras = loras_of(pipe, names)
     load(pipe, write_lora, names, loras)

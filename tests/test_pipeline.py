@@ -1,6 +1,5 @@
 """Calls with concepts: every argument of diffusers keeps its meaning, and nothing is left behind."""
 
-import random
 import re
 import threading
 import time
@@ -21,12 +20,11 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from components import EVERYTHING, random_lora, small_pipeline, tiny_pipeline
+from components import EVERYTHING, FAMILIES, State, random_lora, small_pipeline, text_loras, tiny_pipeline
 from pipelines.base import ComposePipeline
 from pipelines.engine import Engine
 from pipelines.loading import LoraError
@@ -52,10 +50,13 @@ EVERY_METHOD = (*METHODS, "switch", "composite")
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+BOTH = pytest.mark.parametrize("family", FAMILIES)
+
+
 @pytest.fixture
-def pipe() -> ComposeStableDiffusionPipeline:
+def pipe(family) -> Any:
     """A still smaller pipeline than the common one."""
-    return tiny_pipeline()
+    return FAMILIES[family]()
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def load_concepts(write_lora) -> Callable[..., None]:
 
 
 @pytest.fixture
-def composer(pipe, load_concepts) -> ComposeStableDiffusionPipeline:
+def composer(pipe, load_concepts) -> Any:
     """A small pipeline with the concepts "cat" and "dog"."""
     load_concepts(pipe, "cat", "dog")
     return pipe
@@ -110,64 +111,6 @@ def far_apart(one: Tensor, other: Tensor) -> bool:
 
 
 # What a call must leave alone
-
-
-class State:
-    """Everything about a pipeline that a call must leave alone, compared by identity and by bits."""
-
-    def __init__(self, pipe: Any) -> None:
-        self.models = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        self.tree = {name: repr(model) for name, model in self.models.items()}
-        self.modules = self._modules()
-        self.tensors = self._tensors()
-        self.bits = [tensor.clone() for tensor, _ in self.tensors.values() if not tensor.is_meta]
-        self.processors = dict(pipe.unet.attn_processors)
-        self.adapters = self._adapters()
-        self.rng = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
-        self.pipe = pipe
-
-    def _modules(self) -> dict[str, tuple]:
-        return {
-            f"{part}.{name}": (module, module.training, dict(module._forward_hooks), dict(module._forward_pre_hooks))
-            for part, model in self.models.items()
-            for name, module in model.named_modules()
-        }
-
-    def _tensors(self) -> dict[str, tuple[Tensor, bool]]:
-        return {
-            f"{part}.{name}": (tensor, tensor.requires_grad)
-            for part, model in self.models.items()
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        }
-
-    def _adapters(self) -> dict[str, Any]:
-        return {
-            f"{part}.{name}": (
-                dict(module.scaling), list(module.active_adapters), module.disable_adapters, module.merged,
-            )
-            for part, model in self.models.items()
-            for name, module in model.named_modules()
-            if isinstance(module, LoraLayer)
-        }  # fmt: skip
-
-    def assert_unchanged(self) -> None:
-        assert {name: repr(model) for name, model in self.models.items()} == self.tree
-        assert self._modules() == self.modules
-        now = self._tensors()
-        assert now.keys() == self.tensors.keys()
-        for name, (tensor, requires_grad) in now.items():
-            assert tensor is self.tensors[name][0], name
-            assert requires_grad == self.tensors[name][1], name
-            assert tensor.grad is None, name
-        for tensor, bits in zip((t for t, _ in now.values() if not t.is_meta), self.bits, strict=True):
-            assert torch.equal(tensor, bits)
-        processors = self.pipe.unet.attn_processors
-        assert processors.keys() == self.processors.keys()
-        assert all(processors[name] is self.processors[name] for name in processors)
-        assert self._adapters() == self.adapters
-        assert torch.equal(torch.get_rng_state(), self.rng[0])
-        assert random.getstate() == self.rng[1]
-        assert str(np.random.get_state()) == self.rng[2]
 
 
 class StoppedError(Exception):
@@ -202,14 +145,16 @@ def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write
     before.assert_unchanged()
 
 
+@pytest.mark.parametrize(("family", "part"), [
+    ("sd", "text_encoder"), ("sd", "unet"), ("sd", "vae"), ("sdxl", "text_encoder_2"), ("sdxl", "vae"),
+])  # fmt: skip
 @pytest.mark.parametrize("method", EVERY_METHOD)
-@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 def test_nothing_is_left_when_a_model_fails(composer, method, part):
     calls = []
 
     def fail(module, inputs):
         calls.append(module)
-        if len(calls) == 2 or part == "vae":
+        if len(calls) == 2 or part in ("vae", "text_encoder_2"):
             raise StoppedError
 
     model = composer.vae.decoder if part == "vae" else getattr(composer, part)
@@ -459,6 +404,7 @@ def test_images_are_decoded_as_diffusers_does(composer, plain_pipe):
     assert np.array_equal(compose(composer, output_type="np").images, expected)
 
 
+@BOTH
 def test_the_vae_may_work_in_slices_and_tiles(composer):
     arguments = {"output_type": "pt", "num_images_per_prompt": 2, "width": 192}
     whole = compose(composer, **arguments).images
@@ -539,16 +485,16 @@ def offload_models(pipe: Any) -> None:
 
 def offload_layers(pipe: Any) -> None:
     """What `enable_sequential_cpu_offload` does, with the CPU as the device that layers are brought to."""
-    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+    for model in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
+@BOTH
 @pytest.mark.parametrize("method", [*EVERY_METHOD, Tara(scope="cross_kv")])
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])
 def test_offloaded_models_give_the_same_image_again_and_again(pipe, load_concepts, write_lora, method, offload):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
-    text = random_lora(pipe.text_encoder, 5, targets=("q_proj", "v_proj"))
-    pipe.load_concept(write_lora("dog", unet=random_lora(pipe.unet, 1), text_encoder=text), trigger="zwx")
+    pipe.load_concept(write_lora("dog", unet=random_lora(pipe.unet, 1), **text_loras(pipe, 5)), trigger="zwx")
     expected = latents_of(pipe, method=method), latents_of(pipe, concepts=None, method=None)
     offload(pipe)
     tree = repr(pipe.unet)
@@ -562,6 +508,7 @@ def test_offloaded_models_give_the_same_image_again_and_again(pipe, load_concept
     assert_close(latents_of(pipe, method=method), expected[0])
 
 
+@BOTH
 def test_offloaded_models_go_back_after_a_call(composer):
     offload_models(composer)
     hooks = composer._all_hooks

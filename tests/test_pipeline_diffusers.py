@@ -22,35 +22,48 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
-from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
-from components import TINY, random_lora, sd_unet, sdxl_unet, small_pipeline, tiny_pipeline
+from components import FAMILIES, TINY, random_lora, sd_unet, small_pipeline, tiny_xl_pipeline, xl_pipeline
 from pipelines.base import ComposePipeline
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 PROMPT = "a sks cat and a zwx dog"
 # Several of diffusers' schedulers hand tensors to numpy in a way that numpy 2 deprecates.
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+OURS = {"sd": ComposeStableDiffusionPipeline, "sdxl": ComposeStableDiffusionXLPipeline}
+BOTH = pytest.mark.parametrize("family", FAMILIES)
+
+
 @pytest.fixture
-def pipe() -> ComposeStableDiffusionPipeline:
+def family() -> str:
+    """Which models, where a test does not ask for both."""
+    return "sd"
+
+
+@pytest.fixture
+def pipe(family) -> Any:
     """A still smaller pipeline than the common one."""
-    return tiny_pipeline()
+    return FAMILIES[family]()
 
 
 @pytest.fixture
-def plain_pipe() -> StableDiffusionPipeline:
+def plain_pipe(family) -> Any:
     """diffusers' own pipeline with the same weights as `pipe`."""
-    return tiny_pipeline(StableDiffusionPipeline)
+    return FAMILIES[family](PLAIN[family])
 
 
 @pytest.fixture
@@ -66,7 +79,7 @@ def load_concepts(write_lora) -> Callable[[Any], None]:
 
 
 @pytest.fixture
-def composer(pipe, load_concepts) -> ComposeStableDiffusionPipeline:
+def composer(pipe, load_concepts) -> Any:
     """A small pipeline with the concepts "cat" and "dog"."""
     load_concepts(pipe)
     return pipe
@@ -151,6 +164,49 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "no concepts": lambda: {},
 }  # fmt: skip
 
+XL_EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def xl_embeddings(rows: int) -> dict[str, Any]:
+    shapes = ((rows, 32, 24), (rows, 32, 24), (rows, 12), (rows, 12))
+    drawn = (torch.randn(*shape, generator=seeded(k)) for k, shape in enumerate(shapes))
+    return {"prompt": None, **dict(zip(XL_EMBEDDINGS, drawn, strict=True))}
+
+
+def no_guidance_for_xl(pipe, step, timestep, tensors):
+    if step == 0:
+        pipe._guidance_scale = 1.0
+        return {name: tensors[name].chunk(2)[-1] for name in ("prompt_embeds", "add_text_embeds", "add_time_ids")}
+    return {}
+
+
+XL_ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    **ARGUMENTS,
+    "embeddings": lambda: xl_embeddings(2),
+    "callback that switches guidance off": lambda: {
+        "callback_on_step_end": no_guidance_for_xl,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds", "add_text_embeds", "add_time_ids"],
+    },
+    "diffusers' callback": lambda: {
+        "num_inference_steps": 3,
+        "callback_on_step_end": SDXLCFGCutoffCallback(cutoff_step_ratio=0.0),
+    },
+    "second prompt": lambda: {"prompt_2": "sks and dog", "negative_prompt": "dark", "negative_prompt_2": "blurry"},
+    "empty negative prompt": lambda: {"negative_prompt": ""},
+    "sizes": lambda: {"original_size": (64, 32), "crops_coords_top_left": (8, 16), "target_size": (64, 96)},
+    "negative sizes": lambda: {
+        "negative_original_size": (64, 32), "negative_crops_coords_top_left": (3, 4), "negative_target_size": (32, 16),
+        "num_images_per_prompt": 1,
+    },
+    "end": lambda: {"denoising_end": 0.7, "num_inference_steps": 5},
+}  # fmt: skip
+CASES = [*(("sd", case) for case in ARGUMENTS), *(("sdxl", case) for case in XL_ARGUMENTS)]
+
+
+def arguments_of(family: str, case: str) -> dict[str, Any]:
+    return (ARGUMENTS if family == "sd" else XL_ARGUMENTS)[case]()
+
+
 SCHEDULERS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
     "DPM": (DPMSolverMultistepScheduler.from_config, {}),
     "Euler": (EulerDiscreteScheduler.from_config, {}),
@@ -164,9 +220,10 @@ SCHEDULERS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_without_concepts_the_result_is_that_of_diffusers_to_the_bit(pipe, plain_pipe, case):
-    assert same_bits(run(pipe, **ARGUMENTS[case]()).images, run(plain_pipe, **ARGUMENTS[case]()).images)
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_without_concepts_the_result_is_that_of_diffusers_to_the_bit(pipe, plain_pipe, family, case):
+    results = [run(each, **arguments_of(family, case)).images for each in (pipe, plain_pipe)]
+    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("concepts", [None, [], ()])
@@ -189,14 +246,15 @@ def test_without_concepts_every_scheduler_gives_the_bits_of_diffusers(pipe, plai
 NOTHING: dict[str, Any] = {"concepts": [Concept(name="cat", trigger="", weight=0.0)], "method": "merge"}
 
 
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_with_concepts_every_argument_means_what_it_means_in_diffusers(composer, plain_pipe, case):
-    images = run(composer, **NOTHING | ARGUMENTS[case]()).images
-    expected = run(plain_pipe, **ARGUMENTS[case]()).images
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_with_concepts_every_argument_means_what_it_means_in_diffusers(composer, plain_pipe, family, case):
+    images = run(composer, **NOTHING | arguments_of(family, case)).images
+    expected = run(plain_pipe, **arguments_of(family, case)).images
     torch.testing.assert_close(as_tensor(images), as_tensor(expected), atol=1 if case == "pil" else 1e-4, rtol=0)
 
 
 @NUMPY_2
+@BOTH
 @pytest.mark.parametrize("case", SCHEDULERS)
 def test_with_concepts_every_scheduler_does_what_it_does_in_diffusers(composer, plain_pipe, case):
     scheduler, arguments = SCHEDULERS[case]
@@ -256,6 +314,7 @@ def test_without_concepts_clip_skip_gives_the_bits_of_diffusers(pipe, plain_pipe
     assert not same_bits(skipped, run(pipe).images)
 
 
+@BOTH
 def test_calls_with_concepts_leave_plain_calls_as_they_were(composer, plain_pipe):
     expected = run(plain_pipe).images
     for method in ("merge", "tara"):
@@ -273,6 +332,7 @@ def test_failed_calls_leave_plain_calls_as_they_were(composer, plain_pipe):
         assert same_bits(run(composer).images, run(plain_pipe).images)
 
 
+@BOTH
 def test_plain_calls_with_adapters_of_the_user_give_the_bits_of_diffusers(composer, plain_pipe, write_lora):
     path = write_lora("style", unet=random_lora(plain_pipe.unet, 7))
     for each in (composer, plain_pipe):
@@ -286,9 +346,10 @@ def test_plain_calls_with_adapters_of_the_user_give_the_bits_of_diffusers(compos
 # What a diffusers pipeline is expected to do
 
 
-def test_the_signature_is_that_of_diffusers_and_more():
-    ours = inspect.signature(ComposeStableDiffusionPipeline.__call__).parameters
-    theirs = inspect.signature(StableDiffusionPipeline.__call__).parameters
+@BOTH
+def test_the_signature_is_that_of_diffusers_and_more(family):
+    ours = inspect.signature(OURS[family].__call__).parameters
+    theirs = inspect.signature(PLAIN[family].__call__).parameters
     positional = [name for name, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     for name in positional:
@@ -323,33 +384,32 @@ def test_components_are_those_of_diffusers_and_build_the_pipeline_again(composer
     assert same_bits(run(again).images, run(plain_pipe).images)
 
 
-def test_class_attributes_that_diffusers_reads_are_inherited():
+@BOTH
+def test_class_attributes_that_diffusers_reads_are_inherited(family):
     for name in (
         "model_cpu_offload_seq",
         "_optional_components",
         "_exclude_from_cpu_offload",
         "_callback_tensor_inputs",
     ):
-        assert getattr(ComposeStableDiffusionPipeline, name) == getattr(StableDiffusionPipeline, name)
+        assert getattr(OURS[family], name) == getattr(PLAIN[family], name)
 
 
-def test_what_is_saved_opens_in_plain_diffusers_and_again_in_ours(composer, tmp_path):
+@BOTH
+def test_what_is_saved_opens_in_plain_diffusers_and_again_in_ours(composer, family, tmp_path):
     composer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "model_index.json").read_text())
-    assert config["_class_name"] == "StableDiffusionPipeline"
+    plain, ours = PLAIN[family], OURS[family]
+    assert config["_class_name"] == plain.__name__
     expected = run(composer).images
-    for opener, kind in (
-        (StableDiffusionPipeline, StableDiffusionPipeline),
-        (DiffusionPipeline, StableDiffusionPipeline),
-        (ComposePipeline, ComposeStableDiffusionPipeline),
-        (ComposeStableDiffusionPipeline, ComposeStableDiffusionPipeline),
-    ):
+    for opener, kind in ((plain, plain), (DiffusionPipeline, plain), (ComposePipeline, ours), (ours, ours)):
         opened = opener.from_pretrained(tmp_path, local_files_only=True)
         opened.set_progress_bar_config(disable=True)
         assert type(opened) is kind
         assert same_bits(run(opened).images, expected)
 
 
+@BOTH
 def test_what_is_saved_is_what_diffusers_saves(composer, plain_pipe, tmp_path):
     composer.save_pretrained(tmp_path / "ours")
     plain_pipe.save_pretrained(tmp_path / "plain")
@@ -360,6 +420,7 @@ def test_what_is_saved_is_what_diffusers_saves(composer, plain_pipe, tmp_path):
         assert json.loads(ours) == json.loads(plain) if name.suffix == ".json" else ours == plain
 
 
+@BOTH
 def test_a_reopened_model_composes_as_the_first_one_did(composer, load_concepts, tmp_path):
     composer.save_pretrained(tmp_path / "model")
     opened = ComposePipeline.from_pretrained(tmp_path / "model")
@@ -389,8 +450,9 @@ def test_components_that_are_missing_stay_missing(composer, tmp_path):
     assert without.text_encoder is without.tokenizer is None
 
 
+@BOTH
 def test_precision_follows_to(composer):
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
         composer.to(dtype=dtype)
         assert composer.dtype == composer.unet.dtype == composer.text_encoder.dtype == dtype
         for arguments in ({}, {"concepts": ["cat", "dog"], "method": "tara"}, {"concepts": ["cat"], "method": "merge"}):
@@ -409,22 +471,24 @@ def test_double_precision_agrees_with_single_precision(composer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("opener", [ComposePipeline, ComposeStableDiffusionPipeline])
-def test_a_pipeline_made_from_another_shares_its_modules_and_keeps_their_precision(plain_pipe, opener, dtype):
+@pytest.mark.parametrize("opener", [ComposePipeline, None])
+@BOTH
+def test_a_pipeline_made_from_another_shares_its_modules_and_keeps_their_precision(plain_pipe, family, opener, dtype):
     plain_pipe.to(dtype=dtype)
     expected = run(plain_pipe).images
-    made = opener.from_pipe(plain_pipe)
-    assert type(made) is ComposeStableDiffusionPipeline
+    made = (opener or OURS[family]).from_pipe(plain_pipe)
+    assert type(made) is OURS[family]
     assert all(made.components[name] is part for name, part in plain_pipe.components.items())
     assert made.dtype == plain_pipe.dtype == dtype
     assert same_bits(run(made).images, expected)
     assert same_bits(run(plain_pipe).images, expected)
 
 
-def test_a_plain_pipeline_can_be_made_from_ours(composer, plain_pipe):
-    made = StableDiffusionPipeline.from_pipe(composer)
+@BOTH
+def test_a_plain_pipeline_can_be_made_from_ours(composer, plain_pipe, family):
+    made = PLAIN[family].from_pipe(composer)
     made.set_progress_bar_config(disable=True)
-    assert type(made) is StableDiffusionPipeline
+    assert type(made) is PLAIN[family]
     assert made.unet is composer.unet
     assert same_bits(run(made).images, run(plain_pipe).images)
 
@@ -436,6 +500,7 @@ def test_from_pipe_takes_other_components_and_precisions(plain_pipe):
     assert made.dtype == torch.bfloat16
 
 
+@BOTH
 def test_from_pipe_refuses_to_change_one_of_several_precisions_unasked(plain_pipe):
     plain_pipe.vae.to(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"differ in precision.*\*\*pipe.components"):
@@ -444,22 +509,24 @@ def test_from_pipe_refuses_to_change_one_of_several_precisions_unasked(plain_pip
     assert plain_pipe.unet.dtype == torch.float32
 
 
-def xl_pipeline() -> StableDiffusionXLPipeline:
-    small = small_pipeline(StableDiffusionPipeline)
-    config = small.text_encoder.config
-    return StableDiffusionXLPipeline(
-        vae=small.vae, text_encoder=small.text_encoder, text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer=small.tokenizer, tokenizer_2=small.tokenizer, unet=sdxl_unet(), scheduler=small.scheduler,
-    )  # fmt: skip
-
-
-def test_a_model_of_another_family_is_refused_by_name(tmp_path):
-    xl = xl_pipeline()
-    xl.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline; supported so far: Stable Diffusion 1.x and 2.x"):
+def test_models_of_other_families_are_refused_by_name(tmp_path):
+    config = {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"PixArtAlphaPipeline; supported are Stable Diffusion 1\.x, 2\.x and XL"):
         ComposePipeline.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"StableDiffusionXLPipeline; supported so far: Stable Diffusion 1.x and 2.x"):
-        ComposePipeline.from_pipe(xl)
+
+
+def test_the_refiner_is_refused_by_name(tmp_path):
+    base = tiny_xl_pipeline()
+    parts = {**base.components, "text_encoder": None, "tokenizer": None}
+    refiner = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True, add_watermarker=False)
+    refiner.save_pretrained(tmp_path / "refiner")
+    for opening in (
+        lambda: ComposePipeline.from_pretrained(tmp_path / "refiner"),
+        lambda: ComposePipeline.from_pipe(refiner),
+    ):
+        with pytest.raises(ValueError, match=r"this is SDXL's refiner.*open the base model"):
+            opening()
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
@@ -489,17 +556,27 @@ def test_encoding_needs_the_text_parts_only_and_denoising_the_others(composer):
     assert same_bits(run(image, **encoded).images, run(composer).images)
 
 
-def test_dict_and_tuple_hold_the_same(pipe):
+@BOTH
+def test_dict_and_tuple_hold_the_same(pipe, family):
     output = run(pipe, output_type="np")
-    images, nsfw = run(pipe, output_type="np", return_dict=False)
+    images, *nsfw = run(pipe, output_type="np", return_dict=False)
     assert same_bits(output.images, images)
     assert same_bits(output[0], images)
     assert same_bits(output["images"], images)
-    assert output.nsfw_content_detected is nsfw is None
+    assert nsfw == ([None] if family == "sd" else [])
 
 
+SHAPES = {
+    "sd": {"latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "negative_prompt_embeds": (1, 32, 24)},
+    "sdxl": {
+        "latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "add_text_embeds": (2, 12), "add_time_ids": (2, 6),
+    },
+}  # fmt: skip
+
+
+@BOTH
 @pytest.mark.parametrize("concepts", [None, ["cat", "dog"]])
-def test_callbacks_are_given_every_tensor_that_diffusers_names(composer, concepts):
+def test_callbacks_are_given_every_tensor_that_diffusers_names(composer, family, concepts):
     seen = []
 
     def look(pipe, step, timestep, tensors):
@@ -510,8 +587,7 @@ def test_callbacks_are_given_every_tensor_that_diffusers_names(composer, concept
     run(composer, concepts=concepts, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
     assert [step for step, _, _ in seen] == [0, 1]
     assert [timestep for _, timestep, _ in seen] == composer.scheduler.timesteps.tolist()
-    shapes = {"latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "negative_prompt_embeds": (1, 32, 24)}
-    assert all(tensors == shapes for _, _, tensors in seen)
+    assert all(tensors == SHAPES[family] for _, _, tensors in seen)
 
 
 @pytest.mark.parametrize("concepts", [None, ["cat", "dog"]])
@@ -564,22 +640,30 @@ VAE = {
 }  # fmt: skip
 
 
-def original_unet_names() -> dict[str, str]:
-    """What Stable Diffusion's own code calls the parts of a UNet with four levels of two layers."""
+OPEN_CLIP = {
+    "self_attn": "attn", "layer_norm1": "ln_1", "layer_norm2": "ln_2", "fc1": "c_fc", "fc2": "c_proj",
+    "text_model.encoder.layers": "transformer.resblocks", "text_model.final_layer_norm": "ln_final",
+    "text_model.embeddings.token_embedding": "token_embedding",
+}  # fmt: skip
+
+
+def original_unet_names(unet: Any) -> dict[str, str]:
+    """What Stable Diffusion's own code calls the parts of a UNet with levels of two layers."""
     names = {
         "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
         "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
         "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
         "mid_block.resnets.1": "middle_block.2",
     }  # fmt: skip
-    for i in range(4):
+    for i, up in enumerate(unet.up_blocks):
         for j in range(3):
             names[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{3 * i + j + 1}.0"
             names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{3 * i + j + 1}.1"
             names[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{3 * i + j}.0"
             names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{3 * i + j}.1"
         names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * i + 3}.0.op"
-        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}"
+        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{2 if hasattr(up, 'attentions') else 1}"
     return names
 
 
@@ -593,28 +677,55 @@ def write_checkpoint(pipe: Any, path: Path) -> Path:
     """Writes the models of a pipeline as one file in the original layout."""
     tensors = {}
     for key, tensor in pipe.unet.state_dict().items():
-        name = renamed(key, original_unet_names())
+        name = renamed(key, original_unet_names(pipe.unet))
         tensors["model.diffusion_model." + (renamed(name, RESNET) if ".resnets." in key else name)] = tensor
     for key, tensor in pipe.vae.state_dict().items():
         name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{3 - int(found[1])}", key.replace("down_blocks", "down"))
         convolution = ".attentions." in key and "group_norm" not in key and tensor.ndim == 2
         tensors["first_stage_model." + renamed(name, VAE)] = tensor[..., None, None] if convolution else tensor
+    xl = hasattr(pipe, "text_encoder_2")
+    first = "conditioner.embedders.0." if xl else "cond_stage_model."
     for key, tensor in pipe.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
+        tensors[f"{first}transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
+    if xl:
+        tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(pipe.text_encoder_2).items()}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     return path
 
 
-@pytest.mark.parametrize("opener", [ComposePipeline, ComposeStableDiffusionPipeline])
-def test_a_checkpoint_in_one_file_opens_like_a_folder(load_concepts, tmp_path, opener):
-    composer = small_pipeline()
+def open_clip(encoder: Any) -> dict[str, Tensor]:
+    """The weights of a text encoder as OpenCLIP has them: one matrix for queries, keys and values."""
+    weights = encoder.state_dict()
+    tensors = {
+        renamed(key, OPEN_CLIP): tensor for key, tensor in weights.items() if not re.search(r"\.[qkv]_proj\.", key)
+    }
+    tensors["text_projection"] = tensors.pop("text_projection.weight").T
+    tensors["positional_embedding"] = tensors.pop("text_model.embeddings.position_embedding.weight")
+    for i in range(encoder.config.num_hidden_layers):
+        for kind in ("weight", "bias"):
+            three = [weights[f"text_model.encoder.layers.{i}.self_attn.{side}_proj.{kind}"] for side in "qkv"]
+            tensors[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(three)
+    return tensors
+
+
+@BOTH
+@pytest.mark.parametrize("opener", [ComposePipeline, None])
+def test_a_checkpoint_in_one_file_opens_like_a_folder(load_concepts, tmp_path, family, opener):
+    composer = small_pipeline() if family == "sd" else xl_pipeline()
     composer.set_progress_bar_config(disable=True)
     load_concepts(composer)
     composer.save_pretrained(tmp_path / "model")
     path = write_checkpoint(composer, tmp_path / "model.safetensors")
-    opened = opener.from_single_file(path, config=str(tmp_path / "model"), local_files_only=True)
+    opened = (opener or OURS[family]).from_single_file(path, config=str(tmp_path / "model"), local_files_only=True)
     opened.set_progress_bar_config(disable=True)
-    assert type(opened) is ComposeStableDiffusionPipeline
+    assert type(opened) is OURS[family]
     load_concepts(opened)
     for arguments in ({}, {"concepts": ["cat", "dog"], "method": "tara"}):
         assert same_bits(run(opened, **arguments).images, run(composer, **arguments).images)
+
+
+def test_the_refiner_in_one_file_is_refused_before_it_is_read(tmp_path):
+    key = "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias"
+    save_file({key: torch.zeros(1)}, tmp_path / "refiner.safetensors")
+    with pytest.raises(ValueError, match="this is SDXL's refiner"):
+        ComposePipeline.from_single_file(tmp_path / "refiner.safetensors")

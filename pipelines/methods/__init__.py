@@ -69,7 +69,9 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
     return kind(**(settings or {}))
 
 
-def choose_method(concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None) -> Settings:
+def choose_method(
+    concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None, *, differ: bool = False
+) -> Settings:
     """The method for a call that names none, with the reason in the log.
 
     A region for everybody is best used by LoRA-Composer (`docs/methods/lora-composer.md`), and without regions CLoRA
@@ -79,16 +81,21 @@ def choose_method(concepts: Sequence[LoadedConcept], prompts: Sequence[str] | No
     Args:
         concepts: Those of the call.
         prompts: Its prompts; None if it was given embeddings.
+        differ: Whether prompts have different concepts, for which there are methods with one text for all alone.
     """
     if all(loaded.concept.region for loaded in concepts):
-        if prompts is not None and all(loaded.concept.trigger for loaded in concepts):
+        if prompts is not None and all(loaded.concept.trigger for loaded in concepts) and not differ:
             logger.info("method: lora-composer, because every concept has a region")
             return LoraComposer()
-        logger.info("method: regional, because every concept has a region, and not every one a trigger")
+        why = "prompts have different concepts" if differ else "not every one a trigger"
+        logger.info("method: regional, because every concept has a region, and %s", why)
         return Regional()
     if all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in concepts):
         logger.info("method: tara, because every concept was trained for it")
         return Tara()
+    if differ:
+        logger.info("method: merge, because prompts have different concepts")
+        return Merge()
     subjects = [loaded.concept for loaded in concepts if loaded.concept.role != "style"]
     unnamed = [subject.name for subject in subjects if not _named(subject, subjects, prompts)]
     if len(subjects) > 1 and not unnamed:

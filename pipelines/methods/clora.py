@@ -146,6 +146,7 @@ class Clora:
 
     def start(self, engine: Engine) -> Process:
         """Encodes a text for every branch. A single subject has nobody to be told from: its LoRA acts everywhere."""
+        engine.refuse_different("clora")
         subjects = tuple(i for i, concept in enumerate(engine.concepts) if concept.role != "style")
         if len(subjects) < 2:
             return Merge().start(engine)

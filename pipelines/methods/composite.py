@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipelines.engine import Engine
-from pipelines.methods.process import Alone, each_alone, say_once
+from pipelines.methods.process import Alone, alone, say_once
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,19 @@ class Composite:
         """What every LoRA needs for its passes; text encoders take part."""
         if any(concept.region for concept in engine.concepts):
             say_once("composite has no use for regions; method='regional' has")
-        concepts = len(engine.concepts)
-        shares = [1.0] * concepts if self.shares is None else self.shares
-        if len(shares) != concepts:
-            raise ValueError(f"composite has {len(shares)} shares, but there are {concepts} concepts")
-        return Average(engine, each_alone(engine), [share / sum(shares) for share in shares])
+        if engine.differ and self.shares is not None:
+            raise ValueError("composite can have shares only if all prompts have the same concepts")
+        numbers = [max(1, len(mine)) for mine in engine.members]
+        shares = [1.0] * numbers[0] if self.shares is None else self.shares
+        if self.shares is not None and len(shares) != len(engine.concepts):
+            raise ValueError(f"composite has {len(shares)} shares, but there are {len(engine.concepts)} concepts")
+        passes = [alone(engine, [mine[n : n + 1] for mine in engine.members]) for n in range(max(numbers))]
+        if engine.differ:
+            of_prompts = [[1 / number if n < number else 0.0 for number in numbers] for n in range(len(passes))]
+        else:
+            of_prompts = [[share / sum(shares)] * len(numbers) for share in shares]
+        by_image = torch.tensor(of_prompts).repeat_interleave(engine.images_per_prompt, dim=1)
+        return Average(engine, passes, by_image[..., None, None, None].to(engine.device))
 
 
 @dataclass(frozen=True)
@@ -54,21 +62,29 @@ class Average:
     Attributes:
         engine: Runs the UNet.
         alone: What a pass with each LoRA alone needs.
-        shares: How much each pass counts; their sum is 1, so that the average is again a prediction of the noise.
+        shares: How much each pass counts for each image; their sum is 1, so that the average is again a prediction of
+            the noise. Shape: [passes, images, 1, 1, 1].
     """
 
     engine: Engine
     alone: Sequence[Alone]
-    shares: Sequence[float]
+    shares: Tensor
 
     def prepare(self, latents: Tensor) -> Tensor:
         """Nothing is to be prepared."""
         return latents
 
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass per LoRA, one after the other, so that memory does not grow with their number."""
+        """One pass per LoRA, one after the other, so that memory does not grow with their number.
+
+        Prompts of one call that have different concepts share passes: the nth is of the nth concept of each.
+        """
         passes = [self.engine.unet(latents, t, one.conditioning, one.gates) for one in self.alone]
-        weighted = [share * one.model_output for share, one in zip(self.shares, passes, strict=True)]
+        images = self.shares.shape[1]
+        weighted = [
+            (share.to(one.model_output.dtype) * one.model_output.unflatten(0, (-1, images))).flatten(0, 1)
+            for share, one in zip(self.shares, passes, strict=True)
+        ]
         return latents, self.engine.guide(replace(passes[0], model_output=torch.stack(weighted).sum(dim=0)))
 
 

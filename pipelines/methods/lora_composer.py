@@ -153,6 +153,7 @@ class LoraComposer:
 
     def start(self, engine: Engine) -> "Composing":
         """Encodes a text for the canvas and one for each region, and divides the grids."""
+        engine.refuse_different("lora-composer")
         wanted = [concept.region for concept in engine.concepts]
         if not any(wanted):
             raise ValueError(
@@ -162,20 +163,29 @@ class LoraComposer:
         regions = Regions.of(wanted, engine.image_size, engine.latent_grid, engine.levels, self.threshold)
         _mention_unread_prompts(engine.concepts)
         prompts = _own_prompts(engine, regions)
-        texts = self._texts(engine, regions, prompts)
-        gates = region_gates(engine, texts, regions, rows=self.rows, inject=self.inject)
+        together, alone = self._texts(engine, regions, prompts)
+        gates = region_gates(engine, together, regions, rows=self.rows, inject=self.inject)
         return Composing(
             self,
             engine,
-            texts,
+            together,
             gates,
             self._layout(engine, regions),
             _targets(engine, regions, prompts) if self.updates or self.moves_noise else (),
-            self._parts(engine, texts, regions, gates) if self.apart > 0 else None,
+            self._parts(engine, alone, regions, gates) if self.apart > 0 else None,
         )
 
-    def _texts(self, engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]) -> Conditioning:
-        """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA."""
+    def _texts(
+        self, engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]
+    ) -> tuple[Conditioning, Sequence[Conditioning]]:
+        """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
+
+        What describes a picture as a whole (SDXL's pooled text) is of all the scene in plain words, and where region n
+        has a canvas of its own, of its text.
+
+        Returns:
+            For the canvas of all regions, and for the canvas of each.
+        """
         mine = [engine.concepts[i] for i in regions.owners]
         others = [concept for concept in engine.concepts if concept.region is None and concept.trigger]
         # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
@@ -188,7 +198,15 @@ class LoraComposer:
             negatives = None if negative is None else [negative] * len(own)
             alone = [weight if j == i else 0.0 for j, weight in enumerate(engine.weights)]
             texts.append(engine.encode(alone, own, negatives, [engine.concepts[i].name]))
-        return stack_texts(texts)
+        together = stack_texts(texts)
+        if together.added_cond_kwargs is None:
+            return together, [together] * len(prompts)
+        scene = [without_triggers(prompt, mine) for prompt in engine.prompts or ()]
+        whole = engine.encode(behind, scene, names=[other.name for other in others])
+        return (
+            replace(together, added_cond_kwargs=whole.added_cond_kwargs),
+            [replace(together, added_cond_kwargs=text.added_cond_kwargs) for text in texts[1:]],
+        )
 
     def _background(self, prompt: str, mine: Sequence[Concept], others: Sequence[Concept]) -> str:
         bare = surroundings(prompt, mine)
@@ -201,18 +219,20 @@ class LoraComposer:
         partitions = {level: Partition.of(inside, engine.device) for level, inside in cells.items()}
         return Layout(partitions, self.inject != "off", self.isolate)
 
-    def _parts(self, engine: Engine, texts: Conditioning, regions: Regions, gates: Gates) -> "Parts":
+    def _parts(self, engine: Engine, texts: Sequence[Conditioning], regions: Regions, gates: Gates) -> "Parts":
         """A canvas for each region."""
         parts, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
-        for n in range(len(regions.owners)):
+        for n, text in enumerate(texts):
             window = regions.window(n, engine.native_side * self.apart_side)
             alone = regions.part(window, n)
             mine, all_here = alone.cells[0][..., n], regions.cells[0][window]
             shown = mine | ~all_here.any(dim=-1)
             seen[window] |= shown
             # The same text gates, so that keys and values are kept once for all passes.
-            of_part = replace(region_gates(engine, texts, alone, rows=self.rows, inject=self.inject), text=gates.text)
-            parts.append(Part(window, shown.to(engine.device), of_part, self._layout(engine, alone)))
+            of_part = replace(region_gates(engine, text, alone, rows=self.rows, inject=self.inject), text=gates.text)
+            height, width = (side / whole for side, whole in zip(shown.shape, regions.grid, strict=True))
+            layout = self._layout(engine, alone)
+            parts.append(Part(window, shown.to(engine.device), text.on_part(height, width), of_part, layout))
         return Parts(parts, complete=bool(seen.all()))
 
 
@@ -244,12 +264,14 @@ class Part:
     Attributes:
         window: Which rows and columns of the latents it is.
         shown: True where its result counts: in the region, and where no region is. Shape: [rows, columns].
+        text: All texts, and the concept's own where a text describes the whole canvas.
         gates: The concept in its region.
         layout: Region and background.
     """
 
     window: Window
     shown: Tensor
+    text: Conditioning
     gates: Gates
     layout: Layout
 
@@ -321,7 +343,7 @@ class Composing:
         for part in parts.each:
             here = (..., *part.window)
             prediction = self.engine.unet(
-                latents[here].contiguous(), t, self.conditioning, part.gates, part.layout, part.window
+                latents[here].contiguous(), t, part.text, part.gates, part.layout, part.window
             )
             total[here] += self.engine.guide(prediction) * part.shown
             times[here] += part.shown

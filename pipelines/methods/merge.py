@@ -18,5 +18,9 @@ class Merge:
         """Constant gates for everything; text encoders take part."""
         if any(concept.region for concept in engine.concepts):
             say_once("merge has no use for regions; method='regional' has")
-        gates = constant_gates(engine, engine.weights)
-        return OnePass(engine, engine.encode(engine.weights), gates, ("text", "image", "row"), engine.weights)
+        weights = engine.weights_of()
+        conditioning = engine.encode(weights)
+        gates = constant_gates(engine, weights, conditioning)
+        if len(weights) > 1:
+            return OnePass(engine, conditioning, gates)
+        return OnePass(engine, conditioning, gates, ("text", "image", "row"), engine.weights)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from attention import Gates
@@ -83,19 +82,31 @@ class Alone:
     gates: Gates
 
 
-def each_alone(engine: Engine) -> list[Alone]:
-    """What passes with one LoRA each need, in the order of the concepts."""
-    only = torch.diag(torch.tensor(engine.weights)).tolist()
-    return [Alone(engine.encode(weights), constant_gates(engine, weights)) for weights in only]
+def alone(engine: Engine, chosen: Sequence[Sequence[int]]) -> Alone:
+    """What a pass needs in which every prompt has one of its concepts, or none.
+
+    Args:
+        engine: Encodes the prompts.
+        chosen: By prompt, the concept.
+    """
+    weights = engine.weights_of(chosen)
+    conditioning = engine.encode(weights)
+    return Alone(conditioning, constant_gates(engine, weights, conditioning))
 
 
-def constant_gates(engine: Engine, weights: Sequence[float]) -> Gates:
-    """Gates that are the same at all tokens, cells and rows: one number per concept."""
-    gate = torch.tensor(weights, device=engine.device)
+def constant_gates(engine: Engine, weights: Tensor, conditioning: Conditioning) -> Gates:
+    """Gates that are the same at all tokens and cells.
+
+    Args:
+        engine: Knows the rows of every prompt.
+        weights: One number per concept. Shape: [prompts or 1, concepts].
+        conditioning: The text of all rows.
+    """
+    gate = engine.by_row(weights, conditioning)
     return Gates(
-        text=gate[None, None],
-        image=dict.fromkeys(engine.levels, gate[None, None]),
-        row=gate[None],
+        text=gate[:, None],
+        image=dict.fromkeys(engine.levels, gate[:, None]),
+        row=gate,
         latent_grid=engine.latent_grid,
     )
 

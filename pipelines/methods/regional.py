@@ -54,7 +54,7 @@ class Regional:
             if loaded.factors.text_encoders:
                 say_once(f"regional leaves out the text-encoder part of {loaded.concept.name!r}: text has no regions")
         conditioning = engine.encode()
-        weights = torch.tensor(engine.weights, device=engine.device)
+        weights = engine.by_row(engine.weights_of(), conditioning)
         acting = torch.ones(conditioning.rows, 1, 1, device=engine.device)
         if self.rows == "cond_only":
             acting[: conditioning.conditional_rows.start] = 0
@@ -63,8 +63,8 @@ class Regional:
             named = conditioning.trigger_mask.sum(dim=(0, 1)) > 0
             tokens = torch.where(named, conditioning.trigger_mask, tokens)
         gates = Gates(
-            text=acting * tokens * weights,
-            image={level: acting * region_masks(engine, level) * weights for level in engine.levels},
+            text=acting * tokens * weights[:, None],
+            image={level: acting * region_masks(engine, level) * weights[:, None] for level in engine.levels},
             row=acting[:, 0] * weights,
             latent_grid=engine.latent_grid,
         )

@@ -4,18 +4,20 @@ One LoRA at a time, in the order of the concepts and round again. In step t = 1,
 
     W + w_i s_i B_i A_i        i = floor(((t - 1) mod (k tau)) / tau) + 1
 
-for k concepts and the interval tau. One UNet pass per step whatever the number of concepts.
+for k concepts and the interval tau. One UNet pass per step whatever the number of concepts. Where prompts of one call
+have different concepts, every prompt has its own turns.
 
 `docs/methods/switch.md` says what differs from the authors' code and why.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from pipelines.engine import Engine
-from pipelines.methods.process import Alone, each_alone, say_once
+from pipelines.methods.process import Alone, alone, say_once
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,13 @@ class Switch:
             raise ValueError(f"interval must be a whole number of steps, at least 1, not {self.interval!r}")
 
     def start(self, engine: Engine) -> "Turns":
-        """What every LoRA needs when its turn comes; text encoders take part."""
+        """What every LoRA needs when its turn comes, if there are so many steps; text encoders take part."""
         if any(concept.region for concept in engine.concepts):
             say_once("switch has no use for regions; method='regional' has")
-        return Turns(engine, each_alone(engine), self.interval)
+        turns = math.lcm(*(max(1, len(mine)) for mine in engine.members))
+        needed = max(1, math.ceil(len(engine.timesteps) / self.interval))
+        chosen = [[mine[turn % len(mine) :][:1] if mine else () for mine in engine.members] for turn in range(turns)]
+        return Turns(engine, [alone(engine, each) for each in chosen[:needed]], self.interval)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Turns:
 
     Attributes:
         engine: Runs the UNet.
-        alone: What a pass with each LoRA alone needs.
+        alone: What the pass of each turn needs.
         interval: Steps per turn.
     """
 

@@ -56,23 +56,25 @@ class Tara:
         mask = conditioning.trigger_mask
         if self.cfg_mask == "broadcast" and conditioning.guided:
             mask = torch.cat([mask[conditioning.conditional_rows]] * 2)
-        weights = torch.tensor(engine.weights, device=engine.device)
-        unmasked = weights if self.scope == "all" else torch.zeros_like(weights)
+        weights = engine.by_row(engine.weights_of(), conditioning)
+        unmasked = weights if self.scope == "all" else torch.zeros_like(weights[:1])
         gates = Gates(
-            text=mask * weights,
-            image=dict.fromkeys(engine.levels, unmasked[None, None]),
-            row=unmasked[None],
+            text=mask * weights[:, None],
+            image=dict.fromkeys(engine.levels, unmasked[:, None]),
+            row=unmasked,
             latent_grid=engine.latent_grid,
         )
+        if len(unmasked) > 1:
+            return OnePass(engine, conditioning, gates)
         constant = engine.weights if self.scope == "all" else [0.0] * len(engine.weights)
         return OnePass(engine, conditioning, gates, ("image", "row"), constant)
 
 
 def _check(engine: Engine) -> None:
-    present = engine.token_masks.trigger.sum(dim=1).gt(0).all(dim=0).tolist()
-    for loaded, found in zip(engine.loaded, present, strict=True):
+    present = engine.token_masks.trigger.sum(dim=1) > 0
+    for i, loaded in enumerate(engine.loaded):
         name = loaded.concept.name
-        if not found:
+        if not all(present[prompt, i] for prompt, mine in enumerate(engine.members) if i in mine):
             raise ValueError(
                 f"tara needs to know the words of concept {name!r}: give it a trigger that stands in every prompt"
                 " (with prompt_embeds: its token_positions)"

@@ -30,7 +30,7 @@ def model_part(here: Visit) -> None:
                 key=_NAME,
                 placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
             )
-            st.caption("Stable Diffusion 1.x and 2.x. Weights are read from safetensors only. A hub repository is "
+            st.caption("Stable Diffusion 1.x, 2.x and XL. Weights are read from safetensors only. A hub repository is "
                        "downloaded first.")  # fmt: skip
         left, right = st.columns(2)
         left.selectbox("Precision", ["float32", "float16", "bfloat16"], key=_DTYPE)

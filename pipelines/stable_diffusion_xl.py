@@ -1,0 +1,222 @@
+"""Stable Diffusion XL with concepts."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
+from torch import Tensor
+
+from pipelines.base import ComposePipeline, output_of
+from pipelines.call import Call, Concepts, Generators, check_arguments, check_plain, listed, nobody, tensors_for
+from pipelines.conditioning import Conditioning, TokenPositions
+from pipelines.engine import EncodedText
+from pipelines.methods import Settings
+from pipelines.output import ComposeOutput
+
+
+class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `StableDiffusionXLPipeline` whose calls may name concepts."""
+
+    _plain_class_name: ClassVar[str] = "StableDiffusionXLPipeline"
+
+    @torch.no_grad()
+    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        **kwargs: Any,
+    ) -> ComposeOutput | StableDiffusionXLPipelineOutput | tuple:
+        """Makes images; all arguments of diffusers' pipeline keep their meaning.
+
+        A concept's words must stand at the same tokens in `prompt` and `prompt_2`. Methods with a text for each concept
+        (`lora-composer`, `clora`) make them of `prompt`, for both encoders, and refuse another `prompt_2`. In a batch
+        with negative sizes, every row has its own; diffusers mixes them up there.
+
+        Args:
+            concepts: Who takes part: names of loaded concepts or adapters, or `Concept` objects, whose given fields
+                win. None or empty: exactly what diffusers does. A list of such lists gives every prompt its own.
+            method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
+            token_positions: With `prompt_embeds`: where each concept's trigger stands, by concept name.
+            record_attention: True, or the steps of which attention maps are returned.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        started = time.perf_counter()
+        if concepts is None or nobody(concepts):
+            check_plain(self.unet, method, token_positions, record_attention)
+            plain: Callable[..., Any] = super().__call__
+            return plain(
+                prompt, prompt_2, height, width, num_inference_steps, timesteps, sigmas, denoising_end, guidance_scale,
+                negative_prompt, negative_prompt_2, num_images_per_prompt, eta, generator, latents, prompt_embeds,
+                negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, ip_adapter_image,
+                ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs, guidance_rescale,
+                original_size, crops_coords_top_left, target_size, negative_original_size,
+                negative_crops_coords_top_left, negative_target_size, clip_skip, callback_on_step_end,
+                list(callback_on_step_end_tensor_inputs), **kwargs,
+            )  # fmt: skip
+        check_arguments(kwargs, (ip_adapter_image, ip_adapter_image_embeds), cross_attention_kwargs)
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        width, height = self._size(width, height)
+        self.check_inputs(
+            prompt, prompt_2, height, width, None, negative_prompt, negative_prompt_2, prompt_embeds,
+            negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None, tensors,
+        )  # fmt: skip
+        self._check_model()
+        call = Call(
+            concepts=concepts, method=method,
+            texts=None if prompt_embeds is not None else self._texts(prompt, prompt_2),
+            prompt_embeds=prompt_embeds, token_positions=token_positions, record_attention=record_attention,
+            width=width, height=height, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
+            denoising_end=denoising_end, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
+            images_per_prompt=num_images_per_prompt or 1, eta=eta, generator=generator, latents=latents,
+            output_type=output_type or "np", cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip,
+            callback=callback_on_step_end, callback_tensors=tensors, started=started,
+        )  # fmt: skip
+        sizes = (original_size or (height, width)) + crops_coords_top_left + (target_size or (height, width))
+        negative_sizes = sizes
+        if negative_original_size is not None and negative_target_size is not None:
+            negative_sizes = negative_original_size + negative_crops_coords_top_left + negative_target_size
+
+        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+            own, own_2, negative, negative_2 = prompt, prompt_2, negative_prompt, negative_prompt_2
+            if negative_prompts is not None:
+                negative, negative_2 = list(negative_prompts), None
+            if prompts is not None:
+                _check_one_text(call)
+                own, own_2 = list(prompts), None
+            encode_prompt: Any = self.encode_prompt  # its annotations know no lists
+            embeds, uncond, pooled, uncond_pooled = encode_prompt(
+                own, own_2, self._execution_device, call.images_per_prompt, self.do_classifier_free_guidance,
+                negative, negative_2,
+                prompt_embeds=prompt_embeds if prompts is None else None,
+                negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
+                pooled_prompt_embeds=pooled_prompt_embeds if prompts is None else None,
+                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds if negative_prompts is None else None,
+                lora_scale=call.lora_scale, clip_skip=clip_skip,
+            )  # fmt: skip
+            uncond = uncond if self.do_classifier_free_guidance else None
+            parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
+            return EncodedText(embeds, uncond, self._added(parts, embeds))
+
+        final, engine = self.compose(call, encode)
+        images = self._decode(final, call)
+        self.maybe_free_model_hooks()
+        return output_of(engine, images) if return_dict else (images,)
+
+    def _check_model(self) -> None:
+        """Raises ValueError for UNets that take something else than pooled text and six numbers, as the refiner's."""
+        config, encoder = self.unet.config, self.text_encoder_2
+        taken, numbers = config.projection_class_embeddings_input_dim, 6 * (config.addition_time_embed_dim or 0)
+        pooled = taken if encoder is None else numbers + encoder.config.projection_dim
+        if config.addition_embed_type != "text_time" or taken != pooled:
+            raise ValueError(
+                "this UNet does not take the pooled text and the six sizes of SDXL's base model; concepts need the "
+                "base model, and the refiner can go over the pictures afterwards"
+            )
+
+    def _texts(self, prompt: str | list[str] | None, prompt_2: str | list[str] | None) -> list[list[str]]:
+        """What each tokenizer reads."""
+        texts = [listed(prompt), listed(prompt_2 or prompt)]
+        if len(texts[0]) != len(texts[1]):
+            raise ValueError(f"there are {len(texts[0])} prompts, but {len(texts[1])} in prompt_2")
+        return texts[-len(self._tokenizers) :]
+
+    def _added(self, parts: Sequence[tuple[Tensor, tuple[int, ...]]], embeds: Tensor) -> Mapping[str, Tensor]:
+        """Pooled text and sizes of all rows, from those of the uncond rows and of the prompt's."""
+        rows = [torch.tensor([sizes], dtype=embeds.dtype).repeat(len(pooled), 1) for pooled, sizes in parts]
+        pooled = torch.cat([pooled for pooled, _ in parts])
+        return {"text_embeds": pooled.to(embeds.device), "time_ids": torch.cat(rows).to(embeds.device)}
+
+    def _decode(self, latents: Tensor, call: Call) -> Any:
+        if call.output_type == "latent":
+            return latents
+        with self._vae_in_range():
+            image = self.vae.decode(self._unscaled(latents.to(self.vae.dtype)), return_dict=False)[0]
+        if self.watermark is not None:
+            image = self.watermark.apply_watermark(image)
+        return self._postprocess(image, call)
+
+    @contextmanager
+    def _vae_in_range(self) -> Iterator[None]:
+        """The VAE in float32 where it would overflow in float16; it is what it was afterwards."""
+        if self.vae.dtype != torch.float16 or not self.vae.config.force_upcast:
+            yield
+            return
+        self.vae.to(dtype=torch.float32)
+        try:
+            yield
+        finally:
+            self.vae.to(dtype=torch.float16)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        config: Any = self.vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return latents / config.scaling_factor
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return latents * std / config.scaling_factor + mean
+
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
+        added = text.added_cond_kwargs or {}
+        return {
+            "prompt_embeds": text.prompt_embeds,
+            "add_text_embeds": added["text_embeds"],
+            "add_time_ids": added["time_ids"],
+        }
+
+
+def _check_one_text(call: Call) -> None:
+    """Raises ValueError if the second encoder reads another prompt, of which no texts can be made."""
+    if call.texts is not None and list(call.texts[0]) != list(call.texts[-1]):
+        raise ValueError(
+            "this method makes texts of its own from the prompt, for both text encoders; leave prompt_2 out, or use a "
+            "method with one text for all: merge, tara, regional, switch, composite"
+        )

@@ -1,0 +1,167 @@
+"""Different concepts for the prompts of one call: the same images as one call for each, in one forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from components import EVERYTHING, FAMILIES, State, random_lora, seeded, text_loras
+from pipelines.methods import Composite, Switch, Tara
+from pipelines.scene import Concept
+
+WORDS = {"cat": "sks", "dog": "zwx", "bear": "xlo"}
+PROMPTS = ["a sks cat and a zwx dog", "in snow, a xlo bear", "a tree"]
+LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
+CAST: list[list[str | Concept]] = [["cat", Concept(name="dog", weight=0.6)], ["bear"], []]
+METHODS = ("merge", "tara", Tara(cfg_mask="broadcast"), Tara(scope="cross_kv"), Switch(interval=1), "composite")
+
+
+@pytest.fixture(params=FAMILIES)
+def pipe(request, write_lora) -> Any:
+    """A tiny pipeline of either family with the concepts "cat", "dog" and "bear"."""
+    pipe = FAMILIES[request.param]()
+    for seed, (name, trigger) in enumerate(WORDS.items()):
+        parts = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15), **text_loras(pipe, 5 + seed)}
+        pipe.load_concept(write_lora(name, **parts), name, trigger=trigger, class_word=name)
+    return pipe
+
+
+def latents_of(pipe: Any, prompt: Any, concepts: Any, method: Any, **arguments: Any) -> Tensor:
+    given = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 4.0}
+    return pipe(prompt, concepts=concepts, method=method, **given | arguments).images
+
+
+def assert_as_one_by_one(
+    pipe: Any, cast: Any, method: Any, prompts: list[str] = PROMPTS, images: int = 1, **arguments: Any
+) -> Tensor:
+    generators = [seeded(k) for k in range(len(prompts) * images)]
+    together = latents_of(
+        pipe, prompts, cast, method, generator=generators, num_images_per_prompt=images, **arguments
+    )  # fmt: skip
+    for row in range(len(prompts) * images):
+        mine = cast[row // images]
+        alone = latents_of(
+            pipe, prompts[row // images], mine, method if mine else None, generator=seeded(row), **arguments
+        )
+        torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
+    return together
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_every_prompt_has_the_image_of_its_own_call(pipe, method):
+    before = State(pipe)
+    together = assert_as_one_by_one(pipe, CAST, method, images=2 if method == "merge" else 1)
+    before.assert_unchanged()
+    swapped = latents_of(
+        pipe, PROMPTS[:1] * 2, [["cat", "dog"], ["cat"]], "merge", generator=[seeded(0), seeded(0)]
+    )  # fmt: skip
+    assert (swapped[0] - swapped[1]).abs().max() > 1e-2
+    assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["merge", "composite"])
+def test_without_guidance_as_well(pipe, method):
+    assert_as_one_by_one(pipe, CAST, method, guidance_scale=1.0)
+
+
+def test_it_costs_no_more_rows_than_the_largest_cast(pipe):
+    for method, rows in (("merge", 2 * 3), ("tara", 2 * 3), ("switch", 2 * 3), ("composite", 2 * 2 * 3)):
+        cast: Any = [["cat", "dog"], ["bear"], ["cat"]]
+        prompts = [*PROMPTS[:2], "a sks cat"]
+        call: Callable[..., Any] = pipe
+        cost = call(prompts, concepts=cast, method=method, num_inference_steps=1, output_type="latent").cost
+        assert cost.rows_forward == rows
+
+
+def test_the_same_concept_may_be_elsewhere_in_every_picture(pipe):
+    prompts = ["a sks cat and a zwx dog", "a zwx dog and a sks cat"]
+    cast = [
+        [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)],
+        [Concept(name="cat", region=RIGHT, weight=0.7), "dog"],
+    ]
+    assert_as_one_by_one(pipe, cast, "regional", prompts)
+    assert_as_one_by_one(pipe, cast, "merge", prompts)
+
+
+def test_the_same_name_may_have_another_trigger(pipe):
+    prompts = ["a sks cat", "a mjq cat"]
+    assert_as_one_by_one(pipe, [["cat"], [Concept(name="cat", trigger="mjq")]], "tara", prompts)
+
+
+def test_maps_and_masks_are_empty_for_who_takes_no_part(pipe):
+    output = pipe(
+        PROMPTS, concepts=CAST, method="tara", num_inference_steps=1, output_type="latent", record_attention=True
+    )
+    seen = output.attention_maps[0].amax(dim=(-2, -1)) > 0
+    assert seen.tolist() == [[True, True, False], [False, False, True], [False, False, False]]
+    assert torch.equal(output.masks[0].any(dim=-1).any(dim=-1), seen)
+
+
+def test_positions_are_those_of_the_own_prompt(pipe):
+    cast: Any = [["cat", "dog"], ["bear"]]
+    expected = latents_of(pipe, PROMPTS[:2], cast, "tara", generator=[seeded(0), seeded(1)])
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    encoded = dict(zip(names, pipe.encode_prompt(PROMPTS[:2], device="cpu", num_images_per_prompt=1,
+                                                 do_classifier_free_guidance=True), strict=False))  # fmt: skip
+    positions = {"cat": [2], "dog": [[6], []], "bear": [5]}
+    found = latents_of(
+        pipe, None, cast, "tara", generator=[seeded(0), seeded(1)], token_positions=positions, **encoded
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+def test_a_callback_may_switch_guidance_off(pipe):
+    def cut(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0 if step >= 1 else pipe._guidance_scale
+        return {}
+
+    for method in ("composite", "merge"):
+        assert_as_one_by_one(pipe, CAST[:2], method, PROMPTS[:2], callback_on_step_end=cut)
+
+
+def test_the_choice_of_a_method_is_among_those_that_can_do_it(pipe, caplog):
+    caplog.set_level("INFO", "pipelines.methods")
+    cast: Any = [["cat", "dog"], ["bear"]]
+    chosen = latents_of(pipe, PROMPTS[:2], cast, None, generator=seeded())
+    assert torch.equal(chosen, latents_of(pipe, PROMPTS[:2], cast, "merge", generator=seeded()))
+    assert "method: merge, because prompts have different concepts" in caplog.text
+    boxed = [[Concept(name="cat", region=LEFT)], [Concept(name="bear", region=RIGHT)]]
+    chosen = latents_of(pipe, PROMPTS[:2], boxed, None, generator=seeded())
+    assert torch.equal(chosen, latents_of(pipe, PROMPTS[:2], boxed, "regional", generator=seeded()))
+
+
+def test_the_same_list_for_every_prompt_is_one_list(pipe):
+    names: Any = ["cat", "dog"]
+    prompts = [PROMPTS[0], "a zwx dog and a sks cat"]
+    for method in ("merge", "clora"):
+        listed = latents_of(pipe, prompts, [names, names], method, generator=seeded())
+        assert torch.equal(listed, latents_of(pipe, prompts, names, method, generator=seeded()))
+
+
+def test_only_empty_lists_are_a_plain_call(pipe):
+    plain = latents_of(pipe, PROMPTS[:2], None, None, generator=seeded())
+    assert torch.equal(latents_of(pipe, PROMPTS[:2], [[], []], None, generator=seeded()), plain)
+
+
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "too few": ([["cat"]], "merge", "there are concepts for 1 prompts, but 2 prompts"),
+    "mixture": ([["cat"], "bear"], "merge", "a list for each prompt, but not a mixture of both"),
+    "twice": ([["cat", "cat"], ["bear"]], "merge", "'cat' stands twice"),
+    "unknown": ([["cat"], ["fox"]], "merge", "unknown concept 'fox'"),
+    "word missing": ([["cat"], ["dog"]], "tara", "the trigger 'zwx' of concept 'dog' is not in the prompt 'in snow"),
+    "clora": ([["cat", "dog"], ["bear"]], "clora", "clora has the same concepts for all prompts.*one call for each"),
+    "lora-composer": ([[Concept(name="cat", region=LEFT)], [Concept(name="bear", region=LEFT)]], "lora-composer",
+                      "lora-composer has the same concepts for all prompts"),
+    "shares": ([["cat", "dog"], ["bear"]], Composite(shares=[1, 2, 3]), "shares only if all prompts have the same"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_and_nothing_is_changed(pipe, case):
+    cast, method, message = REFUSED[case]
+    before = State(pipe)
+    with pytest.raises(ValueError, match=message):
+        latents_of(pipe, PROMPTS[:2], cast, method)
+    before.assert_unchanged()

@@ -1,0 +1,458 @@
+"""What is particular to SDXL: two text encoders, pooled text and sizes of every row, and a VAE that overflows."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import StableDiffusionXLPipeline
+from diffusers.callbacks import SDXLCFGCutoffCallback
+from torch import Tensor, nn
+
+from attention import attention_layers
+from components import (
+    EVERYTHING,
+    State,
+    random_lora,
+    sd_unet,
+    sdxl_unet,
+    seeded,
+    text_loras,
+    tiny_xl_pipeline,
+    xl_pipeline,
+)
+from compose.architectures import SDXL
+from compose.counting import meta_unet
+from pipelines.methods import METHODS, Clora, LoraComposer, Switch
+from pipelines.scene import Concept
+from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+
+PROMPT = "a sks cat and a zwx dog on grass"
+OTHER_PROMPT = "in snow, zwx dog, sks cat"
+TRIGGERS = {"cat": "sks", "dog": "zwx"}
+BOXES = {"cat": (0, 0, 64, 128), "dog": (64, 0, 128, 128)}
+BOXED = [Concept(name=name, region=box) for name, box in BOXES.items()]
+ONE_TEXT = ("merge", "tara", "regional", "switch", "composite")
+EVERY_METHOD = tuple(METHODS)
+
+
+@pytest.fixture
+def pipe() -> ComposeStableDiffusionXLPipeline:
+    """A tiny SDXL pipeline."""
+    return tiny_xl_pipeline()
+
+
+@pytest.fixture
+def plain_pipe() -> StableDiffusionXLPipeline:
+    """diffusers' own pipeline with the same weights."""
+    return tiny_xl_pipeline(StableDiffusionXLPipeline)
+
+
+@pytest.fixture
+def load(write_lora) -> Callable[..., Any]:
+    """Loads the concepts "cat" and "dog", whose LoRAs change the UNet and both text encoders."""
+
+    def load(pipe: Any, *, text: bool = True, **how: Any) -> Any:
+        for seed, (name, trigger) in enumerate(TRIGGERS.items()):
+            parts = {"unet": random_lora(pipe.unet, seed, **{"size": 0.2, **how})}
+            parts |= text_loras(pipe, 5 + seed) if text else {}
+            pipe.load_concept(write_lora(name, **parts), name, trigger=trigger, class_word=name)
+        return pipe
+
+    return load
+
+
+@pytest.fixture
+def composer(pipe, load) -> Any:
+    return load(pipe)
+
+
+def compose(pipe: Any, method: Any, prompt: Any = PROMPT, **arguments: Any) -> Any:
+    given = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded(), "concepts": BOXED}
+    return pipe(prompt, method=method, **given | arguments)
+
+
+def latents_of(pipe: Any, method: Any, prompt: Any = PROMPT, **arguments: Any) -> Tensor:
+    return compose(pipe, method, prompt, **arguments).images
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def far_apart(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() > 1e-2)
+
+
+@contextmanager
+def added(pipe: Any) -> Iterator[list[dict[str, Tensor]]]:
+    """What the UNet is given besides text and latents, pass by pass."""
+    passes: list[dict[str, Tensor]] = []
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(dict(kwargs["added_cond_kwargs"])), with_kwargs=True
+    )
+    yield passes
+    hook.remove()
+
+
+def pooled(pipe: Any, prompt: str) -> Tensor:
+    return pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[2]
+
+
+# Every method
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_every_method_makes_the_same_finite_latents_again_and_leaves_nothing(load, method):
+    pipe = load(tiny_xl_pipeline(), targets=EVERYTHING, size=0.1)
+    before = State(pipe)
+    first, again = (compose(pipe, method) for _ in range(2))
+    before.assert_unchanged()
+    assert torch.equal(first.images, again.images)
+    assert first.images.isfinite().all()
+    plain = pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images
+    assert far_apart(first.images, plain)
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_a_call_that_fails_leaves_nothing(composer, method):
+    def fail(pipe, step, timestep, tensors):
+        raise ZeroDivisionError
+
+    before = State(composer)
+    with pytest.raises(ZeroDivisionError):
+        compose(composer, method, callback_on_step_end=fail)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("method", ONE_TEXT)
+def test_concepts_of_weight_0_change_nothing(composer, plain_pipe, method):
+    nobody = [concept.model_copy(update={"weight": 0.0}) for concept in BOXED]
+    expected = plain_pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images
+    assert_close(latents_of(composer, method, concepts=nobody), expected)
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_prompts_and_images_in_one_call_equal_single_calls(composer, method):
+    prompts, negatives = [PROMPT, OTHER_PROMPT], ["dark", "blurry and grey"]
+    together = latents_of(
+        composer, method, prompts, negative_prompt=negatives, num_images_per_prompt=2,
+        generator=[seeded(seed) for seed in range(4)], negative_original_size=(64, 64), negative_target_size=(32, 96),
+    )  # fmt: skip
+    for row in range(4):
+        one = latents_of(
+            composer, method, prompts[row // 2], negative_prompt=negatives[row // 2], generator=seeded(row),
+            negative_original_size=(64, 64), negative_target_size=(32, 96),
+        )  # fmt: skip
+        assert_close(together[row], one[0])
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_the_structure_of_sdxl_composes_at_any_size(load, method, guidance_scale):
+    pipe = load(xl_pipeline(), text=False, targets=("attn2.to_k", "attn2.to_v", "attn1.to_q"))
+    concepts = [Concept(name="cat", region=(0, 0, 56, 72)), Concept(name="dog", region=(56, 8, 104, 72))]
+    output = compose(
+        pipe, method, concepts=concepts, width=104, height=72, num_inference_steps=1, guidance_scale=guidance_scale,
+        record_attention=True,
+    )  # fmt: skip
+    assert output.images.shape == (1, 4, 9, 13)
+    assert output.images.isfinite().all()
+    assert output.attention_maps.shape == (1, 1, 2, 3, 4)
+
+
+def test_cross_attention_of_the_whole_architecture_is_named_in_forward_order():
+    names = [layer.name for layer in attention_layers(meta_unet(SDXL)) if layer.cross]
+    blocks = [("down_blocks.1", 2, 2), ("down_blocks.2", 2, 10), ("mid_block", 1, 10), ("up_blocks.0", 3, 10),
+              ("up_blocks.1", 3, 2)]  # fmt: skip
+    assert names == [
+        f"{block}.attentions.{i}.transformer_blocks.{j}.attn2"
+        for block, layers, depth in blocks
+        for i in range(layers)
+        for j in range(depth)
+    ]
+    assert len(names) == 70
+
+
+# References
+
+
+@pytest.mark.parametrize("name", TRIGGERS)
+def test_a_turn_of_switch_is_the_concept_alone(composer, name):
+    order = [name, *(other for other in TRIGGERS if other != name)]
+    turn = latents_of(composer, Switch(interval=1), concepts=order, num_inference_steps=1)
+    assert_close(turn, latents_of(composer, "merge", concepts=[name], num_inference_steps=1))
+
+
+def test_composite_averages_what_each_lora_gives_alone(composer):
+    # One step of DDIM is linear in what the model predicts.
+    alone = [latents_of(composer, "merge", concepts=[name], num_inference_steps=1) for name in TRIGGERS]
+    assert far_apart(*alone)
+    assert_close(latents_of(composer, "composite", num_inference_steps=1), (alone[0] + alone[1]) / 2)
+
+
+def test_branches_of_clora_have_their_own_text_lora_and_pooled_text(composer):
+    method = Clora(fuse="branches", step_size=0, mask_from=1.0)  # all branches count the same everywhere
+    arguments = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    fused = latents_of(composer, method, concepts=["cat", "dog"], **arguments)
+    alone = [
+        composer("a cat and a dog on grass", output_type="latent", generator=seeded(), **arguments).images,
+        latents_of(composer, "merge", "a sks cat and a dog on grass", concepts=["cat"], **arguments),
+        latents_of(composer, "merge", "a cat and a zwx dog on grass", concepts=["dog"], **arguments),
+    ]
+    assert_close(fused, torch.stack(alone).mean(dim=0))
+
+
+def test_a_region_of_the_whole_canvas_reads_its_own_text_and_the_scene_is_the_pooled_text(composer, plain_pipe):
+    method = LoraComposer(step_size=0, apart=0, rows="all")
+    concepts = [Concept(name="cat", region=(0, 0, 128, 128), prompt="a big sks cat")]
+    found = latents_of(composer, method, concepts=concepts)
+    plain_pipe.load_lora_weights(composer.concepts["cat"].lora, adapter_name="cat")
+    embeds = plain_pipe.encode_prompt("a big sks cat", do_classifier_free_guidance=False)[0]
+    expected = plain_pipe(
+        prompt_embeds=embeds, negative_prompt_embeds=torch.zeros_like(embeds),
+        pooled_prompt_embeds=pooled(composer, "a cat and a zwx dog on grass"),
+        negative_pooled_prompt_embeds=torch.zeros(1, 12), num_inference_steps=2, output_type="latent",
+        generator=seeded(),
+    ).images  # fmt: skip
+    assert_close(found, expected)
+
+
+def test_a_concept_may_change_the_second_text_encoder_alone(pipe, plain_pipe, write_lora):
+    path = write_lora("cat", text_encoder_2=text_loras(pipe, 5)["text_encoder_2"])
+    pipe.load_concept(path, "cat", trigger="sks")
+    found = latents_of(pipe, "merge", concepts=["cat"])
+    plain_pipe.load_lora_weights(path, adapter_name="cat")
+    expected = plain_pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images
+    assert_close(found, expected)
+    assert far_apart(found, pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images)
+
+
+def test_a_lora_on_the_projection_of_the_pooled_text_acts_in_its_own_rows(pipe, write_lora):
+    targets = ("text_projection", "q_proj")
+    path = write_lora("cat", text_encoder_2=random_lora(pipe.text_encoder_2, 5, targets=targets))
+    loaded = pipe.load_concept(path, "cat", trigger="sks")
+    expected = copy.deepcopy(pipe.text_encoder_2)
+    for name, factors in pipe.resolve_concepts([loaded])[0].factors.text_encoders["text_encoder_2"].items():
+        expected.get_submodule(name).weight.data += factors.delta()
+    words = pipe.tokenizer_2(PROMPT, padding="max_length", return_tensors="pt").input_ids
+    with added(pipe) as passes:
+        latents_of(pipe, "merge", [PROMPT, PROMPT], concepts=[["cat"], []], guidance_scale=1.0)
+    rows = passes[0]["text_embeds"]
+    torch.testing.assert_close(rows[:1], expected(words).text_embeds.detach())
+    torch.testing.assert_close(rows[1:], pooled(pipe, PROMPT))
+    assert far_apart(rows[0], rows[1])
+
+
+# Pooled text and sizes
+
+
+def test_every_row_has_the_pooled_text_of_its_branch(load):
+    bare = load(tiny_xl_pipeline(), text=False)
+    texts = ["a cat and a dog on grass", "a sks cat and a dog on grass", "a cat and a zwx dog on grass"]
+    method = Clora(fuse="branches", uncond="each", step_size=0.1)
+    with added(bare) as passes:
+        latents_of(bare, method, concepts=["cat", "dog"], num_inference_steps=1, negative_prompt="dark")
+    of_texts = torch.cat([pooled(bare, text) for text in texts])
+    update, whole = passes  # the update sees the prompt's rows alone
+    torch.testing.assert_close(update["text_embeds"], of_texts)
+    torch.testing.assert_close(whole["text_embeds"], torch.cat([*[pooled(bare, "dark")] * 3, of_texts]))
+    assert [len(one["time_ids"]) for one in passes] == [3, 6]
+
+
+def test_rows_of_a_batch_are_not_mixed_up(composer):
+    sizes = {"original_size": (1, 2), "crops_coords_top_left": (3, 4), "target_size": (5, 6)}
+    negative = {"negative_original_size": (7, 8), "negative_crops_coords_top_left": (9, 10),
+                "negative_target_size": (11, 12)}  # fmt: skip
+    with added(composer) as passes:
+        compose(composer, "tara", [PROMPT, OTHER_PROMPT], **sizes, **negative, num_images_per_prompt=2)
+    rows = passes[0]["time_ids"].tolist()
+    assert rows == [[7, 8, 9, 10, 11, 12]] * 4 + [[1, 2, 3, 4, 5, 6]] * 4
+    texts = passes[0]["text_embeds"]
+    assert torch.equal(texts[:4], torch.zeros(4, 12))  # no negative prompt
+    assert torch.equal(texts[4], texts[5])
+    assert far_apart(texts[5], texts[6])
+
+
+def test_a_canvas_of_its_own_is_told_its_size_and_its_own_text(load):
+    pipe = load(tiny_xl_pipeline(), text=False)
+    boxes = {"cat": (0, 0, 32, 128), "dog": (64, 0, 128, 64)}
+    concepts = [Concept(name=name, region=box) for name, box in boxes.items()]
+    with added(pipe) as passes:
+        latents_of(pipe, LoraComposer(step_size=0, apart=0.5), concepts=concepts, guidance_scale=1.0)
+    cat, dog, *canvas = passes
+    assert cat["time_ids"].tolist() == [[128, 128, 0, 0, 128, 64]]
+    assert dog["time_ids"].tolist() == [[128, 128, 0, 0, 64, 64]]
+    torch.testing.assert_close(cat["text_embeds"], pooled(pipe, "a sks cat on grass"))
+    torch.testing.assert_close(dog["text_embeds"], pooled(pipe, "a zwx dog on grass"))
+    for one in canvas:
+        assert one["time_ids"].tolist() == [[128, 128, 0, 0, 128, 128]]
+        torch.testing.assert_close(one["text_embeds"], pooled(pipe, "a cat and a dog on grass"))
+
+
+@pytest.mark.parametrize("method", [Clora(), Clora(fuse="branches", uncond="each")], ids=["regions", "branches"])
+def test_branches_that_run_one_after_the_other_keep_their_pooled_text(composer, method):
+    arguments = {"concepts": ["cat", "dog"], "negative_prompt": "dark", "num_images_per_prompt": 2}
+    together = latents_of(composer, method, **arguments)
+    assert_close(latents_of(composer, replace(method, branches_at_once=1), **arguments), together)
+
+
+def test_diffusers_callback_that_switches_guidance_off_cuts_every_row(composer):
+    concepts = [Concept(name=name, region=box) for name, box in BOXES.items()]
+    for method in EVERY_METHOD:
+        with added(composer) as passes:
+            output = compose(
+                composer, method, concepts=concepts, num_inference_steps=3,
+                callback_on_step_end=SDXLCFGCutoffCallback(cutoff_step_ratio=0.0),
+            )  # fmt: skip
+        assert output.images.isfinite().all()
+        assert {len(one["text_embeds"]) for one in passes[-1:]} == {1}
+        assert all(len(one["text_embeds"]) == len(one["time_ids"]) for one in passes)
+
+
+# Two prompts
+
+
+def test_another_second_prompt_is_read_if_the_words_stand_at_the_same_place(composer):
+    found = latents_of(composer, "tara", prompt_2="o sks cat in a zwx dog in snow")
+    assert far_apart(found, latents_of(composer, "tara"))
+    embeds = composer.encode_prompt(PROMPT, "o sks cat in a zwx dog in snow")
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    positions = {"cat": [2], "dog": [6]}
+    arguments = dict(zip(names, embeds, strict=True))
+    assert torch.equal(latents_of(composer, "tara", None, token_positions=positions, **arguments), found)
+
+
+@pytest.mark.parametrize("prompt_2", ["a zwx dog and a sks cat on grass", "the nice sks cat and a zwx dog"])
+def test_words_at_other_places_in_the_second_prompt_are_refused(composer, prompt_2):
+    before = State(composer)
+    with pytest.raises(ValueError, match=r"words of 'cat', 'dog' stand at other tokens for the second tokenizer"):
+        compose(composer, "tara", prompt_2=prompt_2)
+    before.assert_unchanged()
+
+
+def test_words_that_the_second_prompt_lacks_are_refused(composer):
+    with pytest.raises(ValueError, match=re.escape("'zwx' of concept 'dog' is not in the prompt 'a sks cat'")):
+        compose(composer, "tara", prompt_2="a sks cat")
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+def test_methods_that_make_texts_of_their_own_refuse_another_second_prompt(composer, method):
+    with pytest.raises(ValueError, match=r"makes texts of its own.*leave prompt_2 out, or use a method with one text"):
+        compose(composer, method, prompt_2="o sks cat in a zwx dog in snow")
+    same = latents_of(composer, method, prompt_2=PROMPT)
+    assert torch.equal(same, latents_of(composer, method))
+
+
+def test_as_many_second_prompts_as_prompts_are_needed(composer):
+    with pytest.raises(ValueError, match="there are 2 prompts, but 1 in prompt_2"):
+        compose(composer, "tara", [PROMPT, OTHER_PROMPT], prompt_2=PROMPT)
+
+
+# Models of other kinds
+
+
+def test_a_unet_that_takes_other_numbers_is_refused(load):
+    pipe = tiny_xl_pipeline()
+    config = pipe.unet.config
+    pipe.unet = sdxl_unet(**{**config, "projection_class_embeddings_input_dim": 5 * 8 + 12})
+    load(pipe)
+    with pytest.raises(ValueError, match="concepts need the base model, and the refiner can go over the pictures"):
+        compose(pipe, "merge")
+    pipe.unet = sd_unet()
+    with pytest.raises(ValueError, match="concepts need the base model"):
+        compose(pipe, "merge")
+
+
+# Decoding
+
+
+def test_a_vae_that_overflows_decodes_in_single_precision_and_is_half_again(composer):
+    latents = latents_of(composer, "tara")
+    composer.vae.half()
+    expected = composer.vae.float().decode(latents / composer.vae.config.scaling_factor).sample.detach()
+    composer.vae.half()
+    before = State(composer)
+    images = compose(composer, "tara", output_type="pt").images
+    assert torch.equal(images, composer.image_processor.postprocess(expected, output_type="pt"))
+    before.assert_unchanged()
+    assert composer.vae.dtype == torch.float16
+
+
+def test_a_vae_is_half_again_when_decoding_fails(composer):
+    def fail(module, inputs):
+        assert inputs[0].dtype == torch.float32
+        raise ZeroDivisionError
+
+    composer.vae.half()
+    composer.vae.decoder.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        compose(composer, "tara", output_type="pt")
+    assert composer.vae.dtype == torch.float16
+
+
+def test_a_vae_that_does_not_overflow_decodes_in_half_precision(composer):
+    seen = []
+    composer.vae.register_to_config(force_upcast=False)
+    composer.vae.half()
+    composer.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    assert torch.from_numpy(compose(composer, "tara", output_type="np").images).isfinite().all()
+    assert seen == [torch.float16]
+
+
+def test_latents_with_a_mean_of_their_own_are_decoded_as_in_diffusers(composer, plain_pipe):
+    nobody = [concept.model_copy(update={"weight": 0.0}) for concept in BOXED]
+    for pipe in (composer, plain_pipe):
+        pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[0.9, 1.1, 1.2, 0.8])
+    arguments = {"num_inference_steps": 1, "output_type": "pt"}
+    expected = plain_pipe(PROMPT, generator=seeded(), **arguments).images
+    assert_close(latents_of(composer, "merge", concepts=nobody, **arguments), expected)
+
+
+# Memory
+
+
+def offload_models(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_layers(pipe: Any) -> None:
+    """What `enable_sequential_cpu_offload` does, with the CPU as the device that layers are brought to."""
+    for model in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+@pytest.mark.parametrize("offload", [offload_models, offload_layers])
+def test_methods_with_gradients_give_the_same_image_with_offloaded_models(composer, method, offload):
+    expected = latents_of(composer, method)
+    offload(composer)
+    for _ in range(2):
+        assert_close(latents_of(composer, method), expected)
+
+
+@pytest.mark.parametrize("offload", [offload_models, offload_layers])
+def test_a_vae_that_overflows_is_decoded_in_single_precision_also_when_it_is_offloaded(composer, offload):
+    composer.vae.half()
+    expected = compose(composer, "tara", output_type="pt").images
+    offload(composer)
+    for _ in range(2):
+        assert_close(compose(composer, "tara", output_type="pt").images, expected)
+    assert composer.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_method_works_in_half_precision(composer, method, dtype):
+    expected = latents_of(composer, method, latents=torch.randn(1, 4, 16, 16, generator=seeded()))
+    composer.to(dtype=dtype)
+    output = compose(composer, method, latents=torch.randn(1, 4, 16, 16, generator=seeded()).to(dtype))
+    assert output.images.dtype == dtype
+    assert (output.images.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+    images = compose(composer, method, output_type="np", num_inference_steps=1).images
+    assert torch.from_numpy(images).isfinite().all()
