@@ -27,12 +27,12 @@ from pipelines.scene import Concept, Run, Scene
 _LAST_SEED = 2**63 - 1
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
-    "role": "role",
+    "role": "role", "alpha": "alpha",
 }  # fmt: skip
 _CONCEPT_HELP = (
     "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
     "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside; "
-    "role=style is for what is everywhere."
+    "role=style is for what is everywhere, alpha for files that do not say theirs."
 )
 
 _WHAT_TO_LOOK_AT = (
