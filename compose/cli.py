@@ -1,4 +1,4 @@
-"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench`, `evaluate`, `blind` and `ui`."""
+"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `inspect`, `bench`, `evaluate`, `blind` and `ui`."""
 
 import logging
 import re
@@ -17,6 +17,7 @@ from compose.check import check as check_run
 from compose.demo import SEEDS, Shown, jobs, show
 from compose.evaluation.command import app as evaluation
 from compose.files import PLAYGROUND, complaints, parse_settings, read_pixels, read_record, read_scene, save_image
+from compose.inspect_command import inspect_files
 from compose.models import make_batch, open_model, threads
 from compose.page.launch import ui
 from compose.replay import changes, difference, remake, runnable
@@ -51,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(kindly()(bench))
+app.command("inspect")(kindly(logging.ERROR)(inspect_files))
 app.command()(ui)
 app.add_typer(evaluation, name="evaluate")
 app.add_typer(blind, name="blind")

@@ -124,20 +124,35 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     """
     _check_options(file, alpha, max_rank)
     gathered = by_layer(file)
-    unmatched, changes = list(gathered.unknown), {}
-    for part in _PARTS:
-        mine = [layer for layer in gathered.layers if layer.part == part]
-        model: Any = getattr(pipe, part, None)
-        found, left_over = _matched(file, part, model, mine)
-        unmatched += left_over
-        changes[part] = {name: _change(file, model, name, layer, alpha, max_rank) for name, layer in found.items()}
-    if not any(changes.values()):
-        raise LoraError(_nothing(file))
+    found, unmatched = assign(file, gathered, pipe)
+    changes = {
+        part: {name: _change(file, getattr(pipe, part), name, layer, alpha, max_rank) for name, layer in layers.items()}
+        for part, layers in found.items()
+    }
     _check_embeddings(file, pipe)
     loras = {part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()}
     text = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
-    return Factors(loras["unet"], text, tuple(unmatched), notes, file.embeddings)
+    return Factors(loras["unet"], text, unmatched, notes, file.embeddings)
+
+
+def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
+    """Which layer of a pipeline's models each layer of a file means.
+
+    Returns:
+        By part, the file's layers by the name of the model's; and the keys that mean none.
+
+    Raises:
+        LoraError: If nothing matches, or two layers of the file mean one of the model.
+    """
+    unmatched, found = list(gathered.unknown), {}
+    for part in _PARTS:
+        mine = [layer for layer in gathered.layers if layer.part == part]
+        found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
+        unmatched += left_over
+    if not any(found.values()):
+        raise LoraError(_nothing(file))
+    return found, tuple(unmatched)
 
 
 def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
@@ -194,7 +209,9 @@ def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alpha: fl
     try:
         slots = {slot: tensor for slot, tensor in layer.slots.items() if slot not in {"alpha", "scalar"}}
         made = change(slots, _scale(file, name, layer, alpha), max_rank)
-    except (ValueError, RuntimeError) as error:
+    except LoraError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
     model = uncompiled(model)
     factors = _reshaped(made.factors, base_layer(model.get_submodule(name)))
@@ -217,26 +234,38 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
     return LoraFactors(down, up, factors.scale)
 
 
-def _scale(file: LoraFile, name: str, layer: Layer, told: float | None) -> float:
-    """Alpha / rank; alpha from the file's keys, else from PEFT's configuration, else as told, else the rank."""
-    scalar = float(layer.slots["scalar"]) if "scalar" in layer.slots else 1.0
-    config = {**file.config.get("", {}), **file.config.get(layer.part, {})}
-    rank = rank_of(layer.slots)
+def said_alpha(file: LoraFile, name: str, layer: Layer) -> float | None:
+    """The alpha that a file says of a layer: with a key, or in PEFT's configuration; None if it does not.
+
+    Raises:
+        LoraError: If it is no positive number.
+    """
     try:
-        configured = _configured(config, name)
-        if rank is None:  # alpha counts only where PEFT says the rank as well
-            return scalar if configured is None or "r" not in config else scalar * configured / config["r"]
-        own = layer.slots.get("alpha")
-        if told is not None and (own is not None or configured is not None):
-            raise LoraError(f"{file.path.name} says its alpha itself; leave alpha out")
-        alpha = next(value for value in (own, configured, told, rank) if value is not None)
-        root = rank**0.5 if config.get("use_rslora") and own is None else rank
-        return scalar * _positive(alpha) / root
-    except LoraError:
-        raise
-    except (AttributeError, TypeError, ValueError, OverflowError, ZeroDivisionError, re.error) as error:
-        where = "lora_adapter_metadata" if config else "the file"
-        raise LoraError(f"{file.path.name}: {where} gives {name} no usable alpha: {error}") from error
+        if "alpha" in layer.slots:
+            return _positive(layer.slots["alpha"])
+        return _configured(_config(file, layer), name)
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+        where = "a key" if "alpha" in layer.slots else "lora_adapter_metadata or adapter_config.json"
+        raise LoraError(f"{file.path.name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
+
+
+def _config(file: LoraFile, layer: Layer) -> Mapping[str, Any]:
+    return {**file.config.get("", {}), **file.config.get(layer.part, {})}
+
+
+def _scale(file: LoraFile, name: str, layer: Layer, told: float | None) -> float:
+    """Alpha / rank; alpha as the file says it, else as told, else the rank."""
+    scalar = float(layer.slots["scalar"]) if "scalar" in layer.slots else 1.0
+    if not math.isfinite(scalar):
+        raise ValueError(f"its scalar is {scalar}")
+    said, config = said_alpha(file, name, layer), _config(file, layer)
+    rank = rank_of(layer.slots)
+    if rank is None:  # a whole weight: alpha counts only where PEFT says the rank as well
+        return scalar * said / _positive(config["r"]) if said is not None and "r" in config else scalar
+    if said is not None and told is not None:
+        raise ValueError("the file says its alpha itself; leave alpha out")
+    rescaled = config.get("use_rslora") and "alpha" not in layer.slots
+    return scalar * (said or told or rank) / (rank**0.5 if rescaled else rank)
 
 
 def _configured(config: Mapping[str, Any], name: str) -> float | None:

@@ -33,16 +33,20 @@ UNSUPPORTED: Mapping[str, str] = {
 }
 """Why files with such tensors are refused, by slot."""
 
-# Other families by words that only their layers' names have.
+# Other families by words that only their layers' names have, and some that tell only where no UNet's blocks are named.
 _FOREIGN = (
-    (r"single_transformer_blocks|double_blocks|single_blocks", "Flux or a relative of it"),
-    (r"joint_blocks|lora_te3_|add_q_proj|(?:^|\.|_)transformer_blocks.\d+.attn.add", "SD3 or another MM-DiT"),
-    (r"adaln_single|caption_projection", "PixArt"),
     (r"motion_modules|temporal_transformer", "AnimateDiff"),
     (r"lora_prior_|clip_txt_pooled_mapper", "Stable Cascade"),
-    (r"(?:^|[._])blocks.\d+.(?:self_attn|cross_attn|attn1|attn2|attn|ffn)", "a video or image transformer (Wan, ...)"),
+    (r"lora_te3_|joint_blocks", "SD3"),
+)
+_UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
+_FOREIGN_WITHOUT_UNET = (
+    (r"single_transformer_blocks|double_blocks|single_blocks", "Flux or a relative of it"),
+    (r"adaln_single|caption_projection", "PixArt"),
     (r"img_mod|txt_mlp|img_mlp", "Qwen-Image"),
-    (r"(?:diffusion_model|transformer)\.layers\.\d+", "Lumina or Z-Image"),
+    (r"add_q_proj|(?<![a-z_])transformer_blocks", "SD3 or another transformer of that kind"),
+    (r"(?<![a-z])blocks[._]\d+[._](?:self_attn|cross_attn|attn1|attn2|attn|ffn)", "a transformer for video or images"),
+    (r"(?:diffusion_model|transformer)[._]layers[._]\d+", "Lumina or Z-Image"),
     (r"^transformer\.|^lora_transformer_", "a diffusion transformer"),
 )
 _ARCHITECTURES = (
@@ -112,7 +116,8 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
     """
     text = "\n".join(shapes)
     said = _said(metadata)
-    for pattern, name in _FOREIGN:
+    foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
+    for pattern, name in foreign:
         if found := re.search(pattern, text, re.MULTILINE):
             return Guess(name, False, (f"layers called {found[0]!r}", *said))
     seen = _seen(shapes)
