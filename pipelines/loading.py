@@ -44,6 +44,7 @@ class Factors:
         unmatched: Keys of the file that found no layer.
         notes: What else one should know: what was cut, left out or guessed.
         embeddings: Words that the file brings with it, as in `LoraFile`.
+        error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
     """
 
     unet: Lora
@@ -51,6 +52,7 @@ class Factors:
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
+    error: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -125,7 +127,7 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     _check_options(file, alpha, max_rank)
     gathered = by_layer(file)
     found, unmatched = assign(file, gathered, pipe)
-    changes = {
+    changes: Changes = {
         part: {name: _change(file, getattr(pipe, part), name, layer, alpha, max_rank) for name, layer in layers.items()}
         for part, layers in found.items()
     }
@@ -133,7 +135,8 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     loras = {part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()}
     text = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
-    return Factors(loras["unet"], text, unmatched, notes, file.embeddings)
+    error = _error(made for found in changes.values() for made in found.values())
+    return Factors(loras["unet"], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0)
 
 
 def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
@@ -304,8 +307,14 @@ def _notes(file: LoraFile, gathered: Layers, changes: Changes, alpha: float | No
             f"{len(gathered.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
             f"express them: {', '.join(gathered.inexpressible[:3])}"
         )
-    if lost := _lost(changes, max_rank):
-        yield lost
+    errors = {f"{part}.{name}": _error([made]) for part, found in changes.items() for name, made in found.items()}
+    if cut := {name: error for name, error in errors.items() if error > _EXACT}:
+        worst = max(cut, key=lambda name: cut[name])
+        whole = _error(made for found in changes.values() for made in found.values())
+        yield (
+            f"{len(cut)} layers have more rank than max_rank={max_rank} and are cut to it: relative error {whole:.2%}, "
+            f"at most {cut[worst]:.2%} in one layer ({worst})"
+        )
     peft = any(key.startswith("base_model.model.") for key in file.tensors)
     if peft and alpha is None and not file.config and not any(key.endswith(".alpha") for key in file.tensors):
         yield (
@@ -317,23 +326,11 @@ def _notes(file: LoraFile, gathered: Layers, changes: Changes, alpha: float | No
         yield f"it brings words with embeddings of their own ({words}), which prompts do not use yet"
 
 
-def _lost(changes: Changes, max_rank: int) -> str | None:
-    """How much of a file is lost by cutting ranks."""
-    lost = {f"{part}.{name}": made for part, found in changes.items() for name, made in found.items() if made.lost}
-    if not lost:
-        return None
-    everything = [made for found in changes.values() for made in found.values()]
-    whole = sum(inner(made.factors, made.factors) + made.lost for made in everything)
-    error = math.sqrt(sum(made.lost for made in lost.values()) / whole) if whole else 0.0
-    if error <= _EXACT:
-        return None
-    shares = {name: made.lost / (inner(made.factors, made.factors) + made.lost) for name, made in lost.items()}
-    cut = {name: share for name, share in shares.items() if share > _EXACT**2}
-    worst = max(cut, key=lambda name: cut[name])
-    return (
-        f"{len(cut)} layers have more rank than max_rank={max_rank} and are cut to it: relative error {error:.2%}, at "
-        f"most {math.sqrt(cut[worst]):.2%} in one layer ({worst})"
-    )
+def _error(made: Iterable[Change]) -> float:
+    """The relative Frobenius error of changes that were cut to a rank."""
+    made = list(made)
+    lost = sum(one.lost for one in made)
+    return math.sqrt(lost / (lost + sum(inner(one.factors, one.factors) for one in made))) if lost else 0.0
 
 
 def adapter_factors(pipe: Any, adapter: str) -> Factors:

@@ -79,6 +79,15 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     metadata, found = _read_pickle(path) if path.suffix.lower() in PICKLES else _read_safetensors(path)
+    return lora_file(path, sha256, metadata, found)
+
+
+def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], found: Mapping[str, Tensor]) -> LoraFile:
+    """Checks what was read, and sorts it.
+
+    Raises:
+        LoraError: As for `read_lora`.
+    """
     _check_keys(path, found)
     tensors = {key: tensor for key, tensor in found.items() if bundled_embedding(key) is None}
     config = {**_header_config(path, metadata), **_neighbour_config(path)}
@@ -102,7 +111,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in _wanted(path, keys)}
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in wanted_keys(path, keys)}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise LoraError(f"{path.name} is no readable safetensors file ({_other_format(path)}): {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
@@ -111,7 +120,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise LoraError(f"{path.name} holds a tensor that cannot be read: {error}") from error
 
 
-def _wanted(path: Path, keys: list[str]) -> list[str]:
+def wanted_keys(path: Path, keys: list[str]) -> list[str]:
     """The keys to be read: of a whole model with LoRA layers inside, only those; nothing of a plain model.
 
     Raises:
@@ -152,7 +161,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         if any(key.startswith(outer) for key in found):
             found = {key.removeprefix(outer): t for key, t in found.items() if key.startswith(outer)}
             break
-    return {}, {key: found[key] for key in _wanted(path, list(found))}
+    return {}, {key: found[key] for key in wanted_keys(path, list(found))}
 
 
 def _check_archive(path: Path) -> None:

@@ -42,7 +42,7 @@ _SLOTS: tuple[tuple[str, str | None], ...] = (
 )
 _KEY = re.compile("|".join(f"(?P<s{i}>(?:{pattern})$)" for i, (pattern, _) in enumerate(_SLOTS)))
 _PREFIX = re.compile("|".join(f"(?P<p{i}>^(?:{pattern}))" for i, (pattern, _) in enumerate(_PREFIXES)))
-_EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(string_to_param\.\*|clip_l|clip_g))?")
+_EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(string_to_param\.\*|clip_[lg]))?")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,6 @@ def bundled_embedding(key: str) -> tuple[str, Part] | None:
     Mix-of-Show calls them `new_concept_embedding`, and trainers bundle textual inversions as `bundle_emb`.
     """
     found = _EMBEDDING.fullmatch(key)
-    if found is None:
+    if found is None or key.endswith(("clip_l_out", "clip_g_out")):  # vectors that replace the encoder's output
         return None
     return found[1] or found[2], "text_encoder_2" if found[3] == "clip_g" else "text_encoder"

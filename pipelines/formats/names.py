@@ -27,11 +27,10 @@ _OUTSIDE = {
 }
 # Attention processors and old text encoders name the projection apart.
 _OLDER = (
-    (r"_processor_to_out$", "_to_out_0"),
-    (r"_processor_(to_[qkv])$", r"_\1"),
-    (r"_to_out$", "_to_out_0"),
     (r"_self_attn_to_([qkv])$", r"_self_attn_\1_proj"),
     (r"_self_attn_to_out(?:_0)?$", "_self_attn_out_proj"),
+    (r"_processor_(to_[qkv])$", r"_\1"),
+    (r"(?:_processor)?_to_out$", "_to_out_0"),
 )
 
 

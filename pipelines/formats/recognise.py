@@ -89,7 +89,7 @@ def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
     if any(suffix.startswith(".lora_layer.") for suffix in suffixes):
         return "a whole UNet with LoRA layers inside (TARA, SD 1.5)"
     if "_processor_" in " ".join(key.module for key in parsed):
-        return "diffusers up to 0.16 (attention processors)"
+        return "early diffusers (attention processors)"
     if any(suffix.startswith("_lora.") for suffix in suffixes):
         return "ED-LoRA (Mix-of-Show, LoRA-Composer)"
     if prefixes & {"lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"}:
@@ -99,12 +99,12 @@ def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
     if any("diffusion_model." in prefix for prefix in prefixes):
         return f"ComfyUI{original}"
     if any(suffix.startswith((".lora.", ".lora_linear_layer.")) for suffix in suffixes):
-        return "diffusers 0.17 to 0.25, and TARA for SDXL"
+        return "diffusers before PEFT, and TARA for SDXL"
     if any(prefix.startswith("base_model.model.") for prefix in prefixes):
         return "PEFT"
     if any(suffix.startswith((".lora_down", ".lora_up")) for suffix in suffixes):
         return "ED-LoRA (Mix-of-Show, newer)"
-    return "diffusers since 0.26 (PEFT's names)"
+    return "diffusers (PEFT's names)"
 
 
 def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[str, str]) -> Guess:
