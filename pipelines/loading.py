@@ -226,11 +226,12 @@ def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alpha: fl
 
 
 def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
-    """Matrices for a 1x1 convolution, and 1x1 convolutions for a linear layer, are the same numbers."""
+    """Matrices for a convolution, and 1x1 convolutions for a linear layer, are the same numbers."""
     down, up = factors.down, factors.up
     if isinstance(layer, nn.Conv2d):
-        if layer.kernel_size == (1, 1) and down.ndim == 2:
-            down = down[:, :, None, None]
+        inputs = (layer.in_channels, *layer.kernel_size)
+        if down.ndim == 2 and down.shape[1] == math.prod(inputs):
+            down = down.reshape(-1, *inputs)
         up = up[:, :, None, None] if up.ndim == 2 else up
     elif down.shape[2:] == up.shape[2:] == (1, 1):
         down, up = down.flatten(1), up.flatten(1)

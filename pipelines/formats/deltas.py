@@ -168,7 +168,7 @@ def _lokr(slots: Mapping[str, Tensor], scale: float, max_rank: int) -> Change:
     root = values[kept].sqrt()
     up = torch.einsum("or,pr->opr", u1[:, first], u2[:, second]).flatten(0, 1) * root
     down = torch.einsum("ri,rj->rij", v1[first], v2[second]).flatten(1) * root[:, None]
-    lost = float((values**2).sum() - (values[kept] ** 2).sum())
+    lost = float((values[order[len(kept) :]] ** 2).sum())
     inputs = (small.shape[1] * kernel[0], *kernel[1:])
     return _shaped(up.float(), down.float(), lost, inputs, scale)
 
