@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from compose.files import PLAYGROUND
 from compose.inspection import Inspection, Overlap, inspect, overlaps
 from compose.models import lora_source, open_model
 from compose.terminal import BAD_INPUT, out, plain, say
@@ -36,13 +37,13 @@ def inspect_files(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for machines.")] = False,
 ) -> None:
     """Says what LoRA files are: format, base model, ranks, norms, triggers, what fits; of several, what they share."""
-    pipe = None if model is None else open_model(Run(scene=Scene(prompt="-"), model=model))
+    models = [model or (PLAYGROUND if source.startswith(f"{PLAYGROUND}:") else None) for source in files]
+    pipes = {name: open_model(Run(scene=Scene(prompt="-"), model=name)) for name in set(models) if name is not None}
     seen: list[Inspection] = []
     usable: dict[str | None, list[tuple[str, Factors]]] = {}
-    for source in files:
-        path = find_file(lora_source(source))
-        file = read_lora(path, allow_pickle=allow_pickle)
-        found, factors = inspect(file, pipe, model or "", alpha=alpha, max_rank=max_rank)
+    for source, name in zip(files, models, strict=True):
+        file = read_lora(find_file(lora_source(source)), allow_pickle=allow_pickle)
+        found, factors = inspect(file, pipes.get(name), name or "", alpha=alpha, max_rank=max_rank)
         seen.append(found)
         if factors is not None:
             usable.setdefault(found.matched_with, []).append((source, factors))
@@ -63,9 +64,9 @@ def _show(found: Inspection, every_key: bool) -> None:
     family = found.family or "unknown"
     lines = [
         ("format", found.form),
-        ("for", f"{family}: {'; '.join(found.why)}" if found.why else family),
+        ("made for", f"{family}: {'; '.join(found.why)}" if found.why else family),
         ("content", f"{found.size / 2**20:.1f} MiB, SHA-256 {found.sha256}"),
-        *((f"trigger? {word}", where) for word, where in found.triggers),
+        *(("word", f"{word}: {where}") for word, where in found.triggers),
         *found.facts,
     ]
     if found.matched_with is not None and found.problem is None:

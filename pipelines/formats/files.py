@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pipelines.formats.keys import Part, bundled_embedding, parse
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SCALARS = (".alpha", ".scalar")
+_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers write alphas so
 _MAX_HEADER = 32 << 20
 _MAX_KEYS = 100_000
 _MAX_KEY = 1_000
@@ -150,7 +152,8 @@ def _read_pickle(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Tensors by key, dictionaries inside dictionaries written with dots (ED-LoRA: `params.unet...`)."""
     _check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about how the file was pickled
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first = str(error).splitlines()[0] if str(error) else "damaged"
         raise LoraError(f"{path.name} holds more than tensors, or is damaged; it was not opened: {first}") from error
@@ -194,10 +197,11 @@ def _flat(path: Path, content: Any, prefix: str = "", depth: int = 0) -> Iterato
 
 def _check_keys(path: Path, found: Mapping[str, Tensor]) -> None:
     for key, tensor in found.items():
-        if tensor.dtype not in _DTYPES and not key.endswith(_SCALARS):  # some trainers write whole numbers
+        number = key.endswith(_SCALARS)
+        if tensor.dtype not in (*_DTYPES, *(_WHOLE if number else ())):
             raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
-        if key.endswith(_SCALARS) and (tensor.numel() != 1 or tensor.dtype.is_complex or tensor.dtype == torch.bool):
-            raise LoraError(f"{path.name}: {key} has shape {list(tensor.shape)}, {tensor.dtype}; expected one number")
+        if number and tensor.numel() != 1:
+            raise LoraError(f"{path.name}: {key} has shape {list(tensor.shape)}; expected one number")
         if not torch.isfinite(tensor).all():
             raise LoraError(f"{path.name}: {key} has values that are NaN or infinite; the file is damaged")
 
