@@ -38,7 +38,9 @@ def inspect_files(
 ) -> None:
     """Says what LoRA files are: format, base model, ranks, norms, triggers, what fits; of several, what they share."""
     models = [model or (PLAYGROUND if source.startswith(f"{PLAYGROUND}:") else None) for source in files]
-    pipes = {name: open_model(Run(scene=Scene(prompt="-"), model=name)) for name in set(models) if name is not None}
+    pipes: dict[str | None, Any] = {
+        name: open_model(Run(scene=Scene(prompt="-"), model=name)) for name in set(models) if name is not None
+    }
     seen: list[Inspection] = []
     usable: dict[str | None, list[tuple[str, Factors]]] = {}
     for source, name in zip(files, models, strict=True):
