@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict
 
 from attention import LoraFactors
 from compose.architectures import FAMILIES, without_weights
+from pipelines.formats.alphas import said_alpha
 from pipelines.formats.deltas import MAX_RANK, inner, rank_of
 from pipelines.formats.files import LoraFile
 from pipelines.formats.layers import Layer, by_layer
 from pipelines.formats.recognise import form, guess_family
-from pipelines.loading import Factors, LoraError, assign, match, said_alpha
+from pipelines.loading import Factors, LoraError, assign, match
 
 # What trainers write about their work, and how we call it.
 _FACTS = {

@@ -4,21 +4,23 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import EntryNotFoundError
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from attention.install import check_factors
 from attention.layers import places, uncompiled
 from attention.lora_bank import Lora, LoraFactors, base_layer
-from pipelines.formats.deltas import MAX_RANK, Change, change, inner, rank_of
-from pipelines.formats.files import PICKLES, LoraError, LoraFile, read_lora, refuse_pickle
+from pipelines.formats.alphas import scale_of
+from pipelines.formats.deltas import MAX_RANK, Change, change, inner
+from pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, LoraFile, read_lora, refuse_pickle
 from pipelines.formats.keys import Part
 from pipelines.formats.layers import Layer, Layers, by_layer
 from pipelines.formats.names import older, spellings
@@ -99,7 +101,12 @@ def find_file(source: str | Path, weight_name: str | None = None, **hub: Any) ->
         names = [name for name in list_repo_files(str(source), **access) if name.endswith(".safetensors")]
     else:
         names = [weight_name]
-    return Path(hf_hub_download(str(source), _only(names, weight_name, source), **hub))
+    name = _only(names, weight_name, source)
+    path = Path(hf_hub_download(str(source), name, **hub))
+    if path.stem == PEFT_FILE:
+        with suppress(EntryNotFoundError):  # its absence is told when the file is matched
+            hf_hub_download(str(source), str(PurePosixPath(name).with_name(PEFT_CONFIG)), **hub)
+    return path
 
 
 def _only(names: list[str], wanted: str | None, place: object) -> str:
@@ -211,7 +218,7 @@ def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alpha: fl
             raise LoraError(f"{file.path.name} is {why} (key {layer.keys[list(layer.slots).index(slot)]!r})")
     try:
         slots = {slot: tensor for slot, tensor in layer.slots.items() if slot not in {"alpha", "scalar"}}
-        made = change(slots, _scale(file, name, layer, alpha), max_rank)
+        made = change(slots, scale_of(file, name, layer, alpha), max_rank)
     except LoraError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
@@ -236,57 +243,6 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
     elif down.shape[2:] == up.shape[2:] == (1, 1):
         down, up = down.flatten(1), up.flatten(1)
     return LoraFactors(down, up, factors.scale)
-
-
-def said_alpha(file: LoraFile, name: str, layer: Layer) -> float | None:
-    """The alpha that a file says of a layer: with a key, or in PEFT's configuration; None if it does not.
-
-    Raises:
-        LoraError: If it is no positive number.
-    """
-    try:
-        if "alpha" in layer.slots:
-            return _positive(layer.slots["alpha"])
-        return _configured(_config(file, layer), name)
-    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
-        where = "a key" if "alpha" in layer.slots else "lora_adapter_metadata or adapter_config.json"
-        raise LoraError(f"{file.path.name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
-
-
-def _config(file: LoraFile, layer: Layer) -> Mapping[str, Any]:
-    return {**file.config.get("", {}), **file.config.get(layer.part, {})}
-
-
-def _scale(file: LoraFile, name: str, layer: Layer, told: float | None) -> float:
-    """Alpha / rank; alpha as the file says it, else as told, else the rank."""
-    scalar = float(layer.slots["scalar"]) if "scalar" in layer.slots else 1.0
-    if not math.isfinite(scalar):
-        raise ValueError(f"its scalar is {scalar}")
-    said, config = said_alpha(file, name, layer), _config(file, layer)
-    rank = rank_of(layer.slots)
-    if rank is None:  # a whole weight: alpha counts only where PEFT says the rank as well
-        return scalar * said / _positive(config["r"]) if said is not None and "r" in config else scalar
-    if said is not None and told is not None:
-        raise ValueError("the file says its alpha itself; leave alpha out")
-    rescaled = config.get("use_rslora") and "alpha" not in layer.slots
-    return scalar * (said or told or rank) / (rank**0.5 if rescaled else rank)
-
-
-def _configured(config: Mapping[str, Any], name: str) -> float | None:
-    """PEFT's alpha of a layer; None where it says none. LoHa and LoKr call it "alpha"."""
-    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
-    pattern = get_pattern_key(list(patterns), name)
-    for found, key in ((patterns, pattern), (config, "lora_alpha"), (config, "alpha")):
-        if key in found:
-            return _positive(found[key])
-    return None
-
-
-def _positive(value: Any) -> float:
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"alpha is {number}; expected a positive number")
-    return number
 
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:

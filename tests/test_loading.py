@@ -564,6 +564,8 @@ DAMAGED_SETTINGS = {
     "a huge alpha": '{"unet.lora_alpha": 1' + "0" * 400 + "}",
     "a pattern that is a list": json.dumps({"unet.alpha_pattern": ["to_q"]}),
     "a pattern that is no pattern": json.dumps({"unet.alpha_pattern": {"(": 3}}),
+    "a pattern that takes forever": json.dumps({"unet.alpha_pattern": {"(.+)+(.+)+x": 3}}),
+    "a pattern that takes very long": json.dumps({"unet.alpha_pattern": {".*.*.*.*.*x": 3}}),
     "a pattern without numbers": json.dumps({"unet.alpha_pattern": {"to_q": {}}}),
 }
 
@@ -702,6 +704,9 @@ def test_hub_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     asked.clear()
     assert find_file("user/two", "b.safetensors") == tmp_path / "b.safetensors"
     assert asked == [("user/two", "b.safetensors", {})]
+    asked.clear()
+    find_file("user/peft", "unet/adapter_model.safetensors", revision="v2")
+    assert [name for _, name, _ in asked] == ["unet/adapter_model.safetensors", "unet/adapter_config.json"]
 
 
 # Adapters that the user has loaded into the pipeline.

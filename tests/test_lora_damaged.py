@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
@@ -25,7 +25,7 @@ from components import random_lora, tiny_pipeline
 from compose.inspection import inspect
 from pipelines.loading import LoraError, read_lora
 
-EXAMPLES = 1_500 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 40
+EXAMPLES = 2_000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 40
 fuzzed = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
@@ -140,7 +140,7 @@ def test_truncated_and_overwritten_bytes(pipe: Any, folder: Path, kind: str, dat
     cut = data.draw(st.just(len(content)) | st.integers(0, len(content)))
     path = folder / "bytes.safetensors"
     path.write_bytes(bytes(content[:cut]) + data.draw(st.binary(max_size=9)))
-    attempt(pipe, path)
+    event(f"usable: {attempt(pipe, path)}")
 
 
 HEADERS = st.recursive(
@@ -170,7 +170,7 @@ def test_headers_that_lie(pipe: Any, folder: Path, header: Any, off: int) -> Non
     text = json.dumps(header).encode()
     path = folder / "header.safetensors"
     path.write_bytes(struct.pack("<Q", max(0, len(text) + off)) + text + bytes(64))
-    attempt(pipe, path)
+    event(f"usable: {attempt(pipe, path)}")
 
 
 def test_huge_headers_are_not_opened(pipe: Any, folder: Path) -> None:
@@ -260,7 +260,7 @@ def test_renamed_missing_and_misshapen_tensors(
         mutate(tensors)
     path = folder / "tensors.safetensors"
     path.write_bytes(saved(tensors, metadata))
-    attempt(pipe, path)
+    event(f"usable: {attempt(pipe, path)}")
 
 
 @fuzzed
@@ -271,7 +271,7 @@ def test_settings_beside_the_file(pipe: Any, folder: Path, text: str) -> None:
     path = folder / "adapter_model.safetensors"
     path.write_bytes(saved(FILES["PEFT"]))
     (folder / "adapter_config.json").write_text(text, encoding="utf-8", errors="surrogatepass")
-    attempt(pipe, path)
+    event(f"usable: {attempt(pipe, path)}")
 
 
 # Pickles.
@@ -324,7 +324,7 @@ def test_pickles_run_nothing(
         written[data.draw(st.integers(0, len(written) - 1))] = data.draw(st.integers(0, 255))
     path = folder / f"pickled{suffix}"
     path.write_bytes(bytes(written[: data.draw(st.just(len(written)) | st.integers(0, len(written)))]))
-    attempt(pipe, path, allow_pickle=True)
+    event(f"usable: {attempt(pipe, path, allow_pickle=True)}")
     assert not mark.exists()
     if suffix != ".safetensors":
         with pytest.raises(LoraError, match="is a pickle, which could run code"):

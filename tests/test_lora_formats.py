@@ -20,7 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from attention import Lora, LoraFactors
 from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, seeded, tiny_pipeline
+from compose import Concept
 from compose.architectures import SD15, SDXL, without_weights
+from compose.models import load
 from pipelines.formats.deltas import change
 from pipelines.loading import Factors, LoraError, match, read_lora
 from reference import dense
@@ -428,3 +430,21 @@ def test_one_layer_under_two_names_must_be_the_same(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "it.safetensors")
     with pytest.raises(LoraError, match=r"more than one LoRA for unet\.down_blocks\.1"):
         match(read_lora(tmp_path / "it.safetensors"), parts)
+
+
+def test_concepts_with_another_alpha_are_another_strength(tmp_path: Path) -> None:
+    """Through scenes as well, where the file does not say its alpha."""
+    pipe: Any = tiny_pipeline()
+    lora = {"unet": random_lora(pipe.unet, 1, rank=RANK)}
+    layers = pair(".lora_layer.down.weight", ".lora_layer.up.weight")
+    path = written(tmp_path / "tara.safetensors", lora, lambda _, name: name, layers)
+    with pytest.raises(LoraError, match="does not say its alpha"):
+        pipe.load_concept(path, name="cat")
+    concept = Concept(name="cat", lora=str(path), alpha=RANK)
+    for alpha in (1.0, 4.0, 4.0, 1.0):
+        found = load(pipe, concept.model_copy(update={"alpha": alpha * RANK}))
+        assert {factors.scale for factors in found.factors.unet.values()} == {alpha}
+    with pytest.raises(ValueError, match="was loaded with another alpha"):
+        pipe.resolve_concepts([Concept(name="cat", alpha=7)])
+    (given,) = pipe.resolve_concepts([concept.model_copy(update={"alpha": 2.0 * RANK})])
+    assert {factors.scale for factors in given.factors.unet.values()} == {2.0}

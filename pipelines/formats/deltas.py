@@ -107,7 +107,10 @@ def _folded(down: Tensor, mid: Tensor) -> Tensor:
         raise ValueError(f"lora_mid of shape {list(mid.shape)} does not fit lora_down of shape {list(down.shape)}")
     if down.ndim == 4 and down.shape[2:] != (1, 1):
         raise ValueError(f"lora_down before a lora_mid has shape {list(down.shape)}; expected a 1x1 convolution")
-    return torch.einsum("mnhw,ni->mihw", mid.float(), down.flatten(1).float())
+    folded = torch.einsum("mnhw,ni->mihw", mid.float(), down.flatten(1).float())
+    if not torch.isfinite(folded).all():
+        raise ValueError("its numbers are too large to be multiplied")
+    return folded
 
 
 def _loha(slots: Mapping[str, Tensor], scale: float, max_rank: int) -> Change:
@@ -220,9 +223,11 @@ def _numerical_rank(values: Tensor) -> int:
 
 def _shaped(up: Tensor, down: Tensor, lost: float, inputs: tuple[int, ...], scale: float) -> Change:
     """Factors in the shape of their layer: convolutions have a kernel."""
+    if not (torch.isfinite(up).all() and torch.isfinite(down).all() and math.isfinite(lost)):
+        raise ValueError("its numbers are too large to be multiplied")
     if len(inputs) == 3:
         down, up = down.view(-1, *inputs), up[:, :, None, None]
     elif len(inputs) != 1:
         raise ValueError(f"a weight with inputs of shape {list(inputs)} is neither a matrix nor a convolution")
     factors = LoraFactors(down.contiguous(), up.contiguous(), scale)
-    return Change(factors, lost * scale**2 if math.isfinite(lost) else lost)
+    return Change(factors, lost * scale**2)

@@ -24,7 +24,7 @@ _MAX_HEADER = 32 << 20
 _MAX_KEYS = 100_000
 _MAX_KEY = 1_000
 # Configurations that PEFT writes beside its file, not into it.
-_PEFT_FILE, _PEFT_CONFIG = "adapter_model", "adapter_config.json"
+PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 
 
 class LoraError(ValueError):
@@ -225,12 +225,12 @@ def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[st
 
 def _neighbour_config(path: Path) -> dict[str, dict[str, Any]]:
     """PEFT's configuration as PEFT itself writes it, into a file of its own."""
-    neighbour = path.with_name(_PEFT_CONFIG)
-    if path.stem != _PEFT_FILE or not neighbour.is_file():
+    neighbour = path.with_name(PEFT_CONFIG)
+    if path.stem != PEFT_FILE or not neighbour.is_file():
         return {}
     if neighbour.stat().st_size > _MAX_HEADER:
-        raise LoraError(f"{_PEFT_CONFIG} beside {path.name} is too large to be settings")
-    return {"": _json(path, _PEFT_CONFIG, lambda: neighbour.read_text(encoding="utf-8"))}
+        raise LoraError(f"{PEFT_CONFIG} beside {path.name} is too large to be settings")
+    return {"": _json(path, PEFT_CONFIG, lambda: neighbour.read_text(encoding="utf-8"))}
 
 
 def _json(path: Path, what: str, text: Callable[[], str]) -> dict[str, Any]:

@@ -24,8 +24,7 @@ _KINDS = (
 )
 
 UNSUPPORTED: Mapping[str, str] = {
-    "magnitude": "a DoRA, which rescales every output of the model's own weights: no low-rank change does that, and "
-    "gates need one",
+    "magnitude": "a DoRA, which rescales the model's own weights: no low-rank change does that, and gates need one",
     "oft": "an OFT, which rotates the model's own weights: no low-rank change does that, and gates need one",
     "glora": "a GLoRA, which changes the model's own weights by a product with them, so that it is no low-rank change",
     "ia3": "an IA3, which rescales activations: no low-rank change does that, and gates need one",
