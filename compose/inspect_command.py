@@ -74,6 +74,8 @@ def _show(found: Inspection, every_key: bool) -> None:
     if found.matched_with is not None and found.problem is None:
         lines.append(("fits", f"{found.matched} keys fit {found.matched_with}, {len(found.unmatched)} do not"))
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for label, text in lines:
         table.add_row(*_cells(label, text))
     out.print(table)

@@ -55,7 +55,7 @@ class Block(_Frozen):
 
     Attributes:
         part: "unet", "text_encoder" or "text_encoder_2".
-        name: Such as "down_blocks.1".
+        name: Such as "down_blocks.1"; "layers" for all of a text encoder.
         layers: How many layers are changed.
         ranks: The ranks the file says.
         alphas: The alphas that scale the change over the rank; empty where the file says none.
@@ -221,9 +221,11 @@ def _parsed(text: str | None) -> dict[str, Any]:
 
 
 def block_of(part: str, layer: str) -> str:
-    """The block that a layer is reckoned with: "down_blocks.1", "mid_block", "layers.3" of a text encoder."""
-    found = re.match(r"(?:text_model\.)?(?:encoder\.)?(\w+_blocks\.\d+|layers\.\d+|[^.]+)", layer)
-    return f"{part}.{found[1] if found else layer}"
+    """The block that a layer is reckoned with: "unet.down_blocks.1", "unet.mid_block"; a text encoder is one."""
+    if part != "unet":
+        return f"{part}.layers"
+    found = re.match(r"\w+_blocks\.\d+|[^.]+", layer)
+    return f"{part}.{found[0] if found else layer}"
 
 
 def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors) -> Iterator[Block]:

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from layouts import file_of, layout
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -15,7 +15,8 @@ from attention import Lora, LoraFactors
 from components import random_lora, sd_unet
 from compose.cli import app
 from compose.inspection import block_of, inspect, overlaps
-from pipelines.loading import Factors
+from layouts import file_of, layout
+from pipelines.loading import Factors, read_lora
 from reference import dense
 
 run = CliRunner().invoke
@@ -84,10 +85,6 @@ def test_pickles_are_opened_only_if_allowed(tmp_path: Path) -> None:
 def test_norms_are_those_of_the_change(write_lora: Callable[..., Path]) -> None:
     unet = sd_unet()
     lora = random_lora(unet, 1, rank=2, scale=0.5)
-    from types import SimpleNamespace
-
-    from pipelines.loading import read_lora
-
     found, _ = inspect(read_lora(write_lora("it", unet=lora)), SimpleNamespace(unet=unet), "small")
     assert found.matched_with == "small"
     for block in found.blocks:

@@ -11,7 +11,6 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
-from layouts import file_of, layout
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, seeded, tiny
 from compose import Concept
 from compose.architectures import SD15, SDXL, without_weights
 from compose.models import load
+from layouts import file_of, layout
 from pipelines.formats.deltas import change
 from pipelines.loading import Factors, LoraError, match, read_lora
 from reference import dense

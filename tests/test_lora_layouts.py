@@ -5,10 +5,10 @@ import re
 from typing import Any
 
 import pytest
-from layouts import NAMES, file_of, layout, shapes_of, written_out
 
 from compose.architectures import FAMILIES, without_weights
 from compose.inspection import inspect
+from layouts import NAMES, file_of, layout, shapes_of, written_out
 from pipelines.formats.recognise import form, guess_family
 from pipelines.loading import LoraError, match
 

@@ -23,6 +23,7 @@ _KINDS = (
     ("diff", "whole differences"),
 )
 
+_WITH_FACTORS = {"DoRA"}  # what has the factors of a LoRA besides its own tensors
 UNSUPPORTED: Mapping[str, str] = {
     "magnitude": "a DoRA, which rescales the model's own weights: no low-rank change does that, and gates need one",
     "oft": "an OFT, which rotates the model's own weights: no low-rank change does that, and gates need one",
@@ -78,7 +79,8 @@ def form(keys: Sequence[str]) -> str:
     kinds = list(dict.fromkeys(kind for slot, kind in _KINDS if slot in slots))
     if not kinds:
         return "no adapter"
-    return f"{' and '.join(kinds[:2])}, keys of {_spelling(keys, parsed)}"
+    kinds = kinds[:1] if kinds[0] in _WITH_FACTORS else kinds[:2]
+    return f"{' and '.join(kinds)}, keys of {_spelling(keys, parsed)}"
 
 
 def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
