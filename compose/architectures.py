@@ -2,11 +2,14 @@
 
 import string
 from collections.abc import Mapping
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from attention import Lora, LoraFactors
 from pipelines.engine import LoadedConcept
@@ -27,12 +30,50 @@ SDXL: Mapping[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+SD2: Mapping[str, Any] = {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "sample_size": 96,
+    "use_linear_projection": True,
+}
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"SD 1.5": SD15, "SDXL": SDXL}
+
+_CLIP_L: Mapping[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+}  # fmt: skip
+_OPEN_CLIP_H: Mapping[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+}  # fmt: skip
+_OPEN_CLIP_G: Mapping[str, Any] = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "projection_dim": 1280,
+}  # fmt: skip
+_FAMILIES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any] | None]] = {
+    "SD 1.x": (SD15, _CLIP_L, None),
+    "SD 2.x": (SD2, _OPEN_CLIP_H, None),
+    "SDXL": (SDXL, _CLIP_L, _OPEN_CLIP_G),
+}
+FAMILIES = tuple(_FAMILIES)
 
 RANK = 8
 # Words of one token for every CLIP tokenizer.
 TRIGGERS, NOUNS = string.ascii_lowercase[:13], string.ascii_lowercase[13:]
 PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS, NOUNS, strict=True))
+
+
+@cache
+def without_weights(family: str) -> SimpleNamespace:
+    """UNet and text encoders of a family at full size, on the meta device: names and shapes, but no numbers.
+
+    Args:
+        family: One of `FAMILIES`.
+    """
+    unet, text, second = _FAMILIES[family]
+    with torch.device("meta"):
+        parts = SimpleNamespace(unet=UNet2DConditionModel(**unet), text_encoder=CLIPTextModel(CLIPTextConfig(**text)))
+        if second is not None:
+            parts.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**second))
+    return parts
 
 
 def attention_lora(unet: UNet2DConditionModel) -> Lora:

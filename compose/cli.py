@@ -1,4 +1,4 @@
-"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `bench`, `evaluate`, `blind`, `train` and `ui`."""
+"""The command line: `lora-compose demo`, `run`, `check`, `replay`, `inspect`, `bench`, `evaluate`, `train` and more."""
 
 import logging
 import re
@@ -17,6 +17,7 @@ from compose.check import check as check_run
 from compose.demo import SEEDS, Shown, jobs, show
 from compose.evaluation.command import app as evaluation
 from compose.files import PLAYGROUND, complaints, parse_settings, read_pixels, read_record, read_scene, save_image
+from compose.inspect_command import inspect_files
 from compose.models import make_batch, open_model, threads
 from compose.page.launch import ui
 from compose.replay import changes, difference, remake, runnable
@@ -28,12 +29,12 @@ from pipelines.scene import Concept, Run, Scene
 _LAST_SEED = 2**63 - 1
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
-    "role": "role",
+    "role": "role", "alpha": "alpha",
 }  # fmt: skip
 _CONCEPT_HELP = (
     "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
     "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside; "
-    "role=style is for what is everywhere."
+    "role=style is for what is everywhere, alpha for files that do not say theirs."
 )
 
 _WHAT_TO_LOOK_AT = (
@@ -52,6 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(kindly()(bench))
+app.command("inspect")(kindly(logging.ERROR)(inspect_files))
 app.command()(train)
 app.command()(ui)
 app.add_typer(evaluation, name="evaluate")

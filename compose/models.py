@@ -204,10 +204,11 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
     if concept.lora is not None:
         concept = concept.model_copy(update={"lora": lora_source(concept.lora)})
         known = pipe.concepts.get(concept.name)
-        if known is not None and known.lora != concept.lora:
+        same = known is not None and (known.lora, known.alpha) == (concept.lora, concept.alpha)
+        if known is not None and not same:
             pipe.unload_concept(concept.name)
-        if known is None or known.lora != concept.lora:
-            pipe.load_concept(concept.lora, name=concept.name)
+        if not same:
+            pipe.load_concept(concept.lora, name=concept.name, alpha=concept.alpha)
     return pipe.resolve_concepts([concept])[0]
 
 

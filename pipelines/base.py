@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipelines.call import Call, check_call, of_prompt, steps_to_record
 from pipelines.conditioning import Conditioning, TokenMasks, agreed
 from pipelines.engine import Encoder, Engine, LoadedConcept
+from pipelines.formats.deltas import MAX_RANK
 from pipelines.loading import adapter_factors, find_file, match, read_lora
 from pipelines.methods import Process, Settings, choose_method, make_method
 from pipelines.output import ComposeOutput
@@ -134,6 +135,9 @@ class ComposePipeline:
         class_word: str | None = None,
         weight: float = 1.0,
         weight_name: str | None = None,
+        alpha: float | None = None,
+        max_rank: int = MAX_RANK,
+        allow_pickle: bool = False,
         **hub: Any,
     ) -> Concept:
         """Loads a concept's LoRA; it acts only in calls that name it.
@@ -145,6 +149,9 @@ class ComposePipeline:
             class_word: The noun after the trigger; likewise.
             weight: Factor on the whole LoRA.
             weight_name: The file inside a folder or repository that has several.
+            alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
+            max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
+            allow_pickle: Opens files of `torch.save` as well: their tensors are read, no code is run.
             hub: Passed on to `huggingface_hub` (token, revision, ...).
 
         Raises:
@@ -152,13 +159,14 @@ class ComposePipeline:
             ValueError: If the name is taken.
         """
         concept = Concept(
-            name=name or Path(source).stem, lora=str(source), trigger=trigger, class_word=class_word, weight=weight
-        )
+            name=name or Path(source).stem, lora=str(source), trigger=trigger, class_word=class_word, weight=weight,
+            alpha=alpha,
+        )  # fmt: skip
         if concept.name in self._loaded or concept.name in _adapters(self):
             raise ValueError(
                 f"there is a concept or adapter {concept.name!r} already; unload it or choose another name"
             )
-        loaded = self._read(concept, weight_name, **hub)
+        loaded = self._read(concept, weight_name, max_rank=max_rank, allow_pickle=allow_pickle, **hub)
         logger.info("concept %s: %s", concept.name, loaded.factors.report)
         self._loaded[concept.name] = loaded
         return loaded.concept
@@ -173,13 +181,20 @@ class ComposePipeline:
             raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self._loaded) or 'none'}")
         del self._loaded[name]
 
-    def _read(self, concept: Concept, weight_name: str | None = None, **hub: Any) -> LoadedConcept:
-        file = read_lora(find_file(concept.lora or "", weight_name, **hub))
-        factors = match(file, self)
-        if factors.unmatched:
+    def _read(
+        self,
+        concept: Concept,
+        weight_name: str | None = None,
+        *,
+        max_rank: int = MAX_RANK,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> LoadedConcept:
+        file = read_lora(find_file(concept.lora or "", weight_name, **hub), allow_pickle=allow_pickle)
+        factors = match(file, self, alpha=concept.alpha, max_rank=max_rank)
+        if not factors.complete:
             logger.warning("%s: %s", file.path.name, factors.report)
-        trigger, class_word = (file.metadata.get(key) for key in ("trigger", "class_word"))
-        known = Concept(name=concept.name, trigger=trigger, class_word=class_word, weight=1.0)
+        known = Concept(name=concept.name, trigger=file.trigger, class_word=file.class_word, weight=1.0)
         return LoadedConcept(_filled(concept, known), factors, file)
 
     def resolve_concepts(self, concepts: Sequence[str | Concept]) -> tuple[LoadedConcept, ...]:
@@ -199,9 +214,11 @@ class ComposePipeline:
 
     def _resolve(self, concept: Concept) -> LoadedConcept:
         loaded = self._loaded.get(concept.name)
-        if concept.lora is not None and (loaded is None or loaded.concept.lora != concept.lora):
+        if concept.lora is not None and (loaded is None or not _same_source(concept, loaded.concept)):
             return self._read(concept)
         if loaded is not None:
+            if concept.alpha is not None and concept.alpha != loaded.concept.alpha:
+                raise ValueError(f"concept {concept.name!r} was loaded with another alpha; give it to load_concept")
             return LoadedConcept(_filled(concept, loaded.concept), loaded.factors, loaded.file)
         if concept.name in _adapters(self):
             return LoadedConcept(
@@ -440,6 +457,11 @@ def output_of(engine: Engine, images: Any, nsfw: Any = None) -> ComposeOutput:
         masks=engine.masks(),
         recorded_steps=recorded_steps,
     )
+
+
+def _same_source(concept: Concept, loaded: Concept) -> bool:
+    """Whether a concept's LoRA is the one that has been loaded, at the same strength."""
+    return concept.lora == loaded.lora and concept.alpha in (None, loaded.alpha)
 
 
 def _filled(concept: Concept, known: Concept) -> Concept:

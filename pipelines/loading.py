@@ -1,70 +1,39 @@
-"""LoRA files -> factors by layer, with a report. Files come from strangers: everything is checked before it is used."""
+"""Where a LoRA file meets a model: files are found, and their layers matched with a pipeline's."""
 
-import hashlib
-import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from diffusers.utils import (
-    convert_state_dict_to_diffusers,
-    convert_state_dict_to_peft,
-    convert_unet_state_dict_to_peft,
-)
 from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import EntryNotFoundError
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from attention.install import check_factors
 from attention.layers import places, uncompiled
-from attention.lora_bank import Lora, LoraFactors
+from attention.lora_bank import Lora, LoraFactors, base_layer
+from pipelines.formats.alphas import scale_of
+from pipelines.formats.deltas import MAX_RANK, Change, change, inner
+from pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, LoraFile, read_lora, refuse_pickle
+from pipelines.formats.keys import Part
+from pipelines.formats.layers import Layer, Layers, by_layer
+from pipelines.formats.names import older, spellings
+from pipelines.formats.recognise import UNSUPPORTED, guess_family
+
+__all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "find_file", "match", "read_lora"]
 
 logger = logging.getLogger(__name__)
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-# What a key says about files that hold something else than plain low-rank factors.
-_OTHER_KINDS = {
-    "dora_scale": "a DoRA",
-    "lora_magnitude_vector": "a DoRA",
-    "lokr_": "a LoKr",
-    "hada_": "a LoHa",
-    "oft_": "an OFT",
-    "lora_mid": "a LoCon with Tucker factors (lora_mid)",
-    ".diff.": "a file with full weight differences",
-    ".diff_b.": "a file with full weight differences",
-    "lora_B.bias": "a LoRA with biases",
-}
-
-
-class LoraError(ValueError):
-    """A file or adapter that cannot be used as a concept; the message says why and what was expected."""
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA as read, before it meets a model.
-
-    Attributes:
-        path: The file.
-        sha256: Of its content.
-        metadata: The strings in its header.
-        tensors: Its weights by key.
-    """
-
-    path: Path
-    sha256: str
-    metadata: Mapping[str, str]
-    tensors: Mapping[str, Tensor] = field(repr=False)
+TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+_PARTS: tuple[Part, ...] = ("unet", *TEXT_ENCODERS)
+_EXACT = 1e-5  # relative errors below are rounding
+Changes = Mapping[Part, Mapping[str, Change]]
 
 
 @dataclass(frozen=True)
@@ -75,37 +44,47 @@ class Factors:
         unet: For the UNet, by layer.
         text_encoders: For the text encoders, by component name and layer.
         unmatched: Keys of the file that found no layer.
+        notes: What else one should know: what was cut, left out or guessed.
+        embeddings: Words that the file brings with it, as in `LoraFile`.
+        error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
     """
 
     unet: Lora
     text_encoders: Mapping[str, Lora] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
+    error: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole file is used, exactly, and nothing was guessed."""
+        return not self.unmatched and not self.notes
 
     @property
     def report(self) -> str:
-        """One line: how many layers of which part, which ranks, what was left over."""
-        parts = [
-            f"{len(lora)} {name} layers" for name, lora in {"unet": self.unet, **self.text_encoders}.items() if lora
-        ]
-        ranks = sorted(
-            {factors.rank for lora in (self.unet, *self.text_encoders.values()) for factors in lora.values()}
-        )
-        line = f"{', '.join(parts)}, rank {'/'.join(map(str, ranks))}"
+        """One line: how many layers of which part, which ranks, what was left over, cut or guessed."""
+        loras = {"unet": self.unet, **self.text_encoders}
+        parts = [f"{len(lora)} {name} layers" for name, lora in loras.items() if lora]
+        ranks = sorted({factors.rank for lora in loras.values() for factors in lora.values()})
+        shown = "/".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]} to {ranks[-1]}"
+        said = [f"{', '.join(parts)}, rank {shown}"]
         if self.unmatched:
-            line += f"; {len(self.unmatched)} keys fit no layer and are left out: {', '.join(self.unmatched[:3])}, ..."
-        return line
+            keys = ", ".join(self.unmatched[:3]) + (", ..." if len(self.unmatched) > 3 else "")
+            said.append(f"{len(self.unmatched)} keys fit no layer and are left out: {keys}")
+        return "; ".join([*said, *self.notes])
 
 
 def find_file(source: str | Path, weight_name: str | None = None, **hub: Any) -> Path:
-    """The safetensors file behind a path, a folder or a hub repository.
+    """The file behind a path, a folder or a hub repository.
 
     Args:
         source: A file, a folder, or a repository such as "user/my-cat-lora".
-        weight_name: The file inside a folder or repository; not needed if there is only one.
+        weight_name: The file inside a folder or repository; not needed if there is only one safetensors file.
         hub: Passed on to `huggingface_hub` (token, revision, cache_dir, local_files_only, ...).
 
     Raises:
-        LoraError: If there is no such file, or several and none is named; for pickles.
+        LoraError: If there is no such file, or several and none is named.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -113,16 +92,21 @@ def find_file(source: str | Path, weight_name: str | None = None, **hub: Any) ->
     if path.is_dir():
         names = sorted(found.name for found in path.glob("*.safetensors"))
         return path / _only(names, weight_name, path)
-    is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *_PICKLES}
+    is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *PICKLES}
     if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        _refuse_pickle(path)
+        refuse_pickle(path)
         raise LoraError(f"there is no file {str(source)!r}")
     if weight_name is None:
         access = {option: hub[option] for option in ("revision", "token") if option in hub}
         names = [name for name in list_repo_files(str(source), **access) if name.endswith(".safetensors")]
     else:
         names = [weight_name]
-    return Path(hf_hub_download(str(source), _only(names, weight_name, source), **hub))
+    name = _only(names, weight_name, source)
+    path = Path(hf_hub_download(str(source), name, **hub))
+    if path.stem == PEFT_FILE:
+        with suppress(EntryNotFoundError):  # its absence is told when the file is matched
+            hf_hub_download(str(source), str(PurePosixPath(name).with_name(PEFT_CONFIG)), **hub)
+    return path
 
 
 def _only(names: list[str], wanted: str | None, place: object) -> str:
@@ -135,186 +119,175 @@ def _only(names: list[str], wanted: str | None, place: object) -> str:
     return names[0]
 
 
-def _refuse_pickle(path: Path) -> None:
-    if path.suffix.lower() in _PICKLES:
-        raise LoraError(f"{path.name} is a pickle, which could run code when opened; convert it to safetensors first")
-
-
-def read_lora(path: Path) -> LoraFile:
-    """Reads and checks a file.
-
-    Raises:
-        LoraError: If it is a pickle, is truncated or corrupt, holds no LoRA or a kind that is not supported, or has
-            weights that are not finite or not floating point.
-    """
-    _refuse_pickle(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise LoraError(f"{path.name} is no readable safetensors file ({_other_format(path)}): {error}") from error
-    for mark, kind in _OTHER_KINDS.items():
-        if key := next((key for key in tensors if mark in f"{key}."), None):
-            raise LoraError(
-                f"{path.name} is {kind} (key {key!r}); only plain LoRA and LoCon factors are supported so far"
-            )
-    if not any("lora" in key for key in tensors):
-        keys = ", ".join(list(tensors)[:3]) or "none"
-        raise LoraError(f"{path.name} is no LoRA: expected keys with lora_A/lora_B or lora_down/lora_up, found {keys}")
-    for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES and not key.endswith(".alpha"):  # some trainers write whole numbers
-            raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
-        if not torch.isfinite(tensor).all():
-            raise LoraError(f"{path.name}: {key} has values that are NaN or infinite; the file is damaged")
-    return LoraFile(path, sha256, metadata, tensors)
-
-
-def _other_format(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(2)
-    pickled = start[:1] == b"\x80" or start == b"PK"  # a guess: sound safetensors files may begin so as well
-    return "a pickle or an archive under another name" if pickled else "truncated or corrupt"
-
-
-def match(file: LoraFile, pipe: Any) -> Factors:
+def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: int = MAX_RANK) -> Factors:
     """Matches a file against the models of a pipeline.
-
-    Keys are converted by diffusers (`lora_state_dict`), so diffusers', PEFT's and kohya's spellings are understood.
 
     Args:
         file: What was read.
-        pipe: A diffusers pipeline.
+        pipe: A diffusers pipeline, or anything with a `unet` and perhaps text encoders; weights are not looked at.
+        alpha: The alpha of a file that does not say its own; the change is scaled by alpha / rank.
+        max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
 
     Raises:
-        LoraError: If no layer of the UNet matches, or a matching layer has another shape.
+        LoraError: If no layer matches, a matching layer has another shape, or the file's kind is not supported.
     """
-    try:
-        tensors, alphas = _diffusers_keys(file, pipe)
-    except (ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise LoraError(f"{file.path.name}: the names of its layers are not understood: {error}") from error
-    adapter = _adapter_config(file)
-    if any(value for key, value in adapter.items() if key.endswith("use_dora")):
-        raise LoraError(f"{file.path.name} is a DoRA; only plain LoRA and LoCon factors are supported so far")
-    unmatched: list[str] = []
-    parts = {}
-    for part in ("unet", *TEXT_ENCODERS):
-        mine = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
-        scales = {k.removeprefix(f"{part}."): v for k, v in alphas.items() if k.startswith(f"{part}.")}
-        config = {k.removeprefix(f"{part}."): v for k, v in adapter.items() if k.startswith(f"{part}.")}
-        model = getattr(pipe, part, None)
-        parts[part] = _factors(file, part, model, mine, scales, config, unmatched) if mine else {}
-    if not parts["unet"] and not any(parts[part] for part in TEXT_ENCODERS):
+    _check_options(file, alpha, max_rank)
+    gathered = by_layer(file)
+    found, unmatched = assign(file, gathered, pipe)
+    changes: Changes = {
+        part: {name: _change(file, getattr(pipe, part), name, layer, alpha, max_rank) for name, layer in layers.items()}
+        for part, layers in found.items()
+    }
+    _check_embeddings(file, pipe)
+    loras = {part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()}
+    text = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
+    notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
+    error = _error(made for found in changes.values() for made in found.values())
+    return Factors(loras["unet"], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0)
+
+
+def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
+    """Which layer of a pipeline's models each layer of a file means.
+
+    Returns:
+        By part, the file's layers by the name of the model's; and the keys that mean none.
+
+    Raises:
+        LoraError: If nothing matches, or two layers of the file mean one of the model.
+    """
+    unmatched, found = list(gathered.unknown), {}
+    for part in _PARTS:
+        mine = [layer for layer in gathered.layers if layer.part == part]
+        found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
+        unmatched += left_over
+    if not any(found.values()):
+        raise LoraError(_nothing(file))
+    return found, tuple(unmatched)
+
+
+def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
+    if max_rank < 1:
+        raise LoraError(f"max_rank must be at least 1, not {max_rank}")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise LoraError(f"alpha must be a positive number, not {alpha}")
+    if any(value for settings in file.config.values() for key, value in settings.items() if key == "use_dora"):
+        raise LoraError(f"{file.path.name} is {UNSUPPORTED['magnitude']}")
+    if alpha is None and any(".lora_layer." in key for key in file.tensors):
         raise LoraError(
-            f"{file.path.name} matches no layer of this model; its first keys are "
-            f"{', '.join(list(file.tensors)[:3])}. Is it for another architecture?"
+            f"{file.path.name} is a whole UNet with LoRA layers inside, as TARA's script for SD 1.5 saves it, and does "
+            "not say its alpha. That script trains with alpha 32 at rank 8, four times the strength at which its "
+            "inference script shows the LoRA. Say alpha=32 for what was trained, or the rank (alpha=8) for pictures as "
+            "the authors' script makes them"
         )
-    text = {part: parts[part] for part in TEXT_ENCODERS if parts[part]}
-    return Factors(parts["unet"], text, tuple(unmatched))
 
 
-def _adapter_config(file: LoraFile) -> dict[str, Any]:
-    """PEFT's configuration, which diffusers writes into the header under keys that start with the component's name."""
-    try:
-        config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
-        raise LoraError(f"{file.path.name}: lora_adapter_metadata is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise LoraError(f"{file.path.name}: lora_adapter_metadata is {config!r}; expected settings by name")
-    return config
-
-
-def _diffusers_keys(file: LoraFile, pipe: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Weights and alphas under keys that start with the component's name."""
-    tensors, alphas = pipe.lora_state_dict(dict(file.tensors), unet_config=pipe.unet.config)
-    alphas = {key: float(value) for key, value in (alphas or {}).items()}
-    named = {}
-    for key, tensor in tensors.items():
-        key = key.removeprefix("base_model.model.")
-        if not key.startswith(("unet.", *(f"{part}." for part in TEXT_ENCODERS))):
-            key = f"unet.{key}"
-        if key.endswith(".alpha"):
-            alphas[key] = float(tensor)
+def _matched(
+    file: LoraFile, part: Part, model: nn.Module | None, layers: Sequence[Layer]
+) -> tuple[dict[str, Layer], list[str]]:
+    """Layers of the file by the name of the model's layer that they mean, and the keys that mean none."""
+    known = {} if model is None else spellings(model, part)
+    where = places(model) if part == "unet" and model is not None else set(known.values())
+    found: dict[str, Layer] = {}
+    left_over: list[str] = []
+    for layer in layers:
+        name = known.get(layer.module) or known.get(older(layer.module))
+        if name is None or name not in where:
+            left_over += layer.keys
+        elif name in found and not found[name].same(layer):
+            raise LoraError(
+                f"{file.path.name} has more than one LoRA for {part}.{name} ({found[name].keys[0]}, {layer.keys[0]}); "
+                "expected one adapter"
+            )
         else:
-            named[key] = tensor
-    return named, alphas
+            found[name] = layer
+    return found, left_over
 
 
-def _factors(
-    file: LoraFile,
-    part: str,
-    model: nn.Module | None,
-    tensors: dict[str, Tensor],
-    alphas: dict[str, float],
-    config: dict[str, Any],
-    unmatched: list[str],
-) -> Lora:
-    """The factors for one model; keys that fit none of its layers are added to `unmatched`."""
-    if model is None:
-        unmatched += [f"{part}.{key}" for key in tensors]
-        return {}
+def _nothing(file: LoraFile) -> str:
+    guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, file.metadata)
+    looks = f"it looks like a file for {guess.family} ({guess.why[0]})" if guess.family else "is it for another one?"
+    return (
+        f"{file.path.name} matches no layer of this model; its first keys are {', '.join([*file.tensors][:3])}; {looks}"
+    )
+
+
+def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alpha: float | None, max_rank: int) -> Change:
+    """What the file changes in one layer, in the shapes that the layer needs."""
+    for slot, why in UNSUPPORTED.items():
+        if slot in layer.slots:
+            raise LoraError(f"{file.path.name} is {why} (key {layer.keys[list(layer.slots).index(slot)]!r})")
+    try:
+        slots = {slot: tensor for slot, tensor in layer.slots.items() if slot not in {"alpha", "scalar"}}
+        made = change(slots, scale_of(file, name, layer, alpha), max_rank)
+    except LoraError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
     model = uncompiled(model)
+    factors = _reshaped(made.factors, base_layer(model.get_submodule(name)))
     try:
-        tensors, alphas = _peft_keys(part, model, tensors), _peft_keys(part, model, alphas)
+        check_factors(model, name, factors.down.shape, factors.up.shape)
     except ValueError as error:
-        raise LoraError(f"{file.path.name}: the names of its {part} layers are not understood: {error}") from error
-    alphas = {re.sub(r"(\.lora_A\.weight)?\.alpha$", "", key): value for key, value in alphas.items()}
-    where = places(model) if part == "unet" else dict(model.named_modules())
-    factors = {}
-    for name, sides in _by_layer(file, part, tensors, unmatched).items():
-        if name not in where:
-            unmatched.append(f"{part}.{name}")
-            continue
-        if sides.keys() != {"A", "B"}:
-            raise LoraError(f"{file.path.name}: {part}.{name} has only one of its two factors; the file is incomplete")
-        try:
-            check_factors(model, name, sides["A"].shape, sides["B"].shape)
-        except ValueError as error:
-            raise LoraError(f"{file.path.name} does not fit this model: {part}.{error}") from error
-        try:
-            scale = _scale(name, sides["A"].shape[0], alphas, config)
-        except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
-            raise LoraError(f"{file.path.name}: lora_adapter_metadata gives {name} no alpha: {error}") from error
-        factors[name] = LoraFactors(sides["A"], sides["B"], scale)
-    return factors
+        raise LoraError(f"{file.path.name} does not fit this model: {layer.part}.{error}") from error
+    return Change(factors, made.lost)
 
 
-def _by_layer(
-    file: LoraFile, part: str, tensors: dict[str, Tensor], unmatched: list[str]
-) -> dict[str, dict[str, Tensor]]:
-    """The two factors "A" and "B" of every layer, from PEFT's keys."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if found := re.fullmatch(r"(.+)\.lora_([AB])(?:\.\w+)?\.weight", key):
-            sides = layers.setdefault(found[1], {})
-            if found[2] in sides:
-                raise LoraError(f"{file.path.name} has more than one LoRA for {part}.{found[1]}; expected one adapter")
-            sides[found[2]] = tensor
-        else:
-            unmatched.append(f"{part}.{key}")
-    return layers
+def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
+    """Matrices for a convolution, and 1x1 convolutions for a linear layer, are the same numbers."""
+    down, up = factors.down, factors.up
+    if isinstance(layer, nn.Conv2d):
+        inputs = (layer.in_channels, *layer.kernel_size)
+        if down.ndim == 2 and down.shape[1] == math.prod(inputs):
+            down = down.reshape(-1, *inputs)
+        up = up[:, :, None, None] if up.ndim == 2 else up
+    elif down.shape[2:] == up.shape[2:] == (1, 1):
+        down, up = down.flatten(1), up.flatten(1)
+    return LoraFactors(down, up, factors.scale)
 
 
-def _peft_keys(part: str, model: nn.Module, values: dict[str, Any]) -> dict[str, Any]:
-    """The same values under PEFT's spelling of the keys, as diffusers converts them."""
-    if part == "unet":
-        return convert_unet_state_dict_to_peft(values)
-    converted = convert_state_dict_to_peft(convert_state_dict_to_diffusers(values)) if values else values
-    if not hasattr(model, "text_model"):  # transformers 5 has flattened CLIPTextModel
-        converted = {key.removeprefix("text_model."): value for key, value in converted.items()}
-    return converted
+def _check_embeddings(file: LoraFile, pipe: Any) -> None:
+    """Checks that words which come with the file fit the text encoders that are to read them."""
+    for word, by_part in file.embeddings.items():
+        for part, vectors in by_part.items():
+            width = getattr(getattr(getattr(pipe, part, None), "config", None), "hidden_size", None)
+            if width is not None and vectors.shape[1] != width:
+                raise LoraError(
+                    f"{file.path.name} does not fit this model: the vectors of {word!r} have {vectors.shape[1]} "
+                    f"numbers, {part} has words of {width}"
+                )
 
 
-def _scale(name: str, rank: int, alphas: dict[str, Any], config: dict[str, Any]) -> float:
-    """Alpha / rank; alpha from the file's alpha keys, else from PEFT's configuration, else the rank."""
-    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
-    configured = patterns.get(get_pattern_key(list(patterns), name), config.get("lora_alpha", rank))
-    alpha = float(alphas.get(name, configured))
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha is {alpha}")
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+def _notes(file: LoraFile, gathered: Layers, changes: Changes, alpha: float | None, max_rank: int) -> Iterable[str]:
+    """What has to be said about a file that is not used whole and exactly as it was trained."""
+    if gathered.inexpressible:
+        yield (
+            f"{len(gathered.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
+            f"express them: {', '.join(gathered.inexpressible[:3])}"
+        )
+    errors = {f"{part}.{name}": _error([made]) for part, found in changes.items() for name, made in found.items()}
+    if cut := {name: error for name, error in errors.items() if error > _EXACT}:
+        worst = max(cut, key=lambda name: cut[name])
+        whole = _error(made for found in changes.values() for made in found.values())
+        yield (
+            f"{len(cut)} layers have more rank than max_rank={max_rank} and are cut to it: relative error {whole:.2%}, "
+            f"at most {cut[worst]:.2%} in one layer ({worst})"
+        )
+    peft = any(key.startswith("base_model.model.") for key in file.tensors)
+    if peft and alpha is None and not file.config and not any(key.endswith(".alpha") for key in file.tensors):
+        yield (
+            "PEFT's adapter_config.json is not beside it, so its alpha is unknown and taken to be its rank; "
+            "give alpha if it was trained with another"
+        )
+    if file.embeddings:
+        words = ", ".join([*file.embeddings][:4])
+        yield f"it brings words with embeddings of their own ({words}), which prompts do not use yet"
+
+
+def _error(made: Iterable[Change]) -> float:
+    """The relative Frobenius error of changes that were cut to a rank."""
+    made = list(made)
+    lost = sum(one.lost for one in made)
+    return math.sqrt(lost / (lost + sum(inner(one.factors, one.factors) for one in made))) if lost else 0.0
 
 
 def adapter_factors(pipe: Any, adapter: str) -> Factors:

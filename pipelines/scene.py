@@ -52,6 +52,8 @@ class Concept(_Frozen):
             derives it from the scene's prompt.
         negative_prompt: What is not to be seen there; None is the scene's.
         role: What it is: a subject, which is somewhere, or a style, which is everywhere; None is a subject.
+        alpha: The alpha that the LoRA was trained with, for files that do not say it; the change is scaled by
+            alpha / rank.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -63,6 +65,7 @@ class Concept(_Frozen):
     prompt: Annotated[str, Field(min_length=1)] | None = None
     negative_prompt: str | None = None
     role: Literal["subject", "style"] | None = None
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     @property
     def phrase(self) -> str:

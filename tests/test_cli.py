@@ -558,7 +558,7 @@ def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
         "prompt: a xlo bear\nconcepts: [{name: bear, lora: bear.safetensors, trigger: xlo}]\n"
     )
     result = call("check", tmp_path / "scene.yaml", "--method", "merge")
-    assert re.search(r"bear: left out +1 keys: .*attentions\.9", result.stdout)
+    assert re.search(r"bear: left out +2 keys: .*attentions\.9", result.stdout)
 
 
 def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:

@@ -227,8 +227,8 @@ def _described(file: LoraFile, source: str, shown: str, picture: Path | None = N
         source=source,
         shown=shown,
         sha256=file.sha256,
-        trigger=(metadata.get("trigger") or metadata.get("modelspec.trigger_phrase") or "").strip(),
-        class_word=(metadata.get("class_word") or "").strip(),
+        trigger=(file.trigger or "").strip(),
+        class_word=(file.class_word or "").strip(),
         trained_with=(metadata.get("method") or "").strip(),
         thumbnail=_thumbnail(picture) if picture else _embedded(metadata.get("modelspec.thumbnail")),
     )

@@ -1,0 +1,255 @@
+"""A LoRA file on disk -> checked tensors with their metadata. Files come from strangers."""
+
+import hashlib
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipelines.formats.keys import Part, bundled_embedding, parse
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SCALARS = (".alpha", ".scalar")
+_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers write alphas so
+_MAX_HEADER = 32 << 20
+_MAX_KEYS = 100_000
+_MAX_KEY = 1_000
+# Configurations that PEFT writes beside its file, not into it.
+PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
+
+
+class LoraError(ValueError):
+    """A file or adapter that cannot be used as a concept; the message says why and what was expected."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as read, before it meets a model.
+
+    Attributes:
+        path: The file.
+        sha256: Of its content.
+        metadata: The strings in its header.
+        tensors: Its weights by key.
+        config: PEFT's settings (alpha, patterns of alphas, ...) by part of the pipeline, or under "" for every part;
+            from the header or from `adapter_config.json` beside the file.
+        embeddings: Words that the file brings with it, and their vectors by text encoder. Shape: [vectors, width]
+            each; an ED-LoRA (Mix-of-Show, arXiv 2305.18292) has 16, one for every cross-attention layer of SD 1.x.
+    """
+
+    path: Path
+    sha256: str
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def trigger(self) -> str | None:
+        """The words that call the concept, as far as the file says them."""
+        said = self.metadata.get("trigger") or self.metadata.get("modelspec.trigger_phrase")
+        return said or " ".join(self.embeddings) or None
+
+    @property
+    def class_word(self) -> str | None:
+        """The noun after the trigger, likewise."""
+        return self.metadata.get("class_word") or None
+
+
+def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
+    """Reads and checks a file.
+
+    Args:
+        path: A safetensors file, or with `allow_pickle` one that `torch.save` has written.
+        allow_pickle: Opens pickles, with `weights_only=True`: tensors are read, no code is run.
+
+    Raises:
+        LoraError: If it is a pickle and those are not allowed, is truncated or corrupt, holds no LoRA, or has weights
+            that are not finite or not floating point.
+    """
+    if path.suffix.lower() in PICKLES and not allow_pickle:
+        refuse_pickle(path)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    metadata, found = _read_pickle(path) if path.suffix.lower() in PICKLES else _read_safetensors(path)
+    return lora_file(path, sha256, metadata, found)
+
+
+def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], found: Mapping[str, Tensor]) -> LoraFile:
+    """Checks what was read, and sorts it.
+
+    Raises:
+        LoraError: As for `read_lora`.
+    """
+    _check_keys(path, found)
+    tensors = {key: tensor for key, tensor in found.items() if bundled_embedding(key) is None}
+    config = {**_header_config(path, metadata), **_neighbour_config(path)}
+    return LoraFile(path, sha256, metadata, tensors, config, _embeddings(path, found))
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises LoraError for files that are pickles by name."""
+    if path.suffix.lower() in PICKLES:
+        raise LoraError(
+            f"{path.name} is a pickle, which could run code when opened; convert it to safetensors first, or load it "
+            "with allow_pickle=True, which reads tensors only"
+        )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER and length < path.stat().st_size:
+        raise LoraError(f"{path.name} has a header of {length >> 20} MiB, which no LoRA needs; it is not opened")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in wanted_keys(path, keys)}
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise LoraError(f"{path.name} is no readable safetensors file ({_other_format(path)}): {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, LoraError):
+            raise
+        raise LoraError(f"{path.name} holds a tensor that cannot be read: {error}") from error
+
+
+def wanted_keys(path: Path, keys: list[str]) -> list[str]:
+    """The keys to be read: of a whole model with LoRA layers inside, only those; nothing of a plain model.
+
+    Raises:
+        LoraError: If there is no key of a LoRA.
+    """
+    if len(keys) > _MAX_KEYS or any(len(key) > _MAX_KEY for key in keys):
+        raise LoraError(f"{path.name} has {len(keys)} keys, of up to {max(map(len, keys))} letters; that is no LoRA")
+    inside = [key for key in keys if ".lora_layer." in key]
+    if inside:
+        return inside
+    parsed = [key for key in keys if parse(key) is not None or bundled_embedding(key)]
+    numbered = [key for key in keys if key.startswith(("unet:", "text_encoder:"))]
+    if numbered:
+        raise LoraError(
+            f"{path.name} numbers its layers instead of naming them ({numbered[0]!r}, as early lora_diffusion did), in "
+            "an order that depends on the version of diffusers it was trained with; convert it with that version"
+        )
+    if not any(parse(key) is not None for key in parsed):
+        shown = ", ".join(keys[:3]) or "none"
+        raise LoraError(
+            f"{path.name} is no LoRA: expected keys with lora_A/lora_B, lora_down/lora_up, hada or lokr, found {shown}"
+        )
+    return keys
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Tensors by key, dictionaries inside dictionaries written with dots (ED-LoRA: `params.unet...`)."""
+    _check_archive(path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about how the file was pickled
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).splitlines()[0] if str(error) else "damaged"
+        raise LoraError(f"{path.name} holds more than tensors, or is damaged; it was not opened: {first}") from error
+    except Exception as error:  # torch raises nearly anything for damaged archives
+        raise LoraError(f"{path.name} is no readable file of torch.save: {type(error).__name__}: {error}") from error
+    found = dict(_flat(path, content))
+    for outer in ("params.", "params_ema.", "state_dict."):
+        if any(key.startswith(outer) for key in found):
+            found = {key.removeprefix(outer): t for key, t in found.items() if key.startswith(outer)}
+            break
+    return {}, {key: found[key] for key in wanted_keys(path, list(found))}
+
+
+def _check_archive(path: Path) -> None:
+    """An archive that unpacks to more than its size is no file of torch.save, which does not compress."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise LoraError(f"{path.name} is a damaged archive: {error}") from error
+        if unpacked > path.stat().st_size:
+            raise LoraError(f"{path.name} unpacks to {unpacked} bytes, more than its size; it was not opened")
+
+
+def _flat(path: Path, content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(content, Mapping) or depth > 4:
+        raise LoraError(f"{path.name} holds a {type(content).__name__} at {prefix or 'its root'!r}; expected tensors")
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            # Views can claim more than is stored.
+            if (
+                value.layout is not torch.strided
+                or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+            ):
+                raise LoraError(f"{path.name}: {prefix}{key} is no plain tensor")
+            yield f"{prefix}{key}", value.detach().contiguous()
+        elif isinstance(value, Mapping):
+            yield from _flat(path, value, f"{prefix}{key}.", depth + 1)
+
+
+def _check_keys(path: Path, found: Mapping[str, Tensor]) -> None:
+    for key, tensor in found.items():
+        number = key.endswith(_SCALARS)
+        if tensor.dtype not in (*_DTYPES, *(_WHOLE if number else ())):
+            raise LoraError(f"{path.name}: {key} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
+        if number and tensor.numel() != 1:
+            raise LoraError(f"{path.name}: {key} has shape {list(tensor.shape)}; expected one number")
+        if not torch.isfinite(tensor).all():
+            raise LoraError(f"{path.name}: {key} has values that are NaN or infinite; the file is damaged")
+
+
+def _other_format(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(2)
+    pickled = start[:1] == b"\x80" or start == b"PK"  # a guess: sound safetensors files may begin so as well
+    return "a pickle or an archive under another name" if pickled else "truncated or corrupt"
+
+
+def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration as diffusers writes it into the header, under keys that start with the component's name."""
+    settings = _json(path, "lora_adapter_metadata", lambda: metadata.get("lora_adapter_metadata", "{}"))
+    config: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        part, _, name = key.partition(".")
+        config.setdefault(part, {})[name] = value
+    return config
+
+
+def _neighbour_config(path: Path) -> dict[str, dict[str, Any]]:
+    """PEFT's configuration as PEFT itself writes it, into a file of its own."""
+    neighbour = path.with_name(PEFT_CONFIG)
+    if path.stem != PEFT_FILE or not neighbour.is_file():
+        return {}
+    if neighbour.stat().st_size > _MAX_HEADER:
+        raise LoraError(f"{PEFT_CONFIG} beside {path.name} is too large to be settings")
+    return {"": _json(path, PEFT_CONFIG, lambda: neighbour.read_text(encoding="utf-8"))}
+
+
+def _json(path: Path, what: str, text: Callable[[], str]) -> dict[str, Any]:
+    try:
+        config = json.loads(text())
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{path.name}: {what} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise LoraError(f"{path.name}: {what} is {str(config)[:80]!r}; expected settings by name")
+    return config
+
+
+def _embeddings(path: Path, found: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
+    """Words with vectors of their own: those of an ED-LoRA, and textual inversions bundled with a LoRA."""
+    words: dict[str, dict[Part, Tensor]] = {}
+    for key, tensor in found.items():
+        if (known := bundled_embedding(key)) is not None:
+            vectors = tensor[None] if tensor.ndim == 1 else tensor
+            if vectors.ndim != 2 or 0 in vectors.shape:
+                raise LoraError(f"{path.name}: the embedding {key} has shape {list(tensor.shape)}; expected vectors")
+            words.setdefault(known[0], {})[known[1]] = vectors
+    return words

@@ -1,0 +1,80 @@
+"""The keys of a file gathered by layer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipelines.formats.files import LoraError, LoraFile
+from pipelines.formats.keys import Part, parse
+from pipelines.formats.recognise import UNSUPPORTED
+
+_INEXPRESSIBLE = {"bias", "norm"}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a file has for one layer.
+
+    Attributes:
+        part: The component of the pipeline.
+        module: The layer as the file spells it, with underscores for dots.
+        slots: Its tensors by what they are (`Key.slot`).
+        keys: Where they stand in the file.
+    """
+
+    part: Part
+    module: str
+    slots: Mapping[str, Tensor]
+    keys: tuple[str, ...]
+
+    def same(self, other: "Layer") -> bool:
+        """Whether two have the same tensors."""
+        return self.slots.keys() == other.slots.keys() and all(
+            torch.equal(tensor, other.slots[slot]) for slot, tensor in self.slots.items()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Layers:
+    """All keys of a file.
+
+    Attributes:
+        layers: Those that change weights, by layer.
+        inexpressible: Keys with biases and norms, which no low-rank change of a weight can express.
+        unknown: Keys that are no adapter's.
+    """
+
+    layers: Sequence[Layer]
+    inexpressible: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def by_layer(file: LoraFile) -> Layers:
+    """Gathers the keys of a file.
+
+    Raises:
+        LoraError: If two keys are the same tensor of the same layer, as in a file with two adapters.
+    """
+    found: dict[tuple[Part, str], dict[str, str]] = {}
+    inexpressible, unknown = [], []
+    for name in file.tensors:
+        key = parse(name)
+        if key is None:
+            unknown.append(name)
+        elif key.slot in _INEXPRESSIBLE:
+            inexpressible.append(name)
+        else:
+            slots = found.setdefault((key.part, key.module), {})
+            if key.slot in slots and key.slot not in UNSUPPORTED:  # those have several tensors in one slot
+                raise LoraError(
+                    f"{file.path.name} has more than one LoRA for {key.part}.{key.module} ({slots[key.slot]}, {name}); "
+                    "expected one adapter"
+                )
+            slots[key.slot] = name
+    layers = [
+        Layer(part, module, {slot: file.tensors[name] for slot, name in slots.items()}, tuple(slots.values()))
+        for (part, module), slots in found.items()
+    ]
+    return Layers(layers, tuple(inexpressible), tuple(unknown))

@@ -1,0 +1,102 @@
+"""The names under which files know the layers of a model: diffusers' own, the original checkpoints', and older ones."""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import count
+
+from torch import nn
+
+from attention.layers import uncompiled
+from attention.lora_bank import base_layer
+from pipelines.formats.keys import Part
+
+# What diffusers names and the original checkpoints ("LDM" for SD, "SGM" for SDXL) number, with underscores for dots.
+_RESNET = {
+    "conv1": "in_layers_2",
+    "time_emb_proj": "emb_layers_1",
+    "conv2": "out_layers_3",
+    "conv_shortcut": "skip_connection",
+}
+_OUTSIDE = {
+    "time_embedding_linear_1": "time_embed_0",
+    "time_embedding_linear_2": "time_embed_2",
+    "add_embedding_linear_1": "label_emb_0_0",
+    "add_embedding_linear_2": "label_emb_0_2",
+    "conv_in": "input_blocks_0_0",
+    "conv_out": "out_2",
+}
+# Attention processors and old text encoders name the projection apart.
+_OLDER = (
+    (r"_self_attn_to_([qkv])$", r"_self_attn_\1_proj"),
+    (r"_self_attn_to_out(?:_0)?$", "_self_attn_out_proj"),
+    (r"_processor_(to_[qkv])$", r"_\1"),
+    (r"(?:_processor)?_to_out$", "_to_out_0"),
+)
+
+
+def older(module: str) -> str:
+    """The present spelling of a layer, with underscores, for one that older trainers spelled otherwise."""
+    for pattern, present in _OLDER:
+        module, changed = re.subn(pattern, present, module)
+        if changed:
+            return module
+    return module
+
+
+def spellings(model: nn.Module, part: Part) -> Mapping[str, str]:
+    """The layers that a LoRA may change, by every spelling of their names with underscores for dots.
+
+    Args:
+        model: A UNet or a text encoder.
+        part: Which.
+    """
+    model = uncompiled(model)
+    layers = [name for name, module in model.named_modules() if isinstance(base_layer(module), nn.Linear | nn.Conv2d)]
+    if part == "unet":
+        own = {name.replace(".", "_"): name for name in layers}
+        return _original(model, own) | own
+    # Text models have been wrapped in a `text_model`, and have lost it again in transformers 5.
+    bare = {name.removeprefix("text_model.").replace(".", "_"): name for name in layers}
+    return bare | {f"text_model_{spelled}": name for spelled, name in bare.items()}
+
+
+def _original(unet: nn.Module, own: Mapping[str, str]) -> dict[str, str]:
+    """Layers by the spelling of the original checkpoints, which number all blocks of one direction through."""
+    found = {theirs: own[ours] for ours, theirs in _OUTSIDE.items() if ours in own}
+    for theirs, ours in _original_blocks(unet):
+        if ours in own:
+            found[theirs] = own[ours]
+        for spelled, name in own.items():
+            if spelled.startswith(f"{ours}_"):
+                inner = spelled.removeprefix(f"{ours}_")
+                found[f"{theirs}_{_RESNET.get(inner, inner)}"] = name
+    return found
+
+
+def _original_blocks(unet: nn.Module) -> Iterator[tuple[str, str]]:
+    """The original checkpoints' name and ours for every block inside a block."""
+    number = count(1)
+    for i, block in enumerate(unet.get_submodule("down_blocks").children()):
+        for j in range(_length(block, "resnets")):
+            theirs, ours = f"input_blocks_{next(number)}", f"down_blocks_{i}"
+            yield f"{theirs}_0", f"{ours}_resnets_{j}"
+            yield f"{theirs}_1", f"{ours}_attentions_{j}"
+        if _length(block, "downsamplers"):
+            yield f"input_blocks_{next(number)}_0_op", f"down_blocks_{i}_downsamplers_0_conv"
+    yield "middle_block_0", "mid_block_resnets_0"
+    yield "middle_block_1", "mid_block_attentions_0"
+    yield "middle_block_2", "mid_block_resnets_1"
+    number = count()
+    for i, block in enumerate(unet.get_submodule("up_blocks").children()):
+        resnets, attentions = _length(block, "resnets"), _length(block, "attentions")
+        for j in range(resnets):
+            theirs, ours = f"output_blocks_{next(number)}", f"up_blocks_{i}"
+            yield f"{theirs}_0", f"{ours}_resnets_{j}"
+            yield f"{theirs}_1", f"{ours}_attentions_{j}"
+            if j == resnets - 1 and _length(block, "upsamplers"):
+                yield f"{theirs}_{2 if attentions else 1}_conv", f"{ours}_upsamplers_0_conv"
+
+
+def _length(block: nn.Module, name: str) -> int:
+    inner = getattr(block, name, None)
+    return len(inner) if isinstance(inner, nn.ModuleList) else 0

@@ -1,0 +1,180 @@
+"""All keys of a file together: who writes such files, and for which family of models."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Size
+
+from pipelines.formats.keys import Key, parse
+
+# What the tensors are, by the first slot that is found.
+_KINDS = (
+    ("magnitude", "DoRA"),
+    ("oft", "OFT"),
+    ("glora", "GLoRA"),
+    ("ia3", "IA3"),
+    ("other", "an adapter of another kind"),
+    ("lokr_w1", "LoKr"),
+    ("lokr_w1_a", "LoKr"),
+    ("hada_w1_a", "LoHa"),
+    ("mid", "LoCon with a Tucker decomposition"),
+    ("down", "LoRA"),
+    ("diff", "whole differences"),
+)
+
+_WITH_FACTORS = {"DoRA"}  # what has the factors of a LoRA besides its own tensors
+UNSUPPORTED: Mapping[str, str] = {
+    "magnitude": "a DoRA, which rescales the model's own weights: no low-rank change does that, and gates need one",
+    "oft": "an OFT, which rotates the model's own weights: no low-rank change does that, and gates need one",
+    "glora": "a GLoRA, which changes the model's own weights by a product with them, so that it is no low-rank change",
+    "ia3": "an IA3, which rescales activations: no low-rank change does that, and gates need one",
+    "other": "an adapter of a kind that is not known here",
+}
+"""Why files with such tensors are refused, by slot."""
+
+# Other families by words that only their layers' names have, and some that tell only where no UNet's blocks are named.
+_FOREIGN = (
+    (r"motion_modules|temporal_transformer", "AnimateDiff"),
+    (r"lora_prior_|clip_txt_pooled_mapper", "Stable Cascade"),
+    (r"lora_te3_|joint_blocks", "SD3"),
+)
+_UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
+_FOREIGN_WITHOUT_UNET = (
+    (r"single_transformer_blocks|double_blocks|single_blocks", "Flux or a relative of it"),
+    (r"adaln_single|caption_projection", "PixArt"),
+    (r"img_mod|txt_mlp|img_mlp", "Qwen-Image"),
+    (r"add_q_proj|(?<![a-z_])transformer_blocks", "SD3 or another transformer of that kind"),
+    (r"(?<![a-z])blocks[._]\d+[._](?:self_attn|cross_attn|attn1|attn2|attn|ffn)", "a transformer for video or images"),
+    (r"(?:diffusion_model|transformer)[._]layers[._]\d+", "Lumina or Z-Image"),
+    (r"^transformer\.|^lora_transformer_", "a diffusion transformer"),
+)
+_ARCHITECTURES = (
+    (r"stable-diffusion-xl|^sdxl|^xl$", "SDXL"),
+    (r"stable-diffusion-v2|^sd_?v?2|^sd2", "SD 2.x"),
+    (r"stable-diffusion-v1|^sd_?v?1|^sd1", "SD 1.x"),
+)
+_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+
+
+@dataclass(frozen=True)
+class Guess:
+    """For which models a file is.
+
+    Attributes:
+        family: "SD 1.x", "SD 2.x", "SDXL", the name of another one, or None if nothing tells.
+        supported: Whether such models are composed here.
+        why: What it was seen from.
+    """
+
+    family: str | None
+    supported: bool
+    why: tuple[str, ...]
+
+
+def form(keys: Sequence[str]) -> str:
+    """One line: what kind of adapter it is, and in whose spelling."""
+    parsed = [found for key in keys if (found := parse(key))]
+    slots = {key.slot for key in parsed}
+    kinds = list(dict.fromkeys(kind for slot, kind in _KINDS if slot in slots))
+    if not kinds:
+        return "no adapter"
+    kinds = kinds[:1] if kinds[0] in _WITH_FACTORS else kinds[:2]
+    return f"{' and '.join(kinds)}, keys of {_spelling(keys, parsed)}"
+
+
+def _spelling(keys: Sequence[str], parsed: Sequence[Key]) -> str:
+    suffixes, prefixes = {key.suffix for key in parsed}, {key.prefix for key in parsed}
+    text = " ".join(keys)
+    original = ", with the original checkpoint's block names" if re.search(r"input_blocks|output_blocks", text) else ""
+    if any(suffix.startswith(".lora_layer.") for suffix in suffixes):
+        return "a whole UNet with LoRA layers inside (TARA, SD 1.5)"
+    if "_processor_" in " ".join(key.module for key in parsed):
+        return "early diffusers (attention processors)"
+    if any(suffix.startswith("_lora.") for suffix in suffixes):
+        return "ED-LoRA (Mix-of-Show, LoRA-Composer)"
+    if prefixes & {"lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"}:
+        return f"kohya's scripts{original}"
+    if "lycoris_" in prefixes:
+        return f"LyCORIS{original}"
+    if any("diffusion_model." in prefix for prefix in prefixes):
+        return f"ComfyUI{original}"
+    if any(suffix.startswith((".lora.", ".lora_linear_layer.")) for suffix in suffixes):
+        return "diffusers before PEFT, and TARA for SDXL"
+    if any(prefix.startswith("base_model.model.") for prefix in prefixes):
+        return "PEFT"
+    if any(suffix.startswith((".lora_down", ".lora_up")) for suffix in suffixes):
+        return "ED-LoRA (Mix-of-Show, newer)"
+    return "diffusers (PEFT's names)"
+
+
+def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[str, str]) -> Guess:
+    """The family of models that a file is for.
+
+    Args:
+        shapes: The shape of every tensor by key.
+        metadata: The strings in the file's header.
+    """
+    text = "\n".join(shapes)
+    said = _said(metadata)
+    foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
+    for pattern, name in foreign:
+        if found := re.search(pattern, text, re.MULTILINE):
+            return Guess(name, False, (f"layers called {found[0]!r}", *said))
+    seen = _seen(shapes)
+    families = list(dict.fromkeys(family for family, _ in seen))
+    why = tuple(dict.fromkeys(reason for _, reason in seen))
+    told = next((family for family, _ in _told(metadata)), None)
+    if len(families) == 1:
+        contrary = told is not None and told != families[0]
+        return Guess(families[0], True, (*why, *((f"although {said[0]}",) if contrary else said)))
+    if families:
+        return Guess(None, False, ("signs of several families: " + "; ".join(why), *said))
+    if told is not None:
+        return Guess(told, told in _WIDTHS.values(), said)
+    return Guess(None, False, ("nothing in its keys or metadata tells",))
+
+
+def _told(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Families named in the metadata, each with the words."""
+    found = []
+    for key in ("modelspec.architecture", "ss_base_model_version", "base_model"):
+        value = metadata.get(key) or ""
+        architecture = value.partition("/")[0]
+        if value:
+            known = next((name for pattern, name in _ARCHITECTURES if re.search(pattern, architecture.lower())), None)
+            found.append((known or architecture, f"{key} says {value!r}"))
+    return found
+
+
+def _said(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(reason for _, reason in _told(metadata))
+
+
+def _seen(shapes: Mapping[str, Size | Sequence[int]]) -> list[tuple[str, str]]:
+    """Families that layers and their widths speak for, each with the reason."""
+    layers: dict[tuple[str, str], dict[str, Sequence[int]]] = {}
+    for key, shape in shapes.items():
+        if found := parse(key):
+            layers.setdefault((found.part, found.module), {})[found.slot] = shape
+    seen, text = [], []
+    for (part, module), slots in layers.items():
+        width = _inputs(slots)
+        if part == "unet" and re.search(r"attn2_(?:processor_)?to_[kv]$", module) and width in _WIDTHS:
+            seen.append((_WIDTHS[width], f"cross-attention reads text of width {width}"))
+        elif part == "text_encoder_2":
+            seen.append(("SDXL", "it has layers of a second text encoder"))
+        elif re.search(r"attentions_\d_transformer_blocks_[2-9]|put_blocks_\d_1_transformer_blocks_[2-9]", module):
+            seen.append(("SDXL", "it has more than two transformer blocks in a row"))
+        elif part == "text_encoder" and re.search(r"q_proj$", module) and width in (768, 1024):
+            text.append((_WIDTHS[width], f"its text encoder has width {width}"))
+    return seen or text
+
+
+def _inputs(slots: Mapping[str, Sequence[int]]) -> int:
+    """How many inputs a layer has, as far as the shapes of its tensors tell; 0 where they do not."""
+    for slot in ("down", "hada_w1_b", "diff"):
+        if len(slots.get(slot, ())) >= 2:
+            return int(slots[slot][1])
+    sides = [slots.get(f"lokr_w{i}", slots.get(f"lokr_w{i}_b", ())) for i in (1, 2)]
+    return int(sides[0][1]) * int(sides[1][1]) if all(len(side) >= 2 for side in sides) else 0

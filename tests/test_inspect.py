@@ -1,0 +1,136 @@
+"""`lora-compose inspect` says what files are, what fits a model, and what several files share."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from attention import Lora, LoraFactors
+from components import random_lora, sd_unet
+from compose.cli import app
+from compose.inspection import block_of, inspect, overlaps
+from layouts import file_of, layout
+from pipelines.loading import Factors, read_lora
+from reference import dense
+
+run = CliRunner().invoke
+
+
+def text_of(result: Any) -> str:
+    return " ".join(result.output.split())
+
+
+def test_a_file_of_the_playground() -> None:
+    result = run(app, ["inspect", "playground:cat"])
+    assert result.exit_code == 0, result.output
+    text = text_of(result)
+    assert "LoRA, keys of diffusers (PEFT's names)" in text
+    assert "168 keys fit playground, 0 do not" in text
+    assert "unet mid_block" in text
+    assert "sks" in text
+
+
+def test_several_files_and_what_they_share() -> None:
+    result = run(app, ["inspect", "playground:cat", "playground:dog", "playground:cat", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [one["matched"] for one in found["files"]] == [168] * 3
+    whole = {tuple(one["files"]): one["whole"] for one in found["overlaps"]}
+    assert whole["playground:cat", "playground:cat"] == pytest.approx(1.0)
+    assert 0 < whole["playground:cat", "playground:dog"] < 0.5
+    assert all(one["meaning"] for one in found["overlaps"])
+
+
+def test_files_for_other_models_are_named_and_end_with_code_2(tmp_path: Path) -> None:
+    tensors = {
+        f"lora_unet_double_blocks_0_img_attn_qkv.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")
+    }
+    path = tmp_path / "flux.safetensors"
+    save_file(tensors, path)
+    result = run(app, ["inspect", str(path)])
+    assert result.exit_code == 2
+    assert "problem: it is for Flux or a relative of it; only SD 1.x, SD 2.x, SDXL are composed" in text_of(result)
+
+
+def test_strangers_strings_steer_no_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "it.safetensors"
+    tensors = {f"lora_unet_mid_block_attentions_0_proj_in.lora_{s}.weight": torch.ones(4, 4) for s in ("down", "up")}
+    tensors["lora_unet_\x1b[31m.lora_up.weight"] = torch.ones(4, 4)
+    hostile = "\x1b]0;title\x07[bold]sks[/bold]\u202e"
+    save_file(
+        tensors,
+        path,
+        {"trigger": hostile, "modelspec.title": hostile, "ss_dataset_dirs": json.dumps({f"1_{hostile}": 1})},
+    )
+    result = run(app, ["inspect", str(path)])
+    assert "\x1b" not in result.output
+    assert "\u202e" not in result.output
+    assert "[bold]sks[/bold]" in result.output
+
+
+def test_pickles_are_opened_only_if_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "it.pt"
+    lora = random_lora(sd_unet(), 1, targets=("mid_block.attentions.0.proj_in",))
+    torch.save({f"unet.{n}.lora_{s}.weight": t for n, f in lora.items() for s, t in (("A", f.down), ("B", f.up))}, path)
+    assert "is a pickle" in text_of(run(app, ["inspect", str(path)]))
+    assert "LoRA, keys of diffusers (PEFT's names)" in text_of(run(app, ["inspect", str(path), "--allow-pickle"]))
+
+
+def test_norms_are_those_of_the_change(write_lora: Callable[..., Path]) -> None:
+    unet = sd_unet()
+    lora = random_lora(unet, 1, rank=2, scale=0.5)
+    found, _ = inspect(read_lora(write_lora("it", unet=lora)), SimpleNamespace(unet=unet), "small")
+    assert found.matched_with == "small"
+    for block in found.blocks:
+        inside = [dense(f) for name, f in lora.items() if block_of("unet", name) == f"unet.{block.name}"]
+        assert len(inside) == block.layers
+        assert block.norm == pytest.approx(float(sum((delta**2).sum() for delta in inside)) ** 0.5, rel=1e-4)
+    assert [block.name for block in found.blocks] == [
+        "down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.1", "up_blocks.2", "up_blocks.3",
+    ]  # fmt: skip
+
+
+def test_overlap_is_the_squared_cosine_of_the_dense_changes() -> None:
+    unet = sd_unet()
+    one, other = random_lora(unet, 1, rank=2), random_lora(unet, 2, rank=3, targets=("to_q", "conv1"))
+    mixed: Lora = {
+        name: LoraFactors(
+            torch.cat([f.down, other[name].down]), torch.cat([f.up, 2 * other[name].up], dim=1)
+        )
+        for name, f in one.items()
+        if name in other
+    }  # fmt: skip
+    (found,) = overlaps([("mixed", Factors(mixed)), ("other", Factors(other))])
+    a = torch.cat([dense(mixed[name]).flatten() for name in mixed]).double()
+    b = torch.cat([dense(other[name]).flatten() for name in mixed]).double()
+    expected = float(a @ b) ** 2 / float(a @ a) / float(b @ b)
+    assert found.whole == pytest.approx(expected, rel=1e-4)
+    assert 0.25 < expected < 1
+    assert [block for block, _ in found.blocks][:2] == ["unet.down_blocks.0", "unet.down_blocks.1"]
+
+
+def test_files_that_change_different_layers_share_nothing() -> None:
+    unet = sd_unet()
+    one, other = random_lora(unet, 1, targets=("to_q",)), random_lora(unet, 2, targets=("to_k",))
+    (found,) = overlaps([("one", Factors(one)), ("other", Factors(other))])
+    assert (found.whole, found.blocks) == (None, ())
+    assert "no layer in common" in found.meaning
+
+
+def test_the_family_is_found_by_trying_where_nothing_tells() -> None:
+    known = layout("kohya-sdxl")
+    known["metadata"] = {}
+    known["tensors"] = {
+        "lora_unet_input_blocks_4_1_proj_in": known["tensors"]["lora_unet_input_blocks_{4,5}_1_proj_{in,out}"],
+        "lora_unet_label_emb_0_0": {".lora_down.weight": [4, 2816], ".lora_up.weight": [1280, 4]},
+    }
+    found, factors = inspect(file_of(known))
+    assert factors is not None
+    assert found.family == "SDXL"
+    assert "but all its layers fit SDXL" in found.why

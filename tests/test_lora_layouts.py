@@ -1,0 +1,154 @@
+"""Files as real trainers write them are recognised, and every key finds its layer in the full architectures."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from compose.architectures import FAMILIES, without_weights
+from compose.inspection import inspect
+from layouts import NAMES, file_of, layout, shapes_of, written_out
+from pipelines.formats.recognise import form, guess_family
+from pipelines.loading import LoraError, match
+
+USABLE = [name for name in NAMES if "refused" not in layout(name)]
+REFUSED = [name for name in NAMES if "refused" in layout(name)]
+
+
+def test_patterns_of_the_fixtures_are_written_out() -> None:
+    assert list(written_out("a_{0..2}_b_{q,out_0}")) == [f"a_{i}_b_{p}" for i in range(3) for p in ("q", "out_0")]
+    assert list(written_out("plain.weight")) == ["plain.weight"]
+
+
+def test_there_are_layouts_of_many_trainers_each_with_a_source() -> None:
+    known = [layout(name) for name in NAMES]
+    assert len(known) >= 16
+    assert len({one["form"] for one in known}) >= 10
+    assert all(one["source"].startswith("https://github.com/") and one["writer"] for one in known)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_layout_is_recognised(name: str) -> None:
+    known = layout(name)
+    shapes = shapes_of(known)
+    assert form([*shapes]) == known["form"]
+    guess = guess_family(shapes, known["metadata"])
+    assert guess.family == known["family"]
+    assert guess.supported == (known["family"] in FAMILIES)
+    assert guess.why
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_the_family_is_known_from_keys_and_shapes_alone(name: str) -> None:
+    known = layout(name)
+    assert guess_family(shapes_of(known), {}).family == known["family"]
+
+
+@pytest.mark.parametrize("name", USABLE)
+def test_every_key_finds_its_layer(name: str) -> None:
+    known = layout(name)
+    file = file_of(known)
+    factors = match(file, without_weights(known["family"]), alpha=known.get("alpha"))
+    found = {"unet": len(factors.unet)} | {part: len(lora) for part, lora in factors.text_encoders.items()}
+    assert found == known["layers"]
+    assert factors.unmatched == ()
+    assert [*factors.embeddings] == known.get("triggers", [])
+    if "noted" in known:
+        assert known["noted"] in " ".join(factors.notes)
+    else:
+        assert factors.complete or known.get("cut")
+    if "scale" in known:
+        assert {lora.scale for lora in factors.unet.values()} == {known["scale"]}
+    assert not set(known.get("dropped", ())) & file.tensors.keys()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_composed_is_refused_with_the_reason(name: str) -> None:
+    known = layout(name)
+    with pytest.raises(LoraError, match=known["refused"]):
+        match(file_of(known), without_weights("SDXL" if known["family"] == "SDXL" else "SD 1.x"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["kohya-sd15", "kohya-sd21", "kohya-sdxl"])
+def test_files_of_one_family_do_not_fit_another(name: str, family: str) -> None:
+    known = layout(name)
+    if family != known["family"]:
+        with pytest.raises(LoraError, match=r"does not fit this model|matches no layer"):
+            match(file_of(known), without_weights(family))
+
+
+def test_a_whole_unet_asks_for_its_alpha_and_says_which_to_give() -> None:
+    known = layout("tara-sd15-whole-unet")
+    with pytest.raises(LoraError, match=r"does not say its alpha.*four times.*alpha=32 .*alpha=8"):
+        match(file_of(known), without_weights("SD 1.x"))
+    factors = match(file_of(known), without_weights("SD 1.x"), alpha=8)
+    assert {lora.scale for lora in factors.unet.values()} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["kohya-sd15", "diffusers-0.35-sdxl"])
+def test_an_alpha_beside_the_files_own_is_refused(name: str) -> None:
+    known = layout(name)
+    with pytest.raises(LoraError, match="says its alpha itself"):
+        match(file_of(known), without_weights(known["family"]), alpha=16)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.0, float("nan"), float("inf")])
+def test_alphas_that_are_no_positive_number_are_refused(alpha: float) -> None:
+    known = layout("kohya-sd15")
+    file = file_of(known)
+    key = next(key for key in file.tensors if key.endswith(".alpha"))
+    file.tensors[key].fill_(alpha)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(LoraError, match=r"gives .* no usable alpha: alpha is"):
+        match(file, without_weights("SD 1.x"))
+    with pytest.raises(LoraError, match="alpha must be a positive number"):
+        match(file_of(layout("diffusers-0.14")), without_weights("SD 1.x"), alpha=alpha)
+
+
+def test_a_part_that_fits_no_layer_is_told_in_one_line() -> None:
+    known: dict[str, Any] = layout("kohya-sd15")
+    known["tensors"]["lora_unet_down_blocks_9_attentions_0_proj_in"] = {".lora_down.weight": [8, 320, 1, 1]}
+    factors = match(file_of(known), without_weights("SD 1.x"))
+    assert factors.unmatched == ("lora_unet_down_blocks_9_attentions_0_proj_in.lora_down.weight",)
+    assert "1 keys fit no layer and are left out: lora_unet_down_blocks_9" in factors.report
+    assert "\n" not in factors.report
+
+
+def test_text_encoder_layers_without_their_output_projection_are_all_kept() -> None:
+    """diffusers' own converter loses keys of such a file."""
+    known = layout("kohya-sd15")
+    names = "lora_te_text_model_encoder_layers_{0..11}_self_attn_q_proj"
+    known["tensors"] = {names: {".lora_down.weight": [8, 768], ".lora_up.weight": [768, 8], ".alpha": []}}
+    factors = match(file_of(known), without_weights("SD 1.x"))
+    assert len(factors.text_encoders["text_encoder"]) == 12
+    assert factors.complete
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lora-diffusion-numbered"])
+def test_inspect_tells_the_same(name: str) -> None:
+    known = layout(name)
+    found, factors = inspect(file_of(known), alpha=known.get("alpha"))
+    assert (found.form, found.family) == (form([*file_of(known).tensors]), known["family"])
+    json.dumps(found.model_dump())
+    if "refused" in known:
+        assert factors is None
+        assert found.problem
+        assert not found.blocks
+        return
+    assert found.problem is None
+    assert found.matched == len(file_of(known).tensors)
+    counted = {part: sum(b.layers for b in found.blocks if b.part == part) for part in known["layers"]}
+    assert counted == known["layers"]
+    assert all(block.norm > 0 for block in found.blocks)
+    assert {word for word, where in found.triggers if "vectors" in where} == set(known.get("triggers", []))
+
+
+def test_what_kohya_writes_about_training_is_shown() -> None:
+    found, _ = inspect(file_of(layout("kohya-sd15")))
+    assert ("sks cat", "name of a folder of training pictures") in found.triggers
+    assert ("sks cat", "in 12 captions") in found.triggers
+    assert dict(found.facts)["pictures"] == "120"
+    (block,) = [block for block in found.blocks if block.name == "mid_block"]
+    assert (block.ranks, block.alphas, block.layers) == ((8,), (1.0,), 12)
+    assert re.search(r"cross-attention reads text of width 768", found.why[0])
