@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from attention import check_free
 from pipelines.conditioning import Conditioning, TokenMasks, TokenPositions, agreed
-from pipelines.engine import Encoder, Engine, LoadedConcept
+from pipelines.engine import Encoder, Engine, LoadedConcept, check_blocks
 from pipelines.loading import adapter_factors, find_file, match, read_lora
 from pipelines.methods import Process, Settings, choose_method, make_method
 from pipelines.output import ComposeOutput
 from pipelines.scene import Concept, check_names, check_region
+from pipelines.weights import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,8 @@ class ComposePipeline:
         *,
         trigger: str | None = None,
         class_word: str | None = None,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
+        blocks: Mapping[str, float] | None = None,
         weight_name: str | None = None,
         **hub: Any,
     ) -> Concept:
@@ -213,7 +215,8 @@ class ComposePipeline:
             name: What the concept is called; the file's name by default.
             trigger: The rare word or words; taken from the file's metadata if it has them.
             class_word: The noun after the trigger; likewise.
-            weight: Factor on the whole LoRA.
+            weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
+            blocks: Further factors, by block of the UNet (`Concept.blocks`).
             weight_name: The file inside a folder or repository that has several.
             hub: Passed on to `huggingface_hub` (token, revision, ...).
 
@@ -222,7 +225,12 @@ class ComposePipeline:
             ValueError: If the name is taken.
         """
         concept = Concept(
-            name=name or Path(source).stem, lora=str(source), trigger=trigger, class_word=class_word, weight=weight
+            name=name or Path(source).stem,
+            lora=str(source),
+            trigger=trigger,
+            class_word=class_word,
+            weight=weight,
+            blocks=blocks if blocks is None else dict(blocks),
         )
         if concept.name in self._loaded or concept.name in _adapters(self):
             raise ValueError(
@@ -328,6 +336,8 @@ class ComposePipeline:
         """Checks everything that can be checked before something is changed."""
         loaded = self.resolve_concepts(call.concepts)
         check_call(loaded, call.width, call.height, call.num_inference_steps)
+        for found in loaded:
+            check_blocks(found, self.unet)
         settings = self.resolve_method(call.method, loaded, call.prompts)
         takers = [found.concept for found in loaded]
         masks = self._token_masks(call, takers)

@@ -5,6 +5,8 @@ are averaged. With theta_j for the model with LoRA j, guidance scale s and promp
 
     e = (1/k) sum_j w_j [e_theta_j(z) + s (e_theta_j(z, c) - e_theta_j(z))]
 
+Styles have no passes of their own: they act in those of every subject.
+
 Guidance is linear, so averaging first and guiding once gives the same, and `guidance_rescale` then sees the averages.
 
 `docs/methods/composite.md` says what differs from the authors' code and why.
@@ -26,7 +28,7 @@ class Composite:
     """The average of what the model predicts with each LoRA alone.
 
     Attributes:
-        shares: How much each concept's prediction counts, in the order of the concepts; the paper's w_j up to a common
+        shares: How much each subject's prediction counts, in the order of the concepts; the paper's w_j up to a common
             factor, as only ratios matter. None: all the same, w_j = 1.
     """
 
@@ -40,11 +42,11 @@ class Composite:
         """What every LoRA needs for its passes; text encoders take part."""
         if any(concept.region for concept in engine.concepts):
             say_once("composite has no use for regions; method='regional' has")
-        concepts = len(engine.concepts)
-        shares = [1.0] * concepts if self.shares is None else self.shares
-        if len(shares) != concepts:
-            raise ValueError(f"composite has {len(shares)} shares, but there are {concepts} concepts")
-        return Average(engine, each_alone(engine), [share / sum(shares) for share in shares])
+        alone = each_alone(engine)
+        shares = [1.0] * len(alone) if self.shares is None else self.shares
+        if len(shares) != len(alone):
+            raise ValueError(f"composite has {len(shares)} shares, but there are {len(alone)} {_passes(engine)}")
+        return Average(engine, alone, [share / sum(shares) for share in shares])
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class Average:
         passes = [self.engine.unet(latents, t, one.conditioning, one.gates) for one in self.alone]
         weighted = [share * one.model_output for share, one in zip(self.shares, passes, strict=True)]
         return latents, self.engine.guide(replace(passes[0], model_output=torch.stack(weighted).sum(dim=0)))
+
+
+def _passes(engine: Engine) -> str:
+    """What has a pass."""
+    return "concepts" if len(engine.subjects) == len(engine.concepts) else "passes: styles have none of their own"
 
 
 def _proper(shares: object) -> bool:

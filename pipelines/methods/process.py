@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,6 +12,21 @@ from attention import Gates
 from attention.layers import Kind
 from pipelines.conditioning import Conditioning
 from pipelines.engine import Engine
+from pipelines.notes import say_once
+from pipelines.scene import Concept
+
+__all__ = [
+    "Alone",
+    "OnePass",
+    "Process",
+    "Settings",
+    "acting",
+    "constant_gates",
+    "each_alone",
+    "one_text",
+    "say_once",
+    "say_unread",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +86,11 @@ class OnePass:
 
 @dataclass(frozen=True)
 class Alone:
-    """What a UNet pass needs in which one concept's LoRA acts at its weight, everywhere, and no other acts at all.
+    """What a UNet pass needs in which one subject's LoRA and those of the styles act, everywhere, and no others.
 
     Attributes:
-        conditioning: The text, encoded with that LoRA's text-encoder factors.
-        gates: The concept's weight at the concept, 0 at the others.
+        conditioning: The text, encoded with those LoRAs' text-encoder factors, and the subject's own negative prompt.
+        gates: The weights of subject and styles, 0 at the others.
     """
 
     conditioning: Conditioning
@@ -84,9 +98,54 @@ class Alone:
 
 
 def each_alone(engine: Engine) -> list[Alone]:
-    """What passes with one LoRA each need, in the order of the concepts."""
-    only = torch.diag(torch.tensor(engine.weights)).tolist()
-    return [Alone(engine.encode(weights), constant_gates(engine, weights)) for weights in only]
+    """What passes with one subject each need, in the order of the subjects; one pass where there are styles only."""
+    concepts, styles = engine.concepts, [concept for concept in engine.concepts if concept.is_style]
+    say_unread(concepts, styles, "each pass has the scene's prompt, and its subject's negative prompt")
+    return [_alone(engine, subject) for subject in engine.subjects or (None,)]
+
+
+def _alone(engine: Engine, subject: int | None) -> Alone:
+    weights = acting(engine, subject)
+    negative = None if subject is None else engine.concepts[subject].negative_prompt
+    negatives = None if negative is None else [negative] * len(engine.token_masks.trigger)
+    return Alone(engine.encode(weights, negative_prompts=negatives), constant_gates(engine, weights))
+
+
+def acting(engine: Engine, subject: int | None) -> list[float]:
+    """The weights of one subject, if any, and of the styles, which act beside all of them; 0 for the others."""
+    return [
+        weight if concept.is_style or i == subject else 0.0
+        for i, (concept, weight) in enumerate(zip(engine.concepts, engine.weights, strict=True))
+    ]
+
+
+def one_text(engine: Engine, weights: Sequence[float] | None = None) -> Conditioning:
+    """The scene's prompts, read by all concepts; says whose own ones are not read.
+
+    Args:
+        engine: Encodes.
+        weights: Of the concepts' text-encoder factors; None leaves them out.
+    """
+    say_unread(
+        engine.concepts,
+        engine.concepts,
+        "this method has one text for all; method='lora-composer' has one for each region",
+    )
+    return engine.encode(weights)
+
+
+def say_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: str) -> None:
+    """Says whose own prompts a method does not read.
+
+    Args:
+        prompts: Concepts whose own prompt is not read.
+        negatives: Concepts whose own negative prompt is not read.
+        why: What is read instead.
+    """
+    unread = [c.name for c in prompts if c.prompt is not None]
+    unread += [c.name for c in negatives if c.negative_prompt is not None]
+    if unread:
+        logger.warning("the own prompts of %s are not read: %s", ", ".join(dict.fromkeys(unread)), why)
 
 
 def constant_gates(engine: Engine, weights: Sequence[float]) -> Gates:
@@ -98,9 +157,3 @@ def constant_gates(engine: Engine, weights: Sequence[float]) -> Gates:
         row=gate[None],
         latent_grid=engine.latent_grid,
     )
-
-
-@lru_cache(maxsize=1024)
-def say_once(message: str) -> None:
-    """Logs a warning the first time it comes up in this process."""
-    logger.warning(message)
