@@ -53,6 +53,16 @@ class Gates:
         read = None if self.read is None else {level: cut(gate) for level, gate in self.read.items()}
         return Gates(cut(self.text), image, cut(self.row, dim=-2), self.latent_grid, read)
 
+    def times(self, factors: Tensor) -> "Gates":
+        """The same gates times a factor on each concept. Shape: [concepts]."""
+        return Gates(
+            self.text * factors,
+            {level: gate * factors for level, gate in self.image.items()},
+            self.row * factors,
+            self.latent_grid,
+            None if self.read is None else {level: gate * factors for level, gate in self.read.items()},
+        )
+
     def of(self, place: Place) -> Tensor:
         """The gate that rules a place.
 

@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
@@ -28,7 +28,7 @@ class Installation:
     """Concepts installed in a model, for as long as the `with` block of `install` or `installed_layers` lasts.
 
     Attributes:
-        bank: The bank layers in place, by name. Folded layers are no longer among them.
+        bank: The bank layers in place, by name. Layers that are folded as a whole are no longer among them.
         slot: What the current pass needs.
     """
 
@@ -85,7 +85,7 @@ class Installation:
     def _kept(self, text: Tensor, gate: Tensor) -> TextKV:
         return self._text_kv.setdefault(text, WeakIdKeyDictionary()).setdefault(gate, TextKV())
 
-    def fold(self, kinds: Iterable[Kind], weights: Sequence[float]) -> int:
+    def fold(self, kinds: Iterable[Kind], weights: Sequence[float], stay: Collection[int] = ()) -> int:
         """Adds the deltas of some kinds of layers to the weights until the installation ends: base speed for any N.
 
         Only for gates that are constant over rows and positions during the whole call. Layers whose weights cannot be
@@ -95,6 +95,7 @@ class Installation:
         Args:
             kinds: Which layers.
             weights: The constant gate of every concept.
+            stay: Concepts whose gates are not constant; their part of each layer stays in the bank.
 
         Returns:
             How many layers were folded.
@@ -104,17 +105,23 @@ class Installation:
         kinds = set(kinds)
         names = [name for name, layer in self.bank.items() if layer.key.place.kind in kinds]
         names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]
+        names = [name for name in names if not {index for index, _ in self.bank[name].factors} <= set(stay)]
         for name in names:
             layer = self.bank.pop(name)
             base = base_layer(layer.layer)
             weight = base.get_parameter("weight")
-            used = [(factor, weights[index]) for index, factor in layer.factors if weights[index] != 0]
+            going = [(factor, weights[index]) for index, factor in layer.factors if index not in stay]
+            used = [(factor, gate) for factor, gate in going if gate != 0]
             if used:
                 folded = weight.detach().to(self._device, torch.float32)
                 for factor, gate in used:
                     folded = folded + gate * factor.delta(self._device)
                 _replace_weight(base, folded.to(weight.device, weight.dtype), self._undo)
-            _swap(self._model, name, layer.layer)
+            rest = [(index, factor) for index, factor in layer.factors if index in stay]
+            if rest:
+                self.bank[name] = layer.with_factors(rest, device=self._device, dtype=self._dtype)
+            _swap(self._model, name, self.bank.get(name, layer.layer))
+        self._expanded.clear()
         self._text_kv.clear()
         return len(names)
 

@@ -95,6 +95,15 @@ class BankLayer(nn.Module):
         self.register_buffer("A", down, persistent=False)
         self.register_buffer("B", torch.cat(up, dim=1), persistent=False)
 
+    def with_factors(
+        self, factors: Sequence[tuple[int, LoraFactors]], *, device: torch.device, dtype: torch.dtype
+    ) -> "BankLayer":
+        """The same with other factors in place of those it has."""
+        concepts = len(self.key.ranks)
+        made = BankLayer(self.layer, factors, self.key.place, concepts, self._slot, device=device, dtype=dtype)
+        made.training = self.training
+        return made
+
     @property
     def weight(self) -> Tensor:
         """The weight of the layer as found, for code that looks at it."""

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from compose.counting import count_run
 from compose.models import load, lora_source, open_model, rehearse, resolve_settings, scheduler_of, size_of
-from pipelines.engine import LoadedConcept
+from pipelines.engine import LoadedConcept, check_blocks
 from pipelines.loading import find_file, read_lora
 from pipelines.methods import METHODS, Settings
-from pipelines.methods.process import say_once
+from pipelines.notes import say_once
 from pipelines.scene import Concept, Run, check_region
 from pipelines.tokens import Positions, check_disjoint, locate
+from pipelines.weights import blocks_text, weight_text
 
 _T = TypeVar("_T")
 
@@ -70,6 +71,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
         facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
         known = concept if found is None else found.concept
         _attempt(problems, check_region, known, width, height)
+        if found is not None:
+            _attempt(problems, check_blocks, found, pipe.unet)
         place = _attempt(problems, locate, pipe.tokenizer, run.scene.prompt, known) if known.trigger else None
         facts.append((f"{known.name}: words", _words(known, place)))
         places += [(known, place)] if place else []
@@ -102,7 +105,10 @@ def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
         facts.append((f"{concept.name}: left out", f"{len(factors.unmatched)} keys: {', '.join(factors.unmatched)}"))
     if concept.region is not None:
         facts.append((f"{concept.name}: region", _region(concept.region)))
-    return [*facts, (f"{concept.name}: weight", f"{concept.weight:g}")]
+    if concept.is_style:
+        facts.append((f"{concept.name}: role", "style, everywhere"))
+    facts.append((f"{concept.name}: weight", weight_text(concept.weight)))
+    return [*facts, (f"{concept.name}: blocks", blocks_text(concept.blocks))] if concept.blocks else facts
 
 
 def _region(region: tuple[int, int, int, int] | str) -> str:
@@ -114,7 +120,7 @@ def _region(region: tuple[int, int, int, int] | str) -> str:
 
 def _words(concept: Concept, place: Positions | None) -> str:
     if not concept.trigger:
-        return "no trigger given, so no token belongs to it"
+        return "no trigger given, so " + ("it acts on all" if concept.is_style else "no token belongs to it")
     if place is None:
         return f"the trigger {concept.trigger!r} was not found"
     words = f"trigger {concept.trigger!r} at token {_listed(place.trigger)}"

@@ -29,12 +29,14 @@ from pipelines.scene import Concept, Run, Scene
 _LAST_SEED = 2**63 - 1
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
-    "role": "role", "alpha": "alpha",
+    "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
 }  # fmt: skip
 _CONCEPT_HELP = (
     "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
     "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside; "
-    "role=style is for what is everywhere, alpha for files that do not say theirs."
+    "role=style is for what is everywhere. weight may change over the steps: 0:1,0.5:0 (off in the second half), "
+    "1..0.4 (falls evenly), 1,0.5,0 (equal parts); blocks=down:0.5,up.1:0 are factors by block; prompt and negative "
+    "are its own; alpha is for files that do not say theirs."
 )
 
 _WHAT_TO_LOOK_AT = (

@@ -257,7 +257,7 @@ class _Engine(Engine):
         super().__init__(*args, **kwargs)
         self._operations = operations
         self._passes: dict[tuple, _Pass] = {}
-        self._begun: set[tuple] = set()
+        self._begun: dict[tuple, tuple[float, ...]] = {}
         self._updates: dict[tuple, _Update] = {}
 
     def goes_on(self, images: Tensor) -> bool:
@@ -283,8 +283,9 @@ class _Engine(Engine):
     ) -> Gradient:
         kind = latents.shape, conditioning, gates, layout, whole
         what = latents, t, conditioning, gates, record, objective, layout
-        if kind not in self._begun:  # the first of a kind makes keys and values of the text
-            self._begun.add(kind)
+        weights = self.step_weights
+        if self._begun.get(kind) != weights:  # the first of a kind, or of other weights, makes keys and values
+            self._begun[kind] = weights
             return super().gradient(*what, whole=whole)
         if kind not in self._updates:
             before, self.cost = (self._operations.flops, self.cost), Cost()

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from pipelines.call import Call, check_call, of_prompt, steps_to_record
 from pipelines.conditioning import Conditioning, TokenMasks, agreed
-from pipelines.engine import Encoder, Engine, LoadedConcept
+from pipelines.engine import Encoder, Engine, LoadedConcept, check_blocks
 from pipelines.formats.deltas import MAX_RANK
 from pipelines.loading import adapter_factors, find_file, match, read_lora
 from pipelines.methods import Process, Settings, choose_method, make_method
 from pipelines.output import ComposeOutput
 from pipelines.scene import Concept, check_names
+from pipelines.weights import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ class ComposePipeline:
         *,
         trigger: str | None = None,
         class_word: str | None = None,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
+        blocks: Mapping[str, float] | None = None,
         weight_name: str | None = None,
         alpha: float | None = None,
         max_rank: int = MAX_RANK,
@@ -147,7 +149,8 @@ class ComposePipeline:
             name: What the concept is called; the file's name by default.
             trigger: The rare word or words; taken from the file's metadata if it has them.
             class_word: The noun after the trigger; likewise.
-            weight: Factor on the whole LoRA.
+            weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
+            blocks: Further factors, by block of the UNet (`Concept.blocks`).
             weight_name: The file inside a folder or repository that has several.
             alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
             max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
@@ -159,9 +162,14 @@ class ComposePipeline:
             ValueError: If the name is taken.
         """
         concept = Concept(
-            name=name or Path(source).stem, lora=str(source), trigger=trigger, class_word=class_word, weight=weight,
+            name=name or Path(source).stem,
+            lora=str(source),
+            trigger=trigger,
+            class_word=class_word,
+            weight=weight,
             alpha=alpha,
-        )  # fmt: skip
+            blocks=blocks if blocks is None else dict(blocks),
+        )
         if concept.name in self._loaded or concept.name in _adapters(self):
             raise ValueError(
                 f"there is a concept or adapter {concept.name!r} already; unload it or choose another name"
@@ -303,6 +311,8 @@ class ComposePipeline:
         """Checks everything that can be checked before something is changed."""
         loaded, members = self._cast(call)
         check_call(loaded, call.width, call.height, call.num_inference_steps)
+        for found in loaded:
+            check_blocks(found, self.unet)
         differ = any(mine != members[0] for mine in members)
         settings = self.resolve_method(call.method, loaded, call.prompts, differ=differ)
         takers = [found.concept for found in loaded]

@@ -31,10 +31,12 @@ from attention import (
 from attention.layers import Grid, Kind, Place, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
 from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
+from pipelines.notes import say_once
 from pipelines.output import Cost
 from pipelines.regions import Window
 from pipelines.scene import Concept
 from pipelines.tokens import Mention
+from pipelines.weights import TEXT, Schedule, check_block, in_blocks, is_in
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,23 @@ class LoadedConcept:
     def trained_with(self) -> str | None:
         """How the LoRA was trained ("tara"), from the file's metadata."""
         return self.file.metadata.get("method") if self.file else None
+
+
+def check_blocks(loaded: LoadedConcept, unet: nn.Module) -> None:
+    """Checks the blocks for which a concept has factors, and says which of them its LoRA does not change.
+
+    Raises:
+        ValueError: If the UNet has no such block.
+    """
+    name, factors = loaded.concept.name, loaded.factors
+    for block in loaded.concept.blocks or {}:
+        if block == TEXT:
+            changed = bool(factors.text_encoders)
+        else:
+            check_block(name, block, [layer for layer, _ in uncompiled(unet).named_modules()])
+            changed = any(is_in(layer, block) for layer in factors.unet)
+        if not changed:
+            say_once(f"the LoRA of {name!r} changes nothing in {block}, so a factor there has no effect")
 
 
 @dataclass(frozen=True)
@@ -147,6 +166,8 @@ class Engine:
         members: By prompt, who of the concepts takes part; None is all in every prompt.
 
     Attributes:
+        weights: Of the concepts; 1 for those whose weight changes over the steps, as the engine itself multiplies their
+            gates by it in every pass.
         cost: What has been run so far.
         step: The current step.
         timesteps: The timesteps of all steps.
@@ -174,7 +195,9 @@ class Engine:
     ) -> None:
         self.loaded = tuple(concepts)
         self.concepts = tuple(loaded.concept for loaded in concepts)
-        self.weights = tuple(concept.weight or 0.0 for concept in self.concepts)
+        schedules = [Schedule.of(0.0 if concept.weight is None else concept.weight) for concept in self.concepts]
+        self.weights = tuple(1.0 if (fixed := schedule.constant) is None else fixed for schedule in schedules)
+        self._schedules = {i: schedule for i, schedule in enumerate(schedules) if schedule.constant is None}
         # Adapters of these names give way to the concepts, also to those that come from a file.
         self._names = [concept.name for concept in self.concepts]
         self.prompts = None if prompts is None else tuple(prompts)
@@ -206,6 +229,8 @@ class Engine:
         self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
         self._cut_text_gates: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         self._cut_portions: WeakKeyDictionary[Gates, Sequence[Portion]] = WeakKeyDictionary()
+        self._weighted_gates: WeakKeyDictionary[Gates, tuple[Sequence[float], Gates]] = WeakKeyDictionary()
+        self._weighted_text: MutableMapping[Tensor, tuple[Sequence[float], Tensor]] = WeakIdKeyDictionary()
         sample = self._unet.config["sample_size"]
         self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
         layers = attention_layers(self._unet)
@@ -219,6 +244,21 @@ class Engine:
     def images(self) -> int:
         """Images in the batch."""
         return len(self.token_masks.trigger) * self.images_per_prompt
+
+    @property
+    def subjects(self) -> tuple[int, ...]:
+        """Indices of the concepts that are no styles."""
+        return tuple(i for i, concept in enumerate(self.concepts) if not concept.is_style)
+
+    @property
+    def subjects_of(self) -> list[tuple[int, ...]]:
+        """By prompt, who takes part and is no style."""
+        return [tuple(i for i in mine if not self.concepts[i].is_style) for mine in self.members]
+
+    @property
+    def styles_of(self) -> list[tuple[int, ...]]:
+        """By prompt, who takes part and is a style."""
+        return [tuple(i for i in mine if self.concepts[i].is_style) for mine in self.members]
 
     @property
     def guided(self) -> bool:
@@ -290,8 +330,6 @@ class Engine:
         masks = self.token_masks
         if prompts is not None:
             masks = self.find(prompts, names, mentions)
-        elif self._first is None:
-            self._mention_own_prompts()
         parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
         stack = ExitStack()
         with stack:
@@ -302,15 +340,6 @@ class Engine:
         if self._first is None:
             self._first = conditioning
         return conditioning
-
-    def _mention_own_prompts(self) -> None:
-        own = [concept.name for concept in self.concepts if (concept.prompt or concept.negative_prompt) is not None]
-        if own:
-            logger.warning(
-                "the own prompts of %s are not read: this method has one text for all; method='lora-composer' has one "
-                "for each region",
-                ", ".join(own),
-            )
 
     def find(
         self,
@@ -341,10 +370,27 @@ class Engine:
         to = {"device": self.device, "dtype": model.dtype, "silence": self._names}
         with installed_layers(model, loras, where, **to) as installation:  # pyright: ignore[reportArgumentType]
             if weights is not None:
-                gate = torch.as_tensor(weights, device=self.device)
+                gate = self._of_text(torch.as_tensor(weights)).to(self.device)
                 gate = gate if gate.dim() == 2 else gate[None]
                 installation.use(Gates(gate[:, None], {}, gate, (1, 1)))
             yield
+
+    def _of_text(self, weights: Tensor) -> Tensor:
+        """Weights of the text encoders' factors: text is encoded once, so what changes over the steps is its mean.
+
+        Shape: [(prompts,) concepts], likewise what is returned.
+        """
+        steps, factors = max(1, len(self.timesteps)), []
+        acting = (weights.reshape(-1, len(self.loaded)) != 0).any(dim=0).tolist()
+        for i, (acts, loaded) in enumerate(zip(acting, self.loaded, strict=True)):
+            schedule, blocks = self._schedules.get(i), loaded.concept.blocks or {}
+            if schedule is not None and acts and loaded.factors.text_encoders:
+                say_once(
+                    f"the text is encoded once, so the text-encoder part of {loaded.concept.name!r} has the mean of "
+                    f"its weights over the steps, {schedule.mean(steps):.3g}, in all of them"
+                )
+            factors.append((1.0 if schedule is None else schedule.mean(steps)) * blocks.get(TEXT, 1.0))
+        return weights * torch.tensor(factors)
 
     def _conditioning(self, text: EncodedText, masks: TokenMasks) -> Conditioning:
         embeds, negative = text.prompt_embeds, text.negative_prompt_embeds
@@ -364,7 +410,7 @@ class Engine:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Concepts are in the UNet inside this block, and nowhere after it."""
-        loras = [loaded.factors.unet for loaded in self.loaded]
+        loras = [in_blocks(loaded.factors.unet, loaded.concept.blocks) for loaded in self.loaded]
         with install(
             self._unet,
             loras,
@@ -386,8 +432,11 @@ class Engine:
         return self._installation
 
     def fold(self, kinds: Sequence[Kind], weights: Sequence[float]) -> None:
-        """Promises that some kinds of layers have these constant gates during the whole call: base speed for any N."""
-        folded = self.installation.fold(kinds, weights)
+        """Promises that some kinds of layers have these constant gates during the whole call: base speed for any N.
+
+        But for what changes over the steps: concepts with such a weight stay in the bank.
+        """
+        folded = self.installation.fold(kinds, weights, self._schedules.keys())
         logger.debug("folded %d layers, %d stay in the bank", folded, len(self.installation.bank))
 
     def unet(
@@ -435,7 +484,7 @@ class Engine:
 
         Args: as for `unet`, and the recorder, whose readout is for the prompt's rows.
         """
-        conditioning, gates = self._without_uncond(conditioning, gates)
+        conditioning, gates = self._at(conditioning, gates, conditional=True)
         scaled = self._scheduler.scale_model_input(latents, t)
         self._pass(scaled, t, conditioning, gates, [record], layout, whole=False)
 
@@ -470,7 +519,7 @@ class Engine:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
-        conditioning, gates = self._at(conditioning, gates) if whole else self._without_uncond(conditioning, gates)
+        conditioning, gates = self._at(conditioning, gates, conditional=not whole)
         scaled = self._scheduler.scale_model_input(latents, t)
         per_latent = self._scheduler.scale_model_input(torch.ones(1, 1, 1, 1, device=self.device), t)
         # In half precision small gradients would become 0 on their way back.
@@ -630,11 +679,36 @@ class Engine:
         steps = tuple(sorted(self._log))
         return steps, torch.stack([_mean_where_seen(self._log[step]) for step in steps])
 
-    def _at(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
-        """What this step takes of them: a callback may have switched guidance off."""
-        if conditioning.guided and not self.guided:
-            return self._without_uncond(conditioning, gates)
-        return conditioning, gates
+    def _at(self, conditioning: Conditioning, gates: Gates, *, conditional: bool = False) -> tuple[Conditioning, Gates]:
+        """What this step takes of them: its weights, and all rows, unless a callback has switched guidance off."""
+        if conditional or not self.guided:
+            conditioning, gates = self._without_uncond(conditioning, gates)
+        return conditioning, self._weighted(gates)
+
+    @property
+    def step_weights(self) -> tuple[float, ...]:
+        """What this step's gates are multiplied by: weights that change over the steps; 1 for the others."""
+        steps = max(1, len(self.timesteps))
+        every = enumerate(self.concepts)
+        return tuple(self._schedules[i].at(self.step, steps) if i in self._schedules else 1.0 for i, _ in every)
+
+    def _weighted(self, gates: Gates) -> Gates:
+        """The gates at the weights of this step, the same objects for as long as these do not change.
+
+        Those of one step alone are kept: keys and values of all steps would take too much memory.
+        """
+        if not self._schedules:
+            return gates
+        weights = self.step_weights
+        found = self._weighted_gates.get(gates)
+        if found is None or found[0] != weights:
+            made = gates.times(torch.tensor(weights, device=gates.text.device))
+            text = self._weighted_text.get(gates.text)
+            if text is None or text[0] != weights:
+                text = self._weighted_text[gates.text] = weights, made.text
+            # Gates that share the one for the text go on to share it, and with it keys and values.
+            found = self._weighted_gates[gates] = weights, replace(made, text=text[1])
+        return found[1]
 
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""

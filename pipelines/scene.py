@@ -3,10 +3,20 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from attention.masks import Box
 from pipelines.regions import check_mask
+from pipelines.weights import Weight, read_blocks, read_weight
 
 
 class _Frozen(BaseModel):
@@ -45,13 +55,19 @@ class Concept(_Frozen):
             concept has been loaded by `load_concept` or `load_lora_weights`.
         trigger: The rare word or words that the LoRA was trained with, without the class word: "sks".
         class_word: The noun after the trigger: "cat".
-        weight: Factor on the whole LoRA; 1 by default.
+        weight: Factor on the whole LoRA; 1 by default. It may change over the steps: a list of numbers for equal parts
+            of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
+            0.4 until the middle, "1..0.4" to the last step. Points are at parts of the steps, or at steps where one is
+            above 1.
+        blocks: Further factors, by block of the UNet: {"down": 0.5, "up.1": 0}; the longest name counts, and "text" is
+            the text encoders.
         region: Where the concept may appear: a box, or the path of a picture that is white inside; None leaves it to
             the method.
         prompt: What is to be seen in the region, for methods that read a text per concept; it holds the trigger. None
             derives it from the scene's prompt.
         negative_prompt: What is not to be seen there; None is the scene's.
-        role: What it is: a subject, which is somewhere, or a style, which is everywhere; None is a subject.
+        role: What it is: a subject, which is somewhere, or a style, which is everywhere and has no region; None is a
+            subject.
         alpha: The alpha that the LoRA was trained with, for files that do not say it; the change is scaled by
             alpha / rank.
     """
@@ -60,12 +76,26 @@ class Concept(_Frozen):
     lora: str | None = None
     trigger: str | None = None
     class_word: str | None = None
-    weight: float | None = None
+    weight: Annotated[Weight, BeforeValidator(read_weight)] | None = None
+    blocks: Annotated[dict[str, float] | None, BeforeValidator(read_blocks)] = None
     region: BoxOrMask | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     negative_prompt: str | None = None
     role: Literal["subject", "style"] | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _styles_are_everywhere(self) -> Self:
+        if self.is_style and self.region is not None:
+            raise ValueError(
+                f"the concept {self.name!r} is a style, which is everywhere: leave out its region, or its role"
+            )
+        return self
+
+    @property
+    def is_style(self) -> bool:
+        """Whether it is everywhere."""
+        return self.role == "style"
 
     @property
     def phrase(self) -> str:

@@ -98,6 +98,8 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
 
         def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
             own, negative = prompt, negative_prompts or negative_prompt
+            if negative_prompts is not None and prompt is not None:
+                own = listed(prompt)  # diffusers takes two lists, or two texts
             if prompts is not None:
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
             embeds, uncond = self.encode_prompt(

@@ -19,7 +19,7 @@ from attention import Lora
 from components import small_pipeline, xl_pipeline
 from compose.assets import playground_lora, playground_model
 from compose.playground import world
-from pipelines.methods.process import say_once
+from pipelines.notes import say_once
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 torch.set_num_threads(1)

@@ -66,7 +66,9 @@ loras = st.none() | st.sampled_from(
 )
 concepts = st.builds(
     Concept, name=names, lora=loras, trigger=st.none() | st.text(), class_word=st.none() | st.text(),
-    weight=st.none() | numbers, region=st.none() | st.just((0, 8, 64, 128)),
+    weight=st.none() | numbers | st.lists(numbers, min_size=1, max_size=4) | st.sampled_from(["1..0.4", "0:1,0.5:0"]),
+    region=st.none() | st.just((0, 8, 64, 128)),
+    blocks=st.none() | st.dictionaries(st.sampled_from(["down", "up.1", "mid_block", "text"]), numbers),
 )  # fmt: skip
 scenes = st.builds(
     Scene, prompt=names, negative_prompt=st.text(),

@@ -214,7 +214,9 @@ def test_a_plain_picture_without_concepts(at: AppTest) -> None:
 def test_settings_of_a_picture_come_back(at: AppTest) -> None:
     at.selectbox(key=fields.METHOD).set_value("tara").run()
     at.session_state[fields.of_setting("tara", "scope")] = "cross_kv"
-    at.number_input(key=row_key(at, 0, "weight")).set_value(0.5).run()
+    at.text_input(key=row_key(at, 0, "weight")).set_value("1..0.5").run()
+    at.text_input(key=row_key(at, 0, "blocks")).set_value("down:0.5,up.1:0").run()
+    at.checkbox(key=row_key(at, 1, "style")).check().run()
     made(at)
     first = visit(at).pictures[0]
     at.selectbox(key=fields.METHOD).set_value("merge").run()
@@ -222,6 +224,25 @@ def test_settings_of_a_picture_come_back(at: AppTest) -> None:
     at.button(key=f"do.reuse.{first.key}").click().run()
     assert at.selectbox(key=fields.METHOD).value == "tara"
     assert fields_of(at) == first.run.model_copy(update={"device": None})
+
+
+def test_a_weight_that_cannot_be_read_is_explained(at: AppTest) -> None:
+    at.text_input(key=row_key(at, 0, "weight")).set_value("1...4..").run()
+    assert not at.exception
+    assert "bear: weight: expected a valid number" in said(at)
+    assert at.button(key="do.make").disabled
+    at.text_input(key=row_key(at, 0, "weight")).set_value("1..0.4").run()
+    assert not at.button(key="do.make").disabled
+
+
+def test_a_style_has_no_box(at: AppTest) -> None:
+    assert fields_of(at).scene.concepts[1].region is not None
+    at.checkbox(key=row_key(at, 1, "style")).check().run()
+    assert not at.exception
+    style = fields_of(at).scene.concepts[1]
+    assert (style.role, style.region) == ("style", None)
+    assert not any(field.key == row_key(at, 1, "left") for field in at.number_input)
+    assert any(field.key == row_key(at, 0, "left") for field in at.number_input)
 
 
 def test_pictures_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_path: Path) -> None:
@@ -246,7 +267,7 @@ def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_
     uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
     uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
     assert [row.lora and row.lora.shown for row in visit(at).rows] == ["cat.safetensors"]
-    assert at.number_input(key=row_key(at, 0, "weight")).value == 0.7
+    assert at.text_input(key=row_key(at, 0, "weight")).value == "0.7"
     assert not at.button(key="do.make").disabled
 
 

@@ -905,7 +905,7 @@ def test_ordinary_loras_without_regions_are_told_apart_by_their_words(composer, 
     assert "merge, because cat-plain is not named by trigger and class word" in caplog.text
 
 
-@pytest.mark.parametrize("method", ["merge", "tara", "regional", "switch", "composite"])
+@pytest.mark.parametrize("method", ["merge", "tara", "regional"])
 def test_methods_with_one_text_say_that_own_prompts_are_not_read(composer, caplog, method):
     cat = Concept(name="cat", region=(0, 0, 64, 128), negative_prompt="blurry")
     latents_of(composer, method=method, concepts=[cat, "dog"])

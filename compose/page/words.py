@@ -45,7 +45,8 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
     located: list[tuple[Concept, Positions]] = []
     for i, concept in enumerate(concepts):
         if not concept.trigger:
-            flags.append(f"{concept.name} has no trigger, so no word of the prompt is its own.")
+            if not concept.is_style:
+                flags.append(f"{concept.name} has no trigger, so no word of the prompt is its own.")
             continue
         found = _marks(i, concept, prompt)
         marks += found

@@ -83,27 +83,33 @@ def choose_method(
         prompts: Its prompts; None if it was given embeddings.
         differ: Whether prompts have different concepts, for which there are methods with one text for all alone.
     """
-    if all(loaded.concept.region for loaded in concepts):
-        if prompts is not None and all(loaded.concept.trigger for loaded in concepts) and not differ:
-            logger.info("method: lora-composer, because every concept has a region")
+    given = [loaded for loaded in concepts if not loaded.concept.is_style]
+    subjects = [loaded.concept for loaded in given]
+    if subjects and all(subject.region for subject in subjects):
+        who = "subject" if len(subjects) < len(concepts) else "concept"
+        if prompts is not None and all(subject.trigger for subject in subjects) and not differ:
+            logger.info("method: lora-composer, because every %s has a region", who)
             return LoraComposer()
         why = "prompts have different concepts" if differ else "not every one a trigger"
-        logger.info("method: regional, because every concept has a region, and %s", why)
+        logger.info("method: regional, because every %s has a region, and %s", who, why)
         return Regional()
-    if all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in concepts):
+    if subjects and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in given):
         logger.info("method: tara, because every concept was trained for it")
         return Tara()
     if differ:
         logger.info("method: merge, because prompts have different concepts")
         return Merge()
-    subjects = [loaded.concept for loaded in concepts if loaded.concept.role != "style"]
     unnamed = [subject.name for subject in subjects if not _named(subject, subjects, prompts)]
     if len(subjects) > 1 and not unnamed:
         logger.info("method: clora, because the prompt names every concept by trigger and class word")
         return Clora()
-    reason = f"{', '.join(unnamed)} is not named by trigger and class word" if unnamed else "there is one subject"
+    reason = f"{', '.join(unnamed)} is not named by trigger and class word" if unnamed else _few(subjects)
     logger.info("method: merge, because %s", reason)
     return Merge()
+
+
+def _few(subjects: Sequence[Concept]) -> str:
+    return "there is one subject" if subjects else "styles act everywhere"
 
 
 def _named(concept: Concept, concepts: Sequence[Concept], prompts: Sequence[str] | None) -> bool:

@@ -33,7 +33,7 @@ from pipelines.conditioning import Conditioning, join_branches, stack_texts
 from pipelines.engine import Engine, Gradient, Prediction
 from pipelines.losses import contrast, smooth
 from pipelines.methods.merge import Merge
-from pipelines.methods.process import Process, say_once
+from pipelines.methods.process import Process, acting, say_once, say_unread
 from pipelines.methods.region_gates import region_gates
 from pipelines.regions import Regions
 from pipelines.scene import Concept
@@ -147,13 +147,15 @@ class Clora:
     def start(self, engine: Engine) -> Process:
         """Encodes a text for every branch. A single subject has nobody to be told from: its LoRA acts everywhere."""
         engine.refuse_different("clora")
-        subjects = tuple(i for i, concept in enumerate(engine.concepts) if concept.role != "style")
+        subjects = engine.subjects
         if len(subjects) < 2:
             return Merge().start(engine)
         if engine.prompts is None:
             raise ValueError("clora makes a text for each branch, so it needs the prompt as text, not embeddings")
         if any(concept.region for concept in engine.concepts):
             say_once("clora finds out itself where concepts are; method='lora-composer' uses regions")
+        styles = [concept for concept in engine.concepts if concept.is_style]
+        say_unread(styles, styles, "a style has no branch, and acts in those of the subjects")
         self._check_words([engine.concepts[i].name for i in subjects])
         branches = branches_of(
             engine.prompts, engine.concepts, subjects, base_prompt=self.base_prompt, words=self.words
@@ -181,13 +183,14 @@ class Clora:
                 "clora reads own negative prompts only where each branch has uncond rows of its own (uncond='each')"
             )
         negatives = None if own is None else [own] * len(branch.prompts)
-        return engine.encode(_acting(engine, branch), branch.prompts, negatives, branch.names, branch.mentions)
+        weights = _weights(engine, branch)
+        return engine.encode(weights, branch.prompts, negatives, branch.names, branch.mentions)
 
     def _gates(self, engine: Engine, branches: Sequence[Branch], conditioning: Conditioning) -> Gates:
         """On every branch's rows its own LoRA and the styles, on all tokens and cells."""
-        acting = torch.tensor([_acting(engine, branch) for branch in branches])
-        unconds = acting if self.uncond == "each" else torch.zeros(1, acting.shape[1])
-        parts = torch.cat([unconds[: conditioning.unconds], acting])
+        live = torch.cat([_weights(engine, branch) for branch in branches])
+        unconds = live if self.uncond == "each" else torch.zeros(1, live.shape[1])
+        parts = torch.cat([unconds[: conditioning.unconds], live])
         gate = parts.repeat_interleave(conditioning.images, dim=0).to(engine.device)[:, None]
         return Gates(gate, dict.fromkeys(engine.levels, gate), gate[:, 0], engine.latent_grid)
 
@@ -226,12 +229,10 @@ class Clora:
         return [prompt[:, branch.owner].nonzero()[:, 0].tolist() for prompt in named]
 
 
-def _acting(engine: Engine, branch: Branch) -> list[float]:
-    """The weight of every concept in a branch: of its owner, and of styles."""
-    return [
-        weight if concept.role == "style" or i == branch.owner else 0.0
-        for i, (concept, weight) in enumerate(zip(engine.concepts, engine.weights, strict=True))
-    ]
+def _weights(engine: Engine, branch: Branch) -> Tensor:
+    """The weights of a branch's owner, if it has one, and of the styles. Shape: [1, concepts]."""
+    owner = () if branch.owner is None else (branch.owner,)
+    return acting(engine, [owner] * len(branch.prompts))
 
 
 def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> None:

@@ -5,6 +5,8 @@ are averaged. With theta_j for the model with LoRA j, guidance scale s and promp
 
     e = (1/k) sum_j w_j [e_theta_j(z) + s (e_theta_j(z, c) - e_theta_j(z))]
 
+Styles have no passes of their own: they act in those of every subject.
+
 Guidance is linear, so averaging first and guiding once gives the same, and `guidance_rescale` then sees the averages.
 
 `docs/methods/composite.md` says what differs from the authors' code and why.
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipelines.engine import Engine
-from pipelines.methods.process import Alone, alone, say_once
+from pipelines.methods.process import Alone, alone, say_once, say_unread_by_passes
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Composite:
     """The average of what the model predicts with each LoRA alone.
 
     Attributes:
-        shares: How much each concept's prediction counts, in the order of the concepts; the paper's w_j up to a common
+        shares: How much each subject's prediction counts, in the order of the concepts; the paper's w_j up to a common
             factor, as only ratios matter. None: all the same, w_j = 1.
     """
 
@@ -42,11 +44,12 @@ class Composite:
             say_once("composite has no use for regions; method='regional' has")
         if engine.differ and self.shares is not None:
             raise ValueError("composite can have shares only if all prompts have the same concepts")
-        numbers = [max(1, len(mine)) for mine in engine.members]
+        numbers = [max(1, len(mine)) for mine in engine.subjects_of]
         shares = [1.0] * numbers[0] if self.shares is None else self.shares
-        if self.shares is not None and len(shares) != len(engine.concepts):
-            raise ValueError(f"composite has {len(shares)} shares, but there are {len(engine.concepts)} concepts")
-        passes = [alone(engine, [mine[n : n + 1] for mine in engine.members]) for n in range(max(numbers))]
+        if self.shares is not None and len(shares) != numbers[0]:
+            raise ValueError(f"composite has {len(shares)} shares, but there are {numbers[0]} {_passes(engine)}")
+        say_unread_by_passes(engine)
+        passes = [alone(engine, [mine[n : n + 1] for mine in engine.subjects_of]) for n in range(max(numbers))]
         if engine.differ:
             of_prompts = [[1 / number if n < number else 0.0 for number in numbers] for n in range(len(passes))]
         else:
@@ -86,6 +89,11 @@ class Average:
             for share, one in zip(self.shares, passes, strict=True)
         ]
         return latents, self.engine.guide(replace(passes[0], model_output=torch.stack(weighted).sum(dim=0)))
+
+
+def _passes(engine: Engine) -> str:
+    """What has a pass."""
+    return "concepts" if len(engine.subjects) == len(engine.concepts) else "passes: styles have none of their own"
 
 
 def _proper(shares: object) -> bool:

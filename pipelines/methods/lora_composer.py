@@ -15,12 +15,12 @@ Beyond the paper, every region can be denoised on a canvas of its own at first (
 paper isolates, but convolutions mix regions as well, and the layout of a picture is decided in the first steps: cells
 that each read of one object then agree on one, across the border. Where regions cover the canvas this costs nothing.
 
-A concept without a region acts on the whole canvas, except in what the regions read: the background.
+A concept without a region acts on the whole canvas, except in what the regions read: the background. A style acts there
+as well, and is not looked for: it has no region, no loss, and takes no part in isolation.
 Where paper and code disagree, `LoraComposer.paper` and `LoraComposer.official` say how. `docs/methods/lora-composer.md`
 shows what each mechanism contributes.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -34,14 +34,14 @@ from attention import Gates, Layout, Partition, Recorder
 from pipelines.conditioning import Conditioning, stack_texts
 from pipelines.engine import Engine
 from pipelines.losses import bell, concentration, filling, outlook, smooth
+from pipelines.methods.merge import Merge
+from pipelines.methods.process import Process, acting, say_unread
 from pipelines.methods.region_gates import Inject, Rows, region_gates
 from pipelines.methods.reinit import reinitialised
 from pipelines.prompts import about, surroundings, without_triggers
 from pipelines.regions import Regions, Window
 from pipelines.scene import Concept
 from pipelines.tokens import find_words
-
-logger = logging.getLogger(__name__)
 
 Reinit = Literal["off", "copy", "swap"]
 StepRule = Literal["raw", "rms"]
@@ -151,9 +151,11 @@ class LoraComposer:
         """Whether there is a latent re-initialisation."""
         return self.inject != "off" and self.reinit != "off"
 
-    def start(self, engine: Engine) -> "Composing":
-        """Encodes a text for the canvas and one for each region, and divides the grids."""
+    def start(self, engine: Engine) -> Process:
+        """Encodes a text for the canvas and one for each region, and divides the grids. Styles alone are merged."""
         engine.refuse_different("lora-composer")
+        if not engine.subjects:
+            return Merge().start(engine)
         wanted = [concept.region for concept in engine.concepts]
         if not any(wanted):
             raise ValueError(
@@ -161,7 +163,12 @@ class LoraComposer:
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
         regions = Regions.of(wanted, engine.image_size, engine.latent_grid, engine.levels, self.threshold)
-        _mention_unread_prompts(engine.concepts)
+        behind = [concept for concept in engine.concepts if concept.region is None]
+        say_unread(
+            behind,
+            behind,
+            "without a region a concept acts in the background, which reads the scene's prompt",
+        )
         prompts = _own_prompts(engine, regions)
         together, alone = self._texts(engine, regions, prompts)
         gates = region_gates(engine, together, regions, rows=self.rows, inject=self.inject)
@@ -191,13 +198,12 @@ class LoraComposer:
         # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
         engine.find(engine.prompts or (), [other.name for other in others])
         canvas = [self._background(prompt, mine, others) for prompt in engine.prompts or ()]
-        behind = [0.0 if i in regions.owners else weight for i, weight in enumerate(engine.weights)]
+        behind = engine.weights_of([[i for i in everybody if i not in regions.owners] for everybody in engine.members])
         texts = [engine.encode(behind, canvas, names=[other.name for other in others])]
         for i, own in zip(regions.owners, prompts, strict=True):
             negative = engine.concepts[i].negative_prompt
             negatives = None if negative is None else [negative] * len(own)
-            alone = [weight if j == i else 0.0 for j, weight in enumerate(engine.weights)]
-            texts.append(engine.encode(alone, own, negatives, [engine.concepts[i].name]))
+            texts.append(engine.encode(acting(engine, [(i,)] * len(own)), own, negatives, [engine.concepts[i].name]))
         together = stack_texts(texts)
         if together.added_cond_kwargs is None:
             return together, [together] * len(prompts)
@@ -420,16 +426,6 @@ def _own_prompts(engine: Engine, regions: Regions) -> list[list[str]]:
         raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
     concepts = [engine.concepts[i] for i in regions.owners]
     return [[about(concept, prompt, concepts) for prompt in engine.prompts] for concept in concepts]
-
-
-def _mention_unread_prompts(concepts: Sequence[Concept]) -> None:
-    given = [c.name for c in concepts if c.region is None and (c.prompt, c.negative_prompt) != (None, None)]
-    if given:
-        logger.warning(
-            "the own prompts of %s are not read: without a region a concept acts in the background, which reads the "
-            "scene's prompt",
-            ", ".join(given),
-        )
 
 
 def _targets(engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:

@@ -1,13 +1,14 @@
 """Merge: add the LoRAs up, the baseline that everybody knows.
 
 Every layer becomes W + sum_i w_i s_i B_i A_i, for all tokens, pixels and rows, text encoders included. With several
-subjects the deltas act on each other's tokens and pixels, so identities blend or one of them wins.
+subjects the deltas act on each other's tokens and pixels, so identities blend or one of them wins. Styles act
+everywhere, so other methods do the same where a scene has no subjects.
 """
 
 from dataclasses import dataclass
 
 from pipelines.engine import Engine
-from pipelines.methods.process import OnePass, constant_gates, say_once
+from pipelines.methods.process import OnePass, constant_gates, one_text, say_once
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Merge:
         if any(concept.region for concept in engine.concepts):
             say_once("merge has no use for regions; method='regional' has")
         weights = engine.weights_of()
-        conditioning = engine.encode(weights)
+        conditioning = one_text(engine, weights)
         gates = constant_gates(engine, weights, conditioning)
         if len(weights) > 1:
             return OnePass(engine, conditioning, gates)

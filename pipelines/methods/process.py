@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -12,6 +11,22 @@ from attention import Gates
 from attention.layers import Kind
 from pipelines.conditioning import Conditioning
 from pipelines.engine import Engine
+from pipelines.notes import say_once
+from pipelines.scene import Concept
+
+__all__ = [
+    "Alone",
+    "OnePass",
+    "Process",
+    "Settings",
+    "acting",
+    "alone",
+    "constant_gates",
+    "one_text",
+    "say_once",
+    "say_unread",
+    "say_unread_by_passes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +86,11 @@ class OnePass:
 
 @dataclass(frozen=True)
 class Alone:
-    """What a UNet pass needs in which one concept's LoRA acts at its weight, everywhere, and no other acts at all.
+    """What a UNet pass needs in which one subject's LoRA and those of the styles act, everywhere, and no others.
 
     Attributes:
-        conditioning: The text, encoded with that LoRA's text-encoder factors.
-        gates: The concept's weight at the concept, 0 at the others.
+        conditioning: The text, encoded with those LoRAs' text-encoder factors, and the subject's own negative prompt.
+        gates: The weights of subject and styles, 0 at the others.
     """
 
     conditioning: Conditioning
@@ -83,15 +98,71 @@ class Alone:
 
 
 def alone(engine: Engine, chosen: Sequence[Sequence[int]]) -> Alone:
-    """What a pass needs in which every prompt has one of its concepts, or none.
+    """What a pass needs in which every prompt has one of its subjects, or none, beside its styles.
 
     Args:
         engine: Encodes the prompts.
-        chosen: By prompt, the concept.
+        chosen: By prompt, the subject.
     """
-    weights = engine.weights_of(chosen)
-    conditioning = engine.encode(weights)
+    weights = acting(engine, chosen)
+    conditioning = engine.encode(weights, negative_prompts=_own_negatives(engine, chosen))
     return Alone(conditioning, constant_gates(engine, weights, conditioning))
+
+
+def acting(engine: Engine, chosen: Sequence[Sequence[int]]) -> Tensor:
+    """The weights of some subjects and of the styles, which act beside all of them; 0 for the others.
+
+    Args:
+        engine: Knows the weights.
+        chosen: By prompt, the subjects.
+
+    Returns:
+        Shape: [prompts or 1, concepts].
+    """
+    return engine.weights_of([(*mine, *styles) for mine, styles in zip(chosen, engine.styles_of, strict=True)])
+
+
+def _own_negatives(engine: Engine, chosen: Sequence[Sequence[int]]) -> list[str] | None:
+    """The own negative prompt of the subject of a pass; None is the scene's."""
+    own = [engine.concepts[i].negative_prompt for one in chosen for i in one]
+    given = [negative for negative in own if negative is not None]
+    return given if len(given) == len(chosen) and not engine.differ else None
+
+
+def say_unread_by_passes(engine: Engine) -> None:
+    """Says whose own prompts are not read by methods with a pass for each subject."""
+    unread = [concept for concept in engine.concepts if concept.is_style or engine.differ]
+    why = "each pass has the scene's prompt, and its subject's negative prompt if all prompts have the same concepts"
+    say_unread(engine.concepts, unread, why)
+
+
+def one_text(engine: Engine, weights: Tensor | None = None) -> Conditioning:
+    """The scene's prompts, read by all concepts; says whose own ones are not read.
+
+    Args:
+        engine: Encodes.
+        weights: Of the concepts' text-encoder factors; None leaves them out.
+    """
+    say_unread(
+        engine.concepts,
+        engine.concepts,
+        "this method has one text for all; method='lora-composer' has one for each region",
+    )
+    return engine.encode(weights)
+
+
+def say_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: str) -> None:
+    """Says whose own prompts a method does not read.
+
+    Args:
+        prompts: Concepts whose own prompt is not read.
+        negatives: Concepts whose own negative prompt is not read.
+        why: What is read instead.
+    """
+    unread = [c.name for c in prompts if c.prompt is not None]
+    unread += [c.name for c in negatives if c.negative_prompt is not None]
+    if unread:
+        logger.warning("the own prompts of %s are not read: %s", ", ".join(dict.fromkeys(unread)), why)
 
 
 def constant_gates(engine: Engine, weights: Tensor, conditioning: Conditioning) -> Gates:
@@ -109,9 +180,3 @@ def constant_gates(engine: Engine, weights: Tensor, conditioning: Conditioning) 
         row=gate,
         latent_grid=engine.latent_grid,
     )
-
-
-@lru_cache(maxsize=1024)
-def say_once(message: str) -> None:
-    """Logs a warning the first time it comes up in this process."""
-    logger.warning(message)

@@ -23,6 +23,8 @@ def region_gates(
 ) -> Gates:
     """Region n's LoRA on text 1 + n and on the cells of the region, the others on text 0 and everywhere.
 
+    Styles act on all texts, on all cells and on all that cells read.
+
     Layers without cells (of the time) take part in all of a canvas: each LoRA acts there whose region has a cell on it.
     Where regions overlap, each of their LoRAs acts in equal parts, and what was read of a text is projected with the
     LoRA of that text.
@@ -40,7 +42,8 @@ def region_gates(
         acting[: texts.conditional_rows.start] = 0
     mine = list(regions.owners)
     background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
-    of_text = torch.stack([background, *torch.eye(concepts)[mine]])
+    styles = torch.tensor([float(concept.is_style) for concept in engine.concepts])
+    of_text = torch.stack([background, *(torch.eye(concepts)[mine] + styles)])
     everywhere = torch.ones(concepts) if inject == "full" else background
     here = background.index_copy(0, torch.tensor(mine), regions.cells[0].flatten(0, 1).any(dim=0).float())
     image, read = {}, {}

@@ -7,8 +7,9 @@ grid of each layer and token mask m_i of its trigger,
     keys and values of cross-attention:     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
 
 both on the rows of the prompt. The rows of the negative prompt stay those of the base model, so guidance points from
-what the base model paints to what the LoRAs paint, and strengthens the identities. It gates LoRAs; it does not move
-objects into their regions. `docs/methods/regional.md` shows what each part contributes.
+what the base model paints to what the LoRAs paint, and strengthens the identities. A style acts on all cells and
+tokens. It gates LoRAs; it does not move objects into their regions. `docs/methods/regional.md` shows what each part
+contributes.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from attention import Gates, grid_at
 from pipelines.engine import Engine
-from pipelines.methods.process import OnePass, say_once
+from pipelines.methods.merge import Merge
+from pipelines.methods.process import OnePass, one_text, say_once
 from pipelines.regions import region_mask
 
 Rows = Literal["cond_only", "all"]
@@ -33,7 +35,7 @@ class Regional:
         rows: Where LoRAs act under guidance: "cond_only", the prompt's rows, or "all", the negative prompt's as well,
             as LoRAs usually do.
         token_mask: Whether keys and values of cross-attention change only at the concept's own trigger. A concept
-            without a trigger changes them at all tokens.
+            without a trigger changes them at all tokens, and so does a style.
     """
 
     rows: Rows = "cond_only"
@@ -44,28 +46,31 @@ class Regional:
             raise ValueError(f"rows must be one of {', '.join(get_args(Rows))}, not {self.rows!r}")
 
     def start(self, engine: Engine) -> OnePass:
-        """Gates by region, token and row. A concept without a region acts everywhere."""
+        """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""
+        if not engine.subjects:
+            return Merge().start(engine)
         if all(concept.region is None for concept in engine.concepts):
             raise ValueError(
                 "regional needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
         for loaded in engine.loaded:
-            if loaded.factors.text_encoders:
+            if loaded.factors.text_encoders and not loaded.concept.is_style:
                 say_once(f"regional leaves out the text-encoder part of {loaded.concept.name!r}: text has no regions")
-        conditioning = engine.encode()
+        conditioning = one_text(engine, engine.weights_of(engine.styles_of))
         weights = engine.by_row(engine.weights_of(), conditioning)
-        acting = torch.ones(conditioning.rows, 1, 1, device=engine.device)
+        live = torch.ones(conditioning.rows, 1, 1, device=engine.device)
         if self.rows == "cond_only":
-            acting[: conditioning.conditional_rows.start] = 0
+            live[: conditioning.conditional_rows.start] = 0
         tokens = torch.ones_like(conditioning.trigger_mask)
         if self.token_mask:
             named = conditioning.trigger_mask.sum(dim=(0, 1)) > 0
+            named[[i for i, concept in enumerate(engine.concepts) if concept.is_style]] = False
             tokens = torch.where(named, conditioning.trigger_mask, tokens)
         gates = Gates(
-            text=acting * tokens * weights[:, None],
-            image={level: acting * region_masks(engine, level) * weights[:, None] for level in engine.levels},
-            row=acting[:, 0] * weights,
+            text=live * tokens * weights[:, None],
+            image={level: live * region_masks(engine, level) * weights[:, None] for level in engine.levels},
+            row=live[:, 0] * weights,
             latent_grid=engine.latent_grid,
         )
         return OnePass(engine, conditioning, gates)

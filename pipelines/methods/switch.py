@@ -5,7 +5,7 @@ One LoRA at a time, in the order of the concepts and round again. In step t = 1,
     W + w_i s_i B_i A_i        i = floor(((t - 1) mod (k tau)) / tau) + 1
 
 for k concepts and the interval tau. One UNet pass per step whatever the number of concepts. Where prompts of one call
-have different concepts, every prompt has its own turns.
+have different concepts, every prompt has its own turns. Styles have no turn: they act in all of them.
 
 `docs/methods/switch.md` says what differs from the authors' code and why.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pipelines.engine import Engine
-from pipelines.methods.process import Alone, alone, say_once
+from pipelines.methods.process import Alone, alone, say_once, say_unread_by_passes
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Switch:
         """What every LoRA needs when its turn comes, if there are so many steps; text encoders take part."""
         if any(concept.region for concept in engine.concepts):
             say_once("switch has no use for regions; method='regional' has")
-        turns = math.lcm(*(max(1, len(mine)) for mine in engine.members))
+        say_unread_by_passes(engine)
+        subjects = engine.subjects_of
+        turns = math.lcm(*(max(1, len(mine)) for mine in subjects))
         needed = max(1, math.ceil(len(engine.timesteps) / self.interval))
-        chosen = [[mine[turn % len(mine) :][:1] if mine else () for mine in engine.members] for turn in range(turns)]
+        chosen = [[mine[turn % len(mine) :][:1] if mine else () for mine in subjects] for turn in range(turns)]
         return Turns(engine, [alone(engine, each) for each in chosen[:needed]], self.interval)
 
 

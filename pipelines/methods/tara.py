@@ -7,7 +7,9 @@ trigger, m_i in {0, 1}:
 
 Every other adapted layer is summed without a mask. One UNet pass per step whatever the number of concepts.
 
-Beyond the paper: a weight per concept, the negative prompt left alone.
+Beyond the paper: a weight per concept, the negative prompt left alone, and styles (`role="style"`), which act
+everywhere, without a mask. One that was trained with TARA knows its own words only, so it keeps its mask, as all do in
+the paper.
 `docs/methods/tara.md` says what differs from the authors' code and why.
 """
 
@@ -17,8 +19,8 @@ from typing import Literal, get_args
 import torch
 
 from attention import Gates
-from pipelines.engine import Engine
-from pipelines.methods.process import OnePass, say_once
+from pipelines.engine import Engine, LoadedConcept
+from pipelines.methods.process import OnePass, one_text, say_once
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]
@@ -52,10 +54,13 @@ class Tara:
     def start(self, engine: Engine) -> OnePass:
         """Token masks for keys and values, constant gates for everything else."""
         _check(engine)
-        conditioning = engine.encode()
+        free = [i for i, loaded in enumerate(engine.loaded) if _everywhere(loaded)]
+        in_text = [[i for i in mine if i in free] for mine in engine.members]
+        conditioning = one_text(engine, engine.weights_of(in_text))
         mask = conditioning.trigger_mask
         if self.cfg_mask == "broadcast" and conditioning.guided:
             mask = torch.cat([mask[conditioning.conditional_rows]] * 2)
+        mask = mask.index_fill(-1, torch.tensor(free, dtype=torch.long, device=mask.device), 1)
         weights = engine.by_row(engine.weights_of(), conditioning)
         unmasked = weights if self.scope == "all" else torch.zeros_like(weights[:1])
         gates = Gates(
@@ -70,22 +75,32 @@ class Tara:
         return OnePass(engine, conditioning, gates, ("image", "row"), constant)
 
 
+def _everywhere(loaded: LoadedConcept) -> bool:
+    """Whether a concept has no mask: a style that was trained without one."""
+    return loaded.concept.is_style and loaded.trained_with != "tara"
+
+
 def _check(engine: Engine) -> None:
     present = engine.token_masks.trigger.sum(dim=1) > 0
     for i, loaded in enumerate(engine.loaded):
-        name = loaded.concept.name
-        if not all(present[prompt, i] for prompt, mine in enumerate(engine.members) if i in mine):
-            raise ValueError(
-                f"tara needs to know the words of concept {name!r}: give it a trigger that stands in every prompt"
-                " (with prompt_embeds: its token_positions)"
-            )
-        if not loaded.factors.unet:
-            raise ValueError(
-                f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'"
-            )
-        if loaded.factors.text_encoders:
-            say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")
-        if loaded.concept.region is not None:
-            say_once(f"tara has no use for the region of {name!r}; method='regional' has")
-        if loaded.trained_with != "tara":
-            say_once(f"{name!r} does not say that it was trained with TARA: tara is a plain token mask for it")
+        if not _everywhere(loaded):
+            found = all(present[prompt, i] for prompt, mine in enumerate(engine.members) if i in mine)
+            _check_masked(loaded, found)
+
+
+def _check_masked(loaded: LoadedConcept, found: bool) -> None:
+    """Checks a concept that acts on its own words; found is whether they stand in every prompt."""
+    name = loaded.concept.name
+    if not found:
+        raise ValueError(
+            f"tara needs to know the words of concept {name!r}: give it a trigger that stands in every prompt"
+            " (with prompt_embeds: its token_positions)"
+        )
+    if not loaded.factors.unet:
+        raise ValueError(f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'")
+    if loaded.factors.text_encoders:
+        say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")
+    if loaded.concept.region is not None:
+        say_once(f"tara has no use for the region of {name!r}; method='regional' has")
+    if loaded.trained_with != "tara":
+        say_once(f"{name!r} does not say that it was trained with TARA: tara is a plain token mask for it")

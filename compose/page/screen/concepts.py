@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from compose.overlay import colour
-from compose.page.draft import MOST_CONCEPTS, MOST_NAME, free_name
+from compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
 from compose.page.screen import fields
 from compose.page.screen.state import Row, Visit
 from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, named, playground, tile
@@ -15,6 +15,7 @@ from compose.page.text import markdown, markup
 
 _PLACE = "concepts"
 _MB = 2**20
+_SHORT = 24  # letters of a weight that are shown on a card
 
 
 def concepts_part(here: Visit) -> None:
@@ -56,9 +57,14 @@ def _card(here: Visit, i: int, row: Row) -> None:
 
 
 def _details(here: Visit, row: Row) -> None:
-    st.number_input("Weight", key=fields.of_row(row, "weight"), step=0.05, format="%.2f", help=(
-        "Factor on the whole LoRA; 1 as trained, 0 switches it off."
+    st.text_input("Weight", key=fields.of_row(row, "weight"), max_chars=MOST_TEXT, help=(
+        "Factor on the whole LoRA; 1 as trained, 0 switches it off. It may change over the steps: “1..0.4” falls "
+        "evenly, “0:1,0.5:0” is off in the second half, “1,0.5,0” is for equal parts."
     ))  # fmt: skip
+    st.text_input("Weight by block", key=fields.of_row(row, "blocks"), max_chars=MOST_TEXT, help=(
+        "Further factors on parts of the LoRA, such as “down:0.5,mid:1,up.1:0,text:0”. Empty: 1 everywhere."
+    ))  # fmt: skip
+    st.checkbox("A style: it acts everywhere and has no box", key=fields.of_row(row, "style"))
     st.text_area("Own prompt", key=fields.of_row(row, "prompt"), height=68, help=(
         "What is to be seen in its box, for methods with a text per box; it holds the trigger. Empty: taken from the "
         "prompt."
@@ -71,8 +77,10 @@ def _details(here: Visit, row: Row) -> None:
 def _about(here: Visit, row: Row) -> str:
     if row.lora is None:
         return ""
-    weight = float(st.session_state[fields.of_row(row, "weight")])
-    parts = [row.lora.shown, f"weight {weight:g}"]
+    weight = str(st.session_state[fields.of_row(row, "weight")]).strip() or "1"
+    parts = [row.lora.shown, f"weight {weight}" if len(weight) <= _SHORT else "weight changes over the steps"]
+    if fields.is_style(row):
+        parts.append("style")
     if row.lora.trained_with:
         parts.append(f"trained with {row.lora.trained_with}")
     fit = here.fit(row)

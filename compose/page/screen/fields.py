@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import streamlit as st
+from pydantic import ValidationError
 
+from compose.files import complaints
 from compose.page.boxes import fitted
 from compose.page.controls import changed, controls
 from compose.page.draft import Draft, read_seeds
@@ -12,6 +14,7 @@ from compose.page.screen.state import Row, Visit
 from compose.page.store import Lora
 from pipelines.methods import METHODS
 from pipelines.scene import Concept
+from pipelines.weights import blocks_text, weight_text
 
 SET = "set."
 """What the names of all fields begin with."""
@@ -86,7 +89,9 @@ def add(
     for field in _TEXTS:
         value = getattr(concept, field)
         st.session_state[of_row(row, field)] = known.get(field, "") if value is None else value
-    st.session_state[of_row(row, "weight")] = 1.0 if concept.weight is None else float(concept.weight)
+    st.session_state[of_row(row, "weight")] = weight_text(concept.weight)
+    st.session_state[of_row(row, "blocks")] = blocks_text(concept.blocks)
+    st.session_state[of_row(row, "style")] = concept.is_style
     box = concept.region if isinstance(concept.region, tuple) else (0, 0, *size)
     set_box(row, box)
     return row
@@ -123,25 +128,35 @@ def box_of(row: Row) -> tuple[int, int, int, int]:
     return fitted([st.session_state[of_row(row, edge)] for edge in EDGES], *size())
 
 
+def is_style(row: Row) -> bool:
+    """Whether a concept is everywhere, and so has no box."""
+    return bool(st.session_state[of_row(row, "style")])
+
+
 def concept_of(row: Row) -> Concept:
     """A concept as its fields say.
 
     Raises:
-        ValueError: If it has no name.
+        ValueError: If it has no name, or a weight that cannot be read.
     """
     texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in _TEXTS}
     if not texts["name"]:
         raise ValueError("A concept has no name. Give it one, for example what is to be seen.")
-    return Concept(
-        name=texts["name"],
-        lora=None if row.lora is None else row.lora.source,
-        trigger=texts["trigger"],
-        class_word=texts["class_word"],
-        weight=float(st.session_state[of_row(row, "weight")]),
-        region=row.mask or box_of(row),
-        prompt=texts["prompt"] or None,
-        negative_prompt=texts["negative_prompt"] or None,
-    )
+    try:
+        return Concept(
+            name=texts["name"],
+            lora=None if row.lora is None else row.lora.source,
+            trigger=texts["trigger"],
+            class_word=texts["class_word"],
+            weight=st.session_state[of_row(row, "weight")].strip() or 1.0,
+            blocks=st.session_state[of_row(row, "blocks")].strip() or None,
+            region=None if is_style(row) else row.mask or box_of(row),
+            prompt=texts["prompt"] or None,
+            negative_prompt=texts["negative_prompt"] or None,
+            role="style" if is_style(row) else None,
+        )
+    except ValidationError as error:
+        raise ValueError(f"{texts['name']}: {'; '.join(complaints(Concept, error))}") from error
 
 
 def draft(here: Visit) -> Draft:

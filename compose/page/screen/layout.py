@@ -31,7 +31,7 @@ def layout_part(here: Visit) -> None:
     with st.container(horizontal=True):
         for name in TEMPLATES:
             st.button(name, key=f"do.template.{name}", on_click=_apply, args=(here, name))
-    boxes = [(i, row) for i, row in enumerate(here.rows) if row.mask is None]
+    boxes = [(i, row) for i, row in enumerate(here.rows) if _has_box(row)]
     _canvas(here, boxes)
     _masks(here)
     with st.expander("Type the boxes in pixels", icon=":material/pin:"):
@@ -40,9 +40,15 @@ def layout_part(here: Visit) -> None:
 
 
 def _apply(here: Visit, name: str) -> None:
-    rows = [row for row in here.rows if row.mask is None]
+    rows = [row for row in here.rows if _has_box(row)]
+    if not rows:
+        return
     for row, box in zip(rows, template(name, len(rows), *fields.size()), strict=True):
         fields.set_box(row, box)
+
+
+def _has_box(row: Row) -> bool:
+    return row.mask is None and not fields.is_style(row)
 
 
 def _numbers(row: Row) -> None:
