@@ -3,14 +3,14 @@
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from attention.lora_bank import Lora
 
-Weight = float | tuple[float, ...] | str
+Weight = float | Sequence[float] | str
 """A number; a list of numbers, for equal parts of the steps; or a schedule in text, "0:1..0.5:0.4"."""
 
 TEXT = "text"
@@ -58,7 +58,7 @@ class Schedule:
         """The schedule that a checked weight means (`read_weight`)."""
         if isinstance(weight, str):
             return _parse(weight)
-        listed = weight if isinstance(weight, tuple) else (weight,)
+        listed = (weight,) if isinstance(weight, float | int) else weight
         return cls(tuple(Point(i / len(listed), value) for i, value in enumerate(listed)))
 
     @property
@@ -168,7 +168,9 @@ def weight_text(weight: Weight | None) -> str:
     """A weight as it is written on the command line and on the page."""
     if isinstance(weight, str):
         return weight
-    return ",".join(map(_number, weight)) if isinstance(weight, tuple) else _number(1.0 if weight is None else weight)
+    return (
+        ",".join(map(_number, weight)) if isinstance(weight, Sequence) else _number(1.0 if weight is None else weight)
+    )
 
 
 def _number(value: float) -> str:

@@ -36,7 +36,8 @@ class Seen(LoraComposer):
     processes: list[Composing] = field(default_factory=list)
 
     def start(self, engine: Engine) -> Composing:
-        self.processes.append(super().start(engine))
+        process: Any = super().start(engine)
+        self.processes.append(process)
         return self.processes[-1]
 
 

@@ -53,7 +53,8 @@ class Seen(LoraComposer):
     starts: list[Tensor] = field(default_factory=list)
 
     def start(self, engine: Engine) -> Any:
-        self.processes.append(super().start(engine))
+        process: Any = super().start(engine)
+        self.processes.append(process)
         return Starting(self, self.processes[-1])
 
 

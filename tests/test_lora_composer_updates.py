@@ -46,7 +46,8 @@ class Watched(LoraComposer):
     losses: list[Tensor] = field(default_factory=list)
 
     def start(self, engine: Engine) -> Any:
-        return Watching(self, super().start(engine))
+        process: Any = super().start(engine)
+        return Watching(self, process)
 
     def updates_of(self, image: int) -> list[int]:
         """The steps in which an image was updated."""

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from attention import Lora, Recorder
+from attention import Gates, Lora, Recorder
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
 from compose.check import check
 from compose.cli import parse_concept
-from compose.files import read_scene, write_scene
+from compose.files import read_record, read_scene, save_image, write_scene
+from compose.models import make
+from compose.replay import difference, remake, runnable
+from pipelines.conditioning import Conditioning
 from pipelines.engine import Engine
 from pipelines.methods import METHODS, Merge
 from pipelines.methods.process import constant_gates
@@ -323,33 +326,50 @@ def test_every_step_of_every_method_has_its_own_weight(load, family, method):
 
 
 @dataclass
-class Probing:
-    """A method that in every step does all an engine can, at the same latents and timestep."""
+class Probe:
+    """The process of a method that in every step does all an engine can, at the same latents and timestep.
 
-    engine: Engine | None = None
-    seen: list[list[Tensor]] = field(default_factory=list)
+    Attributes:
+        engine: Runs the UNet.
+        text: The text.
+        gates: Every concept everywhere.
+        seen: Maps, losses, the direction of the gradient, and predictions, by step.
+        latents: Those of the start.
+    """
 
-    def start(self, engine: Engine) -> "Probing":
-        self.engine, self.text = engine, engine.encode()
-        self.gates = constant_gates(engine, engine.weights)
-        return self
+    engine: Engine
+    text: Conditioning
+    gates: Gates
+    seen: list[list[Tensor]]
+    latents: Tensor | None = None
 
     def prepare(self, latents: Tensor) -> Tensor:
         self.latents = latents
         return latents
 
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        engine, first = self.engine, self.engine.timesteps[0]
-        words = self.text.trigger_mask[self.text.conditional_rows]
+        assert self.latents is not None
+        engine, words = self.engine, self.text.trigger_mask[self.text.conditional_rows]
         looks = [Recorder(engine.map_layers, words) for _ in range(2)]
-        what = self.latents, first, self.text, self.gates
+        what = self.latents, engine.timesteps[0], self.text, self.gates
         engine.observe(*what, looks[0])
         found = engine.gradient(*what, looks[1], lambda taken: taken.mean().square().sum(dim=(1, 2)))
         prediction = engine.unet(*what)
-        self.seen.append(
-            [looks[0].mean(), found.losses, found.direction / found.direction.std(), prediction.model_output]
-        )
+        direction = found.direction / found.direction.std()
+        self.seen.append([looks[0].mean(), found.losses, direction, prediction.model_output])
         return latents, engine.guide(prediction)
+
+
+@dataclass(frozen=True)
+class Probing:
+    """The settings of `Probe`."""
+
+    at_once: int | None
+    seen: list[list[Tensor]] = field(default_factory=list)
+
+    def start(self, engine: Engine) -> Probe:
+        text = replace(engine.encode(), at_once=self.at_once)
+        return Probe(engine, text, constant_gates(engine, engine.weights), self.seen)
 
 
 @pytest.mark.parametrize("at_once", [None, 1])
@@ -357,17 +377,9 @@ def test_losses_gradients_maps_and_predictions_have_the_weight_of_their_step(loa
     pipe = load("sd")
 
     def seen(weights: Sequence[Any]) -> list[list[Tensor]]:
-        probe = Probing()
-        start = probe.start
-
-        def started(engine: Engine) -> Probing:
-            start(engine)
-            probe.text = replace(probe.text, at_once=at_once)
-            return probe
-
-        probe.start = started
-        compose(pipe, probe, weights, steps=3)
-        return probe.seen
+        probing = Probing(at_once)
+        compose(pipe, probing, weights, steps=3)
+        return probing.seen
 
     changing = seen([[0.3, 1.4, 0.3], [1.0, -0.5, 0.2]])
     for step, weights in enumerate(([0.3, 1.0], [1.4, -0.5], [0.3, 0.2])):
@@ -498,16 +510,30 @@ def test_a_factor_without_effect_is_mentioned(load, caplog):
 
 
 def test_check_says_weights_blocks_and_roles_and_finds_unknown_blocks(playground):
-    bear = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear", weight="1..0.4",
+    bear = Concept(name="my bear", lora="playground:bear", trigger="xlo", class_word="bear", weight="1..0.4",
                    blocks={"down": 0.5})  # fmt: skip
-    ink = Concept(name="ink", lora="playground:robot", trigger="", role="style", weight=[1, 0])
+    ink = Concept(name="ink", lora="playground:robot", trigger="", role="style", weight=(1, 0))
     scene = Scene(prompt="a xlo bear on grass", concepts=(bear, ink))
     report = check(Run(scene=scene, model="playground", method="merge", steps=2), playground)
     facts = dict(report.facts)
     assert report.problems == ()
-    assert (facts["bear: weight"], facts["bear: blocks"]) == ("1..0.4", "down:0.5")
+    assert (facts["my bear: weight"], facts["my bear: blocks"]) == ("1..0.4", "down:0.5")
     assert (facts["ink: weight"], facts["ink: role"]) == ("1,0", "style, everywhere")
     assert facts["ink: words"] == "no trigger given, so it acts on all"
     wrong = scene.model_copy(update={"concepts": (bear.model_copy(update={"blocks": {"up.9": 1.0}}),)})
     report = check(Run(scene=wrong, model="playground", method="merge", steps=2), playground)
-    assert any("'bear' has a factor for 'up.9'" in problem for problem in report.problems)
+    assert any("'my bear' has a factor for 'up.9'" in problem for problem in report.problems)
+
+
+def test_a_picture_with_all_of_it_is_made_again_from_what_it_carries(playground, tmp_path):
+    bear = Concept(
+        name="my bear", lora="playground:bear", trigger="xlo", class_word="bear", weight="0:1..0.5:0.4,0.8:0",
+        blocks={"down": 0.5, "text": 0}, negative_prompt="blue",
+    )  # fmt: skip
+    ink = Concept(name="ink", lora="playground:robot", trigger="", role="style", weight=(0.5, 0.2))
+    scene = Scene(prompt="a xlo bear on grass", concepts=(bear, ink))
+    made = make(playground, Run(scene=scene, model="playground", method="switch", steps=2))
+    record = read_record(save_image(made.image, tmp_path / "1.png", made.record))
+    assert record.run.scene.concepts == scene.concepts
+    again = remake(playground, record, runnable(record, None), lambda share: None)
+    assert difference(made.image, again.image) is None
