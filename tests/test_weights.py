@@ -369,7 +369,7 @@ class Probing:
 
     def start(self, engine: Engine) -> Probe:
         text = replace(engine.encode(), at_once=self.at_once)
-        return Probe(engine, text, constant_gates(engine, engine.weights), self.seen)
+        return Probe(engine, text, constant_gates(engine, engine.weights_of(), text), self.seen)
 
 
 @pytest.mark.parametrize("at_once", [None, 1])
