@@ -229,8 +229,9 @@ class Engine:
         self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
         self._cut_text_gates: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         self._cut_portions: WeakKeyDictionary[Gates, Sequence[Portion]] = WeakKeyDictionary()
-        self._weighted_gates: WeakKeyDictionary[Gates, tuple[Sequence[float], Gates]] = WeakKeyDictionary()
-        self._weighted_text: MutableMapping[Tensor, tuple[Sequence[float], Tensor]] = WeakIdKeyDictionary()
+        self._weighted_for: tuple[float, ...] = ()
+        self._weighted_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
+        self._weighted_text: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
         sample = self._unet.config["sample_size"]
         self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
         layers = attention_layers(self._unet)
@@ -699,16 +700,16 @@ class Engine:
         """
         if not self._schedules:
             return gates
-        weights = self.step_weights
-        found = self._weighted_gates.get(gates)
-        if found is None or found[0] != weights:
-            made = gates.times(torch.tensor(weights, device=gates.text.device))
-            text = self._weighted_text.get(gates.text)
-            if text is None or text[0] != weights:
-                text = self._weighted_text[gates.text] = weights, made.text
+        if self._weighted_for != self.step_weights:
+            self._weighted_for = self.step_weights
+            self._weighted_gates.clear()
+            self._weighted_text.clear()
+        if gates not in self._weighted_gates:
+            made = gates.times(torch.tensor(self._weighted_for, device=gates.text.device))
             # Gates that share the one for the text go on to share it, and with it keys and values.
-            found = self._weighted_gates[gates] = weights, replace(made, text=text[1])
-        return found[1]
+            text = self._weighted_text.setdefault(gates.text, made.text)
+            self._weighted_gates[gates] = replace(made, text=text)
+        return self._weighted_gates[gates]
 
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""

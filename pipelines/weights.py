@@ -21,7 +21,7 @@ _NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 _POINT = re.compile(rf"(?:({_NUMBER}):)?({_NUMBER})")
 _BLOCK = re.compile(r"text|mid(_block)?(\.\w+)*|(down|up)(_blocks)?(\.\w+)*")
 _LONG = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-_HINT = "a number, a list of numbers, or a schedule such as 1..0.4 (a ramp) or 0:1,0.5:0 (off in the second half)"
+_HINT = "a valid number, a list of numbers, or a schedule such as 1..0.4 (a ramp) or 0:1,0.5:0 (off in the second half)"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read_weight(given: Any) -> Weight:
 
 def _finite(given: Any) -> float:
     if isinstance(given, bool) or not isinstance(given, int | float):
-        raise ValueError(f"expected a valid number: {_HINT}; found {str(given)[:80]!r}")
+        raise ValueError(f"expected {_HINT}; found {str(given)[:80]!r}")
     try:
         number = float(given)
     except OverflowError:
@@ -136,7 +136,7 @@ def _parse(text: str) -> Schedule:
     texts, ramps = pieces[::2], [piece == ".." for piece in pieces[1::2]]
     found = [_POINT.fullmatch(piece) for piece in texts]
     if len(texts) > _MOST or not all(found):
-        raise ValueError(f"expected a valid number: {_HINT}; found {text[:80]!r}")
+        raise ValueError(f"expected {_HINT}; found {text[:80]!r}")
     pairs = [point.groups() for point in found if point]
     weights = [_finite(float(weight)) for _, weight in pairs]
     if all(at is None for at, _ in pairs):
