@@ -149,16 +149,32 @@ class Regions:
         """
         grain = 2 ** max(self.cells)
 
-        def stretch(inside: slice, cells: int) -> slice:
+        def stretch(inside: slice, reached: slice, cells: int) -> slice:
             middle, half = (inside.start + inside.stop) / 2, max(side, inside.stop - inside.start) / 2
             start = max(0, math.floor((middle - half) / grain) * grain)
             stop = min(cells, math.ceil((middle + half) / grain) * grain)
             start = max(0, min(start, math.floor((stop - side) / grain) * grain))
             stop = min(cells, max(stop, math.ceil((start + side) / grain) * grain))
+            start = min(start, math.floor(reached.start / grain) * grain)
+            stop = max(stop, min(cells, math.ceil(reached.stop / grain) * grain))
             return slice(0, cells) if stop - start >= _MOST * cells else slice(start, stop)
 
-        rows, columns = bounds(self.cells[0][..., region])
-        return stretch(rows, self.grid[0]), stretch(columns, self.grid[1])
+        inside, reached = bounds(self.cells[0][..., region]), self._reached(region)
+        rows, columns = map(stretch, inside, reached, self.grid)
+        return rows, columns
+
+    def _reached(self, region: int) -> Window:
+        """The cells of the latents that a region has on any grid; those of a coarse one may reach further."""
+        found = [
+            [(part.start * 2**level, part.stop * 2**level) for part in bounds(cells[..., region])]
+            for level, cells in self.cells.items()
+            if cells[..., region].any()
+        ]
+        rows, columns = (
+            slice(min(start for start, _ in parts), min(length, max(stop for _, stop in parts)))
+            for parts, length in zip(zip(*found, strict=True), self.grid, strict=True)
+        )
+        return rows, columns
 
     def part(self, window: Window, region: int) -> "Regions":
         """One region, as it lies in a part of the canvas; the others are background there."""

@@ -300,20 +300,15 @@ def test_clora_costs_a_fraction_of_the_authors_on_stable_diffusion() -> None:
     official = Clora.official()
     # The same updates in our way: of the prompt's rows alone, no further than the maps, and one pass for all regions.
     same = Clora(refine_at=official.refine_at, refinements=official.refinements)
-    for number in (2, 3):
-        concepts, branches = with_lora(columns(number, 512, 512), attention_lora(unet)), number + 1
-
-        def counted(settings: Settings, concepts: Sequence[LoadedConcept] = concepts) -> Counted:
-            return count(unet, concepts, settings, 50, 7.5, (512, 512))
-
-        theirs, ours, default = counted(official), counted(same), counted(Clora())
-        assert theirs.rows_forward == 2 * branches * (50 + 60)
-        assert theirs.rows_backward == 2 * branches * (25 + 60)
-        assert theirs.rows_stopped == 0
-        assert (ours.rows_forward, ours.rows_stopped, ours.rows_backward) == (100, branches * 85, branches * 85)
-        assert ours.flops <= 0.40 * theirs.flops
-        assert default.flops <= theirs.flops / 3
-        assert (default.rows_forward, default.rows_stopped) == (100, branches * 25)
+    concepts, branches = with_lora(columns(2, 512, 512), attention_lora(unet)), 3
+    theirs, ours, default = (count(unet, concepts, one, 50, 7.5, (512, 512)) for one in (official, same, Clora()))
+    assert theirs.rows_forward == 2 * branches * (50 + 60)
+    assert theirs.rows_backward == 2 * branches * (25 + 60)
+    assert theirs.rows_stopped == 0
+    assert (ours.rows_forward, ours.rows_stopped, ours.rows_backward) == (100, branches * 85, branches * 85)
+    assert ours.flops <= 0.40 * theirs.flops
+    assert default.flops <= theirs.flops / 3
+    assert (default.rows_forward, default.rows_stopped) == (100, branches * 25)
 
 
 def test_maps_come_from_the_published_number_of_layers() -> None:

@@ -197,12 +197,9 @@ def called(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("launched", [by_accelerate, by_option])
-def test_two_processes_give_the_results_of_one(
-    launched: Callable[[Path, Path], list[str]], suite_file: Path, finished: Path, tmp_path: Path
-) -> None:
+def test_two_processes_give_the_results_of_one(suite_file: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = called(launched(suite_file, out))
+    done = called(by_accelerate(suite_file, out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert contents(out) == contents(finished)
     assert (out / "report.html").is_file()
