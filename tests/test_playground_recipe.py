@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from compose.assets import playground_references
-from compose.playground import base, concepts, scenes, vae, world
+from compose.playground import base, concepts, loras, scenes, vae, world
 from compose.playground.base import BaseTrainer, pipeline
 from compose.playground.loop import rate, resume
 from compose.playground.loras import trainings
@@ -25,13 +25,13 @@ from pipelines.loading import read_lora
 Sprites = dict[str, np.ndarray]
 
 
-def command(function: Any, *arguments: object) -> str:
+def command(function: Any, *arguments: object, code: int = 0) -> str:
     """Runs a recipe as on the command line and returns what it said."""
     app = function if isinstance(function, typer.Typer) else typer.Typer()
     if app is not function:
         app.command()(function)
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result.output
 
 
@@ -239,6 +239,11 @@ def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> No
     kitten = found["kitten-tara"]
     assert (kitten.trigger, kitten.class_word, kitten.method) == ("vbn", "cat", "tara")
     assert kitten.class_pictures == tmp_path / "p" / "cat"
+
+
+def test_a_lora_that_is_no_concepts_is_refused_and_the_known_ones_listed(tmp_path: Path) -> None:
+    said = command(loras.main, tmp_path, tmp_path, tmp_path, "--only", "mouse", code=2)
+    assert "there is no LoRA mouse; there are cat, cat-tara, cat-attention, cat-kv" in " ".join(said.split())
 
 
 def test_a_lora_of_the_playground_is_trained_by_the_recipe(artwork: Path, tmp_path: Path) -> None:
