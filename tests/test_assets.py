@@ -11,7 +11,16 @@ from safetensors import safe_open
 
 from compose import assets
 
-CONCEPTS = {"bear": "xlo", "car": "pll", "cat": "sks", "dog": "zwx", "rabbit": "ohwx", "robot": "qrt"}
+CONCEPTS = {  # and what names them: trigger and class word
+    "bear": ("xlo", "bear"),
+    "car": ("pll", "car"),
+    "cat": ("sks", "cat"),
+    "dog": ("zwx", "dog"),
+    "kitten": ("vbn", "cat"),  # a second cat
+    "outline": ("wfy", "style"),
+    "rabbit": ("ohwx", "rabbit"),
+    "robot": ("qrt", "robot"),
+}
 OUTSIDE = ["../loras/cat", "../../playground/loras/cat", "..", ".", "", "cat/../cat", "cat.safetensors", "/etc/passwd"]
 
 
@@ -58,7 +67,7 @@ def test_every_concept_has_its_loras(concept: str, suffix: str) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert path.parent == assets.assets_dir() / "playground" / "loras"
-    assert (metadata["trigger"], metadata["class_word"]) == (CONCEPTS[concept], concept)
+    assert (metadata["trigger"], metadata["class_word"]) == CONCEPTS[concept]
 
 
 @pytest.mark.parametrize("concept", CONCEPTS)
@@ -67,24 +76,17 @@ def test_every_concept_has_ten_references_in_order(concept: str) -> None:
     assert [path.name for path in paths] == [f"{number}.png" for number in range(10)]
     rows = (paths[0].parent / "captions.tsv").read_text().splitlines()
     assert [row.split("\t")[0] for row in rows] == [path.name for path in paths]
-    assert all(f"{CONCEPTS[concept]} {concept}" in row for row in rows)
+    assert all(" ".join(CONCEPTS[concept]) in row for row in rows)
     for path in paths:
         with Image.open(path) as image:
             assert (image.size, image.mode) == ((128, 128), "RGB")
-
-
-def test_there_is_a_second_cat() -> None:
-    with safe_open(assets.playground_lora("kitten"), framework="pt") as file:
-        metadata = file.metadata()
-    assert (metadata["trigger"], metadata["class_word"]) == ("vbn", "cat")
-    assert len(assets.playground_references("kitten")) == 10
 
 
 @pytest.mark.parametrize("name", ["mouse", "CAT", *OUTSIDE])
 def test_unknown_names_are_refused_and_the_known_ones_listed(name: str) -> None:
     with pytest.raises(ValueError, match="bear, bear-tara, car, car-tara, cat, cat-tara, dog"):
         assets.playground_lora(name)
-    with pytest.raises(ValueError, match="bear, car, cat, dog, kitten, rabbit, robot"):
+    with pytest.raises(ValueError, match="bear, car, cat, dog, kitten, outline, rabbit, robot"):
         assets.playground_references(name)
 
 

@@ -241,18 +241,22 @@ def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> No
     assert kitten.class_pictures == tmp_path / "p" / "cat"
 
 
-def test_a_lora_that_is_no_concepts_is_refused_and_the_known_ones_listed(tmp_path: Path) -> None:
-    said = command(loras.main, tmp_path, tmp_path, tmp_path, "--only", "mouse", code=2)
-    assert "there is no LoRA mouse; there are cat, cat-tara, cat-attention, cat-kv" in " ".join(said.split())
+def test_every_kind_of_lora_is_a_training_of_its_own(tmp_path: Path) -> None:
+    found = list(trainings(tmp_path, tmp_path, tmp_path, "playground", loras.KINDS, ["dog"]))
+    assert [one.out.stem for one in found] == ["dog", *(f"dog-{kind}" for kind in [*loras.KINDS][1:])]
+    assert len({one.model_copy(update={"out": tmp_path}).model_dump_json() for one in found}) == len(loras.KINDS)
+
+
+@pytest.mark.parametrize("wrong", [("--concept", "mouse"), ("--kind", "mouse")])
+def test_unknown_loras_are_refused_and_the_known_ones_listed(wrong: tuple[str, str], tmp_path: Path) -> None:
+    said = command(loras.main, tmp_path, tmp_path, tmp_path, *wrong, code=2)
+    assert f"there is no {wrong[0][2:]} mouse; there are" in said
 
 
 def test_a_lora_of_the_playground_is_trained_by_the_recipe(artwork: Path, tmp_path: Path) -> None:
     command(concepts.app, "references", artwork, tmp_path / "references")
     command(concepts.app, "prior", artwork, tmp_path / "prior", "--any-class", "2", "--own-class", "1")
-    (settings,) = [
-        one
-        for one in trainings(tmp_path / "references", tmp_path / "prior", tmp_path, "playground", threads=1)
-        if one.out.stem == "outline-tara"
-    ]
+    folders = tmp_path / "references", tmp_path / "prior", tmp_path
+    (settings,) = trainings(*folders, "playground", ["tara"], ["outline"], threads=1)
     few = settings.model_copy(update={"steps": 1, "warmup": 0, "batch_size": 1, "prior_batch": 1})
     assert read_lora(train(few)).metadata["trigger"] == STYLE_TRIGGER

@@ -1,13 +1,13 @@
 """Trains the LoRAs of the playground's concepts, ordinary ones and by TARA, as `lora-compose train` does.
 
     python -m compose.playground.loras references prior loras --model assets/playground/model
-    python -m compose.playground.loras references prior variants --only cat-kv --only dog-kv      (for an ablation)
+    python -m compose.playground.loras references prior loras --kind kv --kind tied      (for an ablation)
 
 `references` and `prior` are made by `python -m compose.playground.concepts`. LoRAs that are there already are left
 alone, and one that was interrupted goes on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -20,45 +20,63 @@ from compose.playground.world import CONCEPTS, STYLE_TRIGGER
 from compose.terminal import bar, kindly, say
 from compose.training import TaraTraining, Training, train
 
-SHIPPED: Mapping[str, Mapping[str, Any]] = MappingProxyType({"": {"tara": None}, "-tara": {"tara": TaraTraining()}})
-"""What differs in the training of the LoRAs that come with the playground, by the end of their names."""
-
-ABLATIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "-attention": {"tara": None, "scope": "attention"},
-        "-kv": {"tara": TaraTraining(), "scope": "cross_kv"},
-        "-transformer": {"tara": TaraTraining(), "scope": "transformer"},
-        "-unaligned": {"tara": TaraTraining(align_weight=0, start_aligned=False)},
-        "-apart": {"tara": TaraTraining(start_aligned=False)},
-        "-unmasked": {"tara": TaraTraining(token_mask="inference")},
-        "-tied": {"tara": TaraTraining(keys="tied")},
-        "-clean": {"tara": TaraTraining(class_target="clean")},
+        "ordinary": {"tara": None},
+        "tara": {"tara": TaraTraining()},
+        "attention": {"tara": None, "scope": "attention"},
+        "kv": {"tara": TaraTraining(), "scope": "cross_kv"},
+        "transformer": {"tara": TaraTraining(), "scope": "transformer"},
+        "unaligned": {"tara": TaraTraining(align_weight=0, start_aligned=False)},
+        "apart": {"tara": TaraTraining(start_aligned=False)},
+        "unmasked": {"tara": TaraTraining(token_mask="inference")},
+        "tied": {"tara": TaraTraining(keys="tied")},
+        "clean": {"tara": TaraTraining(class_target="clean")},
     }
 )
-"""The same for those that only show what each part of a training does."""
+"""What differs in a training. The first two come with the playground, the others show what each part of it does."""
+
+SHIPPED = ("ordinary", "tara")
+WORDS = {name: (known.trigger, known.class_word) for name, known in CONCEPTS.items()} | {
+    STYLE: (STYLE_TRIGGER, "style")
+}
 
 
 def trainings(
-    references: Path, prior: Path, out: Path, model: str, kinds: Mapping[str, Mapping[str, Any]] = SHIPPED, **given: Any
+    references: Path,
+    prior: Path,
+    out: Path,
+    model: str,
+    kinds: Iterable[str] = SHIPPED,
+    concepts: Iterable[str] = tuple(WORDS),
+    **given: Any,
 ) -> Iterator[Training]:
-    """The training of every LoRA, each into a file such as cat.safetensors or cat-tara.safetensors.
+    """The training of every LoRA: NAME.safetensors for ordinary ones, NAME-KIND.safetensors for others.
 
     Args:
         references: A folder for each concept.
         prior: A folder for each class word, and one for styles.
         out: Where LoRAs are written.
         model: The base model.
-        kinds: What differs, by the end of a name.
+        kinds: Of `KINDS`.
+        concepts: Whose LoRAs.
         given: Fields of the training that differ from the preset's.
+
+    Raises:
+        ValueError: For unknown kinds and concepts.
     """
-    words = {name: (known.trigger, known.class_word) for name, known in CONCEPTS.items()}
-    words[STYLE] = (STYLE_TRIGGER, "style")
-    for name, (trigger, class_word) in words.items():
+    kinds, concepts = tuple(kinds), tuple(concepts)
+    for what, names, known in (("kind", kinds, KINDS), ("concept", concepts, WORDS)):
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"there is no {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in concepts:
+        trigger, class_word = WORDS[name]
         without = prior / (STYLE if name == STYLE else class_word)
-        for suffix, kind in kinds.items():
+        for kind in kinds:
+            stem = name if kind == "ordinary" else f"{name}-{kind}"
             yield Training.preset(
                 PLAYGROUND, pictures=references / name, class_pictures=without, class_count=0, trigger=trigger,
-                class_word=class_word, model=model, out=out / f"{name}{suffix}.safetensors", **{**kind, **given},
+                class_word=class_word, model=model, out=out / f"{stem}.safetensors", **{**KINDS[kind], **given},
             )  # fmt: skip
 
 
@@ -68,17 +86,12 @@ def main(
     prior: Path,
     out: Path,
     model: Annotated[str, typer.Option(help="The base model.")] = PLAYGROUND,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Names of LoRAs, repeatable; all that are shipped by default.")
-    ] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Ordinary and TARA by default; repeatable.")] = None,
+    concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Trains all LoRAs that are not there yet."""
-    kinds = {**SHIPPED, **ABLATIONS} if only else SHIPPED
-    every = {one.out.stem: one for one in trainings(references, prior, out, model, kinds, threads=threads)}
-    if unknown := [name for name in only or () if name not in every]:
-        raise ValueError(f"there is no LoRA {', '.join(unknown)}; there are {', '.join(every)}")
-    for settings in (every[name] for name in only or every):
+    for settings in trainings(references, prior, out, model, kind or SHIPPED, concept or WORDS, threads=threads):
         if settings.out.exists():
             continue
         with bar(settings.out.stem, settings.steps) as on_progress:
