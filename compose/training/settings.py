@@ -244,7 +244,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sd": {},
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         PLAYGROUND: {
-            "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 16, "steps": 300,
+            "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 8, "steps": 300,
             "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
             "class_prompts": _playground_prompts(), "class_count": 30, "class_steps": 15, "prior_batch": 4,
             "prior_weight": 0.5, "mixed_precision": "bf16", "save_dtype": "float16", "sample_guidance": 4.0,
