@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pipelines.base import ComposePipeline
+from pipelines.control import Control
 from pipelines.loading import LoraError
 from pipelines.methods import METHODS, Composite, Merge, Regional, Switch, Tara
 from pipelines.output import ComposeOutput, Cost
@@ -19,6 +20,7 @@ __all__ = [
     "ComposePipeline",
     "Composite",
     "Concept",
+    "Control",
     "Cost",
     "LoraError",
     "Merge",

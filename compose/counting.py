@@ -300,9 +300,9 @@ class _Engine(Engine):
         record.maps.update(known.maps)
         return known.gradient
 
-    def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance: Mapping[str, Any]) -> Tensor:
         if torch.is_grad_enabled():
-            return super()._run(latents, t, conditioning)
+            return super()._run(latents, t, conditioning, guidance)
         slot = self.installation.slot
         text_kv = {} if slot.text_kv is None else slot.text_kv.kept
         recorded = tuple((recorder.layers, recorder.readout.shape) for recorder in slot.recorders)
@@ -311,7 +311,7 @@ class _Engine(Engine):
         kind = latents.shape, text, bank, frozenset(text_kv), recorded, slot.layout, len(self._unet.up_blocks)
         if kind not in self._passes:
             before = self._operations.flops
-            output = super()._run(latents, t, conditioning)
+            output = super()._run(latents, t, conditioning, guidance)
             maps = [dict(recorder.maps) for recorder in slot.recorders]
             self._passes[kind] = _Pass(self._operations.flops - before, output, dict(text_kv), maps)
             return output

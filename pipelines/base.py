@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipelines.call import Call, check_call, of_prompt, steps_to_record
 from pipelines.conditioning import Conditioning, TokenMasks, agreed
+from pipelines.control import Canvas, Guide, made_ready
 from pipelines.engine import Encoder, Engine, LoadedConcept, check_blocks
 from pipelines.formats.deltas import MAX_RANK
 from pipelines.loading import adapter_factors, find_file, match, read_lora
@@ -334,8 +335,22 @@ class ComposePipeline:
             unet_kwargs=self._unet_kwargs(call, len(masks.trigger) * call.images_per_prompt, device),
             started=call.started,
             members=members,
+            guides=self._guides(call, takers, members),
         )
         return engine, settings
+
+    def _guides(self, call: Call, concepts: Sequence[Concept], members: Sequence[Sequence[int]]) -> list[Guide]:
+        """The controls of a call, without those that say nothing."""
+        image_size, scale = (call.height, call.width), self.vae_scale_factor
+        canvas = Canvas(
+            image_size,
+            (call.height // scale, call.width // scale),
+            [{concepts[i].name: concepts[i].region for i in mine} for mine in members],
+            call.images_per_prompt,
+            self._execution_device,
+        )
+        ready = [made_ready(control, self.unet, canvas) for control in call.controls]
+        return [guide for guide in ready if not guide.control.is_off]
 
     def _token_masks(self, call: Call, concepts: Sequence[Concept]) -> TokenMasks:
         if call.prompt_embeds is not None:

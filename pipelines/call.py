@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attention import check_free
 from pipelines.conditioning import TokenPositions
+from pipelines.control import Control
 from pipelines.engine import LoadedConcept
 from pipelines.methods import Settings
 from pipelines.scene import Concept, check_region
@@ -27,6 +28,7 @@ class Call:
     Attributes:
         concepts: Who takes part.
         method: How they are fused; None chooses.
+        controls: What says where things are.
         texts: The prompts, as each of the tokenizers reads them; None with embeddings.
         prompt_embeds: Instead of prompts.
         token_positions: Where the concepts' words stand in them.
@@ -53,6 +55,7 @@ class Call:
 
     concepts: Concepts
     method: str | Settings | None
+    controls: Sequence[Control]
     texts: Sequence[Sequence[str]] | None
     prompt_embeds: Tensor | None
     token_positions: TokenPositions | None
@@ -114,13 +117,21 @@ def of_prompt(
     return found
 
 
-def check_plain(unet: nn.Module, method: object, token_positions: object, record_attention: object) -> None:
+def check_plain(
+    unet: nn.Module, method: object, token_positions: object, record_attention: object, controls: Sequence[Control]
+) -> None:
     """Checks a call without concepts.
 
     Raises:
         ValueError: If something is given that needs concepts.
         RuntimeError: If concepts are installed in the UNet just now.
     """
+    if controls:
+        raise ValueError(
+            "control needs concepts; without them, diffusers has StableDiffusionControlNetPipeline, "
+            "StableDiffusionAdapterPipeline and their StableDiffusionXL... twins, which take from_pipe(pipe, "
+            "controlnet=...) or from_pipe(pipe, adapter=...)"
+        )
     if method is not None or token_positions is not None or record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
     check_free(unet)

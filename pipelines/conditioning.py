@@ -28,6 +28,8 @@ class Conditioning:
         images: Images in the batch.
         added_cond_kwargs: Further inputs of the UNet by row (SDXL's pooled text and sizes).
         at_once: How many parts of one row per image are run together, which saves memory; None is all of them.
+        canvas_embeds: What the canvas shows as a whole, for a ControlNet; None is the only or the first text. Shape:
+            [rows, tokens, channels].
     """
 
     prompt_embeds: Tensor
@@ -37,6 +39,7 @@ class Conditioning:
     images: int
     added_cond_kwargs: Mapping[str, Tensor] | None = None
     at_once: int | None = None
+    canvas_embeds: Tensor | None = None
 
     @property
     def guided(self) -> bool:
@@ -54,6 +57,11 @@ class Conditioning:
         return self.prompt_embeds if self.prompt_embeds.dim() == 3 else self.prompt_embeds[0]
 
     @property
+    def canvas_text(self) -> Tensor:
+        """The embeddings of what the canvas shows as a whole. Shape: [rows, tokens, channels]."""
+        return self.first_embeds if self.canvas_embeds is None else self.canvas_embeds
+
+    @property
     def conditional_rows(self) -> slice:
         """The rows that are not uncond."""
         return slice(self.unconds * self.images, self.rows)
@@ -65,6 +73,15 @@ class Conditioning:
     def of_image(self, image: int) -> "Conditioning":
         """The rows of one image."""
         return replace(self.select(slice(image, None, self.images)), images=1)
+
+    def described_by(self, other: "Conditioning") -> "Conditioning":
+        """The same texts for the cells, and another for what reads of the canvas as a whole (SDXL, ControlNets)."""
+        return replace(self, added_cond_kwargs=other.added_cond_kwargs, canvas_embeds=other.canvas_text)
+
+    def of_parts(self, parts: slice) -> "Conditioning":
+        """Some of the parts of one row per image."""
+        rows = slice(parts.start * self.images, parts.stop * self.images)
+        return replace(self.select(rows), unconds=len(range(self.unconds)[parts]))
 
     def on_part(self, height: float, width: float) -> "Conditioning":
         """The same for a canvas of its own, so much of the whole one: SDXL is told how large a picture it paints."""
@@ -85,6 +102,7 @@ class Conditioning:
             trigger_mask=self.trigger_mask[..., rows, :, :],
             phrase_mask=self.phrase_mask[..., rows, :, :],
             added_cond_kwargs=None if added is None else {key: value[rows] for key, value in added.items()},
+            canvas_embeds=None if self.canvas_embeds is None else self.canvas_embeds[rows],
         )
 
 

@@ -30,6 +30,7 @@ from attention import (
 )
 from attention.layers import Grid, Kind, Place, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
+from pipelines.control import Guide, NetGuide, View, unet_inputs
 from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
 from pipelines.notes import say_once
 from pipelines.output import Cost
@@ -109,6 +110,9 @@ Portion = tuple[Conditioning, Gates, slice]
 """Rows that are run together, and which of all rows they are."""
 
 
+_EVERYTHING = View()
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What one UNet pass says.
@@ -164,6 +168,7 @@ class Engine:
         unet_kwargs: Further arguments of every UNet call (timestep_cond, cross_attention_kwargs).
         started: When the call began, by `time.perf_counter()`.
         members: By prompt, who of the concepts takes part; None is all in every prompt.
+        guides: What ControlNets and T2I-Adapters say about where things are.
 
     Attributes:
         weights: Of the concepts; 1 for those whose weight changes over the steps, as the engine itself multiplies their
@@ -192,6 +197,7 @@ class Engine:
         unet_kwargs: Mapping[str, Any],
         started: float,
         members: Sequence[Sequence[int]] | None = None,
+        guides: Sequence[Guide] = (),
     ) -> None:
         self.loaded = tuple(concepts)
         self.concepts = tuple(loaded.concept for loaded in concepts)
@@ -221,6 +227,7 @@ class Engine:
         self._finder = finder
         self._guidance_rescale = guidance_rescale
         self._unet_kwargs = dict(unet_kwargs)
+        self._guides = tuple(guides)
         self._log: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._masks: dict[int, Tensor] = {}
         self._installation: Installation | None = None
@@ -265,6 +272,11 @@ class Engine:
     def guided(self) -> bool:
         """Whether this step has classifier-free guidance; a callback may switch it off."""
         return self.guidance_scale > 1 and self._unet.config["time_cond_proj_dim"] is None
+
+    @property
+    def has_controlnet(self) -> bool:
+        """Whether a ControlNet takes part, which reads what the canvas shows as a whole."""
+        return any(isinstance(guide, NetGuide) for guide in self._guides)
 
     @property
     def differ(self) -> bool:
@@ -467,7 +479,7 @@ class Engine:
         watch = self._watch(conditioning)
         recorders = [recorder for recorder in (watch, record) if recorder is not None]
         scaled = self._scheduler.scale_model_input(latents, t)
-        output = self._pass(scaled, t, conditioning, gates, recorders, layout, whole=True)
+        output = self._pass(scaled, t, conditioning, gates, recorders, layout, View(window, image), whole=True)
         if watch is not None:
             self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning, window, image))
         return Prediction(output, conditioning.unconds, conditioning.images)
@@ -526,7 +538,7 @@ class Engine:
         # In half precision small gradients would become 0 on their way back.
         lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
         differentiate = self._together if conditioning.at_once is None else self._in_turn
-        with frozen(uncompiled(self._unet)):
+        with self._frozen():
             losses, gradient, output = differentiate(
                 scaled, t, conditioning, gates, record, lambda taken: objective(taken) * lift, layout, whole
             )
@@ -536,6 +548,15 @@ class Engine:
             raise ValueError(f"the gradient at step {self.step} is not finite; try float32 or a smaller step size")
         prediction = Prediction(output.detach(), conditioning.unconds, conditioning.images) if whole else None
         return Gradient(losses.detach() / lift, gradient, prediction)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Inside this block no weight of what a pass runs asks for a gradient."""
+        nets = [guide.control.model for guide in self._guides if isinstance(guide, NetGuide)]
+        with ExitStack() as stack:
+            for model in (self._unet, *nets):
+                stack.enter_context(frozen(uncompiled(model)))
+            yield
 
     def _together(
         self,
@@ -551,7 +572,7 @@ class Engine:
         """Losses, gradient and output by one graph of all rows."""
         with torch.enable_grad():
             scaled = scaled.detach().requires_grad_()
-            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole)
+            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole=whole)
             losses = objective(record)
             (gradient,) = torch.autograd.grad(losses.sum(), scaled)
         return losses, gradient, output
@@ -569,7 +590,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with one graph of some rows at a time: maps first, without a graph, then once more for each."""
         with torch.no_grad():
-            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole)
+            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole=whole)
         with torch.enable_grad():
             maps = [taken.requires_grad_() for taken in (*record.maps.values(), *record.self_maps.values())]
             losses = objective(record)
@@ -592,6 +613,8 @@ class Engine:
         gates: Gates,
         recorders: Sequence[Recorder],
         layout: Layout | None,
+        view: View = _EVERYTHING,
+        *,
         whole: bool,
     ) -> Tensor:
         """All rows, through the UNet to its end, or to the last layer that is recorded."""
@@ -601,7 +624,8 @@ class Engine:
         with nullcontext() if whole else stopped_after(self._unet, wanted):
             for (text, gate, _), part in zip(portions, parts, strict=True):
                 self.installation.use(gate, text.prompt_embeds, *part, layout=layout)
-                outputs.append(self._run(torch.cat([scaled] * (text.rows // text.images)), t, text))
+                latents = torch.cat([scaled] * (text.rows // text.images))
+                outputs.append(self._run(latents, t, text, self._guidance(latents, t, text, view)))
         if len(portions) > 1:
             for recorder, taken in zip(recorders, zip(*parts, strict=True), strict=True):
                 recorder.join(taken)
@@ -616,10 +640,12 @@ class Engine:
         """The rows that are run together, the same objects every time."""
         if conditioning.at_once is None:
             return [(conditioning, gates, slice(None))]
-        size = conditioning.at_once * conditioning.images
-        slices = [slice(start, start + size) for start in range(0, conditioning.rows, size)]
         if gates not in self._cut_portions:
-            self._cut_portions[gates] = [(conditioning.select(rows), gates.select(rows), rows) for rows in slices]
+            size, images = conditioning.at_once, conditioning.images
+            every = [slice(start, start + size) for start in range(0, conditioning.rows // images, size)]
+            rows = [slice(parts.start * images, parts.stop * images) for parts in every]
+            texts = [conditioning.of_parts(parts) for parts in every]
+            self._cut_portions[gates] = [(text, gates.select(one), one) for text, one in zip(texts, rows, strict=True)]
         return self._cut_portions[gates]
 
     def _share(self, latents: Tensor) -> float:
@@ -634,7 +660,14 @@ class Engine:
         """Masks that were read from attention maps, on the CPU. Shape: [images, concepts, height, width], bool."""
         return masks.cpu()
 
-    def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def _guidance(self, latents: Tensor, t: Tensor, conditioning: Conditioning, view: View) -> Mapping[str, Any]:
+        """What the controls that act in this step give the UNet."""
+        acting = [guide for guide in self._guides if guide.control.acts(self.step, len(self.timesteps))]
+        rows = [guide.rows(conditioning) for guide in acting if isinstance(guide, NetGuide)]
+        self.cost.control_rows += sum(one.stop - one.start for one in rows) * self._share(latents)
+        return unet_inputs(acting, latents, t, conditioning, view)
+
+    def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance: Mapping[str, Any]) -> Tensor:
         """The UNet itself, for which everything is set. Shape: [rows, channels, height, width]."""
         added = conditioning.added_cond_kwargs
         return self._unet(
@@ -644,6 +677,7 @@ class Engine:
             added_cond_kwargs=None if added is None else dict(added),
             return_dict=False,
             **self._unet_kwargs,
+            **guidance,
         )[0]
 
     def guide(self, prediction: Prediction) -> Tensor:

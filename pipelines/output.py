@@ -15,6 +15,8 @@ class Cost:
         rows_stopped: Rows run forward in passes that stop after the last layer whose attention is wanted; what share
             of the UNet that is, `lora-compose bench` counts.
         rows_backward: Rows run backward, through stopped passes.
+        control_rows: Rows run forward through ControlNets, each of which counts; in passes with a gradient they are run
+            backward as well.
         preparation_seconds: From the start of the call to its first denoising step, by the host's clock: checking,
             encoding, installing, folding.
     """
@@ -22,6 +24,7 @@ class Cost:
     rows_forward: float = 0.0
     rows_stopped: float = 0.0
     rows_backward: float = 0.0
+    control_rows: float = 0.0
     preparation_seconds: float = 0.0
 
 

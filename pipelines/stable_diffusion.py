@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines.base import ComposePipeline, output_of
 from pipelines.call import Call, Concepts, Generators, check_arguments, check_plain, listed, nobody, tensors_for
 from pipelines.conditioning import Conditioning, TokenPositions
+from pipelines.control import Control, controls_of
 from pipelines.engine import EncodedText
 from pipelines.methods import Settings
 
@@ -51,6 +52,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         *,
         concepts: Concepts | None = None,
         method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
         **kwargs: Any,
@@ -61,6 +63,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             concepts: Who takes part: names of loaded concepts or adapters, or `Concept` objects, whose given fields
                 win. None or empty: exactly what diffusers does. A list of such lists gives every prompt its own.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
+            control: Pictures that say where things are, for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger stands, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
 
@@ -71,8 +74,9 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        controls = controls_of(control)
         if concepts is None or nobody(concepts):
-            check_plain(self.unet, method, token_positions, record_attention)
+            check_plain(self.unet, method, token_positions, record_attention, controls)
             plain: Callable[..., Any] = super().__call__
             return plain(
                 prompt, height, width, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt,
@@ -87,7 +91,8 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds, None, None, tensors
         )
         call = Call(
-            concepts=concepts, method=method, texts=None if prompt_embeds is not None else [listed(prompt)],
+            concepts=concepts, method=method, controls=controls,
+            texts=None if prompt_embeds is not None else [listed(prompt)],
             prompt_embeds=prompt_embeds, token_positions=token_positions, record_attention=record_attention,
             width=width, height=height, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
             guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,

@@ -359,7 +359,7 @@ def test_the_signature_is_that_of_diffusers_and_more(family):
         if name not in ("self", "prompt"):
             assert ours_default == theirs_default, name
     added = ours.keys() - theirs.keys()
-    assert added == {"concepts", "method", "token_positions", "record_attention"}
+    assert added == {"concepts", "method", "control", "token_positions", "record_attention"}
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in added)
 
 

@@ -187,8 +187,8 @@ class LoraComposer:
     ) -> tuple[Conditioning, Sequence[Conditioning]]:
         """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
 
-        What describes a picture as a whole (SDXL's pooled text) is of all the scene in plain words, and where region n
-        has a canvas of its own, of its text.
+        What describes a picture as a whole (SDXL's pooled text, what a ControlNet reads) is of all the scene in plain
+        words, and where region n has a canvas of its own, of its text.
 
         Returns:
             For the canvas of all regions, and for the canvas of each.
@@ -205,14 +205,11 @@ class LoraComposer:
             negatives = None if negative is None else [negative] * len(own)
             texts.append(engine.encode(acting(engine, [(i,)] * len(own)), own, negatives, [engine.concepts[i].name]))
         together = stack_texts(texts)
-        if together.added_cond_kwargs is None:
+        if together.added_cond_kwargs is None and not engine.has_controlnet:
             return together, [together] * len(prompts)
         scene = [without_triggers(prompt, mine) for prompt in engine.prompts or ()]
         whole = engine.encode(behind, scene, names=[other.name for other in others])
-        return (
-            replace(together, added_cond_kwargs=whole.added_cond_kwargs),
-            [replace(together, added_cond_kwargs=text.added_cond_kwargs) for text in texts[1:]],
-        )
+        return together.described_by(whole), [together.described_by(text) for text in texts[1:]]
 
     def _background(self, prompt: str, mine: Sequence[Concept], others: Sequence[Concept]) -> str:
         bare = surroundings(prompt, mine)
