@@ -1,7 +1,7 @@
 """One change, written in every format, is read as the same change; other kinds are what their formulas say."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,18 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from attention import Lora, LoraFactors
-from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, seeded, tiny_pipeline
+from attention import Lora
+from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, tiny_pipeline
 from compose import Concept
 from compose.architectures import SD15, SDXL, without_weights
 from compose.models import load
+from compose.playground.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
 from layouts import file_of, layout
 from pipelines.formats.deltas import change
 from pipelines.loading import Factors, LoraError, match, read_lora
 from reference import dense
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 RANK = 3
 Tensors = dict[str, Tensor]
 
@@ -63,121 +63,6 @@ def loras_for(parts: SimpleNamespace, targets: tuple[str, ...]) -> dict[str, Lor
     return loras
 
 
-# Spellings of a layer, by part.
-
-
-def dotted(part: str, name: str) -> str:
-    return f"{part}.{name}" if part == "unet" or name.startswith("text_model.") else f"{part}.text_model.{name}"
-
-
-def kohya(part: str, name: str) -> str:
-    number = {"text_encoder": "1", "text_encoder_2": "2"}.get(part)
-    inner = name if part == "unet" else f"text_model.{name.removeprefix('text_model.')}"
-    return f"lora_{'unet' if number is None else f'te{number}'}_{inner}".replace(".", "_")
-
-
-def comfy(part: str, name: str) -> str:
-    if part == "unet":
-        return f"diffusion_model.{name}"
-    clip = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[part]
-    return f"text_encoders.{clip}.transformer.text_model.{name.removeprefix('text_model.')}"
-
-
-# Formats: a layer's factors, with scale one -> the tensors of a file, by what stands after the layer's name.
-
-
-def pair(down: str, up: str) -> Callable[[LoraFactors], Tensors]:
-    return lambda lora: {down: lora.down, up: lora.up}
-
-
-def with_alpha(lora: LoraFactors) -> Tensors:
-    return {".lora_down.weight": lora.down / 2, ".lora_up.weight": lora.up, ".alpha": torch.tensor(2.0 * RANK)}
-
-
-def wide(lora: LoraFactors) -> Tensor:
-    return lora.down.flatten(1)
-
-
-def locon_tucker(lora: LoraFactors) -> Tensors:
-    """The factors of a 3x3 convolution in three: every tap of every rank has a channel of its own in the middle."""
-    if lora.down.ndim == 2 or lora.down.shape[2:] == (1, 1):
-        return with_alpha(lora)
-    rank, inputs, height, width = lora.down.shape
-    down = lora.down.permute(0, 2, 3, 1).reshape(-1, inputs, 1, 1)
-    mid = torch.zeros(rank, rank, height, width, height, width)
-    for r in range(rank):
-        for y in range(height):
-            for x in range(width):
-                mid[r, r, y, x, y, x] = 1
-    mid = mid.reshape(rank, -1, height, width)
-    return {
-        ".lora_down.weight": down,
-        ".lora_mid.weight": mid,
-        ".lora_up.weight": lora.up,
-        ".alpha": torch.tensor(float(len(down))),
-    }
-
-
-def loha(lora: LoraFactors) -> Tensors:
-    """Times ones, which are of rank one."""
-    up, down = lora.up.flatten(1), wide(lora)
-    if lora.down.ndim == 4:
-        _, inputs, height, width = lora.down.shape
-        core = torch.zeros(inputs, RANK, height, width)
-        core = lora.down.permute(1, 0, 2, 3)  # [inputs, rank, ...]: an identity stands for the inputs
-        ones = torch.ones(1, 1, height, width)
-        return {
-            ".hada_t1": core.transpose(0, 1), ".hada_w1_a": up.T, ".hada_w1_b": torch.eye(inputs),
-            ".hada_t2": ones, ".hada_w2_a": torch.ones(1, len(up)), ".hada_w2_b": torch.ones(1, inputs),
-        }  # fmt: skip
-    ones_up, ones_down = torch.ones(len(up), 1), torch.ones(1, down.shape[1])
-    return {
-        ".hada_w1_a": up / 2, ".hada_w1_b": down, ".hada_w2_a": ones_up, ".hada_w2_b": ones_down,
-        ".alpha": torch.tensor(2.0 * RANK),
-    }  # fmt: skip
-
-
-def lokr(lora: LoraFactors) -> Tensors:
-    """A number times the change, in factors."""
-    small = torch.tensor([[4.0]])
-    if lora.down.ndim == 4:
-        return {".lokr_w1": small, ".lokr_w2": lora.delta() / 4, ".alpha": torch.tensor(99.0)}
-    up, down = lora.up, lora.down
-    return {".lokr_w1": small, ".lokr_w2_a": up / 8, ".lokr_w2_b": down, ".alpha": torch.tensor(2.0 * RANK)}
-
-
-def difference(lora: LoraFactors) -> Tensors:
-    return {".diff": lora.delta()}
-
-
-EXACT: Mapping[str, tuple[Callable[[str, str], str], Callable[[LoraFactors], Tensors]]] = {
-    "diffusers": (dotted, pair(".lora_A.weight", ".lora_B.weight")),
-    "diffusers, before PEFT": (dotted, pair(".lora.down.weight", ".lora.up.weight")),
-    "diffusers, text encoders": (dotted, pair(".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight")),
-    "PEFT, an adapter's name inside": (dotted, pair(".lora_A.cat.weight", ".lora_B.cat.weight")),
-    "PEFT": (lambda part, name: f"base_model.model.{dotted(part, name)}", pair(".lora_A.weight", ".lora_B.weight")),
-    "ED-LoRA": (dotted, pair("_lora.down.weight", "_lora.up.weight")),
-    "ED-LoRA, newer": (dotted, pair(".lora_down.weight", ".lora_up.weight")),
-    "kohya": (kohya, with_alpha),
-    "ComfyUI": (comfy, with_alpha),
-    "LoCon with a Tucker decomposition": (kohya, locon_tucker),
-    "LoHa": (kohya, loha),
-    "LoKr": (kohya, lokr),
-    "whole differences": (kohya, difference),
-}
-
-
-def written(path: Path, loras: Mapping[str, Lora], spelled: Callable, tensors: Callable, **metadata: str) -> Path:
-    found = {
-        f"{spelled(part, name)}{suffix}": tensor.contiguous().clone()
-        for part, lora in loras.items()
-        for name, factors in lora.items()
-        for suffix, tensor in tensors(factors).items()
-    }
-    save_file(found, path, {"format": "pt", **metadata})
-    return path
-
-
 def deltas(factors: Factors) -> dict[str, Tensor]:
     loras = {"unet": factors.unet, **factors.text_encoders}
     return {f"{part}.{name}": dense(found) for part, lora in loras.items() for name, found in lora.items()}
@@ -192,55 +77,23 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], to
         assert delta.abs().max() > 0
 
 
-@pytest.mark.parametrize("form", EXACT)
+@pytest.mark.parametrize("form", FORMATS)
 def test_the_same_change_in_every_format_is_the_same(parts: SimpleNamespace, tmp_path: Path, form: str) -> None:
-    loras = loras_for(parts, EVERYTHING)
-    factors = match(read_lora(written(tmp_path / "it.safetensors", loras, *EXACT[form])), parts)
+    known, loras = FORMATS[form], loras_for(parts, EVERYTHING)
+    file = read_lora(known.write(loras, parts, tmp_path), allow_pickle=known.told.get("allow_pickle", False))
+    factors = match(file, parts, alpha=known.told.get("alpha"))
     assert factors.unmatched == ()
     assert factors.error == 0.0
-    expected = {f"{part}.{name}": dense(found) for part, lora in loras.items() for name, found in lora.items()}
+    held = known.held(loras)
+    assert "unet" in held
+    expected = {f"{part}.{name}": dense(found) for part, lora in held.items() for name, found in lora.items()}
     assert_close(deltas(factors), expected)
 
 
-def test_tara_and_attention_processors_hold_the_same(parts: SimpleNamespace, tmp_path: Path) -> None:
-    lora = {"unet": loras_for(parts, ATTENTION)["unet"]}
-    expected = {f"unet.{name}": dense(found) for name, found in lora["unet"].items()}
-
-    def processor(_: str, name: str) -> str:
-        attention, _, projection = name.removesuffix(".0").rpartition(".")
-        return f"{attention}.processor.{projection}"
-
-    whole = written(
-        tmp_path / "tara.safetensors",
-        lora,
-        lambda _, name: name,
-        pair(".lora_layer.down.weight", ".lora_layer.up.weight"),
-    )
-    older = written(tmp_path / "old.safetensors", lora, processor, pair("_lora.down.weight", "_lora.up.weight"))
-    assert_close(deltas(match(read_lora(older), parts)), expected)
-    assert_close(deltas(match(read_lora(whole), parts, alpha=RANK)), expected)
-    fourfold = deltas(match(read_lora(whole), parts, alpha=4 * RANK))
-    assert_close(fourfold, {name: 4 * delta for name, delta in expected.items()})
-
-
-def test_pictures_are_the_same_in_every_format(tmp_path: Path) -> None:
-    """One test of the whole way: file, concept, call."""
-    pipe: Any = tiny_pipeline()
-    parts = SimpleNamespace(unet=pipe.unet, text_encoder=pipe.text_encoder)
-    loras = loras_for(parts, ATTENTION)
-    pictures = {}
-    for number, form in enumerate(EXACT):
-        path = written(tmp_path / f"{number}.safetensors", loras, *EXACT[form])
-        pipe.load_concept(path, name=form, trigger="sks", class_word="cat")
-        call = {"concepts": [form], "method": "merge", "num_inference_steps": 2, "generator": seeded()}
-        pictures[form] = pipe("a sks cat", width=64, height=64, output_type="latent", **call).images
-    first = pictures.pop("diffusers")
-    plain = pipe(
-        "a sks cat", width=64, height=64, output_type="latent", num_inference_steps=2, generator=seeded()
-    ).images
-    assert (first - plain).abs().max() > 0.01
-    for form, picture in pictures.items():
-        assert (picture - first).abs().max() <= 1e-5 * first.abs().max(), form
+def test_a_whole_unet_is_as_strong_as_its_alpha_is_told(parts: SimpleNamespace, tmp_path: Path) -> None:
+    file = read_lora(FORMATS["TARA, whole UNet"].write(loras_for(parts, ATTENTION), parts, tmp_path))
+    once, fourfold = (deltas(match(file, parts, alpha=alpha)) for alpha in (8, 32))
+    assert_close(fourfold, {name: 4 * delta for name, delta in once.items()})
 
 
 # Independent references: diffusers for names, PEFT and the formulas of LyCORIS for changes.
@@ -374,7 +227,7 @@ def test_the_relative_error_of_a_file_is_reported(tmp_path: Path) -> None:
         name: numbers(*parts.unet.get_submodule(name).weight.shape, seed=i).float() for i, name in enumerate(names)
     }
     path = tmp_path / "it.safetensors"
-    save_file({f"{kohya('unet', name)}.diff": tensor for name, tensor in whole.items()}, path)
+    save_file({f"{kohya(parts, 'unet', name)}.diff": tensor for name, tensor in whole.items()}, path)
     exact, cut = match(read_lora(path), parts), match(read_lora(path), parts, max_rank=4)
     assert (exact.error, exact.notes) == (0.0, ())
     missing = sum(float(((dense(cut.unet[name]) - tensor) ** 2).sum()) for name, tensor in whole.items())
@@ -387,7 +240,7 @@ def test_a_lokr_of_two_whole_matrices_is_not_scaled_by_alpha(tmp_path: Path) -> 
     parts, name = sd_parts(), "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     small, large = numbers(2, 2, seed=1).float(), numbers(4, 4, seed=2).float()
     tensors = {"lokr_w1": small, "lokr_w2": large, "alpha": torch.tensor(1e9)}
-    save_file({f"{kohya('unet', name)}.{key}": t for key, t in tensors.items()}, tmp_path / "it.safetensors")
+    save_file({f"{kohya(parts, 'unet', name)}.{key}": t for key, t in tensors.items()}, tmp_path / "it.safetensors")
     factors = match(read_lora(tmp_path / "it.safetensors"), parts)
     assert_close(deltas(factors), {f"unet.{name}": torch.kron(small, large)})
 
@@ -408,7 +261,7 @@ def test_incomplete_layers_are_refused(missing: str) -> None:
 def test_biases_and_norms_are_left_out_aloud(tmp_path: Path) -> None:
     parts = sd_parts()
     loras = {"unet": random_lora(parts.unet, 1, targets=("attn1.to_q",))}
-    path = written(tmp_path / "it.safetensors", loras, kohya, with_alpha)
+    path = FORMATS["kohya"].write(loras, parts, tmp_path)
     tensors = {**read_lora(path).tensors, "lora_unet_conv_in.diff_b": torch.ones(8)}
     tensors["lora_unet_down_blocks_0_attentions_0_norm.w_norm"] = torch.ones(8)
     save_file(tensors, path)
@@ -436,8 +289,7 @@ def test_concepts_with_another_alpha_are_another_strength(tmp_path: Path) -> Non
     """Through scenes as well, where the file does not say its alpha."""
     pipe: Any = tiny_pipeline()
     lora = {"unet": random_lora(pipe.unet, 1, rank=RANK)}
-    layers = pair(".lora_layer.down.weight", ".lora_layer.up.weight")
-    path = written(tmp_path / "tara.safetensors", lora, lambda _, name: name, layers)
+    path = Format(bare, pair(".lora_layer.down.weight", ".lora_layer.up.weight")).write(lora, pipe, tmp_path)
     with pytest.raises(LoraError, match="does not say its alpha"):
         pipe.load_concept(path, name="cat")
     concept = Concept(name="cat", lora=str(path), alpha=RANK)
