@@ -231,6 +231,7 @@ def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path,
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     picture = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="np").images[0]
     assert np.isfinite(picture).all()
+    assert not [path for path in model.rglob("*.json") if str(tmp_path) in path.read_text()]
 
 
 def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> None:

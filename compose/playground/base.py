@@ -9,6 +9,7 @@ first: the same time spent on whole scenes alone gives blobs. The UNet predicts 
 weighted by the signal-to-noise ratio (Hang et al. 2023); what is saved is the average of the last weights.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -164,6 +165,7 @@ class BaseTrainer:
         for model in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
             model.half()
         self.pipe.save_pretrained(out)
+        _forget_origin(out)
         for model in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
             model.float()
         self._set(live)
@@ -172,6 +174,14 @@ class BaseTrainer:
     def _set(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
+
+
+def _forget_origin(folder: Path) -> None:
+    """Takes out of a saved pipeline where the models came from: a path of the machine that trained them."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_inner(name: str) -> bool:
