@@ -167,10 +167,10 @@ class NetGuide:
     levels: Sequence[int]
     weights: Mapping[int, Tensor] | None
 
-    def rows(self, text: Conditioning) -> slice:
-        """The rows of a pass that it runs: the prompt's alone if it was made for that (`global_pool_conditions`)."""
+    def first_row(self, text: Conditioning) -> int:
+        """From which row on it runs a pass: the prompt's alone if it was made for that (`global_pool_conditions`)."""
         model: Any = uncompiled(self.control.model)
-        return text.conditional_rows if model.config.global_pool_conditions else slice(0, text.rows)
+        return text.conditional_rows.start if model.config.global_pool_conditions else 0
 
     def residuals(self, latents: Tensor, t: Tensor, text: Conditioning, view: View) -> list[Tensor]:
         """What it adds to the skip connections and, last, to the middle. Shape: [rows, channels, height, width] each.
@@ -181,10 +181,10 @@ class NetGuide:
             text: The text of all rows.
             view: What the pass sees.
         """
-        model, rows = self.control.model, self.rows(text)
-        mine, dtype = text.select(rows), self.hint.dtype
+        model, first, dtype = self.control.model, self.first_row(text), self.hint.dtype
+        mine = text.select(slice(first, text.rows))
         skips, mid = model(
-            latents[rows].to(dtype),
+            latents[first:].to(dtype),
             t,
             encoder_hidden_states=mine.canvas_text.to(dtype),
             controlnet_cond=repeated(view.of_pixels(self.hint, self.pixels), mine.rows),
@@ -192,9 +192,8 @@ class NetGuide:
             return_dict=False,
         )
         given = zip((*skips, mid), self.levels, strict=True)
-        found = [self._weighed(residual, level, view) for residual, level in given]
-        without = text.rows - mine.rows
-        return [torch.cat([one.new_zeros(without, *one.shape[1:]), one]).to(latents.dtype) for one in found]
+        found = [self._weighed(residual, level, view).to(latents.dtype) for residual, level in given]
+        return [torch.cat([one.new_zeros(first, *one.shape[1:]), one]) for one in found] if first else found
 
     def _weighed(self, residual: Tensor, level: int, view: View) -> Tensor:
         scale = _scale(self.control, self.weights, level, view)
@@ -266,7 +265,8 @@ def unet_inputs(
 
     Args: as for `NetGuide.residuals`.
     """
-    nets = [guide.residuals(latents, t, text, view) for guide in guides if isinstance(guide, NetGuide)]
+    running = [guide for guide in guides if isinstance(guide, NetGuide) and guide.first_row(text) < text.rows]
+    nets = [guide.residuals(latents, t, text, view) for guide in running]
     adapters = [guide.residuals(text.rows, view) for guide in guides if isinstance(guide, AdapterGuide)]
     found: dict[str, Any] = {}
     if nets:

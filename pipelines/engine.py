@@ -663,8 +663,8 @@ class Engine:
     def _guidance(self, latents: Tensor, t: Tensor, conditioning: Conditioning, view: View) -> Mapping[str, Any]:
         """What the controls that act in this step give the UNet."""
         acting = [guide for guide in self._guides if guide.control.acts(self.step, len(self.timesteps))]
-        rows = [guide.rows(conditioning) for guide in acting if isinstance(guide, NetGuide)]
-        self.cost.control_rows += sum(one.stop - one.start for one in rows) * self._share(latents)
+        firsts = [guide.first_row(conditioning) for guide in acting if isinstance(guide, NetGuide)]
+        self.cost.control_rows += sum(conditioning.rows - first for first in firsts) * self._share(latents)
         return unet_inputs(acting, latents, t, conditioning, view)
 
     def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance: Mapping[str, Any]) -> Tensor:

@@ -79,7 +79,7 @@ def lively(model: Any, seed: int = 0, size: float = 0.2) -> Any:
     return model.eval()
 
 
-def net_of(pipe: Any, seed: int = 0, **changes: Any) -> ControlNetModel:
+def net_of(pipe: Any, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 8, 8), **changes)
     lively(net, seed)
@@ -252,7 +252,7 @@ def test_scale_0_is_none(composer, method):
 
 @pytest.mark.parametrize(("method", "pooled"), [
     ("merge", False), ("clora", False), (Clora(fuse="branches", uncond="each"), True),
-    (Clora(fuse="branches", branches_at_once=2), True),
+    (Clora(fuse="branches", branches_at_once=2), True), (Clora(fuse="branches", branches_at_once=1), True),
 ])  # fmt: skip
 def test_prompts_in_one_call_follow_their_own_pictures(composer, method, pooled):
     net, adapter, pictures = net_of(composer), adapter_of(composer), [picture(1), picture(2)]
@@ -533,6 +533,9 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
             model=ControlNetModel.from_unet(p.unet, conditioning_embedding_out_channels=(4, 8)), image=picture()
         ),
         "joins 2 pixels of its picture by side, and the VAE of this model 8",
+    ),
+    "another device": (
+        lambda p: Control(model=net_of(p).to("meta"), image=picture()), "is on meta, the pipeline runs on cpu",
     ),
     "unknown region": (
         lambda p: Control(model=net_of(p), image=picture(), regions={"bear": 1.0}),
