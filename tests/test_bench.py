@@ -99,6 +99,15 @@ def test_every_concept_has_a_word_and_a_column(model):
     assert pipe.resolve_concepts(concepts)[12].factors.unet.keys() == attention_lora(pipe.unet).keys()
 
 
+def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
+    output = call("--swap", "--json", tmp_path / "it.json")
+    swaps = json.loads((tmp_path / "it.json").read_text())["swaps"]
+    assert 0 < swaps["swapping"] < swaps["reading"] / 10
+    assert 16 < swaps["file_bytes"] / 2**20 < 17
+    (row,) = (line for line in output.splitlines() if "named again" in line)
+    assert row.split()[-1] == f"{swaps['swapping']:.2f}"
+
+
 def test_a_failure_in_the_other_process_is_told():
     with pytest.raises(ChildProcessError, match="there is no model 'nowhere'"):
         peak_bytes(Job("nowhere", "cpu", 1))

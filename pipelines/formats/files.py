@@ -5,7 +5,8 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,28 @@ class LoraFile:
     @property
     def trigger(self) -> str | None:
         """The words that call the concept, as far as the file says them."""
-        said = self.metadata.get("trigger") or self.metadata.get("modelspec.trigger_phrase")
-        return said or " ".join(self.embeddings) or None
+        return _trigger(self.metadata, self.embeddings)
 
     @property
     def class_word(self) -> str | None:
         """The noun after the trigger, likewise."""
         return self.metadata.get("class_word") or None
+
+
+def _trigger(metadata: Mapping[str, str], words: Iterable[str]) -> str | None:
+    return metadata.get("trigger") or metadata.get("modelspec.trigger_phrase") or " ".join(words) or None
+
+
+def read_words(path: Path) -> tuple[str | None, str | None]:
+    """Trigger and class word, as in `LoraFile`, by the header of a safetensors file alone; no tensor is read.
+
+    Raises:
+        LoraError: If it has no readable header.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        found = [known[0] for key in file.keys() if (known := bundled_embedding(key)) is not None]  # noqa: SIM118
+    return _trigger(metadata, dict.fromkeys(found)), metadata.get("class_word") or None
 
 
 def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
@@ -105,21 +121,29 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which only the header is read so far."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER and length < path.stat().st_size:
         raise LoraError(f"{path.name} has a header of {length >> 20} MiB, which no LoRA needs; it is not opened")
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in wanted_keys(path, keys)}
+            yield file
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise LoraError(f"{path.name} is no readable safetensors file ({_other_format(path)}): {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, LoraError):
             raise
         raise LoraError(f"{path.name} holds a tensor that cannot be read: {error}") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with _opened(path) as file:
+        keys = list(file.keys())
+        # Copies: what `safe_open` gives is the file itself, and would change, or be gone, together with it.
+        return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in wanted_keys(path, keys)}
 
 
 def wanted_keys(path: Path, keys: list[str]) -> list[str]:
