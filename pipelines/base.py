@@ -26,6 +26,7 @@ from pipelines.output import ComposeOutput
 from pipelines.recent import Read, Recent
 from pipelines.scene import Concept, check_names
 from pipelines.weights import Weight
+from pipelines.words import Expanding, Words
 
 logger = logging.getLogger(__name__)
 
@@ -129,8 +130,8 @@ class ComposePipeline:
         return self.__dict__.setdefault("_loaded_concepts", {})
 
     @property
-    def _added(self) -> dict[str, "_Added"]:
-        return self.__dict__.setdefault("_added_concepts", {})
+    def _on_disk(self) -> dict[str, "_Added"]:
+        return self.__dict__.setdefault("_concepts_on_disk", {})
 
     @property
     def _recent(self) -> Recent:
@@ -139,7 +140,7 @@ class ComposePipeline:
     @property
     def concepts(self) -> Mapping[str, Concept]:
         """The loaded and the added concepts by name."""
-        known = {**self._loaded, **self._added}
+        known = {**self._loaded, **self._on_disk}
         return {name: found.concept for name, found in known.items()}
 
     def load_concept(
@@ -212,7 +213,7 @@ class ComposePipeline:
         """
         added: dict[str, _Added] = {}
         for given in _in_files(source):
-            name, before = given.name, self._added.get(given.name)
+            name, before = given.name, self._on_disk.get(given.name)
             if name in added:
                 raise ValueError(
                     f"{added[name].given.lora} and {given.lora} would both be called {name!r}; "
@@ -221,7 +222,7 @@ class ComposePipeline:
             if before is None or before.given.lora != given.lora:
                 self._check_new(name)
             added[name] = _Added(given, _filled(given, _by_header(given)))
-        self._added.update(added)
+        self._on_disk.update(added)
         return tuple(found.concept for found in added.values())
 
     def _check_new(self, name: str) -> None:
@@ -237,7 +238,7 @@ class ComposePipeline:
         if name not in self.concepts:
             raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self.concepts) or 'none'}")
         self._loaded.pop(name, None)
-        self._added.pop(name, None)
+        self._on_disk.pop(name, None)
 
     def _read(self, path: Path, *, alpha: float | None, max_rank: int = MAX_RANK, allow_pickle: bool = False) -> Read:
         file = read_lora(path, allow_pickle=allow_pickle)
@@ -269,7 +270,7 @@ class ComposePipeline:
         return found
 
     def _resolve(self, concept: Concept) -> LoadedConcept:
-        loaded, added = self._loaded.get(concept.name), self._added.get(concept.name)
+        loaded, added = self._loaded.get(concept.name), self._on_disk.get(concept.name)
         if added is not None and concept.lora in (None, added.given.lora):
             concept = _filled(concept, added.given)
         if concept.lora is not None and (loaded is None or not _same_source(concept, loaded.concept)):
@@ -366,13 +367,19 @@ class ComposePipeline:
         differ = any(mine != members[0] for mine in members)
         settings = self.resolve_method(call.method, loaded, call.prompts, differ=differ)
         takers = [found.concept for found in loaded]
-        masks = self._masks_by_prompt(call, takers, members) if differ else self._token_masks(call, takers)
+        words = Words.of(loaded, self.components)
+        tokenizers = self._expanding(words)
+        masks = (
+            self._masks_by_prompt(call, tokenizers, takers, members)
+            if differ
+            else self._token_masks(call, tokenizers, takers)
+        )
         device, scale = self._execution_device, self.vae_scale_factor
         engine = Engine(
             self.components,
             loaded,
-            encode,
-            partial(self._find, takers),
+            words.read_by(self, encode),
+            partial(self._find, tokenizers, takers),
             call.prompts,
             masks,
             latent_grid=(call.height // scale, call.width // scale),
@@ -401,16 +408,34 @@ class ComposePipeline:
         ready = [made_ready(control, self.unet, canvas) for control in call.controls]
         return [guide for guide in ready if not guide.control.is_off]
 
-    def _token_masks(self, call: Call, concepts: Sequence[Concept]) -> TokenMasks:
+    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Expanding]:
+        """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
+
+        Raises:
+            ValueError: If two files bring one word.
+        """
+        return self._expanding(Words.of(concepts, self.components))
+
+    def _expanding(self, words: Words) -> Sequence[Expanding]:
+        expand = words.expander(self)
+        return [Expanding(tokenizer, expand) for tokenizer in words.tokenizers.values()]
+
+    def _token_masks(self, call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Concept]) -> TokenMasks:
         if call.prompt_embeds is not None:
             prompts, tokens, _ = call.prompt_embeds.shape
             return TokenMasks.of_positions(call.token_positions or {}, prompts, tokens, concepts)
         if call.token_positions is not None:
             raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
         elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
-        return self._find_in(concepts, call.texts or (), optional=elsewhere)
+        return self._find_in(tokenizers, concepts, call.texts or (), optional=elsewhere)
 
-    def _masks_by_prompt(self, call: Call, concepts: Sequence[Concept], members: Sequence[Sequence[int]]) -> TokenMasks:
+    def _masks_by_prompt(
+        self,
+        call: Call,
+        tokenizers: Sequence[Expanding],
+        concepts: Sequence[Concept],
+        members: Sequence[Sequence[int]],
+    ) -> TokenMasks:
         """The words of every prompt's own concepts; for the others there are none."""
         parts = []
         for prompt, mine in enumerate(members):
@@ -422,24 +447,33 @@ class ComposePipeline:
                 prompt_embeds=None if call.prompt_embeds is None else call.prompt_embeds[here],
                 token_positions=of_prompt(call.token_positions, cast, prompt, len(members)),
             )
-            parts.append(self._token_masks(one, cast).spread(mine, len(concepts)))
+            parts.append(self._token_masks(one, tokenizers, cast).spread(mine, len(concepts)))
         return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
-    def _find(self, concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any) -> TokenMasks:
+    def _find(
+        self,
+        tokenizers: Sequence[Expanding],
+        concepts: Sequence[Concept],
+        prompts: Sequence[str],
+        names: Any,
+        mentions: Any,
+    ) -> TokenMasks:
         """A `Finder` for texts that all tokenizers read."""
-        return self._find_in(concepts, [prompts] * len(self._tokenizers), names=names, mentions=mentions)
+        return self._find_in(tokenizers, concepts, [prompts] * len(tokenizers), names=names, mentions=mentions)
 
-    def _find_in(self, concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any) -> TokenMasks:
+    def _find_in(
+        self,
+        tokenizers: Sequence[Expanding],
+        concepts: Sequence[Concept],
+        texts: Sequence[Sequence[str]],
+        **how: Any,
+    ) -> TokenMasks:
         """Where words stand, which is the same for all tokenizers, since their features are put side by side."""
         found = [
-            # Textual inversion puts several tokens in place of one.
-            TokenMasks.of_prompts(tokenizer, [self._converted(text, tokenizer) for text in prompts], concepts, **how)
-            for tokenizer, prompts in zip(self._tokenizers, texts, strict=True)
+            TokenMasks.of_prompts(tokenizer, prompts, concepts, **how)
+            for tokenizer, prompts in zip(tokenizers, texts, strict=True)
         ]
         return agreed(found, concepts)
-
-    def _converted(self, prompt: str, tokenizer: Any) -> str:
-        return str(self.maybe_convert_prompt(prompt, tokenizer))
 
     @property
     def _tokenizers(self) -> list[Any]:

@@ -92,7 +92,7 @@ def test_every_concept_has_a_word_and_a_column(model):
     concepts = columns(13, 130, 64)
     assert [concept.region for concept in concepts[:2]] == [(0, 0, 10, 64), (10, 0, 20, 64)]
     assert concepts[-1].region == (120, 0, 130, 64)
-    found = pipe._find_in(concepts, [[PROMPT]])
+    found = pipe._find_in(pipe.tokenizers_for([]), concepts, [[PROMPT]])
     assert found.trigger.shape == (1, 32, 13)
     assert found.trigger.sum(dim=1).tolist() == [[1.0] * 13]
     assert found.phrase.sum(dim=1).tolist() == [[2.0] * 13]  # and a class word

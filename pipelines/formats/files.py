@@ -43,8 +43,9 @@ class LoraFile:
         tensors: Its weights by key.
         config: PEFT's settings (alpha, patterns of alphas, ...) by part of the pipeline, or under "" for every part;
             from the header or from `adapter_config.json` beside the file.
-        embeddings: Words that the file brings with it, and their vectors by text encoder. Shape: [vectors, width]
-            each; an ED-LoRA (Mix-of-Show, arXiv 2305.18292) has 16, one for every cross-attention layer of SD 1.x.
+        embeddings: Words that the file brings with it, and their vectors by text encoder. Textual inversions may have
+            several tokens; an ED-LoRA (Mix-of-Show, arXiv 2305.18292) has a vector for each of the 16 cross-attention
+            layers of SD 1.x, in forward order. Shape: [tokens, layers, width].
     """
 
     path: Path
@@ -275,5 +276,6 @@ def _embeddings(path: Path, found: Mapping[str, Tensor]) -> dict[str, dict[Part,
             vectors = tensor[None] if tensor.ndim == 1 else tensor
             if vectors.ndim != 2 or 0 in vectors.shape:
                 raise LoraError(f"{path.name}: the embedding {key} has shape {list(tensor.shape)}; expected vectors")
-            words.setdefault(known[0], {})[known[1]] = vectors
+            by_layer = key.startswith("new_concept_embedding.")
+            words.setdefault(known[0], {})[known[1]] = vectors[None] if by_layer else vectors[:, None]
     return words
