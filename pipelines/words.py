@@ -48,7 +48,7 @@ class Words:
             ValueError: If two concepts bring different vectors for a word, or a tokenizer knows it already.
         """
         tokenizers = {name: components[name] for name in TOKENIZERS if components.get(name) is not None}
-        parts = [part for part in TOKENIZERS.values() if components.get(part) is not None]
+        parts: list[Part] = [part for part in TOKENIZERS.values() if components.get(part) is not None]
         brought = {part: words for part in parts if (words := _brought(concepts, part))}
         layers = max((vectors.shape[1] for words in brought.values() for vectors in words.values()), default=1)
         found = {}

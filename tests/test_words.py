@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from attention import attention_layers
 from components import State, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
+from pipelines.control import Control
 from pipelines.engine import EncodedText
 from pipelines.formats.files import LoraError
 from pipelines.methods import METHODS
@@ -205,6 +207,19 @@ def test_keys_and_values_are_made_once_per_image(pipe: Any, write: Callable[...,
     latents_of(pipe, PROMPT, ["ed"], num_inference_steps=4)
     hook.remove()
     assert len(runs) == 1
+
+
+def test_a_controlnet_reads_the_mean_of_the_layers_texts(pipe: Any, write: Callable[..., Path]) -> None:
+    pipe.load_concept(write(pipe, "ed", layered()))
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 8, 8))
+    read = []
+    net.register_forward_pre_hook(lambda _, args, given: read.append(given["encoder_hidden_states"]), with_kwargs=True)
+    control = Control(model=net, image=Image.new("RGB", (32, 32)))
+    concept = Concept(name="ed", blocks={"text": 0.0})
+    latents_of(pipe, PROMPT, [concept], control=control, num_inference_steps=1, guidance_scale=1.0)
+    by_layer = encoded(pipe, [PROMPT], ["ed"]).prompt_embeds.unflatten(-1, (LAYERS, WIDTH))
+    torch.testing.assert_close(read, [by_layer.mean(dim=-2)])
+    assert by_layer.std(dim=-2).max() > 0.1
 
 
 def test_words_of_several_tokens_and_letters_stand_alone(pipe: Any, write: Callable[..., Path]) -> None:
