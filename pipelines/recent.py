@@ -73,11 +73,11 @@ class Recent:
             limit: Bytes.
             keep: How many of those used last stay in any case.
         """
-        sizes = {key: read.bytes for key, read in self._kept.items()}
-        excess = sum(sizes.values()) - limit
-        for key in list(sizes)[: max(0, len(sizes) - keep)]:
+        excess = self.bytes - limit
+        for key in list(self._kept)[: max(0, len(self._kept) - keep)]:
             if excess <= 0:
                 break
-            path = self._kept.pop(key).file.path
-            excess -= sizes[key]
-            logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", path, sizes[key] / 2**20)
+            read = self._kept.pop(key)
+            excess -= read.bytes
+            size = read.bytes / 2**20
+            logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", read.file.path, size)
