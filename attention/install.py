@@ -66,7 +66,8 @@ class Installation:
         Args:
             gates: How strongly each concept acts where.
             encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens,
-                channels] with a layout that divides cells among texts.
+                channels] with a layout that divides cells among texts; layers * channels if each cross-attention layer
+                has a text of its own.
             recorders: Take attention maps of this pass.
             layout: What attention does differently in regions.
         """

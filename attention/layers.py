@@ -1,7 +1,7 @@
 """The layers of a UNet by name: what their inputs are, in forward order, and on which grid they work."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffusers.models.attention_processor import Attention
@@ -40,12 +40,16 @@ class AttentionLayer:
         cross: True where keys and values come from the text.
         stage: The part of the UNet that holds it.
         level: How often the latent grid has been halved where it works.
+        order: How many layers of its kind, self- or cross-attention, come before it.
+        peers: How many layers of its kind there are.
     """
 
     name: str
     cross: bool
     stage: Stage
     level: int
+    order: int = 0
+    peers: int = 1
 
 
 def grid_at(latent_grid: Grid, level: int) -> Grid:
@@ -81,12 +85,15 @@ def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Stage, int]]:
 
 def attention_layers(unet: nn.Module) -> tuple[AttentionLayer, ...]:
     """Every attention layer of the UNet, in forward order (down, mid, up)."""
-    return tuple(
+    found = [
         AttentionLayer(f"{block_name}.{name}", bool(module.is_cross_attention), stage, level)
         for block_name, block, stage, level in blocks(unet)
         for name, module in block.named_modules()
         if isinstance(module, Attention)
-    )
+    ]
+    kinds = {cross: [layer for layer in found if layer.cross == cross] for cross in (True, False)}
+    order = {layer.name: (i, len(kind)) for kind in kinds.values() for i, layer in enumerate(kind)}
+    return tuple(replace(layer, order=order[layer.name][0], peers=order[layer.name][1]) for layer in found)
 
 
 def map_level(layers: tuple[AttentionLayer, ...]) -> int:

@@ -123,7 +123,8 @@ class ComposeAttnProcessor:
         Args:
             attn: The module, which owns the projections.
             hidden_states: Shape: [rows, cells, channels].
-            encoder_hidden_states: The text; None for self-attention. Shape: [rows, tokens, channels].
+            encoder_hidden_states: The text; None for self-attention. Shape: [rows, tokens, channels], or [rows, tokens,
+                layers * channels] with a text for each cross-attention layer, in forward order.
             attention_mask: Not supported, must be None.
             temb: Unused, part of the interface.
         """
@@ -159,8 +160,8 @@ class ComposeAttnProcessor:
             recorder.take(name, query, key, scale, allowed)
 
     def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-        if text is not None and self._slot.texts is not None:
-            text = self._slot.texts
+        if text is not None:
+            text = self._own(text if self._slot.texts is None else self._slot.texts, attn.cross_attention_dim)
 
         def project() -> tuple[Tensor, Tensor]:
             source = hidden_states if text is None else text
@@ -172,6 +173,12 @@ class ComposeAttnProcessor:
         if text is None or text_kv is None:
             return project()
         return text_kv.get(self._layer.name, project)
+
+    def _own(self, text: Tensor, width: int) -> Tensor:
+        """This layer's part of the text, where all layers have texts of their own side by side in its channels."""
+        if text.shape[-1] == width or text.shape[-1] != width * self._layer.peers:
+            return text
+        return text[..., self._layer.order * width : (self._layer.order + 1) * width]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What methods cost next to the plain pipeline: UNet rows and FLOPs, counted; seconds and memory, measured."""
+"""What methods cost next to the plain pipeline: UNet rows and FLOPs, counted; seconds, memory and swaps, measured."""
 
 import json
 import logging
@@ -15,6 +15,7 @@ from compose import counting
 from compose.architectures import ARCHITECTURES, TRIGGERS, attention_lora, columns, with_lora
 from compose.counting import Counted
 from compose.files import PLAYGROUND, parse_settings
+from compose.swapping import RANK, Swaps, measure_swaps
 from compose.terminal import bar, kindly, out, say
 from compose.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
 from pipelines.methods import METHODS, make_method
@@ -60,6 +61,9 @@ def bench(
         bool, typer.Option("--count", help="Count rows and FLOPs, for SD 1.5 and SDXL; the default.")
     ] = False,
     time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Measure how long it takes to read a LoRA file, and to swap one for another.")
+    ] = False,
     model: Annotated[
         str, typer.Option(help="What is timed: playground, a folder, a file, or a hub repository.")
     ] = PLAYGROUND,
@@ -73,7 +77,7 @@ def bench(
     for name, _ in cells:
         make_method(name, given)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": given}
-    if count or not time:
+    if count or not (time or swap):
         counted = count_cells(cells, steps, given)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
@@ -81,6 +85,10 @@ def bench(
         timed = time_cells(cells, Job(model, device, steps, settings=given), pairs)
         out.print(times_table(timed, f"{model} on {device}, {steps} steps, {pairs} interleaved pairs"))
         numbers |= {"model": model, "device": device, "pairs": pairs, "timed": [asdict(row) for row in timed]}
+    if swap:
+        swaps = measure_swaps(device)
+        out.print(swaps_table(swaps, device))
+        numbers["swaps"] = asdict(swaps)
     if to is not None:
         to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         say(to)
@@ -160,10 +168,24 @@ def times_table(rows: Sequence[TimedRow], what: str) -> Table:
     return table
 
 
+def swaps_table(swaps: Swaps, device: str) -> Table:
+    """Milliseconds by file."""
+    table = _table(
+        f"Measured: LoRA files of rank {RANK} for SD 1.5, {swaps.file_bytes / MIB:.1f} MiB each, on {device}; "
+        "milliseconds by file. The last row is part of every call, whatever was used before",
+        ["what", "ms"],
+    )
+    table.add_row("made known by its header", f"{swaps.adding:.2f}")
+    table.add_row("first named: read, checked, matched", f"{swaps.reading:.1f}")
+    table.add_row("named again, in place of another", f"{swaps.swapping:.2f}")
+    table.add_row("put into the model and taken out", f"{swaps.installing:.1f}")
+    return table
+
+
 def _table(title: str, headers: Sequence[str]) -> Table:
     table = Table(title=title, box=SIMPLE)
     for header in headers:
-        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+        table.add_column(header, justify="left" if header in ("method", "what") else "right", no_wrap=True)
     return table
 
 

@@ -16,6 +16,7 @@ from pipelines.notes import say_once
 from pipelines.scene import Concept, Run, check_region
 from pipelines.tokens import Positions, check_disjoint, locate
 from pipelines.weights import blocks_text, weight_text
+from pipelines.words import Expanding
 
 _T = TypeVar("_T")
 
@@ -63,8 +64,10 @@ def check(run: Run, pipe: Any = None) -> Report:
 
 
 def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
-    facts = [("tokens", _tokens(pipe.tokenizer, run.scene.prompt))]
     loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
+    tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
+    tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
+    facts = [("tokens", _tokens(tokenizer, run.scene.prompt))]
     width, height = size_of(pipe, run.scene)
     places: list[tuple[Concept, Positions]] = []
     for concept, found in zip(run.scene.concepts, loaded, strict=True):
@@ -73,7 +76,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
         _attempt(problems, check_region, known, width, height)
         if found is not None:
             _attempt(problems, check_blocks, found, pipe.unet)
-        place = _attempt(problems, locate, pipe.tokenizer, run.scene.prompt, known) if known.trigger else None
+        place = _attempt(problems, locate, tokenizer, run.scene.prompt, known) if known.trigger else None
         facts.append((f"{known.name}: words", _words(known, place)))
         places += [(known, place)] if place else []
     _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], run.scene.prompt)
@@ -135,11 +138,11 @@ def _listed(positions: Sequence[int]) -> str:
     return ", ".join(map(str, positions))
 
 
-def _tokens(tokenizer: Any, prompt: str) -> str:
+def _tokens(tokenizer: Expanding, prompt: str) -> str:
     """The prompt as the model reads it, with positions; position 0 is the start token."""
     ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
     limit = tokenizer.model_max_length - 2
-    pieces = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
+    pieces = [piece.removesuffix("</w>") for piece in tokenizer.tokenizer.convert_ids_to_tokens(ids)]
     text = " ".join(f"{position}:{piece}" for position, piece in enumerate(pieces[:limit], start=1))
     return (
         text if len(ids) <= limit else f"{text} (the model reads {limit} tokens; {len(ids) - limit} more are cut off)"

@@ -186,7 +186,7 @@ def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
         if word := (file.metadata.get(key) or "").strip():
             yield _short(word), key
     for word, by_part in file.embeddings.items():
-        vectors = " and ".join(f"{len(tensor)} for {part}" for part, tensor in by_part.items())
+        vectors = " and ".join(f"{len(tensor.flatten(0, 1))} for {part}" for part, tensor in by_part.items())
         yield _short(word), f"a word with vectors of its own: {vectors}"
     for folder in _parsed(file.metadata.get("ss_dataset_dirs")):
         if named := re.fullmatch(r"\d+_(.+)", folder):

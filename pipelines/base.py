@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,11 +19,14 @@ from pipelines.conditioning import Conditioning, TokenMasks, agreed
 from pipelines.control import Canvas, Guide, made_ready
 from pipelines.engine import Encoder, Engine, LoadedConcept, check_blocks
 from pipelines.formats.deltas import MAX_RANK
-from pipelines.loading import adapter_factors, find_file, match, read_lora
+from pipelines.formats.files import read_words
+from pipelines.loading import LoraError, adapter_factors, find_file, match, read_lora
 from pipelines.methods import Process, Settings, choose_method, make_method
 from pipelines.output import ComposeOutput
+from pipelines.recent import Read, Recent
 from pipelines.scene import Concept, check_names
 from pipelines.weights import Weight
+from pipelines.words import Expanding, Words
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,9 @@ class ComposePipeline:
     """
 
     _plain_class_name: ClassVar[str]
+
+    concept_memory: int = 2 * 2**30
+    """Bytes of LoRAs that stay in memory between calls, of those that calls have read; `load_concept` comes on top."""
 
     # What diffusers' pipelines have.
     unet: Any
@@ -124,9 +130,18 @@ class ComposePipeline:
         return self.__dict__.setdefault("_loaded_concepts", {})
 
     @property
+    def _on_disk(self) -> dict[str, "_Added"]:
+        return self.__dict__.setdefault("_concepts_on_disk", {})
+
+    @property
+    def _recent(self) -> Recent:
+        return self.__dict__.setdefault("_recent_files", Recent())
+
+    @property
     def concepts(self) -> Mapping[str, Concept]:
-        """The loaded concepts by name."""
-        return {name: loaded.concept for name, loaded in self._loaded.items()}
+        """The loaded and the added concepts by name."""
+        known = {**self._loaded, **self._on_disk}
+        return {name: found.concept for name, found in known.items()}
 
     def load_concept(
         self,
@@ -171,40 +186,71 @@ class ComposePipeline:
             alpha=alpha,
             blocks=blocks if blocks is None else dict(blocks),
         )
-        if concept.name in self._loaded or concept.name in _adapters(self):
-            raise ValueError(
-                f"there is a concept or adapter {concept.name!r} already; unload it or choose another name"
-            )
-        loaded = self._read(concept, weight_name, max_rank=max_rank, allow_pickle=allow_pickle, **hub)
-        logger.info("concept %s: %s", concept.name, loaded.factors.report)
-        self._loaded[concept.name] = loaded
-        return loaded.concept
+        self._check_new(concept.name)
+        path = find_file(source, weight_name, **hub)
+        read = self._read(path, alpha=alpha, max_rank=max_rank, allow_pickle=allow_pickle)
+        logger.info("concept %s: %s", concept.name, read.factors.report)
+        self._loaded[concept.name] = _loaded_concept(concept, read)
+        return self._loaded[concept.name].concept
+
+    def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
+        """Makes LoRA files known as concepts without reading them: a call that names one reads and checks it then.
+
+        Only headers are read, for triggers and class words. What is wrong with a file is said by the call that needs
+        it. Files that calls have read stay in memory up to `concept_memory` bytes; those not used for longest go first.
+        A file that has changed on disk is read again. A folder may be added again for the files that are new.
+
+        Args:
+            source: A folder, of which every safetensors file is added under its own name; or files, or `Concept`
+                objects with a file and whatever else is known.
+
+        Returns:
+            What has been added.
+
+        Raises:
+            LoraError: If there is no such file or folder, or none in it.
+            ValueError: If a name is taken by another concept; nothing is added then.
+        """
+        added: dict[str, _Added] = {}
+        for given in _in_files(source):
+            name, before = given.name, self._on_disk.get(given.name)
+            if name in added:
+                raise ValueError(
+                    f"{added[name].given.lora} and {given.lora} would both be called {name!r}; "
+                    "name them: Concept(name=..., lora=...)"
+                )
+            if before is None or before.given.lora != given.lora:
+                self._check_new(name)
+            added[name] = _Added(given, _filled(given, _by_header(given)))
+        self._on_disk.update(added)
+        return tuple(found.concept for found in added.values())
+
+    def _check_new(self, name: str) -> None:
+        if name in self.concepts or name in _adapters(self):
+            raise ValueError(f"there is a concept or adapter {name!r} already; unload it or choose another name")
 
     def unload_concept(self, name: str) -> None:
-        """Forgets a loaded concept.
+        """Forgets a concept that was loaded or added.
 
         Raises:
             ValueError: If there is none of that name.
         """
-        if name not in self._loaded:
-            raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self._loaded) or 'none'}")
-        del self._loaded[name]
+        if name not in self.concepts:
+            raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self.concepts) or 'none'}")
+        self._loaded.pop(name, None)
+        self._on_disk.pop(name, None)
 
-    def _read(
-        self,
-        concept: Concept,
-        weight_name: str | None = None,
-        *,
-        max_rank: int = MAX_RANK,
-        allow_pickle: bool = False,
-        **hub: Any,
-    ) -> LoadedConcept:
-        file = read_lora(find_file(concept.lora or "", weight_name, **hub), allow_pickle=allow_pickle)
-        factors = match(file, self, alpha=concept.alpha, max_rank=max_rank)
+    def _read(self, path: Path, *, alpha: float | None, max_rank: int = MAX_RANK, allow_pickle: bool = False) -> Read:
+        file = read_lora(path, allow_pickle=allow_pickle)
+        factors = match(file, self, alpha=alpha, max_rank=max_rank)
         if not factors.complete:
             logger.warning("%s: %s", file.path.name, factors.report)
-        known = Concept(name=concept.name, trigger=file.trigger, class_word=file.class_word, weight=1.0)
-        return LoadedConcept(_filled(concept, known), factors, file)
+        return Read(file, factors)
+
+    def _from_disk(self, concept: Concept) -> LoadedConcept:
+        """A concept whose file is read, unless it is still in memory."""
+        path, alpha = find_file(concept.lora or ""), concept.alpha
+        return _loaded_concept(concept, self._recent.get(path, alpha, lambda: self._read(path, alpha=alpha)))
 
     def resolve_concepts(self, concepts: Sequence[str | Concept]) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; fields that are given win over loaded ones.
@@ -219,12 +265,16 @@ class ComposePipeline:
             raise ValueError(f"concepts must be a list of names or Concepts, not {concepts!r}")
         given = tuple(Concept(name=concept) if isinstance(concept, str) else concept for concept in concepts)
         check_names(given)
-        return tuple(self._resolve(concept) for concept in given)
+        found = tuple(self._resolve(concept) for concept in given)
+        self._recent.trim(self.concept_memory, keep=len(given))
+        return found
 
     def _resolve(self, concept: Concept) -> LoadedConcept:
-        loaded = self._loaded.get(concept.name)
+        loaded, added = self._loaded.get(concept.name), self._on_disk.get(concept.name)
+        if added is not None and concept.lora in (None, added.given.lora):
+            concept = _filled(concept, added.given)
         if concept.lora is not None and (loaded is None or not _same_source(concept, loaded.concept)):
-            return self._read(concept)
+            return self._from_disk(concept)
         if loaded is not None:
             if concept.alpha is not None and concept.alpha != loaded.concept.alpha:
                 raise ValueError(f"concept {concept.name!r} was loaded with another alpha; give it to load_concept")
@@ -233,7 +283,7 @@ class ComposePipeline:
             return LoadedConcept(
                 _filled(concept, Concept(name=concept.name, weight=1.0)), adapter_factors(self, concept.name)
             )
-        known = ", ".join([*self._loaded, *sorted(_adapters(self))]) or "none"
+        known = ", ".join([*self.concepts, *sorted(_adapters(self))]) or "none"
         raise ValueError(
             f"unknown concept {concept.name!r}; loaded are {known}. Load it with load_concept(file, name=...)"
         )
@@ -317,13 +367,19 @@ class ComposePipeline:
         differ = any(mine != members[0] for mine in members)
         settings = self.resolve_method(call.method, loaded, call.prompts, differ=differ)
         takers = [found.concept for found in loaded]
-        masks = self._masks_by_prompt(call, takers, members) if differ else self._token_masks(call, takers)
+        words = Words.of(loaded, self.components)
+        tokenizers = self._expanding(words)
+        masks = (
+            self._masks_by_prompt(call, tokenizers, takers, members)
+            if differ
+            else self._token_masks(call, tokenizers, takers)
+        )
         device, scale = self._execution_device, self.vae_scale_factor
         engine = Engine(
             self.components,
             loaded,
-            encode,
-            partial(self._find, takers),
+            words.read_by(self, encode),
+            partial(self._find, tokenizers, takers),
             call.prompts,
             masks,
             latent_grid=(call.height // scale, call.width // scale),
@@ -352,16 +408,34 @@ class ComposePipeline:
         ready = [made_ready(control, self.unet, canvas) for control in call.controls]
         return [guide for guide in ready if not guide.control.is_off]
 
-    def _token_masks(self, call: Call, concepts: Sequence[Concept]) -> TokenMasks:
+    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Expanding]:
+        """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
+
+        Raises:
+            ValueError: If two files bring one word.
+        """
+        return self._expanding(Words.of(concepts, self.components))
+
+    def _expanding(self, words: Words) -> Sequence[Expanding]:
+        expand = words.expander(self)
+        return [Expanding(tokenizer, expand) for tokenizer in words.tokenizers.values()]
+
+    def _token_masks(self, call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Concept]) -> TokenMasks:
         if call.prompt_embeds is not None:
             prompts, tokens, _ = call.prompt_embeds.shape
             return TokenMasks.of_positions(call.token_positions or {}, prompts, tokens, concepts)
         if call.token_positions is not None:
             raise ValueError("token_positions go with prompt_embeds; with a prompt, words are found by their triggers")
         elsewhere = {concept.name for concept in concepts if concept.prompt is not None}
-        return self._find_in(concepts, call.texts or (), optional=elsewhere)
+        return self._find_in(tokenizers, concepts, call.texts or (), optional=elsewhere)
 
-    def _masks_by_prompt(self, call: Call, concepts: Sequence[Concept], members: Sequence[Sequence[int]]) -> TokenMasks:
+    def _masks_by_prompt(
+        self,
+        call: Call,
+        tokenizers: Sequence[Expanding],
+        concepts: Sequence[Concept],
+        members: Sequence[Sequence[int]],
+    ) -> TokenMasks:
         """The words of every prompt's own concepts; for the others there are none."""
         parts = []
         for prompt, mine in enumerate(members):
@@ -373,24 +447,33 @@ class ComposePipeline:
                 prompt_embeds=None if call.prompt_embeds is None else call.prompt_embeds[here],
                 token_positions=of_prompt(call.token_positions, cast, prompt, len(members)),
             )
-            parts.append(self._token_masks(one, cast).spread(mine, len(concepts)))
+            parts.append(self._token_masks(one, tokenizers, cast).spread(mine, len(concepts)))
         return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
-    def _find(self, concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any) -> TokenMasks:
+    def _find(
+        self,
+        tokenizers: Sequence[Expanding],
+        concepts: Sequence[Concept],
+        prompts: Sequence[str],
+        names: Any,
+        mentions: Any,
+    ) -> TokenMasks:
         """A `Finder` for texts that all tokenizers read."""
-        return self._find_in(concepts, [prompts] * len(self._tokenizers), names=names, mentions=mentions)
+        return self._find_in(tokenizers, concepts, [prompts] * len(tokenizers), names=names, mentions=mentions)
 
-    def _find_in(self, concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any) -> TokenMasks:
+    def _find_in(
+        self,
+        tokenizers: Sequence[Expanding],
+        concepts: Sequence[Concept],
+        texts: Sequence[Sequence[str]],
+        **how: Any,
+    ) -> TokenMasks:
         """Where words stand, which is the same for all tokenizers, since their features are put side by side."""
         found = [
-            # Textual inversion puts several tokens in place of one.
-            TokenMasks.of_prompts(tokenizer, [self._converted(text, tokenizer) for text in prompts], concepts, **how)
-            for tokenizer, prompts in zip(self._tokenizers, texts, strict=True)
+            TokenMasks.of_prompts(tokenizer, prompts, concepts, **how)
+            for tokenizer, prompts in zip(tokenizers, texts, strict=True)
         ]
         return agreed(found, concepts)
-
-    def _converted(self, prompt: str, tokenizer: Any) -> str:
-        return str(self.maybe_convert_prompt(prompt, tokenizer))
 
     @property
     def _tokenizers(self) -> list[Any]:
@@ -482,6 +565,49 @@ def output_of(engine: Engine, images: Any, nsfw: Any = None) -> ComposeOutput:
         masks=engine.masks(),
         recorded_steps=recorded_steps,
     )
+
+
+@dataclass(frozen=True)
+class _Added:
+    """A file that is known but need not have been read.
+
+    Attributes:
+        given: What was said when it was added.
+        concept: The same, and what the file's header says.
+    """
+
+    given: Concept
+    concept: Concept
+
+
+def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[Concept]:
+    """The concepts that are to be added; every one has a file."""
+    entries: Iterable[str | Path | Concept] = [source] if isinstance(source, str | Path) else source
+    if isinstance(source, str | Path) and (folder := Path(source).expanduser()).is_dir():
+        entries = sorted(folder.glob("*.safetensors"))
+        if not entries:
+            raise LoraError(f"{folder} has no safetensors files")
+    for entry in entries:
+        concept = entry if isinstance(entry, Concept) else Concept(name=Path(entry).stem, lora=str(entry))
+        if not Path(concept.lora or "").expanduser().is_file():
+            raise LoraError(f"concept {concept.name!r} needs a file, and there is none at {concept.lora!r}")
+        yield concept
+
+
+def _by_header(given: Concept) -> Concept:
+    """What the header of a concept's file says; nothing if it cannot be read, which the call will say that needs it."""
+    path, words = Path(given.lora or "").expanduser(), (None, None)
+    try:
+        words = read_words(path)
+    except (LoraError, OSError) as error:
+        logger.debug("%s is added without words: %s", path, error)
+    return Concept(name=given.name, trigger=words[0], class_word=words[1], weight=1.0)
+
+
+def _loaded_concept(concept: Concept, read: Read) -> LoadedConcept:
+    """A concept with the factors of its file, which says what is not given."""
+    known = Concept(name=concept.name, trigger=read.file.trigger, class_word=read.file.class_word, weight=1.0)
+    return LoadedConcept(_filled(concept, known), read.factors, read.file)
 
 
 def _same_source(concept: Concept, loaded: Concept) -> bool:

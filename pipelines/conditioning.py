@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipelines.scene import Concept
-from pipelines.tokens import Mention, check_disjoint, find_words, locate, locate_mention, token_mask
+from pipelines.tokens import Mention, Tokenizer, check_disjoint, find_words, locate, locate_mention, token_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +19,8 @@ class Conditioning:
     several texts, all tensors have the texts as a dimension in front (`stack_texts`).
 
     Attributes:
-        prompt_embeds: Shape: [(texts,) rows, tokens, channels].
+        prompt_embeds: Shape: [(texts,) rows, tokens, channels]; layers * channels where each cross-attention layer has
+            a text of its own.
         trigger_mask: 1 at the tokens of each concept's trigger; rows of uncond are 0. Shape: [(texts,) rows, tokens,
             concepts].
         phrase_mask: The same for trigger and class word together.
@@ -170,7 +170,7 @@ class TokenMasks:
     @classmethod
     def of_prompts(
         cls,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         prompts: Sequence[str],
         concepts: Sequence[Concept],
         names: Container[str] | None = None,

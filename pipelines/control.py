@@ -186,7 +186,7 @@ class NetGuide:
         skips, mid = model(
             latents[first:].to(dtype),
             t,
-            encoder_hidden_states=mine.canvas_text.to(dtype),
+            encoder_hidden_states=_one_text(mine.canvas_text, model.config.cross_attention_dim).to(dtype),
             controlnet_cond=repeated(view.of_pixels(self.hint, self.pixels), mine.rows),
             added_cond_kwargs=None if mine.added_cond_kwargs is None else dict(mine.added_cond_kwargs),
             return_dict=False,
@@ -287,6 +287,18 @@ def _summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         first, *others = (one for one in together if one is not None)
         sums.append(sum(others, start=first))
     return sums
+
+
+def _one_text(text: Tensor, width: int) -> Tensor:
+    """A text for all layers of a ControlNet: the mean of those that the UNet's cross-attention layers have, if they do.
+
+    Args:
+        text: Shape: [rows, tokens, width], or [rows, tokens, layers * width].
+        width: What the model reads.
+    """
+    if text.shape[-1] <= width or text.shape[-1] % width:
+        return text
+    return text.unflatten(-1, (-1, width)).mean(dim=-2)
 
 
 def made_ready(control: Control, unet: nn.Module, canvas: Canvas) -> Guide:

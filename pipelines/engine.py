@@ -84,7 +84,8 @@ class EncodedText:
     """What a pipeline's text encoders say, one row per image.
 
     Attributes:
-        prompt_embeds: Shape: [images, tokens, channels].
+        prompt_embeds: Shape: [images, tokens, channels]; layers * channels where each cross-attention layer has a text
+            of its own.
         negative_prompt_embeds: The same for the negative prompts; None without guidance.
         added_cond_kwargs: Further inputs of the UNet by row, ordered (uncond, cond).
     """

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from attention.install import check_factors
-from attention.layers import places, uncompiled
+from attention.layers import attention_layers, places, uncompiled
 from attention.lora_bank import Lora, LoraFactors, base_layer
 from pipelines.formats.alphas import scale_of
 from pipelines.formats.deltas import MAX_RANK, Change, change, inner
@@ -246,14 +246,21 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
 
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:
-    """Checks that words which come with the file fit the text encoders that are to read them."""
+    """Checks that words which come with the file fit the text encoders and the UNet that are to read them."""
+    reading = sum(layer.cross for layer in attention_layers(uncompiled(pipe.unet)))
     for word, by_part in file.embeddings.items():
         for part, vectors in by_part.items():
+            _, layers, numbers = vectors.shape
             width = getattr(getattr(getattr(pipe, part, None), "config", None), "hidden_size", None)
-            if width is not None and vectors.shape[1] != width:
+            if width is not None and numbers != width:
                 raise LoraError(
-                    f"{file.path.name} does not fit this model: the vectors of {word!r} have {vectors.shape[1]} "
-                    f"numbers, {part} has words of {width}"
+                    f"{file.path.name} does not fit this model: the vectors of {word!r} have {numbers} numbers, {part} "
+                    f"has words of {width}"
+                )
+            if layers not in (1, reading):
+                raise LoraError(
+                    f"{file.path.name} does not fit this model: {word!r} has vectors for {layers} cross-attention "
+                    f"layers, the UNet has {reading}"
                 )
 
 
@@ -278,9 +285,6 @@ def _notes(file: LoraFile, gathered: Layers, changes: Changes, alpha: float | No
             "PEFT's adapter_config.json is not beside it, so its alpha is unknown and taken to be its rank; "
             "give alpha if it was trained with another"
         )
-    if file.embeddings:
-        words = ", ".join([*file.embeddings][:4])
-        yield f"it brings words with embeddings of their own ({words}), which prompts do not use yet"
 
 
 def _error(made: Iterable[Change]) -> float:

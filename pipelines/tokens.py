@@ -8,12 +8,25 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipelines.scene import Concept
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer here; it tokenises words one by one, as CLIP's does, fast or slow."""
+
+    @property
+    def model_max_length(self) -> int:
+        """How many tokens the model reads."""
+        ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool, truncation: bool, verbose: bool) -> Any:
+        """Tokenises; the result has `input_ids`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,13 +84,11 @@ def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> l
     return found
 
 
-def locate(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept, concepts: Sequence[Concept] = ()
-) -> Positions:
+def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequence[Concept] = ()) -> Positions:
     """The token positions of a concept's trigger and class word in a prompt.
 
     Args:
-        tokenizer: A tokenizer whose words are tokenised one by one (CLIP's), fast or slow.
+        tokenizer: The tokenizer.
         prompt: The text.
         concept: Its trigger must be set.
         concepts: All concepts that it may name.
@@ -107,7 +118,7 @@ def _composed(concept: Concept) -> Concept:
     return concept.model_copy(update=words)
 
 
-def span_positions(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int], concept: Concept) -> range:
+def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], concept: Concept) -> range:
     """The positions of a span of whole words: those after the tokens of everything before it.
 
     Args:
@@ -170,7 +181,7 @@ def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tup
 
 
 def locate_mention(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, concept: Concept, mention: Mention, concepts: Sequence[Concept]
+    tokenizer: Tokenizer, prompt: str, concept: Concept, mention: Mention, concepts: Sequence[Concept]
 ) -> tuple[int, ...]:
     """The token positions of the words that name a concept.
 

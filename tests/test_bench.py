@@ -92,11 +92,20 @@ def test_every_concept_has_a_word_and_a_column(model):
     concepts = columns(13, 130, 64)
     assert [concept.region for concept in concepts[:2]] == [(0, 0, 10, 64), (10, 0, 20, 64)]
     assert concepts[-1].region == (120, 0, 130, 64)
-    found = pipe._find_in(concepts, [[PROMPT]])
+    found = pipe._find_in(pipe.tokenizers_for([]), concepts, [[PROMPT]])
     assert found.trigger.shape == (1, 32, 13)
     assert found.trigger.sum(dim=1).tolist() == [[1.0] * 13]
     assert found.phrase.sum(dim=1).tolist() == [[2.0] * 13]  # and a class word
     assert pipe.resolve_concepts(concepts)[12].factors.unet.keys() == attention_lora(pipe.unet).keys()
+
+
+def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
+    output = call("--swap", "--json", tmp_path / "it.json")
+    swaps = json.loads((tmp_path / "it.json").read_text())["swaps"]
+    assert 0 < swaps["swapping"] < swaps["reading"] / 10
+    assert 16 < swaps["file_bytes"] / 2**20 < 17
+    (row,) = (line for line in output.splitlines() if "named again" in line)
+    assert row.split()[-1] == f"{swaps['swapping']:.2f}"
 
 
 def test_a_failure_in_the_other_process_is_told():

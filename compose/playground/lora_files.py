@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attention import Lora, LoraFactors
+from attention import Lora, LoraFactors, attention_layers
 
 Tensors = dict[str, Tensor]
 Loras = Mapping[str, Lora]
@@ -242,7 +242,8 @@ def _settings(loras: Loras) -> dict[str, Any]:
 
 
 def _word(pipe: Any) -> Tensor:
-    return torch.zeros(16, pipe.text_encoder.config.hidden_size)
+    layers = sum(layer.cross for layer in attention_layers(pipe.unet))
+    return torch.zeros(layers, pipe.text_encoder.config.hidden_size)
 
 
 # What a file may hold: a part and a layer -> whether it can be there.

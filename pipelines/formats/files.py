@@ -5,7 +5,8 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ class LoraFile:
         tensors: Its weights by key.
         config: PEFT's settings (alpha, patterns of alphas, ...) by part of the pipeline, or under "" for every part;
             from the header or from `adapter_config.json` beside the file.
-        embeddings: Words that the file brings with it, and their vectors by text encoder. Shape: [vectors, width]
-            each; an ED-LoRA (Mix-of-Show, arXiv 2305.18292) has 16, one for every cross-attention layer of SD 1.x.
+        embeddings: Words that the file brings with it, and their vectors by text encoder. Textual inversions may have
+            several tokens; an ED-LoRA (Mix-of-Show, arXiv 2305.18292) has a vector for each of the 16 cross-attention
+            layers of SD 1.x, in forward order. Shape: [tokens, layers, width].
     """
 
     path: Path
@@ -56,13 +58,28 @@ class LoraFile:
     @property
     def trigger(self) -> str | None:
         """The words that call the concept, as far as the file says them."""
-        said = self.metadata.get("trigger") or self.metadata.get("modelspec.trigger_phrase")
-        return said or " ".join(self.embeddings) or None
+        return _trigger(self.metadata, self.embeddings)
 
     @property
     def class_word(self) -> str | None:
         """The noun after the trigger, likewise."""
         return self.metadata.get("class_word") or None
+
+
+def _trigger(metadata: Mapping[str, str], words: Iterable[str]) -> str | None:
+    return metadata.get("trigger") or metadata.get("modelspec.trigger_phrase") or " ".join(words) or None
+
+
+def read_words(path: Path) -> tuple[str | None, str | None]:
+    """Trigger and class word, as in `LoraFile`, by the header of a safetensors file alone; no tensor is read.
+
+    Raises:
+        LoraError: If it has no readable header.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        found = [known[0] for key in file.keys() if (known := bundled_embedding(key)) is not None]  # noqa: SIM118
+    return _trigger(metadata, dict.fromkeys(found)), metadata.get("class_word") or None
 
 
 def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
@@ -105,21 +122,29 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which only the header is read so far."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > _MAX_HEADER and length < path.stat().st_size:
         raise LoraError(f"{path.name} has a header of {length >> 20} MiB, which no LoRA needs; it is not opened")
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in wanted_keys(path, keys)}
+            yield file
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise LoraError(f"{path.name} is no readable safetensors file ({_other_format(path)}): {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, LoraError):
             raise
         raise LoraError(f"{path.name} holds a tensor that cannot be read: {error}") from error
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with _opened(path) as file:
+        keys = list(file.keys())
+        # Copies: what `safe_open` gives is the file itself, and would change, or be gone, together with it.
+        return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in wanted_keys(path, keys)}
 
 
 def wanted_keys(path: Path, keys: list[str]) -> list[str]:
@@ -251,5 +276,6 @@ def _embeddings(path: Path, found: Mapping[str, Tensor]) -> dict[str, dict[Part,
             vectors = tensor[None] if tensor.ndim == 1 else tensor
             if vectors.ndim != 2 or 0 in vectors.shape:
                 raise LoraError(f"{path.name}: the embedding {key} has shape {list(tensor.shape)}; expected vectors")
-            words.setdefault(known[0], {})[known[1]] = vectors
+            by_layer = key.startswith("new_concept_embedding.")
+            words.setdefault(known[0], {})[known[1]] = vectors[None] if by_layer else vectors[:, None]
     return words

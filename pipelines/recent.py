@@ -1,0 +1,83 @@
+"""LoRA files that calls have named, kept in memory for as long as there is room: what was not used for longest goes."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from pipelines.loading import Factors, LoraFile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Read:
+    """A file that has been read and matched.
+
+    Attributes:
+        file: As read.
+        factors: Its factors for the pipeline's models.
+    """
+
+    file: LoraFile
+    factors: Factors
+
+    @cached_property
+    def bytes(self) -> int:
+        """The memory that it takes."""
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}.values())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.file.tensors.values()
+        for by_part in self.file.embeddings.values():
+            yield from by_part.values()
+        for lora in (self.factors.unet, *self.factors.text_encoders.values()):
+            for factors in lora.values():
+                yield from (factors.down, factors.up)
+
+
+class Recent:
+    """The files in memory, those used last at the end."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Read] = OrderedDict()
+
+    @property
+    def bytes(self) -> int:
+        """The memory that all of them take."""
+        return sum(read.bytes for read in self._kept.values())
+
+    def get(self, path: Path, options: Hashable, read: Callable[[], Read]) -> Read:
+        """What a file holds, read only if it is not here or has changed on disk.
+
+        Args:
+            path: The file.
+            options: How it is read.
+            read: Reads it. If that fails, all is as before.
+        """
+        facts = path.stat()
+        key = path, facts.st_ino, facts.st_mtime_ns, facts.st_size, options
+        if key not in self._kept:
+            self._kept[key] = read()
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def trim(self, limit: int, keep: int) -> None:
+        """Drops what was not used for longest until the rest fits.
+
+        Args:
+            limit: Bytes.
+            keep: How many of those used last stay in any case.
+        """
+        excess = self.bytes - limit
+        for key in list(self._kept)[: max(0, len(self._kept) - keep)]:
+            if excess <= 0:
+                break
+            read = self._kept.pop(key)
+            excess -= read.bytes
+            size = read.bytes / 2**20
+            logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", read.file.path, size)

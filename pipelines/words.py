@@ -1,0 +1,247 @@
+"""Words that LoRA files bring with them, as the text encoders read them during one call.
+
+Every word gets tokens of its own in copies of the tokenizers, and these get the file's vectors in place of the text
+encoder's. A word may have one vector for each cross-attention layer of the UNet (P+, arXiv 2303.09522; ED-LoRA, arXiv
+2305.18292): the text is encoded once for each, and every layer reads its own.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from attention.layers import uncompiled
+from pipelines.engine import EncodedText, Encoder, LoadedConcept
+from pipelines.formats.keys import Part
+from pipelines.tokens import find_words
+
+TOKENIZERS: Mapping[str, Part] = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """The words of all concepts of a call.
+
+    Attributes:
+        words: All of them.
+        tokenizers: By component name; where there are words, copies that know them.
+        vectors: By text encoder, in the order of the tokens. Shape: [layers, tokens, width].
+        layers: How many layers read texts of their own; 1 if all read the same.
+    """
+
+    words: tuple[str, ...]
+    tokenizers: Mapping[str, Any]
+    vectors: Mapping[str, Tensor]
+    layers: int
+
+    @classmethod
+    def of(cls, concepts: Sequence[LoadedConcept], components: Mapping[str, Any]) -> "Words":
+        """The words that these concepts' files bring to a pipeline with these components.
+
+        Raises:
+            ValueError: If two concepts bring different vectors for a word, or a tokenizer knows it already.
+        """
+        tokenizers = {name: components[name] for name in TOKENIZERS if components.get(name) is not None}
+        parts: list[Part] = [part for part in TOKENIZERS.values() if components.get(part) is not None]
+        brought = {part: words for part in parts if (words := _brought(concepts, part))}
+        layers = max((vectors.shape[1] for words in brought.values() for vectors in words.values()), default=1)
+        found = {}
+        for name, tokenizer in tokenizers.items():
+            if words := brought.get(TOKENIZERS[name]):
+                tokenizers[name] = _with_words(tokenizer, {word: len(vectors) for word, vectors in words.items()})
+                every = torch.cat([vectors.expand(-1, layers, -1) for vectors in words.values()])
+                found[TOKENIZERS[name]] = every.transpose(0, 1)
+        return cls(tuple({word: None for words in brought.values() for word in words}), tokenizers, found, layers)
+
+    def expander(self, pipe: Any) -> Callable[[Any, Any], Any]:
+        """What stands in for a pipeline's `maybe_convert_prompt`: every word is written as so many tokens as it has."""
+        convert = pipe.maybe_convert_prompt  # the same for the user's own textual inversions
+
+        def expand(prompt: str | list[str], tokenizer: Any) -> Any:
+            if isinstance(prompt, list):
+                return [expand(text, tokenizer) for text in prompt]
+            for word in self.words:
+                names = [word]
+                while (name := _further(word, len(names))) in tokenizer.added_tokens_encoder:
+                    names.append(name)
+                for start, end in reversed(find_words(word, prompt) if len(names) > 1 else []):
+                    prompt = prompt[:start] + " ".join(names) + prompt[end:]
+            return convert(prompt, tokenizer)
+
+        return expand
+
+    def read_by(self, pipe: Any, encode: Encoder) -> Encoder:
+        """The same encoder, for which these are words.
+
+        Where layers read texts of their own, these stand side by side in the channels, [images, tokens, layers *
+        channels]. Pooled text is that of the first layer.
+
+        Args:
+            pipe: The pipeline whose tokenizers and text encoders it uses.
+            encode: The encoder.
+        """
+        if not self.vectors:
+            return encode
+
+        def read(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+            with self._known_to(pipe) as embeddings:
+                texts = [encode(prompts, negative_prompts)]
+                if not any(embedding.met for embedding in embeddings):  # then all layers read the same
+                    return _side_by_side(texts * self.layers)
+                for layer in range(1, self.layers):
+                    for embedding in embeddings:
+                        embedding.read_layer = layer
+                    texts.append(encode(prompts, negative_prompts))
+            return _side_by_side(texts)
+
+        return read
+
+    @contextmanager
+    def _known_to(self, pipe: Any) -> Iterator[list["WordEmbedding"]]:
+        """The pipeline's tokenizers and text encoders know the words inside this block, and not after it."""
+        embeddings = []
+        with ExitStack() as undo:
+            expand = self.expander(pipe)
+            undo.callback(pipe.__dict__.pop, "maybe_convert_prompt")
+            pipe.maybe_convert_prompt = expand
+            for name, part in TOKENIZERS.items():
+                if part not in self.vectors:
+                    continue
+                undo.callback(setattr, pipe, name, getattr(pipe, name))
+                setattr(pipe, name, self.tokenizers[name])
+                model: Any = uncompiled(getattr(pipe, part))
+                found = model.get_input_embeddings()
+                vectors = self.vectors[part].to(pipe._execution_device, found.weight.dtype)
+                embeddings.append(WordEmbedding(found, vectors, len(self.tokenizers[name])))
+                undo.callback(model.set_input_embeddings, found)
+                model.set_input_embeddings(embeddings[-1])
+                _find_end(model, self.tokenizers[name].eos_token_id, undo)
+            yield embeddings
+
+
+class WordEmbedding(nn.Module):
+    """Stands in for the token embedding of a text encoder, and keeps it as its child.
+
+    Args:
+        layer: The embedding as found.
+        vectors: Of the tokens that it does not know. Shape: [layers, tokens, width].
+        tokens: How many tokens there are in all, those at the end.
+
+    Attributes:
+        read_layer: For which layer words are read just now.
+        met: Whether any of them has been read.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, layer: nn.Module, vectors: Tensor, tokens: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("vectors", vectors, persistent=False)
+        self.read_layer = 0
+        self.met = False
+        self._first = tokens - vectors.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding as found, for code that looks at it."""
+        return self.layer.get_parameter("weight")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Shape: [rows, tokens] -> [rows, tokens, width]."""
+        own = ids >= self._first
+        self.met = self.met or bool(own.any())
+        known = self.layer(ids.masked_fill(own, 0))
+        mine = self.vectors[self.read_layer][(ids - self._first).clamp(min=0)]
+        return torch.where(own[..., None], mine.to(known.dtype), known)
+
+
+@dataclass(frozen=True)
+class Expanding:
+    """A tokenizer that reads a word of several vectors as so many tokens.
+
+    Attributes:
+        tokenizer: The tokenizer, which has a token for every vector.
+        expand: Writes such words as all their tokens.
+    """
+
+    tokenizer: Any
+    expand: Callable[[str, Any], str]
+
+    @property
+    def model_max_length(self) -> int:
+        """How many tokens the model reads."""
+        return self.tokenizer.model_max_length
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Tokenises."""
+        return self.tokenizer(self.expand(text, self.tokenizer), **options)
+
+
+def _brought(concepts: Sequence[LoadedConcept], part: Part) -> dict[str, Tensor]:
+    """The words for a text encoder and their vectors, [tokens, layers, width]."""
+    words: dict[str, Tensor] = {}
+    owner: dict[str, str] = {}
+    for loaded in concepts:
+        for word, by_part in loaded.factors.embeddings.items():
+            vectors = by_part.get(part)
+            if vectors is None:
+                continue
+            if word in words and not torch.equal(words[word], vectors):
+                raise ValueError(
+                    f"the files of concepts {owner[word]!r} and {loaded.concept.name!r} both bring the word {word!r}, "
+                    "each with vectors of its own; one of them has to be renamed in its file"
+                )
+            words[word], owner[word] = vectors, loaded.concept.name
+    return words
+
+
+def _with_words(tokenizer: Any, words: Mapping[str, int]) -> Any:
+    """A copy of a tokenizer with so many tokens for each word."""
+    copied, known = copy.deepcopy(tokenizer), len(tokenizer)
+    for word, count in words.items():
+        # Whole words, as `find_words` has them.
+        alone = bool(re.match(r"\w", word) and re.search(r"\w$", word))
+        names = [word, *(_further(word, i) for i in range(1, count))]
+        known += count
+        if copied.add_tokens([AddedToken(name, single_word=alone) for name in names]) != count or len(copied) != known:
+            raise ValueError(
+                f"the tokenizer knows {word!r} already, so a LoRA file cannot bring it as a word of its own; if a "
+                f"textual inversion has brought it, call `unload_textual_inversion({word!r})`"
+            )
+    return copied
+
+
+def _further(word: str, i: int) -> str:
+    """The name of a word's further token; diffusers, which would find it in other words too, has other names."""
+    return f"{word}#{i}"
+
+
+def _find_end(model: nn.Module, end: int, undo: ExitStack) -> None:
+    """Lets a CLIP text model take its pooled text from the end token also if that has not the highest number.
+
+    With an `eos_token_id` of 2, as SDXL's configurations have it, transformers looks for the highest one, which is
+    that of a word here.
+    """
+    for module in model.modules():
+        if getattr(module, "eos_token_id", None) == 2:
+            undo.callback(setattr, module, "eos_token_id", 2)
+            module.eos_token_id = end  # pyright: ignore[reportArgumentType]
+
+
+def _side_by_side(texts: Sequence[EncodedText]) -> EncodedText:
+    first = texts[0]
+    if len(texts) == 1:
+        return first
+    negative = [text.negative_prompt_embeds for text in texts if text.negative_prompt_embeds is not None]
+    return replace(
+        first,
+        prompt_embeds=torch.cat([text.prompt_embeds for text in texts], dim=-1),
+        negative_prompt_embeds=torch.cat(negative, dim=-1) if negative else None,
+    )
