@@ -495,7 +495,7 @@ def test_check_says_what_matches_without_making_a_picture(monkeypatch: pytest.Mo
     assert "2:xlo 3:bear 4:and 5:a 6:qrt 7:robot" in text
     assert "trigger 'xlo' at token 2; class word 'bear' at token 3" in text
     assert "trigger 'qrt' at token 6; class word 'robot' at token 7" in text
-    assert "unet layers, rank 16" in text
+    assert "unet layers, rank 8" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
     assert "method tara, because every concept was trained for it size" in text
     assert "40 UNet rows (20 steps with guidance), 0.99 times the operations of a plain picture" in text
