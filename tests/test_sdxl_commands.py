@@ -1,4 +1,4 @@
-"""SDXL wherever a model is named: run, check, replay, bench, the page's shelf."""
+"""SDXL wherever a model is named: run, check, replay, the page's shelf."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -84,8 +84,6 @@ def test_commands_take_a_folder_with_sdxl(folder, tmp_path):
     call("run", model, "--prompt", PROMPT, *concepts, "--method", "clora", "--steps", 2, "--maps", "--out", tmp_path)
     (picture,) = [path for path in tmp_path.glob("*.png") if path.stem.isdigit()]
     assert "identical" in call("replay", picture, "--out", tmp_path / "again")
-    timed = ["--method", "merge", "-n", 2, "--steps", 1, "--pairs", 1]
-    assert "merge" in call("bench", "--time", "--model", model, *timed)
 
 
 def test_the_page_opens_sdxl(folder, run_of):

@@ -88,10 +88,12 @@ def main(
     model: Annotated[str, typer.Option(help="The base model.")] = PLAYGROUND,
     kind: Annotated[list[str] | None, typer.Option(help="Ordinary and TARA by default; repeatable.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Trains all LoRAs that are not there yet."""
-    for settings in trainings(references, prior, out, model, kind or SHIPPED, concept or WORDS, threads=threads):
+    given: dict[str, Any] = {"threads": threads} | ({} if steps is None else {"steps": steps})
+    for settings in trainings(references, prior, out, model, kind or SHIPPED, concept or WORDS, **given):
         if settings.out.exists():
             continue
         with bar(settings.out.stem, settings.steps) as on_progress:
