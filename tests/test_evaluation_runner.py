@@ -165,7 +165,7 @@ def test_results_are_the_same_after_kills_at_random_moments(suite: Suite, finish
     fork = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import everything
     kills = 0
     for _ in range(60):
-        if kills == 5 or all(is_done(out, planned) for planned in make_plan(suite).batches):
+        if kills == 3 or all(is_done(out, planned) for planned in make_plan(suite).batches):
             break
         child = fork.Process(target=_evaluate_quietly, args=(suite, out))
         child.start()
