@@ -74,6 +74,7 @@ class _CpuMemory(TorchDispatchMode):
         self._watched: dict[int, weakref.finalize] = {}  # by storage; its Python object lives as long as the storage
 
     def __enter__(self) -> Self:
+        gc.collect()  # what nobody needs any more is not there, whenever Python would have noticed
         for found in gc.get_objects():
             if issubclass(type(found), Tensor):  # isinstance would wake up lazy modules
                 self._watch(found)

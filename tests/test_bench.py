@@ -50,6 +50,7 @@ def test_counting_is_what_it_does_if_nothing_is_said(tmp_path):
         assert ratio == pytest.approx(2 if row["method"] == "composite" else 1, rel=0.02)
 
 
+@pytest.mark.slow
 def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
     output = call(
         "--time", "--model", model, "--method", "regional", "-n", 2, "--steps", 2, "--pairs", 2, "--json",

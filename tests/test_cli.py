@@ -504,7 +504,7 @@ def test_check_says_what_matches_without_making_a_picture(monkeypatch: pytest.Mo
     assert "25 UNet rows (25 steps without guidance)" in text
     assert "method merge" in text
     text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
-    assert "80 UNet rows (20 steps with guidance), 2.07 times the operations of a plain picture" in text
+    assert "80 UNet rows (20 steps with guidance), 2.02 times the operations of a plain picture" in text
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:

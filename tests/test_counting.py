@@ -89,6 +89,7 @@ def by_hand(
     return counter.get_total_flops(), preparation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "guidance_scale"), [("sd", 1.0), ("sdxl", 5.0)])
 @pytest.mark.parametrize("settings", ALL_METHODS, ids=lambda settings: type(settings).__name__)
 def test_what_is_remembered_counts_as_what_is_run(family, settings, guidance_scale):

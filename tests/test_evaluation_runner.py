@@ -159,6 +159,7 @@ def _evaluate_quietly(suite: Suite, out: Path) -> None:
     evaluate(suite, out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_results_are_the_same_after_kills_at_random_moments(suite: Suite, finished: Path, tmp_path: Path) -> None:
     out, moments = tmp_path / "out", random.Random(0)
@@ -205,6 +206,7 @@ def test_two_processes_give_the_results_of_one(suite_file: Path, finished: Path,
     assert (out / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_say_once_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump({**SUITE, "encoder": "./nothing", "device": None}), encoding="utf-8")
@@ -238,6 +240,7 @@ def test_a_failing_batch_is_written_down_and_tried_again(
     assert not list(tmp_path.rglob(FAILED))
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_keeps_the_results(
     suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

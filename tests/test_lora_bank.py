@@ -351,6 +351,7 @@ def test_gates_of_another_size_are_an_error() -> None:
                 unet(**inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "backend"), [("wrapper", "aot_eager"), ("in place", "eager")])
 @torch.no_grad()
 def test_models_compiled_without_concepts_show_them_later(way: str, backend: str) -> None:

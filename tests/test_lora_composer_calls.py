@@ -222,6 +222,7 @@ def test_rows_are_exchanged_where_all_prompts_are_exchanged_with_the_negative_on
     torch.testing.assert_close(one, other.flip(0), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_gives_the_same_image(composer):
     boxes = (0, 0, 96, 96), (32, 32, 128, 128)
     call = {"concepts": at(*boxes), "num_inference_steps": 1, "method": LoraComposer(apart=0)}

@@ -489,6 +489,7 @@ def offload_layers(pipe: Any) -> None:
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("method", [*EVERY_METHOD, Tara(scope="cross_kv")])
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])

@@ -284,6 +284,7 @@ def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tm
     assert largest_difference(together, split) < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_batch(begin: Callable[..., Training], tmp_path: Path) -> None:
     together = train(begin(batch_size=2, tara=APART, steps=2, out=tmp_path / "together.safetensors"))
     settings = begin(batch_size=1, tara=APART, steps=2)
@@ -594,6 +595,7 @@ def test_the_command_answers_mistakes_kindly(begin: Callable[..., Training]) -> 
     assert "diverged" in error
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Training]) -> None:
     settings = begin()
     command = [sys.executable, "-m", "compose", *map(str, arguments(settings, "--steps", 100_000))]
