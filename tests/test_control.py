@@ -18,16 +18,19 @@ from diffusers import (
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
     T2IAdapter,
+    UNet2DConditionModel,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from attention import Recorder
 from components import FAMILIES, TINY_XL, State, random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
 from compose import METHODS, Concept, Control
+from compose.architectures import ARCHITECTURES
 from pipelines.conditioning import Conditioning
 from pipelines.control import AdapterGuide, Canvas, NetGuide, View, made_ready
 from pipelines.engine import Engine
@@ -607,3 +610,23 @@ def test_a_model_of_another_precision_works(composer):
     found = latents_of(half, concepts=CONCEPTS, method="lora-composer", control=control)
     assert found.dtype == torch.bfloat16
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "expected"), [("SD 1.5", 0.35), ("SDXL", 0.45)])
+def test_what_a_row_costs_on_the_whole_architecture_is_what_the_docs_say(family: str, expected: float) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**ARCHITECTURES[family])
+        net = ControlNetModel.from_unet(unet)
+        side, width = unet.config["sample_size"], unet.config["cross_attention_dim"]
+        inputs: dict[str, Any] = {"encoder_hidden_states": torch.empty(1, 77, width)}
+        if family == "SDXL":
+            added = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+            inputs["added_cond_kwargs"] = added
+        latents, time = torch.empty(1, 4, side, side), torch.tensor(0)
+        hint = torch.empty(1, 3, 8 * side, 8 * side)
+    counted = []
+    for run in (lambda: unet(latents, time, **inputs), lambda: net(latents, time, controlnet_cond=hint, **inputs)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        counted.append(counter.get_total_flops())
+    assert counted[1] / counted[0] == pytest.approx(expected, abs=0.006)
