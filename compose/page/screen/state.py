@@ -3,7 +3,7 @@
 import logging
 import threading
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import streamlit as st
 
@@ -186,11 +186,6 @@ def choose_model(here: Visit, choice: Choice) -> None:
         ValueError: If it cannot be opened; the visit keeps its model then.
     """
     here.slot = shelf().open(choice)
-
-
-def on_this_model(here: Visit, draft: Draft) -> Draft:
-    """The draft with the model that this visit has open."""
-    return replace(draft, choice=here.slot.choice)
 
 
 def _known(concept: Concept) -> Lora:
