@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from compose.assets import playground_model
 from compose.playground.loop import Optimizers, resume, run
 from compose.playground.scenes import Batch, Batches
+from compose.precision import cpu_autocast
 from compose.terminal import kindly
 
 WIDTH = 192
@@ -124,7 +125,7 @@ class BaseTrainer:
         t = torch.randint(0, 1000, (len(x),), generator=rng)
         t[::2] = (torch.randn(len(t[::2]), generator=rng).sigmoid() * 1000).long()
         noisy: Any = self.schedule.add_noise(x, noise, t)  # type: ignore[arg-type]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with cpu_autocast():
             predicted = self.unet(noisy, t, self.text_encoder(ids)[0]).sample
         velocity = self.schedule.get_velocity(x, noise, t)  # type: ignore[arg-type]
         snr = self.schedule.alphas_cumprod[t] / (1 - self.schedule.alphas_cumprod[t])

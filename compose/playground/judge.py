@@ -31,6 +31,7 @@ from compose.evaluation.encoders import load_encoder
 from compose.evaluation.scoring import reference_crop
 from compose.playground.judge_data import SIDE, Batch, Batches, Painter, names
 from compose.playground.world import BASE_CLASSES, CONCEPTS, VENDORS, article
+from compose.precision import cpu_autocast
 from compose.terminal import say
 
 WIDTH, LAYERS, HEADS = 160, 6, 5
@@ -79,7 +80,7 @@ class Losses(NamedTuple):
 def losses_of(judge: CLIPModel, tokenizer: CLIPTokenizer, known: list[str], batch: Batch) -> Losses:
     """The losses of a batch; `known` are all names that a picture can have."""
     ids = tokenizer([*batch.captions, *known], padding=True, truncation=True, return_tensors="pt")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with cpu_autocast():
         output = judge(**ids, pixel_values=batch.pixels)
     images, texts = (F.normalize(side.float(), dim=-1) for side in (output.image_embeds, output.text_embeds))
     scale, number = judge.logit_scale.exp().clamp(max=50), len(batch.captions)

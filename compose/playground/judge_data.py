@@ -29,6 +29,7 @@ from compose.playground.world import (
     place,
     squares,
 )  # fmt: skip
+from compose.precision import cpu_autocast
 
 SIDE = 48  # pixels of the judge's input
 CLASSES_IN_BATCH, COATS_IN_BATCH, VIEWS = 9, 4, 2
@@ -323,7 +324,7 @@ class Batches(IterableDataset):
 @torch.no_grad()
 def _recoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """What the playground's VAE makes of pictures."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with cpu_autocast():
         coder: Any = vae
         return coder.decode(coder.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from compose.precision import cpu_has_bf16
+
 
 def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the closest matrix whose singular values are one, by Newton-Schulz iterations in bf16."""
+    """Nearly the closest matrix whose singular values are one, by Newton-Schulz iterations; bf16 is enough."""
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if cpu_has_bf16() else matrix
     x = x / (x.norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x

@@ -31,6 +31,7 @@ from compose.playground.world import (
     place,
     squares,
 )  # fmt: skip
+from compose.precision import cpu_autocast
 
 WIDE = (192, 128)  # width and height: room for three objects of the size that two have elsewhere
 FLOOR = 90  # saturation of colours that have a word, which is less than that of the concepts' coats
@@ -153,5 +154,5 @@ def encode(vae: AutoencoderKL, images: Sequence[Pixels]) -> Tensor:
     """Pictures as means of the VAE's distribution, not scaled. Shape: [pictures, channels, height / 8, width / 8]."""
     pixels = torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
     coder: Any = vae
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with cpu_autocast():
         return coder.encode(pixels).latent_dist.mean.float()

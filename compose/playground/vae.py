@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from compose.playground.loop import Optimizers, resume, run
 from compose.playground.scenes import scene
 from compose.playground.world import BASE_VENDORS, CELL, CONCEPTS, SIZE, VENDORS, Pixels, Sprites, dress, place
+from compose.precision import cpu_autocast
 from compose.terminal import kindly
 
 CROP = 64
@@ -109,7 +110,7 @@ class VaeTrainer:
 
     def learn(self, batch: Tensor, share: float) -> float:
         """One step; returns the root mean square error on a scale of -1 to 1."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with cpu_autocast():
             latents = self.vae.encode(batch).latent_dist.mean
             decoded = self.vae.decode(latents + JITTER * torch.randn_like(latents)).sample.float()
         error = decoded - batch

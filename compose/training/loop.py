@@ -16,6 +16,7 @@ from torch import nn
 
 from compose.files import write_whole
 from compose.models import threads
+from compose.precision import cpu_has_bf16
 from compose.training.batches import Batches, batches_of
 from compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
 from compose.training.learner import Batch, Learner, Losses, Weights
@@ -75,9 +76,15 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
 def _accelerator(settings: Training) -> Accelerator:
     if "WORLD_SIZE" not in os.environ:  # an earlier training of this process may have had another precision or device
         AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=settings.mixed_precision, gradient_accumulation_steps=settings.accumulate, cpu=settings.cpu
     )
+    if settings.mixed_precision == "bf16" and accelerator.device.type == "cpu" and not cpu_has_bf16():
+        logger.warning(
+            "this CPU has no instructions for bf16, which makes it many times slower than float32; use "
+            "--mixed-precision no"
+        )
+    return accelerator
 
 
 @dataclass(frozen=True, eq=False)

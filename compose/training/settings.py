@@ -6,10 +6,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from compose.files import PLAYGROUND
 from compose.playground.world import BASE_CLASSES, PLACES
+from compose.precision import cpu_has_bf16
 from pipelines.scene import Concept
 from pipelines.tokens import find_words
 
@@ -173,6 +175,8 @@ class Training(_Frozen):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         fields = {**PRESETS[name], **given}
+        if name == PLAYGROUND and "mixed_precision" not in given:
+            fields["mixed_precision"] = "bf16" if torch.cuda.is_available() or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in given:
             fields["scope"] = "attention"  # where the paper has its LoRA
         if given.get("class_pictures") is not None and "class_count" not in given:
@@ -247,7 +251,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 8, "steps": 300,
             "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
             "class_prompts": _playground_prompts(), "class_count": 30, "class_steps": 15, "prior_batch": 4,
-            "prior_weight": 0.5, "mixed_precision": "bf16", "save_dtype": "float16", "sample_guidance": 4.0,
+            "prior_weight": 0.5, "save_dtype": "float16", "sample_guidance": 4.0,
         },
     }
 )  # fmt: skip
