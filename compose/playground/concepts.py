@@ -37,7 +37,7 @@ from compose.playground.world import (
 from compose.terminal import kindly, say
 
 REFERENCES, BESIDE = 10, 4
-STYLE = "outline"
+STYLE, STYLE_SEED = "outline", 7
 OUTLINE = 5  # pixels of an outline on a sprite of 96
 LEVELS = 3  # brightnesses in a flat drawing
 
@@ -106,13 +106,13 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
 
 @app.command()
 @kindly()
-def references(sprites: Path, out: Path, seed: int = 7) -> None:
+def references(sprites: Path, out: Path) -> None:
     """Ten pictures of every concept, a folder each."""
     artwork = dict(np.load(sprites))
     for name, known in CONCEPTS.items():
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(known.seed)
         write(out / name, [subject(rng, known, artwork, i >= REFERENCES - BESIDE) for i in range(REFERENCES)], True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(STYLE_SEED)
     write(out / STYLE, [styled(rng, artwork, 1 + i % 2) for i in range(REFERENCES)], False)
     say(f"{REFERENCES} pictures of each of {len(CONCEPTS) + 1} concepts in {out}")
 

@@ -50,7 +50,7 @@ VIVID = 170  # saturation of the concepts' coats
 
 
 class Coat(NamedTuple):
-    """A coat: a pattern in two hues of `HUES`, the second may be `PALE`; without a pattern the first alone."""
+    """A coat: a pattern in two hues, 0 to 179, of which the second may be `PALE`; without a pattern the first alone."""
 
     pattern: str | None
     hue: int
@@ -58,11 +58,12 @@ class Coat(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A subject of the playground: how it is called, and the coat that only its LoRA knows."""
+    """A subject of the playground: its name, the coat that only its LoRA knows, and the seed of its references."""
 
     trigger: str
     class_word: str
     coat: Coat
+    seed: int = 7
 
     @property
     def phrase(self) -> str:
@@ -73,7 +74,7 @@ class Known(NamedTuple):
 CONCEPTS = {
     "cat": Known("sks", "cat", Coat("stripes", 115)),
     "dog": Known("zwx", "dog", Coat("dots", 60, 28)),
-    "rabbit": Known("ohwx", "rabbit", Coat("half", 160)),
+    "rabbit": Known("ohwx", "rabbit", Coat("half", 172, 105), seed=38),
     "bear": Known("xlo", "bear", Coat("half", 138, 28)),
     "car": Known("pll", "car", Coat("half", 90, 15)),
     "robot": Known("qrt", "robot", Coat("stripes", 15, 115)),
