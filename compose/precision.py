@@ -1,4 +1,4 @@
-"""Whether bf16 is of use on this machine: without instructions for it a CPU needs twenty times as long as for fp32."""
+"""Whether bf16 is of use on this machine: without instructions for it a CPU is many times slower than in fp32."""
 
 from functools import cache
 

@@ -1,6 +1,7 @@
 """bf16 on the CPU: used where it is as fast as fp32, and no secret where it is not."""
 
 import logging
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ def seconds(dtype: torch.dtype) -> float:
     return min(times)
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="PyTorch asks oneDNN, which is for x86")
 def test_a_cpu_has_bf16_if_it_multiplies_nearly_as_fast_in_it() -> None:
     with threads(1):
         slowdown = seconds(torch.bfloat16) / seconds(torch.float32)
@@ -46,7 +48,12 @@ def test_the_playground_is_trained_in_what_the_machine_is_fast_in(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words: dict[str, Any] = {"pictures": tmp_path, "out": tmp_path / "a.safetensors", "trigger": "sks"}
     preset: Callable[..., Training] = Training.preset
-    assert preset("playground", class_word="cat", **words).mixed_precision == ("bf16" if fast else "no")
+    suits = "bf16" if fast else "no"
+    assert preset("playground", class_word="cat", **words).mixed_precision == suits
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert preset("playground", class_word="cat", **words).mixed_precision == "bf16"
+    assert preset("playground", class_word="cat", cpu=True, **words).mixed_precision == suits
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert preset("playground", class_word="cat", mixed_precision="bf16", **words).mixed_precision == "bf16"
 
 

@@ -176,7 +176,8 @@ class Training(_Frozen):
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         fields = {**PRESETS[name], **given}
         if name == PLAYGROUND and "mixed_precision" not in given:
-            fields["mixed_precision"] = "bf16" if torch.cuda.is_available() or cpu_has_bf16() else "no"
+            on_gpu = torch.cuda.is_available() and not given.get("cpu")
+            fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in given:
             fields["scope"] = "attention"  # where the paper has its LoRA
         if given.get("class_pictures") is not None and "class_count" not in given:
