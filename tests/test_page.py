@@ -589,6 +589,7 @@ def test_the_page_is_where_the_clone_has_it() -> None:
     config = (launch.script().parent / ".streamlit" / "config.toml").read_text()
     assert 'address = "localhost"' in config
     assert "gatherUsageStats = false" in config
+    assert "hideWelcomeMessage = true" in config, "Streamlit offers its developers things on the page"
     assert f"maxUploadSize = {store.UPLOAD_LIMIT // 2**20}" in config
 
 

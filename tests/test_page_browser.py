@@ -58,6 +58,7 @@ def address(out: Path) -> Iterator[str]:
                 time.sleep(0.5)
         else:
             pytest.fail(f"the page does not start: {said.read_text()}")
+        assert f"http://localhost:{port}" in said.read_text()
         yield f"http://localhost:{port}"
     finally:
         server.terminate()

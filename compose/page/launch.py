@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from compose.terminal import kindly
+from compose.terminal import kindly, say
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
@@ -70,6 +70,7 @@ def ui(
     from streamlit.web.cli import main
 
     served = ["--server.port", str(port), "--server.address", host, "--server.headless", str(not browser).lower()]
+    say(f"The page is at http://{host}:{port} until Ctrl-C.")
     # In this process: a signal that ends the command then ends the page.
     main(["run", str(script()), *served], standalone_mode=False)
 
