@@ -3,7 +3,7 @@
 This package knows torch and diffusers' attention, and nothing of prompts, methods or pipelines.
 """
 
-from attention.gates import Gates
+from attention.gates import Derived, Gates, among
 from attention.install import Installation, check_free, install, installed_layers
 from attention.layers import AttentionLayer, attention_layers, coarser, grid_at, map_level, places
 from attention.layout import Layout, Partition
@@ -13,6 +13,7 @@ from attention.stopping import frozen, stopped_after
 
 __all__ = [
     "AttentionLayer",
+    "Derived",
     "Gates",
     "Installation",
     "Layout",
@@ -20,6 +21,7 @@ __all__ = [
     "LoraFactors",
     "Partition",
     "Recorder",
+    "among",
     "attention_layers",
     "check_free",
     "coarser",

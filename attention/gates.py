@@ -1,11 +1,13 @@
 """Gates: how strongly each concept's LoRA acts on every batch row, token and image cell of one UNet pass."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from attention.layers import Grid, Kind, Place
 
@@ -53,14 +55,27 @@ class Gates:
         read = None if self.read is None else {level: cut(gate) for level, gate in self.read.items()}
         return Gates(cut(self.text), image, cut(self.row, dim=-2), self.latent_grid, read)
 
+    def among(self, columns: Sequence[int], concepts: int) -> "Gates":
+        """The same gates among more concepts, which do not act.
+
+        Args:
+            columns: Which of them these are.
+            concepts: How many there are.
+        """
+        return self._each(lambda gate: among(gate, columns, concepts))
+
     def times(self, factors: Tensor) -> "Gates":
         """The same gates times a factor on each concept. Shape: [concepts]."""
+        return self._each(lambda gate: gate * factors)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Gates":
+        """Gates that are changed one by one."""
         return Gates(
-            self.text * factors,
-            {level: gate * factors for level, gate in self.image.items()},
-            self.row * factors,
+            change(self.text),
+            {level: change(gate) for level, gate in self.image.items()},
+            change(self.row),
             self.latent_grid,
-            None if self.read is None else {level: gate * factors for level, gate in self.read.items()},
+            None if self.read is None else {level: change(gate) for level, gate in self.read.items()},
         )
 
     def of(self, place: Place) -> Tensor:
@@ -89,3 +104,33 @@ class Gates:
         gate = gate.transpose(1, 2)
         height, width = grid if gate.shape[-1] > 1 else (1, 1)
         return gate.reshape(*gate.shape[:2], height, width)
+
+
+def among(by_concept: Tensor, columns: Sequence[int], concepts: int) -> Tensor:
+    """Numbers for some concepts as numbers for more of them, 0 at the others. Shape: [..., concepts]."""
+    every = by_concept.new_zeros(*by_concept.shape[:-1], concepts)
+    every[..., list(columns)] = by_concept
+    return every
+
+
+class Derived:
+    """Gates made from others, the same objects for as long as those live, so that nothing is built again per step.
+
+    Gates that share the one for the text go on to share it, and with it keys and values.
+    """
+
+    def __init__(self) -> None:
+        self._gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
+        self._text: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+
+    def of(self, gates: Gates, make: Callable[[Gates], Gates]) -> Gates:
+        """What is made of some gates, at the first time."""
+        if gates not in self._gates:
+            made = make(gates)
+            self._gates[gates] = replace(made, text=self._text.setdefault(gates.text, made.text))
+        return self._gates[gates]
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._gates.clear()
+        self._text.clear()

@@ -93,7 +93,7 @@ def count(
         {"unet": unet, "scheduler": scheduler},
         [_without_numbers(concept) for concept in concepts],
         lambda prompts, negative_prompts: text,
-        lambda prompts, names, mentions: TokenMasks(words, words),
+        lambda concepts, prompts, names, mentions: TokenMasks(words, words),
         [" ".join(concept.concept.phrase for concept in concepts)],
         TokenMasks(words, words),
         latent_grid=grid,

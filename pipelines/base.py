@@ -293,11 +293,10 @@ class ComposePipeline:
         method: str | Settings | None,
         concepts: Sequence[LoadedConcept],
         prompts: Sequence[str] | None,
-        *,
-        differ: bool = False,
+        members: Sequence[Sequence[int]] | None = None,
     ) -> Settings:
-        """The settings behind a method's name; None chooses and logs why. Without words there are no prompts."""
-        return choose_method(concepts, prompts, differ=differ) if method is None else make_method(method)
+        """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
+        return choose_method(concepts, prompts, members) if method is None else make_method(method)
 
     def _cast(self, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
         """Everybody of a call, and by prompt who of them takes part.
@@ -365,7 +364,7 @@ class ComposePipeline:
         for found in loaded:
             check_blocks(found, self.unet)
         differ = any(mine != members[0] for mine in members)
-        settings = self.resolve_method(call.method, loaded, call.prompts, differ=differ)
+        settings = self.resolve_method(call.method, loaded, call.prompts, members)
         takers = [found.concept for found in loaded]
         words = Words.of(loaded, self.components)
         tokenizers = self._expanding(words)
@@ -379,7 +378,7 @@ class ComposePipeline:
             self.components,
             loaded,
             words.read_by(self, encode),
-            partial(self._find, tokenizers, takers),
+            partial(self._find, tokenizers),
             call.prompts,
             masks,
             latent_grid=(call.height // scale, call.width // scale),
@@ -447,7 +446,7 @@ class ComposePipeline:
                 prompt_embeds=None if call.prompt_embeds is None else call.prompt_embeds[here],
                 token_positions=of_prompt(call.token_positions, cast, prompt, len(members)),
             )
-            parts.append(self._token_masks(one, tokenizers, cast).spread(mine, len(concepts)))
+            parts.append(self._token_masks(one, tokenizers, cast).among(mine, len(concepts)))
         return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
     def _find(

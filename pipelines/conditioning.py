@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attention import among
 from pipelines.scene import Concept
 from pipelines.tokens import Mention, Tokenizer, check_disjoint, find_words, locate, locate_mention, token_mask
 
@@ -78,6 +79,11 @@ class Conditioning:
         """The same texts for the cells, and another for what reads of the canvas as a whole (SDXL, ControlNets)."""
         return replace(self, added_cond_kwargs=other.added_cond_kwargs, canvas_embeds=other.canvas_text)
 
+    def among(self, columns: Sequence[int], concepts: int) -> "Conditioning":
+        """The same among more concepts, which are not named (`TokenMasks.among`)."""
+        trigger, phrase = (among(mask, columns, concepts) for mask in (self.trigger_mask, self.phrase_mask))
+        return replace(self, trigger_mask=trigger, phrase_mask=phrase)
+
     def of_parts(self, parts: slice) -> "Conditioning":
         """Some of the parts of one row per image."""
         rows = slice(parts.start * self.images, parts.stop * self.images)
@@ -141,6 +147,32 @@ def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioni
     )
 
 
+def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) -> Conditioning:
+    """The texts of several groups of images, with as many parts of rows each, as that of all images.
+
+    Args:
+        texts: One for each group, of whose cells none choose among several.
+        images: Which images each group is.
+    """
+    order = torch.tensor([image for group in images for image in group]).argsort()
+
+    def join(rows_of: Callable[[Conditioning], Tensor]) -> Tensor:
+        by_part = [rows_of(text).unflatten(0, (-1, text.images)) for text in texts]
+        return torch.cat(by_part, dim=1)[:, order].flatten(0, 1)
+
+    added = texts[0].added_cond_kwargs
+    return replace(
+        texts[0],
+        prompt_embeds=join(lambda text: text.prompt_embeds),
+        trigger_mask=join(lambda text: text.trigger_mask),
+        phrase_mask=join(lambda text: text.phrase_mask),
+        images=len(order),
+        added_cond_kwargs=None
+        if added is None
+        else {key: join(lambda text, key=key: (text.added_cond_kwargs or {})[key]) for key in added},
+    )
+
+
 TokenPositions = Mapping[str, Sequence[int] | Sequence[Sequence[int]]]
 """Token positions of the trigger by concept: one list for all prompts, or one per prompt."""
 
@@ -152,20 +184,14 @@ class TokenMasks:
     trigger: Tensor
     phrase: Tensor
 
-    def spread(self, columns: Sequence[int], concepts: int) -> "TokenMasks":
+    def among(self, columns: Sequence[int], concepts: int) -> "TokenMasks":
         """The same among more concepts, whose masks are empty.
 
         Args:
             columns: Which of them these are.
             concepts: How many there are.
         """
-
-        def wide(mask: Tensor) -> Tensor:
-            spread = mask.new_zeros(*mask.shape[:2], concepts)
-            spread[..., list(columns)] = mask
-            return spread
-
-        return TokenMasks(wide(self.trigger), wide(self.phrase))
+        return TokenMasks(among(self.trigger, columns, concepts), among(self.phrase, columns, concepts))
 
     @classmethod
     def of_prompts(

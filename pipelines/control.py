@@ -11,7 +11,7 @@ Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", ar
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -167,6 +167,10 @@ class NetGuide:
     levels: Sequence[int]
     weights: Mapping[int, Tensor] | None
 
+    def of_images(self, images: Sequence[int]) -> "NetGuide":
+        """The same for some of the images."""
+        return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
+
     def first_row(self, text: Conditioning) -> int:
         """From which row on it runs a pass: the prompt's alone if it was made for that (`global_pool_conditions`)."""
         model: Any = uncompiled(self.control.model)
@@ -220,6 +224,10 @@ class AdapterGuide:
     weights: Mapping[int, Tensor] | None
     dtype: torch.dtype
     _read: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+
+    def of_images(self, images: Sequence[int]) -> "AdapterGuide":
+        """The same for some of the images."""
+        return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images), _read={})
 
     def residuals(self, rows: int, view: View) -> list[Tensor]:
         """What it adds to the blocks of the UNet's first half. Shape: [rows, channels, height, width] each."""
@@ -279,6 +287,13 @@ def unet_inputs(
 def _scale(control: Control, weights: Mapping[int, Tensor] | None, level: int, view: View) -> Tensor | float:
     """A control's scale, by cell where regions have others. Shape: [images or 1, 1, height, width]."""
     return control.scale if weights is None else view.of_cells(weights[level], level)
+
+
+def _of_images(weights: Mapping[int, Tensor] | None, images: Sequence[int]) -> Mapping[int, Tensor] | None:
+    """Scales by cell of some images; those that have one for all keep it."""
+    if weights is None:
+        return None
+    return {level: cells if len(cells) == 1 else cells[images] for level, cells in weights.items()}
 
 
 def _summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -1,9 +1,9 @@
 """The only way to run the UNet during a call; it counts what it costs."""
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,9 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from attention import (
+    Derived,
     Gates,
     Installation,
     Layout,
@@ -94,14 +94,24 @@ class EncodedText:
     negative_prompt_embeds: Tensor | None
     added_cond_kwargs: Mapping[str, Tensor] | None = None
 
+    def of_images(self, images: Sequence[int]) -> "EncodedText":
+        """Some of the images."""
+        every, negative, added = len(self.prompt_embeds), self.negative_prompt_embeds, self.added_cond_kwargs
+        if added is not None:
+            parts = {key: rows.unflatten(0, (-1, every))[:, images] for key, rows in added.items()}
+            added = {key: part.flatten(0, 1) for key, part in parts.items()}
+        return EncodedText(self.prompt_embeds[images], None if negative is None else negative[images], added)
+
 
 Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 """Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None is the
 call's own."""
 
-Finder = Callable[[Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks]
-"""Finds words in prompts: the triggers of the concepts named in the second argument alone, and by prompt what else
-names a concept. All have to be there."""
+Finder = Callable[
+    [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks
+]
+"""Finds the words of concepts in prompts: the triggers of those named in the third argument alone, and by prompt what
+else names a concept. All have to be there."""
 
 Objective = Callable[[Recorder], Tensor]
 """What is wrong with the attention maps of a pass, one number per image."""
@@ -221,25 +231,23 @@ class Engine:
         self.step = 0
         self.timesteps: Sequence[Tensor] | Tensor = ()
         self.record_steps: frozenset[int] = frozenset()
-        self._components = components
+        self.components = components
         self._unet: UNet2DConditionModel = components["unet"]
         self._scheduler = components["scheduler"]
-        self._encoder = encoder
-        self._finder = finder
-        self._guidance_rescale = guidance_rescale
-        self._unet_kwargs = dict(unet_kwargs)
-        self._guides = tuple(guides)
+        self.encoder = encoder
+        self.finder = finder
+        self.guidance_rescale = guidance_rescale
+        self.unet_kwargs = dict(unet_kwargs)
+        self.guides = tuple(guides)
         self._log: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[int, list[tuple[slice | Sequence[int], Tensor]]] = {}
         self._installation: Installation | None = None
         self._first: Conditioning | None = None
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
-        self._cut_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
-        self._cut_text_gates: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+        self._cut_gates = Derived()
         self._cut_portions: WeakKeyDictionary[Gates, Sequence[Portion]] = WeakKeyDictionary()
         self._weighted_for: tuple[float, ...] = ()
-        self._weighted_gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
-        self._weighted_text: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+        self._weighted_gates = Derived()
         sample = self._unet.config["sample_size"]
         self.native_side = min((sample, sample) if isinstance(sample, int) else sample)
         layers = attention_layers(self._unet)
@@ -277,20 +285,12 @@ class Engine:
     @property
     def has_controlnet(self) -> bool:
         """Whether a ControlNet takes part, which reads what the canvas shows as a whole."""
-        return any(isinstance(guide, NetGuide) for guide in self._guides)
+        return any(isinstance(guide, NetGuide) for guide in self.guides)
 
     @property
     def differ(self) -> bool:
         """Whether not all prompts have the same concepts."""
         return any(mine != self.members[0] for mine in self.members)
-
-    def refuse_different(self, method: str) -> None:
-        """Raises ValueError if prompts have different concepts, for methods that divide the canvas among all."""
-        if self.differ:
-            raise ValueError(
-                f"{method} has the same concepts for all prompts of a call; make one call for each prompt, or use "
-                "merge, tara, regional, switch or composite"
-            )
 
     def weights_of(self, chosen: Sequence[Collection[int]] | None = None) -> Tensor:
         """The weight of every concept in every prompt, 0 where it takes no part.
@@ -344,12 +344,12 @@ class Engine:
         masks = self.token_masks
         if prompts is not None:
             masks = self.find(prompts, names, mentions)
-        parts = [part for part in TEXT_ENCODERS if self._components.get(part) is not None]
+        parts = [part for part in TEXT_ENCODERS if self.components.get(part) is not None]
         stack = ExitStack()
         with stack:
             for part in parts:
                 stack.enter_context(self._text_factors(part, text_weights))
-            text = self._encoder(prompts, negative_prompts)
+            text = self.encoder(prompts, negative_prompts)
         conditioning = self._conditioning(text, masks)
         if self._first is None:
             self._first = conditioning
@@ -366,7 +366,7 @@ class Engine:
         Raises:
             ValueError: If one is missing.
         """
-        return self._finder(prompts, names, mentions)
+        return self.finder(self.concepts, prompts, names, mentions)
 
     @property
     def conditioning(self) -> Conditioning:
@@ -375,9 +375,13 @@ class Engine:
             raise RuntimeError("the method has not encoded the prompts yet")
         return self._first
 
+    @conditioning.setter
+    def conditioning(self, conditioning: Conditioning) -> None:
+        self._first = conditioning
+
     @contextmanager
     def _text_factors(self, part: str, weights: Sequence[float] | Tensor | None) -> Iterator[None]:
-        model: nn.Module = self._components[part]
+        model: nn.Module = self.components[part]
         loras = [c.factors.text_encoders.get(part, {}) if weights is not None else {} for c in self.loaded]
         kinds: dict[str, Kind] = {"text_projection": "row"}  # sees one vector of the whole prompt
         where = {name: Place(kinds.get(name, "text"), 0) for name, _ in uncompiled(model).named_modules()}
@@ -395,7 +399,7 @@ class Engine:
         Shape: [(prompts,) concepts], likewise what is returned.
         """
         steps, factors = max(1, len(self.timesteps)), []
-        acting = (weights.reshape(-1, len(self.loaded)) != 0).any(dim=0).tolist()
+        acting = (torch.atleast_2d(weights) != 0).any(dim=0).tolist()
         for i, (acts, loaded) in enumerate(zip(acting, self.loaded, strict=True)):
             schedule, blocks = self._schedules.get(i), loaded.concept.blocks or {}
             if schedule is not None and acts and loaded.factors.text_encoders:
@@ -482,7 +486,7 @@ class Engine:
         scaled = self._scheduler.scale_model_input(latents, t)
         output = self._pass(scaled, t, conditioning, gates, recorders, layout, View(window, image), whole=True)
         if watch is not None:
-            self._log.setdefault(self.step, []).append(self._concept_maps(watch, conditioning, window, image))
+            self.keep_maps(*self._concept_maps(watch, conditioning, window, image))
         return Prediction(output, conditioning.unconds, conditioning.images)
 
     def observe(
@@ -553,7 +557,7 @@ class Engine:
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """Inside this block no weight of what a pass runs asks for a gradient."""
-        nets = [guide.control.model for guide in self._guides if isinstance(guide, NetGuide)]
+        nets = [guide.control.model for guide in self.guides if isinstance(guide, NetGuide)]
         with ExitStack() as stack:
             for model in (self._unet, *nets):
                 stack.enter_context(frozen(uncompiled(model)))
@@ -624,7 +628,7 @@ class Engine:
         parts = [[r.of_rows(rows) for r in recorders] for *_, rows in portions] if len(portions) > 1 else [recorders]
         with nullcontext() if whole else stopped_after(self._unet, wanted):
             for (text, gate, _), part in zip(portions, parts, strict=True):
-                self.installation.use(gate, text.prompt_embeds, *part, layout=layout)
+                self._use(gate, text.prompt_embeds, part, layout)
                 latents = torch.cat([scaled] * (text.rows // text.images))
                 outputs.append(self._run(latents, t, text, self._guidance(latents, t, text, view)))
         if len(portions) > 1:
@@ -636,6 +640,10 @@ class Engine:
         else:
             self.cost.rows_stopped += rows
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _use(self, gates: Gates, text: Tensor, recorders: Sequence[Recorder], layout: Layout | None) -> None:
+        """Sets what the layers need in the next pass."""
+        self.installation.use(gates, text, *recorders, layout=layout)
 
     def _portions(self, conditioning: Conditioning, gates: Gates) -> "Sequence[Portion]":
         """The rows that are run together, the same objects every time."""
@@ -663,7 +671,7 @@ class Engine:
 
     def _guidance(self, latents: Tensor, t: Tensor, conditioning: Conditioning, view: View) -> Mapping[str, Any]:
         """What the controls that act in this step give the UNet."""
-        acting = [guide for guide in self._guides if guide.control.acts(self.step, len(self.timesteps))]
+        acting = [guide for guide in self.guides if guide.control.acts(self.step, len(self.timesteps))]
         firsts = [guide.first_row(conditioning) for guide in acting if isinstance(guide, NetGuide)]
         self.cost.control_rows += sum(conditioning.rows - first for first in firsts) * self._share(latents)
         return unet_inputs(acting, latents, t, conditioning, view)
@@ -677,7 +685,7 @@ class Engine:
             encoder_hidden_states=conditioning.first_embeds,
             added_cond_kwargs=None if added is None else dict(added),
             return_dict=False,
-            **self._unet_kwargs,
+            **self.unet_kwargs,
             **guidance,
         )[0]
 
@@ -687,18 +695,28 @@ class Engine:
             return prediction.model_output
         uncond, cond = prediction.model_output.chunk(2)
         guided = uncond + self.guidance_scale * (cond - uncond)
-        if self._guidance_rescale > 0:
-            guided = rescale_noise_cfg(guided, cond, guidance_rescale=self._guidance_rescale)
+        if self.guidance_rescale > 0:
+            guided = rescale_noise_cfg(guided, cond, guidance_rescale=self.guidance_rescale)
         return guided
 
-    def keep_masks(self, masks: Tensor) -> None:
+    def keep_maps(self, maps: Tensor, seen: Tensor) -> None:
+        """The maps of a pass in a step that is recorded, and where it has looked.
+
+        Args:
+            maps: 0 elsewhere. Shape: [images, concepts, height, width].
+            seen: 1 there. Shape: [images, 1, height, width].
+        """
+        self._log.setdefault(self.step, []).append((maps, seen))
+
+    def keep_masks(self, masks: Tensor, images: slice | Sequence[int] = slice(None)) -> None:
         """Where a method has each concept in this step, to be returned if the step is recorded.
 
         Args:
             masks: On the map grid. Shape: [images, concepts, height, width], bool.
+            images: Which of them these are.
         """
         if self.step in self.record_steps:
-            self._masks[self.step] = masks
+            self._masks.setdefault(self.step, []).append((images, masks))
 
     def masks(self) -> Tensor | None:
         """The masks of all recorded steps. Shape: [steps, images, concepts, height, width], bool."""
@@ -706,7 +724,11 @@ class Engine:
         if found is None:
             return None
         steps, maps = found
-        return torch.stack([self._masks.get(step, masks_of(m)) for step, m in zip(steps, maps, strict=True)])
+        masks = masks_of(maps)
+        for step, every in zip(steps, masks, strict=True):
+            for images, mine in self._masks.get(step, ()):
+                every[images] = mine
+        return masks
 
     def attention_maps(self) -> tuple[tuple[int, ...], Tensor] | None:
         """The recorded steps and their maps. Shape: [steps, images, concepts, height, width], fp32."""
@@ -738,13 +760,8 @@ class Engine:
         if self._weighted_for != self.step_weights:
             self._weighted_for = self.step_weights
             self._weighted_gates.clear()
-            self._weighted_text.clear()
-        if gates not in self._weighted_gates:
-            made = gates.times(torch.tensor(self._weighted_for, device=gates.text.device))
-            # Gates that share the one for the text go on to share it, and with it keys and values.
-            text = self._weighted_text.setdefault(gates.text, made.text)
-            self._weighted_gates[gates] = replace(made, text=text)
-        return self._weighted_gates[gates]
+        factors = torch.tensor(self._weighted_for, device=gates.text.device)
+        return self._weighted_gates.of(gates, lambda whole: whole.times(factors))
 
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""
@@ -752,14 +769,11 @@ class Engine:
             return conditioning, gates
         if conditioning not in self._cut_text:
             self._cut_text[conditioning] = conditioning.conditional()
-        if gates not in self._cut_gates:
-            cut = gates.select(conditioning.conditional_rows)
-            # Gates that share the one for the text go on to share it, and with it keys and values.
-            self._cut_gates[gates] = replace(cut, text=self._cut_text_gates.setdefault(gates.text, cut.text))
-        return self._cut_text[conditioning], self._cut_gates[gates]
+        cut = self._cut_gates.of(gates, lambda whole: whole.select(conditioning.conditional_rows))
+        return self._cut_text[conditioning], cut
 
     def _watch(self, conditioning: Conditioning) -> Recorder | None:
-        if self.step not in self.record_steps:
+        if self.step not in self.record_steps or not self.concepts:
             return None
         words = conditioning.phrase_mask
         return Recorder(self.map_layers, words / words.sum(dim=-2, keepdim=True).clamp(min=1))

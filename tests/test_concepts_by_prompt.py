@@ -1,14 +1,14 @@
-"""Different concepts for the prompts of one call: the same images as one call for each, in one forward."""
+"""Different concepts for the prompts of one call: the same images as one call for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from components import EVERYTHING, FAMILIES, State, random_lora, seeded, text_loras
-from pipelines.methods import Composite, Switch, Tara
+from components import EVERYTHING, FAMILIES, TINY, State, random_lora, sd_unet, seeded, small_pipeline, text_loras
+from pipelines.methods import Clora, Composite, LoraComposer, Settings, Switch, Tara
 from pipelines.scene import Concept
 
 WORDS = {"cat": "sks", "dog": "zwx", "bear": "xlo"}
@@ -121,15 +121,21 @@ def test_a_callback_may_switch_guidance_off(pipe):
         assert_as_one_by_one(pipe, CAST[:2], method, PROMPTS[:2], callback_on_step_end=cut)
 
 
-def test_the_choice_of_a_method_is_among_those_that_can_do_it(pipe, caplog):
+def test_a_method_is_chosen_for_all_prompts(pipe, caplog):
     caplog.set_level("INFO", "pipelines.methods")
-    cast: Any = [["cat", "dog"], ["bear"]]
-    chosen = latents_of(pipe, PROMPTS[:2], cast, None, generator=seeded())
-    assert torch.equal(chosen, latents_of(pipe, PROMPTS[:2], cast, "merge", generator=seeded()))
-    assert "method: merge, because prompts have different concepts" in caplog.text
+
+    def assert_chosen(method: str, prompts: list[str], cast: Any) -> None:
+        chosen = latents_of(pipe, prompts, cast, None, generator=seeded())
+        assert torch.equal(chosen, latents_of(pipe, prompts, cast, method, generator=seeded()))
+
+    named = ["a sks cat and a zwx dog", "a xlo bear", "a mjq fox and a sks cat"]
+    assert_chosen("clora", named[:2], [["cat", "dog"], ["bear"]])
+    assert_chosen("merge", ["a sks cat and a zwx", named[1]], [["cat", "dog"], ["bear"]])
+    assert "method: merge, because dog is not named by trigger and class word" in caplog.text
+    assert_chosen("merge", [named[0], named[1]], [["cat"], ["bear"]])
+    assert "method: merge, because no prompt has several subjects" in caplog.text
     boxed = [[Concept(name="cat", region=LEFT)], [Concept(name="bear", region=RIGHT)]]
-    chosen = latents_of(pipe, PROMPTS[:2], boxed, None, generator=seeded())
-    assert torch.equal(chosen, latents_of(pipe, PROMPTS[:2], boxed, "regional", generator=seeded()))
+    assert_chosen("lora-composer", named[:2], boxed)
 
 
 def test_the_same_list_for_every_prompt_is_one_list(pipe):
@@ -138,6 +144,101 @@ def test_the_same_list_for_every_prompt_is_one_list(pipe):
     for method in ("merge", "clora"):
         listed = latents_of(pipe, prompts, [names, names], method, generator=seeded())
         assert torch.equal(listed, latents_of(pipe, prompts, names, method, generator=seeded()))
+
+
+BOXED: list[list[str | Concept]] = [
+    [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT, weight=0.6)],
+    [Concept(name="bear", region=(32, 32, 96, 112), prompt="a xlo bear, sitting")],
+    [],
+    [Concept(name="cat", region=RIGHT), "bear"],
+    ["cat", Concept(name="dog", negative_prompt="grass")],
+]
+DIVIDED: dict[str, tuple[str | Settings, Sequence[int]]] = {
+    "clora": ("clora", (0, 1, 2, 3)),
+    "clora, branches": (Clora(fuse="branches", uncond="each", exclusive=False), (1, 0, 4)),
+    "lora-composer": ("lora-composer", (0, 1, 2, 3)),
+    "lora-composer, official": (LoraComposer.official(), (3, 0)),
+}
+FIVE = [*PROMPTS, "a xlo bear, and a sks cat", "a sks cat near a zwx dog"]
+
+
+@pytest.mark.parametrize("case", DIVIDED)
+def test_methods_that_divide_the_canvas_make_the_images_of_one_call_for_each(pipe, case):
+    method, chosen = DIVIDED[case]
+    prompts, cast = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
+    before = State(pipe)
+    assert_as_one_by_one(pipe, cast, method, prompts, images=2 if case == "clora, branches" else 1)
+    before.assert_unchanged()
+
+
+def test_words_that_name_a_concept_are_for_the_prompts_that_have_it(pipe):
+    chosen = (0, 3)
+    prompts, cast = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
+    words = [{"cat": ["sks", "cat"]}, {"cat": ["sks", "cat"], "bear": ["bear"]}]
+    together = latents_of(pipe, prompts, cast, Clora(mask_words=words[1]), generator=[seeded(0), seeded(1)])
+    for row in range(2):
+        method = Clora(mask_words=words[row])
+        alone = latents_of(pipe, prompts[row], cast[row], method, generator=seeded(row))
+        torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_takes_the_guidance_scale_as_an_input_does_so_for_every_cast(write_lora):
+    pipe = small_pipeline(unet=sd_unet(**TINY, time_cond_proj_dim=8))
+    for seed, (name, trigger) in enumerate(WORDS.items()):
+        lora = write_lora(name, unet=random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15))
+        pipe.load_concept(lora, name, trigger=trigger, class_word=name)
+    assert_as_one_by_one(pipe, [BOXED[i] for i in (0, 1, 0)], "lora-composer", [FIVE[i] for i in (0, 1, 0)])
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+def test_prompts_of_the_same_cast_go_through_the_model_together(pipe, method):
+    calls, prompts = [], [FIVE[i] for i in (0, 1, 0)]
+    cast = [BOXED[i] for i in (0, 1, 0)]
+    hook = pipe.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
+    together = pipe(prompts, concepts=cast, method=method, num_inference_steps=1, output_type="latent")
+    made, alone = len(calls), []
+    for one, mine in zip(prompts[:2], cast[:2], strict=True):
+        alone.append(pipe(one, concepts=mine, method=method, num_inference_steps=1, output_type="latent").cost)
+    hook.remove()
+    rows = 2 * alone[0].rows_forward + alone[1].rows_forward
+    assert together.cost.rows_forward == pytest.approx(rows)
+    # CLoRA has a pass of its own for the regions of each image.
+    assert made == len(calls) - made + (method == "clora")
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+def test_maps_and_masks_of_divided_canvases_are_those_of_one_call_for_each(pipe, method):
+    chosen = (0, 1, 2)
+    prompts, cast = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
+    given: Any = {"num_inference_steps": 2, "output_type": "latent", "record_attention": [0, -1]}
+    together = pipe(
+        prompts, concepts=cast, method=method, generator=[seeded(k) for k in range(len(prompts))], **given
+    )  # fmt: skip
+    columns = {0: [0, 1], 1: [2], 2: []}
+    assert together.recorded_steps == (0, 1)
+    for row in range(2):
+        alone = pipe(prompts[row], concepts=cast[row], method=method, generator=seeded(row), **given)
+        mine = together.attention_maps[:, row]
+        torch.testing.assert_close(mine[:, columns[row]], alone.attention_maps[:, 0], atol=1e-4, rtol=1e-3)
+        assert (together.masks[:, row, columns[row]] == alone.masks[:, 0]).float().mean() > 0.99
+    for row, own in columns.items():
+        others = [column for column in range(3) if column not in own]
+        assert not together.attention_maps[:, row, others].any()
+        assert not together.masks[:, row, others].any()
+
+
+@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+def test_callbacks_see_all_prompts_of_divided_canvases(pipe, method):
+    shapes = []
+
+    def look(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0 if step >= 1 else pipe._guidance_scale
+        shapes.append({name: tuple(tensor.shape[:1]) for name, tensor in tensors.items()})
+        return {}
+
+    given: Any = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    assert_as_one_by_one(pipe, BOXED[:2], method, PROMPTS[:2], **given)
+    assert shapes[:3] == [{"latents": (2,), "prompt_embeds": (4,)}] * 3
 
 
 def test_only_empty_lists_are_a_plain_call(pipe):
@@ -151,9 +252,10 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "twice": ([["cat", "cat"], ["bear"]], "merge", "'cat' stands twice"),
     "unknown": ([["cat"], ["fox"]], "merge", "unknown concept 'fox'"),
     "word missing": ([["cat"], ["dog"]], "tara", "the trigger 'zwx' of concept 'dog' is not in the prompt 'in snow"),
-    "clora": ([["cat", "dog"], ["bear"]], "clora", "clora has the same concepts for all prompts.*one call for each"),
-    "lora-composer": ([[Concept(name="cat", region=LEFT)], [Concept(name="bear", region=LEFT)]], "lora-composer",
-                      "lora-composer has the same concepts for all prompts"),
+    "no region": ([[Concept(name="cat", region=LEFT), "dog"], ["bear"]], "lora-composer",
+                  "lora-composer needs to know where the concepts are"),
+    "words of nobody": ([["cat", "dog"], ["bear"]], Clora(words={"fox": ["fox"]}), "words names .'fox'.; the subjects "
+                        "are cat, dog, bear"),
     "shares": ([["cat", "dog"], ["bear"]], Composite(shares=[1, 2, 3]), "shares only if all prompts have the same"),
 }  # fmt: skip
 

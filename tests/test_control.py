@@ -271,6 +271,23 @@ def test_prompts_in_one_call_follow_their_own_pictures(composer, method, pooled)
     assert_close(compose(slice(0, 2)), torch.cat([compose(slice(0, 1)), compose(slice(1, 2))]))
 
 
+@pytest.mark.parametrize("method", ["regional", "lora-composer", Clora(fuse="branches")])
+def test_prompts_with_different_concepts_follow_their_own_pictures(composer, method):
+    pictures, prompts = [picture(1), picture(2)], [PROMPT, "a zwx dog"]
+    casts = [CONCEPTS, [Concept(name="dog", region=LEFT)]]
+    noise = torch.randn(2, 4, 16, 16, generator=seeded())
+
+    def compose(which: slice) -> Tensor:
+        control = [
+            Control(model=net_of(composer), image=pictures[which], regions={"dog": 0.3}),
+            Control(model=adapter_of(composer), image=pictures[which]),
+        ]
+        given = {"prompt": prompts[which], "latents": noise[which], "concepts": casts[which], "method": method}
+        return latents_of(composer, control=control, num_inference_steps=1, **given)
+
+    assert_close(compose(slice(0, 2)), torch.cat([compose(slice(0, 1)), compose(slice(1, 2))]))
+
+
 @pytest.mark.parametrize("model_of", [net_of, adapter_of])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_regions_apart_see_their_own_part_of_the_picture(composer, model_of):

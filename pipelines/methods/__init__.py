@@ -70,7 +70,9 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
 
 
 def choose_method(
-    concepts: Sequence[LoadedConcept], prompts: Sequence[str] | None, *, differ: bool = False
+    concepts: Sequence[LoadedConcept],
+    prompts: Sequence[str] | None,
+    members: Sequence[Sequence[int]] | None = None,
 ) -> Settings:
     """The method for a call that names none, with the reason in the log.
 
@@ -81,26 +83,27 @@ def choose_method(
     Args:
         concepts: Those of the call.
         prompts: Its prompts; None if it was given embeddings.
-        differ: Whether prompts have different concepts, for which there are methods with one text for all alone.
+        members: By prompt, who of the concepts takes part; None is all in every prompt.
     """
     given = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in given]
     if subjects and all(subject.region for subject in subjects):
         who = "subject" if len(subjects) < len(concepts) else "concept"
-        if prompts is not None and all(subject.trigger for subject in subjects) and not differ:
+        if prompts is not None and all(subject.trigger for subject in subjects):
             logger.info("method: lora-composer, because every %s has a region", who)
             return LoraComposer()
-        why = "prompts have different concepts" if differ else "not every one a trigger"
-        logger.info("method: regional, because every %s has a region, and %s", who, why)
+        logger.info("method: regional, because every %s has a region, and not every one a trigger", who)
         return Regional()
     if subjects and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in given):
         logger.info("method: tara, because every concept was trained for it")
         return Tara()
-    if differ:
-        logger.info("method: merge, because prompts have different concepts")
-        return Merge()
-    unnamed = [subject.name for subject in subjects if not _named(subject, subjects, prompts)]
-    if len(subjects) > 1 and not unnamed:
+    everybody = range(len(concepts))
+    casts = [
+        [concepts[i].concept for i in mine if not concepts[i].concept.is_style]
+        for mine in members or [everybody] * len(prompts or [()])
+    ]
+    unnamed = _unnamed(casts, prompts)
+    if max(map(len, casts)) > 1 and not unnamed:
         logger.info("method: clora, because the prompt names every concept by trigger and class word")
         return Clora()
     reason = f"{', '.join(unnamed)} is not named by trigger and class word" if unnamed else _few(subjects)
@@ -109,9 +112,18 @@ def choose_method(
 
 
 def _few(subjects: Sequence[Concept]) -> str:
+    if len(subjects) > 1:
+        return "no prompt has several subjects"
     return "there is one subject" if subjects else "styles act everywhere"
 
 
-def _named(concept: Concept, concepts: Sequence[Concept], prompts: Sequence[str] | None) -> bool:
-    """Whether every prompt has a concept's trigger, and its class word after it."""
-    return bool(prompts) and all(own_nouns(concept, prompt, concepts) for prompt in prompts or ())
+def _unnamed(casts: Sequence[Sequence[Concept]], prompts: Sequence[str] | None) -> list[str]:
+    """Those of the subjects of a prompt whose trigger it does not have, with the class word after it."""
+    texts: Sequence[str | None] = prompts or [None] * len(casts)
+    unnamed = [
+        subject.name
+        for prompt, cast in zip(texts, casts, strict=True)
+        for subject in cast
+        if prompt is None or not own_nouns(subject, prompt, cast)
+    ]
+    return list(dict.fromkeys(unnamed))

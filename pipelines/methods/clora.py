@@ -29,6 +29,7 @@ from torch import Tensor
 from attention import Gates, Layout, Partition, Recorder, grid_at
 from attention.masks import closed, dilated, eroded, opened, strongest
 from pipelines.branches import Branch, branches_of
+from pipelines.casts import ByCast
 from pipelines.conditioning import Conditioning, join_branches, stack_texts
 from pipelines.engine import Engine, Gradient, Prediction
 from pipelines.losses import contrast, smooth
@@ -146,7 +147,9 @@ class Clora:
 
     def start(self, engine: Engine) -> Process:
         """Encodes a text for every branch. A single subject has nobody to be told from: its LoRA acts everywhere."""
-        engine.refuse_different("clora")
+        self._check_words([engine.concepts[i].name for i in engine.subjects])
+        if engine.differ:
+            return ByCast.start(engine, lambda part: self._with_words_of(part.concepts).start(part))
         subjects = engine.subjects
         if len(subjects) < 2:
             return Merge().start(engine)
@@ -156,7 +159,6 @@ class Clora:
             say_once("clora finds out itself where concepts are; method='lora-composer' uses regions")
         styles = [concept for concept in engine.concepts if concept.is_style]
         say_unread(styles, styles, "a style has no branch, and acts in those of the subjects")
-        self._check_words([engine.concepts[i].name for i in subjects])
         branches = branches_of(
             engine.prompts, engine.concepts, subjects, base_prompt=self.base_prompt, words=self.words
         )
@@ -168,6 +170,14 @@ class Clora:
             stack_texts(texts).of_image(image) for image in range(engine.images if self.fuse == "regions" else 0)
         ]
         return Contrasting(self, engine, subjects, joined, self._gates(engine, branches, joined), words, by_image)
+
+    def _with_words_of(self, concepts: Sequence[Concept]) -> "Clora":
+        """The same without words of others."""
+        names = {concept.name for concept in concepts}
+        words, mask_words = (
+            {name: listed for name, listed in given.items() if name in names} for given in (self.words, self.mask_words)
+        )
+        return replace(self, words=words, mask_words=mask_words)
 
     def _check_words(self, subjects: Sequence[str]) -> None:
         for name, given in (("words", self.words), ("mask_words", self.mask_words)):

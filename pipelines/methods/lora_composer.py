@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from attention import Gates, Layout, Partition, Recorder
+from pipelines.casts import ByCast
 from pipelines.conditioning import Conditioning, stack_texts
 from pipelines.engine import Engine
 from pipelines.losses import bell, concentration, filling, outlook, smooth
@@ -153,7 +154,8 @@ class LoraComposer:
 
     def start(self, engine: Engine) -> Process:
         """Encodes a text for the canvas and one for each region, and divides the grids. Styles alone are merged."""
-        engine.refuse_different("lora-composer")
+        if engine.differ:
+            return ByCast.start(engine, self.start)
         if not engine.subjects:
             return Merge().start(engine)
         wanted = [concept.region for concept in engine.concepts]
