@@ -9,6 +9,7 @@ import pytest
 from compose.evaluation.planning import make_plan
 from compose.evaluation.suite import arms, batches, read_suite, run_of, suites_dir, without_triggers
 from compose.files import FileError
+from pipelines.scene import Concept
 
 CAT = {
     "name": "cat",
@@ -107,6 +108,20 @@ def test_methods_get_the_loras_of_their_kind(tmp_path: Path) -> None:
     assert loras["no LoRA"] == []
     assert loras["merge"] == ["playground:cat", "playground:dog"]
     assert loras["tara"] == ["playground:cat-tara", "playground:dog-tara"]
+
+
+def test_a_concept_acts_as_its_suite_says(tmp_path: Path) -> None:
+    cat = {**CAT, "weight": "1..0.4", "blocks": {"down": 0.5}, "negative_prompt": "blurry"}
+    suite = read_suite(written(tmp_path, concepts=[cat, {**DOG, "weight": [1, 0]}]))
+    one, other = next(
+        run for batch in batches(suite) if len((run := run_of(suite, batch)).scene.concepts) == 2
+    ).scene.concepts
+    assert one == Concept(
+        name="cat", lora="playground:cat", trigger="sks", class_word="cat", region=(0, 0, 64, 128), weight="1..0.4",
+        blocks={"down": 0.5}, negative_prompt="blurry",
+    )  # fmt: skip
+    assert (other.weight, other.blocks) == (Concept(name="dog", weight=[1, 0]).weight, None)
+    assert "weight" in complaint(tmp_path, concepts=[{**CAT, "weight": "often"}, DOG])
 
 
 def test_a_concept_may_have_one_lora(tmp_path: Path) -> None:

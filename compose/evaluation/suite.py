@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from compose.assets import assets_dir
 from compose.files import FileError, local_source, read_as
 from pipelines.methods import make_method
 from pipelines.scene import Concept, Region, Run, Scene
 from pipelines.tokens import find_words
+from pipelines.weights import Weight, read_blocks, read_weight
 
 SANITY = ("no LoRA", "alone", "merge")
 """What every evaluation contains: the model as it is, each LoRA alone, and all of them added up."""
@@ -34,7 +35,9 @@ class SuiteConcept(_Frozen):
         trigger: The rare word or words.
         class_word: The noun after it.
         references: Reference pictures: a folder, a list of files, or `playground:NAME`.
-        weight: Factor on the whole LoRA.
+        weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
+        blocks: Further factors, by block of the UNet (`Concept.blocks`).
+        negative_prompt: What is not to be seen where it is, for methods that read a text per concept.
     """
 
     name: Name
@@ -42,7 +45,9 @@ class SuiteConcept(_Frozen):
     trigger: Annotated[str, Field(min_length=1)]
     class_word: Annotated[str, Field(min_length=1)]
     references: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    weight: float = 1.0
+    weight: Annotated[Weight, BeforeValidator(read_weight)] = 1.0
+    blocks: Annotated[dict[str, float] | None, BeforeValidator(read_blocks)] = None
+    negative_prompt: str | None = None
 
     @property
     def loras(self) -> Mapping[str, str]:
@@ -325,7 +330,7 @@ def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
     return Concept(
         name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
-        region=region,
+        blocks=concept.blocks, negative_prompt=concept.negative_prompt, region=region,
     )  # fmt: skip
 
 
