@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start, beside other tests
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

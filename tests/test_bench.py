@@ -109,6 +109,7 @@ def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
     assert row.split()[-1] == f"{swaps['swapping']:.2f}"
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_other_process_is_told():
     with pytest.raises(ChildProcessError, match="there is no model 'nowhere'"):
         peak_bytes(Job("nowhere", "cpu", 1))

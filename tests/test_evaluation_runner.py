@@ -198,6 +198,7 @@ def called(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(suite_file: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = called(by_accelerate(suite_file, out))

@@ -582,6 +582,7 @@ for method in ("merge", "tara"):
 """
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bits_in_this_process_and_in_another(playground):
     def digests() -> list[str]:
         found = []

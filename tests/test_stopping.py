@@ -108,6 +108,7 @@ def test_a_stopped_pass_needs_less_memory(family: str) -> None:
     assert peaks[0] < peaks[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_maps_and_gradient() -> None:
     unet = two_levels()
     layers = map_layers(unet)
