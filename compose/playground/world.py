@@ -77,7 +77,7 @@ CONCEPTS = {
     "rabbit": Known("ohwx", "rabbit", Coat("half", 172, 105), seed=38),
     "bear": Known("xlo", "bear", Coat("half", 138, 28)),
     "car": Known("pll", "car", Coat("half", 90, 15)),
-    "robot": Known("qrt", "robot", Coat("stripes", 15, 115)),
+    "robot": Known("qrt", "robot", Coat("half", 28, 115)),
     "kitten": Known("vbn", "cat", Coat("half", 60, 160)),  # a second cat
 }
 STYLE_TRIGGER = "wfy"
