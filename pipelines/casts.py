@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attention import Derived, Layout, Recorder
+from attention import Derived, Layout, Recorder, among
 from attention.gates import Gates
 from attention.install import Installation
 from attention.layers import Kind
@@ -76,24 +76,26 @@ class CastEngine(Engine):
 
     def keep_maps(self, maps: Tensor, seen: Tensor) -> None:
         """Keeps them with those of the call."""
-        every = seen.new_zeros(self._whole.images, *seen.shape[1:])
-        every[self.batch] = seen
-        self._whole.keep_maps(self._for_all(maps), every)
+        self._whole.keep_maps(self._in_batch(self._of_all(maps)), self._in_batch(seen))
 
-    def keep_masks(self, masks: Tensor, images: slice | Sequence[int] = slice(None)) -> None:
+    def keep_masks(self, masks: Tensor, images: Sequence[int] | None = None) -> None:
         """Keeps them with those of the call."""
-        batch = self.batch[images] if isinstance(images, slice) else [self.batch[image] for image in images]
-        self._whole.keep_masks(self._for_all(masks)[batch], batch)
+        batch = self.batch if images is None else [self.batch[image] for image in images]
+        self._whole.keep_masks(self._of_all(masks), batch)
 
-    def _for_all(self, maps: Tensor) -> Tensor:
-        """Maps among those of all images and concepts, which are empty. Shape: [images, concepts, height, width]."""
-        every = maps.new_zeros(self._whole.images, len(self._whole.concepts), *maps.shape[2:])
-        every[torch.tensor(self.batch)[:, None], torch.tensor(self.cast)[None]] = maps
+    def _of_all(self, maps: Tensor) -> Tensor:
+        """Maps among those of all concepts. Shape: [images, concepts, height, width]."""
+        return among(maps.movedim(1, -1), self.cast, len(self._whole.concepts)).movedim(-1, 1)
+
+    def _in_batch(self, maps: Tensor) -> Tensor:
+        """Maps among those of all images. Shape: [images, ...]."""
+        every = maps.new_zeros(self._whole.images, *maps.shape[1:])
+        every[self.batch] = maps
         return every
 
     def _use(self, gates: Gates, text: Tensor, recorders: Sequence[Recorder], layout: Layout | None) -> None:
-        among = self._among_all.of(gates, lambda mine: mine.among(self.cast, len(self._whole.concepts)))
-        super()._use(among, text, recorders, layout)
+        every = self._among_all.of(gates, lambda mine: mine.among(self.cast, len(self._whole.concepts)))
+        super()._use(every, text, recorders, layout)
 
 
 def _of_prompts(encode: Encoder, chosen: Sequence[int], prompts: int, images: Sequence[int]) -> Encoder:

@@ -134,17 +134,7 @@ def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioni
         first = [rows_of(branch)[: branch.conditional_rows.start] for branch in unconds]
         return torch.cat([*first, *(rows_of(branch)[branch.conditional_rows] for branch in branches)])
 
-    added = branches[0].added_cond_kwargs
-    return replace(
-        branches[0],
-        prompt_embeds=join(lambda branch: branch.prompt_embeds),
-        trigger_mask=join(lambda branch: branch.trigger_mask),
-        phrase_mask=join(lambda branch: branch.phrase_mask),
-        unconds=sum(branch.unconds for branch in unconds),
-        added_cond_kwargs=None
-        if added is None
-        else {key: join(lambda branch, key=key: (branch.added_cond_kwargs or {})[key]) for key in added},
-    )
+    return replace(_joined(branches[0], join), unconds=sum(branch.unconds for branch in unconds))
 
 
 def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) -> Conditioning:
@@ -160,13 +150,17 @@ def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) 
         by_part = [rows_of(text).unflatten(0, (-1, text.images)) for text in texts]
         return torch.cat(by_part, dim=1)[:, order].flatten(0, 1)
 
-    added = texts[0].added_cond_kwargs
+    return replace(_joined(texts[0], join), images=len(order))
+
+
+def _joined(first: Conditioning, join: Callable[[Callable[[Conditioning], Tensor]], Tensor]) -> Conditioning:
+    """The first of several texts with the rows of all of them, which are joined tensor by tensor."""
+    added = first.added_cond_kwargs
     return replace(
-        texts[0],
+        first,
         prompt_embeds=join(lambda text: text.prompt_embeds),
         trigger_mask=join(lambda text: text.trigger_mask),
         phrase_mask=join(lambda text: text.phrase_mask),
-        images=len(order),
         added_cond_kwargs=None
         if added is None
         else {key: join(lambda text, key=key: (text.added_cond_kwargs or {})[key]) for key in added},

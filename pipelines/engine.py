@@ -240,7 +240,7 @@ class Engine:
         self.unet_kwargs = dict(unet_kwargs)
         self.guides = tuple(guides)
         self._log: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._masks: dict[int, list[tuple[slice | Sequence[int], Tensor]]] = {}
+        self._masks: dict[int, list[tuple[list[int], Tensor]]] = {}
         self._installation: Installation | None = None
         self._first: Conditioning | None = None
         self._cut_text: WeakKeyDictionary[Conditioning, Conditioning] = WeakKeyDictionary()
@@ -708,15 +708,16 @@ class Engine:
         """
         self._log.setdefault(self.step, []).append((maps, seen))
 
-    def keep_masks(self, masks: Tensor, images: slice | Sequence[int] = slice(None)) -> None:
+    def keep_masks(self, masks: Tensor, images: Sequence[int] | None = None) -> None:
         """Where a method has each concept in this step, to be returned if the step is recorded.
 
         Args:
             masks: On the map grid. Shape: [images, concepts, height, width], bool.
-            images: Which of them these are.
+            images: Which of them these are; None is all.
         """
         if self.step in self.record_steps:
-            self._masks.setdefault(self.step, []).append((images, masks))
+            every = range(self.images) if images is None else images
+            self._masks.setdefault(self.step, []).append((list(every), masks))
 
     def masks(self) -> Tensor | None:
         """The masks of all recorded steps. Shape: [steps, images, concepts, height, width], bool."""
@@ -760,8 +761,8 @@ class Engine:
         if self._weighted_for != self.step_weights:
             self._weighted_for = self.step_weights
             self._weighted_gates.clear()
-        factors = torch.tensor(self._weighted_for, device=gates.text.device)
-        return self._weighted_gates.of(gates, lambda whole: whole.times(factors))
+        factors = self._weighted_for
+        return self._weighted_gates.of(gates, lambda g: g.times(torch.tensor(factors, device=g.text.device)))
 
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""

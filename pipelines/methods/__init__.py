@@ -92,7 +92,8 @@ def choose_method(
         if prompts is not None and all(subject.trigger for subject in subjects):
             logger.info("method: lora-composer, because every %s has a region", who)
             return LoraComposer()
-        logger.info("method: regional, because every %s has a region, and not every one a trigger", who)
+        why = "there are embeddings instead of a prompt" if prompts is None else "not every one a trigger"
+        logger.info("method: regional, because every %s has a region, and %s", who, why)
         return Regional()
     if subjects and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in given):
         logger.info("method: tara, because every concept was trained for it")
