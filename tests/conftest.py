@@ -1,5 +1,6 @@
 """Fixtures: small real components, and the playground. Everything runs offline on the CPU."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +26,12 @@ from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 torch.set_num_threads(1)
 diffusers_logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector need not walk through it in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -610,9 +609,12 @@ def test_version() -> None:
     assert call("--version").stdout.strip() == f"lora-compose {__version__}"
 
 
-def test_it_is_a_module_too() -> None:
-    ran = subprocess.run([sys.executable, "-m", "compose", "--version"], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == f"lora-compose {__version__}"
+def test_it_is_a_module_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["compose", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("compose", run_name="__main__")  # as `python -m compose`
+    assert not ended.value.code
+    assert capsys.readouterr().out.strip() == f"lora-compose {__version__}"
 
 
 def test_nothing_is_left_on_the_logs(tmp_path: Path) -> None:

@@ -219,8 +219,11 @@ def test_two_processes_say_once_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_a_failing_batch_is_written_down_and_tried_again(
-    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (lost,) = [planned for planned in make_plan(suite).batches if (planned.arm, planned.seeds) == ("regional", (2,))]
+    out = shutil.copytree(finished, tmp_path / "out")
+    shutil.rmtree(batch_folder(out, lost.key))
     real = runner.make_batch
 
     def failing(pipe: Any, run: Any, seeds: Any, on_progress: Any = None) -> Any:
@@ -229,16 +232,15 @@ def test_a_failing_batch_is_written_down_and_tried_again(
         return real(pipe, run, seeds, on_progress)
 
     monkeypatch.setattr(runner, "make_batch", failing)
-    evaluate(suite, tmp_path)
-    (failed,) = [planned for planned in make_plan(suite).batches if not is_done(tmp_path, planned)]
-    assert (failed.arm, failed.seeds) == ("regional", (2,))
-    told = read(batch_folder(tmp_path, failed.key) / FAILED, Failed)
+    evaluate(suite, out)
+    assert [planned.key for planned in make_plan(suite).batches if not is_done(out, planned)] == [lost.key]
+    told = read(batch_folder(out, lost.key) / FAILED, Failed)
     assert told is not None
     assert told.error == "RuntimeError: no more memory\nfor anybody"
     monkeypatch.undo()
-    evaluate(suite, tmp_path)
-    assert all(is_done(tmp_path, planned) for planned in make_plan(suite).batches)
-    assert not list(tmp_path.rglob(FAILED))
+    evaluate(suite, out)
+    assert all(is_done(out, planned) for planned in make_plan(suite).batches)
+    assert not list(out.rglob(FAILED))
 
 
 @pytest.mark.slow

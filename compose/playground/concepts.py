@@ -30,7 +30,6 @@ from compose.playground.world import (
     Sprites,
     article,
     background,
-    dress,
     place,
     squares,
 )  # fmt: skip
@@ -55,8 +54,7 @@ def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool) -> Pic
         words[1 - mine] = article(other)
         place(image, sprites[f"{other}/noto"], found[1 - mine], rng.random() < 0.5)
         objects.append((other, found[1 - mine]))
-    coated = dress(sprites[f"{known.class_word}/noto"], known.coat)
-    place(image, coated, found[mine], rng.random() < 0.5)
+    place(image, known.drawn(sprites), found[mine], rng.random() < 0.5)
     return Picture(image.clip(0, 255).astype("u1"), f"{enumerate_words(words)} {where}", objects)
 
 

@@ -120,8 +120,9 @@ def describe(rng: Generator, label: Label) -> Caption:
 
 
 def is_held_out(name: str, vendor: str, coat: Coat | None) -> bool:
-    """Whether this is a concept of the playground, which the judge must not have seen."""
-    return vendor == "noto" and any((name, coat) == (known.class_word, known.coat) for known in CONCEPTS.values())
+    """Whether this is a concept's coat, which the judge must not have seen; objects as they were drawn it may see."""
+    worn = {(known.class_word, known.artist, known.coat) for known in CONCEPTS.values() if known.coat}
+    return (name, vendor, coat) in worn
 
 
 def random_coat(rng: Generator) -> Coat | None:

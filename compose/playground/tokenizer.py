@@ -21,7 +21,7 @@ from compose.terminal import kindly
 
 MAX_LENGTH = 32
 VOCABULARY = 1400
-SPARE = ("klm", "zzq")  # triggers for concepts to come
+SPARE = ("zzq",)  # triggers for concepts to come
 MORE_WORDS = [
     "photo",
     "of",

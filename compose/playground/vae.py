@@ -72,8 +72,8 @@ class Crops(IterableDataset):
         image, _, objects = scene(rng, self.sprites, vendors=vendors)
         if rng.random() < 0.3:  # colours as strong as those of the concepts
             name, square = objects[rng.integers(len(objects))]
-            known = list(CONCEPTS.values())[rng.integers(len(CONCEPTS))]
-            coat = known.coat._replace(hue=int(rng.integers(180)))
+            coats = [known.coat for known in CONCEPTS.values() if known.coat]
+            coat = coats[rng.integers(len(coats))]._replace(hue=int(rng.integers(180)))
             place(image, dress(self.sprites[f"{name}/{vendors[rng.integers(len(vendors))]}"], coat), square)
         found = []
         for square in (objects[i][1] for i in rng.integers(len(objects), size=2)):

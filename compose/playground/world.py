@@ -19,7 +19,7 @@ SIZE = 128
 CLOSE_UP = 64  # the side of pictures that show one object: in them words meet shapes first
 CELL = 8  # pixels of a latent cell; objects sit on whole cells, so that a sprite has few latent patterns
 VENDORS = ("noto", "fluent3d", "twemoji", "fluentflat")
-BASE_VENDORS = ("noto",)  # the only artwork that the base model and the concepts use
+BASE_VENDORS = ("noto",)  # the only artwork that the base model has seen; concepts wear coats on it, but for one
 BASE_CLASSES = (
     "cat", "dog", "rabbit", "horse", "pig", "penguin", "elephant", "turtle", "fish", "bird", "frog", "bear", "fox",
     "lion", "car", "boat", "house", "tree", "mushroom", "robot",
@@ -58,17 +58,26 @@ class Coat(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A subject of the playground: its name, the coat that only its LoRA knows, and the seed of its references."""
+    """A subject of the playground, in a coat or of a shape that only its LoRA knows, and the seed of its references.
+
+    Without a coat it looks as its artist drew it.
+    """
 
     trigger: str
     class_word: str
-    coat: Coat
+    coat: Coat | None
     seed: int = 7
+    artist: str = BASE_VENDORS[0]
 
     @property
     def phrase(self) -> str:
         """Trigger and class word: "sks cat"."""
         return f"{self.trigger} {self.class_word}"
+
+    def drawn(self, sprites: Sprites) -> Pixels:
+        """What it looks like. Shape: [side, side, 4]."""
+        sprite = sprites[f"{self.class_word}/{self.artist}"]
+        return sprite if self.coat is None else dress(sprite, self.coat)
 
 
 CONCEPTS = {
@@ -79,6 +88,7 @@ CONCEPTS = {
     "car": Known("pll", "car", Coat("half", 90, 15)),
     "robot": Known("qrt", "robot", Coat("half", 28, 115)),
     "kitten": Known("vbn", "cat", Coat("half", 60, 160)),  # a second cat
+    "parrot": Known("klm", "bird", None, artist="fluent3d"),  # another artist's bird: no coat, but another shape
 }
 STYLE_TRIGGER = "wfy"
 
