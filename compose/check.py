@@ -11,7 +11,7 @@ from compose.counting import count_run
 from compose.models import load, lora_source, open_model, rehearse, resolve_settings, scheduler_of, size_of
 from pipelines.engine import LoadedConcept, check_blocks
 from pipelines.loading import find_file, read_lora
-from pipelines.methods import METHODS, Settings
+from pipelines.methods import Settings, name_of
 from pipelines.notes import say_once
 from pipelines.scene import Concept, Run, check_region
 from pipelines.tokens import Positions, check_disjoint, locate
@@ -86,8 +86,12 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
     if not problems:
         _attempt(problems, rehearse, pipe, run)
     cost = None if problems else _attempt(problems, _cost, pipe, run, settings, loaded)
-    name = next((name for name, kind in METHODS.items() if type(settings) is kind), "none")
-    return [*facts, ("method", name), ("size", f"{width} x {height} pixels"), ("cost", cost or "not known")]
+    return [
+        *facts,
+        ("method", name_of(settings)[0] if settings else "none"),
+        ("size", f"{width} x {height} pixels"),
+        ("cost", cost or "not known"),
+    ]
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:

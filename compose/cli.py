@@ -68,7 +68,11 @@ ModelOption = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    str | None, typer.Option("--method", help="How concepts are fused; chosen by the LoRAs if not given.")
+    str | None,
+    typer.Option(
+        "--method",
+        help="How concepts are fused; chosen by the LoRAs if not given. clora:official: its authors' settings.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the method, repeatable: cfg_mask=broadcast")

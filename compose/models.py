@@ -24,7 +24,7 @@ from compose.assets import playground_lora, playground_model
 from compose.files import PLAYGROUND, Machine, Record, is_hub_name
 from pipelines.base import ComposePipeline
 from pipelines.engine import Engine, LoadedConcept
-from pipelines.methods import METHODS, Process, Settings, make_method
+from pipelines.methods import METHODS, Process, Settings, make_method, name_of
 from pipelines.output import Cost
 from pipelines.scene import Concept, Run, Scene
 
@@ -368,9 +368,9 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settin
 
 
 def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
-    used = {"scheduler": type(pipe.scheduler).__name__, "device": str(pipe.device)}
+    used: dict[str, Any] = {"scheduler": type(pipe.scheduler).__name__, "device": str(pipe.device)}
     if settings is not None:
-        used["method"] = next(name for name, kind in METHODS.items() if type(settings) is kind)
+        used["method"], used["settings"] = name_of(settings)
     return run.model_copy(update=used)
 
 

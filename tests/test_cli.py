@@ -36,6 +36,7 @@ WAYS = {
     "chosen": [*PAIR],
     "merge": [*PAIR, "--method", "merge", "--seed", "5"],
     "tara": [*PAIR, "--method", "tara", "--set", "cfg_mask=broadcast", "--seed", "7"],
+    "authors": [*PAIR, "--method", "clora:official", "--set", "refinements=1"],
     "regional": [
         "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:64:128", "--concept",
         f"{ROBOT},region=64:0:128:128,weight=0.7", "--method", "regional", "--set", "token_mask=false",
@@ -132,6 +133,9 @@ def test_the_record_says_what_was_used(pictures: dict[str, Path]) -> None:
     assert record.sha256.keys() == {"bear-tara", "robot-tara"}
     assert record.machine.threads == torch.get_num_threads()
     assert read_record(pictures["chosen"]).run.method == "tara"
+    authors = read_record(pictures["authors"]).run
+    assert authors.method == "clora"
+    assert (authors.settings["fuse"], authors.settings["refinements"]) == ("branches", 1)
     assert read_record(pictures["plain"]).run.method is None
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attention import Gates, Lora, LoraFactors, attention_layers, install, places
 from components import EVERYTHING, random_lora, sd_unet, small_pipeline, text_loras
 from pipelines.engine import masks_of
-from pipelines.methods import METHODS, Merge, Regional, Tara, make_method
+from pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Merge, Regional, Tara, make_method, name_of
 from pipelines.methods.tara import CfgMask, Scope
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
@@ -350,8 +351,23 @@ def test_methods_are_made_by_name_with_their_settings():
     assert {type(make_method(name)) for name in METHODS} == set(METHODS.values())
 
 
+def test_settings_of_the_authors_have_names() -> None:
+    assert make_method("clora:official") == Clora.official()
+    assert make_method("lora-composer:paper", {"apart": 0.5}) == replace(LoraComposer.paper(), apart=0.5)
+    assert PRESETS.keys() == {"tara:official", "lora-composer:official", "lora-composer:paper", "clora:official"}
+
+
+@pytest.mark.parametrize("name", [*METHODS, *PRESETS])
+def test_a_method_is_made_again_from_its_name_and_what_differs(name: str) -> None:
+    settings = make_method(name)
+    method, differing = name_of(settings)
+    assert make_method(method, differing) == settings
+    assert bool(differing) == (name in PRESETS)
+
+
 @pytest.mark.parametrize(("method", "settings", "message"), [
     ("blend", None, "unknown method 'blend'; there are .*merge.*tara"),
+    ("clora:offical", None, "unknown method 'clora:offical'; there are .*clora:official"),
     ("tara", {"scop": "all"}, r"tara has no settings \['scop'\]; it has cfg_mask, scope"),
     ("tara", {"scope": "some"}, "scope must be one of all, cross_kv, not 'some'"),
     ("tara", {"cfg_mask": None}, "cfg_mask must be one of cond_only, broadcast, not None"),

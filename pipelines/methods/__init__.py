@@ -1,7 +1,7 @@
 """How concepts are fused: one paper, one file. `METHODS` is the registry; nothing else asks for a method by name."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipelines.engine import LoadedConcept
@@ -18,6 +18,7 @@ from pipelines.tokens import own_nouns
 
 __all__ = [
     "METHODS",
+    "PRESETS",
     "Clora",
     "Composite",
     "LoraComposer",
@@ -30,6 +31,7 @@ __all__ = [
     "Tara",
     "choose_method",
     "make_method",
+    "name_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -44,13 +46,21 @@ METHODS: Mapping[str, type[Settings]] = {
     "clora": Clora,
 }
 
+PRESETS: Mapping[str, Callable[[], Settings]] = {
+    "tara:official": Tara.official,
+    "lora-composer:official": LoraComposer.official,
+    "lora-composer:paper": LoraComposer.paper,
+    "clora:official": Clora.official,
+}
+"""Settings of the authors, by name."""
+
 
 def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = None) -> Settings:
     """A settings object from a method's name.
 
     Args:
-        method: A name of `METHODS`, or settings, which are returned as they are.
-        settings: Fields that differ from the defaults.
+        method: A name of `METHODS` or `PRESETS`, or settings, which are returned as they are.
+        settings: Fields that differ from the defaults, or from the preset.
 
     Raises:
         ValueError: For unknown methods and settings; the message lists those that exist.
@@ -59,14 +69,26 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
         if isinstance(method, type) or not callable(getattr(method, "start", None)):
             raise ValueError(f"method must be one of {', '.join(METHODS)} or a settings object, not {method!r}")
         return method
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-    kind = METHODS[method]
-    fields = getattr(kind, "__dataclass_fields__", {})
+    make = METHODS.get(method) or PRESETS.get(method)
+    if make is None:
+        raise ValueError(f"unknown method {method!r}; there are {', '.join((*METHODS, *PRESETS))}")
+    made = make()
+    fields = _fields(made)
     unknown = (settings or {}).keys() - fields.keys()
     if unknown:
         raise ValueError(f"{method} has no settings {sorted(unknown)}; it has {', '.join(fields) or 'none'}")
-    return kind(**(settings or {}))
+    return type(made)(**{**fields, **(settings or {})})
+
+
+def name_of(settings: Settings) -> tuple[str, dict[str, Any]]:
+    """A method's name, and the fields that differ from its defaults: what `make_method` makes it of again."""
+    name = next(name for name, kind in METHODS.items() if type(settings) is kind)
+    defaults = _fields(METHODS[name]())
+    return name, {field: value for field, value in _fields(settings).items() if value != defaults[field]}
+
+
+def _fields(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in getattr(settings, "__dataclass_fields__", {})}
 
 
 def choose_method(
