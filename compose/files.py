@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipelines.scene import Concept, Run, Scene
 
 PLAYGROUND = "playground"
+PLAYGROUND_TITLE = f"lora-compose {PLAYGROUND}"  # what LoRAs that were trained on it say in their metadata
 RECORD_KEY = "lora-compose"
 
 _MIB = 2**20

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from compose.files import PLAYGROUND
+from compose.files import PLAYGROUND, PLAYGROUND_TITLE
 from compose.inspection import Inspection, Overlap, inspect, overlaps
 from compose.models import lora_source, open_model
 from compose.terminal import BAD_INPUT, out, plain, say
@@ -23,7 +23,8 @@ def inspect_files(
         str | None,
         typer.Option(
             "--model",
-            help="Match with this model: playground, a folder, a file, a hub repository; else with the family's.",
+            help="Match with this model: playground, a folder, a file, a hub repository; else with the playground "
+            "or the family's full model, whichever a file was trained on.",
         ),
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="The alpha of files that do not say theirs.")] = None,
@@ -37,14 +38,14 @@ def inspect_files(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for machines.")] = False,
 ) -> None:
     """Says what LoRA files are: format, base model, ranks, norms, triggers, what fits; of several, what they share."""
-    models = [model or (PLAYGROUND if source.startswith(f"{PLAYGROUND}:") else None) for source in files]
-    pipes: dict[str | None, Any] = {
-        name: open_model(Run(scene=Scene(prompt="-"), model=name)) for name in set(models) if name is not None
-    }
+    pipes: dict[str | None, Any] = {}
     seen: list[Inspection] = []
     usable: dict[str | None, list[tuple[str, Factors]]] = {}
-    for source, name in zip(files, models, strict=True):
+    for source in files:
         file = read_lora(find_file(lora_source(source)), allow_pickle=allow_pickle)
+        name = model or (PLAYGROUND if file.metadata.get("base_model") == PLAYGROUND_TITLE else None)
+        if name is not None and name not in pipes:
+            pipes[name] = open_model(Run(scene=Scene(prompt="-"), model=name))
         found, factors = inspect(file, pipes.get(name), name or "", alpha=alpha, max_rank=max_rank)
         seen.append(found)
         if factors is not None:

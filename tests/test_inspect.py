@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from attention import Lora, LoraFactors
 from components import random_lora, sd_unet
+from compose.assets import playground_lora
 from compose.cli import app
 from compose.inspection import block_of, inspect, overlaps
 from layouts import file_of, layout
@@ -26,8 +27,9 @@ def text_of(result: Any) -> str:
     return " ".join(result.output.split())
 
 
-def test_a_file_of_the_playground() -> None:
-    result = run(app, ["inspect", "playground:cat"])
+@pytest.mark.parametrize("source", ["playground:cat", str(playground_lora("cat"))], ids=["name", "path"])
+def test_a_file_of_the_playground(source: str) -> None:
+    result = run(app, ["inspect", source])
     assert result.exit_code == 0, result.output
     text = text_of(result)
     assert "LoRA, keys of diffusers (PEFT's names)" in text

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from compose import __version__
-from compose.files import PLAYGROUND
+from compose.files import PLAYGROUND, PLAYGROUND_TITLE
 from compose.training.model import ADAPTER
 from compose.training.settings import Training
 
@@ -63,5 +63,5 @@ def metadata_of(pipe: Any, settings: Training) -> dict[str, str]:
 
 def _model_name(model: str) -> str:
     if model == PLAYGROUND:
-        return f"lora-compose {PLAYGROUND}"
+        return PLAYGROUND_TITLE
     return Path(model).name if Path(model).expanduser().exists() else model
