@@ -31,8 +31,8 @@ from compose.page.scores import Judge
 from compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from compose.page.words import as_html, cut_off, read_prompt, with_phrase
 from pipelines.loading import LoraError
-from pipelines.methods import METHODS, Composite, LoraComposer, Tara
-from pipelines.scene import Concept
+from pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
+from pipelines.scene import Concept, Run, Scene
 
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word="robot")
@@ -57,6 +57,13 @@ def test_the_example_is_complete() -> None:
     assert [concept.name for concept in run.scene.concepts] == ["bear", "robot"]
     assert all(isinstance(concept.region, tuple) for concept in run.scene.concepts)
     assert draft.draft_of(run, (128, 128)) == replace(example, choice=Choice(PLAYGROUND, "float32", None))
+
+
+def test_settings_of_the_authors_are_shown_one_by_one() -> None:
+    run = Run(scene=Scene(prompt="a cat"), model=PLAYGROUND, method="lora-composer:official", settings={"apart": 0.5})
+    shown = draft.draft_of(run, (128, 128))
+    assert shown.method == "lora-composer"
+    assert make_method(shown.method, shown.settings) == replace(LoraComposer.official(), apart=0.5)
 
 
 def test_regions_are_kept_but_do_not_count_while_boxes_are_off() -> None:

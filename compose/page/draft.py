@@ -12,7 +12,7 @@ from compose.assets import assets_dir
 from compose.files import PLAYGROUND, complaints, read_scene
 from compose.page.boxes import Box, template
 from compose.page.shelf import Choice
-from pipelines.methods import METHODS, make_method
+from pipelines.methods import METHODS, make_method, name_of
 from pipelines.scene import Concept, Run, Scene
 
 MOST_CONCEPTS = 12
@@ -99,8 +99,7 @@ def draft_of(run: Run, size: tuple[int, int]) -> Draft:
     Raises:
         ValueError: If it is beyond the page's limits, or a method or its settings are unknown.
     """
-    if run.method is not None:
-        make_method(run.method, run.settings)
+    method, settings = (None, {}) if run.method is None else name_of(make_method(run.method, run.settings))
     draft = Draft(
         choice=Choice(run.model, run.dtype, run.device),
         prompt=run.scene.prompt,
@@ -108,8 +107,8 @@ def draft_of(run: Run, size: tuple[int, int]) -> Draft:
         concepts=run.scene.concepts,
         boxed=any(concept.region is not None for concept in run.scene.concepts),
         size=(run.scene.width or size[0], run.scene.height or size[1]),
-        method=run.method,
-        settings=dict(run.settings),
+        method=method,
+        settings=settings,
         scheduler=run.scheduler,
         steps=run.steps,
         guidance_scale=run.guidance_scale,
