@@ -79,6 +79,8 @@ class Installation:
             }
         self.slot.gates = self._expanded[gates]
         self.slot.text_kv = None if encoder_hidden_states is None else self._kept(encoder_hidden_states, gates.text)
+        for recorder in recorders:
+            recorder.clear()
         self.slot.recorders = recorders
         self.slot.layout = layout
         self.slot.texts = encoder_hidden_states if layout is not None else None

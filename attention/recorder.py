@@ -9,7 +9,8 @@ from torch import Tensor
 class Recorder:
     """Takes, during one pass, the attention that image cells pay to groups of tokens, and to each other.
 
-    Maps are assigned by layer, never added up, so that a recomputation under gradient checkpointing changes nothing.
+    In a pass the first map of a layer stays: gradient checkpointing enters layers again during backward, and the graph
+    of what it recomputes there must not outlive its block.
 
     Args:
         layers: Names of the cross-attention layers wanted.
@@ -43,9 +44,14 @@ class Recorder:
         if layer in self.layers:
             if self.readout.dim() == 4:
                 key = key[-len(self.readout) :]
-            self.maps[layer] = _attention(query, key, scale, None) @ self.readout
+            self.maps.setdefault(layer, _attention(query, key, scale, None) @ self.readout)
         elif layer in self.self_layers:
-            self.self_maps[layer] = _attention(query, key, scale, allowed)
+            self.self_maps.setdefault(layer, _attention(query, key, scale, allowed))
+
+    def clear(self) -> None:
+        """Forgets what the pass before has left, for a new one."""
+        self.maps.clear()
+        self.self_maps.clear()
 
     def of_rows(self, rows: slice) -> "Recorder":
         """One that takes the maps of some of the rows."""

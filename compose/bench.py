@@ -1,4 +1,4 @@
-"""What methods cost next to the plain pipeline: UNet rows and FLOPs, counted; seconds, memory and swaps, measured."""
+"""What methods cost next to the plain pipeline: rows, FLOPs and memory worked out; seconds, memory, swaps measured."""
 
 import json
 import logging
@@ -15,13 +15,15 @@ from compose import counting
 from compose.architectures import ARCHITECTURES, TRIGGERS, attention_lora, columns, with_lora
 from compose.counting import Counted
 from compose.files import PLAYGROUND, parse_settings
+from compose.peaks import Peak, peak
+from compose.savers import Saver
 from compose.swapping import RANK, Swaps, measure_swaps
 from compose.terminal import bar, kindly, out, say
 from compose.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
 from pipelines.methods import METHODS, make_method
 
 GUIDANCE = 5.0
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,25 @@ class CountedRow:
     concepts: int
     cost: Counted
     plain: Counted
+
+
+@dataclass(frozen=True)
+class PeakRow:
+    """What a method needs in memory on an architecture, as it is and with gradient checkpointing.
+
+    Attributes:
+        architecture: Its name.
+        method: Name of the method; None is the plain pipeline.
+        concepts: How many take part.
+        peak: As it is.
+        checkpointed: With gradient checkpointing; None where there are no gradients.
+    """
+
+    architecture: str
+    method: str | None
+    concepts: int
+    peak: Peak
+    checkpointed: Peak | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,9 @@ def bench(
     count: Annotated[
         bool, typer.Option("--count", help="Count rows and FLOPs, for SD 1.5 and SDXL; the default.")
     ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Work out the memory that SD 1.5 and SDXL need in half precision.")
+    ] = False,
     time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
     swap: Annotated[
         bool, typer.Option("--swap", help="Measure how long it takes to read a LoRA file, and to swap one for another.")
@@ -68,6 +92,9 @@ def bench(
         str, typer.Option(help="What is timed: playground, a folder, a file, or a hub repository.")
     ] = PLAYGROUND,
     device: Annotated[str, typer.Option(help="Where to time.")] = "cpu",
+    savers: Annotated[
+        list[Saver] | None, typer.Option("--save-memory", help="What is timed saves memory, repeatable.")
+    ] = None,
     pairs: Annotated[int, typer.Option(help="Interleaved pairs of runs that are timed.", min=1)] = 7,
     to: Annotated[Path | None, typer.Option("--json", help="A file for the numbers of the tables.")] = None,
 ) -> None:
@@ -77,14 +104,24 @@ def bench(
     for name, _ in cells:
         make_method(name, given)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": given}
-    if count or not (time or swap):
+    if count or not (memory or time or swap):
         counted = count_cells(cells, steps, given)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
+    if memory:
+        peaks = peak_cells(cells, steps, given)
+        out.print(peaks_table(peaks, steps))
+        numbers["peaks"] = [asdict(row) for row in peaks]
     if time:
-        timed = time_cells(cells, Job(model, device, steps, settings=given), pairs)
+        timed = time_cells(cells, Job(model, device, steps, settings=given, savers=savers or ()), pairs)
         out.print(times_table(timed, f"{model} on {device}, {steps} steps, {pairs} interleaved pairs"))
-        numbers |= {"model": model, "device": device, "pairs": pairs, "timed": [asdict(row) for row in timed]}
+        numbers |= {
+            "model": model,
+            "save_memory": savers or [],
+            "device": device,
+            "pairs": pairs,
+            "timed": [asdict(row) for row in timed],
+        }
     if swap:
         swaps = measure_swaps(device)
         out.print(swaps_table(swaps, device))
@@ -132,10 +169,46 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
     return table
 
 
+def peak_cells(
+    cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
+) -> list[PeakRow]:
+    """Works out the memory of the plain pipeline and of methods with so many concepts, on every architecture."""
+    rows, every = [], [(None, 0), *cells]
+    with bar("working out", len(ARCHITECTURES) * len(every)) as on_progress:
+        for architecture, config in ARCHITECTURES.items():
+            unet = counting.meta_unet(config).half()
+            side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
+            for method, number in every:
+                concepts = with_lora(columns(number, side, side), lora)
+                made = None if method is None else make_method(method, settings)
+                call = unet, concepts, made, steps, GUIDANCE, (side, side)
+                kept = peak(*call)
+                again = peak(*call, gradient_checkpointing=True) if kept.updates else None
+                rows.append(PeakRow(architecture, method, number, kept, again))
+                on_progress(len(rows))
+    return rows
+
+
+def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
+    """GiB as it is and with gradient checkpointing, and what that costs."""
+    names = list(dict.fromkeys(row.architecture for row in rows))
+    table = _table(
+        f"Worked out: GiB of UNet, LoRAs and passes in half precision, one image, {steps} steps with guidance; then "
+        "with gradient checkpointing, and the operations of the call with it to those without",
+        ["method", "N", *(header for name in names for header in (name, "checkp.", "more"))],
+    )
+    cells: dict[tuple[str, int], list[PeakRow]] = {}
+    for row in rows:
+        cells.setdefault((row.method or "plain", row.concepts), []).append(row)
+    for (method, number), found in cells.items():
+        table.add_row(method, str(number), *(text for row in found for text in _gibibytes(row)))
+    return table
+
+
 def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list[TimedRow]:
     """Times methods with so many concepts in this process, then measures the memory of each in a process of its own."""
     most = max(number for _, number in cells)
-    pipe = open_with_concepts(plain.model, plain.device, most)
+    pipe = open_with_concepts(replace(plain, concepts=most))
     with bar("measuring", 2 * len(cells) + 1) as on_progress:
         times: list[Timed] = []
         for method, number in cells:
@@ -197,3 +270,10 @@ def _rows(cost: Counted) -> tuple[str, str, str]:
 def _ratios(row: CountedRow, steps: int) -> tuple[str, str]:
     plain = row.plain.flops
     return f"{row.cost.flops / plain:.3f}", f"{row.cost.preparation_flops * steps / plain:.3f}"
+
+
+def _gibibytes(row: PeakRow) -> tuple[str, str, str]:
+    kept, again = row.peak, row.checkpointed
+    if again is None:
+        return f"{kept.peak_bytes / GIB:.1f}", "-", "-"
+    return f"{kept.peak_bytes / GIB:.1f}", f"{again.peak_bytes / GIB:.1f}", f"{again.flops / kept.flops:.2f}"

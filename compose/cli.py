@@ -21,6 +21,7 @@ from compose.inspect_command import inspect_files
 from compose.models import make_batch, open_model, threads
 from compose.page.launch import ui
 from compose.replay import changes, difference, remake, runnable
+from compose.savers import SAVERS, Saver
 from compose.sheets import maps_sheet, seeds_sheet
 from compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
 from compose.training.command import train
@@ -76,6 +77,13 @@ MethodOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the method, repeatable: cfg_mask=broadcast")
+]
+SaversOption = Annotated[
+    list[Saver] | None,
+    typer.Option(
+        "--save-memory",
+        help=f"Slower, with less memory; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
+    ),
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
 GuidanceOption = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 or less is none.")]
@@ -144,6 +152,7 @@ def run(
     scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; chosen if not given.")] = None,
+    savers: SaversOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures. Nothing in it is overwritten.")] = Path(
         "outputs/run"
     ),
@@ -159,7 +168,7 @@ def run(
         guidance_scale=guidance, dtype=dtype, device=device,
     )  # fmt: skip
     runs = [asked.model_copy(update={"seed": number}) for number in _distinct_seeds(seed)]
-    pipe = open_model(asked)
+    pipe = open_model(asked, savers or ())
     pictures, records = {}, []
     with bar("composing", len(runs)) as on_progress:
         for i, one in enumerate(runs):
@@ -215,6 +224,7 @@ def replay(
         Path | None, typer.Option(help="Folder in which LoRAs that have moved are found by content.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,
+    savers: SaversOption = None,
 ) -> None:
     """Makes a picture again from what it carries, and says whether it is identical. Exit code 1 if not."""
     record, given = read_record(image), read_pixels(image)
@@ -223,7 +233,7 @@ def replay(
     asked = runnable(record, loras)
     asked = asked if model is None else asked.model_copy(update={"model": model})
     say(f"{asked.model}, {asked.method or 'no method'}, seed {asked.seed}, {asked.steps} steps: {asked.scene.prompt}")
-    pipe = open_model(asked)
+    pipe = open_model(asked, savers or ())
     with threads(record.machine.threads), bar("composing", 1) as on_progress:
         made = remake(pipe, record, asked, on_progress)
     if out is not None:

@@ -4,6 +4,7 @@ Text encoders, VAE and scheduler are not counted; they are the same for every me
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +61,7 @@ def count(
     scheduler: Any = None,
     tokens: int = 77,
     vae_scale: int = 8,
+    watched: AbstractContextManager[Any] | None = None,
 ) -> Counted:
     """Counts a call; what depends on numbers, as when to stop updating latents, is counted as the most that can be.
 
@@ -74,6 +76,7 @@ def count(
         scheduler: Says how many passes the steps need; DDIM, with one each, by default.
         tokens: Tokens of a prompt.
         vae_scale: Pixels per latent cell and side.
+        watched: Entered for the run, such as what watches the memory that it takes.
 
     Raises:
         ValueError: If the concepts lack something the method needs.
@@ -81,11 +84,11 @@ def count(
     scheduler = scheduler or DDIMScheduler()
     scheduler.set_timesteps(steps)
     grid = image_size[0] // vae_scale, image_size[1] // vae_scale
-    latents = torch.empty(images, unet.config["in_channels"], *grid, device=META)
+    latents = _empty(unet, images, unet.config["in_channels"], *grid)
     guided = guidance_scale > 1 and unet.config["time_cond_proj_dim"] is None
     text, unet_kwargs = _text(unet, images, tokens, guided), _unet_kwargs(unet, images)
     if settings is None:
-        return _plain(unet, latents, text, unet_kwargs, len(scheduler.timesteps))
+        return _plain(unet, latents, text, unet_kwargs, len(scheduler.timesteps), watched)
     words = torch.eye(tokens, len(concepts)).roll(1, dims=0)[None]  # after the start token
     operations = Operations()
     engine = _Engine(
@@ -105,7 +108,7 @@ def count(
         unet_kwargs=unet_kwargs,
         started=0.0,
     )
-    with torch.no_grad(), operations, engine.installed():
+    with torch.no_grad(), operations, watched or nullcontext(), engine.installed():
         engine.timesteps = scheduler.timesteps
         process = settings.start(engine)
         latents = process.prepare(latents)
@@ -324,7 +327,12 @@ class _Engine(Engine):
 
 
 def _plain(
-    unet: UNet2DConditionModel, latents: Tensor, text: EncodedText, unet_kwargs: Mapping[str, Any], passes: int
+    unet: UNet2DConditionModel,
+    latents: Tensor,
+    text: EncodedText,
+    unet_kwargs: Mapping[str, Any],
+    passes: int,
+    watched: AbstractContextManager[Any] | None,
 ) -> Counted:
     """What diffusers' own pipeline costs: the same pass again and again."""
     both = (
@@ -333,7 +341,7 @@ def _plain(
         else [text.negative_prompt_embeds, text.prompt_embeds]
     )
     embeds = torch.cat(both)
-    with torch.no_grad(), Operations() as operations:
+    with torch.no_grad(), Operations() as operations, watched or nullcontext():
         unet(
             torch.cat([latents] * len(both)), torch.tensor(1), embeds,
             added_cond_kwargs=text.added_cond_kwargs, **unet_kwargs,
@@ -342,21 +350,22 @@ def _plain(
 
 
 def _text(unet: UNet2DConditionModel, images: int, tokens: int, guided: bool) -> EncodedText:
-    embeds = torch.empty(images, tokens, unet.config["cross_attention_dim"], device=META)
+    embeds = _empty(unet, images, tokens, unet.config["cross_attention_dim"])
     added = None
     if unet.config["addition_embed_type"] == "text_time":
         rows, sizes = images * (2 if guided else 1), 6  # original size, crop, target size
         width = unet.config["projection_class_embeddings_input_dim"] - sizes * unet.config["addition_time_embed_dim"]
-        added = {
-            "text_embeds": torch.empty(rows, width, device=META),
-            "time_ids": torch.empty(rows, sizes, device=META),
-        }
+        added = {"text_embeds": _empty(unet, rows, width), "time_ids": _empty(unet, rows, sizes)}
     return EncodedText(embeds, torch.empty_like(embeds) if guided else None, added)
 
 
 def _unet_kwargs(unet: UNet2DConditionModel, images: int) -> dict[str, Any]:
     width = unet.config["time_cond_proj_dim"]  # distilled models take the guidance scale as an input
-    return {} if width is None else {"timestep_cond": torch.empty(images, width, device=META)}
+    return {} if width is None else {"timestep_cond": _empty(unet, images, width)}
+
+
+def _empty(unet: UNet2DConditionModel, *shape: int) -> Tensor:
+    return torch.empty(shape, device=META, dtype=unet.dtype)
 
 
 def _without_numbers(concept: LoadedConcept) -> LoadedConcept:

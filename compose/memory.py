@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, Self
 
 import torch
@@ -49,8 +50,18 @@ def peak_memory(device: torch.device | str) -> PeakMemory:
     if device.type == "cuda":
         return _CudaMemory(device)
     if device.type == "cpu":
-        return _CpuMemory()
+        return _StorageMemory("cpu", _all_tensors)
     raise ValueError(f"the peak of the memory can be measured on cuda and on the cpu, not on {device}")
+
+
+def meta_memory(there: Iterable[Tensor]) -> PeakMemory:
+    """Watches the meta device: what tensors of these shapes would take if they had numbers.
+
+    Args:
+        there: What counts from the start.
+    """
+    there = tuple(there)
+    return _StorageMemory("meta", lambda: there)
 
 
 class _CudaMemory:
@@ -66,18 +77,20 @@ class _CudaMemory:
         self.peak_bytes = torch.cuda.max_memory_allocated(self._device)
 
 
-class _CpuMemory(TorchDispatchMode):
-    def __init__(self) -> None:
+class _StorageMemory(TorchDispatchMode):
+    """Adds up the storages of one kind of device, from those that are there on."""
+
+    def __init__(self, kind: str, there: Callable[[], Iterable[Tensor]]) -> None:
         super().__init__()
         self.peak_bytes = 0
+        self._kind = kind
+        self._there = there
         self._live_bytes = 0
         self._watched: dict[int, weakref.finalize] = {}  # by storage; its Python object lives as long as the storage
 
     def __enter__(self) -> Self:
-        gc.collect()  # what nobody needs any more is not there, whenever Python would have noticed
-        for found in gc.get_objects():
-            if issubclass(type(found), Tensor):  # isinstance would wake up lazy modules
-                self._watch(found)
+        for tensor in self._there():
+            self._watch(tensor)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -94,7 +107,7 @@ class _CpuMemory(TorchDispatchMode):
 
     def _watch(self, tensor: Tensor) -> None:
         # Those that `torch.compile` reasons with say that they are on the CPU, but take nothing there.
-        if isinstance(tensor, FakeTensor) or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+        if isinstance(tensor, FakeTensor) or tensor.device.type != self._kind or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         if id(storage) not in self._watched:
@@ -105,3 +118,10 @@ class _CpuMemory(TorchDispatchMode):
     def _end(self, storage: int, size: int) -> None:
         del self._watched[storage]
         self._live_bytes -= size
+
+
+def _all_tensors() -> Iterator[Tensor]:
+    gc.collect()  # what nobody needs any more is not there, whenever Python would have noticed
+    for found in gc.get_objects():
+        if issubclass(type(found), Tensor):  # isinstance would wake up lazy modules
+            yield found

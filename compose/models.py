@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +22,7 @@ from torch import Tensor
 from compose import __version__
 from compose.assets import playground_lora, playground_model
 from compose.files import PLAYGROUND, Machine, Record, is_hub_name
+from compose.savers import Saver, check_savers, place
 from pipelines.base import ComposePipeline
 from pipelines.engine import Engine, LoadedConcept
 from pipelines.methods import METHODS, Process, Settings, make_method, name_of
@@ -80,21 +81,27 @@ class MadeBatch:
     attention: Attention | None = None
 
 
-def open_model(run: Run) -> Any:
+def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
     """Opens the model of a run: weights from safetensors only, in the run's precision, on the run's device.
+
+    Args:
+        run: Whose model.
+        savers: Ways to need less memory.
 
     Returns:
         A pipeline for `make`.
 
     Raises:
         ModelError: If there is no such model, it is of another kind, or it has pickled weights only.
-        ValueError: If the device, method, settings or scheduler are unknown, before anything is opened.
+        ValueError: If the device, method, settings or scheduler are unknown, or ways to save memory do not go together,
+            before anything is opened.
     """
     if run.method is not None:
         make_method(run.method, run.settings)
     if run.scheduler is not None:
         scheduler_class(run.scheduler)
     device, dtype = choose_device(run.device), getattr(torch, run.dtype)
+    check_savers(savers, device)
     source = model_source(run.model)
     try:
         if source.is_file():
@@ -109,7 +116,8 @@ def open_model(run: Run) -> Any:
         reason = str(error).strip() or type(error).__name__
         raise ModelError(f"the model {run.model!r} cannot be opened: {reason[:600]}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    place(pipe, device, savers)
+    return pipe
 
 
 def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
@@ -157,7 +165,10 @@ def make_batch(
     seeds = tuple(seeds)
     with _prepared(pipe, run) as (loaded, settings, arguments):
         record = Record(
-            run=_as_used(pipe, run, settings), versions=versions(), sha256=_hashes(loaded), machine=machine(pipe.device)
+            run=_as_used(pipe, run, settings),
+            versions=versions(),
+            sha256=_hashes(loaded),
+            machine=machine(pipe._execution_device),  # where an offloaded model is meanwhile says nothing
         )
         output = pipe(
             **arguments,
@@ -368,7 +379,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settin
 
 
 def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
-    used: dict[str, Any] = {"scheduler": type(pipe.scheduler).__name__, "device": str(pipe.device)}
+    used: dict[str, Any] = {"scheduler": type(pipe.scheduler).__name__, "device": str(pipe._execution_device)}
     if settings is not None:
         used["method"], used["settings"] = name_of(settings)
     return run.model_copy(update=used)

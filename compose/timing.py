@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from compose.architectures import PROMPT, attention_lora, columns
 from compose.memory import peak_memory
 from compose.models import open_model, size_of
+from compose.savers import Saver
 from pipelines.methods import Settings, make_method
 from pipelines.scene import Run, Scene
 
@@ -38,6 +39,7 @@ class Job:
         method: Name of the method; None is the plain pipeline.
         concepts: How many take part.
         settings: Those of the method that differ from its defaults.
+        savers: Ways to need less memory.
     """
 
     model: str
@@ -46,6 +48,7 @@ class Job:
     method: str | None = None
     concepts: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    savers: Sequence[Saver] = ()
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,15 @@ class Timed:
     ratio_max: float
 
 
-def open_with_concepts(model: str, device: str, concepts: int) -> Any:
-    """Opens a model and loads concepts with random LoRAs into it, "concept 0" and so on."""
-    pipe = open_model(Run(scene=_SCENE, model=model, device=device))
+def open_with_concepts(job: Job) -> Any:
+    """Opens the model of a job and loads its concepts with random LoRAs into it, "concept 0" and so on."""
+    pipe = open_model(Run(scene=_SCENE, model=job.model, device=job.device), [Saver(name) for name in job.savers])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.safetensors"
         sides = {"lora_A": "down", "lora_B": "up"}
         lora = attention_lora(pipe.unet).items()
         save_file({f"unet.{n}.{key}.weight": getattr(f, side) for n, f in lora for key, side in sides.items()}, path)
-        for concept in columns(concepts, *size_of(pipe, _SCENE)):
+        for concept in columns(job.concepts, *size_of(pipe, _SCENE)):
             pipe.load_concept(path, name=concept.name, trigger=concept.trigger, class_word=concept.class_word)
     return pipe
 
@@ -115,9 +118,9 @@ def peak_bytes(job: Job) -> int:
 def main() -> None:
     """Measures the memory of the job on the command line."""
     job = Job(**json.loads(sys.argv[1]))
-    pipe = open_with_concepts(job.model, job.device, job.concepts)
+    pipe = open_with_concepts(job)
     arguments = {} if job.method is None else _arguments(pipe, make_method(job.method, job.settings), job.concepts)
-    with peak_memory(pipe.device) as memory:
+    with peak_memory(pipe._execution_device) as memory:
         _call(pipe, job.steps, arguments)
     sys.stdout.write(json.dumps({"peak_bytes": memory.peak_bytes}) + "\n")
 

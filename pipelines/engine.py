@@ -543,7 +543,7 @@ class Engine:
         # In half precision small gradients would become 0 on their way back.
         lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
         differentiate = self._together if conditioning.at_once is None else self._in_turn
-        with self._frozen():
+        with self._frozen(), self._advice():
             losses, gradient, output = differentiate(
                 scaled, t, conditioning, gates, record, lambda taken: objective(taken) * lift, layout, whole
             )
@@ -562,6 +562,16 @@ class Engine:
             for model in (self._unet, *nets):
                 stack.enter_context(frozen(uncompiled(model)))
             yield
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """Where the memory does not suffice for a gradient, the error says what needs less."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if not uncompiled(self._unet).is_gradient_checkpointing:
+                error.add_note("pipe.unet.enable_gradient_checkpointing() needs much less memory for the same numbers")
+            raise
 
     def _together(
         self,

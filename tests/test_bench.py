@@ -78,7 +78,7 @@ class Watched(ComposeStableDiffusionPipeline):
 
 
 def test_runs_are_interleaved(model):
-    pipe = open_with_concepts(str(model), "cpu", 2)
+    pipe = open_with_concepts(Job(str(model), "cpu", 1, concepts=2))
     watched = Watched(**pipe.components, requires_safety_checker=False)
     watched.set_progress_bar_config(disable=True)
     watched._loaded.update(pipe._loaded)
@@ -89,7 +89,7 @@ def test_runs_are_interleaved(model):
 
 
 def test_every_concept_has_a_word_and_a_column(model):
-    pipe = open_with_concepts(str(model), "cpu", 13)
+    pipe = open_with_concepts(Job(str(model), "cpu", 1, concepts=13))
     concepts = columns(13, 130, 64)
     assert [concept.region for concept in concepts[:2]] == [(0, 0, 10, 64), (10, 0, 20, 64)]
     assert concepts[-1].region == (120, 0, 130, 64)

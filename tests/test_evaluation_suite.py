@@ -194,10 +194,12 @@ def test_a_plan_changes_only_where_something_changed(tmp_path: Path) -> None:
     more = make_plan(read_suite(written(tmp_path, methods=["merge", "regional"], name="other", baseline="regional")))
     slower = make_plan(read_suite(written(tmp_path, steps=3)))
     judged = make_plan(read_suite(written(tmp_path, detector={"kind": "windows", "vocabulary": ["fox"]})))
+    saving = make_plan(read_suite(written(tmp_path, save_memory=["tiling"])))
     keys = {planned.key for planned in before.batches}
     assert same.batches == before.batches
     assert {planned.key for planned in more.batches} < keys
     assert not {planned.key for planned in slower.batches} & keys
+    assert not {planned.key for planned in saving.batches} & keys
     assert {planned.key for planned in judged.batches} == keys
     assert not {planned.scores for planned in judged.batches} & {planned.scores for planned in before.batches}
 

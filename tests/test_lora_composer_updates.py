@@ -219,6 +219,20 @@ def test_gradient_checkpointing_changes_nothing(composer):
     assert_close(compose(composer, settings, num_inference_steps=3).images, expected)
 
 
+def test_where_memory_does_not_suffice_for_a_gradient_the_error_says_what_needs_less(composer, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 40 GiB")
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    for checkpointing in (False, True):
+        if checkpointing:
+            composer.unet.enable_gradient_checkpointing()
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            compose(composer, LoraComposer())
+        advice = [] if checkpointing else ["pipe.unet.enable_gradient_checkpointing() needs much less memory"]
+        assert [note.partition(" for")[0] for note in getattr(caught.value, "__notes__", [])] == advice
+
+
 def test_there_are_no_updates_in_inference_mode(composer):
     expected = compose(composer, LoraComposer()).images
     with torch.inference_mode():

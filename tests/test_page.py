@@ -30,6 +30,7 @@ from compose.page import boxes, controls, draft, export, launch, quick, store, t
 from compose.page.scores import Judge
 from compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from compose.page.words import as_html, cut_off, read_prompt, with_phrase
+from compose.savers import Saver
 from pipelines.loading import LoraError
 from pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from pipelines.scene import Concept, Run, Scene
@@ -512,7 +513,7 @@ def test_a_shelf_holds_few_models_and_opens_each_once() -> None:
     shelf = Shelf()
     first = shelf.open(Choice(PLAYGROUND, device="cpu"))
     assert shelf.open(Choice(PLAYGROUND, device="cpu")) is first
-    tiled = shelf.open(Choice(PLAYGROUND, device="cpu", memory=("Decode in tiles",)))
+    tiled = shelf.open(Choice(PLAYGROUND, device="cpu", memory=(Saver.TILING,)))
     assert tiled is not first
     with tiled.turn(()) as pipe:
         assert pipe.vae.use_tiling

@@ -18,6 +18,7 @@ from compose.page.draft import example
 from compose.page.launch import script
 from compose.page.screen import fields
 from compose.page.screen.state import Visit
+from compose.savers import Saver
 from pipelines.methods import METHODS
 from pipelines.scene import Concept
 
@@ -293,9 +294,9 @@ def test_another_model_is_opened_from_a_folder(at: AppTest) -> None:
     at.session_state["set.model.kind"] = "A folder or a hub repository"
     at.run()
     at.text_input(key="set.model.name").set_value(str(playground_model())).run()
-    at.multiselect(key="set.memory").set_value(["Decode in tiles"]).run()
+    at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
-    assert visit(at).slot.choice.memory == ("Decode in tiles",)
+    assert visit(at).slot.choice.memory == (Saver.TILING,)
     made(at)
     assert visit(at).pictures[0].run.model == str(playground_model())
 

@@ -13,6 +13,7 @@ from compose.check import check
 from compose.cli import app
 from compose.models import make, open_model
 from compose.page.shelf import Choice, Shelf
+from compose.savers import Saver
 from pipelines.methods import METHODS
 from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
@@ -87,7 +88,7 @@ def test_commands_take_a_folder_with_sdxl(folder, tmp_path):
 
 
 def test_the_page_opens_sdxl(folder, run_of):
-    slot = Shelf().open(Choice(str(folder / "model"), device="cpu", memory=("Decode in tiles",)))
+    slot = Shelf().open(Choice(str(folder / "model"), device="cpu", memory=(Saver.TILING,)))
     assert slot.size == (128, 128)
     run = run_of("tara")
     with slot.turn(run.scene.concepts) as pipe:

@@ -429,9 +429,12 @@ def offload_layers(pipe: Any) -> None:
 
 @pytest.mark.parametrize("method", ["clora", "lora-composer"])
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])
-def test_methods_with_gradients_give_the_same_image_with_offloaded_models(composer, method, offload):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_methods_with_gradients_give_the_same_image_with_offloaded_models(composer, method, offload, checkpointing):
     expected = latents_of(composer, method)
     offload(composer)
+    if checkpointing:
+        composer.unet.enable_gradient_checkpointing()
     for _ in range(2):
         assert_close(latents_of(composer, method), expected)
 

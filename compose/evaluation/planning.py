@@ -50,7 +50,7 @@ def _run_facts(suite: Suite, batch: Batch) -> Any:
     run = run_of(suite, batch).model_dump(mode="json", exclude={"model", "device", "seed"})
     for concept in run["scene"]["concepts"]:
         concept["lora"] = _file_hash(str(find_file(lora_source(concept["lora"]))))
-    return [run, batch.seeds, suite.threads]
+    return [run, batch.seeds, suite.threads, *suite.save_memory]
 
 
 def _scoring(suite: Suite) -> Any:

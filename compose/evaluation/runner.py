@@ -120,7 +120,7 @@ def open_worker(suite: Suite, out: Path, device: str) -> "Worker":
     detector = None if suite.detector is None else make_detector(suite.detector, encoder, device)
     references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
     run = run_of(suite, next(batches(suite)))
-    pipe = open_model(run.model_copy(update={"device": device}))
+    pipe = open_model(run.model_copy(update={"device": device}), suite.save_memory)
     return Worker(suite, out, pipe, Scorer(suite, encoder, detector, references))
 
 

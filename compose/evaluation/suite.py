@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from compose.assets import assets_dir
 from compose.files import FileError, local_source, read_as
+from compose.savers import Saver
 from pipelines.methods import make_method
 from pipelines.scene import Concept, Region, Run, Scene
 from pipelines.tokens import find_words
@@ -160,6 +161,7 @@ class Suite(_Frozen):
         scheduler: Class name of a diffusers scheduler; None keeps the model's.
         dtype: Precision of the model.
         device: Where it runs; None chooses, and uses every GPU of the machine.
+        save_memory: Ways to need less memory: tiling, model-offload, sequential-offload, gradient-checkpointing.
     """
 
     name: Name
@@ -179,6 +181,7 @@ class Suite(_Frozen):
     scheduler: str | None = None
     dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
     device: str | None = None
+    save_memory: tuple[Saver, ...] = ()
 
     @field_validator("concepts", "scenes", "methods")
     @classmethod

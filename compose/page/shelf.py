@@ -2,25 +2,17 @@
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from compose.models import choose_device, lora_source, open_model
+from compose.models import lora_source, open_model
+from compose.savers import OFFLOADS, Saver
 from pipelines.scene import Concept, Run, Scene
 
 LIMIT = 2
 """Models that are open at once; the one that was not used for longest makes room."""
-
-MEMORY: Mapping[str, Callable[[Any, str], None]] = {
-    "Decode in tiles": lambda pipe, device: pipe.vae.enable_tiling(),
-    "Parts on the CPU until needed": lambda pipe, device: pipe.enable_model_cpu_offload(device=device),
-    "Layers on the CPU until needed": lambda pipe, device: pipe.enable_sequential_cpu_offload(device=device),
-}
-"""Ways to save memory, and what they do with a pipeline on its way to a device."""
-
-_OFFLOAD = ("Parts on the CPU until needed", "Layers on the CPU until needed")
 
 
 class Stopped(Exception):  # noqa: N818 (nothing has gone wrong)
@@ -39,18 +31,18 @@ class Choice:
         model: As in `Run`.
         dtype: As in `Run`.
         device: As in `Run`.
-        memory: Names of `MEMORY`.
+        memory: Ways to need less of it.
     """
 
     model: str
     dtype: str = "float32"
     device: str | None = None
-    memory: tuple[str, ...] = ()
+    memory: tuple[Saver, ...] = ()
 
     @property
     def offloads(self) -> bool:
         """Whether parts of the model move between devices during a call."""
-        return any(name in _OFFLOAD for name in self.memory)
+        return not OFFLOADS.isdisjoint(self.memory)
 
 
 class Slot:
@@ -158,13 +150,8 @@ class Shelf:
 
 
 def _opened(choice: Choice) -> Any:
-    device = choose_device(choice.device)
-    start = "cpu" if choice.offloads else device
     scene = Scene(prompt="-")  # opening looks at the model's part of a run only
-    pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=start))
-    for name in choice.memory:
-        MEMORY[name](pipe, device)
-    return pipe
+    return open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
 
 
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:

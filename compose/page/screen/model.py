@@ -8,8 +8,9 @@ from compose.files import PLAYGROUND, is_hub_name
 from compose.models import devices
 from compose.page.screen import fields
 from compose.page.screen.state import Visit, choose_model
-from compose.page.shelf import MEMORY, Choice
+from compose.page.shelf import Choice
 from compose.page.text import markdown
+from compose.savers import SAVERS, Saver
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
 _OWN = "A folder or a hub repository"
@@ -35,7 +36,7 @@ def model_part(here: Visit) -> None:
         left, right = st.columns(2)
         left.selectbox("Precision", ["float32", "float16", "bfloat16"], key=_DTYPE)
         right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
-        st.multiselect("Save memory", list(MEMORY), key=_MEMORY, help=(
+        st.multiselect("Save memory", list(Saver), key=_MEMORY, format_func=_what_it_does, help=(
             "Slower, with less memory. Keeping parts on the CPU needs an accelerator. Not written into pictures: "
             "tiles can change a large picture by a little."
         ))  # fmt: skip
@@ -75,6 +76,10 @@ def take_over(here: Visit, choice: Choice) -> bool:
         st.session_state.pop(name, None)
     show_choice(choice)
     return known
+
+
+def _what_it_does(saver: Saver) -> str:
+    return SAVERS[saver][0].upper() + SAVERS[saver][1:]
 
 
 def _asked() -> Choice:

@@ -1,0 +1,105 @@
+"""What a call needs in memory on models of full size: run without numbers, so that no such device has to be at hand.
+
+UNet, LoRAs and all that passes leave behind are counted, in half precision. Text encoders and VAE are not, which
+`enable_model_cpu_offload` keeps away meanwhile, and neither is what a device's libraries and its allocator take.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from attention.layers import Grid
+from compose.counting import count
+from compose.memory import PeakMemory, meta_memory
+from pipelines.engine import LoadedConcept
+from pipelines.methods import Settings
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one call needs.
+
+    Attributes:
+        peak_bytes: The most that lives at once, UNet included.
+        flops: Operations of the whole call.
+        updates: Whether there are passes with a gradient.
+    """
+
+    peak_bytes: int
+    flops: int
+    updates: bool
+
+
+def peak(
+    unet: UNet2DConditionModel,
+    concepts: Sequence[LoadedConcept],
+    settings: Settings | None,
+    steps: int,
+    guidance_scale: float,
+    image_size: Grid,
+    *,
+    gradient_checkpointing: bool = False,
+    tokens: int = 77,
+) -> Peak:
+    """Works out the memory of a call on a device with fused attention.
+
+    Args:
+        unet: On the meta device, in the precision of the call.
+        concepts: Who takes part.
+        settings: The method; None is diffusers' own pipeline.
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 or less is none.
+        image_size: Height and width in pixels.
+        gradient_checkpointing: Whether passes with a gradient compute their activations twice instead of keeping them.
+        tokens: Tokens of a prompt.
+
+    Raises:
+        ValueError: If the concepts lack something the method needs.
+    """
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing(
+            partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention()))
+        )
+    watched = _Watched(meta_memory([*unet.parameters(), *unet.buffers()]))
+    try:
+        counted = count(unet, concepts, settings, steps, guidance_scale, image_size, tokens=tokens, watched=watched)
+    finally:
+        unet.disable_gradient_checkpointing()
+    return Peak(watched.memory.peak_bytes, counted.flops, counted.rows_backward > 0)
+
+
+class _Watched(ExitStack):
+    """Memory, with fused attention."""
+
+    def __init__(self, memory: PeakMemory) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def __enter__(self) -> Self:
+        self.enter_context(_FusedAttention())
+        self.enter_context(self.memory)
+        return super().__enter__()
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as devices compute it: on the meta device PyTorch would keep the matrix of all its weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _fused(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    if given.get("attn_mask") is not None:
+        return F.scaled_dot_product_attention(query, key, value, **given)
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]

@@ -1,0 +1,117 @@
+"""The memory of a call, worked out without numbers, against what real calls take on the CPU."""
+
+import gc
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from components import FAMILIES, random_lora, sd_unet
+from compose import bench as bench_module
+from compose.architectures import NOUNS, SDXL, TRIGGERS, attention_lora, columns, with_lora
+from compose.cli import app
+from compose.counting import meta_unet
+from compose.memory import peak_memory
+from compose.peaks import peak
+from pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings
+
+GIB = 2**30
+SIDE, GUIDANCE = 256, 5.0
+PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS[:2], NOUNS, strict=False))
+WITH_UPDATES = {"lora-composer": LoraComposer(), "clora": Clora()}
+METHODS = WITH_UPDATES | {
+    "plain": None, "merge": Merge(), "regional": Regional(), "composite": Composite(),
+    "no updates": LoraComposer(step_size=0),
+}  # fmt: skip
+
+
+@pytest.fixture
+def ready(family: str, write_lora: Any) -> Any:
+    """A tiny pipeline with two concepts."""
+    pipe = FAMILIES[family]()
+    pipe.set_progress_bar_config(disable=True)
+    for seed, concept in enumerate(columns(2, SIDE, SIDE)):
+        file = write_lora(f"lora-{seed}", unet=random_lora(pipe.unet, seed, rank=8))
+        pipe.load_concept(file, name=concept.name, trigger=concept.trigger, class_word=concept.class_word)
+    return pipe
+
+
+def taken_by(pipe: Any, method: Settings | None) -> int:
+    """What a real call takes above what is there before it; passes and their graphs, by far the most of it."""
+    ours = {} if method is None else {"concepts": columns(2, SIDE, SIDE), "method": method}
+    call = {
+        "prompt": PROMPT,
+        "height": SIDE,
+        "width": SIDE,
+        "guidance_scale": GUIDANCE,
+        "output_type": "latent",
+        **ours,
+    }
+    pipe(**call, num_inference_steps=1)  # what is made once
+    gc.collect()
+    with peak_memory("cpu") as there:
+        pass
+    with peak_memory("cpu") as memory:
+        pipe(**call, num_inference_steps=2)
+    return memory.peak_bytes - there.peak_bytes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_what_is_worked_out_is_what_a_real_call_takes(ready, method):
+    unet = meta_unet(ready.unet.config)
+    concepts = with_lora(columns(2, SIDE, SIDE), attention_lora(ready.unet))
+    weights = sum(parameter.nbytes for parameter in unet.parameters())
+    tokens = ready.tokenizer.model_max_length
+    for checkpointing in (False, True) if method in WITH_UPDATES.values() else (False,):
+        if checkpointing:
+            ready.unet.enable_gradient_checkpointing()
+        found = peak(
+            unet, concepts, method, 2, GUIDANCE, (SIDE, SIDE), tokens=tokens, gradient_checkpointing=checkpointing
+        )
+        passes = found.peak_bytes - weights
+        assert passes == pytest.approx(taken_by(ready, method), rel=0.05, abs=100_000)  # text encoders and scheduler
+        assert found.updates == (method in WITH_UPDATES.values())
+
+
+def test_the_unet_is_left_as_it_was():
+    unet = meta_unet(sd_unet().config)
+    concepts = with_lora(columns(2, 128, 128), attention_lora(unet))
+    before = repr(unet)
+    for _ in range(2):
+        peak(unet, concepts, LoraComposer(), 1, GUIDANCE, (128, 128), gradient_checkpointing=True)
+        assert not unet.is_gradient_checkpointing
+        assert repr(unet) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WITH_UPDATES.values(), ids=WITH_UPDATES)
+def test_updates_of_sdxl_fit_a_card_of_8_gb_with_gradient_checkpointing(method):
+    unet = meta_unet(SDXL).half()
+    call = unet, with_lora(columns(2, 1024, 1024), attention_lora(unet)), method, 4, GUIDANCE, (1024, 1024)
+    assert peak(*call).peak_bytes > 12 * GIB
+    assert peak(*call, gradient_checkpointing=True).peak_bytes < 6.5 * GIB
+
+
+def test_the_command_shows_both_ways(tmp_path, monkeypatch):
+    small = {name: sd_unet(sample_size=side).config for name, side in (("small", 16), ("wide", 32))}
+    monkeypatch.setattr(bench_module, "ARCHITECTURES", small)
+    written = tmp_path / "it.json"
+    result = CliRunner().invoke(app, [
+        "bench", "--memory", "--method", "lora-composer", "--method", "tara", "-n", "2", "--steps", "2",
+        "--json", str(written),
+    ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = {(row["architecture"], row["method"]): row for row in json.loads(written.read_text())["peaks"]}
+    assert set(rows) == {(name, method) for name in small for method in (None, "lora-composer", "tara")}
+    for name in small:
+        assert rows[name, "tara"]["checkpointed"] is None
+        kept, again = (rows[name, "lora-composer"][way] for way in ("peak", "checkpointed"))
+        assert again["peak_bytes"] < kept["peak_bytes"]
+        assert again["flops"] > kept["flops"]
+    shown = [line.split() for line in result.output.splitlines() if "lora-composer" in line][-1]
+    assert [shown[i] for i in (4, 7)] == [
+        f"{rows[name, 'lora-composer']['checkpointed']['flops'] / rows[name, 'lora-composer']['peak']['flops']:.2f}"
+        for name in small
+    ]

@@ -1,0 +1,99 @@
+"""Ways to need less memory: what they do with a pipeline, with pictures, and where they are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from typer.testing import CliRunner
+
+from compose.cli import app
+from compose.files import PLAYGROUND, read_pixels, read_record
+from compose.models import make, open_model
+from compose.savers import SAVERS, Saver, check_savers
+from pipelines.scene import Concept, Run, Scene
+
+BOXES = {"bear": ("xlo", (0, 16, 60, 112)), "robot": ("qrt", (68, 16, 128, 112))}
+SCENE = Scene(
+    prompt="a xlo bear and a qrt robot on a white background",
+    concepts=tuple(
+        Concept(name=name, lora=f"playground:{name}", trigger=trigger, class_word=name, region=box)
+        for name, (trigger, box) in BOXES.items()
+    ),
+)
+RUN = Run(scene=SCENE, model=PLAYGROUND, method="lora-composer", steps=2, device="cpu")
+
+
+def call(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_model_is_opened_as_asked() -> None:
+    pipe = open_model(RUN)
+    assert not pipe.vae.use_tiling
+    assert not pipe.unet.is_gradient_checkpointing
+    pipe = open_model(RUN, [Saver.TILING, Saver.GRADIENT_CHECKPOINTING])
+    assert pipe.vae.use_tiling
+    assert pipe.unet.is_gradient_checkpointing
+
+
+def test_every_way_is_explained() -> None:
+    assert set(SAVERS) == set(Saver)
+
+
+def test_the_command_line_makes_the_same_picture_with_less(tmp_path: Path) -> None:
+    concepts = []
+    for name, (trigger, box) in BOXES.items():
+        region = ":".join(map(str, box))
+        concepts += ["--concept", f"path=playground:{name},trigger={trigger},class={name},region={region}"]
+    what = [
+        PLAYGROUND,
+        "--prompt",
+        SCENE.prompt,
+        *concepts,
+        "--method",
+        "lora-composer",
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
+    call("run", *what, "--out", tmp_path / "plain")
+    saving = ["--save-memory", "gradient-checkpointing", "--save-memory", "tiling"]
+    call("run", *what, *saving, "--out", tmp_path / "saving")
+    plain, saved = (tmp_path / name / "0.png" for name in ("plain", "saving"))
+    assert read_pixels(plain).tobytes() == read_pixels(saved).tobytes()
+    assert read_record(plain).run == read_record(saved).run
+    assert "identical" in call("replay", plain, *saving).output
+
+
+@pytest.mark.parametrize(("savers", "device", "message"), [
+    ([Saver.MODEL_OFFLOAD, Saver.SEQUENTIAL_OFFLOAD], "cuda", "model-offload and sequential-offload do not"),
+    ([Saver.MODEL_OFFLOAD], "cpu", "model-offload keeps on the CPU what an accelerator does not need"),
+    ([Saver.SEQUENTIAL_OFFLOAD, Saver.TILING], "cpu", "sequential-offload keeps on the CPU"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_refused(savers: list[Saver], device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_savers(savers, device)
+
+
+def test_a_refusal_comes_before_anything_is_opened() -> None:
+    nowhere = RUN.model_copy(update={"model": "/nowhere"})
+    with pytest.raises(ValueError, match="model-offload keeps on the CPU"):
+        open_model(nowhere, [Saver.MODEL_OFFLOAD])
+    offloaded = "--save-memory", "sequential-offload", "--device", "cpu"
+    assert "accelerator" in call("run", PLAYGROUND, "--prompt", "a cat", *offloaded, code=2).stderr
+
+
+def test_a_record_names_the_device_that_worked_not_where_an_offloaded_model_waits() -> None:
+    pipe = open_model(RUN)
+    expected = make(pipe, RUN)
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+    assert pipe.device.type == "meta"
+    found = make(pipe, RUN)
+    assert found.record == expected.record
+    assert (found.record.machine.device, found.record.run.device) == ("cpu", "cpu")
