@@ -4,11 +4,11 @@ UNet, LoRAs and all that passes leave behind are counted, in half precision. Tex
 `enable_model_cpu_offload` keeps away meanwhile, and neither is what a device's libraries and its allocator take.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,28 +66,25 @@ def peak(
         ValueError: If the concepts lack something the method needs.
     """
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing(
-            partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _FusedAttention()))
-        )
-    watched = _Watched(meta_memory([*unet.parameters(), *unet.buffers()]))
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=_recomputing))
+    memory = meta_memory([*unet.parameters(), *unet.buffers()])
+    watched = _watched(memory)
     try:
         counted = count(unet, concepts, settings, steps, guidance_scale, image_size, tokens=tokens, watched=watched)
     finally:
         unet.disable_gradient_checkpointing()
-    return Peak(watched.memory.peak_bytes, counted.flops, counted.rows_backward > 0)
+    return Peak(memory.peak_bytes, counted.flops, counted.rows_backward > 0)
 
 
-class _Watched(ExitStack):
-    """Memory, with fused attention."""
+def _recomputing() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a block and around its recomputation, which PyTorch runs without the modes of functions that are on."""
+    return nullcontext(), _FusedAttention()
 
-    def __init__(self, memory: PeakMemory) -> None:
-        super().__init__()
-        self.memory = memory
 
-    def __enter__(self) -> Self:
-        self.enter_context(_FusedAttention())
-        self.enter_context(self.memory)
-        return super().__enter__()
+@contextmanager
+def _watched(memory: PeakMemory) -> Iterator[None]:
+    with _FusedAttention(), memory:
+        yield
 
 
 class _FusedAttention(TorchFunctionMode):
