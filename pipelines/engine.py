@@ -160,6 +160,20 @@ class Gradient:
     prediction: Prediction | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class _Differentiated:
+    """A pass whose gradient is wanted, as `Engine.gradient` is asked for it; latents are scaled for the model."""
+
+    scaled: Tensor
+    t: Tensor
+    conditioning: Conditioning
+    gates: Gates
+    record: Recorder
+    objective: Objective
+    layout: Layout | None
+    whole: bool
+
+
 class Engine:
     """Encodes prompts, installs concepts and runs the UNet for the method of one call.
 
@@ -542,11 +556,12 @@ class Engine:
         per_latent = self._scheduler.scale_model_input(torch.ones(1, 1, 1, 1, device=self.device), t)
         # In half precision small gradients would become 0 on their way back.
         lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
+        wanted = _Differentiated(
+            scaled, t, conditioning, gates, record, lambda taken: objective(taken) * lift, layout, whole
+        )
         differentiate = self._together if conditioning.at_once is None else self._in_turn
         with self._frozen(), self._advice():
-            losses, gradient, output = differentiate(
-                scaled, t, conditioning, gates, record, lambda taken: objective(taken) * lift, layout, whole
-            )
+            losses, gradient, output = differentiate(wanted)
         self.cost.rows_backward += conditioning.rows
         gradient = gradient.float() / lift / per_latent
         if not gradient.is_meta and not gradient.isfinite().all():
@@ -573,49 +588,30 @@ class Engine:
                 error.add_note("pipe.unet.enable_gradient_checkpointing() needs much less memory for the same numbers")
             raise
 
-    def _together(
-        self,
-        scaled: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        gates: Gates,
-        record: Recorder,
-        objective: Objective,
-        layout: Layout | None,
-        whole: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _together(self, p: _Differentiated) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, gradient and output by one graph of all rows."""
         with torch.enable_grad():
-            scaled = scaled.detach().requires_grad_()
-            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole=whole)
-            losses = objective(record)
+            scaled = p.scaled.detach().requires_grad_()
+            output = self._pass(scaled, p.t, p.conditioning, p.gates, [p.record], p.layout, whole=p.whole)
+            losses = p.objective(p.record)
             (gradient,) = torch.autograd.grad(losses.sum(), scaled)
         return losses, gradient, output
 
-    def _in_turn(
-        self,
-        scaled: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        gates: Gates,
-        record: Recorder,
-        objective: Objective,
-        layout: Layout | None,
-        whole: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _in_turn(self, p: _Differentiated) -> tuple[Tensor, Tensor, Tensor]:
         """The same with one graph of some rows at a time: maps first, without a graph, then once more for each."""
+        record = p.record
         with torch.no_grad():
-            output = self._pass(scaled, t, conditioning, gates, [record], layout, whole=whole)
+            output = self._pass(p.scaled, p.t, p.conditioning, p.gates, [record], p.layout, whole=p.whole)
         with torch.enable_grad():
             maps = [taken.requires_grad_() for taken in (*record.maps.values(), *record.self_maps.values())]
-            losses = objective(record)
+            losses = p.objective(record)
             pulls = torch.autograd.grad(losses.sum(), maps)
-        gradient = torch.zeros_like(scaled)
-        for text, gate, rows in self._portions(conditioning, gates):
+        gradient = torch.zeros_like(p.scaled)
+        for text, gate, rows in self._portions(p.conditioning, p.gates):
             portion = record.of_rows(rows)
             with torch.enable_grad():
-                leaf = scaled.detach().requires_grad_()
-                self._pass(leaf, t, text, gate, [portion], layout, whole=False)
+                leaf = p.scaled.detach().requires_grad_()
+                self._pass(leaf, p.t, text, gate, [portion], p.layout, whole=False)
                 taken = [*portion.maps.values(), *portion.self_maps.values()]
                 gradient += torch.autograd.grad(taken, leaf, [pull[..., rows, :, :] for pull in pulls])[0]
         return losses, gradient, output
