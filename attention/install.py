@@ -68,7 +68,8 @@ class Installation:
             encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens,
                 channels] with a layout that divides cells among texts; layers * channels if each cross-attention layer
                 has a text of its own.
-            recorders: Take attention maps of this pass.
+            recorders: Take attention maps of the next pass, and forget those of others. From a second pass without
+                another `use` they take nothing.
             layout: What attention does differently in regions.
         """
         if gates not in self._expanded:

@@ -10,7 +10,8 @@ class Recorder:
     """Takes, during one pass, the attention that image cells pay to groups of tokens, and to each other.
 
     In a pass the first map of a layer stays: gradient checkpointing enters layers again during backward, and the graph
-    of what it recomputes there must not outlive its block.
+    of what it recomputes there must not outlive its block. It is computed all the same, since autograd wants to see the
+    same tensors again.
 
     Args:
         layers: Names of the cross-attention layers wanted.

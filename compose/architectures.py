@@ -36,6 +36,13 @@ SD2: Mapping[str, Any] = {
     "sample_size": 96,
     "use_linear_projection": True,
 }
+VAE: Mapping[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+"""That of all of them, but for the size of the pictures that it was trained on."""
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"SD 1.5": SD15, "SDXL": SDXL}
 
 _CLIP_L: Mapping[str, Any] = {

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from diffusers import AutoencoderKL
 from rich.box import SIMPLE
 from rich.table import Table
 
 from compose import counting
-from compose.architectures import ARCHITECTURES, TRIGGERS, attention_lora, columns, with_lora
+from compose.architectures import ARCHITECTURES, TRIGGERS, VAE, attention_lora, columns, with_lora
 from compose.counting import Counted
 from compose.files import PLAYGROUND, parse_settings
-from compose.peaks import Peak, peak
-from compose.savers import Saver
+from compose.peaks import Peak, decoding_bytes, peak
+from compose.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from compose.swapping import RANK, Swaps, measure_swaps
 from compose.terminal import bar, kindly, out, say
 from compose.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
@@ -103,6 +104,10 @@ def bench(
     given = parse_settings(settings or [])
     for name, _ in cells:
         make_method(name, given)
+    if savers and not time:
+        raise ValueError("--save-memory is for what is timed: give --time with it (--memory shows both ways by itself)")
+    saving = in_order(savers or ())
+    check_savers(saving, device)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": given}
     if count or not (memory or time or swap):
         counted = count_cells(cells, steps, given)
@@ -112,12 +117,16 @@ def bench(
         peaks = peak_cells(cells, steps, given)
         out.print(peaks_table(peaks, steps))
         numbers["peaks"] = [asdict(row) for row in peaks]
+        numbers["decoding"] = decoding = decoding_bytes_by_architecture()
+        for name, (whole, tiled) in decoding.items():
+            say(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
     if time:
-        timed = time_cells(cells, Job(model, device, steps, settings=given, savers=savers or ()), pairs)
-        out.print(times_table(timed, f"{model} on {device}, {steps} steps, {pairs} interleaved pairs"))
+        timed = time_cells(cells, Job(model, device, steps, settings=given, savers=saving), pairs)
+        what = [f"{model} on {device}", *saving, f"{steps} steps", f"{pairs} interleaved pairs"]
+        out.print(times_table(timed, ", ".join(what)))
         numbers |= {
             "model": model,
-            "save_memory": savers or [],
+            "save_memory": saving,
             "device": device,
             "pairs": pairs,
             "timed": [asdict(row) for row in timed],
@@ -187,6 +196,19 @@ def peak_cells(
                 rows.append(PeakRow(architecture, method, number, kept, again))
                 on_progress(len(rows))
     return rows
+
+
+def decoding_bytes_by_architecture() -> dict[str, tuple[int, int]]:
+    """What decoding a picture takes in float32, whole and in tiles, VAE included."""
+    found = {}
+    for name, config in ARCHITECTURES.items():
+        side = config["sample_size"] * 8
+        with counting.META:
+            vae = AutoencoderKL(**VAE, sample_size=side).eval()
+        whole = decoding_bytes(vae, (side, side))
+        enable_tiling(vae)
+        found[name] = whole, decoding_bytes(vae, (side, side))
+    return found
 
 
 def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:

@@ -1,7 +1,7 @@
 """What a call needs in memory on models of full size: run without numbers, so that no such device has to be at hand.
 
-UNet, LoRAs and all that passes leave behind are counted, in half precision. Text encoders and VAE are not, which
-`enable_model_cpu_offload` keeps away meanwhile, and neither is what a device's libraries and its allocator take.
+UNet, LoRAs and all that passes leave behind are counted, and by itself what decoding takes. Text encoders are not,
+which `enable_model_cpu_offload` keeps away meanwhile, nor what a device's libraries and its allocator take.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -74,6 +74,22 @@ def peak(
     finally:
         unet.disable_gradient_checkpointing()
     return Peak(memory.peak_bytes, counted.flops, counted.rows_backward > 0)
+
+
+def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
+    """The most that lives at once while one picture is decoded, VAE included.
+
+    Args:
+        vae: On the meta device, in the precision of decoding.
+        image_size: Height and width in pixels.
+    """
+    scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    grid = image_size[0] // scale, image_size[1] // scale
+    latents = torch.empty(1, vae.config["latent_channels"], *grid, device="meta", dtype=vae.dtype)
+    memory = meta_memory([*vae.parameters(), *vae.buffers()])
+    with torch.no_grad(), _watched(memory):
+        vae.decode(latents)  # pyright: ignore[reportArgumentType]
+    return memory.peak_bytes
 
 
 def _recomputing() -> tuple[AbstractContextManager, AbstractContextManager]:

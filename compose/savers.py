@@ -1,6 +1,6 @@
 """Ways to need less memory, by name: on the command line, in suites and in the page."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 from typing import Any
 
@@ -15,7 +15,7 @@ class Saver(StrEnum):
 
 
 SAVERS = {
-    Saver.TILING: "decode in tiles",
+    Saver.TILING: "decode in tiles of 512 pixels",
     Saver.MODEL_OFFLOAD: "parts of the model on the CPU until needed",
     Saver.SEQUENTIAL_OFFLOAD: "layers on the CPU until needed, slow",
     Saver.GRADIENT_CHECKPOINTING: "compute twice instead of keeping, in updates of lora-composer and clora",
@@ -26,8 +26,18 @@ OFFLOADS = frozenset({Saver.MODEL_OFFLOAD, Saver.SEQUENTIAL_OFFLOAD})
 """Those with which parts of the model move between devices during a call."""
 
 
-def check_savers(savers: Collection[Saver], device: str) -> None:
-    """Raises ValueError where ways to save memory do not go together, or not with the device."""
+TILE = 512
+"""Pixels. diffusers itself takes tiles of the size that a VAE was made for, so that SDXL's pictures are one tile."""
+
+
+def in_order(savers: Iterable[Saver]) -> tuple[Saver, ...]:
+    """Each once, in the order in which they are listed, however they were given."""
+    given = frozenset(savers)
+    return tuple(saver for saver in Saver if saver in given)
+
+
+def check_savers(savers: Collection[Saver], device: str | None = None) -> None:
+    """Raises ValueError where ways to save memory do not go together, or not with a device that is known already."""
     offloads = sorted(OFFLOADS & set(savers))
     if len(offloads) > 1:
         raise ValueError(f"{' and '.join(offloads)} do not go together; choose one")
@@ -40,12 +50,17 @@ def check_savers(savers: Collection[Saver], device: str) -> None:
 def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:
     """Puts a pipeline, just opened, on a device.
 
+    Args:
+        pipe: The pipeline.
+        device: Where it is to run.
+        savers: How it needs less memory there.
+
     Raises:
         ValueError: As `check_savers`, before anything is changed.
     """
     check_savers(savers, device)
     if Saver.TILING in savers:
-        pipe.vae.enable_tiling()
+        enable_tiling(pipe.vae)
     if Saver.GRADIENT_CHECKPOINTING in savers:
         pipe.unet.enable_gradient_checkpointing()
     if Saver.MODEL_OFFLOAD in savers:
@@ -54,3 +69,11 @@ def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:
         pipe.enable_sequential_cpu_offload(device=device)
     else:
         pipe.to(device)
+
+
+def enable_tiling(vae: Any) -> None:
+    """Has a VAE decode in tiles of at most `TILE` pixels."""
+    vae.enable_tiling()
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.tile_latent_min_size = min(TILE // scale, vae.tile_latent_min_size)
+    vae.tile_sample_min_size = vae.tile_latent_min_size * scale

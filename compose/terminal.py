@@ -97,8 +97,11 @@ def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_
             except ValueError as error:
                 raise _ended("error", error, BAD_INPUT) from error
             except torch.OutOfMemoryError as error:
-                hint = "use a smaller --width and --height, --dtype float16, --save-memory, or --device cpu"
-                raise _ended("out of memory", f"{str(error).splitlines()[0]}\n{hint}", FAILED) from error
+                hint = (
+                    "use a smaller --width and --height, --dtype float16, --save-memory, or --device cpu (run --help)"
+                )
+                lines = [str(error).splitlines()[0], *getattr(error, "__notes__", ()), hint]
+                raise _ended("out of memory", "\n".join(lines), FAILED) from error
             except OSError as error:
                 raise _ended("failed", error, FAILED) from error
 

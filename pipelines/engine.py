@@ -585,33 +585,40 @@ class Engine:
             yield
         except torch.OutOfMemoryError as error:
             if not uncompiled(self._unet).is_gradient_checkpointing:
-                error.add_note("pipe.unet.enable_gradient_checkpointing() needs much less memory for the same numbers")
+                error.add_note(
+                    "updates need much less memory, and give the same numbers, with gradient checkpointing: "
+                    "pipe.unet.enable_gradient_checkpointing(), or --save-memory gradient-checkpointing"
+                )
             raise
 
-    def _together(self, p: _Differentiated) -> tuple[Tensor, Tensor, Tensor]:
+    def _together(self, wanted: _Differentiated) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, gradient and output by one graph of all rows."""
         with torch.enable_grad():
-            scaled = p.scaled.detach().requires_grad_()
-            output = self._pass(scaled, p.t, p.conditioning, p.gates, [p.record], p.layout, whole=p.whole)
-            losses = p.objective(p.record)
+            scaled = wanted.scaled.detach().requires_grad_()
+            output = self._pass(
+                scaled, wanted.t, wanted.conditioning, wanted.gates, [wanted.record], wanted.layout, whole=wanted.whole
+            )
+            losses = wanted.objective(wanted.record)
             (gradient,) = torch.autograd.grad(losses.sum(), scaled)
         return losses, gradient, output
 
-    def _in_turn(self, p: _Differentiated) -> tuple[Tensor, Tensor, Tensor]:
+    def _in_turn(self, wanted: _Differentiated) -> tuple[Tensor, Tensor, Tensor]:
         """The same with one graph of some rows at a time: maps first, without a graph, then once more for each."""
-        record = p.record
+        record = wanted.record
         with torch.no_grad():
-            output = self._pass(p.scaled, p.t, p.conditioning, p.gates, [record], p.layout, whole=p.whole)
+            output = self._pass(
+                wanted.scaled, wanted.t, wanted.conditioning, wanted.gates, [record], wanted.layout, whole=wanted.whole
+            )
         with torch.enable_grad():
             maps = [taken.requires_grad_() for taken in (*record.maps.values(), *record.self_maps.values())]
-            losses = p.objective(record)
+            losses = wanted.objective(record)
             pulls = torch.autograd.grad(losses.sum(), maps)
-        gradient = torch.zeros_like(p.scaled)
-        for text, gate, rows in self._portions(p.conditioning, p.gates):
+        gradient = torch.zeros_like(wanted.scaled)
+        for text, gate, rows in self._portions(wanted.conditioning, wanted.gates):
             portion = record.of_rows(rows)
             with torch.enable_grad():
-                leaf = p.scaled.detach().requires_grad_()
-                self._pass(leaf, p.t, text, gate, [portion], p.layout, whole=False)
+                leaf = wanted.scaled.detach().requires_grad_()
+                self._pass(leaf, wanted.t, text, gate, [portion], wanted.layout, whole=False)
                 taken = [*portion.maps.values(), *portion.self_maps.values()]
                 gradient += torch.autograd.grad(taken, leaf, [pull[..., rows, :, :] for pull in pulls])[0]
         return losses, gradient, output

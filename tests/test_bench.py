@@ -53,11 +53,13 @@ def test_counting_is_what_it_does_if_nothing_is_said(tmp_path):
 @pytest.mark.slow
 def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
     output = call(
-        "--time", "--model", model, "--method", "regional", "-n", 2, "--steps", 2, "--pairs", 2, "--json",
-        tmp_path / "it.json",
+        "--time", "--model", model, "--method", "regional", "-n", 2, "--steps", 2, "--pairs", 2,
+        "--save-memory", "tiling", "--json", tmp_path / "it.json",
     )  # fmt: skip
     written = json.loads((tmp_path / "it.json").read_text())
     assert "counted" not in written
+    assert written["save_memory"] == ["tiling"]
+    assert "tiling" in output
     (row,) = written["timed"]
     time = row["time"]
     assert 0 < time["preparation_seconds"] < time["seconds"]
@@ -65,6 +67,11 @@ def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
     parameters = sum(p.numel() for p in tiny_pipeline().unet.parameters())
     assert row["peak_bytes"] > row["plain_peak_bytes"] > 4 * parameters
     assert cells(output)["regional", "2"][-1] == f"{row['peak_bytes'] / row['plain_peak_bytes']:.3f}"
+
+
+def test_saving_memory_is_refused_where_nothing_would_save_any():
+    assert "give --time with it" in call("--memory", "--save-memory", "tiling", code=2)
+    assert "accelerator" in call("--time", "--save-memory", "model-offload", code=2)
 
 
 class Watched(ComposeStableDiffusionPipeline):

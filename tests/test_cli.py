@@ -307,11 +307,13 @@ def test_failures_that_are_nobodys_mistake_end_with_1(tmp_path: Path) -> None:
 
 def test_a_full_memory_is_answered_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("tried to allocate 40 GiB\nmore")
+        error = torch.OutOfMemoryError("tried to allocate 40 GiB\nmore")
+        error.add_note("some advice")
+        raise error
 
     monkeypatch.setattr(cli_module, "make_batch", full)
     result = call("run", "playground", "--prompt", "a", "--out", tmp_path, code=1)
-    assert "out of memory: tried to allocate 40 GiB\nuse a smaller --width" in result.stderr
+    assert "out of memory: tried to allocate 40 GiB\nsome advice\nuse a smaller --width" in result.stderr
 
 
 def test_what_was_made_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import cpu_offload
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,9 +23,10 @@ from compose.cli import app
 from compose.evaluation import runner
 from compose.evaluation.planning import make_plan
 from compose.evaluation.results import Failed, Made, Scores, batch_folder, picture_path, read
-from compose.evaluation.runner import FAILED, MADE, evaluate, is_done
-from compose.evaluation.suite import Suite, read_suite
+from compose.evaluation.runner import FAILED, MADE, evaluate, is_done, open_worker
+from compose.evaluation.suite import Suite, batches, read_suite
 from compose.files import read_pixels, read_record
+from compose.savers import Saver
 
 CONCEPTS = [
     {
@@ -131,6 +133,22 @@ def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
     assert {name: cost.rows_forward for name, cost in costs.items()} == dict.fromkeys(costs, 4.0)  # 2 steps, guidance
     assert all(0 < cost.flops < 1e12 and cost.seconds > 0 for cost in costs.values())
     assert all(cost.peak_bytes and cost.peak_bytes > 50e6 for cost in costs.values())  # the weights alone in fp32
+
+
+def test_an_offloaded_model_is_measured_where_it_runs(suite: Suite, tmp_path: Path) -> None:
+    saving = suite.model_copy(update={"save_memory": (Saver.GRADIENT_CHECKPOINTING,)})
+    worker = open_worker(saving, tmp_path, "cpu")
+    assert worker.pipe.unet.is_gradient_checkpointing
+    for model in (worker.pipe.text_encoder, worker.pipe.unet, worker.pipe.vae):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+    assert worker.pipe.device.type == "meta"
+    assert worker.device == torch.device("cpu")
+    (planned, *_), (batch, *_) = make_plan(saving).batches, batches(saving)
+    worker.do(batch, planned, lambda _: None)
+    made = read(batch_folder(tmp_path, planned.key) / MADE, Made)
+    assert made is not None
+    assert made.machine.device == "cpu"
+    assert made.cost.peak_bytes
 
 
 def test_a_rerun_makes_nothing_again(suite: Suite, finished: Path, tmp_path: Path) -> None:

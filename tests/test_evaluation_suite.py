@@ -172,6 +172,8 @@ def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
         ({"scenes": [{**SCENE, "name": "../../etc"}]}, "scenes[0].name"),
         ({"scenes": [{**SCENE, "sizes": 3}]}, "scenes[0].sizes: there is no such field; there are name, prompt"),
         ({"detector": {"kind": "magic"}}, "detector"),
+        ({"save_memory": ["magic"]}, "save_memory"),
+        ({"save_memory": ["model-offload", "sequential-offload"]}, "do not go together; choose one"),
         ({"encodr": "clip"}, "encodr: there is no such field; there are name, model, encoder"),
         ({"concepts": [{**CAT, "trigger": ""}, DOG]}, "concepts[0].trigger"),
         ({"guidance_scale": "much"}, "guidance_scale"),
@@ -194,7 +196,11 @@ def test_a_plan_changes_only_where_something_changed(tmp_path: Path) -> None:
     more = make_plan(read_suite(written(tmp_path, methods=["merge", "regional"], name="other", baseline="regional")))
     slower = make_plan(read_suite(written(tmp_path, steps=3)))
     judged = make_plan(read_suite(written(tmp_path, detector={"kind": "windows", "vocabulary": ["fox"]})))
-    saving = make_plan(read_suite(written(tmp_path, save_memory=["tiling"])))
+    saving, again = (
+        make_plan(read_suite(written(tmp_path, save_memory=savers)))
+        for savers in (["tiling", "model-offload"], ["model-offload", "tiling", "tiling"])
+    )
+    assert again.batches == saving.batches
     keys = {planned.key for planned in before.batches}
     assert same.batches == before.batches
     assert {planned.key for planned in more.batches} < keys

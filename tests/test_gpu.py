@@ -13,8 +13,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
 from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from compose.files import PLAYGROUND
+from compose.models import make, open_model
+from compose.savers import Saver
 from pipelines.methods import LoraComposer, Regional
-from pipelines.scene import Concept
+from pipelines.scene import Concept, Run, Scene
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,6 +87,13 @@ def test_half_precision_stays_finite_and_near(composer, method, dtype):
     assert torch.isfinite(latents_of(composer, method=method, num_inference_steps=8)).all()
     error = (latents.float() - expected).norm() / expected.norm()
     assert error < (0.02 if dtype == torch.float16 else 0.1)
+
+
+@pytest.mark.parametrize("saver", [Saver.MODEL_OFFLOAD, Saver.SEQUENTIAL_OFFLOAD])
+def test_a_record_names_the_device_of_an_offloaded_model(saver):
+    run = Run(scene=Scene(prompt="a cat"), model=PLAYGROUND, steps=2, device=DEVICE)
+    made = make(open_model(run, [saver, Saver.GRADIENT_CHECKPOINTING]), run)
+    assert torch.device(made.record.machine.device).type == DEVICE
 
 
 @pytest.mark.parametrize("method", METHODS)

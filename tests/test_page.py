@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from compose import overlay
+from compose import models, overlay
 from compose.assets import playground_lora
 from compose.cli import app
 from compose.files import PLAYGROUND, FileError, Machine, Record, parse_value, read_pixels, read_record, read_scene
@@ -411,6 +411,30 @@ def test_page_command_and_python_text_give_the_same_picture(
     ours = np.asarray(picture.made.image)
     assert np.array_equal(ours, np.asarray(read_pixels("cli/2.png")))
     assert np.array_equal(ours, np.asarray(read_pixels("picture.png")))
+
+
+def test_exports_save_memory_as_the_page_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = short(method="merge", seeds=(2,)).runs()
+    savers = (Saver.TILING, Saver.GRADIENT_CHECKPOINTING)
+    opened = []
+
+    def remembered(run: Run, savers: Any = ()) -> Any:
+        opened.append(tuple(savers))
+        return open_model(run, savers)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "open_model", remembered)
+    exec(compile(export.python(run, savers), "it.py", "exec"), {})
+    assert opened == [savers]
+    assert Path("picture.png").is_file()
+    assert export.command(run, savers).endswith("--save-memory tiling --save-memory gradient-checkpointing")
+
+
+def test_what_saves_memory_is_kept_for_the_same_model_on_a_device_with_use_for_it() -> None:
+    choice = Choice("a", memory=(Saver.TILING, Saver.MODEL_OFFLOAD))
+    assert choice.memory_for("a", None) == choice.memory_for("a", "cuda") == choice.memory
+    assert choice.memory_for("a", "cpu") == (Saver.TILING,)
+    assert choice.memory_for("b", "cuda") == ()
 
 
 def test_exports_write_what_users_write_as_text(tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ from compose.cli import app
 from compose.counting import meta_unet
 from compose.memory import peak_memory
 from compose.peaks import peak
-from pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings
+from pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings, Switch, Tara
 
 GIB = 2**30
 SIDE, GUIDANCE = 256, 5.0
 PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS[:2], NOUNS, strict=False))
-WITH_UPDATES = {"lora-composer": LoraComposer(), "clora": Clora()}
+WITH_UPDATES = {"lora-composer": LoraComposer(), "clora": Clora(), "by branch": Clora(branches_at_once=1)}
 METHODS = WITH_UPDATES | {
-    "plain": None, "merge": Merge(), "regional": Regional(), "composite": Composite(),
+    "plain": None, "merge": Merge(), "regional": Regional(), "composite": Composite(), "tara": Tara(),
+    "switch": Switch(),
     "no updates": LoraComposer(step_size=0),
 }  # fmt: skip
 
@@ -86,7 +87,7 @@ def test_the_unet_is_left_as_it_was():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", WITH_UPDATES.values(), ids=WITH_UPDATES)
+@pytest.mark.parametrize("method", [LoraComposer(), Clora()], ids=["lora-composer", "clora"])
 def test_updates_of_sdxl_fit_a_card_of_8_gb_with_gradient_checkpointing(method):
     unet = meta_unet(SDXL).half()
     call = unet, with_lora(columns(2, 1024, 1024), attention_lora(unet)), method, 4, GUIDANCE, (1024, 1024)

@@ -8,11 +8,14 @@ import torch
 from accelerate import cpu_offload
 from typer.testing import CliRunner
 
+from components import small_vae, tiny_pipeline
+from compose import cli as cli_module
 from compose.cli import app
 from compose.files import PLAYGROUND, read_pixels, read_record
 from compose.models import make, open_model
-from compose.savers import SAVERS, Saver, check_savers
+from compose.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
 from pipelines.scene import Concept, Run, Scene
+from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 BOXES = {"bear": ("xlo", (0, 16, 60, 112)), "robot": ("qrt", (68, 16, 128, 112))}
 SCENE = Scene(
@@ -23,6 +26,22 @@ SCENE = Scene(
     ),
 )
 RUN = Run(scene=SCENE, model=PLAYGROUND, method="lora-composer", steps=2, device="cpu")
+
+
+class Placed(ComposeStableDiffusionPipeline):
+    """Writes down where it is put, and goes nowhere."""
+
+    where: tuple[Any, ...] = ()
+
+    def to(self, device: Any) -> Any:
+        Placed.where = "to", device
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        Placed.where = "model", device
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
+        Placed.where = "layers", device
 
 
 def call(*arguments: object, code: int = 0) -> Any:
@@ -40,11 +59,37 @@ def test_a_model_is_opened_as_asked() -> None:
     assert pipe.unet.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize(("savers", "where"), [
+    ([], ("to", "cuda:1")), ([Saver.TILING], ("to", "cuda:1")), ([Saver.MODEL_OFFLOAD], ("model", "cuda:1")),
+    ([Saver.SEQUENTIAL_OFFLOAD, Saver.GRADIENT_CHECKPOINTING], ("layers", "cuda:1")),
+])  # fmt: skip
+def test_a_model_goes_where_it_is_needed(savers: list[Saver], where: tuple[str, str]) -> None:
+    place(tiny_pipeline(Placed), "cuda:1", savers)
+    assert Placed.where == where
+
+
+@pytest.mark.parametrize(("made_for", "latents", "tiles"), [(1024, 128, 9), (512, 64, 1), (128, 16, 1), (128, 24, 4)])
+def test_tiles_are_smaller_than_the_pictures_of_large_models(made_for: int, latents: int, tiles: int) -> None:
+    vae: Any = small_vae(sample_size=made_for)
+    decoded = []
+    vae.decoder.register_forward_hook(lambda *_: decoded.append(1))
+    enable_tiling(vae)
+    with torch.no_grad():
+        picture = vae.decode(torch.zeros(1, 4, latents, latents)).sample
+    assert picture.shape[-2:] == (latents * 8, latents * 8)
+    assert len(decoded) == tiles
+
+
 def test_every_way_is_explained() -> None:
     assert set(SAVERS) == set(Saver)
 
 
-def test_the_command_line_makes_the_same_picture_with_less(tmp_path: Path) -> None:
+def test_the_order_in_which_they_are_given_makes_no_difference() -> None:
+    one, two = Saver.GRADIENT_CHECKPOINTING, Saver.TILING
+    assert in_order([one, two, one]) == in_order([two, one]) == (two, one)
+
+
+def test_the_command_line_makes_the_same_picture_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     concepts = []
     for name, (trigger, box) in BOXES.items():
         region = ":".join(map(str, box))
@@ -63,11 +108,19 @@ def test_the_command_line_makes_the_same_picture_with_less(tmp_path: Path) -> No
     ]
     call("run", *what, "--out", tmp_path / "plain")
     saving = ["--save-memory", "gradient-checkpointing", "--save-memory", "tiling"]
+    opened = []
+
+    def remembered(run: Run, savers: Any = ()) -> Any:
+        opened.append(list(savers))
+        return open_model(run, savers)
+
+    monkeypatch.setattr(cli_module, "open_model", remembered)
     call("run", *what, *saving, "--out", tmp_path / "saving")
     plain, saved = (tmp_path / name / "0.png" for name in ("plain", "saving"))
     assert read_pixels(plain).tobytes() == read_pixels(saved).tobytes()
     assert read_record(plain).run == read_record(saved).run
     assert "identical" in call("replay", plain, *saving).output
+    assert opened == [[Saver.GRADIENT_CHECKPOINTING, Saver.TILING]] * 2
 
 
 @pytest.mark.parametrize(("savers", "device", "message"), [

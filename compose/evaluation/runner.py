@@ -142,6 +142,11 @@ class Worker:
     _counted: dict[Any, Counted] = field(default_factory=dict)
     _peaks: dict[Any, int] = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs, wherever an offloaded one waits meanwhile."""
+        return self.pipe._execution_device
+
     def check(self, todo: Sequence[tuple[Batch, Planned]]) -> None:
         """Goes through everything that is to be made, up to the first denoising step.
 
@@ -189,10 +194,10 @@ class Worker:
         return Scores(pictures=dict(zip(batch.seeds, scored, strict=True)))
 
     def _run(self, batch: Batch) -> Run:
-        return run_of(self.suite, batch).model_copy(update={"device": str(self.pipe.device)})
+        return run_of(self.suite, batch).model_copy(update={"device": str(self.device)})
 
     def _make(self, batch: Batch, on_progress: OnProgress) -> tuple[MadeBatch, PictureCost]:
-        run, device, number = self._run(batch), self.pipe.device, len(batch.seeds)
+        run, device, number = self._run(batch), self.device, len(batch.seeds)
         counted = self._count(batch)
         peak = self._probed_peak(batch, run) if device.type == "cpu" else None
         start = time.perf_counter()
@@ -242,13 +247,13 @@ class Worker:
             save_image(picture.image, picture_path(self.out, planned.key, picture.record.run.seed), picture.record)
         about = Made(
             scene=planned.scene, arm=planned.arm, alone=planned.alone, seeds=planned.seeds, cost=cost,
-            versions=versions(), machine=machine(self.pipe.device),
+            versions=versions(), machine=machine(self.device),
         )  # fmt: skip
         write(batch_folder(self.out, planned.key) / MADE, about)
 
 
 def _write_down(folder: Path, planned: Planned, error: Exception) -> None:
-    message = f"{type(error).__name__}: {str(error).strip()[:1000]}"
+    message = "\n".join([f"{type(error).__name__}: {str(error).strip()[:1000]}", *getattr(error, "__notes__", ())])
     logger.error("%s failed: %s", planned.key, message, exc_info=logger.isEnabledFor(logging.DEBUG))
     about = {"scene": planned.scene, "arm": planned.arm, "alone": planned.alone, "seeds": planned.seeds}
     write(folder / FAILED, Failed(**about, error=message))

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from compose.assets import assets_dir
 from compose.files import FileError, local_source, read_as
-from compose.savers import Saver
+from compose.savers import Saver, check_savers, in_order
 from pipelines.methods import make_method
 from pipelines.scene import Concept, Region, Run, Scene
 from pipelines.tokens import find_words
@@ -182,6 +182,12 @@ class Suite(_Frozen):
     dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
     device: str | None = None
     save_memory: tuple[Saver, ...] = ()
+
+    @field_validator("save_memory")
+    @classmethod
+    def _savers(cls, savers: tuple[Saver, ...]) -> tuple[Saver, ...]:
+        check_savers(savers)
+        return in_order(savers)
 
     @field_validator("concepts", "scenes", "methods")
     @classmethod

@@ -3,10 +3,11 @@
 import json
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compose.files import parse_value, write_scene
+from compose.savers import Saver
 from pipelines.scene import Run, Scene
 
 
@@ -32,8 +33,8 @@ def scene_file(scene: Scene) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def command(run: Run, scene: str = "scene.yaml") -> str:
-    """The command that makes the run from its scene file."""
+def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -> str:
+    """The command that makes the run from its scene file, with the same ways to need less memory."""
     words = ["lora-compose", "run", run.model, "--scene", scene]
     words += ["--method", run.method] if run.method is not None and run.scene.concepts else []
     for name, value in run.settings.items():
@@ -42,20 +43,24 @@ def command(run: Run, scene: str = "scene.yaml") -> str:
     words += ["--scheduler", run.scheduler] if run.scheduler is not None else []
     words += ["--dtype", run.dtype] if run.dtype != "float32" else []
     words += ["--device", run.device] if run.device is not None else []
+    for saver in savers:
+        words += ["--save-memory", saver]
     return shlex.join(words)
 
 
-def python(run: Run) -> str:
-    """A program that makes the run and saves the picture with its record."""
+def python(run: Run, savers: Sequence[Saver] = ()) -> str:
+    """A program that makes the run, with the same ways to need less memory, and saves the picture with its record."""
     scene = run.scene
     concepts = "".join(f"        {_call('Concept', concept.model_dump(exclude_none=True))},\n" for concept in
                        scene.concepts)  # fmt: skip
     fields = run.model_dump(exclude={"scene"}, exclude_none=True)
     lines = "".join(f"    {name}={dict(value) if name == 'settings' else value!r},\n" for name, value in fields.items())
+    known = "from compose.savers import Saver\n" if savers else ""
+    opened = [f"[{', '.join(f'Saver.{saver.name}' for saver in savers)}]"] if savers else []
     return (
         "from compose import Concept, Run, Scene\n"
         "from compose.files import save_image\n"
-        "from compose.models import make, open_model\n\n"
+        f"from compose.models import make, open_model\n{known}\n"
         "scene = Scene(\n"
         f"    prompt={scene.prompt!r},\n"
         f"    negative_prompt={scene.negative_prompt!r},\n"
@@ -64,7 +69,7 @@ def python(run: Run) -> str:
         f"    height={scene.height!r},\n"
         ")\n"
         f"run = Run(\n    scene=scene,\n{lines})\n"
-        "made = make(open_model(run), run)\n"
+        f"made = make(open_model({', '.join(['run', *opened])}), run)\n"
         'print(save_image(made.image, "picture.png", made.record))\n'
     )
 

@@ -44,6 +44,12 @@ class Choice:
         """Whether parts of the model move between devices during a call."""
         return not OFFLOADS.isdisjoint(self.memory)
 
+    def memory_for(self, model: str, device: str | None) -> tuple[Saver, ...]:
+        """Its ways to need less memory, where the model is this one, and as far as the device has use for them."""
+        if model != self.model:
+            return ()
+        return tuple(saver for saver in self.memory if device != "cpu" or saver not in OFFLOADS)
+
 
 class Slot:
     """An open model with its queue.

@@ -91,7 +91,7 @@ def restore(here: Visit, record: Record) -> None:
     run = record.run
     draft = draft_of(run, here.slot.size)
     device = run.device if run.device in devices() else None
-    memory = here.slot.choice.memory if here.slot.choice.model == run.model else ()
+    memory = here.slot.choice.memory_for(run.model, device)
     is_open = take_over(here, Choice(run.model, run.dtype, _same_device(here, device), memory))
     loras = located(record, here.store.uploads, here.options.loras, local=here.options.local)
     fields.fill(here, draft, loras)

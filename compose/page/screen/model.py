@@ -10,7 +10,7 @@ from compose.page.screen import fields
 from compose.page.screen.state import Visit, choose_model
 from compose.page.shelf import Choice
 from compose.page.text import markdown
-from compose.savers import SAVERS, Saver
+from compose.savers import SAVERS, Saver, in_order
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
 _OWN = "A folder or a hub repository"
@@ -88,7 +88,7 @@ def _asked() -> Choice:
         st.session_state[_NAME].strip() if own else PLAYGROUND,
         st.session_state[_DTYPE],
         None if device == fields.AUTOMATIC else device,
-        tuple(st.session_state[_MEMORY]),
+        in_order(st.session_state[_MEMORY]),
     )
 
 

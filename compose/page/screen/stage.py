@@ -185,8 +185,9 @@ def _exports(here: Visit, picture: Picture) -> None:
             st.code(scene, language="yaml")
             st.download_button("Save scene.yaml", scene, "scene.yaml", "application/yaml", icon=":material/download:",
                                on_click="ignore")  # fmt: skip
-        python_tab.code(export.python(run), language="python")
-        command_tab.code(export.command(run), language="bash")
+        savers = here.slot.choice.memory_for(run.model, run.device)
+        python_tab.code(export.python(run, savers), language="python")
+        command_tab.code(export.command(run, savers), language="bash")
         command_tab.caption("It reads scene.yaml, from the first tab.")
         if run != picture.run:
             st.caption("LoRAs that you uploaded are named as your files are; put them beside the scene file.")
