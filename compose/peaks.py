@@ -52,18 +52,8 @@ def peak(
 ) -> Peak:
     """Works out the memory of a call on a device with fused attention.
 
-    Args:
-        unet: On the meta device, in the precision of the call.
-        concepts: Who takes part.
-        settings: The method; None is diffusers' own pipeline.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
-        image_size: Height and width in pixels.
-        gradient_checkpointing: Whether passes with a gradient compute their activations twice instead of keeping them.
-        tokens: Tokens of a prompt.
-
-    Raises:
-        ValueError: If the concepts lack something the method needs.
+    Args, errors: as for `count`; the UNet is in the precision of the call. With `gradient_checkpointing`, passes with a
+    gradient compute their activations twice instead of keeping them.
     """
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=_recomputing))

@@ -18,7 +18,7 @@ SAVERS = {
     Saver.TILING: "decode in tiles of 512 pixels",
     Saver.MODEL_OFFLOAD: "parts of the model on the CPU until needed",
     Saver.SEQUENTIAL_OFFLOAD: "layers on the CPU until needed, slow",
-    Saver.GRADIENT_CHECKPOINTING: "compute twice instead of keeping, in updates of lora-composer and clora",
+    Saver.GRADIENT_CHECKPOINTING: "keep few activations and compute them twice, in updates of lora-composer and clora",
 }
 """What they do."""
 

@@ -5,15 +5,19 @@ import json
 from typing import Any
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from typer.testing import CliRunner
 
-from components import FAMILIES, random_lora, sd_unet
+from components import FAMILIES, random_lora, sd_unet, small_vae
 from compose import bench as bench_module
 from compose.architectures import NOUNS, SDXL, TRIGGERS, attention_lora, columns, with_lora
+from compose.bench import decoding_bytes_by_architecture
 from compose.cli import app
 from compose.counting import meta_unet
 from compose.memory import peak_memory
-from compose.peaks import peak
+from compose.peaks import decoding_bytes, peak
+from compose.savers import enable_tiling
 from pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings, Switch, Tara
 
 GIB = 2**30
@@ -76,6 +80,29 @@ def test_what_is_worked_out_is_what_a_real_call_takes(ready, method):
         assert found.updates == (method in WITH_UPDATES.values())
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+def test_decoding_takes_what_is_worked_out(tiled):
+    side, real = 1024, small_vae(sample_size=1024)
+    with torch.device("meta"):
+        without_numbers: Any = AutoencoderKL.from_config(real.config)
+    for vae in (real, without_numbers):
+        if tiled:
+            enable_tiling(vae)
+    latents: Any = torch.zeros(1, 4, side // 8, side // 8)
+    with peak_memory("cpu") as there:
+        pass
+    with torch.no_grad(), peak_memory("cpu") as memory:
+        real.decode(latents)
+    taken = memory.peak_bytes - there.peak_bytes + sum(parameter.nbytes for parameter in real.parameters())
+    assert decoding_bytes(without_numbers, (side, side)) == pytest.approx(taken, rel=0.05)
+
+
+def test_tiles_of_sdxl_need_much_less():
+    whole, tiled = decoding_bytes_by_architecture()["SDXL"]
+    assert whole > 3 * GIB
+    assert tiled < 1.2 * GIB
+
+
 def test_the_unet_is_left_as_it_was():
     unet = meta_unet(sd_unet().config)
     concepts = with_lora(columns(2, 128, 128), attention_lora(unet))
@@ -111,6 +138,7 @@ def test_the_command_shows_both_ways(tmp_path, monkeypatch):
         kept, again = (rows[name, "lora-composer"][way] for way in ("peak", "checkpointed"))
         assert again["peak_bytes"] < kept["peak_bytes"]
         assert again["flops"] > kept["flops"]
+    assert "decoding on small, in float32: " in result.output
     shown = [line.split() for line in result.output.splitlines() if "lora-composer" in line][-1]
     assert [shown[i] for i in (4, 7)] == [
         f"{rows[name, 'lora-composer']['checkpointed']['flops'] / rows[name, 'lora-composer']['peak']['flops']:.2f}"
