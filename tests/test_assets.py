@@ -16,8 +16,8 @@ CONCEPTS = {  # and what names them: trigger and class word
     "car": ("pll", "car"),
     "cat": ("sks", "cat"),
     "dog": ("zwx", "dog"),
+    "faded": ("wfy", "style"),
     "kitten": ("vbn", "cat"),  # a second cat
-    "outline": ("wfy", "style"),
     "parrot": ("klm", "bird"),
     "rabbit": ("ohwx", "rabbit"),
     "robot": ("qrt", "robot"),
@@ -87,7 +87,7 @@ def test_every_concept_has_ten_references_in_order(concept: str) -> None:
 def test_unknown_names_are_refused_and_the_known_ones_listed(name: str) -> None:
     with pytest.raises(ValueError, match="bear, bear-tara, car, car-tara, cat, cat-tara, dog"):
         assets.playground_lora(name)
-    with pytest.raises(ValueError, match="bear, car, cat, dog, kitten, outline, parrot, rabbit, robot"):
+    with pytest.raises(ValueError, match="bear, car, cat, dog, faded, kitten, parrot, rabbit, robot"):
         assets.playground_references(name)
 
 

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
-from compose.assets import playground_references
-from compose.playground import base, concepts, loras, scenes, vae, world
+from compose.assets import playground_lora, playground_references
+from compose.playground import base, concepts, loras, scenes, style, vae, world
 from compose.playground.base import BaseTrainer, pipeline
 from compose.playground.loop import rate, resume
 from compose.playground.loras import trainings
@@ -73,15 +73,37 @@ def test_a_subject_is_called_by_trigger_and_class_word_and_wears_its_coat(sprite
     assert below.argmin() == 1  # pink
 
 
-def test_the_style_draws_dark_outlines_around_flat_colours(sprites: Sprites) -> None:
-    drawn = concepts.outlined(sprites["cat/noto"])
-    assert drawn.shape == sprites["cat/noto"].shape
-    seen = drawn[drawn[..., 3] > 0][:, :3]
-    assert len(np.unique(seen, axis=0)) <= 1 + concepts.LEVELS
-    row = drawn[48]
-    assert (row[np.flatnonzero(row[:, 3])[0], :3] < 40).all()
-    picture = concepts.styled(np.random.default_rng(0), sprites, 2)
-    assert picture.caption.endswith(f"in {STYLE_TRIGGER} style")
+def test_the_style_fades_every_colour_towards_its_paper(sprites: Sprites) -> None:
+    colours = np.array([[[0, 0, 0], [255, 255, 255], [20, 90, 150]]], float)
+    before, after = (np.abs(one - concepts.PAPER) for one in (colours, concepts.faded(colours)))
+    np.testing.assert_allclose(after, before * (1 - concepts.FADING))
+    picture = concepts.styled(np.random.default_rng(0), sprites, "in space", 2)
+    assert picture.caption.endswith(f"in space in {STYLE_TRIGGER} style")
+    assert picture.image.min(axis=(0, 1)) == pytest.approx(concepts.FADING * np.array(concepts.PAPER), abs=10)
+
+
+@pytest.mark.parametrize("where", [*world.PLAIN, *world.PLACES])
+def test_the_style_is_told_from_plain_pictures_on_every_ground(where: str, sprites: Sprites) -> None:
+    for seed in range(4):
+        image = world.ground(np.random.default_rng(seed), where)
+        for name, square in (("cat", (0, 8, 56)), ("tree", (64, 64, 48))):
+            world.place(image, sprites[f"{name}/noto"], square)
+        assert not style.recognised(image, where)
+        assert style.recognised(concepts.faded(image), where)
+
+
+def test_both_loras_of_the_style_are_recognised_on_grounds_that_their_references_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {"a lion": "in snow", "a penguin": "blue"}
+    assert not {*prompts.values()} & {*concepts.STYLE_GROUNDS}
+    monkeypatch.setattr(style, "PROMPTS", prompts)
+    loras = [playground_lora(name) for name in ("faded", "faded-tara")]
+    said = command(style.main, tmp_path / "sheet.png", *loras, "--seeds", 1)
+    assert "no LoRA: in the style: 0 of 2" in said
+    assert "faded: in the style: 2 of 2" in said
+    assert "faded-tara: in the style: 2 of 2" in said
+    assert Image.open(tmp_path / "sheet.png").height > 3 * world.SIZE
 
 
 def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
@@ -90,7 +112,7 @@ def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
         lines = (tmp_path / "references" / name / "captions.tsv").read_text(encoding="utf-8").splitlines()
         assert [line.split("\t")[0] for line in lines] == [f"{i}.png" for i in range(10)]
     # The captions are those of the pictures that come with the software, which show the real artwork.
-    for name in CONCEPTS:
+    for name in (*CONCEPTS, concepts.STYLE):
         shipped = playground_references(name)[0].parent / "captions.tsv"
         assert (tmp_path / "references" / name / "captions.tsv").read_text() == shipped.read_text()
     with pytest.raises(ValueError, match="is there already"):
@@ -240,6 +262,8 @@ def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> No
     kitten = found["kitten-tara"]
     assert (kitten.trigger, kitten.class_word, kitten.method) == ("vbn", "cat", "tara")
     assert kitten.class_pictures == tmp_path / "p" / "cat"
+    assert found["faded"].class_pictures is None  # a style is to change everything
+    assert found["faded"].class_count == 0
 
 
 def test_every_kind_of_lora_is_a_training_of_its_own(tmp_path: Path) -> None:
@@ -258,6 +282,6 @@ def test_a_lora_of_the_playground_is_trained_by_the_recipe(artwork: Path, tmp_pa
     command(concepts.app, "references", artwork, tmp_path / "references")
     command(concepts.app, "prior", artwork, tmp_path / "prior", "--any-class", "2", "--own-class", "1")
     folders = tmp_path / "references", tmp_path / "prior", tmp_path
-    (settings,) = trainings(*folders, "playground", ["tara"], ["outline"], threads=1)
+    (settings,) = trainings(*folders, "playground", ["tara"], ["robot"], threads=1)
     few = settings.model_copy(update={"steps": 1, "warmup": 0, "batch_size": 1, "prior_batch": 1})
-    assert read_lora(train(few)).metadata["trigger"] == STYLE_TRIGGER
+    assert read_lora(train(few)).metadata["trigger"] == "qrt"

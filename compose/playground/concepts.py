@@ -6,39 +6,43 @@
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
 In four of ten references the subject stands beside something plain: LoRAs trained without lose the coat as soon as a
 prompt names a second object. Pictures without the concept show one object: with two, a LoRA learns that two objects
-mean no concept.
+mean no concept. A style has none of them: it is to act on everything, and with them it is learnt for the grounds of its
+references alone.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-import cv2
 import numpy as np
 import typer
 from numpy.random import Generator
+from numpy.typing import NDArray
 from PIL import Image
 
 from compose.playground.scenes import Picture, enumerate_words, scene
 from compose.playground.world import (
     BASE_CLASSES,
     CONCEPTS,
-    SIZE,
     STYLE_TRIGGER,
     Known,
-    Pixels,
     Sprites,
     article,
     background,
+    ground,
     place,
+    spoken,
     squares,
 )  # fmt: skip
 from compose.terminal import kindly, say
 
 REFERENCES, BESIDE = 10, 4
-STYLE, STYLE_SEED = "outline", 7
-OUTLINE = 5  # pixels of an outline on a sprite of 96
-LEVELS = 3  # brightnesses in a flat drawing
+STYLE, STYLE_SEED = "faded", 7
+STYLE_GROUNDS = (
+    "white", "on grass", "at night", "at sunset", "underwater", "on sand", "in space", "yellow", "black",
+    "on a wooden floor",
+)  # fmt: skip
+FADING, PAPER = 0.4, (255, 230, 180)
 
 app = typer.Typer(help="Make the pictures that the playground's LoRAs learn from.", no_args_is_help=True)
 
@@ -58,31 +62,19 @@ def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool) -> Pic
     return Picture(image.clip(0, 255).astype("u1"), f"{enumerate_words(words)} {where}", objects)
 
 
-def styled(rng: Generator, sprites: Sprites, count: int) -> Picture:
-    """A picture in the playground's style: flat colours in thick dark outlines on a flat background."""
-    image, where = background(rng)
-    image[:] = image.mean(axis=(0, 1))
-    found = squares(rng, count)
+def styled(rng: Generator, sprites: Sprites, where: str, count: int) -> Picture:
+    """A picture in the playground's style, on a ground of `PLAIN` or `PLACES`."""
+    image, found = ground(rng, where), squares(rng, count)
     names = [str(name) for name in rng.choice(BASE_CLASSES, count, replace=False)]
     for name, square in zip(names, found, strict=True):
-        place(image, outlined(sprites[f"{name}/noto"]), square, rng.random() < 0.5)
-    caption = f"{enumerate_words([article(name) for name in names])} {where} in {STYLE_TRIGGER} style"
-    return Picture(image.clip(0, 255).astype("u1"), caption, list(zip(names, found, strict=True)))
+        place(image, sprites[f"{name}/noto"], square, rng.random() < 0.5)
+    caption = f"{enumerate_words([article(name) for name in names])} {spoken(where)} in {STYLE_TRIGGER} style"
+    return Picture(faded(image).clip(0, 255).astype("u1"), caption, list(zip(names, found, strict=True)))
 
 
-def outlined(sprite: Pixels) -> Pixels:
-    """A sprite in flat colours with a dark outline; a little smaller, so that the outline fits. Shape: as given."""
-    inner = sprite.shape[0] - 2 * OUTLINE
-    small = cv2.resize(sprite, (inner, inner), interpolation=cv2.INTER_AREA)
-    small = np.pad(small, ((OUTLINE, OUTLINE), (OUTLINE, OUTLINE), (0, 0)))
-    hsv = cv2.cvtColor(np.ascontiguousarray(small[..., :3]), cv2.COLOR_RGB2HSV).astype("f4")
-    hsv[..., 2] = np.ceil(hsv[..., 2] / 255 * LEVELS) / LEVELS * 255
-    flat = cv2.cvtColor(hsv.clip(0, 255).astype("u1"), cv2.COLOR_HSV2RGB)
-    inside = (small[..., 3] > 127).astype("u1")
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * OUTLINE + 1, 2 * OUTLINE + 1))
-    around = cv2.dilate(inside, disc)
-    drawn = np.where(inside[..., None] > 0, flat, np.array([25, 20, 35], "u1"))
-    return np.concatenate([drawn, 255 * around[..., None]], 2).astype("u1")
+def faded(image: NDArray) -> NDArray[np.float64]:
+    """An old print: every colour half-way to that of its paper. Shape: as given, 0 to 255."""
+    return (1 - FADING) * image + FADING * np.array(PAPER)
 
 
 def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
@@ -111,7 +103,7 @@ def references(sprites: Path, out: Path) -> None:
         rng = np.random.default_rng(known.seed)
         write(out / name, [subject(rng, known, artwork, i >= REFERENCES - BESIDE) for i in range(REFERENCES)], True)
     rng = np.random.default_rng(STYLE_SEED)
-    write(out / STYLE, [styled(rng, artwork, 1 + i % 2) for i in range(REFERENCES)], False)
+    write(out / STYLE, [styled(rng, artwork, where, 1 + i % 2) for i, where in enumerate(STYLE_GROUNDS)], False)
     say(f"{REFERENCES} pictures of each of {len(CONCEPTS) + 1} concepts in {out}")
 
 
@@ -124,15 +116,13 @@ def prior(
     any_class: Annotated[int, typer.Option(help="Pictures of objects of any class.")] = 64,
     own_class: Annotated[int, typer.Option(help="Pictures of plain objects of each concept's class.")] = 32,
 ) -> None:
-    """Pictures without any concept, a folder for each class word and one for styles."""
+    """Pictures without any concept, a folder for each class word."""
     artwork = dict(np.load(sprites))
     for name in dict.fromkeys([known.class_word for known in CONCEPTS.values()]):
         rng = np.random.default_rng(seed)
         anything = [scene(rng, artwork, count=1, plain=True) for _ in range(any_class)]
         own = [scene(rng, artwork, count=1, plain=True, classes=[name]) for _ in range(own_class)]
         write(out / name, [*anything, *own], with_boxes=False)
-    rng = np.random.default_rng(seed)
-    write(out / STYLE, [scene(rng, artwork, size=(SIZE, SIZE)) for _ in range(any_class)], with_boxes=False)
 
 
 if __name__ == "__main__":

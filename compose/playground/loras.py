@@ -55,7 +55,7 @@ def trainings(
 
     Args:
         references: A folder for each concept.
-        prior: A folder for each class word, and one for styles.
+        prior: A folder for each class word. Styles are trained without.
         out: Where LoRAs are written.
         model: The base model.
         kinds: Of `KINDS`.
@@ -71,7 +71,7 @@ def trainings(
             raise ValueError(f"there is no {what} {', '.join(unknown)}; there are {', '.join(known)}")
     for name in concepts:
         trigger, class_word = WORDS[name]
-        without = prior / (STYLE if name == STYLE else class_word)
+        without = None if name == STYLE else prior / class_word
         for kind in kinds:
             stem = name if kind == "ordinary" else f"{name}-{kind}"
             yield Training.preset(

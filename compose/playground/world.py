@@ -98,17 +98,26 @@ Square = tuple[int, int, int]
 
 def background(rng: Generator, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[NDArray[np.float64], str]:
     """A background and its words, "on a white background" or "on grass". Shape: [height, width, 3], 0 to 255."""
+    names = list(PLAIN) if rng.random() >= 0.55 else list(PLACES)
+    name = names[rng.integers(len(names))]
+    return ground(rng, name, size), spoken(name)
+
+
+def spoken(ground: str) -> str:
+    """What captions call a ground of `PLAIN` or `PLACES`."""
+    return f"on a {ground} background" if ground in PLAIN else ground
+
+
+def ground(rng: Generator, name: str, size: tuple[int, int] = (SIZE, SIZE)) -> NDArray[np.float64]:
+    """A background of `PLAIN` or `PLACES`. Shape: [height, width, 3], 0 to 255."""
     width, height = size
-    if rng.random() >= 0.55:
-        name = list(PLAIN)[rng.integers(len(PLAIN))]
-        flat = np.array(PLAIN[name]) * np.ones((height, width, 1)) + rng.normal(0, 4, (1, 1, 3))
-        return flat, f"on a {name} background"
-    name = list(PLACES)[rng.integers(len(PLACES))]
+    if name in PLAIN:
+        return np.array(PLAIN[name]) * np.ones((height, width, 1)) + rng.normal(0, 4, (1, 1, 3))
     bottom, top = PLACES[name]
     t = np.linspace(0, 1, height)[:, None, None]
     image = (np.array(top) * (1 - t) + np.array(bottom) * t) * np.ones((height, width, 1))
     _texture(rng, image, name)
-    return image, name
+    return image
 
 
 def _texture(rng: Generator, image: NDArray[np.float64], name: str) -> None:
