@@ -24,6 +24,7 @@ from rich.table import Table
 from compose.assets import playground_lora, playground_model, playground_references
 from compose.terminal import kindly
 from pipelines.base import ComposePipeline
+from pipelines.methods import Regional
 from pipelines.scene import Concept
 
 PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
@@ -48,6 +49,11 @@ class Arm:
     def label(self) -> str:
         """What tables call it."""
         return f"{self.method}, {self.kind} LoRAs"
+
+    @property
+    def settings(self) -> str | Regional:
+        """The method as it was when the votes in `docs/blind` were cast: `regional` gave every LoRA a token mask."""
+        return Regional(token_mask="all") if self.method == "regional" else self.method
 
 
 ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("regional", "ordinary"), Arm("regional", "TARA"))
@@ -187,7 +193,7 @@ def paint(pipe: Any, job: Picture) -> Image.Image:
     return pipe(
         f"a {first} and a {second} on a white background",
         concepts=[Concept(name=name, region=half) for name, half in zip(names, HALVES, strict=True)],
-        method=job.arm.method,
+        method=job.arm.settings,
         num_inference_steps=25,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(job.seed),

@@ -39,7 +39,7 @@ WAYS = {
     "authors": [*PAIR, "--method", "clora:official", "--set", "refinements=1"],
     "regional": [
         "--prompt", PROMPT, "--concept", f"{BEAR},region=0:0:64:128", "--concept",
-        f"{ROBOT},region=64:0:128:128,weight=0.7", "--method", "regional", "--set", "token_mask=false",
+        f"{ROBOT},region=64:0:128:128,weight=0.7", "--method", "regional", "--set", "token_mask=none",
     ],
     "plain": ["--prompt", "a red cat on grass"],
     "plain and flat": ["--prompt", "a red cat on grass", "--height", "64"],
@@ -122,7 +122,7 @@ def test_pictures_of_earlier_runs_stay(tmp_path: Path) -> None:
 
 def test_the_record_says_what_was_used(pictures: dict[str, Path]) -> None:
     record = read_record(pictures["regional"])
-    assert (record.run.method, record.run.settings) == ("regional", {"token_mask": False})
+    assert (record.run.method, record.run.settings) == ("regional", {"token_mask": "none"})
     assert (record.run.scheduler, record.run.device, record.run.steps) == ("DDIMScheduler", devices()[0], 2)
     assert record.run.scene.concepts[1].region == (64, 0, 128, 128)
     assert record.run.scene.concepts[1].weight == 0.7

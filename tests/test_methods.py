@@ -23,6 +23,7 @@ from attention import Gates, Lora, LoraFactors, attention_layers, install, place
 from components import EVERYTHING, random_lora, sd_unet, small_pipeline, text_loras
 from pipelines.engine import masks_of
 from pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Merge, Regional, Tara, make_method, name_of
+from pipelines.methods.regional import TokenMask
 from pipelines.methods.tara import CfgMask, Scope
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
@@ -238,26 +239,29 @@ def test_every_setting_and_every_region_makes_another_image(pipe, write_lora):
     left = [Concept(name="cat", region=(0, 0, 64, 128)), "dog"]
     right = [Concept(name="cat", region=(64, 0, 128, 128)), "dog"]
     runs = [(None, None), (names, "merge"), (left, Regional()), (right, Regional())]
-    runs += [(left, Regional(rows="all")), (left, Regional(token_mask=False))]
+    runs += [(left, Regional(rows="all")), (left, Regional(token_mask="none"))]
     runs += [(names, Tara(cfg_mask=rows, scope=scope)) for rows in get_args(CfgMask) for scope in get_args(Scope)]
     images = [denoise(pipe, concepts=concepts, method=method).images for concepts, method in runs]
     assert all(far_apart(one, other) for one, other in combinations(images, 2))
 
 
 @pytest.mark.parametrize("rows", ["cond_only", "all"])
-@pytest.mark.parametrize("token_mask", [True, False])
+@pytest.mark.parametrize("token_mask", get_args(TokenMask))
+@pytest.mark.parametrize("trained_with", ["tara", "dreambooth"])
 @pytest.mark.parametrize(("width", "height", "regions"), [
     (128, 128, [(0, 0, 64, 128), (64, 0, 128, 128)]),
     (96, 64, [(0, 8, 48, 64), None]),
 ])  # fmt: skip
-def test_regional_equals_its_formula(pipe, plain_pipe, write_lora, rows, token_mask, width, height, regions):
+def test_regional_equals_its_formula(
+    pipe, plain_pipe, write_lora, rows, token_mask, trained_with, width, height, regions
+):
     names = ["cat", "dog"]
     loras = loras_of(pipe, names)
-    load(pipe, write_lora, names, loras)
+    load(pipe, write_lora, names, loras, method=trained_with)
     tokens = token_rows([PROMPT], names, 1, "cond_only")
     weights = torch.tensor(WEIGHTS[:2])
     acting = torch.tensor([0.0 if rows == "cond_only" else 1.0, 1.0])
-    if not token_mask:
+    if token_mask == "none" or (token_mask, trained_with) == ("trained", "dreambooth"):
         tokens = (acting[:, None] * weights)[:, None].expand(2, 32, 2)
     written_out(
         plain_pipe.unet, loras, {2: tokens}, rows={2: acting[:, None] * weights}, regions=regions,

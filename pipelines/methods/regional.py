@@ -1,7 +1,7 @@
-"""Regional: every LoRA acts inside its region, on its own words, and on the prompt only.
+"""Regional: every LoRA acts inside its region, and on the prompt only.
 
 The plain way to use a layout, for any LoRA and without optimisation. For concept i with region mask M_i [cells] on the
-grid of each layer and token mask m_i of its trigger,
+grid of each layer and token mask m_i, which is that of its trigger for a LoRA trained with TARA and 1 for any other,
 
     layers that see image cells:            y = W x + sum_i diag(M_i) Delta_i x
     keys and values of cross-attention:     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
@@ -19,31 +19,35 @@ import torch
 from torch import Tensor
 
 from attention import Gates, grid_at
-from pipelines.engine import Engine
+from pipelines.engine import Engine, LoadedConcept
 from pipelines.methods.merge import Merge
 from pipelines.methods.process import OnePass, one_text, say_once
 from pipelines.regions import region_mask
 
 Rows = Literal["cond_only", "all"]
+TokenMask = Literal["trained", "all", "none"]
 
 
 @dataclass(frozen=True)
 class Regional:
-    """Every LoRA acts in its own region and on its own words; nothing moves objects into their regions.
+    """Every LoRA acts in its own region; nothing moves objects into their regions.
 
     Attributes:
         rows: Where LoRAs act under guidance: "cond_only", the prompt's rows, or "all", the negative prompt's as well,
             as LoRAs usually do.
-        token_mask: Whether keys and values of cross-attention change only at the concept's own trigger. A concept
-            without a trigger changes them at all tokens, and so does a style.
+        token_mask: Whose keys and values of cross-attention change only at the concept's own trigger. "trained": those
+            of LoRAs whose files say that they were trained so, with TARA; others have a part of their subject in the
+            keys and values of other words. "all" or "none": of all, of none. A concept without a trigger changes
+            them at all tokens, and so does a style.
     """
 
     rows: Rows = "cond_only"
-    token_mask: bool = True
+    token_mask: TokenMask = "trained"
 
     def __post_init__(self) -> None:
-        if self.rows not in get_args(Rows):
-            raise ValueError(f"rows must be one of {', '.join(get_args(Rows))}, not {self.rows!r}")
+        for name, allowed in (("rows", get_args(Rows)), ("token_mask", get_args(TokenMask))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
     def start(self, engine: Engine) -> OnePass:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""
@@ -62,11 +66,9 @@ class Regional:
         live = torch.ones(conditioning.rows, 1, 1, device=engine.device)
         if self.rows == "cond_only":
             live[: conditioning.conditional_rows.start] = 0
-        tokens = torch.ones_like(conditioning.trigger_mask)
-        if self.token_mask:
-            named = conditioning.trigger_mask.sum(dim=(0, 1)) > 0
-            named[[i for i, concept in enumerate(engine.concepts) if concept.is_style]] = False
-            tokens = torch.where(named, conditioning.trigger_mask, tokens)
+        tokens = conditioning.trigger_mask
+        masked = tokens.new_tensor([self._masks(loaded) for loaded in engine.loaded]) * tokens.sum(dim=(0, 1)) > 0
+        tokens = torch.where(masked, tokens, torch.ones_like(tokens))
         gates = Gates(
             text=live * tokens * weights[:, None],
             image={level: live * region_masks(engine, level) * weights[:, None] for level in engine.levels},
@@ -74,6 +76,12 @@ class Regional:
             latent_grid=engine.latent_grid,
         )
         return OnePass(engine, conditioning, gates)
+
+    def _masks(self, loaded: LoadedConcept) -> bool:
+        """Whether a concept keeps to its own words."""
+        if loaded.concept.is_style or self.token_mask == "none":
+            return False
+        return self.token_mask == "all" or loaded.trained_with == "tara"
 
 
 def region_masks(engine: Engine, level: int) -> Tensor:
