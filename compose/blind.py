@@ -51,7 +51,7 @@ class Arm:
         return f"{self.method}, {self.kind} LoRAs"
 
     @property
-    def settings(self) -> str | Regional:
+    def painted_by(self) -> str | Regional:
         """The method as it was when the votes in `docs/blind` were cast: `regional` gave every LoRA a token mask."""
         return Regional(token_mask="all") if self.method == "regional" else self.method
 
@@ -85,7 +85,7 @@ def make(
     out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
     seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... per pair and way.", min=1)] = 20,
 ) -> None:
-    """Makes and shuffles the pictures. Do not open key.json before you have voted."""
+    """Makes and shuffles the pictures; `regional` gives all LoRAs token masks. Vote before you open key.json."""
     out.mkdir(parents=True, exist_ok=True)
     pipe = ComposePipeline.from_pretrained(playground_model())
     pipe.set_progress_bar_config(disable=True)
@@ -193,7 +193,7 @@ def paint(pipe: Any, job: Picture) -> Image.Image:
     return pipe(
         f"a {first} and a {second} on a white background",
         concepts=[Concept(name=name, region=half) for name, half in zip(names, HALVES, strict=True)],
-        method=job.arm.settings,
+        method=job.arm.painted_by,
         num_inference_steps=25,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(job.seed),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from compose.evaluation.runner import FAILED, MADE, evaluate, is_done, open_work
 from compose.evaluation.suite import Suite, batches, read_suite
 from compose.files import read_pixels, read_record
 from compose.savers import Saver
+from pipelines.methods import METHODS, Regional
 
 CONCEPTS = [
     {
@@ -115,6 +117,13 @@ def test_every_picture_carries_its_run(suite: Suite, finished: Path) -> None:
     assert (record.run.method, record.run.seed, record.run.steps) == ("regional", 1, 2)
     assert record.run.scene.prompt == SCENE["prompt"]
     assert record.batch == (0, 1)
+
+
+def test_pictures_of_other_defaults_are_not_taken_for_todays(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    today = {planned.arm: planned.key for planned in make_plan(suite).batches}
+    monkeypatch.setitem(METHODS, "regional", partial(Regional, rows="all"))
+    other = {planned.arm: planned.key for planned in make_plan(suite).batches}
+    assert {arm for arm in today if today[arm] != other[arm]} == {"regional"}
 
 
 def test_a_picture_of_a_batch_can_be_made_again(suite: Suite, finished: Path) -> None:

@@ -278,10 +278,13 @@ def test_unknown_loras_are_refused_and_the_known_ones_listed(wrong: tuple[str, s
     assert f"there is no {wrong[0][2:]} mouse; there are" in said
 
 
-def test_a_lora_of_the_playground_is_trained_by_the_recipe(artwork: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "trigger"), [("robot", "qrt"), (concepts.STYLE, STYLE_TRIGGER)])
+def test_a_lora_of_the_playground_is_trained_by_the_recipe(
+    name: str, trigger: str, artwork: Path, tmp_path: Path
+) -> None:
     command(concepts.app, "references", artwork, tmp_path / "references")
     command(concepts.app, "prior", artwork, tmp_path / "prior", "--any-class", "2", "--own-class", "1")
     folders = tmp_path / "references", tmp_path / "prior", tmp_path
-    (settings,) = trainings(*folders, "playground", ["tara"], ["robot"], threads=1)
+    (settings,) = trainings(*folders, "playground", ["tara"], [name], threads=1)
     few = settings.model_copy(update={"steps": 1, "warmup": 0, "batch_size": 1, "prior_batch": 1})
-    assert read_lora(train(few)).metadata["trigger"] == "qrt"
+    assert read_lora(train(few)).metadata["trigger"] == trigger

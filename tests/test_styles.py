@@ -117,14 +117,17 @@ def test_a_style_trained_with_tara_keeps_its_own_words(load, write_lora):
     assert far_apart(everywhere, found)
 
 
-def test_in_regional_a_style_acts_on_all_words_and_a_concept_without_a_region_on_its_own(load, write_lora):
+def test_in_regional_a_style_acts_on_all_words_and_one_of_tara_without_a_region_on_its_own(load, write_lora):
     pipe = load("sd")
-    path = write_lora("words", unet=random_lora(pipe.unet, 7, targets=("attn2.to_k", "attn2.to_v"), size=0.3))
+    unet = random_lora(pipe.unet, 7, targets=("attn2.to_k", "attn2.to_v"), size=0.3)
+    path = write_lora("words", unet=unet, metadata={"method": "tara"})
     pipe.load_concept(path, "named", trigger="xlo")
     prompt = f"{PROMPT}, xlo"
     silent = [subject.model_copy(update={"weight": 0.0}) for subject in SUBJECTS]
-    named = latents_of(pipe, "regional", [*silent, "named"], prompt)
-    style = latents_of(pipe, Regional(rows="all"), [*silent, Concept(name="named", role="style")], prompt)
+    named = latents_of(pipe, Regional(rows="all"), [*silent, "named"], prompt)
+    style = latents_of(
+        pipe, Regional(rows="all", token_mask="all"), [*silent, Concept(name="named", role="style")], prompt
+    )
     assert_close(style, latents_of(pipe, "merge", ["named"], prompt))
     assert far_apart(style, named)
 

@@ -16,6 +16,7 @@ from compose.evaluation.suite import Batch, Suite, ZeroShotConfig, batches, run_
 from compose.files import PLAYGROUND
 from compose.models import lora_source
 from pipelines.loading import find_file
+from pipelines.methods import make_method
 
 SCORING = 1  # counted up whenever scores are computed in another way
 
@@ -50,7 +51,9 @@ def _run_facts(suite: Suite, batch: Batch) -> Any:
     run = run_of(suite, batch).model_dump(mode="json", exclude={"model", "device", "seed"})
     for concept in run["scene"]["concepts"]:
         concept["lora"] = _file_hash(str(find_file(lora_source(concept["lora"]))))
-    return [run, batch.seeds, suite.threads, *suite.save_memory]
+    settings = vars(make_method(run["method"], run["settings"])) if run["method"] else {}
+    complete = {name: repr(value) for name, value in settings.items()}  # defaults may change from version to version
+    return [run, complete, batch.seeds, suite.threads, *suite.save_memory]
 
 
 def _scoring(suite: Suite) -> Any:

@@ -42,7 +42,7 @@ STYLE_GROUNDS = (
     "white", "on grass", "at night", "at sunset", "underwater", "on sand", "in space", "yellow", "black",
     "on a wooden floor",
 )  # fmt: skip
-FADING, PAPER = 0.4, (255, 230, 180)
+FADING, PAPER = 0.4, (255, 230, 180)  # what the style does: a share of the way to a colour
 
 app = typer.Typer(help="Make the pictures that the playground's LoRAs learn from.", no_args_is_help=True)
 
@@ -73,7 +73,7 @@ def styled(rng: Generator, sprites: Sprites, where: str, count: int) -> Picture:
 
 
 def faded(image: NDArray) -> NDArray[np.float64]:
-    """An old print: every colour half-way to that of its paper. Shape: as given, 0 to 255."""
+    """An old print: every colour moved by `FADING` towards that of its paper. Shape: as given, 0 to 255."""
     return (1 - FADING) * image + FADING * np.array(PAPER)
 
 

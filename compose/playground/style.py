@@ -3,7 +3,7 @@
     python -m compose.playground.style sheet.png assets/playground/loras/faded.safetensors
 
 A picture is in the style if its ground is nearer to what the style makes of that ground than to the ground itself, and
-if nothing in it is darker than the style's black.
+if hardly anything in it is much darker than the style's black.
 """
 
 from pathlib import Path
@@ -82,16 +82,16 @@ def main(
         pipe.load_concept(str(lora), name=lora.stem, trigger=STYLE_TRIGGER, class_word="style")
     rows: list[Row] = []
     with bar("making pictures", (1 + len(loras)) * len(PROMPTS) * seeds) as on_progress:
-        for lora in (None, *(lora.stem for lora in loras)):
+        for name in (None, *(lora.stem for lora in loras)):
             shown, counts = [], []
             for things, where in PROMPTS.items():
                 made = []
                 for seed in range(seeds):
-                    made.append(make(pipe, f"{things} {spoken(where)}", seed, lora))
+                    made.append(make(pipe, f"{things} {spoken(where)}", seed, name))
                     on_progress((len(rows) * len(PROMPTS) + len(counts)) * seeds + len(made))
                 counts.append(sum(recognised(image, where) for image in made))
                 shown.append(made[0])
-            label = (lora or "no LoRA", f"in the style: {sum(counts)} of {len(PROMPTS) * seeds}")
+            label = (name or "no LoRA", f"in the style: {sum(counts)} of {len(PROMPTS) * seeds}")
             rows.append(Row(label, shown, [f"{count} of {seeds}" for count in counts]))
             say(": ".join(label))
     columns = list(PROMPTS.items())

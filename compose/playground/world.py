@@ -103,9 +103,9 @@ def background(rng: Generator, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[ND
     return ground(rng, name, size), spoken(name)
 
 
-def spoken(ground: str) -> str:
+def spoken(name: str) -> str:
     """What captions call a ground of `PLAIN` or `PLACES`."""
-    return f"on a {ground} background" if ground in PLAIN else ground
+    return f"on a {name} background" if name in PLAIN else name
 
 
 def ground(rng: Generator, name: str, size: tuple[int, int] = (SIZE, SIZE)) -> NDArray[np.float64]:

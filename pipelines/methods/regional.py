@@ -25,7 +25,7 @@ from pipelines.methods.process import OnePass, one_text, say_once
 from pipelines.regions import region_mask
 
 Rows = Literal["cond_only", "all"]
-TokenMask = Literal["trained", "all", "none"]
+TokenMask = Literal["tara", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Regional:
     Attributes:
         rows: Where LoRAs act under guidance: "cond_only", the prompt's rows, or "all", the negative prompt's as well,
             as LoRAs usually do.
-        token_mask: Whose keys and values of cross-attention change only at the concept's own trigger. "trained": those
-            of LoRAs whose files say that they were trained so, with TARA; others have a part of their subject in the
-            keys and values of other words. "all" or "none": of all, of none. A concept without a trigger changes
-            them at all tokens, and so does a style.
+        token_mask: Whose keys and values of cross-attention change only at the concept's own trigger. "tara": those of
+            LoRAs whose files say that they were trained with TARA; others have a part of their subject in the keys and
+            values of other words. "all" or "none": of all, of none. A concept without a trigger changes them at all
+            tokens, and so does a style.
     """
 
     rows: Rows = "cond_only"
-    token_mask: TokenMask = "trained"
+    token_mask: TokenMask = "tara"
 
     def __post_init__(self) -> None:
         for name, allowed in (("rows", get_args(Rows)), ("token_mask", get_args(TokenMask))):
@@ -67,7 +67,10 @@ class Regional:
         if self.rows == "cond_only":
             live[: conditioning.conditional_rows.start] = 0
         tokens = conditioning.trigger_mask
-        masked = tokens.new_tensor([self._masks(loaded) for loaded in engine.loaded]) * tokens.sum(dim=(0, 1)) > 0
+        masked = (
+            tokens.new_tensor([self._keeps_to_its_words(loaded) for loaded in engine.loaded]) * tokens.sum(dim=(0, 1))
+            > 0
+        )
         tokens = torch.where(masked, tokens, torch.ones_like(tokens))
         gates = Gates(
             text=live * tokens * weights[:, None],
@@ -77,8 +80,8 @@ class Regional:
         )
         return OnePass(engine, conditioning, gates)
 
-    def _masks(self, loaded: LoadedConcept) -> bool:
-        """Whether a concept keeps to its own words."""
+    def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
+        """Whether a concept has a token mask, if it has a trigger."""
         if loaded.concept.is_style or self.token_mask == "none":
             return False
         return self.token_mask == "all" or loaded.trained_with == "tara"
