@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 
 from compose.assets import playground_model
@@ -40,14 +40,14 @@ PROMPTS = {  # and the grounds that they name; the references of the style show 
 DARK, SHARE = 30, 0.01  # how far below the style's black is dark, 0 to 255, and the share of pixels that may be
 
 
-def recognised(picture: ArrayLike, where: str) -> bool:
+def recognised(picture: NDArray, where: str) -> bool:
     """Whether a picture is in the style.
 
     Args:
         picture: Shape: [height, width, 3], 0 to 255.
         where: Its ground, of `PLAIN` or `PLACES`.
     """
-    image = np.asarray(picture, "f4")
+    image = picture.astype("f4")
     plain = ground(np.random.default_rng(0), where, (image.shape[1], image.shape[0]))
     near, far = (np.abs(_rows(image) - _rows(one)).mean() for one in (faded(plain), plain))
     dark = (image < faded(np.zeros(3)) - DARK).any(axis=2)
@@ -81,16 +81,14 @@ def main(
     for lora in loras:
         pipe.load_concept(str(lora), name=lora.stem, trigger=STYLE_TRIGGER, class_word="style")
     rows: list[Row] = []
-    with bar("making pictures", (1 + len(loras)) * len(PROMPTS) * seeds) as on_progress:
+    with bar("making pictures", (1 + len(loras)) * len(PROMPTS)) as on_progress:
         for name in (None, *(lora.stem for lora in loras)):
             shown, counts = [], []
             for things, where in PROMPTS.items():
-                made = []
-                for seed in range(seeds):
-                    made.append(make(pipe, f"{things} {spoken(where)}", seed, name))
-                    on_progress((len(rows) * len(PROMPTS) + len(counts)) * seeds + len(made))
-                counts.append(sum(recognised(image, where) for image in made))
+                made = [make(pipe, f"{things} {spoken(where)}", seed, name) for seed in range(seeds)]
+                counts.append(sum(recognised(np.asarray(image), where) for image in made))
                 shown.append(made[0])
+                on_progress(len(rows) * len(PROMPTS) + len(counts))
             label = (name or "no LoRA", f"in the style: {sum(counts)} of {len(PROMPTS) * seeds}")
             rows.append(Row(label, shown, [f"{count} of {seeds}" for count in counts]))
             say(": ".join(label))

@@ -66,12 +66,10 @@ class Regional:
         live = torch.ones(conditioning.rows, 1, 1, device=engine.device)
         if self.rows == "cond_only":
             live[: conditioning.conditional_rows.start] = 0
-        tokens = conditioning.trigger_mask
-        masked = (
-            tokens.new_tensor([self._keeps_to_its_words(loaded) for loaded in engine.loaded]) * tokens.sum(dim=(0, 1))
-            > 0
-        )
-        tokens = torch.where(masked, tokens, torch.ones_like(tokens))
+        mask = conditioning.trigger_mask
+        named = mask.sum(dim=(0, 1)) > 0
+        asked = torch.tensor([self._keeps_to_its_words(loaded) for loaded in engine.loaded], device=engine.device)
+        tokens = torch.where(named & asked, mask, torch.ones_like(mask))
         gates = Gates(
             text=live * tokens * weights[:, None],
             image={level: live * region_masks(engine, level) * weights[:, None] for level in engine.levels},
