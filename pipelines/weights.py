@@ -121,10 +121,11 @@ def _finite(given: Any) -> float:
 def _read_text(text: str) -> Weight:
     text = re.sub(r"\s+", "", text)
     try:
-        return _finite(float(text))
-    except ValueError as error:
-        if "finite" in str(error):
-            raise
+        number = float(text)
+    except ValueError:
+        number = None  # several numbers, or none
+    if number is not None:
+        return _finite(number)
     schedule = _parse(text)
     if ":" in text or ".." in text:
         return text

@@ -127,6 +127,8 @@ def test_any_text_is_a_weight_or_is_refused_in_words(text: str) -> None:
     ("given", "message"),
     [
         ("much", "expected a valid number, a list of numbers, or a schedule such as .*'much'"),
+        ("infinite", "expected a valid number, a list of numbers, or a schedule such as .*'infinite'"),
+        ("inf", "expected a finite number, found inf"),
         (True, "expected a valid number"),
         ({"0": 1}, "expected a valid number"),
         ([], "expected 1 to 1000 numbers"),
