@@ -1,5 +1,6 @@
 """What can be seen on an accelerator only: `pytest -m gpu`."""
 
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import XFormersAttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor
 
-from components import EVERYTHING, random_lora, sd_unet, small_pipeline
+from components import EVERYTHING, TINY, random_lora, sd_unet, small_pipeline
 from compose.files import PLAYGROUND
 from compose.models import make, open_model
 from compose.savers import Saver
+from compose.training import Stopped, train
 from pipelines.methods import LoraComposer, Regional
 from pipelines.scene import Concept, Run, Scene
+from trainings import TARA, paint_folder, training
 
 pytestmark = [
     pytest.mark.gpu,
@@ -199,3 +203,26 @@ def test_steps_after_the_first_wait_for_the_device_twice_for_an_update_and_else_
         torch.cuda.set_sync_debug_mode("default")
     # Updates end at half of the steps, with that of the step which begins there.
     assert waits == ([0, 2, 2, 0] if isinstance(method, LoraComposer) else [0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_training_in_half_precision_goes_on_as_if_undisturbed(tmp_path, precision):
+    paint_folder(tmp_path / "pictures")
+    small_pipeline(StableDiffusionPipeline, unet=sd_unet(**TINY)).save_pretrained(tmp_path / "model")
+    given: dict[str, Any] = {"cpu": False, "tara": TARA, "steps": 6, "mixed_precision": precision}
+    whole = training(tmp_path, tmp_path / "model", **given, out=tmp_path / "whole.safetensors")
+    settings = training(tmp_path, tmp_path / "model", **given)
+
+    def stop(step: int, _: float) -> None:
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        train(settings, on_step=stop)
+    state = torch.load(settings.checkpoint, weights_only=True)
+    assert bool(state["scaler"]) == (precision == "fp16")
+    assert {tensor.dtype for tensor in state["weights"].values()} == {torch.float32}
+    expected, found = load_file(train(whole)), load_file(train(settings))
+    for name, tensor in expected.items():
+        assert tensor.isfinite().all()
+        assert_close(found[name], tensor, 1e-4)

@@ -32,6 +32,7 @@ from compose.training.command import INTERRUPTED
 from compose.training.data import DataError
 from compose.training.model import preset_of
 from compose.training.optimizers import learning_rate
+from compose.training.output import metadata_of
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 # numpy about a line of diffusers' schedulers
@@ -132,6 +133,24 @@ def test_the_file_says_what_inference_needs(begin: Callable[..., Training], tara
     assert told.get("token_mask") == (None if tara is None else tara.token_mask)
     assert json.loads(told["training"])["learning_rate"] == settings.learning_rate
     assert str(settings.pictures.parent) not in json.dumps(told)  # whose folder it was is nobody's business
+
+
+@pytest.mark.parametrize(
+    ("text", "prediction", "told"),
+    [
+        (16, "epsilon", "stable-diffusion-v1/lora"),
+        (1024, "epsilon", "stable-diffusion-v2-512/lora"),
+        (1024, "v_prediction", "stable-diffusion-v2-768-v/lora"),
+    ],
+)
+def test_the_file_names_the_kind_of_its_base_model(tmp_path: Path, text: int, prediction: str, told: str) -> None:
+    pipe = sd_pipeline(sd_unet(**TINY, cross_attention_dim=text))
+    pipe.scheduler.register_to_config(prediction_type=prediction)
+    assert metadata_of(pipe, training(tmp_path, "m"))["modelspec.architecture"] == told
+    assert (
+        metadata_of(xl_pipeline(), training(tmp_path, "m"))["modelspec.architecture"]
+        == "stable-diffusion-xl-v1-base/lora"
+    )
 
 
 def test_inference_needs_the_file_alone(begin: Callable[..., Training], models: dict[str, Path]) -> None:
@@ -278,29 +297,87 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(begin: Callable[...,
     assert same(whole, settings.out)
 
 
+def test_the_lora_stays_in_single_precision_whatever_the_model_is_in(
+    begin: Callable[..., Training], tmp_path: Path
+) -> None:
+    full = train(begin(tara=TARA, steps=3, out=tmp_path / "full.safetensors"))
+    settings = begin(tara=TARA, steps=3, mixed_precision="bf16")
+    stopped_at(settings, 2)
+    state = torch.load(settings.checkpoint, weights_only=True)
+    moments = [
+        value for optimizer in state["optimizers"] for kept in optimizer["state"].values() for value in kept.values()
+    ]
+    assert len(moments) > len(state["weights"])
+    assert {tensor.dtype for tensor in (*moments, *state["weights"].values())} == {torch.float32}
+    half = train(settings)
+    assert {tensor.dtype for tensor in load_file(half).values()} == {torch.float32}
+    assert 1e-6 < largest_difference(full, half) < 0.1
+    undisturbed = train(begin(tara=TARA, steps=3, mixed_precision="bf16", out=tmp_path / "undisturbed.safetensors"))
+    assert same(half, undisturbed)
+
+
 def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tmp_path: Path) -> None:
     together = train(begin(batch_size=4, tara=APART, out=tmp_path / "together.safetensors"))
     split = train(begin(batch_size=1, accumulate=4, tara=APART))
     assert largest_difference(together, split) < 1e-4
 
 
-@pytest.mark.slow
-def test_two_processes_share_a_batch(begin: Callable[..., Training], tmp_path: Path) -> None:
-    together = train(begin(batch_size=2, tara=APART, steps=2, out=tmp_path / "together.safetensors"))
-    settings = begin(batch_size=1, tara=APART, steps=2)
-    given = arguments(settings, "--batch-size", 1, "--steps", 2, "--tara", "--start-apart")
-    command = [sys.executable, "-m", "compose", *map(str, given)]
+STOPPED_AT = """
+import signal, sys
+from compose.training import Stopped, Training, train
+
+def stop(step, _):
+    if step == int(sys.argv[2]):
+        signal.raise_signal(signal.SIGINT)
+
+try:
+    train(Training.model_validate_json(sys.argv[1]), on_step=stop)
+except Stopped:
+    sys.exit(130)
+"""
+
+
+def by_two(*arguments: object) -> list[tuple[int, str, str]]:
+    """Runs Python in two processes that know of each other; returns how they ended and what they said."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
+            [sys.executable, *map(str, arguments)], env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in "01"
     ]  # fmt: skip
     told = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert [output.count("The LoRA:") for output, _ in told] == [1, 0]
+    return [(process.returncode, *said) for process, said in zip(processes, told, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_batch_and_go_on_together(begin: Callable[..., Training], tmp_path: Path) -> None:
+    together = train(begin(batch_size=2, tara=APART, out=tmp_path / "together.safetensors"))
+    settings = begin(batch_size=1, tara=APART, checkpoint_every=100)
+    stopped = by_two("-c", STOPPED_AT, settings.model_dump_json(), 2)
+    assert [code for code, _, _ in stopped] == [130, 130], stopped
+    with pytest.raises(CheckpointError, match=r"at step 2 of another training:\n  processes was 2 and is 1 now\n"):
+        train(settings)
+    given = arguments(settings, "--batch-size", 1, "--tara", "--start-apart", "--checkpoint-every", 100)
+    ended = by_two("-m", "compose", *given)
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert [said.count("The LoRA:") for _, said, _ in ended] == [1, 0]
+    assert largest_difference(together, settings.out) < 1e-4
+
+
+@pytest.mark.slow
+def test_accelerate_starts_several_processes(begin: Callable[..., Training], tmp_path: Path) -> None:
+    together = train(begin(batch_size=2, tara=APART, out=tmp_path / "together.safetensors"))
+    settings = begin(batch_size=1, tara=APART)
+    launch = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
+    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    given = arguments(settings, "--batch-size", 1, "--tara", "--start-apart")
+    command = [sys.executable, "-m", *launch, *fixed, "--module", "compose", *map(str, given)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The LoRA:") == 1
     assert largest_difference(together, settings.out) < 1e-4
 
 
@@ -330,6 +407,30 @@ def test_changed_settings_are_refused_with_what_changed(begin: Callable[..., Tra
     assert "start over with --fresh" in lines[3]
     assert len(lines) == 4
     assert train(changed, fresh=True).exists()
+
+
+def test_a_fresh_start_forgets_the_checkpoint_at_once(begin: Callable[..., Training], tmp_path: Path) -> None:
+    whole = train(begin(seed=1, out=tmp_path / "whole.safetensors"))
+    stopped_at(begin(), 3)
+    settings, steps = begin(seed=1, checkpoint_every=100), []
+
+    def die(step: int, _: float) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(settings, on_step=die, fresh=True)
+    assert not settings.checkpoint.exists()
+    train(settings, on_step=lambda step, _: steps.append(step))
+    assert steps == [1, 2, 3, 4]
+    assert same(whole, settings.out)
+
+
+def test_what_cannot_be_used_leaves_the_checkpoint_of_a_fresh_start(begin: Callable[..., Training]) -> None:
+    settings = begin()
+    stopped_at(settings, 3)
+    with pytest.raises(DataError):
+        train(begin(pictures=settings.out.parent), fresh=True)
+    assert settings.checkpoint.exists()
 
 
 def test_changed_pictures_are_refused(begin: Callable[..., Training]) -> None:
@@ -596,17 +697,19 @@ def test_the_command_answers_mistakes_kindly(begin: Callable[..., Training]) -> 
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Training]) -> None:
+@pytest.mark.parametrize("more", [[], ["--fresh"]])
+def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Training], more: list[str]) -> None:
     settings = begin()
-    command = [sys.executable, "-m", "compose", *map(str, arguments(settings, "--steps", 100_000))]
+    command = [sys.executable, "-m", "compose", *map(str, arguments(settings, "--steps", 100_000, *more))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert any("parameters to train" in line for line in iter(process.stderr.readline, ""))
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    error = process.stderr.read()
+    error = flat(process.stderr.read())
     assert process.wait(60) == INTERRUPTED
     assert "give the same command to go on" in error
+    assert ("without --fresh" in error) == bool(more)
     assert "Traceback" not in error
     assert settings.checkpoint.exists()
 

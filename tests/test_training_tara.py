@@ -251,7 +251,7 @@ def test_the_loss_does_not_depend_on_picture_noise_or_time(unet: Any) -> None:
 
 
 def attention_columns(unet: Any, given: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """For every cross-attention layer, where the trigger's last token and the class word are looked at."""
+    """For every cross-attention layer, where each of the trigger's tokens and the class word are looked at."""
     queries: dict[str, Tensor] = {}
     keys: dict[str, Tensor] = {}
     handles = []
@@ -267,7 +267,7 @@ def attention_columns(unet: Any, given: dict[str, Any]) -> list[tuple[Tensor, Te
     columns = []
     for name, layer in layers.items():
         scores = layer.get_attention_scores(*map(layer.head_to_batch_dim, (queries[name], keys[name])))
-        columns.append((scores[..., TRIGGER[-1]], scores[..., NOUN[0]]))
+        columns += [(scores[..., token], scores[..., NOUN[0]]) for token in TRIGGER]
     return columns
 
 
@@ -351,8 +351,10 @@ def test_words_of_any_number_of_tokens_can_be_aligned(unet: Any, counts: tuple) 
     adapted(unet)
     rows = rows_for(inputs(unet)["encoder_hidden_states"], Occurrence(*counts), Occurrence((7,), (8,)))
     alignment = Alignment.of(unet, ADAPTER, rows, "l1")
+    apart = torch.stack([layer.target.abs().mean() for layer in alignment.layers]).mean()  # of the base model
     alignment.freeze_keys()
-    assert alignment.loss(rows.weights([0, 0, 0])) < (1e-4 if len(rows.trigger) <= 3 else 10)
+    aligned = alignment.loss(rows.weights([0, 0, 0]))
+    assert aligned < (1e-4 if len(rows.trigger) <= alignment.ranks else apart)
 
 
 # --- the losses ---

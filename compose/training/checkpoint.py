@@ -13,7 +13,7 @@ from torch import Tensor
 from compose.files import write_whole
 from compose.training.settings import Training
 
-_VERSION = 1
+_VERSION = 2
 # What may differ when a training goes on; pictures are compared by their content.
 _FREE = {
     "pictures", "out", "class_pictures", "class_count", "class_steps", "gradient_checkpointing", "save_dtype",
@@ -29,7 +29,7 @@ class FullError(OSError):
     """A checkpoint that could not be written; the last good one is still there."""
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, data: str) -> None:
+def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, data: str, processes: int) -> None:
     """Writes a checkpoint; an earlier one stays until the new one is complete.
 
     Args:
@@ -37,12 +37,13 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
         state: Numbers, tensors and the state of optimizers, with "step" among them.
         settings: Of the training.
         data: What the pictures are (`digest`).
+        processes: How many share a step; with another number of them a step would have other rows.
 
     Raises:
         FullError: If it cannot be written.
     """
     buffer = io.BytesIO()
-    compared = json.dumps(_compared(settings))
+    compared = json.dumps(_compared(settings, processes))
     torch.save({"version": _VERSION, "settings": compared, "data": data, **state}, buffer)
     try:
         write_whole(path, buffer.getvalue())
@@ -50,15 +51,15 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
         kept = f"the one before it is kept in {path}" if path.exists() else "there is none before it"
         raise FullError(
             f"the checkpoint at step {state['step']} could not be written ({len(buffer.getvalue()) / 2**20:.1f} MB to "
-            f"{path.parent}): {error.strerror or error}; {kept}. Make room and give the same command again"
+            f"{path.parent}): {error.strerror or error}; {kept}. Make room; the same command, without --fresh, goes on"
         ) from error
 
 
-def load_checkpoint(path: Path, settings: Training, data: str) -> dict[str, Any]:
+def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -> dict[str, Any]:
     """Reads a checkpoint of the same training.
 
     Raises:
-        CheckpointError: If it is damaged, or settings or pictures have changed.
+        CheckpointError: If it is damaged, or settings, pictures or the number of processes have changed.
     """
     anew = "start over with --fresh"
     try:
@@ -69,7 +70,7 @@ def load_checkpoint(path: Path, settings: Training, data: str) -> dict[str, Any]
         raise CheckpointError(f"the checkpoint {path} is damaged: {str(error)[:300]}; {anew}") from error
     if version != _VERSION:
         raise CheckpointError(f"the checkpoint {path} is of another version of lora-compose; {anew}")
-    changed = _changes(known, _compared(settings))
+    changed = _changes(known, _compared(settings, processes))
     if state["data"] != data:
         changed.append("the pictures or captions are others")
     if changed:
@@ -80,8 +81,8 @@ def load_checkpoint(path: Path, settings: Training, data: str) -> dict[str, Any]
     return state
 
 
-def _compared(settings: Training) -> dict[str, Any]:
-    return settings.model_dump(mode="json", exclude=_FREE)
+def _compared(settings: Training, processes: int) -> dict[str, Any]:
+    return {**settings.model_dump(mode="json", exclude=_FREE), "processes": processes}
 
 
 def _changes(known: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:

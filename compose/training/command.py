@@ -103,7 +103,7 @@ def train(
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_WATCH)
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over, whatever checkpoint there is.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; a checkpoint is deleted.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing LoRA.")] = False,
 ) -> None:
     """Trains a LoRA on a folder of pictures; Ctrl-C stops it, and the same command goes on.
@@ -132,7 +132,7 @@ def train(
         with _progress(settings) as on_step:
             path = run(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
     except Stopped as stopped:
-        say(stopped, style="yellow", to=err)
+        say(f"{stopped}{', without --fresh' if fresh else ''}", style="yellow", to=err)
         raise typer.Exit(INTERRUPTED) from stopped
     except torch.OutOfMemoryError as error:
         hint = "use --gradient-checkpointing, --mixed-precision bf16, a smaller --batch-size or --resolution"

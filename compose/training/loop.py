@@ -50,7 +50,7 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
     Args:
         settings: What is trained, on what, and how.
         on_step: Sees every step.
-        fresh: Start over, whatever checkpoint there is.
+        fresh: Start over: a checkpoint that is there is deleted.
         overwrite: Whether an existing output may be replaced.
 
     Returns:
@@ -68,8 +68,9 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
     accelerator = _accelerator(settings)
     with threads(settings.threads) if settings.threads else nullcontext():
         trainer = _prepare(settings, accelerator)
-        first = 0 if fresh else trainer.resume()
-        trainer.run(first, on_step)
+        if fresh:
+            trainer.forget()
+        trainer.run(trainer.resume(), on_step)
         return trainer.finish()
 
 
@@ -105,11 +106,18 @@ class _Trainer:
     def _weights(self) -> dict[str, nn.Parameter]:
         return dict(lora_parameters(self.pipe.unet))
 
+    def forget(self) -> None:
+        """Deletes the checkpoint, so that what is stopped from now on goes on from its own."""
+        if self.accelerator.is_main_process:
+            self.settings.checkpoint.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+
     def resume(self) -> int:
         """Takes up the checkpoint, if there is one. Returns how many steps are done."""
         if not self.settings.checkpoint.exists():
             return 0
-        state = load_checkpoint(self.settings.checkpoint, self.settings, self.data)
+        processes = self.accelerator.num_processes
+        state = load_checkpoint(self.settings.checkpoint, self.settings, self.data, processes)
         with torch.no_grad():
             for name, parameter in self._weights.items():
                 parameter.copy_(state["weights"][name])
@@ -193,7 +201,8 @@ class _Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": {} if scaler is None else scaler.state_dict(),
         }
-        save_checkpoint(self.settings.checkpoint, state, self.settings, self.data)
+        processes = self.accelerator.num_processes
+        save_checkpoint(self.settings.checkpoint, state, self.settings, self.data, processes)
 
     def _paint(self, done: int) -> None:
         if self.accelerator.is_main_process:

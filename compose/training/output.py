@@ -16,6 +16,7 @@ from compose.files import PLAYGROUND, PLAYGROUND_TITLE
 from compose.training.model import ADAPTER
 from compose.training.settings import Training
 
+_SD2_TEXT = 1024  # channels of the text that Stable Diffusion 2.x reads
 _PATHS = {"pictures", "out", "class_pictures"}  # they would tell the user's name, and mean nothing elsewhere
 
 
@@ -40,7 +41,7 @@ def lora_bytes(pipe: Any, config: LoraConfig, settings: Training) -> bytes:
 def metadata_of(pipe: Any, settings: Training) -> dict[str, str]:
     """What a file says about itself, in words that other tools ignore or know from the ModelSpec standard."""
     tara = settings.tara
-    architecture = "stable-diffusion-xl-v1-base" if hasattr(pipe, "text_encoder_2") else "stable-diffusion-v1"
+    velocity = pipe.scheduler.config.prediction_type == "v_prediction"
     words = {
         "trigger": settings.trigger,
         "class_word": settings.class_word,
@@ -51,14 +52,23 @@ def metadata_of(pipe: Any, settings: Training) -> dict[str, str]:
         "alpha": f"{settings.rank if settings.alpha is None else settings.alpha:g}",
         "training": json.dumps(settings.model_dump(mode="json", exclude=_PATHS | {"model"}), sort_keys=True),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{_architecture(pipe, velocity)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": settings.out.stem,
         "modelspec.trigger_phrase": settings.concept.phrase,
-        "modelspec.prediction_type": "v" if pipe.scheduler.config.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
         "software": f"lora-compose {__version__}",
     }
     return words if tara is None else {**words, "keys": tara.keys, "token_mask": tara.token_mask}
+
+
+def _architecture(pipe: Any, velocity: bool) -> str:
+    """The base model's kind in the words of the ModelSpec standard."""
+    if hasattr(pipe, "text_encoder_2"):
+        return "stable-diffusion-xl-v1-base"
+    if pipe.unet.config.cross_attention_dim != _SD2_TEXT:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
 
 
 def _model_name(model: str) -> str:
