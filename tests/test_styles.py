@@ -117,6 +117,18 @@ def test_a_style_trained_with_tara_keeps_its_own_words(load, write_lora):
     assert far_apart(everywhere, found)
 
 
+def test_a_style_alone_is_composed_as_it_was_trained(load, write_lora):
+    """One that was trained with TARA by `tara`, with its mask; any other, or both together, by `merge`."""
+    pipe = load("sd")
+    unet = random_lora(pipe.unet, 7, targets=EVERYTHING, size=0.1)
+    pipe.load_concept(write_lora("trained", unet=unet, metadata={"method": "tara"}), trigger="xlo", class_word="style")
+    style, prompt = Concept(name="trained", role="style"), "a cat in xlo style"
+    found = latents_of(pipe, None, [style], prompt)
+    assert torch.equal(found, latents_of(pipe, "tara", [style], prompt))
+    assert far_apart(found, latents_of(pipe, "merge", [style], prompt))
+    assert torch.equal(latents_of(pipe, None, [style, INK], prompt), latents_of(pipe, "merge", [style, INK], prompt))
+
+
 def test_in_regional_a_style_acts_on_all_words_and_one_of_tara_without_a_region_on_its_own(load, write_lora):
     pipe = load("sd")
     unet = random_lora(pipe.unet, 7, targets=("attn2.to_k", "attn2.to_v"), size=0.3)

@@ -117,7 +117,8 @@ def choose_method(
         why = "there are embeddings instead of a prompt" if prompts is None else "not every one a trigger"
         logger.info("method: regional, because every %s has a region, and %s", who, why)
         return Regional()
-    if subjects and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in given):
+    asked = given or concepts  # styles alone decide for themselves
+    if all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
         logger.info("method: tara, because every concept was trained for it")
         return Tara()
     everybody = range(len(concepts))
