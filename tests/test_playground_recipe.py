@@ -9,15 +9,15 @@ import torch
 import typer
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
 from compose.assets import playground_lora, playground_references
-from compose.playground import base, concepts, loras, scenes, style, vae, world
+from compose.playground import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
 from compose.playground.base import BaseTrainer, pipeline
 from compose.playground.loop import rate, resume
 from compose.playground.loras import trainings
 from compose.playground.muon import Muon, orthogonalised
-from compose.playground.tokenizer import build, captions
 from compose.playground.world import CONCEPTS, STYLE_TRIGGER
 from compose.training import train
 from pipelines.loading import read_lora
@@ -132,15 +132,15 @@ def test_pictures_without_concepts_show_one_object_and_no_trigger(artwork: Path,
 
 
 def test_every_word_and_trigger_is_one_token(sprites: Sprites) -> None:
-    said = captions(sprites, 300)
-    tokenizer = build(said)
+    said = tokenizer.captions(sprites, 300)
+    reads = tokenizer.build(said)
     words = {word.strip(",") for caption in said for word in caption.split()}
     words |= {known.trigger for known in CONCEPTS.values()} | {STYLE_TRIGGER, "style"}
     for word in words:
-        (token,) = tokenizer(word, add_special_tokens=False).input_ids
-        assert str(tokenizer.decode([token])).strip() == word
-    assert tokenizer("A Cat").input_ids == tokenizer("a cat").input_ids
-    assert tokenizer("a cat").input_ids[0] == tokenizer.bos_token_id
+        (token,) = reads(word, add_special_tokens=False).input_ids
+        assert str(reads.decode([token])).strip() == word
+    assert reads("A Cat").input_ids == reads("a cat").input_ids
+    assert reads("a cat").input_ids[0] == reads.bos_token_id
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
@@ -254,6 +254,27 @@ def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path,
     picture = pipe("a cat", num_inference_steps=1, height=64, width=64, output_type="np").images[0]
     assert np.isfinite(picture).all()
     assert not [path for path in model.rglob("*.json") if str(tmp_path) in path.read_text()]
+
+
+def test_a_new_model_reads_with_the_tokenizer_that_was_built(artwork: Path, tmp_path: Path) -> None:
+    words, model = tmp_path / "words", tmp_path / "model"
+    command(tokenizer.main, artwork, words, "--captions", 200)
+    few = ("--close-up", "--steps", 1, "--batch", 1, "--threads", 1)
+    command(base.train, artwork, model, "--tokenizer", words, *few)
+    built, used = (CLIPTokenizer.from_pretrained(folder) for folder in (words, model / "tokenizer"))
+    assert used.get_vocab() == built.get_vocab()
+    encoder = CLIPTextModel.from_pretrained(model / "text_encoder")
+    assert encoder.config.vocab_size == len(built)
+    said = command(base.train, artwork, tmp_path / "other", "--init", model, "--tokenizer", words, *few, code=2)
+    assert "--tokenizer is for a new model" in said
+
+
+def test_plain_prompts_are_shown_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = {"a cat on grass": ("cat",), "a horse and a house on sand": ("horse", "house")}
+    monkeypatch.setattr(plain, "PROMPTS", prompts)
+    said = command(plain.main, tmp_path / "sheet.png", base.playground_model(), "--seeds", 2)
+    assert "all objects named in 4 of 4 pictures" in said
+    assert Image.open(tmp_path / "sheet.png").height > 2 * world.SIZE
 
 
 def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The playground's text encoder and UNet, trained together on latents of its world.
 
-    python -m compose.playground.base sprites.npz CLOSE --close-up --batch 64 --steps 2500
+    python -m compose.playground.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up --batch 64 --steps 2500
     python -m compose.playground.base sprites.npz MODEL --init CLOSE --steps 7500
     python -m compose.playground.base sprites.npz BETTER --init MODEL --lr 0.006   (from what is there)
 
@@ -196,6 +196,9 @@ def train(
     out: Path,
     init: Annotated[Path | None, typer.Option(help="A model to start from.")] = None,
     vae: Annotated[Path | None, typer.Option(help="Another VAE than that of the model to start from.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Another tokenizer than the playground's, for a new model.")
+    ] = None,
     close_up: Annotated[bool, typer.Option("--close-up", help="Single objects on 64 x 64 pixels.")] = False,
     steps: Annotated[int, typer.Option(min=1)] = 4000,
     batch: Annotated[int, typer.Option(min=1)] = 32,
@@ -207,9 +210,11 @@ def train(
     threads: int = 2,
 ) -> None:
     """Trains the base model."""
+    if init is not None and tokenizer is not None:
+        raise ValueError("--tokenizer is for a new model; the text encoder of --init knows only its own")
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    pipe = _start(init, vae)
+    pipe = _start(init, vae, tokenizer)
     trainer, checkpoint = BaseTrainer(pipe, lr, seed), out.with_suffix(".state.pt")
     resume(trainer, checkpoint)
     data = Batches(dict(np.load(sprites)), pipe.vae, seed + trainer.step, batch, close_up)
@@ -218,14 +223,14 @@ def train(
     trainer.save(out)
 
 
-def _start(init: Path | None, vae: Path | None) -> StableDiffusionPipeline:
+def _start(init: Path | None, vae: Path | None, tokenizer: Path | None) -> StableDiffusionPipeline:
     """A model to go on with, or a new one; around another VAE if one is given."""
     coder = AutoencoderKL.from_pretrained(vae, dtype=torch.float32) if vae else None
     if init is not None:
         return StableDiffusionPipeline.from_pretrained(init, dtype=torch.float32, **({"vae": coder} if coder else {}))
-    tokenizer = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    words = CLIPTokenizer.from_pretrained(tokenizer or playground_model() / "tokenizer")
     coder = coder or AutoencoderKL.from_pretrained(playground_model() / "vae", dtype=torch.float32)
-    return pipeline(coder, tokenizer, new_text_encoder(tokenizer), new_unet())
+    return pipeline(coder, words, new_text_encoder(words), new_unet())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ CLIP's rules are lower case, words that end in "</w>", bytes as letters. Trigger
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -81,9 +81,11 @@ def captions(sprites: Sprites, number: int, seed: int = 5) -> list[str]:
 
 
 @kindly()
-def main(sprites: Path, out: Path) -> None:
+def main(
+    sprites: Path, out: Path, number: Annotated[int, typer.Option("--captions", min=1, help="To learn from.")] = 4000
+) -> None:
     """Builds the tokenizer."""
-    build(captions(dict(np.load(sprites)), 4000)).save_pretrained(out)
+    build(captions(dict(np.load(sprites)), number)).save_pretrained(out)
 
 
 if __name__ == "__main__":
