@@ -110,6 +110,18 @@ def test_methods_get_the_loras_of_their_kind(tmp_path: Path) -> None:
     assert loras["tara"] == ["playground:cat-tara", "playground:dog-tara"]
 
 
+def test_loras_act_alone_as_they_were_trained(tmp_path: Path) -> None:
+    """Without its token masks a LoRA that was trained with them is less than it can be."""
+    suite = read_suite(written(tmp_path, methods=["regional", {"name": "merged", "method": "merge", "lora": "tara"}]))
+    runs = {batch.arm.name: run_of(suite, batch) for batch in batches(suite)}
+    methods = {name: run.method for name, run in runs.items()}
+    assert methods == {
+        "no LoRA": None, "alone": "merge", "alone, tara": "tara", "merge": "merge", "regional": "regional",
+        "merged": "merge",
+    }  # fmt: skip
+    assert [concept.lora for concept in runs["alone, tara"].scene.concepts] == ["playground:dog-tara"]
+
+
 def test_a_concept_acts_as_its_suite_says(tmp_path: Path) -> None:
     cat = {**CAT, "weight": "1..0.4", "blocks": {"down": 0.5}, "negative_prompt": "blurry"}
     suite = read_suite(written(tmp_path, concepts=[cat, {**DOG, "weight": [1, 0]}]))

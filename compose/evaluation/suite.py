@@ -10,14 +10,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from compose.assets import assets_dir
 from compose.files import FileError, local_source, read_as
+from compose.models import lora_source
 from compose.savers import Saver, check_savers, in_order
+from pipelines.formats.files import trained_with
+from pipelines.loading import find_file
 from pipelines.methods import make_method
 from pipelines.scene import Concept, Region, Run, Scene
 from pipelines.tokens import find_words
 from pipelines.weights import Weight, read_blocks, read_weight
 
 SANITY = ("no LoRA", "alone", "merge")
-"""What every evaluation contains: the model as it is, each LoRA alone, and all of them added up."""
+"""What every evaluation contains: the model as it is, each LoRA alone as it was trained, and all of them added up."""
 
 
 class _Frozen(BaseModel):
@@ -266,7 +269,7 @@ class Arm:
 
     Attributes:
         name: What tables call it.
-        method: None without LoRAs.
+        method: None without LoRAs and for LoRAs alone, whose files say what they were trained for.
         alone: The only concept whose LoRA acts.
         lora: The kind of LoRAs.
     """
@@ -289,7 +292,7 @@ class Batch:
 def arms(suite: Suite, scene: SuiteScene) -> list[Arm]:
     """The rows of a scene: no LoRA, each LoRA alone, by kind, and the methods."""
     alone = [
-        Arm(alone_name(suite, kind), SuiteMethod(name="merge", method="merge"), concept, kind or None)
+        Arm(alone_name(suite, kind), alone=concept, lora=kind or None)
         for kind in suite.kinds
         for concept in scene.concepts
     ]
@@ -312,7 +315,7 @@ def batches(suite: Suite) -> Iterator[Batch]:
 def run_of(suite: Suite, batch: Batch) -> Run:
     """How a batch is made; the seed is that of its first picture."""
     scene, arm = batch.scene, batch.arm
-    acting = [] if arm.method is None else [arm.alone] if arm.alone else list(scene.concepts)
+    acting = [arm.alone] if arm.alone else list(scene.concepts) if arm.method else []
     concepts = [_concept(suite.concept(name), arm.lora, scene.regions.get(name)) for name in acting]
     silent = [suite.concept(name) for name in scene.concepts if name not in acting]
     return Run(
@@ -324,7 +327,7 @@ def run_of(suite: Suite, batch: Batch) -> Run:
             height=scene.height,
         ),
         model=suite.model,
-        method=arm.method.method if arm.method else None,
+        method=_as_trained(concepts[0]) if arm.alone else arm.method.method if arm.method else None,
         settings=arm.method.settings if arm.method else {},
         scheduler=suite.scheduler,
         steps=suite.steps,
@@ -341,6 +344,12 @@ def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
         name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
         blocks=concept.blocks, negative_prompt=concept.negative_prompt, region=region,
     )  # fmt: skip
+
+
+def _as_trained(concept: Concept) -> str:
+    """The method for a concept alone: token masks are for LoRAs that were trained with them."""
+    file = find_file(lora_source(concept.lora or ""))
+    return "tara" if trained_with(file) == "tara" else "merge"
 
 
 def without_triggers(prompt: str, concepts: Sequence[SuiteConcept]) -> str:

@@ -82,6 +82,16 @@ def read_words(path: Path) -> tuple[str | None, str | None]:
     return _trigger(metadata, dict.fromkeys(found)), metadata.get("class_word") or None
 
 
+def trained_with(path: Path) -> str | None:
+    """How a LoRA says it was trained ("tara"), by the header of a safetensors file alone.
+
+    Raises:
+        LoraError: If it has no readable header.
+    """
+    with _opened(path) as file:
+        return (file.metadata() or {}).get("method")
+
+
 def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
     """Reads and checks a file.
 
