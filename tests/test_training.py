@@ -540,6 +540,21 @@ def test_small_pictures_can_be_trained_on(
 
 
 @pytest.mark.parametrize(
+    ("content", "complaint"), [(None, "holds no pictures"), (b"\x89PNG\r\n", "is not a readable picture")]
+)
+def test_a_folder_without_usable_pictures_is_refused_before_anything_is_done(
+    begin: Callable[..., Training], tmp_path: Path, content: bytes | None, complaint: str
+) -> None:
+    folder = paint_folder(tmp_path / "other", 0 if content is None else 2)
+    if content is not None:
+        (folder / "1.png").write_bytes(content)
+    settings = begin(pictures=folder)
+    assert complaint in flat(call(*arguments(settings), code=BAD_INPUT).stderr)
+    assert not settings.checkpoint.exists()
+    assert not settings.out.exists()
+
+
+@pytest.mark.parametrize(
     ("caption", "tara", "complaint"),
     [
         ("a cat", None, "lacks the trigger 'sks'"),

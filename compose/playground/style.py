@@ -6,6 +6,7 @@ A picture is in the style if its ground is nearer to what the style makes of tha
 if hardly anything in it is much darker than the style's black.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +93,7 @@ def main(
             label = (name or "no LoRA", f"in the style: {sum(counts)} of {len(PROMPTS) * seeds}")
             rows.append(Row(label, shown, [f"{count} of {seeds}" for count in counts]))
             say(": ".join(label))
-    columns = list(PROMPTS.items())
+    columns = [(*re.split(" (?=and )", things), where) for things, where in PROMPTS.items()]
     say(save_image(sheet(columns, rows, title=f"The playground's style, {STYLE}", side=160), out))
 
 
