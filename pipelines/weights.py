@@ -123,8 +123,8 @@ def _read_text(text: str) -> Weight:
     try:
         number = float(text)
     except ValueError:
-        number = None  # several numbers, or none
-    if number is not None:
+        pass  # several numbers, or none
+    else:
         return _finite(number)
     schedule = _parse(text)
     if ":" in text or ".." in text:

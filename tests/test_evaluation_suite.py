@@ -110,7 +110,7 @@ def test_methods_get_the_loras_of_their_kind(tmp_path: Path) -> None:
     assert loras["tara"] == ["playground:cat-tara", "playground:dog-tara"]
 
 
-def test_loras_act_alone_as_they_were_trained(tmp_path: Path) -> None:
+def test_loras_that_say_tara_act_alone_by_it(tmp_path: Path) -> None:
     """Without its token masks a LoRA that was trained with them is less than it can be."""
     suite = read_suite(written(tmp_path, methods=["regional", {"name": "merged", "method": "merge", "lora": "tara"}]))
     runs = {batch.arm.name: run_of(suite, batch) for batch in batches(suite)}
@@ -120,6 +120,18 @@ def test_loras_act_alone_as_they_were_trained(tmp_path: Path) -> None:
         "merged": "merge",
     }  # fmt: skip
     assert [concept.lora for concept in runs["alone, tara"].scene.concepts] == ["playground:dog-tara"]
+    mixed = [{**CAT, "lora": "playground:cat-tara"}, {**DOG, "lora": "playground:dog"}]
+    suite = read_suite(written(tmp_path, concepts=mixed, methods=["merge"]))
+    assert {b.arm.alone: run_of(suite, b).method for b in batches(suite) if b.arm.alone} == {
+        "cat": "tara",
+        "dog": "merge",
+    }
+
+
+def test_a_file_that_cannot_be_read_alone_is_left_to_the_check_of_all_runs(tmp_path: Path) -> None:
+    (tmp_path / "cat.bin").write_bytes(b"\x80\x02no")
+    suite = read_suite(written(tmp_path, concepts=[{**CAT, "lora": str(tmp_path / "cat.bin")}, DOG], methods=["merge"]))
+    assert {run_of(suite, batch).method for batch in batches(suite) if batch.arm.alone == "cat"} == {"merge"}
 
 
 def test_a_concept_acts_as_its_suite_says(tmp_path: Path) -> None:

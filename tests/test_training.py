@@ -495,7 +495,7 @@ def test_a_full_disk_at_the_end_loses_nothing(begin: Callable[..., Training]) ->
         if step == 4:
             fill_disk(settings.out)
 
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match=r"No space left on device; all steps are done and kept in .*without --fresh"):
         train(settings, on_step=fill)
     assert not settings.out.exists()
     train(settings, on_step=lambda step, _: steps.append(step))
@@ -724,7 +724,7 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Train
     error = flat(process.stderr.read())
     assert process.wait(60) == INTERRUPTED
     assert "give the same command to go on" in error
-    assert ("without --fresh" in error) == bool(more)
+    assert "without --fresh" in error
     assert "Traceback" not in error
     assert settings.checkpoint.exists()
 

@@ -243,8 +243,8 @@ _GUIDE = (
     "concept that was not found counts as 0. Leak, Swapped: likeness to other concepts; lower is better.  ",
     "Behind a mean is its 95 % interval over scenes. A verdict against the baseline stands only where the interval of "
     f"the difference, on the same scenes and seeds, leaves 0 out, and never with fewer than {MINIMUM_SCENES} scenes.  ",
-    "The first rows are no methods but what to expect: no LoRA, and each LoRA alone, with token masks if it was "
-    "trained with them. Costs are medians of a picture; x1 is a picture without LoRA.",
+    "The first rows are no methods but what to expect: no LoRA, and each LoRA alone, by tara if its file says "
+    "that it was trained for it, otherwise by merge. Costs are medians of a picture; x1 is a picture without LoRA.",
 )
 
 

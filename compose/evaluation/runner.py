@@ -219,7 +219,8 @@ class Worker:
 
     def _probed_peak(self, batch: Batch, run: Run) -> int:
         """On a CPU, watching memory takes time, so it is done in a short run of its own, once for each kind of call."""
-        kind = batch.arm.name, len(run.scene.concepts), len(batch.seeds), run.scene.width, run.scene.height
+        scene = run.scene
+        kind = batch.arm.name, run.method, len(scene.concepts), len(batch.seeds), scene.width, scene.height
         if kind not in self._peaks:
             with peak_memory("cpu") as memory:
                 make_batch(self.pipe, run.model_copy(update={"steps": min(run.steps, PROBE_STEPS)}), batch.seeds)
@@ -229,7 +230,7 @@ class Worker:
     def _count(self, batch: Batch) -> Counted:
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
-        kind = batch.arm.name, len(run.scene.concepts), width, height
+        kind = batch.arm.name, run.method, len(run.scene.concepts), width, height
         if kind not in self._counted:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
             settings = resolve_settings(self.pipe, run, loaded)

@@ -12,7 +12,7 @@ from compose.assets import assets_dir
 from compose.files import FileError, local_source, read_as
 from compose.models import lora_source
 from compose.savers import Saver, check_savers, in_order
-from pipelines.formats.files import trained_with
+from pipelines.formats.files import LoraError, trained_with
 from pipelines.loading import find_file
 from pipelines.methods import make_method
 from pipelines.scene import Concept, Region, Run, Scene
@@ -20,7 +20,7 @@ from pipelines.tokens import find_words
 from pipelines.weights import Weight, read_blocks, read_weight
 
 SANITY = ("no LoRA", "alone", "merge")
-"""What every evaluation contains: the model as it is, each LoRA alone as it was trained, and all of them added up."""
+"""What every evaluation contains: the model as it is, each LoRA alone (`method_alone`), and all of them added up."""
 
 
 class _Frozen(BaseModel):
@@ -269,7 +269,7 @@ class Arm:
 
     Attributes:
         name: What tables call it.
-        method: None without LoRAs and for LoRAs alone, whose files say what they were trained for.
+        method: None without LoRAs, and for LoRAs alone, whose files decide (`method_alone`).
         alone: The only concept whose LoRA acts.
         lora: The kind of LoRAs.
     """
@@ -313,7 +313,11 @@ def batches(suite: Suite) -> Iterator[Batch]:
 
 
 def run_of(suite: Suite, batch: Batch) -> Run:
-    """How a batch is made; the seed is that of its first picture."""
+    """How a batch is made; the seed is that of its first picture.
+
+    Raises:
+        LoraError: If a LoRA that acts alone has no file.
+    """
     scene, arm = batch.scene, batch.arm
     acting = [arm.alone] if arm.alone else list(scene.concepts) if arm.method else []
     concepts = [_concept(suite.concept(name), arm.lora, scene.regions.get(name)) for name in acting]
@@ -327,7 +331,7 @@ def run_of(suite: Suite, batch: Batch) -> Run:
             height=scene.height,
         ),
         model=suite.model,
-        method=_as_trained(concepts[0]) if arm.alone else arm.method.method if arm.method else None,
+        method=_method(arm, concepts),
         settings=arm.method.settings if arm.method else {},
         scheduler=suite.scheduler,
         steps=suite.steps,
@@ -346,10 +350,22 @@ def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
     )  # fmt: skip
 
 
-def _as_trained(concept: Concept) -> str:
-    """The method for a concept alone: token masks are for LoRAs that were trained with them."""
-    file = find_file(lora_source(concept.lora or ""))
-    return "tara" if trained_with(file) == "tara" else "merge"
+def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
+    if arm.alone:
+        return method_alone(concepts[0].lora)
+    return None if arm.method is None else arm.method.method
+
+
+def method_alone(lora: str | None) -> str:
+    """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
+
+    A file that cannot be read says nothing: whoever makes the pictures will say what is wrong with it.
+    """
+    path = find_file(lora_source(lora or ""))
+    try:
+        return "tara" if trained_with(path) == "tara" else "merge"
+    except LoraError:
+        return "merge"
 
 
 def without_triggers(prompt: str, concepts: Sequence[SuiteConcept]) -> str:

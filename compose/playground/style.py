@@ -93,6 +93,7 @@ def main(
             label = (name or "no LoRA", f"in the style: {sum(counts)} of {len(PROMPTS) * seeds}")
             rows.append(Row(label, shown, [f"{count} of {seeds}" for count in counts]))
             say(": ".join(label))
+    # Two lines for two things, which are wider than a picture.
     columns = [(*re.split(" (?=and )", things), where) for things, where in PROMPTS.items()]
     say(save_image(sheet(columns, rows, title=f"The playground's style, {STYLE}", side=160), out))
 

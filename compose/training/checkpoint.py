@@ -48,10 +48,12 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
     try:
         write_whole(path, buffer.getvalue())
     except OSError as error:
-        kept = f"the one before it is kept in {path}" if path.exists() else "there is none before it"
+        kept = "there is none before it. Make room and give the same command again"
+        if path.exists():
+            kept = f"the one before it is kept in {path}. Make room; the same command, without --fresh, goes on from it"
         raise FullError(
             f"the checkpoint at step {state['step']} could not be written ({len(buffer.getvalue()) / 2**20:.1f} MB to "
-            f"{path.parent}): {error.strerror or error}; {kept}. Make room; the same command, without --fresh, goes on"
+            f"{path.parent}): {error.strerror or error}; {kept}"
         ) from error
 
 

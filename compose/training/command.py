@@ -132,7 +132,7 @@ def train(
         with _progress(settings) as on_step:
             path = run(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
     except Stopped as stopped:
-        say(f"{stopped}{', without --fresh' if fresh else ''}", style="yellow", to=err)
+        say(stopped, style="yellow", to=err)
         raise typer.Exit(INTERRUPTED) from stopped
     except torch.OutOfMemoryError as error:
         hint = "use --gradient-checkpointing, --mixed-precision bf16, a smaller --batch-size or --resolution"

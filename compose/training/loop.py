@@ -37,7 +37,7 @@ OnStep = Callable[[int, float], None]
 
 
 class Stopped(KeyboardInterrupt):
-    """The training was stopped by the user; the same command goes on from its checkpoint."""
+    """The training was stopped by the user; the same command, without --fresh, goes on."""
 
 
 class DivergedError(RuntimeError):
@@ -59,7 +59,7 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
     Raises:
         ValueError: For pictures, captions, words, models and checkpoints that cannot be used; nothing is trained then.
         FileExistsError: If the output exists.
-        Stopped: After Ctrl-C; the same call goes on.
+        Stopped: After Ctrl-C; the same call, without `fresh`, goes on.
         DivergedError: If the loss is no number any more.
         OSError: If a checkpoint or the output cannot be written.
     """
@@ -144,7 +144,8 @@ class _Trainer:
                 if settings.sample_every and (done % settings.sample_every == 0 or done == settings.steps):
                     self._paint(done)
                 if stop and done < settings.steps:
-                    raise Stopped(f"stopped after step {done} of {settings.steps}; give the same command to go on")
+                    how = "give the same command to go on (without --fresh)"
+                    raise Stopped(f"stopped after step {done} of {settings.steps}; {how}")
 
     def finish(self) -> Path:
         """Writes the LoRA; the checkpoint is not needed any more."""
@@ -154,9 +155,12 @@ class _Trainer:
                 raise DivergedError(self._diverged(settings.steps, "the LoRA"))
             try:
                 write_whole(settings.out, lora_bytes(self.pipe, self.adapter.config, settings))
-            except OSError:
-                self._save(settings.steps)  # if there is room for it, the same command only writes the file
-                raise
+            except OSError as error:
+                self._save(settings.steps)  # so that what is learnt is not lost, if there is room for it
+                raise OSError(
+                    f"{settings.out} could not be written: {error.strerror or error}; all steps are done and kept in "
+                    f"{settings.checkpoint}. Make room; the same command, without --fresh, writes the file"
+                ) from error
             settings.checkpoint.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -101,6 +101,7 @@ def choose_method(
     A region for everybody is best used by LoRA-Composer (`docs/methods/lora-composer.md`), and without regions CLoRA
     finds them (`docs/methods/clora.md`); both need words, to write texts of their own. Token masks serve LoRAs that
     were trained with them; on ordinary ones they lose more identities than they separate (`docs/methods/tara.md`).
+    Styles do not count beside subjects; alone they get token masks if all of them were trained with them.
 
     Args:
         concepts: Those of the call.
@@ -117,8 +118,8 @@ def choose_method(
         why = "there are embeddings instead of a prompt" if prompts is None else "not every one a trigger"
         logger.info("method: regional, because every %s has a region, and %s", who, why)
         return Regional()
-    asked = given or concepts  # styles alone decide for themselves
-    if all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
+    asked = given or (concepts if prompts is not None else ())  # styles alone decide for themselves
+    if asked and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
         logger.info("method: tara, because every concept was trained for it")
         return Tara()
     everybody = range(len(concepts))
