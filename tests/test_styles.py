@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from pipelines.methods import METHODS, Clora, Composite, LoraComposer, Regional, Switch, Tara, choose_method
+from pipelines.methods import METHODS, Clora, Composite, LoraComposer, Merge, Regional, Switch, Tara, choose_method
 from pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on grass"
@@ -126,6 +126,7 @@ def test_a_style_alone_is_composed_as_it_was_trained(load, write_lora):
     found = latents_of(pipe, None, [style], prompt)
     assert torch.equal(found, latents_of(pipe, "tara", [style], prompt))
     assert far_apart(found, latents_of(pipe, "merge", [style], prompt))
+    assert isinstance(choose_method(pipe.resolve_concepts([style]), None), Merge)  # embeddings, which do not say words
     assert torch.equal(latents_of(pipe, None, [style, INK], prompt), latents_of(pipe, "merge", [style, INK], prompt))
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -356,6 +357,7 @@ def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
     return None if arm.method is None else arm.method.method
 
 
+@lru_cache(maxsize=4096)  # asked for every batch, and a hub is asked what it has
 def method_alone(lora: str | None) -> str:
     """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
 
