@@ -1,0 +1,28 @@
+"""Files that strangers name: opened only if they are files, and without waiting for what is none."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file to read its bytes, at once whatever the path names.
+
+    Opening a pipe to read waits for somebody who writes, and a device may never end. What was opened is looked at, not
+    the path, which could lead elsewhere a moment later.
+
+    Raises:
+        OSError: If it cannot be opened, or is a folder, pipe, socket or device, also behind a link.
+    """
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (whoever asked for it closes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file but a pipe or a device", str(path))
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # Windows has neither flag, and no pipes among its files
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
