@@ -260,13 +260,13 @@ def _silence(model: nn.Module, adapters: frozenset[str], undo: ExitStack) -> Non
             scaling.update(dict.fromkeys(adapters & scaling.keys(), 0.0))
 
 
-def check_factors(
-    model: nn.Module, name: str, down: torch.Size, up: torch.Size, where: Mapping[str, Place] | None = None
-) -> None:
-    """Checks that factors of these shapes fit a layer.
+def weight_shape(model: nn.Module, name: str, where: Mapping[str, Place] | None = None) -> tuple[int, ...]:
+    """The shape of the weight that a LoRA would change: outputs, inputs, and the kernel of a convolution.
+
+    From the layer's settings, since quantised and offloaded weights have other shapes.
 
     Raises:
-        ValueError: Naming the layer and both shapes.
+        ValueError: If there is no such layer, or a LoRA cannot change it.
     """
     try:
         layer = base_layer(model.get_submodule(name))
@@ -277,14 +277,24 @@ def check_factors(
     weight = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear | nn.Conv2d) or weight is None:
         raise ValueError(f"{name} is a {type(layer).__name__}; a LoRA can change linear layers and convolutions")
-    if isinstance(layer, nn.Conv2d):
-        inputs, outputs = (layer.in_channels, *layer.kernel_size), layer.out_channels
-        if layer.groups != 1:
-            raise ValueError(f"{name} is a grouped convolution, which is not supported")
-    else:
-        inputs, outputs = (layer.in_features,), layer.out_features
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if layer.groups != 1:
+        raise ValueError(f"{name} is a grouped convolution, which is not supported")
+    return layer.out_channels, layer.in_channels, *layer.kernel_size
+
+
+def check_factors(
+    model: nn.Module, name: str, down: torch.Size, up: torch.Size, where: Mapping[str, Place] | None = None
+) -> None:
+    """Checks that factors of these shapes fit a layer.
+
+    Raises:
+        ValueError: Naming the layer and both shapes.
+    """
+    outputs, *inputs = weight_shape(model, name, where)
     ones = (1,) * (len(inputs) - 1)
-    if down[1:] != inputs or up != (outputs, *down[:1], *ones) or 0 in down:
+    if down[1:] != (*inputs,) or up != (outputs, *down[:1], *ones) or 0 in down:
         wanted = f"{_shape('rank', *inputs)} and {_shape(outputs, 'rank', *ones)}"
         raise ValueError(f"{name}: the factors have shapes {list(down)} and {list(up)}, the model needs {wanted}")
 

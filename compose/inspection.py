@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from attention import LoraFactors
 from compose.architectures import FAMILIES, without_weights
-from pipelines.formats.alphas import said_alpha
+from pipelines.formats.alphas import Alphas
 from pipelines.formats.deltas import MAX_RANK, inner, rank_of
 from pipelines.formats.files import LoraFile
 from pipelines.formats.layers import Layer, by_layer
@@ -230,6 +230,7 @@ def block_of(part: str, layer: str) -> str:
 
 def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors) -> Iterator[Block]:
     loras = {"unet": factors.unet, **factors.text_encoders}
+    own = Alphas(file).own
     for part, names in layers.items():
         blocks: dict[str, list[str]] = {}
         for name in names:
@@ -238,7 +239,7 @@ def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: 
             inside = [names[name] for name in blocks[block]]
             energy = sum(inner(loras[part][name], loras[part][name]) for name in blocks[block])
             ranks = {rank for layer in inside if (rank := rank_of(layer.slots)) is not None}
-            alphas = {alpha for name in blocks[block] if (alpha := said_alpha(file, name, names[name])) is not None}
+            alphas = {alpha for name in blocks[block] if (alpha := own(name, names[name])) is not None}
             yield Block(
                 part=part, name=block.removeprefix(f"{part}."), layers=len(inside), ranks=tuple(sorted(ranks)),
                 alphas=tuple(sorted(alphas)), norm=math.sqrt(max(0.0, energy)),

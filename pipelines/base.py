@@ -20,7 +20,7 @@ from pipelines.control import Canvas, Guide, made_ready
 from pipelines.engine import Encoder, Engine, LoadedConcept, check_blocks
 from pipelines.formats.deltas import MAX_RANK
 from pipelines.formats.files import read_words
-from pipelines.loading import LoraError, adapter_factors, find_file, match, read_lora
+from pipelines.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
 from pipelines.methods import Process, Settings, choose_method, make_method
 from pipelines.output import ComposeOutput
 from pipelines.recent import Read, Recent
@@ -178,7 +178,7 @@ class ComposePipeline:
             ValueError: If the name is taken.
         """
         concept = Concept(
-            name=name or Path(source).stem,
+            name=name or local_path(source).stem,
             lora=str(source),
             trigger=trigger,
             class_word=class_word,
@@ -581,21 +581,24 @@ class _Added:
 
 def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[Concept]:
     """The concepts that are to be added; every one has a file."""
-    entries: Iterable[str | Path | Concept] = [source] if isinstance(source, str | Path) else source
-    if isinstance(source, str | Path) and (folder := Path(source).expanduser()).is_dir():
-        entries = sorted(folder.glob("*.safetensors"))
+    entries: Iterable[str | Path | Concept]
+    if isinstance(source, str) or not isinstance(source, Iterable):
+        path = local_path(source)
+        entries = sorted(path.glob("*.safetensors")) if path.is_dir() else [source]
         if not entries:
-            raise LoraError(f"{folder} has no safetensors files")
+            raise LoraError(f"{path} has no safetensors files")
+    else:
+        entries = source
     for entry in entries:
-        concept = entry if isinstance(entry, Concept) else Concept(name=Path(entry).stem, lora=str(entry))
-        if not Path(concept.lora or "").expanduser().is_file():
+        concept = entry if isinstance(entry, Concept) else Concept(name=local_path(entry).stem, lora=str(entry))
+        if concept.lora is None or not local_path(concept.lora).is_file():
             raise LoraError(f"concept {concept.name!r} needs a file, and there is none at {concept.lora!r}")
         yield concept
 
 
 def _by_header(given: Concept) -> Concept:
     """What the header of a concept's file says; nothing if it cannot be read, which the call will say that needs it."""
-    path, words = Path(given.lora or "").expanduser(), (None, None)
+    path, words = local_path(given.lora or ""), (None, None)
     try:
         words = read_words(path)
     except (LoraError, OSError) as error:

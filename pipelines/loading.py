@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,13 +16,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from attention.install import check_factors
+from attention.install import check_factors, weight_shape
 from attention.layers import attention_layers, places, uncompiled
 from attention.lora_bank import Lora, LoraFactors, base_layer
-from pipelines.formats.alphas import scale_of
-from pipelines.formats.deltas import MAX_RANK, Change, change, inner
+from pipelines.formats.alphas import Alphas
+from pipelines.formats.deltas import MAX_RANK, Change, change, inner, size
 from pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, LoraFile, read_lora, refuse_pickle
-from pipelines.formats.keys import Part
+from pipelines.formats.keys import PARTS, Part
 from pipelines.formats.layers import Layer, Layers, by_layer
 from pipelines.formats.names import older, spellings
 from pipelines.formats.recognise import UNSUPPORTED, guess_family
@@ -31,7 +32,6 @@ __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "find_file", "
 logger = logging.getLogger(__name__)
 
 TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
-_PARTS: tuple[Part, ...] = ("unet", *TEXT_ENCODERS)
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
 
@@ -75,7 +75,23 @@ class Factors:
         return "; ".join([*said, *self.notes])
 
 
-def find_file(source: str | Path, weight_name: str | None = None, **hub: Any) -> Path:
+def local_path(source: str | os.PathLike[str]) -> Path:
+    """A path as written, with the home folder for "~".
+
+    Raises:
+        LoraError: If it is no path.
+    """
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise LoraError(
+            f"{source!r} names no LoRA; expected a file, a folder or a hub repository such as 'user/my-cat'"
+        )
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:
+        raise LoraError(f"{str(source)!r} cannot be found: {error}") from error
+
+
+def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **hub: Any) -> Path:
     """The file behind a path, a folder or a hub repository.
 
     Args:
@@ -86,12 +102,12 @@ def find_file(source: str | Path, weight_name: str | None = None, **hub: Any) ->
     Raises:
         LoraError: If there is no such file, or several and none is named.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
+    path = local_path(source)
     if path.is_dir():
         names = sorted(found.name for found in path.glob("*.safetensors"))
         return path / _only(names, weight_name, path)
+    if path.exists():
+        return path
     is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *PICKLES}
     if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         refuse_pickle(path)
@@ -134,11 +150,17 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     _check_options(file, alpha, max_rank)
     gathered = by_layer(file)
     found, unmatched = assign(file, gathered, pipe)
+    alphas = Alphas(file, alpha)
+    _check_embeddings(file, pipe)
+    for part, layers in found.items():
+        for name, layer in layers.items():
+            _check_layer(file, getattr(pipe, part), name, layer)
     changes: Changes = {
-        part: {name: _change(file, getattr(pipe, part), name, layer, alpha, max_rank) for name, layer in layers.items()}
+        part: {
+            name: _change(file, getattr(pipe, part), name, layer, alphas, max_rank) for name, layer in layers.items()
+        }
         for part, layers in found.items()
     }
-    _check_embeddings(file, pipe)
     loras = {part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()}
     text = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
@@ -156,7 +178,7 @@ def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, M
         LoraError: If nothing matches, or two layers of the file mean one of the model.
     """
     unmatched, found = list(gathered.unknown), {}
-    for part in _PARTS:
+    for part in PARTS:
         mine = [layer for layer in gathered.layers if layer.part == part]
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
@@ -211,24 +233,34 @@ def _nothing(file: LoraFile) -> str:
     )
 
 
-def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alpha: float | None, max_rank: int) -> Change:
-    """What the file changes in one layer, in the shapes that the layer needs."""
+def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> None:
+    """Checks what a layer's change is, and that it is as large as the weight, before anything that large is built."""
     for slot, why in UNSUPPORTED.items():
         if slot in layer.slots:
             raise LoraError(f"{file.path.name} is {why} (key {layer.keys[list(layer.slots).index(slot)]!r})")
     try:
-        slots = {slot: tensor for slot, tensor in layer.slots.items() if slot not in {"alpha", "scalar"}}
-        made = change(slots, scale_of(file, name, layer, alpha), max_rank)
+        outputs, inputs = size(layer.parts)
+        weight = weight_shape(uncompiled(model), name)
+    except ValueError as error:
+        raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
+    if (outputs, inputs) != (weight[0], math.prod(weight[1:])):
+        raise LoraError(
+            f"{file.path.name} does not fit this model: {layer.part}.{name}: its change is {outputs} x {inputs}, the "
+            f"model's weight {' x '.join(map(str, weight))}"
+        )
+
+
+def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: Alphas, max_rank: int) -> Change:
+    """What the file changes in one layer, in the shapes that the layer needs."""
+    model = uncompiled(model)
+    try:
+        made = change(layer.parts, alphas.scale(name, layer), max_rank)
+        factors = _reshaped(made.factors, base_layer(model.get_submodule(name)))
+        check_factors(model, name, factors.down.shape, factors.up.shape)
     except LoraError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
-    model = uncompiled(model)
-    factors = _reshaped(made.factors, base_layer(model.get_submodule(name)))
-    try:
-        check_factors(model, name, factors.down.shape, factors.up.shape)
-    except ValueError as error:
-        raise LoraError(f"{file.path.name} does not fit this model: {layer.part}.{error}") from error
     return Change(factors, made.lost)
 
 

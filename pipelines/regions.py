@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attention.layers import Grid, coarser
 from attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
+from pipelines.regular import open_regular
 
 _PIXEL_LIMIT = 64 * 2**20
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -27,7 +28,7 @@ def read_mask(path: str) -> Tensor:
         ValueError: If it is missing or unreadable, or nothing is inside.
     """
     try:
-        with Image.open(Path(path).expanduser(), formats=_FORMATS) as image:
+        with open_regular(Path(path).expanduser()) as file, Image.open(file, formats=_FORMATS) as image:
             if image.width * image.height > _PIXEL_LIMIT:
                 raise ValueError(f"the mask {path!r} has {image.width} x {image.height} pixels, which is too large")
             has_opacity = image.mode in ("RGBA", "LA", "PA")
@@ -36,7 +37,7 @@ def read_mask(path: str) -> Tensor:
         raise ValueError(
             f"there is no mask {path!r}; expected a picture that is white where the concept may be"
         ) from error
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"the mask {path!r} cannot be read: {error}") from error
     mask = torch.from_numpy(np.asarray(values, dtype=np.float32) / 255)
     if not mask.any():

@@ -447,7 +447,7 @@ def test_values_that_are_not_finite_are_refused(attention_lora: Lora, tmp_path: 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_weights_that_are_no_ordinary_floats_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"unet.x.lora_A.weight": torch.ones(2, 8).to(dtype), "unet.x.lora_B.weight": torch.ones(8, 2)}
-    with pytest.raises(LoraError, match=f"unet.x.lora_A.weight is stored as {dtype}; expected float32"):
+    with pytest.raises(LoraError, match=r"unet.x.lora_A.weight is stored as \S+; expected float32"):
         read_lora(write(tmp_path / "cat.safetensors", tensors))
 
 
@@ -521,8 +521,7 @@ def test_files_for_a_wider_model_are_refused_with_both_shapes(pipe: Any, tmp_pat
     path = write(tmp_path / "cat.safetensors", spelled(wider, unet_key, ".lora_A.weight", ".lora_B.weight"))
     with pytest.raises(LoraError, match=r"cat.safetensors does not fit this model: unet\.down_blocks.*") as caught:
         loaded(pipe, path)
-    assert "[2, 16] and [16, 2]" in str(caught.value)
-    assert "[rank, 8] and [8, rank]" in str(caught.value)
+    assert "its change is 16 x 16, the model's weight 8 x 8" in str(caught.value)
 
 
 FOREIGN = {

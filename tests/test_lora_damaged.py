@@ -177,17 +177,17 @@ def test_huge_headers_are_not_opened(pipe: Any, folder: Path) -> None:
     path = folder / "huge.safetensors"
     header = b'{"__metadata__":{"a":"' + b"x" * (40 << 20) + b'"}}'
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(LoraError, match="header of 40 MiB, which no LoRA needs"):
+    with pytest.raises(LoraError, match="has a header of 40 MiB; a LoRA's has at most 8"):
         pipe.load_concept(path)
     path.unlink()
 
 
 def test_files_of_countless_keys_are_refused(pipe: Any, folder: Path) -> None:
     nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"k{i}": nothing for i in range(100_001)}).encode()
+    header = json.dumps({f"k{i}": nothing for i in range(20_001)}).encode()
     path = folder / "many.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(LoraError, match="100001 keys"):
+    with pytest.raises(LoraError, match="20001 keys; a LoRA has at most 20000"):
         pipe.load_concept(path)
 
 

@@ -1,71 +1,121 @@
-"""How strongly a file's factors act: alpha / rank, from the file's keys, from PEFT's settings, or as told."""
+"""How strongly a file's factors act: alpha / rank, from the file's keys, from PEFT's settings, or as given."""
 
 import math
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-from peft.utils.other import get_pattern_key
 
 from pipelines.formats.deltas import rank_of
 from pipelines.formats.files import LoraError, LoraFile
+from pipelines.formats.keys import PARTS, Part
 from pipelines.formats.layers import Layer
 
-# Patterns come from strangers, and regular expressions with many repetitions may take longer than anybody waits.
-_LONG, _REPEATS = 200, 3
+MAX_SCALE = 1000.0
+"""The largest factor on a change, alpha / rank, that is believed; trainers write up to some tens."""
+
+# PEFT takes patterns for regular expressions that match a layer's name, or its end after a dot. Those of strangers are
+# not run: trainers write names, or ends of names, with dots escaped or not.
+_NAME = re.compile(r"(?P<whole>\^)?(?P<inside>\.\*\\\.)?(?P<name>[\w-]+(?:\\?\.[\w-]+)*)\$?")
+_SHOWN = 80
+_CONFIGURED = "lora_adapter_metadata or adapter_config.json"
 
 
-def said_alpha(file: LoraFile, name: str, layer: Layer) -> float | None:
-    """The alpha that a file says of a layer: with a key, or in PEFT's configuration; None if it does not.
+class Alphas:
+    """The alphas of one file.
 
-    Raises:
-        LoraError: If it is no positive number.
-    """
-    try:
-        if "alpha" in layer.slots:
-            return _positive(layer.slots["alpha"])
-        return _configured(_config(file, layer), name)
-    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
-        where = "a key" if "alpha" in layer.slots else "lora_adapter_metadata or adapter_config.json"
-        raise LoraError(f"{file.path.name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
-
-
-def _config(file: LoraFile, layer: Layer) -> Mapping[str, Any]:
-    return {**file.config.get("", {}), **file.config.get(layer.part, {})}
-
-
-def scale_of(file: LoraFile, name: str, layer: Layer, told: float | None) -> float:
-    """Alpha / rank; alpha as the file says it, else as told, else the rank.
+    Args:
+        file: As read.
+        given: The alpha of a file that does not have its own; None if none was given.
 
     Raises:
-        ValueError: If there is no usable alpha, or one is told beside the file's own.
+        LoraError: If a pattern in PEFT's configuration is more than a name.
     """
-    scalar = float(layer.slots["scalar"]) if "scalar" in layer.slots else 1.0
-    if not math.isfinite(scalar):
-        raise ValueError(f"its scalar is {scalar}")
-    said, config = said_alpha(file, name, layer), _config(file, layer)
-    rank = rank_of(layer.slots)
-    if rank is None:  # a whole weight: alpha counts only where PEFT says the rank as well
-        return scalar * said / _positive(config["r"]) if said is not None and "r" in config else scalar
-    if said is not None and told is not None:
-        raise ValueError("the file says its alpha itself; leave alpha out")
-    rescaled = config.get("use_rslora") and "alpha" not in layer.slots
-    return scalar * (said or told or rank) / (rank**0.5 if rescaled else rank)
+
+    def __init__(self, file: LoraFile, given: float | None = None) -> None:
+        self._name = file.path.name
+        self._given = given
+        everywhere = file.config.get("", {})
+        self._config: dict[Part, Mapping[str, Any]] = {
+            part: {**everywhere, **file.config.get(part, {})} for part in PARTS
+        }
+        try:
+            self._patterns = {part: _patterns(config.get("alpha_pattern")) for part, config in self._config.items()}
+        except ValueError as error:
+            raise LoraError(f"{self._name}: {_CONFIGURED}: {error}") from error
+
+    def own(self, name: str, layer: Layer) -> float | None:
+        """The alpha that the file has for a layer: in a key, or in PEFT's configuration; None if it has none.
+
+        Raises:
+            LoraError: If it is no positive number.
+        """
+        try:
+            if "alpha" in layer.slots:
+                return _positive(layer.slots["alpha"])
+            return self._configured(name, layer.part)
+        except (TypeError, ValueError, OverflowError) as error:
+            where = "a key" if "alpha" in layer.slots else _CONFIGURED
+            raise LoraError(f"{self._name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
+
+    def scale(self, name: str, layer: Layer) -> float:
+        """Factor on the change of a layer: alpha / rank; alpha as the file has it, else as given, else the rank.
+
+        Raises:
+            ValueError: If there is no usable alpha, one is given beside the file's own, or the factor is out of all
+                proportion.
+        """
+        scalar = float(layer.slots["scalar"]) if "scalar" in layer.slots else 1.0
+        scale = scalar * self._over_rank(name, layer)
+        if not abs(scale) <= MAX_SCALE:
+            raise ValueError(
+                f"its change would be multiplied by {scale:.3g} (alpha / rank); trainers write up to some tens, and "
+                f"more than {MAX_SCALE:g} is taken for damage"
+            )
+        return scale
+
+    def _over_rank(self, name: str, layer: Layer) -> float:
+        own, config, rank = self.own(name, layer), self._config[layer.part], rank_of(layer.slots)
+        if rank is None:  # a whole weight: alpha counts only where PEFT gives the rank as well
+            return own / _positive(config["r"]) if own is not None and "r" in config else 1.0
+        if own is not None and self._given is not None:
+            raise ValueError("the file says its alpha itself; leave alpha out")
+        rescaled = config.get("use_rslora") and "alpha" not in layer.slots
+        return (own or self._given or rank) / (rank**0.5 if rescaled else rank)
+
+    def _configured(self, name: str, part: Part) -> float | None:
+        """PEFT's alpha of a layer; None where there is none. LoHa and LoKr call it "alpha"."""
+        patterns, config = self._patterns[part], self._config[part]
+        found = [patterns[spelled] for spelled in _spellings(name) if spelled in patterns]
+        if found:
+            return _positive(min(found)[1])  # of several that match, the first one counts
+        return next((_positive(config[key]) for key in ("lora_alpha", "alpha") if key in config), None)
 
 
-def _configured(config: Mapping[str, Any], name: str) -> float | None:
-    """PEFT's alpha of a layer; None where it says none. LoHa and LoKr call it "alpha"."""
-    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
-    for pattern in patterns:
-        if len(pattern) > _LONG or len(re.findall(r"[*+{]", pattern)) > _REPEATS or re.search(r"\)[*+?{]", pattern):
-            raise ValueError(f"the pattern {pattern[:_LONG]!r} could take forever to be looked for")
-    with warnings.catch_warnings(action="ignore"):  # about how strangers write patterns
-        pattern = get_pattern_key(list(patterns), name)
-    for found, key in ((patterns, pattern), (config, "lora_alpha"), (config, "alpha")):
-        if key in found:
-            return _positive(found[key])
-    return None
+def _patterns(given: Any) -> dict[str, tuple[int, Any]]:
+    """Position and alpha of every pattern: "^name" for a whole name, "name" for it or an end, ".name" for an end."""
+    found: dict[str, tuple[int, Any]] = {}
+    if not isinstance(given or {}, Mapping):
+        raise ValueError(f"alpha_pattern is a {type(given).__name__}; expected alphas by name")
+    for position, (pattern, alpha) in enumerate((given or {}).items()):
+        plain = _NAME.fullmatch(pattern)
+        if plain is None:
+            raise ValueError(
+                f"the pattern {pattern[:_SHOWN]!r} in alpha_pattern is a regular expression; expected the name of a "
+                "layer or its end, such as 'attn2.to_q'"
+            )
+        prefix = "." if plain["inside"] else "^" if plain["whole"] else ""
+        found.setdefault(prefix + plain["name"].replace("\\.", "."), (position, alpha))
+    return found
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """What `_patterns` calls those that match a layer."""
+    pieces = name.split(".")
+    yield f"^{name}"
+    yield name
+    for i in range(1, len(pieces)):
+        end = ".".join(pieces[i:])
+        yield from (end, f".{end}")
 
 
 def _positive(value: Any) -> float:

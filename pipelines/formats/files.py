@@ -5,25 +5,25 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipelines.formats.keys import Part, bundled_embedding, parse
+from pipelines.formats.safetensors_reader import MAX_HEADER, MAX_TENSORS, DamagedError, read_header, read_tensors
+from pipelines.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SCALARS = (".alpha", ".scalar")
 _WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers write alphas so
-_MAX_HEADER = 32 << 20
-_MAX_KEYS = 100_000
-_MAX_KEY = 1_000
+_MAX_KEY = 256  # letters; as for `MAX_TENSORS`
 # Configurations that PEFT writes beside its file, not into it.
 PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 
@@ -77,9 +77,9 @@ def read_words(path: Path) -> tuple[str | None, str | None]:
         LoraError: If it has no readable header.
     """
     with _opened(path) as file:
-        metadata = file.metadata() or {}
-        found = [known[0] for key in file.keys() if (known := bundled_embedding(key)) is not None]  # noqa: SIM118
-    return _trigger(metadata, dict.fromkeys(found)), metadata.get("class_word") or None
+        header = read_header(file)
+    found = [known[0] for key in header.entries if (known := bundled_embedding(key)) is not None]
+    return _trigger(header.metadata, dict.fromkeys(found)), header.metadata.get("class_word") or None
 
 
 def trained_with(path: Path) -> str | None:
@@ -89,26 +89,34 @@ def trained_with(path: Path) -> str | None:
         LoraError: If it has no readable header.
     """
     with _opened(path) as file:
-        return (file.metadata() or {}).get("method")
+        return read_header(file).metadata.get("method")
 
 
 def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
-    """Reads and checks a file.
+    """Reads and checks a file, which is opened once: the digest is that of the bytes that the tensors came from.
 
     Args:
         path: A safetensors file, or with `allow_pickle` one that `torch.save` has written.
         allow_pickle: Opens pickles, with `weights_only=True`: tensors are read, no code is run.
 
     Raises:
-        LoraError: If it is a pickle and those are not allowed, is truncated or corrupt, holds no LoRA, or has weights
-            that are not finite or not floating point.
+        LoraError: If it cannot be opened, is a pickle and those are not allowed, is truncated or corrupt, holds no
+            LoRA, or has weights that are not finite or not floating point.
     """
-    if path.suffix.lower() in PICKLES and not allow_pickle:
+    pickled = path.suffix.lower() in PICKLES
+    if pickled and not allow_pickle:
         refuse_pickle(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    metadata, found = _read_pickle(path) if path.suffix.lower() in PICKLES else _read_safetensors(path)
-    return lora_file(path, sha256, metadata, found)
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        if pickled:
+            content = file.read()
+            digest.update(content)
+            metadata, found = {}, _unpickled(path, content)
+        else:
+            header = read_header(file)
+            metadata = dict(header.metadata)
+            found = read_tensors(file, header, wanted_keys(path, list(header.entries)), digest)
+    return lora_file(path, digest.hexdigest(), metadata, found)
 
 
 def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], found: Mapping[str, Tensor]) -> LoraFile:
@@ -133,28 +141,22 @@ def refuse_pickle(path: Path) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, of which only the header is read so far."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > _MAX_HEADER and length < path.stat().st_size:
-        raise LoraError(f"{path.name} has a header of {length >> 20} MiB, which no LoRA needs; it is not opened")
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file that is open; what goes wrong with it inside is a LoraError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise LoraError(f"{path.name} is no readable safetensors file ({_other_format(path)}): {error}") from error
-    except (TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, LoraError):
-            raise
-        raise LoraError(f"{path.name} holds a tensor that cannot be read: {error}") from error
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    with _opened(path) as file:
-        keys = list(file.keys())
-        # Copies: what `safe_open` gives is the file itself, and would change, or be gone, together with it.
-        return file.metadata() or {}, {key: file.get_tensor(key).clone() for key in wanted_keys(path, keys)}
+        with open_regular(path) as file:
+            try:
+                yield file
+            except DamagedError as error:
+                file.seek(0)
+                looks = _other_format(file.read(2))
+                raise LoraError(f"{path.name} is no readable safetensors file ({looks}): {error}") from error
+            except LoraError:
+                raise
+            except ValueError as error:
+                raise LoraError(f"{path.name}: {error}") from error
+    except OSError as error:
+        raise LoraError(f"{path.name} cannot be read: {error.strerror or error}") from error
 
 
 def wanted_keys(path: Path, keys: list[str]) -> list[str]:
@@ -163,19 +165,22 @@ def wanted_keys(path: Path, keys: list[str]) -> list[str]:
     Raises:
         LoraError: If there is no key of a LoRA.
     """
-    if len(keys) > _MAX_KEYS or any(len(key) > _MAX_KEY for key in keys):
-        raise LoraError(f"{path.name} has {len(keys)} keys, of up to {max(map(len, keys))} letters; that is no LoRA")
+    longest = max(map(len, keys), default=0)
+    if len(keys) > MAX_TENSORS or longest > _MAX_KEY:
+        raise LoraError(
+            f"{path.name} has {len(keys)} keys of up to {longest} letters; a LoRA has at most {MAX_TENSORS} keys of "
+            f"{_MAX_KEY} letters"
+        )
     inside = [key for key in keys if ".lora_layer." in key]
     if inside:
         return inside
-    parsed = [key for key in keys if parse(key) is not None or bundled_embedding(key)]
     numbered = [key for key in keys if key.startswith(("unet:", "text_encoder:"))]
     if numbered:
         raise LoraError(
             f"{path.name} numbers its layers instead of naming them ({numbered[0]!r}, as early lora_diffusion did), in "
             "an order that depends on the version of diffusers it was trained with; convert it with that version"
         )
-    if not any(parse(key) is not None for key in parsed):
+    if not any(parse(key) is not None for key in keys):
         shown = ", ".join(keys[:3]) or "none"
         raise LoraError(
             f"{path.name} is no LoRA: expected keys with lora_A/lora_B, lora_down/lora_up, hada or lokr, found {shown}"
@@ -183,34 +188,34 @@ def wanted_keys(path: Path, keys: list[str]) -> list[str]:
     return keys
 
 
-def _read_pickle(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _unpickled(path: Path, content: bytes) -> dict[str, Tensor]:
     """Tensors by key, dictionaries inside dictionaries written with dots (ED-LoRA: `params.unet...`)."""
-    _check_archive(path)
+    _check_archive(path, content)
     try:
         with warnings.catch_warnings(action="ignore"):  # about how the file was pickled
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first = str(error).splitlines()[0] if str(error) else "damaged"
         raise LoraError(f"{path.name} holds more than tensors, or is damaged; it was not opened: {first}") from error
     except Exception as error:  # torch raises nearly anything for damaged archives
         raise LoraError(f"{path.name} is no readable file of torch.save: {type(error).__name__}: {error}") from error
-    found = dict(_flat(path, content))
+    found = dict(_flat(path, loaded))
     for outer in ("params.", "params_ema.", "state_dict."):
         if any(key.startswith(outer) for key in found):
             found = {key.removeprefix(outer): t for key, t in found.items() if key.startswith(outer)}
             break
-    return {}, {key: found[key] for key in wanted_keys(path, list(found))}
+    return {key: found[key] for key in wanted_keys(path, list(found))}
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, content: bytes) -> None:
     """An archive that unpacks to more than its size is no file of torch.save, which does not compress."""
-    if zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(BytesIO(content)):
         try:
-            with zipfile.ZipFile(path) as archive:
+            with zipfile.ZipFile(BytesIO(content)) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
         except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise LoraError(f"{path.name} is a damaged archive: {error}") from error
-        if unpacked > path.stat().st_size:
+        if unpacked > len(content):
             raise LoraError(f"{path.name} unpacks to {unpacked} bytes, more than its size; it was not opened")
 
 
@@ -241,16 +246,14 @@ def _check_keys(path: Path, found: Mapping[str, Tensor]) -> None:
             raise LoraError(f"{path.name}: {key} has values that are NaN or infinite; the file is damaged")
 
 
-def _other_format(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(2)
+def _other_format(start: bytes) -> str:
     pickled = start[:1] == b"\x80" or start == b"PK"  # a guess: sound safetensors files may begin so as well
     return "a pickle or an archive under another name" if pickled else "truncated or corrupt"
 
 
 def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's configuration as diffusers writes it into the header, under keys that start with the component's name."""
-    settings = _json(path, "lora_adapter_metadata", lambda: metadata.get("lora_adapter_metadata", "{}"))
+    settings = _json(path, "lora_adapter_metadata", metadata.get("lora_adapter_metadata", "{}"))
     config: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         part, _, name = key.partition(".")
@@ -260,17 +263,23 @@ def _header_config(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[st
 
 def _neighbour_config(path: Path) -> dict[str, dict[str, Any]]:
     """PEFT's configuration as PEFT itself writes it, into a file of its own."""
-    neighbour = path.with_name(PEFT_CONFIG)
-    if path.stem != PEFT_FILE or not neighbour.is_file():
+    if path.stem != PEFT_FILE:
         return {}
-    if neighbour.stat().st_size > _MAX_HEADER:
-        raise LoraError(f"{PEFT_CONFIG} beside {path.name} is too large to be settings")
-    return {"": _json(path, PEFT_CONFIG, lambda: neighbour.read_text(encoding="utf-8"))}
-
-
-def _json(path: Path, what: str, text: Callable[[], str]) -> dict[str, Any]:
     try:
-        config = json.loads(text())
+        with open_regular(path.with_name(PEFT_CONFIG)) as file:
+            text = file.read(MAX_HEADER + 1)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise LoraError(f"{PEFT_CONFIG} beside {path.name} cannot be read: {error.strerror or error}") from error
+    if len(text) > MAX_HEADER:
+        raise LoraError(f"{PEFT_CONFIG} beside {path.name} is too large to be settings")
+    return {"": _json(path, PEFT_CONFIG, text)}
+
+
+def _json(path: Path, what: str, text: str | bytes) -> dict[str, Any]:
+    try:
+        config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LoraError(f"{path.name}: {what} is no JSON: {error}") from error
     if not isinstance(config, dict):

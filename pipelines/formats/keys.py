@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
+PARTS: tuple[Part, ...] = ("unet", "text_encoder", "text_encoder_2")
 
 # How files begin the names of a part's layers. Order matters: the first that fits is taken.
 _PREFIXES: tuple[tuple[str, Part], ...] = (
@@ -21,26 +22,35 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"base_model\.model\.|", "unet"),
 )
 
-# What stands after the layer's name. A group of a pattern, if there is one, is the slot.
+# What stands after the layer's name and a dot. A group of a pattern, if there is one, is the slot. Repetitions are
+# possessive and few, so that no key takes much longer than others of its length.
 _SIDES = {"A": "down", "B": "up"}
 _SLOTS: tuple[tuple[str, str | None], ...] = (
-    (r"\.lora_(down|up|mid)\.weight", None),
-    (r"[._]lora\.(down|up)\.weight", None),  # "to_q_lora.down.weight" in attention processors and ED-LoRA
-    (r"\.lora_(?:linear_)?layer\.(down|up)\.weight", None),
-    (r"\.lora_([AB])(?:\.\w+)?\.weight", None),  # with the adapter's name inside
-    (r"\.lora_(?:[AB](?:\.\w+)?|down|up)\.bias", "bias"),
-    (r"\.diff_b", "bias"),
-    (r"\.[wb]_norm", "norm"),
-    (r"\.(alpha|diff|scalar)", None),
-    (r"\.dora_scale|\.lora_magnitude_vector(?:\.\w+)*", "magnitude"),
-    (r"\.(hada_w[12]_[ab]|hada_t[12])", None),
-    (r"\.(lokr_w[12](?:_[ab])?|lokr_t[12])", None),
-    (r"\.oft_(?:blocks|diag)|\.oft_R\.(?:\w+\.)?weight|\.rescale", "oft"),
-    (r"\.[ab][12]\.weight|\.bm\.weight", "glora"),
-    (r"\.on_input", "ia3"),
-    (r"\.(?:vera|randlora|boft|hra|shira|bone|vblora)_\w+(?:\.\w+)*", "other"),
+    (r"lora_(down|up|mid)\.weight", None),
+    (r"lora\.(down|up)\.weight", None),  # "to_q_lora.down.weight" in attention processors and ED-LoRA
+    (r"lora_(?:linear_)?layer\.(down|up)\.weight", None),
+    (r"lora_([AB])(?:\.\w++)?\.weight", None),  # with the adapter's name inside
+    (r"lora_(?:[AB](?:\.\w++)?|down|up)\.bias", "bias"),
+    (r"diff_b", "bias"),
+    (r"[wb]_norm", "norm"),
+    (r"(alpha|diff|scalar)", None),
+    (r"dora_scale|lora_magnitude_vector(?:\.\w++){0,3}+", "magnitude"),
+    (r"(hada_w[12]_[ab]|hada_t[12])", None),
+    (r"(lokr_w[12](?:_[ab])?|lokr_t[12])", None),
+    (r"oft_(?:blocks|diag)|oft_R\.(?:\w++\.)?weight|rescale", "oft"),
+    (r"[ab][12]\.weight|bm\.weight", "glora"),
+    (r"on_input", "ia3"),
+    (r"(?:vera|randlora|boft|hra|shira|bone|vblora)_\w++(?:\.\w++){0,3}+", "other"),
 )
-_KEY = re.compile("|".join(f"(?P<s{i}>(?:{pattern})$)" for i, (pattern, _) in enumerate(_SLOTS)))
+_AFTER_UNDERSCORE = 1  # the one that may follow an underscore instead
+_KEY = re.compile(
+    "[._](?:"
+    + "|".join(
+        f"(?P<s{i}>{'' if i == _AFTER_UNDERSCORE else r'(?<=[.])'}(?:{pattern})$)"
+        for i, (pattern, _) in enumerate(_SLOTS)
+    )
+    + ")"
+)
 _PREFIX = re.compile("|".join(f"(?P<p{i}>^(?:{pattern}))" for i, (pattern, _) in enumerate(_PREFIXES)))
 _EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(string_to_param\.\*|clip_[lg]))?")
 
@@ -67,11 +77,10 @@ class Key:
 def parse(key: str) -> Key | None:
     """Takes a key apart; None where it is no key of an adapter."""
     found = _KEY.search(key)
-    if found is None:
+    if found is None or found.lastgroup is None or found.lastindex is None:
         return None
-    groups = [(int(name[1:]), text) for name, text in found.groupdict().items() if text is not None]
-    index, suffix = groups[0]
-    slot = _SLOTS[index][1] or next(text for text in found.groups()[1:] if text is not None and text != suffix)
+    # The last group to close is the named one; the slot, if it has one, is the group inside.
+    slot = _SLOTS[int(found.lastgroup[1:])][1] or found[found.lastindex + 1]
     rest = key[: found.start()]
     start = _PREFIX.match(rest)
     if start is None or start.lastgroup is None:
@@ -80,7 +89,7 @@ def parse(key: str) -> Key | None:
     module = rest[start.end() :]
     if not module:
         return None
-    return Key(part, module.replace(".", "_"), _SIDES.get(slot, slot), start[0], suffix)
+    return Key(part, module.replace(".", "_"), _SIDES.get(slot, slot), start[0], found[0])
 
 
 def bundled_embedding(key: str) -> tuple[str, Part] | None:

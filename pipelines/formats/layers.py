@@ -29,6 +29,11 @@ class Layer:
     slots: Mapping[str, Tensor]
     keys: tuple[str, ...]
 
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """The tensors whose product is the change, without the numbers that scale it."""
+        return {slot: tensor for slot, tensor in self.slots.items() if slot not in {"alpha", "scalar"}}
+
     def same(self, other: "Layer") -> bool:
         """Whether two have the same tensors."""
         return self.slots.keys() == other.slots.keys() and all(

@@ -1,0 +1,178 @@
+"""A safetensors file from one open descriptor: header first, then tensors and the digest of the file in a single pass.
+
+The safetensors library opens files by path only. A digest then needs a second open, and a file that is replaced in
+between gives tensors of one file and the digest of another. Reading in one pass also keeps memory at the tensors that
+are wanted, and lets sizes, shapes and types be checked before anything is built. The format:
+https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+MAX_HEADER = 8 << 20
+"""Bytes of the longest header that is read."""
+
+MAX_TENSORS = 20_000
+"""Tensors of the largest file that is read; names are searched for patterns, which takes time."""
+
+MAX_DIMENSIONS = 8
+"""Dimensions of a tensor; convolutions have four or five."""
+
+_CHUNK = 1 << 20
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+
+
+class DamagedError(ValueError):
+    """The bytes are no safetensors file, or not all of one."""
+
+
+class Digest(Protocol):
+    """What `hashlib` makes."""
+
+    def update(self, data: Any, /) -> None:
+        """Takes the next bytes of the file."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in a header.
+
+    Attributes:
+        dtype: The format's name of it ("F16").
+        shape: As stored.
+        start: Its first byte, counted from the end of the header.
+        stop: The byte after its last.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The header of a file.
+
+    Attributes:
+        metadata: Its strings.
+        entries: Its tensors by key, in the order of their bytes, which follow each other without a gap.
+        raw: The bytes of the file up to the first tensor.
+    """
+
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    raw: bytes
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Reads and checks a header; no tensor is read.
+
+    Args:
+        file: At its first byte.
+
+    Raises:
+        DamagedError: If it is no safetensors file, or is truncated or damaged.
+        ValueError: If the header is longer than `MAX_HEADER`, or lists more than `MAX_TENSORS`.
+    """
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if size < 8 or length > size - 8:
+        raise DamagedError("the header is longer than the file")
+    if length > MAX_HEADER:
+        raise ValueError(f"it has a header of {length >> 20} MiB; a LoRA's has at most {MAX_HEADER >> 20}")
+    text = file.read(length)
+    tensors = text.count(b'"dtype"')  # which is cheaper than to parse as many
+    if tensors > MAX_TENSORS:
+        raise ValueError(f"it has {tensors} keys; a LoRA has at most {MAX_TENSORS}")
+    try:
+        header = json.loads(text)
+    except RecursionError as error:
+        raise DamagedError("the header is nested too deeply") from error
+    except ValueError as error:
+        raise DamagedError(f"the header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise DamagedError("the header does not list tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DamagedError("the metadata in the header are not strings")
+    found = sorted(((key, _entry(key, value)) for key, value in header.items()), key=lambda item: item[1].start)
+    position = 0
+    for key, entry in found:
+        if entry.start != position:
+            raise DamagedError(f"{key[:80]!r} does not begin where the tensor before it ends")
+        position = entry.stop
+    if position != size - 8 - length:
+        raise DamagedError(f"its tensors take {position} bytes, and {size - 8 - length} follow the header")
+    return Header(metadata, dict(found), prefix + text)
+
+
+def read_tensors(file: BinaryIO, header: Header, wanted: Collection[str], digest: Digest) -> dict[str, Tensor]:
+    """Reads what follows the header, to the end of the file.
+
+    Args:
+        file: As `read_header` left it.
+        header: What that returned.
+        wanted: The keys whose tensors are kept.
+        digest: Is given every byte of the file.
+
+    Raises:
+        DamagedError: If the file has become shorter.
+        ValueError: If a wanted tensor is of a type or shape that is not supported.
+    """
+    wanted = frozenset(wanted)
+    for key in wanted:
+        _check(key, header.entries[key])
+    digest.update(header.raw)
+    found = {}
+    for key, entry in header.entries.items():
+        if key not in wanted:
+            _skip(file, entry.stop - entry.start, digest)
+            continue
+        data = bytearray(entry.stop - entry.start)
+        if file.readinto(data) != len(data):  # pyright: ignore[reportAttributeAccessIssue]
+            raise DamagedError("the file became shorter while it was read")
+        digest.update(data)
+        dtype = _DTYPES[entry.dtype]
+        found[key] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(entry.shape)
+    return {key: found[key] for key in header.entries if key in wanted}
+
+
+def _entry(key: str, value: Any) -> Entry:
+    try:
+        dtype, shape, (start, stop) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise DamagedError(f"the header does not describe {key[:80]!r}") from error
+    numbers = (*shape, start, stop)
+    if not isinstance(dtype, str) or not all(type(number) is int and number >= 0 for number in numbers) or start > stop:
+        raise DamagedError(f"the header does not describe {key[:80]!r}")
+    return Entry(dtype, shape, start, stop)
+
+
+def _check(key: str, entry: Entry) -> None:
+    if len(entry.shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{key} has {len(entry.shape)} dimensions; expected at most {MAX_DIMENSIONS}")
+    if entry.dtype not in _DTYPES:
+        raise ValueError(f"{key} is stored as {entry.dtype}; expected float32, float16 or bfloat16")
+    if math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize != entry.stop - entry.start:
+        raise ValueError(f"{key} of shape {list(entry.shape)} does not have {entry.stop - entry.start} bytes")
+
+
+def _skip(file: BinaryIO, count: int, digest: Digest) -> None:
+    while count:
+        data = file.read(min(count, _CHUNK))
+        if not data:
+            raise DamagedError("the file became shorter while it was read")
+        digest.update(data)
+        count -= len(data)
