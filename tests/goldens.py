@@ -1,0 +1,340 @@
+"""Runs whose latents must not change unless somebody means it: every method, and what else changes what is computed.
+
+    PYTHONPATH=tests python -m goldens make before.pt       # all of them, whole, of the code as it is
+    PYTHONPATH=tests python -m goldens compare before.pt    # bit for bit: on the same machine with the same libraries
+    PYTHONPATH=tests python -m goldens record               # some numbers of each, which test_goldens.py compares
+
+Only the public interface is used, so that what is behind it may change.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import (
+    ControlNetModel,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    T2IAdapter,
+)
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
+from compose import ComposePipeline, Concept, Control
+from compose.assets import playground_lora, playground_model
+from pipelines.methods import make_method
+
+RECORDED = Path(__file__).parent / "fixtures" / "goldens.json"
+PROMPT = "a sks cat and a zwx dog on grass"
+LEFT, RIGHT, WIDE = (0, 0, 60, 128), (64, 10, 128, 120), (30, 20, 128, 128)
+BOXES = {"cat": LEFT, "dog": RIGHT}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One run.
+
+    Attributes:
+        family: "sd", "sdxl" or "playground".
+        method: Its name.
+        settings: What differs from the defaults.
+        fields: Fields of the concepts, by name.
+        arguments: Of the call.
+        scheduler: In place of the pipeline's own.
+        cheap: Whether the default suite runs it.
+    """
+
+    family: str
+    method: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"cat": {}, "dog": {}})
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Any = None
+    cheap: bool = False
+
+    def latents(self) -> Tensor:
+        """What the run gives. Shape: [images, channels, height, width]."""
+        pipe = PIPELINES[self.family]()
+        given: dict[str, Any] = {
+            "prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent",
+            "generator": seeded(3), "height": 128, "width": 128,
+        }  # fmt: skip
+        made = {name: value(pipe) if callable(value) else value for name, value in self.arguments.items()}
+        concepts = [Concept(name=name, **fields) for name, fields in self.fields.items()]
+        method = make_method(self.method, self.settings) if self.method else None
+        before = pipe.scheduler
+        pipe.scheduler = self.scheduler.from_config(before.config) if self.scheduler else before
+        try:
+            return pipe(**{**given, "concepts": concepts, "method": method, **made}).images
+        finally:
+            pipe.scheduler = before
+
+
+def boxed(**more: Any) -> dict[str, dict[str, Any]]:
+    """Two concepts with a box each."""
+    return {name: {"region": box, **more} for name, box in BOXES.items()}
+
+
+def small(family: str) -> Any:
+    """A tiny pipeline with four concepts of random LoRAs on every kind of layer."""
+    pipe = FAMILIES[family]()
+    words = {"cat": ("sks", "cat"), "dog": ("zwx", "dog"), "bear": ("xlo", "bear"), "style": (None, None)}
+    with TemporaryDirectory() as folder:
+        for seed, (name, (trigger, class_word)) in enumerate(words.items()):
+            loras = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15), **text_loras(pipe, 5 + seed)}
+            tensors = {}
+            for part, lora in loras.items():
+                for layer, factors in lora.items():
+                    tensors[f"{part}.{layer}.lora_A.weight"] = factors.down
+                    tensors[f"{part}.{layer}.lora_B.weight"] = factors.up
+            path = Path(folder) / f"{name}.safetensors"
+            save_file(tensors, path)
+            pipe.load_concept(path, trigger=trigger, class_word=class_word)
+    return pipe
+
+
+def playground() -> Any:
+    """The trained model of the repository with two of its LoRAs, ordinary and trained with TARA."""
+    pipe = ComposePipeline.from_pretrained(playground_model())
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("cat", "dog", "cat-tara", "dog-tara"):
+        pipe.load_concept(playground_lora(name), name=name)
+    return pipe
+
+
+PIPELINES: Mapping[str, Callable[[], Any]] = {
+    "sd": cache(lambda: small("sd")),
+    "sdxl": cache(lambda: small("sdxl")),
+    "playground": cache(playground),
+}
+
+
+def squares(size: int = 128) -> Image.Image:
+    """A control image."""
+    image = Image.new("RGB", (size, size), "navy")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((20, 30, 70, 110), fill="white")
+    draw.ellipse((60, 10, 120, 70), fill="orange")
+    return image
+
+
+def awake(model: nn.Module) -> Any:
+    """A control model with random numbers where it starts with zeros, so that it does something."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model.eval()
+
+
+def controlnet_by_region(pipe: Any) -> Control:
+    """A ControlNet with a scale of its own in one region."""
+    return replace(controlnet(pipe), regions={"dog": 0.2})
+
+
+def controlnet(pipe: Any) -> Control:
+    """A ControlNet of the pipeline's UNet."""
+    torch.manual_seed(1)
+    net: Any = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 8, 8))
+    return Control(model=awake(net), image=squares(), scale=0.8)
+
+
+def t2i_adapter(pipe: Any) -> Control:
+    """A T2I-Adapter for the pipeline's UNet."""
+    torch.manual_seed(1)
+    channels = list(pipe.unet.config.block_out_channels)
+    net: Any = T2IAdapter(channels=channels, adapter_type="full_adapter", downscale_factor=8, num_res_blocks=1)
+    return Control(model=net.eval(), image=squares())
+
+
+@cache
+def mask_file() -> str:
+    """A mask image (white = inside)."""
+    path = Path(_folder().name) / "mask.png"
+    image = Image.new("L", (128, 128))
+    ImageDraw.Draw(image).ellipse((50, 20, 120, 120), fill=255)
+    image.save(path)
+    return str(path)
+
+
+@cache
+def _folder() -> TemporaryDirectory:
+    return TemporaryDirectory()
+
+
+def _masked() -> dict[str, dict[str, Any]]:
+    return {"cat": {"region": LEFT}, "dog": {"region": mask_file()}}
+
+
+def _by_family() -> dict[str, Golden]:
+    """What every family does."""
+    found = {}
+    for family in FAMILIES:
+        runs = {
+            "merge": Golden(family, "merge", cheap=True),
+            "tara": Golden(family, "tara", cheap=True),
+            "tara official": Golden(family, "tara:official"),
+            "tara keys and values": Golden(family, "tara", {"scope": "cross_kv"}),
+            "regional": Golden(family, "regional", fields=boxed(), cheap=True),
+            "regional with masks": Golden(family, "regional", {"token_mask": "all"}, fields=boxed()),
+            "switch": Golden(family, "switch", {"interval": 1}),
+            "composite": Golden(family, "composite", cheap=True),
+            "composite unequal": Golden(family, "composite", {"shares": (1.0, 2.0)}),
+            "lora-composer": Golden(family, "lora-composer", fields=boxed(), cheap=True),
+            "lora-composer official": Golden(family, "lora-composer:official", fields=boxed()),
+            "lora-composer paper": Golden(family, "lora-composer:paper", fields=boxed()),
+            "clora": Golden(family, "clora", cheap=True),
+            "clora official": Golden(family, "clora:official", {"refinements": 1}),
+            "clora branches": Golden(family, "clora", {"fuse": "branches"}),
+            "clora branches in turn": Golden(family, "clora", {"fuse": "branches", "branches_at_once": 1}),
+            "default": Golden(family, None),
+        }
+        found |= {f"{family}: {name}": run for name, run in runs.items()}
+    return found
+
+
+def _sd() -> dict[str, Golden]:
+    """What does not depend on the family, on the smaller one."""
+    three: Any = {"cat": {}, "dog": {}, "bear": {}}
+    sets = {
+        "prompt": [PROMPT, "in snow, a xlo bear", "a tree"],
+        "concepts": [["cat", Concept(name="dog", weight=0.6)], ["bear"], []],
+    }
+    boxed_sets = {
+        "prompt": [PROMPT, "a xlo bear in snow"],
+        "concepts": [
+            [Concept(name=name, region=box) for name, box in BOXES.items()],
+            [Concept(name="bear", region=WIDE)],
+        ],
+    }
+    own = {
+        "cat": {"region": LEFT, "prompt": "a sks cat with a hat", "negative_prompt": "blurry"},
+        "dog": {"region": RIGHT, "prompt": "a zwx dog in snow"},
+    }
+    branches = {
+        "cat": {"prompt": "a sks cat with a hat and a dog", "negative_prompt": "blurry"},
+        "dog": {"prompt": "a cat and a zwx dog in snow"},
+    }
+    odd = {"height": 136, "width": 152}
+    runs = {
+        "without concepts": Golden("sd", None, fields={}, cheap=True),
+        "one concept": Golden("sd", "merge", fields={"cat": {}}),
+        "three": Golden("sd", "clora", fields=three, arguments={"prompt": f"{PROMPT} beside a xlo bear"}),
+        "mask image": Golden("sd", "regional", fields=_masked(), cheap=True),
+        "mask image, lora-composer": Golden("sd", "lora-composer", fields=_masked()),
+        "overlapping boxes": Golden(
+            "sd", "lora-composer", fields={"cat": {"region": LEFT}, "dog": {"region": WIDE}, "bear": {"region": RIGHT}},
+            arguments={"prompt": f"{PROMPT} beside a xlo bear"},
+        ),
+        "style": Golden("sd", "tara", fields={"cat": {}, "dog": {}, "style": {"role": "style"}}),
+        "style, clora": Golden("sd", "clora", fields={"cat": {}, "dog": {}, "style": {"role": "style"}}),
+        "weight schedule": Golden("sd", "merge", fields={"cat": {"weight": "0:1..0.5:0.2"}, "dog": {"weight": [1, 0]}}),
+        "weight schedule, clora": Golden("sd", "clora", fields={"cat": {"weight": "1..0.4"}, "dog": {}}, cheap=True),
+        "blocks": Golden("sd", "regional", fields=boxed(blocks={"down": 0.5, "up.1": 0.0, "text": 0.3})),
+        "own prompts": Golden("sd", "lora-composer", fields=own, cheap=True),
+        "own prompts, clora": Golden("sd", "clora", {"fuse": "branches", "uncond": "each"}, fields=branches),
+        "controlnet": Golden(
+            "sd", "lora-composer", fields=boxed(), arguments={"control": controlnet_by_region}, cheap=True
+        ),
+        "controlnet, clora": Golden("sd", "clora", arguments={"control": controlnet}),
+        "t2i-adapter": Golden("sd", "regional", fields=boxed(), arguments={"control": t2i_adapter}),
+        "concept sets": Golden("sd", "merge", arguments=sets, cheap=True),
+        "concept sets, tara": Golden("sd", "tara", arguments=sets),
+        "concept sets, clora": Golden("sd", "clora", arguments=sets),
+        "concept sets, lora-composer": Golden("sd", "lora-composer", arguments=boxed_sets),
+        "two images": Golden("sd", "clora", arguments={"num_images_per_prompt": 2}),
+        "two images, lora-composer": Golden("sd", "lora-composer", fields=boxed(),
+                                            arguments={"num_images_per_prompt": 2}),
+        "one step": Golden("sd", "clora", arguments={"num_inference_steps": 1}, cheap=True),
+        "one step, lora-composer": Golden("sd", "lora-composer", fields=boxed(), arguments={"num_inference_steps": 1}),
+        "eight steps": Golden("sd", "lora-composer", fields=boxed(), arguments={"num_inference_steps": 8}),
+        "guidance 0": Golden("sd", "clora", arguments={"guidance_scale": 0.0}),
+        "guidance 1": Golden("sd", "lora-composer", fields=boxed(), arguments={"guidance_scale": 1.0}, cheap=True),
+        "guidance 1, branches": Golden("sd", "clora", {"fuse": "branches"}, arguments={"guidance_scale": 1.0}),
+        "guidance rescaled": Golden("sd", "tara", arguments={"guidance_rescale": 0.7}),
+        "negative prompt": Golden("sd", "lora-composer", fields=boxed(), arguments={"negative_prompt": "a dog"}),
+        "Heun": Golden("sd", "clora", scheduler=HeunDiscreteScheduler, cheap=True),
+        "Heun, lora-composer": Golden("sd", "lora-composer", fields=boxed(), scheduler=HeunDiscreteScheduler),
+        "Euler": Golden("sd", "lora-composer", fields=boxed(), scheduler=EulerDiscreteScheduler),
+        "Euler ancestral": Golden("sd", "clora", scheduler=EulerAncestralDiscreteScheduler),
+        "DPM++": Golden("sd", "clora", {"fuse": "branches"}, scheduler=DPMSolverMultistepScheduler),
+        "LCM": Golden("sd", "lora-composer", fields=boxed(), scheduler=LCMScheduler),
+        "eta": Golden("sd", "regional", fields=boxed(), arguments={"eta": 0.5}),
+        "odd canvas": Golden("sd", "lora-composer", fields=boxed(), arguments=odd, cheap=True),
+        "odd canvas, clora": Golden("sd", "clora", arguments={"height": 136, "width": 120}),
+        "other settings, clora": Golden(
+            "sd", "clora", {"isolate": True, "smoothed": True, "morphology": ("open", "dilate"), "refine_at": (0.25,),
+                            "refinements": 2, "step_rule": "raw", "exclusive": False},
+        ),
+        "other settings, lora-composer": Golden("sd", "lora-composer", {"isolate": False, "apart": 0.0},
+                                                fields=boxed()),
+    }  # fmt: skip
+    return {f"sd: {name}": run for name, run in runs.items()}
+
+
+def _others() -> dict[str, Golden]:
+    """What SDXL alone has, and the trained model."""
+    sizes = {"original_size": (100, 120), "crops_coords_top_left": (4, 8), "target_size": (128, 96)}
+    cats = {f"{name}-tara": {} for name in BOXES}
+    return {
+        "sdxl: sizes": Golden("sdxl", "tara", arguments=sizes),
+        "sdxl: ends early": Golden("sdxl", "regional", fields=boxed(), arguments={"denoising_end": 0.6}),
+        "sdxl: controlnet": Golden("sdxl", "regional", fields=boxed(), arguments={"control": controlnet}),
+        "sdxl: Euler": Golden("sdxl", "clora", scheduler=EulerDiscreteScheduler),
+        "playground: merge": Golden("playground", "merge"),
+        "playground: tara": Golden("playground", "tara", fields=cats),
+        "playground: regional": Golden("playground", "regional", fields=boxed()),
+        "playground: lora-composer": Golden("playground", "lora-composer", fields=boxed()),
+        "playground: clora": Golden("playground", "clora"),
+        "playground: clora official": Golden("playground", "clora:official", {"refinements": 2}),
+    }
+
+
+GOLDENS: Mapping[str, Golden] = {**_by_family(), **_sd(), **_others()}
+"""All runs, by name."""
+
+
+def numbers(latents: Tensor) -> list[float]:
+    """Some numbers of latents, from all over them, and their mean and standard deviation."""
+    flat = latents.flatten().double()
+    some = flat[:: max(1, len(flat) // 12)][:12]
+    return [round(float(value), 6) for value in (*some, flat.mean(), flat.std())]
+
+
+def main(verb: str, path: str = "") -> None:
+    """Makes, compares or records them."""
+    torch.set_num_threads(1)
+    made = {}
+    before = torch.load(path) if verb == "compare" else {}
+    apart = 0
+    for name, golden in GOLDENS.items():
+        made[name] = golden.latents()
+        if verb == "compare":
+            same = name in before and torch.equal(before[name], made[name])
+            apart += not same
+            if not same:
+                off = (before[name] - made[name]).abs().max() if name in before else "new"
+                sys.stdout.write(f"{name}: {off}\n")
+    if verb == "make":
+        torch.save(made, path)
+    elif verb == "record":
+        cheap = {name: numbers(latents) for name, latents in made.items() if GOLDENS[name].cheap}
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in cheap.items())
+        RECORDED.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    sys.stdout.write(f"{len(made)} runs, {apart} differ\n" if verb == "compare" else f"{len(made)} runs\n")
+    raise SystemExit(bool(apart))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

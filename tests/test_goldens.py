@@ -1,0 +1,20 @@
+"""Latents of fixed runs, as they were when they were recorded (`goldens.py` makes and records them)."""
+
+import json
+
+import pytest
+
+from goldens import GOLDENS, RECORDED, numbers
+
+CHEAP = [name for name, golden in GOLDENS.items() if golden.cheap]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' schedulers
+@pytest.mark.parametrize("name", CHEAP)
+def test_latents_are_what_they_were(name: str) -> None:
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[name]
+    assert numbers(GOLDENS[name].latents()) == pytest.approx(recorded, abs=1e-3 * recorded[-1])  # of their deviation
+
+
+def test_what_is_recorded_is_what_is_compared() -> None:
+    assert set(json.loads(RECORDED.read_text(encoding="utf-8"))) == set(CHEAP)
