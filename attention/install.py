@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from attention.gates import GateKey, Gates
+from attention.kernels import kernel_of
 from attention.layers import Kind, Place, attention_layers, grid_at, places, uncompiled
 from attention.layout import Layout
 from attention.lora_bank import BankLayer, Lora, base_layer
-from attention.processors import ComposeAttnProcessor, kernel_of
+from attention.processors import ComposeAttnProcessor
 from attention.recorder import Recorder
 from attention.slot import Slot
 from attention.text_kv import TextKV

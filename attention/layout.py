@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from attention.processors import Kernel
+from attention.kernels import Kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +122,7 @@ class Layout:
     inject: bool
     isolate: bool
 
-    def cross(self, kernel: "Kernel", level: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def cross(self, kernel: Kernel, level: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Cross-attention of every reader.
 
         Args:
@@ -154,7 +152,7 @@ class Layout:
         readers, shares = of_cell
         return (out[:, readers] * shares[..., None].to(out.dtype)).sum(dim=2)
 
-    def self_attention(self, kernel: "Kernel", level: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def self_attention(self, kernel: Kernel, level: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Self-attention. Shapes: [rows, heads, cells, channels] all."""
         if not self.isolate:
             return kernel(query, key, value)

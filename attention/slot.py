@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from attention.gates import GateKey
-    from attention.layout import Layout
-    from attention.recorder import Recorder
-    from attention.text_kv import TextKV
+from attention.gates import GateKey
+from attention.layout import Layout
+from attention.recorder import Recorder
+from attention.text_kv import TextKV
 
 
 @dataclass
@@ -29,8 +27,8 @@ class Slot:
             rows, tokens, channels].
     """
 
-    gates: dict["GateKey", Tensor] = field(default_factory=dict)
-    text_kv: "TextKV | None" = None
-    recorders: "Sequence[Recorder]" = ()
-    layout: "Layout | None" = None
+    gates: dict[GateKey, Tensor] = field(default_factory=dict)
+    text_kv: TextKV | None = None
+    recorders: Sequence[Recorder] = ()
+    layout: Layout | None = None
     texts: Tensor | None = None

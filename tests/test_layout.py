@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attention import Layout, Partition
 from attention.layout import read_by
-from attention.processors import sdpa
+from attention.kernels import sdpa
 
 SETTINGS = settings(deadline=None, max_examples=40)
 ROWS, HEADS, CHANNELS, TOKENS = 2, 2, 4, 5

@@ -8,7 +8,8 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor
 
 from attention import AttentionLayer, install
-from attention.processors import ComposeAttnProcessor, XFormersKernel, kernel_of
+from attention.kernels import XFormersKernel, kernel_of
+from attention.processors import ComposeAttnProcessor
 from attention.slot import Slot
 from components import sd_unet, sdxl_unet, unet_inputs
 from reference import random_gates, relative_error

@@ -1,0 +1,90 @@
+"""How attention is computed: the kernel of the processor that a layer has, kept while ours stands in for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    XFormersAttnProcessor,
+)
+from torch import Tensor
+
+
+class Kernel(Protocol):
+    """Computes attention for [rows, heads, positions, channels] tensors and returns the same shape."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attends."""
+        ...
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """PyTorch's scaled dot product attention, as in diffusers' AttnProcessor2_0."""
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+@dataclass(frozen=True)
+class PlainKernel:
+    """Scores, softmax and product one after the other, as in diffusers' AttnProcessor."""
+
+    scale: float
+    upcast_attention: bool
+    upcast_softmax: bool
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attends."""
+        if self.upcast_attention:
+            query, key = query.float(), key.float()
+        nothing = query.new_empty(1, 1, 1)
+        # As diffusers does it: the scale comes before the scores are rounded to half precision.
+        scores = torch.baddbmm(
+            nothing, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=0, alpha=self.scale
+        )
+        probabilities = torch.softmax(scores.float() if self.upcast_softmax else scores, dim=-1)
+        return probabilities.to(value.dtype).unflatten(0, value.shape[:2]) @ value
+
+
+@dataclass(frozen=True)
+class XFormersKernel:
+    """Memory-efficient attention from xformers, with the operator that the user chose."""
+
+    scale: float
+    operator: Callable | None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attends."""
+        import xformers.ops  # pyright: ignore[reportMissingImports]
+
+        query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
+        out = xformers.ops.memory_efficient_attention(query, key, value, op=self.operator, scale=self.scale)
+        return out.transpose(1, 2)
+
+
+def kernel_of(name: str, attn: Attention) -> Kernel:
+    """The kernel of the processor that a layer has, to be kept while ours stands in for it.
+
+    Raises:
+        ValueError: For a processor or a part of the layer whose behaviour ours would lose.
+    """
+    if getattr(attn, "fused_projections", False):
+        raise ValueError(f"{name} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`")
+    for part in ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj"):
+        if getattr(attn, part, None) is not None:
+            raise ValueError(f"{name} has {part}, which cannot be combined with concepts")
+    processor = attn.processor
+    if type(processor) is AttnProcessor2_0:
+        return sdpa
+    if type(processor) is XFormersAttnProcessor:
+        return XFormersKernel(attn.scale, processor.attention_op)
+    if type(processor) is AttnProcessor:
+        return PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
+    raise ValueError(
+        f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: "
+        "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor. Undo what installed it (for example "
+        "`unload_ip_adapter()` or `disable_attention_slicing()`; attention needs no more memory without slicing)."
+    )
