@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention import Layout, Partition
-from attention.layout import read_by
 from attention.kernels import sdpa
+from attention.layout import read_by
 
 SETTINGS = settings(deadline=None, max_examples=40)
 ROWS, HEADS, CHANNELS, TOKENS = 2, 2, 4, 5
