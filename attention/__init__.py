@@ -9,7 +9,7 @@ from attention.layers import AttentionLayer, attention_layers, coarser, grid_at,
 from attention.layout import Layout, Partition
 from attention.lora_bank import Lora, LoraFactors
 from attention.recorder import Recorder
-from attention.stopping import frozen, stopped_after
+from attention.stopping import frozen, stopped_after, weights_kept
 
 __all__ = [
     "AttentionLayer",
@@ -32,4 +32,5 @@ __all__ = [
     "map_level",
     "places",
     "stopped_after",
+    "weights_kept",
 ]

@@ -1,10 +1,13 @@
 """A UNet that stops after the last layer whose attention is wanted: about half the work where only maps count."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from attention.layers import blocks, uncompiled
 
@@ -50,3 +53,44 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Inside this block a graph keeps the weights that its backward needs, whatever hooks do after each layer.
+
+    diffusers' layerwise casting and group offloading put other numbers into a parameter once its layer has run, those
+    of the storage precision or of the CPU, and the graph of that layer would find these.
+    """
+    hooked: list[Any] = [module for module in model.modules() if hasattr(module, "_diffusers_hook")]
+    with ExitStack() as undo:
+        if hooked:
+            # Checkpointing would end a recomputed block by an exception, and leave out the hook after its last layer.
+            undo.enter_context(set_checkpoint_early_stop(False))
+        for module in hooked:  # the hooks have made `forward` an attribute of each
+            undo.callback(setattr, module, "forward", module.forward)
+            module.forward = _with_aliases(module.forward)
+        yield
+
+
+def _with_aliases(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def forward_with_aliases(*args: Any, **kwargs: Any) -> Any:
+        with _Aliases():
+            return forward(*args, **kwargs)
+
+    return forward_with_aliases
+
+
+class _Aliases(TorchFunctionMode):
+    """Operations are given aliases of parameters, which keep their numbers when the parameter gets others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.__name__ != "__set__":
+            args = tuple(map(_alias, args))
+            kwargs = {name: _alias(given) for name, given in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
+
+
+def _alias(given: Any) -> Any:
+    return given.detach() if isinstance(given, nn.Parameter) else given

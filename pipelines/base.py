@@ -1,13 +1,13 @@
 """What every composing pipeline has in common: opening models, holding concepts, a call with its denoising loop."""
 
-import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -45,8 +45,6 @@ class ComposePipeline:
         image = pipe("a sks cat and a zwx dog on grass", concepts=["cat", "dog"], method="tara").images[0]
     """
 
-    _plain_class_name: ClassVar[str]
-
     concept_memory: int = 2 * 2**30
     """Bytes of LoRAs that stay in memory between calls, of those that calls have read; `load_concept` comes on top."""
 
@@ -64,6 +62,19 @@ class ComposePipeline:
     prepare_extra_step_kwargs: Any
     get_guidance_scale_embedding: Any
     _execution_device: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Gives a family's class the name of the class of diffusers that it extends.
+
+        diffusers goes by that name: a saved pipeline opens in plain diffusers, and `AutoPipelineFor...from_pipe` finds
+        the pipelines for other tasks. `__qualname__` stays our own.
+        """
+        super().__init_subclass__(**options)
+        cls.__name__ = next(
+            base.__name__
+            for base in cls.__mro__
+            if issubclass(base, DiffusionPipeline) and not issubclass(base, ComposePipeline)
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
@@ -115,15 +126,6 @@ class ComposePipeline:
         from pipelines.families import family_of
 
         return family_of(pipeline.config).from_pipe(pipeline, **options)
-
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
-        """As in diffusers, but under the name of diffusers' own class, so that what is saved opens without us."""
-        super().save_config(save_directory, push_to_hub=push_to_hub, **options)  # pyright: ignore[reportAttributeAccessIssue]
-        path = Path(save_directory) / DiffusionPipeline.config_name
-        config = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(
-            json.dumps({**config, "_class_name": self._plain_class_name}, indent=2) + "\n", encoding="utf-8"
-        )
 
     @property
     def _loaded(self) -> dict[str, LoadedConcept]:
@@ -344,10 +346,7 @@ class ComposePipeline:
             self._cross_attention_kwargs = call.cross_attention_kwargs
             self._denoising_end = call.denoising_end
             self._interrupt = False
-            schedule: Any = retrieve_timesteps(
-                self.scheduler, call.num_inference_steps, device, call.timesteps, call.sigmas
-            )
-            steps, number = self._shortened(call, *schedule)
+            steps, number = self._schedule(call, device)
             engine.timesteps = steps
             engine.record_steps = steps_to_record(call.record_attention, len(steps))
             process = settings.start(engine)
@@ -360,7 +359,7 @@ class ComposePipeline:
     def _prepared(self, call: Call, encode: Encoder) -> tuple[Engine, Settings]:
         """Checks everything that can be checked before something is changed."""
         loaded, members = self._cast(call)
-        check_call(loaded, call.width, call.height, call.num_inference_steps)
+        check_call(call, loaded)
         for found in loaded:
             check_blocks(found, self.unet)
         differ = any(mine != members[0] for mine in members)
@@ -494,15 +493,25 @@ class ComposePipeline:
             kwargs["timestep_cond"] = embedding.to(device=device, dtype=self.unet.dtype)
         return kwargs
 
-    def _shortened(self, call: Call, timesteps: Tensor, number: int) -> tuple[Tensor, int]:
-        """The steps until `denoising_end`, and how many these are."""
-        if not isinstance(call.denoising_end, float) or not 0 < call.denoising_end < 1:
-            return timesteps, number
-        trained = self.scheduler.config.num_train_timesteps
-        kept = timesteps[timesteps >= round(trained - call.denoising_end * trained)]
-        if not len(kept):
-            raise ValueError(f"denoising_end={call.denoising_end} leaves none of the {number} steps")
-        return kept, len(kept)
+    def _schedule(self, call: Call, device: torch.device) -> tuple[Tensor, int]:
+        """The timesteps of all passes until `denoising_end`, and the number of steps that these make.
+
+        A step of a scheduler of second order (Heun) has two passes, of which the last step lacks one.
+        """
+        schedule: Any = retrieve_timesteps(
+            self.scheduler, call.num_inference_steps, device, call.timesteps, call.sigmas
+        )
+        timesteps, number = schedule
+        ends = isinstance(call.denoising_end, float) and 0 < call.denoising_end < 1
+        if ends:
+            trained = self.scheduler.config.num_train_timesteps
+            kept = timesteps[timesteps >= round(trained - call.denoising_end * trained)]
+            if not len(kept):
+                raise ValueError(f"denoising_end={call.denoising_end} leaves none of the {number} steps")
+            timesteps = kept
+        if ends or call.has_schedule:
+            number = math.ceil(len(timesteps) / self.scheduler.order)
+        return timesteps, number
 
     def _denoise(
         self, call: Call, engine: Engine, process: Process, latents: Tensor, timesteps: Tensor, number: int

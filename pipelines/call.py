@@ -35,7 +35,7 @@ class Call:
         record_attention: Steps of which attention maps are kept.
         width: Pixels.
         height: Pixels.
-        num_inference_steps: Denoising steps.
+        num_inference_steps: Denoising steps; without a meaning where `timesteps` or `sigmas` are given.
         timesteps: As in diffusers, likewise all below.
         sigmas: Noise levels.
         denoising_end: The part of the denoising after which the call ends.
@@ -62,7 +62,7 @@ class Call:
     record_attention: bool | Sequence[int]
     width: int
     height: int
-    num_inference_steps: int
+    num_inference_steps: int | None
     timesteps: list[int] | None
     sigmas: list[float] | None
     denoising_end: float | None = None
@@ -89,6 +89,11 @@ class Call:
         """How many prompts or embeddings there are."""
         given = self.prompts if self.prompt_embeds is None else self.prompt_embeds
         return 0 if given is None else len(given)
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the timesteps or noise levels of the steps are given, and with them their number."""
+        return self.timesteps is not None or self.sigmas is not None
 
     @property
     def lora_scale(self) -> float | None:
@@ -164,18 +169,24 @@ def listed(prompt: str | list[str] | None) -> list[str]:
     return [prompt] if isinstance(prompt, str) else prompt or []
 
 
-def check_call(concepts: Sequence[LoadedConcept], width: int, height: int, num_inference_steps: int) -> None:
+def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     """Checks what diffusers does not.
 
     Raises:
         ValueError: For sizes and step numbers below 1 and for regions outside the canvas.
     """
-    if width < 1 or height < 1:
-        raise ValueError(f"width and height must be positive, not {width} x {height}")
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
+    if call.width < 1 or call.height < 1:
+        raise ValueError(f"width and height must be positive, not {call.width} x {call.height}")
+    if call.has_schedule:
+        for name, given in (("timesteps", call.timesteps), ("sigmas", call.sigmas)):
+            if given is not None and not len(given):
+                raise ValueError(f"{name} is empty; give one for each step, or leave it out")
+    elif call.num_inference_steps is None:
+        raise ValueError("num_inference_steps may be None only with timesteps or sigmas")
+    elif call.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, not {call.num_inference_steps}")
     for loaded in concepts:
-        check_region(loaded.concept, width, height)
+        check_region(loaded.concept, call.width, call.height)
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:

@@ -27,6 +27,7 @@ from attention import (
     map_level,
     places,
     stopped_after,
+    weights_kept,
 )
 from attention.layers import Grid, Kind, Place, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
@@ -571,11 +572,12 @@ class Engine:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Inside this block no weight of what a pass runs asks for a gradient."""
+        """Inside this block no weight of what a pass runs asks for a gradient, and a graph keeps those it needs."""
         nets = [guide.control.model for guide in self.guides if isinstance(guide, NetGuide)]
         with ExitStack() as stack:
             for model in (self._unet, *nets):
                 stack.enter_context(frozen(uncompiled(model)))
+                stack.enter_context(weights_kept(uncompiled(model)))
             yield
 
     @contextmanager

@@ -1,15 +1,18 @@
 """Stable Diffusion 1.x and 2.x with concepts."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
+from transformers import CLIPTextModel
 
+from attention.layers import uncompiled
 from pipelines.base import ComposePipeline, output_of
 from pipelines.call import Call, Concepts, Generators, check_arguments, check_plain, listed, nobody, tensors_for
 from pipelines.conditioning import Conditioning, TokenPositions
@@ -21,7 +24,10 @@ from pipelines.methods import Settings
 class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionPipeline` whose calls may name concepts."""
 
-    _plain_class_name: ClassVar[str] = "StableDiffusionPipeline"
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
+        with _inner_model_named(self.text_encoder):
+            return super().encode_prompt(*args, **kwargs)
 
     @torch.no_grad()
     def __call__(  # noqa: D417
@@ -29,7 +35,7 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = 50,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         guidance_scale: float = 7.5,
@@ -132,3 +138,20 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         uncond = text.prompt_embeds[: text.images] if text.guided else None
         return {"prompt_embeds": text.prompt_embeds, "negative_prompt_embeds": uncond}
+
+
+@contextmanager
+def _inner_model_named(text_encoder: Any) -> Iterator[None]:
+    """Inside this block a text encoder has the name by which diffusers finds its final layer norm, `text_model`.
+
+    transformers 4 has one module more between `CLIPTextModel` and its layers, which is called so.
+    """
+    model = uncompiled(text_encoder)
+    if not isinstance(model, CLIPTextModel) or hasattr(model, "text_model"):
+        yield
+        return
+    model.__dict__["text_model"] = model  # not as a child: a module that contains itself has no end
+    try:
+        yield
+    finally:
+        del model.__dict__["text_model"]

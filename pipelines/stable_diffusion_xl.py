@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -23,8 +23,6 @@ from pipelines.output import ComposeOutput
 class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionXLPipeline` whose calls may name concepts."""
 
-    _plain_class_name: ClassVar[str] = "StableDiffusionXLPipeline"
-
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -32,7 +30,7 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
         prompt_2: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = 50,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
         denoising_end: float | None = None,
@@ -181,7 +179,8 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
         if call.output_type == "latent":
             return latents
         with self._vae_in_range():
-            image = self.vae.decode(self._unscaled(latents.to(self.vae.dtype)), return_dict=False)[0]
+            scaled = self._unscaled(latents.to(self.vae.dtype))
+            image = self.vae.decode(scaled, return_dict=False, generator=call.generator)[0]
         if self.watermark is not None:
             image = self.watermark.apply_watermark(image)
         return self._postprocess(image, call)
@@ -199,14 +198,14 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
             self.vae.to(dtype=torch.float16)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        config: Any = self.vae.config
-        if config.latents_mean is None or config.latents_std is None:
-            return latents / config.scaling_factor
+        config: Mapping[str, Any] = self.vae.config
+        found = [config.get(name) for name in ("latents_mean", "latents_std")]  # some kinds of VAE do not know them
+        if None in found:
+            return latents / config["scaling_factor"]
         mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1) for values in found
         )
-        return latents * std / config.scaling_factor + mean
+        return latents * std / config["scaling_factor"] + mean
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         added = text.added_cond_kwargs or {}

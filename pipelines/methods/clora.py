@@ -354,7 +354,7 @@ class Contrasting:
         uncond, cond = prediction.parts
         if len(uncond) == len(cond):
             uncond = (uncond * shares).sum(dim=0, keepdim=True)
-        fused = torch.cat([*uncond, (cond * shares).sum(dim=0)])
+        fused = torch.cat([*uncond, (cond * shares).sum(dim=0)]).to(prediction.model_output.dtype)
         return self.engine.guide(replace(prediction, model_output=fused, unconds=len(uncond)))
 
     def _shares(self) -> Tensor:
