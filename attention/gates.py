@@ -97,8 +97,9 @@ class Gates:
             width] for convolutions, [rows, sum of ranks] for "row" places.
         """
         gate = self.of(key.place)
-        concept_of_rank = torch.repeat_interleave(torch.tensor(key.ranks)).to(gate.device)
-        gate = gate[..., concept_of_rank]
+        # Not by an index of ranks, which would have to be copied to the device.
+        each = [gate[..., i, None].expand(*gate.shape[:-1], rank) for i, rank in enumerate(key.ranks)]
+        gate = torch.cat(each, dim=-1)
         if not key.convolution:
             return gate.contiguous()
         gate = gate.transpose(1, 2)
@@ -108,9 +109,10 @@ class Gates:
 
 def among(by_concept: Tensor, columns: Sequence[int], concepts: int) -> Tensor:
     """Numbers for some concepts as numbers for more of them, 0 at the others. Shape: [..., concepts]."""
-    every = by_concept.new_zeros(*by_concept.shape[:-1], concepts)
-    every[..., list(columns)] = by_concept
-    return every
+    every = [by_concept.new_zeros(by_concept.shape[:-1])] * concepts
+    for column, mine in zip(columns, by_concept.unbind(dim=-1), strict=True):
+        every[column] = mine
+    return torch.stack(every, dim=-1)
 
 
 class Derived:

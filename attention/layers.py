@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffusers.models.attention_processor import Attention
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Grid = tuple[int, int]
 """Height and width of a grid of latent cells."""
@@ -63,6 +64,14 @@ def grid_at(latent_grid: Grid, level: int) -> Grid:
 def coarser(cells: slice, level: int) -> slice:
     """The same part of a line after `level` halvings, rounded up at its end."""
     return slice(cells.start >> level, -(-cells.stop >> level))
+
+
+def sent(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """A tensor on a device; the host does not wait for the copy.
+
+    That is safe from ordinary memory on CUDA, which takes the numbers over at once, but not on MPS.
+    """
+    return tensor.to(device, non_blocking=device is not None and device.type != "mps")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attention.kernels import Kernel
+from attention.layers import sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +45,14 @@ class Readers:
     def of(cls, membership: Tensor, device: torch.device | None = None) -> "Readers":
         """Args: as for `Partition.of`."""
         texts, cells = read_by(membership)
-        by_text = tuple((text, cells[texts == text].to(device)) for text in texts.unique().tolist())
-        order = texts.argsort(stable=True).argsort().to(device)
+        by_text = tuple((text, sent(cells[texts == text], device)) for text in texts.unique().tolist())
+        order = sent(texts.argsort(stable=True).argsort(), device)
         times = cells.bincount()[:, None]
         if times.max() == 1:
             return cls(by_text, order, None)
         nth = torch.arange(int(times.max()))
         readers = times.cumsum(dim=0) - times + nth.minimum(times - 1)
-        return cls(by_text, order, (readers.to(device), ((nth < times) / times).to(device)))
+        return cls(by_text, order, (sent(readers, device), sent((nth < times) / times, device)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,8 @@ class Partition:
         groups = []
         for i, kind in enumerate(kinds):
             sees = background | (membership & kind).any(dim=1) | ~kind.any()
-            visible = None if sees.all() else sees.nonzero()[:, 0].to(device)
-            cells = (kind_of == i).nonzero()[:, 0].to(device)
+            visible = None if sees.all() else sent(sees.nonzero()[:, 0], device)
+            cells = sent((kind_of == i).nonzero()[:, 0], device)
             groups.append(Group(cells, visible))
         return cls(tuple(groups), Readers.of(membership, device))
 

@@ -149,18 +149,23 @@ class ByCast:
 
     def prepare(self, latents: Tensor) -> Tensor:
         """Each its own images."""
-        return self._joined(process.prepare(latents[part.batch]) for part, process in self.casts)
+        return self._joined(process.prepare(_of_batch(latents, part.batch)) for part, process in self.casts)
 
     def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Each its own images."""
         steps = []
         for part, process in self.casts:
             part.follow()
-            steps.append(process.step(latents[part.batch], t))
+            steps.append(process.step(_of_batch(latents, part.batch), t))
         moved, outputs = zip(*steps, strict=True)
         return self._joined(moved), self._joined(outputs)
 
     def _joined(self, parts: Iterable[Tensor]) -> Tensor:
         """The images of all casts in the order of the call."""
         order = [image for part, _ in self.casts for image in part.batch]
-        return torch.cat(list(parts))[torch.tensor(order).argsort()]
+        return _of_batch(torch.cat(list(parts)), sorted(range(len(order)), key=order.__getitem__))
+
+
+def _of_batch(batch: Tensor, images: Sequence[int]) -> Tensor:
+    """Some images of a batch, in this order. An index tensor would have to be copied to the device in every step."""
+    return torch.cat([batch[image : image + 1] for image in images])

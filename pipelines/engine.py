@@ -29,7 +29,7 @@ from attention import (
     stopped_after,
     weights_kept,
 )
-from attention.layers import Grid, Kind, Place, uncompiled
+from attention.layers import Grid, Kind, Place, sent, uncompiled
 from pipelines.conditioning import Conditioning, TokenMasks, join_rows
 from pipelines.control import Guide, NetGuide, View, unet_inputs
 from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
@@ -151,7 +151,7 @@ class Gradient:
     """What a pass with a gradient gives.
 
     Attributes:
-        losses: The objective by image, fp32. Shape: [images].
+        losses: The objective by image, fp32, on the CPU. Shape: [images].
         direction: Its gradient in the scale of the latents, fp32. Shape: as the latents.
         prediction: What the UNet said, if it was run to its end.
     """
@@ -539,7 +539,7 @@ class Engine:
         size serves all schedulers: those that scale the input down (Euler) would otherwise take steps too small.
 
         One graph exists at a time, in which no weight asks for a gradient: of all rows, or of those that the
-        conditioning wants to be run at once, which then are run a second time.
+        conditioning wants to be run at once, which then are run a second time. The host waits for the device once.
 
         Args: as for `observe`, and
             objective: What is to become smaller.
@@ -565,10 +565,11 @@ class Engine:
             losses, gradient, output = differentiate(wanted)
         self.cost.rows_backward += conditioning.rows
         gradient = gradient.float() / lift / per_latent
-        if not gradient.is_meta and not gradient.isfinite().all():
+        *by_image, finite = self.read(torch.cat([losses.detach() / lift, gradient.isfinite().all()[None]])).unbind()
+        if not finite:
             raise ValueError(f"the gradient at step {self.step} is not finite; try float32 or a smaller step size")
         prediction = Prediction(output.detach(), conditioning.unconds, conditioning.images) if whole else None
-        return Gradient(losses.detach() / lift, gradient, prediction)
+        return Gradient(torch.stack(by_image), gradient, prediction)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -676,9 +677,9 @@ class Engine:
         """What part of the canvas some latents are."""
         return latents.shape[-2] * latents.shape[-1] / (self.latent_grid[0] * self.latent_grid[1])
 
-    def goes_on(self, images: Tensor) -> bool:
-        """Whether any image is still to be worked on. Shape: [images], bool."""
-        return bool(images.any())
+    def read(self, numbers: Tensor) -> Tensor:
+        """Numbers on the CPU, for which the host waits until the device has come so far."""
+        return numbers.cpu()
 
     def found(self, masks: Tensor) -> Tensor:
         """Masks that were read from attention maps, on the CPU. Shape: [images, concepts, height, width], bool."""
@@ -777,7 +778,7 @@ class Engine:
             self._weighted_for = self.step_weights
             self._weighted_gates.clear()
         factors = self._weighted_for
-        return self._weighted_gates.of(gates, lambda g: g.times(torch.tensor(factors, device=g.text.device)))
+        return self._weighted_gates.of(gates, lambda g: g.times(sent(torch.tensor(factors), g.text.device)))
 
     def _without_uncond(self, conditioning: Conditioning, gates: Gates) -> tuple[Conditioning, Gates]:
         """Conditional rows only, the same objects every time, so that nothing is built again per step."""

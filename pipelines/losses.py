@@ -13,7 +13,7 @@ def smooth(maps: Tensor) -> Tensor:
     exp(-(x / (2 * 0.5))^2) at -1, 0, 1, normalised (0.2119, 0.5761, 0.2119): the kernel of Attend-and-Excite's code,
     which the authors of LoRA-Composer use; a Gaussian of that sigma would be narrower.
     """
-    line = torch.tensor([-1.0, 0.0, 1.0], device=maps.device, dtype=maps.dtype).square().neg().exp()
+    line = torch.arange(-1, 2, device=maps.device, dtype=maps.dtype).square().neg().exp()
     line = line / line.sum()
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
     for pad, kernel in (((1, 1, 0, 0), line[None]), ((0, 0, 1, 1), line[:, None])):

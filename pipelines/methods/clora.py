@@ -388,9 +388,10 @@ class Contrasting:
                 masks = F.interpolate(self.engine.found(self.masks).float(), self.engine.latent_grid)
                 self.regions = [self._region(text, mask) for text, mask in zip(self.texts, masks, strict=True)]
         if self.masks is not None:
-            everywhere = torch.ones_like(self.masks[:, :1]).repeat(1, len(self.engine.concepts), 1, 1)
-            everywhere[:, list(self.subjects)] = self.masks
-            self.engine.keep_masks(everywhere)
+            by_concept = [torch.ones_like(self.masks[:, 0])] * len(self.engine.concepts)
+            for i, mask in zip(self.subjects, self.masks.unbind(dim=1), strict=True):
+                by_concept[i] = mask
+            self.engine.keep_masks(torch.stack(by_concept, dim=1))
 
     def _found(self, maps: Tensor) -> Tensor:
         """Masks of all subjects.

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from attention import Gates, Layout, Partition, Recorder
+from attention.layers import sent
 from pipelines.casts import ByCast
 from pipelines.conditioning import Conditioning, stack_texts
 from pipelines.engine import Engine
@@ -293,8 +294,8 @@ class Parts:
 class Composing:
     """The process of LoRA-Composer for one call.
 
-    On a GPU the host waits twice for each update: to know whether any image goes on, and whether the gradient is
-    finite.
+    On a GPU the host waits once for each update, to know the losses and whether the gradient is finite, and otherwise
+    never.
 
     Attributes:
         settings: The settings.
@@ -304,8 +305,8 @@ class Composing:
         layout: Which cell reads and sees what.
         targets: What the losses look at, one for each region.
         parts: The canvases on which regions are denoised apart; None if they are not.
-        refining: Which images are still updated; None before the first step. Shape: [images].
-        losses: Their losses before the last update.
+        refining: Which images are still updated, on the CPU; None before the first step. Shape: [images].
+        losses: Their losses before the last update, on the CPU. Shape: [images].
     """
 
     settings: LoraComposer
@@ -359,8 +360,8 @@ class Composing:
     def _update(self, latents: Tensor, t: Tensor) -> Tensor:
         step, steps = self.engine.step, len(self.engine.timesteps)
         if self.refining is None:
-            self.refining = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
-        if step > int(_share(self.settings.most_updates, self.engine)) or not self.engine.goes_on(self.refining):
+            self.refining = torch.ones(len(latents), dtype=torch.bool)
+        if step > int(_share(self.settings.most_updates, self.engine)) or not self.refining.any():
             return latents
         found = self.engine.gradient(
             latents, t, self.conditioning, self.gates, self._recorder(), self.loss, self.layout
@@ -369,7 +370,8 @@ class Composing:
         if self.settings.step_rule == "rms":
             gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
         size = self.settings.step_size * (1 - 0.5 * step / max(1, steps - 1)) ** self.settings.step_decay
-        updated = (latents - size * gradient * self.refining[:, None, None, None]).to(latents.dtype)
+        refining = sent(self.refining, latents.device)[:, None, None, None]
+        updated = (latents - size * gradient * refining).to(latents.dtype)
         if self.losses is not None and step >= int(_share(self.settings.least_updates, self.engine)):
             self.refining = self.refining & (losses <= self.losses)  # the update of this step has been applied
         self.losses = losses

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attention import Gates
+from attention.layers import sent
 from attention.layout import read_by
 from pipelines.conditioning import Conditioning
 from pipelines.engine import Engine
@@ -55,7 +56,7 @@ def region_gates(
         of_text, read = background.expand(1 + len(mine), -1), image
 
     def on_device(gate: Tensor) -> Tensor:
-        return (acting * gate * weights).to(engine.device)
+        return sent(acting * gate * weights, engine.device)
 
     return Gates(
         text=on_device(of_text[:, None, None]),
