@@ -22,7 +22,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from components import EVERYTHING, FAMILIES, State, random_lora, small_pipeline, text_loras, tiny_pipeline
 from pipelines.base import ComposePipeline
@@ -328,19 +327,8 @@ def test_the_text_encoder_runs_as_often_as_in_diffusers(composer, plain_pipe):
     assert counts == [2, 2]
 
 
-class _WithInnerModel(CLIPTextModel):
-    """A text model that answers to the name by which diffusers finds the final layer norm for `clip_skip`."""
-
-    @property
-    def text_model(self):
-        return self
-
-
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_clip_skip_reaches_the_text_encoder(composer, method):
-    weights = composer.text_encoder.state_dict()
-    composer.text_encoder = _WithInnerModel(composer.text_encoder.config).eval()
-    composer.text_encoder.load_state_dict(weights)
     skipped = latents_of(composer, method=method, clip_skip=1)
     positive, negative = composer.encode_prompt(PROMPT, torch.device("cpu"), 1, True, clip_skip=1)
     encoded = latents_of(
@@ -817,6 +805,12 @@ BAD = {
     "a class as method": ({"method": Tara}, "method must be one of .*merge.* or a settings object"),
     "something else as method": ({"method": 3}, "method must be one of .*merge.* or a settings object, not 3"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
+    "no number of steps": (
+        {"num_inference_steps": None},
+        "num_inference_steps may be None only with timesteps or sigmas",
+    ),
+    "no timesteps": ({"timesteps": []}, "timesteps is empty; give one for each step"),
+    "no noise levels": ({"sigmas": []}, "sigmas is empty; give one for each step"),
     "negative steps": ({"num_inference_steps": -2}, "num_inference_steps must be at least 1, not -2"),
     "size not a multiple of 8": ({"width": 60}, "divisible by 8 but are 128 and 60"),
     "negative size": ({"height": -64}, "width and height must be positive, not 128 x -64"),

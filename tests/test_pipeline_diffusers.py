@@ -1,6 +1,7 @@
 """The composing pipeline is an ordinary diffusers pipeline: the same bits without concepts, and its components are
 opened, saved and shared like those of any other."""
 
+import copy
 import inspect
 import json
 import re
@@ -13,6 +14,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderTiny,
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    ConsistencyDecoderVAE,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -21,8 +28,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
@@ -34,6 +44,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
 from components import FAMILIES, TINY, random_lora, sd_unet, small_pipeline, tiny_xl_pipeline, xl_pipeline
 from pipelines.base import ComposePipeline
+from pipelines.methods import METHODS
 from pipelines.scene import Concept
 from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
@@ -265,6 +276,57 @@ def test_with_concepts_every_scheduler_does_what_it_does_in_diffusers(composer, 
     assert_close(*results)
 
 
+SCHEDULES: dict[str, tuple[Any, dict[str, list[float]], int]] = {
+    "DDPM": (DDPMScheduler, {"timesteps": [900, 500, 10]}, 3),
+    "Euler": (EulerDiscreteScheduler, {"sigmas": [14.0, 3.0, 0.5]}, 2),
+    "Heun": (HeunDiscreteScheduler, {"timesteps": [900, 500, 10]}, 3),
+}
+
+
+@NUMPY_2
+@BOTH
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_given_timesteps_or_noise_levels_need_no_number_of_steps(composer, plain_pipe, capsys, case):
+    scheduler, schedule, steps = SCHEDULES[case]
+    composer.set_progress_bar_config(disable=False)
+    results = []
+    for each, more in ((composer, {}), (composer, NOTHING), (plain_pipe, {})):
+        each.scheduler = scheduler.from_config(each.scheduler.config)
+        capsys.readouterr()
+        results.append(run(each, num_inference_steps=None, **schedule, **more).images)
+        if more:
+            assert f"{steps}/{steps}" in capsys.readouterr().err
+    plain, composed, expected = results
+    assert same_bits(plain, expected)
+    assert_close(composed, expected)
+
+
+@NUMPY_2
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_does_with_given_timesteps_what_it_does_with_their_number(composer, method, scheduler):
+    regions = {"cat": (0, 0, 64, 128), "dog": (64, 0, 128, 128)}
+    given = {"concepts": [Concept(name=name, region=box) for name, box in regions.items()], "method": method}
+    composer.scheduler = scheduler.from_config(composer.scheduler.config)
+    expected = run(composer, num_inference_steps=4, record_attention=[1], **given)
+    timesteps = list(dict.fromkeys(composer.scheduler.timesteps.tolist()))
+    assert len(timesteps) == 4
+    found = run(composer, num_inference_steps=None, timesteps=timesteps, record_attention=[1], **given)
+    assert same_bits(found.images, expected.images)
+    assert same_bits(found.attention_maps, expected.attention_maps)
+    for rows in ("rows_forward", "rows_stopped", "rows_backward"):
+        assert getattr(found.cost, rows) == getattr(expected.cost, rows)
+
+
+@NUMPY_2
+@pytest.mark.parametrize("family", ["sdxl"])
+def test_the_progress_bar_ends_where_denoising_ends(composer, capsys):
+    composer.set_progress_bar_config(disable=False)
+    composer.scheduler = HeunDiscreteScheduler.from_config(composer.scheduler.config)
+    run(composer, num_inference_steps=6, denoising_end=0.5, **NOTHING)
+    assert "3/3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("changes", [{"time_cond_proj_dim": 8}, {"sample_size": (8, 12)}], ids=str)
 def test_other_kinds_of_unets_work_as_in_diffusers(load_concepts, changes):
     pipe, plain_pipe = (
@@ -296,22 +358,64 @@ def test_the_safety_checker_has_its_say(composer, plain_pipe, threshold):
     assert_close(torch.from_numpy(results[0].images), torch.from_numpy(results[1].images))
 
 
+@torch.no_grad()
+def without_last_layers(encoder: Any, tokens: Tensor, skipped: int) -> Tensor:
+    """What a text encoder that lacks its last layers gives, before its final layer norm. Shape: [1, tokens, width]."""
+    shorter = copy.deepcopy(encoder)
+    model = getattr(shorter, "text_model", shorter)
+    model.encoder.layers = model.encoder.layers[: len(model.encoder.layers) - skipped]
+    found = []
+    model.encoder.register_forward_hook(lambda module, inputs, output: found.append(output.last_hidden_state))
+    shorter(tokens)
+    return found[0]
+
+
+def tokens_of(tokenizer: Any) -> Tensor:
+    return tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
+
+
+@pytest.mark.parametrize("concepts", [{}, NOTHING], ids=["plain", "concepts"])
+def test_clip_skip_leaves_out_the_last_layers_of_the_text_encoder(composer, plain_pipe, concepts):
+    encoder = plain_pipe.text_encoder
+    text = encoder.final_layer_norm(without_last_layers(encoder, tokens_of(plain_pipe.tokenizer), 1)).detach()
+    _, negative = plain_pipe.encode_prompt("", torch.device("cpu"), 1, True)
+    expected = run(plain_pipe, prompt=None, prompt_embeds=text, negative_prompt_embeds=negative).images
+    skipped = run(composer, clip_skip=1, **concepts).images
+    assert_close(skipped, expected)
+    assert (skipped - run(plain_pipe).images).abs().max() > 0.01
+    assert not hasattr(composer.text_encoder, "text_model")
+
+
+@pytest.mark.parametrize("family", ["sdxl"])
+@pytest.mark.parametrize("concepts", [{}, NOTHING], ids=["plain", "concepts"])
+def test_clip_skip_leaves_out_one_layer_more_of_both_text_encoders_of_sdxl(composer, plain_pipe, concepts):
+    parts = [
+        without_last_layers(encoder, tokens_of(tokenizer), 2)  # SDXL leaves out one always
+        for encoder, tokenizer in (
+            (plain_pipe.text_encoder, plain_pipe.tokenizer), (plain_pipe.text_encoder_2, plain_pipe.tokenizer_2),
+        )
+    ]  # fmt: skip
+    _, negative, pooled, negative_pooled = plain_pipe.encode_prompt(PROMPT)
+    encoded = zip(XL_EMBEDDINGS, (torch.cat(parts, dim=-1), negative, pooled, negative_pooled), strict=True)
+    expected = run(plain_pipe, prompt=None, **dict(encoded)).images
+    assert_close(run(composer, clip_skip=1, **concepts).images, expected)
+    assert same_bits(run(composer, clip_skip=1).images, run(plain_pipe, clip_skip=1).images)
+
+
 class _WithInnerModel(CLIPTextModel):
-    """A text model that answers to the name by which diffusers finds the final layer norm for `clip_skip`."""
+    """A text model that has the name by which diffusers finds the final layer norm, as those of transformers 4 have."""
 
     @property
     def text_model(self):
         return self
 
 
-def test_without_concepts_clip_skip_gives_the_bits_of_diffusers(pipe, plain_pipe):
+def test_clip_skip_gives_the_bits_of_diffusers_where_that_finds_the_final_layer_norm(pipe, plain_pipe):
     for each in (pipe, plain_pipe):
         weights = each.text_encoder.state_dict()
         each.text_encoder = _WithInnerModel(each.text_encoder.config).eval()
         each.text_encoder.load_state_dict(weights)
-    skipped = run(pipe, clip_skip=1).images
-    assert same_bits(skipped, run(plain_pipe, clip_skip=1).images)
-    assert not same_bits(skipped, run(pipe).images)
+    assert same_bits(run(pipe, clip_skip=1).images, run(plain_pipe, clip_skip=1).images)
 
 
 @BOTH
@@ -370,6 +474,60 @@ def test_all_arguments_can_be_given_by_position(pipe, plain_pipe):
         ).images
 
     assert same_bits(call(pipe), call(plain_pipe))
+
+
+def tiny_vae(**config: Any) -> Any:
+    channels, layers = (8,) * 4, (1,) * 4
+    return AutoencoderTiny(
+        encoder_block_out_channels=channels, decoder_block_out_channels=channels, num_encoder_blocks=layers,
+        num_decoder_blocks=layers, **config,
+    )  # fmt: skip
+
+
+def asymmetric_vae() -> Any:
+    return AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, down_block_out_channels=(8,) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, up_block_out_channels=(8,) * 4, norm_num_groups=4,
+    )  # fmt: skip
+
+
+def consistency_vae() -> Any:
+    return ConsistencyDecoderVAE(
+        encoder_block_out_channels=(8,) * 4, encoder_down_block_types=("DownEncoderBlock2D",) * 4,
+        encoder_layers_per_block=1, encoder_norm_num_groups=4, encoder_double_z=True,
+        decoder_block_out_channels=(8, 8), decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2, decoder_layers_per_block=1,
+        decoder_norm_num_groups=4,
+    )  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", [tiny_vae, asymmetric_vae, consistency_vae])
+def test_every_kind_of_vae_decodes_as_in_diffusers(composer, plain_pipe, family, kind, dtype):
+    torch.manual_seed(0)
+    vae = kind().eval()
+    results = []
+    for each, more in ((composer, {}), (composer, NOTHING), (plain_pipe, {})):
+        each.vae = vae
+        each.to(dtype=dtype)
+        torch.manual_seed(1)  # diffusers' SDXL gives a VAE that draws no generator
+        results.append(run(each, num_inference_steps=1, output_type="np", **more).images)
+    plain, composed, expected = results
+    assert same_bits(plain, expected)
+    if kind is consistency_vae and family == "sdxl":  # with concepts it has drawn from the call's generator
+        assert np.isfinite(composed).all()
+    else:
+        assert_close(torch.from_numpy(composed), torch.from_numpy(expected))
+
+
+@BOTH
+def test_a_vae_that_draws_takes_the_generator_of_a_call_with_concepts(composer):
+    composer.vae = consistency_vae().eval()
+    state = torch.get_rng_state()
+    first, again = (run(composer, num_inference_steps=1, output_type="np", **NOTHING).images for _ in range(2))
+    assert same_bits(first, again)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_unknown_arguments_are_refused_with_concepts(composer):
@@ -491,6 +649,37 @@ def test_a_plain_pipeline_can_be_made_from_ours(composer, plain_pipe, family):
     assert type(made) is PLAIN[family]
     assert made.unet is composer.unet
     assert same_bits(run(made).images, run(plain_pipe).images)
+
+
+AUTO = {
+    AutoPipelineForText2Image: {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline},
+    AutoPipelineForImage2Image: {"sd": StableDiffusionImg2ImgPipeline, "sdxl": StableDiffusionXLImg2ImgPipeline},
+    AutoPipelineForInpainting: {"sd": StableDiffusionInpaintPipeline, "sdxl": StableDiffusionXLInpaintPipeline},
+}
+
+
+@BOTH
+@pytest.mark.parametrize("task", AUTO, ids=lambda task: task.__name__)
+def test_diffusers_finds_the_pipelines_for_other_tasks_from_ours_and_the_way_back(composer, plain_pipe, family, task):
+    made = task.from_pipe(composer)
+    assert type(made) is AUTO[task][family]
+    assert made.unet is composer.unet
+    again = ComposePipeline.from_pipe(made)
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is OURS[family]
+    assert again.unet is composer.unet
+    assert same_bits(run(again).images, run(plain_pipe).images)
+
+
+def test_an_extended_class_has_the_name_of_the_pipeline_of_diffusers(family):
+    class Mixed:
+        pass
+
+    class Extended(Mixed, OURS[family]):
+        pass
+
+    assert Extended.__name__ == PLAIN[family].__name__
+    assert Extended.__qualname__.endswith("Extended")
 
 
 def test_from_pipe_takes_other_components_and_precisions(plain_pipe):

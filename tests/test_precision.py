@@ -1,70 +1,142 @@
-"""bf16 on the CPU: used where it is as fast as fp32, and no secret where it is not."""
+"""Precision: latents keep theirs from step to step, and weights that hooks take away give right gradients."""
 
-import logging
-import platform
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from torch import Tensor, nn
 
-from compose.models import threads
-from compose.precision import cpu_autocast, cpu_has_bf16
-from compose.training import Training
-from compose.training.loop import _accelerator
+from components import FAMILIES, State, random_lora, seeded
+from pipelines.engine import Engine, Gradient
+from pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Settings, make_method
+from pipelines.scene import Concept
 
-
-def seconds(dtype: torch.dtype) -> float:
-    """The shortest time of a product of two matrices."""
-    one = torch.randn(192, 192).to(dtype)
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        torch.mm(one, one)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="PyTorch asks oneDNN, which is for x86")
-def test_a_cpu_has_bf16_if_it_multiplies_nearly_as_fast_in_it() -> None:
-    with threads(1):
-        slowdown = seconds(torch.bfloat16) / seconds(torch.float32)
-    assert cpu_has_bf16() == (slowdown < 8), f"bf16 takes {slowdown:.1f} times as long as fp32"
+PROMPT = "a sks cat and a zwx dog"
+BOXED = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
+EVERY_METHOD: dict[str, Settings] = {
+    **{name: make_method(name) for name in (*METHODS, *PRESETS)},
+    "clora:official": replace(Clora.official(), refinements=1),
+    "clora that fuses branches": Clora(fuse="branches"),
+    "clora that averages branches": Clora(fuse="branches", mask_from=1.0),
+}
+WITH_UPDATES = {"clora": Clora(), "lora-composer": LoraComposer()}
 
 
-def test_autocasting_follows() -> None:
-    one = torch.ones(2, 2)
-    with cpu_autocast():
-        assert (one @ one).dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32)
+@pytest.fixture
+def composer(write_lora, family) -> Any:
+    """A tiny pipeline with the concepts "cat" and "dog"."""
+    pipe = FAMILIES[family]()
+    for seed, (name, trigger) in enumerate({"cat": "sks", "dog": "zwx"}.items()):
+        path = write_lora(name, unet=random_lora(pipe.unet, seed, size=0.1), metadata={"method": "tara"})
+        pipe.load_concept(path, trigger=trigger, class_word=name)
+    return pipe
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_the_playground_is_trained_in_what_the_machine_is_fast_in(
-    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("compose.training.settings.cpu_has_bf16", lambda: fast)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    words: dict[str, Any] = {"pictures": tmp_path, "out": tmp_path / "a.safetensors", "trigger": "sks"}
-    preset: Callable[..., Training] = Training.preset
-    suits = "bf16" if fast else "no"
-    assert preset("playground", class_word="cat", **words).mixed_precision == suits
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert preset("playground", class_word="cat", **words).mixed_precision == "bf16"
-    assert preset("playground", class_word="cat", cpu=True, **words).mixed_precision == suits
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert preset("playground", class_word="cat", mixed_precision="bf16", **words).mixed_precision == "bf16"
+def run(pipe: Any, method: Settings, **arguments: Any) -> Tensor:
+    given = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded(), "concepts": BOXED}
+    return pipe(PROMPT, method=method, **given | arguments).images
 
 
-@pytest.mark.parametrize("fast", [True, False])
-def test_slow_bf16_is_warned_about(
-    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("compose.training.loop.cpu_has_bf16", lambda: fast)
-    words: dict[str, Any] = {"pictures": tmp_path, "out": tmp_path / "a.safetensors", "trigger": "sks"}
-    with caplog.at_level(logging.WARNING):
-        for precision in ("no", "bf16"):
-            _accelerator(Training(class_word="cat", model="m", mixed_precision=precision, cpu=True, **words))
-    said = [record.message for record in caplog.records if "no instructions for bf16" in record.message]
-    assert len(said) == (0 if fast else 1)
+@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize(("family", "dtype"), [("sd", torch.bfloat16), ("sdxl", torch.float16)], ids=str)
+def test_latents_keep_their_precision_from_step_to_step(composer, dtype, method):
+    dtypes = []
+
+    def look(pipe, step, timestep, tensors):
+        dtypes.append(tensors["latents"].dtype)
+        return tensors
+
+    composer.to(dtype=dtype)
+    latents = run(composer, EVERY_METHOD[method], callback_on_step_end=look)
+    assert dtypes == [dtype] * 2
+    assert latents.dtype == dtype
+    assert latents.isfinite().all()
+
+
+@contextmanager
+def seen_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Gradient]]:
+    found: list[Gradient] = []
+    gradient = Engine.gradient
+
+    def look(*args: Any, **kwargs: Any) -> Gradient:
+        found.append(gradient(*args, **kwargs))
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "gradient", look)
+        yield found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", WITH_UPDATES)
+def test_weights_stored_in_8_bits_give_the_gradients_of_the_same_weights_in_full_precision(
+    composer, monkeypatch, method, checkpointing
+):
+    numbers = [weight.to(torch.float8_e4m3fn).float() for weight in composer.unet.parameters()]
+    composer.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    if checkpointing:
+        composer.unet.enable_gradient_checkpointing()
+    parameters = list(composer.unet.parameters())
+    before = State(composer)
+    with seen_gradients(monkeypatch) as found:
+        latents = run(composer, WITH_UPDATES[method])
+    before.assert_unchanged()
+
+    stored = [parameter.dtype == torch.float8_e4m3fn for parameter in parameters]
+    assert sum(stored) > len(stored) / 2
+    full = FAMILIES["sd"]()
+    for weight, number, is_stored in zip(full.unet.parameters(), numbers, stored, strict=True):
+        weight.data = number if is_stored else weight.data
+    full._loaded.update(composer._loaded)
+    with seen_gradients(monkeypatch) as expected:
+        torch.testing.assert_close(latents, run(full, WITH_UPDATES[method]), atol=1e-5, rtol=0)
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.losses, other.losses)
+        torch.testing.assert_close(one.direction, other.direction, atol=1e-4 * other.direction.abs().max(), rtol=0)
+        assert other.direction.abs().max() > 0
+
+
+class _Emptied(ModelHook):
+    """Leaves a layer without its numbers once it has run, as group offloading leaves it on another device."""
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.kept = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+        return self.post_forward(module, module)
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = self.kept[name]
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.full_like(parameter.data, torch.nan)
+        return output
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", WITH_UPDATES)
+def test_updates_are_the_same_where_hooks_take_weights_away_after_each_layer(composer, method, checkpointing):
+    expected = run(composer, WITH_UPDATES[method])
+    for module in composer.unet.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(_Emptied(), "emptied")
+    if checkpointing:
+        composer.unet.enable_gradient_checkpointing()
+    forwards = [module.forward for module in composer.unet.modules()]
+    torch.testing.assert_close(run(composer, WITH_UPDATES[method]), expected, atol=1e-5, rtol=0)
+    assert [module.forward for module in composer.unet.modules()] == forwards
+    assert all(weight.isnan().all() for weight in composer.unet.parameters())
+
+
+@pytest.mark.parametrize("method", WITH_UPDATES)
+def test_updates_are_the_same_with_a_unet_that_is_offloaded_in_groups(composer, method):
+    expected = run(composer, WITH_UPDATES[method])
+    composer.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    for _ in range(2):
+        torch.testing.assert_close(run(composer, WITH_UPDATES[method]), expected, atol=1e-5, rtol=0)
