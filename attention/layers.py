@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from diffusers.models.attention_processor import Attention
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 Grid = tuple[int, int]

@@ -225,6 +225,29 @@ def test_without_any_attention_the_loss_is_that_of_empty_boxes(composed):
     assert process.loss(recorder).item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_region_of_less_than_five_cells_is_judged_by_its_best_one(composed, side):
+    """A fifth of its cells is none; the mean of none is not a number, and leaves no loss in the authors' code."""
+    method = Seen(**vars(LoraComposer.official()) | {"reinit": "off"})
+    box = (32, 32, 32 + 32 * side, 32 + 32 * side)
+    composed[0](
+        TEXTS["cat"], concepts=[Concept(name="cat", region=box)], method=method, num_inference_steps=1,
+        guidance_scale=1.0, width=CANVAS[1], height=CANVAS[0], generator=seeded(), output_type="latent",
+    )  # fmt: skip
+    (process,) = method.processes
+    recorder, cell = process._recorder(), GRID[1] + 1
+    words = torch.full((1, 1, GRID[0] * GRID[1], 2), 0.25, requires_grad=True)
+    looks = torch.zeros(1, GRID[0] * GRID[1], GRID[0] * GRID[1])
+    looks[0, cell, 0] = 0.5  # out of the region
+    recorder.maps, recorder.self_maps = {"layer": words}, {"layer": looks}
+    loss = process.loss(recorder)
+    missing = 0.75 * (16 + 4 * side * (1 / GRID[0] + 1 / GRID[1]))
+    assert loss.item() == pytest.approx(missing + 10 * 0.5, rel=1e-6)
+    loss.sum().backward()
+    assert words.grad is not None
+    assert words.grad[0, 0, cell].abs().min() > 0
+
+
 def windows(words: np.ndarray, region: np.ndarray) -> list[tuple[float, int, int]]:
     """The places to which a box can be moved, best first: how much attention to both words is there, top and left."""
     height, width = (len(np.flatnonzero(region.any(axis=axis))) for axis in (1, 0))
