@@ -228,7 +228,7 @@ def test_without_any_attention_the_loss_is_that_of_empty_boxes(composed):
 @pytest.mark.parametrize("side", [1, 2])
 def test_a_region_of_less_than_five_cells_is_judged_by_its_best_one(composed, side):
     """A fifth of its cells is none; the mean of none is not a number, and leaves no loss in the authors' code."""
-    method = Seen(**vars(LoraComposer.official()) | {"reinit": "off"})
+    method = replace(Seen(**vars(LoraComposer.official())), reinit="off")
     box = (32, 32, 32 + 32 * side, 32 + 32 * side)
     composed[0](
         TEXTS["cat"], concepts=[Concept(name="cat", region=box)], method=method, num_inference_steps=1,
