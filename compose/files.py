@@ -21,6 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from compose.atomic import write_new, write_whole
 from pipelines.scene import Concept, Run, Scene
 
 PLAYGROUND = "playground"
@@ -142,13 +143,18 @@ def save_image(image: Image.Image, path: str | Path, record: Record | None = Non
     Returns:
         Where it was written.
     """
+    return write_new(Path(path), png_bytes(image, record), free_path)
+
+
+def png_bytes(image: Image.Image, record: Record | None = None) -> bytes:
+    """A PNG that carries its record. Paths in it are made absolute, with "~" for the home folder."""
     info = PngInfo()
     if record is not None:
         portable = record.model_copy(update={"run": _moved(record.run, _to_record)})
         info.add_text(RECORD_KEY, json.dumps(portable.model_dump(mode="json")))
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
-    return _write_new(Path(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_record(path: str | Path) -> Record:
@@ -455,37 +461,6 @@ def _came(value: Any) -> str:
 
 
 # --- files on disk ---
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that replaces another one of its name at once, or not at all."""
-    with _part(path, data) as part:
-        part.replace(path)
-
-
-@contextmanager
-def _part(path: Path, data: bytes) -> Iterator[Path]:
-    """A finished file beside its destination, to be moved there in one step; gone afterwards if it was not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        yield part
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write_new(path: Path, data: bytes) -> Path:
-    with _part(path, data) as part:
-        while True:
-            free = free_path(path)
-            try:
-                os.link(part, free)  # unlike a rename, fails if another process was faster
-            except FileExistsError:
-                continue
-            except OSError:  # a file system without links
-                part.replace(free)
-            return free
 
 
 @contextmanager

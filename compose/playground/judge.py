@@ -30,6 +30,7 @@ from compose.assets import playground_model, playground_references
 from compose.evaluation.encoders import load_encoder
 from compose.evaluation.scoring import reference_crop
 from compose.playground.judge_data import SIDE, Batch, Batches, Painter, names
+from compose.playground.loop import keep
 from compose.playground.world import BASE_CLASSES, CONCEPTS, VENDORS, article
 from compose.precision import cpu_autocast
 from compose.terminal import say
@@ -157,9 +158,7 @@ def train(
             say(f"{step} {told} {time.perf_counter() - start:.0f} s")
         if step % 100 == 99 or step == steps - 1:
             kept = {"judge": judge.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            part = state.with_suffix(".part")
-            torch.save({**kept, "average": average, "step": step + 1}, part)
-            part.replace(state)
+            keep(state, {**kept, "average": average, "step": step + 1})
     save(judge, average, tokenizer, out)
 
 

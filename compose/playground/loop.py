@@ -1,5 +1,6 @@
 """The loop by which the playground's networks are trained: rates, checkpoints, progress."""
 
+import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Parameter
 
+from compose.atomic import write_whole
 from compose.playground.muon import Muon
 from compose.terminal import say
 
@@ -79,6 +81,13 @@ def resume(trainer: Trainer, checkpoint: Path) -> None:
         trainer.load_state_dict(torch.load(checkpoint, weights_only=True))
 
 
+def keep(checkpoint: Path, state: Any) -> None:
+    """Writes a checkpoint in place of the one before."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(checkpoint, buffer.getvalue())
+
+
 def run(trainer: Trainer, batches: Iterator[Any], steps: int, checkpoint: Path, told: str) -> None:
     """Trains up to so many steps in all; says the mean of what is told, and keeps a checkpoint, every hundred."""
     start, values = time.perf_counter(), []
@@ -87,9 +96,7 @@ def run(trainer: Trainer, batches: Iterator[Any], steps: int, checkpoint: Path, 
         if trainer.step % EVERY == 0 or trainer.step == steps:
             say(f"{trainer.step} {told} {sum(values) / len(values):.4f} {time.perf_counter() - start:.0f} s")
             values = []
-            part = checkpoint.with_suffix(".part")
-            torch.save(trainer.state_dict(), part)
-            part.replace(checkpoint)
+            keep(checkpoint, trainer.state_dict())
 
 
 def rate(step: int, steps: int) -> float:

@@ -1,0 +1,108 @@
+"""Atomic writes: a file appears whole, under a new name or in place of another one, or not at all.
+
+What is being written stands beside its destination, as `.lora-compose-*.part`, and is locked by its writer. The system
+gives the lock up when the writer dies, however it dies, so whoever writes into the folder next can tell what nobody
+will finish, and removes it.
+"""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, which removes no file that a process has open, so nothing has to be locked
+    fcntl = None
+
+_PART = ".lora-compose-{}.part"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that replaces another one of its name at once, or not at all.
+
+    Raises:
+        OSError: If it cannot be written; the error names `path`.
+    """
+    with _part(path, data) as part:
+        part.replace(path)
+
+
+def write_new(path: Path, data: bytes, free_path: Callable[[Path], Path]) -> Path:
+    """Writes a file that replaces no other one.
+
+    Args:
+        path: Where to.
+        data: Its content.
+        free_path: Gives a name that is free, which is `path` itself where possible; asked again if another process was
+            faster.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        OSError: If it cannot be written; the error names `path`.
+    """
+    with _part(path, data) as part:
+        while True:
+            free = free_path(path)
+            try:
+                os.link(part, free)  # unlike a rename, fails if another process was faster
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without links
+                part.replace(free)
+            return free
+
+
+@contextmanager
+def _part(path: Path, data: bytes) -> Iterator[Path]:
+    """A finished file beside its destination, to be moved there in one step; gone afterwards if it was not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent.absolute())
+    try:
+        with _locked_file(path.parent) as part:
+            with part.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave the new name with nothing under it
+            yield part
+    except OSError as error:
+        if error.filename2 is None:  # else a move has failed, and the error names both
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def _locked_file(folder: Path) -> Iterator[Path]:
+    """A new file, locked until the block ends, and removed then if it was not moved away."""
+    while True:
+        part = folder / _PART.format(secrets.token_hex(8))
+        with part.open("xb") as held:
+            if fcntl is None:
+                held.close()
+            else:
+                with suppress(OSError):  # a file system without locks, on which leftovers stay
+                    fcntl.flock(held, fcntl.LOCK_EX)
+                if not part.exists():  # somebody took it for a leftover before it was locked
+                    continue
+            try:
+                yield part
+            finally:
+                part.unlink(missing_ok=True)
+            return
+
+
+@cache
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what dead processes have left in a folder; once in a process, when it first writes there."""
+    for left in folder.glob(_PART.format("*")):
+        with suppress(OSError):  # another one was faster, or it belongs to another user
+            with left.open("r+b") as file:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its writer lives
+                    left.unlink()
+            if fcntl is None:
+                left.unlink()
