@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from disks import files_of_at_most
 from peft.utils import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import safe_open
@@ -450,54 +452,91 @@ def test_what_changes_no_result_may_change(begin: Callable[..., Training], tmp_p
     assert largest_difference(whole, settings.out) < 1e-6
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + bytes(100), "half"])
-def test_a_damaged_checkpoint_is_refused(begin: Callable[..., Training], content: bytes | str) -> None:
+def _flipped(data: bytes) -> bytes:
+    """Another number in the tensor that is in the middle of the file."""
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    return bytes(flipped)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"hello",
+        lambda data: b"PK\x03\x04" + bytes(100),
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        _flipped,
+        lambda data: data[:20_000] + bytes(64) + data[20_064:],
+    ],
+    ids=["empty", "text", "no content", "half", "all but one byte", "a flipped bit", "zeros"],
+)
+def test_a_damaged_checkpoint_is_refused(begin: Callable[..., Training], damage: Callable[[bytes], bytes]) -> None:
     settings = begin()
-    if content == "half":
-        stopped_at(settings, 2)
-        data = settings.checkpoint.read_bytes()
-        content = data[: len(data) // 2]
-    assert isinstance(content, bytes)
-    settings.checkpoint.write_bytes(content)
+    stopped_at(settings, 2)
+    settings.checkpoint.write_bytes(damage(settings.checkpoint.read_bytes()))
     with pytest.raises(CheckpointError, match=r"is damaged: .*start over with --fresh"):
         train(settings)
 
 
-def fill_disk(path: Path) -> None:
-    """Makes the next write of a file fail as on a full disk; what it writes to first is /dev/full."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.symlink_to("/dev/full")
+def test_another_file_is_no_checkpoint(begin: Callable[..., Training], tmp_path: Path) -> None:
+    settings = begin()
+    for content in ([1, 2], torch.zeros(3), {"step": 3}):
+        torch.save(content, settings.checkpoint)
+        with pytest.raises(CheckpointError, match=r"is damaged: .*start over with --fresh"):
+            train(settings)
+    lora = train(begin(out=tmp_path / "other.safetensors"))
+    lora.replace(settings.checkpoint)
+    with pytest.raises(CheckpointError, match=r"is damaged: .*start over with --fresh"):
+        train(settings)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_keeps_the_last_good_checkpoint(begin: Callable[..., Training], tmp_path: Path) -> None:
     whole = train(begin(steps=6, out=tmp_path / "whole.safetensors"))
     settings, kept = begin(steps=6), []
 
-    def fill(step: int, _: float) -> None:
+    def note(step: int, _: float) -> None:
         if step == 3:
             kept.append(settings.checkpoint.read_bytes())
-            fill_disk(settings.checkpoint)
+            disk.enter_context(files_of_at_most(1000))
 
-    with pytest.raises(FullError, match=r"at step 4 could not be written .*No space left on device; the one before it"):
-        train(settings, on_step=fill)
+    with (
+        ExitStack() as disk,
+        pytest.raises(FullError, match=r"at step 4 could not be written .*File too large; the one before it"),
+    ):
+        train(settings, on_step=note)
     assert settings.checkpoint.read_bytes() == kept[0]
-    assert list(tmp_path.glob("*.part")) + list(tmp_path.glob(".*")) == []
+    assert list(tmp_path.glob(".*")) == []
     train(settings)
     assert same(whole, settings.out)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_at_the_end_loses_nothing(begin: Callable[..., Training]) -> None:
+    settings, steps = begin(checkpoint_every=3), []
+
+    def note(step: int, _: float) -> None:
+        if step == 4:
+            disk.enter_context(files_of_at_most(1000))
+
+    with ExitStack() as disk, pytest.raises(OSError, match=r"at step 4 could not be written .*the one before it is"):
+        train(settings, on_step=note)
+    assert not settings.out.exists()
+    train(settings, on_step=lambda step, _: steps.append(step))
+    assert steps == [4]
+    assert settings.out.exists()
+
+
+def test_a_file_that_cannot_be_put_in_its_place_is_written_by_the_same_command(begin: Callable[..., Training]) -> None:
     settings, steps = begin(), []
 
-    def fill(step: int, _: float) -> None:
+    def obstruct(step: int, _: float) -> None:
         if step == 4:
-            fill_disk(settings.out)
+            settings.out.mkdir()
 
-    with pytest.raises(OSError, match=r"No space left on device; all steps are done and kept in .*without --fresh"):
-        train(settings, on_step=fill)
-    assert not settings.out.exists()
+    with pytest.raises(OSError, match=r"Is a directory; all steps are done and kept in .*without --fresh"):
+        train(settings, on_step=obstruct)
+    settings.out.rmdir()
     train(settings, on_step=lambda step, _: steps.append(step))
     assert steps == []
     assert settings.out.exists()

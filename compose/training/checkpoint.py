@@ -2,7 +2,7 @@
 
 import io
 import json
-import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.files import write_whole
+from compose.atomic import write_whole
 from compose.training.settings import Training
 
 _VERSION = 2
@@ -65,10 +65,10 @@ def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -
     """
     anew = "start over with --fresh"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(_intact(path.read_bytes())), map_location="cpu", weights_only=True)
         known = json.loads(state["settings"])
         version, step = state["version"], int(state["step"])
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a parser makes of what is no checkpoint
         raise CheckpointError(f"the checkpoint {path} is damaged: {str(error)[:300]}; {anew}") from error
     if version != _VERSION:
         raise CheckpointError(f"the checkpoint {path} is of another version of lora-compose; {anew}")
@@ -81,6 +81,19 @@ def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -
             + f"\nGive what it was begun with to go on, or {anew}"
         )  # fmt: skip
     return state
+
+
+def _intact(content: bytes) -> bytes:
+    """A checkpoint's bytes as they were written: torch.save stores a checksum of every tensor, torch.load checks none.
+
+    Raises:
+        BadZipFile: If it is cut off, or no checkpoint at all.
+        ValueError: If bytes have changed.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if (changed := archive.testzip()) is not None:
+            raise ValueError(f"the bytes of {changed} have changed since they were written")
+    return content
 
 
 def _compared(settings: Training, processes: int) -> dict[str, Any]:

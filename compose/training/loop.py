@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from torch import nn
 
-from compose.files import write_whole
+from compose.atomic import write_whole
 from compose.models import threads
 from compose.precision import cpu_has_bf16
 from compose.training.batches import Batches, batches_of
@@ -155,10 +156,11 @@ class _Trainer:
                 raise DivergedError(self._diverged(settings.steps, "the LoRA"))
             try:
                 write_whole(settings.out, lora_bytes(self.pipe, self.adapter.config, settings))
-            except OSError as error:
+            except (OSError, SafetensorError) as error:  # the latter where there is no room for temporary files
                 self._save(settings.steps)  # so that what is learnt is not lost, if there is room for it
+                why = getattr(error, "strerror", None) or error
                 raise OSError(
-                    f"{settings.out} could not be written: {error.strerror or error}; all steps are done and kept in "
+                    f"{settings.out} could not be written: {why}; all steps are done and kept in "
                     f"{settings.checkpoint}. Make room; the same command, without --fresh, writes the file"
                 ) from error
             settings.checkpoint.unlink(missing_ok=True)
