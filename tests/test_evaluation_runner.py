@@ -1,6 +1,6 @@
 """Running an evaluation: interruptions, several processes, failures, and what is kept."""
 
-import errno
+import json
 import multiprocessing
 import os
 import random
@@ -8,25 +8,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import typer
 import yaml
 from accelerate import cpu_offload
+from disks import files_of_at_most
 from PIL import Image
 from typer.testing import CliRunner
 
 from compose.cli import app
-from compose.evaluation import runner
+from compose.evaluation import command, runner
+from compose.evaluation.command import CHILD
 from compose.evaluation.planning import make_plan
-from compose.evaluation.results import Failed, Made, Scores, batch_folder, picture_path, read
-from compose.evaluation.runner import FAILED, MADE, evaluate, is_done, open_worker
+from compose.evaluation.results import FAILED, MADE, Failed, Made, Scores, batch_folder, picture_path, read
+from compose.evaluation.runner import evaluate, is_done, open_worker
 from compose.evaluation.suite import Suite, batches, read_suite
-from compose.files import read_pixels, read_record
+from compose.files import FileError, read_pixels, read_record
 from compose.savers import Saver
 from pipelines.methods import METHODS, Regional
 
@@ -204,8 +210,6 @@ def test_results_are_the_same_after_kills_at_random_moments(suite: Suite, finish
         child.join()
     assert kills >= 3
     evaluate(suite, out)
-    for left in out.rglob(".*.part"):
-        left.unlink()
     assert contents(out) == contents(finished)
 
 
@@ -271,34 +275,225 @@ def test_a_failing_batch_is_written_down_and_tried_again(
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_keeps_the_results(
-    suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, written = runner.write, []
+def test_a_full_disk_stops_the_run_and_keeps_the_results(suite: Suite, finished: Path, tmp_path: Path) -> None:
+    def fill(done: float) -> None:
+        if done == 3:
+            disk.enter_context(files_of_at_most(1000))
 
-    def filling(path: Path, stored: Any) -> None:
-        if len(written) == 8:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        written.append(path)
-        real(path, stored)
-
-    monkeypatch.setattr(runner, "write", filling)
-    with pytest.raises(OSError, match="No space left"):
-        evaluate(suite, tmp_path)
-    assert all(path.is_file() for path in written)
-    monkeypatch.undo()
+    with ExitStack() as disk, pytest.raises(OSError, match=r"/batches/.*\.png"):
+        evaluate(suite, tmp_path, fill)
+    assert sum(is_done(tmp_path, planned) for planned in make_plan(suite).batches) == 3
+    assert not list(tmp_path.rglob("*.part"))
     evaluate(suite, tmp_path)
     assert contents(tmp_path) == contents(finished)
 
 
-def test_a_damaged_result_is_named(suite: Suite, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    planned = make_plan(suite).batches[0]
-    (batch_folder(out, planned.key) / planned.scores).unlink()
-    (batch_folder(out, planned.key) / MADE).write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="is damaged; delete it"):
+# --- damaged results ---
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _swap(folder: Path) -> None:
+    for name, other in (("0", "spare"), ("1", "0"), ("spare", "1")):
+        (folder / f"{name}.png").rename(folder / f"{other}.png")
+
+
+def _forget_checksums(path: Path) -> None:
+    path.write_text(json.dumps({name: told for name, told in json.loads(path.read_text()).items() if name != "sha256"}))
+
+
+def test_only_what_is_damaged_is_made_again(
+    suite: Suite, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    plan = make_plan(suite)
+    both = [planned for planned in plan.batches if planned.seeds == (0, 1)]
+    last = [planned for planned in plan.batches if planned.seeds == (2,)]
+    folders = [batch_folder(out, planned.key) for planned in (*both, *last)]
+    _cut(folders[0] / "0.png")
+    (folders[0] / both[0].scores).unlink()
+    _swap(folders[1])
+    _flip(folders[2] / "1.png")
+    (folders[3] / "0.png").unlink()
+    (folders[4] / MADE).write_text("{")
+    shutil.copy(folders[6] / MADE, folders[5] / MADE)
+    (folders[6] / last[1].scores).write_text("{")
+    (folders[7] / last[2].scores).write_text('{"pictures": {}}')
+    _forget_checksums(folders[8] / MADE)
+    _cut(folders[8] / "2.png")
+    untouched = [*folders[6].glob("2.png"), *folders[7].glob("2.png"), *folders[9].iterdir()]
+    before = {path: path.stat().st_mtime_ns for path in untouched}
+
+    evaluate(suite, out)
+    assert contents(out) == contents(finished)
+    assert len(before) == 5
+    assert {path: path.stat().st_mtime_ns for path in untouched} == before
+    told = [record.getMessage() for record in caplog.records if record.name == runner.__name__]
+    assert len(told) == 9
+    damaged = ["0.png", "0.png", "1.png", "0.png", MADE, MADE, last[1].scores, last[2].scores, "2.png"]
+    for folder, name in zip(folders, damaged, strict=False):
+        assert any(str(folder / name) in line and line.endswith("is made again") for line in told), (folder, name)
+
+
+def test_results_without_checksums_are_kept(suite: Suite, finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    for path in out.rglob(MADE):
+        _forget_checksums(path)
+    before = {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.*")}
+    evaluate(suite, out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "batches").rglob("*.*")} == before
+
+
+def test_results_from_the_future_are_kept(suite: Suite, finished: Path, tmp_path: Path) -> None:
+    """A clock that has been set back decides nothing."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    for path in [*out.rglob("*")]:
+        os.utime(path, (4e9, 4e9))
+    evaluate(suite, out)
+    assert {path.stat().st_mtime for path in (out / "batches").rglob("*.*")} == {4e9}
+
+
+# --- several processes ---
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_two_evaluations_in_one_folder(
+    suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
+    out = shutil.copytree(finished, tmp_path / "out")
+    fork = multiprocessing.get_context("fork")
+    at_work = fork.Event()
+
+    def work() -> None:
+        with runner._locked(out):
+            at_work.set()
+            signal.pause()
+
+    other = fork.Process(target=work)
+    other.start()
+    assert at_work.wait(10)
+    with pytest.raises(FileError, match="another evaluation is at work in"):
         evaluate(suite, out)
+    other.kill()
+    other.join()
+    assert evaluate(suite, out)
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process ends soon; it may wait for somebody to take note of that."""
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "compose").mkdir()
+    (tmp_path / "compose" / "__init__.py").touch()
+    (tmp_path / "compose" / "__main__.py").write_text("print('at work', flush=True)\nimport time\ntime.sleep(60)\n")
+    start = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", start, CHILD.read_text("utf-8")]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as one:
+        assert one.stdout is not None
+        pid = int(one.stdout.readline())
+        assert psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        one.send_signal(number)
+        one.wait(10)
+        assert _ends(pid)
+
+
+def _launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *texts: str) -> float:
+    """Starts processes that run these texts instead of an evaluation. Returns how long it took."""
+    program = tmp_path / "child.py"
+    cases = [f"if os.environ['RANK'] == '{rank}':\n    {text}\n" for rank, text in enumerate(texts)]
+    program.write_text("import os, signal, sys, time\n" + "".join(cases))
+    monkeypatch.setattr(command, "CHILD", program)
+    start = time.monotonic()
+    try:
+        command._launch([], len(texts), 1)
+    finally:
+        taken = time.monotonic() - start
+        assert not psutil.Process().children()
+    return taken
+
+
+def test_a_process_that_was_killed_is_said_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OSError, match=r"was ended by SIGKILL; .*memory.* is kept, and the same command goes on"):
+        _launched(tmp_path, monkeypatch, "time.sleep(60)", "os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(OSError, match="was ended by SIGTERM"):
+        _launched(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGTERM)", "time.sleep(60)")
+
+
+def test_a_process_that_cannot_be_ended_politely_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "GRACE", 0.5)
+    stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    with pytest.raises(typer.Exit):
+        _launched(tmp_path, monkeypatch, stubborn, "time.sleep(0.5); sys.exit('no')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_no_process_outlives_the_command(suite_file: Path, finished: Path, tmp_path: Path, number: int) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = subprocess.Popen([sys.executable, *by_option(suite_file, out)], env=environment, start_new_session=True)
+    while not list(out.rglob("*.png")):
+        assert started.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(started.pid).children(recursive=True)
+    assert len(children) == 2
+    os.kill(started.pid, number)
+    started.wait(30)
+    assert all(_ends(child.pid) for child in children)
+    done = called(by_option(suite_file, out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(out) == contents(finished)
+    assert not list(out.rglob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_of_several_is_said_and_the_same_command_goes_on(
+    suite_file: Path, finished: Path, tmp_path: Path, rank: int
+) -> None:
+    out = tmp_path / "out"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *by_option(suite_file, out)]
+    started = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not list(out.rglob("*.png")):
+        assert started.poll() is None
+        time.sleep(0.05)
+    psutil.Process(started.pid).children()[rank].kill()
+    _, told = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert "was ended by SIGKILL" in told
+    assert "Traceback" not in told
+    done = called(by_option(suite_file, out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(out) == contents(finished)
+
+
+# --- what cannot work ---
 
 
 def _with(suite_folder: Path, **changes: Any) -> list[str]:

@@ -1,5 +1,7 @@
 """From stored scores to tables, with numbers computed by hand."""
 
+import json
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -186,15 +188,6 @@ def test_a_batch_is_there_when_it_is_complete(tmp_path: Path) -> None:
     assert load(tmp_path).missing == 2
 
 
-def test_scores_of_some_pictures(tmp_path: Path) -> None:
-    def measured(batch: Batch, seed: int) -> Seen | None:
-        return None if batch.arm.name == "merge" and seed == 2 else known(batch, seed)
-
-    evaluation = load(store(tmp_path, suite(batch_size=2), measured))
-    assert evaluation.arm("merge")["seed"].tolist() == [1]
-    assert evaluation.unscored == 1
-
-
 def test_an_evaluation_that_has_not_begun(tmp_path: Path) -> None:
     evaluation = load(store(tmp_path, suite(), lambda batch, seed: None))
     assert evaluation.pictures.empty
@@ -212,18 +205,44 @@ def test_types_do_not_depend_on_what_is_there(tmp_path: Path, evaluation: Evalua
         assert full.dtypes[shared].tolist() == none.dtypes[shared].tolist()
 
 
-def test_no_evaluation_and_damaged_ones(tmp_path: Path) -> None:
+def test_no_evaluation_and_a_damaged_plan(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="there is no evaluation"):
         load(tmp_path)
-    store(tmp_path, suite(), known)
-    path = tmp_path / "batches/both-merge-None-1" / SCORES
-    path.write_text(path.read_text().replace('"cat"', '"cow"'))
-    with pytest.raises(FileError, match="seed 1 lacks cat"):
-        load(tmp_path)
-    path.write_text("{")
+    (tmp_path / PLAN).write_text("[]")
     with pytest.raises(FileError, match="damaged"):
         load(tmp_path)
-    (tmp_path / PLAN).write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        (SCORES, lambda text: text.replace('"cat"', '"cow"'), "seed 1 lacks cat"),
+        (SCORES, lambda text: text.replace('"1"', '"7"'), "seed 1 lacks cat, dog"),
+        (SCORES, lambda text: "{", "is damaged"),
+        (MADE, lambda text: text[:100], "is damaged"),
+        (MADE, lambda text: text.replace('"merge"', '"tara"'), "is of another batch"),
+    ],
+)  # fmt: skip
+def test_a_damaged_batch_is_said_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[str], str], told: str
+) -> None:
+    store(tmp_path, suite(), known)
+    path = tmp_path / "batches/both-merge-None-1" / name
+    path.write_text(damage(path.read_text()))
+    evaluation = load(tmp_path)
+    assert evaluation.arm("merge")["seed"].tolist() == [2]
+    assert evaluation.missing + evaluation.unscored == 1
+    assert len(evaluation.pictures) == 15
+    assert f"{path} {told}".replace("damaged: ", "") in caplog.text.replace("damaged: ", "")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"key": "../elsewhere"}, {"scores": "../scores-1.json"}, {"arm": "=cmd()"}, {"scene": "<b>"}]
+)
+def test_a_plan_that_leads_elsewhere_is_refused(tmp_path: Path, changes: dict[str, str]) -> None:
+    plan = json.loads((store(tmp_path, suite(), known) / PLAN).read_text())
+    plan["batches"][0] |= changes
+    (tmp_path / PLAN).write_text(json.dumps(plan))
     with pytest.raises(FileError, match="damaged"):
         load(tmp_path)
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ class _Suites(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+CHILD = Path(__file__).with_name("child.py")
 GRACE = 10  # seconds that the first process has to fail by itself when another one has failed
 
 app = typer.Typer(
@@ -134,7 +136,7 @@ def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
 
     Not by `accelerate launch` itself, which buries the message of a failed process under tracebacks of its own.
     """
-    command = [sys.executable, "-m", "compose", "evaluate", "run", *arguments, "--processes", "1"]
+    command = [sys.executable, "-c", CHILD.read_text("utf-8"), "evaluate", "run", *arguments, "--processes", "1"]
     shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     with ExitStack() as stack:
@@ -144,9 +146,12 @@ def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
         for rank in range(number):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # The first one talks; of the others one hears only what went wrong, and once.
-            started.append(subprocess.Popen(command, env=environment, stderr=told[rank] if rank else None))
+            speech = told[rank] if rank else None
+            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=speech))
         while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
             time.sleep(0.2)
+        if killed := next((process for process in started if (process.returncode or 0) < 0), None):
+            raise ChildProcessError(_killed(-killed.returncode))
         with suppress(subprocess.TimeoutExpired):  # what is wrong for one is mostly wrong for the first one, too
             started[0].wait(GRACE)
         codes = [process.poll() for process in started]
@@ -158,11 +163,24 @@ def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
         raise typer.Exit(max(codes[failed] or 0, FAILED))
 
 
+def _killed(number: int) -> str:
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    why = "; where memory runs out, the system does that: try fewer --processes" if name == "SIGKILL" else ""
+    return (
+        f"a process of the evaluation was ended by {name}{why}. What is finished is kept, and the same command goes on"
+    )
+
+
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
     """Ends processes that would wait for one that is gone."""
     for process in processes:
         process.terminate()
-        process.wait()
+    for process in processes:
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def free_port() -> int:

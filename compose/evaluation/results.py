@@ -6,20 +6,22 @@
     batches/KEY/scores-HASH.json   scores by one way of scoring
     batches/KEY/failed.json        why it failed, in place of the others
 
-Every file appears whole or not at all. Scores hold what was measured; all that tables say is computed from them.
+Every file appears whole or not at all. Scores hold what was measured; all that tables say is computed from them. What
+has been damaged since is not read: such a batch counts as not made, or as not scored.
 """
 
-import os
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attention.masks import Box
-from compose.evaluation.suite import Suite
-from compose.files import FileError, Machine
+from compose.atomic import write_whole
+from compose.evaluation.suite import Name, Suite
+from compose.files import FileError, Machine, read_pixels, read_record
 
 BATCHES = "batches"
 
@@ -65,6 +67,7 @@ class Made(_Frozen):
         cost: Of a picture.
         versions: Of the packages that made it.
         machine: What made it.
+        sha256: Of the picture files, by seed; empty if the batch was made by a version that did not store them.
     """
 
     scene: str
@@ -74,6 +77,7 @@ class Made(_Frozen):
     cost: PictureCost
     versions: Mapping[str, str]
     machine: Machine
+    sha256: Mapping[int, str] = {}
 
 
 class ConceptScore(_Frozen):
@@ -145,11 +149,11 @@ class Planned(_Frozen):
         seeds: Of the pictures.
     """
 
-    key: str
-    scores: str
-    scene: str
-    arm: str
-    alone: str | None = None
+    key: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+    scores: Annotated[str, Field(pattern=r"^scores-\w+\.json$")]
+    scene: Name
+    arm: Name
+    alone: Name | None = None
     seeds: tuple[int, ...]
 
 
@@ -193,16 +197,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: If it cannot be written; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, text.encode())
 
 
 def read(path: Path, kind: type[_Stored]) -> _Stored | None:
@@ -218,4 +213,69 @@ def read(path: Path, kind: type[_Stored]) -> _Stored | None:
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:
-        raise FileError(f"{path} is damaged; delete it, and the next run makes it again") from error
+        raise FileError(f"{path} is damaged") from error
+
+
+def read_made(out: Path, planned: Planned) -> Made | None:
+    """Reads how a batch was made; None if it was not. Its pictures are not looked at.
+
+    Raises:
+        FileError: If that is damaged, or of another batch.
+    """
+    made = read(path := batch_folder(out, planned.key) / MADE, Made)
+    if made is not None and _batch(made) != _batch(planned):
+        raise FileError(f"{path} is of another batch")
+    return made
+
+
+def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores | None:
+    """Reads what was measured on a batch; None if nothing was.
+
+    Args:
+        out: The evaluation's folder.
+        planned: The batch.
+        concepts: Those of its scene.
+
+    Raises:
+        FileError: If that is damaged, or lacks a picture or a concept.
+    """
+    scores = read(path := batch_folder(out, planned.key) / planned.scores, Scores)
+    if scores is None:
+        return None
+    for seed in planned.seeds:
+        if lost := set(concepts) - set(scores.pictures[seed].concepts if seed in scores.pictures else ()):
+            raise FileError(f"{path} is damaged: seed {seed} lacks {', '.join(sorted(lost))}")
+    return scores
+
+
+def check_pictures(out: Path, planned: Planned, made: Made) -> None:
+    """Reads the pictures of a batch.
+
+    Those of versions that stored no checksums only have to be readable, and to say that they are of their seed.
+
+    Raises:
+        FileError: If one is missing, or is not what was written.
+    """
+    for seed in planned.seeds:
+        path = picture_path(out, planned.key, seed)
+        if not made.sha256:
+            read_pixels(path)
+            intact = read_record(path).run.seed == seed
+        else:
+            intact = _sha256(path) == made.sha256.get(seed)
+        if not intact:
+            raise FileError(f"{path} is not the picture that was written")
+
+
+def _batch(one: Made | Planned) -> tuple:
+    return one.scene, one.arm, one.alone, one.seeds
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError as error:
+        raise FileError(f"{path} is missing") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error

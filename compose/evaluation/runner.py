@@ -1,8 +1,10 @@
 """Makes and scores the batches of a plan, continues where it was stopped, and keeps what it has whatever happens."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -10,13 +12,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from PIL import Image
 
+from compose.atomic import write_whole
 from compose.counting import Counted, count_run
 from compose.evaluation.detectors import make_detector
 from compose.evaluation.encoders import load_encoder
 from compose.evaluation.planning import make_plan
 from compose.evaluation.results import (
+    FAILED,
+    MADE,
     PLAN,
     Failed,
     Made,
@@ -24,14 +31,16 @@ from compose.evaluation.results import (
     Planned,
     Scores,
     batch_folder,
+    check_pictures,
     clear,
     picture_path,
-    read,
+    read_made,
+    read_scores,
     write,
 )  # fmt: skip
 from compose.evaluation.scoring import Scorer, reference_crops
 from compose.evaluation.suite import Batch, Suite, batches, run_of
-from compose.files import read_pixels, save_image
+from compose.files import FileError, png_bytes, read_pixels
 from compose.memory import peak_memory
 from compose.models import (
     MadeBatch,
@@ -50,8 +59,9 @@ from pipelines.scene import Run
 
 logger = logging.getLogger(__name__)
 
-MADE, FAILED = "made.json", "failed.json"
+LOCK = ".lock"
 PROBE_STEPS = 2
+_PATIENCE = 5  # seconds in which the processes of an evaluation that was stopped are gone
 _DAYS = timedelta(days=30)  # a process that is done waits for the others as long as they need
 
 OnProgress = Callable[[float], None]
@@ -60,7 +70,8 @@ OnProgress = Callable[[float], None]
 def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> bool:
     """Does this process's share of a suite, and waits for the other processes.
 
-    Started by `accelerate launch`, every process does every n-th batch. What is there already is not done again.
+    Started by `accelerate launch`, every process does every n-th batch. What is there already is not done again, unless
+    it has been damaged since.
 
     Args:
         suite: What to evaluate.
@@ -71,29 +82,90 @@ def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> 
         Whether this is the process that goes on to write the report.
 
     Raises:
-        ValueError: If something in the suite cannot work; nothing has been made then.
+        ValueError: If something in the suite cannot work, or another evaluation is at work in the folder; nothing has
+            been made then.
         OSError: If results cannot be written; those so far are kept.
     """
     state = PartialState(**({} if torch.cuda.is_available() else {"cpu": True}), timeout=_DAYS)
     plan = make_plan(suite)
-    if state.is_main_process:
-        write(out / PLAN, plan)
-    work = list(zip(batches(suite), plan.batches, strict=True))[state.process_index :: state.num_processes]
-    todo = [(batch, planned) for batch, planned in work if not is_done(out, planned)]
-    report = on_progress or (lambda done: None)
-    done = len(work) - len(todo)
-    report(done)
-    if todo:
-        if suite.threads is not None:
-            torch.set_num_threads(suite.threads)
-        worker = open_worker(suite, out, _device(suite, state))
-        worker.check(todo)
-        for batch, planned in todo:
-            worker.do(batch, planned, lambda share, done=done: report(done + share))
-            done += 1
-            report(done)
-    state.wait_for_everyone()
+    with _locked(out) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            write(out / PLAN, plan)
+        state.wait_for_everyone()  # else another process begins while the first one learns that it may not
+        work = list(zip(batches(suite), plan.batches, strict=True))[state.process_index :: state.num_processes]
+        kept = [_look(out, batch, planned) for batch, planned in work]
+        for damage in gather_object([damage for one in kept for damage in one.damage]):
+            if state.is_main_process:
+                logger.error("%s; it is made again", damage)
+        todo = [pair for pair, one in zip(work, kept, strict=True) if not (one.made and one.scored)]
+        _do(suite, out, _device(suite, state), todo, len(work), on_progress or (lambda done: None))
+        state.wait_for_everyone()
     return state.is_main_process
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keeps other evaluations out of a folder. A lock ends with its process, however that ends.
+
+    Raises:
+        FileError: If another one is at work there.
+        OSError: If there cannot be such a folder, or nothing can be written into it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout as error:
+        raise FileError(
+            f"another evaluation is at work in {out}; wait until it is done, stop it, or give another folder (--out)"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of a batch: whether it is made and scored, and what of it has been damaged."""
+
+    made: bool
+    scored: bool
+    damage: tuple[str, ...]
+
+
+def _look(out: Path, batch: Batch, planned: Planned) -> _Kept:
+    made, scores, damage = None, None, []
+    try:
+        made = read_made(out, planned)
+        if made is not None:
+            check_pictures(out, planned, made)
+    except FileError as error:
+        made = None
+        damage.append(str(error))
+    try:
+        scores = read_scores(out, planned, batch.scene.concepts)
+    except FileError as error:
+        damage.append(str(error))
+    return _Kept(made is not None, scores is not None, tuple(damage))
+
+
+def _do(
+    suite: Suite, out: Path, device: str, todo: Sequence[tuple[Batch, Planned]], number: int, report: OnProgress
+) -> None:
+    """Makes and scores what is left of a number of batches."""
+    done = number - len(todo)
+    report(done)
+    if not todo:
+        return
+    if suite.threads is not None:
+        torch.set_num_threads(suite.threads)
+    worker = open_worker(suite, out, device)
+    worker.check(todo)
+    for batch, planned in todo:
+        worker.do(batch, planned, lambda share, done=done: report(done + share))
+        done += 1
+        report(done)
 
 
 def _device(suite: Suite, state: PartialState) -> str:
@@ -105,7 +177,7 @@ def _device(suite: Suite, state: PartialState) -> str:
 
 
 def is_done(out: Path, planned: Planned) -> bool:
-    """Whether a batch has been made and scored."""
+    """Whether a batch has been made and scored, judged by which files there are."""
     folder = batch_folder(out, planned.key)
     return (folder / MADE).is_file() and (folder / planned.scores).is_file()
 
@@ -167,11 +239,10 @@ class Worker:
 
         Raises:
             OSError: If results cannot be written.
-            FileError: If what is there is damaged.
         """
         folder = batch_folder(self.out, planned.key)
         images: Sequence[Image.Image] = ()
-        if read(folder / MADE, Made) is None:
+        if not _look(self.out, batch, planned).made:
             try:
                 made, cost = self._make(batch, on_progress)
             except Exception as error:  # whatever models and libraries raise
@@ -244,11 +315,14 @@ class Worker:
 
     def _keep(self, planned: Planned, made: MadeBatch, cost: PictureCost) -> None:
         clear(self.out, planned.key)
+        sha256 = {}
         for picture in made.pictures:
-            save_image(picture.image, picture_path(self.out, planned.key, picture.record.run.seed), picture.record)
+            seed, data = picture.record.run.seed, png_bytes(picture.image, picture.record)
+            write_whole(picture_path(self.out, planned.key, seed), data)
+            sha256[seed] = hashlib.sha256(data).hexdigest()
         about = Made(
             scene=planned.scene, arm=planned.arm, alone=planned.alone, seeds=planned.seeds, cost=cost,
-            versions=versions(), machine=machine(self.device),
+            versions=versions(), machine=machine(self.device), sha256=sha256,
         )  # fmt: skip
         write(batch_folder(self.out, planned.key) / MADE, about)
 

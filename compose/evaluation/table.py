@@ -1,9 +1,10 @@
 """From stored scores to tables: a row per concept, a row per picture, and a row per arm with intervals."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from compose.evaluation.metrics import (
 )
 from compose.evaluation.results import (
     FAILED,
-    MADE,
     PLAN,
     Failed,
     Made,
@@ -29,10 +29,16 @@ from compose.evaluation.results import (
     batch_folder,
     picture_path,
     read,
+    read_made,
+    read_scores,
 )
 from compose.evaluation.statistics import bootstrap, compare
 from compose.evaluation.suite import SANITY, Suite, alone_name
 from compose.files import FileError
+
+logger = logging.getLogger(__name__)
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,7 @@ def load(out: Path) -> Evaluation:
     """Reads all that an evaluation has stored so far, and computes its tables.
 
     Raises:
-        FileError: If there is no evaluation, or a file of it is damaged.
+        FileError: If there is no evaluation, or its plan is damaged. A damaged batch counts as not made.
     """
     plan = read(out / PLAN, Plan)
     if plan is None:
@@ -265,13 +271,13 @@ def _stored(out: Path, plan: Plan) -> tuple[list[_Picture], list[Failed], int, i
     failed: list[Failed] = []
     missing = unscored = 0
     for planned in plan.batches:
-        folder = batch_folder(out, planned.key)
-        made, scores = read(folder / MADE, Made), read(folder / planned.scores, Scores)
+        concepts = plan.suite.scene(planned.scene).concepts
+        made = _sound(lambda planned=planned: read_made(out, planned))
+        scores = _sound(lambda planned=planned, concepts=concepts: read_scores(out, planned, concepts))
+        failure = _sound(lambda planned=planned: read(batch_folder(out, planned.key) / FAILED, Failed))
         if made is not None and scores is not None:
-            found = _scored(out, plan.suite, planned, made, scores)
-            unscored += len(planned.seeds) - len(found)
-            shots += found
-        elif (failure := read(folder / FAILED, Failed)) is not None:
+            shots += _scored(out, planned, made, scores, concepts)
+        elif failure is not None:
             failed.append(failure)
         elif made is None:
             missing += 1
@@ -280,21 +286,22 @@ def _stored(out: Path, plan: Plan) -> tuple[list[_Picture], list[Failed], int, i
     return shots, failed, missing, unscored
 
 
-def _scored(out: Path, suite: Suite, planned: Planned, made: Made, scores: Scores) -> list[_Picture]:
-    concepts = suite.scene(planned.scene).concepts
-    for seed, picture in scores.pictures.items():
-        if lost := set(concepts) - set(picture.concepts):
-            raise FileError(
-                f"{batch_folder(out, planned.key) / planned.scores} is damaged: seed {seed} lacks "
-                f"{', '.join(sorted(lost))}; delete it, and the next run makes it again"
-            )
+def _sound(reading: Callable[[], _Read | None]) -> _Read | None:
+    """What is read, as if it were not there if it is damaged: one batch is no reason to show nothing of the others."""
+    try:
+        return reading()
+    except FileError as error:
+        logger.error("%s, and is left out; the evaluation, started again, makes it again", error)
+        return None
+
+
+def _scored(out: Path, planned: Planned, made: Made, scores: Scores, concepts: tuple[str, ...]) -> list[_Picture]:
     return [
         _Picture(
             planned, seed, picture_path(out, planned.key, seed).relative_to(out).as_posix(), made,
             scores.pictures[seed], concepts,
         )
         for seed in planned.seeds
-        if seed in scores.pictures
     ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ class Quick:
             if self.state == "running":
                 return
             self._said.clear()
-            # One process: the others of several would outlive the first one, and pictures need a processor, too.
+            # One process: pictures need a processor, too.
             command = [sys.executable, "-m", "compose", "evaluate", "run", NAME, "--out", str(self.folder)]
             command += ["--processes", "1"]
             self._process = subprocess.Popen(

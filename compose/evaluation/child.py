@@ -1,0 +1,20 @@
+"""What a process of an evaluation runs that another one has started: `lora-compose`, until that one is gone.
+
+The system closes the other end of the standard input when the parent ends, even where it is killed and could tell
+nobody. This text is run by itself (`python -c`), before anything is imported that takes its time.
+"""
+
+import os
+import runpy
+import threading
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # nothing is ever written to it
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    runpy.run_module("compose", run_name="__main__", alter_sys=True)
