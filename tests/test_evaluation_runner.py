@@ -456,7 +456,9 @@ def test_a_process_that_cannot_be_ended_politely_is_killed(tmp_path: Path, monke
 def test_no_process_outlives_the_command(suite_file: Path, finished: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore Ctrl-C
     started = subprocess.Popen([sys.executable, *by_option(suite_file, out)], env=environment, start_new_session=True)
+    signal.signal(signal.SIGINT, before)
     while not list(out.rglob("*.png")):
         assert started.poll() is None
         time.sleep(0.05)

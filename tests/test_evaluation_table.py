@@ -216,8 +216,8 @@ def test_no_evaluation_and_a_damaged_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "told"),
     [
-        (SCORES, lambda text: text.replace('"cat"', '"cow"'), "seed 1 lacks cat"),
-        (SCORES, lambda text: text.replace('"1"', '"7"'), "seed 1 lacks cat, dog"),
+        (SCORES, lambda text: text.replace('"cat"', '"cow"'), "is damaged: seed 1 lacks cat"),
+        (SCORES, lambda text: text.replace('"1"', '"7"'), "is damaged: seed 1 lacks cat, dog"),
         (SCORES, lambda text: "{", "is damaged"),
         (MADE, lambda text: text[:100], "is damaged"),
         (MADE, lambda text: text.replace('"merge"', '"tara"'), "is of another batch"),
@@ -233,7 +233,7 @@ def test_a_damaged_batch_is_said_and_left_out(
     assert evaluation.arm("merge")["seed"].tolist() == [2]
     assert evaluation.missing + evaluation.unscored == 1
     assert len(evaluation.pictures) == 15
-    assert f"{path} {told}".replace("damaged: ", "") in caplog.text.replace("damaged: ", "")
+    assert f"{path} {told}" in caplog.text
 
 
 @pytest.mark.parametrize(
