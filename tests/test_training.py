@@ -2,7 +2,9 @@
 
 import json
 import logging
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from safetensors.torch import load_file
 from test_cli import call, flat
 
 from components import TINY, sd_unet, unet_inputs
-from compose import ComposePipeline
+from compose import ComposePipeline, atomic
 from compose.assets import playground_references
 from compose.evaluation.command import free_port
 from compose.models import ModelError
@@ -297,6 +299,35 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(begin: Callable[...,
     train(settings, on_step=lambda step, _: steps.append(step))
     assert steps == [3, 4, 5, 6]
     assert same(whole, settings.out)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_a_training_that_is_killed_at_random_moments_gives_the_same_bits(
+    begin: Callable[..., Training], tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"steps": 100, "checkpoint_every": 1}
+    whole = train(begin(**common, out=tmp_path / "whole.safetensors"))
+    settings, fork, moments = begin(**common), multiprocessing.get_context("fork"), random.Random(0)
+    done = fork.Value("i", 0)
+
+    def note(step: int, _: float) -> None:
+        done.value = step
+
+    for _ in range(12):
+        before = done.value
+        process = fork.Process(target=train, args=(settings,), kwargs={"on_step": note})
+        process.start()
+        while done.value < before + moments.randint(2, 6):
+            assert process.is_alive()
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.join()
+    atomic._remove_leftovers.cache_clear()  # as in a new process
+    train(settings)
+    assert same(whole, settings.out)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_lora_stays_in_single_precision_whatever_the_model_is_in(
