@@ -249,12 +249,13 @@ def test_two_processes_say_once_what_is_wrong(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("damage", [shutil.rmtree, lambda folder: (folder / "2.png").write_bytes(b"")])
 def test_a_failing_batch_is_written_down_and_tried_again(
-    suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: Suite, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], Any]
 ) -> None:
     (lost,) = [planned for planned in make_plan(suite).batches if (planned.arm, planned.seeds) == ("regional", (2,))]
     out = shutil.copytree(finished, tmp_path / "out")
-    shutil.rmtree(batch_folder(out, lost.key))
+    damage(batch_folder(out, lost.key))
     real = runner.make_batch
 
     def failing(pipe: Any, run: Any, seeds: Any, on_progress: Any = None) -> Any:

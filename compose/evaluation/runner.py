@@ -246,6 +246,7 @@ class Worker:
             try:
                 made, cost = self._make(batch, on_progress)
             except Exception as error:  # whatever models and libraries raise
+                clear(self.out, planned.key)  # else what is damaged would pass for made
                 _write_down(folder, planned, error)
                 return
             self._keep(planned, made, cost)
@@ -253,6 +254,7 @@ class Worker:
         try:
             scores = self._score(batch, planned, images)
         except Exception as error:
+            (folder / planned.scores).unlink(missing_ok=True)
             _write_down(folder, planned, error)
             return
         write(folder / planned.scores, scores)
