@@ -7,14 +7,13 @@ file, the place in it, what was expected and what was found.
 import json
 import os
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, BinaryIO, Self, TypeVar, get_args
 
 import yaml
 from PIL import Image
@@ -22,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compose.atomic import write_new, write_whole
+from pipelines.regular import open_regular
 from pipelines.scene import Concept, Run, Scene
 
 PLAYGROUND = "playground"
@@ -164,18 +164,32 @@ def read_record(path: str | Path) -> Record:
         FileError: If it is no PNG, carries no record, or one that is broken.
     """
     path = Path(path)
-    with _opened(path) as image:
+    with _regular(path) as file:
+        record = record_in(file, str(path))
+    return record.model_copy(update={"run": _located(record.run, path)})
+
+
+def record_in(file: BinaryIO, where: str) -> Record:
+    """Reads how a picture was made, as `read_record`. Paths in the record stay as they are.
+
+    Args:
+        file: The picture.
+        where: What complaints call it.
+
+    Raises:
+        FileError: If it is no PNG, carries no record, or one that is broken.
+    """
+    with _opened(file, where) as image:
         text = image.info.get(RECORD_KEY)
     if not isinstance(text, str):
         raise FileError(
-            f"{path} carries no record of lora-compose: it was made by something else, or a program that edited or "
+            f"{where} carries no record of lora-compose: it was made by something else, or a program that edited or "
             "shrank it has dropped the record"
         )
     if len(text) > _RECORD_LIMIT:
-        raise FileError(f"{path}: the record has {len(text)} characters; at most {_RECORD_LIMIT} are read")
-    where = f"{path}, its record"
-    record = _validated(Record, _json(text, where), where)
-    return record.model_copy(update={"run": _located(record.run, path)})
+        raise FileError(f"{where}: the record has {len(text)} characters; at most {_RECORD_LIMIT} are read")
+    where = f"{where}, its record"
+    return _validated(Record, _json(text, where), where)
 
 
 def read_pixels(path: str | Path) -> Image.Image:
@@ -184,7 +198,7 @@ def read_pixels(path: str | Path) -> Image.Image:
     Raises:
         FileError: If it is no PNG, is damaged, or is too large to be a picture of ours.
     """
-    with _opened(Path(path)) as image:
+    with _regular(Path(path)) as file, _opened(file, str(path)) as image:
         return image.convert("RGB")
 
 
@@ -320,11 +334,8 @@ def parse_value(text: str) -> Any:
 
 def _parse(path: Path) -> Any:
     kind = _kind(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(_TEXT_LIMIT + 1)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    with _regular(path) as file:
+        data = file.read(_TEXT_LIMIT + 1)
     if len(data) > _TEXT_LIMIT:
         raise FileError(f"{path} is larger than {_TEXT_LIMIT} bytes; that is no scene or run")
     try:
@@ -464,19 +475,31 @@ def _came(value: Any) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _regular(path: Path) -> Iterator[BinaryIO]:
+    """A file to be read, and no pipe or device, which would keep us waiting."""
     try:
-        if path.stat().st_size > _PICTURE_LIMIT:
-            raise FileError(f"{path} is larger than {_PICTURE_LIMIT} bytes; that is no picture of lora-compose")
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.width * image.height > _PIXEL_LIMIT:
-                raise FileError(
-                    f"{path} has {image.width} x {image.height} pixels, too many for a picture of lora-compose"
-                )
-            yield image
+        with open_regular(path) as file:
+            yield file
     except FileNotFoundError as error:
         raise FileError(f"there is no file {str(path)!r}") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
+    try:
+        if file.seek(0, os.SEEK_END) > _PICTURE_LIMIT:
+            raise FileError(f"{where} is larger than {_PICTURE_LIMIT} bytes; that is no picture of lora-compose")
+        file.seek(0)
+        with Image.open(file, formats=("PNG",)) as image:
+            if image.width * image.height > _PIXEL_LIMIT:
+                raise FileError(
+                    f"{where} has {image.width} x {image.height} pixels, too many for a picture of lora-compose"
+                )
+            yield image
     except FileError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise FileError(f"{path} is not a readable PNG (another format, truncated or damaged?): {error}") from error
+    except Exception as error:  # pictures come from strangers, and what Pillow raises for damaged ones has no end
+        reason = str(error).strip() or type(error).__name__
+        raise FileError(f"{where} is not a readable PNG (another format, truncated or damaged?): {reason}") from error

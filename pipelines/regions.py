@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from attention.layers import Grid, coarser
@@ -30,15 +30,16 @@ def read_mask(path: str) -> Tensor:
     try:
         with open_regular(Path(path).expanduser()) as file, Image.open(file, formats=_FORMATS) as image:
             if image.width * image.height > _PIXEL_LIMIT:
-                raise ValueError(f"the mask {path!r} has {image.width} x {image.height} pixels, which is too large")
+                raise ValueError(f"it has {image.width} x {image.height} pixels, which is too large")
             has_opacity = image.mode in ("RGBA", "LA", "PA")
             values = image.convert("RGBA").getchannel("A") if has_opacity else image.convert("L")
     except FileNotFoundError as error:
         raise ValueError(
             f"there is no mask {path!r}; expected a picture that is white where the concept may be"
         ) from error
-    except (OSError, RuntimeError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the mask {path!r} cannot be read: {error}") from error
+    except Exception as error:  # masks come from strangers, and what Pillow raises for damaged ones has no end
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise ValueError(f"the mask {path!r} cannot be read: {reason}") from error
     mask = torch.from_numpy(np.asarray(values, dtype=np.float32) / 255)
     if not mask.any():
         raise ValueError(f"the mask {path!r} is black all over; it has to be white where the concept may be")

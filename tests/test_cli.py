@@ -242,7 +242,7 @@ MISTAKES = {
         ["playground", "--scene", SCENES / "cat-dog.yaml", "--concept", BEAR],
         "in the scene file or with --concept, not both",
     ),
-    "no scene": (["playground", "--scene", "none.yaml"], "none.yaml cannot be read: No such file"),
+    "no scene": (["playground", "--scene", "none.yaml"], "there is no file 'none.yaml'"),
 }
 
 

@@ -1,9 +1,13 @@
 """Scene files, run files, and pictures that carry their record."""
 
 import json
+import os
 import struct
+import sys
+import threading
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +248,7 @@ def test_a_small_file_cannot_blow_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "cannot be read: No such file"),
+        (lambda path: None, "there is no file"),
         (lambda path: path.mkdir(), "cannot be read: Is a directory"),
         (lambda path: path.write_bytes(b"prompt: \xff"), "not UTF-8 text: byte 8 is 0xff"),
         (lambda path: path.write_bytes(b"#" * (2**20 + 1)), "larger than 1048576 bytes"),
@@ -419,6 +423,67 @@ def test_compressed_text_cannot_blow_up(tmp_path: Path) -> None:
 def test_broken_chunks_are_refused_kindly(tmp_path: Path, chunks: list[bytes]) -> None:
     with pytest.raises(FileError, match=r"1\.png"):
         read_record(with_chunks(tmp_path / "1.png", *chunks))
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_picture_is_read_or_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Bytes are changed, and chunks of every kind put in with any content, with the right sum for it."""
+    path = png(tmp_path_factory.getbasetemp() / "damaged.png", lora_compose="{}")
+    whole = path.read_bytes()
+    kinds = st.sampled_from([whole[at + 4 : at + 8] for at in _chunks(whole)] + OPTIONAL_CHUNKS)
+    for at in data.draw(st.lists(st.sampled_from(_chunks(whole)[1:]), max_size=3).map(lambda at: sorted(at)[::-1])):
+        whole = whole[:at] + chunk(data.draw(kinds), data.draw(st.binary(max_size=32))) + whole[at:]
+    for at in data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=2)):
+        whole = whole[:at] + bytes([data.draw(st.integers(0, 255))]) + whole[at + 1 :]
+    path.write_bytes(whole)
+    for read in (read_record, read_pixels):
+        with suppress(FileError):
+            read(path)
+
+
+OPTIONAL_CHUNKS = [b"tEXt", b"iTXt", b"zTXt", b"iCCP", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tRNS", b"PLTE", b"acTL",
+                   b"fcTL", b"fdAT", b"eXIf"]  # fmt: skip
+
+
+def _chunks(data: bytes) -> list[int]:
+    """Where the chunks of a PNG begin."""
+    found = [8]
+    while (after := found[-1] + 12 + int.from_bytes(data[found[-1] : found[-1] + 4], "big")) < len(data):
+        found.append(after)
+    return found
+
+
+def test_a_chunk_that_ends_too_early_behind_the_pixels_is_refused(tmp_path: Path) -> None:
+    path = png(tmp_path / "1.png")
+    data = path.read_bytes()
+    path.write_bytes(data[:-12] + chunk(b"iCCP", b"\0") + data[-12:])
+    with pytest.raises(FileError, match=r"1\.png is not a readable PNG"):
+        read_pixels(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files")
+@pytest.mark.parametrize("read", [read_record, read_pixels, lambda path: read_scene(path.rename(f"{path}.yaml"))],
+                         ids=["record", "pixels", "scene"])  # fmt: skip
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, read: Any, make: Any) -> None:
+    path = tmp_path / "1.png"
+    make(path)
+    said: list[str] = []
+
+    def reading() -> None:
+        try:
+            read(path)
+        except FileError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=reading, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert said, "it waits"
+    assert "no regular file" in said[0]
 
 
 def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:

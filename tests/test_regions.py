@@ -1,5 +1,6 @@
 """Regions drawn as pictures."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,21 @@ def test_a_missing_mask_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(b"text")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_mask(str(tmp_path / "mask.png"))
+
+
+def test_a_device_is_no_mask(tmp_path: Path) -> None:
+    (tmp_path / "mask.png").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="cannot be read: it is no regular file"):
+        read_mask(str(tmp_path / "mask.png"))
+
+
+def test_a_damaged_mask_is_refused(tmp_path: Path) -> None:
+    data = Path(drawn(tmp_path / "mask.png")).read_bytes()
+    body = b"iCCP\0"  # a profile that ends before it begins, behind the pixels
+    profile = (1).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    (tmp_path / "mask.png").write_bytes(data[:-12] + profile + data[-12:])
     with pytest.raises(ValueError, match="cannot be read"):
         read_mask(str(tmp_path / "mask.png"))
 
