@@ -3,9 +3,10 @@
 import ast
 import base64
 import dataclasses
-import gc
 import os
 import shlex
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,19 @@ from typer.testing import CliRunner
 from compose import models, overlay
 from compose.assets import playground_lora
 from compose.cli import app
-from compose.files import PLAYGROUND, FileError, Machine, Record, parse_value, read_pixels, read_record, read_scene
+from compose.files import (
+    PLAYGROUND,
+    FileError,
+    Machine,
+    Record,
+    parse_value,
+    png_bytes,
+    read_pixels,
+    read_record,
+    read_scene,
+)
 from compose.models import Attention, make, open_model
-from compose.page import boxes, controls, draft, export, launch, quick, store, text, work
+from compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
 from compose.page.scores import Judge
 from compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from compose.page.words import as_html, cut_off, read_prompt, with_phrase
@@ -310,13 +321,128 @@ def test_too_large_and_other_formats_are_refused(files: store.Store, monkeypatch
     assert list(files.folder.iterdir()) == []
 
 
-def test_the_files_of_a_visit_are_gone_with_it() -> None:
-    files = store.Store()
-    folder = files.folder
+@pytest.mark.parametrize("raised", [MemoryError(), OSError(28, "No space left on device"), KeyError("x")])
+def test_an_upload_that_fails_in_whatever_way_leaves_no_file(
+    files: store.Store, raised: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaking(BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell():
+                raise raised
+            return super().read(4)
+
+    with pytest.raises(type(raised)):
+        files.add_upload("cat.safetensors", Breaking(b"12345678"))
+    assert list(files.folder.iterdir()) == []
+
+    def fails(path: Path) -> Any:
+        raise raised
+
+    monkeypatch.setattr(store, "read_lora", fails)
+    with pytest.raises(type(raised)):
+        files.add_upload("cat.safetensors", opened(playground_lora("cat")))
+    assert list(files.folder.iterdir()) == []
+    assert files.uploads == []
+
+
+def test_the_files_of_a_visit_are_gone_with_it(files: store.Store) -> None:
     files.add_upload("cat.safetensors", opened(playground_lora("cat")))
-    del files
-    gc.collect()
-    assert not folder.exists()
+    assert files.close()
+    assert not files.folder.exists()
+    with pytest.raises(FileNotFoundError):
+        files.add_upload("cat.safetensors", opened(playground_lora("cat")))
+    assert not files.folder.exists()
+    assert files.close()
+
+
+def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """Another process is killed with its folder; one that lives keeps its own."""
+    # By its path alone: a whole page takes seconds to start.
+    code = f"import runpy; print(runpy.run_path({folders.__file__!r})['new_folder'](), flush=True); input()"
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    pages = []
+    for _ in range(2):
+        page = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                text=True)  # fmt: skip
+        assert page.stdout is not None
+        pages.append((page, Path(page.stdout.readline().strip())))
+    (killed, left), (living, used) = pages
+    try:
+        killed.kill()
+        killed.wait()
+        assert left.is_dir(), "nobody has tidied up after it"
+        for name in ("lora-compose-page-mine", "other"):  # without a lock, and without the name
+            (tmp_path / name).mkdir()
+        (tmp_path / "other" / "lock").touch()
+        (tmp_path / "lora-compose-page-link").symlink_to(tmp_path / "other")
+        folders.clean(tmp_path)
+        found = {path.name for path in tmp_path.iterdir()}
+        assert found == {"lora-compose-page-mine", "other", "lora-compose-page-link", used.parent.name}
+        assert used.is_dir()
+    finally:
+        living.communicate("\n", timeout=30)
+    assert not used.parent.exists(), "a page that ends removes its folder"
+
+
+# --- leaving ---
+
+
+class Visiting:
+    """A visit of which nothing is left when it is closed for the second time."""
+
+    def __init__(self) -> None:
+        self.closings = 0
+
+    def close(self) -> bool:
+        self.closings += 1
+        return self.closings >= 2
+
+
+def test_a_visit_ends_when_its_browser_has_been_away_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    there = {"a", "b"}
+    monkeypatch.setattr(leaving.time, "monotonic", lambda: now)
+    visits = leaving.Visits(there.__contains__, grace=20, every=1e9)
+    first, second = Visiting(), Visiting()
+    visits.add("a", first)
+    visits.add("b", second)
+
+    def later(seconds: float) -> tuple[int, int]:
+        nonlocal now
+        now += seconds
+        visits.look()
+        return first.closings, second.closings
+
+    assert later(1000) == (0, 0)
+    there.clear()
+    assert later(15) == (0, 0)
+    there.add("b")
+    assert later(10) == (1, 0), "a has been away for 25 seconds, b is back"
+    assert later(1) == (2, 0), "something was left"
+    assert later(1) == (2, 0)
+    there.clear()
+    assert later(30) == (2, 1)
+
+
+def test_one_visit_that_cannot_be_closed_keeps_nobody_else_open() -> None:
+    class Stubborn:
+        def close(self) -> bool:
+            raise RuntimeError("not now")
+
+    visits = leaving.Visits(lambda session: False, grace=0, every=1e9)
+    visiting = Visiting()
+    visits.add("a", Stubborn())
+    visits.add("b", visiting)
+    until(lambda: visits.look() or visiting.closings == 2)
+
+
+def test_a_session_has_one_visit() -> None:
+    visits = leaving.Visits(lambda session: True, grace=1e9, every=0.01)
+    first, second = Visiting(), Visiting()
+    visits.add("a", first)
+    visits.add("a", second)
+    until(lambda: first.closings == 2)  # by the thread that looks after them
+    assert second.closings == 0
 
 
 def test_pictures_in_metadata_are_shown_only_if_they_are_pictures() -> None:
@@ -358,14 +484,16 @@ def test_loras_of_a_record_are_found_by_content_and_strangers_paths_are_not_foll
     assert folder["dog"] is not None
 
 
-def test_pictures_that_are_not_ours_are_refused(files: store.Store) -> None:
+def test_pictures_that_are_not_ours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     with pytest.raises(FileError, match=r"^mine\.png carries no record"):
-        files.read_png("../mine.png", BytesIO(buffer.getvalue()))
+        store.dropped("../mine.png", BytesIO(buffer.getvalue()))
     with pytest.raises(FileError, match=r"^mine\.png is not a readable PNG"):
-        files.read_png("mine.png", BytesIO(b"GIF89a"))
-    assert list(files.folder.iterdir()) == []
+        store.dropped("mine.png", BytesIO(b"GIF89a"))
+    monkeypatch.setattr(store, "PNG_LIMIT", 4)
+    with pytest.raises(FileError, match=r"^mine\.png is larger than 0 MB"):
+        store.dropped("mine.png", BytesIO(b"GIF89a"))
 
 
 # --- models and work ---
@@ -377,7 +505,7 @@ def finished(slot: Slot, one: draft.Draft, **options: Any) -> work.Job:
     return job
 
 
-def test_a_job_makes_what_python_makes_and_keeps_attention(slot: Slot, files: store.Store, tmp_path: Path) -> None:
+def test_a_job_makes_what_python_makes_and_keeps_attention(slot: Slot, tmp_path: Path) -> None:
     example = short(seeds=(7, 8))
     job = finished(slot, example, record_attention=True)
     assert (job.state, job.error, len(job.pictures), job.share) == ("done", "", 2, 1.0)
@@ -386,7 +514,7 @@ def test_a_job_makes_what_python_makes_and_keeps_attention(slot: Slot, files: st
     plain = make(open_model(run), run)
     assert np.array_equal(np.asarray(picture.made.image), np.asarray(plain.image))
     path = tmp_path / "picture.png"
-    path.write_bytes(files.png(picture))
+    path.write_bytes(png_bytes(picture.made.image, picture.made.record))
     assert read_record(path) == picture.made.record
     attention = picture.attention
     assert attention is not None

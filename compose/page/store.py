@@ -3,10 +3,9 @@
 import base64
 import binascii
 import hashlib
+import os
 import secrets
 import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,10 +15,10 @@ from typing import BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from compose.assets import playground_lora, playground_references
-from compose.files import PLAYGROUND, FileError, Record, is_hub_name, read_pixels, read_record, save_image
+from compose.files import PLAYGROUND, FileError, Record, is_hub_name, read_pixels, record_in
 from compose.overlay import PALETTE
 from compose.page.draft import playground_loras
-from compose.page.work import Picture
+from compose.page.folders import new_folder
 from pipelines.loading import LoraError, LoraFile, find_file, read_lora
 from pipelines.scene import Concept
 
@@ -28,6 +27,9 @@ UPLOAD_LIMIT = 2**30
 
 PNG_LIMIT = 64 * 2**20
 """Bytes of a picture that is dropped in."""
+
+MOST_FILES = 60
+"""Pictures of a folder that are shown."""
 
 SUFFIX = ".safetensors"
 _CHUNK = 2**20
@@ -64,15 +66,25 @@ class Lora:
 
 
 class Store:
-    """A folder that is gone when nobody looks at the page any more."""
+    """The files of a visit, in a folder of its own.
+
+    Attributes:
+        folder: Where they are.
+        uploads: The LoRAs among them.
+    """
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="lora-compose-page-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder = new_folder()
         self.uploads: list[Lora] = []
 
+    def close(self) -> bool:
+        """Deletes all of them; True once the folder is gone, which takes longer while one is just being written."""
+        self.uploads = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return not self.folder.exists()
+
     def add_upload(self, name: str, data: BinaryIO) -> Lora:
-        """Keeps an uploaded LoRA, if it is one.
+        """Keeps an uploaded LoRA, if it is one. Nothing is kept of any other, whatever is wrong with it.
 
         Args:
             name: What its owner calls it; never a part of a path.
@@ -85,13 +97,15 @@ class Store:
         shown = _shown(name)
         if not shown.lower().endswith(SUFFIX):
             raise FileError(f"{shown}: only {SUFFIX} files are taken; other formats could run code when opened")
-        path = self._new(SUFFIX)
+        path = self.folder / f"{secrets.token_hex(12)}{SUFFIX}"
         try:
             _copy(data, path, UPLOAD_LIMIT, shown)
             lora = _described(read_lora(path), str(path), shown)
-        except (LoraError, FileError) as error:
+        except BaseException as error:
             path.unlink(missing_ok=True)
-            raise type(error)(str(error).replace(path.name, shown)) from error
+            if isinstance(error, LoraError | FileError):
+                raise type(error)(str(error).replace(path.name, shown)) from error
+            raise
         known = next((upload for upload in self.uploads if upload.sha256 == lora.sha256), None)
         if known is not None:
             path.unlink()
@@ -99,30 +113,16 @@ class Store:
         self.uploads.append(lora)
         return lora
 
-    def read_png(self, name: str, data: BinaryIO) -> Record:
-        """The record in a picture that was dropped in. The picture itself is not kept.
 
-        Raises:
-            FileError: If it is no picture of ours.
-        """
-        shown, path = _shown(name), self._new(".png")
-        try:
-            _copy(data, path, PNG_LIMIT, shown)
-            return read_record(path)
-        except FileError as error:
-            raise FileError(str(error).replace(str(path), shown)) from error
-        finally:
-            path.unlink(missing_ok=True)
+def dropped(name: str, data: BinaryIO) -> Record:
+    """The record in a picture that was dropped in. Nothing is kept of the picture.
 
-    def png(self, picture: Picture) -> bytes:
-        """A picture as a file that carries its record."""
-        path = self.folder / f"{picture.key}.png"
-        if not path.exists():
-            save_image(picture.made.image, path, picture.made.record)
-        return path.read_bytes()
-
-    def _new(self, suffix: str) -> Path:
-        return self.folder / f"{secrets.token_hex(12)}{suffix}"
+    Raises:
+        FileError: If it is no picture of ours.
+    """
+    if data.seek(0, os.SEEK_END) > PNG_LIMIT:
+        raise FileError(f"{_shown(name)} is larger than {PNG_LIMIT // 2**20} MB, which is the most that is taken")
+    return record_in(data, _shown(name))
 
 
 def playground() -> list[Lora]:
@@ -193,7 +193,7 @@ def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | No
     return None
 
 
-def picture_files(folder: Path, most: int = 60) -> list[Path]:
+def picture_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
     """The newest pictures of a folder and the folders in it."""
     found = [path for path in _pngs(folder) if path.is_file()]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:most]

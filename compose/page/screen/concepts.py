@@ -1,17 +1,20 @@
 """The concepts: which LoRAs, what they are called, and what is wrong with them."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import streamlit as st
+from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from compose.overlay import colour
 from compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
 from compose.page.screen import fields
-from compose.page.screen.state import Row, Visit
+from compose.page.screen.state import Row, Visit, discard
 from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, named, playground, tile
 from compose.page.text import markdown, markup
+
+logger = logging.getLogger(__name__)
 
 _PLACE = "concepts"
 _MB = 2**20
@@ -131,8 +134,11 @@ def _playground() -> list[Lora]:
 
 
 def _uploaded(here: Visit, key: str) -> None:
-    files: list[Any] = st.session_state[key]
-    _add_all(here, [(file.name, lambda file=file: here.store.add_upload(file.name, file)) for file in files])
+    files = [file for file in st.session_state[key] if isinstance(file, UploadedFile)]  # others are gone already
+    try:
+        _add_all(here, [(file.name, lambda file=file: here.store.add_upload(file.name, file)) for file in files])
+    finally:
+        discard(files)
 
 
 def _picked(here: Visit, sources: list[str]) -> None:
@@ -150,6 +156,9 @@ def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
             _add(here, read())
         except (ValueError, OSError) as error:
             troubles.append(str(error))
+        except Exception as error:  # files come from strangers: the page lives on, whatever they set off
+            logger.exception("a LoRA could not be added")
+            troubles.append(f"{name} cannot be used ({type(error).__name__}).")
     here.troubles[_PLACE] = troubles
     here.uploads += 1
 

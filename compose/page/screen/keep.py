@@ -1,29 +1,31 @@
 """Pictures to keep: download, folder, gallery, and a picture that sets everything as it was when it was made."""
 
-import shutil
 from pathlib import Path
 
 import streamlit as st
+from PIL import Image
+from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from compose.files import FileError, Record, free_path, read_record
+from compose.files import FileError, Record, read_pixels, read_record, save_image
 from compose.models import devices
 from compose.page.draft import draft_of
 from compose.page.screen import fields
 from compose.page.screen.model import take_over
-from compose.page.screen.state import Visit
+from compose.page.screen.state import Visit, discard
 from compose.page.shelf import Choice
-from compose.page.store import PNG_LIMIT, located, picture_files
+from compose.page.store import MOST_FILES, PNG_LIMIT, dropped, located, picture_files
 from compose.page.text import markdown
 from compose.page.work import Picture
 
 _PLACE = "restore"
 _ACROSS = 3
+_SMALL = 512  # pixels of the longer side
 
 
 def keep_buttons(here: Visit, picture: Picture) -> None:
     """What one can do with a picture."""
     with st.container(horizontal=True):
-        st.download_button("Download", here.store.png(picture), f"{picture.run.seed}.png", "image/png",
+        st.download_button("Download", here.png(picture), f"{picture.run.seed}.png", "image/png",
                            key=f"do.download.{picture.key}", icon=":material/download:", on_click="ignore",
                            help="A PNG that carries all that makes it again.")  # fmt: skip
         st.button("Keep in the folder", key=f"do.keep.{picture.key}", on_click=_keep, args=(here, picture),
@@ -74,12 +76,19 @@ def _folder(here: Visit) -> None:
 
 def _kept(here: Visit, path: Path) -> None:
     try:
-        record = read_record(path)
-    except FileError:
+        record, small = _small(path, path.stat().st_mtime_ns)
+    except (FileError, OSError):
         return  # sheets and pictures of other programs have nothing to restore
-    st.image(str(path), width="stretch", alt=record.run.scene.prompt)
+    st.image(small, width="stretch", alt=record.run.scene.prompt)
     st.caption(markdown(f"{path.name}: {record.run.method or 'no method'}, seed {record.run.seed}"))
     st.button("Use its settings", key=f"do.kept.{path}", on_click=_reuse, args=(here, record), width="stretch")
+
+
+@st.cache_data(show_spinner=False, max_entries=2 * MOST_FILES)
+def _small(path: Path, changed: int) -> tuple[Record, Image.Image]:
+    record, image = read_record(path), read_pixels(path)
+    image.thumbnail((_SMALL, _SMALL))
+    return record, image
 
 
 def restore(here: Visit, record: Record) -> None:
@@ -118,13 +127,15 @@ def _same_device(here: Visit, device: str | None) -> str | None:
 
 def _dropped(here: Visit, key: str) -> None:
     file = st.session_state[key]
-    if file is None:
+    if not isinstance(file, UploadedFile):  # taken away again
         return
     here.uploads += 1
     try:
-        _reuse(here, here.store.read_png(file.name, file))
+        _reuse(here, dropped(file.name, file))
     except ValueError as error:
         here.troubles[_PLACE] = [str(error)]
+    finally:
+        discard([file])
 
 
 def _reuse(here: Visit, record: Record) -> None:
@@ -140,9 +151,9 @@ def _look(here: Visit, picture: Picture) -> None:
 
 
 def _keep(here: Visit, picture: Picture) -> None:
-    here.store.png(picture)
-    folder = here.options.pictures
-    folder.mkdir(parents=True, exist_ok=True)
-    to = free_path(folder / f"{picture.run.seed}.png")
-    shutil.copyfile(here.store.folder / f"{picture.key}.png", to)
+    try:
+        to = save_image(picture.made.image, here.options.pictures / f"{picture.run.seed}.png", picture.made.record)
+    except OSError as error:  # a full disk, a folder that may not be written
+        st.toast(f"Not kept: {markdown(str(error))}", icon=":material/error:")
+        return
     st.toast(f"Kept as {markdown(str(to))}", icon=":material/save:")

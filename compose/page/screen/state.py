@@ -2,14 +2,21 @@
 
 import logging
 import threading
-import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import streamlit as st
+from streamlit import runtime
+from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from compose.check import Report, check
+from compose.files import png_bytes
 from compose.page.draft import Draft, example
 from compose.page.launch import Options, options
+from compose.page.leaving import Visits
 from compose.page.quick import Quick
 from compose.page.scores import Judge, Likeness
 from compose.page.shelf import Busy, Choice, Shelf, Slot
@@ -28,19 +35,21 @@ Fit = tuple[Choice, str, str]
 """For which model a LoRA was looked at, what fits, and what is wrong."""
 
 
-@st.cache_resource(show_spinner=False)
+# Not in Streamlit's cache, which every visitor can ask to be emptied.
+_SHELF, _JUDGE = Shelf(), Judge()
+
+
 def shelf() -> Shelf:
     """The open models, shared by everybody."""
-    return Shelf()
+    return _SHELF
 
 
-@st.cache_resource(show_spinner=False)
 def judge() -> Judge:
     """The playground's judge, shared by everybody."""
-    return Judge()
+    return _JUDGE
 
 
-@st.cache_resource(show_spinner=False)
+@cache
 def quick() -> Quick:
     """The quick suite, shared by everybody."""
     return Quick(options().evaluations)
@@ -81,6 +90,7 @@ class Visit:
         comparing: Whether that is a comparison.
         troubles: What went wrong, by place on the screen.
         uploads: How many times something was uploaded, which gives upload fields new names, and so empties them.
+        closed: Whether it has ended: its browser was away for too long.
     """
 
     store: Store
@@ -94,8 +104,10 @@ class Visit:
     comparing: bool = False
     troubles: dict[str, list[str]] = field(default_factory=dict)
     uploads: int = 0
+    closed: bool = False
+    _session: str = ""
     _numbers: int = 0
-    _ending: weakref.finalize | None = None
+    _png: tuple[str, bytes] = ("", b"")
     _outlooks: dict[str, Report] = field(default_factory=dict)
     _likeness: dict[str, dict[str, Likeness]] = field(default_factory=dict)
 
@@ -116,12 +128,28 @@ class Visit:
         return self.rows[-1]
 
     def begin(self, runs: list[Run], *, comparing: bool, record_attention: bool) -> None:
-        """Starts to make pictures; they go on while the page is looked at, and stop when nobody has it open."""
+        """Starts to make pictures; they go on while the page is looked at, and stop when the visit ends."""
         self.comparing = comparing
-        self.job = Job(self.slot, runs, record_attention=record_attention).start()
-        if self._ending is not None:
-            self._ending.detach()
-        self._ending = weakref.finalize(self, self.job.stop)
+        self.job = Job(self.slot, runs, record_attention=record_attention)
+        if self.closed:
+            self.job.stop()  # asked for in the moment when the visit ended
+        self.job.start()
+
+    def close(self) -> bool:
+        """Stops the work and deletes everything; True once nothing is left."""
+        self.closed = True
+        if self.job is not None:
+            self.job.stop()
+            self.job = self.job if self.job.running else None
+        self.rows, self.pictures, self.compared, self._png = [], [], [], ("", b"")
+        _forget(self._session)
+        return self.store.close() and self.job is None
+
+    def png(self, picture: Picture) -> bytes:
+        """The picture that is looked at as a file that carries its record."""
+        if self._png[0] != picture.key:
+            self._png = picture.key, png_bytes(picture.made.image, picture.made.record)
+        return self._png[1]
 
     def collect(self) -> bool:
         """Takes over what the job has finished; True if there was something new."""
@@ -171,12 +199,46 @@ def visit() -> Visit:
     """This visit; a new one begins with the example."""
     from compose.page.screen import fields
 
-    if "visit" not in st.session_state:
-        draft = example()
-        new = Visit(Store(), shelf().open(draft.choice), options())
+    before: Visit | None = st.session_state.get("visit")
+    if before is None or before.closed:
+        draft, session = example(), _session()
+        new = Visit(Store(), shelf().open(draft.choice), options(), _session=session)
+        _VISITS.add(session, new)
         st.session_state["visit"] = new
         fields.fill(new, draft, {concept.name: _known(concept) for concept in draft.concepts})
+    if before is not None and before.closed:
+        st.toast("You were away, so your files and pictures have been deleted. This is a new start.")
     return st.session_state["visit"]
+
+
+def discard(files: Iterable[Any]) -> None:
+    """Removes uploaded files from Streamlit's memory, where they would otherwise stay until the session ends."""
+    context = get_script_run_ctx()
+    for file in files:
+        if context is not None and isinstance(context.uploaded_file_mgr, MemoryUploadedFileManager):
+            context.uploaded_file_mgr.remove_file(session_id=context.session_id, file_id=file.file_id)
+
+
+def _session() -> str:
+    context = get_script_run_ctx()
+    return context.session_id if context is not None else ""
+
+
+def _has_browser(session: str) -> bool:
+    """Whether a session is connected; the sessions of tests have no server that could tell."""
+    return not runtime.exists() or runtime.get_instance().is_active_session(session)
+
+
+def _forget(session: str) -> None:
+    """Removes what Streamlit has in memory of a session's uploads and pictures; it may keep them for much longer."""
+    if runtime.exists():
+        server = runtime.get_instance()
+        server.uploaded_file_mgr.remove_session_files(session)
+        server.media_file_mgr.clear_session_refs(session)
+        server.media_file_mgr.remove_orphaned_files()
+
+
+_VISITS = Visits(_has_browser)
 
 
 def choose_model(here: Visit, choice: Choice) -> None:

@@ -1,0 +1,92 @@
+"""Visits end when their browser has gone: what they began is stopped, and their files are deleted."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+GRACE = 20.0
+"""Seconds that a browser may be away: a network that drops for a moment, a page that is loaded again."""
+
+EVERY = 2.0
+"""Seconds between two looks."""
+
+
+class Closing(Protocol):
+    """What ends with its session."""
+
+    def close(self) -> bool:
+        """Ends it, as far as it has not ended yet; True once nothing is left of it."""
+        ...
+
+
+@dataclass(eq=False)
+class _Open:
+    session: str
+    visit: Closing
+    seen: float  # when its browser was last there
+
+
+class Visits:
+    """All visits that are open. A thread looks after them, from the first one on.
+
+    Nobody tells the page that a browser has gone, be it closed, killed or cut off; whether it is there can be asked.
+
+    Args:
+        is_there: Whether a session has a browser, by the session's name.
+        grace: How long a browser may be away, in seconds.
+        every: Time between two looks, in seconds.
+    """
+
+    def __init__(self, is_there: Callable[[str], bool], grace: float = GRACE, every: float = EVERY) -> None:
+        self._is_there, self._grace, self._every = is_there, grace, every
+        self._open: list[_Open] = []
+        self._ending: list[Closing] = []
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, session: str, visit: Closing) -> None:
+        """Looks after a visit from now on. An earlier one of the same session ends."""
+        with self._lock:
+            self._end([found for found in self._open if found.session == session])
+            self._open.append(_Open(session, visit, time.monotonic()))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="lora-compose-visits", daemon=True)
+                self._thread.start()
+
+    def look(self) -> None:
+        """Ends the visits whose browsers have been away for too long."""
+        with self._lock:
+            now = time.monotonic()
+            for found in self._open:
+                if self._is_there(found.session):
+                    found.seen = now
+            self._end([found for found in self._open if now - found.seen > self._grace])
+            ending, self._ending = self._ending, []
+        left = [visit for visit in ending if not _closed(visit)]
+        with self._lock:
+            self._ending += left  # for the next look
+
+    def _end(self, gone: list[_Open]) -> None:
+        self._open = [found for found in self._open if found not in gone]
+        self._ending += [found.visit for found in gone]
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self._every)
+            try:
+                self.look()
+            except Exception:  # it has to go on for the others
+                logger.exception("looking after the visits failed")
+
+
+def _closed(visit: Closing) -> bool:
+    try:
+        return visit.close()
+    except Exception:
+        logger.exception("a visit could not be ended; it is tried again")
+        return False
