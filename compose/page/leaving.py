@@ -16,6 +16,10 @@ EVERY = 2.0
 """Seconds between two looks."""
 
 
+PATIENCE = 5.0
+"""Seconds that work in hand gets to stop when the page itself ends; torch aborts a process under whose feet it ends."""
+
+
 class Closing(Protocol):
     """What ends with its session."""
 
@@ -66,10 +70,17 @@ class Visits:
                 if self._is_there(found.session):
                     found.seen = now
             self._end([found for found in self._open if now - found.seen > self._grace])
-            ending, self._ending = self._ending, []
-        left = [visit for visit in ending if not _closed(visit)]
+            self._ending = [visit for visit in self._ending if not _closed(visit)]  # the others at the next look
+
+    def end(self, patience: float = PATIENCE) -> None:
+        """Ends all visits because the page ends; waits so many seconds until nothing is left of them."""
         with self._lock:
-            self._ending += left  # for the next look
+            self._end(self._open)
+        until = time.monotonic() + patience
+        self.look()
+        while self._ending and time.monotonic() < until:
+            time.sleep(0.05)
+            self.look()
 
     def _end(self, gone: list[_Open]) -> None:
         self._open = [found for found in self._open if found not in gone]

@@ -10,7 +10,8 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 from compose.overlay import colour
 from compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
 from compose.page.screen import fields
-from compose.page.screen.state import Row, Visit, discard
+from compose.page.screen.state import Row, Visit, checking, discard
+from compose.page.shelf import Busy
 from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, named, playground, tile
 from compose.page.text import markdown, markup
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _PLACE = "concepts"
 _MB = 2**20
+_PATIENCE = 30.0  # seconds that a file waits for those of others
 _SHORT = 24  # letters of a weight that are shown on a card
 
 
@@ -153,7 +155,11 @@ def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
             troubles.append(f"{MOST_CONCEPTS} concepts are the most; {name} and what comes after it are left out.")
             break
         try:
-            _add(here, read())
+            with checking(_PATIENCE):
+                lora = read()
+            _add(here, lora)
+        except Busy:
+            troubles.append(f"{name} is not read yet: files of others are, and take long. Try again in a while.")
         except (ValueError, OSError) as error:
             troubles.append(str(error))
         except Exception as error:  # files come from strangers: the page lives on, whatever they set off

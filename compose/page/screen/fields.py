@@ -168,6 +168,8 @@ def draft(here: Visit) -> Draft:
     missing = [row.wanted for row in here.rows if row.lora is None]
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload them, or remove these concepts.")
+    if unfit := [row.lora.shown for row in here.rows if row.lora is not None and (fit := here.fit(row)) and fit[2]]:
+        raise ValueError(f"LoRAs cannot be used with this model: {', '.join(unfit)}. Remove these concepts.")
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
     return Draft(
         choice=here.slot.choice,

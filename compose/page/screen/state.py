@@ -1,8 +1,10 @@
 """What is kept between two looks at the screen: by everybody (open models), and by one visit (everything else)."""
 
+import atexit
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -27,7 +29,10 @@ from pipelines.scene import Concept, Run
 
 logger = logging.getLogger(__name__)
 
-_CHECKING = threading.Lock()  # checks listen to the log, whose level is everybody's
+# Checks listen to the log, whose level is everybody's; and a file, while it is read, may keep the interpreter from
+# everybody else for a moment, so there is one at a time.
+_CHECKING = threading.Lock()
+_PATIENCE = 0.5  # seconds that a look at the screen waits for the files and checks of others
 _OUTLOOKS = 64  # kept per visit
 _PICTURES = 100  # kept per visit
 
@@ -168,7 +173,7 @@ class Visit:
         key = f"{draft.choice} {run.model_dump_json()}"
         if key not in self._outlooks:
             try:
-                with _CHECKING, self.slot.turn(run.scene.concepts, wait=False) as pipe:
+                with checking(_PATIENCE), self.slot.turn(run.scene.concepts, wait=False) as pipe:
                     self._outlooks[key] = check(run, pipe)
             except Busy:
                 return None
@@ -211,6 +216,24 @@ def visit() -> Visit:
     return st.session_state["visit"]
 
 
+@contextmanager
+def checking(patience: float) -> Iterator[None]:
+    """One file or check at a time, whoever it is for.
+
+    Args:
+        patience: Seconds to wait for those of others.
+
+    Raises:
+        Busy: If they take longer.
+    """
+    if not _CHECKING.acquire(timeout=patience):
+        raise Busy
+    try:
+        yield
+    finally:
+        _CHECKING.release()
+
+
 def discard(files: Iterable[Any]) -> None:
     """Removes uploaded files from Streamlit's memory, where they would otherwise stay until the session ends."""
     context = get_script_run_ctx()
@@ -239,6 +262,7 @@ def _forget(session: str) -> None:
 
 
 _VISITS = Visits(_has_browser)
+atexit.register(_VISITS.end)
 
 
 def choose_model(here: Visit, choice: Choice) -> None:
@@ -258,11 +282,14 @@ def _known(concept: Concept) -> Lora:
 
 def _fit(slot: Slot, lora: Lora) -> tuple[str, str]:
     concept = lora.concept("it")
-    with slot.turn((), wait=False) as pipe:
+    with checking(_PATIENCE), slot.turn((), wait=False) as pipe:
         try:
             from compose.models import lora_source
 
             found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
         except (LoraError, OSError) as error:
             return "", str(error)
+        except Exception as error:  # files come from strangers: the page lives on, whatever they set off
+            logger.exception("a LoRA could not be looked at")
+            return "", f"{lora.shown} cannot be used ({type(error).__name__})."
     return found.factors.report, ""
