@@ -3,11 +3,11 @@
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file to read its bytes, at once whatever the path names.
 
     Opening a pipe to read waits for somebody who writes, and a device may never end. What was opened is looked at, not

@@ -103,6 +103,29 @@ def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> No
         replace(short(), **changes).runs()
 
 
+@pytest.mark.parametrize(
+    ("scene", "changes", "words"),
+    [
+        ({}, {"scheduler": "TomorrowScheduler"}, "unknown scheduler 'TomorrowScheduler'"),
+        ({}, {"method": "tomorrow"}, "unknown method 'tomorrow'"),
+        ({}, {"settings": {"tomorrow": 1}, "method": "tara"}, "tara has no settings"),
+        ({}, {"settings": {"scope": "tomorrow"}, "method": "tara"}, "scope must be"),
+        ({}, {"settings": {"scope": "cross_kv"}, "method": None}, "the settings scope, but no method"),
+        ({"concepts": ()}, {"method": "tara"}, "the method tara, but no concepts"),
+        ({}, {"settings": {"interval": 2**60}, "method": "switch"}, "interval is 1152921504606846976"),
+        ({}, {"steps": 2**60}, "the page takes 1 to 200"),
+        ({"concepts": (BEAR.model_copy(update={"trigger": "x" * 100}),)}, {}, "60 letters each"),
+    ],
+)
+def test_what_a_picture_says_and_the_page_cannot_is_refused(
+    scene: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    (run,) = short(method="merge").runs()
+    run = run.model_copy(update={"scene": run.scene.model_copy(update=scene), **changes})
+    with pytest.raises(ValueError, match=words):
+        draft.draft_of(run, (128, 128))
+
+
 def test_a_canvas_far_from_the_models_own_is_refused() -> None:
     draft.check_canvas((512, 128), (128, 128))
     with pytest.raises(ValueError, match="made for 128 x 128"):

@@ -1,6 +1,7 @@
 """The screen's logic by `streamlit.testing`: what is shown for what is set."""
 
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,8 @@ from compose.files import Machine, Record, read_record, save_image
 from compose.page.draft import example
 from compose.page.launch import script
 from compose.page.screen import fields
-from compose.page.screen.state import Visit
+from compose.page.screen.state import Visit, checking
+from compose.page.shelf import Choice, Slot
 from compose.savers import Saver
 from pipelines.methods import METHODS
 from pipelines.scene import Concept
@@ -279,11 +281,161 @@ def test_a_picture_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path)
     assert "look whether you want it" in said(at)
 
 
-def drop(at: AppTest, folder: Path, change: dict[str, Any], **changes: Any) -> None:
+def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
+    at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def network(*args: Any, **kwargs: Any) -> Any:
+        asked.append(str(args))
+        raise ConnectionError("nothing may be asked here")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, network)
+    monkeypatch.setattr(socket, "getaddrinfo", network)
+    monkeypatch.setattr("pipelines.loading.list_repo_files", network)
+    monkeypatch.setattr("pipelines.loading.hf_hub_download", network)
+    cat = Concept(name="cat", lora="stranger/cat-lora", trigger="sks", class_word="cat")
+    drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat"}, model="stranger/model", sha256={"cat": "0" * 64})
+    at.session_state["set.view"] = "Compare"
+    at.run()
+    assert asked == []
+    assert "in repositories on the hub: cat (stranger/cat-lora). Nothing is downloaded until you press" in said(at)
+    assert at.button(key="do.make").disabled
+
+    at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
+    assert len(asked) == 1
+    assert "nothing may be asked here" in said(at)
+    monkeypatch.setattr("pipelines.loading.list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
+    monkeypatch.setattr("pipelines.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat")))
+    at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
+    (row,) = visit(at).rows
+    assert row.lora is not None
+    assert row.lora.source == "stranger/cat-lora"
+    assert "is another file than the one that the picture was made with" in said(at)
+    assert not at.button(key="do.make").disabled
+
+
+def test_the_open_model_is_not_opened_again_in_another_precision_by_a_picture(
+    at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The open one may be a repository, for which the hub would be asked."""
+    here = visit(at)
+    here.slot = Slot(Choice("stranger/model"), here.slot._pipe)
+    at.run()
+    monkeypatch.setattr("compose.page.shelf.open_model", lambda *args: pytest.fail("it is opened"))
+    drop(at, tmp_path, {}, model="stranger/model", dtype="bfloat16")
+    assert "It was made with the model stranger/model in bfloat16, which is not open here" in said(at)
+    drop(at, tmp_path, {}, model="stranger/model")
+    assert "It was made with the model" not in said(at)
+
+
+def test_what_the_page_does_not_know_is_refused_and_nothing_changes(at: AppTest, tmp_path: Path) -> None:
+    at.run()
+    before = {str(key): at.session_state[key] for key in at.session_state if str(key).startswith("set.")}
+    drop(at, tmp_path, {"prompt": "a xlo bear"}, scheduler="TomorrowScheduler")
+    assert "unknown scheduler 'TomorrowScheduler'" in said(at)
+    assert {key: at.session_state[key] for key in before} == before
+
+
+def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> None:
+    bear, robot = example().concepts
+    for change, words in (
+        ({"region": (0, 0, 3, 64)}, "region of bear was (0, 0, 3, 64), and is (0, 0, 8, 64) here"),
+        ({"trigger": "xlo "}, "trigger of bear was “xlo ”, and is “xlo” here"),
+        ({"region": None}, "region of bear was not given, and is (0, 0, 128, 128) here"),
+    ):
+        drop(at, tmp_path, {"concepts": (bear.model_copy(update=change), robot)})
+        assert words in said(at)
+
+
+def test_an_alpha_that_a_picture_names_is_not_forgotten(at: AppTest, tmp_path: Path) -> None:
+    bear, robot = example().concepts
+    drop(at, tmp_path, {"concepts": (bear.model_copy(update={"alpha": 3.0}), robot)})
+    assert "the file says its alpha itself; leave alpha out" in said(at), "it is used"
+
+
+def test_an_ordinary_picture_comes_back_without_a_word(at: AppTest, tmp_path: Path) -> None:
+    settings = {"ce_weight": 3, "rows": "all"}  # a whole number where others may stand
+    bear, robot = example().concepts
+    bear = bear.model_copy(update={"weight": "1..0.4", "blocks": {"up.1": 0.5}, "prompt": "a xlo bear"})
+    run = {"method": "lora-composer", "settings": settings, "scheduler": "DDIMScheduler", "guidance_scale": 1 / 3,
+           "seed": 2**63 - 1, "steps": STEPS}  # fmt: skip
+    drop(at, tmp_path, {"concepts": (bear, robot), "negative_prompt": "snow"}, **run)
+    assert not at.warning
+    remade = fields_of(at)
+    assert remade.scene.concepts[0] == bear.model_copy(update={"class_word": "bear"})
+    assert {name: getattr(remade, name) for name in run} == run
+
+
+def test_others_are_not_kept_waiting_by_a_file_that_takes_long(at: AppTest) -> None:
+    with checking(0):  # it is being read for somebody else
+        started = time.monotonic()
+        at.text_area(key=fields.PROMPT).set_value("a xlo bear and a qrt robot in snow").run()
+        assert time.monotonic() - started < 5
+        assert not at.exception
+        assert "at work for somebody else" in said(at)
+        assert not at.button(key="do.make").disabled
+
+
+def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def fails(self: Any, concepts: Any, *args: Any) -> Any:
+        looked.append(concepts[0].lora)
+        raise RuntimeError("whatever a file sets off")
+
+    monkeypatch.setattr("pipelines.base.ComposePipeline.resolve_concepts", fails)
+    at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
+    looked.clear()
+    visit(at).rows[0].fit = None
+    at.run()
+    at.run()
+    assert len(looked) == 1
+    assert "cannot be used (RuntimeError)" in said(at)
+    assert "LoRAs cannot be used with this model: bear" in said(at)
+    assert at.button(key="do.make").disabled
+
+
+def test_an_upload_stays_nowhere_if_it_is_refused(at: AppTest) -> None:
+    for content in (b"no LoRA", b""):
+        uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+        uploader.set_value([("cat.safetensors", content, "")]).run()
+        assert "cat.safetensors" in said(at)
+        assert list(visit(at).store.folder.iterdir()) == []
+        assert visit(at).store.uploads == []
+
+
+def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
+    before = visit(at)
+    made(at)
+    folder = before.store.folder
+    before.close()
+    assert before.close(), "nothing is left of it"
+    assert not folder.exists()
+    assert before.pictures == []
+    at.run()
+    assert not at.exception
+    assert visit(at) is not before
+    assert visit(at).store.folder.is_dir()
+    assert "You were away" in at.toast[0].value
+
+
+def test_a_visit_that_has_ended_begins_nothing(at: AppTest) -> None:
+    here = visit(at)
+    here.close()
+    here.begin(list(example().runs()), comparing=False, record_attention=False)
+    until(here.close)
+    assert here.job is None
+
+
+def drop(
+    at: AppTest, folder: Path, change: dict[str, Any], sha256: dict[str, str] | None = None, **changes: Any
+) -> None:
     """Drops a picture of the example in which a scene is changed."""
     (run,) = replace(example(), method="merge", boxed=False).runs()
     run = run.model_copy(update={"scene": run.scene.model_copy(update=change), **changes})
-    record = Record(run=run, versions={}, sha256={}, machine=Machine(device="cpu", name="x", threads=1))
+    record = Record(run=run, versions={}, sha256=sha256 or {}, machine=Machine(device="cpu", name="x", threads=1))
     path = save_image(Image.new("RGB", (8, 8)), folder / "dropped.png", record)
     key = f"do.restore.{visit(at).uploads}"
     at.file_uploader(key=key).set_value(("dropped.png", path.read_bytes(), "image/png")).run()

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 
 from compose.assets import assets_dir
 from compose.files import PLAYGROUND, complaints, read_scene
+from compose.models import scheduler_class
 from compose.page.boxes import Box, template
+from compose.page.controls import controls
 from compose.page.shelf import Choice
 from pipelines.methods import METHODS, make_method, name_of
 from pipelines.scene import Concept, Run, Scene
@@ -21,6 +23,7 @@ MOST_STEPS = 200
 MOST_TEXT = 2000  # characters of a prompt
 MOST_NAME = 60
 SIDES = (64, 2048)  # pixels
+_MOST_WHOLE = 2**53 - 1
 _LARGER = 4  # times the side that a model was made for
 
 EXAMPLE = ("bear-robot", "lora-composer", 2)
@@ -97,9 +100,19 @@ def draft_of(run: Run, size: tuple[int, int]) -> Draft:
         size: The model's own, for what the scene leaves open.
 
     Raises:
-        ValueError: If it is beyond the page's limits, or a method or its settings are unknown.
+        ValueError: If it is beyond the page's limits, or its method, settings or scheduler are unknown.
     """
+    if run.settings and run.method is None:
+        raise ValueError(f"It has the settings {', '.join(run.settings)}, but no method that they are for.")
+    if run.method is not None and not run.scene.concepts:
+        raise ValueError(f"It has the method {run.method}, but no concepts to be composed.")
+    if run.scheduler is not None:
+        scheduler_class(run.scheduler)
     method, settings = (None, {}) if run.method is None else name_of(make_method(run.method, run.settings))
+    for control in controls(method) if method is not None else ():
+        value = settings.get(control.name, 0)
+        if control.kind == "whole" and abs(value) > _MOST_WHOLE:
+            raise ValueError(f"{control.name} is {value}; a browser counts to {_MOST_WHOLE}.")
     draft = Draft(
         choice=Choice(run.model, run.dtype, run.device),
         prompt=run.scene.prompt,
@@ -133,7 +146,9 @@ def check_limits(draft: Draft) -> None:
         (not 1 <= draft.steps <= MOST_STEPS, f"{draft.steps} steps; the page takes 1 to {MOST_STEPS}."),
         (len(draft.seeds) > MOST_SEEDS, f"{len(draft.seeds)} seeds are too many at once; the page takes "
          f"{MOST_SEEDS}."),
-        (any(len(concept.name) > MOST_NAME for concept in draft.concepts), f"A name may have {MOST_NAME} letters."),
+        (any(len(text or "") > MOST_NAME for concept in draft.concepts
+             for text in (concept.name, concept.trigger, concept.class_word)),
+         f"A name, a trigger and a class word may have {MOST_NAME} letters each."),
         (draft.method is not None and draft.method not in METHODS, f"There is no method {draft.method!r}."),
     ]  # fmt: skip
     if wrong := [words for is_beyond, words in beyond if is_beyond]:

@@ -20,6 +20,7 @@ from compose.overlay import PALETTE
 from compose.page.draft import playground_loras
 from compose.page.folders import new_folder
 from pipelines.loading import LoraError, LoraFile, find_file, read_lora
+from pipelines.regular import open_regular
 from pipelines.scene import Concept
 
 UPLOAD_LIMIT = 2**30
@@ -45,7 +46,7 @@ class Lora:
     Attributes:
         source: What `Concept.lora` says.
         shown: What it is called on the page.
-        sha256: Of its content; empty for repositories, which are not read yet.
+        sha256: Of its content.
         trigger: From its metadata.
         class_word: From its metadata.
         trained_with: From its metadata.
@@ -144,7 +145,7 @@ def in_folder(folder: Path) -> list[Path]:
 
 
 def named(source: str) -> Lora:
-    """A LoRA by what `Concept.lora` says: of the playground, a file, or a repository.
+    """A LoRA by what `Concept.lora` says: of the playground, a file, or a repository, which is downloaded.
 
     Raises:
         LoraError: If it cannot be used.
@@ -154,17 +155,22 @@ def named(source: str) -> Lora:
     if source.startswith(f"{PLAYGROUND}:"):
         name = source.removeprefix(f"{PLAYGROUND}:")
         return _described(read_lora(playground_lora(name)), source, name, _reference(name))
-    if is_hub_name(source):
-        return Lora(source, source)
     path = find_file(source)
+    if is_on_hub(source):
+        return _described(read_lora(path), source, source)
     return _described(read_lora(path), str(path), path.name, _beside(path))
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source would be downloaded: a repository, and nothing of that name on this machine."""
+    return is_hub_name(source) and not Path(source).expanduser().exists()
 
 
 def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, local: bool) -> dict[str, Lora | None]:
     """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for missing ones.
 
     A picture may come from a stranger: a path in it is looked at only on the owner's own machine, and taken only if
-    the content is the recorded one.
+    the content is the recorded one. A repository in it is missing until somebody asks for it.
 
     Args:
         record: What a picture says.
@@ -182,9 +188,7 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
 def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
     if sha256 in known:
         return known[sha256]
-    if source.removeprefix(f"{PLAYGROUND}:") in playground_loras() or (
-        is_hub_name(source) and not Path(source).exists()
-    ):
+    if source in {f"{PLAYGROUND}:{name}" for name in playground_loras()}:
         return named(source)
     nearby = in_folder(folder) if folder is not None and folder.is_dir() else []
     for path in [*([Path(source).expanduser()] if local and source else []), *nearby]:
@@ -281,5 +285,5 @@ def tile(index: int) -> bytes:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,16 +10,16 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 from compose.overlay import colour
 from compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
 from compose.page.screen import fields
-from compose.page.screen.state import Row, Visit, checking, discard
+from compose.page.screen.state import FILE_PATIENCE, Row, Visit, checking, discard
 from compose.page.shelf import Busy
-from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, named, playground, tile
+from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, is_on_hub, named, playground, tile
 from compose.page.text import markdown, markup
+from pipelines.loading import find_file
 
 logger = logging.getLogger(__name__)
 
 _PLACE = "concepts"
 _MB = 2**20
-_PATIENCE = 30.0  # seconds that a file waits for those of others
 _SHORT = 24  # letters of a weight that are shown on a card
 
 
@@ -55,7 +55,12 @@ def _card(here: Visit, i: int, row: Row) -> None:
             more = st.popover("More", width="content")
         with more:
             _details(here, row)
-        if row.lora is None:
+        if row.lora is None and is_on_hub(row.wanted):
+            st.warning(f"This LoRA is in a repository on the hub: {markdown(row.wanted)}. Look whether you trust it.",
+                       icon=":material/cloud_download:")  # fmt: skip
+            st.button("Download it from the hub", key=f"do.hub.{row.number}", on_click=_picked,
+                      args=(here, [row.wanted]), icon=":material/download:")  # fmt: skip
+        elif row.lora is None:
             st.error(f"This LoRA is not here: {markdown(row.wanted)}. Upload it, or remove the concept.")
         elif (fit := here.fit(row)) is not None and fit[2]:
             st.error(markdown(fit[2]), icon=":material/error:")
@@ -86,6 +91,8 @@ def _about(here: Visit, row: Row) -> str:
     parts = [row.lora.shown, f"weight {weight}" if len(weight) <= _SHORT else "weight changes over the steps"]
     if fields.is_style(row):
         parts.append("style")
+    if row.alpha is not None:
+        parts.append(f"alpha {row.alpha:g}")
     if row.lora.trained_with:
         parts.append(f"trained with {row.lora.trained_with}")
     fit = here.fit(row)
@@ -95,7 +102,7 @@ def _about(here: Visit, row: Row) -> str:
 
 
 def _adding(here: Visit) -> None:
-    full = len(here.rows) >= MOST_CONCEPTS
+    full = _is_full(here)
     upload, ready = st.columns(2)
     with upload.popover("Upload LoRAs", icon=":material/upload:", width="stretch", disabled=full):
         key = f"do.upload.{here.uploads}"
@@ -138,26 +145,36 @@ def _playground() -> list[Lora]:
 def _uploaded(here: Visit, key: str) -> None:
     files = [file for file in st.session_state[key] if isinstance(file, UploadedFile)]  # others are gone already
     try:
-        _add_all(here, [(file.name, lambda file=file: here.store.add_upload(file.name, file)) for file in files])
+        _add_all(here, [(file.name, lambda file=file: _upload(here, file)) for file in files])
     finally:
         discard(files)
 
 
 def _picked(here: Visit, sources: list[str]) -> None:
-    _add_all(here, [(source, lambda source=source: named(source)) for source in sources])
+    _add_all(here, [(source, lambda source=source: _named(source)) for source in sources])
+
+
+def _upload(here: Visit, file: UploadedFile) -> Lora:
+    with checking(FILE_PATIENCE):
+        return here.store.add_upload(file.name, file)
+
+
+def _named(source: str) -> Lora:
+    if is_on_hub(source):
+        find_file(source)  # the download, for which nobody else has to wait
+    with checking(FILE_PATIENCE):
+        return named(source)
 
 
 def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
     """Adds what can be used, and says what of the rest cannot."""
     troubles = []
     for name, read in wanted:
-        if len(here.rows) >= MOST_CONCEPTS:
+        if _is_full(here):
             troubles.append(f"{MOST_CONCEPTS} concepts are the most; {name} and what comes after it are left out.")
             break
         try:
-            with checking(_PATIENCE):
-                lora = read()
-            _add(here, lora)
+            troubles += filter(None, [_add(here, read())])
         except Busy:
             troubles.append(f"{name} is not read yet: files of others are, and take long. Try again in a while.")
         except (ValueError, OSError) as error:
@@ -169,14 +186,24 @@ def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
     here.uploads += 1
 
 
-def _add(here: Visit, lora: Lora) -> None:
-    waiting = next((row for row in here.rows if row.lora is None and _stem(row.wanted) == _stem(lora.shown)), None)
-    if waiting is not None:  # a picture has named it
-        waiting.lora = lora
-        return
-    names = [st.session_state[fields.of_row(row, "name")] for row in here.rows]
-    name = free_name(lora.class_word or _stem(lora.shown), names)
-    fields.add(here, lora.concept(name), lora, fields.size())
+def _add(here: Visit, lora: Lora) -> str:
+    """Adds a concept, or fills one that waits for its LoRA; what has to be said of it."""
+    waiting = [row for row in here.rows if row.lora is None]  # a picture has named them
+    alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]
+    row = next((row for row in waiting if row.wanted == lora.source), alike[0] if alike else None)
+    if row is None:
+        names = [st.session_state[fields.of_row(row, "name")] for row in here.rows]
+        fields.add(here, lora.concept(free_name(lora.class_word or _stem(lora.shown), names)), lora, fields.size())
+        return ""
+    row.lora = lora
+    for field, known in (("trigger", lora.trigger), ("class_word", lora.class_word)):
+        st.session_state[fields.of_row(row, field)] = st.session_state[fields.of_row(row, field)] or known
+    same = row.sha256 in ("", lora.sha256)
+    return "" if same else f"{lora.shown} is another file than the one that the picture was made with."
+
+
+def _is_full(here: Visit) -> bool:
+    return len(here.rows) >= MOST_CONCEPTS and all(row.lora is not None for row in here.rows)
 
 
 def _stem(name: str) -> str:

@@ -13,7 +13,7 @@ from compose.page.draft import Draft, read_seeds
 from compose.page.screen.state import Row, Visit
 from compose.page.store import Lora
 from pipelines.methods import METHODS
-from pipelines.scene import Concept
+from pipelines.scene import Concept, Run
 from pipelines.weights import blocks_text, weight_text
 
 SET = "set."
@@ -84,7 +84,7 @@ def add(
     here: Visit, concept: Concept, lora: Lora | None, size: tuple[int, int], wanted: str = "", mask: str | None = None
 ) -> Row:
     """Adds a concept with its fields filled in."""
-    row = here.new_row(lora, wanted, mask)
+    row = here.new_row(lora, wanted, mask, concept.alpha)
     known = {"trigger": lora.trigger, "class_word": lora.class_word} if lora is not None else {}
     for field in _TEXTS:
         value = getattr(concept, field)
@@ -154,6 +154,7 @@ def concept_of(row: Row) -> Concept:
             prompt=texts["prompt"] or None,
             negative_prompt=texts["negative_prompt"] or None,
             role="style" if is_style(row) else None,
+            alpha=row.alpha,
         )
     except ValidationError as error:
         raise ValueError(f"{texts['name']}: {'; '.join(complaints(Concept, error))}") from error
@@ -167,7 +168,7 @@ def draft(here: Visit) -> Draft:
     """
     missing = [row.wanted for row in here.rows if row.lora is None]
     if missing:
-        raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload them, or remove these concepts.")
+        raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
     if unfit := [row.lora.shown for row in here.rows if row.lora is not None and (fit := here.fit(row)) and fit[2]]:
         raise ValueError(f"LoRAs cannot be used with this model: {', '.join(unfit)}. Remove these concepts.")
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
@@ -185,6 +186,32 @@ def draft(here: Visit) -> Draft:
         guidance_scale=float(st.session_state[GUIDANCE]),
         seeds=read_seeds(st.session_state[SEEDS]),
     )
+
+
+def changed_from(here: Visit, run: Run) -> list[str]:
+    """What of a run the fields say otherwise, after they were filled with it; a line each, in words."""
+    said: dict[str, tuple[Any, Any]] = {
+        "prompt": (run.scene.prompt, st.session_state[PROMPT]),
+        "negative prompt": (run.scene.negative_prompt, st.session_state[NEGATIVE]),
+    }
+    for concept, row in zip(run.scene.concepts, here.rows, strict=True):
+        now = concept_of(row)
+        for name in type(concept).model_fields.keys() - {"lora", "role"}:
+            before = getattr(concept, name)
+            # what a picture leaves open is filled in; but where somebody may be is no detail
+            if before is not None or (name == "region" and boxed() and not is_style(row)):
+                said[f"{name.replace('_', ' ')} of {concept.name}"] = before, getattr(now, name)
+    return [
+        f"The {name} was {_short(before)}, and is {_short(now)} here."
+        for name, (before, now) in said.items()
+        if before != now
+    ]
+
+
+def _short(value: Any) -> str:
+    text = "not given" if value is None else str(value)
+    text = text if len(text) <= 60 else f"{text[:57]}..."
+    return f"“{text}”" if isinstance(value, str) else text
 
 
 def settings(method: str) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from compose.models import devices
 from compose.page.draft import draft_of
 from compose.page.screen import fields
 from compose.page.screen.model import take_over
-from compose.page.screen.state import Visit, discard
-from compose.page.shelf import Choice
-from compose.page.store import MOST_FILES, PNG_LIMIT, dropped, located, picture_files
+from compose.page.screen.state import FILE_PATIENCE, Visit, checking, discard
+from compose.page.shelf import Busy, Choice
+from compose.page.store import MOST_FILES, PNG_LIMIT, dropped, is_on_hub, located, picture_files
 from compose.page.text import markdown
 from compose.page.work import Picture
 
@@ -100,16 +100,23 @@ def restore(here: Visit, record: Record) -> None:
     run = record.run
     draft = draft_of(run, here.slot.size)
     device = run.device if run.device in devices() else None
+    with checking(FILE_PATIENCE):
+        loras = located(record, here.store.uploads, here.options.loras, local=here.options.local)
     memory = here.slot.choice.memory_for(run.model, device)
     is_open = take_over(here, Choice(run.model, run.dtype, _same_device(here, device), memory))
-    loras = located(record, here.store.uploads, here.options.loras, local=here.options.local)
     fields.fill(here, draft, loras)
-    said = []
-    if missing := [name for name, lora in loras.items() if lora is None]:
+    for concept, row in zip(run.scene.concepts, here.rows, strict=True):
+        row.sha256 = record.sha256.get(concept.name, "")
+    said = fields.changed_from(here, run)
+    gone = {concept.name: concept.lora or "" for concept in run.scene.concepts if loras[concept.name] is None}
+    if missing := [name for name, source in gone.items() if not is_on_hub(source)]:
         said.append(f"Everything is set, but LoRAs are not here: {', '.join(missing)}.")
+    if on_hub := [f"{name} ({source})" for name, source in gone.items() if is_on_hub(source)]:
+        said.append(f"LoRAs are in repositories on the hub: {', '.join(on_hub)}. Nothing is downloaded until you press "
+                    "the button at the concept.")  # fmt: skip
     if not is_open:
-        said.append(f"It was made with the model {run.model}, which is not open here. It is named under “Model”: look "
-                    "whether you want it, and open it there.")  # fmt: skip
+        said.append(f"It was made with the model {run.model} in {run.dtype}, which is not open here. It is named under "
+                    "“Model”: look whether you want it, and open it there.")  # fmt: skip
     if run.device is not None and device is None:
         said.append(f"It was made on {run.device}, which this machine does not have.")
     if not here.options.local and any(row.mask is not None for row in here.rows):
@@ -141,8 +148,10 @@ def _dropped(here: Visit, key: str) -> None:
 def _reuse(here: Visit, record: Record) -> None:
     try:
         restore(here, record)
+    except Busy:
+        here.troubles[_PLACE] = ["Nothing is set yet: files of others are read, and take long. Try again in a while."]
     except (ValueError, OSError) as error:
-        here.troubles[_PLACE] = [str(error)]
+        here.troubles[_PLACE] = str(error).splitlines()
 
 
 def _look(here: Visit, picture: Picture) -> None:

@@ -61,7 +61,8 @@ def show_choice(choice: Choice) -> None:
 def take_over(here: Visit, choice: Choice) -> bool:
     """Shows a model that a picture names in the fields, and opens it if it is known here.
 
-    A stranger's picture may name anything: another model is opened, and perhaps downloaded, only when somebody says so.
+    A stranger's picture may name anything: another model, or the same in another precision, is opened, and perhaps
+    downloaded, only when somebody says so.
 
     Returns:
         Whether it is open.
@@ -69,7 +70,7 @@ def take_over(here: Visit, choice: Choice) -> bool:
     Raises:
         ValueError: If it cannot be opened.
     """
-    known = choice.model in (PLAYGROUND, here.slot.choice.model)
+    known = choice.model == PLAYGROUND or choice == here.slot.choice
     if known and choice != here.slot.choice:
         choose_model(here, choice)
     for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY):

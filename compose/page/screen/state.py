@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # everybody else for a moment, so there is one at a time.
 _CHECKING = threading.Lock()
 _PATIENCE = 0.5  # seconds that a look at the screen waits for the files and checks of others
+FILE_PATIENCE = 30.0
+"""Seconds that a file waits to be read for those of others."""
 _OUTLOOKS = 64  # kept per visit
 _PICTURES = 100  # kept per visit
 
@@ -69,6 +71,8 @@ class Row:
         lora: Its LoRA; None if a picture named one that is not here.
         wanted: What it was called, if it is not here.
         mask: The path of a mask that a picture named as its region.
+        alpha: The alpha that a picture named.
+        sha256: Of the file that a picture was made with.
         fit: What came of looking at the LoRA with the model.
     """
 
@@ -76,6 +80,8 @@ class Row:
     lora: Lora | None
     wanted: str = ""
     mask: str | None = None
+    alpha: float | None = None
+    sha256: str = ""
     fit: Fit | None = None
 
 
@@ -126,10 +132,10 @@ class Visit:
         """The picture that is looked at."""
         return next((picture for picture in self.pictures if picture.key == self.shown), None)
 
-    def new_row(self, lora: Lora | None, wanted: str = "", mask: str | None = None) -> Row:
+    def new_row(self, lora: Lora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None) -> Row:
         """Adds a concept."""
         self._numbers += 1
-        self.rows.append(Row(self._numbers, lora, wanted, mask))
+        self.rows.append(Row(self._numbers, lora, wanted, mask, alpha))
         return self.rows[-1]
 
     def begin(self, runs: list[Run], *, comparing: bool, record_attention: bool) -> None:
@@ -188,7 +194,7 @@ class Visit:
         """Whether a concept's LoRA fits the model; None while others have the model."""
         if row.lora is not None and (row.fit is None or row.fit[0] != self.slot.choice):
             try:
-                row.fit = self.slot.choice, *_fit(self.slot, row.lora)
+                row.fit = self.slot.choice, *_fit(self.slot, row.lora, row.alpha)
             except Busy:
                 return None
         return row.fit
@@ -280,8 +286,8 @@ def _known(concept: Concept) -> Lora:
     return named(concept.lora or "")
 
 
-def _fit(slot: Slot, lora: Lora) -> tuple[str, str]:
-    concept = lora.concept("it")
+def _fit(slot: Slot, lora: Lora, alpha: float | None) -> tuple[str, str]:
+    concept = lora.concept("it").model_copy(update={"alpha": alpha})
     with checking(_PATIENCE), slot.turn((), wait=False) as pipe:
         try:
             from compose.models import lora_source
