@@ -1,14 +1,17 @@
 """The page in a real browser: Debian's chromium, driven by playwright. Asked for with `-m browser`."""
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from compose.assets import playground_lora
 from compose.files import read_pixels, read_record
@@ -42,13 +47,16 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("out")
 
 
-@pytest.fixture(scope="module")
-def address(out: Path) -> Iterator[str]:
+@contextmanager
+def served(out: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A page of its own, with its temporary files in a folder that can be looked at."""
     port = free_port()
     command = [sys.executable, "-m", "compose", "ui", "--port", str(port), "--no-browser", "--out", str(out)]
+    (out / "temporary").mkdir(parents=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out / "temporary")}
     said = out / "said.txt"
     with said.open("w") as file:
-        server = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+        server = subprocess.Popen(command, env=env, stdout=file, stderr=file)
     try:
         for _ in range(120):
             try:
@@ -59,10 +67,20 @@ def address(out: Path) -> Iterator[str]:
         else:
             pytest.fail(f"the page does not start: {said.read_text()}")
         assert f"http://localhost:{port}" in said.read_text()
-        yield f"http://localhost:{port}"
+        yield f"http://localhost:{port}", server
     finally:
         server.terminate()
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def address(out: Path) -> Iterator[str]:
+    with served(out) as (address, _):
+        yield address
+
+
+def visits_folders(out: Path) -> list[Path]:
+    return [path for path in (out / "temporary").glob("lora-compose-page-*/*") if path.is_dir()]
 
 
 @pytest.fixture(scope="module")
@@ -77,22 +95,24 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chromium: Browser, address: str) -> Iterator[Page]:
-    yield from visited(chromium, address)
+    page = visited(chromium, address)
+    yield page
+    page.context.close()
 
 
 @pytest.fixture
 def other_page(chromium: Browser, address: str) -> Iterator[Page]:
-    yield from visited(chromium, address)
+    page = visited(chromium, address)
+    yield page
+    page.context.close()
 
 
-def visited(chromium: Browser, address: str) -> Iterator[Page]:
-    context = chromium.new_context(viewport={"width": 1400, "height": 1000})
-    page = context.new_page()
+def visited(chromium: Browser, address: str) -> Page:
+    page = chromium.new_context(viewport={"width": 1400, "height": 1000}).new_page()
     page.set_default_timeout(MINUTE)
     page.goto(address)
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled(timeout=2 * MINUTE)
-    yield page
-    context.close()
+    return page
 
 
 def make(page: Page, name: Any = MAKE) -> None:
@@ -321,6 +341,108 @@ def test_a_file_larger_than_the_limit_never_arrives(page: Page, tmp_path: Path, 
     expect(page.get_by_text(re.compile("must be 1.*GB or smaller|exceeds|too large", re.IGNORECASE))).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
+
+
+def metadata_of_a_stranger(kind: str) -> dict[str, str]:
+    patterns = {f"{i}": 8 for i in range(400_000)} if kind == "many patterns" else {".?" * 40 + "!": 8}
+    config: dict[str, Any] = {"unet.alpha_pattern": patterns, "unet.r": 4, "unet.lora_alpha": 4}
+    return {"lora_adapter_metadata": json.dumps({"a": [0] * 2_600_000} if kind == "a long list" else config)}
+
+
+@pytest.mark.parametrize("kind", ["many patterns", "an endless pattern", "a long list"])
+def test_the_page_answers_everybody_while_a_strangers_file_is_read(
+    page: Page, other_page: Page, address: str, tmp_path: Path, kind: str
+) -> None:
+    with safe_open(playground_lora("cat"), "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if not key.endswith(".alpha")}  # noqa: SIM118
+    save_file(tensors, tmp_path / "cat.safetensors", metadata_of_a_stranger(kind))
+    took: list[float] = []
+    read = threading.Event()
+
+    def ask() -> None:
+        while not read.is_set():
+            started = time.monotonic()
+            urllib.request.urlopen(f"{address}/_stcore/health", timeout=MINUTE).read()
+            took.append(time.monotonic() - started)
+            time.sleep(0.02)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    try:
+        upload(page, tmp_path / "cat.safetensors")
+        other_page.get_by_label("What is to be seen?").fill("a xlo bear and a qrt robot in snow")
+        other_page.get_by_label("What is to be seen?").press("Control+Enter")
+        expect(other_page.locator(".lc-prompt")).to_contain_text("in snow", timeout=10_000)
+        settled(page)
+    finally:
+        read.set()
+    asking.join(10)
+    assert max(took) < 1
+
+
+def start_long_work(page: Page) -> None:
+    """Uploads a LoRA, and asks for more pictures than can be made while a test lasts."""
+    for label, value in (("Steps", "200"), ("Seeds", "1-16")):
+        page.get_by_label(label, exact=True).fill(value)
+        page.get_by_label(label, exact=True).press("Enter")
+        settled(page)
+    upload(page, playground_lora("cat"))
+    expect(page.get_by_label("Name", exact=True)).to_have_count(3)
+    page.keyboard.press("Escape")
+    page.get_by_label("What is to be seen?").fill("a xlo bear, a sks cat and a qrt robot on grass")
+    page.get_by_label("What is to be seen?").press("Control+Enter")
+    settled(page)
+    page.get_by_role("button", name="Make 16 pictures").click()
+    expect(page.get_by_text(re.compile("step [1-9]"))).to_be_visible()
+
+
+def test_files_are_deleted_and_work_ends_when_the_browser_has_gone(chromium: Browser, tmp_path: Path) -> None:
+    with served(tmp_path) as (address, _):
+        page = visited(chromium, address)
+        start_long_work(page)
+        (folder,) = visits_folders(tmp_path)
+        assert len(list(folder.iterdir())) == 1
+        page.context.close()
+        gone = time.monotonic()
+        while folder.exists():
+            assert time.monotonic() - gone < 45
+            time.sleep(0.2)
+        next_one = visited(chromium, address)
+        settled(next_one)
+        expect(
+            next_one.get_by_text(re.compile("^Costs"))
+        ).to_be_visible()  # not: the model is at work for somebody else
+        next_one.context.close()
+
+
+def test_a_page_that_is_told_to_end_leaves_nothing(chromium: Browser, tmp_path: Path) -> None:
+    with served(tmp_path) as (address, server):
+        page = visited(chromium, address)
+        start_long_work(page)
+        server.terminate()
+        assert server.wait(30) == 0
+        assert list((tmp_path / "temporary").glob("lora-compose-*")) == []
+        page.context.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "answer"),
+    [
+        ("localhost:{port}", "http://localhost:{port}", 101),
+        ("127.0.0.1:{port}", "http://127.0.0.1:{port}", 101),
+        ("localhost:{port}", "http://strange.example", 403),
+        ("localhost:{port}", "null", 403),
+        ("strange.example:{port}", "http://strange.example:{port}", 403),  # its name has been given our address
+    ],
+)
+def test_strange_websites_get_no_session(address: str, host: str, origin: str, answer: int) -> None:
+    port = int(address.rpartition(":")[2])
+    request = (f"GET /_stcore/stream HTTP/1.1\r\nHost: {host}\r\nOrigin: {origin}\r\nUpgrade: websocket\r\n"
+               "Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+               "Sec-WebSocket-Version: 13\r\n\r\n")  # fmt: skip
+    with socket.create_connection(("localhost", port)) as connection:
+        connection.sendall(request.format(port=port).encode())
+        assert connection.recv(100).split()[1] == str(answer).encode()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

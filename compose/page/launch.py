@@ -70,6 +70,10 @@ def ui(
     from streamlit.web.cli import main
 
     served = ["--server.port", str(port), "--server.address", host, "--server.headless", str(not browser).lower()]
+    if is_local(host):
+        # A strange website may give its own name our address; the browser then takes both for the same site.
+        for name in sorted({"localhost", "127.0.0.1", "::1", host}):
+            served += ["--server.allowedHosts", name]
     say(f"The page is at http://{host}:{port} until Ctrl-C.")
     # In this process: a signal that ends the command then ends the page.
     main(["run", str(script()), *served], standalone_mode=False)
