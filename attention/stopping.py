@@ -17,6 +17,8 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside this block the UNet ends with the up block that holds the last of some layers; its output has no meaning.
 
     The model is cut rather than left by an exception, which would make `torch.compile` and offloading hooks stumble.
+    What is cut off stays a part of it: an offloaded model may be brought to its device just then, and is not brought
+    there again while its first parameter is there.
 
     Args:
         unet: The model.
@@ -31,14 +33,17 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     up_blocks = list(model.up_blocks)
     last = up_blocks[keep - 1] if keep else None
     upsamplers = None if last is None else getattr(last, "upsamplers", None)
+    cut_off = [*up_blocks[keep:], upsamplers, found["conv_norm_out"], found["conv_out"]]
     try:
         model._modules.update(up_blocks=nn.ModuleList(up_blocks[:keep]), conv_norm_out=None, conv_out=nn.Identity())
+        model._modules["cut_off"] = nn.ModuleList(part for part in cut_off if part is not None)
         if upsamplers is not None:
             last.upsamplers = None  # pyright: ignore[reportOptionalMemberAccess]
         yield
     finally:
         if upsamplers is not None:
             last.upsamplers = upsamplers  # pyright: ignore[reportOptionalMemberAccess]
+        model._modules.pop("cut_off", None)
         model._modules.update(found)
 
 

@@ -227,3 +227,15 @@ def test_weights_that_are_not_frozen_would_get_a_gradient() -> None:
     unet = two_levels()
     unet(**unet_inputs(unet, grid=GRID))[0].square().sum().backward()
     assert any(parameter.grad is not None for parameter in unet.parameters())
+
+
+def test_what_is_cut_off_is_moved_with_the_model() -> None:
+    """An offloaded model may be brought to its device inside the block, and nobody does it again after it."""
+    unet: Any = sd_unet()
+    before = repr(unet)
+    for layers in ([], map_layers(unet)):
+        with stopped_after(unet, layers):
+            unet.to(torch.float64)
+        assert {parameter.dtype for parameter in unet.parameters()} == {torch.float64}
+        assert repr(unet) == before
+        unet.to(torch.float32)
