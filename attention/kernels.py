@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
     AttnProcessor2_0,
+    FusedAttnProcessor2_0,
     XFormersAttnProcessor,
 )
 from torch import Tensor
@@ -71,8 +72,6 @@ def kernel_of(name: str, attn: Attention) -> Kernel:
     Raises:
         ValueError: For a processor or a part of the layer whose behaviour ours would lose.
     """
-    if getattr(attn, "fused_projections", False):
-        raise ValueError(f"{name} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`")
     for part in ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj"):
         if getattr(attn, part, None) is not None:
             raise ValueError(f"{name} has {part}, which cannot be combined with concepts")
@@ -83,6 +82,8 @@ def kernel_of(name: str, attn: Attention) -> Kernel:
         return XFormersKernel(attn.scale, processor.attention_op)
     if type(processor) is AttnProcessor:
         return PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
+    if type(processor) is FusedAttnProcessor2_0:
+        raise ValueError(f"{name} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`")
     raise ValueError(
         f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: "
         "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor. Undo what installed it (for example "
