@@ -15,6 +15,7 @@ What is not simulated: kernels (attention takes PyTorch's plain way), generators
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,14 +40,17 @@ class Wait:
 
     Attributes:
         operation: What it waits for.
-        source: The line of code outside PyTorch that asks for it, and ours that has called it, if it is another.
+        line: The innermost line of code outside PyTorch.
+        caller: The innermost line of ours that has led there, if it is another.
     """
 
     operation: str
-    source: str
+    line: str
+    caller: str | None
 
     def __str__(self) -> str:
-        return f"{self.operation} at {self.source}"
+        called = "" if self.caller is None else f", called by {self.caller}"
+        return f"{self.operation} at {self.line}{called}"
 
 
 class MixedDevicesError(RuntimeError):
@@ -72,25 +76,36 @@ def listed(waits: Sequence[Wait]) -> str:
     return "\n".join(["the host waits for the device:", *(f"  {wait}" for wait in waits)])
 
 
+def beyond(waits: Sequence[Wait], others: Sequence[Wait]) -> list[Wait]:
+    """The waits that others do not have, whoever has called for them."""
+    had = Counter((wait.operation, wait.line) for wait in others)
+    found = []
+    for wait in waits:
+        had[wait.operation, wait.line] -= 1
+        if had[wait.operation, wait.line] < 0:
+            found.append(wait)
+    return found
+
+
 def _note(operation: str) -> None:
-    _waits.append(Wait(operation, _source()))
+    _waits.append(Wait(operation, *_source()))
 
 
-def _source() -> str:
-    """The innermost line outside PyTorch; behind it the innermost of ours."""
+def _source() -> tuple[str, str | None]:
+    """The innermost line outside PyTorch, and the innermost of ours if it is another."""
     frame: FrameType | None = sys._getframe(2)
-    found = None
+    innermost = None
     while frame is not None:
         code = frame.f_code
         ours = code.co_filename.startswith(OURS)
-        if ours or (found is None and "/torch/" not in code.co_filename and code.co_filename != __file__):
+        if ours or (innermost is None and "/torch/" not in code.co_filename and code.co_filename != __file__):
             file = code.co_filename.removeprefix(f"{ROOT}/").rpartition("site-packages/")[-1]
             line = f"{file}:{frame.f_lineno} {code.co_name}"
             if ours:
-                return line if found is None else f"{found}, called by {line}"
-            found = line
+                return (line, None) if innermost is None else (innermost, line)
+            innermost = line
         frame = frame.f_back
-    return found or "autograd"
+    return innermost or "?", None
 
 
 class SimTensor(torch.Tensor):
@@ -103,7 +118,10 @@ class SimTensor(torch.Tensor):
     host: Tensor
 
     @staticmethod
-    def __new__(cls, host: Tensor) -> "SimTensor":
+    def __new__(cls, host: Tensor, requires_grad: bool = False) -> Any:
+        if host.is_meta:  # accelerate makes one parameter of another by its class, also where it takes the numbers away
+            return torch.nn.Parameter(host, requires_grad)
+        host = _on_host(host)
         return torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls,
             host.shape,
@@ -111,13 +129,23 @@ class SimTensor(torch.Tensor):
             storage_offset=host.storage_offset(),
             dtype=host.dtype,
             device=DEVICE,
+            requires_grad=requires_grad,
         )
 
-    def __init__(self, host: Tensor) -> None:
-        self.host = host
+    def __init__(self, host: Tensor, requires_grad: bool = False) -> None:
+        self.host = _on_host(host)
 
     def __repr__(self, **_: Any) -> str:
         return f"SimTensor({self.host})"
+
+    @property
+    def data(self) -> Tensor:
+        return torch.Tensor.data.__get__(self)  # pyright: ignore[reportAttributeAccessIssue]
+
+    @data.setter
+    def data(self, other: Tensor) -> None:
+        torch.Tensor.data.__set__(self, other)  # pyright: ignore[reportAttributeAccessIssue]
+        self.host = _on_host(other)
 
     # Makes `Module.to` keep the parameter objects, as it does for CUDA.
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -179,7 +207,7 @@ def _check(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if not takes_numbers or writes_to_host or any(x.dim() for x in host):
         raise MixedDevicesError(
             f"Expected all tensors to be on the same device, but {func} gets {[tuple(x.shape) for x in host]} from the "
-            f"host at {_source()}"
+            f"host at {_source()[0]}"
         )
 
 
@@ -188,7 +216,7 @@ def _check_indexing(func: Any, args: tuple) -> None:
     tensor, indices, values = args[0], [x for x in args[1] if x is not None], args[2] if len(args) > 2 else None
     if not isinstance(tensor, SimTensor) or (values is not None and not isinstance(values, SimTensor) and values.dim()):
         raise MixedDevicesError(
-            f"indices should be either on cpu or on the same device as the indexed tensor, in {func} at {_source()}"
+            f"indices should be either on cpu or on the same device as the indexed tensor, in {func} at {_source()[0]}"
         )
     for index in indices:
         if not isinstance(index, SimTensor):

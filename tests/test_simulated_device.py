@@ -192,7 +192,7 @@ def test_every_wait_for_the_device_is_noted_once_with_its_line(case: str) -> Non
     with noted_waits() as waits:
         WAITS[case](tensor)
     assert len(waits) == 1, listed(waits)
-    assert "test_simulated_device.py:" in waits[0].source
+    assert "test_simulated_device.py:" in waits[0].line
 
 
 def test_waits_are_noted_inside_their_block_only() -> None:
@@ -246,6 +246,12 @@ def test_numbers_of_a_parameter_are_replaced_by_those_of_another_device() -> Non
         parameter.data = parameter.data.to("cpu")
     assert isinstance(parameter, nn.Parameter)
     assert torch.equal(parameter, host())
+
+
+def test_numbers_of_a_parameter_are_replaced_by_others_of_another_size() -> None:
+    parameter = nn.Parameter(device())
+    parameter.data = device(torch.ones(4))
+    assert torch.equal(numbers(parameter.detach() + 1), torch.full((4,), 2.0))
 
 
 def test_the_device_offers_itself_to_nobody() -> None:

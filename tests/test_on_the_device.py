@@ -1,0 +1,466 @@
+"""Every method on an accelerator, simulated: nothing is left on another device or in another precision, the numbers are
+the CPU's, and the host does not wait for the device in every step."""
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, EulerDiscreteScheduler, HeunDiscreteScheduler, T2IAdapter
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from attention import Lora, attention_layers
+from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
+from pipelines.control import Control
+from pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings, Switch, Tara, make_method
+from pipelines.scene import Concept
+from simulated_device import DEVICE, SimTensor, Wait, beyond, listed, noted_waits, numbers
+
+CPU = torch.device("cpu")
+WORDS = {"cat": "sks", "dog": "zwx"}
+PROMPT = "a sks cat and a zwx dog"
+LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
+CAT, DOG = Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)
+SD_AND_SLOWLY_XL = pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+XL_AND_SLOWLY_SD = pytest.mark.parametrize("family", ["sdxl", pytest.param("sd", marks=pytest.mark.slow)])
+BOTH = pytest.mark.parametrize("family", FAMILIES)
+
+# Settings of the authors stand beside our defaults where they take other ways through the code.
+METHODS: dict[str, Settings] = {
+    "merge": Merge(),
+    "tara": Tara(),
+    "tara, official": Tara.official(),
+    "tara, keys and values": Tara(scope="cross_kv"),
+    "regional": Regional(),
+    "switch": Switch(interval=1),
+    "composite": Composite(),
+    "lora-composer": LoraComposer(),
+    "lora-composer, official": LoraComposer.official(),
+    "clora": Clora(),
+    "clora, branches": Clora(fuse="branches"),
+    "clora, official": replace(Clora.official(), refinements=1),
+    "clora, one branch at once": Clora(branches_at_once=1, smoothed=True, morphology=("dilate", "open")),
+}
+
+FAILS_IN_HALF_PRECISION = ("clora, branches", "clora, official")
+"""Shares of branches are float32 there, and so is what they make of a prediction."""
+
+WAITS: dict[str, tuple[int, int]] = {
+    "lora-composer": (0, 4),
+    "lora-composer, official": (0, 4),
+    "clora": (1, 24),
+    "clora, branches": (1, 1),
+    "clora, official": (1, 1),
+    "clora, one branch at once": (1, 25),
+}
+"""How often the host waits for the device in every step, beyond what diffusers does, and for an update with what is
+made of it, as new masks are; never for all others."""
+
+
+def written(path: Path, parts: Mapping[str, Lora], words: Mapping[str, Tensor] | None = None) -> Path:
+    """A file of a LoRA that was trained with TARA."""
+    tensors = {
+        f"{part}.{layer}.lora_{side}.weight": tensor
+        for part, lora in parts.items()
+        for layer, factors in lora.items()
+        for side, tensor in (("A", factors.down), ("B", factors.up))
+    }
+    save_file({**tensors, **(words or {})}, path, metadata={"method": "tara"})
+    return path
+
+
+@cache
+def composer(family: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A tiny pipeline with two concepts and a style, which the tests leave as it is."""
+    pipe = FAMILIES[family]()
+    with TemporaryDirectory() as folder:
+        for seed, (name, trigger) in enumerate({**WORDS, "ink": "xlo"}.items()):
+            parts = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.1), **text_loras(pipe, seed)}
+            path = written(Path(folder) / f"{name}.safetensors", parts)
+            pipe.load_concept(path, trigger=trigger, class_word=None if name == "ink" else name)
+    return pipe.to(device, dtype)
+
+
+def called(pipe: Any, **arguments: Any) -> Any:
+    given: dict[str, Any] = {
+        "prompt": PROMPT, "concepts": [CAT, DOG], "num_inference_steps": 2, "guidance_scale": 4.0,
+        "generator": seeded(), "output_type": "latent",
+    }  # fmt: skip
+    return pipe(**given | arguments)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(numbers(found), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("sd", torch.float32),
+        ("sd", torch.float16),
+        ("sd", torch.bfloat16),
+        ("sdxl", torch.float32),
+        ("sdxl", torch.float16),
+        pytest.param("sdxl", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_on_the_device_what_the_cpu_gives(request: Any, family: str, dtype: Any, name: str) -> None:
+    if name in FAILS_IN_HALF_PRECISION and dtype != torch.float32:
+        request.applymarker(pytest.mark.xfail(raises=RuntimeError))
+    found = called(composer(family, DEVICE, dtype), method=METHODS[name]).images
+    assert (found.device, found.dtype) == (DEVICE, dtype)
+    assert numbers(found).isfinite().all()
+    if dtype == torch.float32:
+        assert_same(found, called(composer(family, CPU, dtype), method=METHODS[name]).images)
+
+
+@SD_AND_SLOWLY_XL
+@pytest.mark.parametrize("name", METHODS)
+def test_prompts_with_concepts_of_their_own_give_what_the_cpu_gives(family: str, name: str) -> None:
+    found, expected = (
+        called(
+            composer(family, place, torch.float32), prompt=[PROMPT, "a sks cat"], concepts=[[CAT, DOG], [CAT]],
+            generator=[seeded(0), seeded(1)], num_inference_steps=1, method=METHODS[name],
+        ).images
+        for place in (DEVICE, CPU)
+    )  # fmt: skip
+    assert_same(found, expected)
+
+
+def of(pipe: Any, model: Any) -> Any:
+    """A model where the pipeline is, in its precision."""
+    return model.to(pipe.device, pipe.dtype).eval()
+
+
+def picture(folder: Path) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
+
+
+def mask_file(folder: Path) -> str:
+    """The path of a mask image of a disc."""
+    rows, columns = np.mgrid[:128, :128] - 64
+    path = folder / "disc.png"
+    Image.fromarray((255 * (rows**2 + columns**2 < 50**2)).astype(np.uint8)).save(path)
+    return str(path)
+
+
+def controls(pipe: Any, folder: Path) -> list[Control]:
+    """A ControlNet and a T2I-Adapter."""
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 8, 8))
+    xl = hasattr(pipe, "text_encoder_2")
+    adapter = T2IAdapter(
+        channels=list(pipe.unet.config.block_out_channels), num_res_blocks=1, downscale_factor=16 if xl else 8,
+        adapter_type="full_adapter_xl" if xl else "full_adapter",
+    )  # fmt: skip
+    for parameter in net.parameters():
+        if not parameter.any():  # a ControlNet says nothing before it is trained
+            torch.nn.init.normal_(parameter, std=0.1, generator=seeded())
+    image = picture(folder)
+    return [
+        Control(model=of(pipe, net), image=image, scale=0.5, regions={"cat": 1.0}),
+        Control(model=of(pipe, adapter), image=[image], regions={"dog": 0.2}, end=0.5),
+    ]
+
+
+def embeddings(pipe: Any, folder: Path) -> dict[str, Any]:
+    """Text that was encoded before, wherever the pipeline is."""
+    xl = hasattr(pipe, "text_encoder_2")
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    names = (*names, "pooled_prompt_embeds", "negative_pooled_prompt_embeds") if xl else names
+    with torch.no_grad():
+        encoded = dict(zip(names, pipe.encode_prompt(PROMPT, device=pipe.device, num_images_per_prompt=1,
+                                                     do_classifier_free_guidance=True), strict=True))  # fmt: skip
+    return {"prompt": None, "concepts": ["cat", "dog"], "token_positions": {"cat": [2], "dog": [6]}, **encoded}
+
+
+def halved(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"latents": tensors["latents"] * 0.5}
+
+
+def unguided(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    pipe._guidance_scale = 1.0
+    return {}
+
+
+WITH_STYLE = {"concepts": [CAT, DOG, Concept(name="ink", role="style")], "prompt": f"{PROMPT}, xlo"}
+SCHEDULED = [
+    Concept(name="cat", region=LEFT, weight="1..0.2", blocks={"down": 0.5, "text": 0.3}),
+    Concept(name="dog", region=RIGHT, weight=[0.5, 1.0], blocks={"up": 0.0}),
+]
+OWN_TEXTS = [
+    Concept(name="cat", region=LEFT, prompt="a sks cat beside a dog in snow", negative_prompt="a dog"),
+    Concept(name="dog", region=RIGHT, negative_prompt="blurry"),
+]
+OVERLAPPING = [Concept(name="cat", region=(0, 0, 96, 128)), Concept(name="dog", region=(32, 16, 128, 128))]
+TWO = {"prompt": [PROMPT, f"{PROMPT} in snow"], "num_images_per_prompt": 2}
+
+FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
+    "maps of tara": lambda pipe, folder: {"method": "tara", "record_attention": True},
+    "maps of regional": lambda pipe, folder: {"method": "regional", "record_attention": [-1], **TWO},
+    "maps of lora-composer": lambda pipe, folder: {"method": "lora-composer", "record_attention": True},
+    "maps of clora": lambda pipe, folder: {"method": "clora", "record_attention": True, "num_images_per_prompt": 2},
+    "controls of tara": lambda pipe, folder: {"method": "tara", "control": controls(pipe, folder)},
+    "controls of lora-composer": lambda pipe, folder: {"method": "lora-composer", "control": controls(pipe, folder)},
+    "controls of clora": lambda pipe, folder: {"method": "clora", "control": controls(pipe, folder)},
+    "weights of merge": lambda pipe, folder: {"method": "merge", "concepts": SCHEDULED},
+    "weights of regional": lambda pipe, folder: {"method": "regional", "concepts": SCHEDULED},
+    "weights of lora-composer": lambda pipe, folder: {"method": "lora-composer", "concepts": SCHEDULED},
+    "weights of clora": lambda pipe, folder: {"method": "clora", "concepts": SCHEDULED},
+    "a mask for regional": lambda pipe, folder: {
+        "method": "regional", "concepts": [Concept(name="cat", region=mask_file(folder)), "dog"],
+    },
+    "a mask for lora-composer": lambda pipe, folder: {
+        "method": "lora-composer", "concepts": [Concept(name="cat", region=mask_file(folder)), DOG],
+    },
+    "overlapping boxes": lambda pipe, folder: {"method": "lora-composer", "concepts": OVERLAPPING},
+    "a style for tara": lambda pipe, folder: {"method": "tara", **WITH_STYLE},
+    "a style for composite": lambda pipe, folder: {"method": "composite", **WITH_STYLE},
+    "a style for lora-composer": lambda pipe, folder: {"method": "lora-composer", **WITH_STYLE},
+    "a style for clora": lambda pipe, folder: {"method": "clora", **WITH_STYLE},
+    "own prompts of switch": lambda pipe, folder: {"method": Switch(interval=1), "concepts": OWN_TEXTS},
+    "own prompts of lora-composer": lambda pipe, folder: {"method": "lora-composer", "concepts": OWN_TEXTS},
+    "own prompts of clora": lambda pipe, folder: {
+        "method": Clora(fuse="branches", uncond="each"), "concepts": OWN_TEXTS,
+    },
+    "embeddings": lambda pipe, folder: {"method": "tara", **embeddings(pipe, folder)},
+    "latents": lambda pipe, folder: {
+        "method": "tara", "latents": torch.randn(1, 4, 16, 16, generator=seeded()).to(pipe.device, pipe.dtype),
+    },
+    "images per prompt": lambda pipe, folder: {"method": "clora", "generator": [seeded(k) for k in range(4)], **TWO},
+    "a callback that changes latents": lambda pipe, folder: {
+        "method": "lora-composer", "callback_on_step_end": halved,
+    },
+    "a callback that switches guidance off": lambda pipe, folder: {
+        "method": "regional", "callback_on_step_end": unguided,
+    },
+    "no guidance": lambda pipe, folder: {"method": "clora", "guidance_scale": 1.0},
+    "rescaled guidance and noise in steps": lambda pipe, folder: {
+        "method": "tara", "guidance_rescale": 0.7, "eta": 0.5,
+    },
+    "decoded images": lambda pipe, folder: {"method": "tara", "output_type": "np"},
+    "re-initialised noise": lambda pipe, folder: {"method": LoraComposer(reinit="swap", rows="all", inject="attn2")},
+    "an odd canvas": lambda pipe, folder: {"method": "lora-composer", "height": 136, "width": 152},
+}  # fmt: skip
+IN_HALF_PRECISION_LATER = ("own prompts of clora",)
+
+
+@pytest.mark.parametrize(
+    ("exact", "half"), [("sdxl", "sd"), pytest.param("sd", "sdxl", marks=pytest.mark.slow)]
+)  # fmt: skip
+@pytest.mark.parametrize("name", FEATURES)
+def test_whatever_else_a_call_may_have_gives_on_the_device_what_the_cpu_gives(
+    exact: str, half: str, name: str, tmp_path: Path
+) -> None:
+    """In single precision with one family, and finite numbers in half precision with the other."""
+    dtype = torch.float32 if name in IN_HALF_PRECISION_LATER else torch.float16
+    found, expected, in_half = (
+        called(pipe, **FEATURES[name](pipe, tmp_path))
+        for pipe in (
+            composer(exact, DEVICE, torch.float32),
+            composer(exact, CPU, torch.float32),
+            composer(half, DEVICE, dtype),
+        )
+    )
+    for part in ("images", "attention_maps", "masks"):
+        mine, theirs = getattr(found, part), getattr(expected, part)
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            assert_same(mine, theirs)
+    images: Any = numbers(in_half.images)
+    assert np.isfinite(np.asarray(images)).all()
+
+
+def with_words(pipe: Any, folder: Path) -> dict[str, Any]:
+    """A textual inversion of the user's in the prompt."""
+    width = pipe.text_encoder.config.hidden_size
+    pipe.load_textual_inversion({"<thing>": torch.randn(2, width, generator=seeded())})
+    if hasattr(pipe, "text_encoder_2"):
+        other = torch.randn(2, pipe.text_encoder_2.config.hidden_size, generator=seeded())
+        pipe.load_textual_inversion(
+            {"<thing>": other}, text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2
+        )  # fmt: skip
+    return {"method": "tara", "prompt": f"<thing>, {PROMPT}"}
+
+
+def with_words_of_a_file(pipe: Any, folder: Path) -> dict[str, Any]:
+    """A LoRA that brings words, with vectors for every layer."""
+    layers = [layer for layer in attention_layers(pipe.unet) if layer.cross]
+    vectors = torch.randn(len(layers), pipe.text_encoder.config.hidden_size, generator=seeded())
+    words = {"new_concept_embedding.<x1>": vectors}
+    if hasattr(pipe, "text_encoder_2"):
+        width = pipe.text_encoder_2.config.hidden_size
+        words = {"bundle_emb.<x1>": vectors[:1], "bundle_emb.<x1>.clip_g": torch.randn(1, width, generator=seeded())}
+    path = written(folder / "words.safetensors", {"unet": random_lora(pipe.unet, 5)}, words)
+    return {"method": "tara", "concepts": [Concept(name="it", lora=str(path)), "dog"], "prompt": "a <x1> and a zwx dog"}
+
+
+def with_adapters(pipe: Any, folder: Path) -> dict[str, Any]:
+    """One adapter of the user's that stays part of the base, and one that is a concept."""
+    paths = {
+        name: written(folder / f"{name}.safetensors", {"unet": random_lora(pipe.unet, seed)})
+        for seed, name in ((6, "style"), (7, "fox"))
+    }
+    for name, path in paths.items():
+        pipe.load_lora_weights(str(path), adapter_name=name)
+    pipe.set_adapters(["style", "fox"], [0.5, 1.0])
+    concepts = ["cat", Concept(name="fox", trigger="zwx", class_word="dog")]
+    return {"method": "tara", "concepts": concepts, "cross_attention_kwargs": {"scale": 0.5}}
+
+
+def with_checkpointing(pipe: Any, folder: Path) -> dict[str, Any]:
+    pipe.unet.enable_gradient_checkpointing()
+    return {"method": "lora-composer"}
+
+
+def with_checkpointing_by_branch(pipe: Any, folder: Path) -> dict[str, Any]:
+    pipe.unet.enable_gradient_checkpointing()
+    return {"method": Clora(branches_at_once=1)}
+
+
+def with_euler(pipe: Any, folder: Path) -> dict[str, Any]:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return {"method": "clora"}
+
+
+def with_heun(pipe: Any, folder: Path) -> dict[str, Any]:
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    return {"method": "lora-composer"}
+
+
+def with_plain_attention(pipe: Any, folder: Path) -> dict[str, Any]:
+    pipe.unet.set_attn_processor(AttnProcessor())
+    return {"method": "lora-composer"}
+
+
+def with_channels_last(pipe: Any, folder: Path) -> dict[str, Any]:
+    pipe.unet.to(memory_format=torch.channels_last)
+    return {"method": "regional"}
+
+
+PREPARED = (
+    with_words, with_words_of_a_file, with_adapters, with_checkpointing, with_checkpointing_by_branch, with_euler,
+    with_heun, with_plain_attention, with_channels_last,
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of schedulers, by numpy 2
+@XL_AND_SLOWLY_SD
+@pytest.mark.parametrize("prepare", PREPARED)
+def test_pipelines_that_were_changed_give_on_the_device_what_the_cpu_gives(
+    family: str, prepare: Callable[[Any, Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    pipes = [copy.deepcopy(composer(family, place, torch.float32)) for place in (DEVICE, CPU)]
+    found, expected = (called(pipe, **prepare(pipe, tmp_path)).images for pipe in pipes)
+    assert_same(found, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["merge", "tara"])
+def test_layers_are_folded_on_the_device(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights whose class is not PyTorch's own are left alone as quantised ones are, and the device has its own."""
+    foldable: list[bool] = []
+
+    def as_on_cuda(layer: torch.nn.Module, dtype: torch.dtype) -> bool:
+        foldable.append(type(layer.weight) is SimTensor and layer.weight.dtype == dtype)
+        return foldable[-1]
+
+    expected = called(composer(family, CPU, torch.float32), method=METHODS[name]).images
+    monkeypatch.setattr(sys.modules["attention.install"], "_foldable", as_on_cuda)
+    assert_same(called(composer(family, DEVICE, torch.float32), method=METHODS[name]).images, expected)
+    assert foldable
+    assert all(foldable)
+
+
+# How often the host waits
+
+OTHER_CALLS: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
+    "weights of tara": lambda pipe, folder: {"method": "tara", "concepts": SCHEDULED},
+    "weights of regional": lambda pipe, folder: {"method": "regional", "concepts": SCHEDULED},
+    "maps of tara": lambda pipe, folder: {"method": "tara", "record_attention": True},
+    "controls of regional": lambda pipe, folder: {"method": "regional", "control": controls(pipe, folder)},
+    "own concepts of tara": lambda pipe, folder: {
+        "method": "tara", "prompt": [PROMPT, "a sks cat"], "concepts": [["cat", "dog"], ["cat"]],
+    },
+    "a style for composite": lambda pipe, folder: {"method": "composite", **WITH_STYLE},
+    "rescaled guidance": lambda pipe, folder: {"method": "tara", "guidance_rescale": 0.7},
+    "a callback": lambda pipe, folder: {"method": "merge", "callback_on_step_end": halved},
+}  # fmt: skip
+
+
+def with_updates(method: Settings, updates: int, steps: int) -> Settings:
+    """The method with updates of all images in as many steps, the first ones, and new masks in no others."""
+    if isinstance(method, LoraComposer):
+        return replace(method, least_updates=1.0, most_updates=(updates - 1) / steps, apart=1 / steps)
+    if isinstance(method, Clora):
+        return replace(method, update_until=float(updates), mask_until=float(updates), refine_at=())
+    return method
+
+
+def waits_of(pipe: Any, **arguments: Any) -> list[Wait]:
+    with noted_waits() as waits:
+        called(pipe, **arguments)
+    return waits
+
+
+@cache
+def waits_of_a_plain_step(pipe: Any) -> Sequence[Wait]:
+    """How often diffusers' own scheduler waits."""
+    more, fewer = (waits_of(pipe, concepts=None, num_inference_steps=steps) for steps in (4, 3))
+    return beyond(more, fewer)
+
+
+def assert_as_many(found: Sequence[Wait], expected: int) -> None:
+    assert len(found) == expected, listed(found)
+
+
+@SD_AND_SLOWLY_XL
+@pytest.mark.parametrize("name", [*METHODS, *OTHER_CALLS])
+def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, name: str, tmp_path: Path) -> None:
+    pipe = composer(family, DEVICE, torch.float32)
+    arguments = dict(OTHER_CALLS[name](pipe, tmp_path)) if name in OTHER_CALLS else {"method": METHODS[name]}
+    more, fewer = (
+        waits_of(
+            pipe, **arguments | {"method": with_updates(make_method(arguments["method"]), 2, steps)},
+            num_inference_steps=steps,
+        )
+        for steps in (4, 3)
+    )  # fmt: skip
+    assert_as_many(beyond(beyond(more, fewer), waits_of_a_plain_step(pipe)), WAITS.get(name, (0, 0))[0])
+
+
+@SD_AND_SLOWLY_XL
+@pytest.mark.parametrize("name", WAITS)
+def test_for_another_update_the_host_waits_as_often_as_is_said(family: str, name: str) -> None:
+    pipe = composer(family, DEVICE, torch.float32)
+    more, fewer = (
+        waits_of(pipe, method=with_updates(METHODS[name], updates, 3), num_inference_steps=3) for updates in (3, 2)
+    )
+    assert_as_many(beyond(more, fewer), WAITS[name][1])
+
+
+def test_a_wait_in_a_step_is_found_with_its_line() -> None:
+    pipe = composer("sd", DEVICE, torch.float32)
+
+    def look(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert tensors["latents"].isfinite().all()
+        return tensors
+
+    calls = [waits_of(pipe, method="tara", callback_on_step_end=look, num_inference_steps=steps) for steps in (3, 2)]
+    (found,) = beyond(beyond(*calls), waits_of_a_plain_step(pipe))
+    assert (found.operation, found.caller and found.caller.partition(":")[0]) == (
+        "_local_scalar_dense", "pipelines/base.py",
+    )  # fmt: skip
+    assert re.fullmatch(r"tests/test_on_the_device.py:\d+ look", found.line)
