@@ -87,7 +87,7 @@ def composer(family: str) -> Any:
 
 def called(pipe: Any, **arguments: Any) -> Any:
     given: dict[str, Any] = {
-        "prompt": PROMPT, "concepts": CONCEPTS, "method": "tara", "num_inference_steps": 2, "guidance_scale": 4.0,
+        "prompt": PROMPT, "concepts": CONCEPTS, "method": "tara", "num_inference_steps": 1, "guidance_scale": 4.0,
         "generator": seeded(), "output_type": "latent",
     }  # fmt: skip
     return pipe(**given | arguments)
@@ -127,16 +127,14 @@ def test_a_row_of_a_batch_is_the_image_of_its_own_call(family: str, method: Any)
 @pytest.mark.parametrize("images", [1, 2, None])
 def test_there_are_as_many_images_as_asked_for(family: str, prompts: Any, images: int | None) -> None:
     count = (1 if isinstance(prompts, str) else len(prompts)) * (images or 1)
-    found = called(made(family), prompt=prompts, num_images_per_prompt=images, num_inference_steps=1)
+    found = called(made(family), prompt=prompts, num_images_per_prompt=images)
     assert found.images.shape == (count, 4, 16, 16)
     assert found.cost.rows_forward == 2 * count
 
 
 @EVERY
 def test_guidance_is_on_above_1_and_costs_a_row_of_its_own(composer: Any, family: str, method: Any) -> None:
-    guided, without = (
-        called(composer, method=method, guidance_scale=scale, num_inference_steps=1) for scale in (1.5, 1.0)
-    )
+    guided, without = (called(composer, method=method, guidance_scale=scale) for scale in (1.5, 1.0))
     assert guided.cost.rows_forward == 2 * without.cost.rows_forward
     assert not composer.do_classifier_free_guidance
     assert (guided.images - without.images).abs().max() > 1e-3
@@ -156,9 +154,7 @@ def test_dict_and_tuple_hold_the_same(family: str, method: Any) -> None:
 
 @FAMILY
 def test_all_kinds_of_output_show_the_same_image(family: str) -> None:
-    as_np, as_pt, as_pil = (
-        called(made(family), output_type=kind, num_inference_steps=1).images for kind in ("np", "pt", "pil")
-    )
+    as_np, as_pt, as_pil = (called(made(family), output_type=kind).images for kind in ("np", "pt", "pil"))
     assert as_np.shape == (1, 128, 128, 3)
     np.testing.assert_allclose(as_np, as_pt.permute(0, 2, 3, 1).numpy(), atol=1e-6)
     np.testing.assert_allclose(as_np[0] * 255, np.asarray(as_pil[0], dtype=np.float32), atol=0.51)
@@ -166,7 +162,7 @@ def test_all_kinds_of_output_show_the_same_image(family: str) -> None:
 
 @FAMILY
 def test_the_vae_may_work_in_slices_and_tiles(composer: Any, family: str) -> None:
-    arguments = {"output_type": "np", "num_images_per_prompt": 2, "num_inference_steps": 1}
+    arguments = {"output_type": "np", "num_images_per_prompt": 2}
     expected = called(composer, **arguments).images
     composer.vae.enable_slicing()
     np.testing.assert_allclose(called(composer, **arguments).images, expected, atol=1e-4)
@@ -177,11 +173,11 @@ def test_the_vae_may_work_in_slices_and_tiles(composer: Any, family: str) -> Non
 
 @EVERY
 def test_freeu_changes_the_image_until_it_is_switched_off(composer: Any, family: str, method: Any) -> None:
-    expected = latents_of(composer, method=method, num_inference_steps=1)
+    expected = latents_of(composer, method=method)
     composer.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
-    assert (latents_of(composer, method=method, num_inference_steps=1) - expected).abs().max() > 1e-3
+    assert (latents_of(composer, method=method) - expected).abs().max() > 1e-3
     composer.disable_freeu()
-    assert torch.equal(latents_of(composer, method=method, num_inference_steps=1), expected)
+    assert torch.equal(latents_of(composer, method=method), expected)
 
 
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # several hand tensors to numpy
@@ -202,10 +198,10 @@ def test_every_scheduler_of_diffusers_makes_an_image_of_the_same_shape(composer:
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_near_to_single_precision(composer: Any, family: str, method: Any, dtype: Any) -> None:
-    expected = latents_of(composer, method=method, num_inference_steps=1)
+    expected = latents_of(composer, method=method)
     composer.to(dtype)
     assert {model.dtype for model in models_of(composer).values()} == {dtype}
-    found = latents_of(composer, method=method, num_inference_steps=1)
+    found = latents_of(composer, method=method)
     assert found.dtype == dtype
     assert (found.float() - expected).norm() / expected.norm() < (0.01 if dtype == torch.float16 else 0.05)
 
@@ -355,7 +351,7 @@ def test_pipelines_made_of_each_other_share_models_and_settings(
         assert all(made_of.components[name] is part for name, part in composer.components.items())
     uncomposed = {"concepts": None, "method": None}
     expected = latents_of(composer, **uncomposed)
-    arguments = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
+    arguments = {"num_inference_steps": 1, "guidance_scale": 4.0, "output_type": "latent"}
     with parameters_that_move():
         if offloaded:
             plain.enable_model_cpu_offload(device=DEVICE)
@@ -410,8 +406,9 @@ def test_callbacks_see_what_they_ask_for_and_have_the_last_word(family: str, met
 
     for names in (["latents"], composer._callback_tensor_inputs):
         cleared = latents_of(
-            composer, method=method, callback_on_step_end=clear_at_the_end, callback_on_step_end_tensor_inputs=names
-        )
+            composer, method=method, num_inference_steps=2, callback_on_step_end=clear_at_the_end,
+            callback_on_step_end_tensor_inputs=names,
+        )  # fmt: skip
         assert seen == [set(names)] * 2
         assert not cleared.any()
         seen.clear()
@@ -425,8 +422,8 @@ def test_callbacks_may_raise_the_guidance(family: str, method: Any) -> None:
         pipe._guidance_scale += 1.0
         return tensors
 
-    constant = latents_of(composer, method=method)
-    raised = latents_of(composer, method=method, callback_on_step_end=more)
+    constant = latents_of(composer, method=method, num_inference_steps=2)
+    raised = latents_of(composer, method=method, num_inference_steps=2, callback_on_step_end=more)
     assert composer.guidance_scale == 4.0 + 2
     assert (raised - constant).abs().max() > 1e-3
 
