@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import files_of_at_most
 
 from compose import atomic
 from compose.atomic import write_new, write_whole
 from compose.files import free_path
+from disks import files_of_at_most
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 

@@ -21,7 +21,6 @@ import torch
 import typer
 import yaml
 from accelerate import cpu_offload
-from disks import files_of_at_most
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -34,6 +33,7 @@ from compose.evaluation.runner import evaluate, is_done, open_worker
 from compose.evaluation.suite import Suite, batches, read_suite
 from compose.files import FileError, read_pixels, read_record
 from compose.savers import Saver
+from disks import files_of_at_most
 from pipelines.methods import METHODS, Regional
 
 CONCEPTS = [

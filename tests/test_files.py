@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import files_of_at_most
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,6 +34,7 @@ from compose.files import (
 )
 from compose.sheets import Row, seeds_sheet, sheet
 from compose.terminal import plain
+from disks import files_of_at_most
 
 SHA = "0123456789abcdef" * 4
 SCENE = "prompt: a sks cat\nconcepts:\n  - name: cat\n    lora: cat.safetensors\n    trigger: sks\n"

@@ -17,12 +17,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from disks import files_of_at_most
 from peft.utils import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_cli import call, flat
 
 from components import TINY, sd_unet, unet_inputs
 from compose import ComposePipeline, atomic
@@ -37,6 +35,8 @@ from compose.training.data import DataError
 from compose.training.model import preset_of
 from compose.training.optimizers import learning_rate
 from compose.training.output import metadata_of
+from disks import files_of_at_most
+from test_cli import call, flat
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 # numpy about a line of diffusers' schedulers
