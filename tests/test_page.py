@@ -72,7 +72,8 @@ def test_the_example_is_complete() -> None:
 
 
 def test_settings_of_the_authors_are_shown_one_by_one() -> None:
-    run = Run(scene=Scene(prompt="a cat"), model=PLAYGROUND, method="lora-composer:official", settings={"apart": 0.5})
+    scene = Scene(prompt="a xlo bear", concepts=(BEAR,))
+    run = Run(scene=scene, model=PLAYGROUND, method="lora-composer:official", settings={"apart": 0.5})
     shown = draft.draft_of(run, (128, 128))
     assert shown.method == "lora-composer"
     assert make_method(shown.method, shown.settings) == replace(LoraComposer.official(), apart=0.5)

@@ -347,10 +347,6 @@ def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> Non
     ):
         drop(at, tmp_path, {"concepts": (bear.model_copy(update=change), robot)})
         assert words in said(at)
-
-
-def test_an_alpha_that_a_picture_names_is_not_forgotten(at: AppTest, tmp_path: Path) -> None:
-    bear, robot = example().concepts
     drop(at, tmp_path, {"concepts": (bear.model_copy(update={"alpha": 3.0}), robot)})
     assert "the file says its alpha itself; leave alpha out" in said(at), "it is used"
 
@@ -408,25 +404,17 @@ def test_an_upload_stays_nowhere_if_it_is_refused(at: AppTest) -> None:
 
 def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
     before = visit(at)
-    made(at)
     folder = before.store.folder
-    before.close()
     assert before.close(), "nothing is left of it"
     assert not folder.exists()
-    assert before.pictures == []
     at.run()
     assert not at.exception
     assert visit(at) is not before
     assert visit(at).store.folder.is_dir()
     assert "You were away" in at.toast[0].value
-
-
-def test_a_visit_that_has_ended_begins_nothing(at: AppTest) -> None:
-    here = visit(at)
-    here.close()
-    here.begin(list(example().runs()), comparing=False, record_attention=False)
-    until(here.close)
-    assert here.job is None
+    before.begin(list(example().runs()), comparing=False, record_attention=False)  # a click that came too late
+    until(before.close)
+    assert before.job is None
 
 
 def drop(
