@@ -4,7 +4,7 @@ the CPU's, and the host does not wait for the device in every step."""
 import copy
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -68,6 +68,18 @@ WAITS: dict[str, tuple[int, int]] = {
 made of it, as new masks are; never for all others."""
 
 
+SLOWLY = {
+    "maps of regional", "controls of tara", "weights of merge", "weights of clora", "a style for tara",
+    "a style for composite", "overlapping boxes", "own prompts of switch", "tara, official", "tara, keys and values",
+    "clora, one branch at once",
+}  # fmt: skip
+"""What others go through as well."""
+
+
+def some_slowly(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOWLY else name for name in names]
+
+
 def written(path: Path, parts: Mapping[str, Lora], words: Mapping[str, Tensor] | None = None) -> Path:
     """A file of a LoRA that was trained with TARA."""
     tensors = {
@@ -127,7 +139,7 @@ def test_every_method_gives_on_the_device_what_the_cpu_gives(request: Any, famil
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", some_slowly(METHODS))
 def test_prompts_with_concepts_of_their_own_give_what_the_cpu_gives(family: str, name: str) -> None:
     found, expected = (
         called(
@@ -239,7 +251,7 @@ FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
     "latents": lambda pipe, folder: {
         "method": "tara", "latents": torch.randn(1, 4, 16, 16, generator=seeded()).to(pipe.device, pipe.dtype),
     },
-    "images per prompt": lambda pipe, folder: {"method": "clora", "generator": [seeded(k) for k in range(4)], **TWO},
+    "images per prompt": lambda pipe, folder: {"method": "tara", "generator": [seeded(k) for k in range(4)], **TWO},
     "a callback that changes latents": lambda pipe, folder: {
         "method": "lora-composer", "callback_on_step_end": halved,
     },
@@ -254,17 +266,12 @@ FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
     "re-initialised noise": lambda pipe, folder: {"method": LoraComposer(reinit="swap", rows="all", inject="attn2")},
     "an odd canvas": lambda pipe, folder: {"method": "lora-composer", "height": 136, "width": 152},
 }  # fmt: skip
-SLOWLY = {
-    "maps of regional", "controls of tara", "weights of merge", "weights of clora", "a style for tara",
-    "a style for composite", "overlapping boxes", "own prompts of switch",
-}  # fmt: skip
-"""What others go through as well."""
 
 
 @pytest.mark.parametrize(
     ("exact", "half"), [("sdxl", "sd"), pytest.param("sd", "sdxl", marks=pytest.mark.slow)]
 )  # fmt: skip
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOWLY else n for n in FEATURES])
+@pytest.mark.parametrize("name", some_slowly(FEATURES))
 def test_whatever_else_a_call_may_have_gives_on_the_device_what_the_cpu_gives(
     exact: str, half: str, name: str, tmp_path: Path
 ) -> None:
@@ -431,7 +438,7 @@ def assert_as_many(found: Sequence[Wait], expected: int) -> None:
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", [*METHODS, *OTHER_CALLS])
+@pytest.mark.parametrize("name", some_slowly([*METHODS, *OTHER_CALLS]))
 def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, name: str, tmp_path: Path) -> None:
     pipe = composer(family, DEVICE, torch.float32)
     arguments = dict(OTHER_CALLS[name](pipe, tmp_path)) if name in OTHER_CALLS else {"method": METHODS[name]}
@@ -446,7 +453,7 @@ def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, n
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize("name", some_slowly(WAITS))
 def test_for_another_update_the_host_waits_as_often_as_is_said(family: str, name: str) -> None:
     pipe = composer(family, DEVICE, torch.float32)
     more, fewer = (

@@ -148,7 +148,8 @@ def test_dict_and_tuple_hold_the_same(family: str, method: Any) -> None:
     output = called(made(family), method=method, output_type="np")
     images, *rest = called(made(family), method=method, output_type="np", return_dict=False)
     assert isinstance(output, ComposeOutput)
-    assert all(np.array_equal(images, same) for same in (output.images, output["images"], output[0]))
+    held: list[Any] = [output.images, output["images"], output[0]]
+    assert all(np.array_equal(images, same) for same in held)
     assert rest == ([None] if family == "sd" else [])
 
 
