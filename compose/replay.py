@@ -1,6 +1,5 @@
 """Making a picture again from its record, and saying what is different."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from PIL import Image
 from compose.files import Record, is_hub_name
 from compose.models import Made, devices, lora_source, make_batch
 from pipelines.loading import find_file
+from pipelines.regular import sha256_of
 from pipelines.scene import Concept, Run
 
 
@@ -91,7 +91,10 @@ def difference(one: Image.Image, other: Image.Image) -> str | None:
 def _recorded_file(record: Record, concept: Concept) -> bool:
     """Whether a concept's path still holds the recorded file."""
     file = _local(concept)
-    return file is not None and _sha256(file) == record.sha256.get(concept.name)
+    try:
+        return file is not None and sha256_of(file) == record.sha256.get(concept.name)
+    except OSError:  # it cannot be read, which the run will tell
+        return False
 
 
 def _exists(concept: Concept) -> bool:
@@ -111,11 +114,6 @@ def _by_content(wanted: set[str], folder: Path | None) -> dict[str, Path]:
     for path in sorted(folder.rglob("*.safetensors")) if folder else ():
         if found.keys() == wanted:
             break
-        if path.is_file() and (sha256 := _sha256(path)) in wanted:
+        if path.is_file() and (sha256 := sha256_of(path)) in wanted:
             found.setdefault(sha256, path)
     return found
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
 """Files that strangers name: opened only if they are files, and without waiting for what is none."""
 
 import errno
+import hashlib
 import os
 import stat
 from io import BufferedReader
@@ -21,6 +22,16 @@ def open_regular(path: Path) -> BufferedReader:
         file.close()
         raise OSError(errno.EINVAL, "it is no regular file but a pipe or a device", str(path))
     return file
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a regular file, in hexadecimal digits.
+
+    Raises:
+        OSError: As for `open_regular`.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -17,6 +17,7 @@ from compose.files import PLAYGROUND
 from compose.models import lora_source
 from pipelines.loading import find_file
 from pipelines.methods import make_method
+from pipelines.regular import sha256_of
 
 SCORING = 1  # counted up whenever scores are computed in another way
 
@@ -92,8 +93,7 @@ def fingerprint(source: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _file_hash(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(Path(path))
 
 
 def _hash(*facts: Any) -> str:

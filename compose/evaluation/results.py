@@ -10,7 +10,6 @@ Every file appears whole or not at all. Scores hold what was measured; all that 
 has been damaged since is not read: such a batch counts as not made, or as not scored.
 """
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from attention.masks import Box
 from compose.atomic import write_whole
 from compose.evaluation.suite import Name, Suite
 from compose.files import FileError, Machine, read_pixels, read_record
+from pipelines.regular import sha256_of
 
 BATCHES = "batches"
 
@@ -273,8 +273,7 @@ def _batch(one: Made | Planned) -> tuple:
 
 def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except FileNotFoundError as error:
         raise FileError(f"{path} is missing") from error
     except OSError as error:

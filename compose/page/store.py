@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import hashlib
 import os
 import secrets
 import shutil
@@ -20,7 +19,7 @@ from compose.overlay import PALETTE
 from compose.page.draft import playground_loras
 from compose.page.folders import new_folder
 from pipelines.loading import LoraError, LoraFile, find_file, read_lora
-from pipelines.regular import open_regular
+from pipelines.regular import sha256_of
 from pipelines.scene import Concept
 
 UPLOAD_LIMIT = 2**30
@@ -192,7 +191,7 @@ def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | No
         return named(source)
     nearby = in_folder(folder) if folder is not None and folder.is_dir() else []
     for path in [*([Path(source).expanduser()] if local and source else []), *nearby]:
-        if path.suffix.lower() == SUFFIX and path.is_file() and _sha256(path) == sha256:
+        if path.suffix.lower() == SUFFIX and path.is_file() and sha256_of(path) == sha256:
             return named(str(path))
     return None
 
@@ -282,8 +281,3 @@ def tile(index: int) -> bytes:
     buffer = BytesIO()
     Image.new("RGB", (_SIDE, _SIDE), PALETTE[index % len(PALETTE)]).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
