@@ -57,16 +57,17 @@ class MixedDevicesError(RuntimeError):
     """Operands that CUDA would refuse to take from different devices."""
 
 
-_waits: list[Wait] = []
+_waits: list[Wait] | None = None  # of the innermost block that notes them
 
 
 @contextmanager
 def noted_waits() -> Iterator[list[Wait]]:
     """Inside this block every wait for the device is put into the list."""
     global _waits
-    before, _waits = _waits, []
+    before, found = _waits, []
+    _waits = found
     try:
-        yield _waits
+        yield found
     finally:
         _waits = before
 
@@ -88,7 +89,8 @@ def beyond(waits: Sequence[Wait], others: Sequence[Wait]) -> list[Wait]:
 
 
 def _note(operation: str) -> None:
-    _waits.append(Wait(operation, *_source()))
+    if _waits is not None:
+        _waits.append(Wait(operation, *_source()))
 
 
 def _source() -> tuple[str, str | None]:

@@ -119,7 +119,7 @@ def assert_same(found: Any, expected: Any) -> None:
         ("sd", torch.float16),
         ("sd", torch.bfloat16),
         ("sdxl", torch.float32),
-        ("sdxl", torch.float16),
+        pytest.param("sdxl", torch.float16, marks=pytest.mark.slow),
         pytest.param("sdxl", torch.bfloat16, marks=pytest.mark.slow),
     ],
 )

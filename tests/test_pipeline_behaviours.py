@@ -334,7 +334,7 @@ def test_components_build_the_pipeline_again(family: str, method: Any) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_pipelines_made_of_each_other_share_models_and_settings(
     composer: Any, family: str, method: Any, offloaded: bool
 ) -> None:
