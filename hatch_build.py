@@ -11,4 +11,4 @@ class PageHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Adds the script to wheels that are built to be installed."""
         if version == "standard":
-            build_data["force_include"]["ui.py"] = "compose/ui.py"
+            build_data["force_include"]["ui.py"] = "lora_compose/compose/ui.py"

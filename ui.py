@@ -2,16 +2,16 @@
 
 import streamlit as st
 
-from compose.page.screen import fields
-from compose.page.screen.concepts import concepts_part
-from compose.page.screen.keep import restoring
-from compose.page.screen.layout import layout_part
-from compose.page.screen.method import method_part
-from compose.page.screen.model import model_part
-from compose.page.screen.prompt import prompt_part
-from compose.page.screen.stage import stage_part
-from compose.page.screen.state import visit
-from compose.page.screen.style import heading, style
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.concepts import concepts_part
+from lora_compose.compose.page.screen.keep import restoring
+from lora_compose.compose.page.screen.layout import layout_part
+from lora_compose.compose.page.screen.method import method_part
+from lora_compose.compose.page.screen.model import model_part
+from lora_compose.compose.page.screen.prompt import prompt_part
+from lora_compose.compose.page.screen.stage import stage_part
+from lora_compose.compose.page.screen.state import visit
+from lora_compose.compose.page.screen.style import heading, style
 
 st.set_page_config("lora-compose", ":material/brush:", layout="wide")
 style()

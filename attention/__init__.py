@@ -3,13 +3,13 @@
 This package knows torch and diffusers' attention, and nothing of prompts, methods or pipelines.
 """
 
-from attention.gates import Derived, Gates, among
-from attention.install import Installation, check_free, install, installed_layers
-from attention.layers import AttentionLayer, attention_layers, coarser, grid_at, map_level, places
-from attention.layout import Layout, Partition
-from attention.lora_bank import Lora, LoraFactors
-from attention.recorder import Recorder
-from attention.stopping import frozen, stopped_after, weights_kept
+from lora_compose.attention.gates import Derived, Gates, among
+from lora_compose.attention.install import Installation, check_free, install, installed_layers
+from lora_compose.attention.layers import AttentionLayer, attention_layers, coarser, grid_at, map_level, places
+from lora_compose.attention.layout import Layout, Partition
+from lora_compose.attention.lora_bank import Lora, LoraFactors
+from lora_compose.attention.recorder import Recorder
+from lora_compose.attention.stopping import frozen, stopped_after, weights_kept
 
 __all__ = [
     "AttentionLayer",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attention.layers import Grid, Kind, Place
+from lora_compose.attention.layers import Grid, Kind, Place
 
 
 class GateKey(NamedTuple):

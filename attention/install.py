@@ -11,15 +11,15 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from attention.gates import GateKey, Gates
-from attention.kernels import kernel_of
-from attention.layers import Kind, Place, attention_layers, grid_at, places, uncompiled
-from attention.layout import Layout
-from attention.lora_bank import BankLayer, Lora, base_layer
-from attention.processors import ComposeAttnProcessor
-from attention.recorder import Recorder
-from attention.slot import Slot
-from attention.text_kv import TextKV
+from lora_compose.attention.gates import GateKey, Gates
+from lora_compose.attention.kernels import kernel_of
+from lora_compose.attention.layers import Kind, Place, attention_layers, grid_at, places, uncompiled
+from lora_compose.attention.layout import Layout
+from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
+from lora_compose.attention.processors import ComposeAttnProcessor
+from lora_compose.attention.recorder import Recorder
+from lora_compose.attention.slot import Slot
+from lora_compose.attention.text_kv import TextKV
 
 _in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _in_use_lock = threading.Lock()

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from attention.kernels import Kernel
-from attention.layers import sent
+from lora_compose.attention.kernels import Kernel
+from lora_compose.attention.layers import sent
 
 
 @dataclass(frozen=True, eq=False)

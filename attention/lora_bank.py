@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention.gates import GateKey
-from attention.layers import Place
-from attention.slot import Slot
+from lora_compose.attention.gates import GateKey
+from lora_compose.attention.layers import Place
+from lora_compose.attention.slot import Slot
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.layers import Grid
+from lora_compose.attention.layers import Grid
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels of the output image; right and bottom are outside."""

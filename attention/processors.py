@@ -6,9 +6,9 @@ from typing import cast
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from attention.kernels import Kernel
-from attention.layers import AttentionLayer
-from attention.slot import Slot
+from lora_compose.attention.kernels import Kernel
+from lora_compose.attention.layers import AttentionLayer
+from lora_compose.attention.slot import Slot
 
 
 class ComposeAttnProcessor:

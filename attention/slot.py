@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from attention.gates import GateKey
-from attention.layout import Layout
-from attention.recorder import Recorder
-from attention.text_kv import TextKV
+from lora_compose.attention.gates import GateKey
+from lora_compose.attention.layout import Layout
+from lora_compose.attention.recorder import Recorder
+from lora_compose.attention.text_kv import TextKV
 
 
 @dataclass

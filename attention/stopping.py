@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from attention.layers import blocks, uncompiled
+from lora_compose.attention.layers import blocks, uncompiled
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from attention import Lora, LoraFactors
-from pipelines.engine import LoadedConcept
-from pipelines.loading import Factors
-from pipelines.scene import Concept, Region
+from lora_compose.attention import Lora, LoraFactors
+from lora_compose.pipelines.engine import LoadedConcept
+from lora_compose.pipelines.loading import Factors
+from lora_compose.pipelines.scene import Concept, Region
 
 SD15: Mapping[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}
 SDXL: Mapping[str, Any] = {

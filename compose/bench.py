@@ -12,16 +12,16 @@ from diffusers import AutoencoderKL
 from rich.box import SIMPLE
 from rich.table import Table
 
-from compose import counting
-from compose.architectures import ARCHITECTURES, TRIGGERS, VAE, attention_lora, columns, with_lora
-from compose.counting import Counted
-from compose.files import PLAYGROUND, parse_settings
-from compose.peaks import Peak, decoding_bytes, peak
-from compose.savers import TILE, Saver, check_savers, enable_tiling, in_order
-from compose.swapping import RANK, Swaps, measure_swaps
-from compose.terminal import bar, kindly, out, say
-from compose.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
-from pipelines.methods import METHODS, make_method
+from lora_compose.compose import counting
+from lora_compose.compose.architectures import ARCHITECTURES, TRIGGERS, VAE, attention_lora, columns, with_lora
+from lora_compose.compose.counting import Counted
+from lora_compose.compose.files import PLAYGROUND, parse_settings
+from lora_compose.compose.peaks import Peak, decoding_bytes, peak
+from lora_compose.compose.savers import TILE, Saver, check_savers, enable_tiling, in_order
+from lora_compose.compose.swapping import RANK, Swaps, measure_swaps
+from lora_compose.compose.terminal import bar, kindly, out, say
+from lora_compose.compose.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
+from lora_compose.pipelines.methods import METHODS, make_method
 
 GUIDANCE = 5.0
 MIB, GIB = 2**20, 2**30

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from compose.assets import playground_lora, playground_model, playground_references
-from compose.terminal import kindly
-from pipelines.base import ComposePipeline
-from pipelines.methods import Regional
-from pipelines.scene import Concept
+from lora_compose.compose.assets import playground_lora, playground_model, playground_references
+from lora_compose.compose.terminal import kindly
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.methods import Regional
+from lora_compose.pipelines.scene import Concept
 
 PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
 VERDICTS = {
@@ -130,7 +130,7 @@ def judge(
     first: Annotated[int | None, typer.Option(help="Only so many pictures, every n-th of them.", min=1)] = None,
 ) -> None:
     """Makes the pictures again, lets the judge vote, and says where it disagrees with the eye."""
-    from compose.evaluation.agreement import judge_votes
+    from lora_compose.compose.evaluation.agreement import judge_votes
 
     key, votes = read_votes(out)
     jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))

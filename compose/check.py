@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from compose.counting import count_run
-from compose.models import load, lora_source, open_model, rehearse, resolve_settings, scheduler_of, size_of
-from pipelines.engine import LoadedConcept, check_blocks
-from pipelines.loading import find_file, read_lora
-from pipelines.methods import Settings, name_of
-from pipelines.notes import say_once
-from pipelines.scene import Concept, Run, check_region
-from pipelines.tokens import Positions, check_disjoint, locate
-from pipelines.weights import blocks_text, weight_text
-from pipelines.words import Expanding
+from lora_compose.compose.counting import count_run
+from lora_compose.compose.models import load, lora_source, open_model, rehearse, resolve_settings, scheduler_of, size_of
+from lora_compose.pipelines.engine import LoadedConcept, check_blocks
+from lora_compose.pipelines.loading import find_file, read_lora
+from lora_compose.pipelines.methods import Settings, name_of
+from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.scene import Concept, Run, check_region
+from lora_compose.pipelines.tokens import Positions, check_disjoint, locate
+from lora_compose.pipelines.weights import blocks_text, weight_text
+from lora_compose.pipelines.words import Expanding
 
 _T = TypeVar("_T")
 
@@ -55,7 +55,7 @@ def check(run: Run, pipe: Any = None) -> Report:
         else:
             facts += _facts(pipe, run, problems)
     # A method that was not asked for comes with the reason for the choice: "method: tara, because ..."
-    chosen = [record.getMessage() for record in heard if record.name == "pipelines.methods"]
+    chosen = [record.getMessage() for record in heard if record.name == "lora_compose.pipelines.methods"]
     facts = [
         (label, chosen[0].removeprefix("method: ") if label == "method" and chosen else text) for label, text in facts
     ]
@@ -186,7 +186,7 @@ class _Listener(logging.Handler):
 @contextmanager
 def _heard() -> Iterator[list[logging.LogRecord]]:
     """What the pipelines log meanwhile: the reason for a method, and warnings."""
-    logger, listener = logging.getLogger("pipelines"), _Listener()
+    logger, listener = logging.getLogger("lora_compose.pipelines"), _Listener()
     before = logger.level
     logger.addHandler(listener)
     logger.setLevel(logging.INFO)

@@ -10,22 +10,30 @@ import typer
 from PIL import Image
 from pydantic import ValidationError
 
-from compose import __version__
-from compose.bench import bench
-from compose.blind import blind
-from compose.check import check as check_run
-from compose.demo import SEEDS, Shown, jobs, show
-from compose.evaluation.command import app as evaluation
-from compose.files import PLAYGROUND, complaints, parse_settings, read_pixels, read_record, read_scene, save_image
-from compose.inspect_command import inspect_files
-from compose.models import make_batch, open_model, threads
-from compose.page.launch import ui
-from compose.replay import changes, difference, remake, runnable
-from compose.savers import SAVERS, Saver
-from compose.sheets import maps_sheet, seeds_sheet
-from compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
-from compose.training.command import train
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.bench import bench
+from lora_compose.compose.blind import blind
+from lora_compose.compose.check import check as check_run
+from lora_compose.compose.demo import SEEDS, Shown, jobs, show
+from lora_compose.compose.evaluation.command import app as evaluation
+from lora_compose.compose.files import (
+    PLAYGROUND,
+    complaints,
+    parse_settings,
+    read_pixels,
+    read_record,
+    read_scene,
+    save_image,
+)
+from lora_compose.compose.inspect_command import inspect_files
+from lora_compose.compose.models import make_batch, open_model, threads
+from lora_compose.compose.page.launch import ui
+from lora_compose.compose.replay import changes, difference, remake, runnable
+from lora_compose.compose.savers import SAVERS, Saver
+from lora_compose.compose.sheets import maps_sheet, seeds_sheet
+from lora_compose.compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
+from lora_compose.compose.training.command import train
+from lora_compose.compose.version import __version__
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 _LAST_SEED = 2**63 - 1
 _CONCEPT_FIELDS = {

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from attention import Gates, Layout, Lora, Recorder
-from attention.layers import Grid, uncompiled
-from pipelines.conditioning import Conditioning, TokenMasks
-from pipelines.engine import EncodedText, Engine, Gradient, LoadedConcept, Objective
-from pipelines.methods import Settings
-from pipelines.output import Cost
+from lora_compose.attention import Gates, Layout, Lora, Recorder
+from lora_compose.attention.layers import Grid, uncompiled
+from lora_compose.pipelines.conditioning import Conditioning, TokenMasks
+from lora_compose.pipelines.engine import EncodedText, Engine, Gradient, LoadedConcept, Objective
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.output import Cost
 
 META = torch.device("meta")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from compose.assets import assets_dir
-from compose.files import PLAYGROUND, free_path, read_scene, save_image
-from compose.models import make, open_model, threads
-from compose.sheets import Row, sheet
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.assets import assets_dir
+from lora_compose.compose.files import PLAYGROUND, free_path, read_scene, save_image
+from lora_compose.compose.models import make, open_model, threads
+from lora_compose.compose.sheets import Row, sheet
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 PAIRS = ("cat-dog", "car-rabbit", "bear-robot")
 THREE = "three"

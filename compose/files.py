@@ -20,9 +20,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compose.atomic import write_new, write_whole
-from pipelines.regular import open_regular
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.atomic import write_new, write_whole
+from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 PLAYGROUND = "playground"
 PLAYGROUND_TITLE = f"lora-compose {PLAYGROUND}"  # what LoRAs that were trained on it say in their metadata

@@ -8,13 +8,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from compose.files import PLAYGROUND, PLAYGROUND_TITLE
-from compose.inspection import Inspection, Overlap, inspect, overlaps
-from compose.models import lora_source, open_model
-from compose.terminal import BAD_INPUT, out, plain, say
-from pipelines.formats.deltas import MAX_RANK
-from pipelines.loading import Factors, find_file, read_lora
-from pipelines.scene import Run, Scene
+from lora_compose.compose.files import PLAYGROUND, PLAYGROUND_TITLE
+from lora_compose.compose.inspection import Inspection, Overlap, inspect, overlaps
+from lora_compose.compose.models import lora_source, open_model
+from lora_compose.compose.terminal import BAD_INPUT, out, plain, say
+from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.loading import Factors, find_file, read_lora
+from lora_compose.pipelines.scene import Run, Scene
 
 
 def inspect_files(

@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from attention import LoraFactors
-from compose.architectures import FAMILIES, without_weights
-from pipelines.formats.alphas import Alphas
-from pipelines.formats.deltas import MAX_RANK, inner, rank_of
-from pipelines.formats.files import LoraFile
-from pipelines.formats.layers import Layer, by_layer
-from pipelines.formats.recognise import form, guess_family
-from pipelines.loading import Factors, LoraError, assign, match
+from lora_compose.attention import LoraFactors
+from lora_compose.compose.architectures import FAMILIES, without_weights
+from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.deltas import MAX_RANK, inner, rank_of
+from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.layers import Layer, by_layer
+from lora_compose.pipelines.formats.recognise import form, guess_family
+from lora_compose.pipelines.loading import Factors, LoraError, assign, match
 
 # What trainers write about their work, and how we call it.
 _FACTS = {

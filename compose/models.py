@@ -19,15 +19,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
-from compose import __version__
-from compose.assets import playground_lora, playground_model
-from compose.files import PLAYGROUND, Machine, Record, is_hub_name
-from compose.savers import Saver, check_savers, place
-from pipelines.base import ComposePipeline
-from pipelines.engine import Engine, LoadedConcept
-from pipelines.methods import METHODS, Process, Settings, make_method, name_of
-from pipelines.output import Cost
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.files import PLAYGROUND, Machine, Record, is_hub_name
+from lora_compose.compose.savers import Saver, check_savers, place
+from lora_compose.compose.version import __version__
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.engine import Engine, LoadedConcept
+from lora_compose.pipelines.methods import METHODS, Process, Settings, make_method, name_of
+from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 logger = logging.getLogger(__name__)
 

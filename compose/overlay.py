@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from compose.models import Attention
+from lora_compose.compose.models import Attention
 
 PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
 """Colours of concepts, in their order; seen well on light and on dark ground."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from attention.layers import Grid
-from compose.counting import count
-from compose.memory import PeakMemory, meta_memory
-from pipelines.engine import LoadedConcept
-from pipelines.methods import Settings
+from lora_compose.attention.layers import Grid
+from lora_compose.compose.counting import count
+from lora_compose.compose.memory import PeakMemory, meta_memory
+from lora_compose.pipelines.engine import LoadedConcept
+from lora_compose.pipelines.methods import Settings
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from compose.files import Record, is_hub_name
-from compose.models import Made, devices, lora_source, make_batch
-from pipelines.loading import find_file
-from pipelines.regular import sha256_of
-from pipelines.scene import Concept, Run
+from lora_compose.compose.files import Record, is_hub_name
+from lora_compose.compose.models import Made, devices, lora_source, make_batch
+from lora_compose.pipelines.loading import find_file
+from lora_compose.pipelines.regular import sha256_of
+from lora_compose.pipelines.scene import Concept, Run
 
 
 def runnable(record: Record, loras: Path | None = None) -> Run:

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from compose.models import Attention, Made
-from compose.overlay import heat, masks
-from compose.terminal import plain
+from lora_compose.compose.models import Attention, Made
+from lora_compose.compose.overlay import heat, masks
+from lora_compose.compose.terminal import plain
 
 _MARGIN, _GAP = 24, 12
 _TITLE, _LINE = 44, 26  # heights of text

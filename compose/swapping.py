@@ -14,11 +14,11 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
-from attention import install, installed_layers
-from attention.layers import Place
-from compose.architectures import without_weights
-from pipelines.loading import Factors
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.attention import install, installed_layers
+from lora_compose.attention.layers import Place
+from lora_compose.compose.architectures import without_weights
+from lora_compose.pipelines.loading import Factors
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 RANK = 16
 _FILES = 4

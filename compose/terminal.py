@@ -44,20 +44,18 @@ class _Handler(logging.Handler):
 @contextmanager
 def logged(level: int) -> Iterator[None]:
     """Shows what our own packages log, and keeps the bars of the libraries below away."""
-    loggers = [logging.getLogger(name) for name in ("attention", "pipelines", "compose")]
-    handler, levels = _Handler(), [logger.level for logger in loggers]
+    logger = logging.getLogger("lora_compose")
+    handler, before = _Handler(), logger.level
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     handler.setLevel(level)
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(level)
+    logger.addHandler(handler)
+    logger.setLevel(level)
     try:
         yield
     finally:
-        for logger, before in zip(loggers, levels, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(before)
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextmanager

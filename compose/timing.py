@@ -1,7 +1,7 @@
 """Seconds and memory of real calls, next to the plain pipeline's.
 
-`python -m compose.timing JOB` measures the memory of one call in a process of its own: JOB is a JSON object with the
-fields of `Job`, and the answer on stdout is one as well.
+`python -m lora_compose.compose.timing JOB` measures the memory of one call in a process of its own: JOB is a JSON
+object with the fields of `Job`, and the answer on stdout is one as well.
 """
 
 import json
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from compose.architectures import PROMPT, attention_lora, columns
-from compose.memory import peak_memory
-from compose.models import open_model, size_of
-from compose.savers import Saver
-from pipelines.methods import Settings, make_method
-from pipelines.scene import Run, Scene
+from lora_compose.compose.architectures import PROMPT, attention_lora, columns
+from lora_compose.compose.memory import peak_memory
+from lora_compose.compose.models import open_model, size_of
+from lora_compose.compose.savers import Saver
+from lora_compose.pipelines.methods import Settings, make_method
+from lora_compose.pipelines.scene import Run, Scene
 
 _SCENE = Scene(prompt=PROMPT)
 
@@ -108,7 +108,7 @@ def peak_bytes(job: Job) -> int:
     Raises:
         ChildProcessError: If that fails; the message carries what it said.
     """
-    command = [sys.executable, "-m", "compose.timing", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", "lora_compose.compose.timing", json.dumps(asdict(job))]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode != 0:
         raise ChildProcessError(f"the memory of {job} could not be measured:\n{ran.stderr.strip()[-2000:]}")

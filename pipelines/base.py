@@ -14,19 +14,19 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
-from pipelines.call import Call, check_call, of_prompt, steps_to_record
-from pipelines.conditioning import Conditioning, TokenMasks, agreed
-from pipelines.control import Canvas, Guide, made_ready
-from pipelines.engine import Encoder, Engine, LoadedConcept, check_blocks
-from pipelines.formats.deltas import MAX_RANK
-from pipelines.formats.files import read_words
-from pipelines.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
-from pipelines.methods import Process, Settings, choose_method, make_method
-from pipelines.output import ComposeOutput
-from pipelines.recent import Read, Recent
-from pipelines.scene import Concept, check_names
-from pipelines.weights import Weight
-from pipelines.words import Expanding, Words
+from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
+from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, agreed
+from lora_compose.pipelines.control import Canvas, Guide, made_ready
+from lora_compose.pipelines.engine import Encoder, Engine, LoadedConcept, check_blocks
+from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.formats.files import read_words
+from lora_compose.pipelines.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
+from lora_compose.pipelines.methods import Process, Settings, choose_method, make_method
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.recent import Read, Recent
+from lora_compose.pipelines.scene import Concept, check_names
+from lora_compose.pipelines.weights import Weight
+from lora_compose.pipelines.words import Expanding, Words
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class ComposePipeline:
         if cls is not ComposePipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)  # pyright: ignore[reportAttributeAccessIssue]
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        from pipelines.families import family_of
+        from lora_compose.pipelines.families import family_of
 
         config = DiffusionPipeline.load_config(str(pretrained_model_name_or_path), **hub)
         return family_of(config).from_pretrained(pretrained_model_name_or_path, **options)  # pyright: ignore[reportArgumentType]
@@ -100,7 +100,7 @@ class ComposePipeline:
         """
         if cls is not ComposePipeline:
             return super().from_single_file(str(link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
-        from pipelines.families import family_of_file
+        from lora_compose.pipelines.families import family_of_file
 
         return family_of_file(link_or_path, options).from_single_file(link_or_path, **options)
 
@@ -123,7 +123,7 @@ class ComposePipeline:
             options["dtype"] = pipeline.dtype
         if cls is not ComposePipeline:
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportAttributeAccessIssue]
-        from pipelines.families import family_of
+        from lora_compose.pipelines.families import family_of
 
         return family_of(pipeline.config).from_pipe(pipeline, **options)
 

@@ -8,12 +8,12 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
-from attention import check_free
-from pipelines.conditioning import TokenPositions
-from pipelines.control import Control
-from pipelines.engine import LoadedConcept
-from pipelines.methods import Settings
-from pipelines.scene import Concept, check_region
+from lora_compose.attention import check_free
+from lora_compose.pipelines.conditioning import TokenPositions
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.engine import LoadedConcept
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.scene import Concept, check_region
 
 Generators = torch.Generator | list[torch.Generator] | None
 

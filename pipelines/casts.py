@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attention import Derived, Layout, Recorder, among
-from attention.gates import Gates
-from attention.install import Installation
-from attention.layers import Kind
-from pipelines.conditioning import TokenMasks, join_images
-from pipelines.engine import EncodedText, Encoder, Engine
+from lora_compose.attention import Derived, Layout, Recorder, among
+from lora_compose.attention.gates import Gates
+from lora_compose.attention.install import Installation
+from lora_compose.attention.layers import Kind
+from lora_compose.pipelines.conditioning import TokenMasks, join_images
+from lora_compose.pipelines.engine import EncodedText, Encoder, Engine
 
 if TYPE_CHECKING:
-    from pipelines.methods.process import Process
+    from lora_compose.pipelines.methods.process import Process
 
 
 class CastEngine(Engine):

@@ -6,9 +6,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from attention import among
-from pipelines.scene import Concept
-from pipelines.tokens import Mention, Tokenizer, check_disjoint, find_words, locate, locate_mention, token_mask
+from lora_compose.attention import among
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import (
+    Mention,
+    Tokenizer,
+    check_disjoint,
+    find_words,
+    locate,
+    locate_mention,
+    token_mask,
+)
 
 
 @dataclass(frozen=True, eq=False)

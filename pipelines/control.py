@@ -22,10 +22,10 @@ from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from attention.layers import Grid, blocks, coarser, grid_at, uncompiled
-from attention.masks import Box
-from pipelines.conditioning import Conditioning
-from pipelines.regions import Window, region_mask
+from lora_compose.attention.layers import Grid, blocks, coarser, grid_at, uncompiled
+from lora_compose.attention.masks import Box
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.regions import Window, region_mask
 
 Picture = Image.Image | Tensor
 """A picture, or numbers as the model reads them, mostly 0 to 1. Shape: [(pictures,) channels, height, width]."""

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor, nn
 
-from attention import (
+from lora_compose.attention import (
     Derived,
     Gates,
     Installation,
@@ -29,16 +29,16 @@ from attention import (
     stopped_after,
     weights_kept,
 )
-from attention.layers import Grid, Kind, Place, sent, uncompiled
-from pipelines.conditioning import Conditioning, TokenMasks, join_rows
-from pipelines.control import Guide, NetGuide, View, unet_inputs
-from pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
-from pipelines.notes import say_once
-from pipelines.output import Cost
-from pipelines.regions import Window
-from pipelines.scene import Concept
-from pipelines.tokens import Mention
-from pipelines.weights import TEXT, Schedule, check_block, in_blocks, is_in
+from lora_compose.attention.layers import Grid, Kind, Place, sent, uncompiled
+from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, join_rows
+from lora_compose.pipelines.control import Guide, NetGuide, View, unet_inputs
+from lora_compose.pipelines.loading import TEXT_ENCODERS, Factors, LoraFile
+from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.regions import Window
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import Mention
+from lora_compose.pipelines.weights import TEXT, Schedule, check_block, in_blocks, is_in
 
 logger = logging.getLogger(__name__)
 

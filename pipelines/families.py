@@ -7,9 +7,9 @@ from typing import Any
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from safetensors import safe_open
 
-from pipelines.base import ComposePipeline
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
-from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 _REFINER = (
     "this is SDXL's refiner, which improves finished pictures and does not read prompts as the base model does; open "

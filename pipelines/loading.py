@@ -16,16 +16,24 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from attention.install import check_factors, weight_shape
-from attention.layers import attention_layers, places, uncompiled
-from attention.lora_bank import Lora, LoraFactors, base_layer
-from pipelines.formats.alphas import Alphas
-from pipelines.formats.deltas import MAX_RANK, Change, change, inner, size
-from pipelines.formats.files import PEFT_CONFIG, PEFT_FILE, PICKLES, LoraError, LoraFile, read_lora, refuse_pickle
-from pipelines.formats.keys import PARTS, Part
-from pipelines.formats.layers import Layer, Layers, by_layer
-from pipelines.formats.names import older, spellings
-from pipelines.formats.recognise import UNSUPPORTED, guess_family
+from lora_compose.attention.install import check_factors, weight_shape
+from lora_compose.attention.layers import attention_layers, places, uncompiled
+from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
+from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.deltas import MAX_RANK, Change, change, inner, size
+from lora_compose.pipelines.formats.files import (
+    PEFT_CONFIG,
+    PEFT_FILE,
+    PICKLES,
+    LoraError,
+    LoraFile,
+    read_lora,
+    refuse_pickle,
+)
+from lora_compose.pipelines.formats.keys import PARTS, Part
+from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
+from lora_compose.pipelines.formats.names import older, spellings
+from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "find_file", "match", "read_lora"]
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.masks import bounds
+from lora_compose.attention.masks import bounds
 
 
 def smooth(maps: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attention.layers import Grid, coarser
-from attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
-from pipelines.regular import open_regular
+from lora_compose.attention.layers import Grid, coarser
+from lora_compose.attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
+from lora_compose.pipelines.regular import open_regular
 
 _PIXEL_LIMIT = 64 * 2**20
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")

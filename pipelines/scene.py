@@ -14,9 +14,9 @@ from pydantic import (
     model_validator,
 )
 
-from attention.masks import Box
-from pipelines.regions import check_mask
-from pipelines.weights import Weight, read_blocks, read_weight
+from lora_compose.attention.masks import Box
+from lora_compose.pipelines.regions import check_mask
+from lora_compose.pipelines.weights import Weight, read_blocks, read_weight
 
 
 class _Frozen(BaseModel):

@@ -12,13 +12,22 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from attention.layers import uncompiled
-from pipelines.base import ComposePipeline, output_of
-from pipelines.call import Call, Concepts, Generators, check_arguments, check_plain, listed, nobody, tensors_for
-from pipelines.conditioning import Conditioning, TokenPositions
-from pipelines.control import Control, controls_of
-from pipelines.engine import EncodedText
-from pipelines.methods import Settings
+from lora_compose.attention.layers import uncompiled
+from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.call import (
+    Call,
+    Concepts,
+    Generators,
+    check_arguments,
+    check_plain,
+    listed,
+    nobody,
+    tensors_for,
+)
+from lora_compose.pipelines.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.engine import EncodedText
+from lora_compose.pipelines.methods import Settings
 
 
 class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -11,13 +11,22 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from torch import Tensor
 
-from pipelines.base import ComposePipeline, output_of
-from pipelines.call import Call, Concepts, Generators, check_arguments, check_plain, listed, nobody, tensors_for
-from pipelines.conditioning import Conditioning, TokenPositions
-from pipelines.control import Control, controls_of
-from pipelines.engine import EncodedText
-from pipelines.methods import Settings
-from pipelines.output import ComposeOutput
+from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.call import (
+    Call,
+    Concepts,
+    Generators,
+    check_arguments,
+    check_plain,
+    listed,
+    nobody,
+    tensors_for,
+)
+from lora_compose.pipelines.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.engine import EncodedText
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.output import ComposeOutput
 
 
 class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipelines.scene import Concept
+from lora_compose.pipelines.scene import Concept
 
 
 class Tokenizer(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from attention.lora_bank import Lora
+from lora_compose.attention.lora_bank import Lora
 
 Weight = float | Sequence[float] | str
 """A number; a list of numbers, for equal parts of the steps; or a schedule in text, "0:1..0.5:0.4"."""

@@ -16,10 +16,10 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from attention.layers import uncompiled
-from pipelines.engine import EncodedText, Encoder, LoadedConcept
-from pipelines.formats.keys import Part
-from pipelines.tokens import find_words
+from lora_compose.attention.layers import uncompiled
+from lora_compose.pipelines.engine import EncodedText, Encoder, LoadedConcept
+from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.tokens import find_words
 
 TOKENIZERS: Mapping[str, Part] = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 

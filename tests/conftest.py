@@ -17,12 +17,12 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 
-from attention import Lora
 from components import small_pipeline, xl_pipeline
-from compose.assets import playground_lora, playground_model
-from compose.playground import world
-from pipelines.notes import say_once
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.attention import Lora
+from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.playground import world
+from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 torch.set_num_threads(1)
 diffusers_logging.disable_progress_bar()

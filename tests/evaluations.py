@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from compose.evaluation.results import (
+from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
     PLAN,
@@ -22,8 +22,8 @@ from compose.evaluation.results import (
     picture_path,
     write,
 )
-from compose.evaluation.suite import Batch, Suite, batches
-from compose.files import Machine
+from lora_compose.compose.evaluation.suite import Batch, Suite, batches
+from lora_compose.compose.files import Machine
 
 Seen = Mapping[str, tuple[float, float] | float | None]
 """By concept: similarity to its own references and to all others'; or to its own alone; None if it was not found."""

@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from compose import ComposePipeline, Concept, Control
-from compose.assets import playground_lora, playground_model
-from pipelines.methods import make_method
+from lora_compose import ComposePipeline, Concept, Control
+from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.pipelines.methods import make_method
 
 RECORDED = Path(__file__).parent / "fixtures" / "goldens.json"
 PROMPT = "a sks cat and a zwx dog on grass"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.formats.files import LoraFile, lora_file, wanted_keys
+from lora_compose.pipelines.formats.files import LoraFile, lora_file, wanted_keys
 
 FOLDER = Path(__file__).parent / "fixtures" / "lora_layouts"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))

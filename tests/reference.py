@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from attention import Gates, Lora, LoraFactors
+from lora_compose.attention import Gates, Lora, LoraFactors
 
 Style = Literal["constant", "rows", "tokens", "pixels", "everything"]
 STYLES: tuple[Style, ...] = ("constant", "rows", "tokens", "pixels", "everything")

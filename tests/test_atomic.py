@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from compose import atomic
-from compose.atomic import write_new, write_whole
-from compose.files import free_path
 from disks import files_of_at_most
+from lora_compose.compose import atomic
+from lora_compose.compose.atomic import write_new, write_whole
+from lora_compose.compose.files import free_path
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 

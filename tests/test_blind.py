@@ -8,12 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compose.assets import playground_model
-from compose.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
-from compose.cli import app
-from pipelines.base import ComposePipeline
-from pipelines.methods import Regional
-from pipelines.scene import Concept
+from lora_compose.compose.assets import playground_model
+from lora_compose.compose.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
+from lora_compose.compose.cli import app
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.methods import Regional
+from lora_compose.pipelines.scene import Concept
 
 WITH_BOXES = Path(__file__).parents[1] / "docs/blind/with-boxes"
 

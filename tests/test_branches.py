@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from compose.assets import playground_model
-from pipelines.branches import Branch, branches_of
-from pipelines.conditioning import Conditioning, TokenMasks, join_branches
-from pipelines.scene import Concept
-from pipelines.tokens import Mention, locate_mention, own_nouns
+from lora_compose.compose.assets import playground_model
+from lora_compose.pipelines.branches import Branch, branches_of
+from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, join_branches
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import Mention, locate_mention, own_nouns
 
 CAT = Concept(name="cat", trigger="sks", class_word="cat")
 DOG = Concept(name="dog", trigger="zwx", class_word="dog")

@@ -17,13 +17,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
-from compose import Concept, Run, Scene, __version__
-from compose import cli as cli_module
-from compose.assets import playground_lora, playground_model
-from compose.cli import app, parse_concept
-from compose.files import parse_settings, read_pixels, read_record
-from compose.models import choose_device, devices, make, make_batch, open_model, scheduler_names
-from compose.replay import difference
+from lora_compose import Concept, Run, Scene, __version__
+from lora_compose.compose import cli as cli_module
+from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.cli import app, parse_concept
+from lora_compose.compose.files import parse_settings, read_pixels, read_record
+from lora_compose.compose.models import choose_device, devices, make, make_batch, open_model, scheduler_names
+from lora_compose.compose.replay import difference
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
@@ -618,7 +618,7 @@ def test_version() -> None:
 def test_it_is_a_module_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["compose", "--version"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("compose", run_name="__main__")  # as `python -m compose`
+        runpy.run_module("lora_compose", run_name="__main__")  # as `python -m lora_compose`
     assert not ended.value.code
     assert capsys.readouterr().out.strip() == f"lora-compose {__version__}"
 
@@ -626,10 +626,10 @@ def test_it_is_a_module_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_nothing_is_left_on_the_logs(tmp_path: Path) -> None:
     import logging
 
-    loggers = [logging.getLogger(name) for name in ("attention", "pipelines", "compose")]
-    before = [(list(logger.handlers), logger.level) for logger in loggers]
+    logger = logging.getLogger("lora_compose")
+    before = list(logger.handlers), logger.level
     call("run", "nowhere", "--prompt", "a", code=2)
-    assert [(list(logger.handlers), logger.level) for logger in loggers] == before
+    assert (list(logger.handlers), logger.level) == before
 
 
 # --- making a picture from Python ---

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from components import random_lora, tiny_pipeline
-from compose.memory import peak_memory
-from pipelines.methods import Clora
+from lora_compose.compose.memory import peak_memory
+from lora_compose.pipelines.methods import Clora
 
 TRIGGERS = {"sks": "cat", "zwx": "dog", "xlo": "bear", "ohwx": "rabbit"}
 PROMPT = ", ".join(f"{trigger} {noun}" for trigger, noun in TRIGGERS.items())

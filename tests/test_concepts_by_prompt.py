@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from components import EVERYTHING, FAMILIES, TINY, State, random_lora, sd_unet, seeded, small_pipeline, text_loras
-from pipelines.methods import Clora, Composite, LoraComposer, Settings, Switch, Tara
-from pipelines.scene import Concept
+from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Settings, Switch, Tara
+from lora_compose.pipelines.scene import Concept
 
 WORDS = {"cat": "sks", "dog": "zwx", "bear": "xlo"}
 PROMPTS = ["a sks cat and a zwx dog", "in snow, a xlo bear", "a tree"]
@@ -122,7 +122,7 @@ def test_a_callback_may_switch_guidance_off(pipe):
 
 
 def test_a_method_is_chosen_for_all_prompts(pipe, caplog):
-    caplog.set_level("INFO", "pipelines.methods")
+    caplog.set_level("INFO", "lora_compose.pipelines.methods")
 
     def assert_chosen(method: str, prompts: list[str], cast: Any) -> None:
         chosen = latents_of(pipe, prompts, cast, None, generator=seeded())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.losses import NTXentLoss
 from torch import Tensor
 
-from pipelines.losses import contrast
+from lora_compose.pipelines.losses import contrast
 
 SETTINGS = settings(deadline=None, max_examples=40)
 LABELS = torch.tensor([0, 0, 1, 1])

@@ -27,16 +27,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import Recorder
 from components import FAMILIES, TINY_XL, State, random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
-from compose import METHODS, Concept, Control
-from compose.architectures import ARCHITECTURES
-from pipelines.conditioning import Conditioning
-from pipelines.control import AdapterGuide, Canvas, NetGuide, View, made_ready
-from pipelines.engine import Engine
-from pipelines.methods.clora import Clora
-from pipelines.methods.lora_composer import LoraComposer
-from pipelines.methods.process import constant_gates, one_text
+from lora_compose import METHODS, Concept, Control
+from lora_compose.attention import Recorder
+from lora_compose.compose.architectures import ARCHITECTURES
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.control import AdapterGuide, Canvas, NetGuide, View, made_ready
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods.clora import Clora
+from lora_compose.pipelines.methods.lora_composer import LoraComposer
+from lora_compose.pipelines.methods.process import constant_gates, one_text
 
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)

@@ -10,15 +10,25 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import Recorder, attention_layers, grid_at, map_level
 from components import FAMILIES, TINY, TINY_XL, random_lora, sd_unet, sdxl_unet, tiny_pipeline
-from compose.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
-from compose.counting import Counted, Operations, count, count_run, meta_unet
-from pipelines.conditioning import TokenMasks
-from pipelines.engine import EncodedText, Engine, LoadedConcept
-from pipelines.loading import Factors
-from pipelines.methods import METHODS, Clora, LoraComposer, Merge, OnePass, Regional, Settings, Switch, Tara
-from pipelines.scene import Concept
+from lora_compose.attention import Recorder, attention_layers, grid_at, map_level
+from lora_compose.compose.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
+from lora_compose.compose.counting import Counted, Operations, count, count_run, meta_unet
+from lora_compose.pipelines.conditioning import TokenMasks
+from lora_compose.pipelines.engine import EncodedText, Engine, LoadedConcept
+from lora_compose.pipelines.loading import Factors
+from lora_compose.pipelines.methods import (
+    METHODS,
+    Clora,
+    LoraComposer,
+    Merge,
+    OnePass,
+    Regional,
+    Settings,
+    Switch,
+    Tara,
+)
+from lora_compose.pipelines.scene import Concept
 
 UNETS = {"sd": (sd_unet, TINY), "sdxl": (sdxl_unet, TINY_XL)}
 ALL_METHODS = [Switch(interval=1) if name == "switch" else kind() for name, kind in METHODS.items()]

@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTProcessor
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
-from attention.masks import Box
-from compose.assets import playground_model
-from compose.evaluation.detectors import (
+from lora_compose.attention.masks import Box
+from lora_compose.compose.assets import playground_model
+from lora_compose.compose.evaluation.detectors import (
     SHARED,
     Detection,
     WindowDetector,
@@ -24,8 +24,8 @@ from compose.evaluation.detectors import (
     overlap,
     shared,
 )
-from compose.evaluation.encoders import Encoder, load_encoder
-from compose.evaluation.suite import ZeroShotConfig
+from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
+from lora_compose.compose.evaluation.suite import ZeroShotConfig
 
 BOXES = st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(1, 40), st.integers(1, 40)).map(
     lambda edges: (edges[0], edges[1], edges[0] + edges[2], edges[1] + edges[3])

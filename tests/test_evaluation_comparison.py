@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from compose.evaluation.comparison import COMPARED, RELATIVE, RunComparison, compare_runs
-from compose.evaluation.suite import Batch, Suite
 from evaluations import Measured, Seen, known, store, suite
+from lora_compose.compose.evaluation.comparison import COMPARED, RELATIVE, RunComparison, compare_runs
+from lora_compose.compose.evaluation.suite import Batch, Suite
 
 SCENES = {f"scene {i}": ("cat", "dog") for i in range(10)}
 

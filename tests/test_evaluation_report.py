@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from compose.evaluation.report import MANY, SIDE, SMALL_SIDE, marked, number, write_report
-from compose.evaluation.results import PLAN, Plan
-from compose.evaluation.suite import Batch, Suite
-from compose.evaluation.table import METRICS, load, summary
-from compose.files import Machine
 from evaluations import Seen, known, sanity, store, suite
+from lora_compose.compose.evaluation.report import MANY, SIDE, SMALL_SIDE, marked, number, write_report
+from lora_compose.compose.evaluation.results import PLAN, Plan
+from lora_compose.compose.evaluation.suite import Batch, Suite
+from lora_compose.compose.evaluation.table import METRICS, load, summary
+from lora_compose.compose.files import Machine
 
 FILES = ["report.html", "report.md", "pictures.csv", "concepts.csv", "summary.json"]
 EVIL = (
@@ -292,7 +292,7 @@ def test_large_pictures_are_embedded_smaller(tmp_path: Path) -> None:
 
 def test_many_pictures_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MANY > 5
-    monkeypatch.setattr("compose.evaluation.report.MANY", 5)
+    monkeypatch.setattr("lora_compose.compose.evaluation.report.MANY", 5)
     store(tmp_path, suite(methods=["merge"]), known, draw=True)
     Image.new("RGB", (512, 512)).save(next(tmp_path.glob("batches/*/1.png")))
     write_report(tmp_path)

@@ -24,17 +24,17 @@ from accelerate import cpu_offload
 from PIL import Image
 from typer.testing import CliRunner
 
-from compose.cli import app
-from compose.evaluation import command, runner
-from compose.evaluation.command import CHILD
-from compose.evaluation.planning import make_plan
-from compose.evaluation.results import FAILED, MADE, Failed, Made, Scores, batch_folder, picture_path, read
-from compose.evaluation.runner import evaluate, is_done, open_worker
-from compose.evaluation.suite import Suite, batches, read_suite
-from compose.files import FileError, read_pixels, read_record
-from compose.savers import Saver
 from disks import files_of_at_most
-from pipelines.methods import METHODS, Regional
+from lora_compose.compose.cli import app
+from lora_compose.compose.evaluation import command, runner
+from lora_compose.compose.evaluation.command import CHILD
+from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.results import FAILED, MADE, Failed, Made, Scores, batch_folder, picture_path, read
+from lora_compose.compose.evaluation.runner import evaluate, is_done, open_worker
+from lora_compose.compose.evaluation.suite import Suite, batches, read_suite
+from lora_compose.compose.files import FileError, read_pixels, read_record
+from lora_compose.compose.savers import Saver
+from lora_compose.pipelines.methods import METHODS, Regional
 
 CONCEPTS = [
     {
@@ -220,7 +220,7 @@ def by_accelerate(suite_file: Path, out: Path) -> list[str]:
 
 
 def by_option(suite_file: Path, out: Path) -> list[str]:
-    return ["-m", "compose", "evaluate", str(suite_file), "--out", str(out), "--processes", "2"]
+    return ["-m", "lora_compose", "evaluate", str(suite_file), "--out", str(out), "--processes", "2"]
 
 
 def called(arguments: list[str]) -> subprocess.CompletedProcess[str]:

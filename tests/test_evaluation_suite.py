@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from compose.evaluation.planning import make_plan
-from compose.evaluation.suite import arms, batches, read_suite, run_of, suites_dir, without_triggers
-from compose.files import FileError
-from pipelines.scene import Concept
+from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.suite import arms, batches, read_suite, run_of, suites_dir, without_triggers
+from lora_compose.compose.files import FileError
+from lora_compose.pipelines.scene import Concept
 
 CAT = {
     "name": "cat",

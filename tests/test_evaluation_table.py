@@ -11,14 +11,14 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from compose.evaluation.metrics import success
-from compose.evaluation.report import write_report
-from compose.evaluation.results import MADE, PLAN
-from compose.evaluation.statistics import bootstrap
-from compose.evaluation.suite import Batch
-from compose.evaluation.table import MAIN, METRICS, Evaluation, arm_names, load, summary
-from compose.files import FileError
 from evaluations import SCORES, Seen, known, sanity, store, suite
+from lora_compose.compose.evaluation.metrics import success
+from lora_compose.compose.evaluation.report import write_report
+from lora_compose.compose.evaluation.results import MADE, PLAN
+from lora_compose.compose.evaluation.statistics import bootstrap
+from lora_compose.compose.evaluation.suite import Batch
+from lora_compose.compose.evaluation.table import MAIN, METRICS, Evaluation, arm_names, load, summary
+from lora_compose.compose.files import FileError
 
 
 @pytest.fixture

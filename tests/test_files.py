@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from compose import Concept, Run, Scene
-from compose.files import (
+from disks import files_of_at_most
+from lora_compose import Concept, Run, Scene
+from lora_compose.compose.files import (
     FileError,
     Machine,
     Record,
@@ -32,9 +33,8 @@ from compose.files import (
     write_run,
     write_scene,
 )
-from compose.sheets import Row, seeds_sheet, sheet
-from compose.terminal import plain
-from disks import files_of_at_most
+from lora_compose.compose.sheets import Row, seeds_sheet, sheet
+from lora_compose.compose.terminal import plain
 
 SHA = "0123456789abcdef" * 4
 SCENE = "prompt: a sks cat\nconcepts:\n  - name: cat\n    lora: cat.safetensors\n    trigger: sks\n"
@@ -319,14 +319,14 @@ def test_without_hard_links_pictures_are_renamed_into_place(tmp_path: Path, monk
     def refuse(*_: object) -> None:
         raise OSError("not supported")
 
-    monkeypatch.setattr("compose.files.os.link", refuse)
+    monkeypatch.setattr("lora_compose.compose.files.os.link", refuse)
     paths = [save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png") for _ in range(2)]
     assert listed(tmp_path) == sorted(path.name for path in paths) == ["1-2.png", "1.png"]
 
 
 def test_another_process_that_was_faster_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([tmp_path / "1.png", tmp_path / "1-2.png"])
-    monkeypatch.setattr("compose.files.free_path", lambda path: next(answers))
+    monkeypatch.setattr("lora_compose.compose.files.free_path", lambda path: next(answers))
     (tmp_path / "1.png").write_text("theirs")
     assert save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png") == tmp_path / "1-2.png"
     assert (tmp_path / "1.png").read_text() == "theirs"

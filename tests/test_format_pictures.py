@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from attention import Lora, LoraFactors
 from components import random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
-from compose.playground.formats import drawn, pictures
-from compose.playground.lora_files import DIFFUSERS, FORMATS, Format, Tensors, kohya, pair
-from pipelines.methods import METHODS
-from pipelines.scene import Concept
+from lora_compose.attention import Lora, LoraFactors
+from lora_compose.compose.playground.formats import drawn, pictures
+from lora_compose.compose.playground.lora_files import DIFFUSERS, FORMATS, Format, Tensors, kohya, pair
+from lora_compose.pipelines.methods import METHODS
+from lora_compose.pipelines.scene import Concept
 
 # Layers of every kind, and few of them: what a layer is called in which file, test_lora_formats.py asks of all.
 TARGETS = ("to_k", "to_out.0", "ff.net.2", "proj_in", "conv1", "time_emb_proj")

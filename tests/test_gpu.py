@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from components import EVERYTHING, TINY, random_lora, sd_unet, small_pipeline
-from compose.files import PLAYGROUND
-from compose.models import make, open_model
-from compose.savers import Saver
-from compose.training import Stopped, train
-from pipelines.methods import LoraComposer, Regional
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.files import PLAYGROUND
+from lora_compose.compose.models import make, open_model
+from lora_compose.compose.savers import Saver
+from lora_compose.compose.training import Stopped, train
+from lora_compose.pipelines.methods import LoraComposer, Regional
+from lora_compose.pipelines.scene import Concept, Run, Scene
 from trainings import TARA, paint_folder, training
 
 pytestmark = [

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from attention import Lora, LoraFactors
 from components import random_lora, sd_unet
-from compose.assets import playground_lora
-from compose.cli import app
-from compose.inspection import block_of, inspect, overlaps
 from layouts import file_of, layout
-from pipelines.loading import Factors, read_lora
+from lora_compose.attention import Lora, LoraFactors
+from lora_compose.compose.assets import playground_lora
+from lora_compose.compose.cli import app
+from lora_compose.compose.inspection import block_of, inspect, overlaps
+from lora_compose.pipelines.loading import Factors, read_lora
 from reference import dense
 
 run = CliRunner().invoke

@@ -17,9 +17,9 @@ from diffusers.models.attention_processor import (
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from attention import Gates, Lora, LoraFactors, attention_layers, install, installed_layers
-from attention.layers import Kind, Place
 from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
+from lora_compose.attention import Gates, Lora, LoraFactors, attention_layers, install, installed_layers
+from lora_compose.attention.layers import Kind, Place
 from reference import FullGates, constant_gates, random_gates, relative_error, with_reference
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from attention import AttentionLayer, attention_layers, grid_at, map_level, places
-from attention.layers import Place
 from components import sd_unet, sdxl_unet, unet_inputs
-from compose.assets import playground_model
+from lora_compose.attention import AttentionLayer, attention_layers, grid_at, map_level, places
+from lora_compose.attention.layers import Place
+from lora_compose.compose.assets import playground_model
 
 
 def playground_unet() -> Any:

@@ -21,12 +21,12 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attention import Lora
 from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, small_pipeline
-from compose import ComposePipeline
-from compose.assets import playground_lora
-from pipelines import loading
-from pipelines.loading import Factors, LoraError, LoraFile, adapter_factors, find_file, match, read_lora
+from lora_compose import ComposePipeline
+from lora_compose.attention import Lora
+from lora_compose.compose.assets import playground_lora
+from lora_compose.pipelines import loading
+from lora_compose.pipelines.loading import Factors, LoraError, LoraFile, adapter_factors, find_file, match, read_lora
 from reference import dense
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

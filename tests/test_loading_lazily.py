@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipelines.base
 from components import State, random_lora, seeded, tiny_pipeline
-from pipelines.formats.files import LoraError, LoraFile
-from pipelines.loading import Factors
-from pipelines.recent import Read, Recent
-from pipelines.scene import Concept
+from lora_compose.pipelines import base
+from lora_compose.pipelines.formats.files import LoraError, LoraFile
+from lora_compose.pipelines.loading import Factors
+from lora_compose.pipelines.recent import Read, Recent
+from lora_compose.pipelines.scene import Concept
 
 WORDS = {"cat": "sks", "dog": "zwx", "bear": "ohwx", "robot": "vtn"}
 PROMPT = "a sks cat and a zwx dog"
@@ -46,8 +46,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    monkeypatch.setattr(pipelines.base, "read_lora", watched("read", pipelines.base.read_lora))
-    monkeypatch.setattr(pipelines.base, "match", watched("match", pipelines.base.match))
+    monkeypatch.setattr(base, "read_lora", watched("read", base.read_lora))
+    monkeypatch.setattr(base, "match", watched("match", base.match))
     return done
 
 
@@ -98,7 +98,7 @@ def test_what_was_not_used_for_longest_leaves_the_memory(
 ) -> None:
     pipe.add_concepts(folder)
     pipe.concept_memory = 2 * size_of(pipe, "cat")  # all are of one size
-    with caplog.at_level(logging.DEBUG, "pipelines.recent"):
+    with caplog.at_level(logging.DEBUG, "lora_compose.pipelines.recent"):
         for name in ("dog", "cat", "bear"):
             pipe.resolve_concepts([name])
     assert [record.args[0] for record in caplog.records] == [folder / "dog.safetensors"]  # pyright: ignore

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attention import Gates, Lora, LoraFactors, install
 from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
+from lora_compose.attention import Gates, Lora, LoraFactors, install
 from reference import STYLES, FullGates, Style, constant_gates, random_gates, relative_error, with_reference
 
 CPU = torch.device("cpu")

@@ -12,12 +12,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from attention import Lora
 from components import ATTENTION, EVERYTHING, random_lora, seeded, tiny_pipeline
-from pipelines.engine import Engine
-from pipelines.methods.lora_composer import Composing, LoraComposer
-from pipelines.scene import Concept
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.attention import Lora
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 from reference import FullGates, WrittenOut, cells, with_reference
 
 PROMPT = "a sks cat and a zwx dog on grass"

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention import grid_at
 from components import EVERYTHING, random_lora, tiny_pipeline
-from pipelines.methods.lora_composer import LoraComposer
-from pipelines.regions import Regions
-from pipelines.scene import Concept
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.attention import grid_at
+from lora_compose.pipelines.methods.lora_composer import LoraComposer
+from lora_compose.pipelines.regions import Regions
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 CANVAS, LEFT, RIGHT = (0, 0, 128, 128), (0, 0, 64, 128), (64, 0, 128, 128)
 

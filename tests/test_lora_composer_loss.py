@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from scipy.ndimage import convolve1d
 from torch import Tensor
 
-from attention import Lora
 from components import ATTENTION, random_lora, seeded, small_pipeline
-from pipelines.engine import Engine
-from pipelines.methods.lora_composer import Composing, LoraComposer
-from pipelines.scene import Concept
+from lora_compose.attention import Lora
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
+from lora_compose.pipelines.scene import Concept
 from reference import WrittenOut, cells
 
 CANVAS = (256, 384)

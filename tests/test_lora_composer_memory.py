@@ -3,9 +3,9 @@
 from typing import Any
 
 from components import random_lora, tiny_pipeline
-from compose.memory import peak_memory
-from pipelines.methods import LoraComposer
-from pipelines.scene import Concept
+from lora_compose.compose.memory import peak_memory
+from lora_compose.pipelines.methods import LoraComposer
+from lora_compose.pipelines.scene import Concept
 
 TRIGGERS = ("sks", "zwx", "xlo", "ohwx")
 OFFICIAL = LoraComposer.official()

@@ -13,13 +13,13 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from attention import Recorder
 from components import random_lora, sd_unet, seeded, small_pipeline, tiny_pipeline
-from compose.counting import count_run
-from pipelines.engine import Engine
-from pipelines.methods.lora_composer import Composing, LoraComposer
-from pipelines.scene import Concept
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.attention import Recorder
+from lora_compose.compose.counting import count_run
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

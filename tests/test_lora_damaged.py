@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from components import random_lora, tiny_pipeline
-from compose.inspection import inspect
-from pipelines.loading import LoraError, read_lora
+from lora_compose.compose.inspection import inspect
+from lora_compose.pipelines.loading import LoraError, read_lora
 
 EXAMPLES = 2_000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 40
 fuzzed = settings(

@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from attention import Lora
 from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, tiny_pipeline
-from compose import Concept
-from compose.architectures import SD15, SDXL, without_weights
-from compose.models import load
-from compose.playground.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
 from layouts import file_of, layout
-from pipelines.formats.deltas import change
-from pipelines.loading import Factors, LoraError, match, read_lora
+from lora_compose import Concept
+from lora_compose.attention import Lora
+from lora_compose.compose.architectures import SD15, SDXL, without_weights
+from lora_compose.compose.models import load
+from lora_compose.compose.playground.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
+from lora_compose.pipelines.formats.deltas import change
+from lora_compose.pipelines.loading import Factors, LoraError, match, read_lora
 from reference import dense
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

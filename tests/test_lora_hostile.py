@@ -21,13 +21,13 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from components import random_lora, tiny_pipeline
-from compose.memory import peak_memory
-from pipelines.formats.alphas import Alphas
-from pipelines.formats.files import LoraFile
-from pipelines.formats.layers import Layer
-from pipelines.formats.safetensors_reader import read_header, read_tensors
-from pipelines.loading import LoraError, read_lora
-from pipelines.regions import read_mask
+from lora_compose.compose.memory import peak_memory
+from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.layers import Layer
+from lora_compose.pipelines.formats.safetensors_reader import read_header, read_tensors
+from lora_compose.pipelines.loading import LoraError, read_lora
+from lora_compose.pipelines.regions import read_mask
 
 SECONDS, MIB = 2.0, 200
 NAME = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

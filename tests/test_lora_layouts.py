@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from compose.architectures import FAMILIES, without_weights
-from compose.inspection import inspect
 from layouts import NAMES, file_of, layout, shapes_of, written_out
-from pipelines.formats.recognise import form, guess_family
-from pipelines.loading import LoraError, match
+from lora_compose.compose.architectures import FAMILIES, without_weights
+from lora_compose.compose.inspection import inspect
+from lora_compose.pipelines.formats.recognise import form, guess_family
+from lora_compose.pipelines.loading import LoraError, match
 
 USABLE = [name for name in NAMES if "refused" not in layout(name)]
 REFUSED = [name for name in NAMES if "refused" in layout(name)]

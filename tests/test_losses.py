@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import convolve1d
 from torch import Tensor
 
-from attention.masks import bounds
-from pipelines.losses import bell, concentration, filling, outlook, smooth
+from lora_compose.attention.masks import bounds
+from lora_compose.pipelines.losses import bell, concentration, filling, outlook, smooth
 
 SETTINGS = settings(deadline=None, max_examples=40)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention import grid_at
-from attention.masks import Box, box_mask, cells_of, resize_mask
+from lora_compose.attention import grid_at
+from lora_compose.attention.masks import Box, box_mask, cells_of, resize_mask
 
 SETTINGS = settings(deadline=None, max_examples=60)
 

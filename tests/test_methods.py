@@ -19,14 +19,24 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import Gates, Lora, LoraFactors, attention_layers, install, places
 from components import EVERYTHING, random_lora, sd_unet, small_pipeline, text_loras
-from pipelines.engine import masks_of
-from pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Merge, Regional, Tara, make_method, name_of
-from pipelines.methods.regional import TokenMask
-from pipelines.methods.tara import CfgMask, Scope
-from pipelines.scene import Concept
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.attention import Gates, Lora, LoraFactors, attention_layers, install, places
+from lora_compose.pipelines.engine import masks_of
+from lora_compose.pipelines.methods import (
+    METHODS,
+    PRESETS,
+    Clora,
+    LoraComposer,
+    Merge,
+    Regional,
+    Tara,
+    make_method,
+    name_of,
+)
+from lora_compose.pipelines.methods.regional import TokenMask
+from lora_compose.pipelines.methods.tara import CfgMask, Scope
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat, a zwx dog, a mjq bear"
 TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "mjq"}
@@ -588,8 +598,8 @@ def test_maps_of_a_concept_without_a_trigger_are_empty(pipe, write_lora):
 PLAYGROUND = """
 import sys, torch
 from hashlib import sha256
-from compose.assets import playground_lora, playground_model
-from pipelines.base import ComposePipeline
+from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.pipelines.base import ComposePipeline
 
 torch.set_num_threads(1)
 pipe = ComposePipeline.from_pretrained(playground_model())

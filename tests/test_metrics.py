@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from compose.evaluation.metrics import (
+from lora_compose.compose.evaluation.metrics import (
     assign,
     bound_ratio,
     clip_i,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from attention.masks import closed, dilated, eroded, opened, strongest
+from lora_compose.attention.masks import closed, dilated, eroded, opened, strongest
 
 SETTINGS = settings(deadline=None, max_examples=60)
 NEIGHBOURS = torch.ones(3, 3, dtype=torch.bool).numpy()

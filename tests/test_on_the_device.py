@@ -20,11 +20,21 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attention import Lora, attention_layers
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from pipelines.control import Control
-from pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings, Switch, Tara, make_method
-from pipelines.scene import Concept
+from lora_compose.attention import Lora, attention_layers
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.methods import (
+    Clora,
+    Composite,
+    LoraComposer,
+    Merge,
+    Regional,
+    Settings,
+    Switch,
+    Tara,
+    make_method,
+)
+from lora_compose.pipelines.scene import Concept
 from simulated_device import DEVICE, SimTensor, Wait, beyond, listed, noted_waits, numbers
 
 CPU = torch.device("cpu")
@@ -382,7 +392,7 @@ def test_layers_are_folded_on_the_device(family: str, name: str, monkeypatch: py
         return foldable[-1]
 
     expected = called(composer(family, CPU, torch.float32), method=METHODS[name]).images
-    monkeypatch.setattr(sys.modules["attention.install"], "_foldable", as_on_cuda)
+    monkeypatch.setattr(sys.modules["lora_compose.attention.install"], "_foldable", as_on_cuda)
     assert_same(called(composer(family, DEVICE, torch.float32), method=METHODS[name]).images, expected)
     assert foldable
     assert all(foldable)

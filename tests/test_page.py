@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from compose import models, overlay
-from compose.assets import playground_lora
-from compose.cli import app
-from compose.files import (
+from lora_compose.compose import models, overlay
+from lora_compose.compose.assets import playground_lora
+from lora_compose.compose.cli import app
+from lora_compose.compose.files import (
     PLAYGROUND,
     FileError,
     Machine,
@@ -36,15 +36,15 @@ from compose.files import (
     read_record,
     read_scene,
 )
-from compose.models import Attention, make, open_model
-from compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
-from compose.page.scores import Judge
-from compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
-from compose.page.words import as_html, cut_off, read_prompt, with_phrase
-from compose.savers import Saver
-from pipelines.loading import LoraError
-from pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.models import Attention, make, open_model
+from lora_compose.compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
+from lora_compose.compose.page.scores import Judge
+from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
+from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
+from lora_compose.compose.savers import Saver
+from lora_compose.pipelines.loading import LoraError
+from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 BEAR = Concept(name="bear", lora="playground:bear", trigger="xlo", class_word="bear")
 ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word="robot")
@@ -790,7 +790,7 @@ def test_compose_needs_no_streamlit_but_for_the_screen() -> None:
     package = launch.script().parent / "compose"
     inner = [path for path in package.rglob("*.py") if "screen" not in path.parts]
     assert len(inner) > 30
-    outer = ("streamlit", "compose.page.screen")
+    outer = ("streamlit", "lora_compose.compose.page.screen")
     assert [path for path in inner if any(name.startswith(outer) for name in imported(path))] == []
 
 

@@ -23,8 +23,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compose.assets import playground_lora
-from compose.files import read_pixels, read_record
+from lora_compose.compose.assets import playground_lora
+from lora_compose.compose.files import read_pixels, read_record
 
 pytestmark = pytest.mark.browser
 
@@ -51,7 +51,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(out: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A page of its own, with its temporary files in a folder that can be looked at."""
     port = free_port()
-    command = [sys.executable, "-m", "compose", "ui", "--port", str(port), "--no-browser", "--out", str(out)]
+    command = [sys.executable, "-m", "lora_compose", "ui", "--port", str(port), "--no-browser", "--out", str(out)]
     (out / "temporary").mkdir(parents=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out / "temporary")}
     said = out / "said.txt"
@@ -295,7 +295,7 @@ def test_two_visitors_see_nothing_of_each_other_and_both_finish(page: Page, othe
 
 
 def make_alone(record: Any) -> Image.Image:
-    from compose import models
+    from lora_compose.compose import models
 
     with models.threads(record.machine.threads):
         return models.make(models.open_model(record.run), record.run).image

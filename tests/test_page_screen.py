@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from compose.assets import playground_lora, playground_model
-from compose.files import Machine, Record, read_record, save_image
-from compose.page.draft import example
-from compose.page.launch import script
-from compose.page.screen import fields
-from compose.page.screen.state import Visit, checking
-from compose.page.shelf import Choice, Slot
-from compose.savers import Saver
-from pipelines.methods import METHODS
-from pipelines.scene import Concept
+from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.files import Machine, Record, read_record, save_image
+from lora_compose.compose.page.draft import example
+from lora_compose.compose.page.launch import script
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.state import Visit, checking
+from lora_compose.compose.page.shelf import Choice, Slot
+from lora_compose.compose.savers import Saver
+from lora_compose.pipelines import loading
+from lora_compose.pipelines.methods import METHODS
+from lora_compose.pipelines.scene import Concept
 
 STEPS = 2
 
@@ -151,7 +152,7 @@ def test_errors_keep_all_input(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     at.text_input(key=row_key(at, 0, "name")).set_value("Bruno").run()
-    monkeypatch.setattr("compose.page.work.make_batch", fails)
+    monkeypatch.setattr("lora_compose.compose.page.work.make_batch", fails)
     made(at)
     assert "too little memory" in said(at)
     assert at.text_input(key=row_key(at, 0, "name")).value == "Bruno"
@@ -293,8 +294,8 @@ def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, network)
     monkeypatch.setattr(socket, "getaddrinfo", network)
-    monkeypatch.setattr("pipelines.loading.list_repo_files", network)
-    monkeypatch.setattr("pipelines.loading.hf_hub_download", network)
+    monkeypatch.setattr("lora_compose.pipelines.loading.list_repo_files", network)
+    monkeypatch.setattr("lora_compose.pipelines.loading.hf_hub_download", network)
     cat = Concept(name="cat", lora="stranger/cat-lora", trigger="sks", class_word="cat")
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat"}, model="stranger/model", sha256={"cat": "0" * 64})
     at.session_state["set.view"] = "Compare"
@@ -306,8 +307,10 @@ def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
     at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
     assert len(asked) == 1
     assert "nothing may be asked here" in said(at)
-    monkeypatch.setattr("pipelines.loading.list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
-    monkeypatch.setattr("pipelines.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat")))
+    monkeypatch.setattr(loading, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
+    monkeypatch.setattr(
+        "lora_compose.pipelines.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
+    )
     at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
     (row,) = visit(at).rows
     assert row.lora is not None
@@ -323,7 +326,7 @@ def test_the_open_model_is_not_opened_again_in_another_precision_by_a_picture(
     here = visit(at)
     here.slot = Slot(Choice("stranger/model"), here.slot._pipe)
     at.run()
-    monkeypatch.setattr("compose.page.shelf.open_model", lambda *args: pytest.fail("it is opened"))
+    monkeypatch.setattr("lora_compose.compose.page.shelf.open_model", lambda *args: pytest.fail("it is opened"))
     drop(at, tmp_path, {}, model="stranger/model", dtype="bfloat16")
     assert "It was made with the model stranger/model in bfloat16, which is not open here" in said(at)
     drop(at, tmp_path, {}, model="stranger/model")
@@ -381,7 +384,7 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
         looked.append(concepts[0].lora)
         raise RuntimeError("whatever a file sets off")
 
-    monkeypatch.setattr("pipelines.base.ComposePipeline.resolve_concepts", fails)
+    monkeypatch.setattr("lora_compose.pipelines.base.ComposePipeline.resolve_concepts", fails)
     at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
     looked.clear()
     visit(at).rows[0].fit = None

@@ -24,13 +24,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from components import EVERYTHING, FAMILIES, State, random_lora, small_pipeline, text_loras, tiny_pipeline
-from pipelines.base import ComposePipeline
-from pipelines.engine import Engine
-from pipelines.loading import LoraError
-from pipelines.methods import Clora, Merge, OnePass, Tara, choose_method
-from pipelines.output import ComposeOutput
-from pipelines.scene import Concept
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.loading import LoraError
+from lora_compose.pipelines.methods import Clora, Merge, OnePass, Tara, choose_method
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog"
 POSITIONS = {"cat": [2], "dog": [6]}
@@ -879,7 +879,7 @@ def test_bad_positions_are_refused(composer, case):
 
 
 def test_without_a_method_the_choice_is_logged_with_its_reason(composer, caplog):
-    caplog.set_level("INFO", "pipelines.methods")
+    caplog.set_level("INFO", "lora_compose.pipelines.methods")
     assert torch.equal(latents_of(composer, method=None), latents_of(composer, method="tara"))
     assert "method: tara, because every concept" in caplog.text
     caplog.clear()
@@ -890,7 +890,7 @@ def test_without_a_method_the_choice_is_logged_with_its_reason(composer, caplog)
 
 
 def test_ordinary_loras_without_regions_are_told_apart_by_their_words(composer, caplog):
-    caplog.set_level("INFO", "pipelines.methods")
+    caplog.set_level("INFO", "lora_compose.pipelines.methods")
     ordinary = [Concept(name=f"{name}-plain", lora=composer.concepts[name].lora, trigger=trigger, class_word=name)
                 for name, trigger in (("cat", "sks"), ("dog", "zwx"))]  # fmt: skip
     loaded = [replace(concept, file=None) for concept in composer.resolve_concepts(ordinary)]
@@ -913,7 +913,7 @@ def test_methods_with_one_text_say_that_own_prompts_are_not_read(composer, caplo
 
 
 def test_with_a_region_for_everybody_the_choice_depends_on_words(composer, caplog):
-    caplog.set_level("INFO", "pipelines.methods")
+    caplog.set_level("INFO", "lora_compose.pipelines.methods")
     boxed = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
     assert torch.equal(
         latents_of(composer, method=None, concepts=boxed), latents_of(composer, method="lora-composer", concepts=boxed)

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components import EVERYTHING, FAMILIES, State, random_lora, seeded, text_loras
-from pipelines.base import ComposePipeline
-from pipelines.methods import LoraComposer
-from pipelines.output import ComposeOutput
-from pipelines.scene import Concept
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.methods import LoraComposer
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.scene import Concept
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}

@@ -12,15 +12,15 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
-from compose.assets import playground_lora, playground_references
-from compose.playground import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
-from compose.playground.base import BaseTrainer, pipeline
-from compose.playground.loop import rate, resume
-from compose.playground.loras import trainings
-from compose.playground.muon import Muon, orthogonalised
-from compose.playground.world import CONCEPTS, STYLE_TRIGGER
-from compose.training import train
-from pipelines.loading import read_lora
+from lora_compose.compose.assets import playground_lora, playground_references
+from lora_compose.compose.playground import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
+from lora_compose.compose.playground.base import BaseTrainer, pipeline
+from lora_compose.compose.playground.loop import rate, resume
+from lora_compose.compose.playground.loras import trainings
+from lora_compose.compose.playground.muon import Muon, orthogonalised
+from lora_compose.compose.playground.world import CONCEPTS, STYLE_TRIGGER
+from lora_compose.compose.training import train
+from lora_compose.pipelines.loading import read_lora
 
 Sprites = dict[str, np.ndarray]
 

@@ -11,9 +11,9 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from components import FAMILIES, State, random_lora, seeded
-from pipelines.engine import Engine, Gradient
-from pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Settings, make_method
-from pipelines.scene import Concept
+from lora_compose.pipelines.engine import Engine, Gradient
+from lora_compose.pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Settings, make_method
+from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog"
 BOXED = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]

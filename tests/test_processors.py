@@ -7,11 +7,11 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor
 
-from attention import AttentionLayer, install
-from attention.kernels import XFormersKernel, kernel_of
-from attention.processors import ComposeAttnProcessor
-from attention.slot import Slot
 from components import sd_unet, sdxl_unet, unet_inputs
+from lora_compose.attention import AttentionLayer, install
+from lora_compose.attention.kernels import XFormersKernel, kernel_of
+from lora_compose.attention.processors import ComposeAttnProcessor
+from lora_compose.attention.slot import Slot
 from reference import random_gates, relative_error
 
 CPU = torch.device("cpu")

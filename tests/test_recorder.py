@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention import Recorder, attention_layers, install, map_level
 from components import random_lora, sd_unet, sdxl_unet, unet_inputs
+from lora_compose.attention import Recorder, attention_layers, install, map_level
 from reference import random_gates, relative_error
 
 FP32: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from attention.masks import box_mask
-from compose.cli import parse_concept
-from compose.files import read_scene, write_scene
-from pipelines.regions import Regions, check_mask, read_mask, region_mask
-from pipelines.scene import Concept, Scene
+from lora_compose.attention.masks import box_mask
+from lora_compose.compose.cli import parse_concept
+from lora_compose.compose.files import read_scene, write_scene
+from lora_compose.pipelines.regions import Regions, check_mask, read_mask, region_mask
+from lora_compose.pipelines.scene import Concept, Scene
 
 BOX = (32, 16, 96, 128)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.regular import open_regular
+from lora_compose.pipelines.regular import open_regular
 
 
 def test_a_file_is_read_whole_also_through_a_link(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipelines.methods.reinit import reinitialised
+from lora_compose.pipelines.methods.reinit import reinitialised
 
 SETTINGS = settings(deadline=None, max_examples=40)
 CHANNELS, FACTOR = 3, 2

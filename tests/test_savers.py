@@ -9,13 +9,13 @@ from accelerate import cpu_offload
 from typer.testing import CliRunner
 
 from components import small_vae, tiny_pipeline
-from compose import cli as cli_module
-from compose.cli import app
-from compose.files import PLAYGROUND, read_pixels, read_record
-from compose.models import make, open_model
-from compose.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
-from pipelines.scene import Concept, Run, Scene
-from pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.compose import cli as cli_module
+from lora_compose.compose.cli import app
+from lora_compose.compose.files import PLAYGROUND, read_pixels, read_record
+from lora_compose.compose.models import make, open_model
+from lora_compose.compose.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
+from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 
 BOXES = {"bear": ("xlo", (0, 16, 60, 112)), "robot": ("qrt", (68, 16, 128, 112))}
 SCENE = Scene(

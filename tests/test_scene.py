@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipelines.scene import Concept, Run, Scene, check_names, check_region
+from lora_compose.pipelines.scene import Concept, Run, Scene, check_names, check_region
 
 SCENE = Scene(prompt="a sks cat")
 

@@ -8,14 +8,14 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from components import random_lora, seeded, text_loras, tiny_xl_pipeline
-from compose import Concept, Run, Scene
-from compose.check import check
-from compose.cli import app
-from compose.models import make, open_model
-from compose.page.shelf import Choice, Shelf
-from compose.savers import Saver
-from pipelines.methods import METHODS
-from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose import Concept, Run, Scene
+from lora_compose.compose.check import check
+from lora_compose.compose.cli import app
+from lora_compose.compose.models import make, open_model
+from lora_compose.compose.page.shelf import Choice, Shelf
+from lora_compose.compose.savers import Saver
+from lora_compose.pipelines.methods import METHODS
+from lora_compose.pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 

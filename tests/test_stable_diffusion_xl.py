@@ -14,7 +14,6 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from torch import Tensor, nn
 
-from attention import attention_layers
 from components import (
     EVERYTHING,
     State,
@@ -26,11 +25,12 @@ from components import (
     tiny_xl_pipeline,
     xl_pipeline,
 )
-from compose.architectures import SDXL
-from compose.counting import meta_unet
-from pipelines.methods import METHODS, Clora, LoraComposer, Switch
-from pipelines.scene import Concept
-from pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.attention import attention_layers
+from lora_compose.compose.architectures import SDXL
+from lora_compose.compose.counting import meta_unet
+from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Switch
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 OTHER_PROMPT = "in snow, zwx dog, sks cat"

@@ -7,7 +7,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compose.evaluation.statistics import MINIMUM_SCENES, Interval, bootstrap, compare
+from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES, Interval, bootstrap, compare
 
 NAN = float("nan")
 SETTINGS = settings(deadline=None, max_examples=60)

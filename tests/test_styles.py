@@ -10,8 +10,18 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from pipelines.methods import METHODS, Clora, Composite, LoraComposer, Merge, Regional, Switch, Tara, choose_method
-from pipelines.scene import Concept
+from lora_compose.pipelines.methods import (
+    METHODS,
+    Clora,
+    Composite,
+    LoraComposer,
+    Merge,
+    Regional,
+    Switch,
+    Tara,
+    choose_method,
+)
+from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}
@@ -165,7 +175,7 @@ def test_a_style_has_no_region():
 
 
 def test_the_choice_of_a_method_looks_at_the_subjects(load, write_lora, caplog):
-    caplog.set_level("INFO", "pipelines.methods")
+    caplog.set_level("INFO", "lora_compose.pipelines.methods")
     pipe = load("sd")
     chosen = lambda *concepts: choose_method(pipe.resolve_concepts(concepts), [PROMPT])  # noqa: E731
     assert isinstance(chosen(*SUBJECTS, INK), LoraComposer)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Gates, Lora, attention_layers, install
 from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
+from lora_compose.attention import Gates, Lora, attention_layers, install
 from reference import dense, random_gates, relative_error
 
 FP32: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}

@@ -23,19 +23,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from components import TINY, sd_unet, unet_inputs
-from compose import ComposePipeline, atomic
-from compose.assets import playground_references
-from compose.evaluation.command import free_port
-from compose.models import ModelError
-from compose.terminal import BAD_INPUT, FAILED
-from compose.training import PRESETS, DivergedError, Stopped, TaraTraining, Training, train
-from compose.training.checkpoint import CheckpointError, FullError
-from compose.training.command import INTERRUPTED
-from compose.training.data import DataError
-from compose.training.model import preset_of
-from compose.training.optimizers import learning_rate
-from compose.training.output import metadata_of
 from disks import files_of_at_most
+from lora_compose import ComposePipeline, atomic
+from lora_compose.compose.assets import playground_references
+from lora_compose.compose.evaluation.command import free_port
+from lora_compose.compose.models import ModelError
+from lora_compose.compose.terminal import BAD_INPUT, FAILED
+from lora_compose.compose.training import PRESETS, DivergedError, Stopped, TaraTraining, Training, train
+from lora_compose.compose.training.checkpoint import CheckpointError, FullError
+from lora_compose.compose.training.command import INTERRUPTED
+from lora_compose.compose.training.data import DataError
+from lora_compose.compose.training.model import preset_of
+from lora_compose.compose.training.optimizers import learning_rate
+from lora_compose.compose.training.output import metadata_of
 from test_cli import call, flat
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
@@ -357,7 +357,7 @@ def test_batches_may_be_split_and_accumulated(begin: Callable[..., Training], tm
 
 STOPPED_AT = """
 import signal, sys
-from compose.training import Stopped, Training, train
+from lora_compose.compose.training import Stopped, Training, train
 
 def stop(step, _):
     if step == int(sys.argv[2]):
@@ -393,7 +393,7 @@ def test_two_processes_share_a_batch_and_go_on_together(begin: Callable[..., Tra
     with pytest.raises(CheckpointError, match=r"at step 2 of another training:\n  processes was 2 and is 1 now\n"):
         train(settings)
     given = arguments(settings, "--batch-size", 1, "--tara", "--start-apart", "--checkpoint-every", 100)
-    ended = by_two("-m", "compose", *given)
+    ended = by_two("-m", "lora_compose", *given)
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert [said.count("The LoRA:") for _, said, _ in ended] == [1, 0]
     assert largest_difference(together, settings.out) < 1e-4
@@ -784,7 +784,7 @@ def test_the_command_answers_mistakes_kindly(begin: Callable[..., Training]) -> 
 @pytest.mark.slow
 def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Training]) -> None:
     settings = begin()
-    command = [sys.executable, "-m", "compose", *map(str, arguments(settings, "--steps", 100_000))]
+    command = [sys.executable, "-m", "lora_compose", *map(str, arguments(settings, "--steps", 100_000))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert any("parameters to train" in line for line in iter(process.stderr.readline, ""))

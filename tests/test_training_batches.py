@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from compose.training.batches import Batches, Stream, batches_of, generator
-from compose.training.data import square
-from compose.training.examples import Examples
-from compose.training.learner import Batch
+from lora_compose.compose.training.batches import Batches, Stream, batches_of, generator
+from lora_compose.compose.training.data import square
+from lora_compose.compose.training.examples import Examples
+from lora_compose.compose.training.learner import Batch
 
 
 def examples(number: int, *, xl: bool = False) -> Examples:

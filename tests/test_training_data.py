@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from compose.assets import playground_references
-from compose.training.data import DataError, digest, load_picture, read_pictures, say_small, square
+from lora_compose.compose.assets import playground_references
+from lora_compose.compose.training.data import DataError, digest, load_picture, read_pictures, say_small, square
 from trainings import paint_folder
 
 

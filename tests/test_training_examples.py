@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compose import ComposePipeline
-from compose.training import TaraTraining, train
-from compose.training.examples import Examples
-from compose.training.model import ADAPTER, lora_parameters
-from compose.training.preparation import Material, adapt, encode, read_texts
-from compose.training.words import Rows
+from lora_compose import ComposePipeline
+from lora_compose.compose.training import TaraTraining, train
+from lora_compose.compose.training.examples import Examples
+from lora_compose.compose.training.model import ADAPTER, lora_parameters
+from lora_compose.compose.training.preparation import Material, adapt, encode, read_texts
+from lora_compose.compose.training.words import Rows
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 CAPTIONS = ("a sks cat on grass", "a red sks cat in snow")  # the trigger stands at different tokens

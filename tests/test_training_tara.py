@@ -14,12 +14,12 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from components import TINY, sd_unet, sdxl_unet, unet_inputs
-from compose.training.alignment import Alignment
-from compose.training.focus import Focus, focus_on_triggers
-from compose.training.learner import Batch, Learner, Weights
-from compose.training.model import ADAPTER, add_lora, lora_parameters
-from compose.training.settings import Training
-from compose.training.words import Occurrence, Rows, Words, rows_of
+from lora_compose.compose.training.alignment import Alignment
+from lora_compose.compose.training.focus import Focus, focus_on_triggers
+from lora_compose.compose.training.learner import Batch, Learner, Weights
+from lora_compose.compose.training.model import ADAPTER, add_lora, lora_parameters
+from lora_compose.compose.training.settings import Training
+from lora_compose.compose.training.words import Occurrence, Rows, Words, rows_of
 from trainings import XL_TINY, training
 
 TOKENS, GRID = 9, (4, 4)

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from attention import Gates, Lora, Recorder
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from compose.check import check
-from compose.cli import parse_concept
-from compose.files import read_record, read_scene, save_image, write_scene
-from compose.models import make
-from compose.replay import difference, remake, runnable
-from pipelines.conditioning import Conditioning
-from pipelines.engine import Engine
-from pipelines.methods import METHODS, Clora, LoraComposer, Merge
-from pipelines.methods.process import constant_gates
-from pipelines.scene import Concept, Run, Scene
-from pipelines.weights import Schedule, blocks_text, read_blocks, read_weight, weight_text
+from lora_compose.attention import Gates, Lora, Recorder
+from lora_compose.compose.check import check
+from lora_compose.compose.cli import parse_concept
+from lora_compose.compose.files import read_record, read_scene, save_image, write_scene
+from lora_compose.compose.models import make
+from lora_compose.compose.replay import difference, remake, runnable
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Merge
+from lora_compose.pipelines.methods.process import constant_gates
+from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.weights import Schedule, blocks_text, read_blocks, read_weight, weight_text
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from compose.evaluation.detectors import make_detector
-from compose.evaluation.encoders import load_encoder
-from compose.evaluation.results import PictureScores
-from compose.evaluation.scoring import Scorer, reference_crops
-from compose.evaluation.table import load
+from lora_compose.compose.evaluation.detectors import make_detector
+from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.evaluation.results import PictureScores
+from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
+from lora_compose.compose.evaluation.table import load
 
 
 def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:

@@ -18,7 +18,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from compose.terminal import FAILED, bar, err, kindly, out, say
+from lora_compose.compose.terminal import FAILED, bar, err, kindly, out, say
 
 _EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
 
@@ -55,9 +55,9 @@ def run(
 ) -> None:
     """Makes and scores all pictures of a suite and writes the report; continues where it was stopped."""
     _check_packages()
-    from compose.evaluation.planning import make_plan
-    from compose.evaluation.runner import evaluate, is_done
-    from compose.evaluation.suite import read_suite
+    from lora_compose.compose.evaluation.planning import make_plan
+    from lora_compose.compose.evaluation.runner import evaluate, is_done
+    from lora_compose.compose.evaluation.suite import read_suite
 
     asked = read_suite(suite)
     to = folder or Path("outputs/evaluation") / asked.name
@@ -100,13 +100,13 @@ def compare(
 ) -> None:
     """Says what is better in the second evaluation than in the first, and where the interval says nothing."""
     _check_packages()
-    from compose.evaluation.comparison import compare_runs
+    from lora_compose.compose.evaluation.comparison import compare_runs
 
     out.print(compare_runs(first, second))
 
 
 def _say_report(folder: Path, baseline: str | None = None) -> None:
-    from compose.evaluation.report import write_report
+    from lora_compose.compose.evaluation.report import write_report
 
     written = write_report(folder, baseline)
     say(f"The report: {written.html}", style="bold")

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from attention.masks import Box
-from compose.evaluation.encoders import Encoder
-from compose.evaluation.suite import WindowsConfig, ZeroShotConfig
+from lora_compose.attention.masks import Box
+from lora_compose.compose.evaluation.encoders import Encoder
+from lora_compose.compose.evaluation.suite import WindowsConfig, ZeroShotConfig
 
 SHARED = 0.5  # two boxes of which the smaller one lies in the larger one by more than this are one object
 

@@ -16,13 +16,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from compose.evaluation.plots import against_cost
-from compose.evaluation.results import Failed, write_text
-from compose.evaluation.scoring import reference_crops
-from compose.evaluation.statistics import MINIMUM_SCENES
-from compose.evaluation.suite import Arm, SuiteScene, ZeroShotConfig, arms
-from compose.evaluation.table import MAIN, METRICS, Evaluation, Metric, load, role, summary
-from compose.terminal import plain
+from lora_compose.compose.evaluation.plots import against_cost
+from lora_compose.compose.evaluation.results import Failed, write_text
+from lora_compose.compose.evaluation.scoring import reference_crops
+from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
+from lora_compose.compose.evaluation.suite import Arm, SuiteScene, ZeroShotConfig, arms
+from lora_compose.compose.evaluation.table import MAIN, METRICS, Evaluation, Metric, load, role, summary
+from lora_compose.compose.terminal import plain
 
 MANY, SIDE, SMALL_SIDE = 400, 384, 192
 """From how many pictures on they are embedded smaller, and the longer side of few and of many, in pixels."""
@@ -98,8 +98,8 @@ def _json(table: pd.DataFrame) -> str:
 def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     """The page. `arms_table` is what `table.summary` gives."""
     environment = Environment(
-        loader=PackageLoader("compose.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
+        loader=PackageLoader("lora_compose.compose.evaluation"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {"plain": plain, "number": number, "bytes": _bytes, "amount": _amount}
     environment.globals |= {"verdict": verdict}

@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from compose.atomic import write_whole
-from compose.counting import Counted, count_run
-from compose.evaluation.detectors import make_detector
-from compose.evaluation.encoders import load_encoder
-from compose.evaluation.planning import make_plan
-from compose.evaluation.results import (
+from lora_compose.compose.atomic import write_whole
+from lora_compose.compose.counting import Counted, count_run
+from lora_compose.compose.evaluation.detectors import make_detector
+from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
     PLAN,
@@ -38,11 +38,11 @@ from compose.evaluation.results import (
     read_scores,
     write,
 )  # fmt: skip
-from compose.evaluation.scoring import Scorer, reference_crops
-from compose.evaluation.suite import Batch, Suite, batches, run_of
-from compose.files import FileError, png_bytes, read_pixels
-from compose.memory import peak_memory
-from compose.models import (
+from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
+from lora_compose.compose.evaluation.suite import Batch, Suite, batches, run_of
+from lora_compose.compose.files import FileError, png_bytes, read_pixels
+from lora_compose.compose.memory import peak_memory
+from lora_compose.compose.models import (
     MadeBatch,
     choose_device,
     load,
@@ -55,7 +55,7 @@ from compose.models import (
     size_of,
     versions,
 )  # fmt: skip
-from pipelines.scene import Run
+from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from compose.assets import assets_dir
-from compose.files import FileError, local_source, read_as
-from compose.models import lora_source
-from compose.savers import Saver, check_savers, in_order
-from pipelines.formats.files import LoraError, trained_with
-from pipelines.loading import find_file
-from pipelines.methods import make_method
-from pipelines.scene import Concept, Region, Run, Scene
-from pipelines.tokens import find_words
-from pipelines.weights import Weight, read_blocks, read_weight
+from lora_compose.compose.assets import assets_dir
+from lora_compose.compose.files import FileError, local_source, read_as
+from lora_compose.compose.models import lora_source
+from lora_compose.compose.savers import Saver, check_savers, in_order
+from lora_compose.pipelines.formats.files import LoraError, trained_with
+from lora_compose.pipelines.loading import find_file
+from lora_compose.pipelines.methods import make_method
+from lora_compose.pipelines.scene import Concept, Region, Run, Scene
+from lora_compose.pipelines.tokens import find_words
+from lora_compose.pipelines.weights import Weight, read_blocks, read_weight
 
 SANITY = ("no LoRA", "alone", "merge")
 """What every evaluation contains: the model as it is, each LoRA alone (`method_alone`), and all of them added up."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
-from compose.evaluation.metrics import (
+from lora_compose.compose.evaluation.metrics import (
     bound_ratio,
     leak,
     presence_threshold,
@@ -17,7 +17,7 @@ from compose.evaluation.metrics import (
     region_similarity,
     swap_rate,
 )
-from compose.evaluation.results import (
+from lora_compose.compose.evaluation.results import (
     FAILED,
     PLAN,
     Failed,
@@ -32,9 +32,9 @@ from compose.evaluation.results import (
     read_made,
     read_scores,
 )
-from compose.evaluation.statistics import bootstrap, compare
-from compose.evaluation.suite import SANITY, Suite, alone_name
-from compose.files import FileError
+from lora_compose.compose.evaluation.statistics import bootstrap, compare
+from lora_compose.compose.evaluation.suite import SANITY, Suite, alone_name
+from lora_compose.compose.files import FileError
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compose.assets import assets_dir
-from compose.files import PLAYGROUND, complaints, read_scene
-from compose.models import scheduler_class
-from compose.page.boxes import Box, template
-from compose.page.controls import controls
-from compose.page.shelf import Choice
-from pipelines.methods import METHODS, make_method, name_of
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.assets import assets_dir
+from lora_compose.compose.files import PLAYGROUND, complaints, read_scene
+from lora_compose.compose.models import scheduler_class
+from lora_compose.compose.page.boxes import Box, template
+from lora_compose.compose.page.controls import controls
+from lora_compose.compose.page.shelf import Choice
+from lora_compose.pipelines.methods import METHODS, make_method, name_of
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 MOST_CONCEPTS = 12
 MOST_SEEDS = 16

@@ -6,9 +6,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compose.files import parse_value, write_scene
-from compose.savers import Saver
-from pipelines.scene import Run, Scene
+from lora_compose.compose.files import parse_value, write_scene
+from lora_compose.compose.savers import Saver
+from lora_compose.pipelines.scene import Run, Scene
 
 
 def portable(run: Run, files: Mapping[str, str]) -> Run:

@@ -36,8 +36,8 @@ class Quick:
     @property
     def share(self) -> float:
         """How much is done, up to 1."""
-        from compose.evaluation.results import PLAN, Plan, read
-        from compose.evaluation.runner import is_done
+        from lora_compose.compose.evaluation.results import PLAN, Plan, read
+        from lora_compose.compose.evaluation.runner import is_done
 
         plan = read(self.folder / PLAN, Plan)
         if plan is None:
@@ -51,7 +51,7 @@ class Quick:
                 return
             self._said.clear()
             # One process: pictures need a processor, too.
-            command = [sys.executable, "-m", "compose", "evaluate", "run", NAME, "--out", str(self.folder)]
+            command = [sys.executable, "-m", "lora_compose", "evaluate", "run", NAME, "--out", str(self.folder)]
             command += ["--processes", "1"]
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from compose.files import PLAYGROUND
-from pipelines.scene import Run, Scene
+from lora_compose.compose.files import PLAYGROUND
+from lora_compose.pipelines.scene import Run, Scene
 
 SUITE = "playground-quick"
 """Whose encoder, detector and reference pictures are used."""
@@ -50,7 +50,7 @@ class Judge:
         Raises:
             ValueError: If there are no reference pictures for some concept.
         """
-        from compose.evaluation.suite import SuiteScene
+        from lora_compose.compose.evaluation.suite import SuiteScene
 
         names = self._names(scene)
         if names is None:
@@ -61,15 +61,15 @@ class Judge:
 
     @cached_property
     def _suite(self) -> Any:
-        from compose.evaluation.suite import read_suite
+        from lora_compose.compose.evaluation.suite import read_suite
 
         return read_suite(SUITE)
 
     @cached_property
     def _scorer(self) -> Any:
-        from compose.evaluation.detectors import make_detector
-        from compose.evaluation.encoders import load_encoder
-        from compose.evaluation.scoring import Scorer, reference_crops
+        from lora_compose.compose.evaluation.detectors import make_detector
+        from lora_compose.compose.evaluation.encoders import load_encoder
+        from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 
         suite = self._suite
         encoder = load_encoder(suite.encoder, "cpu")

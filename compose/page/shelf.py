@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from compose.models import lora_source, open_model
-from compose.savers import OFFLOADS, Saver
-from pipelines.scene import Concept, Run, Scene
+from lora_compose.compose.models import lora_source, open_model
+from lora_compose.compose.savers import OFFLOADS, Saver
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LIMIT = 2
 """Models that are open at once; the one that was not used for longest makes room."""

@@ -3,7 +3,7 @@
 import html
 import re
 
-from compose.terminal import plain
+from lora_compose.compose.terminal import plain
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~:$&@=^/])")
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from compose.overlay import colour
-from compose.page.text import markup
-from pipelines.scene import Concept
-from pipelines.tokens import Positions, check_disjoint, find_words, locate
+from lora_compose.compose.overlay import colour
+from lora_compose.compose.page.text import markup
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import Positions, check_disjoint, find_words, locate
 
 Part = Literal["trigger", "class word"]
 

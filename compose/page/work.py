@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from compose.models import Attention, Made, make_batch
-from compose.page.shelf import Slot, Stopped
-from pipelines.output import Cost
-from pipelines.scene import Run
+from lora_compose.compose.models import Attention, Made, make_batch
+from lora_compose.compose.page.shelf import Slot, Stopped
+from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)
 

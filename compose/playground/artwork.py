@@ -1,7 +1,7 @@
 """Emoji artwork as sprites: fetches four sets from the npm registry and writes one file with 70 classes x 4 vendors.
 
     pip install 'lora-compose[playground]'
-    python -m compose.playground.artwork sprites.npz
+    python -m lora_compose.compose.playground.artwork sprites.npz
 
 | set | vendor | terms |
 |---|---|---|
@@ -26,8 +26,8 @@ import numpy as np
 import typer
 from PIL import Image
 
-from compose.playground.world import VENDORS, Pixels
-from compose.terminal import kindly, say
+from lora_compose.compose.playground.world import VENDORS, Pixels
+from lora_compose.compose.terminal import kindly, say
 
 SIZE = 96
 PACKAGES = {

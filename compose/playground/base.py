@@ -1,8 +1,9 @@
 """The playground's text encoder and UNet, trained together on latents of its world.
 
-    python -m compose.playground.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up --batch 64 --steps 2500
-    python -m compose.playground.base sprites.npz MODEL --init CLOSE --steps 7500
-    python -m compose.playground.base sprites.npz BETTER --init MODEL --lr 0.006   (from what is there)
+    python -m lora_compose.compose.playground.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up --batch 64 \
+        --steps 2500
+    python -m lora_compose.compose.playground.base sprites.npz MODEL --init CLOSE --steps 7500
+    python -m lora_compose.compose.playground.base sprites.npz BETTER --init MODEL --lr 0.006   (from what is there)
 
 About a second a step on two cores. A checkpoint every 100 steps lies beside OUT and is continued from. Close-ups come
 first: the same time spent on whole scenes alone gives blobs. The UNet predicts v (Salimans & Ho 2022); the loss is
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from compose.assets import playground_model
-from compose.playground.loop import Optimizers, resume, run
-from compose.playground.scenes import Batch, Batches
-from compose.precision import cpu_autocast
-from compose.terminal import kindly
+from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.loop import Optimizers, resume, run
+from lora_compose.compose.playground.scenes import Batch, Batches
+from lora_compose.compose.precision import cpu_autocast
+from lora_compose.compose.terminal import kindly
 
 WIDTH = 192
 NOISE: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """Pictures from which the playground's LoRAs are trained: ten references of every concept, and pictures without any.
 
-    python -m compose.playground.concepts references sprites.npz FOLDER
-    python -m compose.playground.concepts prior sprites.npz FOLDER
+    python -m lora_compose.compose.playground.concepts references sprites.npz FOLDER
+    python -m lora_compose.compose.playground.concepts prior sprites.npz FOLDER
 
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
 In four of ten references the subject stands beside something plain: LoRAs trained without lose the coat as soon as a
@@ -20,8 +20,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from compose.playground.scenes import Picture, enumerate_words, scene
-from compose.playground.world import (
+from lora_compose.compose.playground.scenes import Picture, enumerate_words, scene
+from lora_compose.compose.playground.world import (
     BASE_CLASSES,
     CONCEPTS,
     STYLE_TRIGGER,
@@ -34,7 +34,7 @@ from compose.playground.world import (
     spoken,
     squares,
 )  # fmt: skip
-from compose.terminal import kindly, say
+from lora_compose.compose.terminal import kindly, say
 
 REFERENCES, BESIDE = 10, 4
 STYLE, STYLE_SEED = "faded", 7

@@ -1,6 +1,6 @@
 """One scene of the playground with the cat's LoRA in the files of every trainer: a sheet, and how far pictures differ.
 
-python -m compose.playground.formats docs/images/formats.png
+python -m lora_compose.compose.playground.formats docs/images/formats.png
 """
 
 import logging
@@ -14,17 +14,17 @@ import torch
 import typer
 from PIL import Image
 
-from attention import LoraFactors
-from compose.assets import playground_lora, playground_model
-from compose.demo import BOXES, GUIDANCE, STEPS, THREADS
-from compose.files import save_image
-from compose.models import threads
-from compose.playground.lora_files import DIFFUSERS, FORMATS, Format, Loras
-from compose.sheets import Row, sheet
-from compose.terminal import bar, kindly, say
-from pipelines.base import ComposePipeline
-from pipelines.loading import match, read_lora
-from pipelines.scene import Concept
+from lora_compose.attention import LoraFactors
+from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.demo import BOXES, GUIDANCE, STEPS, THREADS
+from lora_compose.compose.files import save_image
+from lora_compose.compose.models import threads
+from lora_compose.compose.playground.lora_files import DIFFUSERS, FORMATS, Format, Loras
+from lora_compose.compose.sheets import Row, sheet
+from lora_compose.compose.terminal import bar, kindly, say
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.loading import match, read_lora
+from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on a white background"
 METHOD, SEED = "lora-composer", 0

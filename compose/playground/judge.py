@@ -1,7 +1,7 @@
 """The judge: a small CLIP that tells the classes and coats of the emoji world apart.
 
-    python -m compose.playground.judge train sprites.npz OUT      (an hour on two cores; resumes when called again)
-    python -m compose.playground.judge check OUT sprites.npz
+    python -m lora_compose.compose.playground.judge train sprites.npz OUT   (an hour on two cores; resumes)
+    python -m lora_compose.compose.playground.judge check OUT sprites.npz
 
 It is trained with the contrastive loss of CLIP (Radford et al. 2021), in which every caption that is right about a
 picture counts as a match; with the same loss over all names that a crop can have ("a cat", "a part of a cat",
@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from compose.assets import playground_model, playground_references
-from compose.evaluation.encoders import load_encoder
-from compose.evaluation.scoring import reference_crop
-from compose.playground.judge_data import SIDE, Batch, Batches, Painter, names
-from compose.playground.loop import keep
-from compose.playground.world import BASE_CLASSES, CONCEPTS, VENDORS, article
-from compose.precision import cpu_autocast
-from compose.terminal import say
+from lora_compose.compose.assets import playground_model, playground_references
+from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.evaluation.scoring import reference_crop
+from lora_compose.compose.playground.judge_data import SIDE, Batch, Batches, Painter, names
+from lora_compose.compose.playground.loop import keep
+from lora_compose.compose.playground.world import BASE_CLASSES, CONCEPTS, VENDORS, article
+from lora_compose.compose.precision import cpu_autocast
+from lora_compose.compose.terminal import say
 
 WIDTH, LAYERS, HEADS = 160, 6, 5
 TEXT_LAYERS = 3

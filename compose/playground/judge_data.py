@@ -12,7 +12,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from compose.playground.world import (
+from lora_compose.compose.playground.world import (
     BASE_CLASSES,
     CONCEPTS,
     HUES,
@@ -29,7 +29,7 @@ from compose.playground.world import (
     place,
     squares,
 )  # fmt: skip
-from compose.precision import cpu_autocast
+from lora_compose.compose.precision import cpu_autocast
 
 SIDE = 48  # pixels of the judge's input
 CLASSES_IN_BATCH, COATS_IN_BATCH, VIEWS = 9, 4, 2

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn import Parameter
 
-from compose.atomic import write_whole
-from compose.playground.muon import Muon
-from compose.terminal import say
+from lora_compose.compose.atomic import write_whole
+from lora_compose.compose.playground.muon import Muon
+from lora_compose.compose.terminal import say
 
 EVERY = 100  # steps between checkpoints
 

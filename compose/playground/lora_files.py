@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attention import Lora, LoraFactors, attention_layers
+from lora_compose.attention import Lora, LoraFactors, attention_layers
 
 Tensors = dict[str, Tensor]
 Loras = Mapping[str, Lora]

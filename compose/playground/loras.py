@@ -1,10 +1,10 @@
 """Trains the LoRAs of the playground's concepts, ordinary ones and by TARA, as `lora-compose train` does.
 
-    python -m compose.playground.loras references prior loras --model assets/playground/model
-    python -m compose.playground.loras references prior loras --kind kv --kind tied      (for an ablation)
+    python -m lora_compose.compose.playground.loras references prior loras --model assets/playground/model
+    python -m lora_compose.compose.playground.loras references prior loras --kind kv --kind tied      (for an ablation)
 
-`references` and `prior` are made by `python -m compose.playground.concepts`. LoRAs that are there already are left
-alone, and one that was interrupted goes on.
+`references` and `prior` are made by `python -m lora_compose.compose.playground.concepts`. LoRAs that are there already
+are left alone, and one that was interrupted goes on.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from compose.files import PLAYGROUND
-from compose.playground.concepts import STYLE
-from compose.playground.world import CONCEPTS, STYLE_TRIGGER
-from compose.terminal import bar, kindly, say
-from compose.training import TaraTraining, Training, train
+from lora_compose.compose.files import PLAYGROUND
+from lora_compose.compose.playground.concepts import STYLE
+from lora_compose.compose.playground.world import CONCEPTS, STYLE_TRIGGER
+from lora_compose.compose.terminal import bar, kindly, say
+from lora_compose.compose.training import TaraTraining, Training, train
 
 KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

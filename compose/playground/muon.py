@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from compose.precision import cpu_has_bf16
+from lora_compose.compose.precision import cpu_has_bf16
 
 
 def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -1,6 +1,6 @@
 """What a model of the playground makes of plain prompts, without LoRAs: a sheet, and what the judge names in it.
 
-python -m compose.playground.plain sheet.png assets/playground/model another/model
+python -m lora_compose.compose.playground.plain sheet.png assets/playground/model another/model
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,12 +12,12 @@ import typer
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from compose.evaluation.detectors import Detector, WindowDetector
-from compose.evaluation.encoders import JUDGE, load_encoder
-from compose.files import save_image
-from compose.playground.world import BASE_CLASSES
-from compose.sheets import Row, sheet
-from compose.terminal import bar, kindly, say
+from lora_compose.compose.evaluation.detectors import Detector, WindowDetector
+from lora_compose.compose.evaluation.encoders import JUDGE, load_encoder
+from lora_compose.compose.files import save_image
+from lora_compose.compose.playground.world import BASE_CLASSES
+from lora_compose.compose.sheets import Row, sheet
+from lora_compose.compose.terminal import bar, kindly, say
 
 PROMPTS = {  # and the classes that they name
     "a cat on grass": ("cat",),

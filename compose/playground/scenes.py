@@ -13,7 +13,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from compose.playground.world import (
+from lora_compose.compose.playground.world import (
     BASE_CLASSES,
     BASE_VENDORS,
     CLOSE_UP,
@@ -31,7 +31,7 @@ from compose.playground.world import (
     place,
     squares,
 )  # fmt: skip
-from compose.precision import cpu_autocast
+from lora_compose.compose.precision import cpu_autocast
 
 WIDE = (192, 128)  # width and height: room for three objects of the size that two have elsewhere
 FLOOR = 90  # saturation of colours that have a word, which is less than that of the concepts' coats

@@ -1,6 +1,6 @@
 """In how many pictures the playground's style is recognised: a sheet of ten prompts, and a count for every LoRA.
 
-    python -m compose.playground.style sheet.png assets/playground/loras/faded.safetensors
+    python -m lora_compose.compose.playground.style sheet.png assets/playground/loras/faded.safetensors
 
 A picture is in the style if its ground is nearer to what the style makes of that ground than to the ground itself, and
 if hardly anything in it is much darker than the style's black.
@@ -16,15 +16,15 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from compose.assets import playground_model
-from compose.files import save_image
-from compose.playground.concepts import STYLE, faded
-from compose.playground.plain import GUIDANCE, STEPS
-from compose.playground.world import STYLE_TRIGGER, ground, spoken
-from compose.sheets import Row, sheet
-from compose.terminal import bar, kindly, say
-from pipelines.base import ComposePipeline
-from pipelines.scene import Concept
+from lora_compose.compose.assets import playground_model
+from lora_compose.compose.files import save_image
+from lora_compose.compose.playground.concepts import STYLE, faded
+from lora_compose.compose.playground.plain import GUIDANCE, STEPS
+from lora_compose.compose.playground.world import STYLE_TRIGGER, ground, spoken
+from lora_compose.compose.sheets import Row, sheet
+from lora_compose.compose.terminal import bar, kindly, say
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.scene import Concept
 
 PROMPTS = {  # and the grounds that they name; the references of the style show neither "blue" nor "in snow"
     "a fox": "on grass",

@@ -1,6 +1,6 @@
 """The playground's tokenizer: CLIP's rules, with pairs of bytes merged until every word of its world is one token.
 
-    python -m compose.playground.tokenizer sprites.npz OUT
+    python -m lora_compose.compose.playground.tokenizer sprites.npz OUT
 
 CLIP's rules are lower case, words that end in "</w>", bytes as letters. Triggers are single tokens as well.
 """
@@ -15,9 +15,9 @@ import typer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from compose.playground.scenes import scene
-from compose.playground.world import CONCEPTS, HUES, PLAIN, STYLE_TRIGGER, Sprites
-from compose.terminal import kindly
+from lora_compose.compose.playground.scenes import scene
+from lora_compose.compose.playground.world import CONCEPTS, HUES, PLAIN, STYLE_TRIGGER, Sprites
+from lora_compose.compose.terminal import kindly
 
 MAX_LENGTH = 32
 VOCABULARY = 1400

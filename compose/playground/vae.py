@@ -1,7 +1,7 @@
 """The playground's AutoencoderKL: eight channels on cells of eight pixels, trained on crops around objects.
 
-    python -m compose.playground.vae sprites.npz OUT --steps 3000
-    python -m compose.playground.vae sprites.npz OUT --init VAE --decoder-only
+    python -m lora_compose.compose.playground.vae sprites.npz OUT --steps 3000
+    python -m lora_compose.compose.playground.vae sprites.npz OUT --init VAE --decoder-only
 
 About a second a step on two cores. A checkpoint every 100 steps lies beside OUT and is continued from. Training the
 decoder alone leaves the latents as they are, so that a UNet that was trained on them stays valid.
@@ -20,11 +20,21 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from compose.playground.loop import Optimizers, resume, run
-from compose.playground.scenes import scene
-from compose.playground.world import BASE_VENDORS, CELL, CONCEPTS, SIZE, VENDORS, Pixels, Sprites, dress, place
-from compose.precision import cpu_autocast
-from compose.terminal import kindly
+from lora_compose.compose.playground.loop import Optimizers, resume, run
+from lora_compose.compose.playground.scenes import scene
+from lora_compose.compose.playground.world import (
+    BASE_VENDORS,
+    CELL,
+    CONCEPTS,
+    SIZE,
+    VENDORS,
+    Pixels,
+    Sprites,
+    dress,
+    place,
+)
+from lora_compose.compose.precision import cpu_autocast
+from lora_compose.compose.terminal import kindly
 
 CROP = 64
 JITTER = 0.03  # noise on latents in training: the decoder will see those of a UNet, which are not exact

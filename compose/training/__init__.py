@@ -1,6 +1,6 @@
 """Training of concept LoRAs: `train(Training.preset("playground", pictures=..., out=..., trigger=..., ...))`."""
 
-from compose.training.loop import DivergedError, Stopped, train
-from compose.training.settings import PRESETS, TaraTraining, Training
+from lora_compose.compose.training.loop import DivergedError, Stopped, train
+from lora_compose.compose.training.settings import PRESETS, TaraTraining, Training
 
 __all__ = ["PRESETS", "DivergedError", "Stopped", "TaraTraining", "Training", "train"]

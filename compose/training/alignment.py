@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from compose.training.words import Rows
+from lora_compose.compose.training.words import Rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compose.training.examples import Examples
-from compose.training.learner import Batch
-from compose.training.words import Rows
+from lora_compose.compose.training.examples import Examples
+from lora_compose.compose.training.learner import Batch
+from lora_compose.compose.training.words import Rows
 
 _ORDER, _CONCEPT, _CLASS = range(3)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.atomic import write_whole
-from compose.training.settings import Training
+from lora_compose.compose.atomic import write_whole
+from lora_compose.compose.training.settings import Training
 
 _VERSION = 2
 # What may differ when a training goes on; pictures are compared by their content.

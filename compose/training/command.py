@@ -10,9 +10,9 @@ import torch
 import typer
 from pydantic import ValidationError
 
-from compose.files import complaints
-from compose.terminal import FAILED, bar, err, kindly, say
-from compose.training.settings import PRESETS, TaraTraining, Training
+from lora_compose.compose.files import complaints
+from lora_compose.compose.terminal import FAILED, bar, err, kindly, say
+from lora_compose.compose.training.settings import PRESETS, TaraTraining, Training
 
 INTERRUPTED = 130
 
@@ -108,10 +108,10 @@ def train(
 ) -> None:
     """Trains a LoRA on a folder of pictures; Ctrl-C stops it, and the same command goes on.
 
-    On several GPUs: accelerate launch --module compose train ...
+    On several GPUs: accelerate launch --module lora_compose train ...
     """
-    from compose.training.loop import DivergedError, Stopped
-    from compose.training.loop import train as run
+    from lora_compose.compose.training.loop import DivergedError, Stopped
+    from lora_compose.compose.training.loop import train as run
 
     variants = {
         "align_weight": align_weight, "align_norm": align_norm, "class_target": class_target, "keys": keys,
@@ -154,7 +154,7 @@ def _tara(wanted: bool, variants: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _settings(preset: str | None, tara: dict[str, Any] | None, **fields: Any) -> Training:
-    from compose.training.model import preset_of
+    from lora_compose.compose.training.model import preset_of
 
     given = {name: value for name, value in fields.items() if value is not None}
     try:

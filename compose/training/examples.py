@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.training.data import Picture, load_picture, square
-from compose.training.model import encode_text
+from lora_compose.compose.training.data import Picture, load_picture, square
+from lora_compose.compose.training.model import encode_text
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from compose.training.alignment import Alignment
-from compose.training.focus import Focus
+from lora_compose.compose.training.alignment import Alignment
+from lora_compose.compose.training.focus import Focus
 
 
 class Batch(NamedTuple):

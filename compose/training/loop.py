@@ -15,19 +15,19 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from torch import nn
 
-from compose.atomic import write_whole
-from compose.models import threads
-from compose.precision import cpu_has_bf16
-from compose.training.batches import Batches, batches_of
-from compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
-from compose.training.learner import Batch, Learner, Losses, Weights
-from compose.training.model import lora_parameters, noise_schedule, open_base
-from compose.training.optimizers import learning_rate, optimizers_of
-from compose.training.output import lora_bytes
-from compose.training.pictures import paint_samples
-from compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
-from compose.training.settings import Training
-from compose.training.stopping import asked_to_stop
+from lora_compose.compose.atomic import write_whole
+from lora_compose.compose.models import threads
+from lora_compose.compose.precision import cpu_has_bf16
+from lora_compose.compose.training.batches import Batches, batches_of
+from lora_compose.compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
+from lora_compose.compose.training.learner import Batch, Learner, Losses, Weights
+from lora_compose.compose.training.model import lora_parameters, noise_schedule, open_base
+from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
+from lora_compose.compose.training.output import lora_bytes
+from lora_compose.compose.training.pictures import paint_samples
+from lora_compose.compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
+from lora_compose.compose.training.settings import Training
+from lora_compose.compose.training.stopping import asked_to_stop
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from compose.files import PLAYGROUND
-from compose.models import ModelError, model_source
-from compose.training.settings import SCOPES, Training
+from lora_compose.compose.files import PLAYGROUND
+from lora_compose.compose.models import ModelError, model_source
+from lora_compose.compose.training.settings import SCOPES, Training
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from compose.training.settings import Training
+from lora_compose.compose.training.settings import Training
 
 
 def optimizers_of(parameters: Sequence[nn.Parameter], settings: Training) -> list[torch.optim.Optimizer]:

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from compose.files import save_image
-from compose.training.batches import generator
-from compose.training.data import SUFFIXES
-from compose.training.focus import Focus
-from compose.training.settings import Training
+from lora_compose.compose.files import save_image
+from lora_compose.compose.training.batches import generator
+from lora_compose.compose.training.data import SUFFIXES
+from lora_compose.compose.training.focus import Focus
+from lora_compose.compose.training.settings import Training
 
 logger = logging.getLogger(__name__)
 

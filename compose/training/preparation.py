@@ -8,14 +8,14 @@ from typing import Any
 from accelerate import Accelerator
 from peft import LoraConfig
 
-from compose.training.alignment import Alignment
-from compose.training.data import Picture, digest, read_pictures, say_small
-from compose.training.examples import Examples, encode_pictures
-from compose.training.focus import Focus, focus_on_triggers
-from compose.training.model import ADAPTER, add_lora, encode_text, tokenizers_of
-from compose.training.pictures import paint_class
-from compose.training.settings import Training
-from compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
+from lora_compose.compose.training.alignment import Alignment
+from lora_compose.compose.training.data import Picture, digest, read_pictures, say_small
+from lora_compose.compose.training.examples import Examples, encode_pictures
+from lora_compose.compose.training.focus import Focus, focus_on_triggers
+from lora_compose.compose.training.model import ADAPTER, add_lora, encode_text, tokenizers_of
+from lora_compose.compose.training.pictures import paint_class
+from lora_compose.compose.training.settings import Training
+from lora_compose.compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from compose.files import PLAYGROUND
-from compose.playground.world import BASE_CLASSES, PLACES
-from compose.precision import cpu_has_bf16
-from pipelines.scene import Concept
-from pipelines.tokens import find_words
+from lora_compose.compose.files import PLAYGROUND
+from lora_compose.compose.playground.world import BASE_CLASSES, PLACES
+from lora_compose.compose.precision import cpu_has_bf16
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import find_words
 
 Scope = Literal["cross_kv", "attention", "transformer"]
 

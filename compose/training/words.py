@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from compose.training.data import DataError
-from pipelines.scene import Concept
-from pipelines.tokens import Mention, class_words, find_words, free_nouns, locate_mention, span_positions
+from lora_compose.compose.training.data import DataError
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import Mention, class_words, find_words, free_nouns, locate_mention, span_positions
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipelines.formats.deltas import rank_of
-from pipelines.formats.files import LoraError, LoraFile
-from pipelines.formats.keys import PARTS, Part
-from pipelines.formats.layers import Layer
+from lora_compose.pipelines.formats.deltas import rank_of
+from lora_compose.pipelines.formats.files import LoraError, LoraFile
+from lora_compose.pipelines.formats.keys import PARTS, Part
+from lora_compose.pipelines.formats.layers import Layer
 
 MAX_SCALE = 1000.0
 """The largest factor on a change, alpha / rank, that is believed; trainers write up to some tens."""

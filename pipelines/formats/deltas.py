@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attention.lora_bank import LoraFactors
+from lora_compose.attention.lora_bank import LoraFactors
 
 MAX_RANK = 128
 """The rank up to which changes of other kinds than LoRA are kept exactly."""

@@ -15,9 +15,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from pipelines.formats.keys import Part, bundled_embedding, parse
-from pipelines.formats.safetensors_reader import MAX_HEADER, MAX_TENSORS, DamagedError, read_header, read_tensors
-from pipelines.regular import open_regular
+from lora_compose.pipelines.formats.keys import Part, bundled_embedding, parse
+from lora_compose.pipelines.formats.safetensors_reader import (
+    MAX_HEADER,
+    MAX_TENSORS,
+    DamagedError,
+    read_header,
+    read_tensors,
+)
+from lora_compose.pipelines.regular import open_regular
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.formats.files import LoraError, LoraFile
-from pipelines.formats.keys import Part, parse
-from pipelines.formats.recognise import UNSUPPORTED
+from lora_compose.pipelines.formats.files import LoraError, LoraFile
+from lora_compose.pipelines.formats.keys import Part, parse
+from lora_compose.pipelines.formats.recognise import UNSUPPORTED
 
 _INEXPRESSIBLE = {"bias", "norm"}
 

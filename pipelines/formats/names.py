@@ -6,9 +6,9 @@ from itertools import count
 
 from torch import nn
 
-from attention.layers import uncompiled
-from attention.lora_bank import base_layer
-from pipelines.formats.keys import Part
+from lora_compose.attention.layers import uncompiled
+from lora_compose.attention.lora_bank import base_layer
+from lora_compose.pipelines.formats.keys import Part
 
 # What diffusers names and the original checkpoints ("LDM" for SD, "SGM" for SDXL) number, with underscores for dots.
 _RESNET = {

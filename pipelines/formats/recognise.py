@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Size
 
-from pipelines.formats.keys import Key, parse
+from lora_compose.pipelines.formats.keys import Key, parse
 
 # What the tensors are, by the first slot that is found.
 _KINDS = (

@@ -4,17 +4,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipelines.engine import LoadedConcept
-from pipelines.methods.clora import Clora
-from pipelines.methods.composite import Composite
-from pipelines.methods.lora_composer import LoraComposer
-from pipelines.methods.merge import Merge
-from pipelines.methods.process import OnePass, Process, Settings
-from pipelines.methods.regional import Regional
-from pipelines.methods.switch import Switch
-from pipelines.methods.tara import Tara
-from pipelines.scene import Concept
-from pipelines.tokens import own_nouns
+from lora_compose.pipelines.engine import LoadedConcept
+from lora_compose.pipelines.methods.clora import Clora
+from lora_compose.pipelines.methods.composite import Composite
+from lora_compose.pipelines.methods.lora_composer import LoraComposer
+from lora_compose.pipelines.methods.merge import Merge
+from lora_compose.pipelines.methods.process import OnePass, Process, Settings
+from lora_compose.pipelines.methods.regional import Regional
+from lora_compose.pipelines.methods.switch import Switch
+from lora_compose.pipelines.methods.tara import Tara
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import own_nouns
 
 __all__ = [
     "METHODS",

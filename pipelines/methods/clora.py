@@ -26,19 +26,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import Gates, Layout, Partition, Recorder, grid_at
-from attention.masks import closed, dilated, eroded, opened, strongest
-from pipelines.branches import Branch, branches_of
-from pipelines.casts import ByCast
-from pipelines.conditioning import Conditioning, join_branches, stack_texts
-from pipelines.engine import Engine, Gradient, Prediction
-from pipelines.losses import contrast, smooth
-from pipelines.methods.merge import Merge
-from pipelines.methods.process import Process, acting, say_once, say_unread
-from pipelines.methods.region_gates import region_gates
-from pipelines.regions import Regions
-from pipelines.scene import Concept
-from pipelines.tokens import Mention
+from lora_compose.attention import Gates, Layout, Partition, Recorder, grid_at
+from lora_compose.attention.masks import closed, dilated, eroded, opened, strongest
+from lora_compose.pipelines.branches import Branch, branches_of
+from lora_compose.pipelines.casts import ByCast
+from lora_compose.pipelines.conditioning import Conditioning, join_branches, stack_texts
+from lora_compose.pipelines.engine import Engine, Gradient, Prediction
+from lora_compose.pipelines.losses import contrast, smooth
+from lora_compose.pipelines.methods.merge import Merge
+from lora_compose.pipelines.methods.process import Process, acting, say_once, say_unread
+from lora_compose.pipelines.methods.region_gates import region_gates
+from lora_compose.pipelines.regions import Regions
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import Mention
 
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipelines.engine import Engine
-from pipelines.methods.process import Alone, alone, say_once, say_unread_by_passes
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods.process import Alone, alone, say_once, say_unread_by_passes
 
 
 @dataclass(frozen=True)

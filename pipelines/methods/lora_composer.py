@@ -30,20 +30,20 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attention import Gates, Layout, Partition, Recorder
-from attention.layers import sent
-from pipelines.casts import ByCast
-from pipelines.conditioning import Conditioning, stack_texts
-from pipelines.engine import Engine
-from pipelines.losses import bell, concentration, filling, outlook, smooth
-from pipelines.methods.merge import Merge
-from pipelines.methods.process import Process, acting, say_unread
-from pipelines.methods.region_gates import Inject, Rows, region_gates
-from pipelines.methods.reinit import reinitialised
-from pipelines.prompts import about, surroundings, without_triggers
-from pipelines.regions import Regions, Window
-from pipelines.scene import Concept
-from pipelines.tokens import find_words
+from lora_compose.attention import Gates, Layout, Partition, Recorder
+from lora_compose.attention.layers import sent
+from lora_compose.pipelines.casts import ByCast
+from lora_compose.pipelines.conditioning import Conditioning, stack_texts
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.losses import bell, concentration, filling, outlook, smooth
+from lora_compose.pipelines.methods.merge import Merge
+from lora_compose.pipelines.methods.process import Process, acting, say_unread
+from lora_compose.pipelines.methods.region_gates import Inject, Rows, region_gates
+from lora_compose.pipelines.methods.reinit import reinitialised
+from lora_compose.pipelines.prompts import about, surroundings, without_triggers
+from lora_compose.pipelines.regions import Regions, Window
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import find_words
 
 Reinit = Literal["off", "copy", "swap"]
 StepRule = Literal["raw", "rms"]

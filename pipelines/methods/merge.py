@@ -7,8 +7,8 @@ everywhere, so other methods do the same where a scene has no subjects.
 
 from dataclasses import dataclass
 
-from pipelines.engine import Engine
-from pipelines.methods.process import OnePass, constant_gates, one_text, say_once
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods.process import OnePass, constant_gates, one_text, say_once
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from attention import Gates
-from attention.layers import Kind
-from pipelines.conditioning import Conditioning
-from pipelines.engine import Engine
-from pipelines.notes import say_once
-from pipelines.scene import Concept
+from lora_compose.attention import Gates
+from lora_compose.attention.layers import Kind
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.scene import Concept
 
 __all__ = [
     "Alone",

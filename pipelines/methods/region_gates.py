@@ -5,12 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attention import Gates
-from attention.layers import sent
-from attention.layout import read_by
-from pipelines.conditioning import Conditioning
-from pipelines.engine import Engine
-from pipelines.regions import Regions
+from lora_compose.attention import Gates
+from lora_compose.attention.layers import sent
+from lora_compose.attention.layout import read_by
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.regions import Regions
 
 Inject = Literal["attn2", "full", "off"]
 """Where a LoRA acts in its region: on keys, values and output of cross-attention, in every layer, or nowhere."""

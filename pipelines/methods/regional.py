@@ -18,11 +18,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from attention import Gates, grid_at
-from pipelines.engine import Engine, LoadedConcept
-from pipelines.methods.merge import Merge
-from pipelines.methods.process import OnePass, one_text, say_once
-from pipelines.regions import region_mask
+from lora_compose.attention import Gates, grid_at
+from lora_compose.pipelines.engine import Engine, LoadedConcept
+from lora_compose.pipelines.methods.merge import Merge
+from lora_compose.pipelines.methods.process import OnePass, one_text, say_once
+from lora_compose.pipelines.regions import region_mask
 
 Rows = Literal["cond_only", "all"]
 TokenMask = Literal["tara", "all", "none"]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.masks import bounds
+from lora_compose.attention.masks import bounds
 
 
 def reinitialised(latents: Tensor, scores: Tensor, regions: Sequence[Tensor], factor: int, *, swap: bool) -> Tensor:

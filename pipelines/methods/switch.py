@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pipelines.engine import Engine
-from pipelines.methods.process import Alone, alone, say_once, say_unread_by_passes
+from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.methods.process import Alone, alone, say_once, say_unread_by_passes
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Literal, get_args
 
 import torch
 
-from attention import Gates
-from pipelines.engine import Engine, LoadedConcept
-from pipelines.methods.process import OnePass, one_text, say_once
+from lora_compose.attention import Gates
+from lora_compose.pipelines.engine import Engine, LoadedConcept
+from lora_compose.pipelines.methods.process import OnePass, one_text, say_once
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]

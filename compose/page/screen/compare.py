@@ -2,12 +2,12 @@
 
 import streamlit as st
 
-from compose.page.controls import sentence
-from compose.page.screen import fields
-from compose.page.screen.state import Visit, judge
-from compose.page.text import markdown
-from compose.page.work import Picture
-from pipelines.methods import METHODS
+from lora_compose.compose.page.controls import sentence
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.state import Visit, judge
+from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.work import Picture
+from lora_compose.pipelines.methods import METHODS
 
 _CHOSEN = "set.compared"
 _PLACE = "compare"

@@ -7,14 +7,14 @@ from pathlib import Path
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from compose.overlay import colour
-from compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
-from compose.page.screen import fields
-from compose.page.screen.state import FILE_PATIENCE, Row, Visit, checking, discard
-from compose.page.shelf import Busy
-from compose.page.store import UPLOAD_LIMIT, Lora, in_folder, is_on_hub, named, playground, tile
-from compose.page.text import markdown, markup
-from pipelines.loading import find_file
+from lora_compose.compose.overlay import colour
+from lora_compose.compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, Row, Visit, checking, discard
+from lora_compose.compose.page.shelf import Busy
+from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, in_folder, is_on_hub, named, playground, tile
+from lora_compose.compose.page.text import markdown, markup
+from lora_compose.pipelines.loading import find_file
 
 logger = logging.getLogger(__name__)
 

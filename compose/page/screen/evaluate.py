@@ -2,9 +2,9 @@
 
 import streamlit as st
 
-from compose.page.quick import Quick, reports
-from compose.page.screen.state import Visit, quick
-from compose.page.text import markdown
+from lora_compose.compose.page.quick import Quick, reports
+from lora_compose.compose.page.screen.state import Visit, quick
+from lora_compose.compose.page.text import markdown
 
 _EVERY = 1.0  # seconds between two looks
 _PACKAGES = ("scipy", "pandas", "matplotlib")

@@ -6,15 +6,15 @@ from typing import Any
 import streamlit as st
 from pydantic import ValidationError
 
-from compose.files import complaints
-from compose.page.boxes import fitted
-from compose.page.controls import changed, controls
-from compose.page.draft import Draft, read_seeds
-from compose.page.screen.state import Row, Visit
-from compose.page.store import Lora
-from pipelines.methods import METHODS
-from pipelines.scene import Concept, Run
-from pipelines.weights import blocks_text, weight_text
+from lora_compose.compose.files import complaints
+from lora_compose.compose.page.boxes import fitted
+from lora_compose.compose.page.controls import changed, controls
+from lora_compose.compose.page.draft import Draft, read_seeds
+from lora_compose.compose.page.screen.state import Row, Visit
+from lora_compose.compose.page.store import Lora
+from lora_compose.pipelines.methods import METHODS
+from lora_compose.pipelines.scene import Concept, Run
+from lora_compose.pipelines.weights import blocks_text, weight_text
 
 SET = "set."
 """What the names of all fields begin with."""

@@ -6,16 +6,16 @@ import streamlit as st
 from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from compose.files import FileError, Record, read_pixels, read_record, save_image
-from compose.models import devices
-from compose.page.draft import draft_of
-from compose.page.screen import fields
-from compose.page.screen.model import take_over
-from compose.page.screen.state import FILE_PATIENCE, Visit, checking, discard
-from compose.page.shelf import Busy, Choice
-from compose.page.store import MOST_FILES, PNG_LIMIT, dropped, is_on_hub, located, picture_files
-from compose.page.text import markdown
-from compose.page.work import Picture
+from lora_compose.compose.files import FileError, Record, read_pixels, read_record, save_image
+from lora_compose.compose.models import devices
+from lora_compose.compose.page.draft import draft_of
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.model import take_over
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, Visit, checking, discard
+from lora_compose.compose.page.shelf import Busy, Choice
+from lora_compose.compose.page.store import MOST_FILES, PNG_LIMIT, dropped, is_on_hub, located, picture_files
+from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.work import Picture
 
 _PLACE = "restore"
 _ACROSS = 3

@@ -6,12 +6,12 @@ from typing import Any
 import streamlit as st
 from streamlit.components.v2 import component
 
-from compose.overlay import colour
-from compose.page.boxes import TEMPLATES, fitted, template
-from compose.page.draft import SIDES
-from compose.page.screen import fields
-from compose.page.screen.state import Row, Visit
-from compose.page.text import markdown
+from lora_compose.compose.overlay import colour
+from lora_compose.compose.page.boxes import TEMPLATES, fitted, template
+from lora_compose.compose.page.draft import SIDES
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.state import Row, Visit
+from lora_compose.compose.page.text import markdown
 
 _HERE = Path(__file__).parent
 _CANVAS = "do.canvas"

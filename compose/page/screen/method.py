@@ -2,13 +2,13 @@
 
 import streamlit as st
 
-from compose.models import scheduler_names
-from compose.page.controls import Control, changed, controls, sentence
-from compose.page.draft import MOST_STEPS
-from compose.page.screen import fields
-from compose.page.screen.state import Visit
-from compose.page.text import markdown
-from pipelines.methods import METHODS
+from lora_compose.compose.models import scheduler_names
+from lora_compose.compose.page.controls import Control, changed, controls, sentence
+from lora_compose.compose.page.draft import MOST_STEPS
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.text import markdown
+from lora_compose.pipelines.methods import METHODS
 
 _AUTOMATIC = "Chosen by what the concepts have: boxes, LoRAs trained with TARA, or neither."
 

@@ -2,13 +2,13 @@
 
 import streamlit as st
 
-from compose.overlay import colour
-from compose.page.draft import MOST_TEXT
-from compose.page.screen import fields
-from compose.page.screen.state import Visit
-from compose.page.text import markdown
-from compose.page.words import as_html, read_prompt, with_phrase
-from pipelines.scene import Concept
+from lora_compose.compose.overlay import colour
+from lora_compose.compose.page.draft import MOST_TEXT
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.words import as_html, read_prompt, with_phrase
+from lora_compose.pipelines.scene import Concept
 
 
 def prompt_part(here: Visit) -> None:

@@ -2,18 +2,18 @@
 
 import streamlit as st
 
-from compose.check import Report
-from compose.overlay import outlined
-from compose.page import export
-from compose.page.draft import Draft, check_canvas
-from compose.page.screen import fields
-from compose.page.screen.compare import compare_view
-from compose.page.screen.evaluate import evaluate_view
-from compose.page.screen.keep import gallery_view, keep_buttons
-from compose.page.screen.state import Visit
-from compose.page.screen.understand import understand_view
-from compose.page.text import markdown
-from compose.page.work import Job, Picture
+from lora_compose.compose.check import Report
+from lora_compose.compose.overlay import outlined
+from lora_compose.compose.page import export
+from lora_compose.compose.page.draft import Draft, check_canvas
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.compare import compare_view
+from lora_compose.compose.page.screen.evaluate import evaluate_view
+from lora_compose.compose.page.screen.keep import gallery_view, keep_buttons
+from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.screen.understand import understand_view
+from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.work import Job, Picture
 
 _EVERY = 0.4  # seconds between two looks at the work
 _VIEW = "set.view"

@@ -14,18 +14,18 @@ from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from compose.check import Report, check
-from compose.files import png_bytes
-from compose.page.draft import Draft, example
-from compose.page.launch import Options, options
-from compose.page.leaving import Visits
-from compose.page.quick import Quick
-from compose.page.scores import Judge, Likeness
-from compose.page.shelf import Busy, Choice, Shelf, Slot
-from compose.page.store import Lora, Store
-from compose.page.work import Job, Picture
-from pipelines.loading import LoraError
-from pipelines.scene import Concept, Run
+from lora_compose.compose.check import Report, check
+from lora_compose.compose.files import png_bytes
+from lora_compose.compose.page.draft import Draft, example
+from lora_compose.compose.page.launch import Options, options
+from lora_compose.compose.page.leaving import Visits
+from lora_compose.compose.page.quick import Quick
+from lora_compose.compose.page.scores import Judge, Likeness
+from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot
+from lora_compose.compose.page.store import Lora, Store
+from lora_compose.compose.page.work import Job, Picture
+from lora_compose.pipelines.loading import LoraError
+from lora_compose.pipelines.scene import Concept, Run
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class Visit:
 
 def visit() -> Visit:
     """This visit; a new one begins with the example."""
-    from compose.page.screen import fields
+    from lora_compose.compose.page.screen import fields
 
     before: Visit | None = st.session_state.get("visit")
     if before is None or before.closed:
@@ -281,7 +281,7 @@ def choose_model(here: Visit, choice: Choice) -> None:
 
 
 def _known(concept: Concept) -> Lora:
-    from compose.page.store import named
+    from lora_compose.compose.page.store import named
 
     return named(concept.lora or "")
 
@@ -290,7 +290,7 @@ def _fit(slot: Slot, lora: Lora, alpha: float | None) -> tuple[str, str]:
     concept = lora.concept("it").model_copy(update={"alpha": alpha})
     with checking(_PATIENCE), slot.turn((), wait=False) as pipe:
         try:
-            from compose.models import lora_source
+            from lora_compose.compose.models import lora_source
 
             found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
         except (LoraError, OSError) as error:

@@ -2,9 +2,9 @@
 
 import streamlit as st
 
-from compose.overlay import heat, masks
-from compose.page.screen.state import Visit
-from compose.page.text import markdown
+from lora_compose.compose.overlay import heat, masks
+from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.text import markdown
 
 
 def understand_view(here: Visit) -> None:
