@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 DEVICE = torch.device("lazy", 0)
 ROOT = Path(__file__).parents[1]
-OURS = tuple(str(ROOT / package) for package in ("attention", "pipelines", "compose"))
+OURS = f"{ROOT / 'lora_compose'}/"
 
 
 @dataclass(frozen=True)

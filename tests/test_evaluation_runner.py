@@ -216,7 +216,7 @@ def test_results_are_the_same_after_kills_at_random_moments(suite: Suite, finish
 def by_accelerate(suite_file: Path, out: Path) -> list[str]:
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
     fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    return [*launch, *fixed, "--module", "compose", "evaluate", str(suite_file), "--out", str(out)]
+    return [*launch, *fixed, "--module", "lora_compose", "evaluate", str(suite_file), "--out", str(out)]
 
 
 def by_option(suite_file: Path, out: Path) -> list[str]:

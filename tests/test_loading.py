@@ -344,9 +344,9 @@ def test_keys_without_a_layer_are_reported_and_warned_about(
     )
     assert factors.unmatched == left_over
     assert "3 keys fit no layer and are left out" in factors.report
-    with caplog.at_level(logging.WARNING, logger="pipelines"):
+    with caplog.at_level(logging.WARNING, logger="lora_compose"):
         pipe.load_concept(path)
-    (record,) = [record for record in caplog.records if record.name.startswith("pipelines")]
+    (record,) = [record for record in caplog.records if record.name.startswith("lora_compose.pipelines")]
     assert record.levelno == logging.WARNING
     for part in ("cat.safetensors", "128 unet layers", *left_over):
         assert part in record.getMessage()

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
-from lora_compose import ComposePipeline, atomic
+from lora_compose import ComposePipeline
+from lora_compose.compose import atomic
 from lora_compose.compose.assets import playground_references
 from lora_compose.compose.evaluation.command import free_port
 from lora_compose.compose.models import ModelError

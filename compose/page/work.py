@@ -51,7 +51,7 @@ class Picture:
 
 
 class Job:
-    """Pictures to be made one after the other, each as `compose.models.make` makes it.
+    """Pictures to be made one after the other, each as `lora_compose.compose.models.make` makes it.
 
     Args:
         slot: The model.

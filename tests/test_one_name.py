@@ -1,0 +1,70 @@
+"""The library has one import name, and gets along with projects whose folders are called like parts of it."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lora_compose
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("attention", "pipelines", "compose")
+USE = """
+import attention, pipelines, compose
+from lora_compose import Clora, ComposePipeline, Concept, LoraComposer
+from lora_compose.compose.assets import playground_model
+assert {attention.WHOSE, pipelines.WHOSE, compose.WHOSE} == {"theirs"}
+pipe = ComposePipeline.from_pretrained(playground_model())
+print(type(pipe).__module__, pipe("a cat", num_inference_steps=1, output_type="latent").images.shape[0])
+"""
+
+
+def run_in_a_project(folder: Path, library: Path) -> str:
+    """What the use above prints in a project that has folders of these names."""
+    for part in PARTS:
+        (folder / part).mkdir()
+        (folder / part / "__init__.py").write_text("WHOSE = 'theirs'\n", encoding="utf-8")
+    (folder / "use.py").write_text(USE, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(library)}
+    ended = subprocess.run(
+        [sys.executable, "use.py"], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_a_project_with_folders_of_these_names_can_use_the_library(tmp_path: Path) -> None:
+    assert run_in_a_project(tmp_path, ROOT).split() == ["lora_compose.pipelines.stable_diffusion", "1"]
+
+
+@pytest.mark.slow
+def test_the_wheel_has_one_name_and_works_in_such_a_project(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.split("/")[0] for name in archive.namelist()}
+        archive.extractall(tmp_path / "site")
+    assert {name for name in names if not name.endswith(".dist-info")} == {"lora_compose"}
+    assert (tmp_path / "site/lora_compose/py.typed").is_file()
+    (tmp_path / "project").mkdir()
+    assert "stable_diffusion 1" in run_in_a_project(tmp_path / "project", tmp_path / "site")
+
+
+def test_what_the_package_exports_is_there() -> None:
+    assert sorted(lora_compose.__all__, key=str) == sorted(set(lora_compose.__all__), key=str)
+    assert all(hasattr(lora_compose, name) for name in lora_compose.__all__)
+
+
+def test_every_name_of_the_documentation_is_exported() -> None:
+    """In examples: what is imported from the package, and methods and types that are called."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))]
+    code = "\n".join(block for text in texts for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    imported = {name.strip() for line in re.findall(r"from lora_compose import (.*)", code) for name in line.split(",")}
+    called = set(re.findall(r"\b(Clora|LoraComposer|Tara|Regional|Merge|Switch|Composite|Concept|Control)\(", code))
+    assert imported | called
+    assert imported | called <= set(lora_compose.__all__)
