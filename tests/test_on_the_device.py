@@ -77,7 +77,10 @@ WAITS = {
 SLOWLY = {
     "maps of regional", "controls of tara", "weights of merge", "weights of clora", "a style for tara",
     "a style for composite", "overlapping boxes", "own prompts of switch", "tara, official", "tara, keys and values",
-    "clora, one branch at once",
+    "clora, one branch at once", "maps of tara", "controls of clora", "weights of regional", "weights of lora-composer",
+    "a mask for lora-composer", "a style for lora-composer", "a style for clora", "own prompts of lora-composer",
+    "images per prompt", "latents", "a callback that changes latents", "rescaled guidance and noise in steps",
+    "re-initialised noise", "an odd canvas",
 }  # fmt: skip
 """What others go through as well."""
 

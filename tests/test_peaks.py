@@ -62,7 +62,7 @@ def taken_by(pipe: Any, method: Settings | None) -> int:
     return memory.peak_bytes - there.peak_bytes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_what_is_worked_out_is_what_a_real_call_takes(ready, method):
     unet = meta_unet(ready.unet.config)

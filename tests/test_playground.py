@@ -130,6 +130,7 @@ def test_a_batch_fits_together(painter: Painter, sprites: dict[str, np.ndarray])
     assert (torch.bincount(told) == 2).all()  # two views of every identity
 
 
+@pytest.mark.slow
 def test_the_judge_is_trained_continued_and_opened(sprites: dict[str, np.ndarray], tmp_path: Path) -> None:
     named: dict[str, Any] = dict(sprites)
     np.savez(tmp_path / "sprites.npz", **named)

@@ -172,6 +172,7 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert max(shares) == 1
 
 
+@pytest.mark.slow
 def test_the_vae_is_trained_and_continued(artwork: Path, tmp_path: Path) -> None:
     out = tmp_path / "vae"
     first = command(vae.train, artwork, out, "--steps", 1, "--batch", 2, "--threads", 1)
@@ -215,6 +216,7 @@ def small_trainer() -> BaseTrainer:
     return BaseTrainer(made, lr=0.01, seed=0)
 
 
+@pytest.mark.slow
 def test_the_base_model_learns_and_goes_on_where_it_was(sprites: Sprites, tmp_path: Path) -> None:
     trainer = small_trainer()
     batch = next(iter(scenes.Batches(sprites, trainer.pipe.vae, 0, 4, close_up=True)))
@@ -242,6 +244,7 @@ def test_the_base_model_is_saved_with_averaged_weights(tmp_path: Path) -> None:
     assert all((p == 0.5).all() for p in opened.unet.parameters())
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path, tmp_path: Path) -> None:
     start, close, model = tmp_path / "start", tmp_path / "close", tmp_path / "model"
     small_trainer().save(start)
@@ -256,6 +259,7 @@ def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path,
     assert not [path for path in model.rglob("*.json") if str(tmp_path) in path.read_text()]
 
 
+@pytest.mark.slow
 def test_a_new_model_reads_with_the_tokenizer_that_was_built(artwork: Path, tmp_path: Path) -> None:
     words, model = tmp_path / "words", tmp_path / "model"
     command(tokenizer.main, artwork, words, "--captions", 200)
@@ -269,6 +273,7 @@ def test_a_new_model_reads_with_the_tokenizer_that_was_built(artwork: Path, tmp_
     assert "--tokenizer is for a new model" in said
 
 
+@pytest.mark.slow
 def test_plain_prompts_are_shown_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = {"a cat on grass": ("cat",), "a horse and a house on sand": ("horse", "house")}
     monkeypatch.setattr(plain, "PROMPTS", prompts)
@@ -299,6 +304,7 @@ def test_unknown_loras_are_refused_and_the_known_ones_listed(wrong: tuple[str, s
     assert f"there is no {wrong[0][2:]} mouse; there are" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "trigger"), [("robot", "qrt"), (concepts.STYLE, STYLE_TRIGGER)])
 def test_a_lora_of_the_playground_is_trained_by_the_recipe(
     name: str, trigger: str, artwork: Path, tmp_path: Path
