@@ -1,8 +1,8 @@
 """Atomic writes: a file appears whole, under a new name or in place of another one, or not at all.
 
-What is being written stands beside its destination, as `.lora-compose-*.part`, and is locked by its writer. The system
-gives the lock up when the writer dies, however it dies, so whoever writes into the folder next can tell what nobody
-will finish, and removes it.
+The unfinished file lies beside its destination, as `.lora-compose-*.part`, locked by its writer. The system releases
+the lock when the writer dies, however it dies, so the next writer in this folder recognises abandoned files and removes
+them.
 """
 
 import os

@@ -407,7 +407,7 @@ def test_accelerate_starts_several_processes(begin: Callable[..., Training], tmp
     launch = ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"]
     fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     given = arguments(settings, "--batch-size", 1, "--tara", "--start-apart")
-    command = [sys.executable, "-m", *launch, *fixed, "--module", "compose", *map(str, given)]
+    command = [sys.executable, "-m", *launch, *fixed, "--module", "lora_compose", *map(str, given)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -800,4 +800,4 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Train
 
 @pytest.fixture(autouse=True)
 def _said(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "compose")
+    caplog.set_level(logging.INFO, "lora_compose.compose")

@@ -1,7 +1,7 @@
 """What a process of an evaluation runs that another one has started: `lora-compose`, until that one is gone.
 
-The system closes the other end of the standard input when the parent ends, even where it is killed and could tell
-nobody. This text is run by itself (`python -c`), before anything is imported that takes its time.
+The system closes the other end of the standard input when the parent ends, even if it is killed. This text is run by
+itself (`python -c`), before any slow import.
 """
 
 import os

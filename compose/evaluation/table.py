@@ -291,7 +291,7 @@ def _sound(reading: Callable[[], _Read | None]) -> _Read | None:
     try:
         return reading()
     except FileError as error:
-        logger.error("%s, and is left out; the evaluation, started again, makes it again", error)
+        logger.error("%s, and is left out; run the evaluation again to repair it", error)
         return None
 
 

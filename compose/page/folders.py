@@ -39,7 +39,7 @@ def new_folder() -> Path:
 
 
 def clean(place: Path) -> None:
-    """Removes folders of pages that were killed: ours by their names, of this user, whose lock nobody holds."""
+    """Removes folders of pages that were killed: named as ours, owned by this user, and not locked."""
     if fcntl is None:
         return
     for root in place.glob(f"{PREFIX}*"):
@@ -48,7 +48,7 @@ def clean(place: Path) -> None:
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 lock = _locked(root, os.O_RDWR)
                 logger.info("%s is left of a page that was killed, and is removed", root)
-                shutil.rmtree(root, ignore_errors=True)  # with the lock: nobody begins to use it meanwhile
+                shutil.rmtree(root, ignore_errors=True)  # holding the lock, so that no other page starts to use it
                 os.close(lock)
 
 

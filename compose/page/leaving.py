@@ -38,7 +38,7 @@ class _Open:
 class Visits:
     """All visits that are open. A thread looks after them, from the first one on.
 
-    Nobody tells the page that a browser has gone, be it closed, killed or cut off; whether it is there can be asked.
+    Streamlit does not report that a browser has gone (closed, killed or cut off); it can be asked whether one is there.
 
     Args:
         is_there: Whether a session has a browser, by the session's name.

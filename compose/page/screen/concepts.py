@@ -161,7 +161,7 @@ def _upload(here: Visit, file: UploadedFile) -> Lora:
 
 def _named(source: str) -> Lora:
     if is_on_hub(source):
-        find_file(source)  # the download, for which nobody else has to wait
+        find_file(source)  # the download, outside the lock
     with checking(FILE_PATIENCE):
         return named(source)
 

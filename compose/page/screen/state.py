@@ -29,8 +29,8 @@ from lora_compose.pipelines.scene import Concept, Run
 
 logger = logging.getLogger(__name__)
 
-# Checks listen to the log, whose level is everybody's; and a file, while it is read, may keep the interpreter from
-# everybody else for a moment, so there is one at a time.
+# One at a time: checks listen to the log, whose level is shared, and reading a file may hold the interpreter lock for a
+# moment.
 _CHECKING = threading.Lock()
 _PATIENCE = 0.5  # seconds that a look at the screen waits for the files and checks of others
 FILE_PATIENCE = 30.0
