@@ -267,7 +267,8 @@ def test_files_are_read_as_the_safetensors_library_reads_them(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], metadata: dict[str, str], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "library.safetensors"
-    content = bytearray(save(tensors, metadata))
+    sound = save(tensors, metadata)
+    content = bytearray(sound)
     for _ in range(data.draw(st.integers(0, 2))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
@@ -281,7 +282,8 @@ def test_files_are_read_as_the_safetensors_library_reads_them(
             header = read_header(file)
             found = read_tensors(file, header, list(header.entries), digest)
     except ValueError:
-        return  # what is damaged; that sound files are read, the untouched ones show
+        assert content != sound or expected is None  # the library cannot read what it writes of no tensors at all
+        return
     assert digest.digest() == hashlib.sha256(content).digest()
     assert expected is not None
     assert found.keys() == expected.keys()

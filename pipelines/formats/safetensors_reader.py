@@ -11,7 +11,8 @@ import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from io import BufferedReader
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ class Header:
     raw: bytes
 
 
-def read_header(file: BinaryIO) -> Header:
+def read_header(file: BufferedReader) -> Header:
     """Reads and checks a header; no tensor is read.
 
     Args:
@@ -91,7 +92,7 @@ def read_header(file: BinaryIO) -> Header:
     if size < 8 or length > size - 8:
         raise DamagedError("the header is longer than the file")
     if length > MAX_HEADER:
-        raise ValueError(f"it has a header of {length >> 20} MiB; a LoRA's has at most {MAX_HEADER >> 20}")
+        raise ValueError(f"it has a header of {length / 2**20:.1f} MiB; a LoRA's has at most {MAX_HEADER >> 20}")
     text = file.read(length)
     tensors = text.count(b'"dtype"')  # which is cheaper than to parse as many
     if tensors > MAX_TENSORS:
@@ -107,7 +108,9 @@ def read_header(file: BinaryIO) -> Header:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedError("the metadata in the header are not strings")
-    found = sorted(((key, _entry(key, value)) for key, value in header.items()), key=lambda item: item[1].start)
+    entries = {key: _entry(key, value) for key, value in header.items()}
+    # Tensors without numbers come before the one that begins at the same byte.
+    found = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     position = 0
     for key, entry in found:
         if entry.start != position:
@@ -118,7 +121,7 @@ def read_header(file: BinaryIO) -> Header:
     return Header(metadata, dict(found), prefix + text)
 
 
-def read_tensors(file: BinaryIO, header: Header, wanted: Collection[str], digest: Digest) -> dict[str, Tensor]:
+def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], digest: Digest) -> dict[str, Tensor]:
     """Reads what follows the header, to the end of the file.
 
     Args:
@@ -141,12 +144,12 @@ def read_tensors(file: BinaryIO, header: Header, wanted: Collection[str], digest
             _skip(file, entry.stop - entry.start, digest)
             continue
         data = bytearray(entry.stop - entry.start)
-        if file.readinto(data) != len(data):  # pyright: ignore[reportAttributeAccessIssue]
+        if file.readinto(data) != len(data):
             raise DamagedError("the file became shorter while it was read")
         digest.update(data)
         dtype = _DTYPES[entry.dtype]
         found[key] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(entry.shape)
-    return {key: found[key] for key in header.entries if key in wanted}
+    return found
 
 
 def _entry(key: str, value: Any) -> Entry:
@@ -169,7 +172,7 @@ def _check(key: str, entry: Entry) -> None:
         raise ValueError(f"{key} of shape {list(entry.shape)} does not have {entry.stop - entry.start} bytes")
 
 
-def _skip(file: BinaryIO, count: int, digest: Digest) -> None:
+def _skip(file: BufferedReader, count: int, digest: Digest) -> None:
     while count:
         data = file.read(min(count, _CHUNK))
         if not data:
