@@ -1,36 +1,36 @@
-"""How LoRAs and attention are steered inside one UNet call.
+"""How LoRAs and attention are steered inside one forward pass of a denoiser.
 
-This package knows torch and diffusers' attention, and nothing of prompts, methods or pipelines.
+This package knows torch and diffusers' models, and nothing of prompts, methods or pipelines.
 """
 
-from lora_compose.attention.gates import Derived, Gates, among
+from lora_compose.attention.backbones import Backbone, backbone_of
+from lora_compose.attention.gates import Gates, among
+from lora_compose.attention.gradients import frozen, weights_kept
 from lora_compose.attention.install import Installation, check_free, install, installed_layers
-from lora_compose.attention.layers import AttentionLayer, attention_layers, coarser, grid_at, map_level, places
-from lora_compose.attention.layout import Layout, Partition
 from lora_compose.attention.lora_bank import Lora, LoraFactors
 from lora_compose.attention.recorder import Recorder
-from lora_compose.attention.stopping import frozen, stopped_after, weights_kept
+from lora_compose.attention.regions import Partition, RegionAttention
+from lora_compose.attention.sites import Grid, Site, Stream, coarser, grid_at
 
 __all__ = [
-    "AttentionLayer",
-    "Derived",
+    "Backbone",
     "Gates",
+    "Grid",
     "Installation",
-    "Layout",
     "Lora",
     "LoraFactors",
     "Partition",
     "Recorder",
+    "RegionAttention",
+    "Site",
+    "Stream",
     "among",
-    "attention_layers",
+    "backbone_of",
     "check_free",
     "coarser",
     "frozen",
     "grid_at",
     "install",
     "installed_layers",
-    "map_level",
-    "places",
-    "stopped_after",
     "weights_kept",
 ]

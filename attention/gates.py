@@ -1,40 +1,42 @@
-"""Gates: how strongly each concept's LoRA acts on every batch row, token and image cell of one UNet pass."""
+"""Gates: a factor on each concept's LoRA for every batch row, text token and image cell of one forward pass.
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+With gates G the bank computes y = W x + ((x A^T) * G) B^T. Every method is a choice of gates: ones are a plain merge, a
+token mask is TARA, an image mask is a regional LoRA, one value per row is one LoRA per branch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from lora_compose.attention.layers import Grid, Kind, Place
+from lora_compose.attention.sites import Grid, Site, grid_at
 
 
 class GateKey(NamedTuple):
     """What a bank layer asks for; layers with equal keys share one expanded tensor."""
 
-    place: Place
+    site: Site
     convolution: bool
     ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """Factors on the LoRA deltas of `concepts` concepts during one UNet pass.
+    """Factors on the LoRA deltas of `concepts` concepts during one forward pass, weights included.
 
-    Weights are part of the factors. Every dimension may be 1 and is then broadcast; rows are ordered (uncond, cond)
-    and a tensor that treats them differently has all of them.
+    Every dimension may be 1 and is then broadcast. Rows are ordered (unconditional, conditional), and a tensor that
+    treats them differently has all of them.
 
     Attributes:
-        text: For keys and values of cross-attention. Shape: [rows, tokens, concepts], or [texts, rows, tokens,
-            concepts] where cells choose among several texts.
-        image: For everything that sees image cells, by level. Shape: [rows, cells, concepts], cells in row-major order.
-        row: For layers that see neither (time embedding). Shape: [rows, concepts].
+        text: For text tokens. Shape: [rows, tokens, concepts], or [texts, rows, tokens, concepts] with several texts.
+        image: For image cells, by level. Shape: [rows, cells, concepts], cells in row-major order.
+        row: For layers with one vector per row (time embedding). Shape: [rows, concepts].
         latent_grid: Height and width of the latents.
-        read: For the output of cross-attention, by level; None is as `image`. Shape: as image, with readers in place of
-            cells where cells choose among several texts (`Readers`).
+        read: For the output of cross-attention, by level; None means `image`. Shape: as `image`, with region queries in
+            place of cells where there are several texts (`RegionQueries`).
+        modulation: For the modulation layers of transformers; None means `row`. Shape: [rows, concepts].
     """
 
     text: Tensor
@@ -42,61 +44,53 @@ class Gates:
     row: Tensor
     latent_grid: Grid
     read: Mapping[int, Tensor] | None = None
+    modulation: Tensor | None = None
 
     def select(self, rows: slice) -> "Gates":
-        """The same gates for some of the rows."""
-
-        def cut(gate: Tensor, dim: int = -3) -> Tensor:
-            chosen = [slice(None)] * gate.dim()
-            chosen[dim] = rows
-            return gate if gate.shape[dim] == 1 else gate[tuple(chosen)]
-
-        image = {level: cut(gate) for level, gate in self.image.items()}
-        read = None if self.read is None else {level: cut(gate) for level, gate in self.read.items()}
-        return Gates(cut(self.text), image, cut(self.row, dim=-2), self.latent_grid, read)
+        """The gates of a slice of the rows."""
+        return self._each(lambda gate: _rows(gate, rows, -3), lambda gate: _rows(gate, rows, -2))
 
     def among(self, columns: Sequence[int], concepts: int) -> "Gates":
-        """The same gates among more concepts, which do not act.
+        """The gates as columns of a larger concept set; the others get 0.
 
         Args:
-            columns: Which of them these are.
-            concepts: How many there are.
+            columns: The new index of each concept.
+            concepts: Size of the larger set.
         """
         return self._each(lambda gate: among(gate, columns, concepts))
 
     def times(self, factors: Tensor) -> "Gates":
-        """The same gates times a factor on each concept. Shape: [concepts]."""
+        """The gates times one factor per concept. Shape: [concepts]."""
         return self._each(lambda gate: gate * factors)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Gates":
-        """Gates that are changed one by one."""
+    def _each(
+        self, change: Callable[[Tensor], Tensor], change_row: Callable[[Tensor], Tensor] | None = None
+    ) -> "Gates":
+        change_row = change_row or change
         return Gates(
             change(self.text),
             {level: change(gate) for level, gate in self.image.items()},
-            change(self.row),
+            change_row(self.row),
             self.latent_grid,
             None if self.read is None else {level: change(gate) for level, gate in self.read.items()},
+            None if self.modulation is None else change_row(self.modulation),
         )
 
-    def of(self, place: Place) -> Tensor:
-        """The gate that rules a place.
-
-        Raises:
-            KeyError: If there is none: a missing gate is an error, never "ungated".
-        """
-        image = self.read if place.reads and self.read is not None else self.image
-        gate: Mapping[Kind, Tensor | Mapping[int, Tensor]] = {"text": self.text, "image": image, "row": self.row}
-        found = gate[place.kind]
-        return found if isinstance(found, Tensor) else found[place.level]
-
-    def expand(self, key: GateKey, grid: Grid) -> Tensor:
+    def expand(self, key: GateKey, tokens: int) -> Tensor:
         """The factor on the pooled rank activations of one kind of layer.
+
+        Args:
+            key: The kind of layer.
+            tokens: Length of the text, for layers with text and image in one sequence.
 
         Returns:
             Shape: [(texts,) rows, tokens or cells, sum of ranks] for linear layers, [rows, sum of ranks, height,
-            width] for convolutions, [rows, sum of ranks] for "row" places.
+            width] for convolutions, [rows, sum of ranks] for one vector per row.
+
+        Raises:
+            KeyError: If there is no gate for the level: a missing gate is an error, never "ungated".
         """
-        gate = self.of(key.place)
+        gate, grid = self._of(key.site, tokens), grid_at(self.latent_grid, key.site.level)
         # Not by an index of ranks, which would have to be copied to the device.
         each = [gate[..., i, None].expand(*gate.shape[:-1], rank) for i, rank in enumerate(key.ranks)]
         gate = torch.cat(each, dim=-1)
@@ -106,33 +100,32 @@ class Gates:
         height, width = grid if gate.shape[-1] > 1 else (1, 1)
         return gate.reshape(*gate.shape[:2], height, width)
 
+    def _of(self, site: Site, tokens: int) -> Tensor:
+        if site.stream == "text":
+            return self.text
+        if site.stream == "row":
+            return self.row
+        if site.stream == "modulation":
+            return self.row if self.modulation is None else self.modulation
+        image = (self.read if site.reads_text and self.read is not None else self.image)[site.level]
+        return image if site.stream == "image" else self._joint(site, image, tokens)
+
+    def _joint(self, site: Site, image: Tensor, tokens: int) -> Tensor:
+        height, width = grid_at(self.latent_grid, site.level)
+        rows = max(len(self.text), len(image))
+        text, image = self.text.expand(rows, tokens, -1), image.expand(rows, height * width, -1)
+        return torch.cat([image, text] if site.image_first else [text, image], dim=1)
+
+
+def _rows(gate: Tensor, rows: slice, dim: int) -> Tensor:
+    chosen = [slice(None)] * gate.dim()
+    chosen[dim] = rows
+    return gate if gate.shape[dim] == 1 else gate[tuple(chosen)]
+
 
 def among(by_concept: Tensor, columns: Sequence[int], concepts: int) -> Tensor:
-    """Numbers for some concepts as numbers for more of them, 0 at the others. Shape: [..., concepts]."""
+    """Columns of a larger concept set, 0 at the others. Shape: [..., concepts]."""
     every = [by_concept.new_zeros(by_concept.shape[:-1])] * concepts
     for column, mine in zip(columns, by_concept.unbind(dim=-1), strict=True):
         every[column] = mine
     return torch.stack(every, dim=-1)
-
-
-class Derived:
-    """Gates made from others, the same objects for as long as those live, so that nothing is built again per step.
-
-    Gates that share the one for the text go on to share it, and with it keys and values.
-    """
-
-    def __init__(self) -> None:
-        self._gates: WeakKeyDictionary[Gates, Gates] = WeakKeyDictionary()
-        self._text: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
-
-    def of(self, gates: Gates, make: Callable[[Gates], Gates]) -> Gates:
-        """What is made of some gates, at the first time."""
-        if gates not in self._gates:
-            made = make(gates)
-            self._gates[gates] = replace(made, text=self._text.setdefault(gates.text, made.text))
-        return self._gates[gates]
-
-    def clear(self) -> None:
-        """Forgets all of them."""
-        self._gates.clear()
-        self._text.clear()

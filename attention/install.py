@@ -2,23 +2,20 @@
 
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import cast
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from lora_compose.attention.gates import GateKey, Gates
-from lora_compose.attention.kernels import kernel_of
-from lora_compose.attention.layers import Kind, Place, attention_layers, grid_at, places, uncompiled
-from lora_compose.attention.layout import Layout
+from lora_compose.attention.backbones import Backbone
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.gates import Gates
 from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
-from lora_compose.attention.processors import ComposeAttnProcessor
 from lora_compose.attention.recorder import Recorder
-from lora_compose.attention.slot import Slot
+from lora_compose.attention.regions import RegionAttention
+from lora_compose.attention.sites import Site, Stream
+from lora_compose.attention.slot import LayerInputs, Slot
 from lora_compose.attention.text_kv import TextKV
 
 _in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -48,57 +45,51 @@ class Installation:
         self._undo = undo
         self._device = device
         self._dtype = dtype
-        # Both keep things for as long as their keys live: passes may alternate between several gates and texts.
-        self._expanded: weakref.WeakKeyDictionary[Gates, dict[GateKey, Tensor]] = weakref.WeakKeyDictionary()
-        self._text_kv: MutableMapping[Tensor, MutableMapping[Tensor, TextKV]] = WeakIdKeyDictionary()  # text, its gate
 
-    def use(
+    def inputs(
         self,
         gates: Gates,
-        encoder_hidden_states: Tensor | None = None,
-        *recorders: Recorder,
-        layout: Layout | None = None,
-    ) -> None:
-        """Sets what the next pass needs; it stays until it is set again.
-
-        Nothing is done twice: the same `gates` object is expanded once, and keys and values of the same text under the
-        same text gate are kept, also if other passes come in between.
+        text: Tensor | None = None,
+        regions: RegionAttention | None = None,
+        text_kv: TextKV | None = None,
+    ) -> LayerInputs:
+        """What layers need in a pass: made once, to be used in every step. After `fold`, make them again.
 
         Args:
             gates: How strongly each concept acts where.
-            encoder_hidden_states: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens,
-                channels] with a layout that divides cells among texts; layers * channels if each cross-attention layer
-                has a text of its own.
-            recorders: Take attention maps of the next pass, and forget those of others. From a second pass without
-                another `use` they take nothing.
-            layout: What attention does differently in regions.
+            text: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens, channels] with regions
+                that read different texts; layers * channels if each cross-attention layer has a text of its own.
+            regions: What attention does differently in regions.
+            text_kv: Keys and values of the same text under the same text gates, of another pass.
         """
-        if gates not in self._expanded:
-            keys = {layer.key for layer in self.bank.values()}
-            self._expanded[gates] = {
-                key: gates.expand(key, grid_at(gates.latent_grid, key.place.level)).to(self._device, self._dtype)
-                for key in keys
-            }
-        self.slot.gates = self._expanded[gates]
-        self.slot.text_kv = None if encoder_hidden_states is None else self._kept(encoder_hidden_states, gates.text)
-        for recorder in recorders:
-            recorder.clear()
-        self.slot.recorders = recorders
-        self.slot.layout = layout
-        self.slot.texts = encoder_hidden_states if layout is not None else None
+        tokens = 1 if text is None else text.shape[-2]
+        keys = {layer.key for layer in self.bank.values()}
+        expanded = {key: gates.expand(key, tokens).to(self._device, self._dtype) for key in keys}
+        kept = text_kv or (None if text is None else TextKV())
+        return LayerInputs(expanded, kept, regions, text if regions is not None else None)
 
-    def _kept(self, text: Tensor, gate: Tensor) -> TextKV:
-        return self._text_kv.setdefault(text, WeakIdKeyDictionary()).setdefault(gate, TextKV())
-
-    def fold(self, kinds: Iterable[Kind], weights: Sequence[float], stay: Collection[int] = ()) -> int:
-        """Adds the deltas of some kinds of layers to the weights until the installation ends: base speed for any N.
-
-        Only for gates that are constant over rows and positions during the whole call. Layers whose weights cannot be
-        replaced (offloaded layer by layer, quantised, stored in another precision) stay in the bank, so gates are still
-        to be given for them.
+    def use(self, inputs: LayerInputs, *recorders: Recorder) -> None:
+        """Sets what the next pass needs; it stays until it is set again.
 
         Args:
-            kinds: Which layers.
+            inputs: What `inputs` has made.
+            recorders: Take attention maps of the next pass, and forget those of others. From a second pass without
+                another `use` they take nothing.
+        """
+        for recorder in recorders:
+            recorder.clear()
+        self.slot.inputs = inputs
+        self.slot.recorders = recorders
+
+    def fold(self, streams: Iterable[Stream], weights: Sequence[float], stay: Collection[int] = ()) -> int:
+        """Adds the deltas of some layers to the weights until the installation ends: base speed for any N.
+
+        Only for gates that are constant over rows and positions during the whole call. Layers whose weights cannot be
+        replaced (offloaded layer by layer, quantised, stored in another precision) stay in the bank, and so still need
+        gates.
+
+        Args:
+            streams: Which layers.
             weights: The constant gate of every concept.
             stay: Concepts whose gates are not constant; their part of each layer stays in the bank.
 
@@ -107,8 +98,8 @@ class Installation:
         """
         if any(hasattr(module, "_diffusers_hook") for module in self._model.modules()):
             return 0  # group offloading and layerwise casting hold on to the weights they found
-        kinds = set(kinds)
-        names = [name for name, layer in self.bank.items() if layer.key.place.kind in kinds]
+        streams = set(streams)
+        names = [name for name, layer in self.bank.items() if layer.key.site.stream in streams]
         names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]
         names = [name for name in names if not {index for index, _ in self.bank[name].factors} <= set(stay)]
         for name in names:
@@ -126,8 +117,6 @@ class Installation:
             if rest:
                 self.bank[name] = layer.with_factors(rest, device=self._device, dtype=self._dtype)
             _swap(self._model, name, self.bank.get(name, layer.layer))
-        self._expanded.clear()
-        self._text_kv.clear()
         return len(names)
 
 
@@ -159,20 +148,20 @@ def _swap(model: nn.Module, name: str, layer: nn.Module) -> None:
 def installed_layers(
     model: nn.Module,
     loras: Sequence[Lora],
-    where: Mapping[str, Place],
+    where: Mapping[str, Site],
     *,
     device: torch.device,
     dtype: torch.dtype,
     silence: Iterable[str] = (),
 ) -> Iterator[Installation]:
-    """Puts the bank layers of all concepts into a model, a UNet or a text encoder.
+    """Puts the bank layers of all concepts into a model, a denoiser or a text encoder.
 
     Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
 
     Args:
         model: The model.
         loras: The factors of every concept for this model; empty where a concept leaves it alone.
-        where: The place of every layer that may be adapted.
+        where: The site of every layer that may be adapted.
         device: Where the model runs.
         dtype: The precision in which it runs.
         silence: Names of PEFT adapters whose own contribution is off, because they are among the concepts.
@@ -184,39 +173,35 @@ def installed_layers(
     model = uncompiled(model)
     with ExitStack() as undo:
         _claim(model, undo)
-        yield _put_in_place(model, loras, where, undo, device=device, dtype=dtype, silence=silence)
+        yield _put_in_place(model, loras, where, Slot(), undo, device=device, dtype=dtype, silence=silence)
 
 
 @contextmanager
 def install(
-    unet: nn.Module,
+    backbone: Backbone,
     loras: Sequence[Lora],
     *,
     device: torch.device,
     dtype: torch.dtype,
     silence: Iterable[str] = (),
 ) -> Iterator[Installation]:
-    """Puts concepts into a UNet: bank layers for adapted layers, our processor for every attention layer.
+    """Puts concepts into a denoiser: bank layers for adapted layers, our processor for every attention layer.
 
-    Args, errors: as for `installed_layers`; a UNet with attention that ours would change is refused too.
+    Args, errors: as for `installed_layers`; a model with attention that ours would change is refused too.
     """
-    unet = uncompiled(unet)
+    model = uncompiled(backbone.model)
     with ExitStack() as undo:
-        _claim(unet, undo)
-        attention = {layer: cast(Attention, unet.get_submodule(layer.name)) for layer in attention_layers(unet)}
-        kernels = {layer: kernel_of(layer.name, module) for layer, module in attention.items()}
-        installation = _put_in_place(unet, loras, places(unet), undo, device=device, dtype=dtype, silence=silence)
-        for layer, module in attention.items():
-            undo.callback(module.set_processor, module.processor)
-            ours = ComposeAttnProcessor(layer, kernels[layer], installation.slot)
-            module.set_processor(ours)  # pyright: ignore[reportArgumentType]
-        yield installation
+        _claim(model, undo)
+        slot = Slot()
+        backbone.steer(slot, undo)
+        yield _put_in_place(model, loras, backbone.sites, slot, undo, device=device, dtype=dtype, silence=silence)
 
 
 def _put_in_place(
     model: nn.Module,
     loras: Sequence[Lora],
-    where: Mapping[str, Place],
+    where: Mapping[str, Site],
+    slot: Slot,
     undo: ExitStack,
     *,
     device: torch.device,
@@ -226,7 +211,7 @@ def _put_in_place(
     for lora in loras:
         for name, factors in lora.items():
             check_factors(model, name, factors.down.shape, factors.up.shape, where)
-    slot, bank = Slot(), {}
+    bank = {}
     for name in dict.fromkeys(name for lora in loras for name in lora):
         found = model.get_submodule(name)
         factors = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
@@ -261,7 +246,7 @@ def _silence(model: nn.Module, adapters: frozenset[str], undo: ExitStack) -> Non
             scaling.update(dict.fromkeys(adapters & scaling.keys(), 0.0))
 
 
-def weight_shape(model: nn.Module, name: str, where: Mapping[str, Place] | None = None) -> tuple[int, ...]:
+def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None = None) -> tuple[int, ...]:
     """The shape of the weight that a LoRA would change: outputs, inputs, and the kernel of a convolution.
 
     From the layer's settings, since quantised and offloaded weights have other shapes.
@@ -286,7 +271,7 @@ def weight_shape(model: nn.Module, name: str, where: Mapping[str, Place] | None 
 
 
 def check_factors(
-    model: nn.Module, name: str, down: torch.Size, up: torch.Size, where: Mapping[str, Place] | None = None
+    model: nn.Module, name: str, down: torch.Size, up: torch.Size, where: Mapping[str, Site] | None = None
 ) -> None:
     """Checks that factors of these shapes fit a layer.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_compose.attention.gates import GateKey
-from lora_compose.attention.layers import Place
+from lora_compose.attention.sites import Site
 from lora_compose.attention.slot import Slot
 
 
@@ -59,10 +59,10 @@ class BankLayer(nn.Module):
     Args:
         layer: The layer as found: linear, convolution, or a PEFT layer around one of them.
         factors: (index of the concept, its factors) of every concept that changes this layer.
-        place: What the layer sees.
+        site: What its input is.
         concepts: How many concepts there are in all.
         slot: Where the gates come from.
-        device: Where the UNet runs.
+        device: Where the model runs.
         dtype: The precision in which it runs.
     """
 
@@ -73,7 +73,7 @@ class BankLayer(nn.Module):
         self,
         layer: nn.Module,
         factors: Sequence[tuple[int, LoraFactors]],
-        place: Place,
+        site: Site,
         concepts: int,
         slot: Slot,
         *,
@@ -88,7 +88,7 @@ class BankLayer(nn.Module):
         ranks = [0] * concepts
         for index, factor in factors:
             ranks[index] += factor.rank
-        self.key = GateKey(place, self.convolution, tuple(ranks))
+        self.key = GateKey(site, self.convolution, tuple(ranks))
         self._slot = slot
         down = torch.cat([factor.down.to(device, dtype) for _, factor in factors])
         up = [(factor.up.to(device, torch.float32) * factor.scale).to(dtype) for _, factor in factors]
@@ -100,7 +100,7 @@ class BankLayer(nn.Module):
     ) -> "BankLayer":
         """The same with other factors in place of those it has."""
         concepts = len(self.key.ranks)
-        made = BankLayer(self.layer, factors, self.key.place, concepts, self._slot, device=device, dtype=dtype)
+        made = BankLayer(self.layer, factors, self.key.site, concepts, self._slot, device=device, dtype=dtype)
         made.training = self.training
         return made
 
@@ -121,7 +121,7 @@ class BankLayer(nn.Module):
             KeyError: If no gate was set for this kind of layer.
         """
         out = self.layer(x)
-        gate = self._slot.gates[self.key]
+        gate = self._slot.inputs.gates[self.key]
         if self.convolution:
             base = base_layer(self.layer)
             hidden = F.conv2d(x, self.A, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -1,10 +1,10 @@
-"""Boxes and free masks on the grids of a UNet: pure tensor functions."""
+"""Boxes and free masks on grids of latent cells: pure tensor functions."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention.layers import Grid
+from lora_compose.attention.sites import Grid
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels of the output image; right and bottom are outside."""

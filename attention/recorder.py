@@ -45,7 +45,8 @@ class Recorder:
         if layer in self.layers:
             if self.readout.dim() == 4:
                 key = key[-len(self.readout) :]
-            self.maps.setdefault(layer, _attention(query, key, scale, None) @ self.readout)
+            tokens = self.readout.shape[-2]  # image tokens may follow in the same sequence
+            self.maps.setdefault(layer, _attention(query, key, scale, None)[..., :tokens] @ self.readout)
         elif layer in self.self_layers:
             self.self_maps.setdefault(layer, _attention(query, key, scale, allowed))
 

@@ -1,14 +1,32 @@
-"""The one channel through which a UNet pass is told what it needs."""
+"""The one channel through which the layers of a model are told what the current forward pass needs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lora_compose.attention.gates import GateKey
-from lora_compose.attention.layout import Layout
 from lora_compose.attention.recorder import Recorder
+from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.text_kv import TextKV
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """What layers need in a forward pass: made once per pass by `Installation.inputs`, used in every step.
+
+    Attributes:
+        gates: Expanded gates by kind of layer; a missing key is an error.
+        text_kv: Keys and values of cross-attention, kept between steps.
+        regions: What attention does differently in regions, if there are any.
+        texts: What cross-attention reads instead of the text that the model was given, with regions. Shape: [texts,
+            rows, tokens, channels].
+    """
+
+    gates: Mapping[GateKey, Tensor] = field(default_factory=dict)
+    text_kv: TextKV | None = None
+    regions: RegionAttention | None = None
+    texts: Tensor | None = None
 
 
 @dataclass
@@ -19,16 +37,9 @@ class Slot:
     the forward again during backward.
 
     Attributes:
-        gates: Expanded gates by key; a missing key is an error.
-        text_kv: Kept keys and values of cross-attention.
+        inputs: Gates, texts and regions of the pass.
         recorders: Take attention maps, if any are wanted.
-        layout: What attention does differently in regions, if there are any.
-        texts: What cross-attention reads instead of the text that the UNet was given, with a layout. Shape: [texts,
-            rows, tokens, channels].
     """
 
-    gates: dict[GateKey, Tensor] = field(default_factory=dict)
-    text_kv: TextKV | None = None
+    inputs: LayerInputs = field(default_factory=LayerInputs)
     recorders: Sequence[Recorder] = ()
-    layout: Layout | None = None
-    texts: Tensor | None = None

@@ -7,10 +7,7 @@ from torch import Tensor
 
 
 class TextKV:
-    """Keeps keys and values by layer for one text and one set of gates.
-
-    `Installation.use` has one for every pair of text embeddings and gates, told apart as objects, which covers new
-    prompts, weights, rows, dtypes and devices, and drops it together with them.
+    """Keys and values by layer, for one text under one set of text gates.
 
     Attributes:
         kept: Key and value by layer.

@@ -18,7 +18,7 @@ from lora_compose.attention import install, installed_layers
 from lora_compose.attention.layers import Place
 from lora_compose.compose.architectures import without_weights
 from lora_compose.pipelines.loading import Factors
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 RANK = 16
 _FILES = 4

@@ -5,6 +5,7 @@ of their own. In a clone the three folders stand at its top, and this package li
 """
 
 from lora_compose.compose.version import __version__
+from lora_compose.pipelines import families  # noqa: F401 (makes the model families known)
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.loading import LoraError

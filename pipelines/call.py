@@ -1,7 +1,7 @@
-"""What is asked of a call, whatever the family, and what is refused."""
+"""What is asked of a call with concepts, whatever the model family, and what is refused."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,100 +9,142 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from lora_compose.attention import check_free
+from lora_compose.pipelines.concept_set import LoadedConcept
 from lora_compose.pipelines.conditioning import TokenPositions
 from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.engine import LoadedConcept
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene import Concept, check_region
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 Concepts = Sequence[str | Concept] | Sequence[Sequence[str | Concept]]
-"""Who takes part: concepts of all prompts, or a list of concepts for each prompt."""
+"""A concept set for all prompts, or one for each prompt."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Call:
-    """What is asked of a call with concepts, whatever the family.
+@dataclass(frozen=True)
+class Composition:
+    """Which concepts are composed, and how.
 
     Attributes:
-        concepts: Who takes part.
+        concepts: A concept set for all prompts, or one for each.
         method: How they are fused; None chooses.
-        controls: What says where things are.
-        texts: The prompts, as each of the tokenizers reads them; None with embeddings.
-        prompt_embeds: Instead of prompts.
-        token_positions: Where the concepts' words stand in them.
+        controls: Control images with their models.
+        token_positions: With embeddings: where each concept's trigger is.
         record_attention: Steps of which attention maps are kept.
-        width: Pixels.
-        height: Pixels.
-        num_inference_steps: Denoising steps; without a meaning where `timesteps` or `sigmas` are given.
-        timesteps: As in diffusers, likewise all below.
-        sigmas: Noise levels.
-        denoising_end: The part of the denoising after which the call ends.
-        guidance_scale: Classifier-free guidance; 1 or less is none.
-        guidance_rescale: How much guidance is rescaled.
-        images_per_prompt: How many images each prompt gets.
-        eta: Of the DDIM scheduler.
-        generator: Where noise comes from.
-        latents: The start noise.
-        output_type: What images are.
-        cross_attention_kwargs: "scale", of the user's own adapters.
-        clip_skip: Layers of the text encoders that are skipped.
-        callback: Called after every step.
-        callback_tensors: What it is given.
-        started: When the call began, by `time.perf_counter()`.
     """
 
     concepts: Concepts
-    method: str | Settings | None
-    controls: Sequence[Control]
+    method: str | Settings | None = None
+    controls: Sequence[Control] = ()
+    token_positions: TokenPositions | None = None
+    record_attention: bool | Sequence[int] = False
+
+
+@dataclass(frozen=True)
+class GivenPrompts:
+    """The prompts of a call.
+
+    Attributes:
+        texts: As each of the tokenizers reads them; None with embeddings.
+        embeds: Instead of prompts. Shape: [prompts, tokens, channels].
+    """
+
     texts: Sequence[Sequence[str]] | None
-    prompt_embeds: Tensor | None
-    token_positions: TokenPositions | None
-    record_attention: bool | Sequence[int]
-    width: int
-    height: int
-    num_inference_steps: int | None
-    timesteps: list[int] | None
-    sigmas: list[float] | None
-    denoising_end: float | None = None
-    guidance_scale: float
-    guidance_rescale: float
-    images_per_prompt: int
-    eta: float
-    generator: Generators
-    latents: Tensor | None
-    output_type: str
-    cross_attention_kwargs: dict[str, Any] | None
-    clip_skip: int | None
-    callback: Callable | None
-    callback_tensors: Sequence[str]
-    started: float
+    embeds: Tensor | None = None
 
     @property
-    def prompts(self) -> Sequence[str] | None:
-        """The prompts; None with embeddings."""
+    def first(self) -> Sequence[str] | None:
+        """As the first tokenizer reads them; None with embeddings."""
         return None if self.texts is None else self.texts[0]
 
-    @property
-    def prompt_count(self) -> int:
-        """How many prompts or embeddings there are."""
-        given = self.prompts if self.prompt_embeds is None else self.prompt_embeds
+    def __len__(self) -> int:
+        """How many there are."""
+        given = self.first if self.embeds is None else self.embeds
         return 0 if given is None else len(given)
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """Width and height in pixels, and how many images each prompt gets."""
+
+    width: int
+    height: int
+    images_per_prompt: int = 1
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: its scale, 1 or less is none, and diffusers' `guidance_rescale`."""
+
+    scale: float
+    rescale: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are denoised; fields as in diffusers.
+
+    Attributes:
+        num_inference_steps: Denoising steps; unused where `timesteps` or `sigmas` are given.
+        timesteps: Timesteps of the steps.
+        sigmas: Noise levels of the steps.
+        denoising_end: The part of the denoising after which the call ends.
+        generator: Source of randomness.
+        latents: The start noise.
+        eta: Of the DDIM scheduler.
+        guidance: Classifier-free guidance.
+    """
+
+    num_inference_steps: int | None
+    timesteps: list[int] | None = None
+    sigmas: list[float] | None = None
+    denoising_end: float | None = None
+    generator: Generators = None
+    latents: Tensor | None = None
+    eta: float = 0.0
+    guidance: Guidance = Guidance(1.0)
 
     @property
     def has_schedule(self) -> bool:
-        """Whether the timesteps or noise levels of the steps are given, and with them their number."""
+        """Whether timesteps or noise levels, and with them their number, are given."""
         return self.timesteps is not None or self.sigmas is not None
 
-    @property
-    def lora_scale(self) -> float | None:
-        """The scale of the user's own adapters."""
-        return (self.cross_attention_kwargs or {}).get("scale")
+
+@dataclass(frozen=True)
+class Callback:
+    """The user's function after every step, and the names of the tensors that it is given."""
+
+    function: Callable | None = None
+    tensors: Sequence[str] = ()
 
 
-def nobody(concepts: Concepts | None) -> bool:
-    """Whether no concept takes part in any prompt."""
+@dataclass(frozen=True)
+class Call:
+    """What is asked of a call with concepts.
+
+    Attributes:
+        composition: Concepts and method.
+        prompts: The prompts.
+        size: Of the images.
+        sampling: Of the latents.
+        callback: After every step.
+        started: When the call began, by `time.perf_counter()`.
+        inputs: Further arguments of every forward pass; tensors have one row per image.
+        properties: Attributes that diffusers' pipeline has during a call.
+    """
+
+    composition: Composition
+    prompts: GivenPrompts
+    size: ImageSize
+    sampling: Sampling
+    callback: Callback
+    started: float
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    properties: Mapping[str, Any] = field(default_factory=dict)
+
+
+def no_concepts(concepts: Concepts | None) -> bool:
+    """Whether there is no concept for any prompt."""
     return not concepts or all(isinstance(entry, list | tuple) and not entry for entry in concepts)
 
 
@@ -122,40 +164,39 @@ def of_prompt(
     return found
 
 
-def check_plain(
-    unet: nn.Module, method: object, token_positions: object, record_attention: object, controls: Sequence[Control]
-) -> None:
+def check_plain(denoiser: nn.Module, composition: Composition) -> None:
     """Checks a call without concepts.
 
     Raises:
-        ValueError: If something is given that needs concepts.
-        RuntimeError: If concepts are installed in the UNet just now.
+        ValueError: If an argument is given that needs concepts.
+        RuntimeError: If concepts are installed in the denoiser at the moment.
     """
-    if controls:
+    if composition.controls:
         raise ValueError(
             "control needs concepts; without them, diffusers has StableDiffusionControlNetPipeline, "
             "StableDiffusionAdapterPipeline and their StableDiffusionXL... twins, which take from_pipe(pipe, "
             "controlnet=...) or from_pipe(pipe, adapter=...)"
         )
-    if method is not None or token_positions is not None or record_attention is not False:
+    others = composition.method, composition.token_positions
+    if any(given is not None for given in others) or composition.record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
-    check_free(unet)
+    check_free(denoiser)
 
 
 def check_arguments(
-    unknown: Mapping[str, Any], ip_adapter: Sequence[object], cross_attention_kwargs: Mapping[str, Any] | None
+    unknown: Mapping[str, Any], ip_adapter: Sequence[object], attention_kwargs: Mapping[str, Any] | None
 ) -> None:
     """Refuses what cannot be combined with concepts.
 
     Raises:
         TypeError: For unknown arguments.
-        ValueError: For IP-Adapter images, and `cross_attention_kwargs` other than "scale".
+        ValueError: For IP-Adapter images, and attention arguments other than "scale".
     """
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(unknown)}")
     if any(given is not None for given in ip_adapter):
         raise ValueError("IP-Adapter images cannot be combined with concepts yet")
-    if others := (cross_attention_kwargs or {}).keys() - {"scale"}:
+    if others := (attention_kwargs or {}).keys() - {"scale"}:
         raise ValueError(f"cross_attention_kwargs {sorted(others)} cannot be combined with concepts; only 'scale' can")
 
 
@@ -175,18 +216,19 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     Raises:
         ValueError: For sizes and step numbers below 1 and for regions outside the canvas.
     """
-    if call.width < 1 or call.height < 1:
-        raise ValueError(f"width and height must be positive, not {call.width} x {call.height}")
-    if call.has_schedule:
-        for name, given in (("timesteps", call.timesteps), ("sigmas", call.sigmas)):
+    size, sampling = call.size, call.sampling
+    if size.width < 1 or size.height < 1:
+        raise ValueError(f"width and height must be positive, not {size.width} x {size.height}")
+    if sampling.has_schedule:
+        for name, given in (("timesteps", sampling.timesteps), ("sigmas", sampling.sigmas)):
             if given is not None and not len(given):
                 raise ValueError(f"{name} is empty; give one for each step, or leave it out")
-    elif call.num_inference_steps is None:
+    elif sampling.num_inference_steps is None:
         raise ValueError("num_inference_steps may be None only with timesteps or sigmas")
-    elif call.num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, not {call.num_inference_steps}")
+    elif sampling.num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, not {sampling.num_inference_steps}")
     for loaded in concepts:
-        check_region(loaded.concept, call.width, call.height)
+        check_region(loaded.concept, size.width, size.height)
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""Prompts of all branches -> the text side of one UNet pass."""
+"""Prompts of all branches -> the text side of one forward pass."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,39 +21,37 @@ from lora_compose.pipelines.tokens import (
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The text of all rows of one UNet pass.
+    """The text of all rows of one forward pass.
 
-    Rows are ordered (uncond, branch 0, branch 1, ...), each part with one row per image; uncond is there with guidance
-    only, once for all branches or once for each. Images of one prompt are adjacent. Where image cells choose among
-    several texts, all tensors have the texts as a dimension in front (`stack_texts`).
+    Rows are ordered (unconditional, branch 0, branch 1, ...), each with one row per image; unconditional branches are
+    there with guidance only, one for all branches or one for each. Images of one prompt are adjacent. With region
+    attention among several texts, all tensors have the texts as a leading dimension (`stack_texts`).
 
     Attributes:
         prompt_embeds: Shape: [(texts,) rows, tokens, channels]; layers * channels where each cross-attention layer has
             a text of its own.
-        trigger_mask: 1 at the tokens of each concept's trigger; rows of uncond are 0. Shape: [(texts,) rows, tokens,
-            concepts].
+        trigger_mask: 1 at the tokens of each concept's trigger; unconditional rows are 0. Shape: [(texts,) rows,
+            tokens, concepts].
         phrase_mask: The same for trigger and class word together.
-        unconds: How many uncond parts there are in front; 0 without guidance.
+        num_uncond: Number of leading unconditional branches; 0 without guidance.
         images: Images in the batch.
-        added_cond_kwargs: Further inputs of the UNet by row (SDXL's pooled text and sizes).
-        at_once: How many parts of one row per image are run together, which saves memory; None is all of them.
-        canvas_embeds: What the canvas shows as a whole, for a ControlNet; None is the only or the first text. Shape:
+        added: Further inputs of the denoiser by row (SDXL's pooled text and sizes).
+        canvas_embeds: A text for the image as a whole, for a ControlNet; None means the only or the first text. Shape:
             [rows, tokens, channels].
     """
 
     prompt_embeds: Tensor
     trigger_mask: Tensor
     phrase_mask: Tensor
-    unconds: int
+    num_uncond: int
     images: int
-    added_cond_kwargs: Mapping[str, Tensor] | None = None
-    at_once: int | None = None
+    added: Mapping[str, Tensor] | None = None
     canvas_embeds: Tensor | None = None
 
     @property
     def guided(self) -> bool:
-        """True if there are uncond rows."""
-        return self.unconds > 0
+        """True if there are unconditional rows."""
+        return self.num_uncond > 0
 
     @property
     def rows(self) -> int:
@@ -67,61 +65,61 @@ class Conditioning:
 
     @property
     def canvas_text(self) -> Tensor:
-        """The embeddings of what the canvas shows as a whole. Shape: [rows, tokens, channels]."""
+        """The embeddings for the image as a whole. Shape: [rows, tokens, channels]."""
         return self.first_embeds if self.canvas_embeds is None else self.canvas_embeds
 
     @property
     def conditional_rows(self) -> slice:
-        """The rows that are not uncond."""
-        return slice(self.unconds * self.images, self.rows)
+        """The conditional rows."""
+        return slice(self.num_uncond * self.images, self.rows)
 
     def conditional(self) -> "Conditioning":
-        """The same without the uncond rows."""
-        return replace(self.select(self.conditional_rows), unconds=0)
+        """The same without the unconditional rows."""
+        return replace(self.select(self.conditional_rows), num_uncond=0)
 
     def of_image(self, image: int) -> "Conditioning":
         """The rows of one image."""
         return replace(self.select(slice(image, None, self.images)), images=1)
 
     def described_by(self, other: "Conditioning") -> "Conditioning":
-        """The same texts for the cells, and another for what reads of the canvas as a whole (SDXL, ControlNets)."""
-        return replace(self, added_cond_kwargs=other.added_cond_kwargs, canvas_embeds=other.canvas_text)
+        """The same texts for the cells, and another for the image as a whole (SDXL's pooled text, ControlNets)."""
+        return replace(self, added=other.added, canvas_embeds=other.canvas_text)
 
     def among(self, columns: Sequence[int], concepts: int) -> "Conditioning":
-        """The same among more concepts, which are not named (`TokenMasks.among`)."""
+        """The same as columns of a larger concept set (`TokenMasks.among`)."""
         trigger, phrase = (among(mask, columns, concepts) for mask in (self.trigger_mask, self.phrase_mask))
         return replace(self, trigger_mask=trigger, phrase_mask=phrase)
 
-    def of_parts(self, parts: slice) -> "Conditioning":
-        """Some of the parts of one row per image."""
-        rows = slice(parts.start * self.images, parts.stop * self.images)
-        return replace(self.select(rows), unconds=len(range(self.unconds)[parts]))
+    def of_branches(self, branches: slice) -> "Conditioning":
+        """Some of the branches."""
+        rows = slice(branches.start * self.images, branches.stop * self.images)
+        return replace(self.select(rows), num_uncond=len(range(self.num_uncond)[branches]))
 
     def on_part(self, height: float, width: float) -> "Conditioning":
-        """The same for a canvas of its own, so much of the whole one: SDXL is told how large a picture it paints."""
-        if self.added_cond_kwargs is None or "time_ids" not in self.added_cond_kwargs:
+        """The same for a part of the canvas, given as shares: SDXL takes the size of its image as an input."""
+        if self.added is None or "time_ids" not in self.added:
             return self
-        sizes = self.added_cond_kwargs["time_ids"]  # target height and width are the last two
+        sizes = self.added["time_ids"]  # target height and width are the last two
         shares = torch.ones(sizes.shape[-1], device=sizes.device)
         shares[-2:] = torch.tensor([height, width])
         scaled = (sizes * shares).round().to(sizes.dtype)
-        return replace(self, added_cond_kwargs={**self.added_cond_kwargs, "time_ids": scaled})
+        return replace(self, added={**self.added, "time_ids": scaled})
 
     def select(self, rows: slice) -> "Conditioning":
-        """Some of the rows, whatever they are then."""
-        added = self.added_cond_kwargs
+        """A slice of the rows; the caller sets the number of unconditional branches."""
+        added = self.added
         return replace(
             self,
             prompt_embeds=self.prompt_embeds[..., rows, :, :],
             trigger_mask=self.trigger_mask[..., rows, :, :],
             phrase_mask=self.phrase_mask[..., rows, :, :],
-            added_cond_kwargs=None if added is None else {key: value[rows] for key, value in added.items()},
+            added=None if added is None else {key: value[rows] for key, value in added.items()},
             canvas_embeds=None if self.canvas_embeds is None else self.canvas_embeds[rows],
         )
 
 
 def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
-    """Several texts among which image cells choose; further inputs of the UNet come from the first."""
+    """Several texts for region attention; further inputs of the denoiser come from the first."""
     return replace(
         texts[0],
         prompt_embeds=torch.stack([text.prompt_embeds for text in texts]),
@@ -131,47 +129,54 @@ def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
 
 
 def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioning]) -> Conditioning:
-    """Several texts of the same images as branches of one batch: rows (uncond, branch 0, branch 1, ...).
+    """Several texts of the same images as branches of one batch: rows (unconditional, branch 0, branch 1, ...).
 
     Args:
         branches: One text each, without branches of their own.
-        unconds: Those of them whose uncond rows are kept: one, or each.
+        unconds: Those of them whose unconditional rows are kept: one, or each.
     """
 
     def join(rows_of: Callable[[Conditioning], Tensor]) -> Tensor:
         first = [rows_of(branch)[: branch.conditional_rows.start] for branch in unconds]
         return torch.cat([*first, *(rows_of(branch)[branch.conditional_rows] for branch in branches)])
 
-    return replace(_joined(branches[0], join), unconds=sum(branch.unconds for branch in unconds))
+    return replace(_joined(branches[0], join), num_uncond=sum(branch.num_uncond for branch in unconds))
 
 
 def join_images(texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) -> Conditioning:
-    """The texts of several groups of images, with as many parts of rows each, as that of all images.
+    """The texts of several groups of images, with as many branches each, as the text of all images.
 
     Args:
-        texts: One for each group, of whose cells none choose among several.
-        images: Which images each group is.
+        texts: One for each group, without region attention.
+        images: The images of each group.
+    """
+    total = sum(map(len, images))
+    return replace(
+        _joined(texts[0], lambda rows_of: join_rows_of_images(list(map(rows_of, texts)), images)), images=total
+    )
+
+
+def join_rows_of_images(parts: Sequence[Tensor], images: Sequence[Sequence[int]]) -> Tensor:
+    """Rows (branches x images) of several groups of images as the rows of all images, in the order of the batch.
+
+    Args:
+        parts: One tensor for each group. Shape: [branches * images of the group, ...].
+        images: The images of each group.
     """
     order = torch.tensor([image for group in images for image in group]).argsort()
-
-    def join(rows_of: Callable[[Conditioning], Tensor]) -> Tensor:
-        by_part = [rows_of(text).unflatten(0, (-1, text.images)) for text in texts]
-        return torch.cat(by_part, dim=1)[:, order].flatten(0, 1)
-
-    return replace(_joined(texts[0], join), images=len(order))
+    by_branch = [part.unflatten(0, (-1, len(group))) for part, group in zip(parts, images, strict=True)]
+    return torch.cat(by_branch, dim=1)[:, order].flatten(0, 1)
 
 
 def _joined(first: Conditioning, join: Callable[[Callable[[Conditioning], Tensor]], Tensor]) -> Conditioning:
-    """The first of several texts with the rows of all of them, which are joined tensor by tensor."""
-    added = first.added_cond_kwargs
+    """The first of several texts, with the joined rows of all of them."""
+    added = first.added
     return replace(
         first,
         prompt_embeds=join(lambda text: text.prompt_embeds),
         trigger_mask=join(lambda text: text.trigger_mask),
         phrase_mask=join(lambda text: text.phrase_mask),
-        added_cond_kwargs=None
-        if added is None
-        else {key: join(lambda text, key=key: (text.added_cond_kwargs or {})[key]) for key in added},
+        added=None if added is None else {key: join(lambda text, key=key: (text.added or {})[key]) for key in added},
     )
 
 
@@ -290,10 +295,10 @@ def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMas
 
 
 def join_rows(uncond: Tensor | None, branches: Sequence[Tensor], images_per_prompt: int) -> Tensor:
-    """Rows (uncond, branch 0, ...) from one mask per prompt and branch; prompts are repeated for their images.
+    """Rows (unconditional, branch 0, ...) from one mask per prompt and branch; prompts are repeated for their images.
 
     Args:
-        uncond: What stands in the uncond rows, by prompt; None without guidance.
+        uncond: Values of the unconditional rows, by prompt; None without guidance.
         branches: One tensor per branch. Shape: [prompts, ...].
         images_per_prompt: How many images each prompt gets.
     """

@@ -22,8 +22,11 @@ from diffusers import ControlNetModel, T2IAdapter, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 
-from lora_compose.attention.layers import Grid, blocks, coarser, grid_at, uncompiled
+from lora_compose.attention.backbones.unet import blocks
+from lora_compose.attention.device import uncompiled
 from lora_compose.attention.masks import Box
+from lora_compose.attention.sites import coarser, grid_at
+from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.conditioning import Conditioning
 from lora_compose.pipelines.regions import Window, region_mask
 
@@ -94,30 +97,6 @@ def controls_of(control: "Control | Sequence[Control] | None") -> tuple[Control,
 
 
 @dataclass(frozen=True, eq=False)
-class Canvas:
-    """What controls must fit.
-
-    Attributes:
-        image_size: Height and width in pixels.
-        latent_grid: Height and width of the latents.
-        regions: By prompt, the regions of its concepts by name.
-        images_per_prompt: How many images each prompt gets.
-        device: Where the UNet runs.
-    """
-
-    image_size: Grid
-    latent_grid: Grid
-    regions: Sequence[Mapping[str, Box | str | None]]
-    images_per_prompt: int
-    device: torch.device
-
-    @property
-    def pixels(self) -> int:
-        """How many of them a latent cell has by side."""
-        return self.image_size[0] // self.latent_grid[0]
-
-
-@dataclass(frozen=True, eq=False)
 class View:
     """What a pass sees.
 
@@ -149,7 +128,7 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class NetGuide:
+class PreparedControlNet:
     """A ControlNet made ready for a call.
 
     Attributes:
@@ -167,7 +146,7 @@ class NetGuide:
     levels: Sequence[int]
     weights: Mapping[int, Tensor] | None
 
-    def of_images(self, images: Sequence[int]) -> "NetGuide":
+    def of_images(self, images: Sequence[int]) -> "PreparedControlNet":
         """The same for some of the images."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
 
@@ -192,7 +171,7 @@ class NetGuide:
             t,
             encoder_hidden_states=_one_text(mine.canvas_text, model.config.cross_attention_dim).to(dtype),
             controlnet_cond=repeated(view.of_pixels(self.hint, self.pixels), mine.rows),
-            added_cond_kwargs=None if mine.added_cond_kwargs is None else dict(mine.added_cond_kwargs),
+            added_cond_kwargs=None if mine.added is None else dict(mine.added),
             return_dict=False,
         )
         given = zip((*skips, mid), self.levels, strict=True)
@@ -205,7 +184,7 @@ class NetGuide:
 
 
 @dataclass(frozen=True, eq=False)
-class AdapterGuide:
+class PreparedAdapter:
     """A T2I-Adapter made ready for a call: it reads each part of the canvas that is run once.
 
     Attributes:
@@ -225,7 +204,7 @@ class AdapterGuide:
     dtype: torch.dtype
     _read: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
 
-    def of_images(self, images: Sequence[int]) -> "AdapterGuide":
+    def of_images(self, images: Sequence[int]) -> "PreparedAdapter":
         """The same for some of the images."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images), _read={})
 
@@ -258,7 +237,7 @@ class AdapterGuide:
         ]
 
 
-Guide = NetGuide | AdapterGuide
+PreparedControl = PreparedControlNet | PreparedAdapter
 
 
 def repeated(by_image: Tensor, rows: int) -> Tensor:
@@ -266,16 +245,16 @@ def repeated(by_image: Tensor, rows: int) -> Tensor:
     return torch.cat([by_image] * (rows // len(by_image))) if len(by_image) != rows else by_image
 
 
-def unet_inputs(
-    guides: Sequence[Guide], latents: Tensor, t: Tensor, text: Conditioning, view: View
+def denoiser_inputs(
+    guides: Sequence[PreparedControl], latents: Tensor, t: Tensor, text: Conditioning, view: View
 ) -> Mapping[str, Any]:
     """What the UNet is given by all guides together, by the names of its arguments.
 
-    Args: as for `NetGuide.residuals`.
+    Args: as for `PreparedControlNet.residuals`.
     """
-    running = [guide for guide in guides if isinstance(guide, NetGuide) and guide.first_row(text) < text.rows]
+    running = [guide for guide in guides if isinstance(guide, PreparedControlNet) and guide.first_row(text) < text.rows]
     nets = [guide.residuals(latents, t, text, view) for guide in running]
-    adapters = [guide.residuals(text.rows, view) for guide in guides if isinstance(guide, AdapterGuide)]
+    adapters = [guide.residuals(text.rows, view) for guide in guides if isinstance(guide, PreparedAdapter)]
     found: dict[str, Any] = {}
     if nets:
         *found["down_block_additional_residuals"], found["mid_block_additional_residual"] = _summed(nets)
@@ -316,8 +295,18 @@ def _one_text(text: Tensor, width: int) -> Tensor:
     return text.unflatten(-1, (-1, width)).mean(dim=-2)
 
 
-def made_ready(control: Control, unet: nn.Module, canvas: Canvas) -> Guide:
-    """Checks that a control fits model and call; a T2I-Adapter reads its picture.
+RegionsByPrompt = Sequence[Mapping[str, Box | str | None]]
+"""By prompt, the regions of its concepts by name."""
+
+
+def prepare_control(control: Control, unet: nn.Module, canvas: Canvas, regions: RegionsByPrompt) -> PreparedControl:
+    """Checks that a control fits model and call; a T2I-Adapter reads its image.
+
+    Args:
+        control: The control.
+        unet: The denoiser.
+        canvas: Sizes of the call.
+        regions: By prompt, the regions of its concepts by name.
 
     Raises:
         ValueError: If it does not fit, before anything has been changed.
@@ -330,9 +319,11 @@ def made_ready(control: Control, unet: nn.Module, canvas: Canvas) -> Guide:
             f"model.to({canvas.device.type!r})"
         )
     original: Any = uncompiled(unet)
+    if not isinstance(original, UNet2DConditionModel):
+        raise ValueError(f"controls work with Stable Diffusion 1.x, 2.x and XL, not with a {type(original).__name__}")
     if isinstance(model, ControlNetModel):
-        return _net(control, model, original, canvas)
-    return _adapter(control, model, original, canvas)
+        return _net(control, model, original, canvas, regions)
+    return _adapter(control, model, original, canvas, regions)
 
 
 _SHARED = (
@@ -342,7 +333,9 @@ _SHARED = (
 """What a ControlNet's configuration must have in common with the UNet's."""
 
 
-def _net(control: Control, model: Any, unet: UNet2DConditionModel, canvas: Canvas) -> NetGuide:
+def _net(
+    control: Control, model: Any, unet: UNet2DConditionModel, canvas: Canvas, regions: RegionsByPrompt
+) -> PreparedControlNet:
     for key in _SHARED:
         theirs, ours = (_listed(config.get(key)) for config in (model.config, unet.config))
         if theirs is not None and theirs != ours:
@@ -359,16 +352,18 @@ def _net(control: Control, model: Any, unet: UNet2DConditionModel, canvas: Canva
         raise ValueError("this ControlNet says the same about the whole picture, so it can have no scale by region")
     hint = _hint(control.image, model.config.conditioning_channels, canvas)
     levels = tuple(_residual_levels(model))
-    return NetGuide(
+    return PreparedControlNet(
         control,
         hint.to(canvas.device, model.dtype),
         canvas.pixels,
         levels,
-        _weights(control, canvas, frozenset(levels)),
+        _weights(control, canvas, regions, frozenset(levels)),
     )
 
 
-def _adapter(control: Control, model: Any, unet: UNet2DConditionModel, canvas: Canvas) -> AdapterGuide:
+def _adapter(
+    control: Control, model: Any, unet: UNet2DConditionModel, canvas: Canvas, regions: RegionsByPrompt
+) -> PreparedAdapter:
     hint = _hint(control.image, model.config.in_channels, canvas)
     if any(side % model.downscale_factor for side in canvas.image_size):
         raise ValueError(
@@ -376,8 +371,8 @@ def _adapter(control: Control, model: Any, unet: UNet2DConditionModel, canvas: C
             f"{model.downscale_factor}, not {canvas.image_size[1]} x {canvas.image_size[0]}"
         )
     places = list(_feature_places(unet))
-    weights = _weights(control, canvas, frozenset(level for _, level in places))
-    guide = AdapterGuide(control, hint.to(canvas.device, model.dtype), canvas.pixels, places, weights, unet.dtype)
+    weights = _weights(control, canvas, regions, frozenset(level for _, level in places))
+    guide = PreparedAdapter(control, hint.to(canvas.device, model.dtype), canvas.pixels, places, weights, unet.dtype)
     guide.features()  # so that what does not fit is said now
     return guide
 
@@ -414,7 +409,9 @@ def _feature_places(unet: UNet2DConditionModel) -> Iterator[tuple[int, int]]:
     yield channels[-1], level + (block.downsamplers is not None)
 
 
-def _weights(control: Control, canvas: Canvas, levels: frozenset[int]) -> Mapping[int, Tensor] | None:
+def _weights(
+    control: Control, canvas: Canvas, regions: RegionsByPrompt, levels: frozenset[int]
+) -> Mapping[int, Tensor] | None:
     """The scale of every cell, by level. Shape: [images or 1, 1, height, width]; None if it is the same everywhere.
 
     Raises:
@@ -422,13 +419,13 @@ def _weights(control: Control, canvas: Canvas, levels: frozenset[int]) -> Mappin
     """
     if not control.regions:
         return None
-    found = {name: region for mine in canvas.regions for name, region in mine.items() if region is not None}
+    found = {name: region for mine in regions for name, region in mine.items() if region is not None}
     if unknown := control.regions.keys() - found.keys():
         raise ValueError(
             f"the regions of a control name {', '.join(map(repr, sorted(unknown)))}; concepts of this call that have a "
             f"region: {', '.join(map(repr, found)) or 'none'}"
         )
-    by_prompt = torch.stack([_of_prompt(control, mine, canvas) for mine in canvas.regions])
+    by_prompt = torch.stack([_of_prompt(control, mine, canvas) for mine in regions])
     same = bool((by_prompt == by_prompt[0]).all())
     by_image = by_prompt[:1] if same else by_prompt.repeat_interleave(canvas.images_per_prompt, dim=0)
     return {level: _coarse(by_image[:, None], level).to(canvas.device) for level in levels}
@@ -456,7 +453,7 @@ def _hint(image: Picture | Sequence[Picture], channels: int, canvas: Canvas) -> 
         ValueError: For other sizes, channels and numbers of pictures.
         TypeError: For what is no picture.
     """
-    given, prompts = image if isinstance(image, list | tuple) else [image], len(canvas.regions)
+    given, prompts = image if isinstance(image, list | tuple) else [image], canvas.prompts
     pictures = [one for picture in given for one in _pixels(picture, channels)]
     if len(pictures) not in (1, prompts):
         raise ValueError(

@@ -16,8 +16,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lora_compose.attention.backbones import backbone_of
+from lora_compose.attention.device import uncompiled
 from lora_compose.attention.install import check_factors, weight_shape
-from lora_compose.attention.layers import attention_layers, places, uncompiled
 from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.deltas import MAX_RANK, Change, change, inner, size
@@ -39,6 +40,7 @@ __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "find_file", "
 
 logger = logging.getLogger(__name__)
 
+DENOISERS: tuple[Part, ...] = ("unet", "transformer")
 TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
@@ -49,20 +51,27 @@ class Factors:
     """A LoRA's factors for the parts of one pipeline.
 
     Attributes:
-        unet: For the UNet, by layer.
+        denoiser: For the UNet or transformer, by layer.
         text_encoders: For the text encoders, by component name and layer.
         unmatched: Keys of the file that found no layer.
         notes: What else one should know: what was cut, left out or guessed.
         embeddings: Words that the file brings with it, as in `LoraFile`.
         error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
+        part: The denoiser's name among the pipeline's components.
     """
 
-    unet: Lora
-    text_encoders: Mapping[str, Lora] = field(default_factory=dict)
+    denoiser: Lora
+    text_encoders: Mapping[Part, Lora] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
     error: float = 0.0
+    part: Part = "unet"
+
+    @property
+    def by_part(self) -> Mapping[Part, Lora]:
+        """All of them by component name."""
+        return {self.part: self.denoiser, **{part: lora for part, lora in self.text_encoders.items()}}
 
     @property
     def complete(self) -> bool:
@@ -72,7 +81,7 @@ class Factors:
     @property
     def report(self) -> str:
         """One line: how many layers of which part, which ranks, what was left over, cut or guessed."""
-        loras = {"unet": self.unet, **self.text_encoders}
+        loras = self.by_part
         parts = [f"{len(lora)} {name} layers" for name, lora in loras.items() if lora]
         ranks = sorted({factors.rank for lora in loras.values() for factors in lora.values()})
         shown = "/".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]} to {ranks[-1]}"
@@ -148,7 +157,7 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
 
     Args:
         file: What was read.
-        pipe: A diffusers pipeline, or anything with a `unet` and perhaps text encoders; weights are not looked at.
+        pipe: A diffusers pipeline, or anything with a `unet` or `transformer` and perhaps text encoders; weights are not looked at.
         alpha: The alpha of a file that does not say its own; the change is scaled by alpha / rank.
         max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
 
@@ -173,7 +182,13 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     text = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
     error = _error(made for found in changes.values() for made in found.values())
-    return Factors(loras["unet"], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0)
+    denoiser = denoiser_part(pipe)
+    return Factors(loras[denoiser], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, denoiser)
+
+
+def denoiser_part(pipe: Any) -> Part:
+    """The name of a pipeline's denoiser among its components."""
+    return "unet" if getattr(pipe, "transformer", None) is None else "transformer"
 
 
 def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
@@ -187,12 +202,17 @@ def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, M
     """
     unmatched, found = list(gathered.unknown), {}
     for part in PARTS:
-        mine = [layer for layer in gathered.layers if layer.part == part]
+        mine = [layer for layer in gathered.layers if _component(layer.part, pipe) == part]
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
     if not any(found.values()):
         raise LoraError(_nothing(file))
     return found, tuple(unmatched)
+
+
+def _component(part: Part, pipe: Any) -> Part:
+    """The component that a file's layer belongs to: keys without a prefix, and kohya's, are the denoiser's."""
+    return denoiser_part(pipe) if part in DENOISERS else part
 
 
 def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
@@ -216,7 +236,7 @@ def _matched(
 ) -> tuple[dict[str, Layer], list[str]]:
     """Layers of the file by the name of the model's layer that they mean, and the keys that mean none."""
     known = {} if model is None else spellings(model, part)
-    where = places(model) if part == "unet" and model is not None else set(known.values())
+    where = backbone_of(model).sites if part in DENOISERS and model is not None else set(known.values())
     found: dict[str, Layer] = {}
     left_over: list[str] = []
     for layer in layers:
@@ -287,7 +307,7 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:
     """Checks that words which come with the file fit the text encoders and the UNet that are to read them."""
-    reading = sum(layer.cross for layer in attention_layers(uncompiled(pipe.unet)))
+    reading = backbone_of(getattr(pipe, denoiser_part(pipe))).text_layers
     for word, by_part in file.embeddings.items():
         for part, vectors in by_part.items():
             _, layers, numbers = vectors.shape
@@ -300,7 +320,7 @@ def _check_embeddings(file: LoraFile, pipe: Any) -> None:
             if layers not in (1, reading):
                 raise LoraError(
                     f"{file.path.name} does not fit this model: {word!r} has vectors for {layers} cross-attention "
-                    f"layers, the UNet has {reading}"
+                    f"layers, the denoiser has {reading}"
                 )
 
 
@@ -340,8 +360,10 @@ def adapter_factors(pipe: Any, adapter: str) -> Factors:
     Raises:
         LoraError: If it is no plain LoRA or is fused into the weights.
     """
-    parts = {part: _adapter_layers(getattr(pipe, part, None), adapter) for part in ("unet", *TEXT_ENCODERS)}
-    return Factors(parts["unet"], {part: parts[part] for part in TEXT_ENCODERS if parts[part]})
+    denoiser = denoiser_part(pipe)
+    parts = {part: _adapter_layers(getattr(pipe, part, None), adapter) for part in (denoiser, *TEXT_ENCODERS)}
+    text = {part: parts[part] for part in TEXT_ENCODERS if parts[part]}
+    return Factors(parts[denoiser], text, part=denoiser)
 
 
 def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:

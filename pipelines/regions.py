@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.attention.layers import Grid, coarser
 from lora_compose.attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
+from lora_compose.attention.sites import Grid, coarser
 from lora_compose.pipelines.regular import open_regular
 
 _PIXEL_LIMIT = 64 * 2**20

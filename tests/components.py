@@ -14,8 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.compose.assets import playground_model
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYTHING = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv", "conv_shortcut",

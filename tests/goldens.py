@@ -197,7 +197,7 @@ def _by_family() -> dict[str, Golden]:
             "clora": Golden(family, "clora", cheap=True),
             "clora official": Golden(family, "clora:official", {"refinements": 1}),
             "clora branches": Golden(family, "clora", {"fuse": "branches"}),
-            "clora branches in turn": Golden(family, "clora", {"fuse": "branches", "branches_at_once": 1}),
+            "clora branches in turn": Golden(family, "clora", {"fuse": "branches", "branch_batch_size": 1}),
             "default": Golden(family, None),
         }
         found |= {f"{family}: {name}": run for name, run in runs.items()}

@@ -22,7 +22,7 @@ from lora_compose.pipelines.engine import Engine, Prediction
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 BASE, CAT, DOG = "a cat and a dog on grass", "a sks cat and a dog on grass", "a cat and a zwx dog on grass"
@@ -292,8 +292,8 @@ BOTH = replace(MASKS_ONLY, step_size=0.05, refine_at=(0.0,), refinements=1)
 @pytest.mark.parametrize(
     "settings", [BOTH, replace(OFFICIAL, update_until=0.3), Clora(step_size=0.05, threshold=THETA)]
 )
-def test_fewer_branches_at_once_give_the_same_numbers(composer, settings, at_once):
-    found = call(composer, method=replace(settings, branches_at_once=at_once))
+def test_fewer_branch_batch_size_give_the_same_numbers(composer, settings, at_once):
+    found = call(composer, method=replace(settings, branch_batch_size=at_once))
     expected = call(composer, method=settings)
     assert_close(found.images, expected.images, 1e-3)
     assert found.cost.rows_forward == expected.cost.rows_forward
@@ -558,7 +558,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_step(composer):
         ({"temperature": 0}, "temperature must be positive"),
         ({"morphology": ("shrink",)}, "morphology may be dilate, erode, open, close, not shrink"),
         ({"refine_at": (-1,)}, "refine_at names parts of the steps"),
-        ({"branches_at_once": 0}, "branches_at_once must be at least 1"),
+        ({"branch_batch_size": 0}, "branch_batch_size must be at least 1"),
         ({"whole": True}, 'are for fuse="branches"'),
     ],
 )

@@ -41,7 +41,7 @@ def test_updates_need_less_than_those_of_the_authors(write_lora):
 
 
 def test_one_branch_at_a_time_needs_less_and_hardly_grows_with_concepts(write_lora):
-    one_by_one = replace(OURS, branches_at_once=1)
+    one_by_one = replace(OURS, branch_batch_size=1)
     two, four = (peak_of(write_lora, number, one_by_one) for number in (2, 4))
     together = peak_of(write_lora, 4, OURS)
     assert four < 0.8 * together

@@ -255,7 +255,7 @@ def test_scale_0_is_none(composer, method):
 
 @pytest.mark.parametrize(("method", "pooled"), [
     ("merge", False), ("clora", False), (Clora(fuse="branches", uncond="each"), True),
-    (Clora(fuse="branches", branches_at_once=2), True), (Clora(fuse="branches", branches_at_once=1), True),
+    (Clora(fuse="branches", branch_batch_size=2), True), (Clora(fuse="branches", branch_batch_size=1), True),
 ])  # fmt: skip
 def test_prompts_in_one_call_follow_their_own_pictures(composer, method, pooled):
     net, adapter, pictures = net_of(composer), adapter_of(composer), [picture(1), picture(2)]

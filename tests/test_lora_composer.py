@@ -17,7 +17,7 @@ from lora_compose.attention import Lora
 from lora_compose.pipelines.engine import Engine
 from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from reference import FullGates, WrittenOut, cells, with_reference
 
 PROMPT = "a sks cat and a zwx dog on grass"

@@ -29,7 +29,7 @@ from lora_compose.compose.counting import count_run
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

@@ -36,7 +36,7 @@ from lora_compose.pipelines.methods import (
 from lora_compose.pipelines.methods.regional import TokenMask
 from lora_compose.pipelines.methods.tara import CfgMask, Scope
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat, a zwx dog, a mjq bear"
 TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "mjq"}

@@ -60,7 +60,7 @@ METHODS: dict[str, Settings] = {
     "clora": Clora(),
     "clora, branches": Clora(fuse="branches"),
     "clora, official": replace(Clora.official(), refinements=1),
-    "clora, one branch at once": Clora(branches_at_once=1, smoothed=True, morphology=("dilate", "open")),
+    "clora, one branch at once": Clora(branch_batch_size=1, smoothed=True, morphology=("dilate", "open")),
 }
 
 WAITS = {
@@ -344,7 +344,7 @@ def with_checkpointing(pipe: Any, folder: Path) -> dict[str, Any]:
 
 def with_checkpointing_by_branch(pipe: Any, folder: Path) -> dict[str, Any]:
     pipe.unet.enable_gradient_checkpointing()
-    return {"method": Clora(branches_at_once=1)}
+    return {"method": Clora(branch_batch_size=1)}
 
 
 def with_euler(pipe: Any, folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Merge
 GIB = 2**30
 SIDE, GUIDANCE = 256, 5.0
 PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS[:2], NOUNS, strict=False))
-WITH_UPDATES = {"lora-composer": LoraComposer(), "clora": Clora(), "by branch": Clora(branches_at_once=1)}
+WITH_UPDATES = {"lora-composer": LoraComposer(), "clora": Clora(), "by branch": Clora(branch_batch_size=1)}
 METHODS = WITH_UPDATES | {
     "plain": None, "merge": Merge(), "regional": Regional(), "composite": Composite(), "tara": Tara(),
     "switch": Switch(),

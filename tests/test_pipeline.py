@@ -30,7 +30,7 @@ from lora_compose.pipelines.loading import LoraError
 from lora_compose.pipelines.methods import Clora, Merge, OnePass, Tara, choose_method
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog"
 POSITIONS = {"cat": [2], "dog": [6]}

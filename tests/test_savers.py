@@ -15,7 +15,7 @@ from lora_compose.compose.files import PLAYGROUND, read_pixels, read_record
 from lora_compose.compose.models import make, open_model
 from lora_compose.compose.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
 from lora_compose.pipelines.scene import Concept, Run, Scene
-from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 BOXES = {"bear": ("xlo", (0, 16, 60, 112)), "robot": ("qrt", (68, 16, 128, 112))}
 SCENE = Scene(

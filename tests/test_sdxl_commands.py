@@ -15,7 +15,7 @@ from lora_compose.compose.models import make, open_model
 from lora_compose.compose.page.shelf import Choice, Shelf
 from lora_compose.compose.savers import Saver
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 

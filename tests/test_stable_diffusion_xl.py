@@ -30,7 +30,7 @@ from lora_compose.compose.architectures import SDXL
 from lora_compose.compose.counting import meta_unet
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Switch
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 OTHER_PROMPT = "in snow, zwx dog, sks cat"
@@ -299,7 +299,7 @@ def test_a_canvas_of_its_own_is_told_its_size_and_its_own_text(load):
 def test_branches_that_run_one_after_the_other_keep_their_pooled_text(composer, method):
     arguments = {"concepts": ["cat", "dog"], "negative_prompt": "dark", "num_images_per_prompt": 2}
     together = latents_of(composer, method, **arguments)
-    assert_close(latents_of(composer, replace(method, branches_at_once=1), **arguments), together)
+    assert_close(latents_of(composer, replace(method, branch_batch_size=1), **arguments), together)
 
 
 def test_diffusers_callback_that_switches_guidance_off_cuts_every_row(composer):

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Part = Literal["unet", "text_encoder", "text_encoder_2"]
-PARTS: tuple[Part, ...] = ("unet", "text_encoder", "text_encoder_2")
+Part = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
+PARTS: tuple[Part, ...] = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 # How files begin the names of a part's layers. Order matters: the first that fits is taken.
 _PREFIXES: tuple[tuple[str, Part], ...] = (
@@ -15,6 +15,7 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"(?:base_model\.model\.)?text_encoder_2\.", "text_encoder_2"),
     (r"(?:base_model\.model\.)?text_encoder\.", "text_encoder"),
     (r"(?:base_model\.model\.)?unet\.", "unet"),
+    (r"(?:base_model\.model\.)?transformer\.", "transformer"),
     (r"(?:model\.)?diffusion_model\.", "unet"),
     (r"text_encoders\.clip_g\.transformer\.", "text_encoder_2"),
     (r"text_encoders\.clip_l\.transformer\.", "text_encoder"),

@@ -6,7 +6,7 @@ from itertools import count
 
 from torch import nn
 
-from lora_compose.attention.layers import uncompiled
+from lora_compose.attention.device import uncompiled
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.formats.keys import Part
 
@@ -47,13 +47,15 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, str]:
     """The layers that a LoRA may change, by every spelling of their names with underscores for dots.
 
     Args:
-        model: A UNet or a text encoder.
+        model: A denoiser or a text encoder.
         part: Which.
     """
     model = uncompiled(model)
     layers = [name for name, module in model.named_modules() if isinstance(base_layer(module), nn.Linear | nn.Conv2d)]
+    own = {name.replace(".", "_"): name for name in layers}
+    if part == "transformer":
+        return own
     if part == "unet":
-        own = {name.replace(".", "_"): name for name in layers}
         return _original(model, own) | own
     # Text models have been wrapped in a `text_model`, and have lost it again in transformers 5.
     bare = {name.removeprefix("text_model.").replace(".", "_"): name for name in layers}

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lora_compose.pipelines.engine import LoadedConcept
+from lora_compose.pipelines.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import OnePass, Process, Settings
+from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.switch import Switch
 from lora_compose.pipelines.methods.tara import Tara
@@ -21,9 +21,9 @@ __all__ = [
     "PRESETS",
     "Clora",
     "Composite",
+    "FixedPasses",
     "LoraComposer",
     "Merge",
-    "OnePass",
     "Process",
     "Regional",
     "Settings",
@@ -94,11 +94,11 @@ def _fields(settings: Settings) -> dict[str, Any]:
 def choose_method(
     concepts: Sequence[LoadedConcept],
     prompts: Sequence[str] | None,
-    members: Sequence[Sequence[int]] | None = None,
+    concept_sets: Sequence[ConceptSet] | None = None,
 ) -> Settings:
-    """The method for a call that names none, with the reason in the log.
+    """The method for a call that names none; logs the reason.
 
-    A region for everybody is best used by LoRA-Composer (`docs/methods/lora-composer.md`), and without regions CLoRA
+    With a region for every subject LoRA-Composer works best (`docs/methods/lora-composer.md`), and without regions CLoRA
     finds them (`docs/methods/clora.md`); both need words, to write texts of their own. Token masks serve LoRAs that
     were trained with them; on ordinary ones they lose more identities than they separate (`docs/methods/tara.md`).
     Styles do not count beside subjects; alone they get token masks if all of them were trained with them.
@@ -106,7 +106,7 @@ def choose_method(
     Args:
         concepts: Those of the call.
         prompts: Its prompts; None if it was given embeddings.
-        members: By prompt, who of the concepts takes part; None is all in every prompt.
+        concept_sets: The concept set of each prompt; None means all concepts for every prompt.
     """
     given = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in given]
@@ -122,13 +122,10 @@ def choose_method(
     if asked and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
         logger.info("method: tara, because every concept was trained for it")
         return Tara()
-    everybody = range(len(concepts))
-    casts = [
-        [concepts[i].concept for i in mine if not concepts[i].concept.is_style]
-        for mine in members or [everybody] * len(prompts or [()])
-    ]
-    unnamed = _unnamed(casts, prompts)
-    if max(map(len, casts)) > 1 and not unnamed:
+    sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
+    subjects_of = [[one.concepts[i] for i in one.subjects] for one in sets]
+    unnamed = _unnamed(subjects_of, prompts)
+    if max(map(len, subjects_of)) > 1 and not unnamed:
         logger.info("method: clora, because the prompt names every concept by trigger and class word")
         return Clora()
     reason = f"{', '.join(unnamed)} is not named by trigger and class word" if unnamed else _few(subjects)
@@ -142,13 +139,13 @@ def _few(subjects: Sequence[Concept]) -> str:
     return "there is one subject" if subjects else "styles act everywhere"
 
 
-def _unnamed(casts: Sequence[Sequence[Concept]], prompts: Sequence[str] | None) -> list[str]:
-    """Those of the subjects of a prompt whose trigger it does not have, with the class word after it."""
-    texts: Sequence[str | None] = prompts or [None] * len(casts)
+def _unnamed(subjects_of: Sequence[Sequence[Concept]], prompts: Sequence[str] | None) -> list[str]:
+    """Subjects whose prompt lacks their trigger followed by their class word."""
+    texts: Sequence[str | None] = prompts or [None] * len(subjects_of)
     unnamed = [
         subject.name
-        for prompt, cast in zip(texts, casts, strict=True)
-        for subject in cast
-        if prompt is None or not own_nouns(subject, prompt, cast)
+        for prompt, subjects in zip(texts, subjects_of, strict=True)
+        for subject in subjects
+        if prompt is None or not own_nouns(subject, prompt, subjects)
     ]
     return list(dict.fromkeys(unnamed))

@@ -19,30 +19,31 @@ its LoRA, as in LoRA-Composer. That costs two rows, whatever the number of conce
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import Gates, Layout, Partition, Recorder, grid_at
+from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.masks import closed, dilated, eroded, opened, strongest
 from lora_compose.pipelines.branches import Branch, branches_of
-from lora_compose.pipelines.casts import ByCast
+from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.conditioning import Conditioning, join_branches, stack_texts
-from lora_compose.pipelines.engine import Engine, Gradient, Prediction
+from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import contrast, smooth
+from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Process, acting, say_once, say_unread
+from lora_compose.pipelines.methods.process import Process, say_once, say_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
+from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass, Prediction
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.tokens import Mention
 
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]
-StepRule = Literal["raw", "rms"]
 Change = Literal["dilate", "erode", "open", "close"]
 _CHOICES = {"fuse": Fuse, "uncond": Uncond, "step_rule": StepRule}
 _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
@@ -75,7 +76,7 @@ class Clora:
         isolate: Whether the cells of a mask see no other mask in self-attention. For "regions".
         whole: Updates as the authors do them: the UNet runs to its end, on both halves of guidance, whose maps are
             averaged, and what it has predicted before the last update is used after it. For "branches".
-        branches_at_once: How many rows per image are run together; fewer need less memory and give the same numbers,
+        branch_batch_size: How many rows per image are run together; fewer need less memory and give the same numbers,
             and updates run twice. None is all.
         base_prompt: What branch 0 reads, instead of the prompt without triggers. `Concept.prompt` is what a concept's
             own branch reads, and `Concept.negative_prompt` its negative prompt where each branch has uncond rows.
@@ -99,7 +100,7 @@ class Clora:
     mask_until: float = 0.5
     isolate: bool = False
     whole: bool = False
-    branches_at_once: int | None = None
+    branch_batch_size: int | None = None
     base_prompt: str | None = None
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     mask_words: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -119,8 +120,8 @@ class Clora:
             raise ValueError(f"refine_at names parts of the steps, none of them negative, not {list(self.refine_at)}")
         if unknown := [change for change in self.morphology if change not in _CHANGES]:
             raise ValueError(f"morphology may be {', '.join(_CHANGES)}, not {', '.join(map(str, unknown))}")
-        if self.branches_at_once is not None and self.branches_at_once < 1:
-            raise ValueError(f"branches_at_once must be at least 1, not {self.branches_at_once}")
+        if self.branch_batch_size is not None and self.branch_batch_size < 1:
+            raise ValueError(f"branch_batch_size must be at least 1, not {self.branch_batch_size}")
         if self.fuse == "regions" and (self.whole or self.uncond == "each" or self.mask_from > 0):
             raise ValueError('whole, uncond="each" and mask_from are for fuse="branches"')
 
@@ -145,39 +146,29 @@ class Clora:
             whole=True,
         )
 
-    def start(self, engine: Engine) -> Process:
-        """Encodes a text for every branch. A single subject has nobody to be told from: its LoRA acts everywhere."""
-        self._check_words([engine.concepts[i].name for i in engine.subjects])
-        if engine.differ:
-            return ByCast.start(engine, lambda part: self._with_words_of(part.concepts).start(part))
-        subjects = engine.subjects
+    def start(self, session: Session) -> Process:
+        """Encodes a text for every branch. With a single subject there is nothing to tell apart: it is merged."""
+        concepts, subjects = session.concepts, session.concepts.subjects
+        self._check_words([concepts.concepts[i].name for i in subjects])
         if len(subjects) < 2:
-            return Merge().start(engine)
-        if engine.prompts is None:
+            return Merge().start(session)
+        if session.prompts.texts is None:
             raise ValueError("clora makes a text for each branch, so it needs the prompt as text, not embeddings")
-        if any(concept.region for concept in engine.concepts):
-            say_once("clora finds out itself where concepts are; method='lora-composer' uses regions")
-        styles = [concept for concept in engine.concepts if concept.is_style]
+        if any(concept.region for concept in concepts.concepts):
+            say_once("clora ignores regions and finds concepts by itself; method='lora-composer' uses regions")
+        styles = [concepts.concepts[i] for i in concepts.styles]
         say_unread(styles, styles, "a style has no branch, and acts in those of the subjects")
         branches = branches_of(
-            engine.prompts, engine.concepts, subjects, base_prompt=self.base_prompt, words=self.words
+            session.prompts.texts, concepts.concepts, subjects, base_prompt=self.base_prompt, words=self.words
         )
-        words = self._words(engine, branches)
-        texts = [self._encode(engine, branch) for branch in branches]
+        words = self._words(session, branches)
+        texts = [self._encode(session, branch) for branch in branches]
         joined = join_branches(texts, unconds=texts if self.uncond == "each" else texts[:1])
-        joined = replace(joined, at_once=self.branches_at_once)
-        by_image = [
-            stack_texts(texts).of_image(image) for image in range(engine.images if self.fuse == "regions" else 0)
-        ]
-        return Contrasting(self, engine, subjects, joined, self._gates(engine, branches, joined), words, by_image)
-
-    def _with_words_of(self, concepts: Sequence[Concept]) -> "Clora":
-        """The same without words of others."""
-        names = {concept.name for concept in concepts}
-        words, mask_words = (
-            {name: listed for name, listed in given.items() if name in names} for given in (self.words, self.mask_words)
-        )
-        return replace(self, words=words, mask_words=mask_words)
+        gates = self._gates(session, branches, joined)
+        prepared = session.denoiser.prepare(Pass(joined, gates, branch_batch_size=self.branch_batch_size))
+        images = session.canvas.images if self.fuse == "regions" else 0
+        by_image = [stack_texts(texts).of_image(image) for image in range(images)]
+        return Contrasting(self, session, texts[0], prepared, words, by_image)
 
     def _check_words(self, subjects: Sequence[str]) -> None:
         for name, given in (("words", self.words), ("mask_words", self.mask_words)):
@@ -186,36 +177,36 @@ class Clora:
             if wrong := [concept for concept, listed in given.items() if isinstance(listed, str) or not listed]:
                 raise ValueError(f"{name} of {wrong[0]!r} must be a list of words, not {given[wrong[0]]!r}")
 
-    def _encode(self, engine: Engine, branch: Branch) -> Conditioning:
-        own = None if branch.owner is None else engine.concepts[branch.owner].negative_prompt
+    def _encode(self, session: Session, branch: Branch) -> Conditioning:
+        own = None if branch.owner is None else session.concepts.concepts[branch.owner].negative_prompt
         if own is not None and self.fuse == "branches" and self.uncond == "shared":
-            say_once(
-                "clora reads own negative prompts only where each branch has uncond rows of its own (uncond='each')"
-            )
+            say_once("clora reads own negative prompts only where each branch has unconditional rows (uncond='each')")
         negatives = None if own is None else [own] * len(branch.prompts)
-        weights = _weights(engine, branch)
-        return engine.encode(weights, branch.prompts, negatives, branch.names, branch.mentions)
+        weights = _weights(session, branch)
+        return session.prompts.encode(weights, branch.prompts, negatives, branch.names, branch.mentions)
 
-    def _gates(self, engine: Engine, branches: Sequence[Branch], conditioning: Conditioning) -> Gates:
+    def _gates(self, session: Session, branches: Sequence[Branch], text: Conditioning) -> Gates:
         """On every branch's rows its own LoRA and the styles, on all tokens and cells."""
-        live = torch.cat([_weights(engine, branch) for branch in branches])
+        canvas = session.canvas
+        live = torch.stack([_weights(session, branch) for branch in branches])
         unconds = live if self.uncond == "each" else torch.zeros(1, live.shape[1])
-        parts = torch.cat([unconds[: conditioning.unconds], live])
-        gate = parts.repeat_interleave(conditioning.images, dim=0).to(engine.device)[:, None]
-        return Gates(gate, dict.fromkeys(engine.levels, gate), gate[:, 0], engine.latent_grid)
+        parts = torch.cat([unconds[: text.num_uncond], live])
+        gate = parts.repeat_interleave(text.images, dim=0).to(canvas.device)[:, None]
+        return Gates(gate, dict.fromkeys(canvas.levels, gate), gate[:, 0], canvas.latent_grid)
 
-    def _words(self, engine: Engine, branches: Sequence[Branch]) -> "Words":
+    def _words(self, session: Session, branches: Sequence[Branch]) -> "Words":
         """A map for every token that names a concept."""
+        canvas, find = session.canvas, session.prompts.find
         rows: list[dict[int, tuple[int, bool]]] = []  # by branch and image: token -> (concept, whether it makes masks)
         for branch in branches:
-            named = engine.find(branch.prompts, branch.names, branch.mentions).phrase
-            masking = self._masking(engine, branch, named)
+            named = find(branch.prompts, branch.names, branch.mentions).phrase
+            masking = self._masking(session, branch, named)
             for prompt in range(len(branch.prompts)):
-                _check_apart(named[prompt], branch.prompts[prompt], engine.concepts)
+                _check_apart(named[prompt], branch.prompts[prompt], session.concepts.concepts)
                 found = {token: (concept, False) for token, concept in named[prompt].nonzero().tolist()}
                 found |= {token: (found.get(token, (-1, False))[0], True) for token in masking[prompt]}
-                rows += [found] * engine.images_per_prompt
-        most, tokens = max(map(len, rows)), engine.token_masks.phrase.shape[1]
+                rows += [found] * canvas.images_per_prompt
+        most, tokens = max(map(len, rows)), session.prompts.token_masks.phrase.shape[1]
         readout, groups = torch.zeros(len(rows), tokens, most), torch.full((len(rows), most), -1)
         mine = torch.zeros(len(rows), most, dtype=torch.bool)
         for row, found in enumerate(rows):
@@ -223,26 +214,25 @@ class Clora:
                 readout[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
         by_branch = (len(branches), -1)
         return Words(
-            readout.to(engine.device),
-            groups.unflatten(0, by_branch).transpose(0, 1).flatten(1).to(engine.device),
-            mine.unflatten(0, by_branch)[1:].transpose(0, 1).to(engine.device),
+            readout.to(canvas.device),
+            groups.unflatten(0, by_branch).transpose(0, 1).flatten(1).to(canvas.device),
+            mine.unflatten(0, by_branch)[1:].transpose(0, 1).to(canvas.device),
         )
 
-    def _masking(self, engine: Engine, branch: Branch, named: Tensor) -> list[list[int]]:
+    def _masking(self, session: Session, branch: Branch, named: Tensor) -> list[list[int]]:
         """The tokens that make the mask of a branch, by prompt."""
         if branch.owner is None:
             return [[] for _ in branch.prompts]
-        name = engine.concepts[branch.owner].name
+        name = session.concepts.concepts[branch.owner].name
         if name in self.mask_words:
             mention = {name: Mention(tuple(self.mask_words[name]))}
-            named = engine.find(branch.prompts, (), [mention] * len(branch.prompts)).phrase
+            named = session.prompts.find(branch.prompts, (), [mention] * len(branch.prompts)).phrase
         return [prompt[:, branch.owner].nonzero()[:, 0].tolist() for prompt in named]
 
 
-def _weights(engine: Engine, branch: Branch) -> Tensor:
-    """The weights of a branch's owner, if it has one, and of the styles. Shape: [1, concepts]."""
-    owner = () if branch.owner is None else (branch.owner,)
-    return acting(engine, [owner] * len(branch.prompts))
+def _weights(session: Session, branch: Branch) -> Tensor:
+    """The weights of a branch's owner, if it has one, and of the styles. Shape: [concepts]."""
+    return session.concepts.with_styles(() if branch.owner is None else (branch.owner,))
 
 
 def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> None:
@@ -274,124 +264,119 @@ class Contrasting:
 
     Attributes:
         settings: The settings.
-        engine: Runs the UNet.
-        subjects: Indices of the concepts that have a branch.
-        conditioning: All branches.
-        gates: Whose LoRA acts on the rows of which branch.
+        session: The call.
+        text: The text of the base branch.
+        branches: The pass of all branches.
         words: Which maps are whose.
-        texts: By image, the branches' texts, among which regions choose; none for fusing branches.
-        masks: Where each subject is, on the map grid; None before the first. Shape: [images, subjects, height, width].
-        regions: By image, the masks as regions.
+        texts: By image, the branches' texts for region attention; none for fusing branches.
+        masks: The mask of each subject, on the map grid; None before the first. Shape: [images, subjects, height, width].
+        regions: By image, the pass with the masks as regions.
     """
 
     settings: Clora
-    engine: Engine
-    subjects: tuple[int, ...]
-    conditioning: Conditioning
-    gates: Gates
+    session: Session
+    text: Conditioning
+    branches: PreparedPass
     words: Words
     texts: Sequence[Conditioning]
     masks: Tensor | None = None
-    regions: "Sequence[InRegions]" = ()
+    regions: Sequence[PreparedPass] = ()
 
-    def prepare(self, latents: Tensor) -> Tensor:
-        """Says which refinements there will not be."""
+    @property
+    def subjects(self) -> tuple[int, ...]:
+        """Indices of the concepts that have a branch."""
+        return self.session.concepts.subjects
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Warns of refinements that lie after the last update."""
         settings = self.settings
-        late = [part for part in settings.refine_at if self._at(part) >= self._until(settings.update_until)]
+        last = math.ceil(steps_in(settings.update_until, first.count))
+        late = [part for part in settings.refine_at if int(steps_in(part, first.count)) >= last]
         if late and settings.step_size > 0:
             say_once(
                 f"refine_at {late} lies after the last update (update_until={settings.update_until}) and is left out"
             )
         return latents
 
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Updates; masks from the maps of before the last of them; then the prediction."""
-        latents, maps, prediction = self._update(latents, t)
+        latents, maps, prediction = self._update(latents, step)
         if self.settings.fuse == "branches":
-            return latents, self._by_branches(latents, t, maps, prediction)
-        return latents, self._by_regions(latents, t, maps)
+            return latents, self._by_branches(latents, step, maps, prediction)
+        return latents, self._by_regions(latents, step, maps)
 
-    def _update(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None, Prediction | None]:
+    def _update(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor | None, Prediction | None]:
         """All updates of a step, with the maps and the prediction of before the last one, if there are any."""
-        settings, found, recorder = self.settings, None, None
-        for _ in range(self._updates):
-            recorder = self._recorder(self._all_rows if settings.whole else self.words.readout)
-            found = self.engine.gradient(
-                latents, t, self.conditioning, self.gates, recorder, self.loss, whole=settings.whole
+        settings, found = self.settings, None
+        request = self._all_rows(step) if settings.whole else MapRequest(self.words.readout)
+        for _ in range(self._updates(step)):
+            found = self.session.denoiser.gradient(
+                latents, step, self.branches, request, self.loss, whole=settings.whole
             )
-            latents = (latents - settings.step_size * self._direction(found)).to(latents.dtype)
-        if found is None or recorder is None:
-            return latents, None, None
-        return latents, self._maps(recorder).detach(), found.prediction
+            latents = descend(latents, found.direction, settings.step_size, settings.step_rule)
+        return (latents, None, None) if found is None else (latents, self._by_branch(found.maps), found.prediction)
 
-    @property
-    def _updates(self) -> int:
-        """How many updates this step has."""
-        settings, step = self.settings, self.engine.step
-        if settings.step_size == 0 or step >= self._until(settings.update_until) or self.engine.second_pass:
+    def _updates(self, step: Step) -> int:
+        """How many updates a step has."""
+        settings = self.settings
+        last = math.ceil(steps_in(settings.update_until, step.count))
+        if settings.step_size == 0 or step.index >= last or step.second_order:
             return 0
-        refined = step in map(self._at, settings.refine_at)
+        refined = step.index in (int(steps_in(part, step.count)) for part in settings.refine_at)
         return 1 + settings.refinements if refined else 1
 
-    def _direction(self, found: Gradient) -> Tensor:
-        if self.settings.step_rule == "raw":
-            return found.direction
-        return found.direction / found.direction.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-
-    def loss(self, recorder: Recorder) -> Tensor:
+    def loss(self, maps: AttentionMaps) -> Tensor:
         """The contrastive loss. Shape: [images]."""
-        maps = self._maps(recorder).transpose(0, 1).flatten(1, 2)
-        return contrast(maps, self.words.groups, self.settings.temperature)
+        by_image = self._by_branch(maps).transpose(0, 1).flatten(1, 2)
+        return contrast(by_image, self.words.groups, self.settings.temperature)
 
-    def _by_branches(self, latents: Tensor, t: Tensor, maps: Tensor | None, prediction: Prediction | None) -> Tensor:
-        """The mean of what the branches predict, each under its mask, for both halves of guidance."""
+    def _by_branches(self, latents: Tensor, step: Step, maps: Tensor | None, prediction: Prediction | None) -> Tensor:
+        """The mean of the branches' predictions, each under its mask, for both halves of guidance."""
         if prediction is None:
-            recorder = self._recorder(self._all_rows) if maps is None and self._masks_due else None
-            prediction = self.engine.unet(latents, t, self.conditioning, self.gates, record=recorder)
-            maps = maps if recorder is None else self._maps(recorder)
-        self._keep(maps)
-        shares = self._shares()
-        uncond, cond = prediction.parts
+            request = self._all_rows(step) if maps is None and self._masks_due(step) else None
+            prediction = self.session.denoiser.predict(latents, step, self.branches, request)
+            maps = maps if prediction.maps is None else self._by_branch(prediction.maps)
+        self._keep(maps, step)
+        shares = self._shares(step)
+        uncond, cond = prediction.branches
         if len(uncond) == len(cond):
             uncond = (uncond * shares).sum(dim=0, keepdim=True)
         fused = torch.cat([*uncond, (cond * shares).sum(dim=0)]).to(prediction.model_output.dtype)
-        return self.engine.guide(replace(prediction, model_output=fused, unconds=len(uncond)))
+        return self.session.guider.combine(replace(prediction, model_output=fused, num_uncond=len(uncond)), step)
 
-    def _shares(self) -> Tensor:
-        """How much of a cell is whose branch's. Shape: [branches, images, 1, height, width]."""
-        branches = len(self.subjects) + 1
-        if self.masks is None or self.engine.step < self._until(self.settings.mask_from):
-            return torch.full((branches, 1, 1, 1, 1), 1 / branches, device=self.engine.device)
+    def _shares(self, step: Step) -> Tensor:
+        """The share of each branch in a cell. Shape: [branches, images, 1, height, width]."""
+        branches, canvas = len(self.subjects) + 1, self.session.canvas
+        if self.masks is None or step.index < math.ceil(steps_in(self.settings.mask_from, step.count)):
+            return torch.full((branches, 1, 1, 1, 1), 1 / branches, device=canvas.device)
         unclaimed = ~self.masks.any(dim=1, keepdim=True)
-        masks = F.interpolate(torch.cat([unclaimed, self.masks], dim=1).float(), self.engine.latent_grid)
+        masks = F.interpolate(torch.cat([unclaimed, self.masks], dim=1).float(), canvas.latent_grid)
         return (masks / masks.sum(dim=1, keepdim=True)).transpose(0, 1)[:, :, None]
 
-    def _by_regions(self, latents: Tensor, t: Tensor, maps: Tensor | None) -> Tensor:
-        """One pass, for every image its own, since every image has other regions."""
-        if maps is None and self._masks_due:
-            recorder = self._recorder(self.words.readout)
-            self.engine.observe(latents, t, self.conditioning, self.gates, recorder)
-            maps = self._maps(recorder)
-        self._keep(maps)
+    def _by_regions(self, latents: Tensor, step: Step, maps: Tensor | None) -> Tensor:
+        """One pass for every image, since every image has other regions."""
+        if maps is None and self._masks_due(step):
+            request = MapRequest(self.words.readout)
+            maps = self._by_branch(self.session.denoiser.maps(latents, step, self.branches, request))
+        self._keep(maps, step)
         guided = []
         for image, region in enumerate(self.regions):
-            here = latents[image : image + 1]
-            prediction = self.engine.unet(here, t, region.text, region.gates, region.layout, image=image)
-            guided.append(self.engine.guide(prediction))
+            prediction = self.session.denoiser.predict(latents[image : image + 1], step, region)
+            guided.append(self.session.guider.combine(prediction, step))
         return torch.cat(guided)
 
-    def _keep(self, maps: Tensor | None) -> None:
+    def _keep(self, maps: Tensor | None, step: Step) -> None:
         """Takes masks from maps while they still change."""
-        if maps is not None and self._masks_due:
+        if maps is not None and self._masks_due(step):
             self.masks = self._found(maps[1:].transpose(0, 1))
             if self.settings.fuse == "regions":
-                masks = F.interpolate(self.engine.found(self.masks).float(), self.engine.latent_grid)
-                self.regions = [self._region(text, mask) for text, mask in zip(self.texts, masks, strict=True)]
+                masks = F.interpolate(self.masks.cpu().float(), self.session.canvas.latent_grid)
+                self.regions = [self._region(image, mask) for image, mask in enumerate(masks)]
         if self.masks is not None:
-            by_concept = [torch.ones_like(self.masks[:, 0])] * len(self.engine.concepts)
+            by_concept = [torch.ones_like(self.masks[:, 0])] * len(self.session.concepts.loaded)
             for i, mask in zip(self.subjects, self.masks.unbind(dim=1), strict=True):
                 by_concept[i] = mask
-            self.engine.keep_masks(torch.stack(by_concept, dim=1))
+            self.session.log.keep_masks(step.index, torch.stack(by_concept, dim=1))
 
     def _found(self, maps: Tensor) -> Tensor:
         """Masks of all subjects.
@@ -412,68 +397,39 @@ class Contrasting:
         heights = (maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-20) * mine).amax(dim=2)
         return masks & torch.zeros_like(masks).scatter_(1, heights.argmax(dim=1, keepdim=True), True)
 
-    def _region(self, text: Conditioning, masks: Tensor) -> "InRegions":
+    def _region(self, image: int, masks: Tensor) -> PreparedPass:
         """Subject n's mask as region n. Shape of masks: [subjects, height, width] on the latent grid."""
-        regions = Regions.of_masks(self.subjects, masks, self.engine.levels, threshold=1.0)
+        session, text = self.session, self.texts[image]
+        regions = Regions.of_masks(self.subjects, masks, session.canvas.levels, threshold=1.0)
         partitions = {
-            level: Partition.of(cells.flatten(0, 1), self.engine.device) for level, cells in regions.cells.items()
+            level: Partition.of(cells.flatten(0, 1), session.canvas.device) for level, cells in regions.cells.items()
         }
-        gates = region_gates(self.engine, text, regions)
-        if self.regions:  # the same text gates, so that keys and values are kept for the whole call
-            gates = replace(gates, text=self.regions[0].gates.text)
-        return InRegions(text, gates, Layout(partitions, inject=True, isolate=self.settings.isolate))
+        attention = RegionAttention(partitions, inject=True, isolate=self.settings.isolate)
+        spec = Pass(text, region_gates(session, text, regions), attention, image=image)
+        # Text and text gates stay the same when masks change, and with them keys and values.
+        return session.denoiser.prepare(spec, same_text_as=self.regions[image] if self.regions else None)
 
-    @property
-    def _masks_due(self) -> bool:
-        return self.masks is None or self.engine.step < self._until(self.settings.mask_until)
+    def _masks_due(self, step: Step) -> bool:
+        return self.masks is None or step.index < math.ceil(steps_in(self.settings.mask_until, step.count))
 
-    def _at(self, part: float) -> int:
-        """The step at a part of all steps; above 1 it is the number of a step."""
-        return int(_share(part, self.engine))
-
-    def _until(self, part: float) -> int:
-        """The first step after a part of all steps; above 1 it is a number of steps."""
-        return math.ceil(_share(part, self.engine))
-
-    @cached_property
-    def _all_rows(self) -> Tensor:
-        """The readout with the uncond rows in front: empty for shared ones, as of their branch for those of each."""
+    def _all_rows(self, step: Step) -> MapRequest:
+        """The maps with the unconditional rows in front: empty for shared ones, as of their branch for those of each."""
         readout = self.words.readout
-        unconds = readout if self.settings.uncond == "each" else torch.zeros_like(readout[: self.engine.images])
-        return torch.cat([unconds, readout])
+        if not step.guided:
+            return MapRequest(readout)
+        each = self.settings.uncond == "each"
+        unconds = readout if each else torch.zeros_like(readout[: self.session.canvas.images])
+        return MapRequest(torch.cat([unconds, readout]))
 
-    def _recorder(self, readout: Tensor) -> Recorder:
-        rows = readout if self.engine.guided else readout[-len(self.words.readout) :]
-        return Recorder(self.engine.map_layers, rows)
-
-    def _maps(self, recorder: Recorder) -> Tensor:
-        """The maps of all branches; of both halves of guidance where updates see both.
+    def _by_branch(self, maps: AttentionMaps) -> Tensor:
+        """The maps of all branches; the mean of both halves of guidance where updates see both.
 
         Returns:
             Shape: [branches, images, maps, height, width].
         """
-        grid, branches = grid_at(self.engine.latent_grid, self.engine.map_level), len(self.subjects) + 1
-        maps = recorder.mean().transpose(1, 2).unflatten(2, grid).unflatten(0, (-1, self.engine.images))
-        if self.settings.whole and len(maps) == 2 * branches:
-            return (maps[:branches] + maps[branches:]) / 2
-        return maps[-branches:]
-
-
-@dataclass(frozen=True, eq=False)
-class InRegions:
-    """What the pass of one image needs.
-
-    Attributes:
-        text: Text 0 for what nobody claims, text 1 + n for subject n.
-        gates: Every LoRA in its region.
-        layout: The regions.
-    """
-
-    text: Conditioning
-    gates: Gates
-    layout: Layout
-
-
-def _share(part: float, engine: Engine) -> float:
-    """A part of all steps, free of what floating point adds to 0.28 * 25; above 1 it is a number of steps."""
-    return round(part * len(engine.timesteps), 6) if part <= 1 else part
+        canvas, branches = self.session.canvas, len(self.subjects) + 1
+        grid = grid_at(canvas.latent_grid, canvas.map_level)
+        found = maps.text.transpose(1, 2).unflatten(2, grid).unflatten(0, (-1, canvas.images))
+        if self.settings.whole and len(found) == 2 * branches:
+            return (found[:branches] + found[branches:]) / 2
+        return found[-branches:]

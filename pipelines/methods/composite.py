@@ -14,13 +14,10 @@ Guidance is linear, so averaging first and guiding once gives the same, and `gui
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from lora_compose.pipelines.engine import Engine
-from lora_compose.pipelines.methods.process import Alone, alone, say_once, say_unread_by_passes
+from lora_compose.pipelines.methods.process import FixedPasses, say_once, say_unread_by_passes, subject_pass
+from lora_compose.pipelines.session import Session
 
 
 @dataclass(frozen=True)
@@ -38,62 +35,21 @@ class Composite:
         if self.shares is not None and not _proper(self.shares):
             raise ValueError(f"shares must be numbers of which none is negative and not all are 0, not {self.shares!r}")
 
-    def start(self, engine: Engine) -> "Average":
-        """What every LoRA needs for its passes; text encoders take part."""
-        if any(concept.region for concept in engine.concepts):
-            say_once("composite has no use for regions; method='regional' has")
-        if engine.differ and self.shares is not None:
-            raise ValueError("composite can have shares only if all prompts have the same concepts")
-        numbers = [max(1, len(mine)) for mine in engine.subjects_of]
-        shares = [1.0] * numbers[0] if self.shares is None else self.shares
-        if self.shares is not None and len(shares) != numbers[0]:
-            raise ValueError(f"composite has {len(shares)} shares, but there are {numbers[0]} {_passes(engine)}")
-        say_unread_by_passes(engine)
-        passes = [alone(engine, [mine[n : n + 1] for mine in engine.subjects_of]) for n in range(max(numbers))]
-        if engine.differ:
-            of_prompts = [[1 / number if n < number else 0.0 for number in numbers] for n in range(len(passes))]
-        else:
-            of_prompts = [[share / sum(shares)] * len(numbers) for share in shares]
-        by_image = torch.tensor(of_prompts).repeat_interleave(engine.images_per_prompt, dim=1)
-        return Average(engine, passes, by_image[..., None, None, None].to(engine.device))
-
-
-@dataclass(frozen=True)
-class Average:
-    """The process of `Composite`.
-
-    Attributes:
-        engine: Runs the UNet.
-        alone: What a pass with each LoRA alone needs.
-        shares: How much each pass counts for each image; their sum is 1, so that the average is again a prediction of
-            the noise. Shape: [passes, images, 1, 1, 1].
-    """
-
-    engine: Engine
-    alone: Sequence[Alone]
-    shares: Tensor
-
-    def prepare(self, latents: Tensor) -> Tensor:
-        """Nothing is to be prepared."""
-        return latents
-
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass per LoRA, one after the other, so that memory does not grow with their number.
-
-        Prompts of one call that have different concepts share passes: the nth is of the nth concept of each.
-        """
-        passes = [self.engine.unet(latents, t, one.conditioning, one.gates) for one in self.alone]
-        images = self.shares.shape[1]
-        weighted = [
-            (share.to(one.model_output.dtype) * one.model_output.unflatten(0, (-1, images))).flatten(0, 1)
-            for share, one in zip(self.shares, passes, strict=True)
+    def start(self, session: Session) -> FixedPasses:
+        """A pass for each subject; text encoders take part."""
+        concepts = session.concepts
+        if any(concept.region for concept in concepts.concepts):
+            say_once("composite ignores regions; use method='regional'")
+        chosen = [(subject,) for subject in concepts.subjects] or [()]
+        shares = [1.0] * len(chosen) if self.shares is None else self.shares
+        if len(shares) != len(chosen):
+            passes = "passes: styles have none of their own" if concepts.styles else "concepts"
+            raise ValueError(f"composite has {len(shares)} shares, but there are {len(chosen)} {passes}")
+        say_unread_by_passes(session)
+        averaged = [
+            (subject_pass(session, one), share / sum(shares)) for one, share in zip(chosen, shares, strict=True)
         ]
-        return latents, self.engine.guide(replace(passes[0], model_output=torch.stack(weighted).sum(dim=0)))
-
-
-def _passes(engine: Engine) -> str:
-    """What has a pass."""
-    return "concepts" if len(engine.subjects) == len(engine.concepts) else "passes: styles have none of their own"
+        return FixedPasses(session, [averaged])
 
 
 def _proper(shares: object) -> bool:

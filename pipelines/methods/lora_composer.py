@@ -30,23 +30,25 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Layout, Partition, Recorder
-from lora_compose.attention.layers import sent
-from lora_compose.pipelines.casts import ByCast
+from lora_compose.attention import Partition, RegionAttention
+from lora_compose.attention.device import to_device
+from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.conditioning import Conditioning, stack_texts
-from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import bell, concentration, filling, outlook, smooth
+from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Process, acting, say_unread
+from lora_compose.pipelines.methods.process import Process, say_unread
 from lora_compose.pipelines.methods.region_gates import Inject, Rows, region_gates
 from lora_compose.pipelines.methods.reinit import reinitialised
+from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
 from lora_compose.pipelines.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.regions import Regions, Window
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.tokens import find_words
 
 Reinit = Literal["off", "copy", "swap"]
-StepRule = Literal["raw", "rms"]
 Background = Literal["surroundings", "scene"]
 _CHOICES = {"inject": Inject, "rows": Rows, "reinit": Reinit, "step_rule": StepRule, "background": Background}
 
@@ -153,66 +155,67 @@ class LoraComposer:
         """Whether there is a latent re-initialisation."""
         return self.inject != "off" and self.reinit != "off"
 
-    def start(self, engine: Engine) -> Process:
+    def start(self, session: Session) -> Process:
         """Encodes a text for the canvas and one for each region, and divides the grids. Styles alone are merged."""
-        if engine.differ:
-            return ByCast.start(engine, self.start)
-        if not engine.subjects:
-            return Merge().start(engine)
-        wanted = [concept.region for concept in engine.concepts]
+        concepts, canvas = session.concepts, session.canvas
+        if not concepts.subjects:
+            return Merge().start(session)
+        wanted = [concept.region for concept in concepts.concepts]
         if not any(wanted):
             raise ValueError(
                 "lora-composer needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
-        regions = Regions.of(wanted, engine.image_size, engine.latent_grid, engine.levels, self.threshold)
-        behind = [concept for concept in engine.concepts if concept.region is None]
+        regions = Regions.of(wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold)
+        behind = [concept for concept in concepts.concepts if concept.region is None]
         say_unread(
             behind,
             behind,
             "without a region a concept acts in the background, which reads the scene's prompt",
         )
-        prompts = _own_prompts(engine, regions)
-        together, alone = self._texts(engine, regions, prompts)
-        gates = region_gates(engine, together, regions, rows=self.rows, inject=self.inject)
+        prompts = _own_prompts(session, regions)
+        first, together, alone = self._texts(session, regions, prompts)
+        gates = region_gates(session, together, regions, rows=self.rows, inject=self.inject)
+        whole = session.denoiser.prepare(Pass(together, gates, self._attention(session, regions)))
         return Composing(
             self,
-            engine,
-            together,
-            gates,
-            self._layout(engine, regions),
-            _targets(engine, regions, prompts) if self.updates or self.moves_noise else (),
-            self._parts(engine, alone, regions, gates) if self.apart > 0 else None,
+            session,
+            first,
+            whole,
+            _targets(session, regions, prompts) if self.updates or self.moves_noise else (),
+            self._parts(session, alone, regions, whole) if self.apart > 0 else None,
         )
 
     def _texts(
-        self, engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]
-    ) -> tuple[Conditioning, Sequence[Conditioning]]:
+        self, session: Session, regions: Regions, prompts: Sequence[Sequence[str]]
+    ) -> tuple[Conditioning, Conditioning, Sequence[Conditioning]]:
         """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
 
-        What describes a picture as a whole (SDXL's pooled text, what a ControlNet reads) is of all the scene in plain
-        words, and where region n has a canvas of its own, of its text.
+        A text for the image as a whole (SDXL's pooled text, a ControlNet's) is that of the scene in plain words, and
+        where region n has a canvas of its own, that of the region.
 
         Returns:
-            For the canvas of all regions, and for the canvas of each.
+            Text 0, all texts for the canvas of all regions, and all texts for the canvas of each region.
         """
-        mine = [engine.concepts[i] for i in regions.owners]
-        others = [concept for concept in engine.concepts if concept.region is None and concept.trigger]
+        concepts, encode = session.concepts, session.prompts.encode
+        scene = session.prompts.texts or ()
+        mine = [concepts.concepts[i] for i in regions.owners]
+        others = [concept for concept in concepts.concepts if concept.region is None and concept.trigger]
         # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
-        engine.find(engine.prompts or (), [other.name for other in others])
-        canvas = [self._background(prompt, mine, others) for prompt in engine.prompts or ()]
-        behind = engine.weights_of([[i for i in everybody if i not in regions.owners] for everybody in engine.members])
-        texts = [engine.encode(behind, canvas, names=[other.name for other in others])]
+        session.prompts.find(scene, [other.name for other in others])
+        canvas = [self._background(prompt, mine, others) for prompt in scene]
+        behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in regions.owners])
+        texts = [encode(behind, canvas, names=[other.name for other in others])]
         for i, own in zip(regions.owners, prompts, strict=True):
-            negative = engine.concepts[i].negative_prompt
+            negative = concepts.concepts[i].negative_prompt
             negatives = None if negative is None else [negative] * len(own)
-            texts.append(engine.encode(acting(engine, [(i,)] * len(own)), own, negatives, [engine.concepts[i].name]))
+            texts.append(encode(concepts.with_styles([i]), own, negatives, [concepts.concepts[i].name]))
         together = stack_texts(texts)
-        if together.added_cond_kwargs is None and not engine.has_controlnet:
-            return together, [together] * len(prompts)
-        scene = [without_triggers(prompt, mine) for prompt in engine.prompts or ()]
-        whole = engine.encode(behind, scene, names=[other.name for other in others])
-        return together.described_by(whole), [together.described_by(text) for text in texts[1:]]
+        if together.added is None and not session.denoiser.has_controlnet:
+            return texts[0], together, [together] * len(prompts)
+        plain = [without_triggers(prompt, mine) for prompt in scene]
+        whole = encode(behind, plain, names=[other.name for other in others])
+        return texts[0], together.described_by(whole), [together.described_by(text) for text in texts[1:]]
 
     def _background(self, prompt: str, mine: Sequence[Concept], others: Sequence[Concept]) -> str:
         bare = surroundings(prompt, mine)
@@ -220,25 +223,25 @@ class LoraComposer:
         keeps = all(find_words(other.trigger or "", bare) for other in others)
         return bare if self.background == "surroundings" and keeps else without_triggers(prompt, mine)
 
-    def _layout(self, engine: Engine, regions: Regions) -> Layout:
+    def _attention(self, session: Session, regions: Regions) -> RegionAttention:
         cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
-        partitions = {level: Partition.of(inside, engine.device) for level, inside in cells.items()}
-        return Layout(partitions, self.inject != "off", self.isolate)
+        partitions = {level: Partition.of(inside, session.canvas.device) for level, inside in cells.items()}
+        return RegionAttention(partitions, self.inject != "off", self.isolate)
 
-    def _parts(self, engine: Engine, texts: Sequence[Conditioning], regions: Regions, gates: Gates) -> "Parts":
+    def _parts(self, session: Session, texts: Sequence[Conditioning], regions: Regions, whole: PreparedPass) -> "Parts":
         """A canvas for each region."""
         parts, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
         for n, text in enumerate(texts):
-            window = regions.window(n, engine.native_side * self.apart_side)
+            window = regions.window(n, session.canvas.backbone.native_side * self.apart_side)
             alone = regions.part(window, n)
             mine, all_here = alone.cells[0][..., n], regions.cells[0][window]
             shown = mine | ~all_here.any(dim=-1)
             seen[window] |= shown
-            # The same text gates, so that keys and values are kept once for all passes.
-            of_part = replace(region_gates(engine, text, alone, rows=self.rows, inject=self.inject), text=gates.text)
-            height, width = (side / whole for side, whole in zip(shown.shape, regions.grid, strict=True))
-            layout = self._layout(engine, alone)
-            parts.append(Part(window, shown.to(engine.device), text.on_part(height, width), of_part, layout))
+            gates = region_gates(session, text, alone, rows=self.rows, inject=self.inject)
+            height, width = (side / full for side, full in zip(shown.shape, regions.grid, strict=True))
+            spec = Pass(text.on_part(height, width), gates, self._attention(session, alone), window)
+            part = session.denoiser.prepare(spec, same_text_as=whole)
+            parts.append(Part(window, shown.to(session.canvas.device), part))
         return Parts(parts, complete=bool(seen.all()))
 
 
@@ -268,18 +271,14 @@ class Part:
     """A canvas on which one region is denoised, a part of the whole one.
 
     Attributes:
-        window: Which rows and columns of the latents it is.
+        window: Its rows and columns of the latents.
         shown: True where its result counts: in the region, and where no region is. Shape: [rows, columns].
-        text: All texts, and the concept's own where a text describes the whole canvas.
-        gates: The concept in its region.
-        layout: Region and background.
+        prepared: Its pass.
     """
 
     window: Window
     shown: Tensor
-    text: Conditioning
-    gates: Gates
-    layout: Layout
+    prepared: PreparedPass
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,116 +298,99 @@ class Composing:
 
     Attributes:
         settings: The settings.
-        engine: Runs the UNet.
-        conditioning: Text 0 for the canvas, text 1 + n for region n.
-        gates: How strongly each concept acts where.
-        layout: Which cell reads and sees what.
+        session: The call.
+        text: Text 0, of the canvas.
+        whole: The pass of the whole canvas.
         targets: What the losses look at, one for each region.
         parts: The canvases on which regions are denoised apart; None if they are not.
-        refining: Which images are still updated, on the CPU; None before the first step. Shape: [images].
+        refining: Which images still need updates, on the CPU; None before the first step. Shape: [images].
         losses: Their losses before the last update, on the CPU. Shape: [images].
     """
 
     settings: LoraComposer
-    engine: Engine
-    conditioning: Conditioning
-    gates: Gates
-    layout: Layout
+    session: Session
+    text: Conditioning
+    whole: PreparedPass
     targets: Sequence[Target]
     parts: Parts | None
     refining: Tensor | None = None
     losses: Tensor | None = None
 
-    def prepare(self, latents: Tensor) -> Tensor:
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """Re-initialises the latents (section 3.5)."""
         if not self.settings.moves_noise:
             return latents
-        recorder = self._recorder()
-        self.engine.observe(latents, self.engine.timesteps[0], self.conditioning, self.gates, recorder, self.layout)
-        words = zip(self._maps(recorder), self.targets, strict=True)
+        maps = self._by_concept(self.session.denoiser.maps(latents, first, self.whole, self._request))
+        words = zip(maps, self.targets, strict=True)
         scores = torch.stack([(maps * target.share[:, :, None, None]).sum(dim=1) for maps, target in words], dim=1)
         regions = [target.region > 0 for target in self.targets]
         swap = self.settings.reinit == "swap"
-        return reinitialised(latents, scores, regions, 2**self.engine.map_level, swap=swap)
+        return reinitialised(latents, scores, regions, 2**self.session.canvas.map_level, swap=swap)
 
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """An update while there is something to gain (eq. 10), then a pass with guidance."""
-        if self.settings.updates and not self.engine.second_pass:
-            latents = self._update(latents, t)
-        if self.parts is not None and self.engine.step < math.ceil(_share(self.settings.apart, self.engine)):
-            return latents, self._apart(latents, t, self.parts)
-        return latents, self._together(latents, t)
+        if self.settings.updates and not step.second_order:
+            latents = self._update(latents, step)
+        if self.parts is not None and step.index < math.ceil(steps_in(self.settings.apart, step.count)):
+            return latents, self._apart(latents, step, self.parts)
+        return latents, self._together(latents, step)
 
-    def _together(self, latents: Tensor, t: Tensor) -> Tensor:
-        prediction = self.engine.unet(latents, t, self.conditioning, self.gates, self.layout)
-        return self.engine.guide(prediction)
+    def _together(self, latents: Tensor, step: Step) -> Tensor:
+        return self.session.guider.combine(self.session.denoiser.predict(latents, step, self.whole), step)
 
-    def _apart(self, latents: Tensor, t: Tensor, parts: Parts) -> Tensor:
+    def _apart(self, latents: Tensor, step: Step, parts: Parts) -> Tensor:
         """Every region, and what is around it, from a canvas of its own; the rest, if any, from the whole canvas."""
         total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
         for part in parts.each:
             here = (..., *part.window)
-            prediction = self.engine.unet(
-                latents[here].contiguous(), t, part.text, part.gates, part.layout, part.window
-            )
-            total[here] += self.engine.guide(prediction) * part.shown
+            prediction = self.session.denoiser.predict(latents[here].contiguous(), step, part.prepared)
+            total[here] += self.session.guider.combine(prediction, step) * part.shown
             times[here] += part.shown
         if parts.complete:
             return total / times
-        return torch.where(times > 0, total / times.clamp(min=1), self._together(latents, t))
+        return torch.where(times > 0, total / times.clamp(min=1), self._together(latents, step))
 
-    def _update(self, latents: Tensor, t: Tensor) -> Tensor:
-        step, steps = self.engine.step, len(self.engine.timesteps)
+    def _update(self, latents: Tensor, step: Step) -> Tensor:
+        settings, (index, count) = self.settings, (step.index, step.count)
         if self.refining is None:
             self.refining = torch.ones(len(latents), dtype=torch.bool)
-        if step > int(_share(self.settings.most_updates, self.engine)) or not self.refining.any():
+        if index > int(steps_in(settings.most_updates, count)) or not self.refining.any():
             return latents
-        found = self.engine.gradient(
-            latents, t, self.conditioning, self.gates, self._recorder(), self.loss, self.layout
-        )
-        losses, gradient = found.losses, found.direction
-        if self.settings.step_rule == "rms":
-            gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-        size = self.settings.step_size * (1 - 0.5 * step / max(1, steps - 1)) ** self.settings.step_decay
-        refining = sent(self.refining, latents.device)[:, None, None, None]
-        updated = (latents - size * gradient * refining).to(latents.dtype)
-        if self.losses is not None and step >= int(_share(self.settings.least_updates, self.engine)):
-            self.refining = self.refining & (losses <= self.losses)  # the update of this step has been applied
-        self.losses = losses
+        found = self.session.denoiser.gradient(latents, step, self.whole, self._request, self.loss)
+        size = settings.step_size * (1 - 0.5 * index / max(1, count - 1)) ** settings.step_decay
+        active = to_device(self.refining, latents.device)
+        updated = descend(latents, found.direction, size, settings.step_rule, active)
+        if self.losses is not None and index >= int(steps_in(settings.least_updates, count)):
+            self.refining = self.refining & (found.losses <= self.losses)  # the update of this step has been applied
+        self.losses = found.losses
         return updated
 
-    def loss(self, recorder: Recorder) -> Tensor:
+    def loss(self, maps: AttentionMaps) -> Tensor:
         """Eq. 9: the sum over the concepts. Shape: [images]."""
-        settings, every = self.settings, self._maps(recorder)
-        looks = recorder.self_mean() if settings.region_weight > 0 else None
-        losses = []
-        for target, maps in zip(self.targets, map(smooth, every), strict=True):
+        settings, losses = self.settings, []
+        for target, words in zip(self.targets, map(smooth, self._by_concept(maps)), strict=True):
             best = max(1, int(PART * len(target.inside)))
             attended = settings.ce_weight * concentration(
-                maps, target.bell if settings.gaussian else target.region, best
+                words, target.bell if settings.gaussian else target.region, best
             )
-            attended = attended + settings.fill_weight * filling(maps, target.region)
+            attended = attended + settings.fill_weight * filling(words, target.region)
             losses.append((attended * target.share).sum(dim=1))
-            if looks is not None:
-                losses.append(settings.region_weight * outlook(looks, target.inside, target.outside, best))
+            if maps.cells is not None:
+                losses.append(settings.region_weight * outlook(maps.cells, target.inside, target.outside, best))
         return torch.stack(losses).sum(dim=0)
 
-    def _recorder(self) -> Recorder:
-        self_layers = self.engine.self_map_layers if self.settings.region_weight > 0 else ()
-        return Recorder(self.engine.map_layers, self._readout, self_layers)
-
     @cached_property
-    def _readout(self) -> Tensor:
+    def _request(self) -> MapRequest:
         """The tokens of region n in text 1 + n, without the background's. Shape: [regions, images, tokens, maps]."""
         maps = max(target.words.shape[-1] for target in self.targets)
         padded = [torch.nn.functional.pad(target.words, (0, maps - target.words.shape[-1])) for target in self.targets]
-        return torch.stack(padded)
+        return MapRequest(torch.stack(padded), self.settings.region_weight > 0)
 
-    def _maps(self, recorder: Recorder) -> list[Tensor]:
+    def _by_concept(self, maps: AttentionMaps) -> list[Tensor]:
         """Attention to each concept's tokens, by concept. Shape: [images, maps, height, width] each."""
         return [
-            maps[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape)
-            for maps, target in zip(recorder.mean(), self.targets, strict=True)
+            found[..., : target.share.shape[1]].transpose(1, 2).unflatten(2, target.region.shape)
+            for found, target in zip(maps.text, self.targets, strict=True)
         ]
 
 
@@ -416,28 +398,25 @@ PART = 0.2
 """The part of a region's cells that L_ce and L_region take their mean over."""
 
 
-def _share(part: float, engine: Engine) -> float:
-    """A part of all steps, free of what floating point adds to 0.28 * 25."""
-    return round(part * len(engine.timesteps), 6)
-
-
-def _own_prompts(engine: Engine, regions: Regions) -> list[list[str]]:
-    """What each region reads, by prompt of the call."""
-    if engine.prompts is None:
+def _own_prompts(session: Session, regions: Regions) -> list[list[str]]:
+    """The text of each region, by prompt."""
+    texts = session.prompts.texts
+    if texts is None:
         raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
-    concepts = [engine.concepts[i] for i in regions.owners]
-    return [[about(concept, prompt, concepts) for prompt in engine.prompts] for concept in concepts]
+    concepts = [session.concepts.concepts[i] for i in regions.owners]
+    return [[about(concept, prompt, concepts) for prompt in texts] for concept in concepts]
 
 
-def _targets(engine: Engine, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:
-    masks = regions.cells[engine.map_level].unbind(dim=-1)
-    return [_target(engine, *one) for one in zip(regions.owners, masks, prompts, strict=True)]
+def _targets(session: Session, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:
+    masks = regions.cells[session.canvas.map_level].unbind(dim=-1)
+    return [_target(session, *one) for one in zip(regions.owners, masks, prompts, strict=True)]
 
 
-def _target(engine: Engine, concept: int, region: Tensor, prompts: Sequence[str]) -> Target:
-    name = engine.concepts[concept].name
-    words = engine.find(prompts, [name]).phrase[:, :, concept].repeat_interleave(engine.images_per_prompt, dim=0)
-    _check_words(engine.concepts[concept], words)
+def _target(session: Session, concept: int, region: Tensor, prompts: Sequence[str]) -> Target:
+    mine, canvas = session.concepts.concepts[concept], session.canvas
+    words = session.prompts.find(prompts, [mine.name]).phrase[:, :, concept]
+    words = words.repeat_interleave(canvas.images_per_prompt, dim=0)
+    _check_words(mine, words)
     tokens = [row.nonzero()[:, 0] for row in words.cpu()]
     readout = torch.zeros(*words.shape, max(len(found) for found in tokens))
     share = torch.zeros(len(tokens), readout.shape[-1])
@@ -445,7 +424,7 @@ def _target(engine: Engine, concept: int, region: Tensor, prompts: Sequence[str]
         readout[image, found, torch.arange(len(found))] = 1
         share[image, : len(found)] = 1 / len(found)
     inside, outside = region.flatten().nonzero()[:, 0], (~region).flatten().nonzero()[:, 0]
-    on_device = (x.to(engine.device) for x in (region.float(), bell(region), inside, outside, readout, share))
+    on_device = (x.to(canvas.device) for x in (region.float(), bell(region), inside, outside, readout, share))
     return Target(*on_device)
 
 

@@ -1,27 +1,30 @@
 """Merge: add the LoRAs up, the baseline that everybody knows.
 
-Every layer becomes W + sum_i w_i s_i B_i A_i, for all tokens, pixels and rows, text encoders included. With several
-subjects the deltas act on each other's tokens and pixels, so identities blend or one of them wins. Styles act
+Every layer becomes W + sum_i w_i s_i B_i A_i, for all tokens, cells and rows, text encoders included. With several
+subjects the deltas act on each other's tokens and cells, so identities blend or one of them wins. Styles act
 everywhere, so other methods do the same where a scene has no subjects.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_compose.pipelines.engine import Engine
-from lora_compose.pipelines.methods.process import OnePass, constant_gates, one_text, say_once
+from lora_compose.attention import Stream
+from lora_compose.pipelines.methods.process import FixedPasses, constant_gates, one_text, say_once
+from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.session import Session
+
+EVERYWHERE: Sequence[Stream] = ("text", "image", "joint", "row", "modulation")
 
 
 @dataclass(frozen=True)
 class Merge:
     """All LoRAs are added up, as every tool does it; there are no settings."""
 
-    def start(self, engine: Engine) -> OnePass:
+    def start(self, session: Session) -> FixedPasses:
         """Constant gates for everything; text encoders take part."""
-        if any(concept.region for concept in engine.concepts):
-            say_once("merge has no use for regions; method='regional' has")
-        weights = engine.weights_of()
-        conditioning = one_text(engine, weights)
-        gates = constant_gates(engine, weights, conditioning)
-        if len(weights) > 1:
-            return OnePass(engine, conditioning, gates)
-        return OnePass(engine, conditioning, gates, ("text", "image", "row"), engine.weights)
+        if any(concept.region for concept in session.concepts.concepts):
+            say_once("merge ignores regions; use method='regional'")
+        every = session.concepts.weights
+        weights = session.concepts.weights_of(range(len(every)))
+        merged = Pass(one_text(session, weights), constant_gates(session, weights))
+        return FixedPasses(session, [[(merged, 1.0)]], constant=EVERYWHERE, constant_weights=every)

@@ -1,31 +1,34 @@
 """What a method is: settings that start a process, and a process that lives for one call."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates
-from lora_compose.attention.layers import Kind
+from lora_compose.attention import Gates, Stream
+from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.conditioning import Conditioning
-from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.session import Session
 
 __all__ = [
-    "Alone",
-    "OnePass",
+    "FixedPasses",
     "Process",
     "Settings",
-    "acting",
-    "alone",
+    "Share",
     "constant_gates",
     "one_text",
     "say_once",
     "say_unread",
     "say_unread_by_passes",
+    "subject_pass",
 ]
 
 logger = logging.getLogger(__name__)
@@ -34,11 +37,16 @@ logger = logging.getLogger(__name__)
 class Process(Protocol):
     """A method at work on one call. It installs nothing itself."""
 
-    def prepare(self, latents: Tensor) -> Tensor:
-        """Once, before the loop, with the concepts installed; returns the latents to start from."""
+    @property
+    def text(self) -> Conditioning:
+        """The text that callbacks see."""
         ...
 
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Called once, before the loop, with the first step; returns the latents to start from."""
+        ...
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """One step; returns (latents, model output), which both go to the scheduler."""
         ...
 
@@ -47,8 +55,8 @@ class Process(Protocol):
 class Settings(Protocol):
     """A method with its settings: a frozen dataclass."""
 
-    def start(self, engine: Engine) -> Process:
-        """Checks what the method needs, encodes the prompts and returns the process for this call.
+    def start(self, session: Session) -> Process:
+        """Checks what the method needs, encodes the prompts and returns the process for one concept set.
 
         Raises:
             ValueError: If the concepts lack something the method needs.
@@ -56,103 +64,97 @@ class Settings(Protocol):
         ...
 
 
+Share = tuple[Pass, float]
+"""A pass, and how much its prediction counts."""
+
+
 @dataclass(frozen=True)
-class OnePass:
-    """The process of methods that need one UNet pass per step and the same gates throughout.
+class FixedPasses:
+    """The process of methods that move no latents and know all passes before the first step.
+
+    In every step the predictions of the passes of one turn are averaged by their shares.
 
     Attributes:
-        engine: Runs the UNet.
-        conditioning: The text.
-        gates: How strongly each concept acts where.
-        constant: Kinds of layers whose gates are the same on all rows and positions, to be folded into the model.
+        session: The call.
+        turns: The passes of every turn; the sum of the shares is 1.
+        interval: Steps per turn, after which the next one begins.
+        constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
         constant_weights: Those gates, one per concept.
     """
 
-    engine: Engine
-    conditioning: Conditioning
-    gates: Gates
-    constant: Sequence[Kind] = ()
+    session: Session
+    turns: Sequence[Sequence[Share]]
+    interval: int = 1
+    constant: Sequence[Stream] = ()
     constant_weights: Sequence[float] = ()
 
-    def prepare(self, latents: Tensor) -> Tensor:
+    @property
+    def text(self) -> Conditioning:
+        """The text of the first pass."""
+        return self.turns[0][0][0].text
+
+    def turn(self, step: Step) -> int:
+        """Which turn a step belongs to."""
+        return step.index // self.interval % len(self.turns)
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """Folds what is constant."""
-        self.engine.fold(self.constant, self.constant_weights)
+        self.session.denoiser.fold(self.constant, self.constant_weights)
         return latents
 
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass with guidance."""
-        return latents, self.engine.guide(self.engine.unet(latents, t, self.conditioning, self.gates))
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The passes of this turn, one after the other, so that memory does not grow with their number."""
+        prepared = self._prepared[self.turn(step)]
+        predictions = [self.session.denoiser.predict(latents, step, one) for one, _ in prepared]
+        first = predictions[0]
+        if len(prepared) > 1:
+            weighted = [share * one.model_output for (_, share), one in zip(prepared, predictions, strict=True)]
+            first = replace(first, model_output=torch.stack(weighted).sum(dim=0))
+        return latents, self.session.guider.combine(first, step)
+
+    @cached_property
+    def _prepared(self) -> Mapping[int, Sequence[tuple[PreparedPass, float]]]:
+        prepare = self.session.denoiser.prepare
+        return {i: [(prepare(one), share) for one, share in turn] for i, turn in enumerate(self.turns)}
 
 
-@dataclass(frozen=True)
-class Alone:
-    """What a UNet pass needs in which one subject's LoRA and those of the styles act, everywhere, and no others.
+def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
+    """A pass in which one subject's LoRA and those of the styles act, everywhere.
 
-    Attributes:
-        conditioning: The text, encoded with those LoRAs' text-encoder factors, and the subject's own negative prompt.
-        gates: The weights of subject and styles, 0 at the others.
-    """
-
-    conditioning: Conditioning
-    gates: Gates
-
-
-def alone(engine: Engine, chosen: Sequence[Sequence[int]]) -> Alone:
-    """What a pass needs in which every prompt has one of its subjects, or none, beside its styles.
-
-    Args:
-        engine: Encodes the prompts.
-        chosen: By prompt, the subject.
-    """
-    weights = acting(engine, chosen)
-    conditioning = engine.encode(weights, negative_prompts=_own_negatives(engine, chosen))
-    return Alone(conditioning, constant_gates(engine, weights, conditioning))
-
-
-def acting(engine: Engine, chosen: Sequence[Sequence[int]]) -> Tensor:
-    """The weights of some subjects and of the styles, which act beside all of them; 0 for the others.
+    The text is encoded with the text-encoder part of those LoRAs and the subject's own negative prompt.
 
     Args:
-        engine: Knows the weights.
-        chosen: By prompt, the subjects.
-
-    Returns:
-        Shape: [prompts or 1, concepts].
+        session: The call.
+        chosen: The subject, if there is one.
     """
-    return engine.weights_of([(*mine, *styles) for mine, styles in zip(chosen, engine.styles_of, strict=True)])
+    weights = session.concepts.with_styles(chosen)
+    own = [session.concepts.concepts[i].negative_prompt for i in chosen]
+    negatives = [own[0]] * len(session.prompts.places) if own and own[0] is not None else None
+    text = session.prompts.encode(weights, negative_prompts=negatives)
+    return Pass(text, constant_gates(session, weights))
 
 
-def _own_negatives(engine: Engine, chosen: Sequence[Sequence[int]]) -> list[str] | None:
-    """The own negative prompt of the subject of a pass; None is the scene's."""
-    own = [engine.concepts[i].negative_prompt for one in chosen for i in one]
-    given = [negative for negative in own if negative is not None]
-    return given if len(given) == len(chosen) and not engine.differ else None
+def say_unread_by_passes(session: Session) -> None:
+    """Warns of prompts of their own that methods with a pass for each subject do not read."""
+    styles = [session.concepts.concepts[i] for i in session.concepts.styles]
+    why = "each pass has the scene's prompt and its subject's negative prompt"
+    say_unread(session.concepts.concepts, styles, why)
 
 
-def say_unread_by_passes(engine: Engine) -> None:
-    """Says whose own prompts are not read by methods with a pass for each subject."""
-    unread = [concept for concept in engine.concepts if concept.is_style or engine.differ]
-    why = "each pass has the scene's prompt, and its subject's negative prompt if all prompts have the same concepts"
-    say_unread(engine.concepts, unread, why)
-
-
-def one_text(engine: Engine, weights: Tensor | None = None) -> Conditioning:
-    """The scene's prompts, read by all concepts; says whose own ones are not read.
+def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
+    """The scene's prompts, one text for all concepts; warns of prompts of their own.
 
     Args:
-        engine: Encodes.
-        weights: Of the concepts' text-encoder factors; None leaves them out.
+        session: The call.
+        weights: Of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
-    say_unread(
-        engine.concepts,
-        engine.concepts,
-        "this method has one text for all; method='lora-composer' has one for each region",
-    )
-    return engine.encode(weights)
+    every = session.concepts.concepts
+    say_unread(every, every, "this method has one text for all; method='lora-composer' has one for each region")
+    return session.prompts.encode(weights)
 
 
 def say_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: str) -> None:
-    """Says whose own prompts a method does not read.
+    """Warns of prompts of their own that a method does not read.
 
     Args:
         prompts: Concepts whose own prompt is not read.
@@ -165,18 +167,18 @@ def say_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: st
         logger.warning("the own prompts of %s are not read: %s", ", ".join(dict.fromkeys(unread)), why)
 
 
-def constant_gates(engine: Engine, weights: Tensor, conditioning: Conditioning) -> Gates:
-    """Gates that are the same at all tokens and cells.
+def constant_gates(session: Session, weights: Tensor) -> Gates:
+    """Gates that are the same on all rows, tokens and cells.
 
     Args:
-        engine: Knows the rows of every prompt.
-        weights: One number per concept. Shape: [prompts or 1, concepts].
-        conditioning: The text of all rows.
+        session: The call.
+        weights: One per concept. Shape: [concepts].
     """
-    gate = engine.by_row(weights, conditioning)
+    canvas = session.canvas
+    gate = weights.to(canvas.device)[None]
     return Gates(
         text=gate[:, None],
-        image=dict.fromkeys(engine.levels, gate[:, None]),
+        image=dict.fromkeys(canvas.levels, gate[:, None]),
         row=gate,
-        latent_grid=engine.latent_grid,
+        latent_grid=canvas.latent_grid,
     )

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, grid_at
-from lora_compose.pipelines.engine import Engine, LoadedConcept
+from lora_compose.pipelines.concept_set import LoadedConcept
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import OnePass, one_text, say_once
+from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once
+from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.regions import region_mask
+from lora_compose.pipelines.session import Session
 
 Rows = Literal["cond_only", "all"]
 TokenMask = Literal["tara", "all", "none"]
@@ -49,34 +51,38 @@ class Regional:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
-    def start(self, engine: Engine) -> OnePass:
+    def start(self, session: Session) -> FixedPasses:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""
-        if not engine.subjects:
-            return Merge().start(engine)
-        if all(concept.region is None for concept in engine.concepts):
+        concepts, canvas = session.concepts, session.canvas
+        if not concepts.subjects:
+            return Merge().start(session)
+        if all(concept.region is None for concept in concepts.concepts):
             raise ValueError(
                 "regional needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
-        for loaded in engine.loaded:
+        for loaded in concepts.loaded:
             if loaded.factors.text_encoders and not loaded.concept.is_style:
                 say_once(f"regional leaves out the text-encoder part of {loaded.concept.name!r}: text has no regions")
-        conditioning = one_text(engine, engine.weights_of(engine.styles_of))
-        weights = engine.by_row(engine.weights_of(), conditioning)
-        live = torch.ones(conditioning.rows, 1, 1, device=engine.device)
+        text = one_text(session, concepts.weights_of(concepts.styles))
+        weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
+        live = torch.ones(text.rows, 1, 1, device=canvas.device)
         if self.rows == "cond_only":
-            live[: conditioning.conditional_rows.start] = 0
-        mask = conditioning.trigger_mask
+            live[: text.conditional_rows.start] = 0
+        mask = text.trigger_mask
         named = mask.sum(dim=(0, 1)) > 0
-        asked = torch.tensor([self._keeps_to_its_words(loaded) for loaded in engine.loaded], device=engine.device)
-        tokens = torch.where(named & asked, mask, torch.ones_like(mask))
+        masked = torch.tensor([self._keeps_to_its_words(loaded) for loaded in concepts.loaded], device=canvas.device)
+        tokens = torch.where(named & masked, mask, torch.ones_like(mask))
+        everywhere = torch.tensor([float(concept.region is None) for concept in concepts.concepts]).to(canvas.device)
         gates = Gates(
             text=live * tokens * weights[:, None],
-            image={level: live * region_masks(engine, level) * weights[:, None] for level in engine.levels},
+            image={level: live * region_masks(session, level) * weights[:, None] for level in canvas.levels},
             row=live[:, 0] * weights,
-            latent_grid=engine.latent_grid,
+            latent_grid=canvas.latent_grid,
+            # A transformer's modulation scales all cells alike, so a region would leak into the others.
+            modulation=live[:, 0] * weights * everywhere,
         )
-        return OnePass(engine, conditioning, gates)
+        return FixedPasses(session, [[(Pass(text, gates), 1.0)]])
 
     def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
         """Whether a concept has a token mask, if it has a trigger."""
@@ -85,8 +91,9 @@ class Regional:
         return self.token_mask == "all" or loaded.trained_with == "tara"
 
 
-def region_masks(engine: Engine, level: int) -> Tensor:
+def region_masks(session: Session, level: int) -> Tensor:
     """The concepts' regions on the grid of a level; 1 everywhere without a region. Shape: [cells, concepts]."""
-    grid = grid_at(engine.latent_grid, level)
-    masks = [region_mask(concept.region, engine.image_size, grid) for concept in engine.concepts]
-    return torch.stack(masks, dim=-1).flatten(0, 1).to(engine.device)
+    canvas = session.canvas
+    grid = grid_at(canvas.latent_grid, level)
+    masks = [region_mask(concept.region, canvas.image_size, grid) for concept in session.concepts.concepts]
+    return torch.stack(masks, dim=-1).flatten(0, 1).to(canvas.device)

@@ -5,7 +5,7 @@ trigger, m_i in {0, 1}:
 
     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
 
-Every other adapted layer is summed without a mask. One UNet pass per step whatever the number of concepts.
+Every other adapted layer is summed without a mask. One forward pass per step whatever the number of concepts.
 
 Beyond the paper: a weight per concept, the negative prompt left alone, and styles (`role="style"`), which act
 everywhere, without a mask. One that was trained with TARA knows its own words only, so it keeps its mask, as all do in
@@ -13,14 +13,19 @@ the paper.
 `docs/methods/tara.md` says what differs from the authors' code and why.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from lora_compose.attention import Gates
-from lora_compose.pipelines.engine import Engine, LoadedConcept
-from lora_compose.pipelines.methods.process import OnePass, one_text, say_once
+from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once
+from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.session import Session
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]
@@ -51,28 +56,42 @@ class Tara:
         """What the authors' inference code does."""
         return cls(cfg_mask="broadcast")
 
-    def start(self, engine: Engine) -> OnePass:
-        """Token masks for keys and values, constant gates for everything else."""
-        _check(engine)
-        free = [i for i, loaded in enumerate(engine.loaded) if _everywhere(loaded)]
-        in_text = [[i for i in mine if i in free] for mine in engine.members]
-        conditioning = one_text(engine, engine.weights_of(in_text))
-        mask = conditioning.trigger_mask
-        if self.cfg_mask == "broadcast" and conditioning.guided:
-            mask = torch.cat([mask[conditioning.conditional_rows]] * 2)
-        mask = mask.index_fill(-1, torch.tensor(free, dtype=torch.long, device=mask.device), 1)
-        weights = engine.by_row(engine.weights_of(), conditioning)
-        unmasked = weights if self.scope == "all" else torch.zeros_like(weights[:1])
+    def start(self, session: Session) -> FixedPasses:
+        """Token masks on text, constant gates for everything else."""
+        concepts, canvas = session.concepts, session.canvas
+        _check(session)
+        unmasked = [i for i, loaded in enumerate(concepts.loaded) if _everywhere(loaded)]
+        text = one_text(session, concepts.weights_of(unmasked))
+        weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
+        mask = token_mask(text, unmasked, broadcast=self.cfg_mask == "broadcast")
+        other = weights if self.scope == "all" else torch.zeros_like(weights)
         gates = Gates(
             text=mask * weights[:, None],
-            image=dict.fromkeys(engine.levels, unmasked[:, None]),
-            row=unmasked,
-            latent_grid=engine.latent_grid,
+            image=dict.fromkeys(canvas.levels, other[:, None]),
+            row=other,
+            latent_grid=canvas.latent_grid,
         )
-        if len(unmasked) > 1:
-            return OnePass(engine, conditioning, gates)
-        constant = engine.weights if self.scope == "all" else [0.0] * len(engine.weights)
-        return OnePass(engine, conditioning, gates, ("image", "row"), constant)
+        constant = concepts.weights if self.scope == "all" else [0.0] * len(concepts.weights)
+        return FixedPasses(
+            session, [[(Pass(text, gates), 1.0)]], constant=("image", "row", "modulation"), constant_weights=constant
+        )
+
+
+def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) -> Tensor:
+    """The masks m_i: 1 at the tokens of each concept's trigger.
+
+    Args:
+        text: The text of all rows.
+        unmasked: Concepts without a mask.
+        broadcast: Whether unconditional rows get the mask of their conditional ones, and not zeros.
+
+    Returns:
+        Shape: [rows, tokens, concepts].
+    """
+    mask = text.trigger_mask
+    if broadcast and text.guided:
+        mask = torch.cat([mask[text.conditional_rows]] * 2)
+    return mask.index_fill(-1, torch.tensor(unmasked, dtype=torch.long, device=mask.device), 1)
 
 
 def _everywhere(loaded: LoadedConcept) -> bool:
@@ -80,12 +99,11 @@ def _everywhere(loaded: LoadedConcept) -> bool:
     return loaded.concept.is_style and loaded.trained_with != "tara"
 
 
-def _check(engine: Engine) -> None:
-    present = engine.token_masks.trigger.sum(dim=1) > 0
-    for i, loaded in enumerate(engine.loaded):
+def _check(session: Session) -> None:
+    present = session.prompts.token_masks.trigger.sum(dim=1) > 0
+    for i, loaded in enumerate(session.concepts.loaded):
         if not _everywhere(loaded):
-            found = all(present[prompt, i] for prompt, mine in enumerate(engine.members) if i in mine)
-            _check_masked(loaded, found)
+            _check_masked(loaded, bool(present[:, i].all()))
 
 
 def _check_masked(loaded: LoadedConcept, found: bool) -> None:
@@ -96,11 +114,11 @@ def _check_masked(loaded: LoadedConcept, found: bool) -> None:
             f"tara needs to know the words of concept {name!r}: give it a trigger that stands in every prompt"
             " (with prompt_embeds: its token_positions)"
         )
-    if not loaded.factors.unet:
+    if not loaded.factors.denoiser:
         raise ValueError(f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'")
     if loaded.factors.text_encoders:
         say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")
     if loaded.concept.region is not None:
-        say_once(f"tara has no use for the region of {name!r}; method='regional' has")
+        say_once(f"tara ignores the region of {name!r}; use method='regional'")
     if loaded.trained_with != "tara":
         say_once(f"{name!r} does not say that it was trained with TARA: tara is a plain token mask for it")

@@ -1,6 +1,6 @@
-"""A UNet that stops after the last layer whose attention is wanted: about half the work where only maps count."""
+"""What a forward pass with a gradient needs of a model's weights."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -8,43 +8,6 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
-
-from lora_compose.attention.layers import blocks, uncompiled
-
-
-@contextmanager
-def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
-    """Inside this block the UNet ends with the up block that holds the last of some layers; its output has no meaning.
-
-    The model is cut rather than left by an exception, which would make `torch.compile` and offloading hooks stumble.
-    What is cut off stays a part of it: an offloaded model may be brought to its device just then, and is not brought
-    there again while its first parameter is there.
-
-    Args:
-        unet: The model.
-        layers: Names of layers; without one in an up block the whole up path is left out.
-    """
-    model: Any = uncompiled(unet)
-    layers = tuple(layers)
-    names = [name for name, _, stage, _ in blocks(model) if stage == "up"]
-    needed = [i for i, name in enumerate(names, start=1) if any(layer.startswith(f"{name}.") for layer in layers)]
-    keep = max(needed, default=0)
-    found = {name: model._modules.get(name) for name in ("up_blocks", "conv_norm_out", "conv_out")}
-    up_blocks = list(model.up_blocks)
-    last = up_blocks[keep - 1] if keep else None
-    upsamplers = None if last is None else getattr(last, "upsamplers", None)
-    cut_off = [*up_blocks[keep:], upsamplers, found["conv_norm_out"], found["conv_out"]]
-    try:
-        model._modules.update(up_blocks=nn.ModuleList(up_blocks[:keep]), conv_norm_out=None, conv_out=nn.Identity())
-        model._modules["cut_off"] = nn.ModuleList(part for part in cut_off if part is not None)
-        if upsamplers is not None:
-            last.upsamplers = None  # pyright: ignore[reportOptionalMemberAccess]
-        yield
-    finally:
-        if upsamplers is not None:
-            last.upsamplers = upsamplers  # pyright: ignore[reportOptionalMemberAccess]
-        model._modules.pop("cut_off", None)
-        model._modules.update(found)
 
 
 @contextmanager

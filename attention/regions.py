@@ -1,4 +1,14 @@
-"""Regions inside attention: which text every image cell reads, and which other cells it sees."""
+"""Region attention: which text every image cell reads, and which other cells it sees.
+
+For a cell x, with R(x) the regions that contain it ({0}, the background, if none does), n a region with text c_n:
+
+    cross-attention:  y(x) = mean over n in R(x) of  softmax(q(x) K(c_n)^T / sqrt(d)) V(c_n)
+    self-attention:   y(x) = softmax over the cells x' with R(x) & R(x') not empty, or 0 in R(x) or R(x')
+
+The mean is taken after the output projection, so that each text is projected with its own LoRA. Both are computed by
+groups of cells in the same regions: no mask of cells x cells is needed, and a cell outside overlaps is computed once.
+LoRA-Composer, arXiv 2403.11627: concept injection (eq. 1-2) and concept isolation (section 3.4).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +17,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lora_compose.attention.device import to_device
 from lora_compose.attention.kernels import Kernel
-from lora_compose.attention.layers import sent
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,16 +35,16 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Readers:
-    """Who reads what in cross-attention: a cell is a reader for each of its regions, or one for the background.
+class RegionQueries:
+    """Queries of cross-attention: one per region that contains the cell, otherwise one for the background text.
 
-    Readers are ordered by cell, then by text, so they are the cells where no regions overlap.
+    They are ordered by cell, then by text, so without overlapping regions there is one per cell.
 
     Attributes:
-        by_text: Every text that is read, and the cells that read it.
-        order: Indices that put the readers of all texts, one text after the other, into their own order.
-        of_cell: The readers that each cell is, padded, and the share of each in it; None where readers are cells.
-            Shape: [cells, most readers of a cell] each.
+        by_text: Every text that is read, and the cells that query it.
+        order: Indices from the concatenation over texts to the order by cell.
+        of_cell: The queries of each cell, padded, and the share of each; None with one query per cell. Shape: [cells,
+            most queries of a cell] each.
     """
 
     by_text: Sequence[tuple[int, Tensor]]
@@ -42,40 +52,38 @@ class Readers:
     of_cell: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def of(cls, membership: Tensor, device: torch.device | None = None) -> "Readers":
+    def of(cls, membership: Tensor, device: torch.device | None = None) -> "RegionQueries":
         """Args: as for `Partition.of`."""
-        texts, cells = read_by(membership)
-        by_text = tuple((text, sent(cells[texts == text], device)) for text in texts.unique().tolist())
-        order = sent(texts.argsort(stable=True).argsort(), device)
+        texts, cells = queries_of(membership)
+        by_text = tuple((text, to_device(cells[texts == text], device)) for text in texts.unique().tolist())
+        order = to_device(texts.argsort(stable=True).argsort(), device)
         times = cells.bincount()[:, None]
         if times.max() == 1:
             return cls(by_text, order, None)
         nth = torch.arange(int(times.max()))
-        readers = times.cumsum(dim=0) - times + nth.minimum(times - 1)
-        return cls(by_text, order, (sent(readers, device), sent((nth < times) / times, device)))
+        queries = times.cumsum(dim=0) - times + nth.minimum(times - 1)
+        return cls(by_text, order, (to_device(queries, device), to_device((nth < times) / times, device)))
 
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """All cells of one grid, divided by the regions that they lie in.
-
-    Attention by groups needs no mask of cells x cells, and each cell is computed once.
+    """The cells of one grid, divided by their regions.
 
     Attributes:
         groups: Every cell is in one of them.
-        readers: Who reads what.
+        queries: Queries of cross-attention.
     """
 
     groups: Sequence[Group]
-    readers: Readers
+    queries: RegionQueries
 
     @classmethod
     def of(cls, membership: Tensor, device: torch.device | None = None) -> "Partition":
         """Divides a grid.
 
         Cells of a region see their region and the background, and the background sees everything, as in LoRA-Composer
-        (arXiv 2403.11627, section 3.4). Where regions overlap, cells see each other if they share a region, so nobody
-        is ever left without anything to see.
+        (arXiv 2403.11627, section 3.4). Where regions overlap, cells see each other if they share a region, so a cell
+        always sees some.
 
         Args:
             membership: True where a region covers a cell. Shape: [cells, regions], on the CPU.
@@ -86,10 +94,10 @@ class Partition:
         groups = []
         for i, kind in enumerate(kinds):
             sees = background | (membership & kind).any(dim=1) | ~kind.any()
-            visible = None if sees.all() else sent(sees.nonzero()[:, 0], device)
-            cells = sent((kind_of == i).nonzero()[:, 0], device)
+            visible = None if sees.all() else to_device(sees.nonzero()[:, 0], device)
+            cells = to_device((kind_of == i).nonzero()[:, 0], device)
             groups.append(Group(cells, visible))
-        return cls(tuple(groups), Readers.of(membership, device))
+        return cls(tuple(groups), RegionQueries.of(membership, device))
 
     @cached_property
     def restore(self) -> Tensor:
@@ -109,13 +117,13 @@ class Partition:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
-    """What attention does differently in the regions of one call.
+class RegionAttention:
+    """What attention does differently in the regions of one forward pass.
 
     Attributes:
         partitions: The cells of every grid, by level.
         inject: In cross-attention, whether the cells of region n read text 1 + n and the background text 0, instead of
-            text 0 everywhere. Where regions overlap, the mean counts of what was read and projected for each.
+            text 0 everywhere. Where regions overlap, their mean counts.
         isolate: Whether the cells of a region see no other region in self-attention.
     """
 
@@ -124,7 +132,7 @@ class Layout:
     isolate: bool
 
     def cross(self, kernel: Kernel, level: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Cross-attention of every reader.
+        """Cross-attention of all region queries.
 
         Args:
             kernel: Computes attention.
@@ -134,24 +142,24 @@ class Layout:
             values: The same shape.
 
         Returns:
-            Shape: [rows, heads, readers, channels]; without injection cells read once.
+            Shape: [rows, heads, queries, channels]; without injection there is one query per cell.
         """
         if not self.inject:
             return kernel(query, keys[0], values[0])
-        readers = self.partitions[level].readers
-        parts = [kernel(query[:, :, cells], keys[text], values[text]) for text, cells in readers.by_text]
-        return torch.cat(parts, dim=2)[:, :, readers.order]
+        queries = self.partitions[level].queries
+        parts = [kernel(query[:, :, cells], keys[text], values[text]) for text, cells in queries.by_text]
+        return torch.cat(parts, dim=2)[:, :, queries.order]
 
     def gathered(self, level: int, out: Tensor) -> Tensor:
-        """What each cell gets of its readers, their mean. Shape: [rows, readers, channels] -> [rows, cells, channels].
+        """The mean over the queries of each cell. Shape: [rows, queries, channels] -> [rows, cells, channels].
 
-        After the projection of the output, since every reader has a LoRA of its own there.
+        After the output projection, where each text has its own LoRA.
         """
-        of_cell = self.partitions[level].readers.of_cell if self.inject else None
+        of_cell = self.partitions[level].queries.of_cell if self.inject else None
         if of_cell is None:
             return out
-        readers, shares = of_cell
-        return (out[:, readers] * shares[..., None].to(out.dtype)).sum(dim=2)
+        queries, shares = of_cell
+        return (out[:, queries] * shares[..., None].to(out.dtype)).sum(dim=2)
 
     def self_attention(self, kernel: Kernel, level: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Self-attention. Shapes: [rows, heads, cells, channels] all."""
@@ -164,14 +172,14 @@ class Layout:
         return torch.cat(parts, dim=2)[:, :, partition.restore]
 
 
-def read_by(membership: Tensor) -> tuple[Tensor, Tensor]:
-    """The text and the cell of every reader.
+def queries_of(membership: Tensor) -> tuple[Tensor, Tensor]:
+    """The text and the cell of every region query.
 
     Args:
         membership: True where a region covers a cell. Shape: [cells, regions].
 
     Returns:
-        Ordered by cell, then by text: 0 for the background, 1 + n for region n. Shape: [readers] each.
+        Ordered by cell, then by text: 0 for the background, 1 + n for region n. Shape: [queries] each.
     """
     cells, texts = torch.cat([~membership.any(dim=1, keepdim=True), membership], dim=1).nonzero(as_tuple=True)
     return texts, cells

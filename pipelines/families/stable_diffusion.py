@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x and 2.x with concepts."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,26 +12,45 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from lora_compose.attention.layers import uncompiled
+from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.base import ComposePipeline, output_of
 from lora_compose.pipelines.call import (
     Call,
+    Callback,
+    Composition,
     Concepts,
     Generators,
+    GivenPrompts,
+    Guidance,
+    ImageSize,
+    Sampling,
     check_arguments,
     check_plain,
     listed,
-    nobody,
+    no_concepts,
     tensors_for,
 )
 from lora_compose.pipelines.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.engine import EncodedText
+from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.prompt_encoder import EncodedText
 
 
-class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionPipeline` whose calls may name concepts."""
+
+    family = "Stable Diffusion 1.x and 2.x"
+
+    @classmethod
+    def opens(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a model's configuration is of this family."""
+        return "unet" in config and "text_encoder" in config and "text_encoder_2" not in config
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Whether a checkpoint is of this family: as in diffusers, if nothing says otherwise."""
+        return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
@@ -89,12 +108,12 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
-        controls = controls_of(control)
-        if concepts is None or nobody(concepts):
-            check_plain(self.unet, method, token_positions, record_attention, controls)
-            plain: Callable[..., Any] = super().__call__
+        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        if no_concepts(concepts):
+            check_plain(self.unet, composition)
+            plain: Callable[..., Any] = StableDiffusionPipeline.__call__
             return plain(
-                prompt, height, width, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt,
+                self, prompt, height, width, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt,
                 num_images_per_prompt, eta, generator, latents, prompt_embeds, negative_prompt_embeds, ip_adapter_image,
                 ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs, guidance_rescale, clip_skip,
                 callback_on_step_end, list(callback_on_step_end_tensor_inputs), **kwargs,
@@ -105,15 +124,17 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
         self.check_inputs(
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds, None, None, tensors
         )
+        given = GivenPrompts(None if prompt_embeds is not None else [listed(prompt)], prompt_embeds)
+        size = ImageSize(width, height, num_images_per_prompt or 1)
+        guidance = Guidance(guidance_scale, guidance_rescale)
+        sampling = Sampling(num_inference_steps, timesteps, sigmas, None, generator, latents, eta, guidance)
         call = Call(
-            concepts=concepts, method=method, controls=controls,
-            texts=None if prompt_embeds is not None else [listed(prompt)],
-            prompt_embeds=prompt_embeds, token_positions=token_positions, record_attention=record_attention,
-            width=width, height=height, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
-            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
-            images_per_prompt=num_images_per_prompt or 1, eta=eta, generator=generator, latents=latents,
-            output_type=output_type or "np", cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip,
-            callback=callback_on_step_end, callback_tensors=tensors, started=started,
+            composition, given, size, sampling, Callback(callback_on_step_end, tensors), started,
+            self._inputs(guidance, len(given) * size.images_per_prompt, cross_attention_kwargs),
+            {
+                "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
+                "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": None,
+            },
         )  # fmt: skip
 
         def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
@@ -123,30 +144,33 @@ class ComposeStableDiffusionPipeline(ComposePipeline, StableDiffusionPipeline): 
             if prompts is not None:
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
             embeds, uncond = self.encode_prompt(
-                own, self._execution_device, call.images_per_prompt, self.do_classifier_free_guidance, negative,
+                own, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
                 prompt_embeds=prompt_embeds if prompts is None else None,
                 negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
-                lora_scale=call.lora_scale, clip_skip=clip_skip,
+                lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
             )  # fmt: skip
             return EncodedText(embeds, uncond if self.do_classifier_free_guidance else None)
 
-        final, engine = self.compose(call, encode)
-        images, nsfw = self._decode(final, call, engine.conditioning.prompt_embeds.dtype)
+        final, process, denoiser = self.compose(call, encode)
+        images, nsfw = self._decode(final, call, output_type or "np", process.text.prompt_embeds.dtype)
         self.maybe_free_model_hooks()
-        return output_of(engine, images, nsfw) if return_dict else (images, nsfw)
+        return output_of(denoiser, images, nsfw) if return_dict else (images, nsfw)
 
-    def _decode(self, latents: Tensor, call: Call, dtype: torch.dtype) -> tuple[Any, Any]:
-        if call.output_type == "latent":
-            return self._postprocess(latents, call), None
+    def _decode(self, latents: Tensor, call: Call, output_type: str, dtype: torch.dtype) -> tuple[Any, Any]:
+        if output_type == "latent":
+            return self._postprocess(latents, output_type), None
         scaled = latents / self.vae.config.scaling_factor
-        image = self.vae.decode(scaled, return_dict=False, generator=call.generator)[0]
+        image = self.vae.decode(scaled, return_dict=False, generator=call.sampling.generator)[0]
         image, nsfw = self.run_safety_checker(image, latents.device, dtype)
         denormalize = [True] * len(image) if nsfw is None else [not flag for flag in nsfw]
-        return self._postprocess(image, call, do_denormalize=denormalize), nsfw
+        return self._postprocess(image, output_type, do_denormalize=denormalize), nsfw
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         uncond = text.prompt_embeds[: text.images] if text.guided else None
         return {"prompt_embeds": text.prompt_embeds, "negative_prompt_embeds": uncond}
+
+
+ComposePipeline.families.append(ComposeStableDiffusionPipeline)
 
 
 @contextmanager

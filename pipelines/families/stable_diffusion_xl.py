@@ -14,23 +14,61 @@ from torch import Tensor
 from lora_compose.pipelines.base import ComposePipeline, output_of
 from lora_compose.pipelines.call import (
     Call,
+    Callback,
+    Composition,
     Concepts,
     Generators,
+    GivenPrompts,
+    Guidance,
+    ImageSize,
+    Sampling,
     check_arguments,
     check_plain,
     listed,
-    nobody,
+    no_concepts,
     tensors_for,
 )
 from lora_compose.pipelines.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.engine import EncodedText
+from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.prompt_encoder import EncodedText
+
+_REFINER = (
+    "this is SDXL's refiner, which improves finished images and does not read prompts as the base model does; open "
+    "the base model, such as stabilityai/stable-diffusion-xl-base-1.0"
+)
 
 
-class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionXLPipeline` whose calls may name concepts."""
+
+    family = "Stable Diffusion XL"
+
+    @classmethod
+    def opens(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a model's configuration is of this family.
+
+        Raises:
+            ValueError: For SDXL's refiner.
+        """
+        if config.get("requires_aesthetics_score"):
+            raise ValueError(_REFINER)
+        return {"unet", "text_encoder", "text_encoder_2"} <= config.keys()
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Whether a checkpoint is of this family.
+
+        Raises:
+            ValueError: For SDXL's refiner.
+        """
+        if any(key.startswith("conditioner.embedders.1.") for key in keys):
+            return True
+        if any(key.startswith("conditioner.embedders.0.model.") for key in keys):
+            raise ValueError(_REFINER)
+        return False
 
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -98,12 +136,12 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
-        controls = controls_of(control)
-        if concepts is None or nobody(concepts):
-            check_plain(self.unet, method, token_positions, record_attention, controls)
-            plain: Callable[..., Any] = super().__call__
+        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        if no_concepts(concepts):
+            check_plain(self.unet, composition)
+            plain: Callable[..., Any] = StableDiffusionXLPipeline.__call__
             return plain(
-                prompt, prompt_2, height, width, num_inference_steps, timesteps, sigmas, denoising_end, guidance_scale,
+                self, prompt, prompt_2, height, width, num_inference_steps, timesteps, sigmas, denoising_end, guidance_scale,
                 negative_prompt, negative_prompt_2, num_images_per_prompt, eta, generator, latents, prompt_embeds,
                 negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, ip_adapter_image,
                 ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs, guidance_rescale,
@@ -119,15 +157,17 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
             negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None, tensors,
         )  # fmt: skip
         self._check_model()
+        given = GivenPrompts(None if prompt_embeds is not None else self._texts(prompt, prompt_2), prompt_embeds)
+        size = ImageSize(width, height, num_images_per_prompt or 1)
+        guidance = Guidance(guidance_scale, guidance_rescale)
+        sampling = Sampling(num_inference_steps, timesteps, sigmas, denoising_end, generator, latents, eta, guidance)
         call = Call(
-            concepts=concepts, method=method, controls=controls,
-            texts=None if prompt_embeds is not None else self._texts(prompt, prompt_2),
-            prompt_embeds=prompt_embeds, token_positions=token_positions, record_attention=record_attention,
-            width=width, height=height, num_inference_steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
-            denoising_end=denoising_end, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale,
-            images_per_prompt=num_images_per_prompt or 1, eta=eta, generator=generator, latents=latents,
-            output_type=output_type or "np", cross_attention_kwargs=cross_attention_kwargs, clip_skip=clip_skip,
-            callback=callback_on_step_end, callback_tensors=tensors, started=started,
+            composition, given, size, sampling, Callback(callback_on_step_end, tensors), started,
+            self._inputs(guidance, len(given) * size.images_per_prompt, cross_attention_kwargs),
+            {
+                "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
+                "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": denoising_end,
+            },
         )  # fmt: skip
         sizes = (original_size or (height, width)) + crops_coords_top_left + (target_size or (height, width))
         negative_sizes = sizes
@@ -139,26 +179,26 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
             if negative_prompts is not None:
                 negative, negative_2 = list(negative_prompts), None
             if prompts is not None:
-                _check_one_text(call)
+                _check_one_text(given)
                 own, own_2 = list(prompts), None
             encode_prompt: Any = self.encode_prompt  # its annotations know no lists
             embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                own, own_2, self._execution_device, call.images_per_prompt, self.do_classifier_free_guidance,
+                own, own_2, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance,
                 negative, negative_2,
                 prompt_embeds=prompt_embeds if prompts is None else None,
                 negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                 pooled_prompt_embeds=pooled_prompt_embeds if prompts is None else None,
                 negative_pooled_prompt_embeds=negative_pooled_prompt_embeds if negative_prompts is None else None,
-                lora_scale=call.lora_scale, clip_skip=clip_skip,
+                lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
             )  # fmt: skip
             uncond = uncond if self.do_classifier_free_guidance else None
             parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
             return EncodedText(embeds, uncond, self._added(parts, embeds))
 
-        final, engine = self.compose(call, encode)
-        images = self._decode(final, call)
+        final, process, denoiser = self.compose(call, encode)
+        images = self._decode(final, call, output_type or "np")
         self.maybe_free_model_hooks()
-        return output_of(engine, images) if return_dict else (images,)
+        return output_of(denoiser, images) if return_dict else (images,)
 
     def _check_model(self) -> None:
         """Raises ValueError for UNets that take something else than pooled text and six numbers, as the refiner's."""
@@ -176,7 +216,7 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
         texts = [listed(prompt), listed(prompt_2 or prompt)]
         if len(texts[0]) != len(texts[1]):
             raise ValueError(f"there are {len(texts[0])} prompts, but {len(texts[1])} in prompt_2")
-        return texts[-len(self._tokenizers) :]
+        return texts[-sum(self.components.get(name) is not None for name in self.text_tokenizers) :]
 
     def _added(self, parts: Sequence[tuple[Tensor, tuple[int, ...]]], embeds: Tensor) -> Mapping[str, Tensor]:
         """Pooled text and sizes of all rows, from those of the uncond rows and of the prompt's."""
@@ -184,15 +224,15 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
         pooled = torch.cat([pooled for pooled, _ in parts])
         return {"text_embeds": pooled.to(embeds.device), "time_ids": torch.cat(rows).to(embeds.device)}
 
-    def _decode(self, latents: Tensor, call: Call) -> Any:
-        if call.output_type == "latent":
+    def _decode(self, latents: Tensor, call: Call, output_type: str) -> Any:
+        if output_type == "latent":
             return latents
         with self._vae_in_range():
             scaled = self._unscaled(latents.to(self.vae.dtype))
-            image = self.vae.decode(scaled, return_dict=False, generator=call.generator)[0]
+            image = self.vae.decode(scaled, return_dict=False, generator=call.sampling.generator)[0]
         if self.watermark is not None:
             image = self.watermark.apply_watermark(image)
-        return self._postprocess(image, call)
+        return self._postprocess(image, output_type)
 
     @contextmanager
     def _vae_in_range(self) -> Iterator[None]:
@@ -217,7 +257,7 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
         return latents * std / config["scaling_factor"] + mean
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
-        added = text.added_cond_kwargs or {}
+        added = text.added or {}
         return {
             "prompt_embeds": text.prompt_embeds,
             "add_text_embeds": added["text_embeds"],
@@ -225,9 +265,12 @@ class ComposeStableDiffusionXLPipeline(ComposePipeline, StableDiffusionXLPipelin
         }
 
 
-def _check_one_text(call: Call) -> None:
+ComposePipeline.families.append(ComposeStableDiffusionXLPipeline)
+
+
+def _check_one_text(prompts: GivenPrompts) -> None:
     """Raises ValueError if the second encoder reads another prompt, of which no texts can be made."""
-    if call.texts is not None and list(call.texts[0]) != list(call.texts[-1]):
+    if prompts.texts is not None and list(prompts.texts[0]) != list(prompts.texts[-1]):
         raise ValueError(
             "this method makes texts of its own from the prompt, for both text encoders; leave prompt_2 out, or use a "
             "method with one text for all: merge, tara, regional, switch, composite"

@@ -1,0 +1,108 @@
+"""Backbones: what each model class knows of itself. One model family, one file."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from lora_compose.attention.backbones.flux import FluxBackbone
+from lora_compose.attention.backbones.unet import UNetBackbone
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.sites import Site
+from lora_compose.attention.slot import Slot
+
+
+class Backbone(Protocol):
+    """A denoiser (UNet or transformer) as methods see it; it holds no state of a call."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, compiled or not."""
+        ...
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Every layer that a LoRA may adapt, by name."""
+        ...
+
+    @property
+    def levels(self) -> frozenset[int]:
+        """Levels on which there are layers."""
+        ...
+
+    @property
+    def map_level(self) -> int:
+        """The level whose attention maps say where concepts are."""
+        ...
+
+    @property
+    def map_layers(self) -> tuple[str, ...]:
+        """Attention layers whose maps, image cells to text tokens, say where concepts are."""
+        ...
+
+    @property
+    def self_map_layers(self) -> tuple[str, ...]:
+        """Layers whose maps say which cells attend to each other."""
+        ...
+
+    @property
+    def text_layers(self) -> int:
+        """How many layers may read a text of their own."""
+        ...
+
+    @property
+    def native_side(self) -> int:
+        """Side of the latents for which the model was made."""
+        ...
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the model is distilled and takes the guidance scale as an input, instead of two predictions."""
+        ...
+
+    @property
+    def reads_regions(self) -> bool:
+        """Whether region attention is supported."""
+        ...
+
+    def steer(self, slot: Slot, undo: ExitStack) -> None:
+        """Puts our attention in the place of what is found, told by a slot what to do; `undo` puts it back."""
+        ...
+
+    def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
+        """Inside this block a forward pass may stop after the last of some layers; its output is meaningless."""
+        ...
+
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+    ) -> Tensor:
+        """One forward pass.
+
+        Args:
+            latents: Scaled for the model. Shape: [rows, channels, height, width].
+            t: The timestep.
+            text: Shape: [rows, tokens, channels].
+            added: Further inputs by row.
+            inputs: Further arguments of the model.
+
+        Returns:
+            Shape: as the latents.
+        """
+        ...
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The backbone of a model.
+
+    Raises:
+        ValueError: For models of a class that is not supported.
+    """
+    original = uncompiled(model)
+    for kind, backbone in ((UNet2DConditionModel, UNetBackbone), (FluxTransformer2DModel, FluxBackbone)):
+        if isinstance(original, kind):
+            return backbone(model)
+    raise ValueError(
+        f"a {type(original).__name__} is not supported; expected a UNet2DConditionModel or a FLUX transformer"
+    )

@@ -1,0 +1,333 @@
+"""The UNets of Stable Diffusion 1.x, 2.x and SDXL: sites, grids, attention, and forward passes that stop early."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, cast
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.kernels import Kernel, kernel_of
+from lora_compose.attention.sites import Site
+from lora_compose.attention.slot import Slot
+
+Stage = Literal["down", "mid", "up"]
+
+
+class UNetBackbone:
+    """A `UNet2DConditionModel`.
+
+    Args:
+        model: The UNet, compiled or not.
+
+    Attributes:
+        model: As given.
+        sites: Every layer that a LoRA may adapt, by name.
+        levels: Levels on which there are layers.
+        map_level: The level whose attention maps say where concepts are.
+        map_layers: The cross-attention layers on it.
+        self_map_layers: The self-attention layers on it.
+        text_layers: How many layers read the text; each may have a text of its own.
+        native_side: Side of the latents for which the model was made.
+    """
+
+    reads_regions = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._layers = attention_layers(uncompiled(model))
+
+    @cached_property
+    def sites(self) -> Mapping[str, Site]:
+        """Every layer that a LoRA may adapt, by name."""
+        return unet_sites(self.model)
+
+    @cached_property
+    def levels(self) -> frozenset[int]:
+        """Levels on which there are layers."""
+        return frozenset(site.level for site in self.sites.values())
+
+    @cached_property
+    def map_level(self) -> int:
+        """The level whose attention maps say where concepts are."""
+        return map_level(self._layers)
+
+    @property
+    def map_layers(self) -> tuple[str, ...]:
+        """The cross-attention layers on the map level."""
+        return tuple(layer.name for layer in self._layers if layer.cross and layer.level == self.map_level)
+
+    @property
+    def self_map_layers(self) -> tuple[str, ...]:
+        """The self-attention layers on the map level."""
+        return tuple(layer.name for layer in self._layers if not layer.cross and layer.level == self.map_level)
+
+    @property
+    def text_layers(self) -> int:
+        """How many layers read the text; each may have a text of its own."""
+        return sum(layer.cross for layer in self._layers)
+
+    @property
+    def native_side(self) -> int:
+        """Side of the latents for which the model was made."""
+        sample: Any = uncompiled(self.model).config["sample_size"]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        return min((sample, sample) if isinstance(sample, int) else sample)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the model is distilled and takes the guidance scale as an input, instead of two predictions."""
+        return uncompiled(self.model).config["time_cond_proj_dim"] is not None  # pyright: ignore[reportIndexIssue, reportArgumentType]
+
+    def steer(self, slot: Slot, undo: ExitStack) -> None:
+        """Replaces every attention processor by ours, with the kernel found; `undo` puts them back.
+
+        Raises:
+            ValueError: For processors whose behaviour ours would lose; nothing has been changed then.
+        """
+        model = uncompiled(self.model)
+        found = {layer: cast(Attention, model.get_submodule(layer.name)) for layer in self._layers}
+        ours = {layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), slot) for layer, attn in found.items()}
+        for layer, attn in found.items():
+            undo.callback(attn.set_processor, attn.processor)
+            attn.set_processor(ours[layer])  # pyright: ignore[reportArgumentType]
+
+    def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
+        """Inside this block the UNet stops after the last of some layers."""
+        return stopped_after(self.model, layers)
+
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+    ) -> Tensor:
+        """One forward pass.
+
+        Args:
+            latents: Scaled for the model. Shape: [rows, channels, height, width].
+            t: The timestep.
+            text: Shape: [rows, tokens, channels].
+            added: Further inputs by row (SDXL's pooled text and sizes).
+            inputs: Further arguments of the model.
+
+        Returns:
+            Shape: as the latents.
+        """
+        conditions = None if added is None else dict(added)
+        return self.model(
+            latents, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False, **inputs
+        )[0]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer of a UNet.
+
+    Attributes:
+        name: Module name, for example "down_blocks.0.attentions.0.transformer_blocks.0.attn2".
+        cross: True where keys and values come from the text.
+        stage: The part of the UNet that holds it.
+        level: How often the latent grid has been halved where it works.
+        order: How many layers of its kind, self- or cross-attention, come before it.
+        peers: How many layers of its kind there are.
+    """
+
+    name: str
+    cross: bool
+    stage: Stage
+    level: int
+    order: int = 0
+    peers: int = 1
+
+
+def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Stage, int]]:
+    """Name, module, stage and level of every block, in the order in which the UNet runs them."""
+    level = 0
+    for i, block in enumerate(unet.get_submodule("down_blocks").children()):
+        yield f"down_blocks.{i}", block, "down", level
+        level += getattr(block, "downsamplers", None) is not None
+    if getattr(unet, "mid_block", None) is not None:
+        yield "mid_block", unet.get_submodule("mid_block"), "mid", level
+    for i, block in enumerate(unet.get_submodule("up_blocks").children()):
+        yield f"up_blocks.{i}", block, "up", level
+        level -= getattr(block, "upsamplers", None) is not None
+
+
+def attention_layers(unet: nn.Module) -> tuple[AttentionLayer, ...]:
+    """Every attention layer of the UNet, in forward order (down, mid, up)."""
+    found = [
+        AttentionLayer(f"{block_name}.{name}", bool(module.is_cross_attention), stage, level)
+        for block_name, block, stage, level in blocks(unet)
+        for name, module in block.named_modules()
+        if isinstance(module, Attention)
+    ]
+    kinds = {cross: [layer for layer in found if layer.cross == cross] for cross in (True, False)}
+    order = {layer.name: (i, len(kind)) for kind in kinds.values() for i, layer in enumerate(kind)}
+    return tuple(replace(layer, order=order[layer.name][0], peers=order[layer.name][1]) for layer in found)
+
+
+def map_level(layers: tuple[AttentionLayer, ...]) -> int:
+    """The level of the map grid: the coarsest one with cross-attention in a down and in an up block.
+
+    Raises:
+        ValueError: If no level has both.
+    """
+    levels = [{layer.level for layer in layers if layer.cross and layer.stage == stage} for stage in ("down", "up")]
+    if not levels[0] & levels[1]:
+        raise ValueError("this UNet has no grid with cross-attention in both a down and an up block")
+    return max(levels[0] & levels[1])
+
+
+def unet_sites(unet: nn.Module) -> Mapping[str, Site]:
+    """The site of every module of the UNet that a LoRA may adapt, by module name.
+
+    Names that are not in the result belong to no module of the UNet.
+    """
+    unet = uncompiled(unet)
+    found = {name: Site("row") for name, _ in unet.named_modules() if name.split(".")[0].endswith("_embedding")}
+    found |= {"conv_in": Site("image"), "conv_out": Site("image")}
+    cross = [layer.name for layer in attention_layers(unet) if layer.cross]
+    text = {f"{name}.{side}" for name in cross for side in ("to_k", "to_v")}
+    read = {f"{name}.to_out.0" for name in cross}
+    for block_name, block, _, level in blocks(unet):
+        for inner, _ in block.named_modules():
+            name = f"{block_name}.{inner}"
+            if name in text:
+                found[name] = Site("text")
+            elif name in read:
+                found[name] = Site("image", level, reads_text=True)
+            elif name.endswith("time_emb_proj"):
+                found[name] = Site("row")
+            else:
+                found[name] = Site("image", level + inner.startswith("downsamplers") - inner.startswith("upsamplers"))
+    return found
+
+
+@contextmanager
+def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    """Inside this block the UNet ends with the up block that holds the last of some layers; its output is meaningless.
+
+    The model is cut rather than left by an exception, which would make `torch.compile` and offloading hooks stumble.
+    What is cut off stays a part of it: an offloaded model may be brought to its device just then, and is not brought
+    there again while its first parameter is there.
+
+    Args:
+        unet: The model.
+        layers: Names of layers; without one in an up block the whole up path is left out.
+    """
+    model: Any = uncompiled(unet)
+    layers = tuple(layers)
+    names = [name for name, _, stage, _ in blocks(model) if stage == "up"]
+    needed = [i for i, name in enumerate(names, start=1) if any(layer.startswith(f"{name}.") for layer in layers)]
+    keep = max(needed, default=0)
+    found = {name: model._modules.get(name) for name in ("up_blocks", "conv_norm_out", "conv_out")}
+    up_blocks = list(model.up_blocks)
+    last = up_blocks[keep - 1] if keep else None
+    upsamplers = None if last is None else getattr(last, "upsamplers", None)
+    cut_off = [*up_blocks[keep:], upsamplers, found["conv_norm_out"], found["conv_out"]]
+    try:
+        model._modules.update(up_blocks=nn.ModuleList(up_blocks[:keep]), conv_norm_out=None, conv_out=nn.Identity())
+        model._modules["cut_off"] = nn.ModuleList(part for part in cut_off if part is not None)
+        if upsamplers is not None:
+            last.upsamplers = None  # pyright: ignore[reportOptionalMemberAccess]
+        yield
+    finally:
+        if upsamplers is not None:
+            last.upsamplers = upsamplers  # pyright: ignore[reportOptionalMemberAccess]
+        model._modules.pop("cut_off", None)
+        model._modules.update(found)
+
+
+class ComposeAttnProcessor:
+    """Attention with kept text keys and values and with recording; the kernel is the one found.
+
+    LoRA deltas need nothing here: the projections are bank layers. Facts of the layer are given when it is built,
+    what a pass needs is read from the slot, and nothing of a call is kept on the processor.
+
+    Args:
+        layer: The attention layer it serves.
+        kernel: How attention is computed.
+        slot: What the current pass needs.
+    """
+
+    def __init__(self, layer: AttentionLayer, kernel: Kernel, slot: Slot) -> None:
+        self._layer = layer
+        self._kernel = kernel
+        self._slot = slot
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attends. The frame around the kernel follows diffusers' AttnProcessor2_0 (0.42).
+
+        Args:
+            attn: The module, which owns the projections.
+            hidden_states: Shape: [rows, cells, channels].
+            encoder_hidden_states: The text; None for self-attention. Shape: [rows, tokens, channels], or [rows, tokens,
+                layers * channels] with a text for each cross-attention layer, in forward order.
+            attention_mask: Not supported, must be None.
+            temb: Unused, part of the interface.
+        """
+        if attention_mask is not None:
+            raise ValueError("attention masks of the caller cannot be combined with concepts")
+        residual = hidden_states
+        query = attn.to_q(hidden_states)
+        key, value = self._key_value(attn, hidden_states, encoder_hidden_states)
+        query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
+        self._record(query, key, attn.scale)
+        hidden_states = self._attend(query, key, value)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
+        hidden_states = dropout(project(hidden_states))
+        if self._layer.cross and self._slot.inputs.regions is not None:
+            hidden_states = self._slot.inputs.regions.gathered(self._layer.level, hidden_states)
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        regions = self._slot.inputs.regions
+        if regions is None:
+            return self._kernel(query, key, value)
+        attend = regions.cross if self._layer.cross else regions.self_attention
+        return attend(self._kernel, self._layer.level, query, key, value)
+
+    def _record(self, query: Tensor, key: Tensor, scale: float) -> None:
+        regions, name = self._slot.inputs.regions, self._layer.name
+        for recorder in self._slot.recorders:
+            isolated = regions is not None and regions.isolate and name in recorder.self_layers
+            allowed = regions.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
+            recorder.take(name, query, key, scale, allowed)
+
+    def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        if text is not None:
+            text = self._own(
+                text if self._slot.inputs.texts is None else self._slot.inputs.texts, attn.cross_attention_dim
+            )
+
+        def project() -> tuple[Tensor, Tensor]:
+            source = hidden_states if text is None else text
+            if text is not None and attn.norm_cross:
+                source = attn.norm_encoder_hidden_states(text)
+            return attn.to_k(source), attn.to_v(source)  # pyright: ignore[reportOptionalCall]
+
+        text_kv = self._slot.inputs.text_kv
+        if text is None or text_kv is None:
+            return project()
+        return text_kv.get(self._layer.name, project)
+
+    def _own(self, text: Tensor, width: int) -> Tensor:
+        """This layer's part of the text, where all layers have texts of their own side by side in its channels."""
+        if text.shape[-1] == width or text.shape[-1] != width * self._layer.peers:
+            return text
+        return text[..., self._layer.order * width : (self._layer.order + 1) * width]
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[..., rows, positions, heads * channels] -> [..., rows, heads, positions, channels]."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(-3, -2)

@@ -1,0 +1,17 @@
+"""Small helpers around models and devices."""
+
+import torch
+from torch import Tensor, nn
+
+
+def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """Copies a tensor to a device without a host wait.
+
+    Safe from ordinary memory on CUDA, which takes the numbers over at once, but not on MPS.
+    """
+    return tensor.to(device, non_blocking=device is not None and device.type != "mps")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside the wrapper that `torch.compile(model)` returns, or the model itself."""
+    return getattr(model, "_orig_mod", model)

@@ -1,0 +1,92 @@
+"""The sizes of a call: pixels, latents, the grids of the denoiser, images in the batch; and one step of its loop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention import Backbone, Grid
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Sizes that all parts of a call share.
+
+    Attributes:
+        image_size: Height and width in pixels.
+        latent_grid: Height and width of the latents.
+        prompts: How many prompts there are.
+        images_per_prompt: How many images each prompt gets.
+        device: Where the denoiser runs.
+        backbone: Knows the grids of the denoiser.
+    """
+
+    image_size: Grid
+    latent_grid: Grid
+    prompts: int
+    images_per_prompt: int
+    device: torch.device
+    backbone: Backbone
+
+    @property
+    def images(self) -> int:
+        """Images in the batch."""
+        return self.prompts * self.images_per_prompt
+
+    @property
+    def pixels(self) -> int:
+        """Pixels per latent cell and side."""
+        return self.image_size[0] // self.latent_grid[0]
+
+    @property
+    def levels(self) -> frozenset[int]:
+        """Levels on which the denoiser has layers."""
+        return self.backbone.levels
+
+    @property
+    def map_level(self) -> int:
+        """The level whose attention maps say where concepts are."""
+        return self.backbone.map_level
+
+    def of_prompts(self, prompts: int) -> "Canvas":
+        """The same for another number of prompts."""
+        return replace(self, prompts=prompts)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One pass of the denoising loop.
+
+    Attributes:
+        index: Which one, from 0.
+        count: How many there are.
+        t: The timestep.
+        cfg_scale: Classifier-free guidance in this step; 1 or less is none.
+        second_order: Whether the scheduler goes back to the latents of the pass before, as in Heun's second pass. What
+            a method does to the latents before such a pass is lost.
+    """
+
+    index: int
+    count: int
+    t: Tensor
+    cfg_scale: float = 1.0
+    second_order: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether there are unconditional rows."""
+        return self.cfg_scale > 1
+
+
+def steps_in(part: float, count: int) -> float:
+    """How many steps a part of all steps is; above 1 it is a number of steps itself.
+
+    Rounded, so that 0.28 of 25 steps are 7.
+    """
+    return round(part * count, 6) if part <= 1 else part
+
+
+def images_of(prompts: Sequence[int], images_per_prompt: int) -> list[int]:
+    """The images of some prompts, in the order of the batch."""
+    return [prompt * images_per_prompt + image for prompt in prompts for image in range(images_per_prompt)]

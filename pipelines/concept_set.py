@@ -1,0 +1,143 @@
+"""The concepts of a call with the factors of their LoRAs."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from lora_compose.attention import Gates, Lora
+from lora_compose.attention.device import uncompiled
+from lora_compose.pipelines.loading import Factors, LoraFile
+from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.weights import TEXT, Schedule, check_block, in_blocks, is_in
+
+
+@dataclass(frozen=True)
+class LoadedConcept:
+    """A concept with the factors of its LoRA.
+
+    Attributes:
+        concept: All its fields; weight is set.
+        factors: Its LoRA, matched to the pipeline's models.
+        file: Where it came from; None for an adapter loaded by `load_lora_weights`.
+    """
+
+    concept: Concept
+    factors: Factors
+    file: LoraFile | None = None
+
+    @property
+    def trained_with(self) -> str | None:
+        """How the LoRA was trained ("tara"), from the file's metadata."""
+        return self.file.metadata.get("method") if self.file else None
+
+    @property
+    def lora(self) -> Lora:
+        """Its factors for the denoiser, those of its blocks multiplied by their factors."""
+        return in_blocks(self.factors.denoiser, self.concept.blocks)
+
+
+def check_blocks(loaded: LoadedConcept, denoiser: nn.Module) -> None:
+    """Checks the blocks for which a concept has factors, and warns of those that its LoRA does not change.
+
+    Raises:
+        ValueError: If the denoiser has no such block.
+    """
+    name, factors = loaded.concept.name, loaded.factors
+    for block in loaded.concept.blocks or {}:
+        if block == TEXT:
+            changed = bool(factors.text_encoders)
+        else:
+            check_block(name, block, [layer for layer, _ in uncompiled(denoiser).named_modules()])
+            changed = any(is_in(layer, block) for layer in factors.denoiser)
+        if not changed:
+            say_once(f"the LoRA of {name!r} changes nothing in {block}, so a factor there has no effect")
+
+
+@dataclass(frozen=True)
+class ConceptSet:
+    """The concepts that act together in an image.
+
+    Attributes:
+        loaded: The concepts.
+        columns: Their indices among all concepts whose LoRAs are installed; None means that they are all.
+        installed: How many LoRAs are installed.
+    """
+
+    loaded: tuple[LoadedConcept, ...]
+    columns: tuple[int, ...] | None = None
+    installed: int = field(default=0)
+
+    def subset(self, columns: Sequence[int]) -> "ConceptSet":
+        """Some of the concepts, in this order."""
+        if list(columns) == list(range(len(self.loaded))):
+            return self
+        return ConceptSet(tuple(self.loaded[i] for i in columns), tuple(columns), len(self.loaded))
+
+    @cached_property
+    def concepts(self) -> tuple[Concept, ...]:
+        """What is known of each."""
+        return tuple(loaded.concept for loaded in self.loaded)
+
+    @cached_property
+    def schedules(self) -> Mapping[int, Schedule]:
+        """Weight schedules, by index, of concepts whose weight changes over the steps."""
+        every = {i: Schedule.of(0.0 if c.weight is None else c.weight) for i, c in enumerate(self.concepts)}
+        return {i: schedule for i, schedule in every.items() if schedule.constant is None}
+
+    @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each; 1 where there is a schedule, by which the denoiser multiplies gates in every pass."""
+        every = [Schedule.of(0.0 if c.weight is None else c.weight).constant for c in self.concepts]
+        return tuple(1.0 if fixed is None else fixed for fixed in every)
+
+    @property
+    def subjects(self) -> tuple[int, ...]:
+        """Indices of concepts that are no styles."""
+        return tuple(i for i, concept in enumerate(self.concepts) if not concept.is_style)
+
+    @property
+    def styles(self) -> tuple[int, ...]:
+        """Indices of concepts that are styles."""
+        return tuple(i for i, concept in enumerate(self.concepts) if concept.is_style)
+
+    def weights_of(self, chosen: Collection[int]) -> Tensor:
+        """The weights of some concepts, 0 for the others. On the CPU. Shape: [concepts]."""
+        return torch.tensor([weight if i in chosen else 0.0 for i, weight in enumerate(self.weights)])
+
+    def with_styles(self, chosen: Collection[int]) -> Tensor:
+        """The weights of some subjects and of all styles, which act beside each of them. Shape: [concepts]."""
+        return self.weights_of({*chosen, *self.styles})
+
+    def step_weights(self, step: int, steps: int) -> tuple[float, ...]:
+        """Factors on the gates in one step: scheduled weights, 1 for the others."""
+        return tuple(self.schedules[i].at(step, steps) if i in self.schedules else 1.0 for i in range(len(self.loaded)))
+
+    def text_factors(self, acting: Sequence[bool], steps: int) -> Tensor:
+        """Factors on the text encoders' LoRAs: text is encoded once, so a schedule counts with its mean.
+
+        Args:
+            acting: Which concepts act.
+            steps: How many steps there are.
+
+        Returns:
+            Shape: [concepts].
+        """
+        factors = []
+        for i, (acts, loaded) in enumerate(zip(acting, self.loaded, strict=True)):
+            schedule, blocks = self.schedules.get(i), loaded.concept.blocks or {}
+            mean = 1.0 if schedule is None else schedule.mean(max(1, steps))
+            if schedule is not None and acts and loaded.factors.text_encoders:
+                say_once(
+                    f"the text is encoded once, so the text-encoder part of {loaded.concept.name!r} has the mean of "
+                    f"its weights over the steps, {mean:.3g}, in all of them"
+                )
+            factors.append(mean * blocks.get(TEXT, 1.0))
+        return torch.tensor(factors)
+
+    def spread(self, gates: Gates) -> Gates:
+        """Gates of these concepts as gates of all installed ones; the others get 0."""
+        return gates if self.columns is None else gates.among(self.columns, self.installed)

@@ -1,0 +1,182 @@
+"""Prompts with different concept sets in one call.
+
+A method sees one concept set, and starts a process for each. Methods with fixed passes then go through the denoiser
+together: the passes of all sets are joined row by row, so that a step costs what it costs for one set. Other methods
+have regions and maps of their own for each set, and run set by set; the images are those of separate calls.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention import Gates
+from lora_compose.pipelines.canvas import Step, images_of
+from lora_compose.pipelines.conditioning import Conditioning, join_images, join_rows_of_images
+from lora_compose.pipelines.denoiser import Denoiser, PreparedPass
+from lora_compose.pipelines.methods.process import FixedPasses, Process
+from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.session import Session
+
+
+def start(begin: Callable[[Session], Process], sessions: Sequence[Session], denoiser: Denoiser) -> Process:
+    """Starts a method on one or several concept sets.
+
+    Args:
+        begin: Starts it on one.
+        sessions: One for each set.
+        denoiser: Runs passes of all concepts and images.
+    """
+    processes = [begin(session) for session in sessions]
+    if len(processes) == 1:
+        return processes[0]
+    count = denoiser.canvas.images_per_prompt
+    sets = [ImagesOfSet(session, images_of(session.prompts.places, count)) for session in sessions]
+    fixed = [process for process in processes if isinstance(process, FixedPasses)]
+    return Joined(denoiser, sets, fixed) if len(fixed) == len(sets) else SetBySet(sets, processes)
+
+
+@dataclass(frozen=True)
+class ImagesOfSet:
+    """A concept set, and its images in the batch."""
+
+    session: Session
+    images: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Processes with fixed passes, run together.
+
+    Attributes:
+        denoiser: Runs passes of all concepts and images.
+        sets: The concept sets.
+        processes: The process of each.
+    """
+
+    denoiser: Denoiser
+    sets: Sequence[ImagesOfSet]
+    processes: Sequence[FixedPasses]
+    _prepared: dict[tuple[int, ...], Sequence[tuple[PreparedPass, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def text(self) -> Conditioning:
+        """The text of the first pass of all images."""
+        return self._joined([process.turns[0][0][0] for process in self.processes]).text
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Nothing is folded: what is constant for one set is not for the others."""
+        return latents
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """The nth passes of all sets together; a set with fewer passes counts with share 0 in the others."""
+        turns = tuple(process.turn(step) for process in self.processes)
+        if turns not in self._prepared:
+            self._prepared[turns] = list(self._passes(turns))
+        prepared = self._prepared[turns]
+        predictions = [self.denoiser.predict(latents, step, one) for one, _ in prepared]
+        first = predictions[0]
+        if len(prepared) > 1:
+            weighted = [
+                (share.to(one.model_output.dtype) * one.model_output.unflatten(0, (-1, one.images))).flatten(0, 1)
+                for (_, share), one in zip(prepared, predictions, strict=True)
+            ]
+            first = replace(first, model_output=torch.stack(weighted).sum(dim=0))
+        return latents, self.sets[0].session.guider.combine(first, step)
+
+    def _passes(self, turns: Sequence[int]) -> Iterable[tuple[PreparedPass, Tensor]]:
+        """The joined passes of a turn, and the share of each image in them. Shape: [images, 1, 1, 1]."""
+        mine = [process.turns[turn] for process, turn in zip(self.processes, turns, strict=True)]
+        for n in range(max(map(len, mine))):
+            nth = [shares[n] if n < len(shares) else (shares[-1][0], 0.0) for shares in mine]
+            by_image = [torch.full((len(one.images),), share) for one, (_, share) in zip(self.sets, nth, strict=True)]
+            share = join_rows_of_images(by_image, [one.images for one in self.sets])
+            joined = self._joined([spec for spec, _ in nth])
+            yield self.denoiser.prepare(joined), share[:, None, None, None].to(self.denoiser.canvas.device)
+
+    def _joined(self, passes: Sequence[Pass]) -> Pass:
+        """One pass of all images."""
+        total, images = len(self.denoiser.concepts.loaded), [one.images for one in self.sets]
+        texts, gates = [], []
+        for one, spec in zip(self.sets, passes, strict=True):
+            concepts, text = one.session.concepts, spec.text
+            texts.append(text if concepts.columns is None else text.among(concepts.columns, total))
+            gates.append(concepts.spread(spec.gates))
+        return Pass(join_images(texts, images), join_gates(gates, texts, images))
+
+
+def join_gates(gates: Sequence[Gates], texts: Sequence[Conditioning], images: Sequence[Sequence[int]]) -> Gates:
+    """The gates of several groups of images, with the same concepts and branches, as gates of all images.
+
+    Args:
+        gates: One for each group.
+        texts: The texts of their rows.
+        images: The images of each group.
+    """
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        positions = max(part.shape[1] for part in parts) if parts[0].dim() == 3 else None
+        rows = [
+            part.expand(text.rows, *(() if positions is None else (positions,)), -1)
+            for part, text in zip(parts, texts, strict=True)
+        ]
+        return join_rows_of_images(rows, images)
+
+    levels = gates[0].image
+    return Gates(
+        join([gate.text for gate in gates]),
+        {level: join([gate.image[level] for gate in gates]) for level in levels},
+        join([gate.row for gate in gates]),
+        gates[0].latent_grid,
+        modulation=None if gates[0].modulation is None else join([gate.modulation for gate in gates]),  # pyright: ignore[reportArgumentType]
+    )
+
+
+@dataclass(frozen=True)
+class SetBySet:
+    """Processes of several concept sets, run one after the other.
+
+    Attributes:
+        sets: The concept sets.
+        processes: The process of each.
+    """
+
+    sets: Sequence[ImagesOfSet]
+    processes: Sequence[Process]
+
+    @cached_property
+    def text(self) -> Conditioning:
+        """The texts of all sets."""
+        texts = []
+        for one, process in zip(self.sets, self.processes, strict=True):
+            concepts, text = one.session.concepts, process.text
+            texts.append(text if concepts.columns is None else text.among(concepts.columns, concepts.installed))
+        return join_images(texts, [one.images for one in self.sets])
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Each set its own images."""
+        return self._joined(
+            process.prepare(_of_batch(latents, one.images), first)
+            for one, process in zip(self.sets, self.processes, strict=True)
+        )
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Each set its own images."""
+        steps = [
+            process.step(_of_batch(latents, one.images), step)
+            for one, process in zip(self.sets, self.processes, strict=True)
+        ]
+        moved, outputs = zip(*steps, strict=True)
+        return self._joined(moved), self._joined(outputs)
+
+    def _joined(self, parts: Iterable[Tensor]) -> Tensor:
+        """The images of all sets in the order of the batch."""
+        order = [image for one in self.sets for image in one.images]
+        return _of_batch(torch.cat(list(parts)), sorted(range(len(order)), key=order.__getitem__))
+
+
+def _of_batch(batch: Tensor, images: Sequence[int]) -> Tensor:
+    """Some images of a batch, in this order. An index tensor would have to be copied to the device in every step."""
+    return torch.cat([batch[image : image + 1] for image in images])

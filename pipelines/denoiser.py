@@ -1,0 +1,416 @@
+"""The only way to run the denoiser during a call; it counts what it costs.
+
+A method prepares its passes once (`prepare`) and runs them in every step: `predict` for what the scheduler takes,
+`maps` for attention maps alone, `gradient` for the gradient of a loss on attention maps with respect to the latents.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention import Backbone, Gates, Installation, Recorder, Stream, frozen, weights_kept
+from lora_compose.attention.device import to_device, uncompiled
+from lora_compose.attention.slot import LayerInputs
+from lora_compose.attention.text_kv import TextKV
+from lora_compose.pipelines.attention_log import AttentionLog
+from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.concept_set import ConceptSet
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, View, denoiser_inputs, repeated
+from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Rows that are run together.
+
+    Attributes:
+        text: Their text.
+        inputs: What layers need for them.
+        rows: Their slice of all rows.
+    """
+
+    text: Conditioning
+    inputs: LayerInputs
+    rows: slice
+
+
+class KeptText:
+    """Keys and values of the text of a pass, and of all passes with the same text under the same text gates.
+
+    Those of the last weights are kept: those of all steps of a schedule would take too much memory.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[bool, int], tuple[tuple[float, ...], TextKV]] = {}
+
+    def of(self, conditional: bool, batch: int, weights: tuple[float, ...]) -> TextKV:
+        """Keys and values of a micro-batch.
+
+        Args:
+            conditional: Whether there are conditional rows only.
+            batch: Which micro-batch.
+            weights: Of the concepts, in this step.
+        """
+        key = conditional, batch
+        if key not in self._kept or self._kept[key][0] != weights:
+            self._kept[key] = weights, TextKV()
+        return self._kept[key][1]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPass:
+    """A pass, and what is made of it once and used in every step: gates by layer, keys and values of its text.
+
+    Attributes:
+        spec: The pass.
+        kept_text: Keys and values of its text.
+    """
+
+    spec: Pass
+    kept_text: KeptText = field(default_factory=KeptText)
+    _made: dict[bool, tuple[tuple[float, ...], Sequence[MicroBatch]]] = field(default_factory=dict)
+
+    def micro_batches(
+        self, installation: Installation, concepts: ConceptSet, step: Step, *, conditional: bool
+    ) -> Sequence[MicroBatch]:
+        """The pass at the weights of a step, by micro-batches; made again only for other weights.
+
+        Args:
+            installation: The layers.
+            concepts: The concepts of the gates.
+            step: The step.
+            conditional: Whether there are conditional rows only.
+        """
+        weights = concepts.step_weights(step.index, step.count)
+        if conditional not in self._made or self._made[conditional][0] != weights:
+            made = list(self._make(installation, concepts, weights, conditional))
+            self._made[conditional] = weights, made
+        return self._made[conditional][1]
+
+    def _make(
+        self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
+    ) -> Iterator[MicroBatch]:
+        text, gates = self.spec.text, self.spec.gates
+        if conditional and text.guided:
+            gates, text = gates.select(text.conditional_rows), text.conditional()
+        if concepts.schedules:
+            gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
+        gates = concepts.spread(gates)
+        for i, (part, part_gates, rows) in enumerate(_cut(text, gates, self.spec.branch_batch_size)):
+            kept = self.kept_text.of(conditional, i, weights)
+            yield MicroBatch(part, installation.inputs(part_gates, part.prompt_embeds, self.spec.regions, kept), rows)
+
+
+def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:
+    if size is None:
+        yield text, gates, slice(None)
+        return
+    for start in range(0, text.rows // text.images, size):
+        part = text.of_branches(slice(start, start + size))
+        rows = slice(start * text.images, (start + size) * text.images)
+        yield part, gates.select(rows), rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Differentiated:
+    """A pass whose gradient is wanted; latents are scaled for the model."""
+
+    scaled: Tensor
+    step: Step
+    batches: Sequence[MicroBatch]
+    recorder: Recorder
+    loss: Loss
+    whole: bool
+
+
+class Denoiser:
+    """Runs the passes of one concept set.
+
+    Args:
+        backbone: The denoiser.
+        installation: The LoRAs installed in it.
+        scheduler: Scales latents for the model.
+        canvas: Sizes of the call.
+        concepts: The concept set.
+        controls: Prepared ControlNets and T2I-Adapters.
+        inputs: Further arguments of every forward pass; tensors have one row per image.
+        log: Keeps the attention maps of recorded steps.
+
+    Attributes:
+        cost: What has been run so far.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        installation: Installation,
+        scheduler: Any,
+        canvas: Canvas,
+        concepts: ConceptSet,
+        controls: Sequence[PreparedControl],
+        inputs: Mapping[str, Any],
+        log: AttentionLog,
+    ) -> None:
+        self.backbone = backbone
+        self.installation = installation
+        self.scheduler = scheduler
+        self.canvas = canvas
+        self.concepts = concepts
+        self.controls = tuple(controls)
+        self.inputs = dict(inputs)
+        self.log = log
+        self.cost = Cost()
+        self._has_model_alone = True
+
+    def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> "Denoiser":
+        """The denoiser of one of several concept sets; its costs are counted together.
+
+        Args:
+            concepts: The set.
+            images: Its images in the batch.
+        """
+        columns = concepts.columns or range(len(concepts.loaded))
+        inputs = {name: one[images] if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
+        part = Denoiser(
+            self.backbone, self.installation, self.scheduler,
+            self.canvas.of_prompts(len(images) // self.canvas.images_per_prompt), concepts,
+            [control.of_images(images) for control in self.controls], inputs,
+            self.log.of_set(columns, len(self.concepts.loaded), images),
+        )  # fmt: skip
+        part.cost = self.cost
+        part._has_model_alone = False
+        return part
+
+    @property
+    def has_controlnet(self) -> bool:
+        """Whether there is a ControlNet, which reads a text for the image as a whole."""
+        return any(isinstance(control, PreparedControlNet) for control in self.controls)
+
+    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+        """Adds LoRAs with constant gates to the weights for the rest of the call: base speed for any number of them.
+
+        To be called before the first pass. Concepts with a weight schedule stay in the bank, and with several concept
+        sets all do: what is constant for one set is not for the others.
+
+        Args:
+            streams: Layers whose gates are the same on all rows and positions.
+            weights: Those gates, one per concept.
+        """
+        if self._has_model_alone:
+            self.installation.fold(streams, weights, self.concepts.schedules.keys())
+
+    def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
+        """Prepares a pass, to be run in every step.
+
+        Args:
+            spec: The pass.
+            same_text_as: A pass with the same text under the same text gates, whose keys and values are shared.
+
+        Raises:
+            ValueError: If the denoiser does not support region attention.
+        """
+        if spec.regions is not None and not self.backbone.reads_regions:
+            raise ValueError(
+                "this method needs region attention, which this model does not support yet; use merge, tara or regional"
+            )
+        return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
+
+    def predict(
+        self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest | None = None
+    ) -> Prediction:
+        """One forward pass.
+
+        Args:
+            latents: Shape: [images, channels, height, width].
+            step: The step.
+            prepared: The pass.
+            request: Attention maps that are wanted as well, for the rows that are run.
+        """
+        batches = self._batches(prepared, step, conditional=not step.guided)
+        text = self._text(prepared, conditional=not step.guided)
+        logged = self.log.request(step.index, text)
+        recorders = [None if one is None else self._recorder(one) for one in (logged, request)]
+        active = [recorder for recorder in recorders if recorder is not None]
+        output = self._run(self._scaled(latents, step.t), step, prepared.spec, batches, active, whole=True)
+        if recorders[0] is not None:
+            self.log.take(step.index, prepared.spec, text, recorders[0].mean())
+        maps = None if recorders[1] is None else AttentionMaps.of(recorders[1])
+        return Prediction(output, text.num_uncond, text.images, maps)
+
+    def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
+        """Attention maps alone: a forward pass of the conditional rows that stops after the last map layer.
+
+        Args: as for `predict`; the request is for conditional rows.
+        """
+        recorder, batches = self._recorder(request), self._batches(prepared, step, conditional=True)
+        self._run(self._scaled(latents, step.t), step, prepared.spec, batches, [recorder], whole=False)
+        return AttentionMaps.of(recorder)
+
+    def gradient(
+        self,
+        latents: Tensor,
+        step: Step,
+        prepared: PreparedPass,
+        request: MapRequest,
+        loss: Loss,
+        *,
+        whole: bool = False,
+    ) -> Gradient:
+        """The gradient of a loss on attention maps with respect to the latents.
+
+        Taken with respect to the scaled latents that the model gets, and returned in the scale of `latents`, so that
+        one step size serves all schedulers: those that scale the input down (Euler) would take steps too small.
+
+        One graph exists at a time, in which no weight asks for a gradient: of all rows, or of one micro-batch, which is
+        then run a second time. The host waits for the device once.
+
+        Args: as for `maps`, and
+            loss: The loss.
+            whole: Whether the pass goes on to its end, with unconditional rows too, and gives a prediction. The request
+                is for all rows then.
+
+        Raises:
+            RuntimeError: Under `torch.inference_mode`, which knows no gradients.
+            ValueError: If the gradient is not finite.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
+        conditional = not (whole and step.guided)
+        batches, text = self._batches(prepared, step, conditional=conditional), self._text(prepared, conditional)
+        scaled = self._scaled(latents, step.t)
+        per_latent = self._scaled(torch.ones(1, 1, 1, 1, device=self.canvas.device), step.t)
+        # In half precision small gradients would become 0 on their way back.
+        lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
+        wanted = _Differentiated(scaled, step, batches, self._recorder(request), lambda maps: loss(maps) * lift, whole)
+        differentiate = self._together if prepared.spec.branch_batch_size is None else self._in_turn
+        with self._frozen(), self._advice():
+            losses, gradient, output, maps = differentiate(prepared.spec, wanted)
+        self.cost.rows_backward += text.rows
+        gradient = gradient.float() / lift / per_latent
+        *by_image, finite = torch.cat([losses.detach() / lift, gradient.isfinite().all()[None]]).cpu().unbind()
+        if not finite:
+            raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
+        maps = AttentionMaps(maps.text.detach(), None if maps.cells is None else maps.cells.detach())
+        prediction = Prediction(output.detach(), text.num_uncond, text.images, maps) if whole else None
+        return Gradient(torch.stack(by_image), gradient, maps, prediction)
+
+    def _batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
+        return prepared.micro_batches(self.installation, self.concepts, step, conditional=conditional)
+
+    def _text(self, prepared: PreparedPass, conditional: bool) -> Conditioning:
+        return prepared.spec.text.conditional() if conditional else prepared.spec.text
+
+    def _recorder(self, request: MapRequest) -> Recorder:
+        self_layers = self.backbone.self_map_layers if request.self_attention else ()
+        return Recorder(self.backbone.map_layers, request.tokens, self_layers)
+
+    def _scaled(self, latents: Tensor, t: Tensor) -> Tensor:
+        """Latents as the model gets them; schedulers of flow matching do not scale them."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return latents if scale is None else scale(latents, t)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Inside this block no weight that a pass uses asks for a gradient, and a graph keeps those it needs."""
+        nets = [control.control.model for control in self.controls if isinstance(control, PreparedControlNet)]
+        with ExitStack() as stack:
+            for model in (self.backbone.model, *nets):
+                stack.enter_context(frozen(uncompiled(model)))
+                stack.enter_context(weights_kept(uncompiled(model)))
+            yield
+
+    @contextmanager
+    def _advice(self) -> Iterator[None]:
+        """Adds to an out-of-memory error what would need less."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if not getattr(uncompiled(self.backbone.model), "is_gradient_checkpointing", False):
+                error.add_note(
+                    "updates need much less memory, and give the same numbers, with gradient checkpointing: "
+                    "pipe.unet.enable_gradient_checkpointing(), or --save-memory gradient-checkpointing"
+                )
+            raise
+
+    def _together(self, spec: Pass, wanted: _Differentiated) -> tuple[Tensor, Tensor, Tensor, AttentionMaps]:
+        """Losses, gradient and output by one graph of all rows."""
+        with torch.enable_grad():
+            scaled = wanted.scaled.detach().requires_grad_()
+            output = self._run(scaled, wanted.step, spec, wanted.batches, [wanted.recorder], whole=wanted.whole)
+            maps = AttentionMaps.of(wanted.recorder)
+            losses = wanted.loss(maps)
+            (gradient,) = torch.autograd.grad(losses.sum(), scaled)
+        return losses, gradient, output, maps
+
+    def _in_turn(self, spec: Pass, wanted: _Differentiated) -> tuple[Tensor, Tensor, Tensor, AttentionMaps]:
+        """The same with one graph per micro-batch: maps first, without a graph, then once more for each."""
+        recorder = wanted.recorder
+        with torch.no_grad():
+            output = self._run(wanted.scaled, wanted.step, spec, wanted.batches, [recorder], whole=wanted.whole)
+        with torch.enable_grad():
+            leaves = [taken.requires_grad_() for taken in (*recorder.maps.values(), *recorder.self_maps.values())]
+            maps = AttentionMaps.of(recorder)
+            losses = wanted.loss(maps)
+            pulls = torch.autograd.grad(losses.sum(), leaves)
+        gradient = torch.zeros_like(wanted.scaled)
+        for batch in wanted.batches:
+            part = recorder.of_rows(batch.rows)
+            with torch.enable_grad():
+                leaf = wanted.scaled.detach().requires_grad_()
+                self._run(leaf, wanted.step, spec, [batch], [part], whole=False)
+                taken = [*part.maps.values(), *part.self_maps.values()]
+                gradient += torch.autograd.grad(taken, leaf, [pull[..., batch.rows, :, :] for pull in pulls])[0]
+        return losses, gradient, output, maps
+
+    def _run(
+        self,
+        scaled: Tensor,
+        step: Step,
+        spec: Pass,
+        batches: Sequence[MicroBatch],
+        recorders: Sequence[Recorder],
+        *,
+        whole: bool,
+    ) -> Tensor:
+        """All rows, through the denoiser to its end, or to the last layer that is recorded."""
+        wanted = [layer for recorder in recorders for layer in recorder.layers | recorder.self_layers]
+        parts = [[r.of_rows(one.rows) for r in recorders] for one in batches] if len(batches) > 1 else [recorders]
+        outputs, view = [], View(spec.window, spec.image)
+        share = scaled.shape[-2] * scaled.shape[-1] / (self.canvas.latent_grid[0] * self.canvas.latent_grid[1])
+        with nullcontext() if whole else self.backbone.truncated_after(wanted):
+            for batch, part in zip(batches, parts, strict=True):
+                text = batch.text
+                self.installation.use(batch.inputs, *part)
+                latents = torch.cat([scaled] * (text.rows // text.images))
+                inputs = {
+                    **{name: _by_row(one, view, text.rows) for name, one in self.inputs.items()},
+                    **self._control_inputs(latents, step, text, view, share),
+                }
+                outputs.append(self.backbone.forward(latents, step.t, text.first_embeds, text.added, **inputs))
+                if whole:
+                    self.cost.rows_forward += text.rows * share
+                else:
+                    self.cost.rows_stopped += text.rows * share
+        if len(batches) > 1:
+            for recorder, taken in zip(recorders, zip(*parts, strict=True), strict=True):
+                recorder.join(taken)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _control_inputs(
+        self, latents: Tensor, step: Step, text: Conditioning, view: View, share: float
+    ) -> Mapping[str, Any]:
+        """What the controls of this step add to the denoiser's arguments."""
+        acting = [control for control in self.controls if control.control.acts(step.index, step.count)]
+        firsts = [control.first_row(text) for control in acting if isinstance(control, PreparedControlNet)]
+        self.cost.control_rows += sum(text.rows - first for first in firsts) * share
+        return denoiser_inputs(acting, latents, step.t, text, view)
+
+
+def _by_row(given: Any, view: View, rows: int) -> Any:
+    return repeated(view.of_images(given), rows) if isinstance(given, Tensor) else given

@@ -1,0 +1,188 @@
+"""The concepts that a pipeline knows: loaded from files, added by name, or adapters of `load_lora_weights`."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.formats.files import read_words
+from lora_compose.pipelines.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
+from lora_compose.pipelines.recent import Read, Recent
+from lora_compose.pipelines.scene import Concept, check_names
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Added:
+    """A file that is known but need not have been read.
+
+    Attributes:
+        given: The fields given when it was added.
+        concept: The same, completed from the file's header.
+    """
+
+    given: Concept
+    concept: Concept
+
+
+class ConceptLibrary:
+    """Concepts of one pipeline by name; it keeps no reference to the pipeline, which each call names."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, LoadedConcept] = {}
+        self.added: dict[str, Added] = {}
+        self.recent = Recent()
+
+    @property
+    def concepts(self) -> Mapping[str, Concept]:
+        """The loaded and the added concepts by name."""
+        return {name: found.concept for name, found in {**self.loaded, **self.added}.items()}
+
+    def load(
+        self, pipe: Any, concept: Concept, path: Path, *, max_rank: int = MAX_RANK, allow_pickle: bool = False
+    ) -> Concept:
+        """Reads a concept's file and keeps it.
+
+        Raises:
+            LoraError: If the file is unusable or does not fit the model.
+        """
+        read = _read(pipe, path, alpha=concept.alpha, max_rank=max_rank, allow_pickle=allow_pickle)
+        logger.info("concept %s: %s", concept.name, read.factors.report)
+        self.loaded[concept.name] = _loaded_concept(concept, read)
+        return self.loaded[concept.name].concept
+
+    def add(self, pipe: Any, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
+        """Adds files by their headers; see `ComposePipeline.add_concepts`."""
+        added: dict[str, Added] = {}
+        for given in _in_files(source):
+            name, before = given.name, self.added.get(given.name)
+            if name in added:
+                raise ValueError(
+                    f"{added[name].given.lora} and {given.lora} would both be called {name!r}; "
+                    "name them: Concept(name=..., lora=...)"
+                )
+            if before is None or before.given.lora != given.lora:
+                self.check_new(pipe, name)
+            added[name] = Added(given, _filled(given, _by_header(given)))
+        self.added.update(added)
+        return tuple(found.concept for found in added.values())
+
+    def check_new(self, pipe: Any, name: str) -> None:
+        """Raises ValueError if a name is taken."""
+        if name in self.concepts or name in adapters_of(pipe):
+            raise ValueError(f"there is a concept or adapter {name!r} already; unload it or choose another name")
+
+    def unload(self, name: str) -> None:
+        """Removes a concept.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name not in self.concepts:
+            raise ValueError(f"no concept {name!r} is loaded; there are {', '.join(self.concepts) or 'none'}")
+        self.loaded.pop(name, None)
+        self.added.pop(name, None)
+
+    def resolve(self, pipe: Any, concepts: Sequence[str | Concept], memory: int) -> tuple[LoadedConcept, ...]:
+        """The concepts of a call with their factors; given fields override loaded ones.
+
+        Args:
+            pipe: The pipeline.
+            concepts: Names of loaded concepts or adapters, or `Concept` objects.
+            memory: Bytes of read files that stay in memory.
+
+        Raises:
+            ValueError: For unknown names and names given twice.
+        """
+        if isinstance(concepts, str | Concept):
+            raise ValueError(f"concepts must be a list of names or Concepts, not {concepts!r}")
+        given = tuple(Concept(name=concept) if isinstance(concept, str) else concept for concept in concepts)
+        check_names(given)
+        found = tuple(self._resolve(pipe, concept) for concept in given)
+        self.recent.trim(memory, keep=len(given))
+        return found
+
+    def _resolve(self, pipe: Any, concept: Concept) -> LoadedConcept:
+        loaded, added = self.loaded.get(concept.name), self.added.get(concept.name)
+        if added is not None and concept.lora in (None, added.given.lora):
+            concept = _filled(concept, added.given)
+        if concept.lora is not None and (loaded is None or not _same_source(concept, loaded.concept)):
+            return self._from_disk(pipe, concept)
+        if loaded is not None:
+            if concept.alpha is not None and concept.alpha != loaded.concept.alpha:
+                raise ValueError(f"concept {concept.name!r} was loaded with another alpha; give it to load_concept")
+            return LoadedConcept(_filled(concept, loaded.concept), loaded.factors, loaded.file)
+        if concept.name in adapters_of(pipe):
+            return LoadedConcept(
+                _filled(concept, Concept(name=concept.name, weight=1.0)), adapter_factors(pipe, concept.name)
+            )
+        known = ", ".join([*self.concepts, *sorted(adapters_of(pipe))]) or "none"
+        raise ValueError(
+            f"unknown concept {concept.name!r}; loaded are {known}. Load it with load_concept(file, name=...)"
+        )
+
+    def _from_disk(self, pipe: Any, concept: Concept) -> LoadedConcept:
+        """A concept whose file is read, unless it is still in memory."""
+        path, alpha = find_file(concept.lora or ""), concept.alpha
+        return _loaded_concept(concept, self.recent.get(path, alpha, lambda: _read(pipe, path, alpha=alpha)))
+
+
+def adapters_of(pipe: Any) -> set[str]:
+    """Names of the adapters that the user has loaded with `load_lora_weights`."""
+    return {name for names in pipe.get_list_adapters().values() for name in names}
+
+
+def _read(pipe: Any, path: Path, *, alpha: float | None, max_rank: int = MAX_RANK, allow_pickle: bool = False) -> Read:
+    file = read_lora(path, allow_pickle=allow_pickle)
+    factors = match(file, pipe, alpha=alpha, max_rank=max_rank)
+    if not factors.complete:
+        logger.warning("%s: %s", file.path.name, factors.report)
+    return Read(file, factors)
+
+
+def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[Concept]:
+    """The concepts to add; every one has a file."""
+    entries: Iterable[str | Path | Concept]
+    if isinstance(source, str) or not isinstance(source, Iterable):
+        path = local_path(source)
+        entries = sorted(path.glob("*.safetensors")) if path.is_dir() else [source]
+        if not entries:
+            raise LoraError(f"{path} has no safetensors files")
+    else:
+        entries = source
+    for entry in entries:
+        concept = entry if isinstance(entry, Concept) else Concept(name=local_path(entry).stem, lora=str(entry))
+        if concept.lora is None or not local_path(concept.lora).is_file():
+            raise LoraError(f"concept {concept.name!r} needs a file, and there is none at {concept.lora!r}")
+        yield concept
+
+
+def _by_header(given: Concept) -> Concept:
+    """Words from the header of a concept's file; none if it cannot be read, which the call that needs it will report."""
+    path, words = local_path(given.lora or ""), (None, None)
+    try:
+        words = read_words(path)
+    except (LoraError, OSError) as error:
+        logger.debug("%s is added without words: %s", path, error)
+    return Concept(name=given.name, trigger=words[0], class_word=words[1], weight=1.0)
+
+
+def _loaded_concept(concept: Concept, read: Read) -> LoadedConcept:
+    """A concept with the factors of its file, which also completes missing fields."""
+    known = Concept(name=concept.name, trigger=read.file.trigger, class_word=read.file.class_word, weight=1.0)
+    return LoadedConcept(_filled(concept, known), read.factors, read.file)
+
+
+def _same_source(concept: Concept, loaded: Concept) -> bool:
+    """Whether a concept's LoRA is the loaded one, at the same strength."""
+    return concept.lora == loaded.lora and concept.alpha in (None, loaded.alpha)
+
+
+def _filled(concept: Concept, known: Concept) -> Concept:
+    """A concept whose missing fields are taken from another."""
+    given = {name: value for name, value in concept if value is not None}
+    return known.model_copy(update=given)

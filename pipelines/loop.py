@@ -1,0 +1,91 @@
+"""The denoising loop, the same for every method, task and model family."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.task import Task
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The timesteps of a call.
+
+    Attributes:
+        timesteps: Of all passes. A scheduler of second order has two per step, of which the last step lacks one.
+        steps: How many steps these are.
+        order: The scheduler's order.
+    """
+
+    timesteps: Sequence[Tensor] | Tensor
+    steps: int
+    order: int
+
+    def step(self, index: int, cfg_scale: float) -> Step:
+        """One pass."""
+        return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, index % self.order > 0)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop tells others.
+
+    Attributes:
+        after_step: Called with step and latents; returns the latents to go on with and the scale of guidance.
+        interrupted: Whether the user has stopped the call.
+        progress_bar: A context manager of diffusers for so many steps.
+    """
+
+    after_step: Callable[[Step, Tensor], tuple[Tensor, float]]
+    interrupted: Callable[[], bool]
+    progress_bar: Callable[..., Any]
+
+
+def denoise(
+    process: Process,
+    task: Task,
+    scheduler_step: Callable[[Tensor, Tensor, Tensor], Tensor],
+    schedule: Schedule,
+    cfg_scale: float,
+    hooks: Hooks,
+    *,
+    cost: Cost,
+    started: float,
+) -> Tensor:
+    """Runs all steps: method, scheduler, task, callback, progress.
+
+    Args:
+        process: The method.
+        task: Where latents start, and what is put back.
+        scheduler_step: From model output, timestep and latents to the next latents.
+        schedule: The timesteps.
+        cfg_scale: Classifier-free guidance.
+        hooks: Callbacks.
+        cost: Takes the seconds of preparation.
+        started: When the call began, by `time.perf_counter()`.
+
+    Returns:
+        The final latents.
+    """
+    number = len(schedule.timesteps)
+    warmup = number - schedule.steps * schedule.order
+    latents = task.start()
+    with hooks.progress_bar(total=schedule.steps) as progress_bar:
+        latents = process.prepare(latents, schedule.step(0, cfg_scale))
+        cost.preparation_seconds = time.perf_counter() - started
+        for index in range(number):
+            if hooks.interrupted():
+                continue
+            step = schedule.step(index, cfg_scale)
+            latents, model_output = process.step(latents, step)
+            latents = task.after_step(scheduler_step(model_output, step.t, latents), step)
+            latents, cfg_scale = hooks.after_step(step, latents)
+            if index == number - 1 or (index + 1 > warmup and (index + 1) % schedule.order == 0):
+                progress_bar.update()
+    return latents

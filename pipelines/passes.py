@@ -1,0 +1,106 @@
+"""One forward pass of the denoiser as a value: what goes in, which attention maps are wanted, what comes out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_compose.attention import Gates, Recorder, RegionAttention
+from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.regions import Window
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """All that one forward pass needs beside latents and timestep.
+
+    Attributes:
+        text: The text of all rows.
+        gates: How strongly each concept acts where.
+        regions: What attention does differently in regions; needed if there are several texts.
+        window: Rows and columns of the latents, for a part of the canvas; None is all of it.
+        image: The image of the batch, for a pass of one image; None is all of them.
+        branch_batch_size: How many branches are run together, to save memory; None is all of them.
+    """
+
+    text: Conditioning
+    gates: Gates
+    regions: RegionAttention | None = None
+    window: Window | None = None
+    image: int | None = None
+    branch_batch_size: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MapRequest:
+    """Which attention maps of a pass are wanted.
+
+    Attributes:
+        tokens: Weight of every token in every map. Shape: [(texts,) rows, tokens, maps].
+        self_attention: Whether maps of self-attention are wanted too.
+    """
+
+    tokens: Tensor
+    self_attention: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMaps:
+    """Attention maps on the map grid, fp32, mean over heads and layers.
+
+    Attributes:
+        text: Attention of image cells to tokens. Shape: [(texts,) rows, cells, maps].
+        cells: Attention of image cells to each other, if asked for. Shape: [rows, cells, cells seen].
+    """
+
+    text: Tensor
+    cells: Tensor | None = None
+
+    @classmethod
+    def of(cls, recorder: Recorder) -> "AttentionMaps":
+        """What a recorder has taken."""
+        return cls(recorder.mean(), recorder.self_mean() if recorder.self_maps else None)
+
+
+Loss = Callable[[AttentionMaps], Tensor]
+"""A loss on the attention maps of one pass. Shape: [images]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The prediction of one forward pass.
+
+    Attributes:
+        model_output: What the scheduler takes (noise, velocity). Shape: [rows, channels, height, width].
+        num_uncond: Number of leading unconditional branches.
+        images: Images in the batch.
+        maps: The attention maps, if asked for.
+    """
+
+    model_output: Tensor
+    num_uncond: int
+    images: int
+    maps: AttentionMaps | None = None
+
+    @property
+    def branches(self) -> tuple[Tensor, Tensor]:
+        """Unconditional and conditional branches. Shape: [branches, images, channels, height, width] each."""
+        branches = self.model_output.unflatten(0, (-1, self.images))
+        return branches[: self.num_uncond], branches[self.num_uncond :]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """The gradient of a loss on attention maps.
+
+    Attributes:
+        losses: By image, fp32, on the CPU. Shape: [images].
+        direction: With respect to the latents, in their scale, fp32. Shape: as the latents.
+        maps: The attention maps, without a graph.
+        prediction: The prediction, if the pass was run to its end.
+    """
+
+    losses: Tensor
+    direction: Tensor
+    maps: AttentionMaps
+    prediction: Prediction | None = None

@@ -1,0 +1,197 @@
+"""Prompts -> text of all rows, with the text-encoder part of the LoRAs, and where the concepts' words are in them."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_compose.attention import Gates, Site, among, installed_layers
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.sites import Stream
+from lora_compose.pipelines.canvas import Canvas, images_of
+from lora_compose.pipelines.concept_set import ConceptSet
+from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, join_rows
+from lora_compose.pipelines.loading import TEXT_ENCODERS
+from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.tokens import Mention
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Output of a pipeline's text encoders, one row per image.
+
+    Attributes:
+        prompt_embeds: Shape: [images, tokens, channels]; layers * channels where each cross-attention layer has a text
+            of its own.
+        negative_prompt_embeds: The same for the negative prompts; None without guidance.
+        added: Further inputs of the denoiser by row, ordered (unconditional, conditional).
+    """
+
+    prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor | None
+    added: Mapping[str, Tensor] | None = None
+
+    def of_images(self, images: Sequence[int]) -> "EncodedText":
+        """Some of the images."""
+        every, negative, added = len(self.prompt_embeds), self.negative_prompt_embeds, self.added
+        if added is not None:
+            parts = {key: rows.unflatten(0, (-1, every))[:, images] for key, rows in added.items()}
+            added = {key: part.flatten(0, 1) for key, part in parts.items()}
+        return EncodedText(self.prompt_embeds[images], None if negative is None else negative[images], added)
+
+
+Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
+"""Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None means the
+call's own."""
+
+Finder = Callable[
+    [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks
+]
+"""Finds the words of concepts in prompts: the triggers of those named in the third argument alone, and by prompt other
+words that name a concept. All have to be there."""
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Encodes all prompts of a call, with the text-encoder LoRAs of all its concepts.
+
+    Attributes:
+        concepts: All concepts of the call.
+        components: The pipeline's components by name.
+        encode: The pipeline's text encoders.
+        canvas: Sizes of the call.
+        steps: How many steps there are; a weight schedule counts with its mean.
+    """
+
+    concepts: ConceptSet
+    components: Mapping[str, Any]
+    encode: Encoder
+    canvas: Canvas
+    steps: int
+
+    def __call__(
+        self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None
+    ) -> EncodedText:
+        """Encodes.
+
+        Args:
+            weights: Weights of the text-encoder LoRAs; None leaves them out. Shape: [concepts].
+            prompts: Instead of the call's own.
+            negative_prompts: Instead of the call's own.
+        """
+        with ExitStack() as stack:
+            for part in TEXT_ENCODERS:
+                if self.components.get(part) is not None:
+                    stack.enter_context(self._adapted(part, weights))
+            return self.encode(prompts, negative_prompts)
+
+    @contextmanager
+    def _adapted(self, part: str, weights: Tensor | None) -> Iterator[None]:
+        model: nn.Module = self.components[part]
+        every = self.concepts.loaded
+        loras = [{} if weights is None else loaded.factors.text_encoders.get(part, {}) for loaded in every]
+        streams: dict[str, Stream] = {"text_projection": "row"}  # its input is one vector of the whole prompt
+        where = {name: Site(streams.get(name, "text")) for name, _ in uncompiled(model).named_modules()}
+        # Adapters of these names are replaced by the concepts, also by those that come from a file.
+        names = [concept.name for concept in self.concepts.concepts]
+        dtype: torch.dtype = model.dtype  # pyright: ignore[reportAssignmentType]
+        with installed_layers(
+            model, loras, where, device=self.canvas.device, dtype=dtype, silence=names
+        ) as installation:
+            if weights is not None:
+                factors = self.concepts.text_factors((weights != 0).tolist(), self.steps)
+                gate = (weights * factors).to(self.canvas.device)[None]
+                installation.use(installation.inputs(Gates(gate[:, None], {}, gate, (1, 1))))
+            yield
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one concept set.
+
+    Attributes:
+        texts: The prompts; None if the call was given embeddings.
+        token_masks: Where the words of the set's concepts are in them.
+        concepts: The concept set.
+        encoder: Encodes all prompts of the call.
+        finder: Finds words.
+        places: Indices of these prompts among those of the call.
+        canvas: Sizes of the call.
+    """
+
+    texts: tuple[str, ...] | None
+    token_masks: TokenMasks
+    concepts: ConceptSet
+    encoder: PromptEncoder
+    finder: Finder
+    places: tuple[int, ...]
+    canvas: Canvas
+
+    def encode(
+        self,
+        weights: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        negative_prompts: Sequence[str] | None = None,
+        names: Collection[str] = (),
+        mentions: Sequence[Mapping[str, Mention]] | None = None,
+    ) -> Conditioning:
+        """Encodes the prompts, or others in their place, one for each.
+
+        Args:
+            weights: Weights of the text-encoder LoRAs; None leaves them out. Shape: [concepts].
+            prompts: Instead of the call's own.
+            negative_prompts: Instead of the call's own.
+            names: Concepts whose words are looked for in those prompts.
+            mentions: By prompt, other words that name a concept.
+
+        Raises:
+            ValueError: If a trigger is missing.
+        """
+        masks = self.token_masks if prompts is None else self.find(prompts, names, mentions)
+        text = self.encoder(self._of_all(weights), self._placed(prompts), self._placed(negative_prompts))
+        if len(self.places) < self.canvas.prompts:
+            text = text.of_images(images_of(self.places, self.canvas.images_per_prompt))
+        return self._conditioning(text, masks)
+
+    def find(
+        self,
+        prompts: Sequence[str],
+        names: Collection[str],
+        mentions: Sequence[Mapping[str, Mention]] | None = None,
+    ) -> TokenMasks:
+        """Where the words of the named concepts, and of others only those mentioned, are in prompts.
+
+        Raises:
+            ValueError: If one is missing.
+        """
+        return self.finder(self.concepts.concepts, prompts, names, mentions)
+
+    def _of_all(self, weights: Tensor | None) -> Tensor | None:
+        if weights is None or self.concepts.columns is None:
+            return weights
+        return among(weights, self.concepts.columns, self.concepts.installed)
+
+    def _placed(self, texts: Sequence[str] | None) -> list[str] | None:
+        """Texts among those of all prompts, in a batch of the same size as the call's."""
+        if texts is None:
+            return None
+        found = dict(zip(self.places, texts, strict=True))
+        return [found.get(prompt, texts[0]) for prompt in range(self.canvas.prompts)]
+
+    def _conditioning(self, text: EncodedText, masks: TokenMasks) -> Conditioning:
+        embeds, negative = text.prompt_embeds, text.negative_prompt_embeds
+        trigger, phrase = (
+            join_rows(None if negative is None else torch.zeros_like(mask), [mask], self.canvas.images_per_prompt)
+            for mask in (masks.trigger.to(self.canvas.device), masks.phrase.to(self.canvas.device))
+        )
+        return Conditioning(
+            embeds if negative is None else torch.cat([negative, embeds]),
+            trigger,
+            phrase,
+            num_uncond=0 if negative is None else 1,
+            images=embeds.shape[0],
+            added=text.added,
+        )
