@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.pipelines.engine import LoadedConcept
+from lora_compose.pipelines.concept_set import LoadedConcept
 from lora_compose.pipelines.loading import Factors
 from lora_compose.pipelines.scene import Concept, Region
 

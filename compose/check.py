@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from lora_compose.compose.counting import count_run
 from lora_compose.compose.models import load, lora_source, open_model, rehearse, resolve_settings, scheduler_of, size_of
-from lora_compose.pipelines.engine import LoadedConcept, check_blocks
+from lora_compose.pipelines.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.loading import find_file, read_lora
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once

@@ -5,7 +5,8 @@ Text encoders, VAE and scheduler are not counted; they are the same for every me
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lora_compose.attention import Gates, Layout, Lora, Recorder
-from lora_compose.attention.layers import Grid, uncompiled
-from lora_compose.pipelines.conditioning import Conditioning, TokenMasks
-from lora_compose.pipelines.engine import EncodedText, Engine, Gradient, LoadedConcept, Objective
+from lora_compose.attention import Lora, Stream, backbone_of, grid_at, install
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.sites import Grid
+from lora_compose.pipelines.attention_log import AttentionLog
+from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.concept_set import ConceptSet, LoadedConcept
+from lora_compose.pipelines.conditioning import TokenMasks
+from lora_compose.pipelines.denoiser import Denoiser, PreparedPass
+from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.prompt_encoder import EncodedText, Prompts
+from lora_compose.pipelines.session import Session
 
 META = torch.device("meta")
 
@@ -84,38 +93,40 @@ def count(
     scheduler = scheduler or DDIMScheduler()
     scheduler.set_timesteps(steps)
     grid = image_size[0] // vae_scale, image_size[1] // vae_scale
-    latents = _empty(unet, images, unet.config["in_channels"], *grid)
+    latents = torch.zeros(images, unet.config["in_channels"], *grid, dtype=unet.dtype)
     guided = guidance_scale > 1 and unet.config["time_cond_proj_dim"] is None
     text, unet_kwargs = _text(unet, images, tokens, guided), _unet_kwargs(unet, images)
     if settings is None:
-        return _plain(unet, latents, text, unet_kwargs, len(scheduler.timesteps), watched)
+        return _plain(unet, latents.to(META), text, unet_kwargs, len(scheduler.timesteps), watched)
     words = torch.eye(tokens, len(concepts)).roll(1, dims=0)[None]  # after the start token
-    operations = Operations()
-    engine = _Engine(
-        operations,
-        {"unet": unet, "scheduler": scheduler},
-        [_without_numbers(concept) for concept in concepts],
-        lambda prompts, negative_prompts: text,
-        lambda concepts, prompts, names, mentions: TokenMasks(words, words),
-        [" ".join(concept.concept.phrase for concept in concepts)],
-        TokenMasks(words, words),
-        latent_grid=grid,
-        image_size=image_size,
-        images_per_prompt=images,
-        guidance_scale=guidance_scale,
-        guidance_rescale=0.0,
-        device=META,
-        unet_kwargs=unet_kwargs,
-        started=0.0,
-    )
-    with torch.no_grad(), operations, watched or nullcontext(), engine.installed():
-        engine.timesteps = scheduler.timesteps
-        process = settings.start(engine)
-        latents = process.prepare(latents)
+    masks, operations, backbone = TokenMasks(words, words), Operations(), backbone_of(unet)
+    # All but the model itself has numbers, on the CPU.
+    canvas = Canvas(image_size, grid, 1, images, torch.device("cpu"), backbone)
+    acting = ConceptSet(tuple(_without_numbers(concept) for concept in concepts))
+    loras = [loaded.lora for loaded in acting.loaded]
+    with (
+        torch.no_grad(),
+        watched or nullcontext(),
+        install(backbone, loras, device=META, dtype=unet.dtype) as installed,
+    ):
+        denoiser = Denoiser(backbone, installed, scheduler, canvas, acting, (), unet_kwargs, AttentionLog(canvas, ()))
+        prompts = Prompts(
+            (" ".join(concept.concept.phrase for concept in concepts),), masks, acting,
+            lambda weights, prompts, negative_prompts: text,
+            lambda concepts, prompts, names, mentions: masks,
+            (0,), canvas,
+        )  # fmt: skip
+        pricing = PricingDenoiser(denoiser, operations)
+        process = settings.start(Session(acting, prompts, pricing, Guider()))
+        every = [
+            Step(i, len(scheduler.timesteps), t, guidance_scale if guided else 1.0, i % scheduler.order > 0)
+            for i, t in enumerate(scheduler.timesteps)
+        ]
+        latents = process.prepare(latents, every[0])
         preparation = operations.flops
-        for engine.step, t in enumerate(scheduler.timesteps):
-            latents, _ = process.step(latents, t)  # what the scheduler makes of them has the same shape
-    cost = engine.cost
+        for step in every:
+            latents, _ = process.step(latents, step)  # what the scheduler makes of them has the same shape
+    cost = denoiser.cost
     return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, preparation)
 
 
@@ -231,100 +242,168 @@ def _like(result: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """What a UNet pass leaves behind, and what it has cost."""
-
-    flops: int
-    output: Tensor
-    text_kv: Mapping[str, tuple[Tensor, Tensor]]
-    maps: Sequence[Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class _Update:
-    """What a pass with a gradient gives, and what it has cost."""
+class Price:
+    """What one kind of pass costs, and the keys and values of text that it leaves behind, by micro-batch."""
 
     flops: int
     cost: Cost
-    gradient: Gradient
-    maps: Mapping[str, Tensor]
+    text_kv: Sequence[Mapping[str, tuple[Tensor, Tensor]]]
 
 
-class _Engine(Engine):
-    """An engine without numbers: of all passes that cost the same, it runs the first.
+class PricingDenoiser:
+    """Prices the passes of a method: of all passes that cost the same, it runs the first, without numbers.
 
-    Of passes with a gradient as well, with all that belongs to it.
+    Its answers have numbers: predictions and gradients are 0, all losses are 1, so that no update ends early, and the
+    attention to concept i lies in the ith column of the image.
+
+    Args:
+        denoiser: Runs passes on the meta device.
+        operations: Counts FLOPs.
     """
 
-    def __init__(self, operations: Operations, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    has_controlnet = False
+
+    def __init__(self, denoiser: Denoiser, operations: Operations) -> None:
+        self._denoiser = denoiser
         self._operations = operations
-        self._passes: dict[tuple, _Pass] = {}
-        self._begun: dict[tuple, tuple[float, ...]] = {}
-        self._updates: dict[tuple, _Update] = {}
+        self._prices: dict[tuple, Price] = {}
+        self.canvas = denoiser.canvas
+        self.log = denoiser.log
 
-    def read(self, numbers: Tensor) -> Tensor:
-        """Ones: the gradient is finite, and no loss rises, which would end updates."""
-        return torch.ones(numbers.shape)
+    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+        """Folds, and counts what that takes."""
+        with self._operations:
+            self._denoiser.fold(streams, weights)
 
-    def found(self, masks: Tensor) -> Tensor:
-        """A column of the picture for each concept."""
-        _, concepts, _, width = masks.shape
-        column = torch.arange(width) * concepts // width
-        return (column == torch.arange(concepts)[:, None])[None, :, None].expand(masks.shape)
+    def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
+        """Prepares a pass on the meta device."""
+        return self._denoiser.prepare(replace(spec, regions=_moved(spec.regions)), same_text_as)
+
+    def predict(
+        self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest | None = None
+    ) -> Prediction:
+        """Prices a forward pass."""
+        conditional, on_meta = not step.guided, _moved(request)
+
+        def run() -> None:
+            self._denoiser.predict(latents.to(META), step, prepared, on_meta)
+
+        self._price(run, "predict", latents, step, prepared, request, conditional)
+        text = prepared.spec.text.conditional() if conditional else prepared.spec.text
+        output = latents.new_zeros(text.rows, *latents.shape[1:])
+        return Prediction(output, text.num_uncond, text.images, None if request is None else self._maps(request))
+
+    def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
+        """Prices a pass that stops early."""
+        on_meta = _moved(request)
+        run = partial(self._denoiser.maps, latents.to(META), step, prepared, on_meta)
+        self._price(run, "maps", latents, step, prepared, request, conditional=True)
+        return self._maps(request)
 
     def gradient(
         self,
         latents: Tensor,
-        t: Tensor,
-        conditioning: Conditioning,
-        gates: Gates,
-        record: Recorder,
-        objective: Objective,
-        layout: Layout | None = None,
+        step: Step,
+        prepared: PreparedPass,
+        request: MapRequest,
+        loss: Loss,
         *,
         whole: bool = False,
     ) -> Gradient:
-        kind = latents.shape, conditioning, gates, layout, whole
-        what = latents, t, conditioning, gates, record, objective, layout
-        weights = self.step_weights
-        if self._begun.get(kind) != weights:  # the first of a kind, or of other weights, makes keys and values
-            self._begun[kind] = weights
-            return super().gradient(*what, whole=whole)
-        if kind not in self._updates:
-            before, self.cost = (self._operations.flops, self.cost), Cost()
-            gradient = super().gradient(*what, whole=whole)
-            self._updates[kind] = _Update(self._operations.flops - before[0], self.cost, gradient, dict(record.maps))
-            self._operations.flops, self.cost = before
-        known = self._updates[kind]
-        self._operations.flops += known.flops
-        self.cost.rows_forward += known.cost.rows_forward
-        self.cost.rows_stopped += known.cost.rows_stopped
-        self.cost.rows_backward += known.cost.rows_backward
-        record.maps.update(known.maps)
-        return known.gradient
+        """Prices a pass with a gradient, without the loss itself, which is small."""
+        conditional, images = not (whole and step.guided), len(latents)
 
-    def _run(self, latents: Tensor, t: Tensor, conditioning: Conditioning, guidance: Mapping[str, Any]) -> Tensor:
-        if torch.is_grad_enabled():
-            return super()._run(latents, t, conditioning, guidance)
-        slot = self.installation.slot
-        text_kv = {} if slot.text_kv is None else slot.text_kv.kept
-        recorded = tuple((recorder.layers, recorder.readout.shape) for recorder in slot.recorders)
-        bank = frozenset((name, layer.key) for name, layer in self.installation.bank.items())
-        text = conditioning.prompt_embeds.shape
-        kind = latents.shape, text, bank, frozenset(text_kv), recorded, slot.layout, len(self._unet.up_blocks)
-        if kind not in self._passes:
-            before = self._operations.flops
-            output = super()._run(latents, t, conditioning, guidance)
-            maps = [dict(recorder.maps) for recorder in slot.recorders]
-            self._passes[kind] = _Pass(self._operations.flops - before, output, dict(text_kv), maps)
-            return output
-        known = self._passes[kind]
-        self._operations.flops += known.flops
-        text_kv.update(known.text_kv)
-        for recorder, maps in zip(slot.recorders, known.maps, strict=True):
-            recorder.maps.update(maps)
-        return known.output
+        def run() -> None:
+            used = self._used(loss, request)
+
+            def standing_in(maps: AttentionMaps) -> Tensor:
+                found = [
+                    one.sum()
+                    for one, is_used in zip((maps.text, maps.cells), used, strict=True)
+                    if is_used and one is not None
+                ]
+                return torch.stack(found).sum() + torch.zeros(images, device=META)
+
+            self._denoiser.differentiate(latents.to(META), step, prepared, _moved(request), standing_in, whole=whole)
+
+        self._price(run, f"gradient, {whole}", latents, step, prepared, request, conditional)
+        maps, text = self._maps(request), prepared.spec.text
+        text = text.conditional() if conditional else text
+        output = latents.new_zeros(text.rows, *latents.shape[1:])
+        prediction = Prediction(output, text.num_uncond, text.images, maps) if whole else None
+        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction)
+
+    def _used(self, loss: Loss, request: MapRequest) -> tuple[bool, bool]:
+        """Whether a loss depends on the maps of text, and on those of self-attention."""
+        text = self._maps(request).text
+        cells = torch.rand(text.shape[-3], text.shape[-2], text.shape[-2]) if request.self_attention else None
+        with torch.enable_grad():
+            leaves = [one.clone().requires_grad_() for one in (text, cells) if one is not None]
+            pulls = torch.autograd.grad(loss(AttentionMaps(*leaves)).sum(), leaves, allow_unused=True)
+        return pulls[0] is not None, len(pulls) > 1 and pulls[1] is not None
+
+    def _price(
+        self,
+        run: Callable[[], object],
+        what: str,
+        latents: Tensor,
+        step: Step,
+        prepared: PreparedPass,
+        request: MapRequest | None,
+        conditional: bool,
+    ) -> None:
+        batches = self._denoiser.micro_batches(prepared, step, conditional=conditional)
+        kept = [{} if batch.inputs.text_kv is None else batch.inputs.text_kv.kept for batch in batches]
+        kind = (
+            what, latents.shape, tuple(batch.text.prompt_embeds.shape for batch in batches), _kind_of(prepared.spec),
+            None if request is None else (request.tokens.shape, request.self_attention), tuple(map(bool, kept)),
+        )  # fmt: skip
+        if kind not in self._prices:
+            flops, before, self._denoiser.cost = self._operations.flops, self._denoiser.cost, Cost()
+            with self._operations:
+                run()
+            spent, self._denoiser.cost = self._denoiser.cost, before
+            self._prices[kind] = Price(self._operations.flops - flops, spent, [dict(one) for one in kept])
+            self._operations.flops = flops
+        price = self._prices[kind]
+        self._operations.flops += price.flops
+        self._denoiser.cost.add(price.cost)
+        for mine, known in zip(kept, price.text_kv, strict=True):
+            mine.update(known)
+
+    def _maps(self, request: MapRequest) -> AttentionMaps:
+        """Attention to concept i, whose word is token 1 + i, in the ith column of the image."""
+        height, width = grid_at(self.canvas.latent_grid, self.canvas.map_level)
+        count = len(self._denoiser.concepts.loaded)
+        column = torch.arange(width) * count // width
+        concept = request.tokens.argmax(dim=-2) - 1  # [(texts,) rows, maps]
+        maps = (column[:, None] == concept[..., None, :]).float()  # [(texts,) rows, width, maps]
+        return AttentionMaps(maps[..., None, :, :].expand(*concept.shape[:-1], height, -1, -1).flatten(-3, -2))
+
+
+def _kind_of(spec: Pass) -> tuple | None:
+    """The sizes that region attention depends on."""
+    if spec.regions is None:
+        return None
+    sizes = [
+        (level, *((len(group.cells), None if group.visible is None else len(group.visible)) for group in part.groups),
+         *((text, len(cells)) for text, cells in part.queries.by_text))
+        for level, part in sorted(spec.regions.partitions.items())
+    ]  # fmt: skip
+    return spec.regions.inject, spec.regions.isolate, tuple(sizes)
+
+
+def _moved(value: Any) -> Any:
+    """The same with all tensors on the meta device."""
+    if isinstance(value, Tensor):
+        return value.to(META)
+    if isinstance(value, tuple):
+        return tuple(map(_moved, value))
+    if isinstance(value, Mapping):
+        return {key: _moved(one) for key, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _moved(getattr(value, one.name)) for one in fields(value)})
+    return value
 
 
 def _plain(
@@ -345,7 +424,7 @@ def _plain(
     with torch.no_grad(), Operations() as operations, watched or nullcontext():
         unet(
             torch.cat([latents] * len(both)), torch.tensor(1), embeds,
-            added_cond_kwargs=text.added_cond_kwargs, **unet_kwargs,
+            added_cond_kwargs=text.added, **unet_kwargs,
         )  # fmt: skip
     return Counted(passes * len(embeds), 0.0, 0.0, passes * operations.flops, 0)
 
@@ -371,7 +450,7 @@ def _empty(unet: UNet2DConditionModel, *shape: int) -> Tensor:
 
 def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
     """The same concept with the shapes of its factors only."""
-    return replace(concept, factors=replace(concept.factors, unet=_shapes(concept.factors.unet)))
+    return replace(concept, factors=replace(concept.factors, denoiser=_shapes(concept.factors.denoiser)))
 
 
 def _shapes(lora: Lora) -> Lora:

@@ -229,7 +229,7 @@ def block_of(part: str, layer: str) -> str:
 
 
 def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors) -> Iterator[Block]:
-    loras = {"unet": factors.unet, **factors.text_encoders}
+    loras = factors.by_part
     own = Alphas(file).own
     for part, names in layers.items():
         blocks: dict[str, list[str]] = {}
@@ -282,7 +282,7 @@ def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
 
 
 def _layers(factors: Factors) -> dict[tuple[str, str], LoraFactors]:
-    loras = {"unet": factors.unet, **factors.text_encoders}
+    loras = factors.by_part
     return {(part, name): found for part, lora in loras.items() for name, found in lora.items()}
 
 

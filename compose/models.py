@@ -24,10 +24,11 @@ from lora_compose.compose.files import PLAYGROUND, Machine, Record, is_hub_name
 from lora_compose.compose.savers import Saver, check_savers, place
 from lora_compose.compose.version import __version__
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.engine import Engine, LoadedConcept
+from lora_compose.pipelines.concept_set import LoadedConcept
 from lora_compose.pipelines.methods import METHODS, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -343,9 +344,9 @@ class _Rehearsal:
 
     settings: Settings | None
 
-    def start(self, engine: Engine) -> Process:
+    def start(self, session: Session) -> Process:
         if self.settings is not None:
-            self.settings.start(engine)
+            self.settings.start(session)
         raise _Rehearsed
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from lora_compose.attention.layers import Grid
+from lora_compose.attention.sites import Grid
 from lora_compose.compose.counting import count
 from lora_compose.compose.memory import PeakMemory, meta_memory
-from lora_compose.pipelines.engine import LoadedConcept
+from lora_compose.pipelines.concept_set import LoadedConcept
 from lora_compose.pipelines.methods import Settings
 
 

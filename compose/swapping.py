@@ -14,11 +14,10 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_compose.attention import install, installed_layers
-from lora_compose.attention.layers import Place
+from lora_compose.attention import Site, backbone_of, install, installed_layers
 from lora_compose.compose.architectures import without_weights
-from lora_compose.pipelines.loading import Factors
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.loading import Factors
 
 RANK = 16
 _FILES = 4
@@ -89,10 +88,10 @@ def _write_files(pipe: Any, folder: Path) -> int:
 
 def _install(pipe: Any, factors: Factors, device: str) -> None:
     to: dict[str, Any] = {"device": torch.device(device), "dtype": torch.float16}
-    text = {name: Place("text", 0) for name, _ in pipe.text_encoder.named_modules()}
+    text = {name: Site("text") for name, _ in pipe.text_encoder.named_modules()}
     with (
         installed_layers(pipe.text_encoder, [factors.text_encoders["text_encoder"]], text, **to) as installation,
-        install(pipe.unet, [factors.unet], **to),
+        install(backbone_of(pipe.unet), [factors.denoiser], **to),
     ):
         next(iter(installation.bank.values())).A.sum().item()  # waits for the device
 

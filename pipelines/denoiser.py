@@ -6,7 +6,7 @@ A method prepares its passes once (`prepare`) and runs them in every step: `pred
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ class Denoiser:
             prepared: The pass.
             request: Attention maps that are wanted as well, for the rows that are run.
         """
-        batches = self._batches(prepared, step, conditional=not step.guided)
+        batches = self.micro_batches(prepared, step, conditional=not step.guided)
         text = self._text(prepared, conditional=not step.guided)
         logged = self.log.request(step.index, text)
         recorders = [None if one is None else self._recorder(one) for one in (logged, request)]
@@ -248,7 +248,7 @@ class Denoiser:
 
         Args: as for `predict`; the request is for conditional rows.
         """
-        recorder, batches = self._recorder(request), self._batches(prepared, step, conditional=True)
+        recorder, batches = self._recorder(request), self.micro_batches(prepared, step, conditional=True)
         self._run(self._scaled(latents, step.t), step, prepared.spec, batches, [recorder], whole=False)
         return AttentionMaps.of(recorder)
 
@@ -281,10 +281,27 @@ class Denoiser:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
+        found = self.differentiate(latents, step, prepared, request, loss, whole=whole)
+        *by_image, finite = torch.cat([found.losses, found.direction.isfinite().all()[None]]).cpu().unbind()
+        if not finite:
+            raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
+        return replace(found, losses=torch.stack(by_image))
+
+    def differentiate(
+        self,
+        latents: Tensor,
+        step: Step,
+        prepared: PreparedPass,
+        request: MapRequest,
+        loss: Loss,
+        *,
+        whole: bool = False,
+    ) -> Gradient:
+        """The same without a check and without a host wait: losses stay where the denoiser runs."""
         conditional = not (whole and step.guided)
-        batches, text = self._batches(prepared, step, conditional=conditional), self._text(prepared, conditional)
-        scaled = self._scaled(latents, step.t)
-        per_latent = self._scaled(torch.ones(1, 1, 1, 1, device=self.canvas.device), step.t)
+        batches = self.micro_batches(prepared, step, conditional=conditional)
+        text, scaled = self._text(prepared, conditional), self._scaled(latents, step.t)
+        per_latent = self._scaled(torch.ones(1, 1, 1, 1, device=scaled.device), step.t)
         # In half precision small gradients would become 0 on their way back.
         lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
         wanted = _Differentiated(scaled, step, batches, self._recorder(request), lambda maps: loss(maps) * lift, whole)
@@ -293,14 +310,12 @@ class Denoiser:
             losses, gradient, output, maps = differentiate(prepared.spec, wanted)
         self.cost.rows_backward += text.rows
         gradient = gradient.float() / lift / per_latent
-        *by_image, finite = torch.cat([losses.detach() / lift, gradient.isfinite().all()[None]]).cpu().unbind()
-        if not finite:
-            raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
         maps = AttentionMaps(maps.text.detach(), None if maps.cells is None else maps.cells.detach())
         prediction = Prediction(output.detach(), text.num_uncond, text.images, maps) if whole else None
-        return Gradient(torch.stack(by_image), gradient, maps, prediction)
+        return Gradient(losses.detach() / lift, gradient, maps, prediction)
 
-    def _batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
+    def micro_batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
+        """A pass at the weights of a step, by micro-batches; only its conditional rows, or all."""
         return prepared.micro_batches(self.installation, self.concepts, step, conditional=conditional)
 
     def _text(self, prepared: PreparedPass, conditional: bool) -> Conditioning:

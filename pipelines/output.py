@@ -8,13 +8,12 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 @dataclass
 class Cost:
-    """What a call cost. The unit is one latent row, which is one image's whole canvas, through the UNet.
+    """What a call cost. The unit is a row: one latent of the whole canvas through the whole denoiser.
 
     Attributes:
-        rows_forward: Rows run forward through the whole UNet.
-        rows_stopped: Rows run forward in passes that stop after the last layer whose attention is wanted; what share
-            of the UNet that is, `lora-compose bench` counts.
-        rows_backward: Rows run backward, through stopped passes.
+        rows_forward: Rows run forward to the end.
+        rows_stopped: Rows run forward only to the last map layer; `lora-compose bench` counts their share of the FLOPs.
+        rows_backward: Rows run backward.
         control_rows: Rows run forward through ControlNets, each of which counts; in passes with a gradient they are run
             backward as well.
         preparation_seconds: From the start of the call to its first denoising step, by the host's clock: checking,
@@ -26,6 +25,13 @@ class Cost:
     rows_backward: float = 0.0
     control_rows: float = 0.0
     preparation_seconds: float = 0.0
+
+    def add(self, other: "Cost") -> None:
+        """Adds the rows of other passes."""
+        self.rows_forward += other.rows_forward
+        self.rows_stopped += other.rows_stopped
+        self.rows_backward += other.rows_backward
+        self.control_rows += other.control_rows
 
 
 @dataclass

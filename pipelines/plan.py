@@ -92,11 +92,11 @@ class Plan:
                 encoder = PromptEncoder(
                     self.concepts, pipe.components, self.words.read_by(pipe, encode), self.canvas, steps
                 )
-                return Sessions(denoiser, [self._session(one, denoiser, encoder, steps) for one in self.sets])
+                return Sessions(denoiser, [self._session(one, denoiser, encoder) for one in self.sets])
 
             yield sessions
 
-    def _session(self, one: PromptsOfSet, denoiser: Denoiser, encoder: PromptEncoder, steps: int) -> Session:
+    def _session(self, one: PromptsOfSet, denoiser: Denoiser, encoder: PromptEncoder) -> Session:
         texts = self.call.prompts.first
         prompts = Prompts(
             None if texts is None else tuple(texts[place] for place in one.places),
@@ -104,7 +104,7 @@ class Plan:
         )  # fmt: skip
         if len(self.sets) > 1:
             denoiser = denoiser.of_set(one.concepts, images_of(one.places, self.canvas.images_per_prompt))
-        return Session(one.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale), steps)
+        return Session(one.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale))
 
 
 @dataclass(frozen=True)

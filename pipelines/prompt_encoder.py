@@ -116,7 +116,7 @@ class Prompts:
         texts: The prompts; None if the call was given embeddings.
         token_masks: Where the words of the set's concepts are in them.
         concepts: The concept set.
-        encoder: Encodes all prompts of the call.
+        encoder: Encodes all prompts of the call (`PromptEncoder`).
         finder: Finds words.
         places: Indices of these prompts among those of the call.
         canvas: Sizes of the call.
@@ -125,7 +125,7 @@ class Prompts:
     texts: tuple[str, ...] | None
     token_masks: TokenMasks
     concepts: ConceptSet
-    encoder: PromptEncoder
+    encoder: Callable[[Tensor | None, Sequence[str] | None, Sequence[str] | None], EncodedText]
     finder: Finder
     places: tuple[int, ...]
     canvas: Canvas

@@ -1,13 +1,69 @@
 """What a method works with during one call."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from torch import Tensor
+
+from lora_compose.attention import Stream
 from lora_compose.pipelines.attention_log import AttentionLog
-from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concept_set import ConceptSet
-from lora_compose.pipelines.denoiser import Denoiser
+from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.guidance import Guider
+from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.prompt_encoder import Prompts
+
+
+class Runner(Protocol):
+    """What methods need of a denoiser: `Denoiser` runs passes, the benchmark only prices them."""
+
+    @property
+    def canvas(self) -> Canvas:
+        """Sizes of the images."""
+        ...
+
+    @property
+    def log(self) -> AttentionLog:
+        """Attention maps and masks of the recorded steps."""
+        ...
+
+    @property
+    def has_controlnet(self) -> bool:
+        """Whether there is a ControlNet, which reads a text for the image as a whole."""
+        ...
+
+    def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+        """Adds LoRAs with constant gates to the weights for the rest of the call."""
+        ...
+
+    def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
+        """Prepares a pass, to be run in every step."""
+        ...
+
+    def predict(
+        self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest | None = None
+    ) -> Prediction:
+        """One forward pass."""
+        ...
+
+    def maps(self, latents: Tensor, step: Step, prepared: PreparedPass, request: MapRequest) -> AttentionMaps:
+        """Attention maps alone."""
+        ...
+
+    def gradient(
+        self,
+        latents: Tensor,
+        step: Step,
+        prepared: PreparedPass,
+        request: MapRequest,
+        loss: Loss,
+        *,
+        whole: bool = False,
+    ) -> Gradient:
+        """The gradient of a loss on attention maps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,14 +75,12 @@ class Session:
         prompts: Encodes its prompts.
         denoiser: Runs its passes.
         guider: Applies guidance.
-        steps: How many steps there are.
     """
 
     concepts: ConceptSet
     prompts: Prompts
-    denoiser: Denoiser
+    denoiser: Runner
     guider: Guider
-    steps: int
 
     @property
     def canvas(self) -> Canvas:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_compose.attention import Lora, LoraFactors, attention_layers
+from lora_compose.attention import Lora, LoraFactors, backbone_of
 
 Tensors = dict[str, Tensor]
 Loras = Mapping[str, Lora]
@@ -242,7 +242,7 @@ def _settings(loras: Loras) -> dict[str, Any]:
 
 
 def _word(pipe: Any) -> Tensor:
-    layers = sum(layer.cross for layer in attention_layers(pipe.unet))
+    layers = backbone_of(pipe.unet).text_layers
     return torch.zeros(layers, pipe.text_encoder.config.hidden_size)
 
 

@@ -25,8 +25,6 @@ def reinitialised(latents: Tensor, scores: Tensor, regions: Sequence[Tensor], fa
     Returns:
         Shape: as latents.
     """
-    if latents.is_meta:  # without numbers there is nothing to move
-        return latents
     masks = [region.bool().cpu() for region in regions]
     return torch.stack([_image(*one, masks, factor, swap) for one in zip(latents, scores.cpu(), strict=True)])
 
