@@ -1,6 +1,7 @@
 """What every composing pipeline has in common: opening models, holding concepts, a call with its denoising loop."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,7 +55,7 @@ class ComposePipeline(DiffusionPipeline):
     text_tokenizers: tuple[str, ...] = ("tokenizer", "tokenizer_2")
     """The tokenizers whose tokens the denoiser reads, by component name."""
 
-    families: "ClassVar[list[type[ComposePipeline]]]" = []
+    families: ClassVar[list["type[ComposePipeline]"]] = []
     """The classes of all model families, as their modules register them."""
 
     # Components, and what the pipelines of all families have.
@@ -82,7 +83,9 @@ class ComposePipeline(DiffusionPipeline):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "ComposePipeline":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> "ComposePipeline":
         """Opens a folder or hub repository; all options of diffusers are passed on.
 
         Raises:
@@ -123,7 +126,7 @@ class ComposePipeline(DiffusionPipeline):
                 )
             options["dtype"] = pipeline.dtype
         if cls is not ComposePipeline:
-            return super().from_pipe(pipeline, **options)
+            return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
         return cls.family_of(pipeline.config).from_pipe(pipeline, **options)
 
     @classmethod

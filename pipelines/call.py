@@ -47,10 +47,12 @@ class GivenPrompts:
     Attributes:
         texts: As each of the tokenizers reads them; None with embeddings.
         embeds: Instead of prompts. Shape: [prompts, tokens, channels].
+        length: Tokens of an encoded text; None means as many as the tokenizer says.
     """
 
     texts: Sequence[Sequence[str]] | None
     embeds: Tensor | None = None
+    length: int | None = None
 
     @property
     def first(self) -> Sequence[str] | None:

@@ -7,7 +7,6 @@ have regions and maps of their own for each set, and run set by set; the images 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,8 +33,13 @@ def start(begin: Callable[[Session], Process], sessions: Sequence[Session], deno
         return processes[0]
     count = denoiser.canvas.images_per_prompt
     sets = [ImagesOfSet(session, images_of(session.prompts.places, count)) for session in sessions]
+    text = join_images(
+        [one.spread(process.text) for one, process in zip(sets, processes, strict=True)], [one.images for one in sets]
+    )
     fixed = [process for process in processes if isinstance(process, FixedPasses)]
-    return Joined(denoiser, sets, fixed) if len(fixed) == len(sets) else SetBySet(sets, processes)
+    if len(fixed) == len(sets):
+        return Joined(denoiser, sets, fixed, text)
+    return SetBySet(sets, processes, text)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class ImagesOfSet:
 
     session: Session
     images: Sequence[int]
+
+    def spread(self, text: Conditioning) -> Conditioning:
+        """A text with masks of all installed concepts; those of other sets are not named in it."""
+        concepts = self.session.concepts
+        return text if concepts.columns is None else text.among(concepts.columns, concepts.installed)
 
 
 @dataclass(frozen=True)
@@ -54,17 +63,14 @@ class Joined:
         denoiser: Runs passes of all concepts and images.
         sets: The concept sets.
         processes: The process of each.
+        text: The text that callbacks see.
     """
 
     denoiser: Denoiser
     sets: Sequence[ImagesOfSet]
     processes: Sequence[FixedPasses]
+    text: Conditioning
     _prepared: dict[tuple[int, ...], Sequence[tuple[PreparedPass, Tensor]]] = field(default_factory=dict)
-
-    @property
-    def text(self) -> Conditioning:
-        """The text of the first pass of all images."""
-        return self._joined([process.turns[0][0][0] for process in self.processes]).text
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """Nothing is folded: what is constant for one set is not for the others."""
@@ -98,12 +104,9 @@ class Joined:
 
     def _joined(self, passes: Sequence[Pass]) -> Pass:
         """One pass of all images."""
-        total, images = len(self.denoiser.concepts.loaded), [one.images for one in self.sets]
-        texts, gates = [], []
-        for one, spec in zip(self.sets, passes, strict=True):
-            concepts, text = one.session.concepts, spec.text
-            texts.append(text if concepts.columns is None else text.among(concepts.columns, total))
-            gates.append(concepts.spread(spec.gates))
+        images = [one.images for one in self.sets]
+        texts = [one.spread(spec.text) for one, spec in zip(self.sets, passes, strict=True)]
+        gates = [one.session.concepts.spread(spec.gates) for one, spec in zip(self.sets, passes, strict=True)]
         return Pass(join_images(texts, images), join_gates(gates, texts, images))
 
 
@@ -141,19 +144,12 @@ class SetBySet:
     Attributes:
         sets: The concept sets.
         processes: The process of each.
+        text: The text that callbacks see.
     """
 
     sets: Sequence[ImagesOfSet]
     processes: Sequence[Process]
-
-    @cached_property
-    def text(self) -> Conditioning:
-        """The texts of all sets."""
-        texts = []
-        for one, process in zip(self.sets, self.processes, strict=True):
-            concepts, text = one.session.concepts, process.text
-            texts.append(text if concepts.columns is None else text.among(concepts.columns, concepts.installed))
-        return join_images(texts, [one.images for one in self.sets])
+    text: Conditioning
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """Each set its own images."""

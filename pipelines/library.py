@@ -162,7 +162,7 @@ def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[C
 
 
 def _by_header(given: Concept) -> Concept:
-    """Words from the header of a concept's file; none if it cannot be read, which the call that needs it will report."""
+    """Words from the header of a file; none if it cannot be read, which the call that needs it will report."""
     path, words = local_path(given.lora or ""), (None, None)
     try:
         words = read_words(path)

@@ -71,7 +71,7 @@ class Factors:
     @property
     def by_part(self) -> Mapping[Part, Lora]:
         """All of them by component name."""
-        return {self.part: self.denoiser, **{part: lora for part, lora in self.text_encoders.items()}}
+        return {self.part: self.denoiser, **self.text_encoders}
 
     @property
     def complete(self) -> bool:
@@ -157,7 +157,7 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
 
     Args:
         file: What was read.
-        pipe: A diffusers pipeline, or anything with a `unet` or `transformer` and perhaps text encoders; weights are not looked at.
+        pipe: A diffusers pipeline, or anything with a denoiser and perhaps text encoders; weights are not looked at.
         alpha: The alpha of a file that does not say its own; the change is scaled by alpha / rank.
         max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
 
@@ -178,8 +178,10 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
         }
         for part, layers in found.items()
     }
-    loras = {part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()}
-    text = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
+    loras: dict[Part, Lora] = {
+        part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()
+    }
+    text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
     error = _error(made for found in changes.values() for made in found.values())
     denoiser = denoiser_part(pipe)
@@ -361,8 +363,10 @@ def adapter_factors(pipe: Any, adapter: str) -> Factors:
         LoraError: If it is no plain LoRA or is fused into the weights.
     """
     denoiser = denoiser_part(pipe)
-    parts = {part: _adapter_layers(getattr(pipe, part, None), adapter) for part in (denoiser, *TEXT_ENCODERS)}
-    text = {part: parts[part] for part in TEXT_ENCODERS if parts[part]}
+    parts: dict[Part, Lora] = {
+        part: _adapter_layers(getattr(pipe, part, None), adapter) for part in (denoiser, *TEXT_ENCODERS)
+    }
+    text: dict[Part, Lora] = {part: parts[part] for part in TEXT_ENCODERS if parts[part]}
     return Factors(parts[denoiser], text, part=denoiser)
 
 

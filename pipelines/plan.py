@@ -133,7 +133,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     sets = [concepts.subset(mine) for mine in columns]
     method = pipe.resolve_method(call.composition.method, loaded, call.prompts.first, sets)
     words = Words.of(loaded, pipe.components)
-    tokenizers = expanding(pipe, words)
+    tokenizers = expanding(pipe, words, call.prompts.length)
     places: dict[tuple[int, ...], list[int]] = {}
     for prompt, mine in enumerate(columns):
         places.setdefault(tuple(mine), []).append(prompt)
@@ -180,10 +180,18 @@ def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list
     return tuple(found.values()), columns
 
 
-def expanding(pipe: Any, words: Words) -> Sequence[Expanding]:
-    """The tokenizers of the denoiser's text as they read prompts, with the words that LoRA files bring."""
+def expanding(pipe: Any, words: Words, length: int | None = None) -> Sequence[Expanding]:
+    """The tokenizers of the denoiser's text as they read prompts, with the words that LoRA files bring.
+
+    Args:
+        pipe: The pipeline.
+        words: Those words.
+        length: Tokens of an encoded text; None means as many as the tokenizer says.
+    """
     expand = words.expander(pipe)
-    return [Expanding(found, expand) for name, found in words.tokenizers.items() if name in pipe.text_tokenizers]
+    return [
+        Expanding(found, expand, length) for name, found in words.tokenizers.items() if name in pipe.text_tokenizers
+    ]
 
 
 def _token_masks(

@@ -14,6 +14,7 @@ from lora_compose.attention.sites import Stream
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concept_set import ConceptSet
 from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, join_rows
+from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.loading import TEXT_ENCODERS
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.tokens import Mention
@@ -89,7 +90,7 @@ class PromptEncoder:
             return self.encode(prompts, negative_prompts)
 
     @contextmanager
-    def _adapted(self, part: str, weights: Tensor | None) -> Iterator[None]:
+    def _adapted(self, part: Part, weights: Tensor | None) -> Iterator[None]:
         model: nn.Module = self.components[part]
         every = self.concepts.loaded
         loras = [{} if weights is None else loaded.factors.text_encoders.get(part, {}) for loaded in every]

@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Positions:
-    """Where a concept stands in one tokenised prompt; position 0 is the start token.
+    """Where a concept stands in one tokenised prompt; special tokens count.
 
     Attributes:
         trigger: Positions of all tokens of all occurrences of the trigger.
@@ -136,19 +136,31 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
 
     start, end = span
     words = prompt[start:end]
-    first, wanted = len(ids(prompt[:start])), ids(words)
+    # A space before the words is a part of their first token to some tokenizers, and no token to others.
+    first, wanted = len(ids(prompt[:start].rstrip())), ids(words)
     if ids(prompt)[first : first + len(wanted)] != wanted:
         raise ValueError(
             f"{words!r} of concept {concept.name!r} does not keep its own tokens in {prompt!r}: "
             "put spaces around it or choose a trigger of letters"
         )
-    limit = tokenizer.model_max_length - 2  # start and end token
+    front, back = special_tokens(tokenizer)
+    limit = tokenizer.model_max_length - front - back
     if first + len(wanted) > limit:
         raise ValueError(
             f"{words!r} of concept {concept.name!r} stands at tokens {first + 1} to {first + len(wanted)}, "
             f"but the model reads only {limit}; move it forward or shorten the prompt {prompt!r}"
         )
-    return range(1 + first, 1 + first + len(wanted))
+    return range(front + first, front + first + len(wanted))
+
+
+def special_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many special tokens a tokenizer puts before and after a text: CLIP's one each, T5's one at the end."""
+    bare, whole = (
+        list(tokenizer("a", add_special_tokens=special, truncation=False, verbose=False).input_ids)
+        for special in (False, True)
+    )
+    front = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return front, len(whole) - len(bare) - front
 
 
 @dataclass(frozen=True)

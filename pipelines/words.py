@@ -170,15 +170,17 @@ class Expanding:
     Attributes:
         tokenizer: The tokenizer, which has a token for every vector.
         expand: Writes such words as all their tokens.
+        length: How many tokens the model reads; None means as many as the tokenizer says.
     """
 
     tokenizer: Any
     expand: Callable[[str, Any], str]
+    length: int | None = None
 
     @property
     def model_max_length(self) -> int:
         """How many tokens the model reads."""
-        return self.tokenizer.model_max_length
+        return self.tokenizer.model_max_length if self.length is None else self.length
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Tokenises."""

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from types import FunctionType
 from typing import Any
 
@@ -45,14 +44,7 @@ class FluxBackbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-
-    @cached_property
-    def sites(self) -> Mapping[str, Site]:
-        """Every layer that a LoRA may adapt, by name."""
-        linear = [
-            name for name, module in uncompiled(self.model).named_modules() if name and not list(module.children())
-        ]
-        return {name: next(site for pattern, site in STREAMS if pattern.match(name)) for name in linear}
+        self.sites = flux_sites(model)
 
     @property
     def map_layers(self) -> tuple[str, ...]:
@@ -116,6 +108,12 @@ class FluxBackbone:
         for name, module in uncompiled(self.model).named_modules():
             if hasattr(module, "set_processor") and hasattr(module, "processor"):
                 yield name, module
+
+
+def flux_sites(model: nn.Module) -> Mapping[str, Site]:
+    """Every layer that a LoRA may adapt, by name."""
+    leaves = [name for name, module in uncompiled(model).named_modules() if name and not list(module.children())]
+    return {name: next(site for pattern, site in STREAMS if pattern.match(name)) for name in leaves}
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:

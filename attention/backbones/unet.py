@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, cast
 
 from diffusers.models.attention_processor import Attention
@@ -38,19 +37,11 @@ class UNetBackbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.sites = unet_sites(model)
+        self.levels = frozenset(site.level for site in self.sites.values())
         self._layers = attention_layers(uncompiled(model))
 
-    @cached_property
-    def sites(self) -> Mapping[str, Site]:
-        """Every layer that a LoRA may adapt, by name."""
-        return unet_sites(self.model)
-
-    @cached_property
-    def levels(self) -> frozenset[int]:
-        """Levels on which there are layers."""
-        return frozenset(site.level for site in self.sites.values())
-
-    @cached_property
+    @property
     def map_level(self) -> int:
         """The level whose attention maps say where concepts are."""
         return map_level(self._layers)

@@ -1,6 +1,7 @@
 """One pipeline class per model family; importing this package makes them known to `ComposePipeline`."""
 
+from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
-__all__ = ["ComposeStableDiffusionPipeline", "ComposeStableDiffusionXLPipeline"]
+__all__ = ["ComposeFluxPipeline", "ComposeStableDiffusionPipeline", "ComposeStableDiffusionXLPipeline"]

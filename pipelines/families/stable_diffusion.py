@@ -58,7 +58,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             return super().encode_prompt(*args, **kwargs)
 
     @torch.no_grad()
-    def __call__(  # noqa: D417
+    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         prompt: str | list[str] | None = None,
         height: int | None = None,

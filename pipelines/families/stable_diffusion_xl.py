@@ -141,11 +141,11 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             check_plain(self.unet, composition)
             plain: Callable[..., Any] = StableDiffusionXLPipeline.__call__
             return plain(
-                self, prompt, prompt_2, height, width, num_inference_steps, timesteps, sigmas, denoising_end, guidance_scale,
-                negative_prompt, negative_prompt_2, num_images_per_prompt, eta, generator, latents, prompt_embeds,
-                negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, ip_adapter_image,
-                ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs, guidance_rescale,
-                original_size, crops_coords_top_left, target_size, negative_original_size,
+                self, prompt, prompt_2, height, width, num_inference_steps, timesteps, sigmas, denoising_end,
+                guidance_scale, negative_prompt, negative_prompt_2, num_images_per_prompt, eta, generator, latents,
+                prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds,
+                ip_adapter_image, ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs,
+                guidance_rescale, original_size, crops_coords_top_left, target_size, negative_original_size,
                 negative_crops_coords_top_left, negative_target_size, clip_skip, callback_on_step_end,
                 list(callback_on_step_end_tensor_inputs), **kwargs,
             )  # fmt: skip
@@ -195,7 +195,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
             return EncodedText(embeds, uncond, self._added(parts, embeds))
 
-        final, process, denoiser = self.compose(call, encode)
+        final, _, denoiser = self.compose(call, encode)
         images = self._decode(final, call, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(denoiser, images) if return_dict else (images,)

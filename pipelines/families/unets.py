@@ -1,4 +1,4 @@
-"""What the pipelines with a UNet have in common: sizes, start noise, inputs of distilled models, diffusers' properties."""
+"""What the pipelines with a UNet have in common: sizes, start noise and inputs of distilled models."""
 
 from collections.abc import Mapping
 from typing import Any

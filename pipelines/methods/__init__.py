@@ -98,10 +98,10 @@ def choose_method(
 ) -> Settings:
     """The method for a call that names none; logs the reason.
 
-    With a region for every subject LoRA-Composer works best (`docs/methods/lora-composer.md`), and without regions CLoRA
-    finds them (`docs/methods/clora.md`); both need words, to write texts of their own. Token masks serve LoRAs that
-    were trained with them; on ordinary ones they lose more identities than they separate (`docs/methods/tara.md`).
-    Styles do not count beside subjects; alone they get token masks if all of them were trained with them.
+    With a region for every subject LoRA-Composer works best, and without regions CLoRA finds them; both need words, to
+    write texts of their own. Token masks serve LoRAs that were trained with them; on ordinary ones they lose more
+    identities than they separate (`docs/methods` has the figures). Styles do not count beside subjects; alone they get
+    token masks if all of them were trained with them.
 
     Args:
         concepts: Those of the call.

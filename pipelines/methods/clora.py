@@ -269,7 +269,8 @@ class Contrasting:
         branches: The pass of all branches.
         words: Which maps are whose.
         texts: By image, the branches' texts for region attention; none for fusing branches.
-        masks: The mask of each subject, on the map grid; None before the first. Shape: [images, subjects, height, width].
+        masks: The mask of each subject, on the map grid; None before the first. Shape: [images, subjects, height,
+            width].
         regions: By image, the pass with the masks as regions.
     """
 
@@ -413,7 +414,7 @@ class Contrasting:
         return self.masks is None or step.index < math.ceil(steps_in(self.settings.mask_until, step.count))
 
     def _all_rows(self, step: Step) -> MapRequest:
-        """The maps with the unconditional rows in front: empty for shared ones, as of their branch for those of each."""
+        """The request for all rows: no maps of a shared unconditional branch, the branch's own of each of several."""
         readout = self.words.readout
         if not step.guided:
             return MapRequest(readout)

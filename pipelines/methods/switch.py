@@ -4,8 +4,8 @@ One LoRA at a time, in the order of the concepts and round again. In step t = 1,
 
     W + w_i s_i B_i A_i        i = floor(((t - 1) mod (k tau)) / tau) + 1
 
-for k concepts and the interval tau. One forward pass per step whatever the number of concepts. Styles have no turn: they act in
-all of them.
+for k concepts and the interval tau. One forward pass per step whatever the number of concepts. Styles have no
+turn: they act in all of them.
 
 `docs/methods/switch.md` says what differs from the authors' code and why.
 """

@@ -1,0 +1,229 @@
+"""FLUX.1 with concepts: guidance distilled into the model, or classifier-free guidance with a negative prompt."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from lora_compose.attention.backbones.flux import PATCH
+from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.call import (
+    Call,
+    Callback,
+    Composition,
+    Concepts,
+    Generators,
+    GivenPrompts,
+    Guidance,
+    ImageSize,
+    Sampling,
+    check_arguments,
+    check_plain,
+    listed,
+    no_concepts,
+    tensors_for,
+)
+from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.conditioning import TokenPositions
+from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.prompt_encoder import EncodedText
+
+
+class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `FluxPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "FLUX.1"
+    text_tokenizers = ("tokenizer_2",)
+
+    @classmethod
+    def opens(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a model's configuration is of this family."""
+        return config.get("_class_name") == FluxPipeline.__name__
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Whether a checkpoint is of this family."""
+        return any(key.removeprefix("model.diffusion_model.").startswith("double_blocks.") for key in keys)
+
+    @torch.no_grad()
+    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int | None = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_ip_adapter_image: Any = None,
+        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        **kwargs: Any,
+    ) -> ComposeOutput | FluxPipelineOutput | tuple:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
+        With concepts, `output_type="latent"` returns them packed, as diffusers does.
+
+        Args:
+            concepts: As for `ComposePipeline.__call__`, likewise all below.
+            method: merge, tara or regional, or settings of them.
+            control: Not supported yet.
+            token_positions: Positions among the T5 tokens.
+            record_attention: Maps come from the last third of the double-stream blocks.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        started = time.perf_counter()
+        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        if no_concepts(concepts):
+            check_plain(self.transformer, composition)
+            plain: Callable[..., Any] = FluxPipeline.__call__
+            return plain(
+                self, prompt, prompt_2, negative_prompt, negative_prompt_2, true_cfg_scale, height, width,
+                num_inference_steps, sigmas, guidance_scale, num_images_per_prompt, generator, latents, prompt_embeds,
+                pooled_prompt_embeds, ip_adapter_image, ip_adapter_image_embeds, negative_ip_adapter_image,
+                negative_ip_adapter_image_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds, output_type,
+                return_dict, joint_attention_kwargs, callback_on_step_end, list(callback_on_step_end_tensor_inputs),
+                max_sequence_length, **kwargs,
+            )  # fmt: skip
+        ip_adapters = ip_adapter_image, ip_adapter_image_embeds
+        negative_ip_adapters = negative_ip_adapter_image, negative_ip_adapter_image_embeds
+        check_arguments(kwargs, (*ip_adapters, *negative_ip_adapters), joint_attention_kwargs)
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        native = self.default_sample_size * self.vae_scale_factor
+        height, width = (self._rounded(side or native) for side in (height, width))
+        self.check_inputs(
+            prompt, prompt_2, height, width, negative_prompt, negative_prompt_2, prompt_embeds, negative_prompt_embeds,
+            pooled_prompt_embeds, negative_pooled_prompt_embeds, tensors, max_sequence_length,
+        )  # fmt: skip
+        texts = None if prompt_embeds is not None else [listed(prompt_2 or prompt)]
+        has_negative = negative_prompt is not None or negative_prompt_embeds is not None
+        cfg_scale = true_cfg_scale if has_negative else 1.0
+        per_prompt = num_images_per_prompt or 1
+        sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale))
+        call = Call(
+            composition, GivenPrompts(texts, prompt_embeds, max_sequence_length),
+            ImageSize(width, height, per_prompt), sampling, Callback(callback_on_step_end, tensors), started,
+            self._inputs(guidance_scale, joint_attention_kwargs),
+            {
+                "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
+                "_current_timestep": None,
+            },
+        )  # fmt: skip
+
+        def encode_one(text: Any, text_2: Any, embeds: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+            encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
+            found = encode_prompt(
+                text, text_2, self._execution_device, per_prompt, embeds, pooled, max_sequence_length,
+                (joint_attention_kwargs or {}).get("scale"),
+            )  # fmt: skip
+            return found[0], found[1]
+
+        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+            if prompts is None:
+                embeds, pooled = encode_one(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
+            else:
+                embeds, pooled = encode_one(list(prompts), None, None, None)
+            if cfg_scale <= 1:
+                return EncodedText(embeds, None, {"pooled_projections": pooled})
+            negative = list(negative_prompts or listed(negative_prompt))
+            given = (None, None) if negative_prompts else (negative_prompt_embeds, negative_pooled_prompt_embeds)
+            if len(negative) == 1:
+                negative *= len(embeds) // per_prompt
+            uncond, uncond_pooled = encode_one(negative, negative_prompt_2, *given)
+            return EncodedText(embeds, uncond, {"pooled_projections": torch.cat([uncond_pooled, pooled])})
+
+        final, _, denoiser = self.compose(call, encode)
+        result = self._decode(final, output_type or "np")
+        self.maybe_free_model_hooks()
+        return output_of(denoiser, result) if return_dict else (result,)
+
+    def _rounded(self, side: int) -> int:
+        """A side in pixels that makes whole patches, rounded down as diffusers does."""
+        unit = self.vae_scale_factor * PATCH
+        return unit * (side // unit)
+
+    def _inputs(self, guidance_scale: float, joint_attention_kwargs: dict[str, Any] | None) -> Mapping[str, Any]:
+        """Further arguments of every forward pass."""
+        inputs: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
+        if self.transformer.config.guidance_embeds:
+            inputs["guidance"] = torch.full([1], guidance_scale, device=self._execution_device, dtype=torch.float32)
+        return inputs
+
+    def _timesteps(self, sampling: Sampling, plan: Plan) -> tuple[Tensor, int]:
+        steps = sampling.num_inference_steps or 1
+        sigmas: Any = np.linspace(1.0, 1 / steps, steps) if sampling.sigmas is None else sampling.sigmas
+        config = self.scheduler.config
+        if config.get("use_flow_sigmas"):
+            sigmas = None
+        height, width = plan.canvas.latent_grid
+        shift = calculate_shift(
+            height * width // PATCH**2, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+        )  # fmt: skip
+        found: Any = retrieve_timesteps(self.scheduler, steps, plan.canvas.device, sigmas=sigmas, mu=shift)
+        self.scheduler.set_begin_index(0)
+        return found
+
+    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+        canvas, given = plan.canvas, call.sampling.latents
+        height, width = canvas.latent_grid
+        shape = canvas.images, self.transformer.config.in_channels // PATCH**2, height, width
+        if given is None:
+            return randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=dtype)
+        if given.dim() == 3:
+            given = self._unpack_latents(given, call.size.height, call.size.width, self.vae_scale_factor)
+        if given.shape != shape:
+            raise ValueError(f"latents have the shape {list(given.shape)}; expected {list(shape)}")
+        return given.to(canvas.device, dtype)
+
+    def _cfg_scale(self, step: Step) -> float:
+        return step.cfg_scale
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return self._pack_latents(latents, *latents.shape)
+        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image, output_type)
+
+
+ComposePipeline.families.append(ComposeFluxPipeline)
