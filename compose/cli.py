@@ -10,11 +10,11 @@ import typer
 from PIL import Image
 from pydantic import ValidationError
 
-from lora_compose.compose.bench import bench
-from lora_compose.compose.blind import blind
-from lora_compose.compose.check import check as check_run
-from lora_compose.compose.demo import SEEDS, Shown, jobs, show
+from lora_compose.compose.benchmark.bench import bench
+from lora_compose.compose.check.report import check as check_run
+from lora_compose.compose.evaluation.blind import blind
 from lora_compose.compose.evaluation.command import app as evaluation
+from lora_compose.compose.figures.sheets import maps_sheet, seeds_sheet
 from lora_compose.compose.files import (
     PLAYGROUND,
     complaints,
@@ -24,15 +24,15 @@ from lora_compose.compose.files import (
     read_scene,
     save_image,
 )
-from lora_compose.compose.inspect_command import inspect_files
-from lora_compose.compose.models import make_batch, open_model, threads
+from lora_compose.compose.generate.demo import SEEDS, Shown, jobs, show
+from lora_compose.compose.generate.models import make_batch, open_model, threads
+from lora_compose.compose.generate.replay import changes, difference, remake, runnable
+from lora_compose.compose.lora.inspect_command import inspect_files
 from lora_compose.compose.page.launch import ui
-from lora_compose.compose.replay import changes, difference, remake, runnable
-from lora_compose.compose.savers import SAVERS, Saver
-from lora_compose.compose.sheets import maps_sheet, seeds_sheet
-from lora_compose.compose.terminal import BAD_INPUT, FAILED, bar, kindly, say
+from lora_compose.compose.support.savers import SAVERS, Saver
+from lora_compose.compose.support.terminal import BAD_INPUT, FAILED, bar, kindly, say
+from lora_compose.compose.support.version import __version__
 from lora_compose.compose.training.command import train
-from lora_compose.compose.version import __version__
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 _LAST_SEED = 2**63 - 1

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from components import small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
-from lora_compose.compose.assets import playground_lora, playground_model
-from lora_compose.compose.playground import world
+from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.compose.playground.recipe import world
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from disks import files_of_at_most
-from lora_compose.compose import atomic
-from lora_compose.compose.atomic import write_new, write_whole
-from lora_compose.compose.files import free_path
+from lora_compose.compose.files import atomic, free_path
+from lora_compose.compose.files.atomic import write_new, write_whole
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 

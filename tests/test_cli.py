@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from lora_compose import Concept, Run, Scene, __version__
 from lora_compose.compose import cli as cli_module
-from lora_compose.compose.assets import playground_lora, playground_model
 from lora_compose.compose.cli import app, parse_concept
 from lora_compose.compose.files import parse_settings, read_pixels, read_record
-from lora_compose.compose.models import choose_device, devices, make, make_batch, open_model, scheduler_names
-from lora_compose.compose.replay import difference
+from lora_compose.compose.generate.models import choose_device, devices, make, make_batch, open_model, scheduler_names
+from lora_compose.compose.generate.replay import difference
+from lora_compose.compose.playground.assets import playground_lora, playground_model
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"

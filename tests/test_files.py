@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from disks import files_of_at_most
 from lora_compose import Concept, Run, Scene
+from lora_compose.compose.figures.sheets import Row, seeds_sheet, sheet
 from lora_compose.compose.files import (
     FileError,
     Machine,
@@ -33,8 +34,7 @@ from lora_compose.compose.files import (
     write_run,
     write_scene,
 )
-from lora_compose.compose.sheets import Row, seeds_sheet, sheet
-from lora_compose.compose.terminal import plain
+from lora_compose.compose.support.terminal import plain
 
 SHA = "0123456789abcdef" * 4
 SCENE = "prompt: a sks cat\nconcepts:\n  - name: cat\n    lora: cat.safetensors\n    trigger: sks\n"

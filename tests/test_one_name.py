@@ -16,7 +16,7 @@ PARTS = ("attention", "pipelines", "compose")
 USE = """
 import attention, pipelines, compose
 from lora_compose import Clora, ComposePipeline, Concept, LoraComposer
-from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.assets import playground_model
 assert {attention.WHOSE, pipelines.WHOSE, compose.WHOSE} == {"theirs"}
 pipe = ComposePipeline.from_pretrained(playground_model())
 print(type(pipe).__module__, pipe("a cat", num_inference_steps=1, output_type="latent").images.shape[0])

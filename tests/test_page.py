@@ -22,9 +22,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lora_compose.compose import models, overlay
-from lora_compose.compose.assets import playground_lora
 from lora_compose.compose.cli import app
+from lora_compose.compose.figures import overlay
 from lora_compose.compose.files import (
     PLAYGROUND,
     FileError,
@@ -36,12 +35,14 @@ from lora_compose.compose.files import (
     read_record,
     read_scene,
 )
-from lora_compose.compose.models import Attention, make, open_model
+from lora_compose.compose.generate import models
+from lora_compose.compose.generate.models import Attention, make, open_model
 from lora_compose.compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
 from lora_compose.compose.page.scores import Judge
 from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
-from lora_compose.compose.savers import Saver
+from lora_compose.compose.playground.assets import playground_lora
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.loading import LoraError
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from lora_compose.pipelines.scene import Concept, Run, Scene

@@ -23,8 +23,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lora_compose.compose.assets import playground_lora
 from lora_compose.compose.files import read_pixels, read_record
+from lora_compose.compose.playground.assets import playground_lora
 
 pytestmark = pytest.mark.browser
 
@@ -295,7 +295,7 @@ def test_two_visitors_see_nothing_of_each_other_and_both_finish(page: Page, othe
 
 
 def make_alone(record: Any) -> Image.Image:
-    from lora_compose.compose import models
+    from lora_compose.compose.generate import models
 
     with models.threads(record.machine.threads):
         return models.make(models.open_model(record.run), record.run).image

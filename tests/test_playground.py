@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lora_compose.compose.assets import playground_judge, playground_references
 from lora_compose.compose.evaluation.detectors import WindowDetector, overlap
 from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
-from lora_compose.compose.playground import world
-from lora_compose.compose.playground.judge import app, nearest
-from lora_compose.compose.playground.judge_data import (
+from lora_compose.compose.playground.assets import playground_judge, playground_references
+from lora_compose.compose.playground.recipe import world
+from lora_compose.compose.playground.recipe.judge import app, nearest
+from lora_compose.compose.playground.recipe.judge_data import (
     SIDE,
     Batches,
     Label,
@@ -26,7 +26,7 @@ from lora_compose.compose.playground.judge_data import (
     name_of,
     names,
 )
-from lora_compose.compose.playground.world import CONCEPTS, PALE, Coat, dress, place, squares
+from lora_compose.compose.playground.recipe.world import CONCEPTS, PALE, Coat, dress, place, squares
 
 CLASSES = world.BASE_CLASSES
 

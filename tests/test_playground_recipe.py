@@ -12,13 +12,13 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
-from lora_compose.compose.assets import playground_lora, playground_references
-from lora_compose.compose.playground import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
-from lora_compose.compose.playground.base import BaseTrainer, pipeline
-from lora_compose.compose.playground.loop import rate, resume
-from lora_compose.compose.playground.loras import trainings
-from lora_compose.compose.playground.muon import Muon, orthogonalised
-from lora_compose.compose.playground.world import CONCEPTS, STYLE_TRIGGER
+from lora_compose.compose.playground.assets import playground_lora, playground_references
+from lora_compose.compose.playground.recipe import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
+from lora_compose.compose.playground.recipe.base import BaseTrainer, pipeline
+from lora_compose.compose.playground.recipe.loop import rate, resume
+from lora_compose.compose.playground.recipe.loras import trainings
+from lora_compose.compose.playground.recipe.muon import Muon, orthogonalised
+from lora_compose.compose.playground.recipe.world import CONCEPTS, STYLE_TRIGGER
 from lora_compose.compose.training import train
 from lora_compose.pipelines.loading import read_lora
 

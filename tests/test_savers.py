@@ -12,8 +12,8 @@ from components import small_vae, tiny_pipeline
 from lora_compose.compose import cli as cli_module
 from lora_compose.compose.cli import app
 from lora_compose.compose.files import PLAYGROUND, read_pixels, read_record
-from lora_compose.compose.models import make, open_model
-from lora_compose.compose.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
+from lora_compose.compose.generate.models import make, open_model
+from lora_compose.compose.support.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
 from lora_compose.pipelines.scene import Concept, Run, Scene
 from lora_compose.pipelines.stable_diffusion import ComposeStableDiffusionPipeline
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lora_compose.compose.assets import assets_dir
 from lora_compose.compose.files import PLAYGROUND, complaints, read_scene
-from lora_compose.compose.models import scheduler_class
+from lora_compose.compose.generate.models import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.shelf import Choice
+from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
 

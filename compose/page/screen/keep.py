@@ -7,7 +7,7 @@ from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.files import FileError, Record, read_pixels, read_record, save_image
-from lora_compose.compose.models import devices
+from lora_compose.compose.generate.models import devices
 from lora_compose.compose.page.draft import draft_of
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import take_over

@@ -14,7 +14,7 @@ from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from lora_compose.compose.check import Report, check
+from lora_compose.compose.check.report import Report, check
 from lora_compose.compose.files import png_bytes
 from lora_compose.compose.page.draft import Draft, example
 from lora_compose.compose.page.launch import Options, options
@@ -290,7 +290,7 @@ def _fit(slot: Slot, lora: Lora, alpha: float | None) -> tuple[str, str]:
     concept = lora.concept("it").model_copy(update={"alpha": alpha})
     with checking(_PATIENCE), slot.turn((), wait=False) as pipe:
         try:
-            from lora_compose.compose.models import lora_source
+            from lora_compose.compose.generate.models import lora_source
 
             found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
         except (LoraError, OSError) as error:
