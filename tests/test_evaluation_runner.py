@@ -32,7 +32,8 @@ from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.results import FAILED, MADE, Failed, Made, Scores, batch_folder, picture_path, read
 from lora_compose.compose.evaluation.runner import evaluate, is_done, open_worker
 from lora_compose.compose.evaluation.suite import Suite, batches, read_suite
-from lora_compose.compose.files import FileError, read_pixels, read_record
+from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.methods import METHODS, Regional
 

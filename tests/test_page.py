@@ -24,24 +24,19 @@ from typer.testing import CliRunner
 
 from lora_compose.compose.cli import app
 from lora_compose.compose.figures import overlay
-from lora_compose.compose.files import (
-    PLAYGROUND,
-    FileError,
-    Machine,
-    Record,
-    parse_value,
-    png_bytes,
-    read_pixels,
-    read_record,
-    read_scene,
-)
+from lora_compose.compose.figures.overlay import Attention
+from lora_compose.compose.files.images import Machine, Record, png_bytes, read_pixels, read_record
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.generate import models
-from lora_compose.compose.generate.models import Attention, make, open_model
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
 from lora_compose.compose.page.scores import Judge
 from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
-from lora_compose.compose.playground.assets import playground_lora
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.loading import LoraError
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method

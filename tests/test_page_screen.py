@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from lora_compose.compose.files import Machine, Record, read_record, save_image
+from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.page.draft import example
 from lora_compose.compose.page.launch import script
 from lora_compose.compose.page.screen import fields

@@ -25,7 +25,8 @@ from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
-from lora_compose.compose.files import PLAYGROUND, parse_settings
+from lora_compose.compose.generate.options import parse_settings
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, kindly, out, say
 from lora_compose.pipelines.methods import METHODS, make_method

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
 from lora_compose.compose.benchmark.memory import peak_memory
-from lora_compose.compose.generate.models import open_model, size_of
+from lora_compose.compose.generate.making import size_of
+from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.methods import Settings, make_method
 from lora_compose.pipelines.scene import Run, Scene

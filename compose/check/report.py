@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
-from lora_compose.compose.generate.models import (
-    load,
-    lora_source,
-    open_model,
-    rehearse,
-    resolve_settings,
-    scheduler_of,
-    size_of,
-)
+from lora_compose.compose.generate.making import load, rehearse, resolve_settings, size_of
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.schedulers import scheduler_of
+from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.engine import LoadedConcept, check_blocks
 from lora_compose.pipelines.loading import find_file, read_lora
 from lora_compose.pipelines.methods import Settings, name_of

@@ -40,21 +40,13 @@ from lora_compose.compose.evaluation.results import (
 )
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.suite import Batch, Suite, batches, run_of
-from lora_compose.compose.files import FileError, png_bytes, read_pixels
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.generate.models import (
-    MadeBatch,
-    choose_device,
-    load,
-    machine,
-    make_batch,
-    open_model,
-    rehearse,
-    resolve_settings,
-    scheduler_class,
-    size_of,
-    versions,
-)
+from lora_compose.compose.files.images import png_bytes, read_pixels
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.generate.machine import choose_device, machine, versions
+from lora_compose.compose.generate.making import MadeBatch, load, make_batch, rehearse, resolve_settings, size_of
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)

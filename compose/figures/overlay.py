@@ -1,11 +1,11 @@
 """Attention over pictures: where the model looked for each concept, step by step."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
-
-from lora_compose.compose.generate.models import Attention
+from torch import Tensor
 
 PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
 """Colours of concepts, in their order; seen well on light and on dark ground."""
@@ -13,6 +13,21 @@ PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b
 _GREY = 0.35  # how much of the picture's light stays under a map
 _TINT = 0.45  # of a mask
 _SIDE = 384  # least longer side, so that small pictures are not drawn coarse
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Where each concept was looked for during a call.
+
+    Attributes:
+        steps: The recorded steps.
+        maps: Shape: [steps, pictures, concepts, height, width], fp32.
+        masks: Shape: as maps, bool.
+    """
+
+    steps: tuple[int, ...]
+    maps: Tensor
+    masks: Tensor
 
 
 def colour(index: int) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_compose.compose.figures.overlay import heat, masks
-from lora_compose.compose.generate.models import Attention, Made
+from lora_compose.compose.figures.overlay import Attention, heat, masks
 from lora_compose.compose.support.terminal import plain
+from lora_compose.pipelines.scene import Run
 
 _MARGIN, _GAP = 24, 12
 _TITLE, _LINE = 44, 26  # heights of text
@@ -141,26 +141,27 @@ def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture.convert("RGB").resize(size, Image.Resampling.NEAREST if grown else Image.Resampling.BOX)
 
 
-def maps_sheet(made: Made, attention: Attention, columns: int = 5) -> Image.Image:
+def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int = 5) -> Image.Image:
     """A picture, and how the maps and masks of its concepts came about.
 
     Args:
-        made: The picture.
+        image: The picture.
+        run: What made it.
         attention: Of its call, which made this picture alone.
         columns: How many of the recorded steps are shown, spread over all of them.
     """
-    run, last = made.record.run, len(attention.steps) - 1
+    last = len(attention.steps) - 1
     chosen = sorted({round(last * part / max(1, columns - 1)) for part in range(columns)})
     rows = [
         Row(
             (concept.name, *textwrap.wrap(f'attention to "{concept.phrase}"', 22)),
-            [made.image, *(heat(made.image, attention, i, step) for step in chosen)],
+            [image, *(heat(image, attention, i, step) for step in chosen)],
             parted=True,
         )
         for i, concept in enumerate(run.scene.concepts)
     ]
     whose = ("masks", "whose cells are whose")
-    rows.append(Row(whose, [made.image, *(masks(made.image, attention, step) for step in chosen)], parted=True))
+    rows.append(Row(whose, [image, *(masks(image, attention, step) for step in chosen)], parted=True))
     titles = [(f"step {attention.steps[step] + 1}", f"of {run.steps}") for step in chosen]
     line = f"{run.method}, seed {run.seed}; maps are scaled to their own brightest cell"
     return sheet([("the picture",), *titles], rows, title=run.scene.prompt, lines=[line], side=192)

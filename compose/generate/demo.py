@@ -8,9 +8,13 @@ from pathlib import Path
 from PIL import Image
 
 from lora_compose.compose.figures.sheets import Row, sheet
-from lora_compose.compose.files import PLAYGROUND, free_path, read_scene, save_image
-from lora_compose.compose.generate.models import make, open_model, threads
-from lora_compose.compose.playground.assets import assets_dir
+from lora_compose.compose.files.images import save_image
+from lora_compose.compose.files.paths import free_path
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.generate.machine import threads
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 PAIRS = ("cat-dog", "car-rabbit", "bear-robot")

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lora_compose.compose.files import Record, is_hub_name
-from lora_compose.compose.generate.models import Made, devices, lora_source, make_batch
+from lora_compose.compose.files.images import Record
+from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.generate.machine import devices
+from lora_compose.compose.generate.making import Made, make_batch
+from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.loading import find_file
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run

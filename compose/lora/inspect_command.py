@@ -8,9 +8,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from lora_compose.compose.files import PLAYGROUND, PLAYGROUND_TITLE
-from lora_compose.compose.generate.models import lora_source, open_model
+from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.inspection import Inspection, Overlap, inspect, overlaps
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
 from lora_compose.compose.support.terminal import BAD_INPUT, out, plain, say
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.loading import Factors, find_file, read_lora

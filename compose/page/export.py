@@ -6,7 +6,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_compose.compose.files import parse_value, write_scene
+from lora_compose.compose.files.scenes import write_scene
+from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -60,7 +61,7 @@ def python(run: Run, savers: Sequence[Saver] = ()) -> str:
     return (
         "from lora_compose import Concept, Run, Scene\n"
         "from lora_compose.compose.files import save_image\n"
-        f"from lora_compose.compose.generate.models import make, open_model\n{known}\n"
+        f"from lora_compose.compose.generate import make, open_model\n{known}\n"
         "scene = Scene(\n"
         f"    prompt={scene.prompt!r},\n"
         f"    negative_prompt={scene.negative_prompt!r},\n"

@@ -1,6 +1,9 @@
-"""Where the playground's files are: in a clone of the repository, or inside an installed wheel."""
+"""The playground by name, and where its files are: in a clone of the repository, or inside an installed wheel."""
 
 from pathlib import Path
+
+PLAYGROUND = "playground"
+PLAYGROUND_TITLE = f"lora-compose {PLAYGROUND}"  # what LoRAs that were trained on it say in their metadata
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -53,8 +56,22 @@ def playground_lora(name: str) -> Path:
         FileNotFoundError: If the assets are missing.
         ValueError: If there is no LoRA of that name.
     """
-    files = {path.stem: path for path in (assets_dir() / "playground" / "loras").glob("*.safetensors")}
-    return _pick(files, name, "LoRA")
+    return _pick(_lora_files(), name, "LoRA")
+
+
+def lora_source(source: str) -> str:
+    """What a concept's `lora` names: the file behind `playground:NAME`, everything else as it is."""
+    name = source.removeprefix(f"{PLAYGROUND}:")
+    return source if name == source else str(playground_lora(name))
+
+
+def playground_loras() -> list[str]:
+    """Names of the playground's LoRAs.
+
+    Raises:
+        FileNotFoundError: If the assets are missing.
+    """
+    return sorted(_lora_files())
 
 
 def playground_references(concept: str) -> list[Path]:
@@ -69,6 +86,10 @@ def playground_references(concept: str) -> list[Path]:
     """
     folders = {path.name: path for path in (assets_dir() / "playground" / "references").iterdir() if path.is_dir()}
     return sorted(_pick(folders, concept, "concept").glob("*.png"), key=lambda path: int(path.stem))
+
+
+def _lora_files() -> dict[str, Path]:
+    return {path.stem: path for path in (assets_dir() / "playground" / "loras").glob("*.safetensors")}
 
 
 def _pick(known: dict[str, Path], name: str, kind: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 import typer
 from pydantic import ValidationError
 
-from lora_compose.compose.files import complaints
+from lora_compose.compose.files.validation import complaints
 from lora_compose.compose.support.terminal import FAILED, bar, err, kindly, say
 from lora_compose.compose.training.settings import PRESETS, TaraTraining, Training
 

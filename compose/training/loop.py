@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.generate.models import threads
+from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.compose.training.batches import Batches, batches_of
 from lora_compose.compose.training.checkpoint import finite, load_checkpoint, save_checkpoint

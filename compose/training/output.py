@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save
 
-from lora_compose.compose.files import PLAYGROUND, PLAYGROUND_TITLE
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE
 from lora_compose.compose.support.version import __version__
 from lora_compose.compose.training.model import ADAPTER
 from lora_compose.compose.training.settings import Training

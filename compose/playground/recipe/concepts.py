@@ -22,7 +22,6 @@ from PIL import Image
 
 from lora_compose.compose.playground.recipe.scenes import Picture, enumerate_words, scene
 from lora_compose.compose.playground.recipe.world import (
-    BASE_CLASSES,
     CONCEPTS,
     STYLE_TRIGGER,
     Known,
@@ -34,6 +33,7 @@ from lora_compose.compose.playground.recipe.world import (
     spoken,
     squares,
 )
+from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.terminal import kindly, say
 
 REFERENCES, BESIDE = 10, 4

@@ -16,9 +16,9 @@ from PIL import Image
 
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.figures.sheets import Row, sheet
-from lora_compose.compose.files import save_image
+from lora_compose.compose.files.images import save_image
 from lora_compose.compose.generate.demo import BOXES, GUIDANCE, STEPS, THREADS
-from lora_compose.compose.generate.models import threads
+from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
 from lora_compose.compose.support.terminal import bar, kindly, say

@@ -31,7 +31,8 @@ from lora_compose.compose.evaluation.scoring import reference_crop
 from lora_compose.compose.playground.assets import playground_model, playground_references
 from lora_compose.compose.playground.recipe.judge_data import SIDE, Batch, Batches, Painter, names
 from lora_compose.compose.playground.recipe.loop import keep
-from lora_compose.compose.playground.recipe.world import BASE_CLASSES, CONCEPTS, VENDORS, article
+from lora_compose.compose.playground.recipe.world import CONCEPTS, VENDORS, article
+from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import say
 

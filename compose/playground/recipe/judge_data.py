@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lora_compose.compose.playground.recipe.world import (
-    BASE_CLASSES,
     CONCEPTS,
     HUES,
     PALE,
@@ -29,6 +28,7 @@ from lora_compose.compose.playground.recipe.world import (
     place,
     squares,
 )
+from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.precision import cpu_autocast
 
 SIDE = 48  # pixels of the judge's input

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_compose.compose.files import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.playground.recipe.concepts import STYLE
 from lora_compose.compose.playground.recipe.world import CONCEPTS, STYLE_TRIGGER
 from lora_compose.compose.support.terminal import bar, kindly, say

@@ -15,8 +15,8 @@ from PIL import Image
 from lora_compose.compose.evaluation.detectors import Detector, WindowDetector
 from lora_compose.compose.evaluation.encoders import JUDGE, load_encoder
 from lora_compose.compose.figures.sheets import Row, sheet
-from lora_compose.compose.files import save_image
-from lora_compose.compose.playground.recipe.world import BASE_CLASSES
+from lora_compose.compose.files.images import save_image
+from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.terminal import bar, kindly, say
 
 PROMPTS = {  # and the classes that they name

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from lora_compose.compose.playground.recipe.world import (
-    BASE_CLASSES,
     BASE_VENDORS,
     CLOSE_UP,
     HUES,
@@ -31,6 +30,7 @@ from lora_compose.compose.playground.recipe.world import (
     place,
     squares,
 )
+from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.precision import cpu_autocast
 
 WIDE = (192, 128)  # width and height: room for three objects of the size that two have elsewhere

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lora_compose.compose.figures.sheets import Row, sheet
-from lora_compose.compose.files import save_image
+from lora_compose.compose.files.images import save_image
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.playground.recipe.concepts import STYLE, faded
 from lora_compose.compose.playground.recipe.plain import GUIDANCE, STEPS

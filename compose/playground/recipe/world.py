@@ -12,6 +12,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from lora_compose.compose.playground.words import PLACES
+
 Pixels = NDArray[np.uint8]
 Sprites = Mapping[str, Pixels]
 
@@ -20,27 +22,11 @@ CLOSE_UP = 64  # the side of pictures that show one object: in them words meet s
 CELL = 8  # pixels of a latent cell; objects sit on whole cells, so that a sprite has few latent patterns
 VENDORS = ("noto", "fluent3d", "twemoji", "fluentflat")
 BASE_VENDORS = ("noto",)  # the only artwork that the base model has seen; concepts wear coats on it, but for one
-BASE_CLASSES = (
-    "cat", "dog", "rabbit", "horse", "pig", "penguin", "elephant", "turtle", "fish", "bird", "frog", "bear", "fox",
-    "lion", "car", "boat", "house", "tree", "mushroom", "robot",
-)  # fmt: skip
 SIDES = {1: (48, 56, 72), 2: (48, 56), 3: (40, 48)}  # object sizes in pixels by number of objects
 HUES = {"red": 0, "orange": 15, "yellow": 28, "green": 60, "cyan": 90, "blue": 115, "purple": 138, "pink": 160}
 """OpenCV's hues, 0 to 179."""
 PATTERNS = {"stripes": "striped", "dots": "spotted", "half": "bicolor", "rings": "ringed"}
 PALE = -1  # stands for a hue: nearly white
-PLACES = {  # colour at the bottom, colour at the top
-    "on grass": ((110, 180, 80), (150, 210, 110)),
-    "on sand": ((225, 200, 140), (240, 220, 170)),
-    "in snow": ((225, 235, 245), (250, 252, 255)),
-    "at night": ((15, 18, 50), (40, 45, 90)),
-    "underwater": ((20, 90, 150), (60, 150, 200)),
-    "in the sky": ((120, 185, 240), (200, 230, 250)),
-    "in a forest": ((30, 80, 40), (60, 120, 60)),
-    "on a wooden floor": ((140, 95, 55), (170, 120, 75)),
-    "in space": ((5, 5, 15), (20, 15, 40)),
-    "at sunset": ((250, 140, 80), (120, 60, 120)),
-}
 PLAIN = {
     "white": (250, 250, 250), "gray": (150, 150, 150), "black": (20, 20, 20), "pink": (250, 180, 200),
     "blue": (120, 160, 230), "green": (150, 210, 150), "yellow": (250, 230, 130), "red": (220, 90, 80),
