@@ -22,7 +22,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All four packages as they are unpacked, with a rectangle twice as wide as high for every class."""
     try:
         import cairosvg  # noqa: F401
-    except (ImportError, OSError):  # without the extra, or without the library that it needs
+    except (ImportError, OSError):  # without it, or without the library that it needs
         pytest.skip("needs cairosvg and the library cairo")
     folder = tmp_path_factory.mktemp("packages")
     root = {vendor: folder / name.replace("@", "").replace("/", "-") / "package" for vendor, name in PACKAGES.items()}

@@ -1,6 +1,6 @@
 """Emoji artwork as sprites: fetches four sets from the npm registry and writes one file with 70 classes x 4 vendors.
 
-    pip install 'lora-compose[playground]'
+    pip install --editable '.[dev]'
     python -m lora_compose.compose.playground.recipe.artwork sprites.npz
 
 | set | vendor | terms |
