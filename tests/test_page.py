@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from lora_compose.compose import generate
 from lora_compose.compose.cli import app
 from lora_compose.compose.figures import overlay
 from lora_compose.compose.figures.overlay import Attention
@@ -29,7 +30,6 @@ from lora_compose.compose.files.images import Machine, Record, png_bytes, read_p
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.generate import models
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
@@ -571,7 +571,7 @@ def test_exports_save_memory_as_the_page_does(tmp_path: Path, monkeypatch: pytes
         return open_model(run, savers)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "open_model", remembered)
+    monkeypatch.setattr(generate, "open_model", remembered)
     exec(compile(export.python(run, savers), "it.py", "exec"), {})
     assert opened == [savers]
     assert Path("picture.png").is_file()
