@@ -401,13 +401,15 @@ def _ends(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path, number: signal.Signals) -> None:
-    (tmp_path / "compose").mkdir()
-    (tmp_path / "compose" / "__init__.py").touch()
-    (tmp_path / "compose" / "__main__.py").write_text("print('at work', flush=True)\nimport time\ntime.sleep(60)\n")
+    (tmp_path / "lora_compose").mkdir()
+    (tmp_path / "lora_compose" / "__init__.py").touch()
+    (tmp_path / "lora_compose" / "__main__.py").write_text(
+        "print('at work', flush=True)\nimport time\ntime.sleep(60)\n"
+    )
     start = (
         "import subprocess, sys\n"
         "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
-        "child.stdout.readline()\n"
+        "assert child.stdout.readline() == b'at work\\n'\n"
         "print(child.pid, flush=True)\n"
         "child.wait()\n"
     )
