@@ -3,6 +3,7 @@
 import streamlit as st
 
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.arrival import visit
 from lora_compose.compose.page.screen.concepts import concepts_part
 from lora_compose.compose.page.screen.keep import restoring
 from lora_compose.compose.page.screen.layout import layout_part
@@ -10,7 +11,6 @@ from lora_compose.compose.page.screen.method import method_part
 from lora_compose.compose.page.screen.model import model_part
 from lora_compose.compose.page.screen.prompt import prompt_part
 from lora_compose.compose.page.screen.stage import stage_part
-from lora_compose.compose.page.screen.state import visit
 from lora_compose.compose.page.screen.style import heading, style
 
 st.set_page_config("lora-compose", ":material/brush:", layout="wide")

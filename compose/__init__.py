@@ -1,1 +1,5 @@
-"""What people use: files, command line, page, evaluation, training, and the playground."""
+"""What people use: command line, files, benchmark, evaluation, training, page, and the playground.
+
+Imports go one way, from a folder to those before it:
+support, playground, files, figures, generate, benchmark, lora, check, evaluation, training, page, and then `cli`.
+"""

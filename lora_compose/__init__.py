@@ -4,7 +4,7 @@ Everything is imported under this one name, so that it gets along with projects 
 of their own. In a clone the three folders stand at its top, and this package links to them.
 """
 
-from lora_compose.compose.version import __version__
+from lora_compose.compose.support.version import __version__
 from lora_compose.pipelines import families  # noqa: F401 (makes the model families known)
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.control import Control

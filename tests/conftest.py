@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 
 from components import small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
-from lora_compose.compose.assets import playground_lora, playground_model
-from lora_compose.compose.playground import world
+from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.compose.playground.recipe import world
+from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
@@ -105,7 +106,7 @@ def sprites() -> dict[str, np.ndarray]:
     """Artwork made up: a grey disc, square or bar of its own shape for every class and vendor of the playground."""
     found = {}
     ys, xs = np.mgrid[:96, :96] - 48
-    for i, name in enumerate(world.BASE_CLASSES):
+    for i, name in enumerate(BASE_CLASSES):
         for j, vendor in enumerate(world.VENDORS):
             inside = np.abs(xs) ** (1 + j) * (1 + 0.1 * (i % 11)) + np.abs(ys) ** (1 + j) < 44 ** (1 + j)
             shade = (90 + 5 * i + (ys + 48) // 2)[..., None].repeat(3, 2)

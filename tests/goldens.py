@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
 from lora_compose import ComposePipeline, Concept, Control
-from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines.methods import make_method
 
 RECORDED = Path(__file__).parent / "fixtures" / "goldens.json"

@@ -9,7 +9,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from PIL import Image
 from safetensors import safe_open
 
-from lora_compose.compose import assets
+from lora_compose.compose.playground import assets
 
 CONCEPTS = {  # and what names them: trigger and class word
     "bear": ("xlo", "bear"),

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from disks import files_of_at_most
-from lora_compose.compose import atomic
-from lora_compose.compose.atomic import write_new, write_whole
-from lora_compose.compose.files import free_path
+from lora_compose.compose.files import atomic
+from lora_compose.compose.files.atomic import write_new, write_whole
+from lora_compose.compose.files.paths import free_path
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 

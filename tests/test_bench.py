@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from components import tiny_pipeline
-from lora_compose.compose.architectures import PROMPT, attention_lora, columns
+from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
+from lora_compose.compose.benchmark.timing import Job, open_with_concepts, peak_bytes, time_pairs
 from lora_compose.compose.cli import app
-from lora_compose.compose.timing import Job, open_with_concepts, peak_bytes, time_pairs
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lora_compose.compose.assets import playground_model
-from lora_compose.compose.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
 from lora_compose.compose.cli import app
+from lora_compose.compose.evaluation.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
+from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene import Concept

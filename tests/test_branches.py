@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.branches import Branch, branches_of
 from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, join_branches
 from lora_compose.pipelines.scene import Concept

@@ -18,12 +18,16 @@ from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from lora_compose import Concept, Run, Scene, __version__
-from lora_compose.compose import cli as cli_module
-from lora_compose.compose.assets import playground_lora, playground_model
-from lora_compose.compose.cli import app, parse_concept
-from lora_compose.compose.files import parse_settings, read_pixels, read_record
-from lora_compose.compose.models import choose_device, devices, make, make_batch, open_model, scheduler_names
-from lora_compose.compose.replay import difference
+from lora_compose.compose.cli import app
+from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.generate import run_command
+from lora_compose.compose.generate.machine import choose_device, devices
+from lora_compose.compose.generate.making import make, make_batch
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.options import parse_concept, parse_settings
+from lora_compose.compose.generate.replay import difference
+from lora_compose.compose.generate.schedulers import scheduler_names
+from lora_compose.compose.playground.assets import playground_lora, playground_model
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
@@ -311,7 +315,7 @@ def test_a_full_memory_is_answered_with_advice(tmp_path: Path, monkeypatch: pyte
         error.add_note("some advice")
         raise error
 
-    monkeypatch.setattr(cli_module, "make_batch", full)
+    monkeypatch.setattr(run_command, "make_batch", full)
     result = call("run", "playground", "--prompt", "a", "--out", tmp_path, code=1)
     assert "out of memory: tried to allocate 40 GiB\nsome advice\nuse a smaller --width" in result.stderr
 
@@ -322,7 +326,7 @@ def test_what_was_made_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return make_batch(pipe, run, *rest, **options)
 
-    monkeypatch.setattr(cli_module, "make_batch", once)
+    monkeypatch.setattr(run_command, "make_batch", once)
     seeds = ["--seed", "1", "--seed", "2"]
     result = CliRunner().invoke(
         app, ["run", "playground", "--steps", "1", "--prompt", "a", *seeds, "--out", str(tmp_path)]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from components import random_lora, tiny_pipeline
-from lora_compose.compose.memory import peak_memory
+from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.pipelines.methods import Clora
 
 TRIGGERS = {"sks": "cat", "zwx": "dog", "xlo": "bear", "ohwx": "rabbit"}

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from components import FAMILIES, TINY_XL, State, random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
 from lora_compose import METHODS, Concept, Control
 from lora_compose.attention import Recorder
-from lora_compose.compose.architectures import ARCHITECTURES
+from lora_compose.compose.benchmark.architectures import ARCHITECTURES
 from lora_compose.pipelines.conditioning import Conditioning
 from lora_compose.pipelines.control import AdapterGuide, Canvas, NetGuide, View, made_ready
 from lora_compose.pipelines.engine import Engine

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from components import FAMILIES, TINY, TINY_XL, random_lora, sd_unet, sdxl_unet, tiny_pipeline
 from lora_compose.attention import Recorder, attention_layers, grid_at, map_level
-from lora_compose.compose.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
-from lora_compose.compose.counting import Counted, Operations, count, count_run, meta_unet
+from lora_compose.compose.benchmark.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
+from lora_compose.compose.benchmark.counting import Counted, Operations, count, count_run, meta_unet
 from lora_compose.pipelines.conditioning import TokenMasks
 from lora_compose.pipelines.engine import EncodedText, Engine, LoadedConcept
 from lora_compose.pipelines.loading import Factors

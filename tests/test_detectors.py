@@ -12,7 +12,6 @@ from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection, 
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
 from lora_compose.attention.masks import Box
-from lora_compose.compose.assets import playground_model
 from lora_compose.compose.evaluation.detectors import (
     SHARED,
     Detection,
@@ -26,6 +25,7 @@ from lora_compose.compose.evaluation.detectors import (
 )
 from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
 from lora_compose.compose.evaluation.suite import ZeroShotConfig
+from lora_compose.compose.playground.assets import playground_model
 
 BOXES = st.tuples(st.integers(0, 90), st.integers(0, 90), st.integers(1, 40), st.integers(1, 40)).map(
     lambda edges: (edges[0], edges[1], edges[0] + edges[2], edges[1] + edges[3])

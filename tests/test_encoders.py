@@ -36,10 +36,10 @@ from transformers import (
     SiglipModel,
 )
 
-from lora_compose.compose.assets import playground_model
 from lora_compose.compose.evaluation import encoders
 from lora_compose.compose.evaluation.encoders import IMAGES_AND_TEXTS, IMAGES_ONLY, load_encoder
 from lora_compose.compose.evaluation.metrics import clip_t
+from lora_compose.compose.playground.assets import playground_model
 
 FAMILIES = (*IMAGES_AND_TEXTS, *IMAGES_ONLY)
 TEXTS = ["a sks cat", "a blue robot on grass", "", "a red car and a dog", "dog", "a bear in the rain", "x", "a picture"]

@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.report import MANY, SIDE, SMALL_SIDE, marke
 from lora_compose.compose.evaluation.results import PLAN, Plan
 from lora_compose.compose.evaluation.suite import Batch, Suite
 from lora_compose.compose.evaluation.table import METRICS, load, summary
-from lora_compose.compose.files import Machine
+from lora_compose.compose.files.images import Machine
 
 FILES = ["report.html", "report.md", "pictures.csv", "concepts.csv", "summary.json"]
 EVIL = (

@@ -32,8 +32,9 @@ from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.results import FAILED, MADE, Failed, Made, Scores, batch_folder, picture_path, read
 from lora_compose.compose.evaluation.runner import evaluate, is_done, open_worker
 from lora_compose.compose.evaluation.suite import Suite, batches, read_suite
-from lora_compose.compose.files import FileError, read_pixels, read_record
-from lora_compose.compose.savers import Saver
+from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.methods import METHODS, Regional
 
 CONCEPTS = [
@@ -400,13 +401,15 @@ def _ends(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path, number: signal.Signals) -> None:
-    (tmp_path / "compose").mkdir()
-    (tmp_path / "compose" / "__init__.py").touch()
-    (tmp_path / "compose" / "__main__.py").write_text("print('at work', flush=True)\nimport time\ntime.sleep(60)\n")
+    (tmp_path / "lora_compose").mkdir()
+    (tmp_path / "lora_compose" / "__init__.py").touch()
+    (tmp_path / "lora_compose" / "__main__.py").write_text(
+        "print('at work', flush=True)\nimport time\ntime.sleep(60)\n"
+    )
     start = (
         "import subprocess, sys\n"
         "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
-        "child.stdout.readline()\n"
+        "assert child.stdout.readline() == b'at work\\n'\n"
         "print(child.pid, flush=True)\n"
         "child.wait()\n"
     )

@@ -18,7 +18,7 @@ from lora_compose.compose.evaluation.results import MADE, PLAN
 from lora_compose.compose.evaluation.statistics import bootstrap
 from lora_compose.compose.evaluation.suite import Batch
 from lora_compose.compose.evaluation.table import MAIN, METRICS, Evaluation, arm_names, load, summary
-from lora_compose.compose.files import FileError
+from lora_compose.compose.files.reading import FileError
 
 
 @pytest.fixture

@@ -19,22 +19,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from disks import files_of_at_most
 from lora_compose import Concept, Run, Scene
-from lora_compose.compose.files import (
-    FileError,
-    Machine,
-    Record,
-    free_path,
-    parse_value,
-    read_pixels,
-    read_record,
-    read_run,
-    read_scene,
-    save_image,
-    write_run,
-    write_scene,
-)
-from lora_compose.compose.sheets import Row, seeds_sheet, sheet
-from lora_compose.compose.terminal import plain
+from lora_compose.compose.figures.sheets import Row, seeds_sheet, sheet
+from lora_compose.compose.files.images import Machine, Record, read_pixels, read_record, save_image
+from lora_compose.compose.files.paths import free_path
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.scenes import read_run, read_scene, write_run, write_scene
+from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.support.terminal import plain
 
 SHA = "0123456789abcdef" * 4
 SCENE = "prompt: a sks cat\nconcepts:\n  - name: cat\n    lora: cat.safetensors\n    trigger: sks\n"
@@ -319,14 +310,14 @@ def test_without_hard_links_pictures_are_renamed_into_place(tmp_path: Path, monk
     def refuse(*_: object) -> None:
         raise OSError("not supported")
 
-    monkeypatch.setattr("lora_compose.compose.files.os.link", refuse)
+    monkeypatch.setattr("lora_compose.compose.files.atomic.os.link", refuse)
     paths = [save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png") for _ in range(2)]
     assert listed(tmp_path) == sorted(path.name for path in paths) == ["1-2.png", "1.png"]
 
 
 def test_another_process_that_was_faster_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter([tmp_path / "1.png", tmp_path / "1-2.png"])
-    monkeypatch.setattr("lora_compose.compose.files.free_path", lambda path: next(answers))
+    monkeypatch.setattr("lora_compose.compose.files.images.free_path", lambda path: next(answers))
     (tmp_path / "1.png").write_text("theirs")
     assert save_image(Image.new("RGB", (8, 8)), tmp_path / "1.png") == tmp_path / "1-2.png"
     assert (tmp_path / "1.png").read_text() == "theirs"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from components import random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.compose.playground.formats import drawn, pictures
-from lora_compose.compose.playground.lora_files import DIFFUSERS, FORMATS, Format, Tensors, kohya, pair
+from lora_compose.compose.playground.recipe.formats import drawn, pictures
+from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS, Format, Tensors, kohya, pair
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
 

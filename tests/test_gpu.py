@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from components import EVERYTHING, TINY, random_lora, sd_unet, small_pipeline
-from lora_compose.compose.files import PLAYGROUND
-from lora_compose.compose.models import make, open_model
-from lora_compose.compose.savers import Saver
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.training import Stopped, train
 from lora_compose.pipelines.methods import LoraComposer, Regional
 from lora_compose.pipelines.scene import Concept, Run, Scene

@@ -1,7 +1,11 @@
-"""Who may import whom: attention <- pipelines <- compose <- ui.py, and nothing back; all under one import name."""
+"""Who may import whom: attention <- pipelines <- compose <- ui.py, and nothing back; all under one import name.
+
+Inside compose it goes one way as well, from folder to folder, and no modules import each other in a circle.
+"""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lora_compose"
 RINGS = ("attention", "pipelines", "compose", "ui")
+WITHOUT_CIRCLES = ("compose",)
+FOLDERS = (
+    "support", "playground", "files", "figures", "generate", "benchmark", "lora", "check", "evaluation", "training",
+    "page", "cli", "playground.recipe",
+)  # fmt: skip
+"""The parts of compose; each may import those before it. Nothing imports the recipe, which is in a clone only."""
 
 
 def modules(root: Path) -> Iterator[tuple[str, Path]]:
@@ -48,6 +58,89 @@ def arrows_the_wrong_way(root: Path) -> list[str]:
             if ours or (first == PACKAGE and (not rest or rest[0] not in inner)):
                 wrong.add(f"{path.relative_to(root)}:{line} imports {name}")
     return sorted(wrong)
+
+
+def graph(root: Path, rings: tuple[str, ...]) -> dict[str, set[str]]:
+    """What every module of some rings imports from these rings, by the names they have in a clone."""
+    found = {_name(path.relative_to(root)): path for ring, path in modules(root) if ring in rings}
+    edges: dict[str, set[str]] = {}
+    for name, path in found.items():
+        targets = (_module(target.removeprefix(f"{PACKAGE}."), found) for _, target in imported(path))
+        edges[name] = {target for target in targets if target is not None}
+    return edges
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.parent.parts if path.name == "__init__.py" else path.with_suffix("").parts)
+
+
+def _module(name: str, known: dict[str, Path]) -> str | None:
+    """The module that something stands in, or that it is."""
+    parent = name.rpartition(".")[0]
+    return name if name in known else parent if parent in known else None
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, from one of them back to it; empty if there is none."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def folder(name: str) -> str | None:
+    """The part of compose that a module is in; None for compose itself."""
+    inside = name.removeprefix("compose.")
+    return next((part for part in reversed(FOLDERS) if f"{inside}.".startswith(f"{part}.")), None)
+
+
+def folders_the_wrong_way(edges: dict[str, set[str]]) -> list[str]:
+    return sorted(
+        f"{name} imports {target}"
+        for name, targets in edges.items()
+        for target in targets
+        if target != "compose" and FOLDERS.index(folder(target) or "") > FOLDERS.index(folder(name) or "")
+    )
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle(graph(ROOT, WITHOUT_CIRCLES)) == []
+
+
+def test_every_module_of_compose_is_in_a_folder() -> None:
+    edges = graph(ROOT, ("compose",))
+    assert [name for name in edges if folder(name) is None] == ["compose"]
+    assert {folder(name) for name in edges} - {None} == set(FOLDERS)
+
+
+def test_folders_of_compose_import_those_before_them() -> None:
+    edges = graph(ROOT, ("compose",))
+    assert folders_the_wrong_way(edges) == []
+    assert "compose.generate.making" in edges["compose.check.report"]  # else imports are no longer recognised
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["from lora_compose.compose.page import b", "def f():\n    from lora_compose.compose.page.b import x"],
+)
+def test_a_circle_and_a_wrong_folder_are_seen(tmp_path: Path, statement: str) -> None:
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("compose/page/__init__.py", "")
+    write("compose/page/a.py", "import torch\nimport lora_compose.compose.files.c\n")
+    write("compose/page/b.py", "from lora_compose.compose.page.a import x\n")
+    write("compose/files/c.py", "x = 1\n")
+    edges = graph(tmp_path, ("compose",))
+    assert (circle(edges), folders_the_wrong_way(edges)) == ([], [])
+    write("compose/files/c.py", statement)
+    edges = graph(tmp_path, ("compose",))
+    names = circle(edges)
+    assert names[0] == names[-1]
+    assert set(names) == {"compose.page.a", "compose.page.b", "compose.files.c"}
+    assert folders_the_wrong_way(edges) == ["compose.files.c imports compose.page.b"]
 
 
 def test_inner_packages_do_not_import_outer_ones() -> None:

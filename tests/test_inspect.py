@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from components import random_lora, sd_unet
 from layouts import file_of, layout
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.compose.assets import playground_lora
 from lora_compose.compose.cli import app
-from lora_compose.compose.inspection import block_of, inspect, overlaps
+from lora_compose.compose.lora.inspection import block_of, inspect, overlaps
+from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.loading import Factors, read_lora
 from reference import dense
 

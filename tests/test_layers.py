@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from components import sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import AttentionLayer, attention_layers, grid_at, map_level, places
 from lora_compose.attention.layers import Place
-from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.assets import playground_model
 
 
 def playground_unet() -> Any:

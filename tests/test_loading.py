@@ -24,7 +24,7 @@ from torch import Tensor
 from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, small_pipeline
 from lora_compose import ComposePipeline
 from lora_compose.attention import Lora
-from lora_compose.compose.assets import playground_lora
+from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines import loading
 from lora_compose.pipelines.loading import Factors, LoraError, LoraFile, adapter_factors, find_file, match, read_lora
 from reference import dense

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from components import ATTENTION, EVERYTHING, random_lora, seeded, small_pipeline, tiny_pipeline
-from lora_compose.compose.counting import count_run
+from lora_compose.compose.benchmark.counting import count_run
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.scene import Concept

@@ -3,7 +3,7 @@
 from typing import Any
 
 from components import random_lora, tiny_pipeline
-from lora_compose.compose.memory import peak_memory
+from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.pipelines.methods import LoraComposer
 from lora_compose.pipelines.scene import Concept
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from components import random_lora, sd_unet, seeded, small_pipeline, tiny_pipeline
 from lora_compose.attention import Recorder
-from lora_compose.compose.counting import count_run
+from lora_compose.compose.benchmark.counting import count_run
 from lora_compose.pipelines.engine import Engine
 from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
 from lora_compose.pipelines.scene import Concept

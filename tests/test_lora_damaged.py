@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from components import random_lora, tiny_pipeline
-from lora_compose.compose.inspection import inspect
+from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.loading import LoraError, read_lora
 
 EXAMPLES = 2_000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 40

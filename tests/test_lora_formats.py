@@ -21,9 +21,9 @@ from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, t
 from layouts import file_of, layout
 from lora_compose import Concept
 from lora_compose.attention import Lora
-from lora_compose.compose.architectures import SD15, SDXL, without_weights
-from lora_compose.compose.models import load
-from lora_compose.compose.playground.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
+from lora_compose.compose.benchmark.architectures import SD15, SDXL, without_weights
+from lora_compose.compose.generate.making import load
+from lora_compose.compose.playground.recipe.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
 from lora_compose.pipelines.formats.deltas import change
 from lora_compose.pipelines.loading import Factors, LoraError, match, read_lora
 from reference import dense

@@ -21,7 +21,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from components import random_lora, tiny_pipeline
-from lora_compose.compose.memory import peak_memory
+from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.layers import Layer

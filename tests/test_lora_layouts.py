@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from layouts import NAMES, file_of, layout, shapes_of, written_out
-from lora_compose.compose.architectures import FAMILIES, without_weights
-from lora_compose.compose.inspection import inspect
+from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
+from lora_compose.compose.lora.inspection import inspect
 from lora_compose.pipelines.formats.recognise import form, guess_family
 from lora_compose.pipelines.loading import LoraError, match
 

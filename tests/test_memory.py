@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_compose.compose.memory import peak_memory
+from lora_compose.compose.benchmark.memory import peak_memory
 
 MIB = 2**20
 

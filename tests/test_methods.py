@@ -598,7 +598,7 @@ def test_maps_of_a_concept_without_a_trigger_are_empty(pipe, write_lora):
 PLAYGROUND = """
 import sys, torch
 from hashlib import sha256
-from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines.base import ComposePipeline
 
 torch.set_num_threads(1)

@@ -13,10 +13,11 @@ import lora_compose
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("attention", "pipelines", "compose")
+RECIPE = Path("compose/playground/recipe")
 USE = """
 import attention, pipelines, compose
 from lora_compose import Clora, ComposePipeline, Concept, LoraComposer
-from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.assets import playground_model
 assert {attention.WHOSE, pipelines.WHOSE, compose.WHOSE} == {"theirs"}
 pipe = ComposePipeline.from_pretrained(playground_model())
 print(type(pipe).__module__, pipe("a cat", num_inference_steps=1, output_type="latent").images.shape[0])
@@ -41,18 +42,34 @@ def test_a_project_with_folders_of_these_names_can_use_the_library(tmp_path: Pat
     assert run_in_a_project(tmp_path, ROOT).split() == ["lora_compose.pipelines.stable_diffusion", "1"]
 
 
+def files_of(part: str) -> set[Path]:
+    """The files of one of the three folders, relative to the root."""
+    found = (path.relative_to(ROOT) for path in (ROOT / part).rglob("*") if path.is_file())
+    return {path for path in found if "__pycache__" not in path.parts}
+
+
 @pytest.mark.slow
-def test_the_wheel_has_one_name_and_works_in_such_a_project(tmp_path: Path) -> None:
+def test_the_wheel_has_one_name_all_but_the_recipe_and_works_in_such_a_project(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        names = {name.split("/")[0] for name in archive.namelist()}
         archive.extractall(tmp_path / "site")
+    names = {path.name for path in (tmp_path / "site").iterdir()}
     assert {name for name in names if not name.endswith(".dist-info")} == {"lora_compose"}
-    assert (tmp_path / "site/lora_compose/py.typed").is_file()
+    site = tmp_path / "site/lora_compose"
+    assert (site / "py.typed").is_file()
+    needed = {path for part in PARTS for path in files_of(part) if RECIPE not in path.parents}
+    assert len(needed) > 100
+    assert {path for path in needed if not (site / path).is_file()} == set()
+    assert not (site / RECIPE).exists()
     (tmp_path / "project").mkdir()
     assert "stable_diffusion 1" in run_in_a_project(tmp_path / "project", tmp_path / "site")
+    for command in ("demo", "run"):
+        told = [sys.executable, "-m", "lora_compose", command, "--help"]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        ended = subprocess.run(told, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert f"lora_compose {command} [OPTIONS]" in ended.stdout
 
 
 def test_what_the_package_exports_is_there() -> None:

@@ -22,26 +22,22 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lora_compose.compose import models, overlay
-from lora_compose.compose.assets import playground_lora
+from lora_compose.compose import generate
 from lora_compose.compose.cli import app
-from lora_compose.compose.files import (
-    PLAYGROUND,
-    FileError,
-    Machine,
-    Record,
-    parse_value,
-    png_bytes,
-    read_pixels,
-    read_record,
-    read_scene,
-)
-from lora_compose.compose.models import Attention, make, open_model
+from lora_compose.compose.figures import overlay
+from lora_compose.compose.figures.overlay import Attention
+from lora_compose.compose.files.images import Machine, Record, png_bytes, read_pixels, read_record
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
 from lora_compose.compose.page.scores import Judge
 from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
-from lora_compose.compose.savers import Saver
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.loading import LoraError
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from lora_compose.pipelines.scene import Concept, Run, Scene
@@ -575,7 +571,7 @@ def test_exports_save_memory_as_the_page_does(tmp_path: Path, monkeypatch: pytes
         return open_model(run, savers)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "open_model", remembered)
+    monkeypatch.setattr(generate, "open_model", remembered)
     exec(compile(export.python(run, savers), "it.py", "exec"), {})
     assert opened == [savers]
     assert Path("picture.png").is_file()

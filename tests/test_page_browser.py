@@ -23,8 +23,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lora_compose.compose.assets import playground_lora
-from lora_compose.compose.files import read_pixels, read_record
+from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.playground.assets import playground_lora
 
 pytestmark = pytest.mark.browser
 
@@ -295,10 +295,12 @@ def test_two_visitors_see_nothing_of_each_other_and_both_finish(page: Page, othe
 
 
 def make_alone(record: Any) -> Image.Image:
-    from lora_compose.compose import models
+    from lora_compose.compose.generate.machine import threads
+    from lora_compose.compose.generate.making import make
+    from lora_compose.compose.generate.models import open_model
 
-    with models.threads(record.machine.threads):
-        return models.make(models.open_model(record.run), record.run).image
+    with threads(record.machine.threads):
+        return make(open_model(record.run), record.run).image
 
 
 def test_all_of_it_by_keyboard(page: Page) -> None:

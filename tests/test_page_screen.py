@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from lora_compose.compose.assets import playground_lora, playground_model
-from lora_compose.compose.files import Machine, Record, read_record, save_image
+from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.page.draft import example
 from lora_compose.compose.page.launch import script
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import Visit, checking
 from lora_compose.compose.page.shelf import Choice, Slot
-from lora_compose.compose.savers import Saver
+from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines import loading
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept

@@ -10,14 +10,14 @@ from diffusers import AutoencoderKL
 from typer.testing import CliRunner
 
 from components import FAMILIES, random_lora, sd_unet, small_vae
-from lora_compose.compose import bench as bench_module
-from lora_compose.compose.architectures import NOUNS, SDXL, TRIGGERS, attention_lora, columns, with_lora
-from lora_compose.compose.bench import decoding_bytes_by_architecture
+from lora_compose.compose.benchmark import bench as bench_module
+from lora_compose.compose.benchmark.architectures import NOUNS, SDXL, TRIGGERS, attention_lora, columns, with_lora
+from lora_compose.compose.benchmark.bench import decoding_bytes_by_architecture
+from lora_compose.compose.benchmark.counting import meta_unet
+from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.benchmark.peaks import decoding_bytes, peak
 from lora_compose.compose.cli import app
-from lora_compose.compose.counting import meta_unet
-from lora_compose.compose.memory import peak_memory
-from lora_compose.compose.peaks import decoding_bytes, peak
-from lora_compose.compose.savers import enable_tiling
+from lora_compose.compose.support.savers import enable_tiling
 from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings, Switch, Tara
 
 GIB = 2**30

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lora_compose.compose.assets import playground_judge, playground_references
 from lora_compose.compose.evaluation.detectors import WindowDetector, overlap
 from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
-from lora_compose.compose.playground import world
-from lora_compose.compose.playground.judge import app, nearest
-from lora_compose.compose.playground.judge_data import (
+from lora_compose.compose.playground.assets import playground_judge, playground_references
+from lora_compose.compose.playground.recipe import world
+from lora_compose.compose.playground.recipe.judge import app, nearest
+from lora_compose.compose.playground.recipe.judge_data import (
     SIDE,
     Batches,
     Label,
@@ -26,9 +26,8 @@ from lora_compose.compose.playground.judge_data import (
     name_of,
     names,
 )
-from lora_compose.compose.playground.world import CONCEPTS, PALE, Coat, dress, place, squares
-
-CLASSES = world.BASE_CLASSES
+from lora_compose.compose.playground.recipe.world import CONCEPTS, PALE, Coat, dress, place, squares
+from lora_compose.compose.playground.words import BASE_CLASSES
 
 
 @pytest.fixture
@@ -113,11 +112,11 @@ def test_the_concepts_of_the_playground_are_never_shown(painter: Painter) -> Non
 
 
 def test_every_crop_has_a_name() -> None:
-    known = names(CLASSES)
-    assert known[name_of(Label("whole", "fox"), CLASSES)] == "a fox"
-    assert known[name_of(Label("part", "fox"), CLASSES)] == "a part of a fox"
-    assert known[name_of(Label("nothing"), CLASSES)] == "nothing"
-    assert name_of(Label("scene", text="a fox on grass"), CLASSES) == -1
+    known = names(BASE_CLASSES)
+    assert known[name_of(Label("whole", "fox"), BASE_CLASSES)] == "a fox"
+    assert known[name_of(Label("part", "fox"), BASE_CLASSES)] == "a part of a fox"
+    assert known[name_of(Label("nothing"), BASE_CLASSES)] == "nothing"
+    assert name_of(Label("scene", text="a fox on grass"), BASE_CLASSES) == -1
 
 
 def test_a_batch_fits_together(painter: Painter, sprites: dict[str, np.ndarray]) -> None:
@@ -163,8 +162,8 @@ def test_the_judge_knows_the_concepts_by_their_references(judge: Encoder) -> Non
 
 def test_the_judge_names_the_classes(judge: Encoder) -> None:
     crops = judge.images([reference_crop(path) for _, path in references()])
-    words = judge.texts([world.article(name) for name in world.BASE_CLASSES])
-    named = [world.BASE_CLASSES[i] for i in (crops @ words.T).argmax(1)]
+    words = judge.texts([world.article(name) for name in BASE_CLASSES])
+    named = [BASE_CLASSES[i] for i in (crops @ words.T).argmax(1)]
     assert (
         np.mean([one == CONCEPTS[name].class_word for one, (name, _) in zip(named, references(), strict=True)]) >= 0.95
     )
@@ -177,7 +176,7 @@ def recorded(path: Path) -> tuple[int, int, int, int]:
 
 
 def found_in(judge: Encoder, paths: Sequence[tuple[str, Path]]) -> list[bool]:
-    detector = WindowDetector(judge, world.BASE_CLASSES)
+    detector = WindowDetector(judge, BASE_CLASSES)
     hits = []
     for name, path in paths:
         with Image.open(path) as image:
@@ -192,7 +191,7 @@ def test_the_judge_finds_the_concepts_in_their_references(judge: Encoder) -> Non
 
 
 def test_the_judge_finds_nothing_where_nothing_is(judge: Encoder) -> None:
-    detector = WindowDetector(judge, world.BASE_CLASSES)
+    detector = WindowDetector(judge, BASE_CLASSES)
     rng = np.random.default_rng(0)
     for _ in range(10):
         image, _ = world.background(rng)

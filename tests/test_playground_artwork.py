@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lora_compose.compose.playground import artwork
-from lora_compose.compose.playground.artwork import CODEPOINTS, PACKAGES, SIZE, draw, fetch, fit
-from lora_compose.compose.playground.world import VENDORS
+from lora_compose.compose.playground.recipe import artwork
+from lora_compose.compose.playground.recipe.artwork import CODEPOINTS, PACKAGES, SIZE, draw, fetch, fit
+from lora_compose.compose.playground.recipe.world import VENDORS
 from test_playground_recipe import command
 
 COLOURS = {"noto": (200, 0, 0), "fluent3d": (0, 160, 0), "twemoji": (0, 0, 220), "fluentflat": (180, 120, 0)}
@@ -22,7 +22,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All four packages as they are unpacked, with a rectangle twice as wide as high for every class."""
     try:
         import cairosvg  # noqa: F401
-    except (ImportError, OSError):  # without the extra, or without the library that it needs
+    except (ImportError, OSError):  # without it, or without the library that it needs
         pytest.skip("needs cairosvg and the library cairo")
     folder = tmp_path_factory.mktemp("packages")
     root = {vendor: folder / name.replace("@", "").replace("/", "-") / "package" for vendor, name in PACKAGES.items()}

@@ -12,13 +12,14 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
 
-from lora_compose.compose.assets import playground_lora, playground_references
-from lora_compose.compose.playground import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
-from lora_compose.compose.playground.base import BaseTrainer, pipeline
-from lora_compose.compose.playground.loop import rate, resume
-from lora_compose.compose.playground.loras import trainings
-from lora_compose.compose.playground.muon import Muon, orthogonalised
-from lora_compose.compose.playground.world import CONCEPTS, STYLE_TRIGGER
+from lora_compose.compose.playground.assets import playground_lora, playground_references
+from lora_compose.compose.playground.recipe import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
+from lora_compose.compose.playground.recipe.base import BaseTrainer, pipeline
+from lora_compose.compose.playground.recipe.loop import rate, resume
+from lora_compose.compose.playground.recipe.loras import trainings
+from lora_compose.compose.playground.recipe.muon import Muon, orthogonalised
+from lora_compose.compose.playground.recipe.world import CONCEPTS, STYLE_TRIGGER
+from lora_compose.compose.playground.words import PLACES
 from lora_compose.compose.training import train
 from lora_compose.pipelines.loading import read_lora
 
@@ -82,7 +83,7 @@ def test_the_style_fades_every_colour_towards_its_paper(sprites: Sprites) -> Non
     assert picture.image.min(axis=(0, 1)) == pytest.approx(concepts.FADING * np.array(concepts.PAPER), abs=10)
 
 
-@pytest.mark.parametrize("where", [*world.PLAIN, *world.PLACES])
+@pytest.mark.parametrize("where", [*world.PLAIN, *PLACES])
 def test_the_style_is_told_from_plain_pictures_on_every_ground(where: str, sprites: Sprites) -> None:
     for seed in range(4):
         image = world.ground(np.random.default_rng(seed), where)

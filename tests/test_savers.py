@@ -9,11 +9,13 @@ from accelerate import cpu_offload
 from typer.testing import CliRunner
 
 from components import small_vae, tiny_pipeline
-from lora_compose.compose import cli as cli_module
 from lora_compose.compose.cli import app
-from lora_compose.compose.files import PLAYGROUND, read_pixels, read_record
-from lora_compose.compose.models import make, open_model
-from lora_compose.compose.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
+from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.generate import replay_command, run_command
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.savers import SAVERS, Saver, check_savers, enable_tiling, in_order, place
 from lora_compose.pipelines.scene import Concept, Run, Scene
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
@@ -114,7 +116,8 @@ def test_the_command_line_makes_the_same_picture_with_less(tmp_path: Path, monke
         opened.append(list(savers))
         return open_model(run, savers)
 
-    monkeypatch.setattr(cli_module, "open_model", remembered)
+    for command in (run_command, replay_command):
+        monkeypatch.setattr(command, "open_model", remembered)
     call("run", *what, *saving, "--out", tmp_path / "saving")
     plain, saved = (tmp_path / name / "0.png" for name in ("plain", "saving"))
     assert read_pixels(plain).tobytes() == read_pixels(saved).tobytes()

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_compose.compose.assets import playground_references
 from lora_compose.compose.evaluation.detectors import Detection, make_detector
 from lora_compose.compose.evaluation.encoders import Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crop, reference_crops, reference_files, squared
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, WindowsConfig, read_suite
+from lora_compose.compose.playground.assets import playground_references
 
 HALVES = {"bear": (0, 0, 64, 128), "car": (64, 0, 128, 128)}
 

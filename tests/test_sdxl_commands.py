@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 
 from components import random_lora, seeded, text_loras, tiny_xl_pipeline
 from lora_compose import Concept, Run, Scene
-from lora_compose.compose.check import check
+from lora_compose.compose.check.report import check
 from lora_compose.compose.cli import app
-from lora_compose.compose.models import make, open_model
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page.shelf import Choice, Shelf
-from lora_compose.compose.savers import Saver
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 

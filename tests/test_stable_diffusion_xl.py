@@ -26,8 +26,8 @@ from components import (
     xl_pipeline,
 )
 from lora_compose.attention import attention_layers
-from lora_compose.compose.architectures import SDXL
-from lora_compose.compose.counting import meta_unet
+from lora_compose.compose.benchmark.architectures import SDXL
+from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Switch
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline

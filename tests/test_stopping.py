@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from components import TINY, sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import Recorder, attention_layers, frozen, install, map_level, stopped_after
-from lora_compose.compose.memory import peak_memory
+from lora_compose.compose.benchmark.memory import peak_memory
 from reference import constant_gates, relative_error
 
 FP32: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}

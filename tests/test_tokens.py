@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.conditioning import TokenMasks, join_rows
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask

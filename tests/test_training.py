@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
 from lora_compose import ComposePipeline
-from lora_compose.compose import atomic
-from lora_compose.compose.assets import playground_references
 from lora_compose.compose.evaluation.command import free_port
-from lora_compose.compose.models import ModelError
-from lora_compose.compose.terminal import BAD_INPUT, FAILED
+from lora_compose.compose.files import atomic
+from lora_compose.compose.generate.models import ModelError
+from lora_compose.compose.playground.assets import playground_references
+from lora_compose.compose.support.terminal import BAD_INPUT, FAILED
 from lora_compose.compose.training import PRESETS, DivergedError, Stopped, TaraTraining, Training, train
 from lora_compose.compose.training.checkpoint import CheckpointError, FullError
 from lora_compose.compose.training.command import INTERRUPTED

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lora_compose.compose.assets import playground_references
+from lora_compose.compose.playground.assets import playground_references
 from lora_compose.compose.training.data import DataError, digest, load_picture, read_pictures, say_small, square
 from trainings import paint_folder
 

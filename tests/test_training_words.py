@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.words import Occurrence, Words, check_class_caption, find_concept, rows_of
 from lora_compose.pipelines.scene import Concept

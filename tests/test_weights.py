@@ -15,11 +15,12 @@ from torch import Tensor
 
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
 from lora_compose.attention import Gates, Lora, Recorder
-from lora_compose.compose.check import check
-from lora_compose.compose.cli import parse_concept
-from lora_compose.compose.files import read_record, read_scene, save_image, write_scene
-from lora_compose.compose.models import make
-from lora_compose.compose.replay import difference, remake, runnable
+from lora_compose.compose.check.report import check
+from lora_compose.compose.files.images import read_record, save_image
+from lora_compose.compose.files.scenes import read_scene, write_scene
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.options import parse_concept
+from lora_compose.compose.generate.replay import difference, remake, runnable
 from lora_compose.pipelines.conditioning import Conditioning
 from lora_compose.pipelines.engine import Engine
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Merge

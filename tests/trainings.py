@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from components import TINY, sd_unet, sdxl_unet, small_pipeline
-from lora_compose.compose.assets import playground_model
+from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.training import TaraTraining, Training
 
 SIDE = 32  # pixels of the training pictures

@@ -18,7 +18,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from lora_compose.compose.terminal import FAILED, bar, err, kindly, out, say
+from lora_compose.compose.support.terminal import FAILED, bar, err, kindly, out, say
 
 _EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
 

@@ -16,7 +16,7 @@ from lora_compose.compose.evaluation.report import marked, number
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES, compare
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.evaluation.table import METRICS, Evaluation, Metric, arm_names, by_scene_and_seed, load
-from lora_compose.compose.terminal import plain
+from lora_compose.compose.support.terminal import plain
 
 COMPARED = ("success", "region_min", "region", "leak", "swap", "clip_t")
 """What is compared between runs that measure in the same way."""

@@ -12,8 +12,8 @@ import transformers.utils.logging as transformers_logging
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from lora_compose.compose.assets import playground_judge
-from lora_compose.compose.files import PLAYGROUND, is_hub_name
+from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_judge
 
 logger = logging.getLogger(__name__)
 

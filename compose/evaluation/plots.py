@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from lora_compose.compose.evaluation.table import Metric
-from lora_compose.compose.terminal import plain
+from lora_compose.compose.support.terminal import plain
 
 _COLOURS = {"#010101": "var(--ink)", "#020202": "var(--faint)", "#030303": "var(--rule)", "#040404": "var(--accent)"}
 """Stand-ins for the colours of the page, because matplotlib knows no variables."""

@@ -22,7 +22,7 @@ from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
 from lora_compose.compose.evaluation.suite import Arm, SuiteScene, ZeroShotConfig, arms
 from lora_compose.compose.evaluation.table import MAIN, METRICS, Evaluation, Metric, load, role, summary
-from lora_compose.compose.terminal import plain
+from lora_compose.compose.support.terminal import plain
 
 MANY, SIDE, SMALL_SIDE = 400, 384, 192
 """From how many pictures on they are embedded smaller, and the longer side of few and of many, in pixels."""

@@ -18,9 +18,10 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_compose.attention.masks import Box
-from lora_compose.compose.atomic import write_whole
 from lora_compose.compose.evaluation.suite import Name, Suite
-from lora_compose.compose.files import FileError, Machine, read_pixels, read_record
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.files.images import Machine, read_pixels, read_record
+from lora_compose.compose.files.reading import FileError
 from lora_compose.pipelines.regular import sha256_of
 
 BATCHES = "batches"

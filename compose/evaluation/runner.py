@@ -16,8 +16,8 @@ from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from lora_compose.compose.atomic import write_whole
-from lora_compose.compose.counting import Counted, count_run
+from lora_compose.compose.benchmark.counting import Counted, count_run
+from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.evaluation.detectors import make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.planning import make_plan
@@ -37,24 +37,16 @@ from lora_compose.compose.evaluation.results import (
     read_made,
     read_scores,
     write,
-)  # fmt: skip
+)
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.suite import Batch, Suite, batches, run_of
-from lora_compose.compose.files import FileError, png_bytes, read_pixels
-from lora_compose.compose.memory import peak_memory
-from lora_compose.compose.models import (
-    MadeBatch,
-    choose_device,
-    load,
-    machine,
-    make_batch,
-    open_model,
-    rehearse,
-    resolve_settings,
-    scheduler_class,
-    size_of,
-    versions,
-)  # fmt: skip
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.files.images import png_bytes, read_pixels
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.generate.machine import choose_device, machine, versions
+from lora_compose.compose.generate.making import MadeBatch, load, make_batch, rehearse, resolve_settings, size_of
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)

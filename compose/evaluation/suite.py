@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from lora_compose.compose.assets import assets_dir
-from lora_compose.compose.files import FileError, local_source, read_as
-from lora_compose.compose.models import lora_source
-from lora_compose.compose.savers import Saver, check_savers, in_order
+from lora_compose.compose.files.paths import local_source
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.scenes import read_as
+from lora_compose.compose.playground.assets import assets_dir, lora_source
+from lora_compose.compose.support.savers import Saver, check_savers, in_order
 from lora_compose.pipelines.formats.files import LoraError, trained_with
 from lora_compose.pipelines.loading import find_file
 from lora_compose.pipelines.methods import make_method

@@ -34,7 +34,7 @@ from lora_compose.compose.evaluation.results import (
 )
 from lora_compose.compose.evaluation.statistics import bootstrap, compare
 from lora_compose.compose.evaluation.suite import SANITY, Suite, alone_name
-from lora_compose.compose.files import FileError
+from lora_compose.compose.files.reading import FileError
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lora_compose.compose.files import parse_value
+from lora_compose.compose.files.text import parse_value
 from lora_compose.pipelines.methods import METHODS, make_method
 
 Kind = Literal["choice", "switch", "whole", "number", "words", "yaml"]

@@ -3,17 +3,17 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lora_compose.compose.assets import assets_dir
-from lora_compose.compose.files import PLAYGROUND, complaints, read_scene
-from lora_compose.compose.models import scheduler_class
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.files.validation import complaints
+from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.shelf import Choice
+from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -205,11 +205,6 @@ def example() -> Draft:
         Choice(PLAYGROUND), scene.prompt, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
         seeds=(seed,),
     )  # fmt: skip
-
-
-def playground_loras() -> list[str]:
-    """Names of the playground's LoRAs."""
-    return sorted(path.stem for path in Path(assets_dir() / "playground" / "loras").glob("*.safetensors"))
 
 
 def _unboxed(concept: Concept) -> Concept:

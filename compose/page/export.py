@@ -6,8 +6,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_compose.compose.files import parse_value, write_scene
-from lora_compose.compose.savers import Saver
+from lora_compose.compose.files.scenes import write_scene
+from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.scene import Run, Scene
 
 
@@ -55,12 +56,12 @@ def python(run: Run, savers: Sequence[Saver] = ()) -> str:
                        scene.concepts)  # fmt: skip
     fields = run.model_dump(exclude={"scene"}, exclude_none=True)
     lines = "".join(f"    {name}={dict(value) if name == 'settings' else value!r},\n" for name, value in fields.items())
-    known = "from lora_compose.compose.savers import Saver\n" if savers else ""
+    known = "from lora_compose.compose.support.savers import Saver\n" if savers else ""
     opened = [f"[{', '.join(f'Saver.{saver.name}' for saver in savers)}]"] if savers else []
     return (
         "from lora_compose import Concept, Run, Scene\n"
         "from lora_compose.compose.files import save_image\n"
-        f"from lora_compose.compose.models import make, open_model\n{known}\n"
+        f"from lora_compose.compose.generate import make, open_model\n{known}\n"
         "scene = Scene(\n"
         f"    prompt={scene.prompt!r},\n"
         f"    negative_prompt={scene.negative_prompt!r},\n"

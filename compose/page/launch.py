@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.terminal import kindly, say
+from lora_compose.compose.support.terminal import kindly, say
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_compose.compose.files import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.pipelines.scene import Run, Scene
 
 SUITE = "playground-quick"

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lora_compose.compose.models import lora_source, open_model
-from lora_compose.compose.savers import OFFLOADS, Saver
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import lora_source
+from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LIMIT = 2

@@ -13,11 +13,12 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_compose.compose.assets import playground_lora, playground_references
-from lora_compose.compose.files import PLAYGROUND, FileError, Record, is_hub_name, read_pixels, record_in
-from lora_compose.compose.overlay import PALETTE
-from lora_compose.compose.page.draft import playground_loras
+from lora_compose.compose.figures.overlay import PALETTE
+from lora_compose.compose.files.images import Record, read_pixels, record_in
+from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_loras, playground_references
 from lora_compose.pipelines.loading import LoraError, LoraFile, find_file, read_lora
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept

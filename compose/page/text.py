@@ -3,7 +3,7 @@
 import html
 import re
 
-from lora_compose.compose.terminal import plain
+from lora_compose.compose.support.terminal import plain
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~:$&@=^/])")
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora_compose.compose.overlay import colour
+from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.text import markup
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.tokens import Positions, check_disjoint, find_words, locate

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lora_compose.compose.models import Attention, Made, make_batch
+from lora_compose.compose.figures.overlay import Attention
+from lora_compose.compose.generate.making import Made, make_batch
 from lora_compose.compose.page.shelf import Slot, Stopped
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.scene import Run
@@ -51,7 +52,7 @@ class Picture:
 
 
 class Job:
-    """Pictures to be made one after the other, each as `lora_compose.compose.models.make` makes it.
+    """Pictures to be made one after the other, each as `lora_compose.compose.generate.make` makes it.
 
     Args:
         slot: The model.

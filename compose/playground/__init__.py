@@ -1,1 +1,1 @@
-"""How the playground was made: its world of emoji, and the models trained on it."""
+"""The playground: a small model with concepts and a judge, as it is used. How it is made is told in `recipe`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.compose.atomic import write_whole
+from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.training.settings import Training
 
 _VERSION = 2

@@ -10,8 +10,8 @@ import torch
 import typer
 from pydantic import ValidationError
 
-from lora_compose.compose.files import complaints
-from lora_compose.compose.terminal import FAILED, bar, err, kindly, say
+from lora_compose.compose.files.validation import complaints
+from lora_compose.compose.support.terminal import FAILED, bar, err, kindly, say
 from lora_compose.compose.training.settings import PRESETS, TaraTraining, Training
 
 INTERRUPTED = 130

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from torch import nn
 
-from lora_compose.compose.atomic import write_whole
-from lora_compose.compose.models import threads
-from lora_compose.compose.precision import cpu_has_bf16
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.generate.machine import threads
+from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.compose.training.batches import Batches, batches_of
 from lora_compose.compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
 from lora_compose.compose.training.learner import Batch, Learner, Losses, Weights

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lora_compose.compose.files import PLAYGROUND
-from lora_compose.compose.models import ModelError, model_source
+from lora_compose.compose.generate.models import ModelError, model_source
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.training.settings import SCOPES, Training
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save
 
-from lora_compose.compose.files import PLAYGROUND, PLAYGROUND_TITLE
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE
+from lora_compose.compose.support.version import __version__
 from lora_compose.compose.training.model import ADAPTER
 from lora_compose.compose.training.settings import Training
-from lora_compose.compose.version import __version__
 
 _SD2_TEXT = 1024  # channels of the text that Stable Diffusion 2.x reads
 _PATHS = {"pictures", "out", "class_pictures"}  # they would tell the user's name, and mean nothing elsewhere

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from lora_compose.compose.files import save_image
+from lora_compose.compose.files.images import save_image
 from lora_compose.compose.training.batches import generator
 from lora_compose.compose.training.data import SUFFIXES
 from lora_compose.compose.training.focus import Focus

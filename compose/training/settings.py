@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from lora_compose.compose.files import PLAYGROUND
-from lora_compose.compose.playground.world import BASE_CLASSES, PLACES
-from lora_compose.compose.precision import cpu_has_bf16
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
+from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.tokens import find_words
 

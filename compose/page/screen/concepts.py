@@ -7,7 +7,7 @@ from pathlib import Path
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from lora_compose.compose.overlay import colour
+from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, Row, Visit, checking, discard

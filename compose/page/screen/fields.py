@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 from pydantic import ValidationError
 
-from lora_compose.compose.files import complaints
+from lora_compose.compose.files.validation import complaints
 from lora_compose.compose.page.boxes import fitted
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.draft import Draft, read_seeds

@@ -6,8 +6,9 @@ import streamlit as st
 from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from lora_compose.compose.files import FileError, Record, read_pixels, read_record, save_image
-from lora_compose.compose.models import devices
+from lora_compose.compose.files.images import Record, read_pixels, read_record, save_image
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.draft import draft_of
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import take_over

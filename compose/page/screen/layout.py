@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 from streamlit.components.v2 import component
 
-from lora_compose.compose.overlay import colour
+from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.boxes import TEMPLATES, fitted, template
 from lora_compose.compose.page.draft import SIDES
 from lora_compose.compose.page.screen import fields

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from lora_compose.compose.models import scheduler_names
+from lora_compose.compose.generate.schedulers import scheduler_names
 from lora_compose.compose.page.controls import Control, changed, controls, sentence
 from lora_compose.compose.page.draft import MOST_STEPS
 from lora_compose.compose.page.screen import fields

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import streamlit as st
 
-from lora_compose.compose.files import PLAYGROUND, is_hub_name
-from lora_compose.compose.models import devices
+from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import Visit, choose_model
 from lora_compose.compose.page.shelf import Choice
 from lora_compose.compose.page.text import markdown
-from lora_compose.compose.savers import SAVERS, Saver, in_order
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.savers import SAVERS, Saver, in_order
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
 _OWN = "A folder or a hub repository"

@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from lora_compose.compose.overlay import colour
+from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.draft import MOST_TEXT
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import Visit

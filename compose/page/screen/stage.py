@@ -2,8 +2,8 @@
 
 import streamlit as st
 
-from lora_compose.compose.check import Report
-from lora_compose.compose.overlay import outlined
+from lora_compose.compose.check.report import Report
+from lora_compose.compose.figures.overlay import outlined
 from lora_compose.compose.page import export
 from lora_compose.compose.page.draft import Draft, check_canvas
 from lora_compose.compose.page.screen import fields

@@ -1,6 +1,5 @@
 """What is kept between two looks at the screen: by everybody (open models), and by one visit (everything else)."""
 
-import atexit
 import logging
 import threading
 from collections.abc import Iterable, Iterator
@@ -9,23 +8,22 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import streamlit as st
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from lora_compose.compose.check import Report, check
-from lora_compose.compose.files import png_bytes
-from lora_compose.compose.page.draft import Draft, example
+from lora_compose.compose.check.report import Report, check
+from lora_compose.compose.files.images import png_bytes
+from lora_compose.compose.page.draft import Draft
 from lora_compose.compose.page.launch import Options, options
-from lora_compose.compose.page.leaving import Visits
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
 from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot
 from lora_compose.compose.page.store import Lora, Store
 from lora_compose.compose.page.work import Job, Picture
+from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.loading import LoraError
-from lora_compose.pipelines.scene import Concept, Run
+from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)
 
@@ -206,22 +204,6 @@ class Visit:
         return self._likeness[picture.key]
 
 
-def visit() -> Visit:
-    """This visit; a new one begins with the example."""
-    from lora_compose.compose.page.screen import fields
-
-    before: Visit | None = st.session_state.get("visit")
-    if before is None or before.closed:
-        draft, session = example(), _session()
-        new = Visit(Store(), shelf().open(draft.choice), options(), _session=session)
-        _VISITS.add(session, new)
-        st.session_state["visit"] = new
-        fields.fill(new, draft, {concept.name: _known(concept) for concept in draft.concepts})
-    if before is not None and before.closed:
-        st.toast("You were away, so your files and pictures have been deleted. This is a new start.")
-    return st.session_state["visit"]
-
-
 @contextmanager
 def checking(patience: float) -> Iterator[None]:
     """One file or check at a time, whoever it is for.
@@ -248,16 +230,6 @@ def discard(files: Iterable[Any]) -> None:
             context.uploaded_file_mgr.remove_file(session_id=context.session_id, file_id=file.file_id)
 
 
-def _session() -> str:
-    context = get_script_run_ctx()
-    return context.session_id if context is not None else ""
-
-
-def _has_browser(session: str) -> bool:
-    """Whether a session is connected; the sessions of tests have no server that could tell."""
-    return not runtime.exists() or runtime.get_instance().is_active_session(session)
-
-
 def _forget(session: str) -> None:
     """Removes what Streamlit has in memory of a session's uploads and pictures; it may keep them for much longer."""
     if runtime.exists():
@@ -265,10 +237,6 @@ def _forget(session: str) -> None:
         server.uploaded_file_mgr.remove_session_files(session)
         server.media_file_mgr.clear_session_refs(session)
         server.media_file_mgr.remove_orphaned_files()
-
-
-_VISITS = Visits(_has_browser)
-atexit.register(_VISITS.end)
 
 
 def choose_model(here: Visit, choice: Choice) -> None:
@@ -280,18 +248,10 @@ def choose_model(here: Visit, choice: Choice) -> None:
     here.slot = shelf().open(choice)
 
 
-def _known(concept: Concept) -> Lora:
-    from lora_compose.compose.page.store import named
-
-    return named(concept.lora or "")
-
-
 def _fit(slot: Slot, lora: Lora, alpha: float | None) -> tuple[str, str]:
     concept = lora.concept("it").model_copy(update={"alpha": alpha})
     with checking(_PATIENCE), slot.turn((), wait=False) as pipe:
         try:
-            from lora_compose.compose.models import lora_source
-
             found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
         except (LoraError, OSError) as error:
             return "", str(error)

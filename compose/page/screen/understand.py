@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from lora_compose.compose.overlay import heat, masks
+from lora_compose.compose.figures.overlay import heat, masks
 from lora_compose.compose.page.screen.state import Visit
 from lora_compose.compose.page.text import markdown
 

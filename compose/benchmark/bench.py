@@ -1,0 +1,309 @@
+"""What methods cost next to the plain pipeline: rows, FLOPs and memory worked out; seconds, memory, swaps measured."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from diffusers import AutoencoderKL
+from rich.box import SIMPLE
+from rich.table import Table
+
+from lora_compose.compose.benchmark import counting
+from lora_compose.compose.benchmark.architectures import (
+    ARCHITECTURES,
+    TRIGGERS,
+    VAE,
+    attention_lora,
+    columns,
+    with_lora,
+)
+from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
+from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
+from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
+from lora_compose.compose.generate.options import parse_settings
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
+from lora_compose.compose.support.terminal import bar, kindly, out, say
+from lora_compose.pipelines.methods import METHODS, make_method
+
+GUIDANCE = 5.0
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class CountedRow:
+    """A method's cost on an architecture, and the plain pipeline's."""
+
+    architecture: str
+    method: str
+    concepts: int
+    cost: Counted
+    plain: Counted
+
+
+@dataclass(frozen=True)
+class PeakRow:
+    """What a method needs in memory on an architecture, as it is and with gradient checkpointing.
+
+    Attributes:
+        architecture: Its name.
+        method: Name of the method; None is the plain pipeline.
+        concepts: How many take part.
+        peak: As it is.
+        checkpointed: With gradient checkpointing; None where there are no gradients.
+    """
+
+    architecture: str
+    method: str | None
+    concepts: int
+    peak: Peak
+    checkpointed: Peak | None
+
+
+@dataclass(frozen=True)
+class TimedRow:
+    """A method's seconds and memory on a model, and the plain pipeline's memory."""
+
+    method: str
+    concepts: int
+    time: Timed
+    peak_bytes: int
+    plain_peak_bytes: int
+
+
+@kindly(logging.ERROR)
+def bench(
+    methods: Annotated[list[str] | None, typer.Option("--method", help="A method; repeatable. All by default.")] = None,
+    concepts: Annotated[
+        list[int] | None,
+        typer.Option("--concepts", "-n", help="How many concepts; repeatable.", min=1, max=len(TRIGGERS)),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the methods, repeatable: fuse=branches")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count rows and FLOPs, for SD 1.5 and SDXL; the default.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Work out the memory that SD 1.5 and SDXL need in half precision.")
+    ] = False,
+    time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Measure how long it takes to read a LoRA file, and to swap one for another.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="What is timed: playground, a folder, a file, or a hub repository.")
+    ] = PLAYGROUND,
+    device: Annotated[str, typer.Option(help="Where to time.")] = "cpu",
+    savers: Annotated[
+        list[Saver] | None, typer.Option("--save-memory", help="What is timed saves memory, repeatable.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs of runs that are timed.", min=1)] = 7,
+    to: Annotated[Path | None, typer.Option("--json", help="A file for the numbers of the tables.")] = None,
+) -> None:
+    """Says what methods cost, next to the plain pipeline; each concept has a random LoRA of rank 8 on all attention."""
+    cells = [(name, number) for name in methods or METHODS for number in concepts or (1, 2, 4, 8)]
+    given = parse_settings(settings or [])
+    for name, _ in cells:
+        make_method(name, given)
+    if savers and not time:
+        raise ValueError("--save-memory is for what is timed: give --time with it (--memory shows both ways by itself)")
+    saving = in_order(savers or ())
+    check_savers(saving, device)
+    numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": given}
+    if count or not (memory or time or swap):
+        counted = count_cells(cells, steps, given)
+        out.print(counts_table(counted, steps))
+        numbers["counted"] = [asdict(row) for row in counted]
+    if memory:
+        peaks = peak_cells(cells, steps, given)
+        out.print(peaks_table(peaks, steps))
+        numbers["peaks"] = [asdict(row) for row in peaks]
+        numbers["decoding"] = decoding = decoding_bytes_by_architecture()
+        for name, (whole, tiled) in decoding.items():
+            say(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
+    if time:
+        timed = time_cells(cells, Job(model, device, steps, settings=given, savers=saving), pairs)
+        what = [f"{model} on {device}", *saving, f"{steps} steps", f"{pairs} interleaved pairs"]
+        out.print(times_table(timed, ", ".join(what)))
+        numbers |= {
+            "model": model,
+            "save_memory": saving,
+            "device": device,
+            "pairs": pairs,
+            "timed": [asdict(row) for row in timed],
+        }
+    if swap:
+        swaps = measure_swaps(device)
+        out.print(swaps_table(swaps, device))
+        numbers["swaps"] = asdict(swaps)
+    if to is not None:
+        to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        say(to)
+
+
+def count_cells(
+    cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
+) -> list[CountedRow]:
+    """Counts methods with so many concepts on every architecture."""
+    rows = []
+    with bar("counting", len(ARCHITECTURES) * len(cells)) as on_progress:
+        for architecture, config in ARCHITECTURES.items():
+            unet = counting.meta_unet(config)
+            side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
+            plain = counting.count(unet, (), None, steps, GUIDANCE, (side, side))
+            for method, number in cells:
+                concepts = with_lora(columns(number, side, side), lora)
+                cost = counting.count(unet, concepts, make_method(method, settings), steps, GUIDANCE, (side, side))
+                rows.append(CountedRow(architecture, method, number, cost, plain))
+                on_progress(len(rows))
+    return rows
+
+
+def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
+    """UNet rows of an image, and FLOPs relative to the plain pipeline's."""
+    plain = {row.architecture: row.plain for row in rows}
+    whole = ", ".join(f"{cost.flops / 1e12:.0f} TFLOP on {name}" for name, cost in plain.items())
+    table = _table(
+        f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
+        f"({whole}), and those before the first step in plain steps. UNet rows, those of passes that stop early, and "
+        "backward",
+        ["method", "N", "rows", "stopped", "back", *(header for name in plain for header in (name, "before"))],
+    )
+    table.add_row("plain", "0", *_rows(next(iter(plain.values()))), *["1.000", "-"] * len(plain))
+    cells: dict[tuple[str, int], list[CountedRow]] = {}
+    for row in rows:
+        cells.setdefault((row.method, row.concepts), []).append(row)
+    for (method, number), found in cells.items():
+        ratios = [text for row in found for text in _ratios(row, steps)]
+        table.add_row(method, str(number), *_rows(found[0].cost), *ratios)
+    return table
+
+
+def peak_cells(
+    cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
+) -> list[PeakRow]:
+    """Works out the memory of the plain pipeline and of methods with so many concepts, on every architecture."""
+    rows, every = [], [(None, 0), *cells]
+    with bar("working out", len(ARCHITECTURES) * len(every)) as on_progress:
+        for architecture, config in ARCHITECTURES.items():
+            unet = counting.meta_unet(config).half()
+            side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
+            for method, number in every:
+                concepts = with_lora(columns(number, side, side), lora)
+                made = None if method is None else make_method(method, settings)
+                call = unet, concepts, made, steps, GUIDANCE, (side, side)
+                kept = peak(*call)
+                again = peak(*call, gradient_checkpointing=True) if kept.updates else None
+                rows.append(PeakRow(architecture, method, number, kept, again))
+                on_progress(len(rows))
+    return rows
+
+
+def decoding_bytes_by_architecture() -> dict[str, tuple[int, int]]:
+    """What decoding a picture takes in float32, whole and in tiles, VAE included."""
+    found = {}
+    for name, config in ARCHITECTURES.items():
+        side = config["sample_size"] * 8
+        with counting.META:
+            vae = AutoencoderKL(**VAE, sample_size=side).eval()
+        whole = decoding_bytes(vae, (side, side))
+        enable_tiling(vae)
+        found[name] = whole, decoding_bytes(vae, (side, side))
+    return found
+
+
+def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
+    """GiB as it is and with gradient checkpointing, and what that costs."""
+    names = list(dict.fromkeys(row.architecture for row in rows))
+    table = _table(
+        f"Worked out: GiB of UNet, LoRAs and passes in half precision, one image, {steps} steps with guidance; then "
+        "with gradient checkpointing, and the operations of the call with it to those without",
+        ["method", "N", *(header for name in names for header in (name, "checkp.", "more"))],
+    )
+    cells: dict[tuple[str, int], list[PeakRow]] = {}
+    for row in rows:
+        cells.setdefault((row.method or "plain", row.concepts), []).append(row)
+    for (method, number), found in cells.items():
+        table.add_row(method, str(number), *(text for row in found for text in _gibibytes(row)))
+    return table
+
+
+def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list[TimedRow]:
+    """Times methods with so many concepts in this process, then measures the memory of each in a process of its own."""
+    most = max(number for _, number in cells)
+    pipe = open_with_concepts(replace(plain, concepts=most))
+    with bar("measuring", 2 * len(cells) + 1) as on_progress:
+        times: list[Timed] = []
+        for method, number in cells:
+            times.append(time_pairs(pipe, make_method(method, plain.settings), number, plain.steps, pairs))
+            on_progress(len(times))
+        del pipe
+        peaks = []
+        for method, number in ((None, 0), *cells):
+            peaks.append(peak_bytes(replace(plain, method=method, concepts=number)))
+            on_progress(len(times) + len(peaks))
+    measured = zip(cells, times, peaks[1:], strict=True)
+    return [TimedRow(method, number, time, peak, peaks[0]) for (method, number), time, peak in measured]
+
+
+def times_table(rows: Sequence[TimedRow], what: str) -> Table:
+    """Seconds of whole calls and the peak of the memory, as ratios to the plain pipeline."""
+    table = _table(
+        f"Measured: {what}; seconds of whole calls without decoding, of those before the first step, ratio to the "
+        "plain pipeline pair by pair; peak of the memory, model included",
+        ["method", "N", "plain s", "s", "before", "ratio", "min..max", "MiB", "ratio"],
+    )
+    table.add_row("plain", "0", *"-----", f"{rows[0].plain_peak_bytes / MIB:.0f}", "1.000")
+    for row in rows:
+        time, memory = row.time, row.peak_bytes / row.plain_peak_bytes
+        table.add_row(
+            row.method, str(row.concepts), f"{time.plain_seconds:.2f}", f"{time.seconds:.2f}",
+            f"{time.preparation_seconds:.2f}", f"{time.ratio:.3f}", f"{time.ratio_min:.2f}..{time.ratio_max:.2f}",
+            f"{row.peak_bytes / MIB:.0f}", f"{memory:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def swaps_table(swaps: Swaps, device: str) -> Table:
+    """Milliseconds by file."""
+    table = _table(
+        f"Measured: LoRA files of rank {RANK} for SD 1.5, {swaps.file_bytes / MIB:.1f} MiB each, on {device}; "
+        "milliseconds by file. The last row is part of every call, whatever was used before",
+        ["what", "ms"],
+    )
+    table.add_row("made known by its header", f"{swaps.adding:.2f}")
+    table.add_row("first named: read, checked, matched", f"{swaps.reading:.1f}")
+    table.add_row("named again, in place of another", f"{swaps.swapping:.2f}")
+    table.add_row("put into the model and taken out", f"{swaps.installing:.1f}")
+    return table
+
+
+def _table(title: str, headers: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE)
+    for header in headers:
+        table.add_column(header, justify="left" if header in ("method", "what") else "right", no_wrap=True)
+    return table
+
+
+def _rows(cost: Counted) -> tuple[str, str, str]:
+    stopped, backward = (f"{rows:g}" if rows else "-" for rows in (cost.rows_stopped, cost.rows_backward))
+    return f"{cost.rows_forward:g}", stopped, backward
+
+
+def _ratios(row: CountedRow, steps: int) -> tuple[str, str]:
+    plain = row.plain.flops
+    return f"{row.cost.flops / plain:.3f}", f"{row.cost.preparation_flops * steps / plain:.3f}"
+
+
+def _gibibytes(row: PeakRow) -> tuple[str, str, str]:
+    kept, again = row.peak, row.checkpointed
+    if again is None:
+        return f"{kept.peak_bytes / GIB:.1f}", "-", "-"
+    return f"{kept.peak_bytes / GIB:.1f}", f"{again.peak_bytes / GIB:.1f}", f"{again.flops / kept.flops:.2f}"

@@ -1,0 +1,108 @@
+"""What a call needs in memory on models of full size: run without numbers, so that no such device has to be at hand.
+
+UNet, LoRAs and all that passes leave behind are counted, and by itself what decoding takes. Text encoders are not,
+which `enable_model_cpu_offload` keeps away meanwhile, nor what a device's libraries and its allocator take.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from lora_compose.attention.sites import Grid
+from lora_compose.compose.benchmark.counting import count
+from lora_compose.compose.benchmark.memory import PeakMemory, meta_memory
+from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.methods import Settings
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one call needs.
+
+    Attributes:
+        peak_bytes: The most that lives at once, UNet included.
+        flops: Operations of the whole call.
+        updates: Whether there are passes with a gradient.
+    """
+
+    peak_bytes: int
+    flops: int
+    updates: bool
+
+
+def peak(
+    unet: UNet2DConditionModel,
+    concepts: Sequence[LoadedConcept],
+    settings: Settings | None,
+    steps: int,
+    guidance_scale: float,
+    image_size: Grid,
+    *,
+    gradient_checkpointing: bool = False,
+    tokens: int = 77,
+) -> Peak:
+    """Works out the memory of a call on a device with fused attention.
+
+    Args, errors: as for `count`; the UNet is in the precision of the call. With `gradient_checkpointing`, passes with a
+    gradient compute their activations twice instead of keeping them.
+    """
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, context_fn=_recomputing))
+    memory = meta_memory([*unet.parameters(), *unet.buffers()])
+    watched = _watched(memory)
+    try:
+        counted = count(unet, concepts, settings, steps, guidance_scale, image_size, tokens=tokens, watched=watched)
+    finally:
+        unet.disable_gradient_checkpointing()
+    return Peak(memory.peak_bytes, counted.flops, counted.rows_backward > 0)
+
+
+def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
+    """The most that lives at once while one picture is decoded, VAE included.
+
+    Args:
+        vae: On the meta device, in the precision of decoding.
+        image_size: Height and width in pixels.
+    """
+    scale = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    grid = image_size[0] // scale, image_size[1] // scale
+    latents = torch.empty(1, vae.config["latent_channels"], *grid, device="meta", dtype=vae.dtype)
+    memory = meta_memory([*vae.parameters(), *vae.buffers()])
+    with torch.no_grad(), _watched(memory):
+        vae.decode(latents)  # pyright: ignore[reportArgumentType]
+    return memory.peak_bytes
+
+
+def _recomputing() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a block and around its recomputation, which PyTorch runs without the modes of functions that are on."""
+    return nullcontext(), _FusedAttention()
+
+
+@contextmanager
+def _watched(memory: PeakMemory) -> Iterator[None]:
+    with _FusedAttention(), memory:
+        yield
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as devices compute it: on the meta device PyTorch would keep the matrix of all its weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _fused(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
+    if given.get("attn_mask") is not None:
+        return F.scaled_dot_product_attention(query, key, value, **given)
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]

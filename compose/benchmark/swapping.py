@@ -1,0 +1,102 @@
+"""How long it takes to make LoRA files known, to read one, and to swap one in memory for another."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import save_file
+from torch import nn
+
+from lora_compose.attention import Site, backbone_of, install, installed_layers
+from lora_compose.compose.benchmark.architectures import without_weights
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.loading import Factors
+
+RANK = 16
+_FILES = 4
+_ADAPTED = (".to_q", ".to_k", ".to_v", ".to_out.0", ".ff.net.0.proj", ".ff.net.2", "q_proj", "k_proj", "v_proj",
+            "out_proj", ".fc1", ".fc2")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Medians, in milliseconds by file.
+
+    Attributes:
+        file_bytes: How large a file is.
+        adding: Making it known by its header.
+        reading: The first call that names it: reading, checking, matching.
+        swapping: Every further one, while it is in memory.
+        installing: Putting it into UNet and text encoder and taking it out, as every call does.
+    """
+
+    file_bytes: int
+    adding: float
+    reading: float
+    swapping: float
+    installing: float
+
+
+def measure_swaps(device: str = "cpu", repeats: int = 5) -> Swaps:
+    """Measures with the architecture of SD 1.5 and LoRAs of rank 16 on all linear layers of its blocks, in float16.
+
+    The model has no weights, which none of this needs.
+    """
+    parts = without_weights("SD 1.x")
+    nothing: Any = None
+    scheduler: Any = DDIMScheduler(steps_offset=1, clip_sample=False)
+    pipe = ComposeStableDiffusionPipeline(
+        nothing, parts.text_encoder, nothing, parts.unet, scheduler, nothing, nothing, requires_safety_checker=False
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        size = _write_files(pipe, Path(folder))
+        adding = _milliseconds(lambda: pipe.add_concepts(folder)) / _FILES
+
+        def named(name: str) -> float:
+            return _milliseconds(lambda: pipe.resolve_concepts([name]))
+
+        reading = [named(name) for name in pipe.concepts]
+        swapping = [named(name) for _ in range(repeats) for name in pipe.concepts]
+        loaded = pipe.resolve_concepts([*pipe.concepts])
+    installing = [_milliseconds(partial(_install, pipe, found.factors, device)) for found in loaded * repeats]
+    return Swaps(size, adding, *map(statistics.median, (reading, swapping, installing)))
+
+
+def _write_files(pipe: Any, folder: Path) -> int:
+    """Writes LoRAs with random numbers, and says how many bytes one has."""
+    generator = torch.Generator().manual_seed(0)
+    path = folder / "none"
+    for i in range(_FILES):
+        path = folder / f"{i}.safetensors"
+        tensors = {}
+        for part in ("unet", "text_encoder"):
+            for name, module in getattr(pipe, part).named_modules():
+                if isinstance(module, nn.Linear) and f".{name}".endswith(_ADAPTED):
+                    down, up = (RANK, module.in_features), (module.out_features, RANK)
+                    for side, shape in (("lora_A", down), ("lora_B", up)):
+                        tensors[f"{part}.{name}.{side}.weight"] = torch.randn(shape, generator=generator).half()
+        save_file(tensors, path)
+    return path.stat().st_size
+
+
+def _install(pipe: Any, factors: Factors, device: str) -> None:
+    to: dict[str, Any] = {"device": torch.device(device), "dtype": torch.float16}
+    text = {name: Site("text") for name, _ in pipe.text_encoder.named_modules()}
+    with (
+        installed_layers(pipe.text_encoder, [factors.text_encoders["text_encoder"]], text, **to) as installation,
+        install(backbone_of(pipe.unet), [factors.denoiser], **to),
+    ):
+        next(iter(installation.bank.values())).A.sum().item()  # waits for the device
+
+
+def _milliseconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)

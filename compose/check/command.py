@@ -1,0 +1,50 @@
+"""`lora-compose check`: what a scene would do, without making an image."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_compose.compose.check.report import check as check_run
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.generate.options import (
+    GuidanceOption,
+    MethodOption,
+    ModelOption,
+    SetOption,
+    StepsOption,
+    parse_settings,
+    run_of,
+)
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.terminal import BAD_INPUT, kindly, say
+
+
+@kindly(logging.ERROR)
+def check(
+    scene: Annotated[Path, typer.Argument(help="A scene file, YAML or JSON.")],
+    model: ModelOption = PLAYGROUND,
+    method: MethodOption = None,
+    settings: SetOption = None,
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = 5.0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; chosen if not given.")] = None,
+) -> None:
+    """Says what of a scene matches the model and what it costs, and lists every problem, without making a picture."""
+    report = check_run(
+        run_of(
+            scene=read_scene(scene), model=model, method=method, settings=parse_settings(settings or []), steps=steps,
+            guidance_scale=guidance, device=device,
+        )
+    )  # fmt: skip
+    wide = max(len(label) for label, _ in report.facts)
+    for label, text in report.facts:
+        say(f"{label:{wide}}  {text}")
+    for note in report.notes:
+        say(f"note: {note}", style="yellow")
+    for problem in report.problems:
+        say(f"problem: {problem}", style="red")
+    if report.problems:
+        raise typer.Exit(BAD_INPUT)
+    say("no problems", style="green")

@@ -1,0 +1,201 @@
+"""What a run would do, without denoising: which words and layers match, what it costs, and everything that is wrong."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lora_compose.compose.benchmark.counting import count_run
+from lora_compose.compose.generate.making import load, rehearse, resolve_settings, size_of
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.schedulers import scheduler_of
+from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.concept_set import LoadedConcept, check_blocks
+from lora_compose.pipelines.loading import find_file, read_lora
+from lora_compose.pipelines.methods import Settings, name_of
+from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.scene import Concept, Run, check_region
+from lora_compose.pipelines.tokens import Positions, check_disjoint, locate
+from lora_compose.pipelines.weights import blocks_text, weight_text
+from lora_compose.pipelines.words import Expanding
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        facts: Label and text, in the order to be shown.
+        notes: What one should know, although it is no mistake.
+        problems: What would make the run fail; empty if it can run.
+    """
+
+    facts: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def check(run: Run, pipe: Any = None) -> Report:
+    """Looks at everything that a run needs and collects all problems, not only the first.
+
+    Args:
+        run: What is to be made.
+        pipe: The run's model, if it is open already.
+    """
+    facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
+    problems: list[str] = []
+    with _heard() as heard:
+        # An unknown method does not keep the rest from being looked at.
+        if pipe is None:
+            pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
+        if pipe is None:
+            for concept in run.scene.concepts:
+                facts += _attempt(problems, _file_facts, concept) or []
+        else:
+            facts += _facts(pipe, run, problems)
+    # A method that was not asked for comes with the reason for the choice: "method: tara, because ..."
+    chosen = [record.getMessage() for record in heard if record.name == "lora_compose.pipelines.methods"]
+    facts = [
+        (label, chosen[0].removeprefix("method: ") if label == "method" and chosen else text) for label, text in facts
+    ]
+    notes = [record.getMessage() for record in heard if record.levelno >= logging.WARNING]
+    return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)))
+
+
+def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
+    loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
+    tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
+    tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
+    facts = [("tokens", _tokens(tokenizer, run.scene.prompt))]
+    width, height = size_of(pipe, run.scene)
+    places: list[tuple[Concept, Positions]] = []
+    for concept, found in zip(run.scene.concepts, loaded, strict=True):
+        facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
+        known = concept if found is None else found.concept
+        _attempt(problems, check_region, known, width, height)
+        if found is not None:
+            _attempt(problems, check_blocks, found, pipe.unet)
+        place = _attempt(problems, locate, tokenizer, run.scene.prompt, known) if known.trigger else None
+        facts.append((f"{known.name}: words", _words(known, place)))
+        places += [(known, place)] if place else []
+    _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], run.scene.prompt)
+    settings = None
+    if all(loaded) or run.method is not None:
+        settings = _attempt(problems, resolve_settings, pipe, run, [found for found in loaded if found])
+    if not problems:
+        _attempt(problems, rehearse, pipe, run)
+    cost = None if problems else _attempt(problems, _cost, pipe, run, settings, loaded)
+    return [
+        *facts,
+        ("method", name_of(settings)[0] if settings else "none"),
+        ("size", f"{width} x {height} pixels"),
+        ("cost", cost or "not known"),
+    ]
+
+
+def _file_facts(concept: Concept) -> list[tuple[str, str]]:
+    if concept.lora is None:
+        raise ValueError(f"concept {concept.name!r} names no LoRA; give it `lora`, a file or a hub repository")
+    file = read_lora(find_file(lora_source(concept.lora)))
+    return [(f"{concept.name}: file", f"{concept.lora}, SHA-256 {file.sha256}")]
+
+
+def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
+    concept, factors, file = found.concept, found.factors, found.file
+    trained = f", trained with {found.trained_with}" if found.trained_with else ""
+    facts = [
+        (f"{concept.name}: file", f"{file.path}, SHA-256 {file.sha256}{trained}" if file else "a loaded adapter"),
+        (f"{concept.name}: layers", factors.report.partition(";")[0]),
+    ]
+    if factors.unmatched:
+        facts.append((f"{concept.name}: left out", f"{len(factors.unmatched)} keys: {', '.join(factors.unmatched)}"))
+    if concept.region is not None:
+        facts.append((f"{concept.name}: region", _region(concept.region)))
+    if concept.is_style:
+        facts.append((f"{concept.name}: role", "style, everywhere"))
+    facts.append((f"{concept.name}: weight", weight_text(concept.weight)))
+    return [*facts, (f"{concept.name}: blocks", blocks_text(concept.blocks))] if concept.blocks else facts
+
+
+def _region(region: tuple[int, int, int, int] | str) -> str:
+    if isinstance(region, str):
+        return f"mask {region}"
+    left, top, right, bottom = region
+    return f"{left} to {right} across, {top} to {bottom} down"
+
+
+def _words(concept: Concept, place: Positions | None) -> str:
+    if not concept.trigger:
+        return "no trigger given, so " + ("it acts on all" if concept.is_style else "no token belongs to it")
+    if place is None:
+        return f"the trigger {concept.trigger!r} was not found"
+    words = f"trigger {concept.trigger!r} at token {_listed(place.trigger)}"
+    if not concept.class_word:
+        return f"{words}; no class word given"
+    if not place.class_word:
+        return f"{words}; the class word {concept.class_word!r} does not follow it"
+    return f"{words}; class word {concept.class_word!r} at token {_listed(place.class_word)}"
+
+
+def _listed(positions: Sequence[int]) -> str:
+    return ", ".join(map(str, positions))
+
+
+def _tokens(tokenizer: Expanding, prompt: str) -> str:
+    """The prompt as the model reads it, with positions; position 0 is the start token."""
+    ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    limit = tokenizer.model_max_length - 2
+    pieces = [piece.removesuffix("</w>") for piece in tokenizer.tokenizer.convert_ids_to_tokens(ids)]
+    text = " ".join(f"{position}:{piece}" for position, piece in enumerate(pieces[:limit], start=1))
+    return (
+        text if len(ids) <= limit else f"{text} (the model reads {limit} tokens; {len(ids) - limit} more are cut off)"
+    )
+
+
+def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[LoadedConcept | None]) -> str:
+    width, height = size_of(pipe, run.scene)
+    whole = run.steps, run.guidance_scale, width, height
+    scheduler = scheduler_of(pipe, run)
+    cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
+    plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
+    how = "with guidance" if run.guidance_scale > 1 else "without guidance"
+    ratio = f"{cost.flops / plain.flops:.2f} times the operations of a plain picture"
+    return f"{cost.rows} UNet rows ({run.steps} steps {how}), {ratio}"
+
+
+def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:
+    try:
+        return function(*args)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return None
+
+
+class _Listener(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self._thread = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self._thread:  # other threads log about runs of their own
+            self.records.append(record)
+
+
+@contextmanager
+def _heard() -> Iterator[list[logging.LogRecord]]:
+    """What the pipelines log meanwhile: the reason for a method, and warnings."""
+    logger, listener = logging.getLogger("lora_compose.pipelines"), _Listener()
+    before = logger.level
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    say_once.cache_clear()  # what was said about an earlier run is news about this one
+    try:
+        yield listener.records
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(before)

@@ -1,0 +1,216 @@
+"""Looking at pictures without knowing which method made them.
+
+`lora-compose blind make` paints pairs of playground concepts in several ways, shuffles the pictures and writes numbered
+sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and says which way they were for.
+"""
+
+import csv
+import json
+import logging
+import random
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lora_compose.compose.playground.assets import playground_lora, playground_model, playground_references
+from lora_compose.compose.support.terminal import kindly
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.methods import Regional
+from lora_compose.pipelines.scene import Concept
+
+PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
+VERDICTS = {
+    "both": "both subjects are there, each wearing its own coat and none of the other's",
+    "one": "exactly one subject wears its own coat unmixed",
+    "none": "no subject wears its own coat unmixed",
+}
+COLUMNS, ROWS, SIDE = 5, 4, 192
+
+blind = typer.Typer(help="Look at pictures without knowing which method made them.", no_args_is_help=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of composing: a method with one kind of LoRAs."""
+
+    method: str
+    kind: str
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"{self.method}, {self.kind} LoRAs"
+
+    @property
+    def painted_by(self) -> str | Regional:
+        """The method as it was when the votes in `docs/blind` were cast: `regional` gave every LoRA a token mask."""
+        return Regional(token_mask="all") if self.method == "regional" else self.method
+
+
+ARMS = (Arm("merge", "ordinary"), Arm("tara", "TARA"), Arm("regional", "ordinary"), Arm("regional", "TARA"))
+HALVES = ((0, 0, 64, 128), (64, 0, 128, 128))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture to be made."""
+
+    pair: tuple[str, str]
+    arm: Arm
+    seed: int
+
+
+def numbered(seeds: int) -> dict[int, Picture]:
+    """All pictures under the numbers that the sheets show: shuffled, and the same every time."""
+    jobs: list[Picture] = []
+    for pair in PAIRS:
+        mine = [Picture(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
+        random.Random(" ".join(pair)).shuffle(mine)
+        jobs += mine
+    return dict(enumerate(jobs, start=1))
+
+
+@blind.command()
+@kindly(logging.ERROR)
+def make(
+    out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
+    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... per pair and way.", min=1)] = 20,
+) -> None:
+    """Makes and shuffles the pictures; `regional` gives all LoRAs token masks. Vote before you open key.json."""
+    out.mkdir(parents=True, exist_ok=True)
+    pipe = ComposePipeline.from_pretrained(playground_model())
+    pipe.set_progress_bar_config(disable=True)
+    jobs = numbered(seeds)
+    key = {number: job.arm.label for number, job in jobs.items()}
+    painted = {number: paint(pipe, job) for number, job in track(list(jobs.items()), description="painting")}
+    for pair in PAIRS:
+        mine = [number for number, job in jobs.items() if job.pair == pair]
+        for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
+            chosen = {number: painted[number] for number in mine[start : start + COLUMNS * ROWS]}
+            _sheet(pair, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
+    (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
+    votes = out / "votes.csv"
+    if not votes.exists():
+        votes.write_text("number,verdict\n" + "".join(f"{n},\n" for n in key), encoding="utf-8")
+    meaning = "\n".join(f"  [bold]{verdict}[/]: {text}" for verdict, text in VERDICTS.items())
+    Console().print(f"Look at the sheets in {out}, write a verdict for every number into {votes}:\n{meaning}")
+
+
+@blind.command()
+@kindly()
+def score(
+    out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
+) -> None:
+    """Counts the votes by way of composing."""
+    key, votes = read_votes(out)
+    counts = Counter((key[number], verdict) for number, verdict in votes.items())
+    table = Table(title="Blind look")
+    for column in ("way", *VERDICTS, "pictures"):
+        table.add_column(column)
+    for label in dict.fromkeys(sorted(key.values())):
+        found = [counts[label, verdict] for verdict in VERDICTS]
+        table.add_row(label, *map(str, found), str(sum(found)))
+    Console().print(table)
+
+
+@blind.command()
+@kindly(logging.ERROR)
+def judge(
+    out: Annotated[Path, typer.Argument(help="A folder with votes.csv and key.json.")],
+    evaluation: Annotated[Path, typer.Option(help="A finished evaluation of the playground, for the thresholds.")],
+    first: Annotated[int | None, typer.Option(help="Only so many pictures, every n-th of them.", min=1)] = None,
+) -> None:
+    """Makes the pictures again, lets the judge vote, and says where it disagrees with the eye."""
+    from lora_compose.compose.evaluation.agreement import judge_votes
+
+    key, votes = read_votes(out)
+    jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
+    if {str(number): job.arm.label for number, job in jobs.items()} != key:
+        raise ValueError(
+            f"{out / 'key.json'} is of pictures that are made in other ways today, so they cannot be made again"
+        )
+    chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
+    pipe = ComposePipeline.from_pretrained(playground_model())
+    pipe.set_progress_bar_config(disable=True)
+    pictures = {n: (jobs[n].pair, paint(pipe, jobs[n])) for n in track(chosen, description="painting")}
+    judged = judge_votes(evaluation, pictures)
+    _say_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
+
+
+def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, Picture]) -> None:
+    console = Console()
+    table = Table(title=f"The eye (rows) and the judge (columns) on {len(judged)} pictures")
+    for column in ("", *VERDICTS):
+        table.add_column(column)
+    counts = Counter((eye[number], verdict) for number, verdict in judged.items())
+    for verdict in VERDICTS:
+        table.add_row(verdict, *(str(counts[verdict, other]) for other in VERDICTS))
+    console.print(table)
+    for arm in ARMS:
+        mine = [number for number in judged if jobs[number].arm == arm]
+        both = [sum(verdicts[number] == "both" for number in mine) for verdicts in (eye, judged)]
+        console.print(f"both, in {len(mine)} pictures of {arm.label}: eye {both[0]}, judge {both[1]}")
+    apart = [number for number in judged if eye[number] != judged[number]]
+    console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
+    for number in apart:
+        what = f"{jobs[number].arm.label}, {' and '.join(jobs[number].pair)}"
+        console.print(f"  {number}: {what}: eye {eye[number]}, judge {judged[number]}")
+
+
+def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Way and verdict by number.
+
+    Raises:
+        ValueError: For verdicts that there are not.
+    """
+    key = json.loads((out / "key.json").read_text(encoding="utf-8"))
+    with (out / "votes.csv").open(encoding="utf-8", newline="") as file:
+        votes = {row["number"]: row["verdict"].strip() for row in csv.DictReader(file)}
+    wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
+    if wrong:
+        number, verdict = next(iter(wrong.items()))
+        raise ValueError(f"picture {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
+    return key, votes
+
+
+def paint(pipe: Any, job: Picture) -> Image.Image:
+    """Makes a picture."""
+    suffix = "-tara" if job.arm.kind == "TARA" else ""
+    names = [f"{subject}{suffix}" for subject in job.pair]
+    for name in names:
+        if name not in pipe.concepts:
+            pipe.load_concept(playground_lora(name), name=name)
+    first, second = (pipe.concepts[name].phrase for name in names)
+    return pipe(
+        f"a {first} and a {second} on a white background",
+        concepts=[Concept(name=name, region=half) for name, half in zip(names, HALVES, strict=True)],
+        method=job.arm.painted_by,
+        num_inference_steps=25,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(job.seed),
+    ).images[0]
+
+
+def _sheet(pair: tuple[str, str], pictures: dict[int, Image.Image]) -> Image.Image:
+    """What the two subjects look like, and numbered pictures below."""
+    font = ImageFont.load_default(18)
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + 8) + 8, (ROWS + 1) * (SIDE + 30) + 8), "white")
+    draw = ImageDraw.Draw(sheet)
+    references = [(subject, Image.open(path)) for subject in pair for path in playground_references(subject)[:2]]
+    tiles = [(f"reference: {subject}", picture) for subject, picture in references]
+    tiles += [("", Image.new("RGB", (1, 1), "white"))] * (COLUMNS - len(tiles))
+    tiles += [(str(number), picture) for number, picture in pictures.items()]
+    for i, (label, picture) in enumerate(tiles):
+        x, y = 8 + (i % COLUMNS) * (SIDE + 8), 8 + (i // COLUMNS) * (SIDE + 30)
+        draw.text((x, y), label, fill="black", font=font)
+        sheet.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y + 24))
+    return sheet

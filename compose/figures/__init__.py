@@ -1,0 +1,1 @@
+"""Figures drawn from images: attention over them, and sheets of them."""

@@ -1,0 +1,101 @@
+"""Attention over pictures: where the model looked for each concept, step by step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
+"""Colours of concepts, in their order; seen well on light and on dark ground."""
+
+_GREY = 0.35  # how much of the picture's light stays under a map
+_TINT = 0.45  # of a mask
+_SIDE = 384  # least longer side, so that small pictures are not drawn coarse
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Where each concept was looked for during a call.
+
+    Attributes:
+        steps: The recorded steps.
+        maps: Shape: [steps, pictures, concepts, height, width], fp32.
+        masks: Shape: as maps, bool.
+    """
+
+    steps: tuple[int, ...]
+    maps: Tensor
+    masks: Tensor
+
+
+def colour(index: int) -> str:
+    """The colour of a concept."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def heat(image: Image.Image, attention: Attention, concept: int, step: int | None, picture: int = 0) -> Image.Image:
+    """A concept's map in its colour over the picture, in grey.
+
+    Args:
+        image: The picture.
+        attention: Of its call.
+        concept: Whose map.
+        step: Index of a recorded step; None is the mean over all.
+        picture: Which of the call.
+    """
+    maps = attention.maps[:, picture, concept]
+    chosen = maps.mean(dim=0) if step is None else maps[step]
+    chosen = (chosen - chosen.min()) / (chosen.max() - chosen.min()).clamp(min=1e-12)
+    ground = _grown(image)
+    strength = _spread(chosen.numpy(), ground.size)[..., None]
+    grey = np.asarray(ground.convert("L").convert("RGB"), np.float32) * _GREY
+    ink = np.array(_rgb(colour(concept)), np.float32)
+    return Image.fromarray(np.clip(grey + strength * (ink * 0.9 + 20), 0, 255).astype(np.uint8))
+
+
+def masks(image: Image.Image, attention: Attention, step: int | None, picture: int = 0) -> Image.Image:
+    """Which cells are whose: the masks of all concepts in their colours over the picture.
+
+    Args:
+        image: The picture.
+        attention: Of its call.
+        step: Index of a recorded step; None takes cells that belong to a concept in at least half of the steps.
+        picture: Which of the call.
+    """
+    found = attention.masks[:, picture].float()
+    chosen = (found.mean(dim=0) >= 0.5) if step is None else found[step] > 0
+    ground = _grown(image)
+    pixels = np.asarray(ground, np.float32).copy()
+    for concept, mask in enumerate(chosen.numpy()):
+        inside = np.asarray(Image.fromarray(mask).resize(ground.size, Image.Resampling.NEAREST))[..., None]
+        ink = np.array(_rgb(colour(concept)), np.float32)
+        pixels = np.where(inside, (1 - _TINT) * pixels + _TINT * ink, pixels)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def outlined(image: Image.Image, boxes: Sequence[tuple[int, int, int, int] | None]) -> Image.Image:
+    """The picture with the concepts' boxes in their colours."""
+    ground = _grown(image)
+    scale = ground.width / image.width
+    draw = ImageDraw.Draw(ground)
+    for concept, box in enumerate(boxes):
+        if box is not None:
+            left, top, right, bottom = (round(edge * scale) for edge in box)
+            draw.rectangle((left, top, right - 1, bottom - 1), outline=_rgb(colour(concept)), width=3)
+    return ground
+
+
+def _grown(image: Image.Image) -> Image.Image:
+    scale = max(1, round(_SIDE / max(image.size)))
+    return image.convert("RGB").resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _spread(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+
+
+def _rgb(text: str) -> tuple[int, int, int]:
+    red, green, blue = (int(text[i : i + 2], 16) for i in (1, 3, 5))
+    return red, green, blue

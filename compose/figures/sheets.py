@@ -1,0 +1,167 @@
+"""Sheets: pictures in rows and columns with labels, on white."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lora_compose.compose.figures.overlay import Attention, heat, masks
+from lora_compose.compose.support.terminal import plain
+from lora_compose.pipelines.scene import Run
+
+_MARGIN, _GAP = 24, 12
+_TITLE, _LINE = 44, 26  # heights of text
+_INK, _FAINT, _RULE = "#1a1a1a", "#6b6b6b", "#d9d9d9"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of pictures.
+
+    Attributes:
+        label: What stands to the left of it, by line; the first line is the larger one.
+        pictures: One for every column.
+        captions: What stands above each picture.
+        parted: Whether a line sets it apart from the row above.
+    """
+
+    label: Sequence[str]
+    pictures: Sequence[Image.Image]
+    captions: Sequence[str] = ()
+    parted: bool = False
+
+
+def sheet(
+    columns: Sequence[Sequence[str]],
+    rows: Sequence[Row],
+    *,
+    title: str = "",
+    lines: Sequence[str] = (),
+    side: int = 256,
+) -> Image.Image:
+    """Draws a sheet.
+
+    Args:
+        columns: What stands above each column, by line; the first line is the larger one.
+        rows: The pictures.
+        title: What stands above everything.
+        lines: What stands below the title.
+        side: Longer side of a picture on the sheet, in pixels. Small pictures are enlarged without blur.
+    """
+    labels = max((_width(text, i) for row in rows for i, text in enumerate(row.label)), default=0)
+    cell = _fitted(rows[0].pictures[0].size, side)
+    left = _MARGIN + (labels + 2 * _GAP if labels else 0)
+    across = left + len(columns) * (cell[0] + _GAP) - _GAP
+    wide = max(across, *(_MARGIN + _width(text, i) for i, text in enumerate((title, *lines))))
+    header = _MARGIN + (_TITLE if title else 0) + _LINE * len(lines) + (_GAP if title or lines else 0)
+    top = header + _LINE * max((len(column) for column in columns), default=0) + _GAP
+    canvas = Image.new("RGB", (wide + _MARGIN, top + sum(_height(row, cell) for row in rows) + _MARGIN - _GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    _heading(draw, title, lines)
+    for i, column in enumerate(columns):
+        _text(draw, (left + i * (cell[0] + _GAP), header), column, cell[0])
+    for row in rows:
+        _row(canvas, row, (left, top), cell, labels)
+        top += _height(row, cell)
+    return canvas
+
+
+def seeds_sheet(pictures: Mapping[int, Image.Image], title: str, lines: Sequence[str]) -> Image.Image:
+    """Pictures that differ in their seed only, at most five in a row."""
+    seeds = list(pictures)
+    across = min(5, len(seeds))
+    parts = [seeds[start : start + across] for start in range(0, len(seeds), across)]
+    rows = [Row((), [pictures[seed] for seed in part], [f"seed {seed}" for seed in part]) for part in parts]
+    side = min(512, max(256, *pictures[seeds[0]].size))
+    return sheet([()] * across, rows, title=title, lines=lines, side=side)
+
+
+def _height(row: Row, cell: tuple[int, int]) -> int:
+    return cell[1] + _GAP + (2 * _GAP if row.parted else 0) + (_LINE if row.captions else 0)
+
+
+def _row(canvas: Image.Image, row: Row, corner: tuple[int, int], cell: tuple[int, int], labels: int) -> None:
+    draw = ImageDraw.Draw(canvas)
+    left, top = corner
+    if row.parted:
+        top += _GAP
+        draw.line((_MARGIN, top - _GAP // 2, canvas.width - _MARGIN, top - _GAP // 2), fill=_RULE, width=2)
+        top += _GAP
+    _text(draw, (_MARGIN, top), row.label, labels)
+    for i, caption in enumerate(row.captions):
+        _text(draw, (left + i * (cell[0] + _GAP), top), [caption], cell[0])
+    top += _LINE if row.captions else 0
+    for i, picture in enumerate(row.pictures):
+        canvas.paste(_resized(picture, cell), (left + i * (cell[0] + _GAP), top))
+
+
+def _heading(draw: ImageDraw.ImageDraw, title: str, lines: Sequence[str]) -> None:
+    y = _MARGIN
+    if title:
+        draw.text((_MARGIN, y), plain(title), fill=_INK, font=ImageFont.load_default(30))
+        y += _TITLE
+    for line in lines:
+        draw.text((_MARGIN, y), plain(line), fill=_FAINT, font=_font(1))
+        y += _LINE
+
+
+def _text(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], width: int) -> None:
+    x, y = place
+    for i, line in enumerate(lines):
+        draw.text((x, y), _shortened(plain(line), i, width), fill=_FAINT if i else _INK, font=_font(i))
+        y += _LINE
+
+
+def _font(line: int) -> Any:
+    return ImageFont.load_default(17 if line else 21)
+
+
+def _width(text: str, line: int) -> int:
+    return round(_font(line).getlength(plain(text)))
+
+
+def _shortened(text: str, line: int, width: int) -> str:
+    if _width(text, line) <= width:
+        return text
+    while text and _width(f"{text}...", line) > width:
+        text = text[:-1]
+    return f"{text.rstrip()}..."
+
+
+def _fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
+    width, height = size
+    scale = side / max(size)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    grown = size[0] >= picture.width
+    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST if grown else Image.Resampling.BOX)
+
+
+def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int = 5) -> Image.Image:
+    """A picture, and how the maps and masks of its concepts came about.
+
+    Args:
+        image: The picture.
+        run: What made it.
+        attention: Of its call, which made this picture alone.
+        columns: How many of the recorded steps are shown, spread over all of them.
+    """
+    last = len(attention.steps) - 1
+    chosen = sorted({round(last * part / max(1, columns - 1)) for part in range(columns)})
+    rows = [
+        Row(
+            (concept.name, *textwrap.wrap(f'attention to "{concept.phrase}"', 22)),
+            [image, *(heat(image, attention, i, step) for step in chosen)],
+            parted=True,
+        )
+        for i, concept in enumerate(run.scene.concepts)
+    ]
+    whose = ("masks", "whose cells are whose")
+    rows.append(Row(whose, [image, *(masks(image, attention, step) for step in chosen)], parted=True))
+    titles = [(f"step {attention.steps[step] + 1}", f"of {run.steps}") for step in chosen]
+    line = f"{run.method}, seed {run.seed}; maps are scaled to their own brightest cell"
+    return sheet([("the picture",), *titles], rows, title=run.scene.prompt, lines=[line], side=192)

@@ -1,0 +1,163 @@
+"""Images that say how they were made: PNGs with a record in them.
+
+Images come from strangers: sizes are limited, nothing is executed, and every complaint names the file and what was
+found.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, BinaryIO, Self
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lora_compose.compose.files.atomic import write_new
+from lora_compose.compose.files.paths import free_path, located, moved, to_record
+from lora_compose.compose.files.reading import FileError, open_file
+from lora_compose.compose.files.text import parse_json
+from lora_compose.compose.files.validation import validated
+from lora_compose.pipelines.scene import Run
+
+RECORD_KEY = "lora-compose"
+
+_MIB = 2**20
+_RECORD_LIMIT = 8 * _MIB  # characters; a scene file of the largest size fits, whatever its letters
+_PICTURE_LIMIT = 256 * _MIB  # bytes of a picture file
+_PIXEL_LIMIT = 64 * _MIB
+
+
+class Machine(BaseModel):
+    """Where a picture was made.
+
+    Attributes:
+        device: As torch names it: "cpu", "cuda:0".
+        name: Which processor that is.
+        threads: Threads that torch computed with on the CPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    name: str
+    threads: Annotated[int, Field(gt=0)]
+
+
+class Record(BaseModel):
+    """All that a picture says about how it was made.
+
+    Attributes:
+        run: What was asked for, with the method, scheduler and device that were used.
+        versions: Of lora-compose, python, torch, diffusers and transformers.
+        sha256: Of the LoRA files, by concept.
+        machine: Where it was made.
+        batch: The seeds of all pictures that were made in one call with this one, in order; empty if it was made alone.
+            Bits depend on it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: Run
+    versions: Mapping[str, str]
+    sha256: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    machine: Machine
+    batch: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)] = ()
+
+    @model_validator(mode="after")
+    def _in_its_batch(self) -> Self:
+        if self.batch and self.run.seed not in self.batch:
+            raise ValueError(f"the seed {self.run.seed} is not among those of its batch {list(self.batch)}")
+        return self
+
+
+def save_image(image: Image.Image, path: str | Path, record: Record | None = None) -> Path:
+    """Writes a PNG that carries its record. It appears whole or not at all, and no file is ever overwritten.
+
+    Args:
+        image: The picture.
+        path: Where to; missing folders are made. If there is such a file, "-2", "-3", ... is added to its name.
+        record: How it was made. Paths in it are made absolute, with "~" for the home folder.
+
+    Returns:
+        Where it was written.
+    """
+    return write_new(Path(path), png_bytes(image, record), free_path)
+
+
+def png_bytes(image: Image.Image, record: Record | None = None) -> bytes:
+    """A PNG that carries its record. Paths in it are made absolute, with "~" for the home folder."""
+    info = PngInfo()
+    if record is not None:
+        portable = record.model_copy(update={"run": moved(record.run, to_record)})
+        info.add_text(RECORD_KEY, json.dumps(portable.model_dump(mode="json")))
+    buffer = BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_record(path: str | Path) -> Record:
+    """Reads how a picture was made. Reading opens no model and no LoRA.
+
+    Raises:
+        FileError: If it is no PNG, carries no record, or one that is broken.
+    """
+    path = Path(path)
+    with open_file(path) as file:
+        record = record_in(file, str(path))
+    return record.model_copy(update={"run": located(record.run, path)})
+
+
+def record_in(file: BinaryIO, where: str) -> Record:
+    """Reads how a picture was made, as `read_record`. Paths in the record stay as they are.
+
+    Args:
+        file: The picture.
+        where: What complaints call it.
+
+    Raises:
+        FileError: If it is no PNG, carries no record, or one that is broken.
+    """
+    with _opened(file, where) as image:
+        text = image.info.get(RECORD_KEY)
+    if not isinstance(text, str):
+        raise FileError(
+            f"{where} carries no record of lora-compose: it was made by something else, or a program that edited or "
+            "shrank it has dropped the record"
+        )
+    if len(text) > _RECORD_LIMIT:
+        raise FileError(f"{where}: the record has {len(text)} characters; at most {_RECORD_LIMIT} are read")
+    where = f"{where}, its record"
+    return validated(Record, parse_json(text, where), where)
+
+
+def read_pixels(path: str | Path) -> Image.Image:
+    """Reads the picture in a PNG, as RGB.
+
+    Raises:
+        FileError: If it is no PNG, is damaged, or is too large to be a picture of ours.
+    """
+    with open_file(Path(path)) as file, _opened(file, str(path)) as image:
+        return image.convert("RGB")
+
+
+@contextmanager
+def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
+    try:
+        if file.seek(0, os.SEEK_END) > _PICTURE_LIMIT:
+            raise FileError(f"{where} is larger than {_PICTURE_LIMIT} bytes; that is no picture of lora-compose")
+        file.seek(0)
+        with Image.open(file, formats=("PNG",)) as image:
+            if image.width * image.height > _PIXEL_LIMIT:
+                raise FileError(
+                    f"{where} has {image.width} x {image.height} pixels, too many for a picture of lora-compose"
+                )
+            yield image
+    except FileError:
+        raise
+    except Exception as error:  # pictures come from strangers, and what Pillow raises for damaged ones has no end
+        reason = str(error).strip() or type(error).__name__
+        raise FileError(f"{where} is not a readable PNG (another format, truncated or damaged?): {reason}") from error

@@ -1,0 +1,87 @@
+"""Paths of LoRAs, models and masks in scenes and runs: relative to a file, or valid on the whole machine."""
+
+import os
+import re
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.pipelines.scene import Concept, Run
+
+_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def free_path(path: Path) -> Path:
+    """The path itself if nothing is there, else the first free one of "name-2", "name-3", ..."""
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(2))
+    # lexists: a link that leads nowhere is in the way, too
+    return path if not os.path.lexists(path) else next(free for free in numbered if not os.path.lexists(free))
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source reads as a repository on the hub ("user/my-cat-lora") and not as a file."""
+    return bool(_HUB.fullmatch(source)) and not source.lower().endswith(_FILES)
+
+
+def local_source(source: str, base: Path) -> str:
+    """A source as a file in the folder `base` names it: names stay, and relative paths begin at that folder."""
+    path = _expanded(source)
+    if _is_named(source) or (is_hub_name(source) and not (base / path).exists()):
+        return source
+    return str(base / path)  # an absolute path stays what it is
+
+
+def located(model: _Model, path: Path) -> _Model:
+    """What a file says, with relative paths made absolute: they are relative to the file."""
+    base = path.parent.absolute()
+    return moved(model, lambda source: local_source(source, base))
+
+
+def moved(model: Any, move: Any) -> Any:
+    """The same scene or run with every path moved."""
+    if isinstance(model, Run):
+        return model.model_copy(update={"model": move(model.model), "scene": moved(model.scene, move)})
+    return model.model_copy(update={"concepts": tuple(_moved_concept(concept, move) for concept in model.concepts)})
+
+
+def _moved_concept(concept: Concept, move: Any) -> Concept:
+    paths = {"lora": concept.lora, "region": concept.region}
+    return concept.model_copy(update={name: move(path) for name, path in paths.items() if isinstance(path, str)})
+
+
+def to_file(source: str, base: Path) -> str:
+    """A source as a file in the folder `base` writes it: relative if it is below that folder."""
+    full = to_record(source)
+    path = _expanded(full)
+    if full == source and not path.is_absolute():  # a name, not a path
+        return source
+    if not path.is_relative_to(base):
+        return full
+    relative = path.relative_to(base).as_posix()
+    return f"./{relative}" if is_hub_name(relative) or _is_named(relative) else relative
+
+
+def to_record(source: str) -> str:
+    """A path that is valid from everywhere on this machine, without the name of the user."""
+    path = _expanded(source)
+    if _is_named(source) or (is_hub_name(source) and not path.exists()):
+        return source
+    path, home = path.absolute(), Path.home()
+    return f"~/{path.relative_to(home).as_posix()}" if path != home and path.is_relative_to(home) else str(path)
+
+
+def _expanded(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:  # "~stranger/...": there is no such home
+        return Path(source)
+
+
+def _is_named(source: str) -> bool:
+    return source == PLAYGROUND or source.startswith(f"{PLAYGROUND}:")

@@ -1,0 +1,24 @@
+"""Opening files that come from strangers; what is wrong with them is a `FileError`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from lora_compose.pipelines.regular import open_regular
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written as asked; the message says where, what was expected and what was found."""
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be read, and no pipe or device, which would keep us waiting."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise FileError(f"there is no file {str(path)!r}") from error
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error

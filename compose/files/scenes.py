@@ -1,0 +1,76 @@
+"""Scene and run files, YAML or JSON.
+
+They come from strangers: sizes are limited, nothing is executed, and every complaint names the file, the place in it,
+what was expected and what was found.
+"""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.files.paths import located, moved, to_file
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.text import is_json, parse_file, to_yaml
+from lora_compose.compose.files.validation import validated
+from lora_compose.pipelines.scene import Run, Scene
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def read_scene(path: str | Path) -> Scene:
+    """Reads a scene file, YAML or JSON. Relative paths of LoRAs in it are relative to the file.
+
+    Raises:
+        FileError: If it is missing, unreadable or says something else than a scene.
+    """
+    return located(read_as(Scene, path), Path(path))
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads a run file, YAML or JSON. Relative paths of LoRAs and of the model are relative to the file.
+
+    Raises:
+        FileError: If it is missing, unreadable or says something else than a run.
+    """
+    return located(read_as(Run, path), Path(path))
+
+
+def read_as(kind: type[_Model], path: str | Path) -> _Model:
+    """Reads a YAML or JSON file as a model. Paths in it stay as they are.
+
+    Raises:
+        FileError: If it is missing, unreadable or says something else.
+    """
+    path = Path(path)
+    return validated(kind, parse_file(path), str(path))
+
+
+def write_scene(scene: Scene, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a scene file, YAML or JSON by its suffix. LoRAs below the file's folder become relative paths.
+
+    Raises:
+        FileError: If the file exists and is not to be overwritten, or for other suffixes.
+    """
+    _write_model(scene, Path(path), overwrite)
+
+
+def write_run(run: Run, path: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a run file, YAML or JSON by its suffix. LoRAs and models below the file's folder become relative paths.
+
+    Raises:
+        FileError: If the file exists and is not to be overwritten, or for other suffixes.
+    """
+    _write_model(run, Path(path), overwrite)
+
+
+def _write_model(model: Scene | Run, path: Path, overwrite: bool) -> None:
+    as_json = is_json(path)
+    if path.exists() and not overwrite:
+        raise FileError(f"{path} exists already; choose another name")
+    folder = path.parent.absolute()
+    data = moved(model, lambda source: to_file(source, folder)).model_dump(mode="json", exclude_none=True)
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n" if as_json else to_yaml(data)
+    write_whole(path, text.encode())

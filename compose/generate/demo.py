@@ -1,0 +1,132 @@
+"""The demo: pairs of the playground's concepts, each alone and composed by several methods, and three in boxes."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lora_compose.compose.figures.sheets import Row, sheet
+from lora_compose.compose.files.images import save_image
+from lora_compose.compose.files.paths import free_path
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.generate.machine import threads
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
+from lora_compose.pipelines.scene import Concept, Run, Scene
+
+PAIRS = ("cat-dog", "car-rabbit", "bear-robot")
+THREE = "three"
+SEEDS = (0, 1, 2)  # the first three, not picked by what they show
+STEPS, GUIDANCE = 25, 4.0
+THREADS = 1  # a model this small gains little from more, and loses a lot where other programs are busy
+
+BOXES = ((0, 16, 60, 112), (68, 16, 128, 112))  # left and right on the playground's canvas
+COMPOSED = ("merge", "regional", "lora-composer")
+COLUMNS = {
+    "first": ("concept 1 alone", "its ordinary LoRA"),
+    "second": ("concept 2 alone", "its ordinary LoRA"),
+    "merge": ("merge", "all ordinary LoRAs added up"),
+    "tara": ("tara", "TARA LoRAs, own words only"),
+    "clora": ("clora", "ordinary LoRAs, no boxes"),
+    "regional": ("regional", "ordinary LoRAs, a box each"),
+    "lora-composer": ("lora-composer", "ordinary LoRAs, a box each"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture of the demo: a scene's name, a column's name, and the run that makes it."""
+
+    scene: str
+    part: str
+    run: Run
+
+    @property
+    def file_name(self) -> str:
+        """Where the picture goes, inside the demo's folder."""
+        return f"{self.scene}-{self.part}-{self.run.seed}.png"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the demo has written: the folder with all pictures, and the sheets in it, of pairs and of three."""
+
+    folder: Path
+    sheet: Path
+    three: Path
+
+
+def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
+    """All pictures, so that pictures with the same LoRAs follow each other."""
+    scenes = {name: read_scene(assets_dir() / "scenes" / f"{name}.yaml") for name in (*PAIRS, THREE)}
+    parts = [(name, *part) for name in PAIRS for part in _pair(scenes[name])]
+    boxed = scenes[THREE]
+    merged = boxed.model_copy(update={"concepts": tuple(_unboxed(concept) for concept in boxed.concepts)})
+    parts += [(THREE, method, merged if method == "merge" else boxed, method) for method in COMPOSED]
+    return [
+        Job(name, part, Run(scene=scene, model=PLAYGROUND, method=method, steps=steps, guidance_scale=GUIDANCE,
+            seed=seed, device="cpu"))
+        for name, part, scene, method in parts
+        for seed in seeds
+    ]  # fmt: skip
+
+
+def show(out: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -> Shown:
+    """Makes the pictures and the sheet.
+
+    Args:
+        out: Where to; if there is something already, a numbered folder beside it.
+        todo: What to make.
+        on_progress: Called with the number of pictures done, fractions included.
+    """
+    folder = free_path(out)
+    pipe = open_model(todo[0].run)
+    pictures = {}
+    with threads(THREADS):
+        for i, job in enumerate(todo):
+            made = make(pipe, job.run, lambda share, done=i: on_progress(done + share))
+            save_image(made.image, folder / job.file_name, made.record)
+            pictures[job.scene, job.part, job.run.seed] = made.image
+    pairs = _sheet(pictures, [job for job in todo if job.scene != THREE], "Two concepts, each trained alone")
+    three = _sheet(pictures, [job for job in todo if job.scene == THREE], "Three concepts, a box for each")
+    return Shown(folder, save_image(pairs, folder / "sheet.png"), save_image(three, folder / "three.png"))
+
+
+def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
+    """A pair's pictures: column, scene and method."""
+    ordinary = tuple(_ordinary(concept) for concept in scene.concepts)
+    place = scene.prompt.rpartition(ordinary[-1].phrase)[2]
+    alone = [scene.model_copy(update={"prompt": f"a {c.phrase}{place}", "concepts": (c,)}) for c in ordinary]
+    boxed = tuple(c.model_copy(update={"region": box}) for c, box in zip(ordinary, BOXES, strict=True))
+    boxes = scene.model_copy(update={"concepts": boxed})
+    merged = scene.model_copy(update={"concepts": ordinary})
+    scenes = (*alone, merged, scene, merged, boxes, boxes)
+    methods = ("merge", "merge", "merge", "tara", "clora", "regional", "lora-composer")
+    return list(zip(COLUMNS, scenes, methods, strict=True))
+
+
+def _unboxed(concept: Concept) -> Concept:
+    return concept.model_copy(update={"region": None})
+
+
+def _ordinary(concept: Concept) -> Concept:
+    return concept.model_copy(update={"lora": (concept.lora or "").removesuffix("-tara")})
+
+
+def _sheet(pictures: dict[tuple[str, str, int], Image.Image], jobs: Sequence[Job], title: str) -> Image.Image:
+    """A row for every scene and seed, a column for every part."""
+    prompts = {job.scene: job.run.scene.prompt for job in jobs if job.part == "merge"}
+    parts, seeds = (list(dict.fromkeys(each)) for each in zip(*((job.part, job.run.seed) for job in jobs), strict=True))
+    rows = []
+    for name, prompt in prompts.items():
+        for i, seed in enumerate(seeds):
+            label = (name.replace("-", " + "), f"seed {seed}", *textwrap.wrap(f'"{prompt}"', 22))
+            rows.append(Row(label, [pictures[name, part, seed] for part in parts], parted=i == 0))
+    lines = [
+        f"The playground's model on the CPU, {jobs[0].run.steps} steps, guidance {GUIDANCE:g}.",
+        "The pictures of a row start from the same noise; the seeds were not picked by what they show.",
+    ]
+    return sheet([COLUMNS[part] for part in parts], rows, title=title, lines=lines)

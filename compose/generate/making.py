@@ -1,0 +1,242 @@
+"""From a run to an image, in one way for all: `open_model` opens its model, `make` makes it."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_compose.compose.figures.overlay import Attention
+from lora_compose.compose.files.images import Record
+from lora_compose.compose.generate.machine import machine, versions
+from lora_compose.compose.generate.schedulers import scheduler_of
+from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.methods import METHODS, Process, Settings, make_method, name_of
+from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.session import Session
+
+logger = logging.getLogger(__name__)
+
+OnStep = Callable[[int, int, Tensor], None]
+"""Called after every step with the number of steps done, of how many, and the latents; what it raises ends the call."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture and how it was made."""
+
+    image: Image.Image
+    record: Record
+
+
+@dataclass(frozen=True)
+class MadeBatch:
+    """Pictures of one call, one for each seed.
+
+    Attributes:
+        pictures: In the order of the seeds.
+        cost: What the call cost; None without concepts.
+        attention: Attention maps, if they were asked for and there are concepts.
+    """
+
+    pictures: tuple[Made, ...]
+    cost: Cost | None
+    attention: Attention | None = None
+
+
+def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
+    """Turns a run into a picture. The same run on the same machine gives the same bits.
+
+    The concepts stay loaded in the pipeline, so that the next run with them does not read their files again.
+
+    Args:
+        pipe: What `open_model` gave for this run, or for one that differs only in scene, method, scheduler, steps,
+            guidance or seed.
+        run: What to make.
+        on_progress: Called after every step with the share that is done, up to 1.
+
+    Returns:
+        The picture, and its record with the method, scheduler and device that were used.
+
+    Raises:
+        ValueError: For anything that does not fit together, before any work is done.
+    """
+    return make_batch(pipe, run, (run.seed,), on_progress).pictures[0]
+
+
+def make_batch(
+    pipe: Any,
+    run: Run,
+    seeds: Sequence[int],
+    on_progress: Callable[[float], None] | None = None,
+    *,
+    on_step: OnStep | None = None,
+    record_attention: bool = False,
+) -> MadeBatch:
+    """Makes pictures of a run that differ in their seed, in one call. Bits depend on how many there are.
+
+    Args:
+        pipe: As for `make`.
+        run: What to make; its own seed is not used.
+        seeds: One for each picture.
+        on_progress: As for `make`.
+        on_step: Sees every step, and may end the call by raising.
+        record_attention: Whether attention maps of all steps are kept; they change nothing in the pictures.
+
+    Raises:
+        ValueError: For anything that does not fit together, before any work is done.
+    """
+    seeds = tuple(seeds)
+    with _prepared(pipe, run) as (loaded, settings, arguments):
+        record = Record(
+            run=_as_used(pipe, run, settings),
+            versions=versions(),
+            sha256=_hashes(loaded),
+            machine=machine(pipe._execution_device),  # where an offloaded model is meanwhile says nothing
+        )
+        output = pipe(
+            **arguments,
+            num_images_per_prompt=len(seeds),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            callback_on_step_end=_callback(on_progress, on_step) if on_progress or on_step else None,
+            record_attention=record_attention and bool(loaded),
+        )
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(seeds)
+    for seed, flagged in zip(seeds, flags, strict=True):
+        if flagged:
+            logger.warning("the safety checker of the model has replaced the picture of seed %d by a black one", seed)
+    together = seeds if len(seeds) > 1 else ()
+    records = [
+        record.model_copy(update={"run": record.run.model_copy(update={"seed": seed}), "batch": together})
+        for seed in seeds
+    ]
+    maps, masks = getattr(output, "attention_maps", None), getattr(output, "masks", None)
+    attention = None if maps is None or masks is None else Attention(output.recorded_steps, maps.cpu(), masks.cpu())
+    return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention)
+
+
+def rehearse(pipe: Any, run: Run) -> None:
+    """Does what `make` does until the first denoising step, without it.
+
+    Raises:
+        ValueError: Whatever `make` would raise.
+    """
+    with _prepared(pipe, run) as (loaded, settings, arguments):
+        if not loaded:
+            return
+        try:
+            pipe(**{**arguments, "method": _Rehearsal(settings)})
+        except _Rehearsed:
+            return
+
+
+def load(pipe: Any, concept: Concept) -> LoadedConcept:
+    """Loads a concept's LoRA into a pipeline, unless it is there already.
+
+    Raises:
+        ValueError: If there is no such LoRA, or it does not fit the model.
+    """
+    if concept.lora is not None:
+        concept = concept.model_copy(update={"lora": lora_source(concept.lora)})
+        known = pipe.concepts.get(concept.name)
+        same = known is not None and (known.lora, known.alpha) == (concept.lora, concept.alpha)
+        if known is not None and not same:
+            pipe.unload_concept(concept.name)
+        if not same:
+            pipe.load_concept(concept.lora, name=concept.name, alpha=concept.alpha)
+    return pipe.resolve_concepts([concept])[0]
+
+
+def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
+    """Width and height of a scene's pictures in pixels; what the scene leaves open is the model's own."""
+    # Both are always said: diffusers alone takes the model's own for both where one is missing.
+    sample = pipe.unet.config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    scale = pipe.vae_scale_factor
+    return scene.width or width * scale, scene.height or height * scale
+
+
+def resolve_settings(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Settings | None:
+    """The settings of a run's method; without a method one is chosen, and the log says why. None without concepts.
+
+    Raises:
+        ValueError: For unknown methods and settings, and for settings without a method.
+    """
+    if run.settings and run.method is None:
+        raise ValueError(f"the settings {', '.join(run.settings)} need a method; there are {', '.join(METHODS)}")
+    if not loaded:
+        if run.method is not None:
+            raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
+        return None
+    if run.method is None:
+        return pipe.resolve_method(None, loaded, [run.scene.prompt])
+    return make_method(run.method, run.settings)
+
+
+@dataclass(frozen=True)
+class _Rehearsal:
+    """A method that starts, and then goes no further."""
+
+    settings: Settings | None
+
+    def start(self, session: Session) -> Process:
+        if self.settings is not None:
+            self.settings.start(session)
+        raise _Rehearsed
+
+
+class _Rehearsed(Exception):  # noqa: N818 (nothing has gone wrong)
+    pass
+
+
+@contextmanager
+def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settings | None, dict[str, Any]]]:
+    """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
+    if pipe.unet.dtype != getattr(torch, run.dtype):
+        raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.unet.dtype}; open it again")
+    loaded = [load(pipe, concept) for concept in run.scene.concepts]
+    settings = resolve_settings(pipe, run, loaded)
+    before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
+    arguments = {
+        "prompt": run.scene.prompt,
+        # Where there is no text, SDXL gets zeros, which are not what an empty text gives.
+        "negative_prompt": run.scene.negative_prompt or None,
+        **dict(zip(("width", "height"), size_of(pipe, run.scene), strict=True)),
+        "num_inference_steps": run.steps,
+        "guidance_scale": run.guidance_scale,
+        "concepts": [concept.concept for concept in loaded],
+        "method": settings,
+    }
+    pipe.scheduler = scheduler
+    try:
+        yield loaded, settings, arguments
+    finally:
+        pipe.scheduler = before
+
+
+def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
+    used: dict[str, Any] = {"scheduler": type(pipe.scheduler).__name__, "device": str(pipe._execution_device)}
+    if settings is not None:
+        used["method"], used["settings"] = name_of(settings)
+    return run.model_copy(update=used)
+
+
+def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, str]:
+    return {found.concept.name: found.file.sha256 for found in loaded if found.file is not None}
+
+
+def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | None) -> Callable[..., dict]:
+    def tell(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        if on_progress is not None:
+            on_progress((step + 1) / pipe.num_timesteps)
+        if on_step is not None:
+            on_step(step + 1, pipe.num_timesteps, tensors["latents"])
+        return {}
+
+    return tell

@@ -1,0 +1,141 @@
+"""Options that several commands share: models, methods, concepts, settings, as the command line writes them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.files.validation import complaints
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.savers import SAVERS, Saver
+from lora_compose.pipelines.scene import Concept, Run, Scene
+
+LAST_SEED = 2**63 - 1
+_CONCEPT_FIELDS = {
+    "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
+    "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
+}  # fmt: skip
+CONCEPT_HELP = (
+    "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
+    "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside; "
+    "role=style is for what is everywhere. weight may change over the steps: 0:1,0.5:0 (off in the second half), "
+    "1..0.4 (falls evenly), 1,0.5,0 (equal parts); blocks=down:0.5,up.1:0 are factors by block; prompt and negative "
+    "are its own; alpha is for files that do not say theirs."
+)
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository."
+    ),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="How concepts are fused; chosen by the LoRAs if not given. clora:official: its authors' settings.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the method, repeatable: cfg_mask=broadcast")
+]
+SaversOption = Annotated[
+    list[Saver] | None,
+    typer.Option(
+        "--save-memory",
+        help=f"Slower, with less memory; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
+    ),
+]
+StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
+GuidanceOption = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 or less is none.")]
+
+
+def parse_concept(text: str) -> Concept:
+    """Reads a concept as it is written on the command line.
+
+    Args:
+        text: Such as "path=cat.safetensors,trigger=sks,class=cat,weight=0.8". Commas in values are kept.
+
+    Raises:
+        ValueError: For unknown and missing fields and unusable values.
+    """
+    known = ", ".join(_CONCEPT_FIELDS)
+    # A comma parts two fields only where a name and "=" follow.
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
+    fields: dict[str, Any] = {}
+    for name, equals, value in ((name.strip(), equals, value.strip()) for name, equals, value in pairs):
+        if not equals or name not in _CONCEPT_FIELDS:
+            raise ValueError(f"--concept {text}: {name!r} is no field of a concept; expected {known}, each with =")
+        if _CONCEPT_FIELDS[name] in fields:
+            raise ValueError(f"--concept {text}: {name} is given twice")
+        fields[_CONCEPT_FIELDS[name]] = value
+    if not fields.get("lora"):
+        raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
+    fields.setdefault("name", Path(fields["lora"].removeprefix(f"{PLAYGROUND}:")).stem)
+    if "region" in fields:
+        fields["region"] = _region(text, fields["region"])
+    try:
+        return Concept(**fields)
+    except ValidationError as error:
+        raise ValueError(f"--concept {text}: {'; '.join(complaints(Concept, error))}") from error
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads settings as they are written on the command line, "cfg_mask=broadcast"; values are read as YAML.
+
+    Raises:
+        ValueError: For texts without "=" and settings given twice.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {text}: expected NAME=VALUE, such as cfg_mask=broadcast")
+        if name.strip() in settings:
+            raise ValueError(f"--set {text}: {name.strip()} is given twice")
+        settings[name.strip()] = parse_value(value)
+    return settings
+
+
+def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[str]) -> Scene:
+    """A scene from a file, from options, or from a file with options that win."""
+    if path is None and "prompt" not in given:
+        raise ValueError("what is to be seen? Give --prompt TEXT or --scene FILE")
+    if path is not None and concepts:
+        raise ValueError("give the concepts in the scene file or with --concept, not both")
+    fields: dict[str, Any] = {"concepts": tuple(map(parse_concept, concepts))}
+    if path is not None:
+        fields = dict(read_scene(path))
+    try:
+        return Scene(**{**fields, **given})
+    except ValidationError as error:
+        raise ValueError("\n".join(complaints(Scene, error))) from error
+
+
+def run_of(**fields: Any) -> Run:
+    """A run from the options.
+
+    Raises:
+        ValueError: For unusable values; a line for each.
+    """
+    try:
+        return Run(**fields)
+    except ValidationError as error:
+        raise ValueError("\n".join(complaints(Run, error))) from error
+
+
+def _region(text: str, value: str) -> tuple[int, ...] | str:
+    if value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")):
+        return value
+    if not re.fullmatch(r"\d+:\d+:\d+:\d+", value):
+        raise ValueError(
+            f"--concept {text}: region is left:top:right:bottom in whole pixels, or a picture that is white inside, "
+            f"not {value!r}"
+        )
+    return tuple(int(number) for number in value.split(":"))

@@ -1,0 +1,122 @@
+"""Making a picture again from its record, and saying what is different."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lora_compose.compose.files.images import Record
+from lora_compose.compose.files.paths import is_hub_name
+from lora_compose.compose.generate.machine import devices
+from lora_compose.compose.generate.making import Made, make_batch
+from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.loading import find_file
+from lora_compose.pipelines.regular import sha256_of
+from lora_compose.pipelines.scene import Concept, Run
+
+
+def runnable(record: Record, loras: Path | None = None) -> Run:
+    """The recorded run with LoRA files that are there, on a device that is there.
+
+    A file counts as the recorded one if its SHA-256 is the same. Where a path holds nothing or something else, the file
+    is looked for in `loras`; where that has none, a changed file is kept, and `changes` tells of it afterwards.
+
+    Args:
+        record: What a picture says.
+        loras: A folder in which LoRA files are looked for, by content, whatever their names.
+
+    Raises:
+        ValueError: If LoRAs are missing; the message lists all of them.
+    """
+    here = {concept.name: _recorded_file(record, concept) for concept in record.run.scene.concepts}
+    moved = _by_content(
+        {record.sha256[name] for name, there in here.items() if not there and name in record.sha256}, loras
+    )
+    concepts, missing = [], []
+    for concept in record.run.scene.concepts:
+        wanted = record.sha256.get(concept.name)
+        if not here[concept.name] and wanted in moved:
+            concept = concept.model_copy(update={"lora": str(moved[wanted])})
+        elif not here[concept.name] and not _exists(concept):
+            missing.append(f"  {concept.name}: {concept.lora or 'no file named'}, SHA-256 {wanted or 'not recorded'}")
+        concepts.append(concept)
+    if missing:
+        where = f" nor below {loras}" if loras else ""
+        hint = "say where they are now with --loras FOLDER; they are found by their content"
+        raise ValueError("\n".join([f"LoRAs of this picture are not where they were{where}:", *missing, hint]))
+    device = record.run.device if record.run.device in devices() else None
+    scene = record.run.scene.model_copy(update={"concepts": tuple(concepts)})
+    return record.run.model_copy(update={"scene": scene, "device": device})
+
+
+def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
+    """Makes a picture again, together with those of its batch, since bits depend on them.
+
+    Args:
+        pipe: What `open_model` gave for the run.
+        record: What the picture says.
+        run: The recorded run, as `runnable` gave it.
+        on_progress: As for `make`.
+    """
+    seeds = record.batch or (run.seed,)
+    return make_batch(pipe, run, seeds, on_progress).pictures[seeds.index(run.seed)]
+
+
+def changes(before: Record, now: Record) -> list[str]:
+    """What differs between two records that a picture may depend on."""
+    pairs = [(name, before.versions.get(name), now.versions.get(name)) for name in {**before.versions, **now.versions}]
+    pairs += [
+        (f"LoRA of {name}", before.sha256.get(name), now.sha256.get(name)) for name in {**before.sha256, **now.sha256}
+    ]
+    pairs += [
+        (name, getattr(before.machine, name), getattr(now.machine, name)) for name in ("device", "name", "threads")
+    ]
+    labels = {"name": "processor"}
+    return [
+        f"{labels.get(name, name)}: was {was or 'none'}, is {is_ or 'none'}" for name, was, is_ in pairs if was != is_
+    ]
+
+
+def difference(one: Image.Image, other: Image.Image) -> str | None:
+    """How two pictures differ, in words; None if every pixel is the same."""
+    if one.size != other.size:
+        return f"the sizes differ: {one.width} x {one.height} and {other.width} x {other.height} pixels"
+    apart = np.abs(np.asarray(one.convert("RGB"), np.int16) - np.asarray(other.convert("RGB"), np.int16))
+    pixels = int(apart.any(axis=-1).sum())
+    if pixels == 0:
+        return None
+    share = 100 * pixels / (one.width * one.height)
+    return f"{pixels} pixels differ ({share:.3g} %), by at most {apart.max()} and {apart.mean():.3g} on average, of 255"
+
+
+def _recorded_file(record: Record, concept: Concept) -> bool:
+    """Whether a concept's path still holds the recorded file."""
+    file = _local(concept)
+    try:
+        return file is not None and sha256_of(file) == record.sha256.get(concept.name)
+    except OSError:  # it cannot be read, which the run will tell
+        return False
+
+
+def _exists(concept: Concept) -> bool:
+    return _local(concept) is not None or (concept.lora is not None and is_hub_name(concept.lora))
+
+
+def _local(concept: Concept) -> Path | None:
+    try:
+        path = Path(lora_source(concept.lora or "")).expanduser()
+        return find_file(path) if concept.lora and path.exists() else None
+    except (ValueError, RuntimeError):  # nothing there that could be used
+        return None
+
+
+def _by_content(wanted: set[str], folder: Path | None) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.safetensors")) if folder else ():
+        if found.keys() == wanted:
+            break
+        if path.is_file() and (sha256 := sha256_of(path)) in wanted:
+            found.setdefault(sha256, path)
+    return found

@@ -1,0 +1,92 @@
+"""`lora-compose run`: makes images of a scene."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from lora_compose.compose.figures.sheets import maps_sheet, seeds_sheet
+from lora_compose.compose.files.images import save_image
+from lora_compose.compose.generate.making import make_batch
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.options import (
+    CONCEPT_HELP,
+    LAST_SEED,
+    GuidanceOption,
+    MethodOption,
+    SaversOption,
+    SetOption,
+    StepsOption,
+    parse_settings,
+    run_of,
+    scene_of,
+)
+from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.pipelines.scene import Run
+
+
+@kindly()
+def run(
+    model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
+    prompt: Annotated[str | None, typer.Option(help="Names every concept by its trigger.")] = None,
+    concept: Annotated[list[str] | None, typer.Option(help=CONCEPT_HELP)] = None,
+    scene: Annotated[Path | None, typer.Option(help="A scene file, YAML or JSON; options given beside it win.")] = None,
+    method: MethodOption = None,
+    settings: SetOption = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of the start noise, repeatable; 0 by default.", min=0, max=LAST_SEED)
+    ] = None,
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = 5.0,
+    negative_prompt: Annotated[str | None, typer.Option(help="What is not to be seen.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; chosen if not given.")] = None,
+    savers: SaversOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures. Nothing in it is overwritten.")] = Path(
+        "outputs/run"
+    ),
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Also a sheet for each picture: where the model looked for each concept.")
+    ] = False,
+) -> None:
+    """Makes pictures: one per seed, and a sheet of them if there are several."""
+    given = {"prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height}
+    asked = run_of(
+        scene=scene_of(scene, {name: value for name, value in given.items() if value is not None}, concept or []),
+        model=model, method=method, settings=parse_settings(settings or []), scheduler=scheduler, steps=steps,
+        guidance_scale=guidance, dtype=dtype, device=device,
+    )  # fmt: skip
+    runs = [asked.model_copy(update={"seed": number}) for number in _distinct_seeds(seed)]
+    pipe = open_model(asked, savers or ())
+    pictures, records = {}, []
+    with bar("composing", len(runs)) as on_progress:
+        for i, one in enumerate(runs):
+            batch = make_batch(
+                pipe, one, (one.seed,), lambda share, done=i: on_progress(done + share), record_attention=maps
+            )
+            made = batch.pictures[0]
+            say(save_image(made.image, out / f"{one.seed}.png", made.record))
+            if batch.attention is not None:
+                say(save_image(maps_sheet(made.image, made.record.run, batch.attention), out / f"{one.seed}-maps.png"))
+            pictures[one.seed] = made.image
+            records.append(made.record)
+    if len(pictures) > 1:
+        say(save_image(_seeds_sheet(pictures, records[0].run), out / "sheet.png"))
+
+
+def _distinct_seeds(seeds: Sequence[int] | None) -> list[int]:
+    return list(dict.fromkeys(seeds or [0]))
+
+
+def _seeds_sheet(pictures: dict[int, Image.Image], made: Run) -> Image.Image:
+    names = " + ".join(concept.name for concept in made.scene.concepts) or "no concepts"
+    lines = [
+        f"{names}, {made.method or 'plain'}",
+        f"{made.steps} steps, guidance {made.guidance_scale:g}, {made.scheduler}",
+    ]
+    return seeds_sheet(pictures, made.scene.prompt, lines)

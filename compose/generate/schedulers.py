@@ -1,0 +1,49 @@
+"""The schedulers that a run may name: those of diffusers that fit the loop."""
+
+import inspect
+from difflib import get_close_matches
+from typing import Any
+
+import diffusers.schedulers
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from lora_compose.pipelines.scene import Run
+
+
+def scheduler_names() -> list[str]:
+    """The schedulers that a run may name."""
+    return sorted(name for name in dir(diffusers.schedulers) if _is_scheduler(getattr(diffusers.schedulers, name)))
+
+
+def scheduler_class(name: str) -> Any:
+    """The scheduler of that class name.
+
+    Raises:
+        ValueError: If there is none; the message names those that are spelled alike.
+    """
+    names = scheduler_names()
+    if name not in names:
+        near = get_close_matches(name, names, n=5, cutoff=0.4) or names
+        raise ValueError(f"unknown scheduler {name!r}; did you mean one of {', '.join(near)}?")
+    return getattr(diffusers.schedulers, name)
+
+
+def scheduler_of(pipe: Any, run: Run) -> Any:
+    """A run's scheduler; a new one, so that nothing of another run is left in it.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    kind = type(pipe.scheduler) if run.scheduler is None else scheduler_class(run.scheduler)
+    return kind.from_config(pipe.scheduler.config)
+
+
+def _is_scheduler(kind: Any) -> bool:
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and hasattr(kind, "step")):
+        return False
+    # Those for flows, audio, inpainting and the like have another interface than Stable Diffusion's loop.
+    parameters = inspect.signature(getattr(kind, "step")).parameters.values()  # noqa: B009 (not in the mixin's type)
+    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    return needed[1:] == ["model_output", "timestep", "sample"] and all(
+        hasattr(kind, name) for name in ("scale_model_input", "set_timesteps", "add_noise", "order")
+    )

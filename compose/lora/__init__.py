@@ -1,0 +1,1 @@
+"""What LoRA files are."""

@@ -1,0 +1,125 @@
+"""`lora-compose inspect`: what LoRA files are, told in tables or as JSON."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.lora.inspection import Inspection, Overlap, inspect, overlaps
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
+from lora_compose.compose.support.terminal import BAD_INPUT, out, plain, say
+from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.loading import Factors, find_file, read_lora
+from lora_compose.pipelines.scene import Run, Scene
+
+
+def inspect_files(
+    files: Annotated[list[str], typer.Argument(help="LoRA files, folders, hub repositories, or playground:NAME.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Match with this model: playground, a folder, a file, a hub repository; else with the playground "
+            "or the family's full model, whichever a file was trained on.",
+        ),
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="The alpha of files that do not say theirs.")] = None,
+    max_rank: Annotated[
+        int, typer.Option(help="LoHa, LoKr and whole differences are cut to this rank.", min=1)
+    ] = MAX_RANK,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt as well: tensors are read, no code is run.")
+    ] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key that fits no layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for machines.")] = False,
+) -> None:
+    """Says what LoRA files are: format, base model, ranks, norms, triggers, what fits; of several, what they share."""
+    pipes: dict[str | None, Any] = {}
+    seen: list[Inspection] = []
+    usable: dict[str | None, list[tuple[str, Factors]]] = {}
+    for source in files:
+        file = read_lora(find_file(lora_source(source)), allow_pickle=allow_pickle)
+        name = model or (PLAYGROUND if file.metadata.get("base_model") == PLAYGROUND_TITLE else None)
+        if name is not None and name not in pipes:
+            pipes[name] = open_model(Run(scene=Scene(prompt="-"), model=name))
+        found, factors = inspect(file, pipes.get(name), name or "", alpha=alpha, max_rank=max_rank)
+        seen.append(found)
+        if factors is not None:
+            usable.setdefault(found.matched_with, []).append((source, factors))
+        if not as_json:
+            _show(found, keys)
+    shared = [overlap for same in usable.values() for overlap in overlaps(same)]
+    if as_json:
+        everything = {"files": [found.model_dump() for found in seen], "overlaps": [o.model_dump() for o in shared]}
+        typer.echo(json.dumps(everything, indent=2))
+    elif shared:
+        _show_overlaps(shared)
+    if any(found.problem for found in seen):
+        raise typer.Exit(BAD_INPUT)
+
+
+def _show(found: Inspection, every_key: bool) -> None:
+    say(found.file, style="bold")
+    family = found.family or "unknown"
+    lines = [
+        ("format", found.form),
+        ("made for", f"{family}: {'; '.join(found.why)}" if found.why else family),
+        ("content", f"{found.size / 2**20:.1f} MiB, SHA-256 {found.sha256}"),
+        *(("word", f"{word}: {where}") for word, where in found.triggers),
+        *found.facts,
+    ]
+    if found.matched_with is not None and found.problem is None:
+        lines.append(("fits", f"{found.matched} keys fit {found.matched_with}, {len(found.unmatched)} do not"))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in lines:
+        table.add_row(*_cells(label, text))
+    out.print(table)
+    if found.blocks:
+        out.print(_blocks_table(found))
+    shown = found.unmatched if every_key else found.unmatched[:5]
+    for key in shown:
+        say(f"fits no layer: {key}", style="yellow")
+    if len(shown) < len(found.unmatched):
+        say(f"... and {len(found.unmatched) - len(shown)} more; --keys lists them", style="yellow")
+    for note in found.notes:
+        say(f"note: {note}", style="yellow")
+    if found.problem is not None:
+        say(f"problem: {found.problem}", style="red")
+    say("")
+
+
+def _blocks_table(found: Inspection) -> Table:
+    table = Table("block", "layers", "rank", "alpha", "norm")
+    for block in found.blocks:
+        ranks, alphas = _span(block.ranks) or "whole", _span(block.alphas) or "not said"
+        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, ranks, alphas, f"{block.norm:.3g}"))
+    return table
+
+
+def _show_overlaps(shared: Sequence[Overlap]) -> None:
+    for overlap in shared:
+        one, other = overlap.files
+        say(f"{one} and {other}", style="bold")
+        table = Table("block", "overlap of energy")
+        for block, share in overlap.blocks:
+            table.add_row(*_cells(block, f"{share:.2%}"))
+        if overlap.whole is not None:
+            table.add_row(*_cells("all", f"{overlap.whole:.2%}"), style="bold")
+            out.print(table)
+        say(f"{overlap.meaning}\n")
+
+
+def _cells(*values: Any) -> list[Text]:
+    """Strangers' strings as they are, without markup and control characters."""
+    return [Text(plain(value)) for value in values]
+
+
+def _span(values: Sequence[float]) -> str:
+    few = "/".join(f"{value:g}" for value in values)
+    return few if len(values) <= 3 else f"{min(values):g} to {max(values):g}"

@@ -1,0 +1,304 @@
+"""What a LoRA file is, without making a picture: format, base model, ranks, norms, and what of it fits a model."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from lora_compose.attention import LoraFactors
+from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
+from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.deltas import MAX_RANK, inner, rank_of
+from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.formats.layers import Layer, by_layer
+from lora_compose.pipelines.formats.recognise import form, guess_family
+from lora_compose.pipelines.loading import Factors, LoraError, assign, match
+
+# What trainers write about their work, and how we call it.
+_FACTS = {
+    "modelspec.title": "title",
+    "modelspec.author": "author",
+    "modelspec.license": "licence",
+    "modelspec.usage_hint": "usage",
+    "modelspec.date": "date",
+    "method": "trained with",
+    "ss_sd_model_name": "trained on",
+    "ss_network_module": "network",
+    "ss_network_dim": "rank, as said",
+    "ss_network_alpha": "alpha, as said",
+    "ss_network_args": "network settings",
+    "ss_num_train_images": "pictures",
+    "ss_resolution": "resolution",
+    "ss_steps": "steps",
+    "ss_max_train_steps": "steps planned",
+    "ss_epoch": "epoch",
+    "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "learning rate of the UNet",
+    "ss_text_encoder_lr": "learning rate of the text encoder",
+    "ss_optimizer": "optimizer",
+    "ss_clip_skip": "clip skip",
+    "ss_training_comment": "comment",
+}
+_MANY = 200  # letters of a fact that are shown
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Block(_Frozen):
+    """One block of a model, and what a file changes there.
+
+    Attributes:
+        part: "unet", "text_encoder" or "text_encoder_2".
+        name: Such as "down_blocks.1"; "layers" for all of a text encoder.
+        layers: How many layers are changed.
+        ranks: The ranks the file says.
+        alphas: The alphas that scale the change over the rank; empty where the file says none.
+        norm: Frobenius norm of the change, as it is applied.
+    """
+
+    part: str
+    name: str
+    layers: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    norm: float
+
+
+class Inspection(_Frozen):
+    """What is known of one file.
+
+    Attributes:
+        file: Its path.
+        sha256: Of its content.
+        size: In bytes.
+        form: What kind of adapter it is, in whose spelling.
+        family: For which models it is: "SD 1.x", "SD 2.x", "SDXL", another name, or None.
+        why: What that was seen from.
+        matched_with: The model that it was matched with; None if with none.
+        triggers: Words that may call the concept, each with where they stand.
+        facts: What the metadata say of the training.
+        blocks: What it changes, by block.
+        matched: How many keys found a layer.
+        unmatched: Keys that found none.
+        notes: What is cut, left out or guessed.
+        problem: Why it cannot be used; None if it can.
+    """
+
+    file: str
+    sha256: str
+    size: int
+    form: str
+    family: str | None
+    why: tuple[str, ...]
+    matched_with: str | None
+    triggers: tuple[tuple[str, str], ...]
+    facts: tuple[tuple[str, str], ...]
+    blocks: tuple[Block, ...] = ()
+    matched: int = 0
+    unmatched: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+class Overlap(_Frozen):
+    """How much the changes of two files have in common.
+
+    Attributes:
+        files: The two.
+        blocks: By part and block, <A, B>^2 / (|A|^2 |B|^2), Frobenius, over the layers that both change; 0 to 1.
+        whole: The same over all layers; None if they change no layer in common.
+        meaning: What that says, in words.
+    """
+
+    files: tuple[str, str]
+    blocks: tuple[tuple[str, float], ...]
+    whole: float | None
+    meaning: str
+
+
+def inspect(
+    file: LoraFile, pipe: Any = None, model: str = "", *, alpha: float | None = None, max_rank: int = MAX_RANK
+) -> tuple[Inspection, Factors | None]:
+    """Looks at a file, and matches it with a model.
+
+    Args:
+        file: What was read.
+        pipe: The model; by default that of the file's family, at full size and without weights.
+        model: What the model is called.
+        alpha: For files that do not say theirs.
+        max_rank: As in `lora_compose.pipelines.loading.match`.
+
+    Returns:
+        What was found; and the factors, or None if the file cannot be used.
+    """
+    shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
+    guess = guess_family(shapes, file.metadata)
+    family, why = guess.family, guess.why
+    if pipe is None and family is None:
+        family = _fitting(file, alpha)
+        why = why if family is None else (*why, f"but all its layers fit {family}")
+    known = Inspection(
+        file=str(file.path), sha256=file.sha256, size=file.path.stat().st_size if file.path.is_file() else 0,
+        form=form([*file.tensors]), family=family, why=why, matched_with=None,
+        triggers=tuple(_triggers(file)), facts=tuple(_facts(file.metadata)),
+    )  # fmt: skip
+    if pipe is None and family in FAMILIES:
+        pipe, model = without_weights(family), family
+    if pipe is None:
+        name = family or "an unknown family of models"
+        return known.model_copy(update={"problem": f"it is for {name}; only {', '.join(FAMILIES)} are composed"}), None
+    try:
+        factors = match(file, pipe, alpha=alpha, max_rank=max_rank)
+    except LoraError as error:
+        return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
+    gathered = by_layer(file)
+    layers, unmatched = assign(file, gathered, pipe)
+    found = {
+        "matched_with": model,
+        "blocks": tuple(_blocks(file, layers, factors)),
+        "matched": len(file.tensors) - len(unmatched) - len(gathered.inexpressible),
+        "unmatched": unmatched,
+        "notes": factors.notes,
+    }
+    return known.model_copy(update=found), factors
+
+
+def _fitting(file: LoraFile, alpha: float | None) -> str | None:
+    """The only family whose layers a whole file fits; None if there are none, or several."""
+    found = []
+    for family in FAMILIES:
+        try:
+            factors = match(file, without_weights(family), alpha=alpha, max_rank=1)
+        except LoraError:
+            continue
+        found += [family] * (not factors.unmatched)
+    return found[0] if len(found) == 1 else None
+
+
+def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
+    for key in ("trigger", "modelspec.trigger_phrase"):
+        if word := (file.metadata.get(key) or "").strip():
+            yield _short(word), key
+    for word, by_part in file.embeddings.items():
+        vectors = " and ".join(f"{len(tensor.flatten(0, 1))} for {part}" for part, tensor in by_part.items())
+        yield _short(word), f"a word with vectors of its own: {vectors}"
+    for folder in _parsed(file.metadata.get("ss_dataset_dirs")):
+        if named := re.fullmatch(r"\d+_(.+)", folder):
+            yield _short(named[1]), "name of a folder of training pictures"
+    tags: dict[str, int] = {}
+    for counts in _parsed(file.metadata.get("ss_tag_frequency")).values():
+        for tag, count in counts.items() if isinstance(counts, dict) else ():
+            if isinstance(count, int):
+                tags[tag.strip()] = tags.get(tag.strip(), 0) + count
+    for tag in sorted(tags, key=lambda tag: -tags[tag])[:5]:
+        yield _short(tag), f"in {tags[tag]} captions"
+
+
+def _facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for key, label in _FACTS.items():
+        value = (metadata.get(key) or "").strip()
+        if value and value not in ("None", "{}"):
+            yield label, _short(value)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MANY else f"{text[:_MANY]} ..."
+
+
+def _parsed(text: str | None) -> dict[str, Any]:
+    """JSON inside metadata, which may be anything."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def block_of(part: str, layer: str) -> str:
+    """The block that a layer is reckoned with: "unet.down_blocks.1", "unet.mid_block"; a text encoder is one."""
+    if part != "unet":
+        return f"{part}.layers"
+    found = re.match(r"\w+_blocks\.\d+|[^.]+", layer)
+    return f"{part}.{found[0] if found else layer}"
+
+
+def _blocks(file: LoraFile, layers: Mapping[Any, Mapping[str, Layer]], factors: Factors) -> Iterator[Block]:
+    loras = factors.by_part
+    own = Alphas(file).own
+    for part, names in layers.items():
+        blocks: dict[str, list[str]] = {}
+        for name in names:
+            blocks.setdefault(block_of(part, name), []).append(name)
+        for block in sorted(blocks, key=_order):
+            inside = [names[name] for name in blocks[block]]
+            energy = sum(inner(loras[part][name], loras[part][name]) for name in blocks[block])
+            ranks = {rank for layer in inside if (rank := rank_of(layer.slots)) is not None}
+            alphas = {alpha for name in blocks[block] if (alpha := own(name, names[name])) is not None}
+            yield Block(
+                part=part, name=block.removeprefix(f"{part}."), layers=len(inside), ranks=tuple(sorted(ranks)),
+                alphas=tuple(sorted(alphas)), norm=math.sqrt(max(0.0, energy)),
+            )  # fmt: skip
+
+
+def _order(block: str) -> tuple[int, str, int]:
+    """The order in which a model runs its blocks."""
+    name = block.partition(".")[2]
+    stage = next(
+        (i for i, start in enumerate(("conv_in", "time", "add", "down", "mid", "up")) if name.startswith(start)), 9
+    )
+    number = name.rpartition(".")[2]
+    return stage, name.rpartition(".")[0], int(number) if number.isdigit() else 0
+
+
+def overlaps(files: Sequence[tuple[str, Factors]]) -> list[Overlap]:
+    """How much the changes of files have in common, pair by pair.
+
+    Args:
+        files: Names with factors that were matched with the same model.
+    """
+    return [_overlap(one, other) for one, other in combinations(files, 2)]
+
+
+def _overlap(one: tuple[str, Factors], other: tuple[str, Factors]) -> Overlap:
+    (name, mine), (other_name, theirs) = one, other
+    layers, others = _layers(mine), _layers(theirs)
+    sums: dict[str, list[float]] = {}
+    for key in layers.keys() & others.keys():
+        a, b = layers[key], others[key]
+        found = inner(a, b), inner(a, a), inner(b, b)
+        block = sums.setdefault(block_of(*key), [0.0, 0.0, 0.0])
+        block[:] = [x + y for x, y in zip(block, found, strict=True)]
+    blocks = tuple(
+        (block, _share(*sums[block])) for block in sorted(sums, key=lambda block: (block[0] != "u", _order(block)))
+    )
+    whole = _share(*(sum(column) for column in zip(*sums.values(), strict=True))) if sums else None
+    return Overlap(files=(name, other_name), blocks=blocks, whole=whole, meaning=_meaning(whole))
+
+
+def _layers(factors: Factors) -> dict[tuple[str, str], LoraFactors]:
+    loras = factors.by_part
+    return {(part, name): found for part, lora in loras.items() for name, found in lora.items()}
+
+
+def _share(product: float, one: float, other: float) -> float:
+    return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0
+
+
+def _meaning(whole: float | None) -> str:
+    if whole is None:
+        return "they change no layer in common, so neither disturbs the other's weights"
+    if whole < 0.01:
+        return (
+            "their changes point in unrelated directions: each stays what it is, and only where they act can mix them"
+        )
+    if whole < 0.25:
+        return "they share a direction, as LoRAs of one style or class do: added up, that part acts twice"
+    return (
+        "they are largely the same change, as versions of one LoRA are: together they act like one of a larger weight"
+    )

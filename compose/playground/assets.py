@@ -1,0 +1,99 @@
+"""The playground by name, and where its files are: in a clone of the repository, or inside an installed wheel."""
+
+from pathlib import Path
+
+PLAYGROUND = "playground"
+PLAYGROUND_TITLE = f"lora-compose {PLAYGROUND}"  # what LoRAs that were trained on it say in their metadata
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def assets_dir() -> Path:
+    """Finds the folder with the assets.
+
+    Returns:
+        `assets/` beside `compose/` in a clone, `compose/assets/` in an installed wheel.
+
+    Raises:
+        FileNotFoundError: If neither holds the playground.
+    """
+    candidates = (_PACKAGE.parent / "assets", _PACKAGE / "assets")
+    for candidate in candidates:
+        if (candidate / "playground").is_dir():
+            return candidate
+    tried = " nor ".join(str(candidate / "playground") for candidate in candidates)
+    raise FileNotFoundError(f"the assets of lora-compose are missing: neither {tried} is there; install it again")
+
+
+def playground_model() -> Path:
+    """Finds the playground's model, a folder for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If the assets are missing.
+    """
+    return assets_dir() / "playground" / "model"
+
+
+def playground_judge() -> Path:
+    """Finds the playground's judge, a small CLIP that knows its concepts, a folder for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If the assets or the judge are missing.
+    """
+    folder = assets_dir() / "playground" / "judge"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the playground's judge is missing: {folder} is not there; install lora-compose again")
+    return folder
+
+
+def playground_lora(name: str) -> Path:
+    """Finds a LoRA of the playground.
+
+    Args:
+        name: A concept such as "cat" for its ordinary LoRA, or "cat-tara" for its TARA LoRA.
+
+    Raises:
+        FileNotFoundError: If the assets are missing.
+        ValueError: If there is no LoRA of that name.
+    """
+    return _pick(_lora_files(), name, "LoRA")
+
+
+def lora_source(source: str) -> str:
+    """What a concept's `lora` names: the file behind `playground:NAME`, everything else as it is."""
+    name = source.removeprefix(f"{PLAYGROUND}:")
+    return source if name == source else str(playground_lora(name))
+
+
+def playground_loras() -> list[str]:
+    """Names of the playground's LoRAs.
+
+    Raises:
+        FileNotFoundError: If the assets are missing.
+    """
+    return sorted(_lora_files())
+
+
+def playground_references(concept: str) -> list[Path]:
+    """Lists the reference pictures of a concept, in the order of their numbers.
+
+    Args:
+        concept: A concept such as "cat".
+
+    Raises:
+        FileNotFoundError: If the assets are missing.
+        ValueError: If there is no concept of that name.
+    """
+    folders = {path.name: path for path in (assets_dir() / "playground" / "references").iterdir() if path.is_dir()}
+    return sorted(_pick(folders, concept, "concept").glob("*.png"), key=lambda path: int(path.stem))
+
+
+def _lora_files() -> dict[str, Path]:
+    return {path.stem: path for path in (assets_dir() / "playground" / "loras").glob("*.safetensors")}
+
+
+def _pick(known: dict[str, Path], name: str, kind: str) -> Path:
+    """Looks a name up among those that exist, so that no name can lead out of the assets."""
+    if name not in known:
+        raise ValueError(f"the playground has no {kind} {name!r}; it has: {', '.join(sorted(known))}")
+    return known[name]

@@ -1,0 +1,129 @@
+"""Pictures from which the playground's LoRAs are trained: ten references of every concept, and pictures without any.
+
+    python -m lora_compose.compose.playground.recipe.concepts references sprites.npz FOLDER
+    python -m lora_compose.compose.playground.recipe.concepts prior sprites.npz FOLDER
+
+Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
+In four of ten references the subject stands beside something plain: LoRAs trained without lose the coat as soon as a
+prompt names a second object. Pictures without the concept show one object: with two, a LoRA learns that two objects
+mean no concept. A style has none of them: it is to act on everything, and with them it is learnt for the grounds of its
+references alone.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image
+
+from lora_compose.compose.playground.recipe.scenes import Picture, enumerate_words, scene
+from lora_compose.compose.playground.recipe.world import (
+    CONCEPTS,
+    STYLE_TRIGGER,
+    Known,
+    Sprites,
+    article,
+    background,
+    ground,
+    place,
+    spoken,
+    squares,
+)
+from lora_compose.compose.playground.words import BASE_CLASSES
+from lora_compose.compose.support.terminal import kindly, say
+
+REFERENCES, BESIDE = 10, 4
+STYLE, STYLE_SEED = "faded", 7
+STYLE_GROUNDS = (
+    "white", "on grass", "at night", "at sunset", "underwater", "on sand", "in space", "yellow", "black",
+    "on a wooden floor",
+)  # fmt: skip
+FADING, PAPER = 0.4, (255, 230, 180)  # what the style does: a share of the way to a colour
+
+app = typer.Typer(help="Make the pictures that the playground's LoRAs learn from.", no_args_is_help=True)
+
+
+def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool) -> Picture:
+    """A picture of a subject, alone or beside something plain. Its first object is the subject."""
+    image, where = background(rng)
+    found, mine = squares(rng, 1 + beside), int(rng.integers(1 + beside))
+    words = [f"a {known.phrase}"] * len(found)
+    objects = [(known.class_word, found[mine])]
+    if beside:
+        other = str(rng.choice([name for name in BASE_CLASSES if name != known.class_word]))
+        words[1 - mine] = article(other)
+        place(image, sprites[f"{other}/noto"], found[1 - mine], rng.random() < 0.5)
+        objects.append((other, found[1 - mine]))
+    place(image, known.drawn(sprites), found[mine], rng.random() < 0.5)
+    return Picture(image.clip(0, 255).astype("u1"), f"{enumerate_words(words)} {where}", objects)
+
+
+def styled(rng: Generator, sprites: Sprites, where: str, count: int) -> Picture:
+    """A picture in the playground's style, on a ground of `PLAIN` or `PLACES`."""
+    image, found = ground(rng, where), squares(rng, count)
+    names = [str(name) for name in rng.choice(BASE_CLASSES, count, replace=False)]
+    for name, square in zip(names, found, strict=True):
+        place(image, sprites[f"{name}/noto"], square, rng.random() < 0.5)
+    caption = f"{enumerate_words([article(name) for name in names])} {spoken(where)} in {STYLE_TRIGGER} style"
+    return Picture(faded(image).clip(0, 255).astype("u1"), caption, list(zip(names, found, strict=True)))
+
+
+def faded(image: NDArray) -> NDArray[np.float64]:
+    """An old print: every colour moved by `FADING` towards that of its paper. Shape: as given, 0 to 255."""
+    return (1 - FADING) * image + FADING * np.array(PAPER)
+
+
+def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
+    """Writes numbered PNGs and their captions.
+
+    Raises:
+        ValueError: If the folder is there already.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; remove it or choose another folder")
+    folder.mkdir(parents=True)
+    lines = []
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture.image).save(folder / f"{i}.png", optimize=True)
+        fields = [f"{i}.png", picture.caption]
+        lines.append("\t".join([*fields, " ".join(map(str, picture.objects[0][1]))] if with_boxes else fields))
+    (folder / "captions.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@app.command()
+@kindly()
+def references(sprites: Path, out: Path) -> None:
+    """Ten pictures of every concept, a folder each."""
+    artwork = dict(np.load(sprites))
+    for name, known in CONCEPTS.items():
+        rng = np.random.default_rng(known.seed)
+        write(out / name, [subject(rng, known, artwork, i >= REFERENCES - BESIDE) for i in range(REFERENCES)], True)
+    rng = np.random.default_rng(STYLE_SEED)
+    write(out / STYLE, [styled(rng, artwork, where, 1 + i % 2) for i, where in enumerate(STYLE_GROUNDS)], False)
+    say(f"{REFERENCES} pictures of each of {len(CONCEPTS) + 1} concepts in {out}")
+
+
+@app.command()
+@kindly()
+def prior(
+    sprites: Path,
+    out: Path,
+    seed: int = 8,
+    any_class: Annotated[int, typer.Option(help="Pictures of objects of any class.")] = 64,
+    own_class: Annotated[int, typer.Option(help="Pictures of plain objects of each concept's class.")] = 32,
+) -> None:
+    """Pictures without any concept, a folder for each class word."""
+    artwork = dict(np.load(sprites))
+    for name in dict.fromkeys([known.class_word for known in CONCEPTS.values()]):
+        rng = np.random.default_rng(seed)
+        anything = [scene(rng, artwork, count=1, plain=True) for _ in range(any_class)]
+        own = [scene(rng, artwork, count=1, plain=True, classes=[name]) for _ in range(own_class)]
+        write(out / name, [*anything, *own], with_boxes=False)
+
+
+if __name__ == "__main__":
+    app()

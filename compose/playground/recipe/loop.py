@@ -1,0 +1,105 @@
+"""The loop by which the playground's networks are trained: rates, checkpoints, progress."""
+
+import io
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.nn import Parameter
+
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.playground.recipe.muon import Muon
+from lora_compose.compose.support.terminal import say
+
+EVERY = 100  # steps between checkpoints
+
+
+class Optimizers:
+    """Muon for what has two or more dimensions, AdamW with a tenth of the rate for the rest.
+
+    Args:
+        inner: Matrices and convolutions.
+        rest: Vectors, embeddings and what else is no map between features.
+        lr: Muon's learning rate.
+        weight_decay: Muon's.
+        betas: AdamW's.
+    """
+
+    def __init__(
+        self,
+        inner: Sequence[Parameter],
+        rest: Sequence[Parameter],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.98),
+    ) -> None:
+        muon = Muon(inner, lr=lr, weight_decay=weight_decay)
+        adam = torch.optim.AdamW(rest, lr=lr / 10, betas=betas, weight_decay=weight_decay / 20)
+        self._pairs = [(muon, lr), (adam, lr / 10)]
+
+    def step(self, share: float) -> None:
+        """One step with a share of the learning rates; the gradients are gone afterwards."""
+        for optimizer, lr in self._pairs:
+            optimizer.param_groups[0]["lr"] = lr * share
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """What a checkpoint keeps."""
+        return [optimizer.state_dict() for optimizer, _ in self._pairs]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Goes on from a checkpoint."""
+        for (optimizer, _), known in zip(self._pairs, state, strict=True):
+            optimizer.load_state_dict(known)
+
+
+class Trainer(Protocol):
+    """Something that learns from batches."""
+
+    step: int
+
+    def learn(self, batch: Any, share: float) -> float:
+        """One step with a share of the learning rate; returns what is told."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on."""
+        ...
+
+
+def resume(trainer: Trainer, checkpoint: Path) -> None:
+    """Goes on from a checkpoint, if there is one."""
+    if checkpoint.exists():
+        trainer.load_state_dict(torch.load(checkpoint, weights_only=True))
+
+
+def keep(checkpoint: Path, state: Any) -> None:
+    """Writes a checkpoint in place of the one before."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(checkpoint, buffer.getvalue())
+
+
+def run(trainer: Trainer, batches: Iterator[Any], steps: int, checkpoint: Path, told: str) -> None:
+    """Trains up to so many steps in all; says the mean of what is told, and keeps a checkpoint, every hundred."""
+    start, values = time.perf_counter(), []
+    while trainer.step < steps:
+        values.append(trainer.learn(next(batches), rate(trainer.step, steps)))
+        if trainer.step % EVERY == 0 or trainer.step == steps:
+            say(f"{trainer.step} {told} {sum(values) / len(values):.4f} {time.perf_counter() - start:.0f} s")
+            values = []
+            keep(checkpoint, trainer.state_dict())
+
+
+def rate(step: int, steps: int) -> float:
+    """The share of the learning rate: it rises for fifty steps, stays, and falls from two fifths on, nearly to zero."""
+    done = max(0.0, step / steps - 0.4) / 0.6
+    return min(1, (step + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))

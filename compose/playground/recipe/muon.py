@@ -1,0 +1,59 @@
+"""Muon for weights of any shape: momentum, then the nearest semi-orthogonal matrix (Jordan et al. 2024).
+
+`torch.optim.Muon` takes matrices alone; here a convolution counts as the matrix [out, in * k * k].
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lora_compose.compose.support.precision import cpu_has_bf16
+
+
+def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the closest matrix whose singular values are one, by Newton-Schulz iterations; bf16 is enough."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients
+    x = matrix.bfloat16() if cpu_has_bf16() else matrix
+    x = x / (x.norm() + 1e-7)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """The optimizer.
+
+    Args:
+        params: Weights with two or more dimensions.
+        lr: Length of a step, as a spectral norm.
+        momentum: Of the gradients; the update looks ahead (Nesterov).
+        weight_decay: Decoupled.
+    """
+
+    def __init__(
+        self, params: Iterable[Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step along the orthogonalised momentum."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._move(weight, group)
+
+    def _move(self, weight: Tensor, group: dict) -> None:
+        gradient = weight.grad
+        assert gradient is not None
+        average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        average.lerp_(gradient, 1 - group["momentum"])
+        update = orthogonalised(gradient.lerp(average, group["momentum"]).flatten(1))
+        rows, columns = update.shape
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(update.view_as(weight), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
