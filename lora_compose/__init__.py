@@ -7,8 +7,8 @@ of their own. In a clone the three folders stand at its top, and this package li
 from lora_compose.compose.support.version import __version__
 from lora_compose.pipelines import families  # noqa: F401 (makes the model families known)
 from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.loading import LoraError
 from lora_compose.pipelines.methods import (
     METHODS,
     PRESETS,

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lora_compose.attention import among, coarser, grid_at
 from lora_compose.pipelines.canvas import Canvas
-from lora_compose.pipelines.conditioning import Conditioning
 from lora_compose.pipelines.passes import MapRequest, Pass
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 
 class AttentionLog:

@@ -16,23 +16,23 @@ from torch import Tensor, nn
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.concept_set import ConceptSet, LoadedConcept
-from lora_compose.pipelines.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
+from lora_compose.pipelines.concepts.library import ConceptLibrary
+from lora_compose.pipelines.concepts.loading import find_file, local_path
+from lora_compose.pipelines.concepts.strength import Weight
+from lora_compose.pipelines.concepts.textual_inversion import Expanding, Words
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.formats.deltas import MAX_RANK
-from lora_compose.pipelines.library import ConceptLibrary
-from lora_compose.pipelines.loading import find_file, local_path
 from lora_compose.pipelines.loop import Hooks, Schedule, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding, make_plan
-from lora_compose.pipelines.prompt_encoder import Encoder
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.task import TextToImage
-from lora_compose.pipelines.weights import Weight
-from lora_compose.pipelines.words import Expanding, Words
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.text.encoder import Encoder
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 

@@ -9,11 +9,11 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from lora_compose.attention import check_free
-from lora_compose.pipelines.concept_set import LoadedConcept
-from lora_compose.pipelines.conditioning import TokenPositions
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.scene import Concept, check_region
+from lora_compose.pipelines.text.conditioning import TokenPositions
 
 Generators = torch.Generator | list[torch.Generator] | None
 

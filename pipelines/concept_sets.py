@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.canvas import Step, images_of
-from lora_compose.pipelines.conditioning import Conditioning, join_images, join_rows_of_images
 from lora_compose.pipelines.denoiser import Denoiser, PreparedPass
 from lora_compose.pipelines.methods.process import FixedPasses, Process
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.text.conditioning import Conditioning, join_images, join_rows_of_images
 
 
 def start(begin: Callable[[Session], Process], sessions: Sequence[Session], denoiser: Denoiser) -> Process:

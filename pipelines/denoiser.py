@@ -18,11 +18,11 @@ from lora_compose.attention.slot import LayerInputs
 from lora_compose.attention.text_kv import TextKV
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.concept_set import ConceptSet
-from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, View, denoiser_inputs, repeated
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lora_compose.attention import Gates, Recorder, RegionAttention
-from lora_compose.pipelines.conditioning import Conditioning
 from lora_compose.pipelines.regions import Window
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 
 @dataclass(frozen=True, eq=False)

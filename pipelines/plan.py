@@ -12,16 +12,16 @@ from lora_compose.attention import backbone_of, install
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.canvas import Canvas, images_of
-from lora_compose.pipelines.concept_set import ConceptSet, LoadedConcept, check_blocks
-from lora_compose.pipelines.conditioning import TokenMasks, agreed
+from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
+from lora_compose.pipelines.concepts.textual_inversion import Expanding, Words
 from lora_compose.pipelines.control import PreparedControl, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.prompt_encoder import Encoder, Finder, PromptEncoder, Prompts
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.words import Expanding, Words
+from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
+from lora_compose.pipelines.text.encoder import Encoder, Finder, PromptEncoder, Prompts
 
 
 @dataclass(frozen=True)

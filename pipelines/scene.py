@@ -15,8 +15,8 @@ from pydantic import (
 )
 
 from lora_compose.attention.masks import Box
+from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.regions import check_mask
-from lora_compose.pipelines.weights import Weight, read_blocks, read_weight
 
 
 class _Frozen(BaseModel):

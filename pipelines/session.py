@@ -9,11 +9,11 @@ from torch import Tensor
 from lora_compose.attention import Stream
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.concept_set import ConceptSet
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
-from lora_compose.pipelines.prompt_encoder import Prompts
+from lora_compose.pipelines.text.encoder import Prompts
 
 
 class Runner(Protocol):

@@ -22,8 +22,8 @@ from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.recipe import world
 from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.notes import say_once
 
 torch.set_num_threads(1)
 diffusers_logging.disable_progress_bar()

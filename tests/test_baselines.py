@@ -12,9 +12,9 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from torch import Tensor
 
 from components import EVERYTHING, random_lora, tiny_pipeline
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Composite, Switch, make_method
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat, a zwx dog, a xlo bear"
 OTHER_PROMPT = "a xlo bear on a sks cat and a zwx dog"

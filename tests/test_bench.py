@@ -11,8 +11,8 @@ from components import tiny_pipeline
 from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
 from lora_compose.compose.benchmark.timing import Job, open_with_concepts, peak_bytes, time_pairs
 from lora_compose.compose.cli import app
-from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.methods import Regional
 
 
 def call(*arguments: object, code: int = 0) -> str:

@@ -7,10 +7,10 @@ import torch
 from transformers import CLIPTokenizer
 
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.pipelines.branches import Branch, branches_of
-from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, join_branches
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import Mention, locate_mention, own_nouns
+from lora_compose.pipelines.text.branches import Branch, branches_of
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_branches
+from lora_compose.pipelines.text.tokens import Mention, locate_mention, own_nouns
 
 CAT = Concept(name="cat", trigger="sks", class_word="cat")
 DOG = Concept(name="dog", trigger="zwx", class_word="dog")

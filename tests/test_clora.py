@@ -13,16 +13,16 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
+from lora_compose.pipelines.engine import Engine, Prediction
 from PIL import Image
 from torch import Tensor, nn
 
 from components import random_lora, seeded
 from lora_compose.attention import Lora, Recorder
-from lora_compose.pipelines.engine import Engine, Prediction
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 BASE, CAT, DOG = "a cat and a dog on grass", "a sks cat and a dog on grass", "a cat and a zwx dog on grass"

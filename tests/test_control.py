@@ -22,6 +22,7 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_compose.pipelines.engine import Engine
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,12 +32,11 @@ from components import FAMILIES, TINY_XL, State, random_lora, sd_unet, sdxl_unet
 from lora_compose import METHODS, Concept, Control
 from lora_compose.attention import Recorder
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES
-from lora_compose.pipelines.conditioning import Conditioning
 from lora_compose.pipelines.control import AdapterGuide, Canvas, NetGuide, View, made_ready
-from lora_compose.pipelines.engine import Engine
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.process import constant_gates, one_text
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)

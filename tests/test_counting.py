@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
+from lora_compose.pipelines.engine import EncodedText, Engine, LoadedConcept
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,9 +15,7 @@ from components import FAMILIES, TINY, TINY_XL, random_lora, sd_unet, sdxl_unet,
 from lora_compose.attention import Recorder, attention_layers, grid_at, map_level
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
 from lora_compose.compose.benchmark.counting import Counted, Operations, count, count_run, meta_unet
-from lora_compose.pipelines.conditioning import TokenMasks
-from lora_compose.pipelines.engine import EncodedText, Engine, LoadedConcept
-from lora_compose.pipelines.loading import Factors
+from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
@@ -29,6 +28,7 @@ from lora_compose.pipelines.methods import (
     Tara,
 )
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.conditioning import TokenMasks
 
 UNETS = {"sd": (sd_unet, TINY), "sdxl": (sdxl_unet, TINY_XL)}
 ALL_METHODS = [Switch(interval=1) if name == "switch" else kind() for name, kind in METHODS.items()]

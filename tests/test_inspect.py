@@ -17,7 +17,7 @@ from lora_compose.attention import Lora, LoraFactors
 from lora_compose.compose.cli import app
 from lora_compose.compose.lora.inspection import block_of, inspect, overlaps
 from lora_compose.compose.playground.assets import playground_lora
-from lora_compose.pipelines.loading import Factors, read_lora
+from lora_compose.pipelines.concepts.loading import Factors, read_lora
 from reference import dense
 
 run = CliRunner().invoke

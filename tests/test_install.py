@@ -14,12 +14,12 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
+from lora_compose.attention.layers import Kind, Place
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import Gates, Lora, LoraFactors, attention_layers, install, installed_layers
-from lora_compose.attention.layers import Kind, Place
 from reference import FullGates, constant_gates, random_gates, relative_error, with_reference
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_compose.attention.layers import Place
 from torch import Tensor, nn
 
 from components import sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import AttentionLayer, attention_layers, grid_at, map_level, places
-from lora_compose.attention.layers import Place
 from lora_compose.compose.playground.assets import playground_model
 
 

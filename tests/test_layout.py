@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_compose.attention.layout import read_by
 from torch import Tensor
 
 from lora_compose.attention import Layout, Partition
 from lora_compose.attention.kernels import sdpa
-from lora_compose.attention.layout import read_by
 
 SETTINGS = settings(deadline=None, max_examples=40)
 ROWS, HEADS, CHANNELS, TOKENS = 2, 2, 4, 5

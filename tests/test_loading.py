@@ -25,8 +25,16 @@ from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, small_pipeli
 from lora_compose import ComposePipeline
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora
-from lora_compose.pipelines import loading
-from lora_compose.pipelines.loading import Factors, LoraError, LoraFile, adapter_factors, find_file, match, read_lora
+from lora_compose.pipelines.concepts import loading
+from lora_compose.pipelines.concepts.loading import (
+    Factors,
+    LoraError,
+    LoraFile,
+    adapter_factors,
+    find_file,
+    match,
+    read_lora,
+)
 from reference import dense
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

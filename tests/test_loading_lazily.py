@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from components import State, random_lora, seeded, tiny_pipeline
 from lora_compose.pipelines import base
+from lora_compose.pipelines.concepts.loading import Factors
+from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
-from lora_compose.pipelines.loading import Factors
-from lora_compose.pipelines.recent import Read, Recent
 from lora_compose.pipelines.scene import Concept
 
 WORDS = {"cat": "sks", "dog": "zwx", "bear": "ohwx", "robot": "vtn"}
@@ -98,7 +98,7 @@ def test_what_was_not_used_for_longest_leaves_the_memory(
 ) -> None:
     pipe.add_concepts(folder)
     pipe.concept_memory = 2 * size_of(pipe, "cat")  # all are of one size
-    with caplog.at_level(logging.DEBUG, "lora_compose.pipelines.recent"):
+    with caplog.at_level(logging.DEBUG, "lora_compose.pipelines.concepts.lru"):
         for name in ("dog", "cat", "bear"):
             pipe.resolve_concepts([name])
     assert [record.args[0] for record in caplog.records] == [folder / "dog.safetensors"]  # pyright: ignore

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from lora_compose.pipelines.engine import Engine
 from torch import Tensor
 
 from components import ATTENTION, EVERYTHING, random_lora, seeded, tiny_pipeline
 from lora_compose.attention import Lora
-from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from reference import FullGates, WrittenOut, cells, with_reference
 
 PROMPT = "a sks cat and a zwx dog on grass"

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from components import EVERYTHING, random_lora, tiny_pipeline
 from lora_compose.attention import grid_at
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 CANVAS, LEFT, RIGHT = (0, 0, 128, 128), (0, 0, 64, 128), (64, 0, 128, 128)
 

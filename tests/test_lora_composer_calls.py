@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from components import ATTENTION, EVERYTHING, random_lora, seeded, small_pipeline, tiny_pipeline
 from lora_compose.compose.benchmark.counting import count_run
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from lora_compose.pipelines.engine import Engine
 from safetensors.torch import save_file
 from scipy.ndimage import convolve1d
 from torch import Tensor
 
 from components import ATTENTION, random_lora, seeded, small_pipeline
 from lora_compose.attention import Lora
-from lora_compose.pipelines.engine import Engine
 from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
 from lora_compose.pipelines.scene import Concept
 from reference import WrittenOut, cells

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from lora_compose.pipelines.engine import Engine
 from torch import Tensor
 
 from components import random_lora, sd_unet, seeded, small_pipeline, tiny_pipeline
 from lora_compose.attention import Recorder
 from lora_compose.compose.benchmark.counting import count_run
-from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.lora_composer import Composing, LoraComposer
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

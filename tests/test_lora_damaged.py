@@ -23,7 +23,7 @@ from torch import Tensor
 
 from components import random_lora, tiny_pipeline
 from lora_compose.compose.lora.inspection import inspect
-from lora_compose.pipelines.loading import LoraError, read_lora
+from lora_compose.pipelines.concepts.loading import LoraError, read_lora
 
 EXAMPLES = 2_000 if os.environ.get("HYPOTHESIS_PROFILE") == "thorough" else 40
 fuzzed = settings(

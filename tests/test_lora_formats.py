@@ -24,8 +24,8 @@ from lora_compose.attention import Lora
 from lora_compose.compose.benchmark.architectures import SD15, SDXL, without_weights
 from lora_compose.compose.generate.making import load
 from lora_compose.compose.playground.recipe.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
+from lora_compose.pipelines.concepts.loading import Factors, LoraError, match, read_lora
 from lora_compose.pipelines.formats.deltas import change
-from lora_compose.pipelines.loading import Factors, LoraError, match, read_lora
 from reference import dense
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from components import random_lora, tiny_pipeline
 from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.pipelines.concepts.loading import LoraError, read_lora
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.layers import Layer
 from lora_compose.pipelines.formats.safetensors_reader import read_header, read_tensors
-from lora_compose.pipelines.loading import LoraError, read_lora
 from lora_compose.pipelines.regions import read_mask
 
 SECONDS, MIB = 2.0, 200

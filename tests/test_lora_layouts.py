@@ -9,8 +9,8 @@ import pytest
 from layouts import NAMES, file_of, layout, shapes_of, written_out
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.compose.lora.inspection import inspect
+from lora_compose.pipelines.concepts.loading import LoraError, match
 from lora_compose.pipelines.formats.recognise import form, guess_family
-from lora_compose.pipelines.loading import LoraError, match
 
 USABLE = [name for name in NAMES if "refused" not in layout(name)]
 REFUSED = [name for name in NAMES if "refused" in layout(name)]

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
+from lora_compose.pipelines.engine import masks_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from components import EVERYTHING, random_lora, sd_unet, small_pipeline, text_loras
 from lora_compose.attention import Gates, Lora, LoraFactors, attention_layers, install, places
-from lora_compose.pipelines.engine import masks_of
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import (
     METHODS,
     PRESETS,
@@ -36,7 +37,6 @@ from lora_compose.pipelines.methods import (
 from lora_compose.pipelines.methods.regional import TokenMask
 from lora_compose.pipelines.methods.tara import CfgMask, Scope
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat, a zwx dog, a mjq bear"
 TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "mjq"}

@@ -38,7 +38,7 @@ from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
 from lora_compose.compose.support.savers import Saver
-from lora_compose.pipelines.loading import LoraError
+from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from lora_compose.pipelines.scene import Concept, Run, Scene
 

@@ -21,7 +21,7 @@ from lora_compose.compose.page.screen.state import Visit, checking
 from lora_compose.compose.page.shelf import Choice, Slot
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
-from lora_compose.pipelines import loading
+from lora_compose.pipelines.concepts import loading
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
 

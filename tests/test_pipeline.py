@@ -20,17 +20,17 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor
+from lora_compose.pipelines.engine import Engine
 from PIL import Image
 from torch import Tensor, nn
 
 from components import EVERYTHING, FAMILIES, State, random_lora, small_pipeline, text_loras, tiny_pipeline
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.engine import Engine
-from lora_compose.pipelines.loading import LoraError
+from lora_compose.pipelines.concepts.loading import LoraError
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Clora, Merge, OnePass, Tara, choose_method
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 
 PROMPT = "a sks cat and a zwx dog"
 POSITIONS = {"cat": [2], "dog": [6]}

@@ -44,10 +44,10 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
 from components import FAMILIES, TINY, random_lora, sd_unet, small_pipeline, tiny_xl_pipeline, xl_pipeline
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.methods import METHODS
+from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog"
 # Several of diffusers' schedulers hand tensors to numpy in a way that numpy 2 deprecates.

@@ -21,7 +21,7 @@ from lora_compose.compose.playground.recipe.muon import Muon, orthogonalised
 from lora_compose.compose.playground.recipe.world import CONCEPTS, STYLE_TRIGGER
 from lora_compose.compose.playground.words import PLACES
 from lora_compose.compose.training import train
-from lora_compose.pipelines.loading import read_lora
+from lora_compose.pipelines.concepts.loading import read_lora
 
 Sprites = dict[str, np.ndarray]
 

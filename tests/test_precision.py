@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from lora_compose.pipelines.engine import Engine, Gradient
 from torch import Tensor, nn
 
 from components import FAMILIES, State, random_lora, seeded
-from lora_compose.pipelines.engine import Engine, Gradient
 from lora_compose.pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Settings, make_method
 from lora_compose.pipelines.scene import Concept
 

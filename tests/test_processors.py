@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from lora_compose.attention.processors import ComposeAttnProcessor
 from torch import Tensor
 
 from components import sd_unet, sdxl_unet, unet_inputs
 from lora_compose.attention import AttentionLayer, install
 from lora_compose.attention.kernels import XFormersKernel, kernel_of
-from lora_compose.attention.processors import ComposeAttnProcessor
 from lora_compose.attention.slot import Slot
 from reference import random_gates, relative_error
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_compose.pipelines.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
 
 CAT = Concept(name="cat", trigger="sks", class_word="cat")
 DOG = Concept(name="dog", trigger="zwx", class_word="dog")

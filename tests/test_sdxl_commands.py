@@ -15,8 +15,8 @@ from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page.shelf import Choice, Shelf
 from lora_compose.compose.support.savers import Saver
-from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.methods import METHODS
 
 PROMPT = "a sks cat and a zwx dog on grass"
 

@@ -28,9 +28,9 @@ from components import (
 from lora_compose.attention import attention_layers
 from lora_compose.compose.benchmark.architectures import SDXL
 from lora_compose.compose.benchmark.counting import meta_unet
+from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Switch
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
 PROMPT = "a sks cat and a zwx dog on grass"
 OTHER_PROMPT = "in snow, zwx dog, sks cat"

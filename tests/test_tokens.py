@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.pipelines.conditioning import TokenMasks, join_rows
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask
+from lora_compose.pipelines.text.conditioning import TokenMasks, join_rows
+from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate, own_nouns, token_mask
 
 
 def playground_tokenizer() -> Any:

@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_compose.pipelines.engine import Engine
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -21,12 +22,11 @@ from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.options import parse_concept
 from lora_compose.compose.generate.replay import difference, remake, runnable
-from lora_compose.pipelines.conditioning import Conditioning
-from lora_compose.pipelines.engine import Engine
+from lora_compose.pipelines.concepts.strength import Schedule, blocks_text, read_blocks, read_weight, weight_text
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Merge
 from lora_compose.pipelines.methods.process import constant_gates
 from lora_compose.pipelines.scene import Concept, Run, Scene
-from lora_compose.pipelines.weights import Schedule, blocks_text, read_blocks, read_weight, weight_text
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx"}

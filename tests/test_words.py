@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
+from lora_compose.pipelines.engine import EncodedText
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from components import State, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from lora_compose.attention import attention_layers
+from lora_compose.pipelines.concepts.textual_inversion import Words
 from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.engine import EncodedText
 from lora_compose.pipelines.formats.files import LoraError
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import locate
-from lora_compose.pipelines.words import Words
+from lora_compose.pipelines.text.tokens import locate
 
 WIDTH, LAYERS = 24, 4  # of the tiny pipeline
 PROMPT = "a <x1> <x2> and a sks cat"

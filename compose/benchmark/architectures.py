@@ -12,8 +12,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.pipelines.concept_set import LoadedConcept
-from lora_compose.pipelines.loading import Factors
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.scene import Concept, Region
 
 SD15: Mapping[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64}

@@ -20,15 +20,15 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.concept_set import ConceptSet, LoadedConcept
-from lora_compose.pipelines.conditioning import TokenMasks
+from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.denoiser import Denoiser, PreparedPass
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
-from lora_compose.pipelines.prompt_encoder import EncodedText, Prompts
 from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.text.conditioning import TokenMasks
+from lora_compose.pipelines.text.encoder import EncodedText, Prompts
 
 META = torch.device("meta")
 

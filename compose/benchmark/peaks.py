@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.counting import count
 from lora_compose.compose.benchmark.memory import PeakMemory, meta_memory
-from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods import Settings
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_compose.attention import Site, backbone_of, install, installed_layers
 from lora_compose.compose.benchmark.architectures import without_weights
+from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.loading import Factors
 
 RANK = 16
 _FILES = 4

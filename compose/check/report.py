@@ -12,14 +12,14 @@ from lora_compose.compose.generate.making import load, rehearse, resolve_setting
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.concept_set import LoadedConcept, check_blocks
-from lora_compose.pipelines.loading import find_file, read_lora
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
+from lora_compose.pipelines.concepts.loading import find_file, read_lora
+from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
+from lora_compose.pipelines.concepts.textual_inversion import Expanding
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.scene import Concept, Run, check_region
-from lora_compose.pipelines.tokens import Positions, check_disjoint, locate
-from lora_compose.pipelines.weights import blocks_text, weight_text
-from lora_compose.pipelines.words import Expanding
+from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate
 
 _T = TypeVar("_T")
 

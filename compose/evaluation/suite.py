@@ -14,12 +14,12 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.scenes import read_as
 from lora_compose.compose.playground.assets import assets_dir, lora_source
 from lora_compose.compose.support.savers import Saver, check_savers, in_order
+from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.formats.files import LoraError, trained_with
-from lora_compose.pipelines.loading import find_file
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene import Concept, Region, Run, Scene
-from lora_compose.pipelines.tokens import find_words
-from lora_compose.pipelines.weights import Weight, read_blocks, read_weight
+from lora_compose.pipelines.text.tokens import find_words
 
 SANITY = ("no LoRA", "alone", "merge")
 """What every evaluation contains: the model as it is, each LoRA alone (`method_alone`), and all of them added up."""

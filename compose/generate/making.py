@@ -15,7 +15,7 @@ from lora_compose.compose.files.images import Record
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods import METHODS, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.scene import Concept, Run, Scene

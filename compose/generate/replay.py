@@ -12,7 +12,7 @@ from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.generate.machine import devices
 from lora_compose.compose.generate.making import Made, make_batch
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.loading import find_file
+from lora_compose.pipelines.concepts.loading import find_file
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run
 

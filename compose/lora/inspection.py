@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict
 
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
+from lora_compose.pipelines.concepts.loading import Factors, LoraError, assign, match
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.deltas import MAX_RANK, inner, rank_of
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.layers import Layer, by_layer
 from lora_compose.pipelines.formats.recognise import form, guess_family
-from lora_compose.pipelines.loading import Factors, LoraError, assign, match
 
 # What trainers write about their work, and how we call it.
 _FACTS = {

@@ -19,7 +19,7 @@ from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_loras, playground_references
-from lora_compose.pipelines.loading import LoraError, LoraFile, find_file, read_lora
+from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, find_file, read_lora
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept
 

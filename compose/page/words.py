@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.text import markup
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import Positions, check_disjoint, find_words, locate
+from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate
 
 Part = Literal["trigger", "class word"]
 

@@ -13,7 +13,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import find_words
+from lora_compose.pipelines.text.tokens import find_words
 
 Scope = Literal["cross_kv", "attention", "transformer"]
 

@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_compose.compose.training.data import DataError
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import Mention, class_words, find_words, free_nouns, locate_mention, span_positions
+from lora_compose.pipelines.text.tokens import (
+    Mention,
+    class_words,
+    find_words,
+    free_nouns,
+    locate_mention,
+    span_positions,
+)
 
 
 @dataclass(frozen=True)

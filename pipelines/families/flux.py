@@ -31,12 +31,12 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.conditioning import TokenPositions
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.prompt_encoder import EncodedText
+from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.encoder import EncodedText
 
 
 class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]

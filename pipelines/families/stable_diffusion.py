@@ -30,11 +30,11 @@ from lora_compose.pipelines.call import (
     no_concepts,
     tensors_for,
 )
-from lora_compose.pipelines.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.prompt_encoder import EncodedText
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.text.encoder import EncodedText
 
 
 class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]

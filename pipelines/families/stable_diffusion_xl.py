@@ -28,12 +28,12 @@ from lora_compose.pipelines.call import (
     no_concepts,
     tensors_for,
 )
-from lora_compose.pipelines.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.unets import UNetPipeline
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
-from lora_compose.pipelines.prompt_encoder import EncodedText
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.text.encoder import EncodedText
 
 _REFINER = (
     "this is SDXL's refiner, which improves finished images and does not read prompts as the base model does; open "

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lora_compose.pipelines.concept_set import ConceptSet, LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
@@ -14,7 +14,7 @@ from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.switch import Switch
 from lora_compose.pipelines.methods.tara import Tara
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import own_nouns
+from lora_compose.pipelines.text.tokens import own_nouns
 
 __all__ = [
     "METHODS",

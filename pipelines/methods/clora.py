@@ -27,9 +27,7 @@ from torch import Tensor
 
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.masks import closed, dilated, eroded, opened, strongest
-from lora_compose.pipelines.branches import Branch, branches_of
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.conditioning import Conditioning, join_branches, stack_texts
 from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
@@ -40,7 +38,9 @@ from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass, Predi
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.tokens import Mention
+from lora_compose.pipelines.text.branches import Branch, branches_of
+from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
+from lora_compose.pipelines.text.tokens import Mention
 
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]

@@ -33,7 +33,6 @@ from torch import Tensor
 from lora_compose.attention import Partition, RegionAttention
 from lora_compose.attention.device import to_device
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.conditioning import Conditioning, stack_texts
 from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import bell, concentration, filling, outlook, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
@@ -42,11 +41,12 @@ from lora_compose.pipelines.methods.process import Process, say_unread
 from lora_compose.pipelines.methods.region_gates import Inject, Rows, region_gates
 from lora_compose.pipelines.methods.reinit import reinitialised
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
-from lora_compose.pipelines.prompts import about, surroundings, without_triggers
 from lora_compose.pipelines.regions import Regions, Window
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.tokens import find_words
+from lora_compose.pipelines.text.conditioning import Conditioning, stack_texts
+from lora_compose.pipelines.text.prompts import about, surroundings, without_triggers
+from lora_compose.pipelines.text.tokens import find_words
 
 Reinit = Literal["off", "copy", "swap"]
 Background = Literal["surroundings", "scene"]

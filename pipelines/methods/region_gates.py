@@ -8,9 +8,9 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.attention.device import to_device
 from lora_compose.attention.regions import queries_of
-from lora_compose.pipelines.conditioning import Conditioning
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 Inject = Literal["attn2", "full", "off"]
 """Where a LoRA acts in its region: on keys, values and output of cross-attention, in every layer, or nowhere."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, grid_at
-from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once
 from lora_compose.pipelines.passes import Pass

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates
-from lora_compose.pipelines.concept_set import LoadedConcept
-from lora_compose.pipelines.conditioning import Conditioning
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 CfgMask = Literal["cond_only", "broadcast"]
 Scope = Literal["all", "cross_kv"]

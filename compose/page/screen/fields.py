@@ -12,9 +12,9 @@ from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.draft import Draft, read_seeds
 from lora_compose.compose.page.screen.state import Row, Visit
 from lora_compose.compose.page.store import Lora
+from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept, Run
-from lora_compose.pipelines.weights import blocks_text, weight_text
 
 SET = "set."
 """What the names of all fields begin with."""

@@ -22,7 +22,7 @@ from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot
 from lora_compose.compose.page.store import Lora, Store
 from lora_compose.compose.page.work import Job, Picture
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.loading import LoraError
+from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from lora_compose.compose.playground.assets import playground_lora, playground_m
 from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
 from lora_compose.compose.support.terminal import bar, kindly, say
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.loading import match, read_lora
+from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on a white background"
@@ -71,7 +71,7 @@ def _shipped(pipe: Any) -> Loras:
     found = match(read_lora(playground_lora("cat")), pipe)
     return {
         part: {name: LoraFactors(it.down.float(), it.up.float(), it.scale) for name, it in lora.items()}
-        for part, lora in {"unet": found.unet, **found.text_encoders}.items()
+        for part, lora in found.by_part.items()
     }
 
 

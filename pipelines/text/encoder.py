@@ -12,12 +12,12 @@ from lora_compose.attention import Gates, Site, among, installed_layers
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Stream
 from lora_compose.pipelines.canvas import Canvas, images_of
-from lora_compose.pipelines.concept_set import ConceptSet
-from lora_compose.pipelines.conditioning import Conditioning, TokenMasks, join_rows
+from lora_compose.pipelines.concepts.concept_set import ConceptSet
+from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.loading import TEXT_ENCODERS
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import Mention
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_rows
+from lora_compose.pipelines.text.tokens import Mention
 
 
 @dataclass(frozen=True)

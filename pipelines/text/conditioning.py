@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_compose.attention import among
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import (
+from lora_compose.pipelines.text.tokens import (
     Mention,
     Tokenizer,
     check_disjoint,

@@ -17,10 +17,10 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.prompt_encoder import EncodedText, Encoder
-from lora_compose.pipelines.tokens import find_words
+from lora_compose.pipelines.text.encoder import EncodedText, Encoder
+from lora_compose.pipelines.text.tokens import find_words
 
 TOKENIZERS: Mapping[str, Part] = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_compose.pipelines.loading import Factors, LoraFile
+from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import Span, class_words, find_words
+from lora_compose.pipelines.text.tokens import Span, class_words, find_words
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
 """Words before a list of concepts that have no meaning without it: "a photo of a"."""

@@ -7,9 +7,9 @@ dog on grass", the dog's "a cat and a zwx dog on grass". All name both, so all s
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_compose.pipelines.prompts import without_triggers
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.tokens import Mention, free_nouns, own_nouns
+from lora_compose.pipelines.text.prompts import without_triggers
+from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lora_compose.attention import Gates, Lora
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.loading import Factors, LoraFile
+from lora_compose.pipelines.concepts.loading import Factors, LoraFile
+from lora_compose.pipelines.concepts.strength import TEXT, Schedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.weights import TEXT, Schedule, check_block, in_blocks, is_in
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_compose.pipelines.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
+from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
-from lora_compose.pipelines.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
-from lora_compose.pipelines.recent import Read, Recent
 from lora_compose.pipelines.scene import Concept, check_names
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,223 @@
+"""Checks that a control fits model and call, and gets it ready."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from lora_compose.attention.backbones.unet import blocks
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.masks import Box
+from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.control.prepared import PreparedAdapter, PreparedControl, PreparedControlNet
+from lora_compose.pipelines.control.spec import Control, Picture
+from lora_compose.pipelines.regions import region_mask
+
+RegionsByPrompt = Sequence[Mapping[str, Box | str | None]]
+"""By prompt, the regions of its concepts by name."""
+
+
+def prepare_control(control: Control, unet: nn.Module, canvas: Canvas, regions: RegionsByPrompt) -> PreparedControl:
+    """Checks that a control fits model and call; a T2I-Adapter reads its image.
+
+    Args:
+        control: The control.
+        unet: The denoiser.
+        canvas: Sizes of the call.
+        regions: By prompt, the regions of its concepts by name.
+
+    Raises:
+        ValueError: If it does not fit, before anything has been changed.
+    """
+    model: Any = uncompiled(control.model)
+    kind = type(model).__name__
+    if model.device.type != canvas.device.type and not hasattr(model, "_hf_hook"):
+        raise ValueError(
+            f"the {kind} is on {model.device}, the pipeline runs on {canvas.device}; move it there with "
+            f"model.to({canvas.device.type!r})"
+        )
+    original: Any = uncompiled(unet)
+    if not isinstance(original, UNet2DConditionModel):
+        raise ValueError(f"controls work with Stable Diffusion 1.x, 2.x and XL, not with a {type(original).__name__}")
+    if isinstance(model, ControlNetModel):
+        return _net(control, model, original, canvas, regions)
+    return _adapter(control, model, original, canvas, regions)
+
+
+_SHARED = (
+    "in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+)  # fmt: skip
+"""What a ControlNet's configuration must have in common with the UNet's."""
+
+
+def _net(
+    control: Control, model: Any, unet: UNet2DConditionModel, canvas: Canvas, regions: RegionsByPrompt
+) -> PreparedControlNet:
+    for key in _SHARED:
+        theirs, ours = (_listed(config.get(key)) for config in (model.config, unet.config))
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"this ControlNet is for another model: its {key} is {theirs}, the UNet's {ours}; expected one that "
+                "was made for this family (Stable Diffusion 1.x, 2.x or XL)"
+            )
+    joined = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)
+    if joined != canvas.pixels:
+        raise ValueError(
+            f"this ControlNet joins {joined} pixels of its picture by side, and the VAE of this model {canvas.pixels}"
+        )
+    if model.config.global_pool_conditions and control.regions:
+        raise ValueError("this ControlNet says the same about the whole picture, so it can have no scale by region")
+    hint = _hint(control.image, model.config.conditioning_channels, canvas)
+    levels = tuple(_residual_levels(model))
+    return PreparedControlNet(
+        control,
+        hint.to(canvas.device, model.dtype),
+        canvas.pixels,
+        levels,
+        _weights(control, canvas, regions, frozenset(levels)),
+    )
+
+
+def _adapter(
+    control: Control, model: Any, unet: UNet2DConditionModel, canvas: Canvas, regions: RegionsByPrompt
+) -> PreparedAdapter:
+    hint = _hint(control.image, model.config.in_channels, canvas)
+    if any(side % model.downscale_factor for side in canvas.image_size):
+        raise ValueError(
+            f"this T2I-Adapter joins {model.downscale_factor} pixels by side, so width and height must be multiples of "
+            f"{model.downscale_factor}, not {canvas.image_size[1]} x {canvas.image_size[0]}"
+        )
+    places = list(_feature_places(unet))
+    weights = _weights(control, canvas, regions, frozenset(level for _, level in places))
+    guide = PreparedAdapter(control, hint.to(canvas.device, model.dtype), canvas.pixels, places, weights, unet.dtype)
+    guide.features()  # so that what does not fit is said now
+    return guide
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _residual_levels(model: Any) -> Iterator[int]:
+    """The level of everything that a ControlNet gives: after its first convolution and every layer, and the middle."""
+    level = 0
+    yield level
+    for block in model.down_blocks:
+        yield from [level] * len(block.resnets)
+        if block.downsamplers is not None:
+            level += 1
+            yield level
+    yield level
+
+
+def _feature_places(unet: UNet2DConditionModel) -> Iterator[tuple[int, int]]:
+    """Channels and level of where the UNet adds a T2I-Adapter's features, in order.
+
+    Blocks with cross-attention take them before they halve the grid, others after it, and the middle one takes one that
+    is left.
+    """
+    config: Any = unet.config
+    channels = config["block_out_channels"]
+    down = [(block, level) for _, block, stage, level in blocks(unet) if stage == "down"]
+    for width, (block, level) in zip(channels, down, strict=True):
+        halved = block.downsamplers is not None
+        yield width, level + (halved and not getattr(block, "has_cross_attention", False))
+    block, level = down[-1]
+    yield channels[-1], level + (block.downsamplers is not None)
+
+
+def _weights(
+    control: Control, canvas: Canvas, regions: RegionsByPrompt, levels: frozenset[int]
+) -> Mapping[int, Tensor] | None:
+    """The scale of every cell, by level. Shape: [images or 1, 1, height, width]; None if it is the same everywhere.
+
+    Raises:
+        ValueError: For names that are no concept with a region.
+    """
+    if not control.regions:
+        return None
+    found = {name: region for mine in regions for name, region in mine.items() if region is not None}
+    if unknown := control.regions.keys() - found.keys():
+        raise ValueError(
+            f"the regions of a control name {', '.join(map(repr, sorted(unknown)))}; concepts of this call that have a "
+            f"region: {', '.join(map(repr, found)) or 'none'}"
+        )
+    by_prompt = torch.stack([_of_prompt(control, mine, canvas) for mine in regions])
+    same = bool((by_prompt == by_prompt[0]).all())
+    by_image = by_prompt[:1] if same else by_prompt.repeat_interleave(canvas.images_per_prompt, dim=0)
+    return {level: _coarse(by_image[:, None], level).to(canvas.device) for level in levels}
+
+
+def _of_prompt(control: Control, regions: Mapping[str, Box | str | None], canvas: Canvas) -> Tensor:
+    """The scale of every latent cell for one prompt. Shape: [height, width]."""
+    total, times = torch.zeros(canvas.latent_grid), torch.zeros(canvas.latent_grid)
+    for name, scale in control.regions.items():
+        if (region := regions.get(name)) is not None:
+            covered = region_mask(region, canvas.image_size, canvas.latent_grid, sharp=True)
+            total, times = total + scale * covered, times + covered
+    return total / times.clamp(min=1) + control.scale * (1 - times).clamp(min=0)
+
+
+def _coarse(cells: Tensor, level: int) -> Tensor:
+    """The mean over the cells that the UNet's convolutions join."""
+    return F.avg_pool2d(cells, 2**level, ceil_mode=True, count_include_pad=False) if level else cells
+
+
+def _hint(image: Picture | Sequence[Picture], channels: int, canvas: Canvas) -> Tensor:
+    """The picture of every image of a call. Shape: [images, channels, height, width], fp32.
+
+    Raises:
+        ValueError: For other sizes, channels and numbers of pictures.
+        TypeError: For what is no picture.
+    """
+    given, prompts = image if isinstance(image, list | tuple) else [image], canvas.prompts
+    pictures = [one for picture in given for one in _pixels(picture, channels)]
+    if len(pictures) not in (1, prompts):
+        raise ValueError(
+            f"a control has one picture for all prompts, or one for each, and there are {len(pictures)} pictures and "
+            f"{prompts} prompts"
+        )
+    for picture in pictures:
+        if picture.shape[1:] != canvas.image_size:
+            (height, width), size = canvas.image_size, picture.shape[1:]
+            raise ValueError(
+                f"the picture of a control has {size[1]} x {size[0]} pixels, the canvas {width} x {height}; resize the "
+                "picture, or give the call its width and height"
+            )
+    by_prompt = torch.stack(pictures).expand(prompts, -1, -1, -1)
+    return by_prompt.repeat_interleave(canvas.images_per_prompt, dim=0)
+
+
+def _pixels(picture: Any, channels: int) -> Tensor:
+    """One picture, or several of the same size. Shape: [pictures, channels, height, width], fp32, 0 to 1."""
+    if isinstance(picture, Image.Image):
+        picture = _of_image(picture, channels)
+    elif not isinstance(picture, Tensor) or not picture.is_floating_point() or picture.dim() not in (3, 4):
+        raise TypeError(
+            "the picture of a control is a PIL image or a floating-point tensor of 0 to 1, [channels, height, width], "
+            f"not {tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__}"
+            f"{f' of {picture.dtype}' if isinstance(picture, Tensor) else ''}"
+        )
+    pixels = picture if picture.dim() == 4 else picture[None]
+    if pixels.shape[1] != channels:
+        raise ValueError(f"this control reads pictures of {channels} channels, and this one has {pixels.shape[1]}")
+    return pixels.float().cpu()
+
+
+def _of_image(picture: Image.Image, channels: int) -> Tensor:
+    """A PIL image. Shape: [channels, height, width], fp32, 0 to 1."""
+    if picture.mode[0] in "IF":
+        raise ValueError(
+            f"a picture of mode {picture.mode!r} has no fixed range; turn it into one of 8 bits, or into a tensor of "
+            "0 to 1"
+        )
+    if channels == 1 and picture.mode not in ("1", "L"):
+        raise ValueError(f"this control reads grey pictures, not {picture.mode}: give it picture.convert('L')")
+    values = np.asarray(picture.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(values.reshape(picture.height, picture.width, -1)).permute(2, 0, 1)

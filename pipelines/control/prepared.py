@@ -1,0 +1,214 @@
+"""ControlNets and T2I-Adapters during a call: what they add to the denoiser's arguments in each pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.sites import coarser, grid_at
+from lora_compose.pipelines.control.spec import Control
+from lora_compose.pipelines.regions import Window
+from lora_compose.pipelines.text.conditioning import Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What a pass sees.
+
+    Attributes:
+        window: Which rows and columns of the latents; None is the whole canvas.
+        image: Which image of the batch; None is all.
+    """
+
+    window: Window | None = None
+    image: int | None = None
+
+    def of_cells(self, cells: Tensor, level: int) -> Tensor:
+        """What it sees of a grid of all images. Shape: [images or 1, channels, height, width]."""
+        rows, columns = (slice(None), slice(None)) if self.window is None else self.window
+        if self.window is not None:
+            rows, columns = coarser(rows, level), coarser(columns, level)
+        return self.of_images(cells)[..., rows, columns]
+
+    def of_pixels(self, pixels: Tensor, scale: int) -> Tensor:
+        """The same of pictures, with so many pixels for a latent cell and side."""
+        if self.window is None:
+            return self.of_images(pixels)
+        rows, columns = (slice(part.start * scale, part.stop * scale) for part in self.window)
+        return self.of_images(pixels)[..., rows, columns]
+
+    def of_images(self, batch: Tensor) -> Tensor:
+        """What it sees of something that every image has, or all have together."""
+        return batch if self.image is None or len(batch) == 1 else batch[self.image : self.image + 1]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedControlNet:
+    """A ControlNet made ready for a call.
+
+    Attributes:
+        control: What was given.
+        hint: The picture of every image, as the model reads it. Shape: [images, channels, height, width].
+        pixels: How many of them a latent cell has by side.
+        levels: The level of every residual, those of the skip connections first.
+        weights: Its scale by level, where regions have others. Shape: [images or 1, 1, height, width]; None is the
+            same everywhere.
+    """
+
+    control: Control
+    hint: Tensor
+    pixels: int
+    levels: Sequence[int]
+    weights: Mapping[int, Tensor] | None
+
+    def of_images(self, images: Sequence[int]) -> "PreparedControlNet":
+        """The same for some of the images."""
+        return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
+
+    def first_row(self, text: Conditioning) -> int:
+        """From which row on it runs a pass: the prompt's alone if it was made for that (`global_pool_conditions`)."""
+        model: Any = uncompiled(self.control.model)
+        return text.conditional_rows.start if model.config.global_pool_conditions else 0
+
+    def residuals(self, latents: Tensor, t: Tensor, text: Conditioning, view: View) -> list[Tensor]:
+        """What it adds to the skip connections and, last, to the middle. Shape: [rows, channels, height, width] each.
+
+        Args:
+            latents: As the UNet gets them. Shape: [rows, channels, height, width].
+            t: The timestep.
+            text: The text of all rows.
+            view: What the pass sees.
+        """
+        model, first, dtype = self.control.model, self.first_row(text), self.hint.dtype
+        mine = text.select(slice(first, text.rows))
+        skips, mid = model(
+            latents[first:].to(dtype),
+            t,
+            encoder_hidden_states=_one_text(mine.canvas_text, model.config.cross_attention_dim).to(dtype),
+            controlnet_cond=repeated(view.of_pixels(self.hint, self.pixels), mine.rows),
+            added_cond_kwargs=None if mine.added is None else dict(mine.added),
+            return_dict=False,
+        )
+        given = zip((*skips, mid), self.levels, strict=True)
+        found = [self._weighed(residual, level, view).to(latents.dtype) for residual, level in given]
+        return [torch.cat([one.new_zeros(first, *one.shape[1:]), one]) for one in found] if first else found
+
+    def _weighed(self, residual: Tensor, level: int, view: View) -> Tensor:
+        scale = _scale(self.control, self.weights, level, view)
+        return residual * (repeated(scale, len(residual)).to(residual.dtype) if isinstance(scale, Tensor) else scale)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """A T2I-Adapter made ready for a call: it reads each part of the canvas that is run once.
+
+    Attributes:
+        control: What was given.
+        hint: The picture of every image, as the model reads it. Shape: [images, channels, height, width].
+        pixels: How many of them a latent cell has by side.
+        places: Channels and level of the places in the UNet that take features, in order.
+        weights: As for a ControlNet.
+        dtype: Of the UNet.
+    """
+
+    control: Control
+    hint: Tensor
+    pixels: int
+    places: Sequence[tuple[int, int]]
+    weights: Mapping[int, Tensor] | None
+    dtype: torch.dtype
+    _read: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+
+    def of_images(self, images: Sequence[int]) -> "PreparedAdapter":
+        """The same for some of the images."""
+        return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images), _read={})
+
+    def residuals(self, rows: int, view: View) -> list[Tensor]:
+        """What it adds to the blocks of the UNet's first half. Shape: [rows, channels, height, width] each."""
+        return [repeated(view.of_images(feature), rows) for feature in self.features(view.window)]
+
+    def features(self, window: Window | None = None) -> list[Tensor]:
+        """What it says about a part of the canvas, scales included. Shape: [images, channels, height, width] each."""
+        key = () if window is None else tuple(edge for part in window for edge in (part.start, part.stop))
+        if key not in self._read:
+            with torch.no_grad():
+                self._read[key] = self._features(View(window))
+        return self._read[key]
+
+    def _features(self, view: View) -> list[Tensor]:
+        hint = view.of_pixels(self.hint, self.pixels)
+        found: list[Tensor] = self.control.model(hint)
+        cells = hint.shape[2] // self.pixels, hint.shape[3] // self.pixels
+        taken = [(channels, *grid_at(cells, level)) for channels, level in self.places][: len(found)]
+        if (given := [tuple(feature.shape[1:]) for feature in found]) != taken:
+            raise ValueError(
+                f"this T2I-Adapter is for another model: it gives features of {given}, and the UNet takes {taken} "
+                "(channels, height, width); expected one that was made for this family (Stable Diffusion 1.x, 2.x or "
+                "XL)"
+            )
+        scaled = zip(found, self.places, strict=False)  # the UNet's middle need not have one
+        return [
+            (feature * _scale(self.control, self.weights, level, view)).to(self.dtype) for feature, (_, level) in scaled
+        ]
+
+
+PreparedControl = PreparedControlNet | PreparedAdapter
+
+
+def repeated(by_image: Tensor, rows: int) -> Tensor:
+    """What every image has, for all rows of a pass, whose parts have one row per image each."""
+    return torch.cat([by_image] * (rows // len(by_image))) if len(by_image) != rows else by_image
+
+
+def denoiser_inputs(
+    guides: Sequence[PreparedControl], latents: Tensor, t: Tensor, text: Conditioning, view: View
+) -> Mapping[str, Any]:
+    """What the UNet is given by all guides together, by the names of its arguments.
+
+    Args: as for `PreparedControlNet.residuals`.
+    """
+    running = [guide for guide in guides if isinstance(guide, PreparedControlNet) and guide.first_row(text) < text.rows]
+    nets = [guide.residuals(latents, t, text, view) for guide in running]
+    adapters = [guide.residuals(text.rows, view) for guide in guides if isinstance(guide, PreparedAdapter)]
+    found: dict[str, Any] = {}
+    if nets:
+        *found["down_block_additional_residuals"], found["mid_block_additional_residual"] = _summed(nets)
+    if adapters:
+        found["down_intrablock_additional_residuals"] = _summed(adapters)  # the UNet empties this list
+    return found
+
+
+def _scale(control: Control, weights: Mapping[int, Tensor] | None, level: int, view: View) -> Tensor | float:
+    """A control's scale, by cell where regions have others. Shape: [images or 1, 1, height, width]."""
+    return control.scale if weights is None else view.of_cells(weights[level], level)
+
+
+def _of_images(weights: Mapping[int, Tensor] | None, images: Sequence[int]) -> Mapping[int, Tensor] | None:
+    """Scales by cell of some images; those that have one for all keep it."""
+    if weights is None:
+        return None
+    return {level: cells if len(cells) == 1 else cells[images] for level, cells in weights.items()}
+
+
+def _summed(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    sums = []
+    for together in zip_longest(*parts):
+        first, *others = (one for one in together if one is not None)
+        sums.append(sum(others, start=first))
+    return sums
+
+
+def _one_text(text: Tensor, width: int) -> Tensor:
+    """A text for all layers of a ControlNet: the mean of those that the UNet's cross-attention layers have, if they do.
+
+    Args:
+        text: Shape: [rows, tokens, width], or [rows, tokens, layers * width].
+        width: What the model reads.
+    """
+    if text.shape[-1] <= width or text.shape[-1] % width:
+        return text
+    return text.unflatten(-1, (-1, width)).mean(dim=-2)

@@ -1,0 +1,1 @@
+"""From prompts to the text of a forward pass, and to the tokens of each concept."""
