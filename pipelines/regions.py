@@ -89,7 +89,7 @@ class Regions:
 
     Attributes:
         owners: Whose regions they are: indices of concepts.
-        cells: By level. Shape: [height, width, regions], bool, on the CPU.
+        cells: By level, the latents' own (0) among them. Shape: [height, width, regions], bool, on the CPU.
     """
 
     owners: tuple[int, ...]
@@ -132,7 +132,7 @@ class Regions:
         masks = [mask.cpu() for mask in masks]
         cells = {
             level: torch.stack([cells_of(coarse_mask(mask, level), threshold) for mask in masks], dim=-1)
-            for level in levels
+            for level in {0, *levels}
         }
         return cls(tuple(owners), cells)
 

@@ -83,13 +83,12 @@ class FluxBackbone:
             t: The timestep, 0 to 1000.
             text: Features of the T5 encoder. Shape: [rows, tokens, channels].
             added: "pooled_projections" of the CLIP encoder. Shape: [rows, channels].
-            inputs: "guidance" of a guidance-distilled model, shape [1], and "joint_attention_kwargs".
+            inputs: "guidance" of a guidance-distilled model, shape [rows], and "joint_attention_kwargs".
 
         Returns:
             The velocity. Shape: as the latents.
         """
         rows, _, height, width = latents.shape
-        guidance: Tensor | None = inputs.pop("guidance", None)
         packed = self.model(
             hidden_states=nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2),
             encoder_hidden_states=text,
@@ -97,7 +96,6 @@ class FluxBackbone:
             timestep=t.expand(rows).to(latents.dtype) / 1000,
             img_ids=_positions(height // PATCH, width // PATCH, latents),
             txt_ids=torch.zeros(text.shape[1], 3, device=latents.device, dtype=latents.dtype),
-            guidance=None if guidance is None else guidance.expand(rows),
             return_dict=False,
             **inputs,
         )[0]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -48,7 +48,8 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
         """Whether a model's configuration is of this family."""
-        return config.get("_class_name") == FluxPipeline.__name__
+        kind = tuple(config.get("transformer") or ())
+        return kind[1:] == (FluxTransformer2DModel.__name__,) and config.get("_class_name") in (None, cls.__name__)
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -139,10 +140,12 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
         cfg_scale = true_cfg_scale if has_negative else 1.0
         per_prompt = num_images_per_prompt or 1
         sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale))
+        given = GivenPrompts(texts, prompt_embeds, max_sequence_length)
+        images = len(given) * per_prompt
         call = Call(
-            composition, GivenPrompts(texts, prompt_embeds, max_sequence_length),
+            composition, given,
             ImageSize(width, height, per_prompt), sampling, Callback(callback_on_step_end, tensors), started,
-            self._inputs(guidance_scale, joint_attention_kwargs),
+            self._inputs(guidance_scale, images, joint_attention_kwargs),
             {
                 "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
                 "_current_timestep": None,
@@ -181,11 +184,15 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
         unit = self.vae_scale_factor * PATCH
         return unit * (side // unit)
 
-    def _inputs(self, guidance_scale: float, joint_attention_kwargs: dict[str, Any] | None) -> Mapping[str, Any]:
+    def _inputs(
+        self, guidance_scale: float, images: int, joint_attention_kwargs: dict[str, Any] | None
+    ) -> Mapping[str, Any]:
         """Further arguments of every forward pass."""
         inputs: dict[str, Any] = {"joint_attention_kwargs": joint_attention_kwargs}
         if self.transformer.config.guidance_embeds:
-            inputs["guidance"] = torch.full([1], guidance_scale, device=self._execution_device, dtype=torch.float32)
+            inputs["guidance"] = torch.full(
+                [images], guidance_scale, device=self._execution_device, dtype=torch.float32
+            )
         return inputs
 
     def _timesteps(self, sampling: Sampling, plan: Plan) -> tuple[Tensor, int]:
