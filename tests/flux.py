@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from components import seeded, small_vae, text_config, tokenizer
 from lora_compose.attention import Lora, LoraFactors
@@ -27,12 +27,12 @@ def flux_transformer(**changes: Any) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(**config | changes).eval().requires_grad_(False)
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> T5Tokenizer:
     """Words and letters, without a start token, and with the space before a word in its token, as T5's."""
     words = ["a", "cat", "and", "dog", "on", "grass", "in", "the", "photo", "of"]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in words), ("▁", -3.0)]
     letters = [(letter, -4.0) for letter in "abcdefghijklmnopqrstuvwxyz,."]
-    return T5TokenizerFast(vocab=[*pieces, *letters], extra_ids=0, model_max_length=TOKENS)
+    return T5Tokenizer(vocab=[*pieces, *letters], extra_ids=0, model_max_length=TOKENS)
 
 
 def flux_pipeline(cls: Any = ComposeFluxPipeline, **changes: Any) -> Any:
@@ -133,4 +133,5 @@ def plain_latents(pipe: Any, **arguments: Any) -> Tensor:
     """What diffusers' own pipeline gives, packed."""
     plain = FluxPipeline(**pipe.components)
     plain.set_progress_bar_config(disable=True)
-    return plain(**{"generator": seeded(3), "output_type": "latent", **arguments}).images  # pyright: ignore[reportAttributeAccessIssue]
+    output: Any = plain(**{"generator": seeded(3), "output_type": "latent", **arguments})
+    return output.images
