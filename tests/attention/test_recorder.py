@@ -7,16 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from components import random_lora, sd_unet, sdxl_unet, unet_inputs
-from lora_compose.attention import Recorder, attention_layers, install, map_level
+from components import installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs
+from lora_compose.attention import Gates, Recorder
+from lora_compose.attention.backbones.unet import UNetBackbone, attention_layers
 from reference import random_gates, relative_error
 
-FP32: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 ROWS, TOKENS = 2, 7
 
 
-def small_sdxl() -> Any:
-    return sdxl_unet(transformer_layers_per_block=(1, 1, 2), layers_per_block=1)
+def gates_for(concepts: int, grid: tuple[int, int] = (16, 16)) -> Gates:
+    style = "everything" if concepts else "constant"
+    return random_gates(style, rows=ROWS, tokens=TOKENS, concepts=concepts, latent_grid=grid)[0]
+
+
+def cross_layers(unet: Any) -> list[str]:
+    return [layer.name for layer in attention_layers(unet) if layer.cross]
 
 
 def softmax_by_hand(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -33,14 +38,14 @@ def softmax_by_hand(query: Tensor, key: Tensor, heads: int) -> Tensor:
     return probabilities
 
 
-@pytest.mark.parametrize("family", [sd_unet, small_sdxl])
+@pytest.mark.parametrize("family", [sd_unet, shallow_sdxl_unet])
 @torch.no_grad()
 def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> None:
     unet = family()
     inputs = unet_inputs(unet, grid=(8, 16), rows=ROWS, tokens=TOKENS)
     loras = [random_lora(unet, seed, size=0.2) for seed in range(2)]
-    gates, _ = random_gates("everything", rows=ROWS, tokens=TOKENS, concepts=2, latent_grid=(8, 16))
-    layers = [layer for layer in attention_layers(unet) if layer.cross]
+    gates = gates_for(2, (8, 16))
+    layers = cross_layers(unet)
     readout = torch.zeros(ROWS, TOKENS, 3)
     readout[0, 1, 0] = 1.0  # one token of row 0
     readout[1, 4, 0] = 1.0  # another one of row 1
@@ -53,25 +58,25 @@ def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> Non
 
         unet.get_submodule(name).register_forward_hook(hook)
 
-    recorder = Recorder([layer.name for layer in layers], readout)
-    with install(unet, loras, **FP32) as installation:
+    recorder = Recorder(layers, readout)
+    with installed(unet, loras) as installation:
         for layer in layers:
-            listen(f"{layer.name}.to_q")
-            listen(f"{layer.name}.to_k")
-        installation.use(gates, inputs["encoder_hidden_states"], recorder)
+            listen(f"{layer}.to_q")
+            listen(f"{layer}.to_k")
+        installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]), recorder)
         unet(**inputs)
-    assert list(recorder.maps) == [layer.name for layer in layers]
+    assert list(recorder.maps) == layers
     for layer in layers:
-        heads = unet.get_submodule(layer.name).heads
-        attention = softmax_by_hand(seen[f"{layer.name}.to_q"], seen[f"{layer.name}.to_k"], heads).mean(dim=1)
-        found = recorder.maps[layer.name]
+        heads = unet.get_submodule(layer).heads
+        attention = softmax_by_hand(seen[f"{layer}.to_q"], seen[f"{layer}.to_k"], heads).mean(dim=1)
+        found = recorder.maps[layer]
         assert found.dtype == torch.float32
         expected = torch.stack(
             [torch.stack([attention[0, :, 1], attention[1, :, 4]]), attention[:, :, 2:5].mean(dim=2)], dim=-1
         )
-        assert relative_error(found[..., :2].double(), expected) < 1e-5, layer.name
+        assert relative_error(found[..., :2].double(), expected) < 1e-5, layer
         assert found[..., 2].abs().max() == 0
-    spread = max(recorder.maps[layer.name][..., 0].std() for layer in layers)
+    spread = max(recorder.maps[layer][..., 0].std() for layer in layers)
     assert spread > 0.005, "the attention is to differ between cells"
 
 
@@ -79,11 +84,11 @@ def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> Non
 def test_all_tokens_together_get_all_attention() -> None:
     unet = sd_unet()
     inputs = unet_inputs(unet, tokens=TOKENS)
-    names = [layer.name for layer in attention_layers(unet) if layer.cross]
+    names = cross_layers(unet)
     recorder = Recorder(names, torch.ones(ROWS, TOKENS, 1))
-    gates, _ = random_gates("constant", rows=ROWS, tokens=TOKENS, concepts=0, latent_grid=(16, 16))
-    with install(unet, [], **FP32) as installation:
-        installation.use(gates, None, recorder)
+    gates = gates_for(0)
+    with installed(unet) as installation:
+        installation.use(installation.inputs(gates, None), recorder)
         unet(**inputs)
     for name in names:
         torch.testing.assert_close(recorder.maps[name], torch.ones_like(recorder.maps[name]))
@@ -93,21 +98,20 @@ def test_all_tokens_together_get_all_attention() -> None:
 def test_only_the_chosen_layers_and_passes_are_recorded_and_the_output_is_the_same() -> None:
     unet = sd_unet()
     inputs = unet_inputs(unet, tokens=TOKENS)
-    layers = attention_layers(unet)
-    chosen = [layer.name for layer in layers if layer.cross and layer.level == map_level(layers)]
-    gates, _ = random_gates("everything", rows=ROWS, tokens=TOKENS, concepts=1, latent_grid=(16, 16))
+    chosen = UNetBackbone(unet).map_layers
+    gates = gates_for(1)
     recorder = Recorder(chosen, torch.rand(ROWS, TOKENS, 2))
     text = inputs["encoder_hidden_states"]
-    with install(unet, [random_lora(unet, 1)], **FP32) as installation:
-        installation.use(gates, text)
+    with installed(unet, [random_lora(unet, 1)]) as installation:
+        installation.use(installation.inputs(gates, text))
         silent = unet(**inputs)[0]
         assert recorder.maps == {}
-        installation.use(gates, text, recorder)
+        installation.use(installation.inputs(gates, text), recorder)
         assert torch.equal(unet(**inputs)[0], silent)
-        assert list(recorder.maps) == chosen
+        assert list(recorder.maps) == [*chosen]
         assert len(chosen) == 5
         first = dict(recorder.maps)
-        installation.use(gates, text)
+        installation.use(installation.inputs(gates, text))
         unet(**(inputs | {"sample": -inputs["sample"]}))
         assert recorder.maps == first
     average = recorder.mean()
@@ -118,14 +122,14 @@ def test_only_the_chosen_layers_and_passes_are_recorded_and_the_output_is_the_sa
 def test_a_second_pass_replaces_the_maps() -> None:
     unet = sd_unet()
     first, second = (unet_inputs(unet, tokens=TOKENS, seed=seed) for seed in range(2))
-    name = attention_layers(unet)[1].name
-    gates, _ = random_gates("constant", rows=ROWS, tokens=TOKENS, concepts=0, latent_grid=(16, 16))
+    name = cross_layers(unet)[0]
+    gates = gates_for(0)
 
     def maps(*passes: dict[str, Any]) -> Tensor:
         recorder = Recorder([name], torch.eye(TOKENS).expand(ROWS, -1, -1))
-        with torch.no_grad(), install(unet, [], **FP32) as installation:
+        with torch.no_grad(), installed(unet) as installation:
             for inputs in passes:
-                installation.use(gates, inputs["encoder_hidden_states"], recorder)
+                installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]), recorder)
                 unet(**inputs)
         return recorder.maps[name]
 
@@ -140,14 +144,14 @@ def test_half_precision_models_give_maps_in_single_precision(dtype: torch.dtype)
     half: Any = sd_unet()
     half.to(dtype)
     inputs = unet_inputs(exact, tokens=TOKENS)
-    name = attention_layers(exact)[1].name
-    gates, _ = random_gates("constant", rows=ROWS, tokens=TOKENS, concepts=0, latent_grid=(16, 16))
+    name = cross_layers(exact)[0]
+    gates = gates_for(0)
     maps = []
     for unet, kind in ((exact, torch.float32), (half, dtype)):
         recorder = Recorder([name], torch.eye(TOKENS, dtype=kind).expand(ROWS, -1, -1))
         cast = {key: inputs[key].to(kind) for key in ("sample", "encoder_hidden_states")}
-        with install(unet, [], device=torch.device("cpu"), dtype=kind) as installation:
-            installation.use(gates, cast["encoder_hidden_states"], recorder)
+        with installed(unet, dtype=kind) as installation:
+            installation.use(installation.inputs(gates, cast["encoder_hidden_states"]), recorder)
             unet(**{**inputs, **cast})
         maps.append(recorder.maps[name])
     assert maps[1].dtype == torch.float32
@@ -162,13 +166,12 @@ def test_gradients_through_maps_are_the_same_with_gradient_checkpointing() -> No
         if checkpointing:
             unet.enable_gradient_checkpointing()
         inputs = unet_inputs(unet, grid=(8, 8), tokens=TOKENS)
-        layers = attention_layers(unet)
-        chosen = [layer.name for layer in layers if layer.cross and layer.level == map_level(layers)]
-        gates, _ = random_gates("everything", rows=ROWS, tokens=TOKENS, concepts=1, latent_grid=(8, 8))
+        chosen = UNetBackbone(unet).map_layers
+        gates = gates_for(1, (8, 8))
         recorder = Recorder(chosen, torch.eye(TOKENS).expand(ROWS, -1, -1))
         sample = inputs["sample"].requires_grad_()
-        with install(unet, [random_lora(unet, 1)], **FP32) as installation:
-            installation.use(gates, inputs["encoder_hidden_states"], recorder)
+        with installed(unet, [random_lora(unet, 1)]) as installation:
+            installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]), recorder)
             unet(**inputs)
             loss, maps = recorder.mean().square().sum(), dict(recorder.maps)
             found.append(torch.autograd.grad(loss, sample)[0])

@@ -7,15 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
-from lora_compose.attention import Gates, Lora, LoraFactors, install
+from components import (
+    ATTENTION,
+    EVERYTHING,
+    installed,
+    random_lora,
+    sd_unet,
+    sdxl_unet,
+    shallow_sdxl_unet,
+    unet_inputs,
+    with_bank,
+)
+from lora_compose.attention import Gates, Lora, LoraFactors
 from reference import STYLES, FullGates, Style, constant_gates, random_gates, relative_error, with_reference
 
-CPU = torch.device("cpu")
-UNETS: dict[str, Callable[..., Any]] = {
-    "sd": sd_unet,
-    "sdxl": lambda: sdxl_unet(transformer_layers_per_block=(1, 1, 2), layers_per_block=1),
-}
+UNETS: dict[str, Callable[..., Any]] = {"sd": sd_unet, "sdxl": shallow_sdxl_unet}
 ALL_LAYERS = (*EVERYTHING, "linear_1", "linear_2")
 SIZE = 0.1  # of random factors: the effect is as large as the output, rounding errors are not amplified
 
@@ -30,12 +36,6 @@ def unequal_loras(unet: nn.Module) -> list[Lora]:
     return [lora(unet, 1, rank=1, scale=3.0), lora(unet, 2, rank=4, scale=0.7), partly]
 
 
-def with_bank(unet: Any, loras: Sequence[Lora], gates: Gates, inputs: dict[str, Any], **options: Any) -> Tensor:
-    with install(unet, loras, device=CPU, dtype=options.get("dtype", torch.float32)) as installation:
-        installation.use(gates, inputs["encoder_hidden_states"])
-        return unet(**inputs)[0]
-
-
 def gates_for(inputs: dict[str, Any], concepts: int, style: Style, seed: int = 0) -> tuple[Gates, FullGates]:
     rows, tokens, _ = inputs["encoder_hidden_states"].shape
     height, width = inputs["sample"].shape[2:]
@@ -47,27 +47,26 @@ def unet(request: pytest.FixtureRequest) -> Any:
     return UNETS[request.param]()
 
 
+def assert_equals_the_slow_sum(
+    unet: Any, inputs: dict[str, Any], loras: Sequence[Lora], style: Style = "everything", effect: float = 0.1
+) -> None:
+    gates, full = gates_for(inputs, len(loras), style)
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    assert relative_error(unet(**inputs)[0], expected) > effect, "the LoRAs are to have an effect"
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("grid", [(8, 8), (15, 9)])
 @torch.no_grad()
 def test_bank_equals_the_slow_sum(unet: Any, style: Style, grid: tuple[int, int]) -> None:
-    inputs = unet_inputs(unet, grid=grid, rows=3)
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, len(loras), style)
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 0.1, "the LoRAs are to have an effect"
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    assert_equals_the_slow_sum(unet, unet_inputs(unet, grid=grid, rows=3), unequal_loras(unet), style)
 
 
 @torch.no_grad()
 def test_bank_equals_the_slow_sum_in_the_depth_of_sdxl() -> None:
     unet = sdxl_unet()
-    inputs = unet_inputs(unet, grid=(9, 14))
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, len(loras), "everything")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 0.1, "the LoRAs are to have an effect"
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    assert_equals_the_slow_sum(unet, unet_inputs(unet, grid=(9, 14)), unequal_loras(unet))
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -96,23 +95,15 @@ KINDS_OF_LAYERS = {
 @pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
 @torch.no_grad()
 def test_bank_equals_the_slow_sum_for_every_kind_of_layer_alone(unet: Any, kind: str) -> None:
-    inputs = unet_inputs(unet, grid=(8, 16))
     loras = [lora(unet, seed, rank=2 + seed, targets=KINDS_OF_LAYERS[kind], size=0.3) for seed in range(2)]
-    gates, full = gates_for(inputs, 2, "everything")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 1e-3, "the LoRAs are to have an effect"
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    assert_equals_the_slow_sum(unet, unet_inputs(unet, grid=(8, 16)), loras, effect=1e-3)
 
 
 @torch.no_grad()
 def test_added_conditions_of_sdxl_are_adapted_by_row() -> None:
     unet = sdxl_unet()
-    inputs = unet_inputs(unet)
     loras = [lora(unet, 1, targets=("add_embedding.linear_1", "add_embedding.linear_2"), size=0.5)]
-    gates, full = gates_for(inputs, 1, "rows")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 1e-3
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    assert_equals_the_slow_sum(unet, unet_inputs(unet), loras, "rows", effect=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
@@ -126,8 +117,8 @@ def test_one_adapted_layer_alone_gives_base_plus_delta(kind: str) -> None:
     weight = unet.get_submodule(name).get_parameter("weight")
     x = torch.randn(2, 4, 4, 6) if kind == "convolution" else torch.randn(2, 24, weight.shape[1])
     base = unet.get_submodule(name)(x)
-    with install(unet, [{name: factors}], device=CPU, dtype=torch.float32) as installation:
-        installation.use(gates)
+    with installed(unet, [{name: factors}]) as installation:
+        installation.use(installation.inputs(gates))
         found = unet.get_submodule(name)(x)
     changed = weight + gates.image[0].item() * factors.delta().view_as(weight)
     bias = unet.get_submodule(name).bias
@@ -210,8 +201,8 @@ def test_gradient_to_the_latents_equals_that_of_the_slow_sum(unet: Any, style: S
     loras = unequal_loras(unet)
     gates, full = gates_for(inputs, 3, style)
     expected = latent_gradient(with_reference(unet, loras, full), inputs)
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
-        installation.use(gates, inputs["encoder_hidden_states"])
+    with installed(unet, loras) as installation:
+        installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
         found = latent_gradient(unet, inputs)
     assert relative_error(latent_gradient(unet, inputs), expected) > 0.3
     assert relative_error(found, expected) < 2e-5
@@ -225,7 +216,7 @@ def test_gradient_checkpointing_gives_equal_gradients(unet: Any) -> None:
     for checkpointing in (False, True):
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+        with installed(unet, loras) as installation:
             passes = 0
 
             def count(*_: Any) -> None:
@@ -233,7 +224,7 @@ def test_gradient_checkpointing_gives_equal_gradients(unet: Any) -> None:
                 passes += 1
 
             handle = unet.down_blocks[0].resnets[0].conv1.register_forward_hook(count)
-            installation.use(gates, inputs["encoder_hidden_states"])
+            installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
             found.append(latent_gradient(unet, inputs))
             handle.remove()
         assert passes == (2 if checkpointing else 1)
@@ -304,14 +295,14 @@ def test_gates_of_some_rows_are_those_of_a_smaller_batch(unet: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_new_gates_object_takes_effect_at_once_and_the_last_one_stays() -> None:
+def test_other_gates_take_effect_at_once_and_the_last_ones_stay() -> None:
     unet, plain = sd_unet(), sd_unet()
     inputs = unet_inputs(unet)
     loras = unequal_loras(unet)
     pairs = [gates_for(inputs, 3, style, seed) for seed, style in enumerate(("constant", "everything", "tokens"))]
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+    with installed(unet, loras) as installation:
         for gates, full in (*pairs, pairs[0]):
-            installation.use(gates, inputs["encoder_hidden_states"])
+            installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
             expected = with_reference(plain, loras, full)(**inputs)[0]
             assert relative_error(unet(**inputs)[0], expected) < 1e-5
 
@@ -322,14 +313,14 @@ def test_a_missing_gate_is_an_error() -> None:
     inputs = unet_inputs(unet)
     loras = [lora(unet, 1)]
     gates, _ = gates_for(inputs, 1, "everything")
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+    with installed(unet, loras) as installation:
         with pytest.raises(KeyError):
             unet(**inputs)
         for level in gates.image:
             fewer = {other: gate for other, gate in gates.image.items() if other != level}
             with pytest.raises(KeyError):
-                installation.use(Gates(gates.text, fewer, gates.row, gates.latent_grid))
-        installation.use(gates)
+                installation.inputs(Gates(gates.text, fewer, gates.row, gates.latent_grid))
+        installation.use(installation.inputs(gates))
         unet(**inputs)
 
 
@@ -344,10 +335,10 @@ def test_gates_of_another_size_are_an_error() -> None:
         random_gates("pixels", rows=2, tokens=7, concepts=1, latent_grid=(16, 8))[0],
         random_gates("constant", rows=2, tokens=7, concepts=0, latent_grid=(16, 16))[0],
     ]
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+    with installed(unet, loras) as installation:
         for gates in wrong:
             with pytest.raises((RuntimeError, IndexError)):  # noqa: PT012
-                installation.use(gates, inputs["encoder_hidden_states"])
+                installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
                 unet(**inputs)
 
 
