@@ -97,6 +97,25 @@ def text_loras(pipe: Any, seed: int, targets: tuple[str, ...] = ("q_proj", "v_pr
     }
 
 
+def lora_tensors(**parts: Lora) -> dict[str, Tensor]:
+    """The tensors of a LoRA file of diffusers with these factors, by component (`unet`, `text_encoder`, ...)."""
+    return {
+        f"{part}.{layer}.lora_{side}.weight": tensor.contiguous()
+        for part, lora in parts.items()
+        for layer, factors in lora.items()
+        for side, tensor in (("A", factors.down * factors.scale), ("B", factors.up))
+    }
+
+
+def activated(model: nn.Module, *, size: float, seed: int = 0) -> Any:
+    """A control model with random numbers where it starts with zeros, so that it changes the image untrained."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=size, generator=generator)
+    return model.eval()
+
+
 def tokenizer() -> CLIPTokenizer:
     """The playground's (32 tokens)."""
     return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
@@ -211,7 +230,7 @@ TINY = {
 }
 
 
-def tiny_unet(**changes: Any) -> UNet2DConditionModel:
+def tiny_unet(**changes: Any) -> Any:
     """Two levels of one layer each, with the names of Stable Diffusion."""
     return sd_unet(**TINY | changes)
 

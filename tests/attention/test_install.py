@@ -22,6 +22,7 @@ from components import (
     ATTENTION,
     EVERYTHING,
     installed,
+    lora_tensors,
     random_lora,
     sd_unet,
     sdxl_unet,
@@ -80,7 +81,7 @@ class Snapshot:
 
 
 class Stop(BaseException):
-    """As rude as KeyboardInterrupt and SystemExit, and nobody catches it by accident."""
+    """As rude as KeyboardInterrupt and SystemExit, and caught by nothing by accident."""
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, Stop])
@@ -558,7 +559,7 @@ def test_quantised_weights_are_not_folded_and_the_rest_is() -> None:
 
 
 @torch.no_grad()
-def test_a_model_that_is_cast_during_the_call_stays_cast() -> None:
+def test_a_model_that_changes_its_precision_during_the_call_keeps_the_new_one() -> None:
     unet, other = tiny_unet(), tiny_unet()
     before = Snapshot(unet)
     with installed(unet, two_loras(unet)) as installation:
@@ -662,9 +663,7 @@ def test_adapter_scales_are_restored_though_a_pass_without_adapters_resets_them(
 @torch.no_grad()
 def test_an_adapter_from_a_file_that_is_left_in_training_mode_is_given_back_so() -> None:
     unet = tiny_unet()
-    state = {}
-    for name, lora in random_lora(unet, 1, size=SIZE).items():
-        state |= {f"unet.{name}.lora_A.weight": lora.down, f"unet.{name}.lora_B.weight": lora.up}
+    state = lora_tensors(unet=random_lora(unet, 1, size=SIZE))
     unet.load_lora_adapter(state, prefix="unet", adapter_name="style")
     modes = {module.training for module in unet.modules()}
     assert modes == {True, False}

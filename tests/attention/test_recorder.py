@@ -149,10 +149,10 @@ def test_half_precision_models_give_maps_in_single_precision(dtype: torch.dtype)
     maps = []
     for unet, kind in ((exact, torch.float32), (half, dtype)):
         recorder = Recorder([name], torch.eye(TOKENS, dtype=kind).expand(ROWS, -1, -1))
-        cast = {key: inputs[key].to(kind) for key in ("sample", "encoder_hidden_states")}
+        converted = {key: inputs[key].to(kind) for key in ("sample", "encoder_hidden_states")}
         with installed(unet, dtype=kind) as installation:
-            installation.use(installation.inputs(gates, cast["encoder_hidden_states"]), recorder)
-            unet(**{**inputs, **cast})
+            installation.use(installation.inputs(gates, converted["encoder_hidden_states"]), recorder)
+            unet(**{**inputs, **converted})
         maps.append(recorder.maps[name])
     assert maps[1].dtype == torch.float32
     torch.testing.assert_close(maps[1].sum(dim=2), torch.ones(ROWS, 256))

@@ -197,7 +197,7 @@ def test_the_model_inside_a_compiled_one_is_cut() -> None:
 
 
 def test_what_is_cut_off_is_moved_with_the_model() -> None:
-    """An offloaded model may be brought to its device inside the block, and nobody does it again after it."""
+    """An offloaded model may be brought to its device inside the block, which does not happen again after it."""
     unet: Any = sd_unet()
     before = repr(unet)
     for layers in ([], map_layers(unet)):
