@@ -62,7 +62,7 @@ def write_lora(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def _playground() -> ComposeStableDiffusionPipeline:
+def _playground() -> Any:
     pipe = ComposeStableDiffusionPipeline.from_pretrained(playground_model())
     pipe.set_progress_bar_config(disable=True)
     for name in ("cat", "dog", "bear", "robot"):
@@ -72,7 +72,7 @@ def _playground() -> ComposeStableDiffusionPipeline:
 
 
 @pytest.fixture
-def playground(_playground: ComposeStableDiffusionPipeline) -> Iterator[ComposeStableDiffusionPipeline]:
+def playground(_playground: Any) -> Iterator[Any]:
     """The playground with TARA LoRAs "cat", "dog", "bear", "robot" and ordinary ones "cat-ordinary", ..., shared."""
     names = list(_playground.concepts)
     scheduler = _playground.scheduler
