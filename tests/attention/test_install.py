@@ -1,8 +1,8 @@
 """Concepts are in a model inside the `with` block only, and the model is exactly what it was after it."""
 
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -187,19 +187,33 @@ def test_processors_that_the_user_chose_come_back_as_the_same_objects(kind: Call
     assert all(found is chosen[name] for name, found in unet.attn_processors.items())
 
 
+def in_this_thread(work: Callable[[], None]) -> None:
+    work()
+
+
+def in_another_thread(work: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result(60)
+
+
+@pytest.mark.parametrize("run", [in_this_thread, in_another_thread])
 @torch.no_grad()
-def test_a_model_takes_one_installation_at_a_time_and_the_first_keeps_working() -> None:
-    unet = sd_unet()
+def test_a_model_takes_one_installation_at_a_time_and_the_first_keeps_working(run: Callable[..., None]) -> None:
+    unet = tiny_unet()
     inputs = unet_inputs(unet)
     loras = two_loras(unet)
+
+    def install_more() -> None:
+        for second in (installed(unet, loras), installed_layers(unet, [], {}, **FP32)):
+            with pytest.raises(RuntimeError, match="another image"), second:
+                pass
+
     before = Snapshot(unet)
     with installed(unet, loras) as installation:
         installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
         expected = unet(**inputs)[0]
         during = Snapshot(unet)
-        for second in (installed(unet, loras), installed_layers(unet, [], {}, **FP32)):
-            with pytest.raises(RuntimeError, match="another image"), second:
-                pass
+        run(install_more)
         during.assert_unchanged(unet)
         assert torch.equal(unet(**inputs)[0], expected)
     before.assert_unchanged(unet)
@@ -218,75 +232,29 @@ def test_two_models_are_independent() -> None:
         assert relative_error(first(**inputs)[0], base) > 0.1
 
 
-def test_of_two_threads_on_one_model_the_second_is_refused() -> None:
-    unet = tiny_unet()
-    inputs = unet_inputs(unet)
-    loras = two_loras(unet)
-    expected = []
-    in_place, refused = threading.Event(), threading.Event()
-    errors: list[BaseException] = []
-
-    def first() -> None:
-        with torch.no_grad(), installed(unet, loras) as installation:
-            installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
-            expected.append(unet(**inputs)[0])
-            in_place.set()
-            refused.wait(30)
-            expected.append(unet(**inputs)[0])
-
-    def second() -> None:
-        in_place.wait(30)
-        try:
-            with installed(unet, loras):
-                pass
-        except BaseException as error:
-            errors.append(error)
-        refused.set()
-
-    before = Snapshot(unet)
-    threads = [threading.Thread(target=work) for work in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert [type(error) for error in errors] == [RuntimeError]
-    assert len(expected) == 2
-    assert torch.equal(*expected)
-    before.assert_unchanged(unet)
-
-
-def test_many_threads_never_see_each_others_concepts() -> None:
+def test_many_threads_never_get_each_others_concepts() -> None:
     unet = tiny_unet()
     inputs = unet_inputs(unet, grid=(8, 8))
     loras = two_loras(unet)
     weights = [(0.2 * i, 1 - 0.3 * i) for i in range(4)]
 
+    @torch.no_grad()
     def once(weights: tuple[float, ...]) -> Tensor:
-        with torch.no_grad():
-            return with_bank(unet, loras, constant_gates(weights, latent_grid=(8, 8))[0], inputs)
+        return with_bank(unet, loras, constant_gates(weights, latent_grid=(8, 8))[0], inputs)
 
-    expected = [once(w) for w in weights]
-    results: list[tuple[int, Tensor | BaseException]] = []
+    def attempt(weights: tuple[float, ...]) -> Tensor | str:
+        try:
+            return once(weights)
+        except RuntimeError as error:
+            return str(error)
 
-    def work(i: int) -> None:
-        for _ in range(5):
-            try:
-                results.append((i, once(weights[i])))
-            except RuntimeError as error:
-                results.append((i, error))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(weights))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == 20
-    for i, result in results:
-        if isinstance(result, Tensor):
-            assert torch.equal(result, expected[i])
-        else:
-            assert "another image" in str(result)
-    assert any(isinstance(result, Tensor) for _, result in results)
+    expected = [once(one) for one in weights]
+    with ThreadPoolExecutor(len(weights)) as pool:
+        results = list(pool.map(attempt, weights * 5))
+    images = [(found, expected[i % 4]) for i, found in enumerate(results) if isinstance(found, Tensor)]
+    assert images
+    assert all(torch.equal(found, wanted) for found, wanted in images)
+    assert all("another image" in found for found in results if isinstance(found, str))
 
 
 def factors(down: tuple[int, ...], up: tuple[int, ...]) -> LoraFactors:

@@ -1,6 +1,7 @@
 """Recorded maps are the attention that cells really pay to tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from components import installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs
-from lora_compose.attention import Gates, Recorder
+from lora_compose.attention import Gates, Lora, Recorder
 from lora_compose.attention.backbones.unet import UNetBackbone, attention_layers
 from reference import random_gates, relative_error
 
@@ -22,6 +23,27 @@ def gates_for(concepts: int, grid: tuple[int, int] = (16, 16)) -> Gates:
 
 def cross_layers(unet: Any) -> list[str]:
     return [layer.name for layer in attention_layers(unet) if layer.cross]
+
+
+def record(
+    unet: Any,
+    recorder: Recorder,
+    *passes: dict[str, Any],
+    gates: Gates | None = None,
+    loras: Sequence[Lora] = (),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Runs passes one after the other, each of them recorded."""
+    with installed(unet, loras, dtype=dtype) as installation:
+        for given in passes:
+            inputs = installation.inputs(gates or gates_for(0), given["encoder_hidden_states"])
+            installation.use(inputs, recorder)
+            unet(**given)
+
+
+def every_token(dtype: torch.dtype = torch.float32) -> Tensor:
+    """A map of every token."""
+    return torch.eye(TOKENS, dtype=dtype).expand(ROWS, -1, -1)
 
 
 def softmax_by_hand(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -83,15 +105,11 @@ def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> Non
 @torch.no_grad()
 def test_all_tokens_together_get_all_attention() -> None:
     unet = sd_unet()
-    inputs = unet_inputs(unet, tokens=TOKENS)
-    names = cross_layers(unet)
-    recorder = Recorder(names, torch.ones(ROWS, TOKENS, 1))
-    gates = gates_for(0)
-    with installed(unet) as installation:
-        installation.use(installation.inputs(gates, None), recorder)
-        unet(**inputs)
-    for name in names:
-        torch.testing.assert_close(recorder.maps[name], torch.ones_like(recorder.maps[name]))
+    recorder = Recorder(cross_layers(unet), torch.ones(ROWS, TOKENS, 1))
+    record(unet, recorder, unet_inputs(unet, tokens=TOKENS))
+    assert list(recorder.maps) == cross_layers(unet)
+    for found in recorder.maps.values():
+        torch.testing.assert_close(found, torch.ones_like(found))
 
 
 @torch.no_grad()
@@ -119,19 +137,15 @@ def test_only_the_chosen_layers_and_passes_are_recorded_and_the_output_is_the_sa
     torch.testing.assert_close(average, sum(recorder.maps.values()) / len(chosen))  # pyright: ignore[reportArgumentType]
 
 
+@torch.no_grad()
 def test_a_second_pass_replaces_the_maps() -> None:
     unet = sd_unet()
     first, second = (unet_inputs(unet, tokens=TOKENS, seed=seed) for seed in range(2))
-    name = cross_layers(unet)[0]
-    gates = gates_for(0)
 
     def maps(*passes: dict[str, Any]) -> Tensor:
-        recorder = Recorder([name], torch.eye(TOKENS).expand(ROWS, -1, -1))
-        with torch.no_grad(), installed(unet) as installation:
-            for inputs in passes:
-                installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]), recorder)
-                unet(**inputs)
-        return recorder.maps[name]
+        recorder = Recorder(cross_layers(unet)[:1], every_token())
+        record(unet, recorder, *passes)
+        return recorder.mean()
 
     assert torch.equal(maps(first, second), maps(second))
     assert not torch.equal(maps(first), maps(second))
@@ -140,20 +154,14 @@ def test_a_second_pass_replaces_the_maps() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_models_give_maps_in_single_precision(dtype: torch.dtype) -> None:
-    exact: Any = sd_unet()
-    half: Any = sd_unet()
-    half.to(dtype)
-    inputs = unet_inputs(exact, tokens=TOKENS)
-    name = cross_layers(exact)[0]
-    gates = gates_for(0)
     maps = []
-    for unet, kind in ((exact, torch.float32), (half, dtype)):
-        recorder = Recorder([name], torch.eye(TOKENS, dtype=kind).expand(ROWS, -1, -1))
-        converted = {key: inputs[key].to(kind) for key in ("sample", "encoder_hidden_states")}
-        with installed(unet, dtype=kind) as installation:
-            installation.use(installation.inputs(gates, converted["encoder_hidden_states"]), recorder)
-            unet(**{**inputs, **converted})
-        maps.append(recorder.maps[name])
+    for kind in (torch.float32, dtype):
+        unet: Any = sd_unet()
+        given = unet_inputs(unet.to(kind), tokens=TOKENS)
+        given |= {key: given[key].to(kind) for key in ("sample", "encoder_hidden_states")}
+        recorder = Recorder(cross_layers(unet)[:1], every_token(kind))
+        record(unet, recorder, given, dtype=kind)
+        maps.append(recorder.mean())
     assert maps[1].dtype == torch.float32
     torch.testing.assert_close(maps[1].sum(dim=2), torch.ones(ROWS, 256))
     torch.testing.assert_close(maps[1], maps[0], atol=2e-3, rtol=0)
@@ -168,7 +176,7 @@ def test_gradients_through_maps_are_the_same_with_gradient_checkpointing() -> No
         inputs = unet_inputs(unet, grid=(8, 8), tokens=TOKENS)
         chosen = UNetBackbone(unet).map_layers
         gates = gates_for(1, (8, 8))
-        recorder = Recorder(chosen, torch.eye(TOKENS).expand(ROWS, -1, -1))
+        recorder = Recorder(chosen, every_token())
         sample = inputs["sample"].requires_grad_()
         with installed(unet, [random_lora(unet, 1)]) as installation:
             installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]), recorder)

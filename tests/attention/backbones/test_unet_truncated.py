@@ -50,27 +50,22 @@ def maps_and_gradient(
     return {name: found.detach() for name, found in maps.items()}, gradient
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("grid", [(8, 12), (9, 7)])
-def test_maps_and_gradients_are_those_of_a_whole_pass(family: str, grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("family", "stage", "grid"),
+    [
+        *((family, None, grid) for family in FAMILIES for grid in ((8, 12), (9, 7))),
+        *(("sd", stage, GRID) for stage in ("down", "mid", "up")),
+    ],
+)
+def test_maps_and_gradients_are_those_of_a_whole_pass(family: str, stage: str | None, grid: tuple[int, int]) -> None:
+    """Of the layers on the map grid, or of those of one stage."""
     unet = FAMILIES[family]()
-    layers = map_layers(unet)
+    layers = map_layers(unet) if stage is None else stage_layers(unet, stage)
     whole, gradient = maps_and_gradient(unet, layers, stop=False, grid=grid)
     stopped, same = maps_and_gradient(unet, layers, stop=True, grid=grid)
     assert whole.keys() == stopped.keys() == set(layers)
     assert all(torch.equal(stopped[name], whole[name]) for name in layers)
     assert gradient.abs().max() > 0
-    assert torch.equal(same, gradient)
-
-
-@pytest.mark.parametrize("stage", ["down", "mid", "up"])
-def test_maps_of_any_stage_are_those_of_a_whole_pass(stage: str) -> None:
-    unet = sd_unet()
-    layers = stage_layers(unet, stage)
-    whole, gradient = maps_and_gradient(unet, layers, stop=False)
-    stopped, same = maps_and_gradient(unet, layers, stop=True)
-    assert whole.keys() == stopped.keys() == set(layers)
-    assert all(torch.equal(stopped[name], whole[name]) for name in layers)
     assert torch.equal(same, gradient)
 
 
@@ -137,14 +132,12 @@ def test_nothing_runs_after_the_block_with_the_last_layer(family: str) -> None:
 @pytest.mark.parametrize("stage", ["down", "mid"])
 def test_the_up_path_is_left_out_where_none_of_its_layers_is_wanted(stage: str) -> None:
     unet = sd_unet()
-    layers = stage_layers(unet, stage)
     for block in unet.up_blocks:
         block.register_forward_pre_hook(refuse)
-    with torch.no_grad(), stopped_after(unet, layers):
-        assert len(unet.up_blocks) == 0
-        unet(**unet_inputs(unet, grid=GRID))
-    with torch.no_grad(), stopped_after(unet, []):
-        unet(**unet_inputs(unet, grid=GRID))
+    for layers in (stage_layers(unet, stage), []):
+        with torch.no_grad(), stopped_after(unet, layers):
+            assert len(unet.up_blocks) == 0
+            unet(**unet_inputs(unet, grid=GRID))
 
 
 def test_blocks_are_told_apart_by_their_whole_names() -> None:
