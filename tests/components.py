@@ -1,6 +1,8 @@
 """Small real components for the tests: `from components import sd_unet`. Everything runs offline on the CPU."""
 
 import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_compose.attention import Lora, LoraFactors
+from lora_compose.attention import Gates, Installation, Lora, LoraFactors, backbone_of, install
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
@@ -93,6 +95,25 @@ def text_loras(pipe: Any, seed: int, targets: tuple[str, ...] = ("q_proj", "v_pr
         for n, (name, model) in enumerate(parts.items())
         if model is not None
     }
+
+
+def lora_tensors(**parts: Lora) -> dict[str, Tensor]:
+    """The tensors of a LoRA file of diffusers with these factors, by component (`unet`, `text_encoder`, ...)."""
+    return {
+        f"{part}.{layer}.lora_{side}.weight": tensor.contiguous()
+        for part, lora in parts.items()
+        for layer, factors in lora.items()
+        for side, tensor in (("A", factors.down * factors.scale), ("B", factors.up))
+    }
+
+
+def activated(model: nn.Module, *, size: float, seed: int = 0) -> Any:
+    """A control model with random numbers where it starts with zeros, so that it changes the image untrained."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=size, generator=generator)
+    return model.eval()
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -184,6 +205,22 @@ def unet_inputs(
     return inputs
 
 
+def installed(
+    unet: nn.Module, loras: Sequence[Lora] = (), *, dtype: torch.dtype = torch.float32, silence: Sequence[str] = ()
+) -> AbstractContextManager[Installation]:
+    """Concepts installed in a UNet on the CPU, for as long as the `with` block lasts."""
+    return install(backbone_of(unet), loras, device=torch.device("cpu"), dtype=dtype, silence=silence)
+
+
+def with_bank(
+    unet: Any, loras: Sequence[Lora], gates: Gates, inputs: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """What one forward pass gives with concepts installed for it alone."""
+    with installed(unet, loras, dtype=dtype) as installation:
+        installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
+        return unet(**inputs)[0]
+
+
 # Two levels of one layer each, for everything that does not depend on the structure of the UNet.
 TINY = {
     "block_out_channels": (8, 16),
@@ -191,6 +228,16 @@ TINY = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+
+
+def tiny_unet(**changes: Any) -> Any:
+    """Two levels of one layer each, with the names of Stable Diffusion."""
+    return sd_unet(**TINY | changes)
+
+
+def shallow_sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's block structure with a transformer layer or two where SDXL has up to ten."""
+    return sdxl_unet(transformer_layers_per_block=(1, 1, 2), layers_per_block=1)
 
 
 # The same for SDXL: no attention on the first level, as there.

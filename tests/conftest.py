@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import save_file
 
-from components import small_pipeline, xl_pipeline
+from components import lora_tensors, small_pipeline, xl_pipeline
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.recipe import world
@@ -54,20 +54,15 @@ def write_lora(tmp_path: Path) -> Callable[..., Path]:
     """Writes factors as a diffusers LoRA file: `write_lora(name, unet=..., text_encoder=..., metadata=...)`."""
 
     def write(name: str, metadata: dict[str, str] | None = None, **parts: Lora) -> Path:
-        tensors = {}
-        for part, lora in parts.items():
-            for layer, factors in lora.items():
-                tensors[f"{part}.{layer}.lora_A.weight"] = (factors.down * factors.scale).contiguous()
-                tensors[f"{part}.{layer}.lora_B.weight"] = factors.up.contiguous()
         path = tmp_path / f"{name}.safetensors"
-        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        save_file(lora_tensors(**parts), path, metadata={"format": "pt", **(metadata or {})})
         return path
 
     return write
 
 
 @pytest.fixture(scope="session")
-def _playground() -> ComposeStableDiffusionPipeline:
+def _playground() -> Any:
     pipe = ComposeStableDiffusionPipeline.from_pretrained(playground_model())
     pipe.set_progress_bar_config(disable=True)
     for name in ("cat", "dog", "bear", "robot"):
@@ -77,7 +72,7 @@ def _playground() -> ComposeStableDiffusionPipeline:
 
 
 @pytest.fixture
-def playground(_playground: ComposeStableDiffusionPipeline) -> Iterator[ComposeStableDiffusionPipeline]:
+def playground(_playground: Any) -> Iterator[Any]:
     """The playground with TARA LoRAs "cat", "dog", "bear", "robot" and ordinary ones "cat-ordinary", ..., shared."""
     names = list(_playground.concepts)
     scheduler = _playground.scheduler

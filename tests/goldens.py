@@ -28,9 +28,9 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
+from components import EVERYTHING, FAMILIES, activated, lora_tensors, random_lora, seeded, text_loras
 from lora_compose import ComposePipeline, Concept, Control
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.pipelines.methods import make_method
@@ -93,13 +93,8 @@ def small(family: str) -> Any:
     with TemporaryDirectory() as folder:
         for seed, (name, (trigger, class_word)) in enumerate(words.items()):
             loras = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15), **text_loras(pipe, 5 + seed)}
-            tensors = {}
-            for part, lora in loras.items():
-                for layer, factors in lora.items():
-                    tensors[f"{part}.{layer}.lora_A.weight"] = factors.down
-                    tensors[f"{part}.{layer}.lora_B.weight"] = factors.up
             path = Path(folder) / f"{name}.safetensors"
-            save_file(tensors, path)
+            save_file(lora_tensors(**loras), path)
             pipe.load_concept(path, trigger=trigger, class_word=class_word)
     return pipe
 
@@ -129,15 +124,6 @@ def squares(size: int = 128) -> Image.Image:
     return image
 
 
-def awake(model: nn.Module) -> Any:
-    """A control model with random numbers where it starts with zeros, so that it does something."""
-    generator = torch.Generator().manual_seed(5)
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.2, generator=generator)
-    return model.eval()
-
-
 def controlnet_by_region(pipe: Any) -> Control:
     """A ControlNet with a scale of its own in one region."""
     return replace(controlnet(pipe), regions={"dog": 0.2})
@@ -147,7 +133,7 @@ def controlnet(pipe: Any) -> Control:
     """A ControlNet of the pipeline's UNet."""
     torch.manual_seed(1)
     net: Any = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 8, 8))
-    return Control(model=awake(net), image=squares(), scale=0.8)
+    return Control(model=activated(net, size=0.2, seed=5), image=squares(), scale=0.8)
 
 
 def t2i_adapter(pipe: Any) -> Control:

@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from lora_compose.attention import Lora, attention_layers
+from components import EVERYTHING, FAMILIES, activated, lora_tensors, random_lora, seeded, text_loras
+from lora_compose.attention import Lora, backbone_of
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.methods import (
     Clora,
@@ -91,13 +91,7 @@ def some_slowly(names: Iterable[str]) -> list[Any]:
 
 def written(path: Path, parts: Mapping[str, Lora], words: Mapping[str, Tensor] | None = None) -> Path:
     """A file of a LoRA that was trained with TARA."""
-    tensors = {
-        f"{part}.{layer}.lora_{side}.weight": tensor
-        for part, lora in parts.items()
-        for layer, factors in lora.items()
-        for side, tensor in (("A", factors.down), ("B", factors.up))
-    }
-    save_file({**tensors, **(words or {})}, path, metadata={"method": "tara"})
+    save_file({**lora_tensors(**parts), **(words or {})}, path, metadata={"method": "tara"})
     return path
 
 
@@ -163,7 +157,7 @@ def of(pipe: Any, model: Any) -> Any:
     return model.to(pipe.device, pipe.dtype).eval()
 
 
-def picture(folder: Path) -> Image.Image:
+def control_image(folder: Path) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8))
 
 
@@ -184,12 +178,9 @@ def controls(pipe: Any, folder: Path) -> list[Control]:
         channels=list(pipe.unet.config.block_out_channels), num_res_blocks=1, downscale_factor=16 if xl else 8,
         adapter_type="full_adapter_xl" if xl else "full_adapter",
     )  # fmt: skip
-    for parameter in net.parameters():
-        if not parameter.any():  # a ControlNet says nothing before it is trained
-            torch.nn.init.normal_(parameter, std=0.1, generator=seeded())
-    image = picture(folder)
+    image = control_image(folder)
     return [
-        Control(model=of(pipe, net), image=image, scale=0.5, regions={"cat": 1.0}),
+        Control(model=of(pipe, activated(net, size=0.1)), image=image, scale=0.5, regions={"cat": 1.0}),
         Control(model=of(pipe, adapter), image=[image], regions={"dog": 0.2}, end=0.5),
     ]
 
@@ -314,8 +305,7 @@ def with_words(pipe: Any, folder: Path) -> dict[str, Any]:
 
 def with_words_of_a_file(pipe: Any, folder: Path) -> dict[str, Any]:
     """A LoRA that brings words, with vectors for every layer."""
-    layers = [layer for layer in attention_layers(pipe.unet) if layer.cross]
-    vectors = torch.randn(len(layers), pipe.text_encoder.config.hidden_size, generator=seeded())
+    vectors = torch.randn(backbone_of(pipe.unet).text_layers, pipe.text_encoder.config.hidden_size, generator=seeded())
     words = {"new_concept_embedding.<x1>": vectors}
     if hasattr(pipe, "text_encoder_2"):
         width = pipe.text_encoder_2.config.hidden_size
@@ -374,6 +364,7 @@ PREPARED = (
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of schedulers, by numpy 2
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @XL_AND_SLOWLY_SD
 @pytest.mark.parametrize("prepare", PREPARED)
 def test_pipelines_that_were_changed_give_on_the_device_what_the_cpu_gives(

@@ -41,7 +41,7 @@ def same_bits(found: Any, expected: Any) -> bool:
 
 # Every value takes the tensor with which it is asked, and another of the same device.
 REFUSED: dict[str, Callable[[], Any]] = {
-    "numbers of both": lambda: device() + host(),
+    "operands of both": lambda: device() + host(),
     "in place, from the host": lambda: device().add_(host()),
     "in place, into the host": lambda: host().add_(device()),
     "in place, into a number of the host": lambda: torch.tensor(1.0).add_(device().sum()),
@@ -119,7 +119,7 @@ ALLOWED: dict[str, Callable[[Callable[..., Tensor]], Any]] = {
     "one position": lambda to: to(host())[1, 2],
     "scattering": lambda to: to(host()).scatter_(1, to(torch.tensor([[0], [2]])), 9.0),
     "running sums": lambda to: to(host()).cumsum(dim=1),
-    "a copy that nobody waits for": lambda to: to(host()).to("cpu", non_blocking=True).tolist(),
+    "a copy without a wait": lambda to: to(host()).to("cpu", non_blocking=True).tolist(),
 }
 
 
@@ -254,6 +254,6 @@ def test_numbers_of_a_parameter_are_replaced_by_others_of_another_size() -> None
     assert torch.equal(numbers(parameter.detach() + 1), torch.full((4,), 2.0))
 
 
-def test_the_device_offers_itself_to_nobody() -> None:
+def test_the_device_is_chosen_by_its_name_alone() -> None:
     assert not getattr(torch, DEVICE.type).is_available()
     assert torch.ones(1).device.type == "cpu"

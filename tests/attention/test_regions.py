@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_compose.attention.layout import read_by
 from torch import Tensor
 
-from lora_compose.attention import Layout, Partition
+from lora_compose.attention import Partition, RegionAttention
 from lora_compose.attention.kernels import sdpa
+from lora_compose.attention.regions import queries_of
 
 SETTINGS = settings(deadline=None, max_examples=40)
 ROWS, HEADS, CHANNELS, TOKENS = 2, 2, 4, 5
@@ -85,8 +85,8 @@ def texts(regions: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def layout_of(membership: Tensor, *, inject: bool = True, isolate: bool = True) -> Layout:
-    return Layout({LEVEL: Partition.of(membership)}, inject, isolate)
+def in_regions(membership: Tensor, *, inject: bool = True, isolate: bool = True) -> RegionAttention:
+    return RegionAttention({LEVEL: Partition.of(membership)}, inject, isolate)
 
 
 @SETTINGS
@@ -118,7 +118,7 @@ def test_cells_are_allowed_to_see_the_background_and_their_regions(membership: T
 @given(memberships())
 def test_isolated_self_attention_equals_masked_attention(membership: Tensor) -> None:
     query, key, value = query_key_value(len(membership))
-    found = layout_of(membership).self_attention(sdpa, LEVEL, query, key, value)
+    found = in_regions(membership).self_attention(sdpa, LEVEL, query, key, value)
     assert found.isfinite().all()
     assert found.shape == query.shape
     for p in range(len(membership)):
@@ -135,7 +135,7 @@ def test_isolated_self_attention_equals_a_dense_mask(name: str) -> None:
     mask = background[:, None] | background[None] | share
     query, key, value = query_key_value(len(membership))
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    found = layout_of(membership).self_attention(sdpa, LEVEL, query, key, value)
+    found = in_regions(membership).self_attention(sdpa, LEVEL, query, key, value)
     torch.testing.assert_close(found, expected)
     assert torch.equal(Partition.of(membership).allowed, mask)
 
@@ -143,12 +143,12 @@ def test_isolated_self_attention_equals_a_dense_mask(name: str) -> None:
 @pytest.mark.parametrize("name", HAND_MADE)
 def test_the_output_of_a_cell_depends_on_exactly_the_cells_it_sees(name: str) -> None:
     membership = HAND_MADE[name]
-    layout, weights = layout_of(membership), random(3, HEADS * CHANNELS, HEADS * CHANNELS) / 4
+    attention, weights = in_regions(membership), random(3, HEADS * CHANNELS, HEADS * CHANNELS) / 4
 
     def layer(hidden: Tensor) -> Tensor:
         """Self-attention with projections. Shape: [cells, channels]."""
         query, key, value = ((hidden @ weight).view(1, len(hidden), HEADS, -1).transpose(1, 2) for weight in weights)
-        return layout.self_attention(sdpa, LEVEL, query, key, value).transpose(1, 2).flatten(2)[0]
+        return attention.self_attention(sdpa, LEVEL, query, key, value).transpose(1, 2).flatten(2)[0]
 
     hidden = random(len(membership), HEADS * CHANNELS, seed=1) / 2
     jacobian = torch.autograd.functional.jacobian(layer, hidden)
@@ -161,21 +161,12 @@ def test_the_output_of_a_cell_depends_on_exactly_the_cells_it_sees(name: str) ->
     assert depends[:, background].all()
 
 
-def test_cells_of_regions_that_are_apart_do_not_see_each_other() -> None:
-    allowed = Partition.of(APART).allowed
-    first, second = APART.T
-    assert not allowed[first][:, second].any()
-    assert not allowed[second][:, first].any()
-    assert allowed[first][:, first].all()
-    assert (~first & ~second).any()
-
-
 @pytest.mark.parametrize("box", [(1, 2, 3, 5), (0, 0, 4, 6), (2, 2, 3, 3)])
 def test_one_region_alone_is_isolated_from_nothing(box: tuple[int, int, int, int]) -> None:
     membership = inside((4, 6), [box])
     assert all(group.visible is None for group in Partition.of(membership).groups)
     query, key, value = query_key_value(len(membership))
-    found = layout_of(membership).self_attention(sdpa, LEVEL, query, key, value)
+    found = in_regions(membership).self_attention(sdpa, LEVEL, query, key, value)
     torch.testing.assert_close(found, sdpa(query, key, value))
 
 
@@ -183,7 +174,7 @@ def test_two_regions_on_the_same_box_are_as_one() -> None:
     box = (1, 1, 3, 4)
     query, key, value = query_key_value(24)
     keys, values = texts(1)
-    one, two = layout_of(inside((4, 6), [box])), layout_of(inside((4, 6), [box, box]))
+    one, two = in_regions(inside((4, 6), [box])), in_regions(inside((4, 6), [box, box]))
     expected = one.self_attention(sdpa, LEVEL, query, key, value)
     torch.testing.assert_close(two.self_attention(sdpa, LEVEL, query, key, value), expected)
     expected = one.cross(sdpa, LEVEL, query, keys, values)
@@ -191,10 +182,10 @@ def test_two_regions_on_the_same_box_are_as_one() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def read_cells(layout: Layout, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def read_cells(attention: RegionAttention, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """What cells read, without a projection. Shape: as query."""
-    read = layout.cross(sdpa, LEVEL, query, keys, values)
-    together = layout.gathered(LEVEL, read.transpose(1, 2).flatten(2))
+    read = attention.cross(sdpa, LEVEL, query, keys, values)
+    together = attention.gathered(LEVEL, read.transpose(1, 2).flatten(2))
     return together.unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
 
 
@@ -202,7 +193,7 @@ def read_cells(layout: Layout, query: Tensor, keys: Tensor, values: Tensor) -> T
 @given(memberships())
 def test_cells_read_the_texts_of_their_regions(membership: Tensor) -> None:
     query, (keys, values) = query_key_value(len(membership))[0], texts(membership.shape[1])
-    found = read_cells(layout_of(membership), query, keys, values)
+    found = read_cells(in_regions(membership), query, keys, values)
     assert found.shape == query.shape
     for p, regions in enumerate(regions_of(membership)):
         numbers = [1 + n for n in regions] if regions else [0]
@@ -214,15 +205,15 @@ def test_cells_read_the_texts_of_their_regions(membership: Tensor) -> None:
 @SETTINGS
 @given(memberships())
 def test_what_is_read_is_projected_for_every_text_before_the_mean(membership: Tensor) -> None:
-    layout, regions = layout_of(membership), regions_of(membership)
+    attention, regions = in_regions(membership), regions_of(membership)
     query, (keys, values) = query_key_value(len(membership))[0], texts(membership.shape[1])
     projections = random(len(keys), CHANNELS, CHANNELS, seed=7)
-    text_of_reader, cell_of_reader = read_by(membership)
-    assert cell_of_reader.tolist() == [p for p, mine in enumerate(regions) for _ in mine or [0]]
-    assert text_of_reader.tolist() == [number for mine in regions for number in ([1 + n for n in mine] or [0])]
-    read = layout.cross(sdpa, LEVEL, query, keys, values)[:, 0]
-    projected = torch.einsum("rpc,pdc->rpd", read, projections[text_of_reader])
-    found = layout.gathered(LEVEL, projected)
+    text_of_query, cell_of_query = queries_of(membership)
+    assert cell_of_query.tolist() == [p for p, mine in enumerate(regions) for _ in mine or [0]]
+    assert text_of_query.tolist() == [number for mine in regions for number in ([1 + n for n in mine] or [0])]
+    read = attention.cross(sdpa, LEVEL, query, keys, values)[:, 0]
+    projected = torch.einsum("rpc,pdc->rpd", read, projections[text_of_query])
+    found = attention.gathered(LEVEL, projected)
     for p, mine in enumerate(regions):
         numbers = [1 + n for n in mine] or [0]
         parts = [
@@ -236,39 +227,39 @@ def test_what_is_read_is_projected_for_every_text_before_the_mean(membership: Te
 @pytest.mark.parametrize("name", HAND_MADE)
 def test_another_text_changes_only_the_cells_that_read_it(name: str) -> None:
     membership = HAND_MADE[name]
-    layout, query, (keys, values) = layout_of(membership), query_key_value(len(membership))[0], texts(3)
-    before = read_cells(layout, query, keys, values)
-    readers = [~membership.any(dim=1), *membership.T]
-    for number, reads in enumerate(readers):
+    attention, query, (keys, values) = in_regions(membership), query_key_value(len(membership))[0], texts(3)
+    before = read_cells(attention, query, keys, values)
+    querying = [~membership.any(dim=1), *membership.T]
+    for number, reads in enumerate(querying):
         for source in ("keys", "values"):
             changed = {"keys": keys, "values": values}
             changed[source] = changed[source].clone()
             changed[source][number] += random(ROWS, HEADS, TOKENS, CHANNELS, seed=9)
-            after = read_cells(layout, query, changed["keys"], changed["values"])
+            after = read_cells(attention, query, changed["keys"], changed["values"])
             assert torch.equal((after != before).flatten(0, 1).any(dim=0).any(dim=1), reads)
 
 
 def test_without_injection_every_cell_reads_the_first_text() -> None:
     query, (keys, values) = query_key_value(len(OVERLAPPING))[0], texts(3)
-    found = layout_of(OVERLAPPING, inject=False).cross(sdpa, LEVEL, query, keys, values)
+    found = in_regions(OVERLAPPING, inject=False).cross(sdpa, LEVEL, query, keys, values)
     assert torch.equal(found, sdpa(query, keys[0], values[0]))
-    found = layout_of(OVERLAPPING, inject=False).cross(sdpa, LEVEL, query, keys[:1], values[:1])
+    found = in_regions(OVERLAPPING, inject=False).cross(sdpa, LEVEL, query, keys[:1], values[:1])
     assert torch.equal(found, sdpa(query, keys[0], values[0]))
 
 
 def test_without_isolation_every_cell_sees_all() -> None:
     query, key, value = query_key_value(len(APART))
-    found = layout_of(APART, isolate=False).self_attention(sdpa, LEVEL, query, key, value)
+    found = in_regions(APART, isolate=False).self_attention(sdpa, LEVEL, query, key, value)
     assert torch.equal(found, sdpa(query, key, value))
-    isolated = layout_of(APART).self_attention(sdpa, LEVEL, query, key, value)
+    isolated = in_regions(APART).self_attention(sdpa, LEVEL, query, key, value)
     assert torch.equal((isolated - found).abs().amax(dim=(0, 1, 3)) > 1e-4, APART.any(dim=1))
 
 
 def test_injection_and_isolation_do_not_depend_on_each_other() -> None:
     query, key, value = query_key_value(len(APART))
     keys, values = texts(2)
-    both = layout_of(APART)
-    injecting, isolating = layout_of(APART, isolate=False), layout_of(APART, inject=False)
+    both = in_regions(APART)
+    injecting, isolating = in_regions(APART, isolate=False), in_regions(APART, inject=False)
     expected = both.cross(sdpa, LEVEL, query, keys, values)
     assert torch.equal(injecting.cross(sdpa, LEVEL, query, keys, values), expected)
     expected = both.self_attention(sdpa, LEVEL, query, key, value)
@@ -280,7 +271,7 @@ def test_the_order_of_regions_does_not_matter(order: list[int]) -> None:
     membership = inside((4, 6), [(0, 0, 4, 1), (1, 2, 3, 4), (0, 5, 2, 6)])
     query, key, value = query_key_value(len(membership))
     keys, values = texts(3)
-    first, second = layout_of(membership), layout_of(membership[:, order])
+    first, second = in_regions(membership), in_regions(membership[:, order])
     moved = [0, *(1 + n for n in order)]
     expected = first.cross(sdpa, LEVEL, query, keys, values)
     torch.testing.assert_close(second.cross(sdpa, LEVEL, query, keys[moved], values[moved]), expected)
@@ -290,9 +281,9 @@ def test_the_order_of_regions_does_not_matter(order: list[int]) -> None:
 
 def test_every_level_has_its_own_partition() -> None:
     coarse = inside((2, 3), [(0, 0, 2, 1), (0, 2, 2, 3)])
-    layout = Layout({0: Partition.of(APART), 1: Partition.of(coarse)}, inject=True, isolate=True)
+    attention = RegionAttention({0: Partition.of(APART), 1: Partition.of(coarse)}, inject=True, isolate=True)
     for level, membership in enumerate((APART, coarse)):
         query, key, value = query_key_value(len(membership))
-        alone = Layout({level: Partition.of(membership)}, inject=True, isolate=True)
+        alone = RegionAttention({level: Partition.of(membership)}, inject=True, isolate=True)
         expected = alone.self_attention(sdpa, level, query, key, value)
-        assert torch.equal(layout.self_attention(sdpa, level, query, key, value), expected)
+        assert torch.equal(attention.self_attention(sdpa, level, query, key, value), expected)

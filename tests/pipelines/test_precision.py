@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from lora_compose.pipelines.engine import Engine, Gradient
 from torch import Tensor, nn
 
 from components import FAMILIES, State, random_lora, seeded
+from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.methods import METHODS, PRESETS, Clora, LoraComposer, Settings, make_method
+from lora_compose.pipelines.passes import Gradient
 from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog"
@@ -60,14 +61,14 @@ def test_latents_keep_their_precision_from_step_to_step(composer, dtype, method)
 @contextmanager
 def seen_gradients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Gradient]]:
     found: list[Gradient] = []
-    gradient = Engine.gradient
+    gradient = Denoiser.gradient
 
     def look(*args: Any, **kwargs: Any) -> Gradient:
         found.append(gradient(*args, **kwargs))
         return found[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "gradient", look)
+        patch.setattr(Denoiser, "gradient", look)
         yield found
 
 
@@ -91,7 +92,7 @@ def test_weights_stored_in_8_bits_give_the_gradients_of_the_same_weights_in_full
     full = FAMILIES["sd"]()
     for weight, number, is_stored in zip(full.unet.parameters(), numbers, stored, strict=True):
         weight.data = number if is_stored else weight.data
-    full._loaded.update(composer._loaded)
+    full.library.loaded.update(composer.library.loaded)
     with seen_gradients(monkeypatch) as expected:
         torch.testing.assert_close(latents, run(full, WITH_UPDATES[method]), atol=1e-5, rtol=0)
     assert len(found) == len(expected) > 0

@@ -1,20 +1,17 @@
-"""The layers of a UNet: names, order, grids and places are what a real pass shows."""
+"""The layers of a UNet: names, order, grids and sites are what a real pass shows."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from lora_compose.attention.layers import Place
-from torch import Tensor, nn
+from torch import nn
 
 from components import sd_unet, sdxl_unet, unet_inputs
-from lora_compose.attention import AttentionLayer, attention_layers, grid_at, map_level, places
+from lora_compose.attention import Site, grid_at
+from lora_compose.attention.backbones.unet import AttentionLayer, attention_layers, map_level, unet_sites
 from lora_compose.compose.playground.assets import playground_model
 
 
@@ -87,41 +84,41 @@ def test_grids_are_the_true_sizes_of_activations(name: str, grid: tuple[int, int
     adaptable = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | Attention)}
     calls = watch(unet, adaptable, grid)
     assert calls.keys() == adaptable.keys()
-    where, text_tokens = places(unet), 7
+    where, text_tokens = unet_sites(unet), 7
     for layer in attention_layers(unet):
         height, width = grid_at(grid, layer.level)
         assert calls[layer.name][2].shape[1] == height * width, layer.name
     for module, (_, _, out) in calls.items():
         if isinstance(adaptable[module], Attention):
             continue
-        place = where[module]
+        site = where[module]
         if out.ndim == 4:
-            assert (place.kind, tuple(out.shape[2:])) == ("image", grid_at(grid, place.level)), module
+            assert (site.stream, tuple(out.shape[2:])) == ("image", grid_at(grid, site.level)), module
         elif out.ndim == 2:
-            assert place == Place("row", 0), module
-        elif place.kind == "text":
+            assert site == Site("row"), module
+        elif site.stream == "text":
             assert out.shape[1] == text_tokens, module
             assert module.endswith(("attn2.to_k", "attn2.to_v")), module
         else:
-            height, width = grid_at(grid, place.level)
-            assert place.kind == "image", module
+            height, width = grid_at(grid, site.level)
+            assert site.stream == "image", module
             assert out.shape[1] == height * width, module
-    keys_and_values = [m for m, place in where.items() if place.kind == "text"]
+    keys_and_values = [m for m, site in where.items() if site.stream == "text"]
     assert len(keys_and_values) == 2 * sum(layer.cross for layer in attention_layers(unet))
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_every_linear_layer_and_convolution_has_a_place(name: str) -> None:
+def test_every_linear_layer_and_convolution_has_a_site(name: str) -> None:
     unet = UNETS[name]()
-    where = places(unet)
+    where = unet_sites(unet)
     for module_name, module in unet.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             assert module_name in where, module_name
 
 
-def test_names_outside_the_unet_have_no_place() -> None:
+def test_names_outside_the_unet_have_no_site() -> None:
     outside = {"", "down_blocks.4.resnets.0.conv1", "mid_block.attentions.1.proj_in", "encoder.conv_in", "to_q"}
-    assert not outside & places(sd_unet()).keys()
+    assert not outside & unet_sites(sd_unet()).keys()
 
 
 def test_map_grid_of_sd_and_sdxl_is_a_thirty_second_of_the_image() -> None:
@@ -145,12 +142,3 @@ def test_map_grid_needs_cross_attention_on_the_way_down_and_up() -> None:
         map_level((layer("down", 0), layer("mid", 1), layer("up", 1)))
     with pytest.raises(ValueError, match="no grid with cross-attention"):
         map_level(attention_layers(sd_unet(up_block_types=("UpBlock2D",) * 4)))
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 4))
-def test_grids_shrink_as_strided_convolutions_do(height: int, width: int, level: int) -> None:
-    x: Tensor = torch.zeros(1, 1, height, width)
-    for _ in range(level):
-        x = F.conv2d(x, torch.zeros(1, 1, 3, 3), stride=2, padding=1)
-    assert grid_at((height, width), level) == tuple(x.shape[2:])

@@ -1,22 +1,49 @@
 """Recorded maps are the attention that cells really pay to tokens."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from components import random_lora, sd_unet, sdxl_unet, unet_inputs
-from lora_compose.attention import Recorder, attention_layers, install, map_level
+from components import installed, random_lora, sd_unet, shallow_sdxl_unet, unet_inputs
+from lora_compose.attention import Gates, Lora, Recorder
+from lora_compose.attention.backbones.unet import UNetBackbone, attention_layers
 from reference import random_gates, relative_error
 
-FP32: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
 ROWS, TOKENS = 2, 7
 
 
-def small_sdxl() -> Any:
-    return sdxl_unet(transformer_layers_per_block=(1, 1, 2), layers_per_block=1)
+def gates_for(concepts: int, grid: tuple[int, int] = (16, 16)) -> Gates:
+    style = "everything" if concepts else "constant"
+    return random_gates(style, rows=ROWS, tokens=TOKENS, concepts=concepts, latent_grid=grid)[0]
+
+
+def cross_layers(unet: Any) -> list[str]:
+    return [layer.name for layer in attention_layers(unet) if layer.cross]
+
+
+def record(
+    unet: Any,
+    recorder: Recorder,
+    *passes: dict[str, Any],
+    gates: Gates | None = None,
+    loras: Sequence[Lora] = (),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Runs passes one after the other, each of them recorded."""
+    with installed(unet, loras, dtype=dtype) as installation:
+        for given in passes:
+            inputs = installation.inputs(gates or gates_for(0), given["encoder_hidden_states"])
+            installation.use(inputs, recorder)
+            unet(**given)
+
+
+def every_token(dtype: torch.dtype = torch.float32) -> Tensor:
+    """A map of every token."""
+    return torch.eye(TOKENS, dtype=dtype).expand(ROWS, -1, -1)
 
 
 def softmax_by_hand(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -33,14 +60,14 @@ def softmax_by_hand(query: Tensor, key: Tensor, heads: int) -> Tensor:
     return probabilities
 
 
-@pytest.mark.parametrize("family", [sd_unet, small_sdxl])
+@pytest.mark.parametrize("family", [sd_unet, shallow_sdxl_unet])
 @torch.no_grad()
 def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> None:
     unet = family()
     inputs = unet_inputs(unet, grid=(8, 16), rows=ROWS, tokens=TOKENS)
     loras = [random_lora(unet, seed, size=0.2) for seed in range(2)]
-    gates, _ = random_gates("everything", rows=ROWS, tokens=TOKENS, concepts=2, latent_grid=(8, 16))
-    layers = [layer for layer in attention_layers(unet) if layer.cross]
+    gates = gates_for(2, (8, 16))
+    layers = cross_layers(unet)
     readout = torch.zeros(ROWS, TOKENS, 3)
     readout[0, 1, 0] = 1.0  # one token of row 0
     readout[1, 4, 0] = 1.0  # another one of row 1
@@ -53,61 +80,56 @@ def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> Non
 
         unet.get_submodule(name).register_forward_hook(hook)
 
-    recorder = Recorder([layer.name for layer in layers], readout)
-    with install(unet, loras, **FP32) as installation:
+    recorder = Recorder(layers, readout)
+    with installed(unet, loras) as installation:
         for layer in layers:
-            listen(f"{layer.name}.to_q")
-            listen(f"{layer.name}.to_k")
-        installation.use(gates, inputs["encoder_hidden_states"], recorder)
+            listen(f"{layer}.to_q")
+            listen(f"{layer}.to_k")
+        installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]), recorder)
         unet(**inputs)
-    assert list(recorder.maps) == [layer.name for layer in layers]
+    assert list(recorder.maps) == layers
     for layer in layers:
-        heads = unet.get_submodule(layer.name).heads
-        attention = softmax_by_hand(seen[f"{layer.name}.to_q"], seen[f"{layer.name}.to_k"], heads).mean(dim=1)
-        found = recorder.maps[layer.name]
+        heads = unet.get_submodule(layer).heads
+        attention = softmax_by_hand(seen[f"{layer}.to_q"], seen[f"{layer}.to_k"], heads).mean(dim=1)
+        found = recorder.maps[layer]
         assert found.dtype == torch.float32
         expected = torch.stack(
             [torch.stack([attention[0, :, 1], attention[1, :, 4]]), attention[:, :, 2:5].mean(dim=2)], dim=-1
         )
-        assert relative_error(found[..., :2].double(), expected) < 1e-5, layer.name
+        assert relative_error(found[..., :2].double(), expected) < 1e-5, layer
         assert found[..., 2].abs().max() == 0
-    spread = max(recorder.maps[layer.name][..., 0].std() for layer in layers)
+    spread = max(recorder.maps[layer][..., 0].std() for layer in layers)
     assert spread > 0.005, "the attention is to differ between cells"
 
 
 @torch.no_grad()
 def test_all_tokens_together_get_all_attention() -> None:
     unet = sd_unet()
-    inputs = unet_inputs(unet, tokens=TOKENS)
-    names = [layer.name for layer in attention_layers(unet) if layer.cross]
-    recorder = Recorder(names, torch.ones(ROWS, TOKENS, 1))
-    gates, _ = random_gates("constant", rows=ROWS, tokens=TOKENS, concepts=0, latent_grid=(16, 16))
-    with install(unet, [], **FP32) as installation:
-        installation.use(gates, None, recorder)
-        unet(**inputs)
-    for name in names:
-        torch.testing.assert_close(recorder.maps[name], torch.ones_like(recorder.maps[name]))
+    recorder = Recorder(cross_layers(unet), torch.ones(ROWS, TOKENS, 1))
+    record(unet, recorder, unet_inputs(unet, tokens=TOKENS))
+    assert list(recorder.maps) == cross_layers(unet)
+    for found in recorder.maps.values():
+        torch.testing.assert_close(found, torch.ones_like(found))
 
 
 @torch.no_grad()
 def test_only_the_chosen_layers_and_passes_are_recorded_and_the_output_is_the_same() -> None:
     unet = sd_unet()
     inputs = unet_inputs(unet, tokens=TOKENS)
-    layers = attention_layers(unet)
-    chosen = [layer.name for layer in layers if layer.cross and layer.level == map_level(layers)]
-    gates, _ = random_gates("everything", rows=ROWS, tokens=TOKENS, concepts=1, latent_grid=(16, 16))
+    chosen = UNetBackbone(unet).map_layers
+    gates = gates_for(1)
     recorder = Recorder(chosen, torch.rand(ROWS, TOKENS, 2))
     text = inputs["encoder_hidden_states"]
-    with install(unet, [random_lora(unet, 1)], **FP32) as installation:
-        installation.use(gates, text)
+    with installed(unet, [random_lora(unet, 1)]) as installation:
+        installation.use(installation.inputs(gates, text))
         silent = unet(**inputs)[0]
         assert recorder.maps == {}
-        installation.use(gates, text, recorder)
+        installation.use(installation.inputs(gates, text), recorder)
         assert torch.equal(unet(**inputs)[0], silent)
-        assert list(recorder.maps) == chosen
+        assert list(recorder.maps) == [*chosen]
         assert len(chosen) == 5
         first = dict(recorder.maps)
-        installation.use(gates, text)
+        installation.use(installation.inputs(gates, text))
         unet(**(inputs | {"sample": -inputs["sample"]}))
         assert recorder.maps == first
     average = recorder.mean()
@@ -115,19 +137,15 @@ def test_only_the_chosen_layers_and_passes_are_recorded_and_the_output_is_the_sa
     torch.testing.assert_close(average, sum(recorder.maps.values()) / len(chosen))  # pyright: ignore[reportArgumentType]
 
 
+@torch.no_grad()
 def test_a_second_pass_replaces_the_maps() -> None:
     unet = sd_unet()
     first, second = (unet_inputs(unet, tokens=TOKENS, seed=seed) for seed in range(2))
-    name = attention_layers(unet)[1].name
-    gates, _ = random_gates("constant", rows=ROWS, tokens=TOKENS, concepts=0, latent_grid=(16, 16))
 
     def maps(*passes: dict[str, Any]) -> Tensor:
-        recorder = Recorder([name], torch.eye(TOKENS).expand(ROWS, -1, -1))
-        with torch.no_grad(), install(unet, [], **FP32) as installation:
-            for inputs in passes:
-                installation.use(gates, inputs["encoder_hidden_states"], recorder)
-                unet(**inputs)
-        return recorder.maps[name]
+        recorder = Recorder(cross_layers(unet)[:1], every_token())
+        record(unet, recorder, *passes)
+        return recorder.mean()
 
     assert torch.equal(maps(first, second), maps(second))
     assert not torch.equal(maps(first), maps(second))
@@ -136,20 +154,14 @@ def test_a_second_pass_replaces_the_maps() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_precision_models_give_maps_in_single_precision(dtype: torch.dtype) -> None:
-    exact: Any = sd_unet()
-    half: Any = sd_unet()
-    half.to(dtype)
-    inputs = unet_inputs(exact, tokens=TOKENS)
-    name = attention_layers(exact)[1].name
-    gates, _ = random_gates("constant", rows=ROWS, tokens=TOKENS, concepts=0, latent_grid=(16, 16))
     maps = []
-    for unet, kind in ((exact, torch.float32), (half, dtype)):
-        recorder = Recorder([name], torch.eye(TOKENS, dtype=kind).expand(ROWS, -1, -1))
-        cast = {key: inputs[key].to(kind) for key in ("sample", "encoder_hidden_states")}
-        with install(unet, [], device=torch.device("cpu"), dtype=kind) as installation:
-            installation.use(gates, cast["encoder_hidden_states"], recorder)
-            unet(**{**inputs, **cast})
-        maps.append(recorder.maps[name])
+    for kind in (torch.float32, dtype):
+        unet: Any = sd_unet()
+        given = unet_inputs(unet.to(kind), tokens=TOKENS)
+        given |= {key: given[key].to(kind) for key in ("sample", "encoder_hidden_states")}
+        recorder = Recorder(cross_layers(unet)[:1], every_token(kind))
+        record(unet, recorder, given, dtype=kind)
+        maps.append(recorder.mean())
     assert maps[1].dtype == torch.float32
     torch.testing.assert_close(maps[1].sum(dim=2), torch.ones(ROWS, 256))
     torch.testing.assert_close(maps[1], maps[0], atol=2e-3, rtol=0)
@@ -162,13 +174,12 @@ def test_gradients_through_maps_are_the_same_with_gradient_checkpointing() -> No
         if checkpointing:
             unet.enable_gradient_checkpointing()
         inputs = unet_inputs(unet, grid=(8, 8), tokens=TOKENS)
-        layers = attention_layers(unet)
-        chosen = [layer.name for layer in layers if layer.cross and layer.level == map_level(layers)]
-        gates, _ = random_gates("everything", rows=ROWS, tokens=TOKENS, concepts=1, latent_grid=(8, 8))
-        recorder = Recorder(chosen, torch.eye(TOKENS).expand(ROWS, -1, -1))
+        chosen = UNetBackbone(unet).map_layers
+        gates = gates_for(1, (8, 8))
+        recorder = Recorder(chosen, every_token())
         sample = inputs["sample"].requires_grad_()
-        with install(unet, [random_lora(unet, 1)], **FP32) as installation:
-            installation.use(gates, inputs["encoder_hidden_states"], recorder)
+        with installed(unet, [random_lora(unet, 1)]) as installation:
+            installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]), recorder)
             unet(**inputs)
             loss, maps = recorder.mean().square().sum(), dict(recorder.maps)
             found.append(torch.autograd.grad(loss, sample)[0])

@@ -5,18 +5,24 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
-from lora_compose.attention.processors import ComposeAttnProcessor
 from torch import Tensor
 
-from components import sd_unet, sdxl_unet, unet_inputs
-from lora_compose.attention import AttentionLayer, install
+from components import installed, sd_unet, shallow_sdxl_unet, unet_inputs, with_bank
+from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
 from lora_compose.attention.kernels import XFormersKernel, kernel_of
 from lora_compose.attention.slot import Slot
 from reference import random_gates, relative_error
 
-CPU = torch.device("cpu")
 PROCESSORS = {"AttnProcessor": AttnProcessor, "AttnProcessor2_0": AttnProcessor2_0}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+COMMON: list[dict[str, Any]] = [{}, {"residual_connection": True, "rescale_output_factor": 1.7}]
+UPCAST: list[dict[str, Any]] = [
+    {"upcast_attention": True},
+    {"upcast_softmax": True},
+    {"upcast_attention": True, "upcast_softmax": True},
+    {"scale_qk": False},
+    {"bias": True, "out_bias": False},
+]
 
 
 def attention(seed: int = 0, **options: Any) -> Attention:
@@ -34,7 +40,7 @@ def both(attn: Attention, *args: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-@pytest.mark.parametrize("family", [sd_unet, lambda: sdxl_unet(transformer_layers_per_block=(1, 1, 2))])
+@pytest.mark.parametrize("family", [sd_unet, shallow_sdxl_unet])
 @torch.no_grad()
 def test_whole_models_give_diffusers_own_output(processor: str, family: Any) -> None:
     unet = family()
@@ -42,57 +48,29 @@ def test_whole_models_give_diffusers_own_output(processor: str, family: Any) -> 
     inputs = unet_inputs(unet, grid=(8, 12))
     expected = unet(**inputs)[0]
     gates, _ = random_gates("constant", rows=2, tokens=7, concepts=0, latent_grid=(8, 12))
-    with install(unet, [], device=CPU, dtype=torch.float32) as installation:
-        installation.use(gates, inputs["encoder_hidden_states"])
-        found = unet(**inputs)[0]
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"upcast_attention": True},
-        {"upcast_softmax": True},
-        {"upcast_attention": True, "upcast_softmax": True},
-        {"scale_qk": False},
-        {"residual_connection": True, "rescale_output_factor": 1.7},
-        {"bias": True, "out_bias": False},
-    ],
-)
-@torch.no_grad()
-def test_plain_kernel_has_the_bits_of_diffusers_attn_processor(options: dict[str, Any], dtype: torch.dtype) -> None:
-    attn = attention(processor=AttnProcessor(), cross_attention_dim=12, **options).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    hidden = (torch.randn(2, 24, 16, generator=generator) * 8).to(dtype)
-    text = (torch.randn(2, 7, 12, generator=generator) * 8).to(dtype)
-    found, expected = both(attn, hidden, text)
-    assert torch.equal(found, expected)
+    assert torch.equal(with_bank(unet, [], gates, inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cross", [True, False])
 @pytest.mark.parametrize(
-    "options",
+    ("processor", "options"),
     [
-        {},
-        {"residual_connection": True, "rescale_output_factor": 1.7},
-        {"bias": True},
-        {"cross_attention_norm": "layer_norm"},
+        *((AttnProcessor, options) for options in (*COMMON, *UPCAST)),
+        *((AttnProcessor2_0, options) for options in (*COMMON, {"bias": True}, {"cross_attention_norm": "layer_norm"})),
     ],
 )
 @torch.no_grad()
-def test_default_kernel_has_the_bits_of_diffusers_attn_processor_2_0(
-    options: dict[str, Any], cross: bool, dtype: torch.dtype
+def test_kernels_have_the_bits_of_diffusers_processors(
+    processor: Any, options: dict[str, Any], cross: bool, dtype: torch.dtype
 ) -> None:
-    dim = {"cross_attention_dim": 12} if cross else {}
     if not cross:
         options = {key: value for key, value in options.items() if key != "cross_attention_norm"}
-    attn = attention(processor=AttnProcessor2_0(), **dim, **options).to(dtype)
+    attn = attention(processor=processor(), **({"cross_attention_dim": 12} if cross else {}), **options).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(2, 24, 16, generator=generator).to(dtype)
-    text = torch.randn(2, 7, 12, generator=generator).to(dtype)
+    size = 8 if processor is AttnProcessor else 1  # large scores, which rounding and upcasting change
+    hidden = (torch.randn(2, 24, 16, generator=generator) * size).to(dtype)
+    text = (torch.randn(2, 7, 12, generator=generator) * size).to(dtype)
     found, expected = both(attn, hidden, *([text] if cross else []))
     assert torch.equal(found, expected)
 
@@ -133,7 +111,7 @@ def test_attention_masks_of_the_caller_are_refused() -> None:
     unet = sd_unet()
     inputs = unet_inputs(unet)
     gates, _ = random_gates("constant", rows=2, tokens=7, concepts=0, latent_grid=(16, 16))
-    with install(unet, [], device=CPU, dtype=torch.float32) as installation:
-        installation.use(gates)
+    with installed(unet) as installation:
+        installation.use(installation.inputs(gates))
         with pytest.raises(ValueError, match="attention masks"):
             unet(**inputs, encoder_attention_mask=torch.ones(2, 7))

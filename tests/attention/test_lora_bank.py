@@ -1,21 +1,28 @@
 """The pooled LoRAs of all concepts equal a slow sum of dense deltas, under every kind of gate."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from components import ATTENTION, EVERYTHING, random_lora, sd_unet, sdxl_unet, unet_inputs
-from lora_compose.attention import Gates, Lora, LoraFactors, install
+from components import (
+    ATTENTION,
+    EVERYTHING,
+    installed,
+    random_lora,
+    sd_unet,
+    sdxl_unet,
+    shallow_sdxl_unet,
+    unet_inputs,
+    with_bank,
+)
+from lora_compose.attention import Gates, Lora, LoraFactors
 from reference import STYLES, FullGates, Style, constant_gates, random_gates, relative_error, with_reference
 
-CPU = torch.device("cpu")
-UNETS: dict[str, Callable[..., Any]] = {
-    "sd": sd_unet,
-    "sdxl": lambda: sdxl_unet(transformer_layers_per_block=(1, 1, 2), layers_per_block=1),
-}
+UNETS: dict[str, Callable[..., Any]] = {"sd": sd_unet, "sdxl": shallow_sdxl_unet}
 ALL_LAYERS = (*EVERYTHING, "linear_1", "linear_2")
 SIZE = 0.1  # of random factors: the effect is as large as the output, rounding errors are not amplified
 
@@ -30,12 +37,6 @@ def unequal_loras(unet: nn.Module) -> list[Lora]:
     return [lora(unet, 1, rank=1, scale=3.0), lora(unet, 2, rank=4, scale=0.7), partly]
 
 
-def with_bank(unet: Any, loras: Sequence[Lora], gates: Gates, inputs: dict[str, Any], **options: Any) -> Tensor:
-    with install(unet, loras, device=CPU, dtype=options.get("dtype", torch.float32)) as installation:
-        installation.use(gates, inputs["encoder_hidden_states"])
-        return unet(**inputs)[0]
-
-
 def gates_for(inputs: dict[str, Any], concepts: int, style: Style, seed: int = 0) -> tuple[Gates, FullGates]:
     rows, tokens, _ = inputs["encoder_hidden_states"].shape
     height, width = inputs["sample"].shape[2:]
@@ -47,27 +48,55 @@ def unet(request: pytest.FixtureRequest) -> Any:
     return UNETS[request.param]()
 
 
+def assert_equals_the_slow_sum(
+    unet: Any, inputs: dict[str, Any], loras: Sequence[Lora], pair: tuple[Gates, FullGates], effect: float = 0.1
+) -> None:
+    gates, full = pair
+    expected = with_reference(unet, loras, full)(**inputs)[0]
+    assert relative_error(unet(**inputs)[0], expected) > effect, "the LoRAs are to have an effect"
+    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+
+
+@dataclass
+class Case:
+    """A UNet with inputs, three LoRAs and gates."""
+
+    unet: Any
+    style: Style = "everything"
+    rows: int = 2
+    grid: tuple[int, int] = (16, 16)
+
+    def __post_init__(self) -> None:
+        self.inputs = unet_inputs(self.unet, rows=self.rows, grid=self.grid)
+        self.loras = unequal_loras(self.unet)
+        self.gates, self.full = gates_for(self.inputs, len(self.loras), self.style)
+
+    def output(self, gates: Gates | None = None, loras: Sequence[Lora] | None = None) -> Tensor:
+        """With the bank."""
+        return with_bank(self.unet, self.loras if loras is None else loras, gates or self.gates, self.inputs)
+
+    def expected(self) -> Tensor:
+        """With the slow sum."""
+        return with_reference(self.unet, self.loras, self.full)(**self.inputs)[0]
+
+    def base(self) -> Tensor:
+        """Without LoRAs."""
+        return self.unet(**self.inputs)[0]
+
+    def assert_equal(self) -> None:
+        assert_equals_the_slow_sum(self.unet, self.inputs, self.loras, (self.gates, self.full))
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("grid", [(8, 8), (15, 9)])
 @torch.no_grad()
 def test_bank_equals_the_slow_sum(unet: Any, style: Style, grid: tuple[int, int]) -> None:
-    inputs = unet_inputs(unet, grid=grid, rows=3)
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, len(loras), style)
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 0.1, "the LoRAs are to have an effect"
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    Case(unet, style, rows=3, grid=grid).assert_equal()
 
 
 @torch.no_grad()
 def test_bank_equals_the_slow_sum_in_the_depth_of_sdxl() -> None:
-    unet = sdxl_unet()
-    inputs = unet_inputs(unet, grid=(9, 14))
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, len(loras), "everything")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 0.1, "the LoRAs are to have an effect"
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    Case(sdxl_unet(), grid=(9, 14)).assert_equal()
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -96,23 +125,17 @@ KINDS_OF_LAYERS = {
 @pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
 @torch.no_grad()
 def test_bank_equals_the_slow_sum_for_every_kind_of_layer_alone(unet: Any, kind: str) -> None:
-    inputs = unet_inputs(unet, grid=(8, 16))
     loras = [lora(unet, seed, rank=2 + seed, targets=KINDS_OF_LAYERS[kind], size=0.3) for seed in range(2)]
-    gates, full = gates_for(inputs, 2, "everything")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 1e-3, "the LoRAs are to have an effect"
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    inputs = unet_inputs(unet, grid=(8, 16))
+    assert_equals_the_slow_sum(unet, inputs, loras, gates_for(inputs, 2, "everything"), effect=1e-3)
 
 
 @torch.no_grad()
 def test_added_conditions_of_sdxl_are_adapted_by_row() -> None:
     unet = sdxl_unet()
-    inputs = unet_inputs(unet)
     loras = [lora(unet, 1, targets=("add_embedding.linear_1", "add_embedding.linear_2"), size=0.5)]
-    gates, full = gates_for(inputs, 1, "rows")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 1e-3
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    inputs = unet_inputs(unet)
+    assert_equals_the_slow_sum(unet, inputs, loras, gates_for(inputs, 1, "rows"), effect=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
@@ -126,8 +149,8 @@ def test_one_adapted_layer_alone_gives_base_plus_delta(kind: str) -> None:
     weight = unet.get_submodule(name).get_parameter("weight")
     x = torch.randn(2, 4, 4, 6) if kind == "convolution" else torch.randn(2, 24, weight.shape[1])
     base = unet.get_submodule(name)(x)
-    with install(unet, [{name: factors}], device=CPU, dtype=torch.float32) as installation:
-        installation.use(gates)
+    with installed(unet, [{name: factors}]) as installation:
+        installation.use(installation.inputs(gates))
         found = unet.get_submodule(name)(x)
     changed = weight + gates.image[0].item() * factors.delta().view_as(weight)
     bias = unet.get_submodule(name).bias
@@ -141,12 +164,8 @@ def test_one_adapted_layer_alone_gives_base_plus_delta(kind: str) -> None:
 
 @torch.no_grad()
 def test_negative_and_zero_weights(unet: Any) -> None:
-    inputs = unet_inputs(unet)
-    loras = unequal_loras(unet)
-    gates, full = constant_gates([-1.5, 0.0, 0.8])
-    expected = with_reference(unet, loras, full)(**inputs)[0]
-    assert relative_error(unet(**inputs)[0], expected) > 0.3
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    pair = constant_gates([-1.5, 0.0, 0.8])
+    assert_equals_the_slow_sum(unet, unet_inputs(unet), unequal_loras(unet), pair, effect=0.3)
 
 
 def pick(gates: Gates, concepts: Sequence[int]) -> Gates:
@@ -158,28 +177,21 @@ def pick(gates: Gates, concepts: Sequence[int]) -> Gates:
 
 @torch.no_grad()
 def test_the_order_of_concepts_does_not_matter(unet: Any) -> None:
-    inputs = unet_inputs(unet)
-    loras = unequal_loras(unet)
-    gates, _ = gates_for(inputs, 3, "everything")
-    first = with_bank(unet, loras, gates, inputs)
+    case = Case(unet)
+    first = case.output()
     for order in ((2, 0, 1), (1, 0, 2)):
-        other = with_bank(unet, [loras[i] for i in order], pick(gates, order), inputs)
+        other = case.output(pick(case.gates, order), [case.loras[i] for i in order])
         assert relative_error(other, first) < 5e-6
-    swapped = with_bank(unet, [loras[1], loras[0], loras[2]], gates, inputs)
+    swapped = case.output(loras=[case.loras[1], case.loras[0], case.loras[2]])
     assert relative_error(swapped, first) > 0.1, "the gates go with their concepts"
 
 
 @torch.no_grad()
 def test_a_concept_of_weight_zero_is_absent(unet: Any) -> None:
-    inputs = unet_inputs(unet)
-    loras = unequal_loras(unet)
-    gates, _ = gates_for(inputs, 3, "everything")
-    keep = torch.tensor([1.0, 0.0, 1.0])
-    image = {level: gate * keep for level, gate in gates.image.items()}
-    silent = Gates(gates.text * keep, image, gates.row * keep, gates.latent_grid)
-    without = with_bank(unet, [loras[0], loras[2]], pick(gates, (0, 2)), inputs)
-    assert relative_error(with_bank(unet, loras, silent, inputs), without) < 5e-6
-    assert relative_error(with_bank(unet, loras, gates, inputs), without) > 0.1
+    case = Case(unet)
+    without = case.output(pick(case.gates, (0, 2)), [case.loras[0], case.loras[2]])
+    assert relative_error(case.output(case.gates.times(torch.tensor([1.0, 0.0, 1.0]))), without) < 5e-6
+    assert relative_error(case.output(), without) > 0.1
 
 
 @torch.no_grad()
@@ -205,55 +217,36 @@ def latent_gradient(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("style", ["constant", "everything"])
-def test_gradient_to_the_latents_equals_that_of_the_slow_sum(unet: Any, style: Style) -> None:
-    inputs = unet_inputs(unet, grid=(8, 16))
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, 3, style)
-    expected = latent_gradient(with_reference(unet, loras, full), inputs)
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
-        installation.use(gates, inputs["encoder_hidden_states"])
-        found = latent_gradient(unet, inputs)
-    assert relative_error(latent_gradient(unet, inputs), expected) > 0.3
-    assert relative_error(found, expected) < 2e-5
-
-
-def test_gradient_checkpointing_gives_equal_gradients(unet: Any) -> None:
-    inputs = unet_inputs(unet, grid=(8, 16))
-    loras = unequal_loras(unet)
-    gates, _ = gates_for(inputs, 3, "everything")
-    found = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
-        with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
-            passes = 0
-
-            def count(*_: Any) -> None:
-                nonlocal passes
-                passes += 1
-
-            handle = unet.down_blocks[0].resnets[0].conv1.register_forward_hook(count)
-            installation.use(gates, inputs["encoder_hidden_states"])
-            found.append(latent_gradient(unet, inputs))
-            handle.remove()
-        assert passes == (2 if checkpointing else 1)
+def test_gradient_to_the_latents_equals_that_of_the_slow_sum_with_and_without_checkpointing(
+    unet: Any, style: Style
+) -> None:
+    case = Case(unet, style, grid=(8, 16))
+    expected = latent_gradient(with_reference(unet, case.loras, case.full), case.inputs)
+    assert relative_error(latent_gradient(unet, case.inputs), expected) > 0.3
+    passes, found = [], []
+    with installed(unet, case.loras) as installation:
+        installation.use(installation.inputs(case.gates, case.inputs["encoder_hidden_states"]))
+        unet.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_: passes.append(1))
+        found.append(latent_gradient(unet, case.inputs))
+        assert len(passes) == 1
+        unet.enable_gradient_checkpointing()
+        found.append(latent_gradient(unet, case.inputs))
+        assert len(passes) == 1 + 2
+    assert relative_error(found[0], expected) < 2e-5
     assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("style", ["constant", "everything"])
 @torch.no_grad()
 def test_bfloat16_is_as_exact_as_the_slow_sum_in_bfloat16(style: Style) -> None:
-    unet: Any = sd_unet()
-    inputs = unet_inputs(unet)
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, 3, style)
-    exact = with_reference(unet, loras, full)(**inputs)[0]
+    case = Case(sd_unet(), style)
+    unet, inputs, exact = case.unet, case.inputs, case.expected()
     unet.to(torch.bfloat16)
     half = {
         k: v.to(torch.bfloat16) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
     }
-    slow = with_reference(unet, loras, full)(**half)[0].float()
-    found = with_bank(unet, loras, gates, half, dtype=torch.bfloat16)
+    slow = with_reference(unet, case.loras, case.full)(**half)[0].float()
+    found = with_bank(unet, case.loras, case.gates, half, dtype=torch.bfloat16)
     assert found.dtype == torch.bfloat16
 
     def error(output: Tensor) -> float:
@@ -266,52 +259,44 @@ def test_bfloat16_is_as_exact_as_the_slow_sum_in_bfloat16(style: Style) -> None:
 
 @torch.no_grad()
 def test_autocast_runs_and_agrees() -> None:
-    unet = sd_unet()
-    inputs = unet_inputs(unet)
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, 3, "everything")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
+    case = Case(sd_unet())
+    expected = case.expected()
     with torch.autocast("cpu", torch.bfloat16):
-        found = with_bank(unet, loras, gates, inputs)
-    assert relative_error(unet(**inputs)[0], expected) > 0.3
+        found = case.output()
+    assert relative_error(case.base(), expected) > 0.3
     assert relative_error(found.float(), expected) < 0.1
 
 
 @torch.no_grad()
 def test_channels_last_models_agree(unet: Any) -> None:
-    inputs = unet_inputs(unet)
-    loras = unequal_loras(unet)
-    gates, full = gates_for(inputs, 3, "everything")
-    expected = with_reference(unet, loras, full)(**inputs)[0]
+    case = Case(unet)
+    expected = case.expected()
     unet.to(memory_format=torch.channels_last)
-    inputs["sample"] = inputs["sample"].to(memory_format=torch.channels_last)
-    assert relative_error(with_bank(unet, loras, gates, inputs), expected) < 1e-5
+    case.inputs["sample"] = case.inputs["sample"].to(memory_format=torch.channels_last)
+    assert relative_error(case.output(), expected) < 1e-5
 
 
 @torch.no_grad()
 def test_gates_of_some_rows_are_those_of_a_smaller_batch(unet: Any) -> None:
-    inputs = unet_inputs(unet, rows=4)
-    loras = unequal_loras(unet)
-    gates, _ = gates_for(inputs, 3, "everything")
-    whole = with_bank(unet, loras, gates, inputs)
-    part = unet_inputs(unet, rows=4)
+    case = Case(unet, rows=4)
+    whole, part = case.output(), dict(case.inputs)
     for key in ("sample", "encoder_hidden_states"):
         part[key] = part[key][2:]
     if "added_cond_kwargs" in part:
         part["added_cond_kwargs"] = {k: v[2:] for k, v in part["added_cond_kwargs"].items()}
-    found = with_bank(unet, loras, gates.select(slice(2, None)), part)
+    found = with_bank(unet, case.loras, case.gates.select(slice(2, None)), part)
     assert relative_error(found, whole[2:]) < 1e-5
 
 
 @torch.no_grad()
-def test_a_new_gates_object_takes_effect_at_once_and_the_last_one_stays() -> None:
+def test_other_gates_take_effect_at_once_and_the_last_ones_stay() -> None:
     unet, plain = sd_unet(), sd_unet()
     inputs = unet_inputs(unet)
     loras = unequal_loras(unet)
     pairs = [gates_for(inputs, 3, style, seed) for seed, style in enumerate(("constant", "everything", "tokens"))]
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+    with installed(unet, loras) as installation:
         for gates, full in (*pairs, pairs[0]):
-            installation.use(gates, inputs["encoder_hidden_states"])
+            installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
             expected = with_reference(plain, loras, full)(**inputs)[0]
             assert relative_error(unet(**inputs)[0], expected) < 1e-5
 
@@ -322,14 +307,14 @@ def test_a_missing_gate_is_an_error() -> None:
     inputs = unet_inputs(unet)
     loras = [lora(unet, 1)]
     gates, _ = gates_for(inputs, 1, "everything")
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+    with installed(unet, loras) as installation:
         with pytest.raises(KeyError):
             unet(**inputs)
         for level in gates.image:
             fewer = {other: gate for other, gate in gates.image.items() if other != level}
             with pytest.raises(KeyError):
-                installation.use(Gates(gates.text, fewer, gates.row, gates.latent_grid))
-        installation.use(gates)
+                installation.inputs(Gates(gates.text, fewer, gates.row, gates.latent_grid))
+        installation.use(installation.inputs(gates))
         unet(**inputs)
 
 
@@ -344,10 +329,10 @@ def test_gates_of_another_size_are_an_error() -> None:
         random_gates("pixels", rows=2, tokens=7, concepts=1, latent_grid=(16, 8))[0],
         random_gates("constant", rows=2, tokens=7, concepts=0, latent_grid=(16, 16))[0],
     ]
-    with install(unet, loras, device=CPU, dtype=torch.float32) as installation:
+    with installed(unet, loras) as installation:
         for gates in wrong:
             with pytest.raises((RuntimeError, IndexError)):  # noqa: PT012
-                installation.use(gates, inputs["encoder_hidden_states"])
+                installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
                 unet(**inputs)
 
 
@@ -357,7 +342,13 @@ def test_gates_of_another_size_are_an_error() -> None:
 def test_models_compiled_without_concepts_show_them_later(way: str, backend: str) -> None:
     """A graph that was compiled without concepts must not be used again with them, nor one with them without."""
     torch._dynamo.reset()
-    unet = tiny_unet()
+    unet: Any = sd_unet(
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type=None,
+        layers_per_block=1,
+    )
     inputs = unet_inputs(unet, grid=(4, 4))
     loras = [lora(unet, 1, targets=(*ATTENTION, "conv_in", "conv_out", "linear_1", "ff.net.2"))]
     gates, full = gates_for(inputs, 1, "everything")
@@ -371,13 +362,3 @@ def test_models_compiled_without_concepts_show_them_later(way: str, backend: str
     assert relative_error(with_bank(model, loras, gates, inputs), expected) < 1e-5
     assert relative_error(model(**inputs)[0], base) < 1e-5
     torch._dynamo.reset()
-
-
-def tiny_unet() -> Any:
-    return sd_unet(
-        block_out_channels=(8,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type=None,
-        layers_per_block=1,
-    )

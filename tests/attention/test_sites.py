@@ -1,0 +1,24 @@
+"""Grids of latent cells after halvings."""
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lora_compose.attention import coarser, grid_at
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 4))
+def test_grids_shrink_as_strided_convolutions_do(height: int, width: int, level: int) -> None:
+    x: Tensor = torch.zeros(1, 1, height, width)
+    for _ in range(level):
+        x = F.conv2d(x, torch.zeros(1, 1, 3, 3), stride=2, padding=1)
+    assert grid_at((height, width), level) == tuple(x.shape[2:])
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(0, 4))
+def test_an_interval_keeps_all_its_cells_on_coarser_grids(start: int, length: int, level: int) -> None:
+    coarse = coarser(slice(start, start + length), level)
+    assert {cell >> level for cell in range(start, start + length)} == set(range(coarse.start, coarse.stop))
