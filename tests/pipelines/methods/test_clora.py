@@ -539,7 +539,7 @@ def test_scenes_that_cannot_be_told_apart_are_refused(composer, prompt, concepts
         latents_of(composer, prompt, concepts=concepts, method=Clora(**changes))
 
 
-def test_regions_are_not_used_and_it_is_said(composer, caplog):
+def test_regions_are_ignored_with_a_warning(composer, caplog):
     boxed = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
     assert torch.equal(latents_of(composer, method=Clora(), concepts=boxed), latents_of(composer, method=Clora()))
     assert "method='lora-composer' uses regions" in caplog.text
