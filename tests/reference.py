@@ -90,11 +90,7 @@ def dense(factors: LoraFactors) -> Tensor:
 
 def with_reference(model: nn.Module, loras: Sequence[Lora], gates: FullGates) -> Callable[..., Any]:
     """A plain model that computes the gated sum of all LoRAs when it is called so, and only then."""
-    hooks = {}
-    for name, _ in model.named_modules():
-        deltas = [(concept, dense(lora[name])) for concept, lora in enumerate(loras) if name in lora]
-        if deltas:
-            hooks[name] = _Hook(name, deltas, gates)
+    hooks = _hooks(model, loras, gates)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
@@ -105,6 +101,21 @@ def with_reference(model: nn.Module, loras: Sequence[Lora], gates: FullGates) ->
                 handle.remove()
 
     return call
+
+
+def add_reference(model: nn.Module, loras: Sequence[Lora], gates: FullGates) -> None:
+    """Makes a plain model compute the gated sum of all LoRAs from now on."""
+    for name, hook in _hooks(model, loras, gates).items():
+        model.get_submodule(name).register_forward_hook(hook)
+
+
+def _hooks(model: nn.Module, loras: Sequence[Lora], gates: FullGates) -> dict[str, "_Hook"]:
+    hooks = {}
+    for name, _ in model.named_modules():
+        deltas = [(concept, dense(lora[name])) for concept, lora in enumerate(loras) if name in lora]
+        if deltas:
+            hooks[name] = _Hook(name, deltas, gates)
+    return hooks
 
 
 @dataclass(frozen=True)

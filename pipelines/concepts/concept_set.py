@@ -1,7 +1,7 @@
 """The concepts of a call with the factors of their LoRAs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -63,19 +63,19 @@ class ConceptSet:
 
     Attributes:
         loaded: The concepts.
-        columns: Their indices among all concepts whose LoRAs are installed; None means that they are all.
-        installed: How many LoRAs are installed.
+        columns: Their indices among all concepts of the call, whose LoRAs are installed; None means that they are all.
+        whole: All concepts of the call; None means that these are all.
     """
 
     loaded: tuple[LoadedConcept, ...]
     columns: tuple[int, ...] | None = None
-    installed: int = field(default=0)
+    whole: "ConceptSet | None" = None
 
     def subset(self, columns: Sequence[int]) -> "ConceptSet":
         """Some of the concepts, in this order."""
         if list(columns) == list(range(len(self.loaded))):
             return self
-        return ConceptSet(tuple(self.loaded[i] for i in columns), tuple(columns), len(self.loaded))
+        return ConceptSet(tuple(self.loaded[i] for i in columns), tuple(columns), self)
 
     @cached_property
     def concepts(self) -> tuple[Concept, ...]:
@@ -93,6 +93,11 @@ class ConceptSet:
         """The weight of each; 1 where there is a schedule, by which the denoiser multiplies gates in every pass."""
         every = [Schedule.of(0.0 if c.weight is None else c.weight).constant for c in self.concepts]
         return tuple(1.0 if fixed is None else fixed for fixed in every)
+
+    @property
+    def installed(self) -> int:
+        """How many LoRAs are installed."""
+        return len((self.whole or self).loaded)
 
     @property
     def subjects(self) -> tuple[int, ...]:

@@ -149,7 +149,8 @@ class Clora:
     def start(self, session: Session) -> Process:
         """Encodes a text for every branch. With a single subject there is nothing to tell apart: it is merged."""
         concepts, subjects = session.concepts, session.concepts.subjects
-        self._check_words([concepts.concepts[i].name for i in subjects])
+        every = concepts.whole or concepts  # words may be for concepts of other prompts
+        self._check_words([every.concepts[i].name for i in every.subjects])
         if len(subjects) < 2:
             return Merge().start(session)
         if session.prompts.texts is None:

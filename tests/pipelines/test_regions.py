@@ -1,4 +1,4 @@
-"""Regions drawn as pictures."""
+"""Regions drawn as mask images."""
 
 import zlib
 from pathlib import Path
@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from components import State
+from lora_compose.attention import grid_at
 from lora_compose.attention.masks import box_mask
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.options import parse_concept
@@ -57,7 +61,7 @@ def test_a_missing_mask_is_named(tmp_path: Path) -> None:
         read_mask(str(tmp_path / "lost.png"))
 
 
-def test_a_file_that_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(b"text")
     with pytest.raises(ValueError, match="cannot be read"):
         read_mask(str(tmp_path / "mask.png"))
@@ -152,29 +156,32 @@ def test_other_proportions_than_the_canvas_are_refused(tmp_path: Path) -> None:
     check_mask(path, 256, 128)
 
 
-@pytest.mark.parametrize("method", ["regional"])
-def test_a_drawn_half_makes_the_picture_of_a_box(playground, tmp_path: Path, method: str) -> None:
+def test_a_drawn_half_makes_the_image_of_a_box(playground, tmp_path: Path) -> None:
     left, right = (0, 0, 64, 128), (64, 0, 128, 128)
     masks = drawn(tmp_path / "left.png", left), drawn(tmp_path / "right.png", right)
-    pictures = [
+    images = [
         playground(
             "a xlo bear and a qrt robot on grass",
             concepts=[
                 Concept(name="bear-ordinary", trigger="xlo", region=regions[0]),
                 Concept(name="robot-ordinary", trigger="qrt", region=regions[1]),
             ],
-            method=method, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent",
+            method="regional", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent",
         ).images
         for regions in ((left, right), masks, (right, left))
     ]  # fmt: skip
-    assert torch.allclose(pictures[0], pictures[1], atol=1e-4)
-    assert not torch.allclose(pictures[0], pictures[2], atol=1e-2)
+    assert torch.allclose(images[0], images[1], atol=1e-4)
+    assert not torch.allclose(images[0], images[2], atol=1e-2)
 
 
 def test_a_bad_mask_is_refused_before_anything_is_changed(playground, tmp_path: Path) -> None:
-    concept = Concept(name="bear-ordinary", trigger="xlo", region=str(tmp_path / "lost.png"))
-    with pytest.raises(ValueError, match="there is no mask"):
-        playground("a xlo bear", concepts=[concept], method="regional", num_inference_steps=1)
+    before = State(playground)
+    wide = drawn(tmp_path / "wide.png", size=(128, 64))
+    for path, message in ((str(tmp_path / "lost.png"), "there is no mask"), (wide, "their proportions differ")):
+        concept = Concept(name="bear-ordinary", trigger="xlo", region=path)
+        with pytest.raises(ValueError, match=message):
+            playground("a xlo bear", concepts=[concept], method="regional", num_inference_steps=1)
+    before.assert_unchanged()
 
 
 def test_masks_in_scene_files_are_relative_to_them(tmp_path: Path) -> None:
@@ -197,3 +204,42 @@ def test_a_mask_can_be_named_on_the_command_line() -> None:
 def test_greys_are_parts(tmp_path: Path) -> None:
     Image.fromarray(np.full((8, 8), 51, dtype="u1")).save(tmp_path / "mask.png")
     assert read_mask(str(tmp_path / "mask.png")).unique().tolist() == pytest.approx([0.2])
+
+
+# Parts of the canvas
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(0, 3), st.floats(0, 20))
+def test_windows_hold_their_region_and_lie_on_the_canvas(data: st.DataObject, levels: int, side: float) -> None:
+    canvas = tuple(data.draw(st.integers(1, 40)) for _ in range(2))
+    starts = [data.draw(st.integers(0, length - 1)) for length in canvas]
+    box = [
+        slice(start, data.draw(st.integers(start + 1, length))) for start, length in zip(starts, canvas, strict=True)
+    ]
+    region = torch.zeros(*canvas, 1, dtype=torch.bool)
+    region[box[0], box[1]] = True
+    regions = Regions((0,), {0: region, levels: region[:: 2**levels, :: 2**levels]})  # the coarsest grid says how often
+    for window, inside, length in zip(regions.window(0, side), box, canvas, strict=True):
+        assert 0 <= window.start <= inside.start
+        assert inside.stop <= window.stop <= length
+        assert window.stop - window.start >= min(side, length)
+        assert window.start % 2**levels == 0
+        assert window.stop % 2**levels == 0 or window.stop == length
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(0, 3), st.floats(0, 20), st.sampled_from([0.0, 0.5, 1.0]))
+def test_windows_hold_their_region_on_every_grid(
+    data: st.DataObject, levels: int, side: float, threshold: float
+) -> None:
+    height, width = (data.draw(st.integers(1, 40)) for _ in range(2))
+    left, top = data.draw(st.integers(0, width * 8 - 1)), data.draw(st.integers(0, height * 8 - 1))
+    box = left, top, data.draw(st.integers(left + 1, width * 8)), data.draw(st.integers(top + 1, height * 8))
+    size = height * 8, width * 8
+    regions = Regions.of([None, box], size, (height, width), range(levels + 1), threshold)
+    window = regions.window(0, side)
+    part = regions.part(window, 0)
+    for level, cells in part.cells.items():
+        assert cells.sum() == regions.cells[level].sum() > 0
+        assert cells.shape[:2] == grid_at(part.grid, level)

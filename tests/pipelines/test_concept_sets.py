@@ -1,12 +1,13 @@
 """Different concepts for the prompts of one call: the same images as one call for each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from comparisons import assert_close, far_apart
 from components import EVERYTHING, FAMILIES, TINY, State, random_lora, sd_unet, seeded, small_pipeline, text_loras
 from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Settings, Switch, Tara
 from lora_compose.pipelines.scene import Concept
@@ -14,7 +15,7 @@ from lora_compose.pipelines.scene import Concept
 WORDS = {"cat": "sks", "dog": "zwx", "bear": "xlo"}
 PROMPTS = ["a sks cat and a zwx dog", "in snow, a xlo bear", "a tree"]
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
-CAST: list[list[str | Concept]] = [["cat", Concept(name="dog", weight=0.6)], ["bear"], []]
+SETS: list[list[str | Concept]] = [["cat", Concept(name="dog", weight=0.6)], ["bear"], []]
 METHODS = ("merge", "tara", Tara(cfg_mask="broadcast"), Tara(scope="cross_kv"), Switch(interval=1), "composite")
 
 
@@ -34,55 +35,64 @@ def latents_of(pipe: Any, prompt: Any, concepts: Any, method: Any, **arguments: 
 
 
 def assert_as_one_by_one(
-    pipe: Any, cast: Any, method: Any, prompts: list[str] = PROMPTS, images: int = 1, **arguments: Any
+    pipe: Any, sets: Any, method: Any, prompts: list[str] = PROMPTS, images: int = 1, **arguments: Any
 ) -> Tensor:
     generators = [seeded(k) for k in range(len(prompts) * images)]
-    together = latents_of(
-        pipe, prompts, cast, method, generator=generators, num_images_per_prompt=images, **arguments
-    )  # fmt: skip
+    together = latents_of(pipe, prompts, sets, method, generator=generators, num_images_per_prompt=images, **arguments)
     for row in range(len(prompts) * images):
-        mine = cast[row // images]
+        mine = sets[row // images]
         alone = latents_of(
             pipe, prompts[row // images], mine, method if mine else None, generator=seeded(row), **arguments
         )
-        torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
+        assert_close(together[row], alone[0])
     return together
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_every_prompt_has_the_image_of_its_own_call(pipe, method):
     before = State(pipe)
-    together = assert_as_one_by_one(pipe, CAST, method, images=2 if method == "merge" else 1)
+    assert_as_one_by_one(pipe, SETS, method, images=2 if method == "merge" else 1)
     before.assert_unchanged()
-    swapped = latents_of(
-        pipe, PROMPTS[:1] * 2, [["cat", "dog"], ["cat"]], "merge", generator=[seeded(0), seeded(0)]
-    )  # fmt: skip
-    assert (swapped[0] - swapped[1]).abs().max() > 1e-2
-    assert together.isfinite().all()
+
+
+def test_the_same_prompt_has_another_image_with_another_concept_set(pipe):
+    sets = [["cat", "dog"], ["cat"]]
+    assert far_apart(*latents_of(pipe, PROMPTS[:1] * 2, sets, "merge", generator=[seeded(0), seeded(0)]))
 
 
 @pytest.mark.parametrize("method", ["merge", "composite"])
 def test_without_guidance_as_well(pipe, method):
-    assert_as_one_by_one(pipe, CAST, method, guidance_scale=1.0)
+    assert_as_one_by_one(pipe, SETS, method, guidance_scale=1.0)
 
 
-def test_it_costs_no_more_rows_than_the_largest_cast(pipe):
+def test_it_costs_no_more_rows_than_the_largest_concept_set(pipe):
     for method, rows in (("merge", 2 * 3), ("tara", 2 * 3), ("switch", 2 * 3), ("composite", 2 * 2 * 3)):
-        cast: Any = [["cat", "dog"], ["bear"], ["cat"]]
-        prompts = [*PROMPTS[:2], "a sks cat"]
-        call: Callable[..., Any] = pipe
-        cost = call(prompts, concepts=cast, method=method, num_inference_steps=1, output_type="latent").cost
+        sets, prompts = [["cat", "dog"], ["bear"], ["cat"]], [*PROMPTS[:2], "a sks cat"]
+        cost = pipe(prompts, concepts=sets, method=method, num_inference_steps=1, output_type="latent").cost
         assert cost.rows_forward == rows
 
 
-def test_the_same_concept_may_be_elsewhere_in_every_picture(pipe):
+def test_the_same_concept_may_have_another_region_in_every_image(pipe):
     prompts = ["a sks cat and a zwx dog", "a zwx dog and a sks cat"]
-    cast = [
+    sets = [
         [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)],
         [Concept(name="cat", region=RIGHT, weight=0.7), "dog"],
     ]
-    assert_as_one_by_one(pipe, cast, "regional", prompts)
-    assert_as_one_by_one(pipe, cast, "merge", prompts)
+    assert_as_one_by_one(pipe, sets, "regional", prompts)
+    assert_as_one_by_one(pipe, sets, "merge", prompts)
+
+
+def test_composite_may_have_shares_where_all_sets_have_as_many_subjects(pipe):
+    prompts = ["a sks cat and a zwx dog", "a xlo bear and a sks cat"]
+    assert_as_one_by_one(pipe, [["cat", "dog"], ["bear", "cat"]], Composite(shares=[1, 3]), prompts)
+
+
+@pytest.mark.parametrize("method", [Switch(interval=1), "composite"], ids=str)
+def test_negative_prompts_of_concepts_are_read_in_their_own_sets(pipe, method):
+    sets = [[Concept(name="cat", negative_prompt="grass"), "dog"], [Concept(name="bear", negative_prompt="night")], []]
+    found = assert_as_one_by_one(pipe, sets, method)
+    plain = latents_of(pipe, PROMPTS, [["cat", "dog"], ["bear"], []], method, generator=[seeded(k) for k in range(3)])
+    assert ((found - plain).abs().amax(dim=(1, 2, 3)) > 1e-2).tolist() == [True, True, False]
 
 
 def test_the_same_name_may_have_another_trigger(pipe):
@@ -90,24 +100,24 @@ def test_the_same_name_may_have_another_trigger(pipe):
     assert_as_one_by_one(pipe, [["cat"], [Concept(name="cat", trigger="mjq")]], "tara", prompts)
 
 
-def test_maps_and_masks_are_empty_for_who_takes_no_part(pipe):
+def test_maps_and_masks_are_empty_for_concepts_that_are_not_in_the_set(pipe):
     output = pipe(
-        PROMPTS, concepts=CAST, method="tara", num_inference_steps=1, output_type="latent", record_attention=True
+        PROMPTS, concepts=SETS, method="tara", num_inference_steps=1, output_type="latent", record_attention=True
     )
     seen = output.attention_maps[0].amax(dim=(-2, -1)) > 0
     assert seen.tolist() == [[True, True, False], [False, False, True], [False, False, False]]
     assert torch.equal(output.masks[0].any(dim=-1).any(dim=-1), seen)
 
 
-def test_positions_are_those_of_the_own_prompt(pipe):
-    cast: Any = [["cat", "dog"], ["bear"]]
-    expected = latents_of(pipe, PROMPTS[:2], cast, "tara", generator=[seeded(0), seeded(1)])
+def test_token_positions_may_differ_by_prompt(pipe):
+    sets: Any = [["cat", "dog"], ["bear"]]
+    expected = latents_of(pipe, PROMPTS[:2], sets, "tara", generator=[seeded(0), seeded(1)])
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
     encoded = dict(zip(names, pipe.encode_prompt(PROMPTS[:2], device="cpu", num_images_per_prompt=1,
                                                  do_classifier_free_guidance=True), strict=False))  # fmt: skip
     positions = {"cat": [2], "dog": [[6], []], "bear": [5]}
     found = latents_of(
-        pipe, None, cast, "tara", generator=[seeded(0), seeded(1)], token_positions=positions, **encoded
+        pipe, None, sets, "tara", generator=[seeded(0), seeded(1)], token_positions=positions, **encoded
     )  # fmt: skip
     assert torch.equal(found, expected)
 
@@ -118,15 +128,15 @@ def test_a_callback_may_switch_guidance_off(pipe):
         return {}
 
     for method in ("composite", "merge"):
-        assert_as_one_by_one(pipe, CAST[:2], method, PROMPTS[:2], callback_on_step_end=cut)
+        assert_as_one_by_one(pipe, SETS[:2], method, PROMPTS[:2], callback_on_step_end=cut)
 
 
 def test_a_method_is_chosen_for_all_prompts(pipe, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
 
-    def assert_chosen(method: str, prompts: list[str], cast: Any) -> None:
-        chosen = latents_of(pipe, prompts, cast, None, generator=seeded())
-        assert torch.equal(chosen, latents_of(pipe, prompts, cast, method, generator=seeded()))
+    def assert_chosen(method: str, prompts: list[str], sets: Any) -> None:
+        chosen = latents_of(pipe, prompts, sets, None, generator=seeded())
+        assert torch.equal(chosen, latents_of(pipe, prompts, sets, method, generator=seeded()))
 
     named = ["a sks cat and a zwx dog", "a xlo bear", "a mjq fox and a sks cat"]
     assert_chosen("clora", named[:2], [["cat", "dog"], ["bear"]])
@@ -165,24 +175,24 @@ FIVE = [*PROMPTS, "a xlo bear, and a sks cat", "a sks cat near a zwx dog"]
 @pytest.mark.parametrize("case", DIVIDED)
 def test_methods_that_divide_the_canvas_make_the_images_of_one_call_for_each(pipe, case):
     method, chosen = DIVIDED[case]
-    prompts, cast = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
+    prompts, sets = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
     before = State(pipe)
-    assert_as_one_by_one(pipe, cast, method, prompts, images=2 if case == "clora, branches" else 1)
+    assert_as_one_by_one(pipe, sets, method, prompts, images=2 if case == "clora, branches" else 1)
     before.assert_unchanged()
 
 
 def test_words_that_name_a_concept_are_for_the_prompts_that_have_it(pipe):
     chosen = (0, 3)
-    prompts, cast = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
+    prompts, sets = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
     words = [{"cat": ["sks", "cat"]}, {"cat": ["sks", "cat"], "bear": ["bear"]}]
-    together = latents_of(pipe, prompts, cast, Clora(mask_words=words[1]), generator=[seeded(0), seeded(1)])
+    together = latents_of(pipe, prompts, sets, Clora(mask_words=words[1]), generator=[seeded(0), seeded(1)])
     for row in range(2):
         method = Clora(mask_words=words[row])
-        alone = latents_of(pipe, prompts[row], cast[row], method, generator=seeded(row))
-        torch.testing.assert_close(together[row], alone[0], atol=1e-4, rtol=1e-4)
+        alone = latents_of(pipe, prompts[row], sets[row], method, generator=seeded(row))
+        assert_close(together[row], alone[0])
 
 
-def test_a_model_that_takes_the_guidance_scale_as_an_input_does_so_for_every_cast(write_lora):
+def test_a_model_that_takes_the_guidance_scale_as_an_input_gets_it_for_every_concept_set(write_lora):
     pipe = small_pipeline(unet=sd_unet(**TINY, time_cond_proj_dim=8))
     for seed, (name, trigger) in enumerate(WORDS.items()):
         lora = write_lora(name, unet=random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15))
@@ -191,13 +201,13 @@ def test_a_model_that_takes_the_guidance_scale_as_an_input_does_so_for_every_cas
 
 
 @pytest.mark.parametrize("method", ["clora", "lora-composer"])
-def test_prompts_of_the_same_cast_go_through_the_model_together(pipe, method):
+def test_prompts_of_the_same_concept_set_go_through_the_model_together(pipe, method):
     calls, prompts = [], [FIVE[i] for i in (0, 1, 0)]
-    cast = [BOXED[i] for i in (0, 1, 0)]
+    sets = [BOXED[i] for i in (0, 1, 0)]
     hook = pipe.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
-    together = pipe(prompts, concepts=cast, method=method, num_inference_steps=1, output_type="latent")
+    together = pipe(prompts, concepts=sets, method=method, num_inference_steps=1, output_type="latent")
     made, alone = len(calls), []
-    for one, mine in zip(prompts[:2], cast[:2], strict=True):
+    for one, mine in zip(prompts[:2], sets[:2], strict=True):
         alone.append(pipe(one, concepts=mine, method=method, num_inference_steps=1, output_type="latent").cost)
     hook.remove()
     rows = 2 * alone[0].rows_forward + alone[1].rows_forward
@@ -209,15 +219,15 @@ def test_prompts_of_the_same_cast_go_through_the_model_together(pipe, method):
 @pytest.mark.parametrize("method", ["clora", "lora-composer"])
 def test_maps_and_masks_of_divided_canvases_are_those_of_one_call_for_each(pipe, method):
     chosen = (0, 1, 2)
-    prompts, cast = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
+    prompts, sets = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
     given: Any = {"num_inference_steps": 2, "output_type": "latent", "record_attention": [0, -1]}
     together = pipe(
-        prompts, concepts=cast, method=method, generator=[seeded(k) for k in range(len(prompts))], **given
+        prompts, concepts=sets, method=method, generator=[seeded(k) for k in range(len(prompts))], **given
     )  # fmt: skip
     columns = {0: [0, 1], 1: [2], 2: []}
     assert together.recorded_steps == (0, 1)
     for row in range(2):
-        alone = pipe(prompts[row], concepts=cast[row], method=method, generator=seeded(row), **given)
+        alone = pipe(prompts[row], concepts=sets[row], method=method, generator=seeded(row), **given)
         mine = together.attention_maps[:, row]
         torch.testing.assert_close(mine[:, columns[row]], alone.attention_maps[:, 0], atol=1e-4, rtol=1e-3)
         assert (together.masks[:, row, columns[row]] == alone.masks[:, 0]).float().mean() > 0.99
@@ -254,16 +264,19 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "word missing": ([["cat"], ["dog"]], "tara", "the trigger 'zwx' of concept 'dog' is not in the prompt 'in snow"),
     "no region": ([[Concept(name="cat", region=LEFT), "dog"], ["bear"]], "lora-composer",
                   "lora-composer needs to know where the concepts are"),
-    "words of nobody": ([["cat", "dog"], ["bear"]], Clora(words={"fox": ["fox"]}), "words names .'fox'.; the subjects "
-                        "are cat, dog, bear"),
-    "shares": ([["cat", "dog"], ["bear"]], Composite(shares=[1, 2, 3]), "shares only if all prompts have the same"),
+    "words of no concept": ([["cat", "dog"], ["bear"]], Clora(words={"fox": ["fox"]}),
+                            "words names .'fox'.; the subjects are cat, dog, bear"),
+    "shares": ([["cat", "dog"], ["bear"]], Composite(shares=[1, 2]),
+               "composite has 2 shares, but there are 1 concepts"),
+    "regional": ([[Concept(name="cat", region=LEFT)], ["bear"]], "regional",
+                 "regional needs to know where the concepts are"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_and_nothing_is_changed(pipe, case):
-    cast, method, message = REFUSED[case]
+    sets, method, message = REFUSED[case]
     before = State(pipe)
     with pytest.raises(ValueError, match=message):
-        latents_of(pipe, PROMPTS[:2], cast, method)
+        latents_of(pipe, PROMPTS[:2], sets, method)
     before.assert_unchanged()

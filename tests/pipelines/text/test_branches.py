@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from lora_compose.compose.playground.assets import playground_model
+from components import tokenizer as playground_tokenizer
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenMasks, join_branches
@@ -21,7 +21,7 @@ PROMPT = "a sks cat and a zwx dog on grass"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
+    return playground_tokenizer()
 
 
 def branches(prompt: str, concepts: Sequence[Concept], **options) -> list[Branch]:
@@ -49,18 +49,16 @@ def test_words_of_a_style_stay_in_every_branch() -> None:
 def test_the_tokens_of_the_published_example_are_found(tokenizer: CLIPTokenizer) -> None:
     """The authors' notebook has 6 and 5 where 5 and 6 are right."""
     # start:0 a:1 cat:2 and:3 a:4 dog:5, and with a trigger a:1 sks:2 dog:3 and:4 a:5 cat:6
-    base, dog, cat = branches("a sks dog and a zwx cat", [CAT_OR_DOG("dog", "sks"), CAT_OR_DOG("cat", "zwx")])
-    concepts = [CAT_OR_DOG("dog", "sks"), CAT_OR_DOG("cat", "zwx")]
+    concepts = [
+        Concept(name=word, trigger=trigger, class_word=word) for word, trigger in (("dog", "sks"), ("cat", "zwx"))
+    ]
+    base, dog, cat = branches("a sks dog and a zwx cat", concepts)
     assert base.prompts == ("a dog and a cat",)
     assert words_of(tokenizer, base, concepts) == [[2], [5]]
     assert dog.prompts == ("a sks dog and a cat",)
     assert words_of(tokenizer, dog, concepts) == [[2, 3], [6]]
     assert cat.prompts == ("a dog and a zwx cat",)
     assert words_of(tokenizer, cat, concepts) == [[2], [5, 6]]
-
-
-def CAT_OR_DOG(noun: str, trigger: str) -> Concept:
-    return Concept(name=noun, trigger=trigger, class_word=noun)
 
 
 def test_all_pieces_of_a_word_are_found(tokenizer: CLIPTokenizer) -> None:
@@ -79,7 +77,7 @@ def test_two_concepts_of_one_class_keep_their_own_noun(tokenizer: CLIPTokenizer)
     assert words_of(tokenizer, kitten, [CAT, KITTEN]) == [[2], [5, 6]]
 
 
-def test_nouns_that_nobody_owns_and_nouns_inside_triggers_do_not_count(tokenizer: CLIPTokenizer) -> None:
+def test_class_words_of_no_concept_and_inside_triggers_do_not_count(tokenizer: CLIPTokenizer) -> None:
     cat = CAT.model_copy(update={"trigger": "cat on sand"})
     prompt = "a cat and a cat on sand cat and a zwx dog"
     assert own_nouns(cat, prompt, [cat, DOG]) == (1,)
@@ -137,26 +135,26 @@ def text(fill: float, *, guided: bool, images: int = 2) -> Conditioning:
     rows = torch.arange(images * (1 + guided))[:, None, None].float()
     embeds, mask = (fill + rows).expand(-1, 3, 4), torch.zeros(len(rows), 3, 2)
     added = {"text_embeds": fill + rows[:, :, 0]}
-    return Conditioning(embeds, mask, mask, unconds=int(guided), images=images, added_cond_kwargs=added)
+    return Conditioning(embeds, mask, mask, num_uncond=int(guided), images=images, added=added)
 
 
 def first_numbers(joined: Conditioning) -> tuple[list[float], list[float]]:
-    added = joined.added_cond_kwargs or {}
+    added = joined.added or {}
     return joined.prompt_embeds[:, 0, 0].tolist(), added["text_embeds"][:, 0].tolist()
 
 
-def test_branches_share_the_uncond_rows_or_have_their_own() -> None:
+def test_branches_share_the_unconditional_rows_or_have_their_own() -> None:
     texts = [text(10, guided=True), text(20, guided=True)]
     shared, each = join_branches(texts, texts[:1]), join_branches(texts, texts)
     assert first_numbers(shared) == ([10, 11, 12, 13, 22, 23],) * 2
-    assert (shared.unconds, shared.rows, shared.conditional_rows) == (1, 6, slice(2, 6))
+    assert (shared.num_uncond, shared.rows, shared.conditional_rows) == (1, 6, slice(2, 6))
     assert first_numbers(each) == ([10, 11, 20, 21, 12, 13, 22, 23],) * 2
-    assert (each.unconds, each.rows, each.conditional_rows) == (2, 8, slice(4, 8))
+    assert (each.num_uncond, each.rows, each.conditional_rows) == (2, 8, slice(4, 8))
     assert first_numbers(each.conditional()) == ([12, 13, 22, 23],) * 2
-    assert each.conditional().unconds == 0
+    assert each.conditional().num_uncond == 0
 
 
-def test_branches_without_guidance_have_no_uncond_rows() -> None:
+def test_branches_without_guidance_have_no_unconditional_rows() -> None:
     texts = [text(10, guided=False), text(20, guided=False)]
     joined = join_branches(texts, texts[:1])
     assert first_numbers(joined) == ([10, 11, 20, 21],) * 2
@@ -167,4 +165,4 @@ def test_the_rows_of_one_image_are_those_of_all_its_branches() -> None:
     texts = [text(10, guided=True), text(20, guided=True)]
     one = join_branches(texts, texts).of_image(1)
     assert first_numbers(one) == ([11, 21, 13, 23],) * 2
-    assert (one.unconds, one.images, one.conditional_rows) == (2, 1, slice(2, 4))
+    assert (one.num_uncond, one.images, one.conditional_rows) == (2, 1, slice(2, 4))

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from comparisons import assert_close, far_apart
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
 from lora_compose.pipelines.methods import (
     METHODS,
@@ -57,18 +58,10 @@ def latents_of(pipe: Any, method: Any, concepts: Any, prompt: Any = PROMPT, **ar
     return pipe(prompt, method=method, **given | arguments).images
 
 
-def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> None:
-    torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
-
-
-def far_apart(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > 1e-2)
-
-
 def add_to_weights(pipe: Any, name: str, weight: float) -> None:
     """Adds a LoRA to the weights of UNet and text encoders for good."""
-    factors = pipe._loaded[name].factors
-    for part, lora in {"unet": factors.unet, **factors.text_encoders}.items():
+    factors = pipe.library.loaded[name].factors
+    for part, lora in {"unet": factors.denoiser, **factors.text_encoders}.items():
         for layer, found in lora.items():
             module = getattr(pipe, part).get_submodule(layer)
             module.weight.data += weight * found.delta().view_as(module.weight)
@@ -77,7 +70,7 @@ def add_to_weights(pipe: Any, name: str, weight: float) -> None:
 @pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_style_acts_as_if_it_were_a_part_of_the_model(load, family, way):
-    """On all cells, tokens, texts and passes, also of losses and masks; without uncond rows, where methods differ."""
+    """On all cells, tokens, texts and passes, also of losses and masks; without guidance, where methods differ."""
     pipe, method = load(family), EVERY_WAY[way]()
     without = latents_of(pipe, method, SUBJECTS, guidance_scale=1.0)
     style = INK.model_copy(update={"weight": 0.8})

@@ -11,7 +11,7 @@ HERO = Concept(name="hero", trigger="max power", class_word="man")
 PLAIN = Concept(name="bear", class_word="bear")
 STYLE = Concept(name="style", trigger="<ink>")
 TOM = Concept(name="tom", trigger="tmb", class_word="cat")
-EVERYBODY = (CAT, TOM, DOG, HERO, PLAIN, STYLE)
+CONCEPTS = (CAT, TOM, DOG, HERO, PLAIN, STYLE)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ EVERYBODY = (CAT, TOM, DOG, HERO, PLAIN, STYLE)
     ],
 )
 def test_triggers_are_taken_out_as_whole_words(prompt: str, expected: str) -> None:
-    assert without_triggers(prompt, EVERYBODY) == expected
+    assert without_triggers(prompt, CONCEPTS) == expected
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,18 @@ PAIR = "a photo of a sks cat and a zwx dog on grass"
     ],
 )
 def test_one_phrase_stands_for_all_concepts(concept: Concept, prompt: str, expected: str) -> None:
-    assert about(concept, prompt, EVERYBODY) == expected
+    assert about(concept, prompt, CONCEPTS) == expected
 
 
 def test_concepts_that_the_prompt_does_not_name_leave_it_alone() -> None:
-    assert about(CAT, "a sks cat on grass", EVERYBODY) == "a sks cat on grass"
-    assert about(CAT, "a sks cat among bears, dogs and risks", EVERYBODY) == "a sks cat among bears, dogs and risks"
+    assert about(CAT, "a sks cat on grass", CONCEPTS) == "a sks cat on grass"
+    assert about(CAT, "a sks cat among bears, dogs and risks", CONCEPTS) == "a sks cat among bears, dogs and risks"
 
 
 def test_a_class_word_alone_does_not_name_a_concept_with_a_trigger() -> None:
-    assert about(CAT, "a dog and a sks cat on grass", EVERYBODY) == "a dog and a sks cat on grass"
+    assert about(CAT, "a dog and a sks cat on grass", CONCEPTS) == "a dog and a sks cat on grass"
     with pytest.raises(ValueError, match="does not name the concept 'dog'"):
-        about(DOG, "a dog and a sks cat on grass", EVERYBODY)
+        about(DOG, "a dog and a sks cat on grass", CONCEPTS)
 
 
 @pytest.mark.parametrize("prompt", [PAIR, "nothing of it"])
@@ -125,7 +125,7 @@ def test_a_prompt_of_its_own_wins(prompt: str) -> None:
 def test_concepts_that_are_not_named_are_refused_with_advice(concept: Concept, advice: str) -> None:
     pattern = advice.replace("(", r"\(").replace(")", r"\)").replace("...", r"\.\.\.")
     with pytest.raises(ValueError, match=f"the prompt 'a risks cat' {pattern}"):
-        about(concept, "a risks cat", EVERYBODY)
+        about(concept, "a risks cat", CONCEPTS)
 
 
 def test_a_concept_without_any_words_needs_a_prompt() -> None:
@@ -157,7 +157,7 @@ def test_a_concept_without_any_words_needs_a_prompt() -> None:
     ],
 )
 def test_surroundings_are_what_is_said_besides_the_concepts(prompt: str, expected: str) -> None:
-    assert surroundings(prompt, EVERYBODY) == expected
+    assert surroundings(prompt, CONCEPTS) == expected
 
 
 def test_surroundings_keep_the_concepts_that_are_not_given() -> None:

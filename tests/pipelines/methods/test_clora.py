@@ -6,23 +6,27 @@ Meral et al., "CLoRA", arXiv 2403.19776.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
-from lora_compose.pipelines.engine import Engine, Prediction
 from PIL import Image
 from torch import Tensor, nn
 
-from components import random_lora, seeded
-from lora_compose.attention import Lora, Recorder
+from comparisons import far_apart
+from components import State, random_lora, seeded
+from lora_compose.attention import Lora
+from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.clora import Clora
+from lora_compose.pipelines.methods.latent_update import descend
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
+from lora_compose.pipelines.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.scene import Concept
+from watched import Watched, once
 
 PROMPT = "a sks cat and a zwx dog on grass"
 BASE, CAT, DOG = "a cat and a dog on grass", "a sks cat and a dog on grass", "a cat and a zwx dog on grass"
@@ -38,19 +42,11 @@ MASKS_ONLY = Clora(fuse="branches", step_size=0, threshold=THETA, exclusive=Fals
 OFFICIAL = replace(Clora.official(), threshold=THETA, refinements=2)
 
 
-@dataclass(frozen=True)
-class Seen(Clora):
-    """CLoRA whose processes can be looked at after the call."""
-
-    processes: list[Any] = field(default_factory=list)
-
-    def start(self, engine: Engine) -> Any:
-        self.processes.append(super().start(engine))
-        return self.processes[-1]
-
-
-def seen(settings: Clora) -> Seen:
-    return Seen(**{name: getattr(settings, name) for name in Clora.__dataclass_fields__})
+REGIONS = Clora(step_size=0.05, threshold=THETA)
+BRANCHES = replace(MASKS_ONLY, step_size=0.05, refine_at=(0.0,), refinements=1)
+WAYS = {"regions": REGIONS, "branches": BRANCHES, "official": OFFICIAL}
+in_every_way = pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
+STEP = Step(1, 4, torch.tensor(1), cfg_scale=7.5)
 
 
 @pytest.fixture
@@ -89,10 +85,6 @@ def latents_of(pipe: Any, prompt: str | list[str] = PROMPT, **arguments: Any) ->
 def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> None:
     """Random weights under guidance make latents of any size, so their largest value is the scale."""
     assert (one - other).abs().max() <= tolerance * other.abs().max()
-
-
-def far_apart(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > 1e-2)
 
 
 # The authors' algorithm, written out
@@ -263,9 +255,7 @@ def test_one_subject_is_an_ordinary_lora(composer, plain_pipe):
         assert_close(latents_of(composer, prompt, method=settings, concepts=["cat"]), expected)
 
 
-@pytest.mark.parametrize(
-    "settings", [Clora(step_size=0.05, threshold=THETA), MASKS_ONLY, OFFICIAL], ids=lambda s: s.fuse
-)
+@in_every_way
 def test_the_order_of_concepts_does_not_count(composer, settings):
     one = latents_of(composer, method=settings)
     assert_close(one, latents_of(composer, method=settings, concepts=["dog", "cat"]), 1e-3)
@@ -285,22 +275,18 @@ def test_a_style_of_weight_0_is_no_style(composer, load, settings):
     assert far_apart(with_style, without)
 
 
-BOTH = replace(MASKS_ONLY, step_size=0.05, refine_at=(0.0,), refinements=1)
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-@pytest.mark.parametrize(
-    "settings", [BOTH, replace(OFFICIAL, update_until=0.3), Clora(step_size=0.05, threshold=THETA)]
-)
-def test_fewer_branch_batch_size_give_the_same_numbers(composer, settings, at_once):
-    found = call(composer, method=replace(settings, branch_batch_size=at_once))
+@pytest.mark.parametrize("size", [1, 2])
+@in_every_way
+def test_micro_batches_give_the_same_numbers(composer, settings, size):
+    settings = replace(settings, update_until=0.3)
+    found = call(composer, method=replace(settings, branch_batch_size=size))
     expected = call(composer, method=settings)
     assert_close(found.images, expected.images, 1e-3)
     assert found.cost.rows_forward == expected.cost.rows_forward
     assert found.cost.rows_backward == expected.cost.rows_backward
 
 
-@pytest.mark.parametrize("settings", [Clora(step_size=0.05, threshold=THETA), BOTH])
+@pytest.mark.parametrize("settings", [REGIONS, BRANCHES], ids=["regions", "branches"])
 def test_images_of_a_batch_are_those_made_alone(composer, settings):
     prompts = [PROMPT, "a zwx dog, a sks cat"]
     together = latents_of(composer, prompts, method=settings, generator=[seeded(1), seeded(2)])
@@ -310,39 +296,21 @@ def test_images_of_a_batch_are_those_made_alone(composer, settings):
     assert_close(together, torch.cat(alone), 1e-3)
 
 
-def fused_at_once(process: Any, latents: Tensor, masks: Tensor) -> Tensor:
-    """What a step predicts under given masks."""
-    engine, process.masks = process.engine, masks
-    with torch.no_grad(), engine.installed():
-        return process._by_branches(latents, engine.timesteps[1], None, None)
-
-
 def test_a_lora_changes_nothing_outside_its_mask(composer):
     masks = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
     masks[0, 0, :2], masks[0, 1, 3] = True, True
-    latents, found = torch.randn(1, 4, 16, 16, generator=seeded(1)), []
+    found: list[Tensor] = []
+
+    def look(process: Any, latents: Tensor, step: Step) -> None:
+        process.masks = masks
+        found.append(process.step(latents, step)[1])
+
     for weight in (1.0, -0.5):
-        watched = seen(replace(MASKS_ONLY, mask_until=0))
-        call(composer, method=watched, concepts=["cat", Concept(name="dog", weight=weight)])
-        found.append(fused_at_once(watched.processes[0], latents, masks))
+        method = Watched(replace(MASKS_ONLY, mask_until=0), once(look))
+        call(composer, method=method, concepts=["cat", Concept(name="dog", weight=weight)])
     changed = (found[0] - found[1]).abs().amax(dim=1)[0]
     assert (changed[:12] == 0).all()
     assert (changed[12:] > 1e-4).all()
-
-
-def test_fusing_guiding_and_stepping_may_change_places(composer):
-    watched = seen(replace(MASKS_ONLY, uncond="each"))
-    call(composer, method=watched)
-    (process,) = watched.processes
-    shares, engine = process._shares(), process.engine
-    uncond, cond = torch.randn(2, 3, 1, 4, 16, 16, generator=seeded(2))
-    first = engine.guide(Prediction(torch.cat([(uncond * shares).sum(dim=0), (cond * shares).sum(dim=0)]), 1, 1))
-    each = [engine.guide(Prediction(torch.cat([u, c]), 1, 1)) for u, c in zip(uncond, cond, strict=True)]
-    torch.testing.assert_close(first, (torch.stack(each) * shares).sum(dim=0), atol=1e-4, rtol=1e-4)
-    latents, t, scheduler = torch.randn(1, 4, 16, 16, generator=seeded(3)), engine.timesteps[1], composer.scheduler
-    steps = torch.stack([scheduler.step(one, t, latents, return_dict=False)[0] for one in each])
-    fused = scheduler.step(first, t, latents, return_dict=False)[0]
-    torch.testing.assert_close((steps * shares).sum(dim=0), fused, atol=1e-4, rtol=1e-4)
 
 
 # Costs, schedules, what is returned
@@ -371,7 +339,7 @@ def test_rows_are_counted(composer, settings, expected):
     assert counted(call(composer, method=settings)) == expected
 
 
-@pytest.mark.parametrize("settings", [Clora(), OFFICIAL, BOTH], ids=["regions", "official", "branches"])
+@in_every_way
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 7.5), (4, 1.0), (8, 0.0)])
 def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
     found = call(composer, method=settings, num_inference_steps=steps, guidance_scale=guidance)
@@ -388,14 +356,14 @@ def test_other_schedulers_work(composer, kind):
     assert latents_of(composer, method=Clora()).isfinite().all()
 
 
-@pytest.mark.parametrize("settings", [BOTH, Clora(), OFFICIAL], ids=["branches", "regions", "official"])
+@in_every_way
 def test_guidance_may_be_switched_off_on_the_way(composer, settings):
     found = latents_of(composer, method=settings, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
     assert found.isfinite().all()
     assert far_apart(found, latents_of(composer, method=settings))
 
 
-@pytest.mark.parametrize("settings", [BOTH, Clora(step_size=0.05, threshold=THETA)], ids=["branches", "regions"])
+@pytest.mark.parametrize("settings", [REGIONS, BRANCHES], ids=["regions", "branches"])
 def test_maps_and_masks_of_every_step_come_back_on_the_grid_of_the_canvas(composer, load, settings):
     load(composer, "style", None)
     concepts = ["cat", Concept(name="style", role="style"), "dog"]
@@ -409,28 +377,28 @@ def test_maps_and_masks_of_every_step_come_back_on_the_grid_of_the_canvas(compos
     assert torch.equal(plain.images, found.images)
 
 
+def started(composer: Any, settings: Clora, **arguments: Any) -> Any:
+    """The process of a call."""
+    method = Watched(settings)
+    call(composer, method=method, num_inference_steps=1, **arguments)
+    return method.process
+
+
 def test_the_map_of_a_cell_stays_where_the_cell_is(composer):
     """Rows are rows and columns are columns, on a canvas that is not square."""
-    settings = seen(replace(MASKS_ONLY, threshold=0.0))
-    call(composer, method=settings, width=192, height=128)
-    (process,) = settings.processes
-    recorder = Recorder(process.engine.map_layers, process.words.readout)
+    process = started(composer, replace(MASKS_ONLY, threshold=0.0), width=192, height=128)
     cells = torch.arange(24.0)[None, :, None]  # counted along the rows of 4 x 6 cells
-    recorder.maps = {layer: cells.expand(3, 24, process.words.readout.shape[2]) for layer in recorder.layers}
-    assert torch.equal(process._maps(recorder)[0, 0, 0], torch.arange(24.0).view(4, 6))
+    found = process._by_branch(AttentionMaps(cells.expand(3, 24, process.words.readout.shape[2])))
+    assert torch.equal(found[0, 0, 0], torch.arange(24.0).view(4, 6))
 
 
 def test_maps_of_both_halves_are_averaged_as_the_authors_do(composer):
-    settings = seen(OFFICIAL)
-    call(composer, method=settings)
-    (process,) = settings.processes
-    readout = process._all_rows
-    assert torch.equal(readout[:3], readout[3:])
-    recorder = Recorder(process.engine.map_layers, readout)
-    maps = torch.rand(6, 16, readout.shape[2], generator=seeded())
-    recorder.maps = dict.fromkeys(recorder.layers, maps)
+    process = started(composer, OFFICIAL)
+    tokens = process._all_rows(STEP).tokens
+    assert torch.equal(tokens[:3], tokens[3:])
+    maps = torch.rand(6, 16, tokens.shape[2], generator=seeded())
     expected = ((maps[:3] + maps[3:]) / 2).transpose(1, 2).unflatten(2, (4, 4))
-    torch.testing.assert_close(process._maps(recorder)[:, 0], expected)
+    torch.testing.assert_close(process._by_branch(AttentionMaps(maps))[:, 0], expected)
 
 
 def masks_of(masks: list[list[int]]) -> Tensor:
@@ -446,11 +414,8 @@ def masks_of(masks: list[list[int]]) -> Tensor:
         ([[0, 0, 0, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]),
     ],
 )
-def test_every_cell_is_shared_out_and_what_nobody_claims_is_the_base_models(composer, masks, expected):
-    settings = seen(MASKS_ONLY)
-    call(composer, method=settings)
-    process = replace(settings.processes[0], masks=masks_of(masks))
-    shares = process._shares()
+def test_every_cell_is_shared_out_and_cells_that_no_concept_claims_are_the_base_models(composer, masks, expected):
+    shares = replace(started(composer, MASKS_ONLY), masks=masks_of(masks))._shares(STEP)
     assert shares.shape == (3, 1, 1, 16, 16)
     assert torch.equal(shares[:, 0, 0, ::8, ::8].flatten(1), torch.tensor(expected))
     torch.testing.assert_close(shares.sum(dim=0), torch.ones(1, 1, 16, 16))
@@ -458,9 +423,7 @@ def test_every_cell_is_shared_out_and_what_nobody_claims_is_the_base_models(comp
 
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_cells_that_several_claim_are_shared_or_go_to_the_highest(composer, exclusive):
-    settings = seen(replace(MASKS_ONLY, threshold=0.4, exclusive=exclusive))
-    call(composer, method=settings)
-    (process,) = settings.processes
+    process = started(composer, replace(MASKS_ONLY, threshold=0.4, exclusive=exclusive))
     cat, dog = torch.tensor([[10.0, 8, 5, 0]]), torch.tensor([[0.1, 0.9, 1.0, 0.2]])
     mine = process.words.mine[0]
     maps = torch.stack(
@@ -484,10 +447,7 @@ def test_words_that_make_the_mask_can_be_named(composer):
     assert torch.equal(latents_of(composer, method=named), latents_of(composer, method=MASKS_ONLY))
     triggers = replace(MASKS_ONLY, mask_words={"cat": ["sks"], "dog": ["zwx"]})
     assert far_apart(latents_of(composer, method=triggers), latents_of(composer, method=MASKS_ONLY))
-    other = replace(MASKS_ONLY, mask_words={"cat": ["grass"]})
-    watched = seen(other)
-    call(composer, method=watched)
-    words = watched.processes[0].words
+    words = started(composer, replace(MASKS_ONLY, mask_words={"cat": ["grass"]})).words
     (column,) = words.mine[0, 0].nonzero()[:, 0].tolist()
     assert words.readout[1, :, column].nonzero().tolist() == [[8]]  # a1 sks2 cat3 and4 a5 dog6 on7 grass8
     assert words.groups[0].unflatten(0, (3, -1))[1, column] == -1  # it belongs to no group
@@ -498,44 +458,35 @@ def test_words_that_make_the_mask_can_be_named(composer):
 
 @pytest.mark.parametrize("rule", ["raw", "rms"])
 def test_a_small_update_lowers_the_loss(composer, rule):
-    settings = seen(Clora(step_size=0))
-    call(composer, method=settings)
-    (process,) = settings.processes
-    engine, latents = process.engine, torch.randn(1, 4, 16, 16, generator=seeded(3))
-    t = engine.timesteps[1]
-    with engine.installed():
+    def look(process: Any, latents: Tensor, step: Step) -> None:
+        denoiser, request = process.session.denoiser, MapRequest(process.words.readout)
 
         def loss(latents: Tensor) -> Tensor:
-            recorder = process._recorder(process.words.readout)
-            engine.observe(latents, t, process.conditioning, process.gates, recorder)
-            return process.loss(recorder)
+            return process.loss(denoiser.maps(latents, step, process.branches, request))
 
-        recorder = process._recorder(process.words.readout)
-        found = engine.gradient(latents, t, process.conditioning, process.gates, recorder, process.loss)
-        process.settings = replace(process.settings, step_rule=rule)
-        direction = process._direction(found)
+        found = denoiser.gradient(latents, step, process.branches, request, process.loss)
+        direction = descend(torch.zeros_like(latents), found.direction, -1.0, rule)
         if rule == "rms":
             assert direction.square().mean().sqrt().item() == pytest.approx(1)
             direction = direction * found.direction.norm() / direction.norm()
         slope = found.direction.square().sum()
-        step = 0.05 / slope
-        assert loss(latents - step * direction) < found.losses
+        assert loss(latents - 0.05 / slope * direction) < found.losses
         nudge = 1e-2 / found.direction.norm()
         ahead, behind = loss(latents + nudge * direction), loss(latents - nudge * direction)
         assert ((ahead - behind) / (2 * nudge)).item() == pytest.approx(slope.item(), rel=0.05)
 
+    method = Watched(Clora(step_size=0), once(look))
+    call(composer, method=method, num_inference_steps=2)
+    assert method.processes
 
-@pytest.mark.parametrize("settings", [BOTH, Clora(), OFFICIAL], ids=["branches", "regions", "official"])
+
+@in_every_way
 def test_nothing_is_left_behind_and_the_same_call_gives_the_same_bits(composer, settings):
-    before = {name: value.clone() for name, value in composer.unet.state_dict().items()}
-    processors = composer.unet.attn_processors
+    before = State(composer)
     one, other = latents_of(composer, method=settings), latents_of(composer, method=settings)
     assert torch.equal(one, other)
     assert not one.requires_grad
-    assert all(parameter.grad is None for parameter in composer.unet.parameters())
-    assert all(parameter.requires_grad for parameter in composer.unet.parameters())
-    assert all(torch.equal(before[name], value) for name, value in composer.unet.state_dict().items())
-    assert composer.unet.attn_processors == processors
+    before.assert_unchanged()
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_step(composer):
@@ -562,7 +513,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_step(composer):
         ({"whole": True}, 'are for fuse="branches"'),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(changes, message):
+def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Clora(**changes)
 
@@ -588,7 +539,7 @@ def test_scenes_that_cannot_be_told_apart_are_refused(composer, prompt, concepts
         latents_of(composer, prompt, concepts=concepts, method=Clora(**changes))
 
 
-def test_regions_are_not_used_and_it_is_said(composer, caplog):
+def test_regions_are_ignored_with_a_warning(composer, caplog):
     boxed = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
     assert torch.equal(latents_of(composer, method=Clora(), concepts=boxed), latents_of(composer, method=Clora()))
     assert "method='lora-composer' uses regions" in caplog.text
@@ -620,6 +571,6 @@ def test_updates_are_refused_in_inference_mode(composer):
 
 
 def test_refinement_outside_the_updates_is_mentioned_and_left_out(composer, caplog):
-    late = replace(BOTH, refine_at=(0.75,), refinements=3)
+    late = replace(BRANCHES, refine_at=(0.75,), refinements=3)
     assert call(composer, method=late).cost.rows_backward == 3 * 2
     assert "refine_at" in caplog.text

@@ -1,0 +1,771 @@
+"""LoRA-Composer against independent references: diffusers' own LoRAs, and the method written out on a plain model.
+
+Yang et al., "LoRA-Composer", arXiv 2403.11627. What moves latents is in `test_lora_composer_updates`.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+)
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import Tensor
+
+from comparisons import assert_close, far_apart
+from components import ATTENTION, EVERYTHING, State, random_lora, seeded, tiny_pipeline
+from lora_compose.attention import Lora
+from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
+from lora_compose.pipelines.methods import make_method
+from lora_compose.pipelines.methods.lora_composer import LoraComposer
+from lora_compose.pipelines.scene import Concept
+from reference import FullGates, WrittenOut, cells, with_reference
+from watched import Watched
+
+PROMPT = "a sks cat and a zwx dog on grass"
+TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "mjq"}
+READ = ("attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+TEXT = ("q_proj", "v_proj", "fc1")
+PAIR = {"cat": "sks", "dog": "zwx"}
+CANVAS, LEFT, RIGHT = (0, 0, 128, 128), (0, 0, 64, 128), (64, 0, 128, 128)
+TOP_LEFT, BOTTOM_RIGHT = (0, 0, 64, 64), (64, 64, 128, 128)
+QUIET = LoraComposer(step_size=0, apart=0, rows="all")
+OFF = LoraComposer(inject="off", isolate=False, step_size=0, apart=0, background="scene", rows="all")
+IN_PARTS = LoraComposer(apart=1.0, step_size=0)
+BOTH_WAYS = pytest.mark.parametrize("method", [LoraComposer(), LoraComposer.official()], ids=["default", "official"])
+NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture
+def tiny() -> ComposeStableDiffusionPipeline:
+    """A still smaller pipeline than the common one; its UNet halves latents once."""
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def plain_tiny() -> StableDiffusionPipeline:
+    """diffusers' own pipeline with the same weights as `tiny`."""
+    return tiny_pipeline(StableDiffusionPipeline)
+
+
+@pytest.fixture
+def load(write_lora) -> Callable[..., Lora]:
+    """Loads a concept under a trigger and returns its factors: `load(pipe, "cat", targets=..., text=True)`."""
+
+    def load(
+        pipe: Any, name: str, trigger: str | None = None, *, text: bool = False, targets: tuple[str, ...] = ATTENTION
+    ) -> Lora:
+        seed, size = len(name) + ord(name[0]), 0.1 if targets == EVERYTHING else 0.3
+        parts = {"unet": random_lora(pipe.unet, seed, targets=targets, size=size)}
+        if text:
+            parts["text_encoder"] = random_lora(pipe.text_encoder, seed, targets=TEXT)
+        options = {"trigger": trigger or TRIGGERS.get(name), "class_word": name if name in TRIGGERS else None}
+        pipe.load_concept(write_lora(f"{name}-file", **parts), name, **options)
+        return parts["unet"]
+
+    return load
+
+
+@pytest.fixture
+def composer(tiny, load) -> ComposeStableDiffusionPipeline:
+    """A small pipeline with the concepts "cat" and "dog"."""
+    load(tiny, "cat")
+    load(tiny, "dog")
+    return tiny
+
+
+@pytest.fixture
+def composer_of_everything(tiny, load) -> ComposeStableDiffusionPipeline:
+    """The same; the LoRAs adapt every layer and the text encoder."""
+    for name in ("cat", "dog"):
+        load(tiny, name, text=True, targets=EVERYTHING)
+    return tiny
+
+
+def at(cat: Any = LEFT, dog: Any = RIGHT, **of_dog: Any) -> list[Concept]:
+    return [Concept(name="cat", region=cat), Concept(name="dog", region=dog, **of_dog)]
+
+
+def compose(pipe: Any, method: Any = "lora-composer", prompt: str | list[str] | None = PROMPT, **given: Any) -> Any:
+    settings = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded(), "concepts": at()}
+    return pipe(prompt, method=method, **settings | given)
+
+
+def latents_of(pipe: Any, method: Any = "lora-composer", prompt: str | list[str] = PROMPT, **arguments: Any) -> Tensor:
+    return compose(pipe, method, prompt, **arguments).images
+
+
+def plain_latents(pipe: Any, prompt: str, **arguments: Any) -> Tensor:
+    """Of diffusers' own pipeline."""
+    given = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded()}
+    return pipe(prompt, **given | arguments).images
+
+
+def with_adapter(pipe: Any, loaded: Any, name: str, weight: float = 1.0) -> Any:
+    """A plain pipeline in which diffusers has loaded the file of a concept."""
+    pipe.load_lora_weights(loaded.concepts[name].lora, adapter_name=name)
+    pipe.set_adapters([name], [weight])
+    return pipe
+
+
+# Against diffusers
+
+
+@pytest.mark.parametrize(("trigger", "scene"), [(None, "on grass"), ("ohwx", "in ohwx style")])
+def test_with_everything_off_the_background_concept_acts_as_in_diffusers(tiny, plain_tiny, load, trigger, scene):
+    for name in ("cat", "dog"):
+        load(tiny, name, text=True)
+    load(tiny, "style", trigger, text=True, targets=EVERYTHING)
+    concepts = [*at(), Concept(name="style", weight=0.7)]
+    found = latents_of(tiny, OFF, f"a sks cat and a zwx dog {scene}", concepts=concepts)
+    plain = plain_latents(plain_tiny, f"a cat and a dog {scene}")
+    expected = plain_latents(with_adapter(plain_tiny, tiny, "style", 0.7), f"a cat and a dog {scene}")
+    assert_close(found, expected)
+    assert far_apart(expected, plain)
+
+
+def test_with_everything_off_and_no_background_concept_it_is_the_plain_prompt(composer, plain_tiny):
+    assert_close(latents_of(composer, OFF), plain_latents(plain_tiny, "a cat and a dog on grass"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight"),
+    [({}, 0.8), ({}, 0.0), ({"inject": "attn2"}, 0.8), ({"isolate": False}, 0.8), ({"reinit": "swap"}, 0.8)],
+    ids=str,
+)
+def test_a_region_of_the_whole_canvas_is_an_ordinary_lora_whatever_the_scene_is(
+    pipe, plain_pipe, load, changes, weight
+):
+    load(pipe, "cat", targets=READ, text=True)
+    cat = Concept(name="cat", region=CANVAS, prompt="sks cat at night", negative_prompt="dark", weight=weight)
+    method = LoraComposer(**{"step_size": 0, "apart": 0, "rows": "all"} | changes)
+    expected = plain_latents(with_adapter(plain_pipe, pipe, "cat", weight), "sks cat at night", negative_prompt="dark")
+    for scene in ("a house", "sks cat in the water"):
+        assert_close(latents_of(pipe, method, scene, concepts=[cat]), expected)
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_only_full_injection_gives_all_of_a_lora_that_adapts_everything(pipe, plain_pipe, load, text):
+    load(pipe, "cat", targets=EVERYTHING, text=text)
+    concepts = [Concept(name="cat", region=CANVAS)]
+    expected = plain_latents(with_adapter(plain_pipe, pipe, "cat"), "a sks cat")
+    full, read = (
+        latents_of(pipe, LoraComposer(inject=inject, step_size=0, apart=0, rows="all"), "a sks cat", concepts=concepts)
+        for inject in ("full", "attn2")
+    )
+    assert_close(full, expected)
+    assert far_apart(read, expected)
+
+
+def test_without_guidance_it_does_not_matter_on_which_rows_loras_act(composer):
+    images = [
+        latents_of(composer, LoraComposer(rows=rows, apart=0), guidance_scale=guidance)
+        for guidance in (1.0, 5.0)
+        for rows in ("cond_only", "all")
+    ]
+    assert torch.equal(images[0], images[1])
+    assert far_apart(images[2], images[3])
+
+
+# Against the method written out
+
+
+APART = ((0, 0, 64, 128), (128, 64, 192, 128))
+OVERLAPPING = ((0, 0, 128, 128), (64, 64, 192, 128))
+
+
+@pytest.mark.parametrize(("inject", "isolate", "rows", "boxes"), [
+    ("attn2", True, "all", APART), ("attn2", False, "cond_only", APART), ("full", False, "all", APART),
+    ("full", True, "cond_only", APART), ("attn2", True, "all", OVERLAPPING), ("full", True, "cond_only", OVERLAPPING),
+    ("attn2", True, "all", ((0, 0, 192, 128), (64, 32, 128, 128))), ("attn2", True, "all", (APART[0], APART[0])),
+])  # fmt: skip
+@torch.no_grad()
+def test_injection_and_isolation_equal_their_formula(pipe, plain_pipe, load, inject, isolate, rows, boxes):
+    weights, canvas = {"cat": 0.7, "dog": 1.4, "style": 0.5}, (128, 192)
+    loras = [
+        {layer: replace(factors, scale=weight * factors.scale) for layer, factors in lora.items()}
+        for lora, weight in ((load(pipe, name, targets=EVERYTHING), weight) for name, weight in weights.items())
+    ]
+    method = LoraComposer(inject=inject, isolate=isolate, rows=rows, step_size=0, apart=0)
+    concepts = [
+        Concept(name=name, weight=weight, region=box)
+        for (name, weight), box in zip(weights.items(), (*boxes, None), strict=True)
+    ]
+    found = latents_of(pipe, method, concepts=concepts, width=192, height=128, negative_prompt="dark")
+
+    unet, scheduler = plain_pipe.unet, plain_pipe.scheduler
+    acting = torch.tensor([1.0 if rows == "all" else 0.0, 1.0])
+    prompts = ["on grass", "a sks cat on grass", "a zwx dog on grass"]
+    encoded = [plain_pipe.encode_prompt(prompt, "cpu", 1, True, "dark") for prompt in prompts]
+    texts = torch.stack([torch.cat([negative, positive]) for positive, negative in encoded])
+    grids = [(-(-canvas[0] // side), -(-canvas[1] // side)) for side in (8, 16, 32, 64)]
+    regions = {grid: torch.stack([cells(box, canvas, grid) for box in boxes], dim=-1) for grid in grids}
+    flat = {grid[0] * grid[1]: member.flatten(0, 1) for grid, member in regions.items()}
+    what = flat, acting[:, None, None], texts, [loras[2], *loras[:2]], isolate
+    unet.set_attn_processor({n: WrittenOut(n.removesuffix(".processor"), *what) for n in unet.attn_processors})
+    # In all other layers a concept acts in its region, if at all, and the background everywhere.
+    rest = [{name: f for name, f in lora.items() if not name.endswith(READ)} for lora in loras]
+    image = {}
+    for grid, member in regions.items():
+        times = member.sum(dim=-1, keepdim=True)
+        gate = torch.cat([member / times.clamp(min=1), torch.ones(*grid, 1)], dim=-1)
+        image[grid] = acting[:, None, None, None] * gate
+    gates = FullGates(torch.zeros(2, 32, 3), image, acting[:, None].expand(2, 3))
+    forward = with_reference(unet, rest if inject == "full" else [{}, {}, rest[2]], gates)
+    latents = torch.randn(1, 4, 16, 24, generator=seeded())
+    scheduler.set_timesteps(2)
+    for t in scheduler.timesteps:
+        uncond, cond = forward(torch.cat([latents, latents]), t, texts[0], return_dict=False)[0].chunk(2)
+        latents = scheduler.step(uncond + 7.5 * (cond - uncond), t, latents).prev_sample
+    assert_close(found, latents)
+
+
+def test_every_mechanism_makes_another_image(composer):
+    changes: list[dict[str, Any]] = [
+        {}, {"inject": "attn2"}, {"inject": "off"}, {"isolate": False}, {"rows": "cond_only"}, {"background": "scene"},
+        {"reinit": "copy"}, {"reinit": "swap"}, {"apart": 1.0}, {"step_size": 0.2},
+    ]  # fmt: skip
+    methods = [LoraComposer(**{"rows": "all", "step_size": 0, "apart": 0} | each) for each in changes]
+    images = [latents_of(composer, method, concepts=at(TOP_LEFT, (72, 40, 128, 128))) for method in methods]
+    assert all(far_apart(one, other) for i, one in enumerate(images) for other in images[:i])
+
+
+# What acts where
+
+
+def test_a_concept_of_weight_0_leaves_its_prompt_in_its_box(composer, write_lora):
+    nothing = {
+        name: type(factors)(factors.down, torch.zeros_like(factors.up), 1.0)
+        for name, factors in random_lora(composer.unet, 0).items()
+    }
+    composer.load_concept(write_lora("nothing", unet=nothing), "nothing", trigger="sks", class_word="cat")
+    dog = Concept(name="dog", region=RIGHT)
+    found, expected, other = (
+        latents_of(composer, QUIET, concepts=[concept, dog])
+        for concept in (
+            Concept(name="cat", region=LEFT, weight=0.0),
+            Concept(name="nothing", region=LEFT),
+            Concept(name="nothing", region=LEFT, prompt="sks at night"),
+        )
+    )
+    assert_close(found, expected)
+    assert far_apart(found, other)
+
+
+@pytest.mark.parametrize("change", [{"prompt": "zwx at night"}, {"weight": 0.3}], ids=["prompt", "weight"])
+def test_what_a_region_reads_reaches_no_other_cell_of_the_layer(composer, change):
+    outputs: list[Tensor] = []
+    layer = composer.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for dog in ({}, change):
+        method = LoraComposer(inject="attn2", step_size=0, apart=0)
+        compose(composer, method, concepts=at(TOP_LEFT, BOTTOM_RIGHT, **dog), num_inference_steps=1)
+    changed = (outputs[0] != outputs[1]).any(dim=-1).any(dim=0).unflatten(0, (16, 16))
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[8:, 8:] = True
+    assert torch.equal(changed, inside)
+
+
+def test_the_background_concept_changes_the_text_of_the_background_alone(tiny, load):
+    for name in ("cat", "dog", "style"):
+        load(tiny, name, text=True)
+    texts, images = [], []
+    for weight in (0.0, 1.0):
+        method = Watched(LoraComposer(step_size=0, apart=0))
+        concepts = [*at(TOP_LEFT, BOTTOM_RIGHT), Concept(name="style", weight=weight)]
+        images.append(latents_of(tiny, method, concepts=concepts))
+        texts.append(method.process.whole.spec.text.prompt_embeds)
+    assert far_apart(texts[0][0], texts[1][0])
+    assert torch.equal(texts[0][1:], texts[1][1:])
+    assert far_apart(*images)
+
+
+@pytest.mark.parametrize(("threshold", "columns"), [(1.0, 8), (0.6, 8), (0.5, 9), (0.0, 9)])
+def test_cells_belong_to_a_region_from_a_share_on(composer, threshold, columns):
+    method = Watched(LoraComposer(step_size=0, apart=0, threshold=threshold))
+    compose(composer, method, concepts=at((0, 0, 68, 128), (80, 0, 128, 128)), num_inference_steps=1)
+    cat = method.process.whole.spec.gates.image[0][1, :, 0].unflatten(0, (16, 16))
+    assert cat[5].tolist() == [1] * columns + [0] * (16 - columns)
+
+
+@pytest.mark.parametrize("method", [
+    LoraComposer(), LoraComposer(reinit="copy", rows="all"),
+], ids=["default", "copy"])  # fmt: skip
+def test_the_order_of_concepts_does_not_matter(tiny, load, method):
+    for name in ("cat", "dog", "style"):
+        load(tiny, name)
+    cat = Concept(name="cat", region=(0, 0, 64, 128), prompt="sks cat in the water")
+    dog = Concept(name="dog", region=(64, 32, 128, 128), prompt="there is one big zwx dog on grass")
+    style = Concept(name="style")
+    one, *others = (
+        latents_of(tiny, method, concepts=concepts, num_inference_steps=4)
+        for concepts in ([cat, dog, style], [dog, cat, style], [style, dog, cat])
+    )
+    for other in others:
+        assert_close(one, other)
+
+
+# Texts
+
+
+def test_a_concepts_own_prompts_reach_the_text_of_its_region_alone(composer, plain_tiny):
+    method = Watched(LoraComposer(step_size=0, apart=0))
+    concepts = at(prompt="a zwx dog at night", negative_prompt="bright")
+    compose(composer, method, concepts=concepts, negative_prompt="dark")
+    texts = [("on grass", "dark"), ("a sks cat on grass", "dark"), ("a zwx dog at night", "bright")]
+    for found, (prompt, negative) in zip(method.process.whole.spec.text.prompt_embeds, texts, strict=True):
+        cond, uncond = plain_tiny.encode_prompt(prompt, "cpu", 1, True, negative)
+        assert_close(found, torch.cat([uncond, cond]))
+
+
+def test_every_prompt_of_a_call_has_regional_texts_of_its_own(composer, plain_tiny):
+    method = Watched(LoraComposer(step_size=0, apart=0, background="scene"))
+    prompts = ["a sks cat and a zwx dog on grass", "the zwx dog with the sks cat in the water"]
+    compose(composer, method, prompts, num_images_per_prompt=2, guidance_scale=1)
+    found = method.process.whole.spec.text.prompt_embeds
+    texts = [
+        ["a cat and a dog on grass", "the dog with the cat in the water"],
+        ["a sks cat on grass", "the sks cat in the water"],
+        ["a zwx dog on grass", "the zwx dog in the water"],
+    ]
+    for text, expected in zip(found, texts, strict=True):
+        assert_close(text, plain_tiny.encode_prompt(expected, "cpu", 2, False)[0])
+
+
+# Regions of all kinds
+
+
+def test_a_mask_acts_as_the_box_that_it_shows(composer, tmp_path):
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (0, 0, 128, 256))
+    mask.save(tmp_path / "left.png")
+    box, masked = (latents_of(composer, concepts=at(left)) for left in (LEFT, str(tmp_path / "left.png")))
+    assert torch.equal(box, masked)
+    mask.paste(0, (0, 0, 128, 64))
+    mask.save(tmp_path / "left.png")
+    assert far_apart(box, latents_of(composer, concepts=at(str(tmp_path / "left.png"), RIGHT)))
+
+
+SCENES = {
+    "wide": (192, 64, (0, 0, 64, 64), (128, 0, 192, 64)),
+    "not divisible by 64": (136, 104, (0, 0, 60, 104), (70, 20, 136, 90)),
+    "smaller than a cell": (128, 96, (3, 3, 6, 6), (65, 1, 70, 5)),
+    "overlapping": (128, 128, (0, 0, 96, 96), (32, 32, 128, 128)),
+    "nested": (128, 128, (0, 0, 128, 128), (32, 32, 96, 96)),
+    "one cell": (8, 8, (0, 0, 4, 8), (4, 0, 8, 8)),
+}
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("scene", SCENES)
+def test_any_canvas_and_any_regions_work(pipe, load, scene, method):
+    width, height, *boxes = SCENES[scene]
+    for name in ("cat", "dog"):
+        load(pipe, name, targets=EVERYTHING)
+    output = compose(
+        pipe, method, concepts=at(*boxes), width=width, height=height, num_images_per_prompt=2, record_attention=[-1]
+    )
+    assert output.images.shape == (2, 4, height // 8, width // 8)
+    assert output.images.isfinite().all()
+    assert output.attention_maps.shape == (1, 2, 2, (height // 8 + 3) // 4, (width // 8 + 3) // 4)
+    assert output.attention_maps.isfinite().all()
+    assert (output.attention_maps > 0).all()
+
+
+# Regions on canvases of their own in the first steps
+
+
+@pytest.mark.parametrize(
+    "change", [{"prompt": "one big zwx dog in the water"}, {"weight": 0.0}], ids=["prompt", "weight"]
+)
+@pytest.mark.parametrize("apart", [1.0, 0.0])
+def test_regions_apart_do_not_depend_on_each_other_in_any_layer(composer_of_everything, apart, change):
+    method = LoraComposer(apart=apart, step_size=0)
+    one, other = (
+        latents_of(composer_of_everything, method, concepts=at(**dog), num_inference_steps=4) for dog in ({}, change)
+    )
+    assert torch.equal(one[..., :8], other[..., :8]) == (apart == 1.0)
+    assert far_apart(one[..., 8:], other[..., 8:])
+
+
+def test_a_region_of_the_whole_canvas_is_apart_from_nothing(composer):
+    concepts = [Concept(name="cat", region=CANVAS)]
+    apart, together = (latents_of(composer, LoraComposer(apart=apart), concepts=concepts) for apart in (1.0, 0.0))
+    assert_close(apart, together)
+
+
+def test_regions_and_their_surroundings_come_from_their_canvases_and_the_rest_from_the_whole_one(composer):
+    concepts = at(TOP_LEFT, (96, 96, 128, 128))
+    apart, together = (
+        latents_of(composer, LoraComposer(apart=apart, step_size=0), concepts=concepts, num_inference_steps=1)
+        for apart in (1.0, 0.0)
+    )
+    shown = torch.zeros(16, 16, dtype=torch.bool)
+    shown[:8, :8] = shown[8:, 8:] = True  # the second region's canvas is larger than the region
+    assert torch.equal(apart[..., ~shown], together[..., ~shown])
+    assert torch.equal((apart != together).any(dim=1)[0], shown)
+
+
+def test_no_canvas_shows_the_region_of_another_concept(composer):
+    one, other = (
+        latents_of(composer, IN_PARTS, concepts=at(TOP_LEFT, (32, 64, 64, 96), prompt=prompt))
+        for prompt in ("a zwx dog on grass", "one big zwx dog in the water")
+    )
+    changed = (one != other).any(dim=1)[0]
+    assert changed[8:12, 4:8].all()
+    assert not changed[:8, :8].any(), "the second concept's canvas reaches into the first one's region"
+
+
+def test_where_regions_overlap_the_mean_of_their_canvases_counts(composer):
+    scenes = {
+        "both": at(TOP_LEFT, (32, 32, 96, 96)),
+        "cat": at(TOP_LEFT, BOTTOM_RIGHT),
+        "dog": at((112, 112, 128, 128), (32, 32, 96, 96)),
+    }
+    both, cat, dog = (
+        latents_of(composer, IN_PARTS, concepts=concepts, num_inference_steps=1)[..., 4:8, 4:8]
+        for concepts in scenes.values()
+    )
+    assert far_apart(cat, dog)
+    assert_close(both, (cat + dog) / 2)
+
+
+@pytest.mark.parametrize(("apart", "boxes", "rows"), [
+    (0.0, (LEFT, RIGHT), 8), (0.5, (LEFT, RIGHT), 8), (1.0, (LEFT, RIGHT), 8),
+    (0.5, (TOP_LEFT, BOTTOM_RIGHT), 8 + 2 * 2 * 2 / 4),
+    (1.0, (CANVAS, CANVAS), 16),
+], ids=str)  # fmt: skip
+def test_canvases_of_regions_cost_their_share_and_the_rest_only_where_there_is_any(composer, apart, boxes, rows):
+    method = LoraComposer(apart=apart, step_size=0)
+    cost = compose(composer, method, concepts=at(*boxes), num_inference_steps=4).cost
+    assert cost.rows_forward == pytest.approx(rows)
+
+
+def test_the_first_part_of_the_steps_is_apart(composer):
+    def images(apart: float) -> list[Tensor]:
+        found: list[Tensor] = []
+
+        def keep(pipe, step, timestep, tensors):
+            found.append(tensors["latents"])
+            return tensors
+
+        compose(
+            composer, LoraComposer(apart=apart, step_size=0), num_inference_steps=4, callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=["latents"],
+        )  # fmt: skip
+        return found
+
+    never, half, always = (images(apart) for apart in (0.0, 0.5, 1.0))
+    assert [torch.equal(one, other) for one, other in zip(half, always, strict=True)] == [True, True, False, False]
+    assert far_apart(never[0], half[0])
+
+
+@pytest.mark.parametrize("apart_side", [0.0, 0.25, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize(("width", "height"), [(256, 128), (256, 256)])
+def test_the_canvas_of_a_region_has_a_share_of_the_size_that_the_model_was_made_for(
+    composer, apart_side, width, height
+):
+    method = LoraComposer(apart=1.0, apart_side=apart_side, step_size=0)
+    concepts = [Concept(name="cat", region=(64, 64, 80, 80))]
+    sizes = {"width": width, "height": height, "num_inference_steps": 1, "guidance_scale": 1.0}
+    rows = compose(composer, method, concepts=concepts, **sizes).cost.rows_forward
+    cells = (rows - 1) * width * height / 64  # without the pass for the rest
+    least = max(2, 16 * apart_side)
+    assert least**2 <= cells <= (least + 2 * 2) ** 2, "more only to be halved by the UNet"
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+@pytest.mark.parametrize("boxes", [(LEFT, RIGHT), (TOP_LEFT, (72, 80, 128, 128))], ids=["covered", "gaps"])
+def test_attention_is_recorded_on_the_whole_canvas_in_every_step(composer, boxes, apart):
+    method, concepts = LoraComposer(apart=apart), at(*boxes)
+    output = compose(composer, method, concepts=concepts, num_images_per_prompt=2, record_attention=True)
+    assert output.attention_maps.shape == output.masks.shape == (2, 2, 2, 16, 16)
+    assert output.attention_maps.isfinite().all()
+    assert (output.attention_maps.amax(dim=(-2, -1)) > 0).all()
+    assert apart or (output.attention_maps > 0).all()
+
+
+# Calls of all kinds
+
+
+@NUMPY_2
+@BOTH_WAYS
+@pytest.mark.parametrize(("scheduler", "steps", "guidance"), [
+    (LCMScheduler, 1, 1.0), (LCMScheduler, 4, 0.0), (DPMSolverMultistepScheduler, 8, 5.0),
+    (EulerDiscreteScheduler, 4, 5.0), (EulerAncestralDiscreteScheduler, 4, 1.0), (None, 1, 5.0),
+])  # fmt: skip
+def test_few_steps_and_other_schedulers_work(composer, scheduler, steps, guidance, method):
+    if scheduler is not None:
+        composer.scheduler = scheduler.from_config(composer.scheduler.config)
+    output = compose(composer, method, num_inference_steps=steps, guidance_scale=guidance)
+    assert output.images.isfinite().all()
+    assert output.cost.rows_forward == steps * (2 if guidance > 1 else 1)
+    assert 1 <= output.cost.rows_backward <= steps // 2 + 1
+
+
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_a_callback_may_switch_guidance_off(composer, apart):
+    """Keys and values are made once with guidance and once without, also for updates, which read no negative prompt."""
+    made: list[int] = []
+    layer = composer.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
+    layer.register_forward_hook(lambda module, inputs, output: made.append(output.shape[-3]))
+    method, cut = LoraComposer(apart=apart), SDCFGCutoffCallback(cutoff_step_ratio=0.25)
+    output = compose(composer, method, num_inference_steps=4, callback_on_step_end=cut)
+    assert sorted(made) == [1, 2]
+    assert output.images.isfinite().all()
+    assert output.cost.rows_forward == 2 + 2 + 1 + 1
+    assert far_apart(output.images, latents_of(composer, method, num_inference_steps=4))
+
+
+@NUMPY_2
+@pytest.mark.parametrize("apart", [0.0, 1.0])
+def test_after_guidance_is_switched_off_a_call_goes_on_as_one_without_it(composer, apart):
+    scheduler: Any = EulerDiscreteScheduler.from_config(composer.scheduler.config)
+    composer.scheduler = scheduler
+    kept: list[Tensor] = []
+
+    def switch_off(pipe, step, timestep, tensors):
+        kept.append(tensors["latents"])
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            tensors |= {"prompt_embeds": tensors["prompt_embeds"][-1:]}
+        return tensors
+
+    method = LoraComposer(step_size=0, apart=apart)
+    inputs = ["latents", "prompt_embeds"]
+    expected = latents_of(
+        composer, method, num_inference_steps=5, callback_on_step_end=switch_off,
+        callback_on_step_end_tensor_inputs=inputs,
+    )  # fmt: skip
+    rest = scheduler.timesteps[2:].tolist()
+    scheduler.set_timesteps(timesteps=rest)
+    start = kept[1] / scheduler.init_noise_sigma
+    found = latents_of(composer, method, timesteps=rest, guidance_scale=1.0, latents=start)
+    assert_close(found, expected)
+    assert far_apart(found, latents_of(composer, method, timesteps=rest, latents=start))
+
+
+def test_rows_are_exchanged_where_all_prompts_are_exchanged_with_the_negative_ones(composer):
+    outputs: list[Tensor] = []
+    composer.unet.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    own = {name: (f"a {trigger} {name} at night", f"{trigger} in the water") for name, trigger in PAIR.items()}
+    boxes = {"cat": TOP_LEFT, "dog": BOTTOM_RIGHT}
+    for ahead in (0, 1):
+        concepts = [
+            Concept(name=name, region=boxes[name], prompt=texts[ahead], negative_prompt=texts[1 - ahead])
+            for name, texts in own.items()
+        ]
+        scene = ("on grass", "in snow")
+        compose(
+            composer, QUIET, prompt=scene[ahead],
+            negative_prompt=scene[1 - ahead], concepts=concepts, num_inference_steps=1,
+        )  # fmt: skip
+    one, other = outputs
+    assert far_apart(one[0], one[1])
+    assert_close(one, other.flip(0), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_gives_the_same_image(composer):
+    boxes = (0, 0, 96, 96), (32, 32, 128, 128)
+    call = {"concepts": at(*boxes), "num_inference_steps": 1, "method": LoraComposer(apart=0)}
+    expected = latents_of(composer, **call)
+    plain = composer.unet
+    composer.unet = torch.compile(plain, backend="eager")
+    try:
+        assert_close(latents_of(composer, **call), expected)
+    finally:
+        composer.unet = plain
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("method", [LoraComposer(reinit="swap"), LoraComposer.official()], ids=["swap", "official"])
+def test_half_precision_works(composer, method):
+    composer.to(torch.bfloat16)
+    found = latents_of(composer, method, num_inference_steps=4)
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+
+
+def test_plain_attention_of_diffusers_gives_the_same_image(composer):
+    method = LoraComposer(reinit="copy", apart=0.3)
+    expected = latents_of(composer, method, num_inference_steps=4)
+    composer.unet.set_attn_processor(AttnProcessor())
+    assert_close(latents_of(composer, method, num_inference_steps=4), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_adapters_of_diffusers_compose_as_files_do(composer):
+    method, pipe = LoraComposer(reinit="copy", apart=0.3), tiny_pipeline()
+    for name in PAIR:
+        pipe.load_lora_weights(composer.concepts[name].lora, adapter_name=name)
+    boxes = {"cat": LEFT, "dog": RIGHT}
+    concepts = [Concept(name=n, region=boxes[n], trigger=trigger, class_word=n) for n, trigger in PAIR.items()]
+    before = State(pipe)
+    found = latents_of(pipe, method, num_inference_steps=4, concepts=concepts)
+    assert_close(found, latents_of(composer, method, num_inference_steps=4))
+    before.assert_unchanged()
+
+
+def offload_models(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def offload_layers(pipe: Any) -> None:
+    """What `enable_sequential_cpu_offload` does, with the CPU as the device that layers are brought to."""
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+
+
+@pytest.mark.parametrize("offload", [offload_models, offload_layers])
+def test_offloaded_models_give_the_same_image_again_and_again(composer_of_everything, offload):
+    pipe = composer_of_everything
+    method = LoraComposer(reinit="swap", apart=0.3)
+    expected = latents_of(pipe, method, num_inference_steps=4)
+    offload(pipe)
+    for _ in range(2):
+        assert_close(latents_of(pipe, method, num_inference_steps=4), expected)
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_nothing_is_left_after_a_call_however_it_ends(composer_of_everything, error):
+    pipe = composer_of_everything
+    pipe.unet.down_blocks[0].requires_grad_(False)
+    pipe.unet.up_blocks[1].train()
+    before = State(pipe)
+
+    def stop(pipe, step, timestep, tensors):
+        if error is not None:
+            raise error
+        return tensors
+
+    with nullcontext() if error is None else pytest.raises(error):
+        compose(pipe, LoraComposer.official(), callback_on_step_end=stop)
+    before.assert_unchanged()
+
+
+# What is refused
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no region": ({"concepts": ["cat", "dog"]}, "lora-composer needs to know where the concepts are: give at least"),
+    "not in the prompt": ({"prompt": "a sks cat on grass"}, "the trigger 'zwx' of concept 'dog' is not in the prompt"),
+    "nothing to call it": (
+        {"concepts": [Concept(name="cat", region=LEFT, trigger="", class_word="")]},
+        "does not name the concept 'cat': give it a trigger .* or give the concept a prompt of its own",
+    ),
+    "not in its own prompt": (
+        {"concepts": at(prompt="a dog on grass")},
+        "the trigger 'zwx' of concept 'dog' is not in the prompt 'a dog on grass'",
+    ),
+    "nothing to move it by": (
+        {"concepts": [Concept(name="cat", region=LEFT, trigger="", class_word="", prompt="a cat")]},
+        "lora-composer moves 'cat' by its words: give it a trigger",
+    ),
+    "outside the canvas": (
+        {"concepts": at(LEFT, (64, 0, 136, 128))}, r"the region \(64, 0, 136, 128\) of concept 'dog' leaves the canvas",
+    ),
+    "unknown setting": ({"method": "lora-composer2"}, "unknown method"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_with_a_clear_message_and_changes_nothing(composer, case):
+    arguments, message = REFUSED[case]
+    before, generator = State(composer), seeded()
+    drawn = generator.get_state()
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        compose(composer, **arguments, generator=generator)
+    before.assert_unchanged()
+    assert torch.equal(generator.get_state(), drawn)
+
+
+def test_a_background_concept_has_to_be_named_in_the_prompt_that_it_is_read_in(composer):
+    ink = Concept(name="ink", trigger="mjq", lora=composer.concepts["cat"].lora, prompt="in mjq style")
+    before = State(composer)
+    missing = "the trigger 'mjq' of concept 'ink' is not in the prompt 'a sks cat and a zwx dog on grass'"
+    with pytest.raises(ValueError, match=missing):
+        compose(composer, concepts=[*at(), ink])
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("own", [{"prompt": "in ohwx style"}, {"negative_prompt": "bright"}, {}], ids=str)
+def test_own_prompts_that_are_not_read_are_mentioned(composer, caplog, own):
+    concepts = [*at(prompt="a zwx dog"), Concept(name="ink", lora=composer.concepts["cat"].lora, **own)]
+    latents_of(composer, concepts=concepts, num_inference_steps=1)
+    said = [record.message for record in caplog.records if "are not read" in record.message]
+    assert said == (["the own prompts of ink are not read: without a region a concept acts in the background, which "
+                     "reads the scene's prompt"] if own else [])  # fmt: skip
+
+
+def test_embeddings_in_place_of_a_prompt_are_refused(composer):
+    positive, negative = composer.encode_prompt(PROMPT, torch.device("cpu"), 1, True)
+    given = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
+    before = State(composer)
+    with pytest.raises(ValueError, match="it needs the prompt as text, not embeddings"):
+        compose(composer, token_positions={"cat": [2], "dog": [6]}, **given)
+    before.assert_unchanged()
+
+
+def test_a_concept_without_words_works_where_nothing_moves_it(composer):
+    concepts = [Concept(name="cat", region=LEFT, trigger="", class_word="", prompt="a cat")]
+    assert latents_of(composer, LoraComposer(step_size=0), concepts=concepts).isfinite().all()
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"inject": "attn1"}, "inject must be one of attn2, full, off, not 'attn1'"),
+    ({"rows": None}, "rows must be one of cond_only, all, not None"),
+    ({"reinit": "move"}, "reinit must be one of off, copy, swap, not 'move'"),
+    ({"step_rule": "max"}, "step_rule must be one of raw, rms, not 'max'"),
+    ({"background": ""}, "background must be one of surroundings, scene, not ''"),
+    *(
+        ({name: value}, f"{name} must lie between 0 and 1, not {value}")
+        for name in ("threshold", "least_updates", "most_updates", "apart", "apart_side")
+        for value in (-0.1, 1.1, math.nan)
+    ),
+    *(
+        ({name: value}, f"{name} must not be negative, and it is {value}")
+        for name in ("step_size", "step_decay", "ce_weight", "fill_weight", "region_weight")
+        for value in (-1.0, math.inf, math.nan)
+    ),
+    ({"injection": "full"}, r"lora-composer has no settings \['injection'\]; it has inject, rows"),
+], ids=str)  # fmt: skip
+def test_unknown_settings_and_values_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_method("lora-composer", changes)
+
+
+# What was published
+
+
+# The code sums over the two tokens of a concept, of which the mean counts here.
+OFFICIAL = {
+    "inject": "attn2", "rows": "all", "isolate": True, "threshold": 1.0, "step_size": 20.0, "step_rule": "raw",
+    "step_decay": 0.5, "least_updates": 5 / 50, "most_updates": 25 / 50, "ce_weight": 2 * 8.0, "fill_weight": 2 * 2.0,
+    "region_weight": 10.0, "gaussian": True, "reinit": "copy", "apart": 0.0, "background": "scene",
+}  # fmt: skip
+
+
+def test_the_constants_are_those_of_the_code_and_of_the_paper():
+    official, paper = asdict(LoraComposer.official()), asdict(LoraComposer.paper())
+    del official["apart_side"]  # what is never apart has no sides
+    assert official == OFFICIAL
+    # L_fill is the sum of the means over both profiles here, and one mean over both in the paper.
+    weights = {"ce_weight": 1.0, "fill_weight": 0.25 / 2, "region_weight": 0.8}
+    assert {name: value for name, value in paper.items() if value != official.get(name, value)} == {
+        **weights, "step_decay": 1.0,
+    }  # fmt: skip
+    assert make_method("lora-composer") == LoraComposer()
