@@ -19,7 +19,7 @@ from lora_compose.compose.support.version import __version__
 from lora_compose.compose.training.command import train
 
 app = typer.Typer(
-    help="Several concept LoRAs together in one diffusers image, every one with its own identity.",
+    help="Several concept LoRAs in one diffusers image, each with its own identity.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -50,7 +50,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Several concept LoRAs together in one diffusers image, every one with its own identity."""
+    """Several concept LoRAs in one diffusers image, each with its own identity."""

@@ -194,7 +194,7 @@ def test_names_lead_to_no_files(tmp_path: Path, name: str) -> None:
 
 
 MISTAKES = {
-    "no prompt": (["playground"], "Give --prompt TEXT or --scene FILE"),
+    "no prompt": (["playground"], "give --prompt TEXT or --scene FILE"),
     "no model": (["nowhere", "--prompt", "a"], "there is no model 'nowhere'; expected playground, a folder"),
     "no hub": (["someone/nothing-here", "--prompt", "a"], "the model 'someone/nothing-here' cannot be opened"),
     "unknown method": (["playground", *PAIR, "--method", "blend"], "unknown method 'blend'; there are merge, tara"),
@@ -262,9 +262,9 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected path, name, trigger, class, weight, region"),
-        ("cat.safetensors", "'cat.safetensors' is no field of a concept"),
-        ("path=a.safetensors,wieght=2", "'wieght' is no field of a concept"),
+        ("", "fields are path, name, trigger, class, weight, region"),
+        ("cat.safetensors", "unknown field 'cat.safetensors'"),
+        ("path=a.safetensors,wieght=2", "unknown field 'wieght'"),
         ("trigger=sks", "path is missing"),
         ("path=", "path is missing"),
         ("path=a.safetensors,path=b.safetensors", "path is given twice"),
@@ -272,7 +272,7 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
         (
             "path=a.safetensors,region=1:2:3",
-            "region is left:top:right:bottom in whole pixels, or a picture that is white inside, not '1:2:3'",
+            "region must be left:top:right:bottom in whole pixels or a mask image, not '1:2:3'",
         ),
         ("path=a.safetensors,region=9:0:3:4", "0 <= left < right"),
     ],
@@ -467,7 +467,7 @@ def test_a_strangers_picture_runs_no_code(pictures: dict[str, Path], tmp_path: P
         (lambda run: run.update(scheduler="logging"), "unknown scheduler 'logging'"),
         (lambda run: run.update(device="meta"), None),
         (lambda run: run.update(model="playground/../../secret"), "there is no model"),
-        (lambda run: run["scene"]["concepts"][0].update(lora="playground:../../x"), "not where they were"),
+        (lambda run: run["scene"]["concepts"][0].update(lora="playground:../../x"), "have moved"),
         (lambda run: run["scene"]["concepts"][0].update(lora=None), "no file named"),
     ],
 )
@@ -485,7 +485,7 @@ def test_records_of_strangers_reach_only_what_is_meant(
 
 def test_pictures_without_a_record_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
-    assert "carries no record" in call("replay", tmp_path / "1.png", code=2).stderr
+    assert "has no record" in call("replay", tmp_path / "1.png", code=2).stderr
     assert "there is no file" in call("replay", tmp_path / "2.png", code=2).stderr
 
 
@@ -507,13 +507,13 @@ def test_check_says_what_matches_without_making_a_picture(monkeypatch: pytest.Mo
     assert "unet layers, rank 8" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
     assert "method tara, because every concept was trained for it size" in text
-    assert "40 UNet rows (20 steps with guidance), 0.99 times the operations of a plain picture" in text
+    assert "40 UNet rows (20 steps with guidance), 0.99 times the FLOPs of a plain image" in text
     assert text.endswith("no problems")
     text = flat(call("check", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
     assert "25 UNet rows (25 steps without guidance)" in text
     assert "method merge" in text
     text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
-    assert "80 UNet rows (20 steps with guidance), 2.02 times the operations of a plain picture" in text
+    assert "80 UNet rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
 
 def test_check_reports_a_broken_scene_file(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text("prompt: a\nconcept: []\n")
-    assert "concept: there is no such field" in call("check", tmp_path / "scene.yaml", code=2).stderr
+    assert "concept: unknown field" in call("check", tmp_path / "scene.yaml", code=2).stderr
 
 
 # --- demo and the rest ---

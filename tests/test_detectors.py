@@ -125,8 +125,8 @@ def test_a_folder_without_a_detection_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_windows_need_an_encoder_that_reads() -> None:
-    with pytest.raises(ValueError, match="windows need an encoder that reads text, and pictures only does not"):
-        WindowDetector(Encoder("pictures only", model=None, processor=None))
+    with pytest.raises(ValueError, match="windows need an encoder that reads text, and images only does not"):
+        WindowDetector(Encoder("images only", model=None, processor=None))
 
 
 def test_a_finding_does_not_depend_on_the_order_of_the_words() -> None:

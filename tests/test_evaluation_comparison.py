@@ -70,7 +70,7 @@ def test_only_common_pictures_are_compared(tmp_path: Path) -> None:
     none = compared(tmp_path / "none", short(seeds=[1]), short(seeds=[2]))
     assert rows(none)["merge", "region"]["pictures"] == 0
     assert rows(none)["merge", "region"]["a"] == pytest.approx(0.45)
-    assert "no common pictures" in none.markdown()
+    assert "no common images" in none.markdown()
 
 
 def test_loras_alone_are_compared_concept_by_concept(tmp_path: Path) -> None:

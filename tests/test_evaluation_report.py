@@ -261,7 +261,7 @@ def test_mixed_versions_and_machines_are_said(tmp_path: Path) -> None:
 def test_an_evaluation_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
     words = report_of(tmp_path, suite(), lambda batch, seed: None)
     assert "16 batches of 16 failed or are not made yet" in words
-    assert "No pictures with scores yet." in words
+    assert "No images with scores yet." in words
 
 
 # --- pictures ---
@@ -306,4 +306,4 @@ def test_a_picture_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> Non
     store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
     damage(next(tmp_path.glob("batches/both-merge*/1.png")))
     write_report(tmp_path)
-    assert _Page(tmp_path / "report.html").words.count("picture missing") == 1
+    assert _Page(tmp_path / "report.html").words.count("image missing") == 1

@@ -342,7 +342,7 @@ def test_only_what_is_damaged_is_made_again(
     assert len(told) == 9
     damaged = ["0.png", "0.png", "1.png", "0.png", MADE, MADE, last[1].scores, last[2].scores, "2.png"]
     for folder, name in zip(folders, damaged, strict=False):
-        assert any(str(folder / name) in line and line.endswith("is made again") for line in told), (folder, name)
+        assert any(str(folder / name) in line and line.endswith("is generated again") for line in told), (folder, name)
 
 
 def test_results_without_checksums_are_kept(suite: Suite, finished: Path, tmp_path: Path) -> None:
@@ -442,7 +442,7 @@ def _launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *texts: str) -> f
 
 
 def test_a_process_that_was_killed_is_said_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OSError, match=r"was ended by SIGKILL; .*memory.* is kept, and the same command goes on"):
+    with pytest.raises(OSError, match=r"was ended by SIGKILL; .*memory.* is kept; the same command resumes"):
         _launched(tmp_path, monkeypatch, "time.sleep(60)", "os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(OSError, match="was ended by SIGTERM"):
         _launched(tmp_path, monkeypatch, "os.kill(os.getpid(), signal.SIGTERM)", "time.sleep(60)")

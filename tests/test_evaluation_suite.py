@@ -194,11 +194,11 @@ def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
         ({"scenes": [{**SCENE, "regions": {}}]}, "no regions and the suite has no detector"),
         ({"scenes": [SCENE, SCENE]}, "'both' stands twice"),
         ({"scenes": [{**SCENE, "name": "../../etc"}]}, "scenes[0].name"),
-        ({"scenes": [{**SCENE, "sizes": 3}]}, "scenes[0].sizes: there is no such field; there are name, prompt"),
+        ({"scenes": [{**SCENE, "sizes": 3}]}, "scenes[0].sizes: unknown field; fields are name, prompt"),
         ({"detector": {"kind": "magic"}}, "detector"),
         ({"save_memory": ["magic"]}, "save_memory"),
         ({"save_memory": ["model-offload", "sequential-offload"]}, "do not go together; choose one"),
-        ({"encodr": "clip"}, "encodr: there is no such field; there are name, model, encoder"),
+        ({"encodr": "clip"}, "encodr: unknown field; fields are name, model, encoder"),
         ({"concepts": [{**CAT, "trigger": ""}, DOG]}, "concepts[0].trigger"),
         ({"guidance_scale": "much"}, "guidance_scale"),
     ],
@@ -241,5 +241,5 @@ def test_batches_have_different_names(tmp_path: Path) -> None:
 
 def test_a_missing_reference_picture_is_named(tmp_path: Path) -> None:
     suite = read_suite(written(tmp_path, concepts=[{**CAT, "references": ["lost.png"]}, DOG]))
-    with pytest.raises(ValueError, match=r"concept 'cat': the reference picture '.*lost.png' is missing"):
+    with pytest.raises(ValueError, match=r"concept 'cat': the reference image '.*lost.png' is missing"):
         make_plan(suite)

@@ -172,12 +172,12 @@ WRONG = {
     "unknown field": (
         "a.yaml",
         SCENE + "    wieght: 2\n",
-        r"concepts\[0\].wieght: there is no such field; there are name, lora",
+        r"concepts\[0\].wieght: unknown field; fields are name, lora",
     ),
     "unknown scene field": (
         "a.yaml",
         "prompt: a\nseed: 1\n",
-        "seed: there is no such field; there are prompt, negative",
+        "seed: unknown field; fields are prompt, negative",
     ),
     "a field twice": ("a.yaml", "prompt: a\nprompt: b\n", "'prompt' is given twice"),
     "a field twice in json": ("a.json", '{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
@@ -345,7 +345,7 @@ def test_free_path_counts_up(tmp_path: Path) -> None:
 def test_records_have_no_place_for_anything_else(tmp_path: Path) -> None:
     data = record(run_with("cat.safetensors")).model_dump(mode="json")
     wrong = {
-        "extra": ({**data, "code": "x"}, r"its record: code: there is no such field; there are run, versions"),
+        "extra": ({**data, "code": "x"}, r"its record: code: unknown field; fields are run, versions"),
         "hash": ({**data, "sha256": {"cat": "../../x"}}, r"sha256\.cat"),
         "threads": ({**data, "machine": {**data["machine"], "threads": 0}}, r"machine\.threads"),
         "run": ({**data, "run": {"scene": {}}}, r"run\.scene\.prompt: is missing"),
@@ -365,7 +365,7 @@ def test_garbage_in_place_of_a_record(tmp_path: Path, text: str) -> None:
 
 
 def test_pictures_of_others_have_no_record(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="carries no record of lora-compose"):
+    with pytest.raises(FileError, match="has no record of lora-compose"):
         read_record(png(tmp_path / "1.png", parameters="a cat, Steps: 20"))
     with pytest.raises(FileError, match="there is no file"):
         read_record(tmp_path / "none.png")

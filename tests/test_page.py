@@ -87,7 +87,7 @@ def test_regions_are_kept_but_do_not_count_while_boxes_are_off() -> None:
         ({"size": (100_000, 128)}, "100000 x 128 pixels"),
         ({"size": (129, 128)}, "multiple of 8"),
         ({"prompt": "a " * 5000}, "2000 characters"),
-        ({"prompt": "  "}, "what is to be seen"),
+        ({"prompt": "  "}, "Write a prompt"),
         ({"steps": 10**9}, "1000000000 steps"),
         ({"seeds": tuple(range(100))}, "100 seeds"),
         ({"concepts": (BEAR.model_copy(update={"name": "b" * 1000}),)}, "60 letters"),
@@ -231,11 +231,11 @@ def test_what_is_wrong_with_words_is_flagged(slot: Slot) -> None:
     def flags(prompt: str, *concepts: Concept) -> str:
         return "\n".join(read_prompt(prompt, concepts, slot.tokenizer).flags)
 
-    assert "robot is not in the prompt: write “qrt robot”" in flags("a xlo bear", BEAR, ROBOT)
-    assert "No “bear” stands after the trigger" in flags("a xlo", BEAR)
-    assert "stands 2 times" in flags("a xlo bear and a xlo bear", BEAR)
+    assert "robot is missing in the prompt: write “qrt robot”" in flags("a xlo bear", BEAR, ROBOT)
+    assert "Write “bear” after the trigger" in flags("a xlo", BEAR)
+    assert "occurs 2 times" in flags("a xlo bear and a xlo bear", BEAR)
     assert "share words" in flags("a xlo bear", BEAR, ROBOT.model_copy(update={"trigger": "xlo"}))
-    assert "has no trigger" in flags("a bear", BEAR.model_copy(update={"trigger": ""}))
+    assert "needs a trigger word" in flags("a bear", BEAR.model_copy(update={"trigger": ""}))
     own = ROBOT.model_copy(update={"prompt": "a qrt robot"})
     assert flags("a xlo bear", BEAR, own) == ""  # named in its own prompt
 
@@ -507,7 +507,7 @@ def test_loras_of_a_record_are_found_by_content_and_strangers_paths_are_not_foll
 def test_pictures_that_are_not_ours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    with pytest.raises(FileError, match=r"^mine\.png carries no record"):
+    with pytest.raises(FileError, match=r"^mine\.png has no record"):
         store.dropped("../mine.png", BytesIO(buffer.getvalue()))
     with pytest.raises(FileError, match=r"^mine\.png is not a readable PNG"):
         store.dropped("mine.png", BytesIO(b"GIF89a"))

@@ -33,7 +33,7 @@ CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 MINUTE = 60_000
-MAKE = re.compile("^Make the picture")
+MAKE = re.compile("^Generate 1 image")
 
 
 def free_port() -> int:
@@ -181,7 +181,7 @@ def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, t
         settled(page)
     expect(page.get_by_label("Name", exact=True)).to_have_count(2)
     expect(page.get_by_label("Trigger", exact=True).first).to_have_value("sks")
-    prompt = page.get_by_label("What is to be seen?")
+    prompt = page.get_by_label("Prompt: name each concept by its trigger")
     prompt.fill("")
     prompt.press("Control+Enter")
     for phrase in ("sks cat", "zwx dog"):
@@ -228,13 +228,13 @@ def test_two_boxes_are_drawn_dragged_and_moved_by_keys(page: Page, tmp_path: Pat
 def test_methods_side_by_side_with_cost_and_likeness(page: Page) -> None:
     view(page, "Compare")
     expect(page.get_by_text("what it does")).to_be_visible()
-    page.get_by_role("button", name="Make them all").click()
-    expect(page.get_by_role("button", name="Look at it")).to_have_count(3, timeout=3 * MINUTE)
+    page.get_by_role("button", name="Generate all").click()
+    expect(page.get_by_role("button", name="View image")).to_have_count(3, timeout=3 * MINUTE)
     expect(page.get_by_text(re.compile(r"bear: (\d\.\d\d|not found)")).first).to_be_visible()
-    page.get_by_role("button", name="Look at it").first.click()
+    page.get_by_role("button", name="View image").first.click()
     settled(page)
     view(page, "Understand")
-    expect(page.get_by_text("Where the model looks for bear")).to_be_visible()
+    expect(page.get_by_text("Attention to bear")).to_be_visible()
 
 
 def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
@@ -244,7 +244,7 @@ def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
     page.get_by_role("button", name=MAKE).click()
     expect(page.get_by_text(re.compile(r"Step [1-9]\d* of 200, .* left"))).to_be_visible()
     page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_text("Stopped. Everything you have set is still here.")).to_be_visible(timeout=15_000)
+    expect(page.get_by_text("Stopped. Your settings are unchanged.")).to_be_visible(timeout=15_000)
     expect(page.get_by_label("Steps")).to_have_value("200")
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
 
@@ -259,7 +259,7 @@ def test_a_picture_dropped_in_sets_everything_and_gives_the_same_pixels(page: Pa
     picture = downloaded(page, tmp_path / "picture.png")
     page.reload()
     expect(page.get_by_label("Seeds", exact=True)).to_have_value("2", timeout=2 * MINUTE)
-    page.get_by_text("Everything from a picture").click()
+    page.get_by_text("Load settings from a PNG").click()
     page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*="png"]').set_input_files(picture)
     expect(page.get_by_label("Seeds", exact=True)).to_have_value("3")
     expect(page.get_by_label("Steps")).to_have_value("5")
@@ -273,14 +273,14 @@ def test_two_visitors_see_nothing_of_each_other_and_both_finish(page: Page, othe
     upload(page, playground_lora("cat"))
     expect(page.get_by_label("Name", exact=True)).to_have_count(3)
     page.keyboard.press("Escape")
-    page.get_by_label("What is to be seen?").fill("a xlo bear, a sks cat and a qrt robot on grass")
-    page.get_by_label("What is to be seen?").press("Control+Enter")
+    page.get_by_label("Prompt: name each concept by its trigger").fill("a xlo bear, a sks cat and a qrt robot on grass")
+    page.get_by_label("Prompt: name each concept by its trigger").press("Control+Enter")
     other_page.get_by_label("Seeds", exact=True).fill("1")
     other_page.get_by_label("Seeds", exact=True).press("Enter")
     for one in (page, other_page):
         settled(one)
         one.get_by_role("button", name=MAKE).click()
-    expect(other_page.get_by_text("Waiting for the model: one call of somebody else before you")).to_be_visible()
+    expect(other_page.get_by_text("Waiting for the model: one call of another session ahead")).to_be_visible()
     for one in (page, other_page):
         expect(one.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
     mine = read_record(downloaded(page, tmp_path / "mine.png"))
@@ -289,7 +289,7 @@ def test_two_visitors_see_nothing_of_each_other_and_both_finish(page: Page, othe
     assert [concept.name for concept in theirs.run.scene.concepts] == ["bear", "robot"]
     expect(other_page.get_by_label("Name", exact=True)).to_have_count(2)
     view(other_page, "Gallery")
-    expect(other_page.get_by_role("button", name="Look at it")).to_have_count(1)
+    expect(other_page.get_by_role("button", name="View image")).to_have_count(1)
     alone = make_alone(theirs)
     assert np.array_equal(np.asarray(alone), np.asarray(read_pixels(tmp_path / "theirs.png")))
 
@@ -306,12 +306,12 @@ def make_alone(record: Any) -> Image.Image:
 def test_all_of_it_by_keyboard(page: Page) -> None:
     page.keyboard.press("Tab")
     for _ in range(5):
-        if page.evaluate("document.activeElement.innerText").strip().endswith("Make the picture"):
+        if page.evaluate("document.activeElement.innerText").strip().endswith("Generate 1 image"):
             break
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
-    page.get_by_role("radio", name="Picture", exact=True).focus()
+    page.get_by_role("radio", name="Image", exact=True).focus()
     page.keyboard.press("ArrowRight")
     settled(page)
     if page.get_by_text("what it does").count() == 0:  # arrows move, Enter chooses
@@ -323,8 +323,8 @@ def test_markup_is_shown_as_it_is(page: Page) -> None:
     evil = '<img src=x onerror="window.caught=1"> **bold** $x$ :smile: [a](javascript:alert(1))'
     page.get_by_label("Name", exact=True).first.fill(evil[:60])
     page.get_by_label("Name", exact=True).first.press("Enter")
-    page.get_by_label("What is to be seen?").fill(f"a xlo bear and a qrt robot {evil}")
-    page.get_by_label("What is to be seen?").press("Control+Enter")
+    page.get_by_label("Prompt: name each concept by its trigger").fill(f"a xlo bear and a qrt robot {evil}")
+    page.get_by_label("Prompt: name each concept by its trigger").press("Control+Enter")
     settled(page)
     expect(page.locator(".lc-prompt")).to_contain_text(evil)
     page.get_by_label("Trigger", exact=True).first.fill("<b>nowhere</b>")
@@ -372,8 +372,8 @@ def test_the_page_answers_everybody_while_a_strangers_file_is_read(
     asking.start()
     try:
         upload(page, tmp_path / "cat.safetensors")
-        other_page.get_by_label("What is to be seen?").fill("a xlo bear and a qrt robot in snow")
-        other_page.get_by_label("What is to be seen?").press("Control+Enter")
+        other_page.get_by_label("Prompt: name each concept by its trigger").fill("a xlo bear and a qrt robot in snow")
+        other_page.get_by_label("Prompt: name each concept by its trigger").press("Control+Enter")
         expect(other_page.locator(".lc-prompt")).to_contain_text("in snow", timeout=10_000)
         expect(page.get_by_label("Name", exact=True)).to_have_count(3)
         settled(other_page)
@@ -395,10 +395,10 @@ def start_long_work(page: Page) -> None:
     upload(page, playground_lora("cat"))
     expect(page.get_by_label("Name", exact=True)).to_have_count(3)
     page.keyboard.press("Escape")
-    page.get_by_label("What is to be seen?").fill("a xlo bear, a sks cat and a qrt robot on grass")
-    page.get_by_label("What is to be seen?").press("Control+Enter")
+    page.get_by_label("Prompt: name each concept by its trigger").fill("a xlo bear, a sks cat and a qrt robot on grass")
+    page.get_by_label("Prompt: name each concept by its trigger").press("Control+Enter")
     settled(page)
-    page.get_by_role("button", name="Make 16 pictures").click()
+    page.get_by_role("button", name="Generate 16 images").click()
     expect(page.get_by_text(re.compile("step [1-9]"))).to_be_visible()
 
 

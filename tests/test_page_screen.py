@@ -92,20 +92,20 @@ def test_a_picture_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     assert "2.png: lora-composer, seed 2" in said(at)
     at.session_state["set.view"] = "Understand"
     at.run()
-    assert "Where the model looks for bear" in said(at)
+    assert "Attention to bear" in said(at)
 
 
 def test_several_seeds_give_several_pictures(at: AppTest) -> None:
     at.text_input(key=fields.SEEDS).set_value("1-3")
     at.run()
-    assert at.button(key="do.make").label == "Make 3 pictures"
+    assert at.button(key="do.make").label == "Generate 3 images"
     made(at)
     assert [picture.run.seed for picture in visit(at).pictures] == [3, 2, 1]
 
 
 def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
     at.text_area(key=fields.PROMPT).set_value("a xlo bear on grass").run()
-    assert "robot is not in the prompt" in said(at)
+    assert "robot is missing in the prompt" in said(at)
     assert at.button(key="do.make").disabled
     at.button(key="do.insert.1").click().run()
     assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot on grass"
@@ -154,7 +154,7 @@ def test_errors_keep_all_input(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> 
     at.text_input(key=row_key(at, 0, "name")).set_value("Bruno").run()
     monkeypatch.setattr("lora_compose.compose.page.work.make_batch", fails)
     made(at)
-    assert "too little memory" in said(at)
+    assert "Out of memory" in said(at)
     assert at.text_input(key=row_key(at, 0, "name")).value == "Bruno"
     monkeypatch.undo()
     made(at)
@@ -181,7 +181,7 @@ def test_more_concepts_than_can_be_are_left_out_in_words(at: AppTest) -> None:
     at.multiselect(key="do.pick.ready.0").set_value(names).run()
     at.button(key="do.add.ready").click().run()
     assert len(visit(at).rows) == 12
-    assert "12 concepts are the most" in said(at)
+    assert "12 concepts are the maximum" in said(at)
 
 
 def test_names_twice_are_said(at: AppTest) -> None:
@@ -266,7 +266,7 @@ def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_
 ) -> None:
     cat = Concept(name="cat", lora="/elsewhere/cat.safetensors", trigger="sks", class_word="cat", weight=0.7)
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
-    assert "LoRAs are not here: cat" in said(at)
+    assert "LoRAs are missing: cat" in said(at)
     assert at.button(key="do.make").disabled
     uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
     uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
@@ -279,7 +279,7 @@ def test_a_picture_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path)
     drop(at, tmp_path, {}, model="stranger/model")
     assert visit(at).slot.choice.model == "playground"
     assert at.text_input(key="set.model.name").value == "stranger/model"
-    assert "look whether you want it" in said(at)
+    assert "open it there if you trust it" in said(at)
 
 
 def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
@@ -315,7 +315,7 @@ def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
     (row,) = visit(at).rows
     assert row.lora is not None
     assert row.lora.source == "stranger/cat-lora"
-    assert "is another file than the one that the picture was made with" in said(at)
+    assert "is not the file that the image was made with" in said(at)
     assert not at.button(key="do.make").disabled
 
 
@@ -328,7 +328,7 @@ def test_the_open_model_is_not_opened_again_in_another_precision_by_a_picture(
     at.run()
     monkeypatch.setattr("lora_compose.compose.page.shelf.open_model", lambda *args: pytest.fail("it is opened"))
     drop(at, tmp_path, {}, model="stranger/model", dtype="bfloat16")
-    assert "It was made with the model stranger/model in bfloat16, which is not open here" in said(at)
+    assert "It was made with the model stranger/model in bfloat16, which is not open" in said(at)
     drop(at, tmp_path, {}, model="stranger/model")
     assert "It was made with the model" not in said(at)
 
@@ -344,9 +344,9 @@ def test_what_the_page_does_not_know_is_refused_and_nothing_changes(at: AppTest,
 def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> None:
     bear, robot = example().concepts
     for change, words in (
-        ({"region": (0, 0, 3, 64)}, "region of bear was (0, 0, 3, 64), and is (0, 0, 8, 64) here"),
-        ({"trigger": "xlo "}, "trigger of bear was “xlo ”, and is “xlo” here"),
-        ({"region": None}, "region of bear was not given, and is (0, 0, 128, 128) here"),
+        ({"region": (0, 0, 3, 64)}, "region of bear was (0, 0, 3, 64) and is (0, 0, 8, 64) here"),
+        ({"trigger": "xlo "}, "trigger of bear was “xlo ” and is “xlo” here"),
+        ({"region": None}, "region of bear was not given and is (0, 0, 128, 128) here"),
     ):
         drop(at, tmp_path, {"concepts": (bear.model_copy(update=change), robot)})
         assert words in said(at)
@@ -373,7 +373,7 @@ def test_others_are_not_kept_waiting_by_a_file_that_takes_long(at: AppTest) -> N
         at.text_area(key=fields.PROMPT).set_value("a xlo bear and a qrt robot in snow").run()
         assert time.monotonic() - started < 5
         assert not at.exception
-        assert "at work for somebody else" in said(at)
+        assert "busy with another session" in said(at)
         assert not at.button(key="do.make").disabled
 
 
@@ -414,7 +414,7 @@ def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
     assert not at.exception
     assert visit(at) is not before
     assert visit(at).store.folder.is_dir()
-    assert "You were away" in at.toast[0].value
+    assert "Your session ended" in at.toast[0].value
     before.begin(list(example().runs()), comparing=False, record_attention=False)  # a click that came too late
     until(before.close)
     assert before.job is None
@@ -484,10 +484,10 @@ def test_stop_and_waiting_are_said(at: AppTest) -> None:
         at.button(key="do.make").click().run()
         until(lambda: bool(visit(at).job and visit(at).job.ahead))  # pyright: ignore[reportOptionalMemberAccess]
         at.run()
-        assert any("one call of somebody else before you" in str(found.proto) for found in at.get("progress"))
+        assert any("one call of another session ahead" in str(found.proto) for found in at.get("progress"))
     at.button(key="do.stop").click().run()
     after(at)
-    assert "Everything you have set is still here" in said(at)
+    assert "Your settings are unchanged" in said(at)
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:

@@ -81,7 +81,7 @@ def test_a_set_without_a_picture_is_named(packages: Path, tmp_path: Path, monkey
     assert draw(folder, "noto", "1f4a9") is None
     monkeypatch.setattr(artwork, "CODEPOINTS", {**CODEPOINTS, "comet": "2604-fe0f"})
     said = command(artwork.main, tmp_path / "sprites.npz", "--art", packages, code=2)
-    assert "the packages have no picture for comet/noto, comet/fluent3d, comet/twemoji, comet/fluentflat" in said
+    assert "the packages have no image for comet/noto, comet/fluent3d, comet/twemoji, comet/fluentflat" in said
     assert not (tmp_path / "sprites.npz").exists()
 
 

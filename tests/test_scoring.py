@@ -133,13 +133,13 @@ def test_a_folder_of_references_holds_pictures_only(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_of_references_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="concept 'bear': no picture in"):
+    with pytest.raises(ValueError, match="concept 'bear': no image in"):
         reference_files(concept(str(tmp_path)))
 
 
 def test_an_unreadable_reference_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match=r"concept 'bear': the reference picture '.*a.png' cannot be read"):
+    with pytest.raises(ValueError, match=r"concept 'bear': the reference image '.*a.png' cannot be read"):
         reference_crops(concept(str(tmp_path)))
 
 

@@ -260,7 +260,7 @@ def test_a_training_that_was_stopped_goes_on_with_the_same_bits(
             signal.raise_signal(signal.SIGINT)
 
     for number in (1, 4):
-        with pytest.raises(Stopped, match=rf"stopped after step {number} of 5; give the same command to go on"):
+        with pytest.raises(Stopped, match=rf"stopped after step {number} of 5; run the same command to resume"):
             train(settings, on_step=press_ctrl_c)
         assert settings.checkpoint.exists()
         assert not settings.out.exists()
@@ -471,7 +471,7 @@ def test_changed_pictures_are_refused(begin: Callable[..., Training]) -> None:
     settings = begin()
     stopped_at(settings, 2)
     paint_folder(settings.pictures, 4)
-    with pytest.raises(CheckpointError, match="the pictures or captions are others"):
+    with pytest.raises(CheckpointError, match="the images or captions have changed"):
         train(settings)
 
 
@@ -599,7 +599,7 @@ def test_one_picture_is_enough_but_mentioned(
 ) -> None:
     folder = paint_folder(tmp_path / "one", 1)
     assert train(begin(pictures=folder, steps=1)).exists()
-    assert "there is one picture" in caplog.text
+    assert "there is one image" in caplog.text
 
 
 def test_small_pictures_can_be_trained_on(
@@ -607,11 +607,11 @@ def test_small_pictures_can_be_trained_on(
 ) -> None:
     folder = paint_folder(tmp_path / "small", 2, (20, 12))
     assert train(begin("xl", pictures=folder, steps=1)).exists()
-    assert "2 of 2 pictures are smaller than 32 x 32" in caplog.text
+    assert "2 of 2 images are smaller than 32 x 32" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [(None, "holds no pictures"), (b"\x89PNG\r\n", "is not a readable picture")]
+    ("content", "complaint"), [(None, "holds no images"), (b"\x89PNG\r\n", "is not a readable image")]
 )
 def test_a_folder_without_usable_pictures_is_refused_before_anything_is_done(
     begin: Callable[..., Training], tmp_path: Path, content: bytes | None, complaint: str
@@ -793,7 +793,7 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Train
     process.send_signal(signal.SIGINT)
     error = flat(process.stderr.read())
     assert process.wait(60) == INTERRUPTED
-    assert "give the same command to go on (without --fresh)" in error
+    assert "run the same command to resume (without --fresh)" in error
     assert "Traceback" not in error
     assert settings.checkpoint.exists()
 

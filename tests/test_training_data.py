@@ -61,11 +61,11 @@ def test_captions_of_missing_pictures_are_mentioned(tmp_path: Path, caplog: pyte
     folder = paint_folder(tmp_path, 1)
     (folder / "captions.tsv").write_text("0.png\ta\n9.png\tb\n../1.png\tc\n")
     assert len(read_pictures(folder, ["x"])) == 1
-    assert "pictures that are not there: ../1.png, 9.png" in caplog.text
+    assert "images that are not there: ../1.png, 9.png" in caplog.text
 
 
 def test_an_empty_or_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no pictures; expected files that end with \.png, \.jpg"):
+    with pytest.raises(DataError, match=r"holds no images; expected files that end with \.png, \.jpg"):
         read_pictures(tmp_path, ["x"])
     with pytest.raises(DataError, match="there is no folder"):
         read_pictures(tmp_path / "nowhere", ["x"])
@@ -76,7 +76,7 @@ def test_a_broken_picture_is_named(tmp_path: Path, how: str) -> None:
     path = paint_folder(tmp_path, 3) / "1.png"
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[how])
-    with pytest.raises(DataError, match=r"1\.png is not a readable picture"):
+    with pytest.raises(DataError, match=r"1\.png is not a readable image"):
         read_pictures(tmp_path, ["x"])
 
 
@@ -109,7 +109,7 @@ def test_small_pictures_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytes
     Image.new("RGB", (64, 64)).save(folder / "large.png")
     found = read_pictures(folder, ["x"])
     say_small(found, 32)
-    assert "2 of 3 pictures are smaller than 32 x 32" in caplog.text
+    assert "2 of 3 images are smaller than 32 x 32" in caplog.text
     assert "0.png, 1.png" in caplog.text
     assert square(load_picture(found[0].path), 32)[0].shape == (3, 32, 32)
     caplog.clear()

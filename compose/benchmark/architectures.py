@@ -42,7 +42,7 @@ VAE: Mapping[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
 }
-"""That of all of them, but for the size of the pictures that it was trained on."""
+"""That of all of them, but for the size of the images that it was trained on."""
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"SD 1.5": SD15, "SDXL": SDXL}
 
 _CLIP_L: Mapping[str, Any] = {
@@ -97,7 +97,7 @@ def attention_lora(unet: UNet2DConditionModel) -> Lora:
 
 
 def columns(number: int, width: int, height: int) -> list[Concept]:
-    """Concepts, each with a column of the picture as its region; the columns fill it."""
+    """Concepts, each with a column of the image as its region; the columns fill it."""
     boxes: list[Region] = [(width * i // number, 0, width * (i + 1) // number, height) for i in range(number)]
     return [
         Concept(name=f"concept {i}", trigger=TRIGGERS[i], class_word=NOUNS[i], weight=1.0, region=box)

@@ -53,7 +53,7 @@ class PeakRow:
     Attributes:
         architecture: Its name.
         method: Name of the method; None is the plain pipeline.
-        concepts: How many take part.
+        concepts: Number of concepts.
         peak: As it is.
         checkpointed: With gradient checkpointing; None where there are no gradients.
     """
@@ -78,36 +78,36 @@ class TimedRow:
 
 @kindly(logging.ERROR)
 def bench(
-    methods: Annotated[list[str] | None, typer.Option("--method", help="A method; repeatable. All by default.")] = None,
+    methods: Annotated[list[str] | None, typer.Option("--method", help="A method, repeatable; default: all.")] = None,
     concepts: Annotated[
         list[int] | None,
-        typer.Option("--concepts", "-n", help="How many concepts; repeatable.", min=1, max=len(TRIGGERS)),
+        typer.Option("--concepts", "-n", help="Number of concepts; repeatable.", min=1, max=len(TRIGGERS)),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the methods, repeatable: fuse=branches")
+        list[str] | None, typer.Option("--set", help="A setting of the methods, repeatable, e.g. fuse=branches")
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
     count: Annotated[
-        bool, typer.Option("--count", help="Count rows and FLOPs, for SD 1.5 and SDXL; the default.")
+        bool, typer.Option("--count", help="Count UNet rows and FLOPs on SD 1.5 and SDXL; the default.")
     ] = False,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Work out the memory that SD 1.5 and SDXL need in half precision.")
+        bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
     ] = False,
     time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
     swap: Annotated[
-        bool, typer.Option("--swap", help="Measure how long it takes to read a LoRA file, and to swap one for another.")
+        bool, typer.Option("--swap", help="Measure the time to read a LoRA file, and to swap it for another.")
     ] = False,
     model: Annotated[
-        str, typer.Option(help="What is timed: playground, a folder, a file, or a hub repository.")
+        str, typer.Option(help="The model to time: playground, a folder, a file, or a hub repository.")
     ] = PLAYGROUND,
-    device: Annotated[str, typer.Option(help="Where to time.")] = "cpu",
+    device: Annotated[str, typer.Option(help="The device to time on.")] = "cpu",
     savers: Annotated[
-        list[Saver] | None, typer.Option("--save-memory", help="What is timed saves memory, repeatable.")
+        list[Saver] | None, typer.Option("--save-memory", help="Time with less memory, repeatable.")
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Interleaved pairs of runs that are timed.", min=1)] = 7,
-    to: Annotated[Path | None, typer.Option("--json", help="A file for the numbers of the tables.")] = None,
+    pairs: Annotated[int, typer.Option(help="Number of interleaved pairs of timed runs.", min=1)] = 7,
+    to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Says what methods cost, next to the plain pipeline; each concept has a random LoRA of rank 8 on all attention."""
+    """Show what methods cost relative to the plain pipeline, with random LoRAs of rank 8 on all attention layers."""
     cells = [(name, number) for name in methods or METHODS for number in concepts or (1, 2, 4, 8)]
     given = parse_settings(settings or [])
     for name, _ in cells:
@@ -172,7 +172,7 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
     whole = ", ".join(f"{cost.flops / 1e12:.0f} TFLOP on {name}" for name, cost in plain.items())
     table = _table(
         f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
-        f"({whole}), and those before the first step in plain steps. UNet rows, those of passes that stop early, and "
+        f"({whole}), and those before the first step in plain steps. UNet rows: full, truncated (stopped), and "
         "backward",
         ["method", "N", "rows", "stopped", "back", *(header for name in plain for header in (name, "before"))],
     )
@@ -191,7 +191,7 @@ def peak_cells(
 ) -> list[PeakRow]:
     """Works out the memory of the plain pipeline and of methods with so many concepts, on every architecture."""
     rows, every = [], [(None, 0), *cells]
-    with bar("working out", len(ARCHITECTURES) * len(every)) as on_progress:
+    with bar("computing", len(ARCHITECTURES) * len(every)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
             unet = counting.meta_unet(config).half()
             side, lora = unet.config["sample_size"] * 8, attention_lora(unet)
@@ -207,7 +207,7 @@ def peak_cells(
 
 
 def decoding_bytes_by_architecture() -> dict[str, tuple[int, int]]:
-    """What decoding a picture takes in float32, whole and in tiles, VAE included."""
+    """What decoding an image takes in float32, whole and in tiles, VAE included."""
     found = {}
     for name, config in ARCHITECTURES.items():
         side = config["sample_size"] * 8
@@ -223,8 +223,8 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
     """GiB as it is and with gradient checkpointing, and what that costs."""
     names = list(dict.fromkeys(row.architecture for row in rows))
     table = _table(
-        f"Worked out: GiB of UNet, LoRAs and passes in half precision, one image, {steps} steps with guidance; then "
-        "with gradient checkpointing, and the operations of the call with it to those without",
+        f"Computed: GiB of UNet, LoRAs and passes in half precision, one image, {steps} steps with guidance; then "
+        "with gradient checkpointing, and the FLOPs with it relative to those without",
         ["method", "N", *(header for name in names for header in (name, "checkp.", "more"))],
     )
     cells: dict[tuple[str, int], list[PeakRow]] = {}
@@ -278,10 +278,10 @@ def swaps_table(swaps: Swaps, device: str) -> Table:
         "milliseconds by file. The last row is part of every call, whatever was used before",
         ["what", "ms"],
     )
-    table.add_row("made known by its header", f"{swaps.adding:.2f}")
-    table.add_row("first named: read, checked, matched", f"{swaps.reading:.1f}")
-    table.add_row("named again, in place of another", f"{swaps.swapping:.2f}")
-    table.add_row("put into the model and taken out", f"{swaps.installing:.1f}")
+    table.add_row("registered by its header", f"{swaps.adding:.2f}")
+    table.add_row("first used: read, checked, matched", f"{swaps.reading:.1f}")
+    table.add_row("used again, in place of another", f"{swaps.swapping:.2f}")
+    table.add_row("installed in the model and removed", f"{swaps.installing:.1f}")
     return table
 
 

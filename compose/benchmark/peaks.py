@@ -30,7 +30,7 @@ class Peak:
 
     Attributes:
         peak_bytes: The most that lives at once, UNet included.
-        flops: Operations of the whole call.
+        flops: FLOPs of the whole call.
         updates: Whether there are passes with a gradient.
     """
 
@@ -67,7 +67,7 @@ def peak(
 
 
 def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
-    """The most that lives at once while one picture is decoded, VAE included.
+    """The most that lives at once while one image is decoded, VAE included.
 
     Args:
         vae: On the meta device, in the precision of decoding.

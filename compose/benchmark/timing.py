@@ -38,9 +38,9 @@ class Job:
         device: Where it runs.
         steps: Denoising steps.
         method: Name of the method; None is the plain pipeline.
-        concepts: How many take part.
+        concepts: Number of concepts.
         settings: Those of the method that differ from its defaults.
-        savers: Ways to need less memory.
+        savers: Options that save memory.
     """
 
     model: str

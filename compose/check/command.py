@@ -29,9 +29,9 @@ def check(
     settings: SetOption = None,
     steps: StepsOption = 25,
     guidance: GuidanceOption = 5.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; chosen if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
 ) -> None:
-    """Says what of a scene matches the model and what it costs, and lists every problem, without making a picture."""
+    """Check a scene against a model: what matches, what it costs, and all problems. Generates nothing."""
     report = check_run(
         run_of(
             scene=read_scene(scene), model=model, method=method, settings=parse_settings(settings or []), steps=steps,

@@ -163,7 +163,7 @@ def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[Loade
     cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
     plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
-    ratio = f"{cost.flops / plain.flops:.2f} times the operations of a plain picture"
+    ratio = f"{cost.flops / plain.flops:.2f} times the FLOPs of a plain image"
     return f"{cost.rows} UNet rows ({run.steps} steps {how}), {ratio}"
 
 

@@ -1,4 +1,4 @@
-"""Whether the scores say what an eye says: verdicts on pictures of two concepts, by the thresholds of an evaluation."""
+"""Whether the scores say what an eye says: verdicts on images of two concepts, by the thresholds of an evaluation."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,11 @@ from lora_compose.compose.evaluation.table import load
 
 
 def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
-    """Says "both", "one" or "none" of every picture: how many concepts are there and are themselves.
+    """Says "both", "one" or "none" of every image: how many concepts are there and are themselves.
 
     Args:
         evaluation: The folder of an evaluation with scenes of these pairs; encoder, detector and thresholds are its.
-        pictures: Two concepts and a picture by number.
+        pictures: Two concepts and an image by number.
     """
     found = load(evaluation)
     suite = found.suite

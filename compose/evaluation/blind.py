@@ -1,6 +1,6 @@
-"""Looking at pictures without knowing which method made them.
+"""Looking at images without knowing which method made them.
 
-`lora-compose blind make` paints pairs of playground concepts in several ways, shuffles the pictures and writes numbered
+`lora-compose blind make` paints pairs of playground concepts in several ways, shuffles the images and writes numbered
 sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and says which way they were for.
 """
 
@@ -29,13 +29,13 @@ from lora_compose.pipelines.scene import Concept
 
 PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
 VERDICTS = {
-    "both": "both subjects are there, each wearing its own coat and none of the other's",
-    "one": "exactly one subject wears its own coat unmixed",
-    "none": "no subject wears its own coat unmixed",
+    "both": "both subjects are present, each with its own coat and none of the other's",
+    "one": "exactly one subject has its own coat unmixed",
+    "none": "no subject has its own coat unmixed",
 }
 COLUMNS, ROWS, SIDE = 5, 4, 192
 
-blind = typer.Typer(help="Look at pictures without knowing which method made them.", no_args_is_help=True)
+blind = typer.Typer(help="Blind tests: vote on images without knowing which method made them.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ HALVES = ((0, 0, 64, 128), (64, 0, 128, 128))
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture to be made."""
+    """One image to be made."""
 
     pair: tuple[str, str]
     arm: Arm
@@ -70,7 +70,7 @@ class Picture:
 
 
 def numbered(seeds: int) -> dict[int, Picture]:
-    """All pictures under the numbers that the sheets show: shuffled, and the same every time."""
+    """All images under the numbers that the sheets show: shuffled, and the same every time."""
     jobs: list[Picture] = []
     for pair in PAIRS:
         mine = [Picture(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
@@ -83,9 +83,9 @@ def numbered(seeds: int) -> dict[int, Picture]:
 @kindly(logging.ERROR)
 def make(
     out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... per pair and way.", min=1)] = 20,
+    seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) per pair and method.", min=1)] = 20,
 ) -> None:
-    """Makes and shuffles the pictures; `regional` gives all LoRAs token masks. Vote before you open key.json."""
+    """Generate and shuffle the images; `regional` gives all LoRAs token masks. Vote before you open key.json."""
     out.mkdir(parents=True, exist_ok=True)
     pipe = ComposePipeline.from_pretrained(playground_model())
     pipe.set_progress_bar_config(disable=True)
@@ -110,10 +110,10 @@ def make(
 def score(
     out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
 ) -> None:
-    """Counts the votes by way of composing."""
+    """Count the votes by method."""
     key, votes = read_votes(out)
     counts = Counter((key[number], verdict) for number, verdict in votes.items())
-    table = Table(title="Blind look")
+    table = Table(title="Blind test")
     for column in ("way", *VERDICTS, "pictures"):
         table.add_column(column)
     for label in dict.fromkeys(sorted(key.values())):
@@ -127,16 +127,16 @@ def score(
 def judge(
     out: Annotated[Path, typer.Argument(help="A folder with votes.csv and key.json.")],
     evaluation: Annotated[Path, typer.Option(help="A finished evaluation of the playground, for the thresholds.")],
-    first: Annotated[int | None, typer.Option(help="Only so many pictures, every n-th of them.", min=1)] = None,
+    first: Annotated[int | None, typer.Option(help="Only this number of images, evenly spaced.", min=1)] = None,
 ) -> None:
-    """Makes the pictures again, lets the judge vote, and says where it disagrees with the eye."""
+    """Reproduce the images, let the judge vote, and list where it disagrees with the human."""
     from lora_compose.compose.evaluation.agreement import judge_votes
 
     key, votes = read_votes(out)
     jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
     if {str(number): job.arm.label for number, job in jobs.items()} != key:
         raise ValueError(
-            f"{out / 'key.json'} is of pictures that are made in other ways today, so they cannot be made again"
+            f"{out / 'key.json'} lists images that are generated differently today, so they cannot be reproduced"
         )
     chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
     pipe = ComposePipeline.from_pretrained(playground_model())
@@ -148,7 +148,7 @@ def judge(
 
 def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, Picture]) -> None:
     console = Console()
-    table = Table(title=f"The eye (rows) and the judge (columns) on {len(judged)} pictures")
+    table = Table(title=f"Human (rows) and judge (columns) on {len(judged)} images")
     for column in ("", *VERDICTS):
         table.add_column(column)
     counts = Counter((eye[number], verdict) for number, verdict in judged.items())
@@ -158,12 +158,12 @@ def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, 
     for arm in ARMS:
         mine = [number for number in judged if jobs[number].arm == arm]
         both = [sum(verdicts[number] == "both" for number in mine) for verdicts in (eye, judged)]
-        console.print(f"both, in {len(mine)} pictures of {arm.label}: eye {both[0]}, judge {both[1]}")
+        console.print(f"both, in {len(mine)} images of {arm.label}: human {both[0]}, judge {both[1]}")
     apart = [number for number in judged if eye[number] != judged[number]]
     console.print(f"they agree on {len(judged) - len(apart)} of {len(judged)}; they disagree on:")
     for number in apart:
         what = f"{jobs[number].arm.label}, {' and '.join(jobs[number].pair)}"
-        console.print(f"  {number}: {what}: eye {eye[number]}, judge {judged[number]}")
+        console.print(f"  {number}: {what}: human {eye[number]}, judge {judged[number]}")
 
 
 def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
@@ -178,12 +178,12 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
     if wrong:
         number, verdict = next(iter(wrong.items()))
-        raise ValueError(f"picture {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
+        raise ValueError(f"image {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
     return key, votes
 
 
 def paint(pipe: Any, job: Picture) -> Image.Image:
-    """Makes a picture."""
+    """Makes an image."""
     suffix = "-tara" if job.arm.kind == "TARA" else ""
     names = [f"{subject}{suffix}" for subject in job.pair]
     for name in names:
@@ -201,7 +201,7 @@ def paint(pipe: Any, job: Picture) -> Image.Image:
 
 
 def _sheet(pair: tuple[str, str], pictures: dict[int, Image.Image]) -> Image.Image:
-    """What the two subjects look like, and numbered pictures below."""
+    """What the two subjects look like, and numbered images below."""
     font = ImageFont.load_default(18)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + 8) + 8, (ROWS + 1) * (SIDE + 30) + 8), "white")
     draw = ImageDraw.Draw(sheet)

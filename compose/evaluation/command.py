@@ -37,7 +37,7 @@ GRACE = 10  # seconds that the first process has to fail by itself when another 
 
 app = typer.Typer(
     cls=_Suites,
-    help="Scores methods on many scenes and seeds: lora-compose evaluate SUITE.",
+    help="Score methods on many scenes and seeds: lora-compose evaluate SUITE.",
     no_args_is_help=True,
 )
 
@@ -45,15 +45,15 @@ app = typer.Typer(
 @app.command("run")
 @kindly(logging.ERROR)
 def run(
-    suite: Annotated[str, typer.Argument(help="A suite file, YAML or JSON, or the name of one that comes along.")],
+    suite: Annotated[str, typer.Argument(help="A suite file, YAML or JSON, or the name of a shipped suite.")],
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Where to; outputs/evaluation/NAME by default. A rerun continues.")
+        Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes; every GPU, or what the suite says, if not given.")
+        int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
     ] = None,
 ) -> None:
-    """Makes and scores all pictures of a suite and writes the report; continues where it was stopped."""
+    """Generate and score all images of a suite and write the report. A rerun resumes."""
     _check_packages()
     from lora_compose.compose.evaluation.planning import make_plan
     from lora_compose.compose.evaluation.runner import evaluate, is_done
@@ -70,24 +70,22 @@ def run(
         evaluate(asked, to)
         return
     plan = make_plan(asked)
-    say(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} pictures, in {to}", to=err)
+    say(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)
     with bar("evaluating", math.ceil(len(plan.batches) / world)) as on_progress:
         evaluate(asked, to, on_progress)
     _say_report(to)
     if left := sum(not is_done(to, planned) for planned in plan.batches):
-        say(f"{left} batches failed; the report says why. The same command tries them again.", style="red", to=err)
+        say(f"{left} batches failed; the report lists why. The same command retries them.", style="red", to=err)
         raise typer.Exit(FAILED)
 
 
 @app.command()
 @kindly(logging.ERROR)
 def report(
-    folder: Annotated[Path, typer.Argument(help="An evaluation's folder, finished or not.")],
-    baseline: Annotated[
-        str | None, typer.Option(help="The method that others are compared with, instead of the suite's.")
-    ] = None,
+    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
+    baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
 ) -> None:
-    """Writes the report of an evaluation again, from what is there."""
+    """Write the report of an evaluation again, from its stored results."""
     _check_packages()
     _say_report(folder, baseline)
 
@@ -95,10 +93,10 @@ def report(
 @app.command()
 @kindly(logging.ERROR)
 def compare(
-    first: Annotated[Path, typer.Argument(help="An evaluation's folder.")],
-    second: Annotated[Path, typer.Argument(help="Another one.")],
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
 ) -> None:
-    """Says what is better in the second evaluation than in the first, and where the interval says nothing."""
+    """Show what is better in the second evaluation than in the first, with intervals."""
     _check_packages()
     from lora_compose.compose.evaluation.comparison import compare_runs
 
@@ -166,9 +164,7 @@ def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
 def _killed(number: int) -> str:
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     why = "; where memory runs out, the system does that: try fewer --processes" if name == "SIGKILL" else ""
-    return (
-        f"a process of the evaluation was ended by {name}{why}. What is finished is kept, and the same command goes on"
-    )
+    return f"a process of the evaluation was ended by {name}{why}. What is finished is kept; the same command resumes"
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:

@@ -39,9 +39,9 @@ class RunComparison:
         a: Folder of the first run.
         b: Folder of the second run.
         notes: What differs between them, and what follows from it.
-        table: A row per arm and metric: means in `a` and `b` over the pictures that both have, their `difference`
+        table: A row per arm and metric: means in `a` and `b` over the images that both have, their `difference`
             (b - a) with its interval (`low`, `high`), `wins`, `ties` and `losses` of b, and the `verdict` on b.
-            Without common pictures the means are those of each run, and there is no difference.
+            Without common images the means are those of each run, and there is no difference.
     """
 
     a: Path
@@ -94,10 +94,10 @@ class RunComparison:
 
 
 def compare_runs(a: Path, b: Path) -> RunComparison:
-    """Compares two runs, picture by picture where both have the same scene and seed.
+    """Compares two runs, image by image where both have the same scene and seed.
 
     Scenes of the same name are the same only if their prompts, concepts and sizes are. If encoder, detector or
-    reference pictures differ, similarities are not comparable, and only `RELATIVE` is compared.
+    reference images differ, similarities are not comparable, and only `RELATIVE` is compared.
 
     Raises:
         FileError: If a folder has no evaluation, or a file of it is damaged.
@@ -131,7 +131,7 @@ def _row(metric: Metric, a: pd.DataFrame, b: pd.DataFrame, shared: Sequence[str]
 
 
 def _keys(pictures: pd.DataFrame) -> list[tuple[str, str, int]]:
-    """Scene, concept that acts alone, and seed of each picture."""
+    """Scene, concept that acts alone, and seed of each image."""
     alone = ["" if pd.isna(name) else str(name) for name in pictures["alone"]]
     return list(zip(pictures["scene"], alone, pictures["seed"], strict=True))
 
@@ -227,7 +227,7 @@ def _difference(row: Mapping[str, Any], metric: Metric) -> str:
 
 def _said(row: Mapping[str, Any]) -> str:
     if not row["pictures"]:
-        return "no common pictures"
+        return "no common images"
     return "undecided" if row["verdict"] == "undecided" else f"B is {row['verdict']}"
 
 

@@ -1,4 +1,4 @@
-"""Where concepts are in a picture: detectors that take nouns."""
+"""Where concepts are in an image: detectors that take nouns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Detector(Protocol):
 
 
 class WindowDetector:
-    """Names square windows of a picture with an encoder that knows words.
+    """Names square windows of an image with an encoder that knows words.
 
     A window is a finding if "a WORD" fits it better than all of: the same of every other noun, "a part of a WORD" of
     every noun, and "nothing". Windows of three sizes are tried on a coarse grid; around the best ones for every word,
@@ -133,7 +133,7 @@ def make_detector(config: WindowsConfig | ZeroShotConfig, encoder: Encoder, devi
 
 
 def coarse_windows(size: tuple[int, int]) -> list[Box]:
-    """Squares of three sizes, spread evenly so that the edges of the picture are reached."""
+    """Squares of three sizes, spread evenly so that the edges of the image are reached."""
     width, height = size
     found = []
     for share, per_side in ((0.4, 6), (0.5, 5), (0.6, 4)):
@@ -147,7 +147,7 @@ def coarse_windows(size: tuple[int, int]) -> list[Box]:
 
 
 def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int], best: int = 2) -> list[Box]:
-    """Windows near the best ones: moved by a sixteenth of the picture, or a little larger or smaller."""
+    """Windows near the best ones: moved by a sixteenth of the image, or a little larger or smaller."""
     width, height = size
     step = max(1, min(width, height) // 16)
     found = []
@@ -190,7 +190,7 @@ def _area(box: Box) -> int:
 
 
 def _inside(edges: Sequence[float], size: tuple[int, int]) -> Box | None:
-    """A box in whole pixels that stays in the picture; None if nothing of it is there."""
+    """A box in whole pixels that stays in the image; None if nothing of it is there."""
     left, top, right, bottom = (round(edge) for edge in edges)
     box = max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
     return box if box[0] < box[2] and box[1] < box[3] else None

@@ -23,17 +23,17 @@ IMAGES_ONLY = ("dinov2", "dinov2_with_registers")
 
 
 class Encoder:
-    """Turns pictures, and texts if it has any use for them, into embeddings; `load_encoder` makes one.
+    """Turns images, and texts if it has any use for them, into embeddings; `load_encoder` makes one.
 
-    Pictures are resized and normalised by the model's own processor, computed with Pillow and numpy whether or not
+    Images are resized and normalised by the model's own processor, computed with Pillow and numpy whether or not
     torchvision is there. The processors of CLIP and DINOv2 usually cut off what is not square.
 
     Args:
         name: What error messages and tables call it.
         model: From transformers.
-        processor: Of pictures.
-        tokenizer: None for a model of pictures only.
-        batch_size: How many pictures or texts are encoded at once; the embeddings do not depend on it.
+        processor: Of images.
+        tokenizer: None for a model of images only.
+        batch_size: How many images or texts are encoded at once; the embeddings do not depend on it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Encoder:
         return self._tokenizer is not None
 
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Encodes pictures of any size and mode.
+        """Encodes images of any size and mode.
 
         Returns:
             Embeddings [n, channels] of length 1, float32 on the CPU.

@@ -1,8 +1,8 @@
-"""What pictures are scored by: pure functions of embeddings and similarities.
+"""What images are scored by: pure functions of embeddings and similarities.
 
 Embeddings are torch tensors [n, channels] of length 1 (see `encoders.py`); everything else is numpy, float64.
 
-A picture with several concepts is described by one matrix S [concepts, concepts]: row i is the crop that belongs to
+An image with several concepts is described by one matrix S [concepts, concepts]: row i is the crop that belongs to
 concept i, column j its similarity to the references of concept j. A row of NaN is a concept that was not detected.
 """
 
@@ -14,15 +14,15 @@ from scipy.optimize import linear_sum_assignment
 
 
 def clip_t(images: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
-    """How well pictures fit their texts: 100 max(cos, 0), CLIPScore with the factor 100 of torchmetrics.
+    """How well images fit their texts: 100 max(cos, 0), CLIPScore with the factor 100 of torchmetrics.
 
-    0 to 100; higher is better. Detection plays no part: the whole picture is compared.
+    0 to 100; higher is better. Detection plays no part: the whole image is compared.
 
     Hessel et al. 2021, "CLIPScore", https://arxiv.org/abs/2104.08718, who use the factor 2.5.
 
     Args:
         images: Embeddings [n, channels].
-        texts: Embeddings [n, channels], the text of each picture.
+        texts: Embeddings [n, channels], the text of each image.
 
     Returns:
         Scores [n].
@@ -31,7 +31,7 @@ def clip_t(images: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
 
 
 def clip_i(images: torch.Tensor, references: torch.Tensor) -> np.ndarray:
-    """How alike pictures and references are: the mean cosine similarity to all references.
+    """How alike images and references are: the mean cosine similarity to all references.
 
     -1 to 1; higher is better. Detection plays no part: what is in `images` is compared. With embeddings of CLIP this is
     CLIP-I, with those of DINO it is DINO-I, of Ruiz et al. 2022, "DreamBooth", https://arxiv.org/abs/2208.12242.
@@ -113,7 +113,7 @@ def minimum(similarity: np.ndarray) -> float:
 def leak(similarity: np.ndarray) -> float:
     """How alike concepts are to others: the highest similarity to another concept's references, averaged over concepts.
 
-    -1 to 1; lower is better, but a picture without any identity has a low leak as well: read it beside
+    -1 to 1; lower is better, but an image without any identity has a low leak as well: read it beside
     `region_similarity`. Concepts that were not detected are left out; NaN if none was, or there are fewer than two.
 
     Args:
@@ -136,7 +136,7 @@ def swap_rate(similarity: np.ndarray) -> float:
 
 
 def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
-    """Whether every concept is there, and is itself.
+    """Whether every concept is present with its own identity.
 
     Every concept was detected, is nearer to its own references than to those of any other, and reaches its threshold.
     True is better. One concept that was not detected makes it False.
@@ -156,13 +156,13 @@ def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
     """From which similarity to its references on a concept counts as there.
 
     That the own references are the nearest is not enough: a plain cat is the nearest thing to the references of "my
-    cat" among cat and dog. So two kinds of pictures are made: of the plain object, without any LoRA, and with the
+    cat" among cat and dog. So two kinds of images are made: of the plain object, without any LoRA, and with the
     concept's LoRA alone. The threshold is halfway between the mean similarity of the former and what the latter reach
     at their best (`reached`; a LoRA alone often fails, too). Measured with the encoder that is used, it calibrates
     itself for every encoder.
 
-    -1 to 1; neither direction is better. NaN if pictures with the LoRA are not more alike to the references than
-    pictures without: then this encoder cannot tell the identity.
+    -1 to 1; neither direction is better. NaN if images with the LoRA are not more alike to the references than
+    images without: then this encoder cannot tell the identity.
 
     Args:
         without: Similarities without any LoRA [n]; NaN (not detected) is left out.
@@ -173,7 +173,7 @@ def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
 
 
 def reached(alone: np.ndarray) -> float:
-    """What a LoRA reaches alone, when it works: the similarity that one picture in ten exceeds.
+    """What a LoRA reaches alone, when it works: the similarity that one image in ten exceeds.
 
     Args:
         alone: Similarities with the LoRA alone [m]; NaN (not detected) is left out. NaN if nothing is left.

@@ -23,7 +23,7 @@ SCORING = 1  # counted up whenever scores are computed in another way
 def make_plan(suite: Suite) -> Plan:
     """All batches of a suite.
 
-    Pictures are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of
+    Images are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of
     the scene and the contents of encoder, detector and references. So a rerun continues where it stopped, a changed
     suite keeps what is still valid, and nothing old is taken for something new.
 
@@ -73,7 +73,7 @@ def _references(suite: Suite, name: str) -> list[str]:
 def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"concept {concept!r}: the reference picture {str(path)!r} is missing")
+            raise ValueError(f"concept {concept!r}: the reference image {str(path)!r} is missing")
         yield path
 
 

@@ -59,7 +59,7 @@ def against_cost(summary: pd.DataFrame, metric: Metric) -> str:
 
 
 def _style(axes: Axes, metric: Metric) -> None:
-    axes.set_xlabel("UNet rows, plain picture = 1", color=_FAINT, fontsize=9)
+    axes.set_xlabel("UNet rows, plain image = 1", color=_FAINT, fontsize=9)
     axes.set_title(metric.title, loc="left", color=_INK, fontsize=11)
     axes.tick_params(colors=_FAINT, labelsize=9, length=0)
     axes.grid(axis="y", color=_RULE, linewidth=0.6)

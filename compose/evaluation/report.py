@@ -25,7 +25,7 @@ from lora_compose.compose.evaluation.table import MAIN, METRICS, Evaluation, Met
 from lora_compose.compose.support.terminal import plain
 
 MANY, SIDE, SMALL_SIDE = 400, 384, 192
-"""From how many pictures on they are embedded smaller, and the longer side of few and of many, in pixels."""
+"""From how many images on they are embedded smaller, and the longer side of few and of many, in pixels."""
 _REFERENCES = 4
 _OPEN_SCENES = 3
 _DASH = "\u2013"
@@ -38,8 +38,8 @@ class Report:
     Attributes:
         html: The page.
         markdown: The table as Markdown.
-        pictures: A row per picture, as CSV.
-        concepts: A row per picture and concept, as CSV.
+        pictures: A row per image, as CSV.
+        concepts: A row per image and concept, as CSV.
         summary: A row per arm, as JSON records.
     """
 
@@ -58,7 +58,7 @@ class Report:
 def write_report(out: Path, baseline: str | None = None) -> Report:
     """Writes what an evaluation has found so far into its folder.
 
-    report.html (pictures inside), report.md, pictures.csv, concepts.csv and summary.json; each appears whole or not at
+    report.html (images inside), report.md, pictures.csv, concepts.csv and summary.json; each appears whole or not at
     all. The same results give the same files.
 
     Args:
@@ -158,7 +158,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
 def warnings(evaluation: Evaluation) -> list[str]:
     """What a reader must not overlook."""
     found = [
-        f"This metric cannot tell {name}: with its LoRA alone, pictures are no more alike to its references than "
+        f"This metric cannot tell {name}: with its LoRA alone, images are no more alike to its references than "
         "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "
         "references are the nearest."
         for name in evaluation.untold
@@ -174,13 +174,13 @@ def warnings(evaluation: Evaluation) -> list[str]:
             f"with fewer than {MINIMUM_SCENES}. More seeds do not help, more scenes do."
         )
     if len(_distinct(str(sorted(made.versions.items())) for made in evaluation.made)) > 1:
-        found.append("Pictures were made by different versions of the packages, so differences may be due to them.")
+        found.append("Images were made by different versions of the packages, so differences may be due to them.")
     if len(_distinct(str(made.machine) for made in evaluation.made)) > 1:
-        found.append("Pictures were made by different machines, so their seconds cannot be compared.")
+        found.append("Images were made by different machines, so their seconds cannot be compared.")
     if left := evaluation.missing + len(evaluation.failed):
         found.append(
             f"{_count(left, 'batch', 'batches')} of {len(evaluation.plan.batches)} failed or are not made yet. Means "
-            "are over different pictures then; comparisons use only what both have."
+            "are over different images then; comparisons use only what both have."
         )
     return found
 
@@ -204,7 +204,7 @@ def _bytes(value: float) -> str:
 
 
 def _amount(value: float) -> str:
-    """Operations, in the unit that fits."""
+    """FLOPs, in the unit that fits."""
     units = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")]
     size, unit = next(((size, unit) for size, unit in units if value >= size), (1, ""))
     return _DASH if pd.isna(value) else f"{value / size:.3g} {unit}".rstrip()
@@ -226,7 +226,7 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     suite = evaluation.suite
     shown = [metric for metric in METRICS if not np.isnan(arms_table[metric.key].to_numpy(dtype=float)).all()]
     header = ["", *(f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in shown)]
-    header += ["UNet rows", "operations", "seconds"]
+    header += ["UNet rows", "FLOPs", "seconds"]
     lines = [f"# Evaluation: {marked(suite.name)}", ""]
     lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
@@ -241,10 +241,10 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
 _GUIDE = (
     "Success: every concept is there and is itself. Worst concept, Likeness: similarity to the own references; a "
     "concept that was not found counts as 0. Leak, Swapped: likeness to other concepts; lower is better.  ",
-    "Behind a mean is its 95 % interval over scenes. A verdict against the baseline stands only where the interval of "
-    f"the difference, on the same scenes and seeds, leaves 0 out, and never with fewer than {MINIMUM_SCENES} scenes.  ",
-    "The first rows are no methods but what to expect: no LoRA, and each LoRA alone, by tara if its file says "
-    "that it was trained for it, otherwise by merge. Costs are medians of a picture; x1 is a picture without LoRA.",
+    "After a mean comes its 95 % interval over scenes. A verdict against the baseline needs an interval of "
+    f"the difference, on the same scenes and seeds, that excludes 0, and at least {MINIMUM_SCENES} scenes.  ",
+    "The first rows are references, not methods: no LoRA, and each LoRA alone, with tara if its file says "
+    "that it was trained for it, otherwise with merge. Costs are medians of an image; x1 is an image without LoRA.",
 )
 
 
@@ -275,24 +275,24 @@ def _whose(failed: Failed) -> str:
     return f"{failed.scene}, {failed.arm}{alone}, seeds {', '.join(map(str, failed.seeds))}"
 
 
-# --- pictures and what stands below them ---
+# --- images and what stands below them ---
 
 
 @dataclass(frozen=True, eq=False)
 class _Gallery:
-    """Pictures with what was measured on them, ready for the page."""
+    """Images with what was measured on them, ready for the page."""
 
     out: Path
     evaluation: Evaluation
 
     @property
     def many(self) -> bool:
-        """Whether there are so many pictures that they are embedded smaller."""
+        """Whether there are so many images that they are embedded smaller."""
         return len(self.evaluation.pictures) > MANY
 
     @property
     def side(self) -> int:
-        """Longest side of an embedded picture."""
+        """Longest side of an embedded image."""
         return SMALL_SIDE if self.many else SIDE
 
     @cached_property
@@ -308,7 +308,7 @@ class _Gallery:
         return {str((row["scene"], row["arm"], row["alone"], row["seed"])): row for row in rows}
 
     def shown(self, scene: str, arm: str, alone: str | None, seed: int) -> dict[str, Any] | None:
-        """A picture with its scores; None if it has none."""
+        """An image with its scores; None if it has none."""
         key = str((scene, arm, alone or "", seed))
         if key not in self._pictures:
             return None
@@ -321,7 +321,7 @@ class _Gallery:
         return {**row, "source": source, "size": size, "concepts": concepts}
 
     def _embedded(self, file: str) -> tuple[str, tuple[int, int]]:
-        """A picture as a data URI, and its own size; an empty one if it cannot be read."""
+        """An image as a data URI, and its own size; an empty one if it cannot be read."""
         try:
             with Image.open(path := self.out / file) as image:
                 if max(image.size) <= self.side and not self.many:
@@ -344,7 +344,7 @@ def _uri(data: bytes, kind: str) -> str:
 
 
 def _percent(concept: Mapping[str, Any], size: tuple[int, int]) -> dict[str, float] | None:
-    """Where a box is, in percent of the picture."""
+    """Where a box is, in percent of the image."""
     if concept["left"] is None:
         return None
     left, top, right, bottom = (concept[edge] for edge in ("left", "top", "right", "bottom"))
@@ -371,7 +371,7 @@ def _scene(evaluation: Evaluation, gallery: _Gallery, scene: SuiteScene) -> dict
 
 
 def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:
-    """Why there is no picture with scores."""
+    """Why there is no image with scores."""
     wanted = (scene.name, arm.name, arm.alone)
     if any(seed in one.seeds and (one.scene, one.arm, one.alone) == wanted for one in evaluation.failed):
         return "failed"
@@ -379,7 +379,7 @@ def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:
 
 
 def _cases(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
-    """The best and the worst picture of every method, by its worst concept."""
+    """The best and the worst image of every method, by its worst concept."""
     cases = []
     for method in evaluation.suite.compared:
         pictures = evaluation.arm(method.name).to_dict("records")

@@ -1,7 +1,7 @@
-"""What an evaluation stores: a folder per batch, with its pictures, how they were made, and how they were scored.
+"""What an evaluation stores: a folder per batch, with its images, how they were made, and how they were scored.
 
     plan.json                      all batches of the evaluation
-    batches/KEY/SEED.png           the pictures, each with its run inside
+    batches/KEY/SEED.png           the images, each with its run inside
     batches/KEY/made.json          cost and circumstances; written last, so a batch that has it is complete
     batches/KEY/scores-HASH.json   scores by one way of scoring
     batches/KEY/failed.json        why it failed, in place of the others
@@ -35,13 +35,13 @@ _Stored = TypeVar("_Stored", bound=_Frozen)
 
 
 class PictureCost(_Frozen):
-    """What one picture cost, on average over its batch.
+    """What one image cost, on average over its batch.
 
     Attributes:
         rows_forward: UNet rows run forward.
-        rows_stopped: UNet rows run forward in passes that stop early.
+        rows_stopped: UNet rows run forward in truncated passes.
         rows_backward: UNet rows run backward.
-        flops: Operations of all UNet passes, counted.
+        flops: FLOPs of all UNet passes, counted.
         seconds: By the clock, decoding included.
         preparation_seconds: Of those, until the first step.
         peak_bytes: Largest memory that tensors took during the call, for the whole batch; None where PyTorch does not
@@ -58,17 +58,17 @@ class PictureCost(_Frozen):
 
 
 class Made(_Frozen):
-    """A batch of pictures that was made.
+    """A batch of images that was made.
 
     Attributes:
         scene: Name of the scene.
         arm: Name of the arm.
         alone: The concept that acted alone, if the arm is one of those.
-        seeds: Of the pictures.
-        cost: Of a picture.
+        seeds: Of the images.
+        cost: Of an image.
         versions: Of the packages that made it.
         machine: What made it.
-        sha256: Of the picture files, by seed; empty if the batch was made by a version that did not store them.
+        sha256: Of the image files, by seed; empty if the batch was made by a version that did not store them.
     """
 
     scene: str
@@ -82,13 +82,13 @@ class Made(_Frozen):
 
 
 class ConceptScore(_Frozen):
-    """One concept in one picture.
+    """One concept in one image.
 
     Attributes:
         box: Where it was found, or its region without a detector; None if it was not found.
         detection: How sure the detector was, 0 to 1; None without a detector, or if it was not found.
         similarity: Of what is in the box to the references of every concept of the scene; empty if it was not found.
-        whole: Similarity of the whole picture to the concept's references.
+        whole: Similarity of the whole image to the concept's references.
         placed: Whether the middle of the box lies in the concept's region; None without a region or a detector, or if
             it was not found.
     """
@@ -101,7 +101,7 @@ class ConceptScore(_Frozen):
 
 
 class PictureScores(_Frozen):
-    """What was measured on one picture.
+    """What was measured on one image.
 
     Attributes:
         clip_t: 100 x similarity to the prompt without triggers; None if the encoder reads no text.
@@ -127,7 +127,7 @@ class Failed(_Frozen):
         scene: Name of the scene.
         arm: Name of the arm.
         alone: As in `Made`.
-        seeds: Of the pictures.
+        seeds: Of the images.
         error: What happened.
     """
 
@@ -142,12 +142,12 @@ class Planned(_Frozen):
     """A batch of an evaluation.
 
     Attributes:
-        key: Names its folder; a hash of all that determines its pictures is part of it.
+        key: Names its folder; a hash of all that determines its images is part of it.
         scores: Name of the file with its scores; a hash of the way of scoring is part of it.
         scene: Name of the scene.
         arm: Name of the arm.
         alone: As in `Made`.
-        seeds: Of the pictures.
+        seeds: Of the images.
     """
 
     key: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
@@ -174,7 +174,7 @@ def batch_folder(out: Path, key: str) -> Path:
 
 
 def picture_path(out: Path, key: str, seed: int) -> Path:
-    """Where a picture is kept."""
+    """Where an image is kept."""
     return batch_folder(out, key) / f"{seed}.png"
 
 
@@ -218,7 +218,7 @@ def read(path: Path, kind: type[_Stored]) -> _Stored | None:
 
 
 def read_made(out: Path, planned: Planned) -> Made | None:
-    """Reads how a batch was made; None if it was not. Its pictures are not looked at.
+    """Reads how a batch was made; None if it was not. Its images are not looked at.
 
     Raises:
         FileError: If that is damaged, or of another batch.
@@ -238,7 +238,7 @@ def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores 
         concepts: Those of its scene.
 
     Raises:
-        FileError: If that is damaged, or lacks a picture or a concept.
+        FileError: If that is damaged, or lacks an image or a concept.
     """
     scores = read(path := batch_folder(out, planned.key) / planned.scores, Scores)
     if scores is None:
@@ -250,7 +250,7 @@ def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores 
 
 
 def check_pictures(out: Path, planned: Planned, made: Made) -> None:
-    """Reads the pictures of a batch.
+    """Reads the images of a batch.
 
     Those of versions that stored no checksums only have to be readable, and to say that they are of their seed.
 
@@ -265,7 +265,7 @@ def check_pictures(out: Path, planned: Planned, made: Made) -> None:
         else:
             intact = _sha256(path) == made.sha256.get(seed)
         if not intact:
-            raise FileError(f"{path} is not the picture that was written")
+            raise FileError(f"{path} is not the image that was written")
 
 
 def _batch(one: Made | Planned) -> tuple:

@@ -88,7 +88,7 @@ def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> 
         kept = [_look(out, batch, planned) for batch, planned in work]
         for damage in gather_object([damage for one in kept for damage in one.damage]):
             if state.is_main_process:
-                logger.error("%s; it is made again", damage)
+                logger.error("%s; it is generated again", damage)
         todo = [pair for pair, one in zip(work, kept, strict=True) if not (one.made and one.scored)]
         _do(suite, out, _device(suite, state), todo, len(work), on_progress or (lambda done: None))
         state.wait_for_everyone()
@@ -196,7 +196,7 @@ class Worker:
         suite: What is evaluated.
         out: The evaluation's folder.
         pipe: The model.
-        scorer: Scores pictures.
+        scorer: Scores images.
     """
 
     suite: Suite
@@ -224,7 +224,7 @@ class Worker:
             except ValueError as error:
                 problems.append(f"scene {batch.scene.name!r}, {batch.arm.name}: {error}")
         if problems:
-            raise ValueError("\n".join(["the suite cannot be evaluated as it is:", *problems]))
+            raise ValueError("\n".join(["the suite cannot be evaluated:", *problems]))
 
     def do(self, batch: Batch, planned: Planned, on_progress: OnProgress) -> None:
         """Makes and scores one batch. What goes wrong in it is written down and stops nothing else.
@@ -253,7 +253,7 @@ class Worker:
         (folder / FAILED).unlink(missing_ok=True)
 
     def _score(self, batch: Batch, planned: Planned, images: Sequence[Image.Image]) -> Scores:
-        """Scores the pictures that were just made, or those on disk."""
+        """Scores the images that were just made, or those on disk."""
         images = images or [read_pixels(picture_path(self.out, planned.key, seed)) for seed in batch.seeds]
         scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
         return Scores(pictures=dict(zip(batch.seeds, scored, strict=True)))

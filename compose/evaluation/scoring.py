@@ -1,4 +1,4 @@
-"""From a picture to its raw scores: find the concepts, cut them out, compare them with their references."""
+"""From an image to its raw scores: find the concepts, cut them out, compare them with their references."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ _PIXEL_LIMIT = 64 * 2**20
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """Scores pictures of a suite.
+    """Scores images of a suite.
 
     Attributes:
         suite: What is evaluated.
         encoder: Measures similarity.
         detector: Finds concepts; None takes the regions of the scenes.
-        references: Embedded reference pictures by concept. Shape: [pictures, channels] each.
+        references: Embedded reference images by concept. Shape: [images, channels] each.
     """
 
     suite: Suite
@@ -37,7 +37,7 @@ class Scorer:
     references: Mapping[str, Tensor]
 
     def score(self, image: Image.Image, scene: SuiteScene) -> PictureScores:
-        """What can be measured on a picture of a scene."""
+        """What can be measured on an image of a scene."""
         concepts = [self.suite.concept(name) for name in scene.concepts]
         references = [self.references[concept.name] for concept in concepts]
         whole = self.encoder.images([image])
@@ -89,7 +89,7 @@ class Scorer:
 
 
 def squared(image: Image.Image) -> Image.Image:
-    """A picture as it is, with grey beside it up to a square: encoders would cut off or bend what is not square."""
+    """An image as it is, with grey beside it up to a square: encoders would cut off or bend what is not square."""
     side = max(image.size)
     return ImageOps.pad(image, (side, side), color=(128, 128, 128))
 
@@ -104,7 +104,7 @@ def _rounded(value: float) -> float:
 
 
 def reference_files(concept: SuiteConcept) -> list[Path]:
-    """The reference pictures of a concept.
+    """The reference images of a concept.
 
     Raises:
         ValueError: If there are none.
@@ -116,15 +116,15 @@ def reference_files(concept: SuiteConcept) -> list[Path]:
         return [Path(source).expanduser() for source in given]
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"concept {concept.name!r}: there is no folder {given!r} with reference pictures")
+        raise ValueError(f"concept {concept.name!r}: there is no folder {given!r} with reference images")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
     if not found:
-        raise ValueError(f"concept {concept.name!r}: no picture in {given!r}; expected {', '.join(PICTURE_SUFFIXES)}")
+        raise ValueError(f"concept {concept.name!r}: no image in {given!r}; expected {', '.join(PICTURE_SUFFIXES)}")
     return found
 
 
 def reference_crops(concept: SuiteConcept) -> list[Image.Image]:
-    """The reference pictures of a concept, each cut to the concept where its folder says where that is.
+    """The reference images of a concept, each cut to the concept where its folder says where that is.
 
     Raises:
         ValueError: If one is missing or unreadable.
@@ -133,15 +133,15 @@ def reference_crops(concept: SuiteConcept) -> list[Image.Image]:
 
 
 def reference_crop(path: Path, whose: str = "") -> Image.Image:
-    """A reference picture, cut to what it is a reference of.
+    """A reference image, cut to what it is a reference of.
 
-    A file `captions.tsv` in its folder may say where that is, a line for every picture: its name, a caption, and
+    A file `captions.tsv` in its folder may say where that is, a line for every image: its name, a caption, and
     left, top and side of a square in pixels, parted by tabs.
 
     Raises:
         ValueError: If it is missing or unreadable.
     """
-    image = _opened(path, f"{whose}: the reference picture {str(path)!r}".removeprefix(": "))
+    image = _opened(path, f"{whose}: the reference image {str(path)!r}".removeprefix(": "))
     box = _recorded_boxes(path.parent).get(path.name)
     return squared(image if box is None else image.crop(box))
 

@@ -1,7 +1,7 @@
 """Means with intervals, and whether one method is better than another.
 
-Pictures of one scene are alike, whatever their seeds: many seeds of few scenes say little about other scenes. So
-scenes, not pictures, are what is averaged and resampled.
+Images of one scene are alike, whatever their seeds: many seeds of few scenes say little about other scenes. So
+scenes, not images, are what is averaged and resampled.
 """
 
 from collections.abc import Sequence
@@ -37,9 +37,9 @@ class Comparison:
 
     Attributes:
         difference: Method minus baseline, in the metric's own units and direction.
-        wins: Pictures in which the method is better, in the direction that is better.
-        ties: Pictures in which both are the same.
-        losses: Pictures in which the method is worse.
+        wins: Images in which the method is better, in the direction that is better.
+        ties: Images in which both are the same.
+        losses: Images in which the method is worse.
         verdict: Whether the method is better or worse than the baseline, if that can be said.
     """
 
@@ -63,7 +63,7 @@ def bootstrap(
     Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for Inference with Clustered Errors".
 
     Args:
-        values: One per picture; NaN is left out.
+        values: One per image; NaN is left out.
         scenes: The scene of each value.
         draws: How often scenes are drawn.
         level: Share of the draws inside the interval.
@@ -79,7 +79,7 @@ def bootstrap(
 
 
 def compare(method: pd.Series, baseline: pd.Series, higher_is_better: bool, tie: float = 1e-6) -> Comparison:
-    """Compares a method with a baseline on the pictures that both made.
+    """Compares a method with a baseline on the images that both made.
 
     The verdict is "better" or "worse" if the 95 % interval of the difference leaves 0 out, and "undecided" otherwise.
     It is "undecided" as well with fewer than 10 scenes (`MINIMUM_SCENES`), because the interval is then too narrow:
@@ -88,7 +88,7 @@ def compare(method: pd.Series, baseline: pd.Series, higher_is_better: bool, tie:
 
     Args:
         method: Values with an index of scene and seed.
-        baseline: Values with an index of scene and seed. Pictures that only one of the two has, or where one is NaN,
+        baseline: Values with an index of scene and seed. Images that only one of the two has, or where one is NaN,
             are left out.
         higher_is_better: The direction of the metric.
         tie: Differences up to this size are ties; the default is for rounding only.

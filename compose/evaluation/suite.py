@@ -1,4 +1,4 @@
-"""What is to be evaluated: a suite of concepts, scenes and methods, and the batches of pictures that follow from it."""
+"""What is to be evaluated: a suite of concepts, scenes and methods, and the batches of images that follow from it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,10 +40,10 @@ class SuiteConcept(_Frozen):
         lora: Its LoRA, or several by kind ("ordinary", "tara"), of which the first is used where none is named.
         trigger: The rare word or words.
         class_word: The noun after it.
-        references: Reference pictures: a folder, a list of files, or `playground:NAME`.
+        references: Reference images: a folder, a list of files, or `playground:NAME`.
         weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
         blocks: Further factors, by block of the UNet (`Concept.blocks`).
-        negative_prompt: What is not to be seen where it is, for methods that read a text per concept.
+        negative_prompt: Negative prompt of its region, for methods that read a text per concept.
     """
 
     name: Name
@@ -69,9 +69,9 @@ class SuiteScene(_Frozen):
         prompt: Names every concept by its trigger.
         concepts: Names of concepts of the suite.
         regions: Boxes in pixels by concept, for methods that take a layout; all of the scene's concepts or none.
-        negative_prompt: What is not to be seen.
+        negative_prompt: What to avoid.
         width: In pixels; None is the model's own.
-        height: Likewise.
+        height: In pixels; None is the model's own.
     """
 
     name: Name
@@ -120,7 +120,7 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class WindowsConfig(_Frozen):
-    """Find objects by naming square windows of the picture with the suite's encoder.
+    """Find objects by naming square windows of the image with the suite's encoder.
 
     Attributes:
         vocabulary: Nouns that a window may be named by besides those of the scene.
@@ -152,21 +152,21 @@ class Suite(_Frozen):
         name: What it is called.
         model: A folder, a checkpoint file, a hub repository or `playground`.
         encoder: What measures similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
-        detector: How concepts are found in pictures; None crops the regions of the scenes.
-        concepts: Who takes part.
+        detector: How concepts are found in images; None crops the regions of the scenes.
+        concepts: The concepts.
         scenes: What is to be seen.
         methods: What is compared; `merge` is added where it is missing.
         baseline: The method that the others are compared with.
         seeds: Of the start noise, for every scene and method.
-        batch_size: Pictures made in one call. It is part of the suite because bits depend on it.
-        threads: CPU threads of a process; bits depend on them too. None leaves them.
+        batch_size: Images made in one call. It is part of the suite because the pixels depend on it.
+        threads: CPU threads of a process; the pixels depend on them too. None leaves them.
         processes: How many processes share the work on a CPU, if there are as many processors.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance.
         scheduler: Class name of a diffusers scheduler; None keeps the model's.
         dtype: Precision of the model.
         device: Where it runs; None chooses, and uses every GPU of the machine.
-        save_memory: Ways to need less memory: tiling, model-offload, sequential-offload, gradient-checkpointing.
+        save_memory: Options that save memory: tiling, model-offload, sequential-offload, gradient-checkpointing.
     """
 
     name: Name
@@ -252,9 +252,7 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     if scene.regions and set(scene.regions) != set(scene.concepts):
         raise ValueError(f"{where} needs a region for each of {_listed(scene.concepts)}, or none at all")
     if suite.detector is None and not scene.regions:
-        raise ValueError(
-            f"{where} has no regions and the suite has no detector, so nobody knows where its concepts are"
-        )
+        raise ValueError(f"{where} has no regions and the suite has no detector, so its concepts cannot be located")
     for name in scene.concepts:
         concept = suite.concept(name)
         if not find_words(concept.trigger, scene.prompt):
@@ -284,7 +282,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that are made in one call: one scene, one arm, some seeds."""
+    """Images that are made in one call: one scene, one arm, some seeds."""
 
     scene: SuiteScene
     arm: Arm
@@ -315,7 +313,7 @@ def batches(suite: Suite) -> Iterator[Batch]:
 
 
 def run_of(suite: Suite, batch: Batch) -> Run:
-    """How a batch is made; the seed is that of its first picture.
+    """How a batch is made; the seed is that of its first image.
 
     Raises:
         LoraError: If a LoRA that acts alone has no file.
@@ -362,7 +360,7 @@ def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
 def method_alone(lora: str | None) -> str:
     """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
 
-    A file that cannot be read says nothing: whoever makes the pictures will say what is wrong with it.
+    A file that cannot be read says nothing: whoever makes the images will say what is wrong with it.
     """
     path = find_file(lora_source(lora or ""))
     try:

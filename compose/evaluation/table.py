@@ -1,4 +1,4 @@
-"""From stored scores to tables: a row per concept, a row per picture, and a row per arm with intervals."""
+"""From stored scores to tables: a row per concept, a row per image, and a row per arm with intervals."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,7 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that pictures are judged by.
+    """A number that images are judged by.
 
     Attributes:
         key: Its column in the tables.
@@ -65,17 +65,17 @@ class Metric:
 METRICS = (
     Metric(
         "success", "Success", True, 2, "0 to 1",
-        "Share of pictures in which every concept is there and is itself: it was found, it is more alike to its own "
-        "references than to those of any other, and its similarity reaches the concept's threshold.",
+        "Share of images in which every concept was found, is nearer to its own "
+        "references than to those of any other, and reaches its threshold.",
     ),
     Metric(
         "region_min", "Worst concept", True, 3, "-1 to 1, in practice above 0",
-        "Similarity of the worst concept of a picture to its own references, so that a good concept cannot make up for "
+        "Similarity of the worst concept of an image to its own references, so that a good concept cannot make up for "
         "a lost one. A concept that was not found counts as 0.",
     ),
     Metric(
         "region", "Likeness", True, 3, "-1 to 1, in practice above 0",
-        "Similarity of what was found to its own references, averaged over the concepts of a picture. A concept that "
+        "Similarity of what was found to its own references, averaged over the concepts of an image. A concept that "
         "was not found counts as 0.",
     ),
     Metric(
@@ -85,7 +85,7 @@ METRICS = (
     ),
     Metric(
         "leak", "Leak", False, 3, "-1 to 1, in practice above 0",
-        "Similarity of what was found to the most alike of the other concepts' references. A picture without any "
+        "Similarity of what was found to the most alike of the other concepts' references. An image without any "
         "identity leaks little as well: read it beside the likeness. The rows of LoRAs that act alone show how much "
         "there is without any other LoRA.",
     ),
@@ -105,11 +105,11 @@ METRICS = (
     ),
     Metric(
         "clip_t", "CLIP-T", True, 1, "0 to 100",
-        "100 x similarity of the picture to its prompt, without the triggers. It is blind to identity.",
+        "100 x similarity of the image to its prompt, without the triggers. It is blind to identity.",
     ),
     Metric(
         "clip_i", "CLIP-I", True, 3, "-1 to 1",
-        "Similarity of the whole picture to the references, averaged over the concepts. It cannot say which object is "
+        "Similarity of the whole image to the references, averaged over the concepts. It cannot say which object is "
         "alike; it is here because papers report it.",
     ),
 )  # fmt: skip
@@ -141,14 +141,14 @@ class Evaluation:
 
     Attributes:
         plan: What is to be made.
-        concepts: A row per picture and concept; of pictures with a single LoRA, its concept only.
-        pictures: A row per picture.
+        concepts: A row per image and concept; of images with a single LoRA, its concept only.
+        pictures: A row per image.
         thresholds: A row per concept: mean similarity without any LoRA, what its LoRA reaches alone, and the threshold.
         bounds: A row per arm and concept: mean similarity, and its ratio to that with the LoRA alone.
         made: How the batches with scores were made.
         failed: What went wrong.
         missing: Batches that are not made yet.
-        unscored: Pictures that are made, but not scored yet.
+        unscored: Images that are made, but not scored yet.
     """
 
     plan: Plan
@@ -179,7 +179,7 @@ class Evaluation:
         return replace(self, plan=self.plan.model_copy(update={"suite": suite}))
 
     def arm(self, name: str) -> pd.DataFrame:
-        """The pictures of an arm."""
+        """The images of an arm."""
         return pd.DataFrame(self.pictures[self.pictures["arm"] == name])
 
     @property
@@ -190,13 +190,13 @@ class Evaluation:
 
     @property
     def unmeasured(self) -> list[str]:
-        """Concepts that were not found in any picture without LoRA, or in none with their LoRA alone."""
+        """Concepts that were not found in any image without LoRA, or in none with their LoRA alone."""
         return self.thresholds.loc[self.thresholds[["without", "alone"]].isna().any(axis=1), "concept"].tolist()
 
 
 @dataclass(frozen=True, eq=False)
 class _Picture:
-    """A picture with scores. `concepts` are those of its scene; `acting` are the places of those that count."""
+    """An image with scores. `concepts` are those of its scene; `acting` are the places of those that count."""
 
     planned: Planned
     seed: int
@@ -228,7 +228,7 @@ def arm_names(suite: Suite) -> list[str]:
 
 
 def bound_name(suite: Suite, arm: str) -> str:
-    """The row in which the LoRAs of an arm act alone; for pictures without LoRA, the first kind of LoRAs."""
+    """The row in which the LoRAs of an arm act alone; for images without LoRA, the first kind of LoRAs."""
     kinds = {method.name: method.lora for method in suite.compared}
     if arm not in kinds:
         return SANITY[1] if arm == SANITY[0] else arm
@@ -266,7 +266,7 @@ def load(out: Path) -> Evaluation:
 
 
 def _stored(out: Path, plan: Plan) -> tuple[list[_Picture], list[Failed], int, int]:
-    """Pictures with scores, failures, how many batches are not made, and how many pictures are not scored."""
+    """Images with scores, failures, how many batches are not made, and how many images are not scored."""
     shots: list[_Picture] = []
     failed: list[Failed] = []
     missing = unscored = 0
@@ -342,7 +342,7 @@ def _pictures(suite: Suite, shots: Sequence[_Picture], concepts: pd.DataFrame) -
 
 
 def _present(concepts: pd.DataFrame) -> np.ndarray:
-    """Whether each concept is there and is itself: what `metrics.success` asks of every concept of a picture."""
+    """Whether each concept is present with its own identity: what `metrics.success` asks of each concept."""
     own, other, threshold = (concepts[key].to_numpy(dtype=float) for key in ("own", "other", "threshold"))
     return concepts["found"].to_numpy(dtype=bool) & ~(own <= other) & ~(own < threshold)
 
@@ -422,9 +422,9 @@ def summary(evaluation: Evaluation) -> pd.DataFrame:
 
     The rows stand in the order of the suite; there is no ranking. For a metric `m`, `m_low` and `m_high` are the ends
     of its interval; for the main ones `m_difference` is the difference to the baseline on the same scenes and seeds,
-    with `m_difference_low` and `m_difference_high`, `m_wins`, `m_ties`, `m_losses` in pictures, and `m_verdict`.
+    with `m_difference_low` and `m_difference_high`, `m_wins`, `m_ties`, `m_losses` in images, and `m_verdict`.
 
-    Costs are medians over pictures (`peak_bytes` is the largest), and `*_ratio` those over the row without LoRA.
+    Costs are medians over images (`peak_bytes` is the largest), and `*_ratio` those over the row without LoRA.
     `rows` are UNet rows, forward and backward.
     """
     suite = evaluation.suite

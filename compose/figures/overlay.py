@@ -1,4 +1,4 @@
-"""Attention over pictures: where the model looked for each concept, step by step."""
+"""Attention over images: where the model looked for each concept, step by step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from torch import Tensor
 PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
 """Colours of concepts, in their order; seen well on light and on dark ground."""
 
-_GREY = 0.35  # how much of the picture's light stays under a map
+_GREY = 0.35  # how much of the image's light stays under a map
 _TINT = 0.45  # of a mask
-_SIDE = 384  # least longer side, so that small pictures are not drawn coarse
+_SIDE = 384  # least longer side, so that small images are not drawn coarse
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Where each concept was looked for during a call.
+    """Attention maps and masks of each concept during a call.
 
     Attributes:
         steps: The recorded steps.
-        maps: Shape: [steps, pictures, concepts, height, width], fp32.
+        maps: Shape: [steps, images, concepts, height, width], fp32.
         masks: Shape: as maps, bool.
     """
 
@@ -36,10 +36,10 @@ def colour(index: int) -> str:
 
 
 def heat(image: Image.Image, attention: Attention, concept: int, step: int | None, picture: int = 0) -> Image.Image:
-    """A concept's map in its colour over the picture, in grey.
+    """A concept's map in its colour over the image, in grey.
 
     Args:
-        image: The picture.
+        image: The image.
         attention: Of its call.
         concept: Whose map.
         step: Index of a recorded step; None is the mean over all.
@@ -56,10 +56,10 @@ def heat(image: Image.Image, attention: Attention, concept: int, step: int | Non
 
 
 def masks(image: Image.Image, attention: Attention, step: int | None, picture: int = 0) -> Image.Image:
-    """Which cells are whose: the masks of all concepts in their colours over the picture.
+    """Region ownership: the masks of all concepts in their colours over the image.
 
     Args:
-        image: The picture.
+        image: The image.
         attention: Of its call.
         step: Index of a recorded step; None takes cells that belong to a concept in at least half of the steps.
         picture: Which of the call.
@@ -76,7 +76,7 @@ def masks(image: Image.Image, attention: Attention, step: int | None, picture: i
 
 
 def outlined(image: Image.Image, boxes: Sequence[tuple[int, int, int, int] | None]) -> Image.Image:
-    """The picture with the concepts' boxes in their colours."""
+    """The image with the concepts' boxes in their colours."""
     ground = _grown(image)
     scale = ground.width / image.width
     draw = ImageDraw.Draw(ground)

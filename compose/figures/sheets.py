@@ -1,4 +1,4 @@
-"""Sheets: pictures in rows and columns with labels, on white."""
+"""Sheets: images in rows and columns with labels, on white."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ _INK, _FAINT, _RULE = "#1a1a1a", "#6b6b6b", "#d9d9d9"
 
 @dataclass(frozen=True)
 class Row:
-    """A row of pictures.
+    """A row of images.
 
     Attributes:
         label: What stands to the left of it, by line; the first line is the larger one.
         pictures: One for every column.
-        captions: What stands above each picture.
+        captions: What stands above each image.
         parted: Whether a line sets it apart from the row above.
     """
 
@@ -45,10 +45,10 @@ def sheet(
 
     Args:
         columns: What stands above each column, by line; the first line is the larger one.
-        rows: The pictures.
+        rows: The images.
         title: What stands above everything.
         lines: What stands below the title.
-        side: Longer side of a picture on the sheet, in pixels. Small pictures are enlarged without blur.
+        side: Longer side of an image on the sheet, in pixels. Small images are enlarged without blur.
     """
     labels = max((_width(text, i) for row in rows for i, text in enumerate(row.label)), default=0)
     cell = _fitted(rows[0].pictures[0].size, side)
@@ -69,7 +69,7 @@ def sheet(
 
 
 def seeds_sheet(pictures: Mapping[int, Image.Image], title: str, lines: Sequence[str]) -> Image.Image:
-    """Pictures that differ in their seed only, at most five in a row."""
+    """Images that differ in their seed only, at most five in a row."""
     seeds = list(pictures)
     across = min(5, len(seeds))
     parts = [seeds[start : start + across] for start in range(0, len(seeds), across)]
@@ -142,12 +142,12 @@ def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int = 5) -> Image.Image:
-    """A picture, and how the maps and masks of its concepts came about.
+    """An image, and how the maps and masks of its concepts came about.
 
     Args:
-        image: The picture.
+        image: The image.
         run: What made it.
-        attention: Of its call, which made this picture alone.
+        attention: Of its call, which made this image alone.
         columns: How many of the recorded steps are shown, spread over all of them.
     """
     last = len(attention.steps) - 1
@@ -160,8 +160,8 @@ def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int 
         )
         for i, concept in enumerate(run.scene.concepts)
     ]
-    whose = ("masks", "whose cells are whose")
+    whose = ("masks", "region ownership")
     rows.append(Row(whose, [image, *(masks(image, attention, step) for step in chosen)], parted=True))
     titles = [(f"step {attention.steps[step] + 1}", f"of {run.steps}") for step in chosen]
-    line = f"{run.method}, seed {run.seed}; maps are scaled to their own brightest cell"
-    return sheet([("the picture",), *titles], rows, title=run.scene.prompt, lines=[line], side=192)
+    line = f"{run.method}, seed {run.seed}; each map is scaled to its own maximum"
+    return sheet([("the image",), *titles], rows, title=run.scene.prompt, lines=[line], side=192)

@@ -27,12 +27,12 @@ RECORD_KEY = "lora-compose"
 
 _MIB = 2**20
 _RECORD_LIMIT = 8 * _MIB  # characters; a scene file of the largest size fits, whatever its letters
-_PICTURE_LIMIT = 256 * _MIB  # bytes of a picture file
+_PICTURE_LIMIT = 256 * _MIB  # bytes of an image file
 _PIXEL_LIMIT = 64 * _MIB
 
 
 class Machine(BaseModel):
-    """Where a picture was made.
+    """Where an image was made.
 
     Attributes:
         device: As torch names it: "cpu", "cuda:0".
@@ -48,15 +48,15 @@ class Machine(BaseModel):
 
 
 class Record(BaseModel):
-    """All that a picture says about how it was made.
+    """The metadata of an image: how it was made.
 
     Attributes:
         run: What was asked for, with the method, scheduler and device that were used.
         versions: Of lora-compose, python, torch, diffusers and transformers.
         sha256: Of the LoRA files, by concept.
         machine: Where it was made.
-        batch: The seeds of all pictures that were made in one call with this one, in order; empty if it was made alone.
-            Bits depend on it.
+        batch: The seeds of all images that were made in one call with this one, in order; empty if it was made alone.
+            The pixels depend on it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,10 +75,10 @@ class Record(BaseModel):
 
 
 def save_image(image: Image.Image, path: str | Path, record: Record | None = None) -> Path:
-    """Writes a PNG that carries its record. It appears whole or not at all, and no file is ever overwritten.
+    """Writes a PNG with its record. It appears whole or not at all, and no file is ever overwritten.
 
     Args:
-        image: The picture.
+        image: The image.
         path: Where to; missing folders are made. If there is such a file, "-2", "-3", ... is added to its name.
         record: How it was made. Paths in it are made absolute, with "~" for the home folder.
 
@@ -89,7 +89,7 @@ def save_image(image: Image.Image, path: str | Path, record: Record | None = Non
 
 
 def png_bytes(image: Image.Image, record: Record | None = None) -> bytes:
-    """A PNG that carries its record. Paths in it are made absolute, with "~" for the home folder."""
+    """A PNG with its record. Paths in it are made absolute, with "~" for the home folder."""
     info = PngInfo()
     if record is not None:
         portable = record.model_copy(update={"run": moved(record.run, to_record)})
@@ -100,10 +100,10 @@ def png_bytes(image: Image.Image, record: Record | None = None) -> bytes:
 
 
 def read_record(path: str | Path) -> Record:
-    """Reads how a picture was made. Reading opens no model and no LoRA.
+    """Reads how an image was made. Reading opens no model and no LoRA.
 
     Raises:
-        FileError: If it is no PNG, carries no record, or one that is broken.
+        FileError: If it is no PNG, has no record, or one that is broken.
     """
     path = Path(path)
     with open_file(path) as file:
@@ -112,20 +112,20 @@ def read_record(path: str | Path) -> Record:
 
 
 def record_in(file: BinaryIO, where: str) -> Record:
-    """Reads how a picture was made, as `read_record`. Paths in the record stay as they are.
+    """Reads how an image was made, as `read_record`. Paths in the record stay as they are.
 
     Args:
-        file: The picture.
+        file: The image.
         where: What complaints call it.
 
     Raises:
-        FileError: If it is no PNG, carries no record, or one that is broken.
+        FileError: If it is no PNG, has no record, or one that is broken.
     """
     with _opened(file, where) as image:
         text = image.info.get(RECORD_KEY)
     if not isinstance(text, str):
         raise FileError(
-            f"{where} carries no record of lora-compose: it was made by something else, or a program that edited or "
+            f"{where} has no record of lora-compose: it was made by something else, or a program that edited or "
             "shrank it has dropped the record"
         )
     if len(text) > _RECORD_LIMIT:
@@ -135,10 +135,10 @@ def record_in(file: BinaryIO, where: str) -> Record:
 
 
 def read_pixels(path: str | Path) -> Image.Image:
-    """Reads the picture in a PNG, as RGB.
+    """Reads the image in a PNG, as RGB.
 
     Raises:
-        FileError: If it is no PNG, is damaged, or is too large to be a picture of ours.
+        FileError: If it is no PNG, is damaged, or is too large to be an image of ours.
     """
     with open_file(Path(path)) as file, _opened(file, str(path)) as image:
         return image.convert("RGB")
@@ -148,16 +148,16 @@ def read_pixels(path: str | Path) -> Image.Image:
 def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
     try:
         if file.seek(0, os.SEEK_END) > _PICTURE_LIMIT:
-            raise FileError(f"{where} is larger than {_PICTURE_LIMIT} bytes; that is no picture of lora-compose")
+            raise FileError(f"{where} is larger than {_PICTURE_LIMIT} bytes; that is no image of lora-compose")
         file.seek(0)
         with Image.open(file, formats=("PNG",)) as image:
             if image.width * image.height > _PIXEL_LIMIT:
                 raise FileError(
-                    f"{where} has {image.width} x {image.height} pixels, too many for a picture of lora-compose"
+                    f"{where} has {image.width} x {image.height} pixels, too many for an image of lora-compose"
                 )
             yield image
     except FileError:
         raise
-    except Exception as error:  # pictures come from strangers, and what Pillow raises for damaged ones has no end
+    except Exception as error:  # images come from strangers, and what Pillow raises for damaged ones has no end
         reason = str(error).strip() or type(error).__name__
         raise FileError(f"{where} is not a readable PNG (another format, truncated or damaged?): {reason}") from error

@@ -50,7 +50,7 @@ def _place(location: tuple[int | str, ...]) -> str:
 def _complaint(kind: type[BaseModel], found: Any) -> str:
     location, problem = found["loc"], found["type"]
     if problem == "extra_forbidden":
-        return f"there is no such field; there are {', '.join(_fields(kind, location[:-1]))}"
+        return f"unknown field; fields are {', '.join(_fields(kind, location[:-1]))}"
     if problem == "missing":
         return "is missing"
     if problem == "value_error":

@@ -28,7 +28,7 @@ COMPOSED = ("merge", "regional", "lora-composer")
 COLUMNS = {
     "first": ("concept 1 alone", "its ordinary LoRA"),
     "second": ("concept 2 alone", "its ordinary LoRA"),
-    "merge": ("merge", "all ordinary LoRAs added up"),
+    "merge": ("merge", "ordinary LoRAs, weights summed"),
     "tara": ("tara", "TARA LoRAs, own words only"),
     "clora": ("clora", "ordinary LoRAs, no boxes"),
     "regional": ("regional", "ordinary LoRAs, a box each"),
@@ -38,7 +38,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One picture of the demo: a scene's name, a column's name, and the run that makes it."""
+    """One image of the demo: a scene's name, a column's name, and the run that makes it."""
 
     scene: str
     part: str
@@ -46,13 +46,13 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        """Where the picture goes, inside the demo's folder."""
+        """Where the image goes, inside the demo's folder."""
         return f"{self.scene}-{self.part}-{self.run.seed}.png"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the demo has written: the folder with all pictures, and the sheets in it, of pairs and of three."""
+    """What the demo has written: the folder with all images, and the sheets in it, of pairs and of three."""
 
     folder: Path
     sheet: Path
@@ -60,7 +60,7 @@ class Shown:
 
 
 def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
-    """All pictures, so that pictures with the same LoRAs follow each other."""
+    """All images, so that images with the same LoRAs follow each other."""
     scenes = {name: read_scene(assets_dir() / "scenes" / f"{name}.yaml") for name in (*PAIRS, THREE)}
     parts = [(name, *part) for name in PAIRS for part in _pair(scenes[name])]
     boxed = scenes[THREE]
@@ -75,12 +75,12 @@ def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
 
 
 def show(out: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -> Shown:
-    """Makes the pictures and the sheet.
+    """Makes the images and the sheet.
 
     Args:
         out: Where to; if there is something already, a numbered folder beside it.
         todo: What to make.
-        on_progress: Called with the number of pictures done, fractions included.
+        on_progress: Called with the number of images done, fractions included.
     """
     folder = free_path(out)
     pipe = open_model(todo[0].run)
@@ -96,7 +96,7 @@ def show(out: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -
 
 
 def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
-    """A pair's pictures: column, scene and method."""
+    """A pair's images: column, scene and method."""
     ordinary = tuple(_ordinary(concept) for concept in scene.concepts)
     place = scene.prompt.rpartition(ordinary[-1].phrase)[2]
     alone = [scene.model_copy(update={"prompt": f"a {c.phrase}{place}", "concepts": (c,)}) for c in ordinary]
@@ -127,6 +127,6 @@ def _sheet(pictures: dict[tuple[str, str, int], Image.Image], jobs: Sequence[Job
             rows.append(Row(label, [pictures[name, part, seed] for part in parts], parted=i == 0))
     lines = [
         f"The playground's model on the CPU, {jobs[0].run.steps} steps, guidance {GUIDANCE:g}.",
-        "The pictures of a row start from the same noise; the seeds were not picked by what they show.",
+        "The images of a row start from the same noise; the seeds were not picked by what they show.",
     ]
     return sheet([COLUMNS[part] for part in parts], rows, title=title, lines=lines)

@@ -44,13 +44,13 @@ def devices() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a picture may depend on, by package."""
+    """The versions that an image may depend on, by package."""
     ours = {"lora-compose": __version__, "python": platform.python_version()}
     return {**ours, **{name: version(name) for name in PACKAGES}}
 
 
 def machine(device: torch.device | str) -> Machine:
-    """The facts about a device that a picture may depend on."""
+    """The facts about a device that an image may depend on."""
     device = torch.device(device)
     if device.type in ("cuda", "xpu"):
         name = getattr(torch, device.type).get_device_name(device)
@@ -61,7 +61,7 @@ def machine(device: torch.device | str) -> Machine:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """So many threads on the CPU inside this block, if there are as many processors; bits depend on their number."""
+    """Sets the number of CPU threads inside this block, at most the number of processors; pixels depend on it."""
     before = torch.get_num_threads()
     if number <= (os.cpu_count() or 1):
         torch.set_num_threads(number)

@@ -29,7 +29,7 @@ OnStep = Callable[[int, int, Tensor], None]
 
 @dataclass(frozen=True)
 class Made:
-    """A picture and how it was made."""
+    """An image and how it was made."""
 
     image: Image.Image
     record: Record
@@ -37,7 +37,7 @@ class Made:
 
 @dataclass(frozen=True)
 class MadeBatch:
-    """Pictures of one call, one for each seed.
+    """Images of one call, one for each seed.
 
     Attributes:
         pictures: In the order of the seeds.
@@ -51,7 +51,7 @@ class MadeBatch:
 
 
 def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
-    """Turns a run into a picture. The same run on the same machine gives the same bits.
+    """Generates the image of a run. The same run on the same machine is bit-identical.
 
     The concepts stay loaded in the pipeline, so that the next run with them does not read their files again.
 
@@ -62,7 +62,7 @@ def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None
         on_progress: Called after every step with the share that is done, up to 1.
 
     Returns:
-        The picture, and its record with the method, scheduler and device that were used.
+        The image, and its record with the method, scheduler and device that were used.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -79,15 +79,15 @@ def make_batch(
     on_step: OnStep | None = None,
     record_attention: bool = False,
 ) -> MadeBatch:
-    """Makes pictures of a run that differ in their seed, in one call. Bits depend on how many there are.
+    """Makes images of a run that differ in their seed, in one call. The pixels depend on how many there are.
 
     Args:
         pipe: As for `make`.
         run: What to make; its own seed is not used.
-        seeds: One for each picture.
+        seeds: One for each image.
         on_progress: As for `make`.
         on_step: Sees every step, and may end the call by raising.
-        record_attention: Whether attention maps of all steps are kept; they change nothing in the pictures.
+        record_attention: Whether attention maps of all steps are kept; they change nothing in the images.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -110,7 +110,7 @@ def make_batch(
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(seeds)
     for seed, flagged in zip(seeds, flags, strict=True):
         if flagged:
-            logger.warning("the safety checker of the model has replaced the picture of seed %d by a black one", seed)
+            logger.warning("the safety checker of the model has replaced the image of seed %d by a black one", seed)
     together = seeds if len(seeds) > 1 else ()
     records = [
         record.model_copy(update={"run": record.run.model_copy(update={"seed": seed}), "batch": together})
@@ -154,7 +154,7 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
 
 
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
-    """Width and height of a scene's pictures in pixels; what the scene leaves open is the model's own."""
+    """Width and height of a scene's images in pixels; what the scene leaves open is the model's own."""
     # Both are always said: diffusers alone takes the model's own for both where one is missing.
     sample = pipe.unet.config.sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample

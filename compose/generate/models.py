@@ -25,7 +25,7 @@ def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
 
     Args:
         run: Whose model.
-        savers: Ways to need less memory.
+        savers: Options that save memory.
 
     Returns:
         A pipeline for `make`.

@@ -22,10 +22,10 @@ _CONCEPT_FIELDS = {
 }  # fmt: skip
 CONCEPT_HELP = (
     "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
-    "Only path is needed; region is left, top, right and bottom in pixels, or a picture that is white inside; "
-    "role=style is for what is everywhere. weight may change over the steps: 0:1,0.5:0 (off in the second half), "
-    "1..0.4 (falls evenly), 1,0.5,0 (equal parts); blocks=down:0.5,up.1:0 are factors by block; prompt and negative "
-    "are its own; alpha is for files that do not say theirs."
+    "Only path is required; region is left:top:right:bottom in pixels, or a mask image (white = inside); "
+    "role=style makes it act everywhere. weight may change over the steps: 0:1,0.5:0 (off in the second half), "
+    "1..0.4 (linear ramp), 1,0.5,0 (equal parts); blocks=down:0.5,up.1:0 are factors by block; prompt and negative "
+    "are its own; alpha is for files without one."
 )
 
 
@@ -39,21 +39,21 @@ MethodOption = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="How concepts are fused; chosen by the LoRAs if not given. clora:official: its authors' settings.",
+        help="How concepts are fused; default: chosen from the concepts. clora:official: the authors' settings.",
     ),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of the method, repeatable: cfg_mask=broadcast")
+    list[str] | None, typer.Option("--set", help="A setting of the method, repeatable, e.g. cfg_mask=broadcast")
 ]
 SaversOption = Annotated[
     list[Saver] | None,
     typer.Option(
         "--save-memory",
-        help=f"Slower, with less memory; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
+        help=f"Less memory, but slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
-GuidanceOption = Annotated[float, typer.Option("--guidance", help="Classifier-free guidance; 1 or less is none.")]
+GuidanceOption = Annotated[float, typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off.")]
 
 
 def parse_concept(text: str) -> Concept:
@@ -71,7 +71,7 @@ def parse_concept(text: str) -> Concept:
     fields: dict[str, Any] = {}
     for name, equals, value in ((name.strip(), equals, value.strip()) for name, equals, value in pairs):
         if not equals or name not in _CONCEPT_FIELDS:
-            raise ValueError(f"--concept {text}: {name!r} is no field of a concept; expected {known}, each with =")
+            raise ValueError(f"--concept {text}: unknown field {name!r}; fields are {known}, each with =")
         if _CONCEPT_FIELDS[name] in fields:
             raise ValueError(f"--concept {text}: {name} is given twice")
         fields[_CONCEPT_FIELDS[name]] = value
@@ -106,7 +106,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[str]) -> Scene:
     """A scene from a file, from options, or from a file with options that win."""
     if path is None and "prompt" not in given:
-        raise ValueError("what is to be seen? Give --prompt TEXT or --scene FILE")
+        raise ValueError("there is no prompt: give --prompt TEXT or --scene FILE")
     if path is not None and concepts:
         raise ValueError("give the concepts in the scene file or with --concept, not both")
     fields: dict[str, Any] = {"concepts": tuple(map(parse_concept, concepts))}
@@ -135,7 +135,6 @@ def _region(text: str, value: str) -> tuple[int, ...] | str:
         return value
     if not re.fullmatch(r"\d+:\d+:\d+:\d+", value):
         raise ValueError(
-            f"--concept {text}: region is left:top:right:bottom in whole pixels, or a picture that is white inside, "
-            f"not {value!r}"
+            f"--concept {text}: region must be left:top:right:bottom in whole pixels or a mask image, not {value!r}"
         )
     return tuple(int(number) for number in value.split(":"))

@@ -1,4 +1,4 @@
-"""Making a picture again from its record, and saying what is different."""
+"""Reproducing an image from its record, and reporting what differs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
     is looked for in `loras`; where that has none, a changed file is kept, and `changes` tells of it afterwards.
 
     Args:
-        record: What a picture says.
+        record: What an image says.
         loras: A folder in which LoRA files are looked for, by content, whatever their names.
 
     Raises:
@@ -44,19 +44,19 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
         concepts.append(concept)
     if missing:
         where = f" nor below {loras}" if loras else ""
-        hint = "say where they are now with --loras FOLDER; they are found by their content"
-        raise ValueError("\n".join([f"LoRAs of this picture are not where they were{where}:", *missing, hint]))
+        hint = "name their folder with --loras FOLDER; they are found by content"
+        raise ValueError("\n".join([f"LoRAs of this image have moved{where}:", *missing, hint]))
     device = record.run.device if record.run.device in devices() else None
     scene = record.run.scene.model_copy(update={"concepts": tuple(concepts)})
     return record.run.model_copy(update={"scene": scene, "device": device})
 
 
 def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
-    """Makes a picture again, together with those of its batch, since bits depend on them.
+    """Reproduces an image, together with those of its batch, because the pixels depend on them.
 
     Args:
         pipe: What `open_model` gave for the run.
-        record: What the picture says.
+        record: What the image says.
         run: The recorded run, as `runnable` gave it.
         on_progress: As for `make`.
     """
@@ -65,7 +65,7 @@ def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], N
 
 
 def changes(before: Record, now: Record) -> list[str]:
-    """What differs between two records that a picture may depend on."""
+    """What differs between two records that an image may depend on."""
     pairs = [(name, before.versions.get(name), now.versions.get(name)) for name in {**before.versions, **now.versions}]
     pairs += [
         (f"LoRA of {name}", before.sha256.get(name), now.sha256.get(name)) for name in {**before.sha256, **now.sha256}
@@ -80,7 +80,7 @@ def changes(before: Record, now: Record) -> list[str]:
 
 
 def difference(one: Image.Image, other: Image.Image) -> str | None:
-    """How two pictures differ, in words; None if every pixel is the same."""
+    """How two images differ, in words; None if every pixel is the same."""
     if one.size != other.size:
         return f"the sizes differ: {one.width} x {one.height} and {other.width} x {other.height} pixels"
     apart = np.abs(np.asarray(one.convert("RGB"), np.int16) - np.asarray(other.convert("RGB"), np.int16))

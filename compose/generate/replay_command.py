@@ -16,15 +16,13 @@ from lora_compose.compose.support.terminal import FAILED, bar, kindly, say
 
 @kindly(logging.WARNING)
 def replay(
-    image: Annotated[Path, typer.Argument(help="A PNG that lora-compose has made.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the new picture; not written if not given.")] = None,
-    loras: Annotated[
-        Path | None, typer.Option(help="Folder in which LoRAs that have moved are found by content.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved.")] = None,
+    image: Annotated[Path, typer.Argument(help="A PNG made by lora-compose.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the new image; default: nowhere.")] = None,
+    loras: Annotated[Path | None, typer.Option(help="Folder in which moved LoRAs are found by content.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's new location, if it has moved.")] = None,
     savers: SaversOption = None,
 ) -> None:
-    """Makes a picture again from what it carries, and says whether it is identical. Exit code 1 if not."""
+    """Reproduce an image from its metadata and compare every pixel. Exit code 1 if one differs."""
     record, given = read_record(image), read_pixels(image)
     if loras is not None and not loras.is_dir():
         raise ValueError(f"there is no folder {str(loras)!r}; --loras names a folder with safetensors files")

@@ -30,9 +30,9 @@ from lora_compose.pipelines.scene import Run
 @kindly()
 def run(
     model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
-    prompt: Annotated[str | None, typer.Option(help="Names every concept by its trigger.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt. It names every concept by its trigger.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help=CONCEPT_HELP)] = None,
-    scene: Annotated[Path | None, typer.Option(help="A scene file, YAML or JSON; options given beside it win.")] = None,
+    scene: Annotated[Path | None, typer.Option(help="A scene file, YAML or JSON; other options override it.")] = None,
     method: MethodOption = None,
     settings: SetOption = None,
     seed: Annotated[
@@ -40,21 +40,21 @@ def run(
     ] = None,
     steps: StepsOption = 25,
     guidance: GuidanceOption = 5.0,
-    negative_prompt: Annotated[str | None, typer.Option(help="What is not to be seen.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's own by default.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt: what to avoid.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; chosen if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
     savers: SaversOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures. Nothing in it is overwritten.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the images. Existing files are not overwritten.")] = Path(
         "outputs/run"
     ),
     maps: Annotated[
-        bool, typer.Option("--maps", help="Also a sheet for each picture: where the model looked for each concept.")
+        bool, typer.Option("--maps", help="Also write a sheet of attention maps and masks for each image.")
     ] = False,
 ) -> None:
-    """Makes pictures: one per seed, and a sheet of them if there are several."""
+    """Generate images: one per seed, and a contact sheet if there are several."""
     given = {"prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height}
     asked = run_of(
         scene=scene_of(scene, {name: value for name, value in given.items() if value is not None}, concept or []),

@@ -23,21 +23,21 @@ def inspect_files(
         str | None,
         typer.Option(
             "--model",
-            help="Match with this model: playground, a folder, a file, a hub repository; else with the playground "
+            help="Match with this model: playground, a folder, a file, a hub repository; default: the playground "
             "or the family's full model, whichever a file was trained on.",
         ),
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="The alpha of files that do not say theirs.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha for files without one.")] = None,
     max_rank: Annotated[
-        int, typer.Option(help="LoHa, LoKr and whole differences are cut to this rank.", min=1)
+        int, typer.Option(help="LoHa, LoKr and full differences are approximated at this rank.", min=1)
     ] = MAX_RANK,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt as well: tensors are read, no code is run.")
+        bool, typer.Option("--allow-pickle", help="Also open .pt, .bin and .ckpt: only tensors are read, no code runs.")
     ] = False,
-    keys: Annotated[bool, typer.Option("--keys", help="List every key that fits no layer.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON, for machines.")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List all keys that match no layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Says what LoRA files are: format, base model, ranks, norms, triggers, what fits; of several, what they share."""
+    """Show LoRA files: format, base model, ranks, norms, triggers, what fits; for several files also their overlap."""
     pipes: dict[str | None, Any] = {}
     seen: list[Inspection] = []
     usable: dict[str | None, list[tuple[str, Factors]]] = {}

@@ -1,4 +1,4 @@
-"""What a LoRA file is, without making a picture: format, base model, ranks, norms, and what of it fits a model."""
+"""What a LoRA file is, without making an image: format, base model, ranks, norms, and what of it fits a model."""
 
 import json
 import math
@@ -190,7 +190,7 @@ def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
         yield _short(word), f"a word with vectors of its own: {vectors}"
     for folder in _parsed(file.metadata.get("ss_dataset_dirs")):
         if named := re.fullmatch(r"\d+_(.+)", folder):
-            yield _short(named[1]), "name of a folder of training pictures"
+            yield _short(named[1]), "name of a folder of training images"
     tags: dict[str, int] = {}
     for counts in _parsed(file.metadata.get("ss_tag_frequency")).values():
         for tag, count in counts.items() if isinstance(counts, dict) else ():
@@ -294,11 +294,9 @@ def _meaning(whole: float | None) -> str:
     if whole is None:
         return "they change no layer in common, so neither disturbs the other's weights"
     if whole < 0.01:
-        return (
-            "their changes point in unrelated directions: each stays what it is, and only where they act can mix them"
-        )
+        return "their changes point in unrelated directions: they mix only where both act"
     if whole < 0.25:
-        return "they share a direction, as LoRAs of one style or class do: added up, that part acts twice"
+        return "they share a direction, as LoRAs of one style or class do: summed, that part acts twice"
     return (
         "they are largely the same change, as versions of one LoRA are: together they act like one of a larger weight"
     )

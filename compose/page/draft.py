@@ -1,4 +1,4 @@
-"""What is set on the page: a run in the making, that may still be incomplete, with the page's limits."""
+"""The settings of the page: a run that may still be incomplete, and the page's limits."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Draft:
         scheduler: As in `Run`.
         steps: As in `Run`.
         guidance_scale: As in `Run`.
-        seeds: One for each picture.
+        seeds: One for each image.
     """
 
     choice: Choice
@@ -103,9 +103,9 @@ def draft_of(run: Run, size: tuple[int, int]) -> Draft:
         ValueError: If it is beyond the page's limits, or its method, settings or scheduler are unknown.
     """
     if run.settings and run.method is None:
-        raise ValueError(f"It has the settings {', '.join(run.settings)}, but no method that they are for.")
+        raise ValueError(f"It has the settings {', '.join(run.settings)}, but no method for them.")
     if run.method is not None and not run.scene.concepts:
-        raise ValueError(f"It has the method {run.method}, but no concepts to be composed.")
+        raise ValueError(f"It has the method {run.method}, but no concepts.")
     if run.scheduler is not None:
         scheduler_class(run.scheduler)
     method, settings = (None, {}) if run.method is None else name_of(make_method(run.method, run.settings))
@@ -139,8 +139,8 @@ def check_limits(draft: Draft) -> None:
     beyond = [
         (len(draft.concepts) > MOST_CONCEPTS, f"{len(draft.concepts)} concepts are too many; the page takes "
          f"{MOST_CONCEPTS}."),
-        (max(map(len, texts)) > MOST_TEXT, f"A prompt may have {MOST_TEXT} characters; a model reads far fewer."),
-        (not draft.prompt.strip(), "Write a prompt: what is to be seen?"),
+        (max(map(len, texts)) > MOST_TEXT, f"A prompt may have at most {MOST_TEXT} characters; a model reads fewer."),
+        (not draft.prompt.strip(), "Write a prompt."),
         (not all(SIDES[0] <= side <= SIDES[1] and side % 8 == 0 for side in draft.size),
          f"{width} x {height} pixels: each side has {SIDES[0]} to {SIDES[1]} pixels, a multiple of 8."),
         (not 1 <= draft.steps <= MOST_STEPS, f"{draft.steps} steps; the page takes 1 to {MOST_STEPS}."),
@@ -181,7 +181,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
             raise ValueError(f"“{part}” is no range of at most {MOST_SEEDS} seeds.")
         seeds += range(first, last + 1)
     if not seeds:
-        raise ValueError("Write a seed: a whole number, such as 0. The same seed gives the same picture.")
+        raise ValueError("Write a seed: a whole number, such as 0. The same seed reproduces the image.")
     return tuple(dict.fromkeys(seeds))
 
 

@@ -1,4 +1,4 @@
-"""A run to take away: as a scene file, as Python, and as a command."""
+"""Export of a run: scene file, Python, command line."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from lora_compose.pipelines.scene import Run, Scene
 
 
 def portable(run: Run, files: Mapping[str, str]) -> Run:
-    """The run with uploaded LoRAs named as their owner named them, not as this visit keeps them.
+    """The run with uploaded LoRAs named as their owner named them, not as this session stores them.
 
     Args:
         run: As it was made.
@@ -35,7 +35,7 @@ def scene_file(scene: Scene) -> str:
 
 
 def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -> str:
-    """The command that makes the run from its scene file, with the same ways to need less memory."""
+    """The command that makes the run from its scene file, with the same memory options."""
     words = ["lora-compose", "run", run.model, "--scene", scene]
     words += ["--method", run.method] if run.method is not None and run.scene.concepts else []
     for name, value in run.settings.items():
@@ -50,7 +50,7 @@ def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -
 
 
 def python(run: Run, savers: Sequence[Saver] = ()) -> str:
-    """A program that makes the run, with the same ways to need less memory, and saves the picture with its record."""
+    """A program that makes the run, with the same memory options, and saves the image with its record."""
     scene = run.scene
     concepts = "".join(f"        {_call('Concept', concept.model_dump(exclude_none=True))},\n" for concept in
                        scene.concepts)  # fmt: skip

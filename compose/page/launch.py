@@ -21,7 +21,7 @@ class Options:
     """How the page was started; it is told by variables, since Streamlit starts it anew for every visitor.
 
     Attributes:
-        out: Where pictures and evaluations are kept.
+        out: Where images and evaluations are kept.
         loras: A folder whose LoRAs can be chosen; None if none was named.
         local: Whether only this machine can open the page, so that its visitors may name files.
     """
@@ -32,7 +32,7 @@ class Options:
 
     @property
     def pictures(self) -> Path:
-        """The folder for pictures that somebody keeps."""
+        """The folder for images that somebody keeps."""
         return self.out / "page"
 
     @property
@@ -53,13 +53,16 @@ def options() -> Options:
 def ui(
     port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 8501,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; others than localhost let everybody who reaches it in.")
+        str,
+        typer.Option(
+            help="Address to listen on. Any but localhost admits everyone who can reach it, without a password."
+        ),
     ] = "localhost",
-    out: Annotated[Path, typer.Option(help="Folder for pictures and evaluations.")] = Path("outputs"),
-    loras: Annotated[Path | None, typer.Option(help="A folder whose LoRAs can be chosen on the page.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for images and evaluations.")] = Path("outputs"),
+    loras: Annotated[Path | None, typer.Option(help="Folder whose LoRAs the page offers.")] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
-    """Opens the page: several LoRAs and a prompt, in a browser."""
+    """Open the page in a browser: several LoRAs and a prompt."""
     if importlib.util.find_spec("streamlit") is None:
         raise ValueError("the page needs one more package: pip install 'lora-compose[ui]'")
     if loras is not None and not loras.is_dir():

@@ -50,7 +50,7 @@ class Quick:
             if self.state == "running":
                 return
             self._said.clear()
-            # One process: pictures need a processor, too.
+            # One process: images need a processor, too.
             command = [sys.executable, "-m", "lora_compose", "evaluate", "run", NAME, "--out", str(self.folder)]
             command += ["--processes", "1"]
             self._process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""How much pictures look like the concepts they are of, where there are pictures to compare with: on the playground."""
+"""How much images look like the concepts they are of, where there are images to compare with: on the playground."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +11,16 @@ from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.pipelines.scene import Run, Scene
 
 SUITE = "playground-quick"
-"""Whose encoder, detector and reference pictures are used."""
+"""Whose encoder, detector and reference images are used."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """What the judge says of one concept in a picture.
+    """What the judge says of one concept in an image.
 
     Attributes:
         found: Whether an object of its class was found at all.
-        own: Cosine similarity of that object to the concept's reference pictures.
+        own: Cosine similarity of that object to the concept's reference images.
         others: The highest to those of another concept of the scene; None if it is alone.
     """
 
@@ -41,20 +41,20 @@ class Judge:
     """The playground's judge, opened when it is first asked."""
 
     def judges(self, run: Run) -> bool:
-        """Whether there are reference pictures for every concept of a run."""
+        """Whether there are reference images for every concept of a run."""
         return run.model == PLAYGROUND and bool(run.scene.concepts) and self._names(run.scene) is not None
 
     def score(self, image: Image.Image, scene: Scene) -> dict[str, Likeness]:
-        """Looks at a picture of the playground.
+        """Looks at an image of the playground.
 
         Raises:
-            ValueError: If there are no reference pictures for some concept.
+            ValueError: If there are no reference images for some concept.
         """
         from lora_compose.compose.evaluation.suite import SuiteScene
 
         names = self._names(scene)
         if names is None:
-            raise ValueError("there are no reference pictures for every concept of this scene")
+            raise ValueError("there are no reference images for every concept of this scene")
         suite_scene = SuiteScene(name="page", prompt=scene.prompt, concepts=tuple(names.values()))
         scores = self._scorer.score(image.convert("RGB"), suite_scene)
         return {ours: _likeness(scores.concepts[theirs], theirs) for ours, theirs in names.items()}

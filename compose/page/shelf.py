@@ -32,7 +32,7 @@ class Choice:
         model: As in `Run`.
         dtype: As in `Run`.
         device: As in `Run`.
-        memory: Ways to need less of it.
+        memory: Options that save memory.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Slot:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the model's own pictures."""
+        """Width and height of the model's own images."""
         sample, scale = self._pipe.unet.config.sample_size, self._pipe.vae_scale_factor
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * scale, height * scale

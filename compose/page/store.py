@@ -27,14 +27,14 @@ UPLOAD_LIMIT = 2**30
 """Bytes of an uploaded LoRA."""
 
 PNG_LIMIT = 64 * 2**20
-"""Bytes of a picture that is dropped in."""
+"""Bytes of an image that is dropped in."""
 
 MOST_FILES = 60
-"""Pictures of a folder that are shown."""
+"""Images of a folder that are shown."""
 
 SUFFIX = ".safetensors"
 _CHUNK = 2**20
-_THUMBNAIL_LIMIT = 2**20  # characters of a picture in a file's metadata
+_THUMBNAIL_LIMIT = 2**20  # characters of an image in a file's metadata
 _THUMBNAIL_PIXELS = 4096 * 4096
 _SIDE = 96
 
@@ -50,7 +50,7 @@ class Lora:
         trigger: From its metadata.
         class_word: From its metadata.
         trained_with: From its metadata.
-        thumbnail: A PNG; None if there is no picture of it.
+        thumbnail: A PNG; None if there is no image of it.
     """
 
     source: str
@@ -97,7 +97,7 @@ class Store:
         """
         shown = _shown(name)
         if not shown.lower().endswith(SUFFIX):
-            raise FileError(f"{shown}: only {SUFFIX} files are taken; other formats could run code when opened")
+            raise FileError(f"{shown}: only {SUFFIX} files are accepted; other formats could run code when opened")
         path = self.folder / f"{secrets.token_hex(12)}{SUFFIX}"
         try:
             _copy(data, path, UPLOAD_LIMIT, shown)
@@ -116,13 +116,13 @@ class Store:
 
 
 def dropped(name: str, data: BinaryIO) -> Record:
-    """The record in a picture that was dropped in. Nothing is kept of the picture.
+    """The record in an image that was dropped in. Nothing is kept of the image.
 
     Raises:
-        FileError: If it is no picture of ours.
+        FileError: If it is no image of ours.
     """
     if data.seek(0, os.SEEK_END) > PNG_LIMIT:
-        raise FileError(f"{_shown(name)} is larger than {PNG_LIMIT // 2**20} MB, which is the most that is taken")
+        raise FileError(f"{_shown(name)} is larger than {PNG_LIMIT // 2**20} MB, which is the maximum")
     return record_in(data, _shown(name))
 
 
@@ -169,11 +169,11 @@ def is_on_hub(source: str) -> bool:
 def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, local: bool) -> dict[str, Lora | None]:
     """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for missing ones.
 
-    A picture may come from a stranger: a path in it is looked at only on the owner's own machine, and taken only if
+    An image may come from a stranger: a path in it is looked at only on the owner's own machine, and taken only if
     the content is the recorded one. A repository in it is missing until somebody asks for it.
 
     Args:
-        record: What a picture says.
+        record: What an image says.
         uploads: What was uploaded in this visit.
         folder: Where else to look.
         local: Whether the page belongs to who looks at it, so that paths may be followed.
@@ -198,7 +198,7 @@ def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | No
 
 
 def picture_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
-    """The newest pictures of a folder and the folders in it."""
+    """The newest images of a folder and the folders in it."""
     found = [path for path in _pngs(folder) if path.is_file()]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
 
@@ -216,7 +216,7 @@ def _copy(data: BinaryIO, path: Path, limit: int, shown: str) -> None:
         while piece := data.read(_CHUNK):
             size += len(piece)
             if size > limit:
-                raise FileError(f"{shown} is larger than {limit // 2**20} MB, which is the most that is taken")
+                raise FileError(f"{shown} is larger than {limit // 2**20} MB, which is the maximum")
             file.write(piece)
 
 
@@ -241,12 +241,12 @@ def _described(file: LoraFile, source: str, shown: str, picture: Path | None = N
 def _reference(name: str) -> Path | None:
     try:
         return playground_references(name.removesuffix("-tara"))[0]
-    except ValueError:  # no pictures of this one
+    except ValueError:  # no images of this one
         return None
 
 
 def _beside(path: Path) -> Path | None:
-    """A picture of the same name, as many programs put it beside a LoRA."""
+    """An image of the same name, as many programs put it beside a LoRA."""
     pictures = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))
     return next((picture for picture in pictures if picture.is_file()), None)
 
@@ -259,7 +259,7 @@ def _thumbnail(path: Path) -> bytes | None:
 
 
 def _embedded(uri: str | None) -> bytes | None:
-    """The picture that trainers write into the metadata as a data URI."""
+    """The image that trainers write into the metadata as a data URI."""
     head, comma, text = (uri or "").partition(",")
     if not comma or not head.startswith("data:image/") or len(text) > _THUMBNAIL_LIMIT:
         return None
@@ -278,7 +278,7 @@ def _small(image: Image.Image) -> bytes:
 
 
 def tile(index: int) -> bytes:
-    """A plain tile in a concept's colour, where there is no picture."""
+    """A plain tile in a concept's colour, where there is no image."""
     buffer = BytesIO()
     Image.new("RGB", (_SIDE, _SIDE), PALETTE[index % len(PALETTE)]).save(buffer, "PNG")
     return buffer.getvalue()

@@ -46,14 +46,14 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
     for i, concept in enumerate(concepts):
         if not concept.trigger:
             if not concept.is_style:
-                flags.append(f"{concept.name} has no trigger, so no word of the prompt is its own.")
+                flags.append(f"{concept.name} needs a trigger word: type it above.")
             continue
         found = _marks(i, concept, prompt)
         marks += found
         if not found:
             missing.append(i)
             if concept.prompt is None:
-                flags.append(f"{concept.name} is not in the prompt: write “{concept.phrase}” where it is meant.")
+                flags.append(f"{concept.name} is missing in the prompt: write “{concept.phrase}”.")
             continue
         flags += _doubts(concept, found)
         try:
@@ -67,7 +67,7 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
     cut = cut_off(prompt, tokenizer)
     if cut is not None:
         limit = tokenizer.model_max_length - 2
-        flags.append(f"The model reads {limit} tokens; it does not see “{_shortened(prompt[cut:])}”.")
+        flags.append(f"The model reads {limit} tokens; it ignores “{_shortened(prompt[cut:])}”.")
     return Reading(_apart(marks), tuple(flags), tuple(missing), cut)
 
 
@@ -133,10 +133,10 @@ def _marks(i: int, concept: Concept, prompt: str) -> list[Mark]:
 def _doubts(concept: Concept, found: Sequence[Mark]) -> list[str]:
     doubts = []
     if concept.class_word and all(mark.part == "trigger" for mark in found):
-        doubts.append(f"No “{concept.class_word}” stands after the trigger “{concept.trigger}” of {concept.name}.")
+        doubts.append(f"Write “{concept.class_word}” after the trigger “{concept.trigger}” of {concept.name}.")
     times = sum(mark.part == "trigger" for mark in found)
     if times > 1:
-        doubts.append(f"The trigger of {concept.name} stands {times} times; all of them are the same {concept.name}.")
+        doubts.append(f"The trigger of {concept.name} occurs {times} times; all name the same {concept.name}.")
     return doubts
 
 

@@ -1,4 +1,4 @@
-"""Making pictures in a thread of its own, so that one can watch, and stop."""
+"""Making images in a thread of its own, so that one can watch, and stop."""
 
 import logging
 import secrets
@@ -29,10 +29,10 @@ _PREVIEW_SHARE = 0.1  # of the time, that previews may take
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A finished picture.
+    """A finished image.
 
     Attributes:
-        made: The picture and its record.
+        made: The image and its record.
         cost: What its call cost; None without concepts.
         attention: Attention maps, if they were kept.
         seconds: How long it took.
@@ -56,14 +56,14 @@ class Job:
 
     Args:
         slot: The model.
-        runs: One for each picture.
+        runs: One for each image.
         record_attention: Whether attention maps are kept.
 
     Attributes:
         state: Where it is.
         ahead: While waiting: how many calls of others come first.
         pictures: Those that are finished.
-        preview: What the current picture looks like so far.
+        preview: What the current image looks like so far.
         error: What went wrong, in words.
     """
 
@@ -107,7 +107,7 @@ class Job:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Steps of the current picture that are done, and of how many."""
+        """Steps of the current image that are done, and of how many."""
         return self._done, self._of
 
     @property
@@ -138,10 +138,10 @@ class Job:
             self._fail(str(error))
         except torch.OutOfMemoryError as error:
             logger.warning("out of memory: %s", error)
-            self._fail("The device has too little memory for this. Choose a smaller canvas, float16, or save memory.")
+            self._fail("Out of memory. Choose a smaller canvas, float16, or “Save memory”.")
         except Exception as error:  # whatever models and libraries raise: the page lives on
-            logger.exception("a picture could not be made")
-            self._fail(f"Something failed inside ({type(error).__name__}): {str(error)[:300]}")
+            logger.exception("an image could not be made")
+            self._fail(f"Internal error ({type(error).__name__}): {str(error)[:300]}")
         finally:
             self.preview = None
 

@@ -75,7 +75,7 @@ def playground_loras() -> list[str]:
 
 
 def playground_references(concept: str) -> list[Path]:
-    """Lists the reference pictures of a concept, in the order of their numbers.
+    """Lists the reference images of a concept, in the order of their numbers.
 
     Args:
         concept: A concept such as "cat".

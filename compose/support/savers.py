@@ -1,4 +1,4 @@
-"""Ways to need less memory, by name: on the command line, in suites and in the page."""
+"""Options that save memory, by name: on the command line, in suites and in the page."""
 
 from collections.abc import Collection, Iterable
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Saver(StrEnum):
-    """A way to need less memory, and more time. What is drawn stays the same, up to rounding and the seams of tiles."""
+    """An option that saves memory and costs time. Images stay the same up to rounding and the seams of tiles."""
 
     TILING = "tiling"
     MODEL_OFFLOAD = "model-offload"
@@ -27,7 +27,7 @@ OFFLOADS = frozenset({Saver.MODEL_OFFLOAD, Saver.SEQUENTIAL_OFFLOAD})
 
 
 TILE = 512
-"""Pixels. diffusers itself takes tiles of the size that a VAE was made for, so that SDXL's pictures are one tile."""
+"""Pixels. diffusers itself takes tiles of the size that a VAE was made for, so that SDXL's images are one tile."""
 
 
 def in_order(savers: Iterable[Saver]) -> tuple[Saver, ...]:

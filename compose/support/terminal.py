@@ -25,7 +25,7 @@ BAD_INPUT, FAILED = 2, 1
 def plain(text: object) -> str:
     """Text as one may show it: characters that steer a terminal or reverse the writing are spelled out.
 
-    Names and prompts are the user's data, and those in pictures a stranger's.
+    Names and prompts are the user's data, and those in images a stranger's.
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 

@@ -3,7 +3,7 @@
     L = mean over layers and channels of | W x_r + Delta x_r - W x_c |        (TARA, arXiv 2508.08812)
 
 x_r and x_c are text features at the trigger and at the class word. The text encoder and W are frozen, so they and the
-target W (x_c - x_r) are constants: the loss needs no pass of the UNet, no hook, and does not depend on picture, noise
+target W (x_c - x_r) are constants: the loss needs no pass of the UNet, no hook, and does not depend on image, noise
 or timestep. It is 0 where keys are equal, and one rank for every token of the trigger suffices for that.
 """
 

@@ -58,8 +58,8 @@ class Batches:
     """Makes the batches of a training.
 
     Attributes:
-        concept: Pictures of the concept.
-        prior: Pictures of its class, if there are any.
+        concept: Images of the concept.
+        prior: Images of its class, if there are any.
         rows: Features at the words, for the alignment; None without one.
         sizes: Rows of the concept and of its class in a batch.
         accumulate: Batches in a step.

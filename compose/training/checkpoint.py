@@ -1,4 +1,4 @@
-"""Checkpoints: a training goes on where it was stopped, with the same bits, or says why it cannot."""
+"""Checkpoints: a training resumes where it was stopped, bit-identically, or fails with the reason."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.training.settings import Training
 
 _VERSION = 2
-# What may differ when a training goes on; pictures are compared by their content.
+# What may differ when a training goes on; images are compared by their content.
 _FREE = {
     "pictures", "out", "class_pictures", "class_count", "class_steps", "gradient_checkpointing", "save_dtype",
     "checkpoint_every", "sample_every", "sample_prompts", "sample_guidance", "cpu", "threads",
@@ -36,7 +36,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
         path: Where to.
         state: Numbers, tensors and the state of optimizers, with "step" among them.
         settings: Of the training.
-        data: What the pictures are (`digest`).
+        data: What the images are (`digest`).
         processes: How many share a step; with another number of them a step would have other rows.
 
     Raises:
@@ -48,9 +48,9 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
     try:
         write_whole(path, buffer.getvalue())
     except OSError as error:
-        kept = "there is none before it. Make room and give the same command again"
+        kept = "there is no earlier one. Free some space and run the same command again"
         if path.exists():
-            kept = f"the one before it is kept in {path}. Make room; the same command, without --fresh, goes on from it"
+            kept = f"the one before it is kept in {path}. Free some space; the same command resumes (without --fresh)"
         raise FullError(
             f"the checkpoint at step {state['step']} could not be written ({len(buffer.getvalue()) / 2**20:.1f} MB to "
             f"{path.parent}): {error.strerror or error}; {kept}"
@@ -61,7 +61,7 @@ def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -
     """Reads a checkpoint of the same training.
 
     Raises:
-        CheckpointError: If it is damaged, or settings, pictures or the number of processes have changed.
+        CheckpointError: If it is damaged, or settings, images or the number of processes have changed.
     """
     anew = "start over with --fresh"
     try:
@@ -74,11 +74,11 @@ def load_checkpoint(path: Path, settings: Training, data: str, processes: int) -
         raise CheckpointError(f"the checkpoint {path} is of another version of lora-compose; {anew}")
     changed = _changes(known, _compared(settings, processes))
     if state["data"] != data:
-        changed.append("the pictures or captions are others")
+        changed.append("the images or captions have changed")
     if changed:
         raise CheckpointError(
             f"{path} is a checkpoint at step {step} of another training:\n  " + "\n  ".join(changed)
-            + f"\nGive what it was begun with to go on, or {anew}"
+            + f"\nUse the settings it was started with to resume, or {anew}"
         )  # fmt: skip
     return state
 

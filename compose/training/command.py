@@ -21,92 +21,109 @@ _PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory
 
 @kindly()
 def train(
-    pictures: Annotated[Path, typer.Argument(help="A folder with pictures; captions.tsv or a .txt beside each.")],
-    out: Annotated[Path, typer.Option(help="The LoRA to be written, a .safetensors file.")],
-    trigger: Annotated[str, typer.Option(help="The rare word that will name the concept: sks.")],
-    class_word: Annotated[str, typer.Option("--class", help="The noun after it: cat.")],
+    pictures: Annotated[Path, typer.Argument(help="A folder with images, and captions.tsv or a .txt beside each.")],
+    out: Annotated[Path, typer.Option(help="The LoRA to write, a .safetensors file.")],
+    trigger: Annotated[str, typer.Option(help="The rare word that names the concept, e.g. sks.")],
+    class_word: Annotated[str, typer.Option("--class", help="The noun after the trigger, e.g. cat.")],
     model: Annotated[
         str, typer.Option(help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository.")
     ],
     preset: Annotated[
-        str | None, typer.Option(help=f"Defaults: {', '.join(PRESETS)}; chosen by the model if not given.")
+        str | None, typer.Option(help=f"Defaults: {', '.join(PRESETS)}; default: chosen by the model.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="The caption of pictures without one: 'a photo of {trigger} {class_word}'.")
+        str | None, typer.Option(help="Caption for images without one; default: 'a photo of {trigger} {class_word}'.")
     ] = None,
-    scope: Annotated[str | None, typer.Option(help="Which layers: cross_kv, attention or transformer.")] = None,
+    scope: Annotated[str | None, typer.Option(help="Layers to train: cross_kv, attention or transformer.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale times rank; the rank if not given.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The LoRA is scaled by alpha / rank; default: the rank.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures in a batch, on every process.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches per step (gradient accumulation).")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw or muon.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="The highest one.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="constant, linear or cosine.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps in which the learning rate rises.")] = None,
-    min_snr: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, such as 5.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Side in pixels; the model's own if not given.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides everything random.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Learning rate schedule: constant, linear or cosine.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Warm-up steps of the learning rate.")] = None,
+    min_snr: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, e.g. 5.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     class_pictures: Annotated[
-        Path | None, typer.Option(help="A folder with pictures of the class.", rich_help_panel=_PRIOR)
+        Path | None, typer.Option(help="A folder with images of the class.", rich_help_panel=_PRIOR)
     ] = None,
     class_prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Their caption, repeatable: 'a photo of {class_word}'.", rich_help_panel=_PRIOR),
+        typer.Option(
+            help="Caption of class images, repeatable; default: 'a photo of {class_word}'.", rich_help_panel=_PRIOR
+        ),
     ] = None,
     class_count: Annotated[
-        int | None, typer.Option(help="The model paints what is missing of so many.", rich_help_panel=_PRIOR)
+        int | None, typer.Option(help="Generate missing class images up to this number.", rich_help_panel=_PRIOR)
     ] = None,
-    prior_batch: Annotated[int | None, typer.Option(help="Class pictures in a batch.", rich_help_panel=_PRIOR)] = None,
-    prior_weight: Annotated[float | None, typer.Option(help="Weight of their loss.", rich_help_panel=_PRIOR)] = None,
-    tara: Annotated[
-        bool, typer.Option("--tara", help="Train for composing with method tara.", rich_help_panel=_TARA)
-    ] = False,
+    prior_batch: Annotated[int | None, typer.Option(help="Class images per batch.", rich_help_panel=_PRIOR)] = None,
+    prior_weight: Annotated[
+        float | None, typer.Option(help="Weight of the loss on class images.", rich_help_panel=_PRIOR)
+    ] = None,
+    tara: Annotated[bool, typer.Option("--tara", help="Train for the method tara.", rich_help_panel=_TARA)] = False,
     align_weight: Annotated[
-        float | None, typer.Option(help="Weight of token alignment.", rich_help_panel=_TARA)
+        float | None, typer.Option(help="Weight of the token alignment loss.", rich_help_panel=_TARA)
     ] = None,
-    align_norm: Annotated[str | None, typer.Option(help="l1 or l2.", rich_help_panel=_TARA)] = None,
+    align_norm: Annotated[
+        str | None, typer.Option(help="Distance of the alignment loss: l1 or l2.", rich_help_panel=_TARA)
+    ] = None,
     class_target: Annotated[
         str | None,
-        typer.Option(help="Where from: caption, or clean of the trigger.", rich_help_panel=_TARA),
+        typer.Option(
+            help="Source of the class word's features: caption, or clean (the caption without the trigger).",
+            rich_help_panel=_TARA,
+        ),
     ] = None,
     keys: Annotated[
-        str | None, typer.Option(help="aligned, or tied: values alone learn.", rich_help_panel=_TARA)
+        str | None,
+        typer.Option(help="aligned (trained), or tied (not trained, set in closed form).", rich_help_panel=_TARA),
     ] = None,
     token_mask: Annotated[
-        str | None, typer.Option(help="In training, or at inference only.", rich_help_panel=_TARA)
+        str | None,
+        typer.Option(
+            help="Where LoRAs are masked: training (and inference), or inference only.", rich_help_panel=_TARA
+        ),
     ] = None,
     start_aligned: Annotated[
         bool | None,
-        typer.Option("--start-aligned/--start-apart", help="Whether keys start aligned.", rich_help_panel=_TARA),
+        typer.Option(
+            "--start-aligned/--start-apart",
+            help="Start with aligned keys, or with the base model's.",
+            rich_help_panel=_TARA,
+        ),
     ] = None,
     mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", rich_help_panel=_MEMORY)] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Compute twice, remember less.",
+            help="Recompute activations to save memory.",
             rich_help_panel=_MEMORY,
         ),
     ] = None,
     save_dtype: Annotated[
-        str | None, typer.Option(help="The file's: float32, float16 or bfloat16.", rich_help_panel=_MEMORY)
+        str | None, typer.Option(help="Precision of the file: float32, float16 or bfloat16.", rich_help_panel=_MEMORY)
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.", rich_help_panel=_MEMORY)] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads on the CPU.", rich_help_panel=_MEMORY)] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.", rich_help_panel=_MEMORY)] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_MEMORY)] = None,
     sample_every: Annotated[
-        int | None, typer.Option(help="Steps between sample pictures; 0 is none.", rich_help_panel=_WATCH)
+        int | None, typer.Option(help="Steps between sample images; 0 turns them off.", rich_help_panel=_WATCH)
     ] = None,
     sample_prompt: Annotated[
-        list[str] | None, typer.Option(help="What samples show, repeatable.", rich_help_panel=_WATCH)
+        list[str] | None, typer.Option(help="Prompt of sample images, repeatable.", rich_help_panel=_WATCH)
     ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_WATCH)
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; a checkpoint is deleted.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the checkpoint and start over.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing LoRA.")] = False,
 ) -> None:
-    """Trains a LoRA on a folder of pictures; Ctrl-C stops it, and the same command goes on.
+    """Train a LoRA on a folder of images. Ctrl-C stops; the same command resumes.
 
     On several GPUs: accelerate launch --module lora_compose train ...
     """

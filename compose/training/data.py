@@ -1,4 +1,4 @@
-"""Pictures and captions for training. They are the user's, or a stranger's: everything is checked first."""
+"""Images and captions for training. They are the user's, or a stranger's: everything is checked first."""
 
 import hashlib
 import logging
@@ -22,12 +22,12 @@ _PIXEL_LIMIT = 2**26
 
 
 class DataError(ValueError):
-    """Pictures or captions that cannot be used; the message says which, and what was expected."""
+    """Images or captions that cannot be used; the message says which, and what was expected."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it shows.
+    """An image and what it shows.
 
     Attributes:
         path: Its file.
@@ -43,26 +43,26 @@ class Picture:
 
 
 def read_pictures(folder: Path, prompts: Sequence[str]) -> tuple[Picture, ...]:
-    """Reads and checks all pictures of a folder.
+    """Reads and checks all images of a folder.
 
     Args:
-        folder: Holds pictures; `captions.tsv` and .txt files beside pictures hold captions.
-        prompts: Captions for pictures without one, in turn.
+        folder: Holds images; `captions.tsv` and .txt files beside images hold captions.
+        prompts: Captions for images without one, in turn.
 
     Raises:
-        DataError: If there is no such folder, it holds no picture, one of them is broken, or captions are unreadable.
+        DataError: If there is no such folder, it holds no image, one of them is broken, or captions are unreadable.
     """
     if not folder.is_dir():
-        raise DataError(f"there is no folder {str(folder)!r} with pictures")
+        raise DataError(f"there is no folder {str(folder)!r} with images")
     paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=_natural)
     if not paths:
-        raise DataError(f"{folder} holds no pictures; expected files that end with {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder} holds no images; expected files that end with {', '.join(SUFFIXES)}")
     told = _table(folder / CAPTIONS)
     if strangers := sorted(told.keys() - {path.name for path in paths}):
-        logger.warning("%s has captions of pictures that are not there: %s", CAPTIONS, ", ".join(strangers[:5]))
+        logger.warning("%s has captions of images that are not there: %s", CAPTIONS, ", ".join(strangers[:5]))
     captions = [told.get(path.name) or _beside(path) for path in paths]
     if missing := captions.count(None):
-        logger.info("%s: %d of %d pictures have no caption and get the prompt", folder, missing, len(paths))
+        logger.info("%s: %d of %d images have no caption and get the prompt", folder, missing, len(paths))
     found = []
     for i, (path, caption) in enumerate(zip(paths, captions, strict=True)):
         size = load_picture(path).size
@@ -72,7 +72,7 @@ def read_pictures(folder: Path, prompts: Sequence[str]) -> tuple[Picture, ...]:
 
 
 def load_picture(path: Path) -> Image.Image:
-    """Opens a picture, upright, as RGB on white.
+    """Opens an image, upright, as RGB on white.
 
     Raises:
         DataError: If it is broken or too large.
@@ -89,12 +89,12 @@ def load_picture(path: Path) -> Image.Image:
             return image.convert("RGB")
     except DataError:
         raise
-    except Exception as error:  # what a broken picture raises depends on its format
-        raise DataError(f"{path} is not a readable picture (truncated or damaged?): {error}") from error
+    except Exception as error:  # what a broken image raises depends on its format
+        raise DataError(f"{path} is not a readable image (truncated or damaged?): {error}") from error
 
 
 def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """The middle of a picture, so that its shorter side is whole.
+    """The middle of an image, so that its shorter side is whole.
 
     Args:
         image: RGB.
@@ -113,17 +113,17 @@ def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
 
 
 def say_small(pictures: Sequence[Picture], side: int) -> None:
-    """Says which pictures have to be enlarged."""
+    """Says which images have to be enlarged."""
     small = [picture.path.name for picture in pictures if min(picture.size) < side]
     if small:
         logger.warning(
-            "%d of %d pictures are smaller than %d x %d and are enlarged, so that the concept will be soft: %s",
+            "%d of %d images are smaller than %d x %d and are enlarged, so that the concept will be soft: %s",
             len(small), len(pictures), side, side, ", ".join(small[:5]),
         )  # fmt: skip
 
 
 def digest(pictures: Sequence[Picture]) -> str:
-    """SHA-256 of all pictures and captions."""
+    """SHA-256 of all images and captions."""
     lines = [f"{picture.path.name}\t{picture.sha256}\t{picture.caption}" for picture in pictures]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Pictures and captions as the UNet takes them, computed once: text encoders and VAE are frozen."""
+"""Images and captions as the UNet takes them, computed once: text encoders and VAE are frozen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from lora_compose.compose.training.model import encode_text
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Encoded pictures.
+    """Encoded images.
 
     Attributes:
-        latents: The means that the VAE gives; of some VAEs the spread is as large as the picture, and drawing from it
-            would only add noise that nobody has learnt. Shape: [pictures, channels, height, width].
-        caption: Which of the captions is a picture's. Shape: [pictures], whole numbers.
+        latents: The means that the VAE gives; of some VAEs the spread is as large as the image, and drawing from it
+            would only add noise that nobody has learnt. Shape: [images, channels, height, width].
+        caption: Which of the captions is an image's. Shape: [images], whole numbers.
         text: Features of the captions. Shape: [captions, tokens, channels].
         mask: 1 at the trigger. Shape: [captions, tokens, 1].
         pooled: SDXL's pooled features. Shape: [captions, channels].
-        time_ids: SDXL's sizes: original, cut off, target; each height and width. Shape: [pictures, 6].
+        time_ids: SDXL's sizes: original, cut off, target; each height and width. Shape: [images, 6].
     """
 
     latents: Tensor
@@ -39,13 +39,13 @@ class Examples:
 def encode_pictures(
     pipe: Any, pictures: Sequence[Picture], triggers: dict[str, tuple[int, ...]], side: int, device: torch.device
 ) -> Examples:
-    """Encodes pictures and their captions.
+    """Encodes images and their captions.
 
     Args:
         pipe: The base model, in float32 on the device.
         pictures: What to encode.
         triggers: Token positions of the trigger, by caption.
-        side: Of the training pictures, in pixels.
+        side: Of the training images, in pixels.
         device: Where the model is.
     """
     captions = list(dict.fromkeys(picture.caption for picture in pictures))

@@ -50,7 +50,7 @@ class Weights:
     """How losses are added up.
 
     Attributes:
-        prior: Of class pictures.
+        prior: Of class images.
         alignment: Of token alignment.
         min_snr: Gamma of min-SNR weighting; None is none.
     """

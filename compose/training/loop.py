@@ -1,4 +1,4 @@
-"""`train`: from a folder of pictures to a LoRA."""
+"""`train`: from a folder of images to a LoRA."""
 
 import logging
 import math
@@ -58,7 +58,7 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
         The path of the LoRA.
 
     Raises:
-        ValueError: For pictures, captions, words, models and checkpoints that cannot be used; nothing is trained then.
+        ValueError: For images, captions, words, models and checkpoints that cannot be used; nothing is trained then.
         FileExistsError: If the output exists.
         Stopped: After Ctrl-C; the same call, without `fresh`, goes on.
         DivergedError: If the loss is no number any more.
@@ -126,7 +126,7 @@ class _Trainer:
             optimizer.load_state_dict(known)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        logger.info("going on after step %d of %d", state["step"], self.settings.steps)
+        logger.info("resuming after step %d of %d", state["step"], self.settings.steps)
         return int(state["step"])
 
     def run(self, first: int, on_step: OnStep | None) -> None:
@@ -145,7 +145,7 @@ class _Trainer:
                 if settings.sample_every and (done % settings.sample_every == 0 or done == settings.steps):
                     self._paint(done)
                 if stop and done < settings.steps:
-                    how = "give the same command to go on (without --fresh)"
+                    how = "run the same command to resume (without --fresh)"
                     raise Stopped(f"stopped after step {done} of {settings.steps}; {how}")
 
     def finish(self) -> Path:
@@ -161,7 +161,7 @@ class _Trainer:
                 why = getattr(error, "strerror", None) or error
                 raise OSError(
                     f"{settings.out} could not be written: {why}; all steps are done and kept in "
-                    f"{settings.checkpoint}. Make room; the same command, without --fresh, writes the file"
+                    f"{settings.checkpoint}. Free some space; the same command, without --fresh, writes the file"
                 ) from error
             settings.checkpoint.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
@@ -222,7 +222,7 @@ class _Trainer:
         )
         half = "; fp16 overflows, bf16 does not" if self.settings.mixed_precision == "fp16" else ""
         return (
-            f"{what} is no number any more at step {step}: the training has diverged. Try a lower learning rate (it is "
+            f"{what} is not finite at step {step}: the training has diverged. Try a lower learning rate (it is "
             f"{self.settings.learning_rate:g}) or a longer warm-up, with --fresh{half}.{kept}"
         )
 

@@ -1,4 +1,4 @@
-"""Pictures that the model paints during training: samples, and pictures of the class."""
+"""Images that the model paints during training: samples, and images of the class."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from lora_compose.compose.training.settings import Training
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER = 4  # class pictures painted in one call
+_TOGETHER = 4  # class images painted in one call
 _SAMPLE, _CLASS_PICTURE = range(100, 102)  # tell their noise apart from that of training
 
 
@@ -31,7 +31,7 @@ def paint(
     guidance: float,
     side: int,
 ) -> list[Image.Image]:
-    """Paints a picture for every prompt with the UNet as it is; the VAE stays in float32."""
+    """Paints an image for every prompt with the UNet as it is; the VAE stays in float32."""
     with torch.no_grad(), accelerator.autocast():
         latents = pipe(
             list(prompts), generator=list(generators), num_inference_steps=steps, guidance_scale=guidance, width=side,
@@ -59,7 +59,7 @@ def paint_samples(
         settings: Of the training.
         prompts: What to paint, with the token positions of the trigger.
         focus: Where the token mask is set: on the prompt's row, not on the negative prompt's.
-        step: Is in the names of the pictures.
+        step: Is in the names of the images.
         side: In pixels.
     """
     folder = settings.out.with_name(f"{settings.out.stem}-samples")
@@ -86,14 +86,14 @@ def paint_class(
     side: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Paints class pictures with the base model until there are as many as the settings want, with captions beside."""
+    """Paints class images with the base model until there are as many as the settings want, with captions beside."""
     folder = settings.class_folder
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
     missing = [number for number in range(settings.class_count) if not (folder / _name(number)).exists()]
     missing = missing[: max(0, settings.class_count - there)]
     if missing:
-        logger.info("the model paints %d pictures of its own into %s, for prior preservation", len(missing), folder)
+        logger.info("the model generates %d class images into %s, for prior preservation", len(missing), folder)
     for first in range(0, len(missing), _TOGETHER):
         numbers = missing[first : first + _TOGETHER]
         prompts = [settings.filled(settings.class_prompts[n % len(settings.class_prompts)]) for n in numbers]

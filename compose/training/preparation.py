@@ -1,4 +1,4 @@
-"""What a training needs before its first step; words and pictures are checked before any work is done."""
+"""What a training needs before its first step; words and images are checked before any work is done."""
 
 import logging
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """What the concept's pictures show, in words.
+    """What the concept's images show, in words.
 
     Attributes:
-        pictures: The pictures.
+        pictures: The images.
         words: By caption.
         samples: What samples show, with the token positions of the trigger.
-        side: Of the training pictures, in pixels.
+        side: Of the training images, in pixels.
     """
 
     pictures: tuple[Picture, ...]
@@ -42,8 +42,8 @@ class Material:
     """What is learnt from.
 
     Attributes:
-        concept: Pictures of the concept.
-        prior: Pictures of its class.
+        concept: Images of the concept.
+        prior: Images of its class.
         rows: Text features that are to be aligned; None without TARA.
         data: SHA-256 of all of it.
     """
@@ -70,14 +70,14 @@ class Adapter:
 
 
 def read_texts(pipe: Any, settings: Training) -> Texts:
-    """Reads pictures and captions and finds the concept's words in them.
+    """Reads images and captions and finds the concept's words in them.
 
     Raises:
         DataError: If anything cannot be used.
     """
     pictures = read_pictures(settings.pictures, [settings.filled(settings.prompt)])
     if len(pictures) == 1:
-        logger.warning("there is one picture: its background and pose will be learnt with the concept; five are better")
+        logger.warning("there is one image: its background and pose will be learnt with the concept; five are better")
     side = settings.resolution or _own_side(pipe)
     say_small(pictures, side)
     noun = settings.tara is not None and settings.tara.needs_class_word
@@ -98,7 +98,7 @@ def _own_side(pipe: Any) -> int:
 
 
 def encode(pipe: Any, texts: Texts, settings: Training, accelerator: Accelerator) -> Material:
-    """Encodes all pictures and captions; paints class pictures first if some are missing."""
+    """Encodes all images and captions; paints class images first if some are missing."""
     device = accelerator.device
     class_pictures = _class_pictures(pipe, settings, accelerator, texts.side)
     triggers = {caption: found.trigger for caption, found in texts.words.items()}
@@ -108,7 +108,7 @@ def encode(pipe: Any, texts: Texts, settings: Training, accelerator: Accelerator
     if settings.tara is not None and settings.tara.needs_class_word:
         class_text, _ = encode_text(pipe, [found.class_caption for found in texts.words.values()], device)
         rows = rows_of(list(texts.words.values()), concept.text, class_text)
-    logger.info("%d pictures of the concept, %d of its class", len(texts.pictures), len(class_pictures))
+    logger.info("%d images of the concept, %d of its class", len(texts.pictures), len(class_pictures))
     return Material(concept, prior, rows, digest([*texts.pictures, *class_pictures]))
 
 

@@ -75,50 +75,50 @@ class TaraTraining(_Frozen):
 
 
 class Training(_Frozen):
-    """All that makes a LoRA again: pictures, words, model, which layers, how they are optimised, seed.
+    """Everything that determines a LoRA: images, words, model, which layers, how they are optimised, seed.
 
     `Training.preset` fills in what suits a kind of model.
 
     Attributes:
-        pictures: A folder with pictures of the concept. Captions are read from its `captions.tsv` (file, tab, caption)
-            or a .txt beside each picture.
+        pictures: A folder with images of the concept. Captions are read from its `captions.tsv` (file, tab, caption)
+            or a .txt beside each image.
         out: The LoRA to be written, a .safetensors file.
         trigger: The rare word or words that will name the concept: "sks".
         class_word: The noun after it: "cat".
         model: The base model: `playground`, a folder as diffusers saves it, a .safetensors file, or a hub repository.
-        prompt: The caption of pictures that have none.
+        prompt: The caption of images that have none.
         tara: Train for composing by `tara`; None is an ordinary LoRA.
         scope: Which layers get a LoRA. "cross_kv": keys and values of cross-attention. "attention": all projections of
             attention. "transformer": also the feed-forward layers and the projections around the transformer.
         rank: Rank r of the LoRA.
         alpha: The LoRA is scaled by alpha / r; None is r. Not every tool reads alpha: leave it if others use the file.
         steps: Optimisation steps.
-        batch_size: Pictures of the concept in a batch, on every process.
+        batch_size: Images of the concept in a batch, on every process.
         accumulate: Batches in a step.
-        optimizer: "adamw", or "muon" (Jordan et al. 2024), which needs fewer pictures and PyTorch 2.9.
+        optimizer: "adamw", or "muon" (Jordan et al. 2024), which needs fewer images and PyTorch 2.9.
         learning_rate: The highest one.
         schedule: How it goes after the warm-up: stays, or falls to zero along a line or half a cosine.
         warmup: Steps in which it rises from zero.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are shortened to this norm; None leaves them.
-        resolution: Side of the training pictures in pixels; None is the model's own.
+        resolution: Side of the training images in pixels; None is the model's own.
         seed: Decides everything random: start weights, order, noise, timesteps.
-        class_pictures: A folder with pictures of the class without the concept, for prior preservation, captioned like
+        class_pictures: A folder with images of the class without the concept, for prior preservation, captioned like
             `pictures`. None with `class_count` 0: no prior preservation.
-        class_prompts: The captions of class pictures that have none, and the prompts of those that the model makes.
-        class_count: Missing class pictures are made by the model, up to this number, into `class_pictures` (or a folder
+        class_prompts: The captions of class images that have none, and the prompts of those that the model makes.
+        class_count: Missing class images are made by the model, up to this number, into `class_pictures` (or a folder
             beside `out`).
         class_steps: Denoising steps for them.
-        prior_batch: Class pictures beside a batch; None is as many as `batch_size`.
+        prior_batch: Class images beside a batch; None is as many as `batch_size`.
         prior_weight: Weight of their loss.
         min_snr: Gamma of min-SNR weighting (Hang et al. 2023); None is none.
-        gradient_checkpointing: Compute twice, remember less.
+        gradient_checkpointing: Recompute activations to save memory.
         mixed_precision: "no", "fp16" or "bf16"; the LoRA itself is float32.
         save_dtype: Precision of the file.
         checkpoint_every: Steps from checkpoint to checkpoint.
         sample_every: Steps from sample to sample; 0 is none.
         sample_prompts: What samples show; the first caption by default.
-        sample_guidance: Classifier-free guidance of samples and of class pictures that are made.
+        sample_guidance: Classifier-free guidance of samples and of class images that are made.
         cpu: Stay on the CPU, whatever else is there.
         threads: Threads on the CPU; None leaves it to PyTorch.
     """
@@ -215,12 +215,12 @@ class Training(_Frozen):
 
     @property
     def has_prior(self) -> bool:
-        """Whether there are class pictures."""
+        """Whether there are class images."""
         return self.class_pictures is not None or self.class_count > 0
 
     @property
     def class_folder(self) -> Path:
-        """Where class pictures are."""
+        """Where class images are."""
         return self.class_pictures or self.out.with_name(f"{self.out.stem}-class")
 
     @property

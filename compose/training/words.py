@@ -119,14 +119,14 @@ def _check_known(tokenizer: PreTrainedTokenizerBase, caption: str, positions: Se
 
 
 def check_class_caption(caption: str, concept: Concept) -> None:
-    """Checks that a class picture's caption does not name the concept.
+    """Checks that a class image's caption does not name the concept.
 
     Raises:
         DataError: If it does.
     """
     if find_words(concept.trigger or "", caption):
         raise DataError(
-            f"the caption {caption!r} of a class picture has the trigger {concept.trigger!r}; class pictures show what "
+            f"the caption {caption!r} of a class image has the trigger {concept.trigger!r}; class images show what "
             "the concept is not"
         )
 

@@ -197,7 +197,7 @@ def test_masks_in_scene_files_are_relative_to_them(tmp_path: Path) -> None:
 def test_a_mask_can_be_named_on_the_command_line() -> None:
     assert parse_concept("path=cat.safetensors,region=masks/cat.png").region == "masks/cat.png"
     assert parse_concept("path=cat.safetensors,region=0:0:64:128").region == (0, 0, 64, 128)
-    with pytest.raises(ValueError, match="or a picture that is white inside"):
+    with pytest.raises(ValueError, match="or a mask image"):
         parse_concept("path=cat.safetensors,region=left")
 
 

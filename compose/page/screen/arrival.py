@@ -24,7 +24,7 @@ def visit() -> Visit:
         st.session_state["visit"] = new
         fields.fill(new, draft, {concept.name: named(concept.lora or "") for concept in draft.concepts})
     if before is not None and before.closed:
-        st.toast("You were away, so your files and pictures have been deleted. This is a new start.")
+        st.toast("Your session ended, so your files and images were deleted. This is a new session.")
     return st.session_state["visit"]
 
 

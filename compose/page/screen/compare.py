@@ -11,18 +11,18 @@ from lora_compose.pipelines.methods import METHODS
 
 _CHOSEN = "set.compared"
 _PLACE = "compare"
-_MOST = 24  # pictures at once
+_MOST = 24  # images at once
 
 
 def compare_view(here: Visit) -> None:
-    """Which methods, what each costs, and their pictures."""
+    """Which methods, what each costs, and their images."""
     if not here.rows:
         st.info("Add concepts first.", icon=":material/view_column:")
         return
     st.session_state.setdefault(_CHOSEN, ["merge", "regional", "lora-composer"])
     methods = st.multiselect("Methods", list(METHODS), key=_CHOSEN)
     _costs(here, methods)
-    st.button("Make them all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
+    st.button("Generate all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
               disabled=here.working or not methods, on_click=_start, args=(here, methods))  # fmt: skip
     for trouble in here.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
@@ -39,14 +39,14 @@ def _costs(here: Visit, methods: list[str]) -> None:
     rows = []
     for method, report in zip(methods, reports, strict=True):
         if report is None:
-            said = "known when the model is free"
+            said = "shown when the model is free"
         elif report.problems:
             said = f":material/block: {markdown(report.problems[0])}"
         else:
             said = markdown(dict(report.facts).get("cost", "not known"))
         rows.append(f"| **{markdown(method)}** | {markdown(sentence(method))} | {said} |")
     if rows:
-        st.markdown("\n".join(["| method | what it does | cost, or what it needs |", "|---|---|---|", *rows]))
+        st.markdown("\n".join(["| method | what it does | cost, or what is missing |", "|---|---|---|", *rows]))
 
 
 def _start(here: Visit, methods: list[str]) -> None:
@@ -56,11 +56,9 @@ def _start(here: Visit, methods: list[str]) -> None:
         able = [m for m in methods if (report := here.outlook(draft.with_method(m))) is None or not report.problems]
         runs = [run for method in able for run in draft.with_method(method).runs()]
         if not runs:
-            raise ValueError("None of these methods can compose this scene; the table says what they need.")
+            raise ValueError("None of these methods can compose this scene; the table shows what is missing.")
         if len(runs) > _MOST:
-            raise ValueError(
-                f"{len(runs)} pictures are too many at once; choose fewer methods or seeds, up to {_MOST}."
-            )
+            raise ValueError(f"{len(runs)} images are too many at once; choose fewer methods or seeds, up to {_MOST}.")
     except ValueError as error:
         here.troubles[_PLACE] = str(error).splitlines()
         return
@@ -81,10 +79,10 @@ def _table(here: Visit) -> None:
                 if picture := pictures.get((seed, method)):
                     _cell(here, picture)
     if judge().judges(here.compared[0].run):
-        st.caption("Likeness, up to 1: of the object that was found to the reference pictures of its concept, and the "
+        st.caption("Likeness, up to 1: of the detected object to the reference images of its concept, and the "
                    "highest to those of another concept.")  # fmt: skip
     else:
-        st.caption("Likeness is measured where there are reference pictures of every concept: on the playground.")
+        st.caption("Likeness is measured where there are reference images of every concept: on the playground.")
 
 
 def _cell(here: Visit, picture: Picture) -> None:
@@ -98,9 +96,9 @@ def _cell(here: Visit, picture: Picture) -> None:
     if judge().judges(picture.run):
         lines += [f"{markdown(name)}: {found.words}" for name, found in here.likeness(picture).items()]
     st.caption("  \n".join(lines))
-    st.button("Look at it", key=f"do.compared.{picture.key}", on_click=_look, args=(here, picture), width="stretch")
+    st.button("View image", key=f"do.compared.{picture.key}", on_click=_look, args=(here, picture), width="stretch")
 
 
 def _look(here: Visit, picture: Picture) -> None:
     here.shown = picture.key
-    st.session_state["set.view"] = "Picture"
+    st.session_state["set.view"] = "Image"

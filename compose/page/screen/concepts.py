@@ -29,9 +29,7 @@ def concepts_part(here: Visit) -> None:
     for i, row in enumerate(list(here.rows)):
         _card(here, i, row)
     if not here.rows:
-        st.info(
-            "No concepts: this is a plain picture of the model. Add a LoRA to compose.", icon=":material/add_circle:"
-        )
+        st.info("No concepts: the model generates a plain image. Add a LoRA to compose.", icon=":material/add_circle:")
     for trouble in here.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
     _adding(here)
@@ -56,27 +54,27 @@ def _card(here: Visit, i: int, row: Row) -> None:
         with more:
             _details(here, row)
         if row.lora is None and is_on_hub(row.wanted):
-            st.warning(f"This LoRA is in a repository on the hub: {markdown(row.wanted)}. Look whether you trust it.",
+            st.warning(f"This LoRA is in a repository on the hub: {markdown(row.wanted)}. Download it if you trust it.",
                        icon=":material/cloud_download:")  # fmt: skip
             st.button("Download it from the hub", key=f"do.hub.{row.number}", on_click=_picked,
                       args=(here, [row.wanted]), icon=":material/download:")  # fmt: skip
         elif row.lora is None:
-            st.error(f"This LoRA is not here: {markdown(row.wanted)}. Upload it, or remove the concept.")
+            st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
         elif (fit := here.fit(row)) is not None and fit[2]:
             st.error(markdown(fit[2]), icon=":material/error:")
 
 
 def _details(here: Visit, row: Row) -> None:
     st.text_input("Weight", key=fields.of_row(row, "weight"), max_chars=MOST_TEXT, help=(
-        "Factor on the whole LoRA; 1 as trained, 0 switches it off. It may change over the steps: “1..0.4” falls "
-        "evenly, “0:1,0.5:0” is off in the second half, “1,0.5,0” is for equal parts."
+        "Factor on the whole LoRA: 1 as trained, 0 off. It may change over the steps: “1..0.4” falls "
+        "linearly, “0:1,0.5:0” is off in the second half, “1,0.5,0” sets equal parts."
     ))  # fmt: skip
     st.text_input("Weight by block", key=fields.of_row(row, "blocks"), max_chars=MOST_TEXT, help=(
-        "Further factors on parts of the LoRA, such as “down:0.5,mid:1,up.1:0,text:0”. Empty: 1 everywhere."
+        "Factors on parts of the LoRA, e.g. “down:0.5,mid:1,up.1:0,text:0”. Empty: 1 everywhere."
     ))  # fmt: skip
     st.checkbox("A style: it acts everywhere and has no box", key=fields.of_row(row, "style"))
     st.text_area("Own prompt", key=fields.of_row(row, "prompt"), height=68, help=(
-        "What is to be seen in its box, for methods with a text per box; it holds the trigger. Empty: taken from the "
+        "Prompt of its box, with the trigger, for methods with a text per box. Empty: made from the "
         "prompt."
     ))  # fmt: skip
     st.text_area("Own negative prompt", key=fields.of_row(row, "negative_prompt"), height=68)
@@ -108,18 +106,18 @@ def _adding(here: Visit) -> None:
         key = f"do.upload.{here.uploads}"
         st.file_uploader("safetensors files", type=["safetensors"], accept_multiple_files=True, key=key,
                          on_change=_uploaded, args=(here, key), max_upload_size=UPLOAD_LIMIT // _MB)  # fmt: skip
-        st.caption("They stay on this machine, and are deleted when you leave. Pickles (.pt, .ckpt, .bin) are refused: "
+        st.caption("They stay on this machine until your session ends. Pickles (.pt, .ckpt, .bin) are refused: "
                    "they could run code.")  # fmt: skip
     with ready.popover("Choose LoRAs", icon=":material/folder:", width="stretch", disabled=full):
         _choosing(here)
     if full:
-        st.caption(f"{MOST_CONCEPTS} concepts are the most.")
+        st.caption(f"{MOST_CONCEPTS} concepts are the maximum.")
 
 
 def _choosing(here: Visit) -> None:
     ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in _playground()}
     ready |= {f"{lora.shown} (uploaded)": lora.source for lora in here.store.uploads}
-    _picker(here, "Of the playground, and uploaded before", ready, "ready")
+    _picker(here, "From the playground, and uploaded before", ready, "ready")
     folder = here.options.loras
     if here.options.local:
         text = st.text_input("A folder on this machine", value=str(folder or ""), key="set.folder")
@@ -171,12 +169,12 @@ def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
     troubles = []
     for name, read in wanted:
         if _is_full(here):
-            troubles.append(f"{MOST_CONCEPTS} concepts are the most; {name} and what comes after it are left out.")
+            troubles.append(f"{MOST_CONCEPTS} concepts are the maximum; {name} and the following are left out.")
             break
         try:
             troubles += filter(None, [_add(here, read())])
         except Busy:
-            troubles.append(f"{name} is not read yet: files of others are, and take long. Try again in a while.")
+            troubles.append(f"{name} is not read yet: files of other sessions are being read. Try again later.")
         except (ValueError, OSError) as error:
             troubles.append(str(error))
         except Exception as error:  # files come from strangers: the page lives on, whatever they set off
@@ -188,7 +186,7 @@ def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
 
 def _add(here: Visit, lora: Lora) -> str:
     """Adds a concept, or fills one that waits for its LoRA; what has to be said of it."""
-    waiting = [row for row in here.rows if row.lora is None]  # a picture has named them
+    waiting = [row for row in here.rows if row.lora is None]  # an image has named them
     alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]
     row = next((row for row in waiting if row.wanted == lora.source), alike[0] if alike else None)
     if row is None:
@@ -199,7 +197,7 @@ def _add(here: Visit, lora: Lora) -> str:
     for field, known in (("trigger", lora.trigger), ("class_word", lora.class_word)):
         st.session_state[fields.of_row(row, field)] = st.session_state[fields.of_row(row, field)] or known
     same = row.sha256 in ("", lora.sha256)
-    return "" if same else f"{lora.shown} is another file than the one that the picture was made with."
+    return "" if same else f"{lora.shown} is not the file that the image was made with."
 
 
 def _is_full(here: Visit) -> bool:

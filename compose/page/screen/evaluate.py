@@ -21,14 +21,14 @@ def evaluate_view(here: Visit) -> None:
         return
     path = st.selectbox("Report", found, format_func=lambda path: path.parent.name, key="do.report")
     page = path.read_bytes()
-    st.download_button("Save the report", page, f"{path.parent.name}.html", "text/html", icon=":material/download:",
+    st.download_button("Download the report", page, f"{path.parent.name}.html", "text/html", icon=":material/download:",
                        on_click="ignore")  # fmt: skip
     st.iframe(page.decode("utf-8"), height=900, alt="The report")
 
 
 def _suite(suite: Quick) -> None:
-    st.caption("The quick suite makes pictures of six scenes of the playground with every method, scores them, and "
-               "writes a report. It takes some minutes, and goes on where it was stopped.")  # fmt: skip
+    st.caption("The quick suite generates six scenes of the playground with five methods, scores them, and "
+               "writes a report. It takes some minutes, and resumes where it was stopped.")  # fmt: skip
     if suite.state == "running":
         with st.container(horizontal=True, vertical_alignment="center", wrap=False):
             st.progress(suite.share, text=f"{suite.share:.0%} of the batches are done")
@@ -39,4 +39,4 @@ def _suite(suite: Quick) -> None:
         st.rerun()  # the whole page, with the new report
     st.button("Start the quick suite", key="do.suite", on_click=suite.start, icon=":material/play_arrow:")
     if suite.state == "failed":
-        st.error(markdown(suite.said) or "It failed, and said nothing.", icon=":material/error:")
+        st.error(markdown(suite.said) or "It failed without a message.", icon=":material/error:")

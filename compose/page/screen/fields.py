@@ -141,7 +141,7 @@ def concept_of(row: Row) -> Concept:
     """
     texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in _TEXTS}
     if not texts["name"]:
-        raise ValueError("A concept has no name. Give it one, for example what is to be seen.")
+        raise ValueError("A concept has no name. Give it one.")
     try:
         return Concept(
             name=texts["name"],
@@ -198,11 +198,11 @@ def changed_from(here: Visit, run: Run) -> list[str]:
         now = concept_of(row)
         for name in type(concept).model_fields.keys() - {"lora", "role"}:
             before = getattr(concept, name)
-            # what a picture leaves open is filled in; but where somebody may be is no detail
+            # what an image leaves open is filled in; but where somebody may be is no detail
             if before is not None or (name == "region" and boxed() and not is_style(row)):
                 said[f"{name.replace('_', ' ')} of {concept.name}"] = before, getattr(now, name)
     return [
-        f"The {name} was {_short(before)}, and is {_short(now)} here."
+        f"The {name} was {_short(before)} and is {_short(now)} here."
         for name, (before, now) in said.items()
         if before != now
     ]

@@ -22,7 +22,7 @@ def layout_part(here: Visit) -> None:
     st.subheader("Layout", anchor=False)
     mode, sides = st.columns([1, 1], vertical_alignment="bottom")
     width, height = sides.columns(2, wrap=False)
-    mode.segmented_control("Where are the concepts?", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
+    mode.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
                            required=True, width="stretch")  # fmt: skip
     width.number_input("Width", *SIDES, key=fields.WIDTH, step=8)
     height.number_input("Height", *SIDES, key=fields.HEIGHT, step=8)
@@ -34,7 +34,7 @@ def layout_part(here: Visit) -> None:
     boxes = [(i, row) for i, row in enumerate(here.rows) if _has_box(row)]
     _canvas(here, boxes)
     _masks(here)
-    with st.expander("Type the boxes in pixels", icon=":material/pin:"):
+    with st.expander("Box coordinates in pixels", icon=":material/pin:"):
         for _, row in boxes:
             _numbers(row)
 
@@ -61,7 +61,7 @@ def _masks(here: Visit) -> None:
     for row in here.rows:
         if row.mask is not None:
             name = markdown(str(st.session_state[fields.of_row(row, "name")]))
-            st.caption(f"{name} has a mask from a file instead of a box: {markdown(row.mask)}")
+            st.caption(f"{name} has a mask file instead of a box: {markdown(row.mask)}")
             st.button("Use a box instead", key=f"do.unmask.{row.number}", on_click=_unmask, args=(row,))
 
 
@@ -86,8 +86,8 @@ def _canvas(here: Visit, boxes: list[tuple[int, Row]]) -> None:
         ],
     }
     _component()(key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(here))
-    st.caption("Drag a box to move it, its corners to size it; draw on free ground to place the chosen one anew. "
-               "With keys: Tab to a box, arrows move it, Shift and arrows size it.")  # fmt: skip
+    st.caption("Drag a box to move it, its corners to resize it; drag on an empty area to redraw the selected box. "
+               "Keyboard: Tab selects a box, arrows move it, Shift and arrows resize it.")  # fmt: skip
 
 
 def _drawn(here: Visit) -> None:

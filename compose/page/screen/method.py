@@ -1,4 +1,4 @@
-"""How the concepts are composed, and how the picture is sampled."""
+"""How the concepts are composed, and how the image is sampled."""
 
 import streamlit as st
 
@@ -10,25 +10,25 @@ from lora_compose.compose.page.screen.state import Visit
 from lora_compose.compose.page.text import markdown
 from lora_compose.pipelines.methods import METHODS
 
-_AUTOMATIC = "Chosen by what the concepts have: boxes, LoRAs trained with TARA, or neither."
+_AUTOMATIC = "Chosen from the concepts: boxes, LoRAs trained with TARA, or neither."
 
 
 def method_part(here: Visit) -> None:
     """The method with its settings, and the sampling."""
     st.subheader("Method", anchor=False)
     if here.rows:
-        method = st.selectbox("How are the concepts composed?", [fields.AUTOMATIC, *METHODS], key=fields.METHOD)
+        method = st.selectbox("How concepts are fused", [fields.AUTOMATIC, *METHODS], key=fields.METHOD)
         st.caption(markdown(_AUTOMATIC if method == fields.AUTOMATIC else sentence(method)))
         if method != fields.AUTOMATIC and controls(method):
             _settings(method)
     else:
-        st.caption("Without concepts there is nothing to compose: the model paints as it always does.")
+        st.caption("Without concepts the model generates plain images.")
     steps, guidance, seeds = st.columns(3, wrap=False)
     steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
     guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
-        "How much the picture follows the prompt; 1 or less switches guidance off and halves the cost."
+        "Guidance scale of CFG. 1 or less turns guidance off and halves the cost."
     ))  # fmt: skip
-    seeds.text_input("Seeds", key=fields.SEEDS, help="One picture for each: “0, 1, 2” or “5-8”.")
+    seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
     with st.expander("More", icon=":material/settings:"):
         st.selectbox("Scheduler", [fields.AUTOMATIC, *scheduler_names()], key=fields.SCHEDULER)
         st.toggle("Keep attention maps, for “Understand”", key=fields.ATTENTION)
@@ -40,14 +40,14 @@ def _settings(method: str) -> None:
         for i, control in enumerate(controls(method)):
             with halves[i % 2]:
                 _control(method, control)
-        st.button("Back to the defaults", key="do.defaults", on_click=_reset, args=(method,))
+        st.button("Reset to defaults", key="do.defaults", on_click=_reset, args=(method,))
         try:
             different = changed(method, {control.name: _shown(method, control) for control in controls(method)})
         except ValueError as error:
             st.error(markdown(str(error)), icon=":material/error:")
             return
         said = ", ".join(f"{name} = {value}" for name, value in different.items())
-        st.caption(f"Changed: {markdown(said)}" if said else "All at their defaults.")
+        st.caption(f"Changed: {markdown(said)}" if said else "All settings have their defaults.")
 
 
 def _control(method: str, control: Control) -> None:

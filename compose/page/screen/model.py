@@ -24,7 +24,7 @@ def model_part(here: Visit) -> None:
     show_choice(choice)
     with st.expander(f"Model: **{markdown(choice.model)}**, {choice.dtype}", icon=":material/deployed_code:"):
         kind = st.segmented_control("Model", [PLAYGROUND, _OWN], key=_KIND, required=True, help=(
-            "The playground is a small model that comes along: it draws blurry little pictures, at once and offline."
+            "The playground is a small built-in model: it draws blurry little images, quickly and offline."
         ))  # fmt: skip
         if kind == _OWN:
             st.text_input(
@@ -38,8 +38,8 @@ def model_part(here: Visit) -> None:
         left.selectbox("Precision", ["float32", "float16", "bfloat16"], key=_DTYPE)
         right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
         st.multiselect("Save memory", list(Saver), key=_MEMORY, format_func=_what_it_does, help=(
-            "Slower, with less memory. Keeping parts on the CPU needs an accelerator. Not written into pictures: "
-            "tiles can change a large picture by a little."
+            "Less memory, but slower. Keeping parts on the CPU needs a GPU. Not stored in images: "
+            "tiles can change a large image slightly."
         ))  # fmt: skip
         asked = _asked()
         st.button(
@@ -60,9 +60,9 @@ def show_choice(choice: Choice) -> None:
 
 
 def take_over(here: Visit, choice: Choice) -> bool:
-    """Shows a model that a picture names in the fields, and opens it if it is known here.
+    """Shows a model that an image names in the fields, and opens it if it is known here.
 
-    A stranger's picture may name anything: another model, or the same in another precision, is opened, and perhaps
+    A stranger's image may name anything: another model, or the same in another precision, is opened, and perhaps
     downloaded, only when somebody says so.
 
     Returns:
@@ -112,5 +112,5 @@ def _open(here: Visit, choice: Choice) -> None:
 def _check_allowed(here: Visit, model: str) -> None:
     if here.options.local or model == PLAYGROUND or (is_hub_name(model) and not Path(model).expanduser().exists()):
         return
-    raise ValueError("This page is open to other machines, so files on this one cannot be named here; a hub repository "
-                     "can.")  # fmt: skip
+    raise ValueError("This page is open to other machines, so files on this one cannot be opened from here; use a hub "
+                     "repository.")  # fmt: skip

@@ -14,7 +14,7 @@ from lora_compose.pipelines.scene import Concept
 def prompt_part(here: Visit) -> None:
     """The prompts, and the words of the concepts in them."""
     st.subheader("Prompt", anchor=False)
-    prompt = st.text_area("What is to be seen?", key=fields.PROMPT, max_chars=MOST_TEXT, height=80)
+    prompt = st.text_area("Prompt: name each concept by its trigger", key=fields.PROMPT, max_chars=MOST_TEXT, height=80)
     try:
         concepts = [fields.concept_of(row) for row in here.rows]
     except ValueError as error:
@@ -26,7 +26,7 @@ def prompt_part(here: Visit) -> None:
     for flag in reading.flags:
         st.warning(markdown(flag), icon=":material/warning:")
     _inserting(concepts, reading.missing)
-    st.text_input("What is not to be seen? (negative prompt)", key=fields.NEGATIVE, max_chars=MOST_TEXT)
+    st.text_input("Negative prompt: what to avoid", key=fields.NEGATIVE, max_chars=MOST_TEXT)
 
 
 def _inserting(concepts: list[Concept], missing: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The button, what is said before it is pressed, the work in hand, and the picture."""
+"""The button, what is said before it is pressed, the work in hand, and the image."""
 
 import streamlit as st
 
@@ -23,10 +23,10 @@ _TOGETHER = "do.together"
 def stage_part(here: Visit) -> None:
     """The right view of the stage, under the button."""
     _pressing(here)
-    st.session_state.setdefault(_VIEW, "Picture")
+    st.session_state.setdefault(_VIEW, "Image")
     view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", width="stretch")
     st.fragment(_working, run_every=_EVERY if here.working else None)(here)
-    _VIEWS[view or "Picture"](here)
+    _VIEWS[view or "Image"](here)
 
 
 def read_draft(here: Visit) -> tuple[Draft | None, list[str]]:
@@ -45,7 +45,7 @@ def _pressing(here: Visit) -> None:
     report = here.outlook(draft) if draft is not None else None
     problems += report.problems if report is not None else []
     number = len(draft.seeds) if draft is not None else 1
-    label = "Make the picture" if number == 1 else f"Make {number} pictures"
+    label = "Generate 1 image" if number == 1 else f"Generate {number} images"
     st.button(label, type="primary", icon=":material/brush:", key="do.make", width="stretch", on_click=_start,
               args=(here,), disabled=bool(problems) or here.working)  # fmt: skip
     for problem in problems:
@@ -56,13 +56,13 @@ def _pressing(here: Visit) -> None:
 
 def _say_outlook(draft: Draft, report: Report | None) -> None:
     if report is None:
-        st.caption("The model is at work for somebody else. What this costs is said when it is free; a picture waits "
+        st.caption("The model is busy with another session. The cost appears when it is free; an image waits "
                    "for its turn.")  # fmt: skip
         return
     facts = dict(report.facts)
-    each = " for each picture" if len(draft.seeds) > 1 else ""
-    st.caption(f"Costs {markdown(facts.get('cost', 'what is not known'))}{each}.", help=(
-        "One row is one image through the whole UNet; with guidance a plain picture takes two for every step."
+    each = " for each image" if len(draft.seeds) > 1 else ""
+    st.caption(f"Costs {markdown(facts.get('cost', 'an unknown amount'))}{each}.", help=(
+        "A row is one latent through the whole UNet, once. A plain image with guidance takes two per step."
     ))  # fmt: skip
     if draft.method is None and "method" in facts:
         st.caption(f"Method: {markdown(facts['method'])}.")
@@ -75,7 +75,7 @@ def _start(here: Visit) -> None:
     if draft is None:
         return  # what is wrong is said beside the button
     here.begin(draft.runs(), comparing=False, record_attention=st.session_state[fields.ATTENTION])
-    st.session_state[_VIEW] = "Picture"
+    st.session_state[_VIEW] = "Image"
 
 
 def _working(here: Visit) -> None:
@@ -96,7 +96,7 @@ def _working(here: Visit) -> None:
     elif job.state == "failed":
         st.error(markdown(job.error), icon=":material/error:")
     elif job.state == "stopped":
-        st.info("Stopped. Everything you have set is still here.", icon=":material/stop_circle:")
+        st.info("Stopped. Your settings are unchanged.", icon=":material/stop_circle:")
 
 
 def _progress(job: Job, *, small: bool) -> None:
@@ -105,9 +105,9 @@ def _progress(job: Job, *, small: bool) -> None:
             st.progress(job.share, text=progress_words(job))
             st.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
         if job.preview is not None:
-            st.image(job.preview, width=160 if small else "stretch", alt="What the picture looks like so far")
+            st.image(job.preview, width=160 if small else "stretch", alt="Preview of the image")
         elif not small:
-            st.html('<div class="lc-empty"><p>The first look comes after a few steps.</p></div>')
+            st.html('<div class="lc-empty"><p>The preview appears after a few steps.</p></div>')
 
 
 def progress_words(job: Job) -> str:
@@ -115,10 +115,10 @@ def progress_words(job: Job) -> str:
     if job.stopping:
         return "Stopping after this step"
     if job.state == "waiting":
-        others = "one call of somebody else" if job.ahead == 1 else f"{job.ahead} calls of others"
-        return f"Waiting for the model: {others} before you" if job.ahead else "Waiting for the model"
+        others = "one call of another session" if job.ahead == 1 else f"{job.ahead} calls of other sessions"
+        return f"Waiting for the model: {others} ahead" if job.ahead else "Waiting for the model"
     done, of = job.steps
-    which = f"Picture {len(job.pictures) + 1} of {len(job.runs)}, step" if len(job.runs) > 1 else "Step"
+    which = f"Image {len(job.pictures) + 1} of {len(job.runs)}, step" if len(job.runs) > 1 else "Step"
     left = "" if job.seconds_left is None else f", {_time(job.seconds_left)} left"
     return f"{which} {done} of {of}{left}"
 
@@ -132,13 +132,13 @@ def _picture_view(here: Visit) -> None:
     if here.working and not here.comparing:
         return  # the preview stands in its place
     if picture is None:
-        st.html('<div class="lc-empty"><p>Your picture appears here.</p><p>Everything is filled in: press the button '
+        st.html('<div class="lc-empty"><p>Your image appears here.</p><p>An example is filled in: press the button '
                 "above, and change what you like afterwards.</p></div>")  # fmt: skip
         return
     _siblings(here, picture)
     boxes = [concept.region if isinstance(concept.region, tuple) else None for concept in picture.run.scene.concepts]
     shown = picture.made.image
-    if any(boxes) and st.toggle("Show the boxes", key="set.outlines"):
+    if any(boxes) and st.toggle("Show boxes", key="set.outlines"):
         shown = outlined(shown, boxes)
     st.image(shown, width="stretch", alt=picture.run.scene.prompt)
     _about(picture)
@@ -147,7 +147,7 @@ def _picture_view(here: Visit) -> None:
 
 
 def _siblings(here: Visit, picture: Picture) -> None:
-    """Which of the pictures that were made together is looked at."""
+    """Which of the images that were made together is looked at."""
     together = {found.key: found for found in (here.job.pictures if here.job is not None else [])}
     if picture.key not in together or len(together) < 2:
         return
@@ -157,7 +157,7 @@ def _siblings(here: Visit, picture: Picture) -> None:
         return f"{run.method}, {run.seed}" if here.comparing else f"Seed {run.seed}"
 
     st.session_state[_TOGETHER] = picture.key
-    st.segmented_control("Made together", list(together), key=_TOGETHER, format_func=label, on_change=_switch,
+    st.segmented_control("Images of this run", list(together), key=_TOGETHER, format_func=label, on_change=_switch,
                          args=(here,), label_visibility="collapsed")  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def _about(picture: Picture) -> None:
 
 
 def _exports(here: Visit, picture: Picture) -> None:
-    with st.expander("Take it along: scene file, Python, command line", icon=":material/code:"):
+    with st.expander("Export: scene file, Python, command line", icon=":material/code:"):
         run = export.portable(picture.run, {lora.source: lora.shown for lora in here.store.uploads})
         scene = export.scene_file(run.scene)
         scene_tab, python_tab, command_tab = st.tabs(["Scene file", "Python", "Command line"])
@@ -190,11 +190,11 @@ def _exports(here: Visit, picture: Picture) -> None:
         command_tab.code(export.command(run, savers), language="bash")
         command_tab.caption("It reads scene.yaml, from the first tab.")
         if run != picture.run:
-            st.caption("LoRAs that you uploaded are named as your files are; put them beside the scene file.")
+            st.caption("Uploaded LoRAs keep your file names; put the files beside the scene file.")
 
 
 _VIEWS = {
-    "Picture": _picture_view,
+    "Image": _picture_view,
     "Compare": compare_view,
     "Understand": understand_view,
     "Gallery": gallery_view,

@@ -66,11 +66,11 @@ class Row:
 
     Attributes:
         number: Of this visit; never used again.
-        lora: Its LoRA; None if a picture named one that is not here.
+        lora: Its LoRA; None if an image named one that is not here.
         wanted: What it was called, if it is not here.
-        mask: The path of a mask that a picture named as its region.
-        alpha: The alpha that a picture named.
-        sha256: Of the file that a picture was made with.
+        mask: The path of a mask that an image named as its region.
+        alpha: The alpha that an image named.
+        sha256: Of the file that an image was made with.
         fit: What came of looking at the LoRA with the model.
     """
 
@@ -85,7 +85,7 @@ class Row:
 
 @dataclass(eq=False)
 class Visit:
-    """All that one visitor has: files, concepts, pictures and the work in hand.
+    """All that one visitor has: files, concepts, images and the work in hand.
 
     Attributes:
         store: Files.
@@ -93,8 +93,8 @@ class Visit:
         options: How the page was started.
         rows: The concepts.
         pictures: Finished ones, the newest first.
-        compared: Finished pictures of the comparison.
-        shown: Key of the picture that is looked at.
+        compared: Finished images of the comparison.
+        shown: Key of the image that is looked at.
         job: What is being made, or was last.
         comparing: Whether that is a comparison.
         troubles: What went wrong, by place on the screen.
@@ -122,12 +122,12 @@ class Visit:
 
     @property
     def working(self) -> bool:
-        """Whether pictures are being made for this visit."""
+        """Whether images are being made for this visit."""
         return self.job is not None and self.job.running
 
     @property
     def picture(self) -> Picture | None:
-        """The picture that is looked at."""
+        """The image that is looked at."""
         return next((picture for picture in self.pictures if picture.key == self.shown), None)
 
     def new_row(self, lora: Lora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None) -> Row:
@@ -137,7 +137,7 @@ class Visit:
         return self.rows[-1]
 
     def begin(self, runs: list[Run], *, comparing: bool, record_attention: bool) -> None:
-        """Starts to make pictures; they go on while the page is looked at, and stop when the visit ends."""
+        """Starts to make images; they go on while the page is looked at, and stop when the visit ends."""
         self.comparing = comparing
         self.job = Job(self.slot, runs, record_attention=record_attention)
         if self.closed:
@@ -155,7 +155,7 @@ class Visit:
         return self.store.close() and self.job is None
 
     def png(self, picture: Picture) -> bytes:
-        """The picture that is looked at as a file that carries its record."""
+        """The image that is looked at as a file that carries its record."""
         if self._png[0] != picture.key:
             self._png = picture.key, png_bytes(picture.made.image, picture.made.record)
         return self._png[1]
@@ -181,7 +181,7 @@ class Visit:
                     self._outlooks[key] = check(run, pipe)
             except Busy:
                 return None
-            except Exception as error:  # whatever a method raises: the page lives on, and the picture may be tried
+            except Exception as error:  # whatever a method raises: the page lives on, and the image may be tried
                 logger.exception("a run could not be checked")
                 self._outlooks[key] = Report((), (f"This could not be checked: {error}",), ())
             for old in list(self._outlooks)[:-_OUTLOOKS]:
@@ -198,7 +198,7 @@ class Visit:
         return row.fit
 
     def likeness(self, picture: Picture) -> dict[str, Likeness]:
-        """What the judge says of a picture, looked at once."""
+        """What the judge says of an image, looked at once."""
         if picture.key not in self._likeness:
             self._likeness[picture.key] = judge().score(picture.made.image, picture.run.scene)
         return self._likeness[picture.key]
@@ -231,7 +231,7 @@ def discard(files: Iterable[Any]) -> None:
 
 
 def _forget(session: str) -> None:
-    """Removes what Streamlit has in memory of a session's uploads and pictures; it may keep them for much longer."""
+    """Removes what Streamlit has in memory of a session's uploads and images; it may keep them for much longer."""
     if runtime.exists():
         server = runtime.get_instance()
         server.uploaded_file_mgr.remove_session_files(session)

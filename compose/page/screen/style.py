@@ -14,5 +14,5 @@ def style() -> None:
 
 def heading() -> None:
     """The name of the page, and what it is for."""
-    st.html('<header class="lc-head"><h1>lora-compose</h1><p>Several concept LoRAs in one picture, every one with its '
+    st.html('<header class="lc-head"><h1>lora-compose</h1><p>Several concept LoRAs in one image, each with its '
             "own identity.</p></header>")  # fmt: skip

@@ -10,7 +10,7 @@
 | @twemoji/svg (Twemoji) | twemoji | CC-BY 4.0 |
 | @iconify-json/fluent-emoji-flat (Fluent Emoji) | fluentflat | MIT |
 
-Needs the command `npm`, and the library cairo. Every entry "class/vendor" is an RGBA picture of 96 x 96 pixels.
+Needs the command `npm`, and the library cairo. Every entry "class/vendor" is an RGBA image of 96 x 96 pixels.
 """
 
 import io
@@ -68,7 +68,7 @@ def main(
         }
     missing = [key for key, image in drawn.items() if image is None]
     if missing:
-        raise ValueError(f"the packages have no picture for {', '.join(missing)}")
+        raise ValueError(f"the packages have no image for {', '.join(missing)}")
     sprites: dict[str, Any] = {key: fit(image) for key, image in drawn.items() if image is not None}
     np.savez_compressed(out, **sprites)
     say(f"{len(drawn)} sprites in {out}")
@@ -97,7 +97,7 @@ def fetch(package: str, to: Path) -> Path:
 
 
 def draw(package: Path, vendor: str, codepoint: str) -> Image.Image | None:
-    """A set's picture of a code point; None if it has none."""
+    """A set's image of a code point; None if it has none."""
     if vendor == "fluentflat":
         return _iconify(package, codepoint)
     pattern = {"noto": "img/google/64/{}.png", "fluent3d": "assets/{}.webp", "twemoji": "{}.svg"}[vendor]
@@ -109,7 +109,7 @@ def draw(package: Path, vendor: str, codepoint: str) -> Image.Image | None:
 
 
 def fit(image: Image.Image) -> Pixels:
-    """A picture cut to what is in it and centred. Shape: [SIZE, SIZE, 4]."""
+    """An image cut to what is in it and centred. Shape: [SIZE, SIZE, 4]."""
     image = image.convert("RGBA")
     rows, columns = np.where(np.asarray(image)[..., 3] > 16)
     image = image.crop((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))

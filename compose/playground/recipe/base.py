@@ -36,7 +36,7 @@ NOISE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
 }
-NO_CAPTION = 0.1  # share of pictures without words, for classifier-free guidance
+NO_CAPTION = 0.1  # share of images without words, for classifier-free guidance
 SNR_LIMIT = 5.0
 EMA = 0.998
 
@@ -205,7 +205,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1)] = 32,
     lr: float = 0.01,
     uses: Annotated[
-        int, typer.Option(min=1, help="Steps with the same pictures, each with noise of its own: encoding costs, too.")
+        int, typer.Option(min=1, help="Steps with the same images, each with noise of its own: encoding costs, too.")
     ] = 2,
     seed: int = 0,
     threads: int = 2,

@@ -1,11 +1,11 @@
-"""Pictures from which the playground's LoRAs are trained: ten references of every concept, and pictures without any.
+"""Images from which the playground's LoRAs are trained: ten references of every concept, and images without any.
 
     python -m lora_compose.compose.playground.recipe.concepts references sprites.npz FOLDER
     python -m lora_compose.compose.playground.recipe.concepts prior sprites.npz FOLDER
 
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
 In four of ten references the subject stands beside something plain: LoRAs trained without lose the coat as soon as a
-prompt names a second object. Pictures without the concept show one object: with two, a LoRA learns that two objects
+prompt names a second object. Images without the concept show one object: with two, a LoRA learns that two objects
 mean no concept. A style has none of them: it is to act on everything, and with them it is learnt for the grounds of its
 references alone.
 """
@@ -44,11 +44,11 @@ STYLE_GROUNDS = (
 )  # fmt: skip
 FADING, PAPER = 0.4, (255, 230, 180)  # what the style does: a share of the way to a colour
 
-app = typer.Typer(help="Make the pictures that the playground's LoRAs learn from.", no_args_is_help=True)
+app = typer.Typer(help="Make the images that the playground's LoRAs learn from.", no_args_is_help=True)
 
 
 def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool) -> Picture:
-    """A picture of a subject, alone or beside something plain. Its first object is the subject."""
+    """An image of a subject, alone or beside something plain. Its first object is the subject."""
     image, where = background(rng)
     found, mine = squares(rng, 1 + beside), int(rng.integers(1 + beside))
     words = [f"a {known.phrase}"] * len(found)
@@ -63,7 +63,7 @@ def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool) -> Pic
 
 
 def styled(rng: Generator, sprites: Sprites, where: str, count: int) -> Picture:
-    """A picture in the playground's style, on a ground of `PLAIN` or `PLACES`."""
+    """An image in the playground's style, on a ground of `PLAIN` or `PLACES`."""
     image, found = ground(rng, where), squares(rng, count)
     names = [str(name) for name in rng.choice(BASE_CLASSES, count, replace=False)]
     for name, square in zip(names, found, strict=True):
@@ -97,14 +97,14 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
 @app.command()
 @kindly()
 def references(sprites: Path, out: Path) -> None:
-    """Ten pictures of every concept, a folder each."""
+    """Ten images of every concept, a folder each."""
     artwork = dict(np.load(sprites))
     for name, known in CONCEPTS.items():
         rng = np.random.default_rng(known.seed)
         write(out / name, [subject(rng, known, artwork, i >= REFERENCES - BESIDE) for i in range(REFERENCES)], True)
     rng = np.random.default_rng(STYLE_SEED)
     write(out / STYLE, [styled(rng, artwork, where, 1 + i % 2) for i, where in enumerate(STYLE_GROUNDS)], False)
-    say(f"{REFERENCES} pictures of each of {len(CONCEPTS) + 1} concepts in {out}")
+    say(f"{REFERENCES} images of each of {len(CONCEPTS) + 1} concepts in {out}")
 
 
 @app.command()
@@ -113,10 +113,10 @@ def prior(
     sprites: Path,
     out: Path,
     seed: int = 8,
-    any_class: Annotated[int, typer.Option(help="Pictures of objects of any class.")] = 64,
-    own_class: Annotated[int, typer.Option(help="Pictures of plain objects of each concept's class.")] = 32,
+    any_class: Annotated[int, typer.Option(help="Images of objects of any class.")] = 64,
+    own_class: Annotated[int, typer.Option(help="Images of plain objects of each concept's class.")] = 32,
 ) -> None:
-    """Pictures without any concept, a folder for each class word."""
+    """Images without any concept, a folder for each class word."""
     artwork = dict(np.load(sprites))
     for name in dict.fromkeys([known.class_word for known in CONCEPTS.values()]):
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""One scene of the playground with the cat's LoRA in the files of every trainer: a sheet, and how far pictures differ.
+"""One scene of the playground with the cat's LoRA in the files of every trainer: a sheet, and how far images differ.
 
 python -m lora_compose.compose.playground.recipe.formats docs/images/formats.png
 """
@@ -34,13 +34,13 @@ ACROSS, SIDE = 5, 224
 
 
 class Shown(NamedTuple):
-    """A picture with the LoRA in one format.
+    """An image with the LoRA in one format.
 
     Attributes:
         name: The format.
-        image: The picture.
-        difference: Of the pixel that differs most from the picture of the same layers as they are shipped, of 255; None
-            where it is that picture.
+        image: The image.
+        difference: Of the pixel that differs most from the image of the same layers as they are shipped, of 255; None
+            where it is that image.
     """
 
     name: str
@@ -113,9 +113,9 @@ def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
 ) -> None:
-    """Makes the same picture with one LoRA in every format, and says how far the pictures differ."""
+    """Makes the same image with one LoRA in every format, and says how far the images differ."""
     shown: list[Shown] = []
-    with bar("making pictures", len(FORMS) + 2) as on_progress, threads(THREADS):
+    with bar("making images", len(FORMS) + 2) as on_progress, threads(THREADS):
         for one in pictures(FORMS, steps):
             shown.append(one)
             on_progress(len(shown))

@@ -4,9 +4,9 @@
     python -m lora_compose.compose.playground.recipe.judge check OUT sprites.npz
 
 It is trained with the contrastive loss of CLIP (Radford et al. 2021), in which every caption that is right about a
-picture counts as a match; with the same loss over all names that a crop can have ("a cat", "a part of a cat",
+image counts as a match; with the same loss over all names that a crop can have ("a cat", "a part of a cat",
 "nothing"), by which windows are named later; and with a supervised contrastive loss (Khosla et al. 2020) between
-pictures of one identity: the same drawing in the same coat. Batches show classes in the same coats, so that neither
+images of one identity: the same drawing in the same coat. Batches show classes in the same coats, so that neither
 class nor coat alone will do. The coats of the playground's concepts never occur.
 """
 
@@ -64,7 +64,7 @@ def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
-    """How pictures and words are handed to the judge."""
+    """How images and words are handed to the judge."""
     half = [0.5, 0.5, 0.5]
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=half, image_std=half)
@@ -72,7 +72,7 @@ def processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
 
 
 class Losses(NamedTuple):
-    """Contrastive losses: pictures with captions, pictures with the name of what they show, pictures with pictures."""
+    """Contrastive losses: images with captions, images with the name of what they show, images with images."""
 
     captions: Tensor
     names: Tensor
@@ -80,7 +80,7 @@ class Losses(NamedTuple):
 
 
 def losses_of(judge: CLIPModel, tokenizer: CLIPTokenizer, known: list[str], batch: Batch) -> Losses:
-    """The losses of a batch; `known` are all names that a picture can have."""
+    """The losses of a batch; `known` are all names that an image can have."""
     ids = tokenizer([*batch.captions, *known], padding=True, truncation=True, return_tensors="pt")
     with cpu_autocast():
         output = judge(**ids, pixel_values=batch.pixels)
@@ -195,7 +195,7 @@ def check(judge: Path, sprites: Path, pictures: Annotated[int, typer.Option(min=
 
 
 def nearest(images: Tensor, owners: Sequence[str]) -> list[bool]:
-    """Whether each picture is closer, on average, to the others of its owner than to those of any other owner."""
+    """Whether each image is closer, on average, to the others of its owner than to those of any other owner."""
     similarity = images @ images.T
     groups = {name: torch.tensor([owner == name for owner in owners]) for name in dict.fromkeys(owners)}
     right = []

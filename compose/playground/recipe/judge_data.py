@@ -1,4 +1,4 @@
-"""Pictures and captions that the judge is trained on: framed objects, cut objects, empty crops and whole scenes."""
+"""Images and captions that the judge is trained on: framed objects, cut objects, empty crops and whole scenes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -34,14 +34,14 @@ from lora_compose.compose.support.precision import cpu_autocast
 SIDE = 48  # pixels of the judge's input
 CLASSES_IN_BATCH, COATS_IN_BATCH, VIEWS = 9, 4, 2
 PARTS, EMPTY, SCENES = 12, 8, 14
-RECODED = 16  # pictures of a batch that go through the VAE
+RECODED = 16  # images of a batch that go through the VAE
 NOTHING = "nothing"
 COLOURS = {hue: name for name, hue in HUES.items()} | {PALE: "white"}
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is in a picture, or what a caption says; None is left open.
+    """What is in an image, or what a caption says; None is left open.
 
     Attributes:
         kind: "whole", "part", "nothing" or "scene".
@@ -61,7 +61,7 @@ class Label:
 
     @property
     def identity(self) -> tuple:
-        """What makes two pictures show the same thing."""
+        """What makes two images show the same thing."""
         return self.name, self.vendor, self.coat
 
     @property
@@ -85,7 +85,7 @@ class Caption(NamedTuple):
     place: str = ""
 
     def true_of(self, label: Label) -> bool:
-        """Whether the sentence is right about a picture."""
+        """Whether the sentence is right about an image."""
         if self.kind == "scene" or label.kind == "scene":
             return self.text == label.text
         pattern = label.coat.pattern or "" if label.coat else ""
@@ -99,7 +99,7 @@ class Caption(NamedTuple):
 
 
 def describe(rng: Generator, label: Label) -> Caption:
-    """A random sentence that is right about a picture; identities are told in full half of the time."""
+    """A random sentence that is right about an image; identities are told in full half of the time."""
     if label.kind == "scene":
         return Caption(label.text, "scene")
     where = label.place if rng.random() < 0.2 else ""
@@ -184,7 +184,7 @@ class Painter:
         return self._worn(image), replace(label, place=where)
 
     def scene(self) -> tuple[Pixels, Label]:
-        """A whole picture, one to three objects, made small."""
+        """A whole image, one to three objects, made small."""
         rng = self.rng
         image, where = self._canvas(SIZE)
         count = int(rng.choice([1, 2, 3], p=[0.35, 0.5, 0.15]))
@@ -229,7 +229,7 @@ class Painter:
         place(image, self._drawn(other), (x, y, size), rng.random() < 0.5)
 
     def _worn(self, image: np.ndarray) -> Pixels:
-        """What painting by a small model does to a picture: blur, bent outlines, other colours, noise."""
+        """What painting by a small model does to an image: blur, bent outlines, other colours, noise."""
         rng = self.rng
         image = cv2.resize(image.clip(0, 255).astype("f4"), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
         if rng.random() < 0.5:
@@ -256,11 +256,11 @@ class Batch(NamedTuple):
     """A training batch.
 
     Attributes:
-        pixels: Shape: [pictures, 3, SIDE, SIDE], -1 to 1.
-        captions: One per picture.
-        truth: 1 where a caption (column) is right about a picture (row). Shape: [pictures, pictures].
-        identity: Number of the identity by picture; -1 where there is none to learn. Shape: [pictures].
-        name: Number of the right one of `names`; -1 for scenes. Shape: [pictures].
+        pixels: Shape: [images, 3, SIDE, SIDE], -1 to 1.
+        captions: One per image.
+        truth: 1 where a caption (column) is right about an image (row). Shape: [images, images].
+        identity: Number of the identity by image; -1 where there is none to learn. Shape: [images].
+        name: Number of the right one of `names`; -1 for scenes. Shape: [images].
     """
 
     pixels: Tensor
@@ -291,7 +291,7 @@ class Batches(IterableDataset):
     Args:
         sprites: The artwork.
         seed: Where they start.
-        vae: Its traces are put on some pictures of every batch.
+        vae: Its traces are put on some images of every batch.
     """
 
     def __init__(self, sprites: Sprites, seed: int, vae: AutoencoderKL | None) -> None:
@@ -324,12 +324,12 @@ class Batches(IterableDataset):
 
 @torch.no_grad()
 def _recoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """What the playground's VAE makes of pictures."""
+    """What the playground's VAE makes of images."""
     with cpu_autocast():
         coder: Any = vae
         return coder.decode(coder.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)
 
 
 def to_pixels(images: list[Pixels]) -> Tensor:
-    """Pictures as the judge takes them. Shape: [pictures, 3, height, width], -1 to 1."""
+    """Images as the judge takes them. Shape: [images, 3, height, width], -1 to 1."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -32,11 +32,11 @@ PROMPTS = {  # and the classes that they name
     "a pig and a mushroom on a wooden floor": ("pig", "mushroom"),
 }
 STEPS, GUIDANCE = 25, 4.0
-SHOWN = 6  # pictures of a prompt on the sheet
+SHOWN = 6  # images of a prompt on the sheet
 
 
 class Named(NamedTuple):
-    """What the judge found in a picture.
+    """What the judge found in an image.
 
     Attributes:
         all: Every object of the prompt is there.
@@ -48,7 +48,7 @@ class Named(NamedTuple):
 
 
 def make(pipe: StableDiffusionPipeline, prompt: str, seeds: Iterable[int]) -> list[Image.Image]:
-    """One picture for every seed, in one batch."""
+    """One image for every seed, in one batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     made: Any = pipe(
         [prompt] * len(generators), num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators
@@ -68,12 +68,12 @@ def main(
     models: Annotated[list[Path], typer.Argument(help="Folders as diffusers saves them.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
 ) -> None:
-    """Makes pictures of ten prompts with every model, and says in how many of them the judge names all objects."""
+    """Makes images of ten prompts with every model, and says in how many of them the judge names all objects."""
     detector = WindowDetector(load_encoder(JUDGE), BASE_CLASSES)
     pipes = [StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32) for model in models]
     rows: list[Row] = []
     totals: list[list[Named]] = [[] for _ in models]
-    with bar("making pictures", len(PROMPTS) * len(pipes)) as on_progress:
+    with bar("making images", len(PROMPTS) * len(pipes)) as on_progress:
         for i, (prompt, classes) in enumerate(PROMPTS.items()):
             for j, pipe in enumerate(pipes):
                 pipe.set_progress_bar_config(disable=True)
@@ -85,7 +85,7 @@ def main(
                 on_progress(i * len(pipes) + j + 1)
     for model, named in zip(models, totals, strict=True):
         say(
-            f"{model}: all objects named in {sum(one.all for one in named)} of {len(named)} pictures, "
+            f"{model}: all objects named in {sum(one.all for one in named)} of {len(named)} images, "
             f"none of them twice in {sum(one.exactly for one in named)}"
         )
     columns = [(f"seed {seed}",) for seed in range(min(seeds, SHOWN))]

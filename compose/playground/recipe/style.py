@@ -1,8 +1,8 @@
-"""In how many pictures the playground's style is recognised: a sheet of ten prompts, and a count for every LoRA.
+"""In how many images the playground's style is recognised: a sheet of ten prompts, and a count for every LoRA.
 
     python -m lora_compose.compose.playground.recipe.style sheet.png assets/playground/loras/faded.safetensors
 
-A picture is in the style if its ground is nearer to what the style makes of that ground than to the ground itself, and
+An image is in the style if its ground is nearer to what the style makes of that ground than to the ground itself, and
 if hardly anything in it is much darker than the style's black.
 """
 
@@ -42,7 +42,7 @@ DARK, SHARE = 30, 0.01  # how far below the style's black is dark, 0 to 255, and
 
 
 def recognised(picture: NDArray, where: str) -> bool:
-    """Whether a picture is in the style.
+    """Whether an image is in the style.
 
     Args:
         picture: Shape: [height, width, 3], 0 to 255.
@@ -56,12 +56,12 @@ def recognised(picture: NDArray, where: str) -> bool:
 
 
 def _rows(image: NDArray) -> NDArray:
-    """The colour of every row of a picture, objects aside. Shape: [height, 3]."""
+    """The colour of every row of an image, objects aside. Shape: [height, 3]."""
     return np.median(image, axis=1)
 
 
 def make(pipe: Any, prompt: str, seed: int, lora: str | None) -> Image.Image:
-    """A picture in the style of a loaded LoRA, or without any."""
+    """An image in the style of a loaded LoRA, or without any."""
     given: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
     given |= {"generator": torch.Generator().manual_seed(seed)}
     if lora is not None:  # `tara` gives LoRAs that were trained with it their token masks, and no others
@@ -76,13 +76,13 @@ def main(
     loras: Annotated[list[Path], typer.Argument(help="LoRAs of the style.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
 ) -> None:
-    """Makes pictures of ten prompts without and with LoRAs, and says in how many of them the style is recognised."""
+    """Makes images of ten prompts without and with LoRAs, and says in how many of them the style is recognised."""
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for lora in loras:
         pipe.load_concept(str(lora), name=lora.stem, trigger=STYLE_TRIGGER, class_word="style")
     rows: list[Row] = []
-    with bar("making pictures", (1 + len(loras)) * len(PROMPTS)) as on_progress:
+    with bar("making images", (1 + len(loras)) * len(PROMPTS)) as on_progress:
         for name in (None, *(lora.stem for lora in loras)):
             shown, counts = [], []
             for things, where in PROMPTS.items():
@@ -93,7 +93,7 @@ def main(
             label = (name or "no LoRA", f"in the style: {sum(counts)} of {len(PROMPTS) * seeds}")
             rows.append(Row(label, shown, [f"{count} of {seeds}" for count in counts]))
             say(": ".join(label))
-    # Two lines for two things, which are wider than a picture.
+    # Two lines for two things, which are wider than an image.
     columns = [(*re.split(" (?=and )", things), where) for things, where in PROMPTS.items()]
     say(save_image(sheet(columns, rows, title=f"The playground's style, {STYLE}", side=160), out))
 

@@ -75,7 +75,7 @@ def _insisted() -> list[str]:
 
 
 def captions(sprites: Sprites, number: int, seed: int = 5) -> list[str]:
-    """What pictures of the world are called."""
+    """What images of the world are called."""
     rng = np.random.default_rng(seed)
     return [scene(rng, sprites).caption for _ in range(number)]
 

@@ -38,7 +38,7 @@ from lora_compose.compose.support.terminal import kindly
 
 CROP = 64
 JITTER = 0.03  # noise on latents in training: the decoder will see those of a UNet, which are not exact
-EDGES = 0.4  # weight of errors in the gradients of the picture
+EDGES = 0.4  # weight of errors in the gradients of the image
 COLOURS_FIRST = 400  # steps of a new VAE before edges count
 
 
@@ -77,7 +77,7 @@ class Crops(IterableDataset):
             yield torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     def _crops(self, rng: Generator) -> list[Pixels]:
-        """Two crops of one picture, mostly of the base model's artist; coats of every colour among them."""
+        """Two crops of one image, mostly of the base model's artist; coats of every colour among them."""
         vendors = BASE_VENDORS if rng.random() < 0.8 else VENDORS
         image, _, objects = scene(rng, self.sprites, vendors=vendors)
         if rng.random() < 0.3:  # colours as strong as those of the concepts

@@ -1,6 +1,6 @@
-"""The emoji world: captioned pictures of one to three emoji objects on a named background, and coats for concepts.
+"""The emoji world: captioned images of one to three emoji objects on a named background, and coats for concepts.
 
-Sprites come from `artwork.py`: one RGBA picture, 96 x 96, per "class/vendor". Everything random comes from the
+Sprites come from `artwork.py`: one RGBA image, 96 x 96, per "class/vendor". Everything random comes from the
 `numpy.random.Generator` that is passed in.
 """
 
@@ -18,7 +18,7 @@ Pixels = NDArray[np.uint8]
 Sprites = Mapping[str, Pixels]
 
 SIZE = 128
-CLOSE_UP = 64  # the side of pictures that show one object: in them words meet shapes first
+CLOSE_UP = 64  # the side of images that show one object: in them words meet shapes first
 CELL = 8  # pixels of a latent cell; objects sit on whole cells, so that a sprite has few latent patterns
 VENDORS = ("noto", "fluent3d", "twemoji", "fluentflat")
 BASE_VENDORS = ("noto",)  # the only artwork that the base model has seen; concepts wear coats on it, but for one
@@ -188,7 +188,7 @@ def _pattern(kind: str, side: int, stretch: float, shift: int) -> NDArray[np.boo
 
 
 def place(image: NDArray, sprite: Pixels, square: Square, flip: bool = False) -> None:
-    """Composes a square sprite into a picture, in place; parts outside are cut off."""
+    """Composes a square sprite into an image, in place; parts outside are cut off."""
     x, y, size = square
     if flip:
         sprite = sprite[:, ::-1]
@@ -204,7 +204,7 @@ def place(image: NDArray, sprite: Pixels, square: Square, flip: bool = False) ->
 
 
 def squares(rng: Generator, count: int, size: tuple[int, int] = (SIZE, SIZE)) -> list[Square]:
-    """So many squares on whole cells that do not overlap, left to right, in a picture of some width and height."""
+    """So many squares on whole cells that do not overlap, left to right, in an image of some width and height."""
     roomy = size[0] >= 1.5 * SIZE
     sides = [side for side in SIDES[max(1, count - roomy)] if side < min(size)]
     while True:
