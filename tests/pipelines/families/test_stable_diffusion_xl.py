@@ -25,7 +25,7 @@ from components import (
     tiny_xl_pipeline,
     xl_pipeline,
 )
-from lora_compose.attention import attention_layers
+from lora_compose.attention.backbones.unet import attention_layers
 from lora_compose.compose.benchmark.architectures import SDXL
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline

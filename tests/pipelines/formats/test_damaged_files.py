@@ -1,6 +1,6 @@
 """Damaged and hostile files: never a crash without a message, never code that runs, never a half-loaded concept.
 
-`HYPOTHESIS_PROFILE=thorough pytest tests/test_lora_damaged.py` tries thousands of files; the suite some hundreds.
+`HYPOTHESIS_PROFILE=thorough pytest <this file>` tries thousands of files; the suite some hundreds.
 """
 
 import io
@@ -105,7 +105,7 @@ def attempt(pipe: Any, path: Path, **options: Any) -> bool:
             continue
         (loaded,) = pipe.resolve_concepts(["it"])
         pipe.unload_concept("it")
-        loras = [loaded.factors.unet, *loaded.factors.text_encoders.values()]
+        loras = [loaded.factors.denoiser, *loaded.factors.text_encoders.values()]
         assert any(loras)
         for lora in loras:
             for factors in lora.values():

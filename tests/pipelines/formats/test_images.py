@@ -18,7 +18,7 @@ from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
 
-# Layers of every kind, and few of them: what a layer is called in which file, test_lora_formats.py asks of all.
+# Layers of every kind, and few of them: what a layer is called in which file, test_formats.py asks of all.
 TARGETS = ("to_k", "to_out.0", "ff.net.2", "proj_in", "conv1", "time_emb_proj")
 TEXT = ("q_proj",)
 SIDE = 64
