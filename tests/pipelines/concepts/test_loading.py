@@ -1,5 +1,6 @@
 """LoRA files of every spelling give what diffusers itself makes of them, and bad files are refused with a reason."""
 
+import hashlib
 import json
 import logging
 import pickle
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, small_pipeline
-from lora_compose import ComposePipeline
+from lora_compose import ComposePipeline, Concept
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts import loading
@@ -35,7 +36,7 @@ from lora_compose.pipelines.concepts.loading import (
     match,
     read_lora,
 )
-from reference import dense
+from reference import deltas
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -81,12 +82,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
 
 def loaded(pipe: Any, path: Path) -> Factors:
     return match(read_lora(path), pipe)
-
-
-def deltas(factors: Factors) -> dict[str, Tensor]:
-    """Dense changes by component and layer."""
-    parts = {"unet": factors.denoiser, **factors.text_encoders}
-    return {f"{part}.{name}": dense(found) for part, lora in parts.items() for name, found in lora.items()}
 
 
 def deltas_of_peft(pipe: Any, adapter: str) -> dict[str, Tensor]:
@@ -311,25 +306,24 @@ def concept_file(path: Path, **metadata: str) -> Path:
     return write(path, spelled(lora, unet_key, ".lora_A.weight", ".lora_B.weight"), **metadata)
 
 
-def test_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: Path) -> None:
+def test_name_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: Path) -> None:
     pipe: ComposePipeline = small_pipeline()
-    path = concept_file(tmp_path / "cat.safetensors", trigger="sks", class_word="cat", method="tara")
-    concept = pipe.load_concept(path)
-    assert (concept.name, concept.trigger, concept.class_word, concept.weight) == ("cat", "sks", "cat", 1.0)
-    other = pipe.load_concept(path, name="tiger", trigger="zwx", weight=0.5)
-    assert (other.name, other.trigger, other.class_word, other.weight) == ("tiger", "zwx", "cat", 0.5)
+    path = concept_file(tmp_path / "my cat.safetensors", trigger="sks", class_word="cat", method="tara")
+    known = Concept(name="my cat", lora=str(path), trigger="sks", class_word="cat", weight=1.0)
+    assert pipe.load_concept(path) == known
+    other = pipe.load_concept(str(path), name="tiger", trigger="zwx", weight=0.5)
+    assert other == known.model_copy(update={"name": "tiger", "trigger": "zwx", "weight": 0.5})
     bare = pipe.load_concept(concept_file(tmp_path / "dog.safetensors", trigger=""))
     assert not bare.trigger
     assert bare.class_word is None
-    first, _, last = pipe.resolve_concepts(["cat", "tiger", "dog"])
+    assert pipe.concepts == {"my cat": known, "tiger": other, "dog": bare}
+    first, _, last = pipe.resolve_concepts(["my cat", "tiger", "dog"])
     assert (first.trained_with, last.trained_with) == ("tara", None)
     assert first.file is not None
     assert first.file.metadata["trigger"] == "sks"
 
 
 def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
-    import hashlib
-
     path = concept_file(tmp_path / "cat.safetensors")
     assert read_lora(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -588,40 +582,10 @@ def test_damaged_settings_in_the_header_are_refused(
 
 
 PARTS = [
-    *(
-        "unet",
-        "text_encoder",
-        "text_encoder_2",
-        "lora_unet",
-        "lora_te",
-        "base_model",
-        "model",
-        "processor",
-        "text_model",
-    ),
-    *(
-        TO_Q,
-        TO_Q.replace(".", "_"),
-        "encoder.layers.0.self_attn.q_proj",
-        "conv_in",
-        "down_blocks_0",
-        "input_blocks_1_0",
-    ),
-    *(
-        "lora",
-        "lora_A",
-        "lora_B",
-        "lora_down",
-        "lora_up",
-        "up",
-        "down",
-        "alpha",
-        "weight",
-        "default",
-        "to_q_lora",
-        "",
-        "é",
-    ),
+    *("unet", "text_encoder", "text_encoder_2", "lora_unet", "lora_te", "base_model", "model", "processor"),
+    *("text_model", TO_Q, TO_Q.replace(".", "_"), "encoder.layers.0.self_attn.q_proj", "conv_in", "down_blocks_0"),
+    *("input_blocks_1_0", "lora", "lora_A", "lora_B", "lora_down", "lora_up", "up", "down", "alpha", "weight"),
+    *("default", "to_q_lora", "", "é"),
 ]
 
 

@@ -157,7 +157,7 @@ def test_a_word_with_the_vectors_of_known_words_is_as_good_as_they(family: str, 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reads_words(pipe: Any, write: Callable[..., Path], method: str) -> None:
-    """Layer-wise vectors that are those of known words give the picture of these words, whatever the method."""
+    """Layer-wise vectors that are those of known words give the image of these words, whatever the method."""
     ids = {"<x1>": "zwx", "<x2>": "dog"}
     same = {f"new_concept_embedding.{word}": known(pipe, text).repeat(LAYERS, 1) for word, text in ids.items()}
     pipe.load_concept(write(pipe, "ed", same), class_word="bear")

@@ -1,10 +1,9 @@
 """ControlNets and T2I-Adapters beside concepts, compared with diffusers' own pipelines for them."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,11 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from components import FAMILIES, TINY_XL, State, random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
+from composing import BOXED, assert_close, composer_of, far_apart
 from lora_compose import METHODS, Concept, Control
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES
@@ -42,24 +41,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
-CONCEPTS = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
 WEIGHT_0 = [Concept(name="cat", weight=0.0)]
-
-
-def new_composer(family: str) -> Any:
-    """A tiny pipeline with the concepts "cat" and "dog"."""
-    pipe = FAMILIES[family]()
-    with TemporaryDirectory() as folder:
-        for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
-            path = Path(folder) / f"{name}.safetensors"
-            lora = random_lora(pipe.unet, seed).items()
-            down = {f"unet.{layer}.lora_A.weight": factors.down for layer, factors in lora}
-            save_file(down | {f"unet.{layer}.lora_B.weight": factors.up for layer, factors in lora}, path)
-            pipe.load_concept(path, trigger=trigger, class_word=name)
-    return pipe
-
-
-composer_of = cache(new_composer)
 
 
 @pytest.fixture
@@ -112,14 +94,6 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
         "generator": seeded(), "height": 128, "width": 128,
     }  # fmt: skip
     return pipe(**given | arguments).images
-
-
-def assert_close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def far_apart(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > 1e-2)
 
 
 def diffusers_pipeline(pipe: Any, **parts: Any) -> Any:
@@ -235,7 +209,7 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
 def test_every_method_follows_controls_and_leaves_everything_as_it_was(composer, method):
     net, adapter = net_of(composer), adapter_of(composer)
     state, bits = State(composer), [parameter.clone() for parameter in net.parameters()]
-    given = {"concepts": CONCEPTS, "method": method, "num_inference_steps": 1}
+    given = {"concepts": BOXED, "method": method, "num_inference_steps": 1}
     without = latents_of(composer, **given)
     by_net = latents_of(composer, control=Control(model=net, image=image_of()), **given)
     by_adapter = latents_of(composer, control=Control(model=adapter, image=image_of(), scale=5.0), **given)
@@ -251,7 +225,7 @@ def test_every_method_follows_controls_and_leaves_everything_as_it_was(composer,
 @pytest.mark.parametrize("method", ["merge", "lora-composer"])
 def test_scale_0_is_none(composer, method):
     off = [Control(model=model, image=image_of(), scale=0.0) for model in (net_of(composer), adapter_of(composer))]
-    given = {"concepts": CONCEPTS, "method": method, "num_inference_steps": 1}
+    given = {"concepts": BOXED, "method": method, "num_inference_steps": 1}
     assert torch.equal(latents_of(composer, control=off, **given), latents_of(composer, **given))
 
 
@@ -276,7 +250,7 @@ def test_prompts_in_one_call_follow_their_own_images(composer, method, pooled):
 @pytest.mark.parametrize("method", ["regional", "lora-composer", Clora(fuse="branches")])
 def test_prompts_with_different_concept_sets_follow_their_own_images(composer, method):
     images, prompts = [image_of(1), image_of(2)], [PROMPT, "a zwx dog"]
-    concept_sets = [CONCEPTS, [Concept(name="dog", region=LEFT)]]
+    concept_sets = [BOXED, [Concept(name="dog", region=LEFT)]]
     noise = torch.randn(2, 4, 16, 16, generator=seeded())
 
     def compose(which: slice) -> Tensor:
@@ -297,7 +271,7 @@ def test_regions_apart_see_their_own_part_of_the_image(composer, model_of):
     both[:, 64:] = np.array(image_of(2))[:, 64:]
     one, other = (
         latents_of(
-            composer, concepts=CONCEPTS, method=LoraComposer(apart=1.0, step_size=0),
+            composer, concepts=BOXED, method=LoraComposer(apart=1.0, step_size=0),
             control=Control(model=model, image=image), num_inference_steps=2,
         )
         for image in (image_of(1), Image.fromarray(both))
@@ -310,7 +284,7 @@ def test_regions_read_their_texts_and_a_controlnet_the_scene_in_plain_words(comp
     net, seen = net_of(composer), []
     net.register_forward_pre_hook(lambda _, __, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True)
     method = LoraComposer(apart=0.0, step_size=0, reinit="off")
-    latents_of(composer, concepts=CONCEPTS, method=method, control=Control(model=net, image=image_of()))
+    latents_of(composer, concepts=BOXED, method=method, control=Control(model=net, image=image_of()))
     cond, uncond = composer.encode_prompt("a cat and a dog on grass", torch.device("cpu"), 1, True, "")
     assert len(seen) == 3
     assert all(torch.equal(text, torch.cat([uncond, cond])) for text in seen)
@@ -406,7 +380,7 @@ def test_gradients_go_through_controls(composer, model_of, branch_batch_size):
 ])  # fmt: skip
 def test_rows_through_controlnets_are_counted(composer, method, rows):
     found = composer(
-        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=CONCEPTS,
+        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=BOXED,
         method=method, control=[
             Control(model=net_of(composer), image=image_of()),
             Control(model=net_of(composer), image=image_of(), end=0.01),
@@ -445,7 +419,7 @@ def test_where_a_region_has_scale_0_an_adapter_adds_nothing(composer):
 @pytest.mark.parametrize("model_of", [net_of, adapter_of])
 def test_the_same_scale_in_all_regions_is_that_of_the_whole_image(composer, model_of):
     model = model_of(composer)
-    given = {"concepts": CONCEPTS, "method": "lora-composer", "num_inference_steps": 1}
+    given = {"concepts": BOXED, "method": "lora-composer", "num_inference_steps": 1}
     whole = latents_of(composer, control=Control(model=model, image=image_of(), scale=5.0), **given)
     # The scale of the rest does not matter where regions cover everything.
     control = Control(model=model, image=image_of(), scale=0.0, regions={"cat": 5.0, "dog": 5.0})
@@ -574,7 +548,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(composer):
     state, timesteps = State(composer), composer.scheduler.timesteps
     for case, control in controls.items():
         with pytest.raises(ValueError, match=WRONG[case][1]):
-            latents_of(composer, concepts=CONCEPTS, method="lora-composer", control=control)
+            latents_of(composer, concepts=BOXED, method="lora-composer", control=control)
     state.assert_unchanged()
     assert composer.scheduler.timesteps is timesteps
 
@@ -590,7 +564,7 @@ def test_a_pooling_controlnet_has_no_scale_by_region(composer):
     net.register_to_config(global_pool_conditions=True)
     control = Control(model=net, image=image_of(), regions={"cat": 0.5})
     with pytest.raises(ValueError, match="no scale by region"):
-        latents_of(composer, concepts=CONCEPTS, method="merge", control=control)
+        latents_of(composer, concepts=BOXED, method="merge", control=control)
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), [
@@ -627,8 +601,8 @@ def test_without_concepts_controls_are_refused_and_none_are_fine(composer, famil
 
 def test_a_model_of_another_precision_works(composer):
     control = [Control(model=model, image=image_of()) for model in (net_of(composer), adapter_of(composer))]
-    half = new_composer("sd").to(torch.bfloat16)
-    found = latents_of(half, concepts=CONCEPTS, method="lora-composer", control=control)
+    half = copy.deepcopy(composer).to(torch.bfloat16)
+    found = latents_of(half, concepts=BOXED, method="lora-composer", control=control)
     assert found.dtype == torch.bfloat16
     assert found.isfinite().all()
 

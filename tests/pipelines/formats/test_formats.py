@@ -24,9 +24,9 @@ from lora_compose.attention import Lora
 from lora_compose.compose.benchmark.architectures import SD15, SDXL, without_weights
 from lora_compose.compose.generate.making import load
 from lora_compose.compose.playground.recipe.lora_files import FORMATS, Format, bare, kohya, pair, with_alpha
-from lora_compose.pipelines.concepts.loading import Factors, LoraError, match, read_lora
+from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
 from lora_compose.pipelines.formats.deltas import change
-from reference import dense
+from reference import deltas, dense
 
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 RANK = 3
@@ -61,11 +61,6 @@ def loras_for(parts: SimpleNamespace, targets: tuple[str, ...]) -> dict[str, Lor
         wanted = targets if part == "unet" else TEXT
         loras[part] = random_lora(model, number, rank=RANK, targets=wanted)
     return loras
-
-
-def deltas(factors: Factors) -> dict[str, Tensor]:
-    loras = {"unet": factors.denoiser, **factors.text_encoders}
-    return {f"{part}.{name}": dense(found) for part, lora in loras.items() for name, found in lora.items()}
 
 
 def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
