@@ -244,7 +244,9 @@ def test_from_pipe_refuses_to_change_one_of_several_precisions_unasked(plain_pip
 def test_models_of_other_families_are_refused_by_name(tmp_path):
     config = {"_class_name": "PixArtAlphaPipeline", "transformer": ["diffusers", "PixArtTransformer2DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"PixArtAlphaPipeline; supported are .*Stable Diffusion 1\.x and 2\.x, Stable Diffusion XL"):
+    with pytest.raises(
+        ValueError, match=r"PixArtAlphaPipeline; supported are .*Stable Diffusion 1\.x and 2\.x, Stable Diffusion XL"
+    ):
         ComposePipeline.from_pretrained(tmp_path)
 
 

@@ -6,12 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    LCMScheduler,
-)
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from PIL import Image
 
