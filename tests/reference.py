@@ -17,6 +17,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from lora_compose.attention import Gates, Lora, LoraFactors
+from lora_compose.pipelines.concepts.loading import Factors
 
 Style = Literal["constant", "rows", "tokens", "pixels", "everything"]
 STYLES: tuple[Style, ...] = ("constant", "rows", "tokens", "pixels", "everything")
@@ -86,6 +87,11 @@ def dense(factors: LoraFactors) -> Tensor:
     """scale * up @ down in the shape of the layer's weight."""
     product = torch.einsum("or,r...->o...", factors.up.flatten(1), factors.down)
     return factors.scale * product
+
+
+def deltas(factors: Factors) -> dict[str, Tensor]:
+    """Dense changes by component and layer."""
+    return {f"{part}.{name}": dense(found) for part, lora in factors.by_part.items() for name, found in lora.items()}
 
 
 def with_reference(model: nn.Module, loras: Sequence[Lora], gates: FullGates) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""One change of a model, in the files of every trainer: the same picture by every method, for every family."""
+"""One change of a model, in the files of every trainer: the same image by every method, for every family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
 
-# Layers of every kind, and few of them: what a layer is called in which file, test_lora_formats.py asks of all.
+# Layers of every kind, and few of them: what a layer is called in which file, test_formats.py asks of all.
 TARGETS = ("to_k", "to_out.0", "ff.net.2", "proj_in", "conv1", "time_emb_proj")
 TEXT = ("q_proj",)
 SIDE = 64
@@ -155,7 +155,7 @@ class Studio:
         save_file(tensors, path)
         self.pipe.load_concept(path, name, trigger="sks", class_word="cat")
 
-    def picture(self, cat: str, method: str, weight: float = 1.0) -> Tensor:
+    def image(self, cat: str, method: str, weight: float = 1.0) -> Tensor:
         concepts = [Concept(name=cat, region=CAT, weight=weight), Concept(name="dog", region=DOG)]
         return self.pipe(
             "a sks cat and a zwx dog", concepts=concepts, method=method, num_inference_steps=2, width=SIDE, height=SIDE,
@@ -165,14 +165,14 @@ class Studio:
     def of_file(self, form: str, method: str) -> Tensor:
         if form not in self.pipe.concepts:
             self.load_product(form) if form in PRODUCTS else self.load(form, FORMATS[form], self.loras)
-        return self.picture(form, method)
+        return self.image(form, method)
 
     def _reference(self, holds: Callable[[str, str], bool], method: str) -> Tensor:
         """The same of the factors of those layers, as diffusers has them."""
         name = holds.__name__
         if name not in self.pipe.concepts:
             self.load(name, replace(DIFFUSERS, holds=holds), self.loras)
-        return self.picture(name, method)
+        return self.image(name, method)
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -184,21 +184,21 @@ def studio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_picture_is_the_same_in_every_format(studio: Studio, form: str, method: str) -> None:
+def test_the_image_is_the_same_in_every_format(studio: Studio, form: str, method: str) -> None:
     expected = studio.reference(FORMATS[form].holds, method)
     found = studio.of_file(form, method)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_change_is_seen_in_these_pictures(studio: Studio, method: str) -> None:
-    pictures = [studio.reference(holds, method) for holds in {form.holds for form in FORMATS.values()}]
-    without = studio.picture("everything", method, weight=0.0)
-    for picture in pictures:
-        assert (picture - without).abs().max() > 0.01 * without.abs().max()
+def test_the_change_is_seen_in_these_images(studio: Studio, method: str) -> None:
+    images = [studio.reference(holds, method) for holds in {form.holds for form in FORMATS.values()}]
+    without = studio.image("everything", method, weight=0.0)
+    for image in images:
+        assert (image - without).abs().max() > 0.01 * without.abs().max()
 
 
-def test_the_sheet_of_the_playground_shows_one_picture_in_every_format() -> None:
+def test_the_sheet_of_the_playground_shows_one_image_in_every_format() -> None:
     shown = list(pictures(["LoHa", "attention processors"], steps=1))
     names = ["as it is shipped", "LoHa", "attention layers alone", "attention processors"]
     assert [one.name for one in shown] == names

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from diffusers import StableDiffusionXLPipeline
 from diffusers.callbacks import SDXLCFGCutoffCallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from components import (
     EVERYTHING,
@@ -25,7 +24,8 @@ from components import (
     tiny_xl_pipeline,
     xl_pipeline,
 )
-from lora_compose.attention import attention_layers
+from composing import BOXED, EMBEDDINGS, TRIGGERS, assert_close, far_apart, offload_layers, offload_models
+from lora_compose.attention.backbones.unet import attention_layers
 from lora_compose.compose.benchmark.architectures import SDXL
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
@@ -34,9 +34,6 @@ from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on grass"
 OTHER_PROMPT = "in snow, zwx dog, sks cat"
-TRIGGERS = {"cat": "sks", "dog": "zwx"}
-BOXES = {"cat": (0, 0, 64, 128), "dog": (64, 0, 128, 128)}
-BOXED = [Concept(name=name, region=box) for name, box in BOXES.items()]
 ONE_TEXT = ("merge", "tara", "regional", "switch", "composite")
 EVERY_METHOD = tuple(METHODS)
 
@@ -79,14 +76,6 @@ def compose(pipe: Any, method: Any, prompt: Any = PROMPT, **arguments: Any) -> A
 
 def latents_of(pipe: Any, method: Any, prompt: Any = PROMPT, **arguments: Any) -> Tensor:
     return compose(pipe, method, prompt, **arguments).images
-
-
-def assert_close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def far_apart(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > 1e-2)
 
 
 @contextmanager
@@ -132,9 +121,9 @@ def test_a_call_that_fails_leaves_nothing(composer, method):
 
 @pytest.mark.parametrize("method", ONE_TEXT)
 def test_concepts_of_weight_0_change_nothing(composer, plain_pipe, method):
-    nobody = [concept.model_copy(update={"weight": 0.0}) for concept in BOXED]
+    weightless = [concept.model_copy(update={"weight": 0.0}) for concept in BOXED]
     expected = plain_pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images
-    assert_close(latents_of(composer, method, concepts=nobody), expected)
+    assert_close(latents_of(composer, method, concepts=weightless), expected)
 
 
 @pytest.mark.parametrize("method", EVERY_METHOD)
@@ -303,11 +292,10 @@ def test_branches_that_run_one_after_the_other_keep_their_pooled_text(composer, 
 
 
 def test_diffusers_callback_that_switches_guidance_off_cuts_every_row(composer):
-    concepts = [Concept(name=name, region=box) for name, box in BOXES.items()]
     for method in EVERY_METHOD:
         with added(composer) as passes:
             output = compose(
-                composer, method, concepts=concepts, num_inference_steps=3,
+                composer, method, num_inference_steps=3,
                 callback_on_step_end=SDXLCFGCutoffCallback(cutoff_step_ratio=0.0),
             )  # fmt: skip
         assert output.images.isfinite().all()
@@ -322,9 +310,8 @@ def test_another_second_prompt_is_read_if_the_words_stand_at_the_same_place(comp
     found = latents_of(composer, "tara", prompt_2="o sks cat in a zwx dog in snow")
     assert far_apart(found, latents_of(composer, "tara"))
     embeds = composer.encode_prompt(PROMPT, "o sks cat in a zwx dog in snow")
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     positions = {"cat": [2], "dog": [6]}
-    arguments = dict(zip(names, embeds, strict=True))
+    arguments = dict(zip(EMBEDDINGS, embeds, strict=True))
     assert torch.equal(latents_of(composer, "tara", None, token_positions=positions, **arguments), found)
 
 
@@ -406,25 +393,15 @@ def test_a_vae_that_does_not_overflow_decodes_in_half_precision(composer):
 
 
 def test_latents_with_a_mean_of_their_own_are_decoded_as_in_diffusers(composer, plain_pipe):
-    nobody = [concept.model_copy(update={"weight": 0.0}) for concept in BOXED]
+    weightless = [concept.model_copy(update={"weight": 0.0}) for concept in BOXED]
     for pipe in (composer, plain_pipe):
         pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.4], latents_std=[0.9, 1.1, 1.2, 0.8])
     arguments = {"num_inference_steps": 1, "output_type": "pt"}
     expected = plain_pipe(PROMPT, generator=seeded(), **arguments).images
-    assert_close(latents_of(composer, "merge", concepts=nobody, **arguments), expected)
+    assert_close(latents_of(composer, "merge", concepts=weightless, **arguments), expected)
 
 
 # Memory
-
-
-def offload_models(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload(device="cpu")
-
-
-def offload_layers(pipe: Any) -> None:
-    """What `enable_sequential_cpu_offload` does, with the CPU as the device that layers are brought to."""
-    for model in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
-        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
 
 
 @pytest.mark.parametrize("method", ["clora", "lora-composer"])

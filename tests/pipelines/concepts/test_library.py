@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components import State, random_lora, seeded, tiny_pipeline
-from lora_compose.pipelines import base
+from lora_compose.pipelines.concepts import library
 from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
@@ -46,8 +46,8 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    monkeypatch.setattr(base, "read_lora", watched("read", base.read_lora))
-    monkeypatch.setattr(base, "match", watched("match", base.match))
+    monkeypatch.setattr(library, "read_lora", watched("read", library.read_lora))
+    monkeypatch.setattr(library, "match", watched("match", library.match))
     return done
 
 
@@ -157,11 +157,11 @@ def test_a_damaged_file_is_an_error_of_the_call_that_names_it(pipe: Any, folder:
     whole = (folder / "dog.safetensors").read_bytes()
     (folder / "dog.safetensors").write_bytes(whole[: len(whole) // 2])
     pipe.add_concepts(folder)
-    expected, before, in_memory = latents_of(pipe, "cat"), State(pipe), pipe._recent.bytes
+    expected, before, in_memory = latents_of(pipe, "cat"), State(pipe), pipe.library.recent.bytes
     with pytest.raises(LoraError, match=r"dog\.safetensors is no readable safetensors file"):
         latents_of(pipe, "cat", "dog")
     before.assert_unchanged()
-    assert pipe._recent.bytes == in_memory
+    assert pipe.library.recent.bytes == in_memory
     assert torch.equal(latents_of(pipe, "cat"), expected)
     (folder / "dog.safetensors").write_bytes(whole)  # the copy is complete now
     assert pipe.resolve_concepts(["dog"])[0].concept.trigger == "zwx"

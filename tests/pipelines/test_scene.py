@@ -68,16 +68,6 @@ def test_any_finite_weight_is_kept(weight):
     assert Concept(name="cat", weight=weight).weight == weight
 
 
-@pytest.mark.parametrize("region", [
-    (64, 0, 32, 64), (0, 64, 64, 32), (32, 0, 32, 64), (0, 32, 64, 32), (-8, 0, 32, 64), (0, -8, 32, 64), (0, 0, 0, 0),
-])  # fmt: skip
-def test_inverted_empty_and_negative_regions_are_refused(region):
-    with pytest.raises(
-        ValidationError, match=r"a region is \(left, top, right, bottom\) in pixels with 0 <= left < right"
-    ):
-        Concept(name="cat", region=region)
-
-
 @pytest.mark.parametrize("region", [(0, 0, 64), (0, 0, 64, 64, 64), (0, 0, 0.5, 64), "left", (0, 0, math.inf, 64)])
 def test_regions_are_four_whole_numbers(region):
     with pytest.raises(ValidationError, match="region"):
@@ -90,7 +80,8 @@ def test_a_region_is_taken_exactly_if_it_has_pixels(box):
     if 0 <= left < right and 0 <= top < bottom:
         assert Concept(name="cat", region=box).region == box
         return
-    with pytest.raises(ValidationError, match="a region is"):
+    message = r"a region is \(left, top, right, bottom\) in pixels with 0 <= left < right"
+    with pytest.raises(ValidationError, match=message):
         Concept(name="cat", region=box)
 
 

@@ -1,5 +1,6 @@
 """LoRA files of every spelling give what diffusers itself makes of them, and bad files are refused with a reason."""
 
+import hashlib
 import json
 import logging
 import pickle
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import EVERYTHING, random_lora, sd_unet, sdxl_unet, small_pipeline
-from lora_compose import ComposePipeline
+from lora_compose import ComposePipeline, Concept
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts import loading
@@ -35,7 +36,7 @@ from lora_compose.pipelines.concepts.loading import (
     match,
     read_lora,
 )
-from reference import dense
+from reference import deltas
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -81,12 +82,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> Path:
 
 def loaded(pipe: Any, path: Path) -> Factors:
     return match(read_lora(path), pipe)
-
-
-def deltas(factors: Factors) -> dict[str, Tensor]:
-    """Dense changes by component and layer."""
-    parts = {"unet": factors.unet, **factors.text_encoders}
-    return {f"{part}.{name}": dense(found) for part, lora in parts.items() for name, found in lora.items()}
 
 
 def deltas_of_peft(pipe: Any, adapter: str) -> dict[str, Tensor]:
@@ -172,8 +167,8 @@ def test_kohya_keys(pipe: Any, unet_lora: Lora, text_lora: Lora, tmp_path: Path,
     path = write(tmp_path / "cat.safetensors", tensors)
     factors = loaded(pipe, path)
     assert factors.unmatched == ()
-    assert (len(factors.unet), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
-    assert {found.scale for found in factors.unet.values()} == {1.0 if alpha is None else alpha / 3}
+    assert (len(factors.denoiser), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
+    assert {found.scale for found in factors.denoiser.values()} == {1.0 if alpha is None else alpha / 3}
     assert_same(deltas(factors), deltas_of_diffusers(path))
 
 
@@ -224,7 +219,7 @@ def test_alphas_from_the_configuration_that_diffusers_saves(pipe: Any, tmp_path:
     factors = match(file, pipe)
     assert factors.unmatched == ()
     assert_same(deltas(factors), deltas_of_peft(plain, "default"))
-    scales = {found.scale for found in factors.unet.values()}
+    scales = {found.scale for found in factors.denoiser.values()}
     assert (scales == {8 / 3}) == (config == {}), "the settings are to change something"
 
 
@@ -258,8 +253,8 @@ def test_alpha_keys_beside_diffusers_keys_and_over_the_configuration(
     config = json.dumps({"unet.lora_alpha": 40})
     del tensors[f"unet.{TO_Q}.alpha"]
     factors = loaded(pipe, write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=config))
-    assert factors.unet[TO_Q].scale == 20.0
-    assert {found.scale for name, found in factors.unet.items() if name != TO_Q} == {3.0}
+    assert factors.denoiser[TO_Q].scale == 20.0
+    assert {found.scale for name, found in factors.denoiser.items() if name != TO_Q} == {3.0}
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(6), torch.tensor([6.0]), torch.tensor(6.0, dtype=torch.float16)])
@@ -267,14 +262,14 @@ def test_alphas_may_be_whole_numbers(pipe: Any, attention_lora: Lora, tmp_path: 
     tensors = spelled(attention_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha=1.0)
     tensors = {key: alpha if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
     factors = loaded(pipe, write(tmp_path / "cat.safetensors", tensors))
-    assert {found.scale for found in factors.unet.values()} == {3.0}
+    assert {found.scale for found in factors.denoiser.values()} == {3.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_floating_point_precision(pipe: Any, attention_lora: Lora, tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
     factors = loaded(pipe, write(tmp_path / "cat.safetensors", {key: t.to(dtype) for key, t in tensors.items()}))
-    name, found = next(iter(factors.unet.items()))
+    name, found = next(iter(factors.denoiser.items()))
     assert found.down.dtype == dtype
     assert torch.equal(found.down, attention_lora[name].down.to(dtype))
 
@@ -311,25 +306,24 @@ def concept_file(path: Path, **metadata: str) -> Path:
     return write(path, spelled(lora, unet_key, ".lora_A.weight", ".lora_B.weight"), **metadata)
 
 
-def test_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: Path) -> None:
+def test_name_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: Path) -> None:
     pipe: ComposePipeline = small_pipeline()
-    path = concept_file(tmp_path / "cat.safetensors", trigger="sks", class_word="cat", method="tara")
-    concept = pipe.load_concept(path)
-    assert (concept.name, concept.trigger, concept.class_word, concept.weight) == ("cat", "sks", "cat", 1.0)
-    other = pipe.load_concept(path, name="tiger", trigger="zwx", weight=0.5)
-    assert (other.name, other.trigger, other.class_word, other.weight) == ("tiger", "zwx", "cat", 0.5)
+    path = concept_file(tmp_path / "my cat.safetensors", trigger="sks", class_word="cat", method="tara")
+    known = Concept(name="my cat", lora=str(path), trigger="sks", class_word="cat", weight=1.0)
+    assert pipe.load_concept(path) == known
+    other = pipe.load_concept(str(path), name="tiger", trigger="zwx", weight=0.5)
+    assert other == known.model_copy(update={"name": "tiger", "trigger": "zwx", "weight": 0.5})
     bare = pipe.load_concept(concept_file(tmp_path / "dog.safetensors", trigger=""))
     assert not bare.trigger
     assert bare.class_word is None
-    first, _, last = pipe.resolve_concepts(["cat", "tiger", "dog"])
+    assert pipe.concepts == {"my cat": known, "tiger": other, "dog": bare}
+    first, _, last = pipe.resolve_concepts(["my cat", "tiger", "dog"])
     assert (first.trained_with, last.trained_with) == ("tara", None)
     assert first.file is not None
     assert first.file.metadata["trigger"] == "sks"
 
 
 def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
-    import hashlib
-
     path = concept_file(tmp_path / "cat.safetensors")
     assert read_lora(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -344,7 +338,7 @@ def test_keys_without_a_layer_are_reported_and_warned_about(
     tensors["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 8)
     path = write(tmp_path / "cat.safetensors", tensors)
     factors = loaded(pipe, path)
-    assert len(factors.unet) == 128
+    assert len(factors.denoiser) == 128
     left_over = (
         "unet.down_blocks.7.attn.to_q.lora_A.weight",
         "unet.down_blocks.7.attn.to_q.lora_B.weight",
@@ -588,40 +582,10 @@ def test_damaged_settings_in_the_header_are_refused(
 
 
 PARTS = [
-    *(
-        "unet",
-        "text_encoder",
-        "text_encoder_2",
-        "lora_unet",
-        "lora_te",
-        "base_model",
-        "model",
-        "processor",
-        "text_model",
-    ),
-    *(
-        TO_Q,
-        TO_Q.replace(".", "_"),
-        "encoder.layers.0.self_attn.q_proj",
-        "conv_in",
-        "down_blocks_0",
-        "input_blocks_1_0",
-    ),
-    *(
-        "lora",
-        "lora_A",
-        "lora_B",
-        "lora_down",
-        "lora_up",
-        "up",
-        "down",
-        "alpha",
-        "weight",
-        "default",
-        "to_q_lora",
-        "",
-        "é",
-    ),
+    *("unet", "text_encoder", "text_encoder_2", "lora_unet", "lora_te", "base_model", "model", "processor"),
+    *("text_model", TO_Q, TO_Q.replace(".", "_"), "encoder.layers.0.self_attn.q_proj", "conv_in", "down_blocks_0"),
+    *("input_blocks_1_0", "lora", "lora_A", "lora_B", "lora_down", "lora_up", "up", "down", "alpha", "weight"),
+    *("default", "to_q_lora", "", "é"),
 ]
 
 
@@ -730,12 +694,12 @@ def pipeline_with_adapter(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> A
 def test_loaded_adapters_give_pefts_numbers(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> None:
     pipe = pipeline_with_adapter(tmp_path, unet_lora, text_lora)
     factors = adapter_factors(pipe, "cat")
-    assert (len(factors.unet), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
+    assert (len(factors.denoiser), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
     assert_same(deltas(factors), deltas_of_peft(pipe, "cat"))
     assert_same(deltas(factors), deltas(loaded(small_pipeline(), tmp_path / "cat.safetensors")))
     pipe.set_adapters(["cat"], [0.4])
     assert_same(deltas(adapter_factors(pipe, "cat")), deltas_of_peft(pipe, "cat"))
-    assert not any(factors.down.requires_grad for factors in adapter_factors(pipe, "cat").unet.values())
+    assert not any(factors.down.requires_grad for factors in adapter_factors(pipe, "cat").denoiser.values())
 
 
 def test_loading_a_concept_is_not_disturbed_by_adapters(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> None:
@@ -752,7 +716,7 @@ def test_fused_adapters_are_refused(tmp_path: Path, unet_lora: Lora, text_lora: 
     with pytest.raises(LoraError, match=r"'cat' is fused into the weights.*unfuse_lora"):
         adapter_factors(pipe, "cat")
     pipe.unfuse_lora()
-    assert len(adapter_factors(pipe, "cat").unet) == len(unet_lora)
+    assert len(adapter_factors(pipe, "cat").denoiser) == len(unet_lora)
 
 
 @pytest.mark.parametrize(

@@ -4,35 +4,38 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_compose.pipelines.engine import Engine
 from pydantic import ValidationError
 from torch import Tensor
 
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from lora_compose.attention import Gates, Lora, Recorder
+from composing import BOXED, PLAIN, TRIGGERS, assert_close, far_apart
+from lora_compose.attention import Lora
+from lora_compose.attention.lora_bank import BankLayer
+from lora_compose.attention.text_kv import TextKV
 from lora_compose.compose.check.report import check
 from lora_compose.compose.files.images import read_record, save_image
 from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.options import parse_concept
 from lora_compose.compose.generate.replay import difference, remake, runnable
+from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.concepts.strength import Schedule, blocks_text, read_blocks, read_weight, weight_text
-from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Merge
+from lora_compose.pipelines.methods import METHODS, LoraComposer
 from lora_compose.pipelines.methods.process import constant_gates
+from lora_compose.pipelines.passes import MapRequest, Pass
 from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"
-TRIGGERS = {"cat": "sks", "dog": "zwx"}
-BOXES = {"cat": (0, 0, 64, 128), "dog": (64, 0, 128, 128)}
+BOXES = {concept.name: concept.region for concept in BOXED}
 STEPS = 4
-PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 # What is written
 
@@ -241,14 +244,6 @@ def latents_of(pipe: Any, method: Any, weights: Sequence[Any], **arguments: Any)
     return compose(pipe, method, weights, **arguments).images
 
 
-def assert_close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def far_apart(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > 1e-2)
-
-
 # The families differ in nothing here but the text: one method with a text for all, and one with a text for each.
 IN_FAMILIES = [*(("sd", method) for method in METHODS), ("sdxl", "merge"), ("sdxl", "clora")]
 
@@ -332,57 +327,58 @@ def test_every_step_of_every_method_has_its_own_weight(load, family, method):
 
 @dataclass
 class Probe:
-    """The process of a method that in every step does all an engine can, at the same latents and timestep.
+    """The process of a method that in every step runs all that a denoiser can, at the same latents and timestep.
 
     Attributes:
-        engine: Runs the UNet.
-        text: The text.
-        gates: Every concept everywhere.
+        session: Runs the UNet.
+        spec: Every concept everywhere.
         seen: Maps, losses, the direction of the gradient, and predictions, by step.
-        latents: Those of the start.
+        start: The latents and the step that come first.
     """
 
-    engine: Engine
-    text: Conditioning
-    gates: Gates
+    session: Session
+    spec: Pass
     seen: list[list[Tensor]]
-    latents: Tensor | None = None
+    start: tuple[Tensor, Step] | None = None
 
-    def prepare(self, latents: Tensor) -> Tensor:
-        self.latents = latents
+    @property
+    def text(self) -> Conditioning:
+        return self.spec.text
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        self.start = latents, first
         return latents
 
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.latents is not None
-        engine, words = self.engine, self.text.trigger_mask[self.text.conditional_rows]
-        looks = [Recorder(engine.map_layers, words) for _ in range(2)]
-        what = self.latents, engine.timesteps[0], self.text, self.gates
-        engine.observe(*what, looks[0])
-        found = engine.gradient(*what, looks[1], lambda taken: taken.mean().square().sum(dim=(1, 2)))
-        prediction = engine.unet(*what)
-        direction = found.direction / found.direction.std()
-        self.seen.append([looks[0].mean(), found.losses, direction, prediction.model_output])
-        return latents, engine.guide(prediction)
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        assert self.start is not None
+        denoiser, request = self.session.denoiser, MapRequest(self.text.conditional().trigger_mask)
+        what = self.start[0], replace(step, t=self.start[1].t), denoiser.prepare(self.spec)
+        maps = denoiser.maps(*what, request).text
+        found = denoiser.gradient(*what, request, lambda maps: maps.text.square().sum(dim=(1, 2)))
+        prediction = denoiser.predict(*what)
+        self.seen.append([maps, found.losses, found.direction / found.direction.std(), prediction.model_output])
+        return latents, self.session.guider.combine(prediction, step)
 
 
 @dataclass(frozen=True)
 class Probing:
     """The settings of `Probe`."""
 
-    at_once: int | None
+    branch_batch_size: int | None
     seen: list[list[Tensor]] = field(default_factory=list)
 
-    def start(self, engine: Engine) -> Probe:
-        text = replace(engine.encode(), at_once=self.at_once)
-        return Probe(engine, text, constant_gates(engine, engine.weights_of(), text), self.seen)
+    def start(self, session: Session) -> Probe:
+        gates = constant_gates(session, session.concepts.with_styles(session.concepts.subjects))
+        spec = Pass(session.prompts.encode(), gates, branch_batch_size=self.branch_batch_size)
+        return Probe(session, spec, self.seen)
 
 
-@pytest.mark.parametrize("at_once", [None, 1])
-def test_losses_gradients_maps_and_predictions_have_the_weight_of_their_step(load, at_once):
+@pytest.mark.parametrize("branch_batch_size", [None, 1])
+def test_losses_gradients_maps_and_predictions_have_the_weight_of_their_step(load, branch_batch_size):
     pipe = load("sd")
 
     def seen(weights: Sequence[Any]) -> list[list[Tensor]]:
-        probing = Probing(at_once)
+        probing = Probing(branch_batch_size)
         compose(pipe, probing, weights, steps=3)
         return probing.seen
 
@@ -394,58 +390,49 @@ def test_losses_gradients_maps_and_predictions_have_the_weight_of_their_step(loa
 
 
 @pytest.mark.parametrize(("weight", "times"), [(1.0, 1), ("0:1,0.5:0", 2), ("1..0.4", STEPS)])
-@pytest.mark.parametrize("method", ["merge", "regional", "lora-composer"])
+@pytest.mark.parametrize("method", ["merge", "regional", LoraComposer(step_size=0)])
 def test_keys_and_values_of_the_text_are_made_once_for_every_weight(load, method, weight, times):
     pipe = load("sd")
     counted: list[int] = []
     layer = pipe.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
     hook = layer.register_forward_hook(lambda *_: counted.append(1))
-    settings = METHODS["lora-composer"](step_size=0) if method == "lora-composer" else method  # pyright: ignore[reportCallIssue]
-    compose(pipe, settings, [weight, 0.5])
+    compose(pipe, method, [weight, 0.5])
     hook.remove()
     assert len(counted) == times
 
 
-@pytest.mark.parametrize("kind", [LoraComposer, Clora])
-def test_keys_and_values_of_earlier_weights_are_not_kept(load, kind):
-    """Those of all steps would take more memory than the model; updates and predictions have two for each text."""
-    pipe, engines, kept = load("sd"), [], []
+@pytest.mark.parametrize("method", ["lora-composer", "clora"])
+def test_keys_and_values_of_earlier_weights_are_not_kept(load, method, monkeypatch):
+    """Those of all steps would take more memory than the model; updates and predictions have one each."""
+    pipe, alive, kept = load("sd"), WeakSet(), []
 
-    class Looking(kind):
-        def start(self, engine: Engine) -> Any:
-            engines.append(engine)
-            return super().start(engine)
+    class Watched(TextKV):
+        def __init__(self) -> None:
+            super().__init__()
+            alive.add(self)
 
-    def look(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        kept.append(sum(len(by_gate) for by_gate in engines[-1].installation._text_kv.values()))
+    def count(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        kept.append(len(alive))
         return tensors
 
+    monkeypatch.setattr("lora_compose.pipelines.denoiser.TextKV", Watched)
     for weights in ([0.5, 0.6], ["1..0.4", "0.2..0.6"]):
-        compose(pipe, Looking(), weights, callback_on_step_end=look)
-    assert all(now <= before for before, now in zip(kept[:STEPS], kept[STEPS:], strict=True))
-    assert max(kept) <= 4
+        compose(pipe, method, weights, callback_on_step_end=count)
+        assert not alive
+    assert 1 <= max(kept) <= 4
 
 
 def test_what_is_constant_is_folded_also_beside_a_schedule(load):
     """Layers of the numbers alone cost nothing in any step, and those with a schedule have its ranks only."""
     pipe, ranks = load("sd"), []
 
-    @dataclass(frozen=True)
-    class Looking(Merge):
-        def start(self, engine: Engine) -> Any:
-            process = super().start(engine)
-            prepare = process.prepare
-
-            def prepared(latents: Tensor) -> Tensor:
-                latents = prepare(latents)
-                ranks.append({layer.key.ranks for layer in engine.installation.bank.values()})
-                return latents
-
-            object.__setattr__(process, "prepare", prepared)
-            return process
+    def look(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        bank = [module for module in pipe.unet.modules() if isinstance(module, BankLayer)]
+        ranks.append({layer.key.ranks for layer in bank})
+        return tensors
 
     for weights in ([0.5, 0.6], ["1..0.4", 0.6], ["1..0.4", "0:1,0.5:0"]):
-        compose(pipe, Looking(), weights)
+        compose(pipe, "merge", weights, steps=1, callback_on_step_end=look)
     assert ranks == [set(), {(3, 0)}, {(3, 3)}]
 
 
@@ -453,8 +440,8 @@ def test_what_is_constant_is_folded_also_beside_a_schedule(load):
 def test_the_text_has_the_mean_of_the_weights(load, family, caplog):
     pipe = load(family, text=True)
     for concept in ("cat", "dog"):  # the text encoders alone
-        loaded = pipe._loaded[concept]
-        pipe._loaded[concept] = replace(loaded, factors=replace(loaded.factors, unet={}))
+        loaded = pipe.library.loaded[concept]
+        pipe.library.loaded[concept] = replace(loaded, factors=replace(loaded.factors, denoiser={}))
     found = latents_of(pipe, "merge", ["0:1,0.25:0.2", 0.6])
     said = [record.getMessage() for record in caplog.records if "text is encoded once" in record.getMessage()]
     assert said == ["the text is encoded once, so the text-encoder part of 'cat' has the mean of its weights over the "
@@ -514,8 +501,8 @@ def test_a_factor_on_the_text_encoders(load):
     concepts = [Concept(name="cat", blocks={"text": 0.0}), "dog"]
     found = latents_of(pipe, "merge", (1, 1), concepts=concepts)
     assert far_apart(found, latents_of(pipe, "merge", [1.0, 1.0]))
-    loaded = pipe._loaded["cat"]
-    pipe._loaded["cat"] = replace(loaded, factors=replace(loaded.factors, text_encoders={}))
+    loaded = pipe.library.loaded["cat"]
+    pipe.library.loaded["cat"] = replace(loaded, factors=replace(loaded.factors, text_encoders={}))
     assert_close(found, latents_of(pipe, "merge", [1.0, 1.0]))
 
 
@@ -549,7 +536,7 @@ def test_check_says_weights_blocks_and_roles_and_finds_unknown_blocks(playground
     assert any("'my bear' has a factor for 'up.9'" in problem for problem in report.problems)
 
 
-def test_a_picture_with_all_of_it_is_made_again_from_what_it_carries(playground, tmp_path):
+def test_an_image_with_all_of_it_is_made_again_from_what_it_carries(playground, tmp_path):
     bear = Concept(
         name="my bear", lora="playground:bear", trigger="xlo", class_word="bear", weight="0:1..0.5:0.4,0.8:0",
         blocks={"down": 0.5, "text": 0}, negative_prompt="blue",

@@ -1,10 +1,9 @@
 """ControlNets and T2I-Adapters beside concepts, compared with diffusers' own pipelines for them."""
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,42 +21,27 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_compose.pipelines.engine import Engine
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from components import FAMILIES, TINY_XL, State, random_lora, sd_unet, sdxl_unet, seeded, small_pipeline, xl_pipeline
+from composing import BOXED, assert_close, composer_of, far_apart
 from lora_compose import METHODS, Concept, Control
-from lora_compose.attention import Recorder
+from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES
-from lora_compose.pipelines.control import AdapterGuide, Canvas, NetGuide, View, made_ready
+from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.control import PreparedAdapter, PreparedControlNet, View, prepare_control
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.process import constant_gates, one_text
+from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
+from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
-CONCEPTS = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
-NOBODY = [Concept(name="cat", weight=0.0)]
-
-
-def new_composer(family: str) -> Any:
-    """A tiny pipeline with the concepts "cat" and "dog"."""
-    pipe = FAMILIES[family]()
-    with TemporaryDirectory() as folder:
-        for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
-            path = Path(folder) / f"{name}.safetensors"
-            lora = random_lora(pipe.unet, seed).items()
-            down = {f"unet.{layer}.lora_A.weight": factors.down for layer, factors in lora}
-            save_file(down | {f"unet.{layer}.lora_B.weight": factors.up for layer, factors in lora}, path)
-            pipe.load_concept(path, trigger=trigger, class_word=name)
-    return pipe
-
-
-composer_of = cache(new_composer)
+WEIGHT_0 = [Concept(name="cat", weight=0.0)]
 
 
 @pytest.fixture
@@ -67,7 +51,7 @@ def composer(family: str) -> Any:
 
 
 @cache
-def picture(seed: int = 0, size: tuple[int, int] = (128, 128)) -> Image.Image:
+def image_of(seed: int = 0, size: tuple[int, int] = (128, 128)) -> Image.Image:
     """Coloured squares."""
     colours = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
@@ -86,7 +70,7 @@ def net_of(pipe: Any, seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8, 8, 8), **changes)
     lively(net, seed)
-    with torch.no_grad():  # so that it looks at the picture
+    with torch.no_grad():  # so that it looks at the image
         for parameter in net.controlnet_cond_embedding.parameters():
             parameter *= 3
     return net
@@ -112,14 +96,6 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
     return pipe(**given | arguments).images
 
 
-def assert_close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-def far_apart(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() > 1e-2)
-
-
 def diffusers_pipeline(pipe: Any, **parts: Any) -> Any:
     """diffusers' own pipeline for a `controlnet` or an `adapter`, of the same components."""
     xl = hasattr(pipe, "text_encoder_2")
@@ -143,34 +119,34 @@ def diffusers_pipeline(pipe: Any, **parts: Any) -> Any:
     ("sd", {}), ("sd", {"end": 0.25}), *((family, {"start": 0.2, "end": 0.7, "scale": 0.6}) for family in FAMILIES),
 ])  # fmt: skip
 def test_with_concepts_of_weight_0_a_controlnet_does_what_it_does_in_diffusers(composer, case):
-    net, pictures = net_of(composer), [picture(1), picture(2)]
+    net, images = net_of(composer), [image_of(1), image_of(2)]
     given = {"prompt": [PROMPT, "a sks cat"], "num_images_per_prompt": 2, "num_inference_steps": 4}
     expected = latents_of(
         diffusers_pipeline(composer, controlnet=net),
-        image=pictures,
+        image=images,
         controlnet_conditioning_scale=case.get("scale", 1.0),
         control_guidance_start=case.get("start", 0.0),
         control_guidance_end=case.get("end", 1.0),
         **given,
     )
-    control = Control(model=net, image=pictures, **case)
-    assert_close(latents_of(composer, concepts=NOBODY, method="merge", control=control, **given), expected)
+    control = Control(model=net, image=images, **case)
+    assert_close(latents_of(composer, concepts=WEIGHT_0, method="merge", control=control, **given), expected)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_controlnets_are_added_up_as_in_diffusers(composer, guidance_scale):
-    nets, pictures, scales = [net_of(composer, seed) for seed in (0, 1)], [picture(1), picture(2)], [0.5, 1.2]
+    nets, images, scales = [net_of(composer, seed) for seed in (0, 1)], [image_of(1), image_of(2)], [0.5, 1.2]
     expected = latents_of(
         diffusers_pipeline(composer, controlnet=nets),
-        image=pictures,
+        image=images,
         controlnet_conditioning_scale=scales,
         control_guidance_end=[1.0, 0.5],
         guidance_scale=guidance_scale,
     )
-    parts = zip(nets, pictures, scales, (1.0, 0.5), strict=True)
+    parts = zip(nets, images, scales, (1.0, 0.5), strict=True)
     control = [Control(model=net, image=one, scale=scale, end=end) for net, one, scale, end in parts]
-    found = latents_of(composer, concepts=NOBODY, method="merge", control=control, guidance_scale=guidance_scale)
+    found = latents_of(composer, concepts=WEIGHT_0, method="merge", control=control, guidance_scale=guidance_scale)
     assert_close(found, expected)
 
 
@@ -178,17 +154,17 @@ def test_several_controlnets_are_added_up_as_in_diffusers(composer, guidance_sca
 def test_a_controlnet_that_pools_acts_on_the_rows_of_the_prompt_as_in_diffusers(composer):
     net = net_of(composer)
     net.register_to_config(global_pool_conditions=True)
-    expected = latents_of(diffusers_pipeline(composer, controlnet=net), image=picture())
-    found = latents_of(composer, concepts=NOBODY, method="merge", control=Control(model=net, image=picture()))
+    expected = latents_of(diffusers_pipeline(composer, controlnet=net), image=image_of())
+    found = latents_of(composer, concepts=WEIGHT_0, method="merge", control=Control(model=net, image=image_of()))
     assert_close(found, expected)
 
 
 def test_with_a_lora_a_controlnet_does_what_it_does_in_diffusers_with_the_lora_loaded(composer, write_lora):
     net = net_of(composer)
-    found = latents_of(composer, concepts=["cat"], method="merge", control=Control(model=net, image=picture()))
+    found = latents_of(composer, concepts=["cat"], method="merge", control=Control(model=net, image=image_of()))
     plain = diffusers_pipeline(FAMILIES["sd"](), controlnet=net)
     plain.load_lora_weights(write_lora("again", unet=random_lora(composer.unet, 0)))
-    assert_close(found, latents_of(plain, image=picture()))
+    assert_close(found, latents_of(plain, image=image_of()))
     assert far_apart(found, latents_of(composer, concepts=["cat"], method="merge"))
 
 
@@ -211,7 +187,7 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
     pipe.set_progress_bar_config(disable=True)
     pipe.load_concept(write_lora("cat", unet=random_lora(pipe.unet, 0)), trigger="sks", class_word="cat")
     adapter, xl = adapter_of(pipe, **changes), case.startswith("sdxl")
-    image = picture().convert("L" if "grey" in case else "RGB")
+    image = image_of().convert("L" if "grey" in case else "RGB")
     given = {"num_images_per_prompt": 2, "num_inference_steps": 4}
     expected = latents_of(
         diffusers_pipeline(pipe, adapter=adapter),
@@ -220,9 +196,9 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
         **given | ({"adapter_conditioning_factor": 0.5} if xl else {}),
     )
     control = Control(model=adapter, image=image, scale=0.6, end=0.5 if xl else 1.0)
-    found = latents_of(pipe, concepts=NOBODY, method="merge", control=control, **given)
+    found = latents_of(pipe, concepts=WEIGHT_0, method="merge", control=control, **given)
     assert_close(found, expected)
-    assert far_apart(found, latents_of(pipe, concepts=NOBODY, method="merge", **given))
+    assert far_apart(found, latents_of(pipe, concepts=WEIGHT_0, method="merge", **given))
 
 
 # With every method
@@ -233,10 +209,10 @@ def test_with_concepts_of_weight_0_an_adapter_does_what_it_does_in_diffusers(wri
 def test_every_method_follows_controls_and_leaves_everything_as_it_was(composer, method):
     net, adapter = net_of(composer), adapter_of(composer)
     state, bits = State(composer), [parameter.clone() for parameter in net.parameters()]
-    given = {"concepts": CONCEPTS, "method": method, "num_inference_steps": 1}
+    given = {"concepts": BOXED, "method": method, "num_inference_steps": 1}
     without = latents_of(composer, **given)
-    by_net = latents_of(composer, control=Control(model=net, image=picture()), **given)
-    by_adapter = latents_of(composer, control=Control(model=adapter, image=picture(), scale=5.0), **given)
+    by_net = latents_of(composer, control=Control(model=net, image=image_of()), **given)
+    by_adapter = latents_of(composer, control=Control(model=adapter, image=image_of(), scale=5.0), **given)
     assert by_net.isfinite().all()
     assert by_adapter.isfinite().all()
     assert far_apart(by_net, without)
@@ -248,8 +224,8 @@ def test_every_method_follows_controls_and_leaves_everything_as_it_was(composer,
 
 @pytest.mark.parametrize("method", ["merge", "lora-composer"])
 def test_scale_0_is_none(composer, method):
-    off = [Control(model=model, image=picture(), scale=0.0) for model in (net_of(composer), adapter_of(composer))]
-    given = {"concepts": CONCEPTS, "method": method, "num_inference_steps": 1}
+    off = [Control(model=model, image=image_of(), scale=0.0) for model in (net_of(composer), adapter_of(composer))]
+    given = {"concepts": BOXED, "method": method, "num_inference_steps": 1}
     assert torch.equal(latents_of(composer, control=off, **given), latents_of(composer, **given))
 
 
@@ -257,14 +233,14 @@ def test_scale_0_is_none(composer, method):
     ("merge", False), ("clora", False), (Clora(fuse="branches", uncond="each"), True),
     (Clora(fuse="branches", branch_batch_size=2), True), (Clora(fuse="branches", branch_batch_size=1), True),
 ])  # fmt: skip
-def test_prompts_in_one_call_follow_their_own_pictures(composer, method, pooled):
-    net, adapter, pictures = net_of(composer), adapter_of(composer), [picture(1), picture(2)]
+def test_prompts_in_one_call_follow_their_own_images(composer, method, pooled):
+    net, adapter, images = net_of(composer), adapter_of(composer), [image_of(1), image_of(2)]
     net.register_to_config(global_pool_conditions=pooled)
     prompts = [PROMPT, "a zwx dog near a sks cat"]
     noise = torch.randn(2, 4, 16, 16, generator=seeded())
 
     def compose(which: slice) -> Tensor:
-        control = [Control(model=model, image=pictures[which]) for model in (net, adapter)]
+        control = [Control(model=model, image=images[which]) for model in (net, adapter)]
         given = {"prompt": prompts[which], "latents": noise[which], "concepts": ["cat", "dog"], "method": method}
         return latents_of(composer, control=control, num_inference_steps=1, **given)
 
@@ -272,17 +248,17 @@ def test_prompts_in_one_call_follow_their_own_pictures(composer, method, pooled)
 
 
 @pytest.mark.parametrize("method", ["regional", "lora-composer", Clora(fuse="branches")])
-def test_prompts_with_different_concepts_follow_their_own_pictures(composer, method):
-    pictures, prompts = [picture(1), picture(2)], [PROMPT, "a zwx dog"]
-    casts = [CONCEPTS, [Concept(name="dog", region=LEFT)]]
+def test_prompts_with_different_concept_sets_follow_their_own_images(composer, method):
+    images, prompts = [image_of(1), image_of(2)], [PROMPT, "a zwx dog"]
+    concept_sets = [BOXED, [Concept(name="dog", region=LEFT)]]
     noise = torch.randn(2, 4, 16, 16, generator=seeded())
 
     def compose(which: slice) -> Tensor:
         control = [
-            Control(model=net_of(composer), image=pictures[which], regions={"dog": 0.3}),
-            Control(model=adapter_of(composer), image=pictures[which]),
+            Control(model=net_of(composer), image=images[which], regions={"dog": 0.3}),
+            Control(model=adapter_of(composer), image=images[which]),
         ]
-        given = {"prompt": prompts[which], "latents": noise[which], "concepts": casts[which], "method": method}
+        given = {"prompt": prompts[which], "latents": noise[which], "concepts": concept_sets[which], "method": method}
         return latents_of(composer, control=control, num_inference_steps=1, **given)
 
     assert_close(compose(slice(0, 2)), torch.cat([compose(slice(0, 1)), compose(slice(1, 2))]))
@@ -290,15 +266,15 @@ def test_prompts_with_different_concepts_follow_their_own_pictures(composer, met
 
 @pytest.mark.parametrize("model_of", [net_of, adapter_of])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_regions_apart_see_their_own_part_of_the_picture(composer, model_of):
-    model, both = model_of(composer), np.array(picture(1))
-    both[:, 64:] = np.array(picture(2))[:, 64:]
+def test_regions_apart_see_their_own_part_of_the_image(composer, model_of):
+    model, both = model_of(composer), np.array(image_of(1))
+    both[:, 64:] = np.array(image_of(2))[:, 64:]
     one, other = (
         latents_of(
-            composer, concepts=CONCEPTS, method=LoraComposer(apart=1.0, step_size=0),
+            composer, concepts=BOXED, method=LoraComposer(apart=1.0, step_size=0),
             control=Control(model=model, image=image), num_inference_steps=2,
         )
-        for image in (picture(1), Image.fromarray(both))
+        for image in (image_of(1), Image.fromarray(both))
     )  # fmt: skip
     assert torch.equal(one[..., :8], other[..., :8])
     assert far_apart(one[..., 8:], other[..., 8:])
@@ -308,7 +284,7 @@ def test_regions_read_their_texts_and_a_controlnet_the_scene_in_plain_words(comp
     net, seen = net_of(composer), []
     net.register_forward_pre_hook(lambda _, __, given: seen.append(given["encoder_hidden_states"]), with_kwargs=True)
     method = LoraComposer(apart=0.0, step_size=0, reinit="off")
-    latents_of(composer, concepts=CONCEPTS, method=method, control=Control(model=net, image=picture()))
+    latents_of(composer, concepts=BOXED, method=method, control=Control(model=net, image=image_of()))
     cond, uncond = composer.encode_prompt("a cat and a dog on grass", torch.device("cpu"), 1, True, "")
     assert len(seen) == 3
     assert all(torch.equal(text, torch.cat([uncond, cond])) for text in seen)
@@ -329,14 +305,14 @@ def test_a_callback_that_switches_guidance_off_is_followed(composer):
         return given
 
     plain = diffusers_pipeline(composer, controlnet=net)
-    pixels = plain.control_image_processor.preprocess(picture())
+    pixels = plain.control_image_processor.preprocess(image_of())
     expected = latents_of(
-        plain, image=picture(), callback_on_step_end=switch_off_all,
+        plain, image=image_of(), callback_on_step_end=switch_off_all,
         callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
     )  # fmt: skip
     found = composer(
-        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=NOBODY,
-        method="merge", control=Control(model=net, image=picture()), callback_on_step_end=switch_off,
+        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=WEIGHT_0,
+        method="merge", control=Control(model=net, image=image_of()), callback_on_step_end=switch_off,
     )  # fmt: skip
     assert_close(found.images, expected)
     assert found.cost.control_rows == 2 + 1 + 1
@@ -349,47 +325,49 @@ def test_a_callback_that_switches_guidance_off_is_followed(composer):
 class Probe:
     """A method that compares the gradient of a loss on maps with its finite differences, in every step."""
 
-    at_once: int | None = None
+    branch_batch_size: int | None = None
 
-    def start(self, engine: Engine) -> "Probing":
-        return Probing(engine, replace(one_text(engine), at_once=self.at_once))
+    def start(self, session: Session) -> "Probing":
+        gates = constant_gates(session, session.concepts.with_styles(session.concepts.subjects))
+        return Probing(session, Pass(one_text(session), gates, branch_batch_size=self.branch_batch_size))
 
 
 @dataclass(frozen=True)
 class Probing:
-    engine: Engine
-    text: Conditioning
+    session: Session
+    spec: Pass
 
-    def prepare(self, latents: Tensor) -> Tensor:
+    @property
+    def text(self) -> Conditioning:
+        return self.spec.text
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
         return latents
 
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        engine, text = self.engine, self.text
-        gates = constant_gates(engine, engine.weights_of(), text)
-        words = text.conditional().phrase_mask
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        denoiser = self.session.denoiser
+        prepared, request = denoiser.prepare(self.spec), MapRequest(self.text.conditional().phrase_mask)
 
-        def loss(recorder: Recorder) -> Tensor:
-            return (recorder.mean().double() ** 2).sum()[None]
+        def loss(maps: AttentionMaps) -> Tensor:
+            return maps.text.double().square().sum(dim=(1, 2))
 
         def at(where: Tensor) -> Tensor:
-            recorder = Recorder(engine.map_layers, words)
-            engine.observe(where, t, text, gates, recorder)
-            return loss(recorder).sum()
+            return loss(denoiser.maps(where, step, prepared, request)).sum()
 
-        found = engine.gradient(latents, t, text, gates, Recorder(engine.map_layers, words), loss)
+        found = denoiser.gradient(latents, step, prepared, request, loss)
         way = torch.randn(latents.shape, generator=seeded(3), dtype=latents.dtype)
         slope = (at(latents + 1e-2 * way) - at(latents - 1e-2 * way)) / 2e-2
         torch.testing.assert_close((found.direction.double() * way).sum(), slope, rtol=2e-3, atol=1e-7)
         return latents, torch.zeros_like(latents)
 
 
-@pytest.mark.parametrize("at_once", [None, 1])
+@pytest.mark.parametrize("branch_batch_size", [None, 1])
 @pytest.mark.parametrize("model_of", [net_of, adapter_of])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_go_through_controls(composer, model_of, at_once):
-    control = Control(model=model_of(composer), image=picture())
+def test_gradients_go_through_controls(composer, model_of, branch_batch_size):
+    control = Control(model=model_of(composer), image=image_of())
     latents_of(
-        composer, concepts=["cat", "dog"], control=control, num_inference_steps=2, method=Probe(at_once),
+        composer, concepts=["cat", "dog"], control=control, num_inference_steps=2, method=Probe(branch_batch_size),
         prompt=[PROMPT] * 2,
     )  # fmt: skip
 
@@ -402,11 +380,11 @@ def test_gradients_go_through_controls(composer, model_of, at_once):
 ])  # fmt: skip
 def test_rows_through_controlnets_are_counted(composer, method, rows):
     found = composer(
-        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=CONCEPTS,
+        PROMPT, 128, 128, 3, guidance_scale=4.0, output_type="latent", generator=seeded(), concepts=BOXED,
         method=method, control=[
-            Control(model=net_of(composer), image=picture()),
-            Control(model=net_of(composer), image=picture(), end=0.01),
-            Control(model=adapter_of(composer), image=picture()),
+            Control(model=net_of(composer), image=image_of()),
+            Control(model=net_of(composer), image=image_of(), end=0.01),
+            Control(model=adapter_of(composer), image=image_of()),
         ],
     )  # fmt: skip
     assert found.cost.control_rows == rows
@@ -416,20 +394,20 @@ def test_rows_through_controlnets_are_counted(composer, method, rows):
 # Scales by region
 
 
-def canvas(*regions: dict[str, Any], width: int = 128, height: int = 128, images: int = 1) -> Canvas:
-    return Canvas((height, width), (height // 8, width // 8), regions, images, torch.device("cpu"))
-
-
-def guide_of(pipe: Any, model: Any, where: Canvas, **how: Any) -> Any:
-    size = where.image_size[1], where.image_size[0]
-    return made_ready(Control(model=model, image=picture(0, size), **how), pipe.unet, where)
+def prepared(
+    pipe: Any, model: Any, *regions: dict[str, Any], width: int = 128, height: int = 128, images: int = 1, **how: Any
+) -> Any:
+    """A control made ready for one prompt with each of some regions."""
+    backbone, device = backbone_of(pipe.unet), torch.device("cpu")
+    canvas = Canvas((height, width), (height // 8, width // 8), len(regions), images, device, backbone)
+    return prepare_control(Control(model=model, image=image_of(0, (width, height)), **how), pipe.unet, canvas, regions)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_a_region_has_scale_0_an_adapter_says_nothing(composer):
+def test_where_a_region_has_scale_0_an_adapter_adds_nothing(composer):
     adapter = adapter_of(composer)
-    whole = guide_of(composer, adapter, canvas({"cat": LEFT, "dog": RIGHT}), scale=0.7)
-    half = guide_of(composer, adapter, canvas({"cat": LEFT, "dog": RIGHT}), scale=0.7, regions={"cat": 0.0})
+    whole = prepared(composer, adapter, {"cat": LEFT, "dog": RIGHT}, scale=0.7)
+    half = prepared(composer, adapter, {"cat": LEFT, "dog": RIGHT}, scale=0.7, regions={"cat": 0.0})
     for one, other in zip(whole.features(), half.features(), strict=True):
         middle = one.shape[-1] // 2
         assert not other[..., :middle].any()
@@ -439,21 +417,20 @@ def test_where_a_region_has_scale_0_an_adapter_says_nothing(composer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("model_of", [net_of, adapter_of])
-def test_the_same_scale_in_all_regions_is_that_of_the_whole_picture(composer, model_of):
+def test_the_same_scale_in_all_regions_is_that_of_the_whole_image(composer, model_of):
     model = model_of(composer)
-    given = {"concepts": CONCEPTS, "method": "lora-composer", "num_inference_steps": 1}
-    whole = latents_of(composer, control=Control(model=model, image=picture(), scale=5.0), **given)
+    given = {"concepts": BOXED, "method": "lora-composer", "num_inference_steps": 1}
+    whole = latents_of(composer, control=Control(model=model, image=image_of(), scale=5.0), **given)
     # The scale of the rest does not matter where regions cover everything.
-    control = Control(model=model, image=picture(), scale=0.0, regions={"cat": 5.0, "dog": 5.0})
+    control = Control(model=model, image=image_of(), scale=0.0, regions={"cat": 5.0, "dog": 5.0})
     assert_close(latents_of(composer, control=control, **given), whole)
-    other = Control(model=model, image=picture(), scale=5.0, regions={"dog": 0.1})
+    other = Control(model=model, image=image_of(), scale=5.0, regions={"dog": 0.1})
     assert far_apart(latents_of(composer, control=other, **given), whole)
 
 
 def test_a_scale_by_region_follows_the_prompt_that_has_the_concept(composer):
     boxes = [{"cat": LEFT}, {"cat": RIGHT}, {"dog": LEFT}]
-    guide = guide_of(composer, net_of(composer), canvas(*boxes, images=2), regions={"cat": 0.0})
-    weights = guide.weights[0]
+    weights = prepared(composer, net_of(composer), *boxes, images=2, regions={"cat": 0.0}).weights[0]
     assert weights.shape == (6, 1, 16, 16)
     assert [bool(half.any()) for one in weights[::2, 0] for half in one.split(8, dim=1)] == [
         False, True, True, False, True, True,
@@ -474,8 +451,8 @@ def test_scales_by_region_are_means_over_regions_and_cells(corners, scales):
         (min(x, u) * 8, min(y, v) * 8, (max(x, u) + 1) * 8, (max(y, v) + 1) * 8) for x, y, u, v in corners
     ]  # multiples of a latent cell: what a cell has is then the same in all of its pixels
     names = ["a", "b", "c"][: len(boxes)]
-    where = canvas(dict(zip(names, boxes, strict=True)), width=96, height=96)
-    guide = guide_of(composer_of("sd"), _net(), where, scale=scales[3], regions=dict(zip(names, scales, strict=False)))
+    regions, by_name = dict(zip(names, boxes, strict=True)), dict(zip(names, scales, strict=False))
+    control = prepared(composer_of("sd"), _net(), regions, width=96, height=96, scale=scales[3], regions=by_name)
     total, times = np.zeros((96, 96)), np.zeros((96, 96))
     for (left, top, right, bottom), scale in zip(boxes, scales, strict=False):
         total[top:bottom, left:right] += scale
@@ -483,7 +460,7 @@ def test_scales_by_region_are_means_over_regions_and_cells(corners, scales):
     pixels = torch.from_numpy(np.where(times > 0, total / np.maximum(times, 1), scales[3]))[None, None]
     for level in (0, 1):
         expected = F.avg_pool2d(pixels, 8 * 2**level)
-        torch.testing.assert_close(guide.weights[level].double(), expected, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(control.weights[level].double(), expected, atol=1e-6, rtol=1e-5)
 
 
 @cache
@@ -492,12 +469,13 @@ def _net() -> ControlNetModel:
 
 
 def test_a_part_of_an_odd_canvas_is_told_its_own_scales_and_features(composer):
-    where = canvas({"cat": (0, 0, 40, 120)}, width=88, height=120)
-    net = guide_of(composer, net_of(composer), where, regions={"cat": 0.0})
-    adapter = guide_of(composer, adapter_of(composer), where, regions={"cat": 0.0})
-    assert isinstance(net, NetGuide)
+    net, adapter = (
+        prepared(composer, model_of(composer), {"cat": (0, 0, 40, 120)}, width=88, height=120, regions={"cat": 0.0})
+        for model_of in (net_of, adapter_of)
+    )
+    assert isinstance(net, PreparedControlNet)
     assert net.weights is not None
-    assert isinstance(adapter, AdapterGuide)
+    assert isinstance(adapter, PreparedAdapter)
     view = View((slice(2, 15), slice(4, 11)))
     assert view.of_cells(net.weights[1], 1).shape == (1, 1, 7, 4)
     assert [tuple(one.shape) for one in adapter.features(view.window)] == [(1, 8, 13, 7), (1, 16, 7, 4)]
@@ -511,54 +489,54 @@ def test_a_part_of_an_odd_canvas_is_told_its_own_scales_and_features(composer):
 WIDER = {"projection_class_embeddings_input_dim": 6 * 8 + 20}
 
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "size": (lambda p: Control(model=net_of(p), image=picture(0, (96, 128))), "96 x 128 pixels, the canvas 128 x 128"),
+    "size": (lambda p: Control(model=net_of(p), image=image_of(0, (96, 128))), "96 x 128 pixels, the canvas 128 x 128"),
     "size of a tensor": (
         lambda p: Control(model=adapter_of(p), image=torch.zeros(3, 64, 128)), "128 x 64 pixels, the canvas 128 x 128",
     ),
     "number": (
-        lambda p: Control(model=net_of(p), image=[picture()] * 3), "there are 3 pictures and 1 prompts",
+        lambda p: Control(model=net_of(p), image=[image_of()] * 3), "there are 3 pictures and 1 prompts",
     ),
     "no picture": (lambda p: Control(model=net_of(p), image=[]), "there are 0 pictures"),
     "channels": (
         lambda p: Control(model=net_of(p), image=torch.zeros(1, 128, 128)), "of 3 channels, and this one has 1",
     ),
     "colour for grey": (
-        lambda p: Control(model=adapter_of(p, in_channels=1), image=picture()), r"convert\('L'\)",
+        lambda p: Control(model=adapter_of(p, in_channels=1), image=image_of()), r"convert\('L'\)",
     ),
     "sixteen bits": (
         lambda p: Control(model=net_of(p), image=Image.new("I", (128, 128))), "mode 'I' has no fixed range",
     ),
     "another pooled text": (
-        lambda p: Control(model=net_of(xl_pipeline(unet=sdxl_unet(**TINY_XL | WIDER))), image=picture()),
+        lambda p: Control(model=net_of(xl_pipeline(unet=sdxl_unet(**TINY_XL | WIDER))), image=image_of()),
         "ControlNet is for another model: its (addition_embed_type|projection_class_embeddings_input_dim) is",
     ),
     "another width of text": (
         lambda p: Control(
-            model=ControlNetModel.from_config(dict(net_of(p).config) | {"cross_attention_dim": 12}), image=picture()
+            model=ControlNetModel.from_config(dict(net_of(p).config) | {"cross_attention_dim": 12}), image=image_of()
         ),
         "cross_attention_dim is 12, the UNet's 24",
     ),
     "another adapter": (
-        lambda p: Control(model=adapter_of(p, channels=(8, 12)), image=picture()), "T2I-Adapter is for another model",
+        lambda p: Control(model=adapter_of(p, channels=(8, 12)), image=image_of()), "T2I-Adapter is for another model",
     ),
     "another kind of adapter": (
-        lambda p: Control(model=adapter_of(p, downscale_factor=4), image=picture()),
+        lambda p: Control(model=adapter_of(p, downscale_factor=4), image=image_of()),
         "T2I-Adapter is for another model",
     ),
     "too many features": (
-        lambda p: Control(model=adapter_of(p, channels=(8, 16, 16, 16)), image=picture()), "for another model",
+        lambda p: Control(model=adapter_of(p, channels=(8, 16, 16, 16)), image=image_of()), "for another model",
     ),
     "pixels": (
         lambda p: Control(
-            model=ControlNetModel.from_unet(p.unet, conditioning_embedding_out_channels=(4, 8)), image=picture()
+            model=ControlNetModel.from_unet(p.unet, conditioning_embedding_out_channels=(4, 8)), image=image_of()
         ),
         "joins 2 pixels of its picture by side, and the VAE of this model 8",
     ),
     "another device": (
-        lambda p: Control(model=net_of(p).to("meta"), image=picture()), "is on meta, the pipeline runs on cpu",
+        lambda p: Control(model=net_of(p).to("meta"), image=image_of()), "is on meta, the pipeline runs on cpu",
     ),
     "unknown region": (
-        lambda p: Control(model=net_of(p), image=picture(), regions={"bear": 1.0}),
+        lambda p: Control(model=net_of(p), image=image_of(), regions={"bear": 1.0}),
         "name 'bear'; concepts of this call that have a region: 'cat', 'dog'",
     ),
 }  # fmt: skip
@@ -570,23 +548,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(composer):
     state, timesteps = State(composer), composer.scheduler.timesteps
     for case, control in controls.items():
         with pytest.raises(ValueError, match=WRONG[case][1]):
-            latents_of(composer, concepts=CONCEPTS, method="lora-composer", control=control)
+            latents_of(composer, concepts=BOXED, method="lora-composer", control=control)
     state.assert_unchanged()
     assert composer.scheduler.timesteps is timesteps
 
 
 def test_sizes_that_an_adapter_cannot_join_are_refused(composer):
-    control = Control(model=adapter_of(composer, downscale_factor=16), image=picture(0, (120, 128)))
+    control = Control(model=adapter_of(composer, downscale_factor=16), image=image_of(0, (120, 128)))
     with pytest.raises(ValueError, match="multiples of 16, not 120 x 128"):
-        latents_of(composer, concepts=NOBODY, method="merge", control=control, width=120)
+        latents_of(composer, concepts=WEIGHT_0, method="merge", control=control, width=120)
 
 
 def test_a_pooling_controlnet_has_no_scale_by_region(composer):
     net = net_of(composer)
     net.register_to_config(global_pool_conditions=True)
-    control = Control(model=net, image=picture(), regions={"cat": 0.5})
+    control = Control(model=net, image=image_of(), regions={"cat": 0.5})
     with pytest.raises(ValueError, match="no scale by region"):
-        latents_of(composer, concepts=CONCEPTS, method="merge", control=control)
+        latents_of(composer, concepts=BOXED, method="merge", control=control)
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), [
@@ -598,33 +576,33 @@ def test_a_pooling_controlnet_has_no_scale_by_region(composer):
 ])  # fmt: skip
 def test_controls_that_cannot_be_are_refused(wrong, error, message):
     with pytest.raises(error, match=message):
-        Control(**{"model": _net(), "image": picture(), **wrong})
+        Control(**{"model": _net(), "image": image_of(), **wrong})
 
 
 @pytest.mark.parametrize("image", ["pose.png", torch.zeros(3, 128, 128, dtype=torch.uint8), np.zeros((128, 128, 3))])
-def test_what_is_no_picture_is_refused(composer, image):
+def test_what_is_no_image_is_refused(composer, image):
     with pytest.raises(TypeError, match="PIL image or a floating-point tensor"):
-        latents_of(composer, concepts=NOBODY, control=Control(model=net_of(composer), image=image))
+        latents_of(composer, concepts=WEIGHT_0, control=Control(model=net_of(composer), image=image))
 
 
 @pytest.mark.parametrize("control", [0.5, ["pose.png"]])
 def test_what_is_no_control_is_refused(composer, control):
     with pytest.raises(TypeError, match=r"takes a Control\(model=..., image=...\) or a list"):
-        latents_of(composer, concepts=NOBODY, control=control)
+        latents_of(composer, concepts=WEIGHT_0, control=control)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_concepts_controls_are_refused_and_none_are_fine(composer, family):
     with pytest.raises(ValueError, match=r"control needs concepts.*StableDiffusionControlNetPipeline"):
-        latents_of(composer, control=Control(model=net_of(composer), image=picture()))
+        latents_of(composer, control=Control(model=net_of(composer), image=image_of()))
     plain = latents_of(composer)
     assert torch.equal(latents_of(composer, control=[]), plain)
 
 
 def test_a_model_of_another_precision_works(composer):
-    control = [Control(model=model, image=picture()) for model in (net_of(composer), adapter_of(composer))]
-    half = new_composer("sd").to(torch.bfloat16)
-    found = latents_of(half, concepts=CONCEPTS, method="lora-composer", control=control)
+    control = [Control(model=model, image=image_of()) for model in (net_of(composer), adapter_of(composer))]
+    half = copy.deepcopy(composer).to(torch.bfloat16)
+    found = latents_of(half, concepts=BOXED, method="lora-composer", control=control)
     assert found.dtype == torch.bfloat16
     assert found.isfinite().all()
 

@@ -1,6 +1,6 @@
 """Damaged and hostile files: never a crash without a message, never code that runs, never a half-loaded concept.
 
-`HYPOTHESIS_PROFILE=thorough pytest tests/test_lora_damaged.py` tries thousands of files; the suite some hundreds.
+`HYPOTHESIS_PROFILE=thorough pytest <this file>` tries thousands of files; the suite some hundreds.
 """
 
 import io
@@ -105,7 +105,7 @@ def attempt(pipe: Any, path: Path, **options: Any) -> bool:
             continue
         (loaded,) = pipe.resolve_concepts(["it"])
         pipe.unload_concept("it")
-        loras = [loaded.factors.unet, *loaded.factors.text_encoders.values()]
+        loras = [loaded.factors.denoiser, *loaded.factors.text_encoders.values()]
         assert any(loras)
         for lora in loras:
             for factors in lora.values():
@@ -180,15 +180,6 @@ def test_huge_headers_are_not_opened(pipe: Any, folder: Path) -> None:
     with pytest.raises(LoraError, match=r"has a header of 40\.0 MiB; a LoRA's has at most 8"):
         pipe.load_concept(path)
     path.unlink()
-
-
-def test_files_of_countless_keys_are_refused(pipe: Any, folder: Path) -> None:
-    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"k{i}": nothing for i in range(20_001)}).encode()
-    path = folder / "many.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(LoraError, match="20001 keys; a LoRA has at most 20000"):
-        pipe.load_concept(path)
 
 
 # Tensors.
@@ -374,13 +365,6 @@ def test_an_ed_lora_in_nested_dictionaries(pipe: Any, folder: Path) -> None:
     vectors = loaded.factors.embeddings["<x1>"]["text_encoder"]
     assert vectors.shape == (1, 4, 24)
     assert loaded.factors.complete
-
-
-def test_words_of_another_width_are_refused(pipe: Any, folder: Path) -> None:
-    tensors = FILES["ED-LoRA"] | {"new_concept_embedding.<x1>": torch.ones(4, 768)}
-    (folder / "it.safetensors").write_bytes(saved(tensors))
-    with pytest.raises(LoraError, match=r"vectors of '<x1>' have 768 numbers, text_encoder has words of 24"):
-        pipe.load_concept(folder / "it.safetensors")
 
 
 def test_archives_that_unpack_to_more_than_their_size_are_refused(pipe: Any, folder: Path) -> None:

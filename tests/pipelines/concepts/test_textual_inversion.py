@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionPipeline
-from lora_compose.pipelines.engine import EncodedText
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from components import State, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
-from lora_compose.attention import attention_layers
+from lora_compose.attention.backbones.unet import attention_layers
 from lora_compose.pipelines.concepts.textual_inversion import Words
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.formats.files import LoraError
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.tokens import locate
 
 WIDTH, LAYERS = 24, 4  # of the tiny pipeline
@@ -157,7 +157,7 @@ def test_a_word_with_the_vectors_of_known_words_is_as_good_as_they(family: str, 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_reads_words(pipe: Any, write: Callable[..., Path], method: str) -> None:
-    """Layer-wise vectors that are those of known words give the picture of these words, whatever the method."""
+    """Layer-wise vectors that are those of known words give the image of these words, whatever the method."""
     ids = {"<x1>": "zwx", "<x2>": "dog"}
     same = {f"new_concept_embedding.{word}": known(pipe, text).repeat(LAYERS, 1) for word, text in ids.items()}
     pipe.load_concept(write(pipe, "ed", same), class_word="bear")
@@ -250,7 +250,7 @@ def test_a_prompt_without_the_trigger_is_refused(pipe: Any, write: Callable[...,
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    {(3, WIDTH): "'<x1>' has vectors for 3 cross-attention layers, the UNet has 4",
+    {(3, WIDTH): "'<x1>' has vectors for 3 cross-attention layers, the denoiser has 4",
      (LAYERS, 32): "the vectors of '<x1>' have 32 numbers, text_encoder has words of 24"}.items(),
 )  # fmt: skip
 def test_vectors_that_do_not_fit_are_refused(

@@ -1,0 +1,113 @@
+"""Callbacks see and change what they do in diffusers, and interrupt a call."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from torch import Tensor
+
+from components import State
+from composing import BOTH, EVERY, compose, composer_of, latents_of, one_step, run
+
+SHAPES = {
+    "sd": {"latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "negative_prompt_embeds": (1, 32, 24)},
+    "sdxl": {
+        "latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "add_text_embeds": (2, 12), "add_time_ids": (2, 6),
+    },
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("concepts", [None, ["cat", "dog"]])
+def test_callbacks_are_given_every_tensor_that_diffusers_names(composer, family, concepts):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((step, int(timestep), {name: value.shape for name, value in tensors.items()}))
+        return tensors
+
+    names = composer._callback_tensor_inputs
+    run(composer, concepts=concepts, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
+    assert [step for step, _, _ in seen] == [0, 1]
+    assert [timestep for _, timestep, _ in seen] == composer.scheduler.timesteps.tolist()
+    assert all(tensors == SHAPES[family] for _, _, tensors in seen)
+
+
+@pytest.mark.parametrize("concepts", [None, ["cat", "dog"]])
+def test_callbacks_may_name_only_tensors_that_there_are(composer, concepts):
+    with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs.*noise_pred"):
+        run(composer, concepts=concepts, callback_on_step_end_tensor_inputs=["noise_pred"])
+
+
+@EVERY
+def test_callbacks_see_what_they_ask_for_and_have_the_last_word(family: str, method: Any) -> None:
+    composer = composer_of(family, whole=True)
+    seen: list[set[str]] = []
+
+    def clear_at_the_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(set(tensors))
+        latents = tensors["latents"]
+        return {"latents": torch.zeros_like(latents) if step == pipe.num_timesteps - 1 else latents}
+
+    for names in (["latents"], composer._callback_tensor_inputs):
+        cleared = one_step(
+            composer, method=method, num_inference_steps=2, callback_on_step_end=clear_at_the_end,
+            callback_on_step_end_tensor_inputs=names,
+        ).images  # fmt: skip
+        assert seen == [set(names)] * 2
+        assert not cleared.any()
+        seen.clear()
+
+
+@EVERY
+def test_callbacks_may_raise_the_guidance(family: str, method: Any) -> None:
+    composer = composer_of(family, whole=True)
+
+    def more(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale += 1.0
+        return tensors
+
+    constant = one_step(composer, method=method, num_inference_steps=2).images
+    raised = one_step(composer, method=method, num_inference_steps=2, callback_on_step_end=more).images
+    assert composer.guidance_scale == 4.0 + 2
+    assert (raised - constant).abs().max() > 1e-3
+
+
+def test_several_callbacks_of_diffusers_run_in_turn(composer):
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.0)
+    callbacks = MultiPipelineCallbacks([cutoff, SDCFGCutoffCallback(cutoff_step_ratio=1.0)])
+    output = compose(composer, num_inference_steps=3, callback_on_step_end=callbacks)
+    assert output.cost.rows_forward == 2 + 1 + 1
+    assert torch.equal(output.images, latents_of(composer, num_inference_steps=3, callback_on_step_end=cutoff))
+
+
+@pytest.mark.parametrize(("family", "name"), [
+    ("sd", "prompt_embeds"), ("sd", "negative_prompt_embeds"), ("sdxl", "prompt_embeds"), ("sdxl", "add_text_embeds"),
+])  # fmt: skip
+def test_callbacks_may_not_change_the_text(composer, name):
+    def change(pipe, step, timestep, tensors):
+        return {name: tensors[name] * 0.5}
+
+    before = State(composer)
+    with pytest.raises(ValueError, match=f"changed {name}; with concepts it may change latents or switch guidance off"):
+        compose(composer, callback_on_step_end=change, callback_on_step_end_tensor_inputs=[name])
+    before.assert_unchanged()
+
+
+@EVERY
+def test_an_interrupted_call_gives_what_there_is_and_leaves_nothing(family: str, method: Any) -> None:
+    composer, kept = composer_of(family, whole=True), []
+    before = State(composer)
+
+    def stop(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept.append(tensors["latents"])
+        pipe._interrupt = step == 1
+        return tensors
+
+    found = one_step(composer, method=method, num_inference_steps=4, callback_on_step_end=stop)
+    before.assert_unchanged()
+    assert len(kept) == 2
+    assert torch.equal(found.images, kept[1])
+    again = one_step(composer, method=method, num_inference_steps=4)
+    assert (found.cost.rows_forward, again.cost.rows_forward) == (4, 8)

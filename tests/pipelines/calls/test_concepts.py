@@ -1,0 +1,87 @@
+"""Which concepts act in a call: by name, by file, with fields of their own."""
+
+import pytest
+import torch
+
+from components import State
+from composing import ONE_PASS, assert_close, compose, far_apart, latents_of
+from lora_compose.pipelines.concepts.loading import LoraError
+from lora_compose.pipelines.scene import Concept
+
+
+def test_what_is_given_in_a_call_wins_over_what_is_loaded(composer):
+    lighter = latents_of(composer, concepts=[Concept(name="cat", weight=0.5), "dog"])
+    assert far_apart(lighter, latents_of(composer))
+    assert composer.concepts["cat"].weight == 1.0
+    (found,) = composer.resolve_concepts([Concept(name="cat", trigger="xlo", region=(0, 0, 8, 8))])
+    expected = composer.concepts["cat"].model_copy(update={"trigger": "xlo", "region": (0, 0, 8, 8)})
+    assert found.concept == expected
+
+
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_the_order_of_concepts_does_not_matter(composer, method):
+    assert_close(latents_of(composer, method=method, concepts=["dog", "cat"]), latents_of(composer, method=method))
+
+
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_a_concept_of_weight_0_is_as_good_as_absent(composer, method):
+    absent = latents_of(composer, method=method, concepts=["cat"])
+    assert_close(latents_of(composer, method=method, concepts=["cat", Concept(name="dog", weight=0.0)]), absent)
+    nothing = latents_of(composer, method=method, concepts=[Concept(name="cat", weight=0.0)])
+    assert_close(nothing, latents_of(composer, concepts=None, method=None))
+
+
+def test_a_file_can_be_named_in_the_call_alone(pipe, composer):
+    path = composer.concepts["cat"].lora
+    composer.unload_concept("cat")
+    given = latents_of(composer, prompt="a sks cat", concepts=[Concept(name="cat", lora=path)])
+    assert "cat" not in composer.concepts
+    composer.load_concept(path, "tom")
+    assert torch.equal(given, latents_of(composer, prompt="a sks cat", concepts=["tom"]))
+
+
+def test_names_are_given_once(composer, write_lora):
+    path = composer.concepts["dog"].lora
+    with pytest.raises(ValueError, match="a concept or adapter 'cat' already"):
+        composer.load_concept(path, "cat")
+    composer.load_lora_weights(path, adapter_name="style")
+    with pytest.raises(ValueError, match="a concept or adapter 'style' already"):
+        composer.load_concept(path, "style")
+    assert list(composer.concepts) == ["cat", "dog"]
+
+
+def test_unloaded_concepts_are_forgotten_and_can_be_loaded_again(composer):
+    path = composer.concepts["cat"].lora
+    expected = latents_of(composer)
+    composer.unload_concept("cat")
+    assert list(composer.concepts) == ["dog"]
+    with pytest.raises(ValueError, match=r"unknown concept 'cat'; loaded are dog\. Load it with load_concept"):
+        compose(composer)
+    with pytest.raises(ValueError, match="no concept 'cat' is loaded; there are dog"):
+        composer.unload_concept("cat")
+    composer.load_concept(path, "cat")
+    assert torch.equal(latents_of(composer), expected)
+
+
+def test_the_concepts_cannot_be_changed_from_outside(composer):
+    composer.concepts.pop("cat")
+    assert list(composer.concepts) == ["cat", "dog"]
+
+
+def test_a_file_that_cannot_be_used_leaves_the_pipeline_as_it_was(composer, write_lora, tmp_path):
+    before = State(composer)
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(LoraError, match=r"broken\.safetensors is no.* readable safetensors file"):
+        composer.load_concept(tmp_path / "broken.safetensors")
+    with pytest.raises(LoraError, match="there is no file"):
+        composer.load_concept(tmp_path / "missing.safetensors")
+    assert list(composer.concepts) == ["cat", "dog"]
+    before.assert_unchanged()
+
+
+def test_another_file_in_the_call_wins_over_the_loaded_one(composer):
+    as_dog = Concept(name="cat", lora=composer.concepts["dog"].lora, trigger="sks")
+    swapped = latents_of(composer, prompt="a sks cat", concepts=[as_dog])
+    (found,) = composer.resolve_concepts([as_dog])
+    assert found.file.path.name == "dog.safetensors"
+    assert far_apart(swapped, latents_of(composer, prompt="a sks cat", concepts=["cat"]))

@@ -1,0 +1,143 @@
+"""A call leaves nothing behind however it ends, and no other call disturbs it."""
+
+import threading
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+
+from components import EVERYTHING, State, random_lora, seeded
+from composing import (
+    BOTH,
+    FIXED,
+    ONE_PASS,
+    StoppedError,
+    compose,
+    far_apart,
+    latents_of,
+    raise_at_step,
+    run,
+    same_bits,
+    with_concepts,
+)
+from lora_compose.pipelines.base import ComposePipeline
+
+
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt, None])
+def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write_lora, method, error):
+    load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
+    text = random_lora(pipe.text_encoder, 5, targets=("q_proj", "v_proj", "fc1"))
+    pipe.load_concept(write_lora("dog", unet=random_lora(pipe.unet, 1), text_encoder=text), trigger="zwx")
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(AttnProcessor())
+    pipe.unet.down_blocks[0].requires_grad_(False)
+    pipe.unet.up_blocks[1].train()
+    pipe.text_encoder.requires_grad_(False)
+    before = State(pipe)
+    if error is None:
+        compose(pipe, method=method)
+    else:
+        with pytest.raises(error):
+            compose(pipe, method=method, **raise_at_step(error))
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize(("family", "part"), [
+    ("sd", "text_encoder"), ("sd", "unet"), ("sd", "vae"), ("sdxl", "text_encoder_2"), ("sdxl", "vae"),
+])  # fmt: skip
+@pytest.mark.parametrize("method", FIXED)
+def test_nothing_is_left_when_a_model_fails(composer, method, part):
+    calls = []
+
+    def fail(module, inputs):
+        calls.append(module)
+        if len(calls) == 2 or part in ("vae", "text_encoder_2"):
+            raise StoppedError
+
+    model = composer.vae.decoder if part == "vae" else getattr(composer, part)
+    handle = model.register_forward_pre_hook(fail)
+    before = State(composer)
+    with pytest.raises(StoppedError):
+        compose(composer, method=method, output_type="np")
+    before.assert_unchanged()
+    handle.remove()
+    calls.clear()
+    assert torch.isfinite(latents_of(composer, method=method)).all()
+
+
+def test_a_call_does_not_touch_the_latents_it_is_given(composer):
+    latents = torch.randn(1, 4, 16, 16, generator=seeded())
+    copy = latents.clone()
+    latents_of(composer, latents=latents)
+    assert torch.equal(latents, copy)
+
+
+@BOTH
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_calls_with_concepts_leave_plain_calls_as_they_were(composer, plain_pipe, method, failing):
+    if failing:
+        with pytest.raises(StoppedError):
+            compose(composer, method=method, **raise_at_step(StoppedError))
+    else:
+        assert far_apart(latents_of(composer, method=method), run(plain_pipe).images)
+    assert same_bits(run(composer).images, run(plain_pipe).images)
+
+
+def test_pipelines_that_share_a_model_keep_their_concepts_apart(composer, load_concepts):
+    other = ComposePipeline.from_pipe(composer)
+    other.set_progress_bar_config(disable=True)
+    assert other.concepts == {}
+    load_concepts(other, "bear")
+    here, there = {"prompt": "a sks cat", "concepts": ["cat"]}, {"prompt": "a xlo bear", "concepts": ["bear"]}
+    alone = latents_of(composer, **here), latents_of(other, **there)
+    assert far_apart(*alone)
+    for _ in range(2):
+        assert torch.equal(latents_of(composer, **here), alone[0])
+        assert torch.equal(latents_of(other, **there), alone[1])
+    with pytest.raises(ValueError, match="unknown concept 'cat'"):
+        compose(other, **here)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_second_call_is_refused_while_the_first_one_runs_and_does_not_disturb_it(composer, threaded, shared):
+    second = ComposePipeline.from_pipe(composer) if shared else composer
+    if shared:
+        with_concepts(second)
+    second.set_progress_bar_config(disable=True)
+    arguments = {"guidance_scale": 3.0, "num_inference_steps": 3}
+    expected = latents_of(composer, **arguments)
+    messages = []
+
+    def other_call():
+        try:
+            compose(second, guidance_scale=1.0, num_inference_steps=5)
+        except RuntimeError as error:
+            messages.append(str(error))
+
+    def callback(pipe, step, timestep, tensors):
+        if threaded:
+            thread = threading.Thread(target=other_call)
+            thread.start()
+            thread.join()
+        else:
+            other_call()
+        return tensors
+
+    assert torch.equal(latents_of(composer, callback_on_step_end=callback, **arguments), expected)
+    assert len(messages) == 3
+    assert all("composing another image" in message for message in messages)
+    assert torch.equal(latents_of(second, **arguments), expected)
+
+
+def test_a_plain_call_on_a_model_that_is_composing_is_refused_and_the_image_is_not_harmed(composer):
+    alone = latents_of(composer)
+
+    def call_plainly(pipe, step, timestep, tensors):
+        with pytest.raises(RuntimeError, match="composing another image right now"):
+            run(pipe)
+        return tensors
+
+    assert torch.equal(latents_of(composer, callback_on_step_end=call_plainly), alone)
+    run(composer)

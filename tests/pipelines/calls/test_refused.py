@@ -1,0 +1,165 @@
+"""Input that cannot be is refused with a message that says what to do, and nothing is changed."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from components import State, seeded
+from composing import BOTH, BOXED, POSITIONS, PROMPT, UPDATES, compose, composer_of, encoded, one_step
+from lora_compose.pipelines.methods import Tara
+from lora_compose.pipelines.scene import Concept
+
+
+def too_long(words: int) -> str:
+    return " ".join(["a"] * words) + " sks cat and zwx dog"
+
+
+# Embeddings of a prompt, for both families.
+EMBEDS = {"prompt_embeds": torch.zeros(1, 32, 24)}
+
+REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
+    "trigger not in the prompt": (
+        {"prompt": "a cat and a zwx dog"},
+        r"the trigger 'sks' of concept 'cat' is not in the prompt 'a cat and a zwx dog'; write 'sks cat'",
+    ),
+    "trigger missing from the second prompt": ({"prompt": [PROMPT, "a sks cat"]}, "the trigger 'zwx' of concept 'dog'"),
+    "trigger past the limit": (
+        {"prompt": too_long(28)}, r"'zwx' of concept 'dog' stands at tokens 32 to 32.*reads only 30",
+    ),
+    "triggers that overlap": (
+        {"concepts": ["cat", Concept(name="dog", trigger="sks")]}, "triggers of concepts 'cat'.*'dog'.*share words",
+    ),
+    "unknown concept": ({"concepts": ["cat", "fox"]}, "unknown concept 'fox'; loaded are cat, dog"),
+    "concept twice": ({"concepts": ["cat", "cat"]}, "'cat' stands twice"),
+    "a string as concepts": ({"concepts": "cat"}, "concepts must be a list of names or Concepts, not 'cat'"),
+    "a concept as concepts": ({"concepts": Concept(name="cat")}, "concepts must be a list"),
+    "unknown method": ({"method": "blend"}, "unknown method 'blend'; there are .*merge.*tara"),
+    "a class as method": ({"method": Tara}, "method must be one of .*merge.* or a settings object"),
+    "something else as method": ({"method": 3}, "method must be one of .*merge.* or a settings object, not 3"),
+    "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
+    "no number of steps": (
+        {"num_inference_steps": None},
+        "num_inference_steps may be None only with timesteps or sigmas",
+    ),
+    "no timesteps": ({"timesteps": []}, "timesteps is empty; give one for each step"),
+    "no noise levels": ({"sigmas": []}, "sigmas is empty; give one for each step"),
+    "negative steps": ({"num_inference_steps": -2}, "num_inference_steps must be at least 1, not -2"),
+    "a size that is no multiple of 8": ({"width": 60}, "divisible by 8 but are 128 and 60"),
+    "negative size": ({"height": -64}, "width and height must be positive, not 128 x -64"),
+    "no size": ({"height": 0, "width": 64}, "width and height must be positive, not 64 x 0"),
+    "region outside the canvas": (
+        {"concepts": [Concept(name="cat", region=(64, 0, 136, 64)), "dog"]},
+        r"the region \(64, 0, 136, 64\) of concept 'cat' leaves the canvas of 128 x 128",
+    ),
+    "positions with a prompt": ({"token_positions": POSITIONS}, "token_positions go with prompt_embeds"),
+    "attention of steps that there are not": (
+        {"record_attention": [0, 2]}, r"record_attention names steps \[2\], but there are 2",
+    ),
+    "attention of steps before the first": (
+        {"record_attention": [-3]}, r"record_attention names steps \[-3\], but there are 2",
+    ),
+    "method without concepts": ({"concepts": None}, "method, token_positions and record_attention need concepts"),
+    "attention without concepts": (
+        {"concepts": [], "method": None, "record_attention": True}, "record_attention need concepts",
+    ),
+    "no prompt": ({"prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
+    "no trigger for tara": (
+        {"concepts": [Concept(name="cat", trigger=""), "dog"]}, "tara needs to know the words of concept 'cat'",
+    ),
+    "fewer generators than images": (
+        {"generator": [seeded()], "num_images_per_prompt": 2}, "list of generators of length 1.*batch size of 2",
+    ),
+    "fewer negative prompts": ({"prompt": [PROMPT] * 2, "negative_prompt": ["dark"]}, "has batch size 1, but `prompt`"),
+    "timesteps for a scheduler that takes none": ({"timesteps": [900, 1]}, "does not support custom timestep"),
+    "IP-Adapter images": (
+        {"ip_adapter_image": Image.new("RGB", (8, 8))}, "IP-Adapter images cannot be combined with concepts",
+    ),
+    "IP-Adapter embeddings": (
+        {"ip_adapter_image_embeds": [torch.zeros(2, 1, 8)]}, "IP-Adapter images cannot be combined with concepts",
+    ),
+    "arguments of attention": (
+        {"cross_attention_kwargs": {"gligen": {}, "scale": 1.0}},
+        r"cross_attention_kwargs \['gligen'\] cannot be combined.*only 'scale' can",
+    ),
+    "the old callback": ({"callback": print, "callback_steps": 1}, "unknown arguments: callback"),
+    "unknown arguments": ({"strength": 0.5}, "unknown arguments: strength"),
+    "prompt and embeddings": (EMBEDS, "Cannot forward both `prompt`"),
+    "timesteps and sigmas": ({"timesteps": [9], "sigmas": [1.0]}, "Only one of `timesteps` or `sigmas`"),
+    "embeddings for a method that writes texts": (
+        {"method": UPDATES, "concepts": BOXED, "prompt": None, **EMBEDS, "guidance_scale": 1.0},
+        "needs the prompt as text, not embeddings",
+    ),
+}  # fmt: skip
+TYPE_ERRORS = ("the old callback", "unknown arguments")
+
+
+@BOTH
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_with_a_clear_message_and_changes_nothing(family: str, case: str) -> None:
+    composer, (arguments, message) = composer_of(family), REFUSED[case]
+    if family == "sdxl" and "prompt_embeds" in arguments:
+        arguments = {**arguments, "pooled_prompt_embeds": torch.zeros(1, 12)}
+    before, generator = State(composer), seeded()
+    drawn = generator.get_state()
+    with pytest.raises(TypeError if case in TYPE_ERRORS else ValueError, match=re.compile(message, re.DOTALL)):
+        compose(composer, **{"generator": generator, **arguments})
+    before.assert_unchanged()
+    assert torch.equal(generator.get_state(), drawn)
+
+
+@BOTH
+def test_updates_are_refused_in_inference_mode(family: str) -> None:
+    composer = composer_of(family)
+    before = State(composer)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch.inference_mode\(\)"):
+        one_step(composer, method=UPDATES)
+    before.assert_unchanged()
+
+
+BAD_POSITIONS = {
+    "unknown concept": ({"cat": [2], "fox": [6]}, r"token_positions names \['fox'\]"),
+    "outside the embeddings": ({"cat": [2], "dog": [32]}, "between 0 and 31"),
+    "negative": ({"cat": [-1], "dog": [6]}, "between 0 and 31"),
+    "shared": ({"cat": [2, 6], "dog": [6]}, "two concepts share a token"),
+    "other number of prompts": ({"cat": [[2], [2]], "dog": [6]}, "'cat' are for 2 prompts, there are 1"),
+    "missing": ({"cat": [2]}, "tara needs to know the words of concept 'dog'.*token_positions"),
+    "none": (None, "tara needs to know the words of concept 'cat'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_POSITIONS)
+def test_bad_positions_are_refused(composer, case):
+    positions, message = BAD_POSITIONS[case]
+    before, embeds = State(composer), encoded(composer)
+    with pytest.raises(ValueError, match=message):
+        compose(composer, token_positions=positions, **embeds)
+    before.assert_unchanged()
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
+    "attention slicing": (
+        lambda pipe: pipe.enable_attention_slicing(1), lambda pipe: pipe.disable_attention_slicing(),
+        r"SlicedAttnProcessor.*disable_attention_slicing",
+    ),
+    "fused projections": (
+        lambda pipe: pipe.fuse_qkv_projections(vae=False), lambda pipe: pipe.unfuse_qkv_projections(vae=False),
+        r"fused projections.*unfuse_qkv_projections",
+    ),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("case", CHANGES)
+def test_changes_of_attention_that_ours_would_lose_are_refused_until_undone(composer: Any, case: str) -> None:
+    expected = one_step(composer).images
+    change, undo, message = CHANGES[case]
+    change(composer)
+    with pytest.raises(ValueError, match=message):
+        one_step(composer)
+    assert one_step(composer, concepts=None, method=None).images.isfinite().all()
+    undo(composer)
+    assert torch.equal(one_step(composer).images, expected)
