@@ -89,9 +89,12 @@ class PreparedPass:
         """
         weights = concepts.step_weights(step.index, step.count)
         if conditional not in self._made or self._made[conditional][0] != weights:
-            made = list(self._make(installation, concepts, weights, conditional))
-            self._made[conditional] = weights, made
-        return self._made[conditional][1]
+            self._made[conditional] = weights, list(self._make(installation, concepts, weights, conditional))
+        # Keys and values are looked up, not held: those of earlier weights go, also of a pass that is no longer run.
+        return [
+            replace(one, inputs=replace(one.inputs, text_kv=self.kept_text.of(conditional, i, weights)))
+            for i, one in enumerate(self._made[conditional][1])
+        ]
 
     def _make(
         self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
@@ -102,9 +105,8 @@ class PreparedPass:
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
         gates = concepts.spread(gates)
-        for i, (part, part_gates, rows) in enumerate(_cut(text, gates, self.spec.branch_batch_size)):
-            kept = self.kept_text.of(conditional, i, weights)
-            yield MicroBatch(part, installation.inputs(part_gates, part.prompt_embeds, self.spec.regions, kept), rows)
+        for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
+            yield MicroBatch(part, installation.inputs(part_gates, part.prompt_embeds, self.spec.regions), rows)
 
 
 def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:

@@ -419,6 +419,8 @@ def test_keys_and_values_of_earlier_weights_are_not_kept(load, method, monkeypat
     for weights in ([0.5, 0.6], ["1..0.4", "0.2..0.6"]):
         compose(pipe, method, weights, callback_on_step_end=count)
         assert not alive
+    constant, scheduled = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+    assert all(now <= before for before, now in zip(constant, scheduled, strict=True))
     assert 1 <= max(kept) <= 4
 
 
