@@ -51,7 +51,7 @@ def resize_mask(mask: Tensor, grid: Grid) -> Tensor:
 
 
 def coarse_mask(mask: Tensor, level: int) -> Tensor:
-    """A mask of the latent grid after `level` halvings: the mean over the cells that the UNet's convolutions join.
+    """A mask of the latent grid after `level` halvings: the mean over the cells that become one.
 
     Args:
         mask: Values in 0..1. Shape: [height, width].

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
@@ -95,10 +95,11 @@ class ComposePipeline(DiffusionPipeline):
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
         config = DiffusionPipeline.load_config(str(pretrained_model_name_or_path), **hub)
-        return cls.family_of(config).from_pretrained(pretrained_model_name_or_path, **options)  # pyright: ignore[reportArgumentType]
+        family: Any = cls.family_of(config)
+        return family.from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
-    def from_single_file(cls, link_or_path: str | Path, **options: Any) -> "ComposePipeline":
+    def from_single_file(cls, link_or_path: str | Path, **options: Any) -> Self:
         """Opens a checkpoint in one file; all options of diffusers are passed on.
 
         Raises:
@@ -106,10 +107,11 @@ class ComposePipeline(DiffusionPipeline):
         """
         if cls is not ComposePipeline:
             return super().from_single_file(str(link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
-        return cls.family_of_keys(checkpoint_keys(link_or_path, options)).from_single_file(link_or_path, **options)
+        family: Any = cls.family_of_keys(checkpoint_keys(link_or_path, options))
+        return family.from_single_file(link_or_path, **options)
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> "ComposePipeline":
+    def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
         """A composing pipeline that shares all components with another pipeline.
 
         The precision stays what it is; diffusers alone would turn the shared models to float32.
@@ -127,7 +129,8 @@ class ComposePipeline(DiffusionPipeline):
             options["dtype"] = pipeline.dtype
         if cls is not ComposePipeline:
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
-        return cls.family_of(pipeline.config).from_pipe(pipeline, **options)
+        family: Any = cls.family_of(pipeline.config)
+        return family.from_pipe(pipeline, **options)
 
     @classmethod
     def family_of(cls, config: Mapping[str, Any]) -> "type[ComposePipeline]":
@@ -200,7 +203,7 @@ class ComposePipeline(DiffusionPipeline):
 
     @property
     def library(self) -> ConceptLibrary:
-        """The concepts that the pipeline knows."""
+        """The loaded and the added concepts, and the files read recently."""
         return self.__dict__.setdefault("_concept_library", ConceptLibrary())
 
     @property
@@ -229,9 +232,9 @@ class ComposePipeline(DiffusionPipeline):
             source: A safetensors file, a folder, or a hub repository.
             name: What the concept is called; the file's name by default.
             trigger: The rare word or words; taken from the file's metadata if it has them.
-            class_word: The noun after the trigger; likewise.
+            class_word: The noun after the trigger; taken from the file's metadata if it has it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
-            blocks: Further factors, by block of the UNet (`Concept.blocks`).
+            blocks: Further factors, by block of the denoiser (`Concept.blocks`).
             weight_name: The file inside a folder or repository that has several.
             alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
             max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.

@@ -351,7 +351,7 @@ class Denoiser:
             if not getattr(uncompiled(self.backbone.model), "is_gradient_checkpointing", False):
                 error.add_note(
                     "updates need much less memory, and give the same numbers, with gradient checkpointing: "
-                    "pipe.unet.enable_gradient_checkpointing(), or --save-memory gradient-checkpointing"
+                    "pipe.denoiser.enable_gradient_checkpointing(), or --save-memory gradient-checkpointing"
                 )
             raise
 

@@ -1,4 +1,4 @@
-"""What one should know about a call, although it is no mistake."""
+"""Warnings about a call that is no mistake."""
 
 import logging
 from functools import lru_cache

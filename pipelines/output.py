@@ -39,11 +39,11 @@ class ComposeOutput(StableDiffusionPipelineOutput):
     """Images and, if asked for, where each concept was.
 
     Attributes:
-        cost: Counted UNet rows.
+        cost: Counted rows.
         attention_maps: Attention to each concept's words on the map grid, fp32, mean over heads and layers.
             Shape: [recorded steps, images, concepts, height, width].
-        masks: Where each concept is: the method's own masks (`clora`), or else where its map is above half of its
-            maximum and above every other concept's share. Shape: as attention_maps, bool.
+        masks: The mask of each concept: the method's own (`clora`), otherwise the cells where its map is above half of
+            its maximum and above every other concept's share. Shape: as attention_maps, bool.
         recorded_steps: The steps that were recorded.
     """
 

@@ -1,4 +1,4 @@
-"""Where concepts may appear: from boxes, or pictures that are white inside, to the cells of every grid."""
+"""Regions: from boxes or mask images (white = inside) to the cells of every grid."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 
 def read_mask(path: str) -> Tensor:
-    """Reads a mask: brightness, or opacity where the picture has any, white or opaque is inside.
+    """Reads a mask image: its opacity if it has any, otherwise its brightness; white or opaque is inside.
 
     Returns:
         Values in 0..1. Shape: [height, width], fp32.
@@ -34,9 +34,7 @@ def read_mask(path: str) -> Tensor:
             has_opacity = image.mode in ("RGBA", "LA", "PA")
             values = image.convert("RGBA").getchannel("A") if has_opacity else image.convert("L")
     except FileNotFoundError as error:
-        raise ValueError(
-            f"there is no mask {path!r}; expected a picture that is white where the concept may be"
-        ) from error
+        raise ValueError(f"there is no mask {path!r}; expected a mask image, white where the concept may be") from error
     except Exception as error:  # masks come from strangers, and what Pillow raises for damaged ones has no end
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise ValueError(f"the mask {path!r} cannot be read: {reason}") from error
@@ -143,7 +141,7 @@ class Regions:
         return height, width
 
     def window(self, region: int, side: float) -> Window:
-        """A part of the canvas around a region that the UNet can halve as often as the whole.
+        """A part of the canvas around a region that can be halved as often as the whole.
 
         Args:
             region: Which one.

@@ -36,7 +36,7 @@ Region = Annotated[Box, AfterValidator(_proper)]
 """A box in output pixels: left, top, right, bottom; right and bottom are outside."""
 
 MaskFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
-"""The path of a picture that is white inside."""
+"""The path of a mask image (white = inside)."""
 
 BoxOrMask = Annotated[
     Annotated[Region, Tag("box")] | Annotated[MaskFile, Tag("mask")],
@@ -45,7 +45,7 @@ BoxOrMask = Annotated[
 
 
 class Concept(_Frozen):
-    """One subject or style and the LoRA that knows it.
+    """A subject or style and its LoRA.
 
     In a call, fields that are None are taken from the loaded concept of the same name.
 
@@ -59,16 +59,16 @@ class Concept(_Frozen):
             of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
             0.4 until the middle, "1..0.4" to the last step. Points are at parts of the steps, or at steps where one is
             above 1.
-        blocks: Further factors, by block of the UNet: {"down": 0.5, "up.1": 0}; the longest name counts, and "text" is
-            the text encoders.
-        region: Where the concept may appear: a box, or the path of a picture that is white inside; None leaves it to
+        blocks: Further factors by block of the denoiser, {"down": 0.5, "up.1": 0}; the longest name counts, and "text"
+            means the text encoders.
+        region: Where the concept may appear: a box, or the path of a mask image (white = inside); None leaves it to
             the method.
-        prompt: What is to be seen in the region, for methods that read a text per concept; it holds the trigger. None
+        prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
             derives it from the scene's prompt.
-        negative_prompt: What is not to be seen there; None is the scene's.
-        role: What it is: a subject, which is somewhere, or a style, which is everywhere and has no region; None is a
+        negative_prompt: What to avoid there; None is the scene's.
+        role: A subject, which has a place, or a style, which acts everywhere and has no region; None is a
             subject.
-        alpha: The alpha that the LoRA was trained with, for files that do not say it; the change is scaled by
+        alpha: The alpha that the LoRA was trained with, for files that do not contain it; the change is scaled by
             alpha / rank.
     """
 
@@ -104,12 +104,12 @@ class Concept(_Frozen):
 
 
 class Scene(_Frozen):
-    """What is to be seen.
+    """Prompt, concepts and size of an image.
 
     Attributes:
         prompt: Names every concept by its trigger.
-        negative_prompt: What is not to be seen.
-        concepts: Who takes part.
+        negative_prompt: What to avoid.
+        concepts: The concept set.
         width: Width of the image in pixels; None is the model's own.
         height: Height of the image in pixels; None is the model's own.
     """
@@ -130,7 +130,7 @@ class Scene(_Frozen):
 
 
 class Run(_Frozen):
-    """All that makes an image again: scene, model, method with settings, scheduler, steps, guidance and seed.
+    """All that reproduces an image: scene, model, method with settings, scheduler, steps, guidance and seed.
 
     Attributes:
         scene: What is to be seen.

@@ -120,7 +120,7 @@ class AttentionLayer:
         stage: The part of the UNet that holds it.
         level: How often the latent grid has been halved where it works.
         order: How many layers of its kind, self- or cross-attention, come before it.
-        peers: How many layers of its kind there are.
+        of_kind: How many layers of its kind there are.
     """
 
     name: str
@@ -128,7 +128,7 @@ class AttentionLayer:
     stage: Stage
     level: int
     order: int = 0
-    peers: int = 1
+    of_kind: int = 1
 
 
 def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Stage, int]]:
@@ -154,7 +154,7 @@ def attention_layers(unet: nn.Module) -> tuple[AttentionLayer, ...]:
     ]
     kinds = {cross: [layer for layer in found if layer.cross == cross] for cross in (True, False)}
     order = {layer.name: (i, len(kind)) for kind in kinds.values() for i, layer in enumerate(kind)}
-    return tuple(replace(layer, order=order[layer.name][0], peers=order[layer.name][1]) for layer in found)
+    return tuple(replace(layer, order=order[layer.name][0], of_kind=order[layer.name][1]) for layer in found)
 
 
 def map_level(layers: tuple[AttentionLayer, ...]) -> int:
@@ -314,7 +314,7 @@ class ComposeAttnProcessor:
 
     def _own(self, text: Tensor, width: int) -> Tensor:
         """This layer's part of the text, where all layers have texts of their own side by side in its channels."""
-        if text.shape[-1] == width or text.shape[-1] != width * self._layer.peers:
+        if text.shape[-1] == width or text.shape[-1] != width * self._layer.of_kind:
             return text
         return text[..., self._layer.order * width : (self._layer.order + 1) * width]
 

@@ -228,7 +228,7 @@ def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
         raise LoraError(
             f"{file.path.name} is a whole UNet with LoRA layers inside, as TARA's script for SD 1.5 saves it, and does "
             "not say its alpha. That script trains with alpha 32 at rank 8, four times the strength at which its "
-            "inference script shows the LoRA. Say alpha=32 for what was trained, or the rank (alpha=8) for pictures as "
+            "inference script shows the LoRA. Say alpha=32 for what was trained, or the rank (alpha=8) for images as "
             "the authors' script makes them"
         )
 

@@ -1,4 +1,4 @@
-"""LoRA files that calls have named, kept in memory for as long as there is room: what was not used for longest goes."""
+"""LRU cache of LoRA files, bounded in bytes."""
 
 import logging
 from collections import OrderedDict
@@ -41,7 +41,7 @@ class Read:
 
 
 class Recent:
-    """The files in memory, those used last at the end."""
+    """The files in memory, the most recently used at the end."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Read] = OrderedDict()
@@ -52,7 +52,7 @@ class Recent:
         return sum(read.bytes for read in self._kept.values())
 
     def get(self, path: Path, options: Hashable, read: Callable[[], Read]) -> Read:
-        """What a file holds, read only if it is not here or has changed on disk.
+        """The content of a file, read only if it is not in memory or has changed on disk.
 
         Args:
             path: The file.
@@ -67,11 +67,11 @@ class Recent:
         return self._kept[key]
 
     def trim(self, limit: int, keep: int) -> None:
-        """Drops what was not used for longest until the rest fits.
+        """Drops the least recently used files until the rest fits.
 
         Args:
             limit: Bytes.
-            keep: How many of those used last stay in any case.
+            keep: How many of the most recently used stay in any case.
         """
         excess = self.bytes - limit
         for key in list(self._kept)[: max(0, len(self._kept) - keep)]:

@@ -1,4 +1,4 @@
-"""How strongly a concept acts: weights that change over the steps, and factors on the blocks of the UNet."""
+"""The strength of a concept: weight schedules over the steps, and factors on blocks of the denoiser."""
 
 import math
 import re
@@ -26,7 +26,7 @@ _HINT = "a valid number, a list of numbers, or a schedule such as 1..0.4 (a ramp
 
 @dataclass(frozen=True)
 class Point:
-    """From where on a schedule has a weight.
+    """A keyframe of a weight schedule.
 
     Attributes:
         at: A part of the steps, or the number of a step.

@@ -15,7 +15,7 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.attention.masks import Box
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control.prepared import PreparedAdapter, PreparedControl, PreparedControlNet
-from lora_compose.pipelines.control.spec import Control, Picture
+from lora_compose.pipelines.control.spec import Control, ControlImage
 from lora_compose.pipelines.regions import region_mask
 
 RegionsByPrompt = Sequence[Mapping[str, Box | str | None]]
@@ -68,11 +68,9 @@ def _net(
             )
     joined = 2 ** (len(model.config.conditioning_embedding_out_channels) - 1)
     if joined != canvas.pixels:
-        raise ValueError(
-            f"this ControlNet joins {joined} pixels of its picture by side, and the VAE of this model {canvas.pixels}"
-        )
+        raise ValueError(f"this ControlNet downsamples its image by {joined}; the VAE of this model by {canvas.pixels}")
     if model.config.global_pool_conditions and control.regions:
-        raise ValueError("this ControlNet says the same about the whole picture, so it can have no scale by region")
+        raise ValueError("this ControlNet says the same about the whole image, so it can have no scale by region")
     hint = _hint(control.image, model.config.conditioning_channels, canvas)
     levels = tuple(_residual_levels(model))
     return PreparedControlNet(
@@ -90,7 +88,7 @@ def _adapter(
     hint = _hint(control.image, model.config.in_channels, canvas)
     if any(side % model.downscale_factor for side in canvas.image_size):
         raise ValueError(
-            f"this T2I-Adapter joins {model.downscale_factor} pixels by side, so width and height must be multiples of "
+            f"this T2I-Adapter downsamples by {model.downscale_factor}, so width and height must be multiples of "
             f"{model.downscale_factor}, not {canvas.image_size[1]} x {canvas.image_size[0]}"
         )
     places = list(_feature_places(unet))
@@ -169,55 +167,54 @@ def _coarse(cells: Tensor, level: int) -> Tensor:
     return F.avg_pool2d(cells, 2**level, ceil_mode=True, count_include_pad=False) if level else cells
 
 
-def _hint(image: Picture | Sequence[Picture], channels: int, canvas: Canvas) -> Tensor:
-    """The picture of every image of a call. Shape: [images, channels, height, width], fp32.
+def _hint(source: ControlImage | Sequence[ControlImage], channels: int, canvas: Canvas) -> Tensor:
+    """The control image of every image of a call. Shape: [images, channels, height, width], fp32.
 
     Raises:
-        ValueError: For other sizes, channels and numbers of pictures.
-        TypeError: For what is no picture.
+        ValueError: For other sizes, channels and numbers of images.
+        TypeError: For what is no image.
     """
-    given, prompts = image if isinstance(image, list | tuple) else [image], canvas.prompts
-    pictures = [one for picture in given for one in _pixels(picture, channels)]
-    if len(pictures) not in (1, prompts):
+    given, prompts = source if isinstance(source, list | tuple) else [source], canvas.prompts
+    images = [one for image in given for one in _pixels(image, channels)]
+    if len(images) not in (1, prompts):
         raise ValueError(
-            f"a control has one picture for all prompts, or one for each, and there are {len(pictures)} pictures and "
+            f"a control has one image for all prompts, or one for each, and there are {len(images)} images and "
             f"{prompts} prompts"
         )
-    for picture in pictures:
-        if picture.shape[1:] != canvas.image_size:
-            (height, width), size = canvas.image_size, picture.shape[1:]
+    for image in images:
+        if image.shape[1:] != canvas.image_size:
+            (height, width), size = canvas.image_size, image.shape[1:]
             raise ValueError(
-                f"the picture of a control has {size[1]} x {size[0]} pixels, the canvas {width} x {height}; resize the "
-                "picture, or give the call its width and height"
+                f"the image of a control has {size[1]} x {size[0]} pixels, the canvas {width} x {height}; resize the "
+                "image, or give the call its width and height"
             )
-    by_prompt = torch.stack(pictures).expand(prompts, -1, -1, -1)
+    by_prompt = torch.stack(images).expand(prompts, -1, -1, -1)
     return by_prompt.repeat_interleave(canvas.images_per_prompt, dim=0)
 
 
-def _pixels(picture: Any, channels: int) -> Tensor:
-    """One picture, or several of the same size. Shape: [pictures, channels, height, width], fp32, 0 to 1."""
-    if isinstance(picture, Image.Image):
-        picture = _of_image(picture, channels)
-    elif not isinstance(picture, Tensor) or not picture.is_floating_point() or picture.dim() not in (3, 4):
+def _pixels(image: Any, channels: int) -> Tensor:
+    """One image, or several of the same size. Shape: [images, channels, height, width], fp32, 0 to 1."""
+    if isinstance(image, Image.Image):
+        image = _of_image(image, channels)
+    elif not isinstance(image, Tensor) or not image.is_floating_point() or image.dim() not in (3, 4):
         raise TypeError(
-            "the picture of a control is a PIL image or a floating-point tensor of 0 to 1, [channels, height, width], "
-            f"not {tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__}"
-            f"{f' of {picture.dtype}' if isinstance(picture, Tensor) else ''}"
+            "the image of a control is a PIL image or a floating-point tensor of 0 to 1, [channels, height, width], "
+            f"not {tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__}"
+            f"{f' of {image.dtype}' if isinstance(image, Tensor) else ''}"
         )
-    pixels = picture if picture.dim() == 4 else picture[None]
+    pixels = image if image.dim() == 4 else image[None]
     if pixels.shape[1] != channels:
-        raise ValueError(f"this control reads pictures of {channels} channels, and this one has {pixels.shape[1]}")
+        raise ValueError(f"this control reads images of {channels} channels, and this one has {pixels.shape[1]}")
     return pixels.float().cpu()
 
 
-def _of_image(picture: Image.Image, channels: int) -> Tensor:
+def _of_image(image: Image.Image, channels: int) -> Tensor:
     """A PIL image. Shape: [channels, height, width], fp32, 0 to 1."""
-    if picture.mode[0] in "IF":
+    if image.mode[0] in "IF":
         raise ValueError(
-            f"a picture of mode {picture.mode!r} has no fixed range; turn it into one of 8 bits, or into a tensor of "
-            "0 to 1"
+            f"a image of mode {image.mode!r} has no fixed range; turn it into one of 8 bits, or into a tensor of 0 to 1"
         )
-    if channels == 1 and picture.mode not in ("1", "L"):
-        raise ValueError(f"this control reads grey pictures, not {picture.mode}: give it picture.convert('L')")
-    values = np.asarray(picture.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(values.reshape(picture.height, picture.width, -1)).permute(2, 0, 1)
+    if channels == 1 and image.mode not in ("1", "L"):
+        raise ValueError(f"this control reads grayscale images, not {image.mode}: give it image.convert('L')")
+    values = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(values.reshape(image.height, image.width, -1)).permute(2, 0, 1)

@@ -35,7 +35,7 @@ class View:
         return self.of_images(cells)[..., rows, columns]
 
     def of_pixels(self, pixels: Tensor, scale: int) -> Tensor:
-        """The same of pictures, with so many pixels for a latent cell and side."""
+        """The same of control images, with so many pixels per latent cell and side."""
         if self.window is None:
             return self.of_images(pixels)
         rows, columns = (slice(part.start * scale, part.stop * scale) for part in self.window)
@@ -52,7 +52,7 @@ class PreparedControlNet:
 
     Attributes:
         control: What was given.
-        hint: The picture of every image, as the model reads it. Shape: [images, channels, height, width].
+        hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
         pixels: How many of them a latent cell has by side.
         levels: The level of every residual, those of the skip connections first.
         weights: Its scale by level, where regions have others. Shape: [images or 1, 1, height, width]; None is the
@@ -108,7 +108,7 @@ class PreparedAdapter:
 
     Attributes:
         control: What was given.
-        hint: The picture of every image, as the model reads it. Shape: [images, channels, height, width].
+        hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
         pixels: How many of them a latent cell has by side.
         places: Channels and level of the places in the UNet that take features, in order.
         weights: As for a ControlNet.
@@ -132,7 +132,7 @@ class PreparedAdapter:
         return [repeated(view.of_images(feature), rows) for feature in self.features(view.window)]
 
     def features(self, window: Window | None = None) -> list[Tensor]:
-        """What it says about a part of the canvas, scales included. Shape: [images, channels, height, width] each."""
+        """Its features for a part of the canvas, scales included. Shape: [images, channels, height, width] each."""
         key = () if window is None else tuple(edge for part in window for edge in (part.start, part.stop))
         if key not in self._read:
             with torch.no_grad():

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from lora_compose.attention.device import uncompiled
 
-Picture = Image.Image | Tensor
-"""A picture, or numbers as the model reads them, mostly 0 to 1. Shape: [(pictures,) channels, height, width]."""
+ControlImage = Image.Image | Tensor
+"""An image, or a tensor as the model reads it, mostly 0 to 1. Shape: [(images,) channels, height, width]."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Control:
-    """A picture that says where things are, and the model that reads it.
+    """A control image and the model that reads it.
 
     Attributes:
         model: diffusers' `ControlNetModel` or `T2IAdapter`, on the device of the pipeline.
-        image: What it reads, as large as the canvas: one picture for all prompts, or one for each.
-        scale: Factor on what it says; 0 switches it off.
+        image: The control image, as large as the canvas: one for all prompts, or one for each.
+        scale: Factor on its output; 0 switches it off.
         start: It acts from this part of the steps on.
         end: It acts until this part of the steps.
         regions: By name of a concept, the scale inside its region, instead of `scale`. Where regions overlap, the mean
@@ -30,7 +30,7 @@ class Control:
     """
 
     model: Any
-    image: Picture | Sequence[Picture]
+    image: ControlImage | Sequence[ControlImage]
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -53,7 +53,7 @@ class Control:
 
     @property
     def is_off(self) -> bool:
-        """Whether it says nothing anywhere."""
+        """Whether its scale is 0 everywhere."""
         return not any((self.scale, *self.regions.values()))
 
     def acts(self, step: int, steps: int) -> bool:

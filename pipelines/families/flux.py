@@ -100,7 +100,7 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
         With concepts, `output_type="latent"` returns them packed, as diffusers does.
 
         Args:
-            concepts: As for `ComposePipeline.__call__`, likewise all below.
+            concepts: As for `ComposePipeline.__call__`.
             method: merge, tara or regional, or settings of them.
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.

@@ -49,7 +49,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint is of this family: as in diffusers, if nothing says otherwise."""
+        """Whether a checkpoint is of this family: as in diffusers, if nothing speaks against it."""
         return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -91,14 +91,14 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         record_attention: bool | Sequence[int] = False,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple:
-        """Makes images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
         Args:
-            concepts: Who takes part: names of loaded concepts or adapters, or `Concept` objects, whose given fields
-                win. None or empty: exactly what diffusers does. A list of such lists gives every prompt its own.
+            concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
+                ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
-            control: Pictures that say where things are, for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger stands, by concept name.
+            control: Control images for ControlNets and T2I-Adapters; only with concepts.
+            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
 
         Returns:

@@ -115,18 +115,18 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         record_attention: bool | Sequence[int] = False,
         **kwargs: Any,
     ) -> ComposeOutput | StableDiffusionXLPipelineOutput | tuple:
-        """Makes images; all arguments of diffusers' pipeline keep their meaning.
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
 
-        A concept's words must stand at the same tokens in `prompt` and `prompt_2`. Methods with a text for each concept
-        (`lora-composer`, `clora`) make them of `prompt`, for both encoders, and refuse another `prompt_2`. In a batch
-        with negative sizes, every row has its own; diffusers mixes them up there.
+        If `prompt_2` differs, a concept's words must have the same token positions in both prompts. Methods with a text
+        for each concept (`lora-composer`, `clora`) derive them from `prompt`, for both encoders, and refuse another
+        `prompt_2`. In a batch with negative sizes, every row has its own; diffusers mixes them up there.
 
         Args:
-            concepts: Who takes part: names of loaded concepts or adapters, or `Concept` objects, whose given fields
-                win. None or empty: exactly what diffusers does. A list of such lists gives every prompt its own.
+            concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
+                ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
-            control: Pictures that say where things are, for ControlNets and T2I-Adapters; only with concepts.
-            token_positions: With `prompt_embeds`: where each concept's trigger stands, by concept name.
+            control: Control images for ControlNets and T2I-Adapters; only with concepts.
+            token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
 
         Returns:
@@ -208,7 +208,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         if config.addition_embed_type != "text_time" or taken != pooled:
             raise ValueError(
                 "this UNet does not take the pooled text and the six sizes of SDXL's base model; concepts need the "
-                "base model, and the refiner can go over the pictures afterwards"
+                "base model, and the refiner can refine the images afterwards"
             )
 
     def _texts(self, prompt: str | list[str] | None, prompt_2: str | list[str] | None) -> list[list[str]]:

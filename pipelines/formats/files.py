@@ -63,12 +63,12 @@ class LoraFile:
 
     @property
     def trigger(self) -> str | None:
-        """The words that call the concept, as far as the file says them."""
+        """The trigger, if the file names it."""
         return _trigger(self.metadata, self.embeddings)
 
     @property
     def class_word(self) -> str | None:
-        """The noun after the trigger, likewise."""
+        """The noun after the trigger, if the file names it."""
         return self.metadata.get("class_word") or None
 
 

@@ -2,12 +2,12 @@
 
 Meral et al., "CLoRA: A Contrastive Approach to Compose Multiple LoRA Models", arXiv 2403.19776. N concepts make N + 1
 branches of the same latents z. Branch 0 has no concept's LoRA and reads the prompt without triggers; branch n has the
-LoRA and the trigger of concept n. All of them name all concepts by their class words, so all see the whole picture.
+LoRA and the trigger of concept n. All branches name all concepts by their class words, so each sees the whole image.
 
     groups:      the attention maps A of a concept's words in all branches belong together
     loss:        L = mean over pairs of maps of a group of -log(e^(s/t) / (e^(s/t) + sum over other groups e^(s'/t)))
     updates:     z <- z - alpha dL/dz, repeated at some steps
-    masks:       M_n = union over the words of n in branch n of [A > theta max A]; M_0 = what nobody claims
+    masks:       M_n = union over the words of n in branch n of [A > theta max A]; M_0 = unclaimed cells
     fusion:      e = sum_n M_n e_n / sum_n M_n, of what the branches predict ("branches")
 
 Beyond the paper, the masks can be the regions of one pass ("regions"): cells of M_n read the text of branch n and have
@@ -74,8 +74,8 @@ class Clora:
         mask_from: Before this part of the steps all branches are averaged everywhere. For "branches".
         mask_until: After this part of the steps masks stay as they are.
         isolate: Whether the cells of a mask see no other mask in self-attention. For "regions".
-        whole: Updates as the authors do them: the UNet runs to its end, on both halves of guidance, whose maps are
-            averaged, and what it has predicted before the last update is used after it. For "branches".
+        whole: Updates as in the authors' code: full passes on both halves of guidance, whose maps are averaged, and the
+            prediction from before the last update is reused. For "branches".
         branch_batch_size: How many rows per image are run together; fewer need less memory and give the same numbers,
             and updates run twice. None is all.
         base_prompt: What branch 0 reads, instead of the prompt without triggers. `Concept.prompt` is what a concept's

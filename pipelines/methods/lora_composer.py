@@ -12,7 +12,7 @@ Models", arXiv 2403.11627. What happens in the regions M_n of the concepts, on e
                                     do not look outside (L_region)
 
 Beyond the paper, every region can be denoised on a canvas of its own at first (`apart`). Attention is all that the
-paper isolates, but convolutions mix regions as well, and the layout of a picture is decided in the first steps: cells
+paper isolates, but convolutions mix regions as well, and the layout of an image is decided in the first steps: cells
 that each read of one object then agree on one, across the border. Where regions cover the canvas this costs nothing.
 
 A concept without a region acts on the whole canvas, except in what the regions read: the background. A style acts there
@@ -75,7 +75,7 @@ class LoraComposer:
             (a square root), 1 in the paper (linear).
         least_updates: Every image is updated in this part of the steps, and then until its loss rises.
         most_updates: No image is updated in steps that begin after this part of the steps; 0 switches updates off.
-        ce_weight: Weight of L_ce, the mean over a concept's words; 0 switches it off, likewise below.
+        ce_weight: Weight of L_ce, the mean over a concept's words; 0 switches it off.
         fill_weight: Weight of L_fill, the sum of both profiles' deviations, the mean over its words.
         region_weight: Weight of L_region.
         gaussian: Whether L_ce counts the middle of a region more than its borders.

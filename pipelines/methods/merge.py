@@ -1,4 +1,4 @@
-"""Merge: add the LoRAs up, the baseline that everybody knows.
+"""Merge: add the LoRAs up, the common baseline.
 
 Every layer becomes W + sum_i w_i s_i B_i A_i, for all tokens, cells and rows, text encoders included. With several
 subjects the deltas act on each other's tokens and cells, so identities blend or one of them wins. Styles act

@@ -1,7 +1,7 @@
 """The branches of CLoRA: a prompt for each, and the words that name every concept in it.
 
 From "a sks cat and a zwx dog on grass": the base branch reads "a cat and a dog on grass", the cat's "a sks cat and a
-dog on grass", the dog's "a cat and a zwx dog on grass". All name both, so all see the whole picture.
+dog on grass", the dog's "a cat and a zwx dog on grass". All name both, so all of them see the whole image.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns
 
 @dataclass(frozen=True)
 class Branch:
-    """One text of all pictures.
+    """One text for all images.
 
     Attributes:
         owner: Index of the concept whose LoRA it has; None for the base branch.

@@ -494,9 +494,9 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda p: Control(model=adapter_of(p), image=torch.zeros(3, 64, 128)), "128 x 64 pixels, the canvas 128 x 128",
     ),
     "number": (
-        lambda p: Control(model=net_of(p), image=[image_of()] * 3), "there are 3 pictures and 1 prompts",
+        lambda p: Control(model=net_of(p), image=[image_of()] * 3), "there are 3 images and 1 prompts",
     ),
-    "no picture": (lambda p: Control(model=net_of(p), image=[]), "there are 0 pictures"),
+    "no image": (lambda p: Control(model=net_of(p), image=[]), "there are 0 images"),
     "channels": (
         lambda p: Control(model=net_of(p), image=torch.zeros(1, 128, 128)), "of 3 channels, and this one has 1",
     ),
@@ -530,7 +530,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda p: Control(
             model=ControlNetModel.from_unet(p.unet, conditioning_embedding_out_channels=(4, 8)), image=image_of()
         ),
-        "joins 2 pixels of its picture by side, and the VAE of this model 8",
+        "downsamples its image by 2; the VAE of this model by 8",
     ),
     "another device": (
         lambda p: Control(model=net_of(p).to("meta"), image=image_of()), "is on meta, the pipeline runs on cpu",

@@ -349,7 +349,7 @@ def test_a_unet_that_takes_other_numbers_is_refused(load):
     config = pipe.unet.config
     pipe.unet = sdxl_unet(**{**config, "projection_class_embeddings_input_dim": 5 * 8 + 12})
     load(pipe)
-    with pytest.raises(ValueError, match="concepts need the base model, and the refiner can go over the pictures"):
+    with pytest.raises(ValueError, match="concepts need the base model, and the refiner can refine the images"):
         compose(pipe, "merge")
     pipe.unet = sd_unet()
     with pytest.raises(ValueError, match="concepts need the base model"):
