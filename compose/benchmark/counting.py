@@ -215,8 +215,8 @@ def _again(func: Any, out: Any) -> Callable[[Any, tuple, dict], Any]:
     """How to get what an operation gives when it has the same kind of input again."""
     shared = [result.alias_info for result in func._schema.returns if result.alias_info]
     if not shared:
-        template = _like(out)  # the result itself may become part of a graph
-        return lambda func, args, kwargs: _like(template)
+        make = _maker(out)
+        return lambda func, args, kwargs: make()
     if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
         return lambda func, args, kwargs: args[0]
     return lambda func, args, kwargs: func(*args, **kwargs)
@@ -235,10 +235,15 @@ def _kind(leaf: Any) -> tuple:
     return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
-def _like(result: Any) -> Any:
+def _maker(result: Any) -> Callable[[], Any]:
+    """Makes more like it, and keeps no tensor: it may become part of a graph, and its memory would count."""
     if isinstance(result, Tensor):
-        return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
-    return type(result)(map(_like, result)) if isinstance(result, list | tuple) else result
+        size, stride = tuple(result.shape), result.stride()
+        return partial(torch.empty_strided, size, stride, dtype=result.dtype, device=result.device)
+    if isinstance(result, list | tuple):
+        kind, makers = type(result), tuple(map(_maker, result))
+        return lambda: kind(make() for make in makers)
+    return lambda: result
 
 
 @dataclass(frozen=True)
