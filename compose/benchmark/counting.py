@@ -3,7 +3,7 @@
 Text encoders, VAE and scheduler are not counted; they are the same for every method, up to the text encoders' LoRAs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from lora_compose.attention import Lora, Stream, backbone_of, grid_at, install
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
+from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
@@ -169,76 +168,6 @@ def meta_unet(config: Any) -> UNet2DConditionModel:
     with META:
         unet: Any = UNet2DConditionModel.from_config(dict(config))
     return unet.eval()
-
-
-class Operations(TorchDispatchMode):
-    """Counts FLOPs inside a `with` block by the formulas of PyTorch's `FlopCounterMode`.
-
-    That one overlooks `addmm_`, with which the bank adds its deltas. And operations on meta tensors, which give a shape
-    and nothing else, are worked out by PyTorch in Python, slowly; here once for every operation and kind of input, for
-    as long as the program runs.
-
-    Attributes:
-        flops: What has been counted so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        leaves = tuple(_leaves((*args, *kwargs.values())))
-        kind = func, tuple(kwargs), tuple(map(_kind, leaves))
-        if kind in _known:
-            again, flops = _known[kind]
-            self.flops += flops
-            return again(func, args, kwargs)
-        out = func(*args, **kwargs)
-        flops = _flops(func, args, kwargs, out)
-        self.flops += flops
-        if all(leaf.is_meta for leaf in (*leaves, *_leaves([out])) if isinstance(leaf, Tensor)):
-            _known[kind] = _again(func, out), flops
-        return out
-
-
-_FORMULAS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
-_known: dict[tuple, tuple[Callable[[Any, tuple, dict], Any], int]] = {}
-
-
-def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
-    formula = _FORMULAS.get(func.overloadpacket)
-    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
-
-
-def _again(func: Any, out: Any) -> Callable[[Any, tuple, dict], Any]:
-    """How to get what an operation gives when it has the same kind of input again."""
-    shared = [result.alias_info for result in func._schema.returns if result.alias_info]
-    if not shared:
-        template = _like(out)  # the result itself may become part of a graph
-        return lambda func, args, kwargs: _like(template)
-    if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
-        return lambda func, args, kwargs: args[0]
-    return lambda func, args, kwargs: func(*args, **kwargs)
-
-
-def _leaves(values: Iterable) -> Iterator:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield len(value)
-            yield from _leaves(value)
-        else:
-            yield value
-
-
-def _kind(leaf: Any) -> tuple:
-    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
-
-
-def _like(result: Any) -> Any:
-    if isinstance(result, Tensor):
-        return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=result.device)
-    return type(result)(map(_like, result)) if isinstance(result, list | tuple) else result
 
 
 @dataclass(frozen=True)

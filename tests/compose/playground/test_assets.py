@@ -26,7 +26,7 @@ OUTSIDE = ["../loras/cat", "../../playground/loras/cat", "..", ".", "", "cat/../
 
 
 def test_assets_of_the_clone_are_found() -> None:
-    assert assets.assets_dir() == Path(__file__).resolve().parents[1] / "assets"
+    assert assets.assets_dir() == Path(__file__).resolve().parents[3] / "assets"
 
 
 def test_assets_of_an_installed_wheel_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
 ROBOT = "path=playground:robot-tara,trigger=qrt,class=robot"
 PAIR = ["--prompt", PROMPT, "--concept", BEAR, "--concept", ROBOT]
-SCENES = Path(__file__).resolve().parents[1] / "assets/scenes"
+SCENES = Path(__file__).resolve().parents[2] / "assets/scenes"
 
 # Every way of making a picture that the command line has: what differs from `run playground --steps 2`.
 WAYS = {

@@ -15,7 +15,7 @@ from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene import Concept
 
-WITH_BOXES = Path(__file__).parents[1] / "docs/blind/with-boxes"
+WITH_BOXES = Path(__file__).parents[3] / "docs/blind/with-boxes"
 
 
 def test_the_votes_in_the_docs_are_those_of_the_readme() -> None:

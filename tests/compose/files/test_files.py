@@ -108,7 +108,7 @@ def test_records_survive_a_picture(tmp_path_factory: pytest.TempPathFactory, run
 
 
 def test_the_shipped_scenes_can_be_read() -> None:
-    folder = Path(__file__).resolve().parents[1] / "assets/scenes"
+    folder = Path(__file__).resolve().parents[3] / "assets/scenes"
     scenes = {path.stem: read_scene(path) for path in folder.glob("*.yaml")}
     assert scenes.keys() >= {"cat-dog", "car-rabbit", "bear-robot"}
     assert all(concept.phrase in scene.prompt for scene in scenes.values() for concept in scene.concepts)

@@ -1,0 +1,85 @@
+"""The FLOPs of operations on tensors, with numbers or without."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Operations(TorchDispatchMode):
+    """Counts FLOPs inside a `with` block by the formulas of PyTorch's `FlopCounterMode`.
+
+    That one overlooks `addmm_`, with which the bank adds its deltas. And operations on meta tensors, which give a shape
+    and nothing else, are worked out by PyTorch in Python, slowly; here once for every operation and kind of input, for
+    as long as the program runs.
+
+    Attributes:
+        flops: What has been counted so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tuple(_leaves((*args, *kwargs.values())))
+        kind = func, tuple(kwargs), tuple(map(_kind, leaves))
+        if kind in _known:
+            again, flops = _known[kind]
+            self.flops += flops
+            return again(func, args, kwargs)
+        out = func(*args, **kwargs)
+        flops = _flops(func, args, kwargs, out)
+        self.flops += flops
+        if all(leaf.is_meta for leaf in (*leaves, *_leaves([out])) if isinstance(leaf, Tensor)):
+            _known[kind] = _again(func, out), flops
+        return out
+
+
+_FORMULAS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+_known: dict[tuple, tuple[Callable[[Any, tuple, dict], Any], int]] = {}
+
+
+def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+    formula = _FORMULAS.get(func.overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def _again(func: Any, out: Any) -> Callable[[Any, tuple, dict], Any]:
+    """How to get what an operation gives when it has the same kind of input again."""
+    shared = [result.alias_info for result in func._schema.returns if result.alias_info]
+    if not shared:
+        make = _maker(out)
+        return lambda func, args, kwargs: make()
+    if func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags:
+        return lambda func, args, kwargs: args[0]
+    return lambda func, args, kwargs: func(*args, **kwargs)
+
+
+def _leaves(values: Iterable) -> Iterator:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield len(value)
+            yield from _leaves(value)
+        else:
+            yield value
+
+
+def _kind(leaf: Any) -> tuple:
+    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def _maker(result: Any) -> Callable[[], Any]:
+    """Makes more like it, and keeps no tensor: it may become part of a graph, and its memory would count."""
+    if isinstance(result, Tensor):
+        size, stride = tuple(result.shape), result.stride()
+        return partial(torch.empty_strided, size, stride, dtype=result.dtype, device=result.device)
+    if isinstance(result, list | tuple):
+        kind, makers = type(result), tuple(map(_maker, result))
+        return lambda: kind(make() for make in makers)
+    return lambda: result
