@@ -1,6 +1,8 @@
 """Pipelines are opened, saved, converted and built of components like any of diffusers."""
 
+import inspect
 import json
+import pydoc
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +268,12 @@ def test_the_refiner_is_refused_by_name(tmp_path):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"model_index\.json"):
         ComposePipeline.from_pretrained(tmp_path)
+
+
+def test_an_editor_completes_a_call_and_its_help_names_what_is_ours():
+    given = inspect.signature(ComposePipeline.__call__).parameters
+    assert {"prompt", "concepts", "method", "control", "record_attention"} <= given.keys()
+    text = pydoc.render_doc(ComposePipeline.__call__)
+    assert all(f"{name}:" in text for name in ("concepts", "method", "control"))
+    with pytest.raises(TypeError, match="open a model first"):
+        ComposePipeline.__call__(ComposePipeline.__new__(ComposePipeline))
