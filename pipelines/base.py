@@ -13,6 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from lora_compose.attention import backbone_of
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling
 from lora_compose.pipelines.canvas import Step
@@ -94,7 +95,7 @@ class ComposePipeline(DiffusionPipeline):
         if cls is not ComposePipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        config = DiffusionPipeline.load_config(str(pretrained_model_name_or_path), **hub)
+        config: Any = DiffusionPipeline.load_config(str(pretrained_model_name_or_path), **hub)
         family: Any = cls.family_of(config)
         return family.from_pretrained(pretrained_model_name_or_path, **options)
 
@@ -305,7 +306,10 @@ class ComposePipeline(DiffusionPipeline):
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Settings:
         """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
-        return choose_method(concepts, prompts, concept_sets) if method is None else make_method(method)
+        if method is not None:
+            return make_method(method)
+        reads_regions = backbone_of(self.denoiser).reads_regions
+        return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
     def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Expanding]:
         """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.

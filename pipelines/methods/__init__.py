@@ -95,6 +95,8 @@ def choose_method(
     concepts: Sequence[LoadedConcept],
     prompts: Sequence[str] | None,
     concept_sets: Sequence[ConceptSet] | None = None,
+    *,
+    region_attention: bool = True,
 ) -> Settings:
     """The method for a call that names none; logs the reason.
 
@@ -107,15 +109,17 @@ def choose_method(
         concepts: Those of the call.
         prompts: Its prompts; None if it was given embeddings.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
+        region_attention: Whether the model supports region attention, which lora-composer and clora need.
     """
     given = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in given]
     if subjects and all(subject.region for subject in subjects):
         who = "subject" if len(subjects) < len(concepts) else "concept"
-        if prompts is not None and all(subject.trigger for subject in subjects):
+        if region_attention and prompts is not None and all(subject.trigger for subject in subjects):
             logger.info("method: lora-composer, because every %s has a region", who)
             return LoraComposer()
         why = "there are embeddings instead of a prompt" if prompts is None else "not every one a trigger"
+        why = why if region_attention else "this model does not support region attention yet"
         logger.info("method: regional, because every %s has a region, and %s", who, why)
         return Regional()
     asked = given or (concepts if prompts is not None else ())  # styles alone decide for themselves
@@ -125,6 +129,12 @@ def choose_method(
     sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
     subjects_of = [[one.concepts[i] for i in one.subjects] for one in sets]
     unnamed = _unnamed(subjects_of, prompts)
+    if max(map(len, subjects_of)) > 1 and not region_attention:
+        logger.warning(
+            "method: merge, because this model supports neither lora-composer nor clora yet; subjects blend, unless each "
+            "has a region (regional) or a LoRA trained with TARA (tara)"
+        )
+        return Merge()
     if max(map(len, subjects_of)) > 1 and not unnamed:
         logger.info("method: clora, because the prompt names every concept by trigger and class word")
         return Clora()

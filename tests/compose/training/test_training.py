@@ -21,6 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_cli import call, flat
 
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
@@ -37,7 +38,6 @@ from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
-from test_cli import call, flat
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 # numpy about a line of diffusers' schedulers

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from components import sd_unet, seeded
 from flux import CELLS, TOKENS, Places, as_file, dense_loras, flux_lora, flux_pipeline, plain_latents
-from lora_compose import Clora, ComposePipeline, Concept, Control, LoraComposer, Regional, Tara
+from lora_compose import Clora, ComposePipeline, Concept, Control, LoraComposer, Merge, Regional, Tara
 from lora_compose.attention.backbones import backbone_of
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 
@@ -201,3 +201,12 @@ def test_every_linear_layer_has_a_site(pipe):
     }  # fmt: skip
     assert {name: streams[name] for name in expected} == expected
     assert set(flux_lora(pipe.transformer, 0)) <= sites.keys()
+
+
+def test_without_a_method_one_that_works_is_chosen_and_blending_is_warned_of(pipe, caplog):
+    assert isinstance(pipe.resolve_method(None, pipe.resolve_concepts(BOXES), [PROMPT]), Regional)
+    assert isinstance(pipe.resolve_method(None, pipe.resolve_concepts(["cat", "dog"]), [PROMPT]), Merge)
+    assert "subjects blend" in caplog.text
+    caplog.clear()
+    assert isinstance(pipe.resolve_method(None, pipe.resolve_concepts(["cat"]), [PROMPT]), Merge)
+    assert "blend" not in caplog.text

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from test_playground_recipe import command
 
 from lora_compose.compose.playground.recipe import artwork
 from lora_compose.compose.playground.recipe.artwork import CODEPOINTS, PACKAGES, SIZE, draw, fetch, fit
 from lora_compose.compose.playground.recipe.world import VENDORS
-from test_playground_recipe import command
 
 COLOURS = {"noto": (200, 0, 0), "fluent3d": (0, 160, 0), "twemoji": (0, 0, 220), "fluentflat": (180, 120, 0)}
 RECTANGLE = '<path fill="rgb{}" d="M4 10h24v12H4z"/>'
