@@ -131,7 +131,7 @@ def choose_method(
     unnamed = _unnamed(subjects_of, prompts)
     if max(map(len, subjects_of)) > 1 and not region_attention:
         logger.warning(
-            "method: merge, because this model supports neither lora-composer nor clora yet; subjects blend, unless each "
+            "method: merge, because this model has neither lora-composer nor clora yet; subjects blend, unless each "
             "has a region (regional) or a LoRA trained with TARA (tara)"
         )
         return Merge()
