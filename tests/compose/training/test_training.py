@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from commands import call, flat
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
 from lora_compose import ComposePipeline
@@ -37,7 +38,6 @@ from lora_compose.compose.training.data import DataError
 from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
-from test_cli import call, flat
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 # numpy about a line of diffusers' schedulers
