@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
+from commands import call
 from components import random_lora, seeded, text_loras, tiny_xl_pipeline
 from lora_compose import Concept, Run, Scene
 from lora_compose.compose.check.report import check
-from lora_compose.compose.cli import app
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page.shelf import Choice, Shelf
@@ -19,12 +18,6 @@ from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDif
 from lora_compose.pipelines.methods import METHODS
 
 PROMPT = "a sks cat and a zwx dog on grass"
-
-
-def call(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +78,7 @@ def test_commands_take_a_folder_with_sdxl(folder, tmp_path):
     model, concepts = folder / "model", ["--concept", loras[0], "--concept", loras[1]]
     call("run", model, "--prompt", PROMPT, *concepts, "--method", "clora", "--steps", 2, "--maps", "--out", tmp_path)
     (picture,) = [path for path in tmp_path.glob("*.png") if path.stem.isdigit()]
-    assert "identical" in call("replay", picture, "--out", tmp_path / "again")
+    assert "identical" in call("replay", picture, "--out", tmp_path / "again").output
 
 
 def test_the_page_opens_sdxl(folder, run_of):

@@ -5,20 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from commands import call
 from components import tiny_pipeline
 from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
 from lora_compose.compose.benchmark.timing import Job, open_with_concepts, peak_bytes, time_pairs
-from lora_compose.compose.cli import app
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Regional
+from lora_compose.pipelines.plan import find_in
 
 
-def call(*arguments: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
-    assert result.exit_code == code, result.output
-    return result.output
+def bench(*arguments: object, code: int = 0) -> str:
+    return call("bench", *arguments, code=code).output
 
 
 def cells(output: str) -> dict[tuple[str, str], list[str]]:
@@ -35,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_counting_is_what_it_does_if_nothing_is_said(tmp_path):
-    output = call("--method", "tara", "--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
+    output = bench("--method", "tara", "--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
     rows = cells(output)
     assert rows["plain", "0"] == ["6", "-", "-", "1.000", "-", "1.000", "-"]
     assert rows["tara", "2"][0] == "6"
@@ -52,7 +50,7 @@ def test_counting_is_what_it_does_if_nothing_is_said(tmp_path):
 
 @pytest.mark.slow
 def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
-    output = call(
+    output = bench(
         "--time", "--model", model, "--method", "regional", "-n", 2, "--steps", 2, "--pairs", 2,
         "--save-memory", "tiling", "--json", tmp_path / "it.json",
     )  # fmt: skip
@@ -70,8 +68,8 @@ def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
 
 
 def test_saving_memory_is_refused_where_nothing_would_save_any():
-    assert "give --time with it" in call("--memory", "--save-memory", "tiling", code=2)
-    assert "accelerator" in call("--time", "--save-memory", "model-offload", code=2)
+    assert "give --time with it" in bench("--memory", "--save-memory", "tiling", code=2)
+    assert "accelerator" in bench("--time", "--save-memory", "model-offload", code=2)
 
 
 class Watched(ComposeStableDiffusionPipeline):
@@ -88,7 +86,7 @@ def test_runs_are_interleaved(model):
     pipe = open_with_concepts(Job(str(model), "cpu", 1, concepts=2))
     watched = Watched(**pipe.components, requires_safety_checker=False)
     watched.set_progress_bar_config(disable=True)
-    watched._loaded.update(pipe._loaded)
+    watched.library = pipe.library
     method = Regional()
     timed = time_pairs(watched, method, 2, steps=1, pairs=3)
     assert Watched.calls == (None, method) * 4  # the first two warm up
@@ -100,15 +98,15 @@ def test_every_concept_has_a_word_and_a_column(model):
     concepts = columns(13, 130, 64)
     assert [concept.region for concept in concepts[:2]] == [(0, 0, 10, 64), (10, 0, 20, 64)]
     assert concepts[-1].region == (120, 0, 130, 64)
-    found = pipe._find_in(pipe.tokenizers_for([]), concepts, [[PROMPT]])
+    found = find_in(pipe.tokenizers_for([]), concepts, [[PROMPT]])
     assert found.trigger.shape == (1, 32, 13)
     assert found.trigger.sum(dim=1).tolist() == [[1.0] * 13]
     assert found.phrase.sum(dim=1).tolist() == [[2.0] * 13]  # and a class word
-    assert pipe.resolve_concepts(concepts)[12].factors.unet.keys() == attention_lora(pipe.unet).keys()
+    assert pipe.resolve_concepts(concepts)[12].factors.denoiser.keys() == attention_lora(pipe.unet).keys()
 
 
 def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
-    output = call("--swap", "--json", tmp_path / "it.json")
+    output = bench("--swap", "--json", tmp_path / "it.json")
     swaps = json.loads((tmp_path / "it.json").read_text())["swaps"]
     assert 0 < swaps["swapping"] < swaps["reading"] / 10
     assert 16 < swaps["file_bytes"] / 2**20 < 17
@@ -123,7 +121,7 @@ def test_a_failure_in_the_other_process_is_told():
 
 
 def test_wrong_options_end_with_2():
-    assert "unknown method 'blend'" in call("--method", "blend", code=2)
-    call("-n", 0, code=2)
-    call("-n", 27, code=2)
-    call("--steps", 0, code=2)
+    assert "unknown method 'blend'" in bench("--method", "blend", code=2)
+    bench("-n", 0, code=2)
+    bench("-n", 27, code=2)
+    bench("--steps", 0, code=2)

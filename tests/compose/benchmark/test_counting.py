@@ -1,34 +1,42 @@
 """What an image costs, counted without numbers, against PyTorch's own counter, formulas and real calls."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, HeunDiscreteScheduler, UNet2DConditionModel
-from lora_compose.pipelines.engine import EncodedText, Engine, LoadedConcept
+from diffusers import HeunDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from components import FAMILIES, TINY, TINY_XL, random_lora, sd_unet, sdxl_unet, tiny_pipeline
-from lora_compose.attention import Recorder, attention_layers, grid_at, map_level
+from lora_compose.attention import grid_at
+from lora_compose.attention.backbones.unet import attention_layers, map_level
+from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import ARCHITECTURES, SD15, SDXL, attention_lora, columns, with_lora
-from lora_compose.compose.benchmark.counting import Counted, Operations, count, count_run, meta_unet
+from lora_compose.compose.benchmark.counting import Counted, PricingDenoiser, count, count_run, meta_unet
+from lora_compose.compose.benchmark.flops import Operations
+from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import Factors
+from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
     LoraComposer,
     Merge,
-    OnePass,
     Regional,
     Settings,
     Switch,
     Tara,
 )
+from lora_compose.pipelines.methods.process import FixedPasses
+from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.passes import MapRequest
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.text.conditioning import TokenMasks
+from lora_compose.pipelines.session import Session
 
 UNETS = {"sd": (sd_unet, TINY), "sdxl": (sdxl_unet, TINY_XL)}
 ALL_METHODS = [Switch(interval=1) if name == "switch" else kind() for name, kind in METHODS.items()]
@@ -48,99 +56,94 @@ def torch_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
 
 
-class _Endless(Engine):
-    """Without numbers nobody knows when to stop."""
+class TorchOperations:
+    """FLOPs as PyTorch's counter counts them."""
 
-    def read(self, numbers: Tensor) -> Tensor:
-        return torch.ones(numbers.shape)
+    def __init__(self) -> None:
+        self.flops = 0
 
-    def found(self, masks: Tensor) -> Tensor:
-        images, concepts, height, width = masks.shape
-        columns = torch.zeros(images, concepts, height, width, dtype=torch.bool)
-        for x in range(width):
-            columns[:, x * concepts // width, :, x] = True
-        return columns
+    def __enter__(self) -> None:
+        self._counter = torch_counter()
+        self._counter.__enter__()
 
-
-def by_hand(
-    unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], settings: Settings, *, steps: int,
-    guidance_scale: float, image_size: tuple[int, int], images: int,
-) -> tuple[int, int]:  # fmt: skip
-    """FLOPs of the whole call and of its preparation, every pass run for real on the meta device."""
-    meta = torch.device("meta")
-    guided, words = guidance_scale > 1, torch.zeros(1, 77, len(concepts))
-    for i in range(len(concepts)):
-        words[0, i + 1, i] = 1
-    text = torch.empty(images, 77, 24, device=meta)
-    added = None
-    if unet.config["addition_embed_type"]:
-        rows = 2 * images if guided else images
-        added = {"text_embeds": torch.empty(rows, 12, device=meta), "time_ids": torch.empty(rows, 6, device=meta)}
-    encoded = EncodedText(text, text if guided else None, added)
-    scheduler, grid = DDIMScheduler(), (image_size[0] // 8, image_size[1] // 8)
-    scheduler.set_timesteps(steps)
-    lora = {name: type(f)(f.down.to(meta), f.up.to(meta), f.scale) for name, f in concepts[0].factors.unet.items()}
-    engine = _Endless(
-        {"unet": unet, "scheduler": scheduler}, [LoadedConcept(c.concept, Factors(lora)) for c in concepts],
-        lambda *prompts: encoded, lambda *prompts: TokenMasks(words, words),
-        [" ".join(c.concept.phrase for c in concepts)], TokenMasks(words, words), latent_grid=grid,
-        image_size=image_size, images_per_prompt=images,
-        guidance_scale=guidance_scale, guidance_rescale=0.0, device=meta, unet_kwargs={}, started=0.0,
-    )  # fmt: skip
-    engine.timesteps = scheduler.timesteps
-    latents = torch.empty(images, 4, *grid, device=meta)
-    with torch.no_grad(), engine.installed(), torch_counter() as counter:
-        process = settings.start(engine)
-        latents = process.prepare(latents)
-        preparation = counter.get_total_flops()
-        for step, t in enumerate(scheduler.timesteps):
-            engine.step = step
-            latents, _ = process.step(latents, t)
-    return counter.get_total_flops(), preparation
+    def __exit__(self, *error: Any) -> None:
+        self._counter.__exit__(*error)
+        self.flops += self._counter.get_total_flops()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "guidance_scale"), [("sd", 1.0), ("sdxl", 5.0)])
+class Forgetful(dict):
+    """Prices of passes that are never known, so that every pass is run."""
+
+    def __contains__(self, kind: object) -> bool:
+        return False
+
+
+class EveryPass(PricingDenoiser):
+    """Runs every pass to know what it costs."""
+
+    def __init__(self, denoiser: Denoiser, operations: Any) -> None:
+        super().__init__(denoiser, operations)
+        self._prices = Forgetful()
+
+
+def assert_counts_what_runs(
+    monkeypatch: pytest.MonkeyPatch, unet: UNet2DConditionModel, concepts: Sequence[LoadedConcept], settings: Settings,
+    *how: Any, **whole: Any,
+) -> Counted:  # fmt: skip
+    """The same as if every pass is run on the meta device under PyTorch's counter."""
+    counted = count(unet, concepts, settings, *how, **whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(counting, "Operations", TorchOperations)
+        patched.setattr(counting, "PricingDenoiser", EveryPass)
+        assert count(unet, concepts, settings, *how, **whole) == counted
+    return counted
+
+
+@pytest.mark.parametrize(("family", "guidance_scale"), [("sd", 1.0), pytest.param("sdxl", 5.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", ALL_METHODS, ids=lambda settings: type(settings).__name__)
-def test_what_is_remembered_counts_as_what_is_run(family, settings, guidance_scale):
+def test_passes_that_are_remembered_count_as_if_they_were_run(family, settings, guidance_scale, monkeypatch):
     unet = small(family)
     concepts = with_lora(columns(2, 96, 128), attention_lora(unet))
-    whole = {"steps": 3, "guidance_scale": guidance_scale, "image_size": (128, 96), "images": 2}
-    counted = count(unet, concepts, settings, **whole)
-    assert (counted.flops, counted.preparation_flops) == by_hand(unet, concepts, settings, **whole)
+    counted = assert_counts_what_runs(monkeypatch, unet, concepts, settings, 3, guidance_scale, (128, 96), 2)
+    assert counted.flops > 0
+
+
+def test_schedules_of_weights_count_as_if_every_pass_were_run(monkeypatch):
+    """Every other weight makes keys and values of the text anew."""
+    unet = small("sd")
+    boxes = columns(2, 96, 128)
+    lora = attention_lora(unet)
+    constant = with_lora(boxes, lora)
+    scheduled = with_lora([replace(boxes[0], schedule=lambda progress: float(progress < 0.5)), boxes[1]], lora)
+    for settings in (Merge(), Regional()):
+        counted = assert_counts_what_runs(monkeypatch, unet, scheduled, settings, 4, 5.0, (128, 96))
+        assert counted.flops > count(unet, constant, settings, 4, 5.0, (128, 96)).flops
 
 
 @dataclass(frozen=True)
-class _Updates:
+class Updates:
     """A method that follows gradients of attention maps in the first steps and records maps in all of them."""
 
-    def start(self, engine: Engine) -> "_Updating":
-        one_pass = Regional().start(engine)
-        return _Updating(one_pass.engine, one_pass.conditioning, one_pass.gates)
+    def start(self, session: Session) -> "Updating":
+        return Updating(session, Regional().start(session).turns)
 
 
-class _Updating(OnePass):
-    def step(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        engine, what = self.engine, (t, self.conditioning, self.gates)
-        if engine.step < 2:
-            found = engine.gradient(latents, *what, self.recorder(), lambda maps: maps.mean().sum(dim=(1, 2)))
+class Updating(FixedPasses):
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        denoiser, (spec, _) = self.session.denoiser, self.turns[0][0]
+        prepared, request = denoiser.prepare(spec), MapRequest(spec.text.conditional().trigger_mask)
+        if step.index < 2:
+            found = denoiser.gradient(latents, step, prepared, request, lambda maps: maps.text.sum(dim=(1, 2)))
             latents = latents - found.direction
-        recorder = self.recorder()
-        engine.observe(latents, *what, recorder)
-        assert recorder.maps.keys() == set(engine.map_layers)
-        return super().step(latents, t)
-
-    def recorder(self) -> Recorder:
-        return Recorder(self.engine.map_layers, self.conditioning.trigger_mask[self.conditioning.conditional_rows])
+        assert denoiser.maps(latents, step, prepared, request).text.shape[-1] == 2
+        return super().step(latents, step)
 
 
-def test_passes_with_a_graph_and_with_maps_count_as_well():
+def test_methods_of_ones_own_are_counted_with_their_gradients_and_maps(monkeypatch):
     unet = small("sd")
     concepts = with_lora(columns(2, 128, 128), attention_lora(unet))
-    whole = {"steps": 4, "guidance_scale": 5.0, "image_size": (128, 128), "images": 1}
-    counted = count(unet, concepts, _Updates(), **whole)
+    counted = assert_counts_what_runs(monkeypatch, unet, concepts, Updates(), 4, 5.0, (128, 128))
     assert (counted.rows_forward, counted.rows_stopped, counted.rows_backward) == (2 * 4, 2 + 4, 2)
-    assert (counted.flops, counted.preparation_flops) == by_hand(unet, concepts, _Updates(), **whole)
 
 
 def test_an_operation_gives_the_same_kind_of_tensors_when_it_is_remembered():
@@ -237,10 +240,22 @@ def _folded(lora: Any) -> int:
 ROWS = {"merge": 2, "tara": 2, "regional": 2, "switch": 2, "composite": 6}
 
 
+def real_flops(call: Callable[[], Any]) -> tuple[Cost, int]:
+    """What a real call costs, its text encoders left out."""
+    with sdpa_kernel(SDPBackend.MATH), torch_counter() as counter:  # the counter overlooks the fused one of CPUs
+        cost = call().cost
+    by_module = counter.get_flop_counts()
+    encoding = sum(sum(flops.values()) for name, flops in by_module.items() if name in TEXT_ENCODERS)
+    return cost, counter.get_total_flops() - encoding
+
+
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' Heun
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_are_those_of_the_formula_and_of_a_real_call(name, family, write_lora):
+def test_rows_and_flops_are_those_of_a_real_call(name, family, write_lora):
     pipe, triggers = FAMILIES[family](), ("sks", "zwx", "xlo")
     for seed, trigger in enumerate(triggers):
         pipe.load_concept(write_lora(trigger, unet=random_lora(pipe.unet, seed)), trigger=trigger)
@@ -253,12 +268,13 @@ def test_rows_are_those_of_the_formula_and_of_a_real_call(name, family, write_lo
     ):
         counted = count_run(pipe, settings, loaded, 3, guidance_scale, 96, 64, scheduler=scheduler)
         pipe.scheduler = scheduler
-        real = pipe(
-            " ".join(triggers), height=64, width=96, num_inference_steps=3, guidance_scale=guidance_scale,
+        cost, flops = real_flops(lambda: pipe(
+            " ".join(triggers), height=64, width=96, num_inference_steps=3, guidance_scale=guidance_scale,  # noqa: B023
             concepts=concepts, method=settings, output_type="latent",
-        )  # fmt: skip
-        assert counted.rows_forward == real.cost.rows_forward == rows
-        assert counted.rows_backward == real.cost.rows_backward == 0
+        ))  # fmt: skip
+        assert counted.rows_forward == cost.rows_forward == rows
+        assert counted.rows_backward == cost.rows_backward == 0
+        assert counted.flops == flops
 
 
 # SDXL as it is, without numbers
@@ -358,7 +374,7 @@ def test_counting_a_run_changes_nothing(write_lora):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert pipe.unet.attn_processors == processors
     assert pipe.scheduler.timesteps is timesteps
-    assert all(factors.down.device.type == "cpu" for factors in loaded[0].factors.unet.values())
+    assert all(factors.down.device.type == "cpu" for factors in loaded[0].factors.denoiser.values())
 
 
 def test_a_distilled_model_has_no_uncond_rows():

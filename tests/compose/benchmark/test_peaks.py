@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from typer.testing import CliRunner
 
+from commands import call
 from components import FAMILIES, random_lora, sd_unet, small_vae
 from lora_compose.compose.benchmark import bench as bench_module
 from lora_compose.compose.benchmark.architectures import NOUNS, SDXL, TRIGGERS, attention_lora, columns, with_lora
@@ -16,7 +16,6 @@ from lora_compose.compose.benchmark.bench import decoding_bytes_by_architecture
 from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.compose.benchmark.memory import peak_memory
 from lora_compose.compose.benchmark.peaks import decoding_bytes, peak
-from lora_compose.compose.cli import app
 from lora_compose.compose.support.savers import enable_tiling
 from lora_compose.pipelines.methods import Clora, Composite, LoraComposer, Merge, Regional, Settings, Switch, Tara
 
@@ -126,11 +125,8 @@ def test_the_command_shows_both_ways(tmp_path, monkeypatch):
     small = {name: sd_unet(sample_size=side).config for name, side in (("small", 16), ("wide", 32))}
     monkeypatch.setattr(bench_module, "ARCHITECTURES", small)
     written = tmp_path / "it.json"
-    result = CliRunner().invoke(app, [
-        "bench", "--memory", "--method", "lora-composer", "--method", "tara", "-n", "2", "--steps", "2",
-        "--json", str(written),
-    ])  # fmt: skip
-    assert result.exit_code == 0, result.output
+    methods = ("--method", "lora-composer", "--method", "tara")
+    result = call("bench", "--memory", *methods, "-n", 2, "--steps", 2, "--json", written)
     rows = {(row["architecture"], row["method"]): row for row in json.loads(written.read_text())["peaks"]}
     assert set(rows) == {(name, method) for name in small for method in (None, "lora-composer", "tara")}
     for name in small:

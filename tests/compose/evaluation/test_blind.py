@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from lora_compose.compose.cli import app
+from commands import call
 from lora_compose.compose.evaluation.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.base import ComposePipeline
@@ -19,8 +18,7 @@ WITH_BOXES = Path(__file__).parents[3] / "docs/blind/with-boxes"
 
 
 def test_the_votes_in_the_docs_are_those_of_the_readme() -> None:
-    result = CliRunner().invoke(app, ["blind", "score", str(WITH_BOXES)])
-    assert result.exit_code == 0, result.output
+    result = call("blind", "score", WITH_BOXES)
     rows = [line.replace("│", "").split() for line in result.output.splitlines() if "LoRAs" in line]
     assert {" ".join(row[:2]): row[-4] for row in rows} == {
         "regional, ordinary": "29", "regional, TARA": "18", "merge, ordinary": "15", "tara, TARA": "2",

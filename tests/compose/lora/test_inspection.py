@@ -9,18 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
+from commands import call
 from components import random_lora, sd_unet
 from layouts import file_of, layout
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.compose.cli import app
 from lora_compose.compose.lora.inspection import block_of, inspect, overlaps
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts.loading import Factors, read_lora
 from reference import dense
-
-run = CliRunner().invoke
 
 
 def text_of(result: Any) -> str:
@@ -29,9 +26,7 @@ def text_of(result: Any) -> str:
 
 @pytest.mark.parametrize("source", ["playground:cat", str(playground_lora("cat"))], ids=["name", "path"])
 def test_a_file_of_the_playground(source: str) -> None:
-    result = run(app, ["inspect", source])
-    assert result.exit_code == 0, result.output
-    text = text_of(result)
+    text = text_of(call("inspect", source))
     assert "LoRA, keys of diffusers (PEFT's names)" in text
     assert "168 keys fit playground, 0 do not" in text
     assert "unet mid_block" in text
@@ -39,8 +34,7 @@ def test_a_file_of_the_playground(source: str) -> None:
 
 
 def test_several_files_and_what_they_share() -> None:
-    result = run(app, ["inspect", "playground:cat", "playground:dog", "playground:cat", "--json"])
-    assert result.exit_code == 0, result.output
+    result = call("inspect", "playground:cat", "playground:dog", "playground:cat", "--json")
     found = json.loads(result.stdout)
     assert [one["matched"] for one in found["files"]] == [168] * 3
     whole = {tuple(one["files"]): one["whole"] for one in found["overlaps"]}
@@ -55,8 +49,7 @@ def test_files_for_other_models_are_named_and_end_with_code_2(tmp_path: Path) ->
     }
     path = tmp_path / "flux.safetensors"
     save_file(tensors, path)
-    result = run(app, ["inspect", str(path)])
-    assert result.exit_code == 2
+    result = call("inspect", path, code=2)
     assert "problem: it is for Flux or a relative of it; only SD 1.x, SD 2.x, SDXL are composed" in text_of(result)
 
 
@@ -70,7 +63,7 @@ def test_strangers_strings_steer_no_terminal(tmp_path: Path) -> None:
         path,
         {"trigger": hostile, "modelspec.title": hostile, "ss_dataset_dirs": json.dumps({f"1_{hostile}": 1})},
     )
-    result = run(app, ["inspect", str(path)])
+    result = call("inspect", path)
     assert "\x1b" not in result.output
     assert "\u202e" not in result.output
     assert "[bold]sks[/bold]" in result.output
@@ -80,8 +73,8 @@ def test_pickles_are_opened_only_if_allowed(tmp_path: Path) -> None:
     path = tmp_path / "it.pt"
     lora = random_lora(sd_unet(), 1, targets=("mid_block.attentions.0.proj_in",))
     torch.save({f"unet.{n}.lora_{s}.weight": t for n, f in lora.items() for s, t in (("A", f.down), ("B", f.up))}, path)
-    assert "is a pickle" in text_of(run(app, ["inspect", str(path)]))
-    assert "LoRA, keys of diffusers (PEFT's names)" in text_of(run(app, ["inspect", str(path), "--allow-pickle"]))
+    assert "is a pickle" in text_of(call("inspect", path))
+    assert "LoRA, keys of diffusers (PEFT's names)" in text_of(call("inspect", path, "--allow-pickle"))
 
 
 def test_norms_are_those_of_the_change(write_lora: Callable[..., Path]) -> None:

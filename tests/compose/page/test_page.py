@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
+from commands import call
 from lora_compose.compose import generate
-from lora_compose.compose.cli import app
 from lora_compose.compose.figures import overlay
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.files.images import Machine, Record, png_bytes, read_pixels, read_record
@@ -552,8 +551,7 @@ def test_page_command_and_python_text_give_the_same_picture(
     monkeypatch.chdir(tmp_path)
     run = export.portable(picture.run, {})
     Path("scene.yaml").write_text(export.scene_file(run.scene), encoding="utf-8")
-    ran = CliRunner().invoke(app, [*shlex.split(export.command(run))[1:], "--out", "cli"])
-    assert ran.exit_code == 0, ran.output
+    call(*shlex.split(export.command(run))[1:], "--out", "cli")
     Path("it.py").write_text(export.python(run), encoding="utf-8")
     exec(compile(export.python(run), "it.py", "exec"), {})
     ours = np.asarray(picture.made.image)
@@ -753,10 +751,8 @@ def test_the_quick_suite_stops_when_it_is_told(tmp_path: Path) -> None:
 
 
 def test_the_command_explains_itself_and_refuses_what_cannot_be() -> None:
-    assert "--host" in CliRunner().invoke(app, ["ui", "--help"]).output
-    ran = CliRunner().invoke(app, ["ui", "--loras", "/nowhere"])
-    assert ran.exit_code == 2
-    assert "there is no folder" in ran.output
+    assert "--host" in call("ui", "--help").output
+    assert "there is no folder" in call("ui", "--loras", "/nowhere", code=2).output
 
 
 def test_only_this_machine_is_local() -> None:

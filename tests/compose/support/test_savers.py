@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from typer.testing import CliRunner
 
+from commands import call
 from components import small_vae, tiny_pipeline
-from lora_compose.compose.cli import app
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.generate import replay_command, run_command
 from lora_compose.compose.generate.making import make
@@ -44,12 +43,6 @@ class Placed(ComposeStableDiffusionPipeline):
 
     def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: Any = None) -> None:
         Placed.where = "layers", device
-
-
-def call(*arguments: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
-    assert result.exit_code == code, result.output
-    return result
 
 
 def test_a_model_is_opened_as_asked() -> None:

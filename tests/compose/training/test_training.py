@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_cli import call, flat
 
+from commands import call, flat
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
 from lora_compose import ComposePipeline

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 from test_playground_recipe import command
 
+from commands import call
 from lora_compose.compose.playground.recipe import artwork
 from lora_compose.compose.playground.recipe.artwork import CODEPOINTS, PACKAGES, SIZE, draw, fetch, fit
 from lora_compose.compose.playground.recipe.world import VENDORS
@@ -53,7 +54,7 @@ def rectangle(vendor: str, format: str) -> bytes:
 
 
 def test_every_class_of_every_vendor_is_cut_out_and_centred(packages: Path, tmp_path: Path) -> None:
-    said = command(artwork.main, tmp_path / "sprites.npz", "--art", packages)
+    said = call(tmp_path / "sprites.npz", "--art", packages, of=artwork.main).output
     assert f"{len(CODEPOINTS) * len(VENDORS)} sprites" in said
     sprites = np.load(tmp_path / "sprites.npz")
     assert set(sprites) == {f"{name}/{vendor}" for name in CODEPOINTS for vendor in VENDORS}
@@ -80,7 +81,7 @@ def test_a_set_without_a_picture_is_named(packages: Path, tmp_path: Path, monkey
     folder = fetch(PACKAGES["noto"], packages)
     assert draw(folder, "noto", "1f4a9") is None
     monkeypatch.setattr(artwork, "CODEPOINTS", {**CODEPOINTS, "comet": "2604-fe0f"})
-    said = command(artwork.main, tmp_path / "sprites.npz", "--art", packages, code=2)
+    said = call(tmp_path / "sprites.npz", "--art", packages, code=2, of=artwork.main).output
     assert "the packages have no image for comet/noto, comet/fluent3d, comet/twemoji, comet/fluentflat" in said
     assert not (tmp_path / "sprites.npz").exists()
 

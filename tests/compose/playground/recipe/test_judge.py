@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
+from commands import call
 from lora_compose.compose.evaluation.detectors import WindowDetector, overlap
 from lora_compose.compose.evaluation.encoders import JUDGE, Encoder, load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
@@ -133,11 +133,9 @@ def test_a_batch_fits_together(painter: Painter, sprites: dict[str, np.ndarray])
 def test_the_judge_is_trained_continued_and_opened(sprites: dict[str, np.ndarray], tmp_path: Path) -> None:
     named: dict[str, Any] = dict(sprites)
     np.savez(tmp_path / "sprites.npz", **named)
-    arguments = ["train", str(tmp_path / "sprites.npz"), str(tmp_path / "judge"), "--steps"]
-    first = CliRunner().invoke(app, [*arguments, "1"])
-    assert first.exit_code == 0, first.output
-    more = CliRunner().invoke(app, [*arguments, "2"])
-    assert more.exit_code == 0, more.output
+    arguments = "train", tmp_path / "sprites.npz", tmp_path / "judge", "--steps"
+    call(*arguments, 1, of=app)
+    more = call(*arguments, 2, of=app)
     assert "1 captions" in more.output
     assert "0 captions" not in more.output
     encoder = load_encoder(str(tmp_path / "judge"))

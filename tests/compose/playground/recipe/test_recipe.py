@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
-from typer.testing import CliRunner
 
+from commands import call
 from lora_compose.compose.playground.assets import playground_lora, playground_references
 from lora_compose.compose.playground.recipe import base, concepts, loras, plain, scenes, style, tokenizer, vae, world
 from lora_compose.compose.playground.recipe.base import BaseTrainer, pipeline
@@ -24,16 +23,6 @@ from lora_compose.compose.training import train
 from lora_compose.pipelines.concepts.loading import read_lora
 
 Sprites = dict[str, np.ndarray]
-
-
-def command(function: Any, *arguments: object, code: int = 0) -> str:
-    """Runs a recipe as on the command line and returns what it said."""
-    app = function if isinstance(function, typer.Typer) else typer.Typer()
-    if app is not function:
-        app.command()(function)
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +89,7 @@ def test_both_loras_of_the_style_are_recognised_on_grounds_that_their_references
     assert not {*prompts.values()} & {*concepts.STYLE_GROUNDS}
     monkeypatch.setattr(style, "PROMPTS", prompts)
     loras = [playground_lora(name) for name in ("faded", "faded-tara")]
-    said = command(style.main, tmp_path / "sheet.png", *loras, "--seeds", 1)
+    said = call(tmp_path / "sheet.png", *loras, "--seeds", 1, of=style.main).output
     assert "no LoRA: in the style: 0 of 2" in said
     assert "faded: in the style: 2 of 2" in said
     assert "faded-tara: in the style: 2 of 2" in said
@@ -108,7 +97,7 @@ def test_both_loras_of_the_style_are_recognised_on_grounds_that_their_references
 
 
 def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
-    command(concepts.app, "references", artwork, tmp_path / "references")
+    call("references", artwork, tmp_path / "references", of=concepts.app)
     for name in (*CONCEPTS, concepts.STYLE):
         lines = (tmp_path / "references" / name / "captions.tsv").read_text(encoding="utf-8").splitlines()
         assert [line.split("\t")[0] for line in lines] == [f"{i}.png" for i in range(10)]
@@ -121,7 +110,7 @@ def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_without_concepts_show_one_object_and_no_trigger(artwork: Path, tmp_path: Path) -> None:
-    command(concepts.app, "prior", artwork, tmp_path / "prior", "--any-class", "3", "--own-class", "2")
+    call("prior", artwork, tmp_path / "prior", "--any-class", "3", "--own-class", "2", of=concepts.app)
     triggers = {known.trigger for known in CONCEPTS.values()}
     for known in CONCEPTS.values():
         folder = tmp_path / "prior" / known.class_word
@@ -176,8 +165,8 @@ def test_the_rate_rises_stays_and_falls() -> None:
 @pytest.mark.slow
 def test_the_vae_is_trained_and_continued(artwork: Path, tmp_path: Path) -> None:
     out = tmp_path / "vae"
-    first = command(vae.train, artwork, out, "--steps", 1, "--batch", 2, "--threads", 1)
-    more = command(vae.train, artwork, out, "--steps", 2, "--batch", 2, "--threads", 1)
+    first = call(artwork, out, "--steps", 1, "--batch", 2, "--threads", 1, of=vae.train).output
+    more = call(artwork, out, "--steps", 2, "--batch", 2, "--threads", 1, of=vae.train).output
     assert first.startswith("1 error")
     assert more.startswith("2 error")
     made: Any = AutoencoderKL.from_pretrained(out, dtype=torch.float32)
@@ -186,20 +175,8 @@ def test_the_vae_is_trained_and_continued(artwork: Path, tmp_path: Path) -> None
 
 def test_training_the_decoder_alone_leaves_the_latents_as_they_are(artwork: Path, tmp_path: Path) -> None:
     shipped = base.playground_model() / "vae"
-    command(
-        vae.train,
-        artwork,
-        tmp_path / "vae",
-        "--init",
-        shipped,
-        "--decoder-only",
-        "--steps",
-        1,
-        "--batch",
-        2,
-        "--threads",
-        1,
-    )
+    how = ("--decoder-only", "--steps", 1, "--batch", 2, "--threads", 1)
+    call(artwork, tmp_path / "vae", "--init", shipped, *how, of=vae.train)
     before, after = (
         AutoencoderKL.from_pretrained(folder, dtype=torch.float32).state_dict()
         for folder in (shipped, tmp_path / "vae")
@@ -250,8 +227,8 @@ def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path,
     start, close, model = tmp_path / "start", tmp_path / "close", tmp_path / "model"
     small_trainer().save(start)
     few = ("--batch", 2, "--threads", 1)
-    command(base.train, artwork, close, "--init", start, "--close-up", "--steps", 1, *few)
-    said = command(base.train, artwork, model, "--init", close, "--steps", 2, *few)
+    call(artwork, close, "--init", start, "--close-up", "--steps", 1, *few, of=base.train)
+    said = call(artwork, model, "--init", close, "--steps", 2, *few, of=base.train).output
     assert said.startswith("2 loss")
     pipe: Any = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
     assert pipe.scheduler.config.prediction_type == "v_prediction"
@@ -263,14 +240,14 @@ def test_a_model_is_trained_first_on_close_ups_and_then_on_scenes(artwork: Path,
 @pytest.mark.slow
 def test_a_new_model_reads_with_the_tokenizer_that_was_built(artwork: Path, tmp_path: Path) -> None:
     words, model = tmp_path / "words", tmp_path / "model"
-    command(tokenizer.main, artwork, words, "--captions", 200)
+    call(artwork, words, "--captions", 200, of=tokenizer.main)
     few = ("--close-up", "--steps", 1, "--batch", 1, "--threads", 1)
-    command(base.train, artwork, model, "--tokenizer", words, *few)
+    call(artwork, model, "--tokenizer", words, *few, of=base.train)
     built, used = (CLIPTokenizer.from_pretrained(folder) for folder in (words, model / "tokenizer"))
     assert used.get_vocab() == built.get_vocab()
     encoder = CLIPTextModel.from_pretrained(model / "text_encoder")
     assert encoder.config.vocab_size == len(built)
-    said = command(base.train, artwork, tmp_path / "other", "--init", model, "--tokenizer", words, *few, code=2)
+    said = call(artwork, tmp_path / "other", "--init", model, "--tokenizer", words, *few, code=2, of=base.train).output
     assert "--tokenizer is for a new model" in said
 
 
@@ -278,7 +255,7 @@ def test_a_new_model_reads_with_the_tokenizer_that_was_built(artwork: Path, tmp_
 def test_plain_prompts_are_shown_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = {"a cat on grass": ("cat",), "a horse and a house on sand": ("horse", "house")}
     monkeypatch.setattr(plain, "PROMPTS", prompts)
-    said = command(plain.main, tmp_path / "sheet.png", base.playground_model(), "--seeds", 2)
+    said = call(tmp_path / "sheet.png", base.playground_model(), "--seeds", 2, of=plain.main).output
     assert "all objects named in 4 of 4 pictures" in said
     assert Image.open(tmp_path / "sheet.png").height > 2 * world.SIZE
 
@@ -301,7 +278,7 @@ def test_every_kind_of_lora_is_a_training_of_its_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", [("--concept", "mouse"), ("--kind", "mouse")])
 def test_unknown_loras_are_refused_and_the_known_ones_listed(wrong: tuple[str, str], tmp_path: Path) -> None:
-    said = command(loras.main, tmp_path, tmp_path, tmp_path, *wrong, code=2)
+    said = call(tmp_path, tmp_path, tmp_path, *wrong, code=2, of=loras.main).output
     assert f"there is no {wrong[0][2:]} mouse; there are" in said
 
 
@@ -310,8 +287,8 @@ def test_unknown_loras_are_refused_and_the_known_ones_listed(wrong: tuple[str, s
 def test_a_lora_of_the_playground_is_trained_by_the_recipe(
     name: str, trigger: str, artwork: Path, tmp_path: Path
 ) -> None:
-    command(concepts.app, "references", artwork, tmp_path / "references")
-    command(concepts.app, "prior", artwork, tmp_path / "prior", "--any-class", "2", "--own-class", "1")
+    call("references", artwork, tmp_path / "references", of=concepts.app)
+    call("prior", artwork, tmp_path / "prior", "--any-class", "2", "--own-class", "1", of=concepts.app)
     folders = tmp_path / "references", tmp_path / "prior", tmp_path
     (settings,) = trainings(*folders, "playground", ["tara"], [name], threads=1)
     few = settings.model_copy(update={"steps": 1, "warmup": 0, "batch_size": 1, "prior_batch": 1})

@@ -1,0 +1,26 @@
+"""Commands as they are typed: `from commands import call`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from click.testing import Result
+from typer import Typer
+from typer.testing import CliRunner
+
+from lora_compose.compose.cli import app
+
+
+def call(*arguments: object, code: int = 0, of: Typer | Callable[..., Any] = app) -> Result:
+    """Runs a command, of the program or of a script, and checks its exit code, and that no traceback is shown."""
+    if not isinstance(of, Typer):
+        function, of = of, Typer()
+        of.command()(function)
+    result = CliRunner().invoke(of, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result
+
+
+def flat(text: str) -> str:
+    """The words of a text that was wrapped for a terminal."""
+    return " ".join(text.split())
