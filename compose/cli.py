@@ -25,6 +25,7 @@ from lora_compose.compose.files import (
     save_image,
 )
 from lora_compose.compose.inspect_command import inspect_files
+from lora_compose.compose.lora.merge_command import merge
 from lora_compose.compose.models import make_batch, open_model, threads
 from lora_compose.compose.page.launch import ui
 from lora_compose.compose.replay import changes, difference, remake, runnable
@@ -65,6 +66,7 @@ app = typer.Typer(
 )
 app.command()(kindly()(bench))
 app.command("inspect")(kindly(logging.ERROR)(inspect_files))
+app.command()(kindly(logging.ERROR)(merge))
 app.command()(train)
 app.command()(ui)
 app.add_typer(evaluation, name="evaluate")

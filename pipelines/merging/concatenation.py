@@ -14,6 +14,8 @@ from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger
 class Cat(Merger):
     """The exact sum of the changes: all ranks side by side. There are no settings."""
 
+    resolves = False
+
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
         """Takes each layer for itself."""
         return lambda changes, moments: concatenated(changes)
@@ -21,7 +23,9 @@ class Cat(Merger):
 
 @dataclass(frozen=True)
 class Svd(Merger):
-    """The sum without ranks that add nothing, in factors of equal size; `rank` cuts it. There are no settings."""
+    """The sum by its singular values, without ranks that add nothing, to be cut. There are no settings."""
+
+    resolves = False
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
         """Takes each layer for itself."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from lora_compose.attention.lora_bank import LoraFactors
-from lora_compose.pipelines.merging.factors import concatenated, scaled
+from lora_compose.pipelines.merging.factors import concatenated, scaled, spectrum
 from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive
 
 _START, _RISE = 0.5, 1.5  # the style's factor over the steps
@@ -79,7 +79,7 @@ def subject_share(subject: LoraFactors, style: LoraFactors, level: float) -> flo
     """
     if not subject.rank or not style.rank:
         return float(subject.rank > 0)
-    count = subject.rank * style.rank
+    count = spectrum(subject).rank * spectrum(style).rank
     one, other = (_largest(change, count) for change in (subject, style))
     if not other:
         return float(one > 0)

@@ -24,10 +24,12 @@ class Merger(ABC):
 
     Attributes:
         pair: Whether it takes exactly two LoRAs, a subject and then a style.
+        resolves: Whether it resolves conflicts between LoRAs; one alone has none, and stays as it is.
         needs_model: Whether it needs the moments of the inputs, which only a model can give.
     """
 
     pair: ClassVar[bool] = False
+    resolves: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
 
     @abstractmethod

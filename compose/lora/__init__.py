@@ -1,0 +1,1 @@
+"""LoRA files as such: without making an image."""
