@@ -94,7 +94,7 @@ def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, mom
         nonlocal tokens
         if isinstance(base, nn.Conv2d):
             read = F.conv2d(inputs[0], down, None, base.stride, base.padding, base.dilation)  # pyright: ignore[reportArgumentType]
-            added = F.conv2d(read[:, own], up[:, :, None, None])
+            added = F.conv2d(read[:, own], up[:, :, None, None]) if changes[acting].rank else 0
             read = read.movedim(1, -1)
         else:
             read = F.linear(inputs[0], down)

@@ -150,8 +150,9 @@ def _model(model: str | None, merger: Merger, method: str, given: list[Given], d
 
 
 def _show(report: Report, method: str) -> None:
-    table = Table("block", "layers", "rank", "energy", *[f"kept of {i}" for i, _ in enumerate(report.files, 1)])
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True
+    kept = [f"kept {i}" for i, _ in enumerate(report.files, 1)]
+    table = Table("block", "layers", "rank", "energy", *kept, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.columns[0].no_wrap = True
     several = len(report.files) > 1
     cut = any(block.cut < 1 - 1e-9 for block in report.blocks)
     for column in [*(["overlap"] if several else []), *(["cut keeps"] if cut else [])]:

@@ -215,6 +215,8 @@ def merge_files(
     layers = list(matched.changes.items())
     alone = sum(one.weight != 0 for one in matched.given) == 1
     merge = (Cat() if alone and merger.resolves else merger).start([changes for _, changes in layers])
+    largest = max(sum(change.rank for change in changes) for _, changes in layers)
+    alpha = max(1, largest if rank is None else min(rank, largest))
     tally = _Tally(len(matched.given))
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=out.parent) as scratch:
@@ -224,7 +226,7 @@ def merge_files(
             merged = _cut(whole, rank)
             tally.add(_block(matched, name), changes, whole, merged)
             up, down = matrices(merged)
-            for key, tensor in tensors(matched.spelling, matched.sites[name], LoraFactors(down, up), dtype):
+            for key, tensor in tensors(matched.spelling, matched.sites[name], LoraFactors(down, up), dtype, alpha):
                 writer.add(key, tensor)
             if on_progress is not None:
                 on_progress(done / len(layers))
@@ -276,8 +278,8 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
     own = _spelling(given[0].file)
     if spelling not in (None, own):
         raise ValueError(
-            f"{given[0].source} is for a model that is not known here, so its layers keep the names it gives them; leave "
-            "--keys out, or give --model"
+            f"{given[0].source} is for a model that is not known here, so its layers keep the names it gives them; "
+            "leave --keys out, or give --model"
         )
     found = [by_name(one.file, alpha=_needed(alpha, one.file)) for one in given]
     named = [dict(layers) for layers, _ in found]

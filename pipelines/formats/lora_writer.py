@@ -1,7 +1,7 @@
 """Low-rank factors -> the keys and tensors of an ordinary LoRA file, in diffusers' spelling or in kohya's.
 
-Both act at scale 1: what scales a change is in its factors. kohya's files say so by an alpha that is the rank, and
-diffusers takes files without alphas so.
+What scales a change is in its factors. diffusers' files have no alphas. kohya's have the same one in all layers, also
+where ranks differ: diffusers 0.42 loses those that differ from the most common one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,7 +56,9 @@ def stems(spelling: Spelling, pipe: Any, names: Mapping[Part, list[str]]) -> dic
     return found
 
 
-def tensors(spelling: Spelling, site: Site, change: LoraFactors, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def tensors(
+    spelling: Spelling, site: Site, change: LoraFactors, dtype: torch.dtype, alpha: float
+) -> Iterator[tuple[str, Tensor]]:
     """Keys and tensors of one layer.
 
     Args:
@@ -64,14 +66,17 @@ def tensors(spelling: Spelling, site: Site, change: LoraFactors, dtype: torch.dt
         site: The layer.
         change: Matrices at scale 1; with rank 0 there is nothing to write.
         dtype: Of the factors.
+        alpha: That of all layers, for kohya's files; where it is the rank, the factors are written as they are.
     """
     if not change.rank:
         return
     down, up = change.down, change.up
     if site.kernel:
         down, up = down.reshape(len(down), -1, *site.kernel), up[:, :, None, None]
+    if spelling == "kohya":
+        up = up * (change.rank / alpha)
     sides = {"diffusers": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[spelling]
     for side, tensor in zip(sides, (down, up), strict=True):
         yield f"{site.stem}.{side}.weight", tensor.to(dtype)
     if spelling == "kohya":
-        yield f"{site.stem}.alpha", torch.tensor(float(change.rank))
+        yield f"{site.stem}.alpha", torch.tensor(float(alpha))
