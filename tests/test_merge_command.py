@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,11 +31,8 @@ from reference import dense
 PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 run = CliRunner().invoke
 
-# Those of SD 1.5 and SDXL at full size: files that name them are known for what they are.
-SD, XL = (
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
-    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
-)
+# Of SD 1.5 and SDXL at full size: the width of its inputs tells which of them a file is for.
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
 def text_of(result: Any) -> str:
@@ -322,12 +320,8 @@ def test_moments_are_those_of_the_inputs_that_a_lora_alone_makes(write_lora: Cal
     for part, names in layers.items():
         for name in names:
             changes = matched.changes[part, name]  # pyright: ignore[reportArgumentType]
-            rows = torch.cat([x.movedim(1, -1).flatten(0, -2) if x.ndim == 4 else x.flatten(0, -2) for x in seen[name]])
-            if name == "conv_in":
-                columns = [
-                    torch.nn.functional.unfold(x, 3, padding=1).movedim(1, -1).flatten(0, -2) for x in seen[name]
-                ]
-                rows = torch.cat(columns)
+            inputs = [F.unfold(x, 3, padding=1).movedim(1, -1) if x.ndim == 4 else x for x in seen[name]]
+            rows = torch.cat([x.flatten(0, -2) for x in inputs])
             read = (rows @ torch.cat([change.down.flatten(1) for change in changes]).T).double()
             torch.testing.assert_close(found[part, name][1], read.T @ read / len(read), atol=1e-5, rtol=1e-4)  # pyright: ignore[reportArgumentType]
 
@@ -399,12 +393,9 @@ def test_mistakes_are_said_and_nothing_is_written(arguments: list[str], message:
     assert list(tmp_path.iterdir()) == []
 
 
-def one_layer(path: Path, layer: str = LAYER, width: int = 768, outputs: int = 1280, **metadata: str) -> Path:
-    tensors = {
-        f"unet.{layer}.lora_A.weight": torch.ones(2, width),
-        f"unet.{layer}.lora_B.weight": torch.ones(outputs, 2),
-    }
-    save_file(tensors, path, metadata)
+def one_layer(path: Path, width: int = 768, outputs: int = 1280) -> Path:
+    down, up = torch.ones(2, width), torch.ones(outputs, 2)
+    save_file({f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}, path)
     return path
 
 
