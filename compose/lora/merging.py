@@ -222,9 +222,9 @@ def merge_files(
     with TemporaryFile(dir=out.parent) as scratch:
         writer = SafetensorsWriter(scratch)
         for done, (name, changes) in enumerate(layers, 1):
-            whole = merge(changes, None if moments is None else moments.get(name))
-            merged = _cut(whole, rank)
-            tally.add(_block(matched, name), changes, whole, merged)
+            merged = merge(changes, None if moments is None else moments.get(name))
+            merged, kept = (merged, 1.0) if rank is None else _cut(merged, rank)
+            tally.add(_block(matched, name), changes, merged, kept)
             up, down = matrices(merged)
             for key, tensor in tensors(matched.spelling, matched.sites[name], LoraFactors(down, up), dtype, alpha):
                 writer.add(key, tensor)
@@ -337,8 +337,13 @@ def _kernel(name: Name, loras: Sequence[Mapping[Name, LoraFactors]]) -> tuple[in
     return next(tuple(lora[name].down.shape[2:]) for lora in loras if name in lora)
 
 
-def _cut(change: LoraFactors, rank: int | None) -> LoraFactors:
-    return change if rank is None or change.rank <= rank else spectrum(change).factors(rank)
+def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
+    """The best approximation of a rank, and its share of the energy."""
+    if change.rank <= rank:
+        return change, 1.0
+    found = spectrum(change)
+    energy = found.values**2
+    return found.factors(rank), float(energy[:rank].sum() / energy.sum()) if found.rank else 1.0
 
 
 def _spelling(file: LoraFile) -> Spelling:
@@ -403,6 +408,7 @@ class _Tally:
     def __init__(self, files: int) -> None:
         self._files = files
         self._sums: dict[str, Tensor] = {}
+        self._whole: dict[str, float] = {}
         self._ranks: dict[str, list[tuple[int, int]]] = {}
 
     @property
@@ -410,28 +416,30 @@ class _Tally:
         """The sum of the ranks that are written."""
         return sum(after for ranks in self._ranks.values() for _, after in ranks)
 
-    def add(self, block: str, changes: Changes, whole: LoraFactors, merged: LoraFactors) -> None:
-        """Takes a layer: its changes, the result, and what the cut to a rank left of that."""
-        products = gram([*changes, whole, merged])
+    def add(self, block: str, changes: Changes, merged: LoraFactors, kept: float) -> None:
+        """Takes a layer: its changes, the result, and the share of its energy that the cut to a rank kept."""
+        products = gram([*changes, merged])
         self._sums[block] = self._sums.get(block, 0) + products
+        self._whole[block] = self._whole.get(block, 0.0) + float(products[-1, -1]) / kept
         self._ranks.setdefault(block, []).append((sum(change.rank for change in changes), merged.rank))
 
     def blocks(self) -> Iterator[MergedBlock]:
         """What became of each block, and of all."""
         for name, products in self._sums.items():
-            yield self._block(name, products, self._ranks[name])
-        yield self._block("all", sum(self._sums.values(), torch.zeros(())), [*chain(*self._ranks.values())])
+            yield self._block(name, products, self._whole[name], self._ranks[name])
+        products = sum(self._sums.values(), torch.zeros(()))
+        yield self._block("all", products, sum(self._whole.values()), [*chain(*self._ranks.values())])
 
-    def _block(self, name: str, products: Tensor, ranks: list[tuple[int, int]]) -> MergedBlock:
+    def _block(self, name: str, products: Tensor, uncut: float, ranks: list[tuple[int, int]]) -> MergedBlock:
         n = self._files
         energy = products.diagonal().clamp(min=0).tolist()
         whole = float(products[:n, :n].sum())
         before, after = zip(*ranks, strict=True)
         return MergedBlock(
             name=name, layers=len(ranks), ranks_before=(min(before), max(before)), ranks_after=(min(after), max(after)),
-            norm=math.sqrt(energy[n + 1]), energy=energy[n + 1] / whole if whole > 0 else None,
-            kept=tuple(float(products[i, n + 1]) / energy[i] if energy[i] else None for i in range(n)),
-            cut=energy[n + 1] / energy[n] if energy[n] else 1.0,
+            norm=math.sqrt(energy[n]), energy=energy[n] / whole if whole > 0 else None,
+            kept=tuple(float(products[i, n]) / energy[i] if energy[i] else None for i in range(n)),
+            cut=min(1.0, energy[n] / uncut) if uncut > 0 else 1.0,
             overlaps=tuple(_share(float(products[i, j]), energy[i], energy[j]) for i, j in combinations(range(n), 2)),
         )  # fmt: skip
 

@@ -89,10 +89,13 @@ def coefficients(space: Tensor, one: Spectrum) -> Tensor:
 
 
 def gram(changes: Sequence[LoraFactors]) -> Tensor:
-    """Frobenius inner products of changes of one layer, without building any. Shape: [changes, changes]."""
-    ups, downs = zip(*map(matrices, changes), strict=True)
-    up, down = torch.cat(ups, dim=1), torch.cat(downs)
-    products = (up.T @ up) * (down @ down.T)
+    """Frobenius inner products of changes of one layer, without building any; to the precision of fp32.
+
+    Shape: [changes, changes].
+    """
+    up = torch.cat([change.up.flatten(1).float() * change.scale for change in changes], dim=1)
+    down = torch.cat([change.down.flatten(1).float() for change in changes])
+    products = ((up.T @ up) * (down @ down.T)).double()
     whose = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([one.rank for one in changes]))
     owner = torch.nn.functional.one_hot(whose, len(changes)).to(products)
     return owner.T @ products @ owner

@@ -128,17 +128,19 @@ def _clustered(products: Tensor, k: int, generator: torch.Generator) -> tuple[fl
 
 def _centroids(pooled: Spectrum, labels: Tensor) -> Spectrum:
     """One unit for each cluster: the direction of its sum, as long as its members are on average."""
-    left, right = torch.linalg.qr(pooled.u * pooled.values), torch.linalg.qr(pooled.v)
-    us, values, vs = [], [], []
+    us, lengths, vs = [], [], []
     for label in labels.unique():
-        members = labels == label
-        u, s, vh = torch.linalg.svd(left.R[:, members] @ right.R[:, members].T)
-        length = pooled.values[members]
-        if s[0] > TINY * length.sum():  # else they cancel out
-            us.append(left.Q @ u[:, 0])
-            values.append(length.mean())
-            vs.append(right.Q @ vh[0])
-    if not values:
+        members = (labels == label).nonzero().flatten()
+        u, values, v = pooled.u[:, members], pooled.values[members], pooled.v[:, members]
+        if len(members) > 1:
+            found = spectrum(LoraFactors(v.T, u * values))
+            if not found.rank or found.values[0] < TINY * values.sum():  # they cancel out
+                continue
+            u, v = found.u, found.v
+        us.append(u[:, 0])
+        lengths.append(values.mean())
+        vs.append(v[:, 0])
+    if not us:
         return Spectrum(pooled.u[:, :0], pooled.values[:0], pooled.v[:, :0])
-    order = torch.stack(values).argsort(descending=True)
-    return Spectrum(torch.stack(us, 1)[:, order], torch.stack(values)[order], torch.stack(vs, 1)[:, order])
+    order = torch.stack(lengths).argsort(descending=True)
+    return Spectrum(torch.stack(us, 1)[:, order], torch.stack(lengths)[order], torch.stack(vs, 1)[:, order])
