@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from components import ATTENTION, EVERYTHING, FAMILIES, State, random_lora, seeded, text_loras
 from disks import files_of_at_most
+from layouts import layout, shapes_of
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.compose.assets import playground_lora
 from lora_compose.compose.cli import app
@@ -23,6 +26,7 @@ from lora_compose.compose.lora.calibration import calibrate
 from lora_compose.compose.lora.merge_command import parse_weight
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.lora_files import FORMATS
+from lora_compose.compose.playground.merging import PAIRS, compared, drawn
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
 from lora_compose.pipelines.loading import LoraError, match, read_lora
 from lora_compose.pipelines.merging import MERGERS, make_merger
@@ -472,3 +476,32 @@ def test_a_disk_that_fills_up_leaves_what_was_there(size: int, tmp_path: Path) -
         result = run(app, ["merge", *TWO, "--out", str(out), "--overwrite"])
     assert result.exit_code == 1, result.output
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.safetensors", b"precious")]
+
+
+@pytest.mark.slow
+def test_the_sheet_of_the_playground_shows_pairs_merged_in_several_ways() -> None:
+    shown = [[*compared(pair, ["cat", "ties, density 0.5"], seeds=1, steps=2)] for pair in PAIRS]
+    assert [one.method for one in shown[0]] == ["each alone", "cat", "ties, density 0.5"]
+    assert all(0 < far < 3 for same in shown for one in same[1:] for far in one.far)
+    assert drawn(shown).height > 3 * shown[0][0].images[0].height
+
+
+@pytest.mark.slow
+def test_large_files_take_memory_for_what_is_read_alone(tmp_path: Path) -> None:
+    files = []
+    for n in range(2):
+        generator = torch.Generator().manual_seed(n)
+        tensors = {
+            key: torch.randn([48 if side == 8 else side for side in shape], generator=generator).half()
+            for key, shape in shapes_of(layout("kohya-sdxl")).items()
+            if shape
+        }
+        files.append(tmp_path / f"{n}.safetensors")
+        save_file(tensors, files[-1], layout("kohya-sdxl")["metadata"])
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "lora_compose", "merge", *map(str, files), "--out", str(out), "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    read = sum(path.stat().st_size for path in files)
+    assert read > 600 * 2**20
+    # What is written is as large again, and libraries take half a GiB.
+    assert json.loads(result.stdout)["peak_bytes"] < 1.1 * read + 700 * 2**20
