@@ -391,7 +391,7 @@ TWO = ["playground:cat", "playground:dog"]
     ],
 )  # fmt: skip
 def test_mistakes_are_said_and_nothing_is_written(arguments: list[str], message: str, tmp_path: Path) -> None:
-    result = run(app, ["merge", *arguments, "--out", str(tmp_path / "out.safetensors")])
+    result = run(app, ["merge", *arguments, "--out", str(tmp_path / "folder" / "out.safetensors")])
     assert result.exit_code == 2, result.output
     assert message in text_of(result)
     assert list(tmp_path.iterdir()) == []

@@ -218,8 +218,10 @@ def merge_files(
     largest = max(sum(change.rank for change in changes) for _, changes in layers)
     alpha = max(1, largest if rank is None else min(rank, largest))
     tally = _Tally(len(matched.given))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=out.parent) as scratch:
+    on_its_disk = next(
+        folder for folder in out.absolute().parents if folder.is_dir()
+    )  # of which there is one: the root
+    with TemporaryFile(dir=on_its_disk) as scratch:
         writer = SafetensorsWriter(scratch)
         for done, (name, changes) in enumerate(layers, 1):
             merged = merge(changes, None if moments is None else moments.get(name))

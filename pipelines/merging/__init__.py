@@ -18,7 +18,7 @@ from lora_compose.pipelines.merging.ssr import Ssr
 from lora_compose.pipelines.merging.ties import Ties
 from lora_compose.pipelines.merging.tsv import Tsv
 
-__all__ = ["MERGERS", "Changes", "MergeLayer", "Merger", "make_merger"]
+__all__ = ["MERGERS", "Changes", "MergeLayer", "Merger", "make_merger", "settings_of"]
 
 MERGERS: Mapping[str, type[Merger]] = {
     "cat": Cat,
