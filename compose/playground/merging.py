@@ -1,4 +1,4 @@
-"""Pairs of the playground's LoRAs merged in every way: a sheet, and how far each LoRA alone is from what it was.
+"""Pairs of the playground's LoRAs merged in every way: a sheet, and how much of each is left when it is called alone.
 
 python -m lora_compose.compose.playground.merging docs/images/merging.png
 """
@@ -17,19 +17,23 @@ import typer
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from lora_compose.compose.assets import playground_lora, playground_model
+from lora_compose.compose.assets import playground_lora, playground_model, playground_references
 from lora_compose.compose.demo import GUIDANCE, THREADS
-from lora_compose.compose.files import save_image
+from lora_compose.compose.evaluation.detectors import WindowDetector
+from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.evaluation.scoring import reference_crop, squared
+from lora_compose.compose.files import PLAYGROUND, save_image
 from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.models import threads
+from lora_compose.compose.playground.world import BASE_CLASSES
 from lora_compose.compose.sheets import Row, sheet
 from lora_compose.compose.terminal import bar, kindly, say
-from lora_compose.pipelines.loading import read_lora
+from lora_compose.pipelines.loading import LoraFile, read_lora
 from lora_compose.pipelines.merging import MERGERS, make_merger
 
-SIDE = 192
-METHODS = (*MERGERS, "ties, density 0.5")
+SIDE = 128
+METHODS = (*(name for name in MERGERS if name != "svd"), "ties, density 0.5")  # svd is the sum as well
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,12 @@ class Shown:
     Attributes:
         method: How it was merged.
         images: For the two texts that show one, and the one that shows both; the first seed.
-        far: For each LoRA, how far images are from those of that LoRA alone: 0 is the same, 1 as far as without a LoRA.
-            Root mean squares over all pixels and seeds.
+        left: For each LoRA, how much of it is seen: 1 as with that LoRA alone, 0 as without a LoRA.
     """
 
     method: str
     images: tuple[Image.Image, ...]
-    far: tuple[float, float]
+    left: tuple[float, float]
 
 
 def compared(
@@ -88,15 +91,43 @@ def compared(
         return made.images
 
     given = [Given(name, read_lora(playground_lora(name))) for name in pair.names]
+    seen = [_measure(one.file) for one in given]
     own = [images(one.file.path, prompt) for one, prompt in zip(given, pair.alone, strict=True)]
-    plain = [images(None, prompt) for prompt in pair.alone]
-    yield Shown("each alone", (*map(_first, own), _first(images(None, pair.both))), (0.0, 0.0))
+    ends = [
+        (see(images(None, prompt)), see(with_it)) for see, prompt, with_it in zip(seen, pair.alone, own, strict=True)
+    ]
+    yield Shown("each alone", (*map(_first, own), _first(images(None, pair.both))), (1.0, 1.0))
     with TemporaryDirectory() as folder:
         for method in methods:
             path = _merged(pipe, given, method, Path(folder))
             made = [images(path, prompt) for prompt in (*pair.alone, pair.both)]
-            far = tuple(_size(made[i] - own[i]) / _size(plain[i] - own[i]) for i in range(2))
-            yield Shown(method, tuple(map(_first, made)), (far[0], far[1]))
+            left = [_share(see(one), *end) for see, one, end in zip(seen, made, ends, strict=False)]
+            yield Shown(method, tuple(map(_first, made)), (left[0], left[1]))
+
+
+def _measure(file: LoraFile) -> Callable[[np.ndarray], np.ndarray]:
+    """What to look at to see a LoRA: a subject's likeness to its references, or the colours of a style."""
+    if file.class_word == "style":
+        return lambda images: np.concatenate([images.mean((0, 1, 2)), images.std((0, 1, 2))])
+    encoder = load_encoder(f"{PLAYGROUND}:judge")
+    detector = WindowDetector(encoder, BASE_CLASSES)
+    references = encoder.images([reference_crop(path) for path in playground_references(file.path.stem)])
+
+    def likeness(images: np.ndarray) -> np.ndarray:
+        found = []
+        for image in map(_picture, images):
+            boxes = [one.box for one in detector.detect(image, [file.class_word or ""])] or [(0, 0, *image.size)]
+            crops = encoder.images([squared(image.crop(box)) for box in boxes])
+            found.append(float((crops @ references.T).mean(1).max()))
+        return np.array([np.mean(found)])
+
+    return likeness
+
+
+def _share(found: np.ndarray, without: np.ndarray, alone: np.ndarray) -> float:
+    """How far it is on the way from without a LoRA to that LoRA alone."""
+    way = alone - without
+    return float((found - without) @ way / (way @ way))
 
 
 def _merged(pipe: Any, given: Sequence[Given], method: str, folder: Path) -> Path:
@@ -109,12 +140,12 @@ def _merged(pipe: Any, given: Sequence[Given], method: str, folder: Path) -> Pat
     return path
 
 
-def _size(difference: np.ndarray) -> float:
-    return float(np.sqrt((difference**2).mean()))
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray((image * 255).round().astype("u1"))
 
 
 def _first(images: np.ndarray) -> Image.Image:
-    return Image.fromarray((images[0] * 255).round().astype("u1"))
+    return _picture(images[0])
 
 
 def drawn(shown: Sequence[Sequence[Shown]]) -> Image.Image:
@@ -126,19 +157,19 @@ def drawn(shown: Sequence[Sequence[Shown]]) -> Image.Image:
     ]
     lines = [
         "Two LoRAs in one file. First row: each LoRA alone, and both texts without any.",
-        "Above an image: how far it is from that of the LoRA alone; 0 is the same, 1 as far as without a LoRA.",
+        "Above an image: how much of the LoRA is seen, over all seeds; 1 as with it alone, 0 as without any.",
     ]
     return sheet(columns, rows, title="Merged files in plain diffusers", lines=lines, side=SIDE)
 
 
 def _captions(same: Sequence[Shown]) -> list[str]:
-    return [text for one in same for text in (*(f"{far:.2f}" for far in one.far), "")]
+    return [text for one in same for text in (*(f"{left:.2f}" for left in one.left), "")]
 
 
 @kindly(logging.ERROR)
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Images of each text.")] = 4,
+    seeds: Annotated[int, typer.Option(min=1, help="Images of each text.")] = 3,
     steps: Annotated[int, typer.Option(min=1)] = 12,
 ) -> None:
     """Merges a subject with a style and with a subject in every way, and shows what is left of each."""
@@ -155,7 +186,7 @@ def main(
             shown.append([])
             for one in compared(pair, METHODS, seeds, steps, on_image):
                 shown[-1].append(one)
-                first, second = (f"{name} {far:.2f}" for name, far in zip(pair.names, one.far, strict=True))
+                first, second = (f"{name} {left:.2f}" for name, left in zip(pair.names, one.left, strict=True))
                 say(f"{' + '.join(pair.names)}, {one.method}: {first}, {second}")
     say(save_image(drawn(shown), out))
 
