@@ -31,8 +31,8 @@ class Ssr(Merger):
     """SSR-Merge.
 
     Attributes:
-        ridge: l, the pull to the plain sum. The authors' code has 1e-4, of rows of A as they are, which are shorter than
-            1; on orthonormal rows that lets the router grow until images break.
+        ridge: l, the pull to the plain sum. The authors' code has 1e-4, for rows of A as they are, which are short;
+            for orthonormal rows that is so little that the router grows until images break.
     """
 
     needs_model = True
