@@ -12,7 +12,7 @@ from rich.text import Text
 from lora_compose.compose.files import PLAYGROUND, PLAYGROUND_TITLE, parse_settings
 from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merging import Given, MergedBlock, Report, check_free, match_files, merge_files
-from lora_compose.compose.models import lora_source, open_model
+from lora_compose.compose.models import lora_source, open_model, threads
 from lora_compose.compose.terminal import bar, out, plain, say
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
 from lora_compose.pipelines.loading import find_file, read_lora
@@ -83,7 +83,7 @@ def merge(
     if merger.needs_model:
         with bar("looking at inputs", 1) as on_progress:
             moments = calibrate(pipe, matched, prompts, steps=steps, seed=seed, on_progress=on_progress)
-    with bar("merging", 1) as on_progress:
+    with bar("merging", 1) as on_progress, threads(1):  # of small matrices, which several threads make slower
         report = merge_files(
             matched, merger, to, rank=rank, dtype=kind, moments=moments, method=method, overwrite=overwrite,
             on_progress=on_progress,
