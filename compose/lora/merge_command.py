@@ -73,7 +73,8 @@ def merge(
     kind = _dtype(dtype)
     check_free(to, overwrite)
     _check_number(merger, method, files, prompt)
-    given = [_given(text, allow_pickle) for text in files]
+    with threads(1):  # many small tensors, on which several threads only wait for each other
+        given = [_given(text, allow_pickle) for text in files]
     if not any(one.weight for one in given):
         raise ValueError("every weight is 0; there is nothing to merge")
     pipe = _model(model, merger, method, given, device)
@@ -83,7 +84,7 @@ def merge(
     if merger.needs_model:
         with bar("looking at inputs", 1) as on_progress:
             moments = calibrate(pipe, matched, prompts, steps=steps, seed=seed, on_progress=on_progress)
-    with bar("merging", 1) as on_progress, threads(1):  # of small matrices, which several threads make slower
+    with bar("merging", 1) as on_progress, threads(1):
         report = merge_files(
             matched, merger, to, rank=rank, dtype=kind, moments=moments, method=method, overwrite=overwrite,
             on_progress=on_progress,
