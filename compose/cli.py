@@ -13,6 +13,7 @@ from lora_compose.compose.generate.demo_command import demo
 from lora_compose.compose.generate.replay_command import replay
 from lora_compose.compose.generate.run_command import run
 from lora_compose.compose.lora.inspect_command import inspect_files
+from lora_compose.compose.lora.merge_command import merge
 from lora_compose.compose.page.launch import ui
 from lora_compose.compose.support.terminal import kindly, say
 from lora_compose.compose.support.version import __version__
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(kindly()(bench))
 app.command("inspect")(kindly(logging.ERROR)(inspect_files))
+app.command()(kindly(logging.ERROR)(merge))
 app.command()(train)
 app.command()(ui)
 app.command()(demo)

@@ -11,16 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows, which removes no file that a process has open, so nothing has to be locked
     fcntl = None
 
+Content = bytes | Callable[[BinaryIO], None]
+"""What a file is to hold, or what writes it."""
+
 _PART = ".lora-compose-{}.part"
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: Content) -> None:
     """Writes a file that replaces another one of its name at once, or not at all.
 
     Raises:
@@ -30,12 +34,12 @@ def write_whole(path: Path, data: bytes) -> None:
         part.replace(path)
 
 
-def write_new(path: Path, data: bytes, free_path: Callable[[Path], Path]) -> Path:
+def write_new(path: Path, data: Content, free_path: Callable[[Path], Path]) -> Path:
     """Writes a file that replaces no other one.
 
     Args:
         path: Where to.
-        data: Its content.
+        data: Its content, or what writes it.
         free_path: Gives a name that is free, which is `path` itself where possible; asked again if another process was
             faster.
 
@@ -58,14 +62,17 @@ def write_new(path: Path, data: bytes, free_path: Callable[[Path], Path]) -> Pat
 
 
 @contextmanager
-def _part(path: Path, data: bytes) -> Iterator[Path]:
+def _part(path: Path, data: Content) -> Iterator[Path]:
     """A finished file beside its destination, to be moved there in one step; gone afterwards if it was not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent.absolute())
     try:
         with _locked_file(path.parent) as part:
             with part.open("wb") as file:
-                file.write(data)
+                if isinstance(data, bytes):
+                    file.write(data)
+                else:
+                    data(file)
                 file.flush()
                 os.fsync(file.fileno())  # else a power cut may leave the new name with nothing under it
             yield part

@@ -7,6 +7,8 @@
     layers.py     the keys of a file gathered by layer
     alphas.py     how strongly a layer's factors act
     recognise.py  all keys of a file -> who writes such files, and for which family of models
+    lora_writer.py         factors -> keys and tensors of an ordinary LoRA file
+    safetensors_writer.py  tensors -> a file, one at a time
 
 `pipelines.loading` brings a file and a model together.
 """

@@ -62,6 +62,12 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, str]:
     return bare | {f"text_model_{spelled}": name for spelled, name in bare.items()}
 
 
+def original_names(unet: nn.Module) -> Mapping[str, str]:
+    """The original checkpoint's names of a UNet's layers, with underscores for dots, by the UNet's own names."""
+    own = {name.replace(".", "_"): name for name, _ in uncompiled(unet).named_modules()}
+    return {name: spelled for spelled, name in _original(uncompiled(unet), own).items()}
+
+
 def _original(unet: nn.Module, own: Mapping[str, str]) -> dict[str, str]:
     """Layers by the spelling of the original checkpoints, which number all blocks of one direction through."""
     found = {theirs: own[ours] for ours, theirs in _OUTSIDE.items() if ours in own}

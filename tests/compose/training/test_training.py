@@ -21,7 +21,6 @@ from peft.utils import get_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_cli import call, flat
 
 from commands import call, flat
 from components import TINY, sd_unet, unet_inputs

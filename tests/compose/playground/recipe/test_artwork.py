@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from test_playground_recipe import command
 
 from commands import call
 from lora_compose.compose.playground.recipe import artwork

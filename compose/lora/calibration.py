@@ -1,0 +1,112 @@
+"""What the layers of a model see while one LoRA alone acts: for mergers that fit the result to it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_compose.attention import LoraFactors
+from lora_compose.attention.lora_bank import base_layer
+from lora_compose.compose.lora.merging import Given, Matched, Name
+
+
+def prompt_of(given: Given) -> str:
+    """A text that shows what a LoRA has learned, by its trigger and class word.
+
+    Raises:
+        ValueError: If the file does not say its trigger.
+    """
+    file = given.file
+    if not file.trigger:
+        raise ValueError(
+            f"{given.source} does not say its trigger; give a text that shows what it has learned: --prompt, once for "
+            "each file, in their order"
+        )
+    return f"a photo of {file.trigger} {file.class_word or ''}".strip()
+
+
+def calibrate(
+    pipe: Any,
+    matched: Matched,
+    prompts: Sequence[str],
+    *,
+    steps: int = 10,
+    seed: int = 0,
+    on_progress: Callable[[float], None] | None = None,
+) -> Mapping[Name, Tensor]:
+    """Makes one image with each LoRA alone, without guidance, and measures what the layers see.
+
+    Args:
+        pipe: The model. It is left as it was found.
+        matched: The files, matched with it.
+        prompts: What the images show, one for each file.
+        steps: Of each image.
+        seed: Of the start noise, the same for all.
+        on_progress: Called with the share of the work that is done.
+
+    Returns:
+        By layer, the moments that `MergeLayer` describes, in fp64 on the CPU.
+    """
+    models = {part: getattr(pipe, part) for part, _ in matched.changes}
+    sums = {
+        name: torch.zeros(len(matched.given), total, total, dtype=torch.float64)
+        for name, changes in matched.changes.items()
+        if (total := sum(change.rank for change in changes))
+    }
+    for k, prompt in enumerate(prompts):
+        with ExitStack() as stack:
+            for name, moments in sums.items():
+                layer = models[name[0]].get_submodule(name[1])
+                stack.enter_context(_measured(layer, matched.changes[name], k, moments[k]))
+            pipe(
+                prompt=prompt, num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
+                generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+        if on_progress is not None:
+            on_progress((k + 1) / len(prompts))
+    return sums
+
+
+@contextmanager
+def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, moments: Tensor) -> Iterator[None]:
+    """Adds the change of one LoRA to what a layer gives, and the outer products of (A x) to the moments; then the mean.
+
+    Args:
+        layer: The layer.
+        changes: Of it, by all LoRAs.
+        acting: The LoRA that acts.
+        moments: Shape: [sum of ranks, sum of ranks], zeros.
+    """
+    base = base_layer(layer)
+    weight = base.get_parameter("weight")
+    place = {"device": weight.device, "dtype": weight.dtype}
+    shape = (-1, *weight.shape[1:])
+    down = torch.cat([change.down.to(**place).reshape(shape) for change in changes])
+    start = sum(change.rank for change in changes[:acting])
+    own = slice(start, start + changes[acting].rank)
+    up = changes[acting].up.to(**place).flatten(1) * changes[acting].scale
+    tokens = 0
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        nonlocal tokens
+        if isinstance(base, nn.Conv2d):
+            read = F.conv2d(inputs[0], down, None, base.stride, base.padding, base.dilation)  # pyright: ignore[reportArgumentType]
+            added = F.conv2d(read[:, own], up[:, :, None, None]) if changes[acting].rank else 0
+            read = read.movedim(1, -1)
+        else:
+            read = F.linear(inputs[0], down)
+            added = F.linear(read[..., own], up)
+        rows = read.detach().reshape(-1, len(down)).double()
+        moments.add_((rows.T @ rows).to(moments.device))
+        tokens += len(rows)
+        return output + added
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    moments.div_(max(1, tokens))

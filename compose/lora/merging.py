@@ -1,0 +1,450 @@
+"""Several LoRA files -> one: layers are matched by name, merged one after the other, and written as they come."""
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, combinations
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from lora_compose.attention import LoraFactors
+from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
+from lora_compose.compose.files.atomic import write_new, write_whole
+from lora_compose.compose.lora.inspection import block_of
+from lora_compose.compose.support.version import __version__
+from lora_compose.pipelines.concepts.loading import match
+from lora_compose.pipelines.formats.by_name import by_name
+from lora_compose.pipelines.formats.files import LoraError, LoraFile
+from lora_compose.pipelines.formats.keys import PARTS, Part, parse
+from lora_compose.pipelines.formats.lora_writer import Site, Spelling, stems, tensors
+from lora_compose.pipelines.formats.recognise import guess_family
+from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
+from lora_compose.pipelines.merging import Changes, Merger, settings_of
+from lora_compose.pipelines.merging.concatenation import Cat
+from lora_compose.pipelines.merging.factors import absent, gram, matrices, scaled, spectrum
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+Name = tuple[Part, str]
+RECORD = "lora_compose.merge"
+"""The key in a file's metadata that says what was merged, and how."""
+
+# What the header of a file says of its base model; kept where all files that are merged agree.
+_BASE = (
+    "base_model",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "modelspec.architecture",
+    "modelspec.sai_model_spec",
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """One of the files that are merged.
+
+    Attributes:
+        source: What the user called it.
+        file: What was read.
+        weight: Factor on its change.
+    """
+
+    source: str
+    file: LoraFile
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """Files whose layers were matched with each other.
+
+    Attributes:
+        given: The files.
+        changes: By layer, the change by every file, weights in the scales; rank 0 where a file does not change it.
+        sites: What the layers are called in the file to come.
+        spelling: Whose keys that has.
+        notes: What is cut, left out or guessed.
+    """
+
+    given: Sequence[Given]
+    changes: Mapping[Name, Changes]
+    sites: Mapping[Name, Site]
+    spelling: Spelling
+    notes: tuple[str, ...]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class MergedBlock(_Frozen):
+    """What became of one block of a model.
+
+    Attributes:
+        name: Such as "unet.down_blocks.1"; "all" for the whole file.
+        layers: How many layers are changed.
+        ranks_before: Smallest and largest sum of ranks of a layer.
+        ranks_after: The same of the ranks that were written.
+        norm: Frobenius norm of what was written.
+        energy: Its square over that of the weighted sum of the changes; None where that is 0.
+        kept: By file, how much of its weighted change D is in the result M: <M, D> / |D|^2. 1 is all of it; more where
+            others add to it, None where the file changes nothing.
+        cut: The share of the energy that the cut to a rank kept; 1 if there was none.
+        overlaps: By pair of files, <A, B>^2 / (|A|^2 |B|^2).
+    """
+
+    name: str
+    layers: int
+    ranks_before: tuple[int, int]
+    ranks_after: tuple[int, int]
+    norm: float
+    energy: float | None
+    kept: tuple[float | None, ...]
+    cut: float
+    overlaps: tuple[float, ...]
+
+
+class Report(_Frozen):
+    """What was merged and how it went.
+
+    Attributes:
+        out: The file that was written.
+        size: In bytes.
+        files: Source and weight of each.
+        blocks: By block, the whole last.
+        notes: What is cut, left out or guessed.
+        seconds: For matching, merging and writing.
+        peak_bytes: The most memory that this process has had, libraries included; None where the system does not tell.
+    """
+
+    out: str
+    size: int
+    files: tuple[tuple[str, float], ...]
+    blocks: tuple[MergedBlock, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    peak_bytes: int | None
+
+
+def match_files(
+    given: Sequence[Given], pipe: Any = None, *, spelling: Spelling | None = None, alpha: float | None = None
+) -> Matched:
+    """Matches the layers of files with each other.
+
+    Args:
+        given: The files.
+        pipe: The model that they are for. Without one, the full architecture of their family gives the names of its
+            layers; files of a family that is not known here are matched by the names that they give themselves.
+        spelling: Whose keys the result gets; those of the first file by default.
+        alpha: For files that do not say theirs.
+
+    Raises:
+        LoraError: If files are damaged, not supported, for different models, or do not fit the model.
+        ValueError: If their names cannot be spelled so.
+    """
+    pipe = pipe or _family(given)
+    if pipe is None:
+        return _match_by_name(given, spelling, alpha)
+    spelling = spelling or _spelling(given[0].file)
+    loras: list[Mapping[Name, LoraFactors]] = []
+    notes: list[str] = []
+    for one in given:
+        found = match(one.file, pipe, alpha=_needed(alpha, one.file))
+        parts = found.by_part
+        loras.append({(part, name): f for part in PARTS for name, f in parts.get(part, {}).items()})
+        if found.unmatched:
+            keys = ", ".join(found.unmatched[:3])
+            notes.append(f"{one.source}: {len(found.unmatched)} keys fit no layer and are left out: {keys}")
+        notes += [f"{one.source}: {note}" for note in found.notes]
+        if found.embeddings:
+            words = ", ".join(found.embeddings)
+            notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
+    names = dict.fromkeys(name for lora in loras for name in lora)
+    called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
+    sites = {name: Site(called[name], _kernel(name, loras)) for name in names}
+    return Matched(given, _side_by_side(given, names, loras), sites, spelling, tuple(notes))
+
+
+def merge_files(
+    matched: Matched,
+    merger: Merger,
+    out: Path,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    moments: Mapping[Name, Tensor] | None = None,
+    method: str = "",
+    overwrite: bool = False,
+    on_progress: Callable[[float], None] | None = None,
+) -> Report:
+    """Merges files layer by layer into a new one, which appears whole or not at all.
+
+    Args:
+        matched: The files.
+        merger: How.
+        out: Where to.
+        rank: Layers of more are cut to it, by singular values.
+        dtype: Of the result; by default fp16 or bf16 if all of the files have it, otherwise fp32.
+        moments: For mergers that need a model, as in `MergeLayer`, by layer.
+        method: What the merger is called in the metadata.
+        overwrite: Whether the file may be there already.
+        on_progress: Called with the share of the layers that is done.
+
+    Returns:
+        What became of the files.
+
+    Raises:
+        ValueError: If nothing is left, or numbers do not fit the precision.
+        OSError: If the result cannot be written.
+    """
+    began = time.perf_counter()
+    check_free(out, overwrite)
+    dtype = dtype or _dtype(matched.given)
+    layers = list(matched.changes.items())
+    alone = sum(one.weight != 0 for one in matched.given) == 1
+    merge = (Cat() if alone and merger.resolves else merger).start([changes for _, changes in layers])
+    largest = max(sum(change.rank for change in changes) for _, changes in layers)
+    alpha = max(1, largest if rank is None else min(rank, largest))
+    tally = _Tally(len(matched.given))
+    on_its_disk = next(
+        folder for folder in out.absolute().parents if folder.is_dir()
+    )  # of which there is one: the root
+    with TemporaryFile(dir=on_its_disk) as scratch:
+        writer = SafetensorsWriter(scratch)
+        for done, (name, changes) in enumerate(layers, 1):
+            merged = merge(changes, None if moments is None else moments.get(name))
+            merged, kept = (merged, 1.0) if rank is None else _cut(merged, rank)
+            tally.add(_block(matched, name), changes, merged, kept)
+            up, down = matrices(merged)
+            for key, tensor in tensors(matched.spelling, matched.sites[name], LoraFactors(down, up), dtype, alpha):
+                writer.add(key, tensor)
+            if on_progress is not None:
+                on_progress(done / len(layers))
+        if not tally.written:
+            raise ValueError("nothing is left: the merged change is zero in every layer")
+        metadata = _metadata(matched, merger, method, rank)
+
+        def write(file: BinaryIO) -> None:
+            writer.write(file, metadata)
+
+        if overwrite:
+            write_whole(out, write)
+        else:
+            write_new(out, write, lambda path: check_free(path, overwrite))
+    return Report(
+        out=str(out), size=out.stat().st_size,
+        files=tuple((one.source, one.weight) for one in matched.given), blocks=tuple(tally.blocks()),
+        notes=matched.notes, seconds=time.perf_counter() - began, peak_bytes=_peak(),
+    )  # fmt: skip
+
+
+def check_free(path: Path, overwrite: bool) -> Path:
+    """A path to which a file may be written.
+
+    Raises:
+        ValueError: If there is a file that must not be overwritten, or it is no name of a safetensors file.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{str(path)!r} is no name of a LoRA file; expected one that ends with .safetensors")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ValueError(f"{str(path)!r} is there already; choose another name, or add --overwrite")
+    return path
+
+
+def _family(given: Sequence[Given]) -> Any:
+    """Names and shapes of the family of models that files are for; None if it is not known here."""
+    families = {}
+    for one in given:
+        shapes = {key: tensor.shape for key, tensor in one.file.tensors.items()}
+        families[one.source] = guess_family(shapes, one.file.metadata).family
+    if len(set(families.values())) > 1:
+        told = "; ".join(f"{source} is for {family or 'an unknown family'}" for source, family in families.items())
+        raise LoraError(f"only LoRAs for the same model are merged: {told}; give --model if you know better")
+    (family,) = set(families.values())
+    return without_weights(family) if family in FAMILIES else None
+
+
+def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: float | None) -> Matched:
+    own = _spelling(given[0].file)
+    if spelling not in (None, own):
+        raise ValueError(
+            f"{given[0].source} is for a model that is not known here, so its layers keep the names it gives them; "
+            "leave --keys out, or give --model"
+        )
+    found = [by_name(one.file, alpha=_needed(alpha, one.file)) for one in given]
+    named = [dict(layers) for layers, _ in found]
+    for one, layers in zip(given[1:], named[1:], strict=True):
+        if not layers.keys() & named[0].keys():
+            raise LoraError(
+                f"{one.source} and {given[0].source} have no layer in common, as they name them: "
+                f"{next(iter(layers.values())).stem} and {next(iter(named[0].values())).stem}; expected files for the "
+                "same model from the same kind of trainer"
+            )
+    sites: dict[Name, Site] = {}
+    for layers in named:
+        for name, layer in layers.items():
+            sites.setdefault(name, Site(layer.stem, tuple(layer.factors.down.shape[2:])))
+    loras = [{name: layer.factors for name, layer in layers.items()} for layers in named]
+    notes = [
+        f"{one.source}: {len(left)} keys are left out: {', '.join(left[:3])}"
+        for one, (_, left) in zip(given, found, strict=True)
+        if left
+    ]
+    notes.append("the model is not known here: layers were matched by the names that the files give them")
+    return Matched(given, _side_by_side(given, sites, loras), sites, own, tuple(notes))
+
+
+def _side_by_side(
+    given: Sequence[Given], names: Mapping[Name, Any], loras: Sequence[Mapping[Name, LoraFactors]]
+) -> Mapping[Name, Changes]:
+    """By layer, the change by every file.
+
+    Raises:
+        LoraError: If files have changes of different sizes for a layer.
+    """
+    found: dict[Name, Changes] = {}
+    for name in names:
+        here = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
+        sizes = {i: (len(f.up), math.prod(f.down.shape[1:])) for i, f in here.items()}
+        if len(set(sizes.values())) > 1:
+            told = "; ".join(f"{given[i].source} {a} x {b}" for i, (a, b) in sizes.items())
+            raise LoraError(f"the files do not fit each other: {'.'.join(name)} is changed by {told}")
+        some = next(iter(here.values()))
+        found[name] = [
+            scaled(_compact(here[i]), one.weight) if i in here and one.weight else absent(some)
+            for i, one in enumerate(given)
+        ]
+    return found
+
+
+def _compact(change: LoraFactors) -> LoraFactors:
+    """The same change with no more ranks than its layer can need: more cost time and memory, and files can have any."""
+    most = min(len(change.up), math.prod(change.down.shape[1:]))
+    return change if change.rank <= most else spectrum(change).factors()
+
+
+def _kernel(name: Name, loras: Sequence[Mapping[Name, LoraFactors]]) -> tuple[int, ...]:
+    return next(tuple(lora[name].down.shape[2:]) for lora in loras if name in lora)
+
+
+def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
+    """The best approximation of a rank, and its share of the energy."""
+    if change.rank <= rank:
+        return change, 1.0
+    found = spectrum(change)
+    energy = found.values**2
+    return found.factors(rank), float(energy[:rank].sum() / energy.sum()) if found.rank else 1.0
+
+
+def _spelling(file: LoraFile) -> Spelling:
+    """Whose keys a file has, of the two that are written."""
+    for key in map(parse, file.tensors):
+        if key is not None and key.slot in ("down", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"):
+            return "kohya" if key.prefix.endswith("_") or key.suffix == ".lora_down.weight" else "diffusers"
+    return "diffusers"
+
+
+def _needed(alpha: float | None, file: LoraFile) -> float | None:
+    """The alpha that was given, for files that do not say theirs."""
+    settings = (key for config in file.config.values() for key in config)
+    own = any(key.endswith(".alpha") for key in file.tensors) or not {"lora_alpha", "alpha"}.isdisjoint(settings)
+    return None if own else alpha
+
+
+def _dtype(given: Sequence[Given]) -> torch.dtype:
+    found = {tensor.dtype for one in given for tensor in one.file.tensors.values() if tensor.ndim > 1}
+    (only, *more) = found or {torch.float32}
+    return only if not more and only in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def _block(matched: Matched, name: Name) -> str:
+    part, layer = name
+    if part != "unet" or "." in layer:
+        return block_of(part, layer)
+    numbered = re.search(r"[a-z]\w*?(?:blocks|layers)_\d+", layer)  # a name as its file has it
+    return f"model.{numbered[0] if numbered else layer}"
+
+
+def _metadata(matched: Matched, merger: Merger, method: str, rank: int | None) -> dict[str, str]:
+    record = {
+        "method": method or type(merger).__name__,
+        "settings": settings_of(merger),
+        "rank": rank,
+        "files": [
+            {"name": one.file.path.name, "sha256": one.file.sha256, "weight": one.weight} for one in matched.given
+        ],
+        "version": __version__,
+    }
+    headers = [one.file.metadata for one in matched.given]
+    agreed = {key: headers[0][key] for key in _BASE if key in headers[0] and len({h.get(key) for h in headers}) == 1}
+    triggers = {one.file.trigger: one.file.class_word for one in matched.given if one.file.trigger}
+    if len(triggers) == 1:
+        ((trigger, word),) = triggers.items()
+        agreed |= {"trigger": trigger, **({"class_word": word} if word else {})}
+    return {"format": "pt", RECORD: json.dumps(record), **agreed}
+
+
+def _peak() -> int | None:
+    """The most memory that this process has had, in bytes."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class _Tally:
+    """Inner products of all changes and of the results, summed by block."""
+
+    def __init__(self, files: int) -> None:
+        self._files = files
+        self._sums: dict[str, Tensor] = {}
+        self._whole: dict[str, float] = {}
+        self._ranks: dict[str, list[tuple[int, int]]] = {}
+
+    @property
+    def written(self) -> int:
+        """The sum of the ranks that are written."""
+        return sum(after for ranks in self._ranks.values() for _, after in ranks)
+
+    def add(self, block: str, changes: Changes, merged: LoraFactors, kept: float) -> None:
+        """Takes a layer: its changes, the result, and the share of its energy that the cut to a rank kept."""
+        products = gram([*changes, merged])
+        self._sums[block] = self._sums.get(block, 0) + products
+        self._whole[block] = self._whole.get(block, 0.0) + float(products[-1, -1]) / kept
+        self._ranks.setdefault(block, []).append((sum(change.rank for change in changes), merged.rank))
+
+    def blocks(self) -> Iterator[MergedBlock]:
+        """What became of each block, and of all."""
+        for name, products in self._sums.items():
+            yield self._block(name, products, self._whole[name], self._ranks[name])
+        products = sum(self._sums.values(), torch.zeros(()))
+        yield self._block("all", products, sum(self._whole.values()), [*chain(*self._ranks.values())])
+
+    def _block(self, name: str, products: Tensor, uncut: float, ranks: list[tuple[int, int]]) -> MergedBlock:
+        n = self._files
+        energy = products.diagonal().clamp(min=0).tolist()
+        whole = float(products[:n, :n].sum())
+        before, after = zip(*ranks, strict=True)
+        return MergedBlock(
+            name=name, layers=len(ranks), ranks_before=(min(before), max(before)), ranks_after=(min(after), max(after)),
+            norm=math.sqrt(energy[n]), energy=energy[n] / whole if whole > 0 else None,
+            kept=tuple(float(products[i, n]) / energy[i] if energy[i] else None for i in range(n)),
+            cut=min(1.0, energy[n] / uncut) if uncut > 0 else 1.0,
+            overlaps=tuple(_share(float(products[i, j]), energy[i], energy[j]) for i, j in combinations(range(n), 2)),
+        )  # fmt: skip
+
+
+def _share(product: float, one: float, other: float) -> float:
+    return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0

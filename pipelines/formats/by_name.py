@@ -1,0 +1,80 @@
+"""A file's changes by its own names of layers: for models of which nothing is known here but those names."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.formats.alphas import Alphas
+from lora_compose.pipelines.formats.files import LoraError, LoraFile
+from lora_compose.pipelines.formats.keys import Part, parse
+from lora_compose.pipelines.formats.layers import Layer, by_layer
+from lora_compose.pipelines.formats.names import older
+from lora_compose.pipelines.formats.recognise import UNSUPPORTED
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """A layer's change under the name that a file gives it.
+
+    Attributes:
+        stem: What its keys begin with, as written.
+        factors: The change.
+    """
+
+    stem: str
+    factors: LoraFactors
+
+
+def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tuple[Part, str], Named], tuple[str, ...]]:
+    """A file's changes by part and name, with underscores for dots; and the keys that cannot be used.
+
+    Only pairs of factors are read: how large the product of other adapters may be, a model's layer has to tell.
+
+    Args:
+        file: What was read.
+        alpha: The alpha of a file that does not have its own.
+
+    Raises:
+        LoraError: If it is no plain LoRA, or a layer is incomplete or damaged.
+    """
+    gathered = by_layer(file)
+    alphas = Alphas(file, alpha)
+    found: dict[tuple[Part, str], Named] = {}
+    for layer in gathered.layers:
+        for slot, why in UNSUPPORTED.items():
+            if slot in layer.slots:
+                raise LoraError(f"{file.path.name} is {why} (key {layer.keys[0]!r})")
+        stem, name = _spelled(layer.keys[0])
+        where = layer.part, older(layer.module)
+        if where in found:
+            raise LoraError(f"{file.path.name} has more than one LoRA for {name}; expected one adapter")
+        try:
+            found[where] = Named(stem, _factors(layer, alphas.scale(name, layer)))
+        except LoraError:
+            raise
+        except (ValueError, ZeroDivisionError) as error:
+            raise LoraError(f"{file.path.name}: {name}: {error}") from error
+    return found, (*gathered.unknown, *gathered.inexpressible)
+
+
+def _factors(layer: Layer, scale: float) -> LoraFactors:
+    if layer.parts.keys() != {"down", "up"}:
+        raise ValueError(
+            f"it has {', '.join(sorted(layer.parts))}; of models that are not known here only plain LoRAs are read, "
+            "with lora_A and lora_B or lora_down and lora_up"
+        )
+    down, up = layer.parts["down"], layer.parts["up"]
+    pointwise = up.shape[2:].numel() == 1
+    fit = down.ndim in (2, 4) and up.ndim in (2, down.ndim) and pointwise and up.shape[1] == down.shape[0]
+    if not fit or not down.numel() or not up.numel():
+        raise ValueError(f"factors of shape {list(down.shape)} and {list(up.shape)} do not fit each other")
+    return LoraFactors(down, up, scale)
+
+
+def _spelled(text: str) -> tuple[str, str]:
+    """Prefix and name, and the name alone, of a key of a layer."""
+    key = parse(text)
+    if key is None:
+        raise ValueError(f"{text!r} is no key of an adapter")
+    stem = text.removesuffix(key.suffix)
+    return stem, stem.removeprefix(key.prefix)

@@ -1,0 +1,82 @@
+"""Low-rank factors -> the keys and tensors of an ordinary LoRA file, in diffusers' spelling or in kohya's.
+
+What scales a change is in its factors. diffusers' files have no alphas. kohya's have the same one in all layers, also
+where ranks differ: diffusers 0.42 loses those that differ from the most common one.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.names import original_names
+
+Spelling = Literal["diffusers", "kohya"]
+SPELLINGS: tuple[Spelling, ...] = get_args(Spelling)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer as a file names it.
+
+    Attributes:
+        stem: What its keys begin with, part and prefix included.
+        kernel: What follows rank and inputs in the shape of `down`; () for a linear layer.
+    """
+
+    stem: str
+    kernel: tuple[int, ...] = ()
+
+
+def stems(spelling: Spelling, pipe: Any, names: Mapping[Part, list[str]]) -> dict[tuple[Part, str], str]:
+    """What the keys of a pipeline's layers begin with.
+
+    kohya's scripts use diffusers' names of a UNet's blocks for SD 1.x and 2.x, and the original checkpoint's for SDXL.
+
+    Args:
+        spelling: Whose keys.
+        pipe: A pipeline, or anything with such a UNet and text encoders.
+        names: The layers, as the models have them, by part.
+    """
+    two = getattr(pipe, "text_encoder_2", None) is not None
+    first = "lora_te1_" if two else "lora_te_"
+    kohya: Mapping[Part, str] = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
+    blocks = original_names(pipe.unet) if spelling == "kohya" and two else {}
+    found = {}
+    for part, layers in names.items():
+        for name in layers:
+            # transformers 5 has lost the outer name that all files have
+            own = name if part == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+            own = blocks.get(name, own) if part == "unet" else own
+            found[part, name] = f"{kohya[part]}{own.replace('.', '_')}" if spelling == "kohya" else f"{part}.{own}"
+    return found
+
+
+def tensors(
+    spelling: Spelling, site: Site, change: LoraFactors, dtype: torch.dtype, alpha: float
+) -> Iterator[tuple[str, Tensor]]:
+    """Keys and tensors of one layer.
+
+    Args:
+        spelling: Whose keys.
+        site: The layer.
+        change: Matrices at scale 1; with rank 0 there is nothing to write.
+        dtype: Of the factors.
+        alpha: That of all layers, for kohya's files; where it is the rank, the factors are written as they are.
+    """
+    if not change.rank:
+        return
+    down, up = change.down, change.up
+    if site.kernel:
+        down, up = down.reshape(len(down), -1, *site.kernel), up[:, :, None, None]
+    if spelling == "kohya":
+        up = up * (change.rank / alpha)
+    sides = {"diffusers": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up")}[spelling]
+    for side, tensor in zip(sides, (down, up), strict=True):
+        yield f"{site.stem}.{side}.weight", tensor.to(dtype)
+    if spelling == "kohya":
+        yield f"{site.stem}.alpha", torch.tensor(float(alpha))

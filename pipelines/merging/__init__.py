@@ -1,0 +1,62 @@
+"""Several LoRAs -> one, layer by layer and on the changes themselves: one paper, one file. `MERGERS` is the registry.
+
+`factors.py` has what all share, `merger.py` what a merger is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lora_compose.pipelines.merging.concatenation import Cat, Svd
+from lora_compose.pipelines.merging.dare import Dare
+from lora_compose.pipelines.merging.k_lora import KLora
+from lora_compose.pipelines.merging.lego import Lego
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger
+from lora_compose.pipelines.merging.np_lora import NpLora
+from lora_compose.pipelines.merging.soups import Soups
+from lora_compose.pipelines.merging.ssr import Ssr
+from lora_compose.pipelines.merging.ties import Ties
+from lora_compose.pipelines.merging.tsv import Tsv
+
+__all__ = ["MERGERS", "Changes", "MergeLayer", "Merger", "make_merger", "settings_of"]
+
+MERGERS: Mapping[str, type[Merger]] = {
+    "cat": Cat,
+    "svd": Svd,
+    "ties": Ties,
+    "dare": Dare,
+    "tsv": Tsv,
+    "lego": Lego,
+    "np": NpLora,
+    "k-lora": KLora,
+    "soups": Soups,
+    "ssr": Ssr,
+}
+
+
+def make_merger(name: str, settings: Mapping[str, Any] | None = None) -> Merger:
+    """A merger by its name.
+
+    Args:
+        name: One of `MERGERS`.
+        settings: Fields that differ from the defaults.
+
+    Raises:
+        ValueError: For unknown names, unknown settings and unusable values; the message lists those that exist.
+    """
+    kind = MERGERS.get(name)
+    if kind is None:
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(MERGERS)}")
+    known = _fields(kind())
+    if unknown := (settings or {}).keys() - known.keys():
+        raise ValueError(f"{name} has no settings {sorted(unknown)}; it has {', '.join(known) or 'none'}")
+    return kind(**{**known, **(settings or {})})
+
+
+def settings_of(merger: Merger) -> dict[str, Any]:
+    """All settings of a merger, for records."""
+    return _fields(merger)
+
+
+def _fields(merger: Merger) -> dict[str, Any]:
+    return asdict(merger)  # pyright: ignore[reportArgumentType]  # all subclasses are dataclasses

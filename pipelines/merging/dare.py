@@ -1,0 +1,51 @@
+"""DARE (arXiv 2311.03099): drops entries of each change at random, and divides the rest by the share that is kept.
+
+The sum of the changes is what is expected of it, entry by entry. The entries are those of the changes in a common basis
+of their outputs, as in `ties`, so that the result has no more rank than all LoRAs together; on whole weights it would
+have full rank.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.merging.factors import coefficients, left_space, spectrum
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_share
+
+
+@dataclass(frozen=True)
+class Dare(Merger):
+    """DARE on the changes.
+
+    Attributes:
+        density: The share of the entries that is kept.
+        seed: Of what is dropped.
+    """
+
+    density: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        check_share("density", self.density)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed is a whole number from 0 on, not {self.seed!r}")
+
+    def start(self, layers: Iterable[Changes]) -> MergeLayer:
+        """Draws for the layers in their order."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return lambda changes, moments: dare(changes, self.density, generator)
+
+
+def dare(changes: Changes, density: float, generator: torch.Generator) -> LoraFactors:
+    """The sum of the changes, of each of which a random share of the entries is left, larger accordingly."""
+    spectra = [spectrum(change) for change in changes]
+    space = left_space(spectra)
+    merged = 0.0
+    for one in spectra:
+        entries = coefficients(space, one)
+        kept = torch.rand(entries.shape, generator=generator, dtype=entries.dtype) < density
+        merged = merged + entries * kept / density
+    return LoraFactors(torch.as_tensor(merged), space)

@@ -1,0 +1,105 @@
+"""What all mergers share: a change of one layer as a product of two thin matrices, and its singular values.
+
+A LoRA's factors are not unique: (B M)(M^-1 A) is the same change for every invertible M. Whatever is done entry by
+entry to A or B alone depends on M, and is no operation on the change. All mergers here give the same result for all
+factors of the same changes. They work in fp64 on the CPU and build no change whole, unless their docstring says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.lora_bank import LoraFactors
+
+TINY = 1e-6
+"""Singular values below this share of the largest are rounding: files have fp32 at best."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The singular value decomposition of a change without values that are rounding: U diag(values) V^T.
+
+    Attributes:
+        u: Shape: [outputs, rank], orthonormal columns.
+        values: Shape: [rank], falling.
+        v: Shape: [inputs, rank], orthonormal columns.
+    """
+
+    u: Tensor
+    values: Tensor
+    v: Tensor
+
+    @property
+    def rank(self) -> int:
+        """How many singular values there are."""
+        return len(self.values)
+
+    def factors(self, rank: int | None = None) -> LoraFactors:
+        """The best approximation of a rank (Eckart-Young), both factors of the same size; all of it by default."""
+        root = self.values[:rank].sqrt()
+        return LoraFactors(root[:, None] * self.v[:, :rank].T, self.u[:, :rank] * root)
+
+
+def matrices(change: LoraFactors) -> tuple[Tensor, Tensor]:
+    """Up [outputs, rank] with the scale in it, and down [rank, inputs times kernel], in fp64."""
+    return change.up.flatten(1).double() * change.scale, change.down.flatten(1).double()
+
+
+def scaled(change: LoraFactors, number: float) -> LoraFactors:
+    """A change times a number."""
+    return replace(change, scale=change.scale * number)
+
+
+def absent(change: LoraFactors) -> LoraFactors:
+    """No change, for a layer as large as that of another one: factors of rank 0."""
+    up, down = change.up.flatten(1), change.down.flatten(1)
+    return LoraFactors(down.new_zeros(0, down.shape[1]), up.new_zeros(up.shape[0], 0))
+
+
+def spectrum(change: LoraFactors) -> Spectrum:
+    """The singular values and vectors of a change, from its factors: O((outputs + inputs) rank^2)."""
+    up, down = matrices(change)
+    left, right = torch.linalg.qr(up), torch.linalg.qr(down.T)
+    u, values, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    kept = _above_rounding(values)
+    return Spectrum(left.Q @ u[:, kept], values[kept], right.Q @ vh.T[:, kept])
+
+
+def concatenated(changes: Sequence[LoraFactors]) -> LoraFactors:
+    """The exact sum of changes: factors side by side, so that no product has factors of two LoRAs."""
+    ups, downs = zip(*map(matrices, changes), strict=True)
+    return LoraFactors(torch.cat(downs), torch.cat(ups, dim=1))
+
+
+def left_space(spectra: Sequence[Spectrum]) -> Tensor:
+    """Orthonormal columns that span the outputs of all changes: left singular vectors of the changes side by side.
+
+    They are those of [U_1 S_1 | U_2 S_2 | ...], since the V_i^T that follow have orthonormal rows.
+    """
+    beside = torch.cat([one.u * one.values for one in spectra], dim=1)
+    u, values, _ = torch.linalg.svd(beside, full_matrices=False)
+    return u[:, _above_rounding(values)]
+
+
+def coefficients(space: Tensor, one: Spectrum) -> Tensor:
+    """A change in the coordinates of a space that contains its outputs. Shape: [dimensions, inputs]."""
+    return (space.T @ one.u * one.values) @ one.v.T
+
+
+def gram(changes: Sequence[LoraFactors]) -> Tensor:
+    """Frobenius inner products of changes of one layer, without building any; to the precision of fp32.
+
+    Shape: [changes, changes].
+    """
+    up = torch.cat([change.up.flatten(1).float() * change.scale for change in changes], dim=1)
+    down = torch.cat([change.down.flatten(1).float() for change in changes])
+    products = ((up.T @ up) * (down @ down.T)).double()
+    whose = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([one.rank for one in changes]))
+    owner = torch.nn.functional.one_hot(whose, len(changes)).to(products)
+    return owner.T @ products @ owner
+
+
+def _above_rounding(values: Tensor) -> Tensor:
+    return values > values[0] * TINY if len(values) else torch.zeros(0, dtype=torch.bool)

@@ -1,0 +1,91 @@
+"""K-LoRA (arXiv 2502.18461): each layer takes the subject or the style, by the sum of its largest entries.
+
+In every step the paper compares S_subject / g with S_style (1.5 t + 0.5), where S is the sum of the K = r_subject
+r_style largest absolute entries of the change, t runs from 0 to 1 over the steps, and g is the mean ratio of the two
+LoRAs' absolute sums over all layers; the larger wins the layer. So a layer that takes the subject does so up to some
+step, and the style afterwards.
+
+A file has no steps. Each layer here gets the mean over them: the subject by the share of the steps that it wins, the
+style by the rest. Deviations from the authors' code: alpha counts, all layers of the files take part, and layers whose
+ratio is more than ten times the median or less than a tenth of it do not count in g. Changes are built whole here, one
+at a time.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.merging.factors import concatenated, scaled, spectrum
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive
+
+_START, _RISE = 0.5, 1.5  # the style's factor over the steps
+_OUTLIER = 10.0
+
+
+@dataclass(frozen=True)
+class KLora(Merger):
+    """K-LoRA averaged over the steps, for a subject and a style in this order.
+
+    Attributes:
+        balance: Factor on the subject's side of the comparison: above 1 it wins more steps.
+    """
+
+    pair = True
+    balance: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        check_positive("balance", self.balance)
+
+    def start(self, layers: Iterable[Changes]) -> MergeLayer:
+        """Compares the two over all layers first."""
+        ratios = (absolute_ratio(*changes) for changes in layers)
+        level = mean_ratio([ratio for ratio in ratios if ratio])
+
+        def merge(changes: Changes, moments: torch.Tensor | None) -> LoraFactors:
+            subject, style = changes
+            share = subject_share(subject, style, level / self.balance)
+            return concatenated([scaled(subject, share), scaled(style, 1 - share)])
+
+        return merge
+
+
+def absolute_ratio(subject: LoraFactors, style: LoraFactors) -> float:
+    """The sum of the subject's absolute entries over that of the style's; 0 where one does not change the layer."""
+    if not subject.rank or not style.rank:
+        return 0.0
+    one, other = (float(change.delta().abs().sum(dtype=torch.float64)) for change in (subject, style))
+    return one / other if other else 0.0
+
+
+def mean_ratio(ratios: list[float]) -> float:
+    """The mean without outliers; 1 where nothing can be compared."""
+    if not ratios:
+        return 1.0
+    middle = sorted(ratios)[len(ratios) // 2]
+    kept = [ratio for ratio in ratios if middle / _OUTLIER <= ratio <= middle * _OUTLIER]
+    return sum(kept) / len(kept)
+
+
+def subject_share(subject: LoraFactors, style: LoraFactors, level: float) -> float:
+    """The share of the steps in which the subject wins a layer.
+
+    Args:
+        subject: Its change.
+        style: Its change.
+        level: By which the subject's entries are divided.
+    """
+    if not subject.rank or not style.rank:
+        return float(subject.rank > 0)
+    count = spectrum(subject).rank * spectrum(style).rank
+    one, other = (_largest(change, count) for change in (subject, style))
+    if not other:
+        return float(one > 0)
+    return min(1.0, max(0.0, (one / level / other - _START) / _RISE))
+
+
+def _largest(change: LoraFactors, count: int) -> float:
+    entries = change.delta().abs().flatten()
+    return float(entries.topk(min(count, len(entries))).values.sum(dtype=torch.float64))

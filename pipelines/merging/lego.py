@@ -1,0 +1,146 @@
+"""LoRA-LEGO (arXiv 2409.16167): ranks of all LoRAs as units, clustered; each cluster becomes one rank.
+
+The paper takes column j of B and row j of A as a unit and clusters the pairs with k-means. What these are depends on
+the factors. Units here are the singular triples of each LoRA, s u v^T, which do not. k-means acts on them as matrices
+of rank one: its distances need inner products alone, <s u v^T, t x y^T> = s t (u.x)(v.y), in which the sign that u
+and v share cancels. A cluster's direction is the leading singular pair of the sum of its units.
+
+Dual reweighting: averaging shortens, so a cluster gets the mean of its units' singular values (parameter reweighting);
+and k ranks in place of the r that one LoRA has change the size of the output, so all is multiplied by sqrt(r / k), r
+the mean rank of the LoRAs (output reweighting).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.merging.factors import TINY, Spectrum, spectrum
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive, check_share
+
+_STARTS, _ROUNDS = 10, 100
+
+
+@dataclass(frozen=True)
+class Lego(Merger):
+    """LoRA-LEGO.
+
+    Attributes:
+        k: How many ranks the result has; None is the largest rank of the LoRAs, layer by layer. "auto" joins only units
+            of different LoRAs that are alike, and multiplies nothing: without such units it is `cat`.
+        alike: How large the cosine of two units must be for "auto".
+        output: Whether there is output reweighting; "auto" needs none.
+    """
+
+    k: int | Literal["auto"] | None = None
+    alike: float = 0.5
+    output: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        if self.k not in (None, "auto"):
+            check_positive("k", self.k, int)
+        check_share("alike", self.alike)
+        if not isinstance(self.output, bool):
+            raise ValueError(f"output is true or false, not {self.output!r}")
+
+    def start(self, layers: Iterable[Changes]) -> MergeLayer:
+        """Takes each layer for itself."""
+        return lambda changes, moments: lego(changes, self.k, self.alike, self.output)
+
+
+def lego(changes: Changes, k: int | Literal["auto"] | None, alike: float, output: bool) -> LoraFactors:
+    """Clusters the units of all changes, and makes one rank of each cluster."""
+    spectra = [spectrum(change) for change in changes]
+    ranks = [one.rank for one in spectra if one.rank]
+    u, v = (torch.cat([getattr(one, side) for one in spectra], dim=1) for side in "uv")
+    values = torch.cat([one.values for one in spectra])
+    order = values.argsort(descending=True)  # so that the order of the LoRAs does not matter to k-means
+    pooled = Spectrum(u[:, order], values[order], v[:, order])
+    cosines = (pooled.u.T @ pooled.u) * (pooled.v.T @ pooled.v)
+    if k == "auto":
+        whose = torch.repeat_interleave(torch.arange(len(spectra)), torch.tensor([one.rank for one in spectra]))[order]
+        labels = joined((cosines > alike) & (whose[:, None] != whose))
+    else:
+        labels = k_means(pooled.values[:, None] * cosines * pooled.values, k or max(ranks, default=0))
+    merged = _centroids(pooled, labels)
+    if k == "auto" or not output or not merged.rank:
+        return merged.factors()
+    grown = (sum(ranks) / len(ranks) / merged.rank) ** 0.5
+    return Spectrum(merged.u, merged.values * grown, merged.v).factors()
+
+
+def joined(edges: Tensor) -> Tensor:
+    """Labels of the connected parts of a graph.
+
+    Args:
+        edges: Shape: [units, units], bool, symmetric.
+    """
+    labels = torch.arange(len(edges))
+    for i, j in edges.nonzero().tolist():
+        labels[labels == labels[i]] = labels[j].clone()
+    return labels
+
+
+def k_means(products: Tensor, k: int) -> Tensor:
+    """k-means by inner products: the best of ten starts (k-means++), with a fixed seed.
+
+    Args:
+        products: Shape: [units, units].
+        k: How many clusters there may be.
+
+    Returns:
+        The cluster of each unit.
+    """
+    if k >= len(products):
+        return torch.arange(len(products))
+    generator = torch.Generator().manual_seed(0)
+    found = [_clustered(products, k, generator) for _ in range(_STARTS)]
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _clustered(products: Tensor, k: int, generator: torch.Generator) -> tuple[float, Tensor]:
+    """The sum of squared distances to the centroids, and the labels."""
+    squares = products.diagonal()
+    first = int(torch.randint(len(products), (1,), generator=generator))
+    chosen = [first]
+    nearest = (squares + squares[first] - 2 * products[first]).clamp(min=0)
+    while len(chosen) < k:
+        drawn = int(torch.multinomial(nearest + squares.max() * 1e-12, 1, generator=generator))
+        chosen.append(drawn)
+        nearest = torch.minimum(nearest, (squares + squares[drawn] - 2 * products[drawn]).clamp(min=0))
+    distances = squares[:, None] + squares[chosen] - 2 * products[:, chosen]
+    labels = distances.argmin(1)
+    for _ in range(_ROUNDS):
+        member = torch.nn.functional.one_hot(labels, k).to(products)
+        member = member / member.sum(0).clamp(min=1)
+        across = products @ member
+        distances = squares[:, None] + (member * across).sum(0) - 2 * across
+        distances[:, member.sum(0) == 0] = torch.inf  # a cluster that lost all its units stays empty
+        if torch.equal(labels, new := distances.argmin(1)):
+            break
+        labels = new
+    return float(distances.gather(1, labels[:, None]).sum()), labels
+
+
+def _centroids(pooled: Spectrum, labels: Tensor) -> Spectrum:
+    """One unit for each cluster: the direction of its sum, as long as its members are on average."""
+    us, lengths, vs = [], [], []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        u, values, v = pooled.u[:, members], pooled.values[members], pooled.v[:, members]
+        if len(members) > 1:
+            found = spectrum(LoraFactors(v.T, u * values))
+            if not found.rank or found.values[0] < TINY * values.sum():  # they cancel out
+                continue
+            u, v = found.u, found.v
+        us.append(u[:, 0])
+        lengths.append(values.mean())
+        vs.append(v[:, 0])
+    if not us:
+        return Spectrum(pooled.u[:, :0], pooled.values[:0], pooled.v[:, :0])
+    order = torch.stack(lengths).argsort(descending=True)
+    return Spectrum(torch.stack(us, 1)[:, order], torch.stack(lengths)[order], torch.stack(vs, 1)[:, order])

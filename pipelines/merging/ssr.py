@@ -1,0 +1,87 @@
+"""SSR-Merge (arXiv 2606.10617): a small matrix between A's and B's sends what each LoRA reads to its own B.
+
+With A = [A_1; A_2; ...], B = [B_1 | B_2 | ...] and Z_k = A X_k for the inputs X_k of a layer while LoRA k alone acts,
+
+    R = Q (G + l I)^-1,   G = mean_k Z_k Z_k^T,   Q = mean_k E_k (A_k X_k) Z_k^T   (E_k: the rows of LoRA k)
+
+minimises sum_k |R Z_k - E_k A_k X_k|^2, and the result is (B R) A: an ordinary LoRA of all ranks. It tells LoRAs
+apart by what their inputs look like, not by where in the image they are.
+
+Two deviations. The A_i are replaced by orthonormal rows first (and the B_i changed accordingly), so that l weighs all
+directions alike whatever the factors; and l pulls to the plain sum (Q + l I) and not to nothing, so that directions
+which the inputs never show are left alone, and one LoRA stays exactly what it is. As in the authors' code, only LoRAs
+that change a layer take part there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.merging.factors import concatenated, matrices
+from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, check_positive
+
+_TINY = 1e-12  # eigenvalues of A A^T below this share of the largest are rounding: squares of singular values
+
+
+@dataclass(frozen=True)
+class Ssr(Merger):
+    """SSR-Merge.
+
+    Attributes:
+        ridge: l, the pull to the plain sum. The authors' code has 1e-4, for rows of A as they are, which are short;
+            for orthonormal rows that is so little that the router grows until images break.
+    """
+
+    needs_model = True
+    ridge: float = 1e-2
+
+    def __post_init__(self) -> None:
+        """Checks the settings."""
+        check_positive("ridge", self.ridge)
+
+    def start(self, layers: Iterable[Changes]) -> MergeLayer:
+        """Takes each layer for itself."""
+        return lambda changes, moments: concatenated(changes) if moments is None else ssr(changes, moments, self.ridge)
+
+
+def ssr(changes: Changes, moments: Tensor, ridge: float) -> LoraFactors:
+    """The changes with the router between their factors.
+
+    Args:
+        changes: Of all LoRAs.
+        moments: As in `MergeLayer`.
+        ridge: The pull to the plain sum.
+    """
+    present = [k for k, change in enumerate(changes) if change.rank]
+    whitened = [_orthonormal(changes[k]) for k in present]
+    white = torch.block_diag(*(one.white for one in whitened))
+    z = white @ moments[present].double() @ white.T
+    q, start = torch.zeros_like(z[0]), 0
+    for k, one in enumerate(whitened):
+        rows = slice(start, start := start + one.down.shape[0])
+        q[rows] = z[k, rows] / len(present)
+    pull = ridge * torch.eye(len(q), dtype=q.dtype)
+    router = torch.linalg.solve(z.mean(0) + pull, q + pull, left=False)
+    up, down = torch.cat([one.up for one in whitened], dim=1), torch.cat([one.down for one in whitened])
+    return LoraFactors(down, up @ router)
+
+
+@dataclass(frozen=True, eq=False)
+class _Orthonormal:
+    """Factors of a change whose down has orthonormal rows, `white` times the down that was given."""
+
+    up: Tensor
+    down: Tensor
+    white: Tensor
+
+
+def _orthonormal(change: LoraFactors) -> _Orthonormal:
+    up, down = matrices(change)
+    values, vectors = torch.linalg.eigh(down @ down.T)
+    kept = values > values[-1] * _TINY
+    root, vectors = values[kept].sqrt(), vectors[:, kept]
+    white = vectors.T / root[:, None]
+    return _Orthonormal(up @ vectors * root, white @ down, white)
