@@ -86,7 +86,7 @@ def test_runs_are_interleaved(model):
     pipe = open_with_concepts(Job(str(model), "cpu", 1, concepts=2))
     watched = Watched(**pipe.components, requires_safety_checker=False)
     watched.set_progress_bar_config(disable=True)
-    watched.library = pipe.library
+    watched.library.loaded.update(pipe.library.loaded)
     method = Regional()
     timed = time_pairs(watched, method, 2, steps=1, pairs=3)
     assert Watched.calls == (None, method) * 4  # the first two warm up

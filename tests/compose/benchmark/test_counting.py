@@ -114,7 +114,7 @@ def test_schedules_of_weights_count_as_if_every_pass_were_run(monkeypatch):
     boxes = columns(2, 96, 128)
     lora = attention_lora(unet)
     constant = with_lora(boxes, lora)
-    scheduled = with_lora([replace(boxes[0], schedule=lambda progress: float(progress < 0.5)), boxes[1]], lora)
+    scheduled = with_lora([boxes[0].model_copy(update={"weight": "0:1,0.5:0"}), boxes[1]], lora)
     for settings in (Merge(), Regional()):
         counted = assert_counts_what_runs(monkeypatch, unet, scheduled, settings, 4, 5.0, (128, 96))
         assert counted.flops > count(unet, constant, settings, 4, 5.0, (128, 96)).flops
