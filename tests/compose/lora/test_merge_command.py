@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from lora_compose.compose.playground.recipe.merging import PAIRS, compared, drawn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -27,6 +26,7 @@ from lora_compose.compose.lora.merge_command import parse_weight
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.compose.playground.recipe.lora_files import FORMATS
+from lora_compose.compose.playground.recipe.merging import PAIRS, compared, drawn
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
 from lora_compose.pipelines.merging import MERGERS, make_merger
