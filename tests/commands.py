@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from click.testing import Result
 from typer import Typer
 from typer.testing import CliRunner
 
 from lora_compose.compose.cli import app
 
 
-def call(*arguments: object, code: int = 0, of: Typer | Callable[..., Any] = app) -> Result:
+def call(*arguments: object, code: int = 0, of: Typer | Callable[..., Any] = app) -> Any:
     """Runs a command, of the program or of a script, and checks its exit code, and that no traceback is shown."""
     if not isinstance(of, Typer):
         function, of = of, Typer()

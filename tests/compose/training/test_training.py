@@ -160,7 +160,7 @@ def test_the_file_names_the_kind_of_its_base_model(tmp_path: Path, text: int, pr
 
 def test_inference_needs_the_file_alone(begin: Callable[..., Training], models: dict[str, Path]) -> None:
     path = train(begin(tara=TARA, alpha=5, steps=2))
-    pipe = ComposePipeline.from_pretrained(models["sd"])
+    pipe: Any = ComposePipeline.from_pretrained(models["sd"])
     pipe.set_progress_bar_config(disable=True)
     concept = pipe.load_concept(path)
     assert (concept.trigger, concept.class_word) == ("sks", "cat")
