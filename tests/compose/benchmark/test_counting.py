@@ -99,7 +99,8 @@ def assert_counts_what_runs(
     return counted
 
 
-@pytest.mark.parametrize(("family", "guidance_scale"), [("sd", 1.0), pytest.param("sdxl", 5.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "guidance_scale"), [("sd", 1.0), ("sdxl", 5.0)])
 @pytest.mark.parametrize("settings", ALL_METHODS, ids=lambda settings: type(settings).__name__)
 def test_passes_that_are_remembered_count_as_if_they_were_run(family, settings, guidance_scale, monkeypatch):
     unet = small(family)

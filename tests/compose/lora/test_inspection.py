@@ -63,7 +63,7 @@ def test_strangers_strings_steer_no_terminal(tmp_path: Path) -> None:
         path,
         {"trigger": hostile, "modelspec.title": hostile, "ss_dataset_dirs": json.dumps({f"1_{hostile}": 1})},
     )
-    result = call("inspect", path)
+    result = call("inspect", path, code=2)  # made for no family that is known
     assert "\x1b" not in result.output
     assert "\u202e" not in result.output
     assert "[bold]sks[/bold]" in result.output
@@ -73,8 +73,8 @@ def test_pickles_are_opened_only_if_allowed(tmp_path: Path) -> None:
     path = tmp_path / "it.pt"
     lora = random_lora(sd_unet(), 1, targets=("mid_block.attentions.0.proj_in",))
     torch.save({f"unet.{n}.lora_{s}.weight": t for n, f in lora.items() for s, t in (("A", f.down), ("B", f.up))}, path)
-    assert "is a pickle" in text_of(call("inspect", path))
-    assert "LoRA, keys of diffusers (PEFT's names)" in text_of(call("inspect", path, "--allow-pickle"))
+    assert "is a pickle" in text_of(call("inspect", path, code=2))
+    assert "LoRA, keys of diffusers (PEFT's names)" in text_of(call("inspect", path, "--allow-pickle", code=2))
 
 
 def test_norms_are_those_of_the_change(write_lora: Callable[..., Path]) -> None:
