@@ -213,11 +213,8 @@ class PricingDenoiser:
     ) -> Prediction:
         """Prices a forward pass."""
         conditional, on_meta = not step.guided, _moved(request)
-
-        def run() -> None:
-            self._denoiser.predict(latents.to(META), step, prepared, on_meta)
-
-        self._price(run, "predict", latents, step, prepared, request, conditional)
+        run = partial(self._denoiser.predict, latents.to(META), step, prepared, on_meta)
+        self._price(lambda: run, "predict", latents, step, prepared, request, conditional)
         text = prepared.spec.text.conditional() if conditional else prepared.spec.text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
         return Prediction(output, text.num_uncond, text.images, None if request is None else self._maps(request))
@@ -226,7 +223,7 @@ class PricingDenoiser:
         """Prices a pass that stops early."""
         on_meta = _moved(request)
         run = partial(self._denoiser.maps, latents.to(META), step, prepared, on_meta)
-        self._price(run, "maps", latents, step, prepared, request, conditional=True)
+        self._price(lambda: run, "maps", latents, step, prepared, request, conditional=True)
         return self._maps(request)
 
     def gradient(
@@ -242,7 +239,7 @@ class PricingDenoiser:
         """Prices a pass with a gradient, without the loss itself, which is small."""
         conditional, images = not (whole and step.guided), len(latents)
 
-        def run() -> None:
+        def ready() -> Callable[[], object]:
             used = self._used(loss, request)
 
             def standing_in(maps: AttentionMaps) -> Tensor:
@@ -253,9 +250,10 @@ class PricingDenoiser:
                 ]
                 return torch.stack(found).sum() + torch.zeros(images, device=META)
 
-            self._denoiser.differentiate(latents.to(META), step, prepared, _moved(request), standing_in, whole=whole)
+            on_meta = latents.to(META), step, prepared, _moved(request), standing_in
+            return partial(self._denoiser.differentiate, *on_meta, whole=whole)
 
-        self._price(run, f"gradient, {whole}", latents, step, prepared, request, conditional)
+        self._price(ready, f"gradient, {whole}", latents, step, prepared, request, conditional)
         maps, text = self._maps(request), prepared.spec.text
         text = text.conditional() if conditional else text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
@@ -273,7 +271,7 @@ class PricingDenoiser:
 
     def _price(
         self,
-        run: Callable[[], object],
+        ready: Callable[[], Callable[[], object]],
         what: str,
         latents: Tensor,
         step: Step,
@@ -289,6 +287,7 @@ class PricingDenoiser:
         )  # fmt: skip
         if kind not in self._prices:
             flops, before, self._denoiser.cost = self._operations.flops, self._denoiser.cost, Cost()
+            run = ready()
             with self._operations:
                 run()
             spent, self._denoiser.cost = self._denoiser.cost, before

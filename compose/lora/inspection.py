@@ -132,7 +132,7 @@ def inspect(
         pipe: The model; by default that of the file's family, at full size and without weights.
         model: What the model is called.
         alpha: For files that do not say theirs.
-        max_rank: As in `lora_compose.pipelines.loading.match`.
+        max_rank: As in `lora_compose.pipelines.concepts.loading.match`.
 
     Returns:
         What was found; and the factors, or None if the file cannot be used.

@@ -102,7 +102,7 @@ def test_layers_of_all_kinds_are_what_diffusers_and_we_read(family: str, spellin
     path = write(tmp_path / "it.safetensors", pipe, loras, spelling)
     found = match(read_lora(path), pipe)
     assert found.complete, found.report
-    read: dict[str, Any] = dict(found.by_part)
+    read: dict[Any, Any] = dict(found.by_part)
     assert {part: lora.keys() for part, lora in read.items()} == {part: lora.keys() for part, lora in loras.items()}
     pipe.load_lora_weights(str(path), adapter_name="it")
     for part, lora in loras.items():

@@ -294,8 +294,8 @@ def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, network)
     monkeypatch.setattr(socket, "getaddrinfo", network)
-    monkeypatch.setattr("lora_compose.pipelines.loading.list_repo_files", network)
-    monkeypatch.setattr("lora_compose.pipelines.loading.hf_hub_download", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.list_repo_files", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.hf_hub_download", network)
     cat = Concept(name="cat", lora="stranger/cat-lora", trigger="sks", class_word="cat")
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat"}, model="stranger/model", sha256={"cat": "0" * 64})
     at.session_state["set.view"] = "Compare"
@@ -309,7 +309,7 @@ def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
     assert "nothing may be asked here" in said(at)
     monkeypatch.setattr(loading, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
     monkeypatch.setattr(
-        "lora_compose.pipelines.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
+        "lora_compose.pipelines.concepts.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
     )
     at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
     (row,) = visit(at).rows
