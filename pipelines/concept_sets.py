@@ -36,10 +36,16 @@ def start(begin: Callable[[Session], Process], sessions: Sequence[Session], deno
     text = join_images(
         [one.spread(process.text) for one, process in zip(sets, processes, strict=True)], [one.images for one in sets]
     )
-    fixed = [process for process in processes if isinstance(process, FixedPasses)]
+    fixed = [process for process in processes if type(process) is FixedPasses and _can_join(process)]
     if len(fixed) == len(sets):
         return Joined(denoiser, sets, fixed, text)
     return SetBySet(sets, processes, text)
+
+
+def _can_join(process: FixedPasses) -> bool:
+    """Whether all passes are of all images and the whole canvas, with one text for all cells."""
+    passes = [spec for turn in process.turns for spec, _ in turn]
+    return all(spec.regions is None and spec.window is None and spec.image is None for spec in passes)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from rich.text import Text
 from lora_compose.compose.evaluation.report import marked, number
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES, compare
 from lora_compose.compose.evaluation.suite import Suite
-from lora_compose.compose.evaluation.table import METRICS, Evaluation, Metric, arm_names, by_scene_and_seed, load
+from lora_compose.compose.evaluation.summary import METRICS, Metric, by_scene_and_seed
+from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
 from lora_compose.compose.support.terminal import plain
 
 COMPARED = ("success", "region_min", "region", "leak", "swap", "clip_t")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from lora_compose.compose.evaluation.table import Metric
+from lora_compose.compose.evaluation.summary import Metric
 from lora_compose.compose.support.terminal import plain
 
 _COLOURS = {"#010101": "var(--ink)", "#020202": "var(--faint)", "#030303": "var(--rule)", "#040404": "var(--accent)"}
@@ -29,7 +29,7 @@ def against_cost(summary: pd.DataFrame, metric: Metric) -> str:
     Points of the same cost stand side by side.
 
     Args:
-        summary: What `table.summary` gives.
+        summary: What `summary.summary` gives.
         metric: One of its metrics.
 
     Returns:

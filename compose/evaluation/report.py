@@ -21,7 +21,8 @@ from lora_compose.compose.evaluation.results import Failed, write_text
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
 from lora_compose.compose.evaluation.suite import Arm, SuiteScene, ZeroShotConfig, arms
-from lora_compose.compose.evaluation.table import MAIN, METRICS, Evaluation, Metric, load, role, summary
+from lora_compose.compose.evaluation.summary import MAIN, METRICS, Metric, role, summary
+from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.support.terminal import plain
 
 MANY, SIDE, SMALL_SIDE = 400, 384, 192
@@ -96,7 +97,7 @@ def _json(table: pd.DataFrame) -> str:
 
 
 def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
-    """The page. `arms_table` is what `table.summary` gives."""
+    """The page. `arms_table` is what `summary.summary` gives."""
     environment = Environment(
         loader=PackageLoader("lora_compose.compose.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -222,7 +223,7 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 
 def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
-    """The tables as Markdown. `arms_table` is what `table.summary` gives."""
+    """The tables as Markdown. `arms_table` is what `summary.summary` gives."""
     suite = evaluation.suite
     shown = [metric for metric in METRICS if not np.isnan(arms_table[metric.key].to_numpy(dtype=float)).all()]
     header = ["", *(f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in shown)]

@@ -1,4 +1,4 @@
-"""From stored scores to tables: a row per concept, a row per image, and a row per arm with intervals."""
+"""From stored scores to tables: a row per concept, and a row per image."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,6 @@ from lora_compose.compose.evaluation.results import (
     read_made,
     read_scores,
 )
-from lora_compose.compose.evaluation.statistics import bootstrap, compare
 from lora_compose.compose.evaluation.suite import SANITY, Suite, alone_name
 from lora_compose.compose.files.reading import FileError
 
@@ -40,83 +39,6 @@ logger = logging.getLogger(__name__)
 
 _Read = TypeVar("_Read")
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A number that images are judged by.
-
-    Attributes:
-        key: Its column in the tables.
-        title: What people call it.
-        higher_is_better: Its direction.
-        digits: How many are shown after the point.
-        span: From where to where it goes.
-        meaning: What it says, in a sentence or two.
-    """
-
-    key: str
-    title: str
-    higher_is_better: bool
-    digits: int
-    span: str
-    meaning: str
-
-
-METRICS = (
-    Metric(
-        "success", "Success", True, 2, "0 to 1",
-        "Share of images in which every concept was found, is nearer to its own "
-        "references than to those of any other, and reaches its threshold.",
-    ),
-    Metric(
-        "region_min", "Worst concept", True, 3, "-1 to 1, in practice above 0",
-        "Similarity of the worst concept of an image to its own references, so that a good concept cannot make up for "
-        "a lost one. A concept that was not found counts as 0.",
-    ),
-    Metric(
-        "region", "Likeness", True, 3, "-1 to 1, in practice above 0",
-        "Similarity of what was found to its own references, averaged over the concepts of an image. A concept that "
-        "was not found counts as 0.",
-    ),
-    Metric(
-        "ratio", "Of alone", True, 2, "about 0 to 1",
-        "Likeness over what the same kind of LoRA reaches when it acts alone: how much of the identity the method "
-        "keeps. The row without LoRA shows how much of that is due to the object as such.",
-    ),
-    Metric(
-        "leak", "Leak", False, 3, "-1 to 1, in practice above 0",
-        "Similarity of what was found to the most alike of the other concepts' references. An image without any "
-        "identity leaks little as well: read it beside the likeness. The rows of LoRAs that act alone show how much "
-        "there is without any other LoRA.",
-    ),
-    Metric(
-        "swap", "Swapped", False, 2, "0 to 1",
-        "Share of the concepts that were found, but look more like another concept than like themselves.",
-    ),
-    Metric("found", "Found", True, 2, "0 to 1", "Share of the concepts that the detector found."),
-    Metric(
-        "placed", "In place", True, 2, "0 to 1",
-        "Share of the found concepts whose middle lies in their region, in scenes with a layout. Methods that take no "
-        "layout are not meant to follow it.",
-    ),
-    Metric(
-        "extra", "Extra objects", False, 2, "0 and more",
-        "Objects of the concepts' classes beyond one for each concept, such as a second cat.",
-    ),
-    Metric(
-        "clip_t", "CLIP-T", True, 1, "0 to 100",
-        "100 x similarity of the image to its prompt, without the triggers. It is blind to identity.",
-    ),
-    Metric(
-        "clip_i", "CLIP-I", True, 3, "-1 to 1",
-        "Similarity of the whole image to the references, averaged over the concepts. It cannot say which object is "
-        "alike; it is here because papers report it.",
-    ),
-)  # fmt: skip
-"""All metrics, the main ones among them; tables show them in this order."""
-
-MAIN = ("success", "region_min", "leak")
-"""The metrics in which methods are compared with the baseline."""
 
 COSTS = ("rows_forward", "rows_stopped", "rows_backward", "flops", "seconds", "preparation_seconds", "peak_bytes")
 _KEYS = ("scene", "arm", "alone", "seed")
@@ -415,85 +337,3 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
     kept = np.asarray(values, dtype=np.float64)
     kept = kept[~np.isnan(kept)]
     return float(kept.mean()) if len(kept) else np.nan
-
-
-def summary(evaluation: Evaluation) -> pd.DataFrame:
-    """A row per arm: metrics with intervals over scenes, comparisons with the baseline, and cost.
-
-    The rows stand in the order of the suite; there is no ranking. For a metric `m`, `m_low` and `m_high` are the ends
-    of its interval; for the main ones `m_difference` is the difference to the baseline on the same scenes and seeds,
-    with `m_difference_low` and `m_difference_high`, `m_wins`, `m_ties`, `m_losses` in images, and `m_verdict`.
-
-    Costs are medians over images (`peak_bytes` is the largest), and `*_ratio` those over the row without LoRA.
-    `rows` are UNet rows, forward and backward.
-    """
-    suite = evaluation.suite
-    baseline, plain = evaluation.arm(suite.baseline), _cost(evaluation.arm(SANITY[0]))
-    rows = []
-    for arm in arm_names(suite):
-        chosen = evaluation.arm(arm)
-        row: dict[str, Any] = {"arm": arm, "role": role(suite, arm), "pictures": len(chosen)}
-        row |= {"scenes": len(set(chosen["scene"]))}
-        for metric in METRICS:
-            row |= _interval(metric.key, chosen)
-            if metric.key in MAIN:
-                row |= _compared(metric, chosen, baseline) if row["role"] == "method" else {}
-        cost = _cost(chosen)
-        rows.append(
-            row | cost | {f"{key}_ratio": _ratio(cost[key], plain[key]) for key in ("rows", "flops", "seconds")}
-        )
-    return pd.DataFrame(rows, columns=_summary_columns())
-
-
-def role(suite: Suite, arm: str) -> str:
-    """What a row is for: "sanity", "baseline" or "method"."""
-    if arm in {method.name for method in suite.compared}:
-        return "baseline" if arm == suite.baseline else "method"
-    return "sanity"
-
-
-def _interval(key: str, pictures: pd.DataFrame) -> dict[str, float]:
-    interval = bootstrap(pictures[key].astype(float).tolist(), pictures["scene"].tolist())
-    return {key: interval.mean, f"{key}_low": interval.low, f"{key}_high": interval.high}
-
-
-def _compared(metric: Metric, method: pd.DataFrame, baseline: pd.DataFrame) -> dict[str, Any]:
-    result = compare(
-        by_scene_and_seed(method, metric.key), by_scene_and_seed(baseline, metric.key), metric.higher_is_better
-    )
-    found = (
-        result.difference.mean, result.difference.low, result.difference.high,
-        result.wins, result.ties, result.losses, result.verdict,
-    )  # fmt: skip
-    return dict(zip(_comparison_columns(metric.key), found, strict=True))
-
-
-def by_scene_and_seed(pictures: pd.DataFrame, key: str) -> pd.Series:
-    """A column of an arm as `statistics.compare` takes it; where LoRAs act alone, the mean over them."""
-    values = pd.Series(pictures[key].to_numpy(dtype=float), [pictures["scene"], pictures["seed"]], name=key)
-    return pd.Series(values.groupby(level=[0, 1], sort=False).mean())
-
-
-def _comparison_columns(key: str) -> list[str]:
-    parts = ("difference", "difference_low", "difference_high", "wins", "ties", "losses", "verdict")
-    return [f"{key}_{part}" for part in parts]
-
-
-def _cost(pictures: pd.DataFrame) -> dict[str, float]:
-    costs = {key: pictures[key].to_numpy(dtype=float) for key in COSTS}
-    costs = {"rows": costs["rows_forward"] + costs["rows_stopped"] + costs["rows_backward"], **costs}
-    if pictures.empty:
-        return dict.fromkeys(costs, np.nan)
-    return {key: float(values.max() if key == "peak_bytes" else np.median(values)) for key, values in costs.items()}
-
-
-def _ratio(cost: float, plain: float) -> float:
-    return cost / plain if plain else np.nan
-
-
-def _summary_columns() -> list[str]:
-    columns = ["arm", "role", "pictures", "scenes"]
-    for metric in METRICS:
-        columns += [metric.key, f"{metric.key}_low", f"{metric.key}_high"]
-        columns += _comparison_columns(metric.key) if metric.key in MAIN else []
-    return [*columns, "rows", *COSTS, "rows_ratio", "flops_ratio", "seconds_ratio"]

@@ -17,7 +17,8 @@ from evaluations import Seen, known, sanity, store, suite
 from lora_compose.compose.evaluation.report import MANY, SIDE, SMALL_SIDE, marked, number, write_report
 from lora_compose.compose.evaluation.results import PLAN, Plan
 from lora_compose.compose.evaluation.suite import Batch, Suite
-from lora_compose.compose.evaluation.table import METRICS, load, summary
+from lora_compose.compose.evaluation.summary import METRICS, summary
+from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.files.images import Machine
 
 FILES = ["report.html", "report.md", "pictures.csv", "concepts.csv", "summary.json"]

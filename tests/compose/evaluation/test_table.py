@@ -17,7 +17,8 @@ from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import MADE, PLAN
 from lora_compose.compose.evaluation.statistics import bootstrap
 from lora_compose.compose.evaluation.suite import Batch
-from lora_compose.compose.evaluation.table import MAIN, METRICS, Evaluation, arm_names, load, summary
+from lora_compose.compose.evaluation.summary import MAIN, METRICS, summary
+from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
 from lora_compose.compose.files.reading import FileError
 
 
