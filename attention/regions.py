@@ -3,7 +3,7 @@
 For a cell x, with R(x) the regions that contain it ({0}, the background, if none does), n a region with text c_n:
 
     cross-attention:  y(x) = mean over n in R(x) of  softmax(q(x) K(c_n)^T / sqrt(d)) V(c_n)
-    self-attention:   y(x) = softmax over the cells x' with R(x) & R(x') not empty, or 0 in R(x) or R(x')
+    self-attention:   y(x) = softmax over the cells x' with R(x) & R(x') not empty, or 0 in R(x) or 0 in R(x')
 
 The mean is taken after the output projection, so that each text is projected with its own LoRA. Both are computed by
 groups of cells in the same regions: no mask of cells x cells is needed, and a cell outside overlaps is computed once.

@@ -186,7 +186,10 @@ def check_plain(denoiser: nn.Module, composition: Composition) -> None:
 
 
 def check_arguments(
-    unknown: Mapping[str, Any], ip_adapter: Sequence[object], attention_kwargs: Mapping[str, Any] | None
+    unknown: Mapping[str, Any],
+    ip_adapter: Sequence[object],
+    attention_kwargs: Mapping[str, Any] | None,
+    name: str = "cross_attention_kwargs",
 ) -> None:
     """Refuses what cannot be combined with concepts.
 
@@ -199,7 +202,7 @@ def check_arguments(
     if any(given is not None for given in ip_adapter):
         raise ValueError("IP-Adapter images cannot be combined with concepts yet")
     if others := (attention_kwargs or {}).keys() - {"scale"}:
-        raise ValueError(f"cross_attention_kwargs {sorted(others)} cannot be combined with concepts; only 'scale' can")
+        raise ValueError(f"{name} {sorted(others)} cannot be combined with concepts; only 'scale' can")
 
 
 def tensors_for(callback: object, tensors: Sequence[str]) -> list[str]:

@@ -139,7 +139,7 @@ def join_gates(gates: Sequence[Gates], texts: Sequence[Conditioning], images: Se
         {level: join([gate.image[level] for gate in gates]) for level in levels},
         join([gate.row for gate in gates]),
         gates[0].latent_grid,
-        modulation=None if gates[0].modulation is None else join([gate.modulation for gate in gates]),  # pyright: ignore[reportArgumentType]
+        modulation=join([gate.row if gate.modulation is None else gate.modulation for gate in gates]),
     )
 
 

@@ -95,7 +95,8 @@ class Gradient:
 
     Attributes:
         losses: By image, fp32, on the CPU. Shape: [images].
-        direction: With respect to the latents, in their scale, fp32. Shape: as the latents.
+        direction: With respect to the latents as the model gets them, in the scale of the latents, fp32. Shape: as the
+            latents.
         maps: The attention maps, without a graph.
         prediction: The prediction, if the pass was run to its end.
     """

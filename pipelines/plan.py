@@ -130,6 +130,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     for found in loaded:
         check_blocks(found, pipe.denoiser)
     concepts = ConceptSet(loaded)
+    _check_positions(call, concepts)
     sets = [concepts.subset(mine) for mine in columns]
     method = pipe.resolve_method(call.composition.method, loaded, call.prompts.first, sets)
     words = Words.of(loaded, pipe.components)
@@ -151,6 +152,12 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     finder = partial(_find, tokenizers)
     controls = [control for control in ready if not control.control.is_off]
     return Plan(call, method, concepts, of_sets, canvas, words, finder, controls)
+
+
+def _check_positions(call: Call, concepts: ConceptSet) -> None:
+    unknown = (call.composition.token_positions or {}).keys() - {concept.name for concept in concepts.concepts}
+    if unknown:
+        raise ValueError(f"token_positions names {sorted(unknown)}, which are not among the concepts of this call")
 
 
 def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:

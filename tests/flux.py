@@ -74,20 +74,16 @@ class Places:
     Attributes:
         text: Shape: [rows, tokens, concepts].
         image: Shape: [rows, cells, concepts].
-        row: For the layers of the time embedding. Shape: [rows, concepts].
-        modulation: For modulation layers. Shape: [rows, concepts].
+        modulation: For the time embedding and modulation layers. Shape: [rows, concepts].
     """
 
     text: Tensor
     image: Tensor
-    row: Tensor
     modulation: Tensor
 
     def of(self, name: str) -> Tensor:
         """The gate of a layer, by its name."""
-        if name.startswith("time_text_embed"):
-            return self.row
-        if ".norm" in name or name.startswith("norm_out"):
+        if ".norm" in name or name.startswith(("norm_out", "time_text_embed")):
             return self.modulation
         if name.startswith("single_transformer_blocks"):
             return torch.cat([self.text, self.image], dim=1)

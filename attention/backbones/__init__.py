@@ -59,7 +59,7 @@ class Backbone(Protocol):
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the model is distilled and takes the guidance scale as an input, instead of two predictions."""
+        """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
         ...
 
     @property

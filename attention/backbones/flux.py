@@ -19,8 +19,8 @@ PATCH = 2
 """Latent cells per image token and side, so that image tokens are on level 1."""
 
 STREAMS = (
-    (re.compile(r"time_text_embed\."), Site("row")),
-    (re.compile(r"(.*\.)?norm\w*\.linear$"), Site("modulation")),
+    # The time embedding is read by modulation layers alone.
+    (re.compile(r"time_text_embed\.|(.*\.)?norm\w*\.linear$"), Site("modulation")),
     (re.compile(r"single_transformer_blocks\."), Site("joint", level=1)),
     (re.compile(r"context_embedder$|.*\.(add_[qkv]_proj|to_add_out|ff_context\..+)$"), Site("text")),
     (re.compile(r""), Site("image", level=1)),
@@ -70,7 +70,7 @@ class FluxBackbone:
             attn.set_processor(ours[name])
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
-        """Nothing is cut off: the maps come from the last third of the double-stream blocks."""
+        """Not implemented yet: forward passes run to their end."""
         return nullcontext()
 
     def forward(
@@ -116,9 +116,9 @@ def flux_sites(model: nn.Module) -> Mapping[str, Site]:
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:
     """Row and column of every image token, for the rotary embedding. Shape: [tokens, 3]."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    ids = torch.stack([torch.zeros(height, width), rows, columns], dim=-1).flatten(0, 1)
-    return ids.to(like.device, like.dtype)
+    to: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    rows, columns = torch.meshgrid(torch.arange(height, **to), torch.arange(width, **to), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class UNetBackbone:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the model is distilled and takes the guidance scale as an input, instead of two predictions."""
+        """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
         return uncompiled(self.model).config["time_cond_proj_dim"] is not None  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
     def steer(self, slot: Slot, undo: ExitStack) -> None:

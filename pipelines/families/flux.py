@@ -101,7 +101,7 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
 
         Args:
             concepts: As for `ComposePipeline.__call__`.
-            method: merge, tara or regional, or settings of them.
+            method: One without region attention: merge, tara, regional, switch or composite, or settings of them.
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
@@ -127,7 +127,7 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
             )  # fmt: skip
         ip_adapters = ip_adapter_image, ip_adapter_image_embeds
         negative_ip_adapters = negative_ip_adapter_image, negative_ip_adapter_image_embeds
-        check_arguments(kwargs, (*ip_adapters, *negative_ip_adapters), joint_attention_kwargs)
+        check_arguments(kwargs, (*ip_adapters, *negative_ip_adapters), joint_attention_kwargs, "joint_attention_kwargs")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         native = self.default_sample_size * self.vae_scale_factor
         height, width = (self._rounded(side or native) for side in (height, width))
@@ -136,6 +136,8 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
             pooled_prompt_embeds, negative_pooled_prompt_embeds, tensors, max_sequence_length,
         )  # fmt: skip
         texts = None if prompt_embeds is not None else [listed(prompt_2 or prompt)]
+        if texts is not None and len(texts[0]) != len(listed(prompt)):
+            raise ValueError(f"there are {len(listed(prompt))} prompts, but {len(texts[0])} in prompt_2")
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         cfg_scale = true_cfg_scale if has_negative else 1.0
         per_prompt = num_images_per_prompt or 1
@@ -167,11 +169,14 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
                 embeds, pooled = encode_one(list(prompts), None, None, None)
             if cfg_scale <= 1:
                 return EncodedText(embeds, None, {"pooled_projections": pooled})
-            negative = list(negative_prompts or listed(negative_prompt))
-            given = (None, None) if negative_prompts else (negative_prompt_embeds, negative_pooled_prompt_embeds)
-            if len(negative) == 1:
-                negative *= len(embeds) // per_prompt
-            uncond, uncond_pooled = encode_one(negative, negative_prompt_2, *given)
+            count = len(embeds) // per_prompt
+            if negative_prompts is not None:
+                uncond, uncond_pooled = encode_one(list(negative_prompts), None, None, None)
+            else:
+                negative, negative_2 = _for_each(negative_prompt, count), _for_each(negative_prompt_2, count)
+                uncond, uncond_pooled = encode_one(
+                    negative, negative_2, negative_prompt_embeds, negative_pooled_prompt_embeds
+                )
             return EncodedText(embeds, uncond, {"pooled_projections": torch.cat([uncond_pooled, pooled])})
 
         final, _, denoiser = self.compose(call, encode)
@@ -214,12 +219,20 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
         canvas, given = plan.canvas, call.sampling.latents
         height, width = canvas.latent_grid
         shape = canvas.images, self.transformer.config.in_channels // PATCH**2, height, width
+        generator = call.sampling.generator
+        if isinstance(generator, list) and len(generator) != canvas.images:
+            raise ValueError(
+                f"there are {len(generator)} generators for {canvas.images} images; give one, or one for each"
+            )
         if given is None:
-            return randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=dtype)
-        if given.dim() == 3:
+            return randn_tensor(shape, generator=generator, device=canvas.device, dtype=dtype)
+        packed = canvas.images, height * width // PATCH**2, self.transformer.config.in_channels
+        if given.shape == packed:
             given = self._unpack_latents(given, call.size.height, call.size.width, self.vae_scale_factor)
         if given.shape != shape:
-            raise ValueError(f"latents have the shape {list(given.shape)}; expected {list(shape)}")
+            raise ValueError(
+                f"latents have the shape {list(given.shape)}; expected {list(shape)}, or packed {list(packed)}"
+            )
         return given.to(canvas.device, dtype)
 
     def _cfg_scale(self, step: Step) -> float:
@@ -231,6 +244,12 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
         scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
         return self._postprocess(image, output_type)
+
+
+def _for_each(text: str | list[str] | None, count: int) -> list[str] | None:
+    """A text for each of so many prompts; one is for all."""
+    found = listed(text)
+    return (found * count if len(found) == 1 else found) or None
 
 
 ComposePipeline.families.append(ComposeFluxPipeline)

@@ -15,6 +15,7 @@ from lora_compose.pipelines.scene import Concept
 WORDS = {"cat": "sks", "dog": "zwx", "bear": "xlo"}
 PROMPTS = ["a sks cat and a zwx dog", "in snow, a xlo bear", "a tree"]
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
+SETS_WITH_REGION = [Concept(name="cat", region=(0, 0, 64, 128)), "dog"]
 SETS: list[list[str | Concept]] = [["cat", Concept(name="dog", weight=0.6)], ["bear"], []]
 METHODS = ("merge", "tara", Tara(cfg_mask="broadcast"), Tara(scope="cross_kv"), Switch(interval=1), "composite")
 
@@ -80,6 +81,21 @@ def test_the_same_concept_may_have_another_region_in_every_image(pipe):
     ]
     assert_as_one_by_one(pipe, sets, "regional", prompts)
     assert_as_one_by_one(pipe, sets, "merge", prompts)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_regions_in_one_prompt_leave_one_without_concepts_alone(pipe, first):
+    order = slice(None) if first else slice(None, None, -1)
+    assert_as_one_by_one(pipe, [SETS_WITH_REGION, []][order], "regional", [PROMPTS[0], PROMPTS[2]][order])
+
+
+def test_token_positions_of_concepts_that_no_prompt_has_are_refused(pipe):
+    embeds = pipe.encode_prompt(PROMPTS[:2], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    given = {"prompt_embeds": embeds[0], "token_positions": {"cta": [2]}, "guidance_scale": 1.0}
+    if len(embeds) > 2:
+        given["pooled_prompt_embeds"] = embeds[2]
+    with pytest.raises(ValueError, match=r"token_positions names \['cta'\]"):
+        latents_of(pipe, None, [["cat", "dog"], ["bear"]], "tara", **given)
 
 
 def test_composite_may_have_shares_where_all_sets_have_as_many_subjects(pipe):

@@ -67,7 +67,7 @@ def dense(pipe: Any, places: Any, **arguments: Any) -> Tensor:
 
 def merged(rows: int, unconditional: bool) -> Places:
     ones = torch.ones(rows, 1, 2)
-    return Places(ones.expand(rows, TOKENS, 2), ones.expand(rows, CELLS**2, 2), ones[:, 0], ones[:, 0])
+    return Places(ones.expand(rows, TOKENS, 2), ones.expand(rows, CELLS**2, 2), ones[:, 0])
 
 
 def own_words(rows: int, unconditional: bool) -> Places:
@@ -75,15 +75,14 @@ def own_words(rows: int, unconditional: bool) -> Places:
     text = torch.zeros(rows, TOKENS, 2)
     if not unconditional:
         text[:, SKS, 0] = text[:, ZWX, 1] = 1
-    return Places(text, everywhere.image, everywhere.row, everywhere.modulation)
+    return Places(text, everywhere.image, everywhere.modulation)
 
 
 def regions(rows: int, unconditional: bool) -> Places:
     live = 0.0 if unconditional else 1.0
     image = torch.zeros(rows, CELLS, CELLS, 2)
     image[:, :, : CELLS // 2, 0] = image[:, :, CELLS // 2 :, 1] = live
-    text, row = torch.full((rows, TOKENS, 2), live), torch.full((rows, 2), live)
-    return Places(text, image.flatten(1, 2), row, torch.zeros(rows, 2))
+    return Places(torch.full((rows, TOKENS, 2), live), image.flatten(1, 2), torch.zeros(rows, 2))
 
 
 BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
@@ -141,6 +140,39 @@ def test_prompts_with_different_concept_sets_give_the_images_of_separate_calls(p
         torch.testing.assert_close(both[i : i + 1], alone, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_regions_of_one_prompt_leave_another_without_concepts_alone(pipe, swapped):
+    prompts, sets = [PROMPT, "a dog on grass"], [BOXES, []]
+    if swapped:
+        prompts, sets = prompts[::-1], sets[::-1]
+    noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
+    both = latents_of(pipe, prompt=prompts, concepts=sets, method="regional", latents=noise)
+    for i, (prompt, concepts) in enumerate(zip(prompts, sets, strict=True)):
+        method = "regional" if concepts else None
+        given = noise[i : i + 1] if concepts else FluxPipeline._pack_latents(noise[i : i + 1], 1, 4, 16, 16)
+        alone = latents_of(pipe, prompt=prompt, concepts=concepts, method=method, latents=given)
+        torch.testing.assert_close(both[i : i + 1], alone, atol=2e-5, rtol=0)
+
+
+def test_one_negative_prompt_is_for_all_prompts(pipe):
+    noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
+    given = {"concepts": ["cat", "dog"], "method": "merge", **GUIDED, "negative_prompt_2": "a photo of grass"}
+    both = latents_of(pipe, prompt=[PROMPT] * 2, latents=noise, **given)
+    torch.testing.assert_close(both[1:], latents_of(pipe, latents=noise[1:], **given), atol=2e-5, rtol=0)
+
+
+def test_a_negative_prompt_of_a_concepts_own_replaces_both_of_the_call(pipe):
+    concept = Concept(name="cat", negative_prompt="a dog")
+    given = {"method": "switch", "prompt": "a sks cat", "true_cfg_scale": 3.0}
+    own = latents_of(pipe, concepts=[concept], negative_prompt="the photo", negative_prompt_2="grass", **given)
+    torch.testing.assert_close(own, latents_of(pipe, concepts=["cat"], negative_prompt="a dog", **given))
+
+
+def test_the_average_of_one_pass_is_that_pass(pipe):
+    found = [latents_of(pipe, concepts=["cat"], method=method) for method in ("composite", "merge")]
+    torch.testing.assert_close(*found, atol=2e-5, rtol=0)
+
+
 def test_recorded_maps_say_how_much_cells_attend_to_the_words_of_each_concept(pipe):
     output = pipe(**CALL, concepts=["cat", "dog"], method="merge", record_attention=[0, -1], output_type="latent")
     assert output.recorded_steps == (0, 2)
@@ -154,8 +186,15 @@ def test_packed_and_unpacked_start_noise_is_the_same(pipe):
     packed = FluxPipeline._pack_latents(noise, 1, 4, 16, 16)
     found = [latents_of(pipe, concepts=["cat"], method="merge", latents=one) for one in (noise, packed)]
     torch.testing.assert_close(*found, atol=1e-6, rtol=0)
-    with pytest.raises(ValueError, match=r"latents have the shape .*expected \[1, 4, 16, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"latents have the shape .*expected \[1, 4, 16, 16\], or packed \[1, 64, 16\]"
+    ):
         latents_of(pipe, concepts=["cat"], method="merge", latents=noise[:, :2])
+
+
+def test_generators_are_counted(pipe):
+    with pytest.raises(ValueError, match="there are 2 generators for 1 images"):
+        latents_of(pipe, concepts=["cat"], method="merge", generator=[seeded(0), seeded(1)])
 
 
 def test_images_are_decoded_as_in_diffusers(pipe):
@@ -192,7 +231,7 @@ def test_every_linear_layer_has_a_site(pipe):
     streams = {name: site.stream for name, site in sites.items()}
     expected = {
         "x_embedder": "image", "context_embedder": "text", "proj_out": "image", "norm_out.linear": "modulation",
-        "time_text_embed.timestep_embedder.linear_1": "row", "transformer_blocks.0.attn.to_q": "image",
+        "time_text_embed.timestep_embedder.linear_1": "modulation", "transformer_blocks.0.attn.to_q": "image",
         "transformer_blocks.0.attn.add_q_proj": "text", "transformer_blocks.0.attn.to_add_out": "text",
         "transformer_blocks.0.ff.net.0.proj": "image", "transformer_blocks.0.ff_context.net.2": "text",
         "transformer_blocks.0.norm1.linear": "modulation", "transformer_blocks.0.norm1_context.linear": "modulation",
