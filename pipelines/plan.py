@@ -133,6 +133,11 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     _check_positions(call, concepts)
     sets = [concepts.subset(mine) for mine in columns]
     method = pipe.resolve_method(call.composition.method, loaded, call.prompts.first, sets)
+    backbone = backbone_of(pipe.denoiser)
+    if getattr(method, "needs_region_attention", False) and not backbone.reads_regions:
+        raise ValueError(
+            "this method needs region attention, which this model does not support yet; use merge, tara or regional"
+        )
     words = Words.of(loaded, pipe.components)
     tokenizers = expanding(pipe, words, call.prompts.length)
     places: dict[tuple[int, ...], list[int]] = {}
@@ -145,7 +150,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     size, scale = call.size, pipe.vae_scale_factor
     canvas = Canvas(
         (size.height, size.width), (size.height // scale, size.width // scale), len(call.prompts),
-        size.images_per_prompt, pipe._execution_device, backbone_of(pipe.denoiser),
+        size.images_per_prompt, pipe._execution_device, backbone,
     )  # fmt: skip
     regions = [{concept.name: concept.region for concept in one.concepts} for one in sets]
     ready = [prepare_control(control, pipe.denoiser, canvas, regions) for control in call.composition.controls]

@@ -146,6 +146,11 @@ class Clora:
             whole=True,
         )
 
+    @property
+    def needs_region_attention(self) -> bool:
+        """Whether the model has to support region attention: masks are the regions of one pass."""
+        return self.fuse == "regions"
+
     def start(self, session: Session) -> Process:
         """Encodes a text for every branch. With a single subject there is nothing to tell apart: it is merged."""
         concepts, subjects = session.concepts, session.concepts.subjects

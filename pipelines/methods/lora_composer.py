@@ -145,6 +145,11 @@ class LoraComposer:
         return replace(cls.official(), ce_weight=1.0, fill_weight=0.125, region_weight=0.8, step_decay=1.0)
 
     @property
+    def needs_region_attention(self) -> bool:
+        """Whether the model has to support region attention: each region reads its own text."""
+        return True
+
+    @property
     def updates(self) -> bool:
         """Whether latents are updated at all."""
         weights = self.ce_weight, self.fill_weight, self.region_weight

@@ -206,7 +206,7 @@ def test_images_are_decoded_as_in_diffusers(pipe):
     assert abs(ours - plain).max() < 1e-5
 
 
-@pytest.mark.parametrize("settings", [LoraComposer(step_size=0), Clora(step_size=0)])
+@pytest.mark.parametrize("settings", [LoraComposer(), Clora()])
 def test_methods_with_region_attention_say_that_they_are_not_supported_yet(pipe, settings):
     with pytest.raises(ValueError, match=r"needs region attention.*use merge, tara or regional"):
         latents_of(pipe, concepts=BOXES, method=settings)
