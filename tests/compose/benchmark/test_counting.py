@@ -254,7 +254,9 @@ TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' Heun
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in FAMILIES]
+)
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_and_flops_are_those_of_a_real_call(name, family, write_lora):
     pipe, triggers = FAMILIES[family](), ("sks", "zwx", "xlo")
@@ -314,7 +316,12 @@ def test_passes_for_maps_stop_early_on_sdxl(xl) -> None:
     assert (observed.flops - without.flops) / row == pytest.approx(0.7, abs=0.1)
 
 
-@pytest.mark.parametrize("name", METHODS)
+COSTLY = ("lora-composer", "clora")  # all other methods have gates alone
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in COSTLY else pytest.mark.slow) for name in METHODS]
+)
 def test_no_method_is_quadratic_in_the_number_of_concepts_on_sdxl(xl, name) -> None:
     plain, settings = counted_on_xl(xl, None, 0, steps=3).flops, METHODS[name]()
     two, four = (counted_on_xl(xl, settings, number, steps=3).flops / plain for number in (2, 4))

@@ -121,6 +121,7 @@ def test_updates_of_sdxl_fit_a_card_of_8_gb_with_gradient_checkpointing(method):
     assert peak(*call, gradient_checkpointing=True).peak_bytes < 6.5 * GIB
 
 
+@pytest.mark.slow
 def test_the_command_shows_both_ways(tmp_path, monkeypatch):
     small = {name: sd_unet(sample_size=side).config for name, side in (("small", 16), ("wide", 32))}
     monkeypatch.setattr(bench_module, "ARCHITECTURES", small)

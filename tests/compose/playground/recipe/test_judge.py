@@ -183,6 +183,7 @@ def found_in(judge: Encoder, paths: Sequence[tuple[str, Path]]) -> list[bool]:
     return hits
 
 
+@pytest.mark.slow
 def test_the_judge_finds_the_concepts_in_their_references(judge: Encoder) -> None:
     hits = found_in(judge, references()[::2])
     assert np.mean(hits) >= 0.9

@@ -82,6 +82,7 @@ def test_the_style_is_told_from_plain_pictures_on_every_ground(where: str, sprit
         assert style.recognised(concepts.faded(image), where)
 
 
+@pytest.mark.slow
 def test_both_loras_of_the_style_are_recognised_on_grounds_that_their_references_lack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
