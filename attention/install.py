@@ -53,7 +53,7 @@ class Installation:
         regions: RegionAttention | None = None,
         text_kv: TextKV | None = None,
     ) -> LayerInputs:
-        """What layers need in a pass: made once, to be used in every step. After `fold`, make them again.
+        """The inputs of layers in a pass: made once and used in every step. After `fold`, new ones are needed.
 
         Args:
             gates: How strongly each concept acts where.

@@ -75,7 +75,7 @@ def count(
 
     Args:
         unet: On the meta device.
-        concepts: Who takes part; every one has one token of the prompt, whatever its trigger.
+        concepts: The concepts; each has one token of the prompt, whatever its trigger.
         settings: The method; None is diffusers' own pipeline.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 or less is none.

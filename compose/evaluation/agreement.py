@@ -1,4 +1,4 @@
-"""Whether the scores say what an eye says: verdicts on images of two concepts, by the thresholds of an evaluation."""
+"""Agreement of scores and human votes: verdicts on images of two concepts, by the thresholds of an evaluation."""
 
 from collections.abc import Mapping
 from pathlib import Path
