@@ -360,7 +360,7 @@ def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
 def method_alone(lora: str | None) -> str:
     """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
 
-    A file that cannot be read says nothing: whoever makes the images will say what is wrong with it.
+    An unreadable file counts as `merge`; the error comes when images are generated.
     """
     path = find_file(lora_source(lora or ""))
     try:

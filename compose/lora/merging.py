@@ -39,7 +39,7 @@ except ImportError:  # Windows
 
 Name = tuple[Part, str]
 RECORD = "lora_compose.merge"
-"""The key in a file's metadata that says what was merged, and how."""
+"""Metadata key of the sources and the method of a merge."""
 
 # What the header of a file says of its base model; kept where all files that are merged agree.
 _BASE = (

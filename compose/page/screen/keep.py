@@ -93,7 +93,7 @@ def _small(path: Path, changed: int) -> tuple[Record, Image.Image]:
 
 
 def restore(here: Visit, record: Record) -> None:
-    """Sets every field as it was when an image was made; says what could not be set.
+    """Sets every field to its value in an image's record, and lists those that could not be set.
 
     Raises:
         ValueError: If it is beyond the page's limits, or its model cannot be opened; nothing has changed then.
