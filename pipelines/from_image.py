@@ -81,6 +81,11 @@ class FromImage:
         """Whether the images are given as latents."""
         return isinstance(self.images, Tensor) and self.images.shape[1] != 3
 
+    def cells(self, scale: int) -> tuple[int, int]:
+        """Width and height of the images in pixels, rounded down to whole latent cells of so many pixels."""
+        width, height = self.size
+        return (width * scale, height * scale) if self.is_latents else (width // scale * scale, height // scale * scale)
+
     def check_size(self, scale: int) -> None:
         """Raises ValueError if the image is smaller than a latent cell of so many pixels."""
         if not self.is_latents and min(self.size) < scale:

@@ -18,6 +18,7 @@ from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import Expanding
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.regions import mask_name
 from lora_compose.pipelines.scene import Concept, Run, check_region
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate
 
@@ -76,7 +77,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
     for concept, found in zip(run.scene.concepts, loaded, strict=True):
         facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
         known = concept if found is None else found.concept
-        _attempt(problems, check_region, known, width, height)
+        if run.scene.image is None:  # else regions are in the coordinates of the image, which the rehearsal looks at
+            _attempt(problems, check_region, known, width, height)
         if found is not None:
             _attempt(problems, check_blocks, found, pipe.unet)
         place = _attempt(problems, locate, tokenizer, run.scene.prompt, known) if known.trigger else None
@@ -93,6 +95,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
         *facts,
         ("method", name_of(settings)[0] if settings else "none"),
         ("size", f"{width} x {height} pixels"),
+        *((name, str(value)) for name, value in run.scene.start.items()),
         ("cost", cost or "not known"),
     ]
 
@@ -121,9 +124,9 @@ def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
     return [*facts, (f"{concept.name}: blocks", blocks_text(concept.blocks))] if concept.blocks else facts
 
 
-def _region(region: tuple[int, int, int, int] | str) -> str:
+def _region(region: tuple[float, float, float, float] | str) -> str:
     if isinstance(region, str):
-        return f"mask {region}"
+        return f"mask {mask_name(region)}"
     left, top, right, bottom = region
     return f"{left} to {right} across, {top} to {bottom} down"
 
@@ -158,13 +161,18 @@ def _tokens(tokenizer: Expanding, prompt: str) -> str:
 
 def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[LoadedConcept | None]) -> str:
     width, height = size_of(pipe, run.scene)
-    whole = run.steps, run.guidance_scale, width, height
+    steps = (
+        run.steps
+        if run.scene.image is None
+        else pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
+    )
+    whole = steps, run.guidance_scale, width, height
     scheduler = scheduler_of(pipe, run)
     cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
     plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
     ratio = f"{cost.flops / plain.flops:.2f} times the FLOPs of a plain image"
-    return f"{cost.rows} UNet rows ({run.steps} steps {how}), {ratio}"
+    return f"{cost.rows} UNet rows ({steps} steps {how}), {ratio}"
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:

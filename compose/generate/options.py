@@ -22,7 +22,7 @@ _CONCEPT_FIELDS = {
 }  # fmt: skip
 CONCEPT_HELP = (
     "A concept, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64:32:128:96. "
-    "Only path is required; region is left:top:right:bottom in pixels, or a mask image (white = inside); "
+    "Only path is required; region is left:top:right:bottom in pixels or fractions, or a mask image (white = inside); "
     "role=style makes it act everywhere. weight may change over the steps: 0:1,0.5:0 (off in the second half), "
     "1..0.4 (linear ramp), 1,0.5,0 (equal parts); blocks=down:0.5,up.1:0 are factors by block; prompt and negative "
     "are its own; alpha is for files without one."
@@ -55,6 +55,46 @@ SaversOption = Annotated[
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
 GuidanceOption = Annotated[float, typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off.")]
 
+ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
+MaskImageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-image",
+        help="Paint only there (inpainting): a mask image (white = painted), or left:top:right:bottom in pixels or "
+        "fractions.",
+    ),
+]
+StrengthOption = Annotated[
+    float | None, typer.Option("--strength", help="Share of the steps that are run, above 0 to 1. More changes more.")
+]
+PaddingOption = Annotated[
+    int | None,
+    typer.Option(
+        "--padding-mask-crop", min=0, help="Pixels around the mask: only that part is painted, enlarged to the size."
+    ),
+]
+PasteOption = Annotated[
+    bool | None,
+    typer.Option("--paste-original/--no-paste-original", help="Outside of the mask, keep the pixels of the image."),
+]
+
+
+def starting_from(
+    image: str | None,
+    mask_image: str | None,
+    strength: float | None,
+    padding_mask_crop: int | None,
+    paste_original: bool | None,
+) -> dict[str, Any]:
+    """The fields of a scene that say what it starts from, as options give them."""
+    return {
+        "image": image,
+        "mask_image": None if mask_image is None else box_or_path("--mask-image", mask_image),
+        "strength": strength,
+        "padding_mask_crop": padding_mask_crop,
+        "paste_original": paste_original,
+    }
+
 
 def parse_concept(text: str) -> Concept:
     """Reads a concept as it is written on the command line.
@@ -79,7 +119,7 @@ def parse_concept(text: str) -> Concept:
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
     fields.setdefault("name", Path(fields["lora"].removeprefix(f"{PLAYGROUND}:")).stem)
     if "region" in fields:
-        fields["region"] = _region(text, fields["region"])
+        fields["region"] = box_or_path(f"--concept {text}", fields["region"])
     try:
         return Concept(**fields)
     except ValidationError as error:
@@ -130,11 +170,23 @@ def run_of(**fields: Any) -> Run:
         raise ValueError("\n".join(complaints(Run, error))) from error
 
 
-def _region(text: str, value: str) -> tuple[int, ...] | str:
+def box_or_path(where: str, value: str) -> tuple[float, ...] | str:
+    """A box, left:top:right:bottom in whole pixels or fractions, or the path of a mask image.
+
+    Args:
+        where: What complaints name.
+        value: As it is written on the command line.
+
+    Raises:
+        ValueError: For anything else.
+    """
     if value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")):
         return value
-    if not re.fullmatch(r"\d+:\d+:\d+:\d+", value):
-        raise ValueError(
-            f"--concept {text}: region must be left:top:right:bottom in whole pixels or a mask image, not {value!r}"
-        )
-    return tuple(int(number) for number in value.split(":"))
+    if re.fullmatch(r"\d+:\d+:\d+:\d+", value):
+        return tuple(int(number) for number in value.split(":"))
+    if re.fullmatch(r"([01]|[01]?\.\d+)(:([01]|[01]?\.\d+)){3}", value):
+        return tuple(float(number) for number in value.split(":"))
+    raise ValueError(
+        f"{where}: region must be left:top:right:bottom in whole pixels or fractions of 0 to 1, or a mask image, not "
+        f"{value!r}"
+    )

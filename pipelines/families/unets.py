@@ -91,13 +91,16 @@ class UNetPipeline(ComposePipeline):
         self._check_model_for(given)
         pipe = self._task_pipeline(given)
         given.check_size(self.vae_scale_factor)
-        check_steps(_steps(arguments), _strength(given, pipe))
+        if given.mask is None:
+            self._check_size(given.cells(self.vae_scale_factor), arguments["width"], arguments["height"])
+            arguments = {**arguments, "width": None, "height": None}
+        check_steps(_steps(arguments), self._strength(given.strength, given.mask is not None))
         taken = inspect.signature(type(pipe).__call__).parameters
         own = inspect.signature(type(self).__call__).parameters
         left_out = [name for name in arguments if name not in taken and name in own]
         if unread := [name for name in left_out if arguments[name] != own[name].default]:
             task = "image-to-image" if given.mask is None else "inpainting"
-            raise ValueError(f"{', '.join(unread)} cannot be given for {task}; the size is that of the image")
+            raise ValueError(f"{', '.join(unread)} cannot be given for {task}")
         if given.paste_original and arguments["output_type"] != "pil":
             raise ValueError(_PIL_ONLY)
         with _precision_kept(self.vae):
@@ -108,6 +111,28 @@ class UNetPipeline(ComposePipeline):
         images = output.images if arguments["return_dict"] else output[0]
         images[:] = given.pasted(images, pipe.image_processor)
         return output
+
+    def steps_from_image(self, steps: int, strength: float | None, inpaints: bool) -> int:
+        """How many of the steps are run in a call that starts from an image.
+
+        Args:
+            steps: Denoising steps that are asked for.
+            strength: The share of them; None is diffusers' default for the task.
+            inpaints: Whether there is a mask.
+        """
+        return min(int(steps * self._strength(strength, inpaints)), steps)
+
+    def _strength(self, given: float | None, inpaints: bool) -> float:
+        kind: Any = self.inpainting if inpaints else self.image_to_image
+        return inspect.signature(kind.__call__).parameters["strength"].default if given is None else given
+
+    def _check_size(self, size: tuple[int, int], width: int | None, height: int | None) -> None:
+        """Raises ValueError if a call of image-to-image asks for another size than the image has."""
+        if (width or size[0], height or size[1]) != size:
+            raise ValueError(
+                f"width and height are those of the image, {size[0]} x {size[1]} in whole latent cells; resize the "
+                "image, or leave them out"
+            )
 
     def _check_model_for(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask."""
@@ -126,14 +151,10 @@ class UNetPipeline(ComposePipeline):
         if given is None:
             return None
         pipe = self._task_pipeline(given)
-        strength = _strength(given, pipe)
+        strength = self._strength(given.strength, given.mask is not None)
         if given.mask is None:
             source = Source.of(given, pipe, strength, None)
-            if (width or source.size[0], height or source.size[1]) != source.size:
-                raise ValueError(
-                    f"width and height are those of the image, {source.size[0]} x {source.size[1]}; resize the image, "
-                    "or leave them out"
-                )
+            self._check_size(source.size, width, height)
             return source
         if isinstance(self.vae, AsymmetricAutoencoderKL):
             raise ValueError(
@@ -200,12 +221,6 @@ class UNetPipeline(ComposePipeline):
 
 
 _PIL_ONLY = "padding_mask_crop and paste_original give PIL images; leave output_type='pil'"
-
-
-def _strength(given: FromImage, pipe: Any) -> float:
-    """The share of the steps that are run: what was given, or the default of diffusers' pipeline."""
-    default = inspect.signature(type(pipe).__call__).parameters["strength"].default
-    return default if given.strength is None else given.strength
 
 
 def _steps(arguments: Mapping[str, Any]) -> int:
