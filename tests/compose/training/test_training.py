@@ -165,7 +165,7 @@ def test_inference_needs_the_file_alone(begin: Callable[..., Training], models: 
     assert (concept.trigger, concept.class_word) == ("sks", "cat")
     (loaded,) = pipe.resolve_concepts(["cat"])
     assert loaded.trained_with == "tara"
-    assert {factors.scale for factors in loaded.factors.denoiser.values()} == {2.5}
+    assert {factors.scale for factors in loaded.factors.model.values()} == {2.5}
     assert type(pipe.resolve_method(None, [loaded], ["a sks cat"])).__name__ == "Tara"
     options: dict[str, Any] = {"width": SIDE, "height": SIDE, "num_inference_steps": 2, "output_type": "latent"}
     images = [

@@ -442,7 +442,7 @@ def test_where_memory_does_not_suffice_for_a_gradient_the_error_says_what_needs_
             compose(composer, LoraComposer())
         notes = getattr(caught.value, "__notes__", [])
         assert len(notes) == (0 if checkpointing else 1)
-        assert all("pipe.denoiser.enable_gradient_checkpointing(), or --save-memory gradient" in note for note in notes)
+        assert all("pipe.model.enable_gradient_checkpointing(), or --save-memory gradient" in note for note in notes)
 
 
 def test_there_are_no_updates_in_inference_mode(composer):
