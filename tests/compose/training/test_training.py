@@ -39,9 +39,6 @@ from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
-# numpy about a line of diffusers' schedulers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 # Where keys start aligned, the l1 distance is at its kink, and rounding decides where the first steps go.
 APART = TaraTraining(start_aligned=False)
 
