@@ -22,10 +22,9 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from commands import call, flat
+from commands import call, flat, free_port
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
-from lora_compose.compose.evaluation.command import free_port
 from lora_compose.compose.files import atomic
 from lora_compose.compose.generate.models import ModelError
 from lora_compose.compose.playground.assets import playground_references

@@ -416,7 +416,7 @@ def test_where_memory_does_not_suffice_for_a_gradient_the_error_says_what_needs_
             compose(composer, LoraComposer())
         notes = getattr(caught.value, "__notes__", [])
         assert len(notes) == (0 if checkpointing else 1)
-        assert all("pipe.denoiser.enable_gradient_checkpointing(), or --save-memory gradient" in note for note in notes)
+        assert all("pipe.model.enable_gradient_checkpointing(), or --save-memory gradient" in note for note in notes)
 
 
 def test_a_gradient_that_is_not_finite_is_reported_with_its_step(composer):
