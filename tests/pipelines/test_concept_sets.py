@@ -50,8 +50,9 @@ def assert_as_one_by_one(
     return together
 
 
-@BOTH
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("family", "method"), [*(("sd", method) for method in METHODS), ("sdxl", "merge"), ("sdxl", "composite")], ids=str
+)
 def test_every_prompt_has_the_image_of_its_own_call(pipe, method):
     before = State(pipe)
     assert_as_one_by_one(pipe, SETS, method, images=2 if method == "merge" else 1)
@@ -186,8 +187,9 @@ DIVIDED: dict[str, tuple[str | Settings, Sequence[int]]] = {
 FIVE = [*PROMPTS, "a xlo bear, and a sks cat", "a sks cat near a zwx dog"]
 
 
-@BOTH
-@pytest.mark.parametrize("case", DIVIDED)
+@pytest.mark.parametrize(
+    ("family", "case"), [*(("sd", case) for case in DIVIDED), ("sdxl", "clora"), ("sdxl", "lora-composer")]
+)
 def test_methods_that_divide_the_canvas_make_the_images_of_one_call_for_each(pipe, case):
     method, chosen = DIVIDED[case]
     prompts, sets = [FIVE[i] for i in chosen], [BOXED[i] for i in chosen]
@@ -252,8 +254,7 @@ def test_maps_and_masks_of_divided_canvases_are_those_of_one_call_for_each(pipe,
         assert not together.masks[:, row, others].any()
 
 
-@BOTH
-@pytest.mark.parametrize("method", ["clora", "lora-composer"])
+@pytest.mark.parametrize(("family", "method"), [("sd", "clora"), ("sd", "lora-composer"), ("sdxl", "lora-composer")])
 def test_callbacks_see_all_prompts_of_divided_canvases(pipe, method):
     shapes = []
 

@@ -71,7 +71,7 @@ SUITE: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "batch_size": 2,
     "threads": 1,
-    "steps": 2,
+    "steps": 1,
     "guidance_scale": 4,
     "device": "cpu",
 }
@@ -131,7 +131,7 @@ def test_every_batch_is_made_and_scored(suite: Suite, finished: Path) -> None:
 def test_every_image_carries_its_run(suite: Suite, finished: Path) -> None:
     planned = next(planned for planned in make_plan(suite).batches if planned.arm == "regional")
     record = read_record(picture_path(finished, planned.key, 1))
-    assert (record.run.method, record.run.seed, record.run.steps) == ("regional", 1, 2)
+    assert (record.run.method, record.run.seed, record.run.steps) == ("regional", 1, 1)
     assert record.run.scene.prompt == SCENE["prompt"]
     assert record.batch == (0, 1)
 
@@ -154,7 +154,9 @@ def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
         made = read(batch_folder(finished, planned.key) / MADE, Made)
         assert made is not None
         costs[planned.arm] = made.cost
-    assert {name: cost.rows_forward for name, cost in costs.items()} == dict.fromkeys(costs, 4.0)  # 2 steps, guidance
+    assert {name: cost.rows_forward for name, cost in costs.items()} == dict.fromkeys(
+        costs, 2.0
+    )  # a step with guidance
     assert all(0 < cost.flops < 1e12 and cost.seconds > 0 for cost in costs.values())
     assert all(cost.peak_bytes and cost.peak_bytes > 50e6 for cost in costs.values())  # the weights alone in fp32
 
