@@ -154,9 +154,7 @@ def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
         made = read(batch_folder(finished, planned.key) / MADE, Made)
         assert made is not None
         costs[planned.arm] = made.cost
-    assert {name: cost.rows_forward for name, cost in costs.items()} == dict.fromkeys(
-        costs, 2.0
-    )  # a step with guidance
+    assert {name: cost.rows_forward for name, cost in costs.items()} == dict.fromkeys(costs, 2.0)  # guided
     assert all(0 < cost.flops < 1e12 and cost.seconds > 0 for cost in costs.values())
     assert all(cost.peak_bytes and cost.peak_bytes > 50e6 for cost in costs.values())  # the weights alone in fp32
 
