@@ -747,5 +747,5 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Train
 
 
 @pytest.fixture(autouse=True)
-def _said(caplog: pytest.LogCaptureFixture) -> None:
+def _info_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lora_compose.compose")

@@ -1,4 +1,4 @@
-"""One change of a model, in the files of every trainer: the same image by every method, for every family."""
+"""One change of a model, in the files of every trainer: the same image, for every family."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -46,7 +46,7 @@ def sdxl_pipeline() -> Any:
 PIPELINES: Mapping[str, Callable[[], Any]] = {"SD 1.x": sd1_pipeline, "SD 2.x": sd2_pipeline, "SDXL": sdxl_pipeline}
 
 
-class Studio:
+class OneChange:
     """A tiny pipeline with a dog, and a cat whose change is loaded from files of every format as they are wanted."""
 
     def __init__(self, pipe: Any, folder: Path) -> None:
@@ -87,25 +87,25 @@ class Studio:
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
-def studio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+def change(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> OneChange:
     pipe = PIPELINES[request.param]()
     pipe.set_progress_bar_config(disable=True)
-    return Studio(pipe, tmp_path_factory.mktemp("files"))
+    return OneChange(pipe, tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.parametrize(
     ("form", "method"), [*((form, "merge") for form in FORMATS), *(("LoHa", method) for method in METHODS)]
 )
-def test_the_image_is_the_same_in_every_format(studio: Studio, form: str, method: str) -> None:
-    expected = studio.reference(FORMATS[form].holds, method)
-    found = studio.of_file(form, method)
+def test_the_image_is_the_same_in_every_format(change: OneChange, form: str, method: str) -> None:
+    expected = change.reference(FORMATS[form].holds, method)
+    found = change.of_file(form, method)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_change_is_seen_in_these_images(studio: Studio, method: str) -> None:
-    images = [studio.reference(holds, method) for holds in {form.holds for form in FORMATS.values()}]
-    without = studio.image("everything", method, weight=0.0)
+@pytest.mark.parametrize("method", ["merge", "lora-composer"])
+def test_the_change_is_seen_in_these_images(change: OneChange, method: str) -> None:
+    images = [change.reference(holds, method) for holds in {form.holds for form in FORMATS.values()}]
+    without = change.image("everything", method, weight=0.0)
     for image in images:
         assert (image - without).abs().max() > 0.01 * without.abs().max()
 
