@@ -113,7 +113,7 @@ def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> No
         ({"concepts": (BEAR.model_copy(update={"trigger": "x" * 100}),)}, {}, "60 letters each"),
     ],
 )
-def test_what_a_image_says_and_the_page_cannot_is_refused(
+def test_what_an_image_says_and_the_page_cannot_is_refused(
     scene: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     (run,) = short(method="merge").runs()

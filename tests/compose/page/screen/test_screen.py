@@ -80,7 +80,7 @@ def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: App
     assert "UNet rows (25 steps with guidance)" in said(at)
 
 
-def test_a_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
+def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (picture,) = visit(at).pictures
     assert visit(at).shown == picture.key
@@ -216,7 +216,7 @@ def test_a_plain_image_without_concepts(at: AppTest) -> None:
     assert visit(at).pictures[0].run.method is None
 
 
-def test_settings_of_a_image_come_back(at: AppTest) -> None:
+def test_settings_of_an_image_come_back(at: AppTest) -> None:
     at.selectbox(key=fields.METHOD).set_value("tara").run()
     at.session_state[fields.of_setting("tara", "scope")] = "cross_kv"
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.5").run()
@@ -298,14 +298,14 @@ def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_ga
     assert not at.button(key="do.make").disabled
 
 
-def test_a_image_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
+def test_an_image_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
     drop(at, tmp_path, {}, model="stranger/model")
     assert visit(at).slot.choice.model == "playground"
     assert at.text_input(key="set.model.name").value == "stranger/model"
     assert "open it there if you trust it" in said(at)
 
 
-def test_a_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
+def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -342,7 +342,7 @@ def test_a_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     assert not at.button(key="do.make").disabled
 
 
-def test_the_open_model_is_not_opened_again_in_another_precision_by_a_image(
+def test_the_open_model_is_not_opened_again_in_another_precision_by_an_image(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The open one may be a repository, for which the hub would be asked."""
