@@ -253,7 +253,6 @@ def real_flops(call: Callable[[], Any]) -> tuple[Cost, int]:
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' Heun
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in FAMILIES]
 )
