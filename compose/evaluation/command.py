@@ -1,6 +1,5 @@
-"""`lora-compose evaluate`: run a suite, write its report again, compare two evaluations."""
+"""A suite run in one process or several, and its report: what `lora-compose evaluate` does."""
 
-import logging
 import math
 import os
 import signal
@@ -12,114 +11,63 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
 import typer
-from typer.core import TyperGroup
 
-from lora_compose.compose.support.terminal import FAILED, bar, err, kindly, out, say
-
-_EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
-
-
-class _Suites(TyperGroup):
-    """`evaluate SUITE` is `evaluate run SUITE`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            args = ["run", *args]
-        return super().resolve_command(ctx, args)
-
+from lora_compose.compose.evaluation.comparison import compare_runs
+from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.report import write_report
+from lora_compose.compose.evaluation.runner import evaluate, is_done
+from lora_compose.compose.evaluation.suite import read_suite
+from lora_compose.compose.support.terminal import FAILED, bar, err, out, say
 
 CHILD = Path(__file__).with_name("child.py")
 GRACE = 10  # seconds that the first process has to fail by itself when another one has failed
 
-app = typer.Typer(
-    cls=_Suites,
-    help="Score methods on many scenes and seeds: lora-compose evaluate SUITE.",
-    no_args_is_help=True,
-)
 
+def run_suite(suite: str, folder: Path | None = None, processes: int | None = None) -> bool:
+    """Generates and scores the images of a suite, writes the report, and returns whether nothing failed.
 
-@app.command("run")
-@kindly(logging.ERROR)
-def run(
-    suite: Annotated[str, typer.Argument(help="A suite file, YAML or JSON, or the name of a shipped suite.")],
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
-    ] = None,
-) -> None:
-    """Generate and score all images of a suite and write the report. A rerun resumes."""
-    _check_packages()
-    from lora_compose.compose.evaluation.planning import make_plan
-    from lora_compose.compose.evaluation.runner import evaluate, is_done
-    from lora_compose.compose.evaluation.suite import read_suite
+    Args:
+        suite: A suite file, or the name of a shipped suite.
+        folder: Where to; what is finished there is not made again.
+        processes: How many; None is one per GPU, or as in the suite.
 
+    Raises:
+        ValueError: For suites that cannot be read.
+        ChildProcessError: If a process was killed.
+    """
     asked = read_suite(suite)
     to = folder or Path("outputs/evaluation") / asked.name
     number = processes or _processes(asked.processes, asked.device)
     if number > 1 and "WORLD_SIZE" not in os.environ:
         _launch([suite, *(["--out", str(folder)] if folder else [])], number, asked.threads or 1)
-        return
+        return True
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank > 0:
         evaluate(asked, to)
-        return
+        return True
     plan = make_plan(asked)
     say(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)
     with bar("evaluating", math.ceil(len(plan.batches) / world)) as on_progress:
         evaluate(asked, to, on_progress)
-    _say_report(to)
+    say_report(to)
     if left := sum(not is_done(to, planned) for planned in plan.batches):
         say(f"{left} batches failed; the report lists why. The same command retries them.", style="red", to=err)
-        raise typer.Exit(FAILED)
+    return not left
 
 
-@app.command()
-@kindly(logging.ERROR)
-def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
-    baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
-) -> None:
-    """Write the report of an evaluation again, from its stored results."""
-    _check_packages()
-    _say_report(folder, baseline)
-
-
-@app.command()
-@kindly(logging.ERROR)
-def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
-    second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
-) -> None:
-    """Show what is better in the second evaluation than in the first, with intervals."""
-    _check_packages()
-    from lora_compose.compose.evaluation.comparison import compare_runs
-
+def compare_folders(first: Path, second: Path) -> None:
+    """Shows what is better in the second evaluation than in the first."""
     out.print(compare_runs(first, second))
 
 
-def _say_report(folder: Path, baseline: str | None = None) -> None:
-    from lora_compose.compose.evaluation.report import write_report
-
+def say_report(folder: Path, baseline: str | None = None) -> None:
+    """Writes the report of an evaluation and says where it is."""
     written = write_report(folder, baseline)
     say(f"The report: {written.html}", style="bold")
     say(f"As a table: {written.markdown}; for pandas: {written.pictures}, {written.concepts}, {written.summary}")
-
-
-def _check_packages() -> None:
-    missing = []
-    for name in ("scipy", "pandas", "matplotlib"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise ValueError(_EXTRA.format(", ".join(missing)))
 
 
 def _processes(wanted: int, device: str | None) -> int:

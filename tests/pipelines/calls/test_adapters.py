@@ -6,8 +6,8 @@ import pytest
 
 from components import State, random_lora, seeded
 from composing import BOTH, FIXED, StoppedError, assert_close, compose, latents_of, raise_at_step, run, same_bits
-from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.concepts.loading import LoraError
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
 
 
