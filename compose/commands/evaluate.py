@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_compose.compose.evaluation.shipped import find_suite
-from lora_compose.compose.support.terminal import FAILED, kindly, starting
+from lora_compose.compose.support.terminal import kindly, starting
 
 _EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
 
@@ -41,13 +41,22 @@ def run(
         int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
     ] = None,
 ) -> None:
-    """Generate and score all images of a suite and write the report. A rerun resumes."""
+    """Generate and score all images of a suite and write the report. A rerun resumes; further processes join in."""
     find_suite(suite)
     _check_packages()
     with starting():
         from lora_compose.compose.evaluation.command import run_suite
-    if not run_suite(suite, folder, processes):
-        raise typer.Exit(FAILED)
+    if code := run_suite(suite, folder, processes):
+        raise typer.Exit(code)
+
+
+@app.command(hidden=True)
+@kindly(logging.ERROR)
+def work(suite: str, folder: Annotated[Path, typer.Option("--out")]) -> None:
+    """Take part in an evaluation, without a report: what `run --processes 2` starts twice."""
+    from lora_compose.compose.evaluation.command import work_on
+
+    work_on(suite, folder)
 
 
 @app.command()
