@@ -12,7 +12,8 @@ from lora_compose.attention import check_free
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.scene import Concept, check_region
+from lora_compose.pipelines.regions import check_region
+from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.conditioning import TokenPositions
 
 Generators = torch.Generator | list[torch.Generator] | None

@@ -38,7 +38,7 @@ from composing import (
     same_bits,
     with_concepts,
 )
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 
