@@ -31,6 +31,7 @@ from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.task import TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -133,6 +134,17 @@ class ComposePipeline(DiffusionPipeline):
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
         family: Any = cls.family_of(pipeline.config)
         return family.from_pipe(pipeline, **options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        """Saves the model as diffusers does; plain diffusers opens it as well.
+
+        Concepts are not saved: they stay in their LoRA files. If there are any, a README.md in the folder shows how to
+        load them again; one that is there already is kept.
+        """
+        super().save_pretrained(save_directory, *args, **options)
+        readme = Path(save_directory) / README
+        if self.concepts and not readme.exists():
+            readme.write_text(how_to_open(self.concepts.values()), encoding="utf-8")
 
     @classmethod
     def family_of(cls, config: Mapping[str, Any]) -> "type[ComposePipeline]":
