@@ -15,7 +15,7 @@ PACKAGE = "lora_compose"
 RINGS = ("attention", "pipelines", "compose", "ui")
 FOLDERS = (
     "support", "playground", "files", "figures", "generate", "benchmark", "lora", "check", "evaluation", "training",
-    "page", "cli", "playground.recipe",
+    "page", "commands", "cli", "playground.recipe",
 )  # fmt: skip
 """The parts of compose; each may import those before it. Nothing imports the recipe, which is in a clone only."""
 

@@ -18,12 +18,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from commands import call, flat
 from lora_compose import Concept, Run, Scene, __version__
+from lora_compose.compose.commands.options import parse_concept, parse_settings
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.generate import run_command
+from lora_compose.compose.generate import images
 from lora_compose.compose.generate.machine import choose_device, devices
 from lora_compose.compose.generate.making import make, make_batch
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.generate.options import parse_concept, parse_settings
 from lora_compose.compose.generate.replay import difference
 from lora_compose.compose.generate.schedulers import scheduler_names
 from lora_compose.compose.playground.assets import playground_lora, playground_model
@@ -200,7 +200,7 @@ MISTAKES = {
     ),
     "both": (
         ["playground", "--scene", SCENES / "cat-dog.yaml", "--concept", BEAR],
-        "in the scene file or with --concept, not both",
+        "in the scene file or with --lora and --concept, not both",
     ),
     "no scene": (["playground", "--scene", "none.yaml"], "there is no file 'none.yaml'"),
 }
@@ -228,7 +228,7 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
         (
             "path=a.safetensors,region=1:2:3",
-            "region must be left:top:right:bottom in whole pixels or a mask image, not '1:2:3'",
+            "region must be left,top,right,bottom in whole pixels or a mask image, not '1:2:3'",
         ),
         ("path=a.safetensors,region=9:0:3:4", "0 <= left < right"),
     ],
@@ -267,7 +267,7 @@ def test_a_full_memory_is_answered_with_advice(tmp_path: Path, monkeypatch: pyte
         error.add_note("some advice")
         raise error
 
-    monkeypatch.setattr(run_command, "make_batch", full)
+    monkeypatch.setattr(images, "make_batch", full)
     result = call("run", "playground", "--prompt", "a", "--out", tmp_path, code=1)
     assert "out of memory: tried to allocate 40 GiB\nsome advice\nuse a smaller --width" in result.stderr
 
@@ -278,7 +278,7 @@ def test_what_was_made_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: 
             raise KeyboardInterrupt
         return make_batch(pipe, run, *rest, **options)
 
-    monkeypatch.setattr(run_command, "make_batch", once)
+    monkeypatch.setattr(images, "make_batch", once)
     seeds = ["--seed", "1", "--seed", "2"]
     call("run", "playground", "--steps", 1, "--prompt", "a", *seeds, "--out", tmp_path, code=130)
     assert listed(tmp_path) == ["1.png"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_compose.pipelines.scene import Concept, Run, Scene, check_names, check_region
+from lora_compose.pipelines.scene import Concept, Run, Scene, check_box, check_names
 
 SCENE = Scene(prompt="a sks cat")
 
@@ -84,12 +84,12 @@ def test_a_region_must_lie_on_the_canvas(width, height, right, bottom):
 def test_sides_of_the_canvas_that_are_unknown_are_not_checked():
     concept = Concept(name="cat", region=(0, 0, 100, 100))
     assert Scene(prompt="sks", concepts=(concept,)).concepts == (concept,)
-    check_region(concept, None, 100)
-    check_region(concept, 100, None)
+    check_box(concept, None, 100)
+    check_box(concept, 100, None)
     with pytest.raises(ValueError, match="leaves the canvas of None x 99"):
-        check_region(concept, None, 99)
+        check_box(concept, None, 99)
     with pytest.raises(ValueError, match="leaves the canvas of 99 x None"):
-        check_region(concept, 99, None)
+        check_box(concept, 99, None)
 
 
 def test_names_of_concepts_differ():

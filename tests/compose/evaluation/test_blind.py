@@ -9,7 +9,7 @@ import torch
 from commands import call
 from lora_compose.compose.evaluation.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene import Concept
 

@@ -21,8 +21,8 @@ from disks import files_of_at_most
 from layouts import layout, shapes_of
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.compose.cli import app
+from lora_compose.compose.commands.options import parse_lora
 from lora_compose.compose.lora.calibration import calibrate
-from lora_compose.compose.lora.merge_command import parse_weight
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.compose.playground.recipe.lora_files import FORMATS
@@ -363,7 +363,7 @@ def test_more_ranks_than_a_layer_can_need_cost_nothing(rank: int, tmp_path: Path
     ],
 )
 def test_a_weight_stands_after_the_last_colon(text: str, expected: tuple[str, float]) -> None:
-    assert parse_weight(text) == expected
+    assert parse_lora(text) == expected
 
 
 TWO = ["playground:cat", "playground:dog"]

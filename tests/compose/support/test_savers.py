@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from commands import call
 from components import small_vae, tiny_pipeline
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.generate import replay_command, run_command
+from lora_compose.compose.generate import images, replay
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND
@@ -99,7 +99,7 @@ def test_the_command_line_makes_the_same_image_with_less(tmp_path: Path, monkeyp
         opened.append(list(savers))
         return open_model(run, savers)
 
-    for command in (run_command, replay_command):
+    for command in (images, replay):
         monkeypatch.setattr(command, "open_model", remembered)
     call("run", *what, *saving, "--out", tmp_path / "saving")
     plain, saved = (tmp_path / name / "0.png" for name in ("plain", "saving"))

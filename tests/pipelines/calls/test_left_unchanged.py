@@ -21,7 +21,7 @@ from composing import (
     same_bits,
     with_concepts,
 )
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import inspect
 import json
 import pydoc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from components import seeded, tiny_xl_pipeline
+from components import random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from composing import (
     BOTH,
     EVERY,
@@ -38,7 +39,7 @@ from composing import (
     same_bits,
     with_concepts,
 )
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 
@@ -69,7 +70,8 @@ def test_what_is_saved_is_what_diffusers_saves(composer, plain_pipe, tmp_path):
     composer.save_pretrained(tmp_path / "ours")
     plain_pipe.save_pretrained(tmp_path / "plain")
     files = {p.relative_to(tmp_path / "plain") for p in (tmp_path / "plain").rglob("*") if p.is_file()}
-    assert files == {p.relative_to(tmp_path / "ours") for p in (tmp_path / "ours").rglob("*") if p.is_file()}
+    saved = {p.relative_to(tmp_path / "ours") for p in (tmp_path / "ours").rglob("*") if p.is_file()}
+    assert saved - {Path("README.md")} == files  # it is there because the pipeline has concepts
     for name in files:
         ours, plain = ((tmp_path / side / name).read_bytes() for side in ("ours", "plain"))
         assert json.loads(ours) == json.loads(plain) if name.suffix == ".json" else ours == plain
@@ -275,3 +277,25 @@ def test_an_editor_completes_a_call_and_its_help_names_what_is_ours():
     assert all(f"{name}:" in text for name in ("concepts", "method", "control"))
     with pytest.raises(TypeError, match="open a model first"):
         ComposePipeline.__call__(ComposePipeline.__new__(ComposePipeline))
+
+
+def test_the_folder_of_a_saved_model_says_how_to_load_its_concepts(write_lora: Any, tmp_path: Path) -> None:
+    composer = tiny_pipeline()
+    cat = write_lora("cat", unet=random_lora(composer.unet, 1))
+    composer.load_concept(cat, "tom", trigger="sks", class_word="cat")
+    composer.save_pretrained(tmp_path / "model")
+    text = (tmp_path / "model/README.md").read_text(encoding="utf-8")
+    (load,) = re.findall(r"^pipe\.load_concept\(.*\)$", text, re.MULTILINE)
+    opened = ComposePipeline.from_pretrained(tmp_path / "model")
+    eval(load.replace("'cat.safetensors'", repr(str(cat))), {"pipe": opened})
+    assert dict(opened.concepts) == dict(composer.concepts)
+
+
+def test_a_model_without_concepts_and_a_readme_that_is_there_are_left_alone(write_lora: Any, tmp_path: Path) -> None:
+    composer = tiny_pipeline()
+    composer.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain/README.md").exists()
+    (tmp_path / "plain/README.md").write_text("mine")
+    composer.load_concept(write_lora("cat", unet=random_lora(composer.unet, 1)), trigger="sks")
+    composer.save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain/README.md").read_text() == "mine"

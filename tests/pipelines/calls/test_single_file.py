@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components import small_pipeline, xl_pipeline
 from composing import OURS, run, same_bits
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",

@@ -234,7 +234,7 @@ def test_a_prompt_without_the_trigger_is_refused(pipe: Any, write: Callable[...,
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    {(3, WIDTH): "'<x1>' has vectors for 3 cross-attention layers, the denoiser has 4",
+    {(3, WIDTH): "'<x1>' has vectors for 3 cross-attention layers, the model has 4",
      (LAYERS, 32): "the vectors of '<x1>' have 32 numbers, text_encoder has words of 24"}.items(),
 )  # fmt: skip
 def test_vectors_that_do_not_fit_are_refused(

@@ -318,7 +318,7 @@ PLAYGROUND = """
 import sys, torch
 from hashlib import sha256
 from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 
 torch.set_num_threads(1)
 pipe = ComposePipeline.from_pretrained(playground_model())
