@@ -12,7 +12,8 @@ from torch import Tensor
 from lora_compose.attention.masks import Box
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.images import as_uri, in_pixels, is_fractions, mask_of_box, read_images, read_mask_image
+from lora_compose.pipelines.images import read_images
+from lora_compose.pipelines.mask_images import as_uri, in_pixels, is_fractions, mask_of_box, read_mask_image
 from lora_compose.pipelines.regions import read_mask
 
 
@@ -197,7 +198,7 @@ class Source:
         if isinstance(region, str):
             mask = Image.fromarray((read_mask(region) * 255).byte().numpy()).resize((width, height))
         else:
-            mask = mask_of_box(region, width, height)
+            mask = mask_of_box(in_pixels(region, width, height), width, height)
         cut = mask if self.crop is None else mask.crop(self.crop)
         processor = self.pipeline.image_processor
         shown = processor.resize(cut, *self.size[::-1], resize_mode="default" if self.crop is None else "fill")

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
 from lora_compose.attention.masks import bounds
-from lora_compose.pipelines.images import greys, in_pixels, mask_of_box, read_mask_image
+from lora_compose.pipelines.mask_images import greys, in_pixels, mask_of_box, read_mask_image
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.regions import read_mask

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_compose.attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
+from lora_compose.attention.masks import bounds, box_mask, cells_of, coarse_mask, resize_mask
 from lora_compose.attention.sites import Grid, coarser
-from lora_compose.pipelines.images import URI_PREFIX, from_uri, greys, open_image
+from lora_compose.pipelines.mask_images import URI_PREFIX, from_uri, greys, in_pixels, mask_name, open_image
+from lora_compose.pipelines.scene import BoxOrMask, Concept, check_box
 
 
 def read_mask(path: str) -> Tensor:
@@ -32,11 +33,6 @@ def read_mask(path: str) -> Tensor:
     return mask
 
 
-def mask_name(path: str) -> str:
-    """What messages call a mask: its path, if it has one."""
-    return "image that was given" if path.startswith(URI_PREFIX) else repr(path)
-
-
 def check_mask(path: str, width: int | None, height: int | None) -> None:
     """Raises ValueError if a mask cannot be used, or has other proportions than the canvas."""
     mask_height, mask_width = read_mask(path).shape
@@ -47,11 +43,18 @@ def check_mask(path: str, width: int | None, height: int | None) -> None:
         )
 
 
-def region_mask(region: Box | str | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:
+def check_region(concept: Concept, width: int | None, height: int | None) -> None:
+    """Raises ValueError if a concept's region does not fit the canvas; sizes that are None are not checked."""
+    if isinstance(concept.region, str):
+        check_mask(concept.region, width, height)
+    check_box(concept, width, height)
+
+
+def region_mask(region: BoxOrMask | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:
     """A region on a grid; 1 everywhere without a region.
 
     Args:
-        region: A box in pixels, or the path of a mask.
+        region: A box, or the path of a mask.
         image_size: Height and width of the canvas in pixels.
         grid: The grid wanted.
         sharp: Whether every dot of a mask is inside or outside, from half of its maximum on; else greys are parts.
@@ -62,7 +65,7 @@ def region_mask(region: Box | str | None, image_size: Grid, grid: Grid, *, sharp
     if region is None:
         return torch.ones(grid)
     if not isinstance(region, str):
-        return box_mask(region, image_size, grid)
+        return box_mask(in_pixels(region, *image_size[::-1]), image_size, grid)
     mask = read_mask(region)
     return resize_mask((mask >= mask.max() / 2).float() if sharp else mask, grid)
 
@@ -89,7 +92,7 @@ class Regions:
     @classmethod
     def of(
         cls,
-        regions: Sequence[Box | str | None],
+        regions: Sequence[BoxOrMask | None],
         image_size: Grid,
         latent_grid: Grid,
         levels: Collection[int],

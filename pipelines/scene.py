@@ -1,11 +1,11 @@
-"""What is to be seen and how it is made: `Concept`, `Scene` and `Run`, frozen and validated."""
+"""What is to be seen and how it is made: `Concept`, `Scene` and `Run`, frozen and validated.
+
+Nothing here needs torch: the command line reads and checks all of it before anything slow is imported.
+"""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-from PIL import Image
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -16,16 +16,16 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from torch import Tensor
 
-from lora_compose.attention.masks import Box
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
-from lora_compose.pipelines.images import as_uri, is_fractions, read_mask_image
-from lora_compose.pipelines.regions import check_mask
+from lora_compose.pipelines.mask_images import is_fractions, region_of
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Box = tuple[int, int, int, int]
 
 
 def _proper(box: Any) -> Any:
@@ -47,15 +47,6 @@ MaskFile = Annotated[str, Field(pattern=r"(?i)(^data:image/png;base64,|\.(png|jp
 """The path of a mask image (white = inside), or the image itself as a data URI."""
 
 
-def _as_text(region: Any) -> Any:
-    """A mask as people have it: paths and images become text."""
-    if isinstance(region, Path):
-        return str(region)
-    if isinstance(region, Image.Image | np.ndarray | Tensor):
-        return as_uri(read_mask_image(region, (1, 1)))
-    return region
-
-
 def _kind(region: Any) -> str:
     if isinstance(region, str):
         return "mask"
@@ -69,7 +60,7 @@ ImageFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
 BoxOrMask = Annotated[
     Annotated[Region, Tag("box")] | Annotated[Fractions, Tag("fractions")] | Annotated[MaskFile, Tag("mask")],
     Discriminator(_kind),
-    BeforeValidator(_as_text),
+    BeforeValidator(region_of),
 ]
 
 
@@ -119,8 +110,8 @@ class Concept(_Frozen):
             of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
             0.4 until the middle, "1..0.4" to the last step. Points are at parts of the steps, or at steps where one is
             above 1.
-        blocks: Further factors by block of the denoiser, {"down": 0.5, "up.1": 0}; the longest name counts, and "text"
-            means the text encoders.
+        blocks: Further factors by block of the UNet or transformer, {"down": 0.5, "up.1": 0}; the longest name counts,
+            and "text" means the text encoders.
         region: Where the concept may appear: a box in pixels or in fractions of the image, or a mask (white = inside):
             a path, a PIL image, an array or a tensor; None leaves it to the method.
         prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
@@ -185,9 +176,8 @@ class Scene(Start):
     def _distinct(self) -> Self:
         check_names(self.concepts)
         for concept in self.concepts:
-            # Files are looked at when the scene is used; regions are in the coordinates of an image that there is.
-            if not isinstance(concept.region, str) and self.image is None:
-                check_region(concept, self.width, self.height)
+            if self.image is None:  # else boxes are in its coordinates; files are looked at when the scene is used
+                check_box(concept, self.width, self.height)
         return self
 
 
@@ -227,14 +217,9 @@ def check_names(concepts: tuple[Concept, ...]) -> None:
         raise ValueError(f"concept names must differ, but {', '.join(map(repr, twice))} stands twice")
 
 
-def check_region(concept: Concept, width: int | None, height: int | None) -> None:
-    """Raises ValueError if a concept's region does not fit the canvas; sizes that are None are not checked."""
-    if concept.region is None:
-        return
-    if isinstance(concept.region, str):
-        check_mask(concept.region, width, height)
-        return
-    if is_fractions(concept.region):
+def check_box(concept: Concept, width: int | None, height: int | None) -> None:
+    """Raises ValueError if a concept's box leaves the canvas; sizes that are None are not checked, and no mask is."""
+    if concept.region is None or isinstance(concept.region, str) or is_fractions(concept.region):
         return
     _, _, right, bottom = concept.region
     if (width is not None and right > width) or (height is not None and bottom > height):

@@ -17,7 +17,7 @@ from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.images import URI_PREFIX, read_images
+from lora_compose.pipelines.mask_images import URI_PREFIX, open_image
 from lora_compose.pipelines.methods import METHODS, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.regular import sha256_of
@@ -163,10 +163,8 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     What the scene leaves open is that of the image it starts from, unless a part of it is enlarged, or the model's own.
     """
     if scene.image is not None and scene.padding_mask_crop is None:
-        whole = tuple(
-            side // pipe.vae_scale_factor * pipe.vae_scale_factor for side in read_images(scene.image)[0].size
-        )
-        return scene.width or whole[0], scene.height or whole[1]
+        given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
+        return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
     # Both are always said: diffusers alone takes the model's own for both where one is missing.
     sample = pipe.unet.config.sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample
@@ -210,10 +208,8 @@ class _Rehearsed(Exception):  # noqa: N818 (nothing has gone wrong)
 @contextmanager
 def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settings | None, dict[str, Any]]]:
     """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
-    if pipe.denoiser.dtype != getattr(torch, run.dtype):
-        raise ValueError(
-            f"the run asks for {run.dtype}, but the model was opened in {pipe.denoiser.dtype}; open it again"
-        )
+    if pipe.model.dtype != getattr(torch, run.dtype):
+        raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.model.dtype}; open it again")
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     settings = resolve_settings(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)

@@ -10,7 +10,8 @@ from diffusers import AsymmetricAutoencoderKL
 from torch import Tensor, nn
 
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import Call, Guidance, Sampling
+from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents
+from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.from_image import FromImage, Source, check_steps
 from lora_compose.pipelines.loop import Schedule
 from lora_compose.pipelines.plan import Plan
@@ -40,6 +41,13 @@ class UNetPipeline(ComposePipeline):
         own_height, own_width = (sample, sample) if isinstance(sample, int) else sample
         scale = self.vae_scale_factor
         return own_width * scale if width is None else width, own_height * scale if height is None else height
+
+    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+        given, source = call.sampling.latents, call.source
+        if given is not None and source is not None and source.mask is None:
+            raise ValueError("latents cannot be given for image-to-image, which starts from those of the image")
+        channels = self.unet.config.in_channels if source is None else self.vae.config.latent_channels
+        check_latents(given, (canvas.images, channels, *canvas.latent_grid))
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         return self.prepare_latents(
@@ -178,7 +186,7 @@ class UNetPipeline(ComposePipeline):
         source = plan.call.source
         if source is None:
             return timesteps, steps
-        return source.pipeline.get_timesteps(steps, source.strength, plan.canvas.device)
+        return type(source.pipeline).get_timesteps(self, steps, source.strength, plan.canvas.device)
 
     def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
         canvas, generator, per_prompt = plan.canvas, call.sampling.generator, call.size.images_per_prompt
