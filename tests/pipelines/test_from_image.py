@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from components import FAMILIES, TINY, sd_unet, seeded, small_pipeline
-from composing import BOTH, NUMPY_2, PROMPT, TRIGGERS, assert_close, composer_of, lora_file, run, same_bits
+from composing import BOTH, PROMPT, TRIGGERS, assert_close, composer_of, lora_file, run, same_bits
 from lora_compose import ComposePipeline, Concept
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer
 
@@ -81,7 +81,6 @@ def test_without_concepts_a_call_is_diffusers_own(family, inpaints, case):
 
 
 @BOTH
-@NUMPY_2
 @TASKS
 @pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
 def test_without_concepts_schedulers_do_what_they_do_in_diffusers(family, inpaints, scheduler):
@@ -168,7 +167,6 @@ def from_latents(family: str, method: Any, inpaints: bool) -> Tensor:
 FIND_NOTHING = [name for name in METHODS if name != "clora"]
 
 
-@NUMPY_2
 @pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("method", "inpaints"), [(name, False) for name in METHODS] + [(name, True) for name in FIND_NOTHING]
