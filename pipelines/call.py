@@ -199,8 +199,13 @@ def check_arguments(
 
     Raises:
         TypeError: For unknown arguments.
-        ValueError: For IP-Adapter images, and attention arguments other than "scale".
+        ValueError: For images to start from, IP-Adapter images, and attention arguments other than "scale".
     """
+    if {"image", "mask_image"} & unknown.keys():
+        raise ValueError(
+            "with concepts, this model family makes images from text only; image-to-image and inpainting work with "
+            "Stable Diffusion 1.x, 2.x and XL"
+        )
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(unknown)}")
     if any(given is not None for given in ip_adapter):

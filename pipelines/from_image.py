@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -62,6 +63,8 @@ class FromImage:
                 raise ValueError("padding_mask_crop and paste_original need a mask: give mask_image=... as well")
             return cls(images, None, strength)
         mask = read_mask_image(mask_image, _size(images))
+        if mask.getextrema()[1] < 128:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(_PALE)
         _check_sizes(_size(images), mask.size, exactly=padding_mask_crop is not None or paste_original)
         whole = isinstance(padding_mask_crop, int) and not isinstance(padding_mask_crop, bool)
         if padding_mask_crop is not None and (not whole or padding_mask_crop < 0):
@@ -173,7 +176,7 @@ class Source:
             raise ValueError(f"these latents are for {columns} x {rows} pixels, and the call for {width} x {height}")
         mask = None if given.mask is None else pipeline.mask_processor.preprocess(given.mask, **how)
         if mask is not None and not (mask > 0).any():
-            raise ValueError("mask_image has no pixel above half of white at this size; nothing would be painted")
+            raise ValueError(_PALE)
         return cls(given, pipeline, strength, pixels, mask, (columns, rows), crop)
 
     @property
@@ -200,7 +203,9 @@ class Source:
         else:
             mask = mask_of_box(in_pixels(region, width, height), width, height)
         cut = mask if self.crop is None else mask.crop(self.crop)
-        processor = self.pipeline.image_processor
+        processor = VaeImageProcessor(
+            vae_scale_factor=self.pipeline.vae_scale_factor, resample="nearest"
+        )  # borders stay sharp
         shown = processor.resize(cut, *self.size[::-1], resize_mode="default" if self.crop is None else "fill")
         shown = shown.convert("L")
         if shown.getextrema()[1] < 128:
@@ -209,6 +214,9 @@ class Source:
                 "padding_mask_crop, or leave the concept out"
             )
         return replace(loaded, concept=loaded.concept.model_copy(update={"region": as_uri(shown)}))
+
+
+_PALE = "mask_image has no pixel above half of white at the size that is painted; nothing would be painted"
 
 
 def check_steps(steps: int, strength: float) -> None:
