@@ -441,7 +441,7 @@ def test_images_without_a_record_are_refused(tmp_path: Path) -> None:
 # --- check ---
 
 
-def test_check_says_what_matches_without_making_a_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = UNet2DConditionModel.forward
 
     def without_numbers(unet: UNet2DConditionModel, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
