@@ -21,7 +21,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.concepts.loading import find_file, local_path
 from lora_compose.pipelines.concepts.strength import Weight
-from lora_compose.pipelines.concepts.textual_inversion import Expanding, Words
+from lora_compose.pipelines.concepts.textual_inversion import Words
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.formats.deltas import MAX_RANK
@@ -34,6 +34,7 @@ from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.task import TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import Encoder
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -311,13 +312,13 @@ class ComposePipeline(DiffusionPipeline):
         reads_regions = backbone_of(self.denoiser).reads_regions
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
-    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Expanding]:
+    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
         """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
 
         Raises:
             ValueError: If two files bring one word.
         """
-        return expanding(self, Words.of(concepts, self.components))
+        return self._prompt_tokenizers(Words.of(concepts, self.components), None)
 
     def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Denoiser]":
         """A call with concepts up to its final latents, the same for every family and method.
@@ -363,6 +364,15 @@ class ComposePipeline(DiffusionPipeline):
     def denoiser(self) -> Any:
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
+
+    def _prompt_tokenizers(self, words: Words, length: int | None) -> Sequence[Tokenizer]:
+        """The tokenizers of the denoiser's text as they read prompts.
+
+        Args:
+            words: What LoRA files bring.
+            length: Tokens of an encoded text; None means as many as the tokenizer says.
+        """
+        return expanding(self, words, length)
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""

@@ -22,6 +22,7 @@ from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.encoder import Encoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
             "this method needs region attention, which this model does not support yet; use merge, tara or regional"
         )
     words = Words.of(loaded, pipe.components)
-    tokenizers = expanding(pipe, words, call.prompts.length)
+    tokenizers = pipe._prompt_tokenizers(words, call.prompts.length)
     places: dict[tuple[int, ...], list[int]] = {}
     for prompt, mine in enumerate(columns):
         places.setdefault(tuple(mine), []).append(prompt)
@@ -207,7 +208,7 @@ def expanding(pipe: Any, words: Words, length: int | None = None) -> Sequence[Ex
 
 
 def _token_masks(
-    call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Concept], places: Sequence[int]
+    call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], places: Sequence[int]
 ) -> TokenMasks:
     """Where the words of a concept set are in its prompts."""
     if len(places) == len(call.prompts):
@@ -226,7 +227,7 @@ def _token_masks(
     return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
 
-def _masks_of(call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Concept]) -> TokenMasks:
+def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept]) -> TokenMasks:
     positions, embeds = call.composition.token_positions, call.prompts.embeds
     if embeds is not None:
         return TokenMasks.of_positions(positions or {}, embeds.shape[0], embeds.shape[1], concepts)
@@ -237,14 +238,14 @@ def _masks_of(call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Co
 
 
 def _find(
-    tokenizers: Sequence[Expanding], concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any
+    tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any
 ) -> TokenMasks:
     """A `Finder` for texts that all tokenizers read."""
     return find_in(tokenizers, concepts, [prompts] * len(tokenizers), names=names, mentions=mentions)
 
 
 def find_in(
-    tokenizers: Sequence[Expanding], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
+    tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
 ) -> TokenMasks:
     """Where words are, which has to be the same for all tokenizers, since their features are put side by side."""
     found = [
