@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
-from diffusers import FluxTransformer2DModel, Krea2Transformer2DModel, UNet2DConditionModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, Krea2Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.flux import FluxBackbone
+from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.krea2 import Krea2Backbone
 from lora_compose.attention.backbones.unet import UNetBackbone
 from lora_compose.attention.device import uncompiled
@@ -97,6 +98,7 @@ class Backbone(Protocol):
 BACKBONES: Mapping[type[nn.Module], Callable[[nn.Module], Backbone]] = {
     UNet2DConditionModel: UNetBackbone,
     FluxTransformer2DModel: FluxBackbone,
+    Flux2Transformer2DModel: Flux2Backbone,
     Krea2Transformer2DModel: Krea2Backbone,
 }
 

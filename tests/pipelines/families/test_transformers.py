@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import seeded
+from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Composite, Concept, Merge, Regional, Switch, Tara
 from transformer_families import (
@@ -23,7 +24,7 @@ from transformer_families import (
     random_lora_of_all,
 )
 
-FAMILIES = {"krea2": KREA2}
+FAMILIES = {"krea2": KREA2, "flux2": FLUX2}
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
 BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
