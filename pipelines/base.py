@@ -21,7 +21,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.concepts.loading import find_file, local_path
 from lora_compose.pipelines.concepts.strength import Weight
-from lora_compose.pipelines.concepts.textual_inversion import Words
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.formats.deltas import MAX_RANK
@@ -29,7 +29,7 @@ from lora_compose.pipelines.loop import Hooks, Schedule, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.output import ComposeOutput
-from lora_compose.pipelines.plan import Plan, expanding, make_plan
+from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.task import TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -55,7 +55,7 @@ class ComposePipeline(DiffusionPipeline):
     """Bytes of LoRAs that stay in memory between calls, of those that calls have read; `load_concept` comes on top."""
 
     text_tokenizers: tuple[str, ...] = ("tokenizer", "tokenizer_2")
-    """The tokenizers whose tokens the denoiser reads, by component name."""
+    """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
     """The classes of all model families, as their modules register them."""
@@ -236,7 +236,7 @@ class ComposePipeline(DiffusionPipeline):
             trigger: The rare word or words; taken from the file's metadata if it has them.
             class_word: The noun after the trigger; taken from the file's metadata if it has it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
-            blocks: Further factors, by block of the denoiser (`Concept.blocks`).
+            blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
             weight_name: The file inside a folder or repository that has several.
             alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
             max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
@@ -309,7 +309,7 @@ class ComposePipeline(DiffusionPipeline):
         """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
         if method is not None:
             return make_method(method)
-        reads_regions = backbone_of(self.denoiser).reads_regions
+        reads_regions = backbone_of(self.model).reads_regions
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
     def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
@@ -318,7 +318,7 @@ class ComposePipeline(DiffusionPipeline):
         Raises:
             ValueError: If two files bring one word.
         """
-        return self._prompt_tokenizers(Words.of(concepts, self.components), None)
+        return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
     def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Denoiser]":
         """A call with concepts up to its final latents, the same for every family and method.
@@ -334,7 +334,7 @@ class ComposePipeline(DiffusionPipeline):
             ValueError: For anything that does not fit together, before anything is changed.
         """
         plan = make_plan(self, call)
-        # Refuses a second call on this denoiser before the scheduler and the properties of the first are touched.
+        # Refuses a second call on this model before the scheduler and the properties of the first are touched.
         with plan.installed(self) as sessions:
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
@@ -361,18 +361,18 @@ class ComposePipeline(DiffusionPipeline):
     # What differs between families.
 
     @property
-    def denoiser(self) -> Any:
+    def model(self) -> Any:
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
 
-    def _prompt_tokenizers(self, words: Words, length: int | None) -> Sequence[Tokenizer]:
-        """The tokenizers of the denoiser's text as they read prompts.
+    def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
+        """The tokenizers of the model's text as they read prompts.
 
         Args:
-            words: What LoRA files bring.
+            textual_inversions: Words that LoRA files bring.
             length: Tokens of an encoded text; None means as many as the tokenizer says.
         """
-        return expanding(self, words, length)
+        return expanding_tokenizers(self, textual_inversions, length)
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""

@@ -166,12 +166,12 @@ def of_prompt(
     return found
 
 
-def check_plain(denoiser: nn.Module, composition: Composition) -> None:
+def check_plain(model: nn.Module, composition: Composition) -> None:
     """Checks a call without concepts.
 
     Raises:
         ValueError: If an argument is given that needs concepts.
-        RuntimeError: If concepts are installed in the denoiser at the moment.
+        RuntimeError: If concepts are installed in the model at the moment.
     """
     if composition.controls:
         raise ValueError(
@@ -182,7 +182,7 @@ def check_plain(denoiser: nn.Module, composition: Composition) -> None:
     others = composition.method, composition.token_positions
     if any(given is not None for given in others) or composition.record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
-    check_free(denoiser)
+    check_free(model)
 
 
 def check_arguments(

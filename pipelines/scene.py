@@ -59,8 +59,8 @@ class Concept(_Frozen):
             of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
             0.4 until the middle, "1..0.4" to the last step. Points are at parts of the steps, or at steps where one is
             above 1.
-        blocks: Further factors by block of the denoiser, {"down": 0.5, "up.1": 0}; the longest name counts, and "text"
-            means the text encoders.
+        blocks: Further factors by block of the UNet or transformer, {"down": 0.5, "up.1": 0}; the longest name counts,
+            and "text" means the text encoders.
         region: Where the concept may appear: a box, or the path of a mask image (white = inside); None leaves it to
             the method.
         prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None

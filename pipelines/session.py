@@ -17,7 +17,7 @@ from lora_compose.pipelines.text.encoder import Prompts
 
 
 class Runner(Protocol):
-    """What methods need of a denoiser: `Denoiser` runs passes, the benchmark only prices them."""
+    """What methods need of `Denoiser`, which runs passes; the benchmark only prices them."""
 
     @property
     def canvas(self) -> Canvas:

@@ -363,8 +363,6 @@ PREPARED = (
 )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of schedulers, by numpy 2
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @XL_AND_SLOWLY_SD
 @pytest.mark.parametrize("prepare", PREPARED)
 def test_pipelines_that_were_changed_give_on_the_device_what_the_cpu_gives(

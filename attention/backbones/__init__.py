@@ -4,20 +4,27 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, Krea2Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.flux import FluxBackbone
 from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.krea2 import Krea2Backbone
 from lora_compose.attention.backbones.unet import UNetBackbone
+from lora_compose.attention.backbones.z_image import ZImageBackbone
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Site
 from lora_compose.attention.slot import Slot
 
 
 class Backbone(Protocol):
-    """A denoiser (UNet or transformer) as methods see it; it holds no state of a call."""
+    """What is known of a model (UNet or transformer) by its class; it holds no state of a call."""
 
     @property
     def model(self) -> nn.Module:
@@ -100,6 +107,7 @@ BACKBONES: Mapping[type[nn.Module], Callable[[nn.Module], Backbone]] = {
     FluxTransformer2DModel: FluxBackbone,
     Flux2Transformer2DModel: Flux2Backbone,
     Krea2Transformer2DModel: Krea2Backbone,
+    ZImageTransformer2DModel: ZImageBackbone,
 }
 
 

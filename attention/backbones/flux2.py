@@ -1,4 +1,4 @@
-"""FLUX.2: double-stream and then single-stream blocks, whose queries, keys, values and first MLP layer are one layer."""
+"""FLUX.2: double-stream, then single-stream blocks whose queries, keys, values and first MLP layer are one layer."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -378,7 +378,7 @@ def _empty(unet: UNet2DConditionModel, *shape: int) -> Tensor:
 
 def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
     """The same concept with the shapes of its factors only."""
-    return replace(concept, factors=replace(concept.factors, denoiser=_shapes(concept.factors.denoiser)))
+    return replace(concept, factors=replace(concept.factors, model=_shapes(concept.factors.model)))
 
 
 def _shapes(lora: Lora) -> Lora:

@@ -5,6 +5,7 @@ from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 
 __all__ = [
     "ComposeFlux2KleinPipeline",
@@ -12,4 +13,5 @@ __all__ = [
     "ComposeKrea2Pipeline",
     "ComposeStableDiffusionPipeline",
     "ComposeStableDiffusionXLPipeline",
+    "ComposeZImagePipeline",
 ]

@@ -13,7 +13,7 @@ from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import Call, Sampling, listed
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.concepts.textual_inversion import Words
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.templates import TemplateTokenizer
@@ -82,11 +82,12 @@ class FlowMatchingPipeline(ComposePipeline):
             raise ValueError(f"latents have the shape {list(given.shape)}; expected {list(shape)}, or as diffusers'")
         return latents.to(canvas.device, dtype)
 
-    def _prompt_tokenizers(self, words: Words, length: int | None) -> Sequence[Any]:
-        if words.words:
+    def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Any]:
+        if textual_inversions.words:
+            words = ", ".join(map(repr, textual_inversions.words))
             raise ValueError(
-                f"the LoRA files bring the words {', '.join(map(repr, words.words))}, which {self.family} cannot read; "
-                "expected files without textual inversions"
+                f"the LoRA files bring words of their own ({words}), which {self.family} cannot read; expected files "
+                "without textual inversions"
             )
         return [self._template(length or 512)]
 

@@ -303,7 +303,7 @@ class Composing:
 
     Attributes:
         settings: The settings.
-        session: The call.
+        session: Concept set, prompts and denoiser.
         text: Text 0, of the canvas.
         whole: The pass of the whole canvas.
         targets: What the losses look at, one for each region.

@@ -588,7 +588,6 @@ def test_concepts_fold_under_a_loaded_adapter() -> None:
     before.assert_unchanged(unet)
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @torch.no_grad()
 def test_an_adapter_among_the_concepts_is_silent_and_comes_back_exactly() -> None:
     unet = tiny_unet()

@@ -54,10 +54,6 @@ WAYS = {
 }  # fmt: skip
 
 
-# numpy about a line of diffusers' schedulers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
 def listed(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -1,5 +1,6 @@
 """The fields of the screen, by name: how a draft is written into them, and read from them again."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import streamlit as st
 from pydantic import ValidationError
 
 from lora_compose.compose.files.validation import complaints
-from lora_compose.compose.page.boxes import fitted
+from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.draft import Draft, read_seeds
 from lora_compose.compose.page.screen.state import Row, Visit
@@ -26,6 +27,9 @@ ATTENTION = "set.attention"
 ANYWHERE, IN_BOXES = "Anywhere", "In boxes"
 AUTOMATIC = "automatic"
 EDGES = ("left", "top", "right", "bottom")
+
+MOST_WEIGHT, WEIGHT_STEP = 2.0, 0.05
+"""What the slider of a weight reaches; other weights, and those that change over the steps, are text."""
 
 _TEXTS = ("name", "trigger", "class_word", "prompt", "negative_prompt")
 
@@ -89,12 +93,20 @@ def add(
     for field in _TEXTS:
         value = getattr(concept, field)
         st.session_state[of_row(row, field)] = known.get(field, "") if value is None else value
-    st.session_state[of_row(row, "weight")] = weight_text(concept.weight)
+    st.session_state[of_row(row, "weight")], st.session_state[of_row(row, "schedule")] = _weight_fields(concept.weight)
     st.session_state[of_row(row, "blocks")] = blocks_text(concept.blocks)
     st.session_state[of_row(row, "style")] = concept.is_style
     box = concept.region if isinstance(concept.region, tuple) else (0, 0, *size)
     set_box(row, box)
     return row
+
+
+def place_anew(here: Visit, row: Row) -> None:
+    """Gives the last concept a box of its own, beside those of the others."""
+    others = [other for other in here.rows if other is not row and has_box(other)]
+    boxes = one_more([box_of(other) for other in others], *size())
+    for placed, box in zip([*others, row], boxes, strict=True):
+        set_box(placed, box)
 
 
 def set_box(row: Row, box: tuple[int, int, int, int]) -> None:
@@ -133,13 +145,23 @@ def is_style(row: Row) -> bool:
     return bool(st.session_state[of_row(row, "style")])
 
 
+def has_schedule(row: Row) -> bool:
+    """Whether a concept's weight is text, and not that of the slider."""
+    return bool(st.session_state[of_row(row, "schedule")].strip())
+
+
+def has_box(row: Row) -> bool:
+    """Whether a concept has a box, and neither a mask nor the whole canvas."""
+    return row.mask is None and not is_style(row)
+
+
 def concept_of(row: Row) -> Concept:
     """A concept as its fields say.
 
     Raises:
         ValueError: If it has no name, or a weight that cannot be read.
     """
-    texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in _TEXTS}
+    texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in (*_TEXTS, "schedule")}
     if not texts["name"]:
         raise ValueError("A concept has no name. Give it one.")
     try:
@@ -148,7 +170,8 @@ def concept_of(row: Row) -> Concept:
             lora=None if row.lora is None else row.lora.source,
             trigger=texts["trigger"],
             class_word=texts["class_word"],
-            weight=st.session_state[of_row(row, "weight")].strip() or 1.0,
+            weight=st.session_state[of_row(row, "schedule")].strip()
+            or round(st.session_state[of_row(row, "weight")], 4),
             blocks=st.session_state[of_row(row, "blocks")].strip() or None,
             region=None if is_style(row) else row.mask or box_of(row),
             prompt=texts["prompt"] or None,
@@ -206,6 +229,15 @@ def changed_from(here: Visit, run: Run) -> list[str]:
         for name, (before, now) in said.items()
         if before != now
     ]
+
+
+def _weight_fields(weight: Any) -> tuple[float, str]:
+    """The slider and the text of a weight, of which one says it."""
+    weight = 1.0 if weight is None else weight
+    plain = isinstance(weight, int | float) and 0 <= weight <= MOST_WEIGHT
+    if plain and math.isclose(weight / WEIGHT_STEP, round(weight / WEIGHT_STEP), abs_tol=1e-9):
+        return float(weight), ""
+    return 1.0, weight_text(weight)
 
 
 def _short(value: Any) -> str:

@@ -4,7 +4,7 @@ import streamlit as st
 
 from lora_compose.compose.generate.schedulers import scheduler_names
 from lora_compose.compose.page.controls import Control, changed, controls, sentence
-from lora_compose.compose.page.draft import MOST_STEPS
+from lora_compose.compose.page.draft import MOST_STEPS, MOST_TEXT
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import Visit
 from lora_compose.compose.page.text import markdown
@@ -15,21 +15,24 @@ _AUTOMATIC = "Chosen from the concepts: boxes, LoRAs trained with TARA, or neith
 
 def method_part(here: Visit) -> None:
     """The method with its settings, and the sampling."""
-    st.subheader("Method", anchor=False)
+    with st.container(key="sampling"):
+        left, right = st.columns([2, 3])
+        method = fields.AUTOMATIC
+        if here.rows:
+            method = left.selectbox("Method", [fields.AUTOMATIC, *METHODS], key=fields.METHOD)
+        steps, guidance, seeds = right.columns(3, wrap=False)
+        steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
+        guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
+            "How closely the image follows the prompt: 5 to 8 for most models. 1 or less turns it off and halves the "
+            "cost."
+        ))  # fmt: skip
+        seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
     if here.rows:
-        method = st.selectbox("How concepts are fused", [fields.AUTOMATIC, *METHODS], key=fields.METHOD)
         st.caption(markdown(_AUTOMATIC if method == fields.AUTOMATIC else sentence(method)))
-        if method != fields.AUTOMATIC and controls(method):
-            _settings(method)
-    else:
-        st.caption("Without concepts the model generates plain images.")
-    steps, guidance, seeds = st.columns(3, wrap=False)
-    steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
-    guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
-        "Guidance scale of CFG. 1 or less turns guidance off and halves the cost."
-    ))  # fmt: skip
-    seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
-    with st.expander("More", icon=":material/settings:"):
+    if method != fields.AUTOMATIC and controls(method):
+        _settings(method)
+    with st.expander("Negative prompt, scheduler", icon=":material/settings:"):
+        st.text_input("Negative prompt: what to avoid", key=fields.NEGATIVE, max_chars=MOST_TEXT)
         st.selectbox("Scheduler", [fields.AUTOMATIC, *scheduler_names()], key=fields.SCHEDULER)
         st.toggle("Keep attention maps, for “Understand”", key=fields.ATTENTION)
 

@@ -3,10 +3,10 @@
 import streamlit as st
 
 from lora_compose.compose.check.report import Report
-from lora_compose.compose.figures.overlay import outlined
 from lora_compose.compose.page import export
 from lora_compose.compose.page.draft import Draft, check_canvas
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
 from lora_compose.compose.page.screen.evaluate import evaluate_view
 from lora_compose.compose.page.screen.keep import gallery_view, keep_buttons
@@ -21,11 +21,13 @@ _TOGETHER = "do.together"
 
 
 def stage_part(here: Visit) -> None:
-    """The right view of the stage, under the button."""
+    """The button, and the right view under it."""
     _pressing(here)
     st.session_state.setdefault(_VIEW, "Image")
     view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", width="stretch")
-    st.fragment(_working, run_every=_EVERY if here.working else None)(here)
+    if view in (None, "Image"):
+        position_part(here)
+    st.fragment(_working, run_every=_EVERY if here.working else None)(here, view in (None, "Image"))
     _VIEWS[view or "Image"](here)
 
 
@@ -78,12 +80,18 @@ def _start(here: Visit) -> None:
     st.session_state[_VIEW] = "Image"
 
 
-def _working(here: Visit) -> None:
-    """The work in hand; looked at again and again while it lasts."""
+def _working(here: Visit, on_canvas: bool) -> None:
+    """The work in hand, and the canvas, on which it is seen; looked at again and again while it lasts."""
     job = here.job
     new = here.collect()
+    if on_canvas:
+        preview = job.preview if job is not None and job.running and not here.comparing else None
+        picture = here.picture
+        image = preview or (picture.made.image if picture is not None else None)
+        alt = "Preview of the image" if preview else picture.run.scene.prompt if picture is not None else ""
+        canvas(here, image, alt)
     if job is not None and job.running:
-        _progress(job, small=here.comparing)
+        _progress(job)
         if new and here.comparing:
             st.rerun()
     elif job is not None and (new or "running" in here.troubles.get("job", [])):
@@ -99,15 +107,10 @@ def _working(here: Visit) -> None:
         st.info("Stopped. Your settings are unchanged.", icon=":material/stop_circle:")
 
 
-def _progress(job: Job, *, small: bool) -> None:
-    with st.container(key="progress"):
-        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
-            st.progress(job.share, text=progress_words(job))
-            st.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
-        if job.preview is not None:
-            st.image(job.preview, width=160 if small else "stretch", alt="Preview of the image")
-        elif not small:
-            st.html('<div class="lc-empty"><p>The preview appears after a few steps.</p></div>')
+def _progress(job: Job) -> None:
+    with st.container(horizontal=True, vertical_alignment="center", wrap=False, key="progress"):
+        st.progress(job.share, text=progress_words(job))
+        st.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
 
 
 def progress_words(job: Job) -> str:
@@ -129,18 +132,9 @@ def _time(seconds: float) -> str:
 
 def _picture_view(here: Visit) -> None:
     picture = here.picture
-    if here.working and not here.comparing:
-        return  # the preview stands in its place
-    if picture is None:
-        st.html('<div class="lc-empty"><p>Your image appears here.</p><p>An example is filled in: press the button '
-                "above, and change what you like afterwards.</p></div>")  # fmt: skip
+    if picture is None or (here.working and not here.comparing):
         return
     _siblings(here, picture)
-    boxes = [concept.region if isinstance(concept.region, tuple) else None for concept in picture.run.scene.concepts]
-    shown = picture.made.image
-    if any(boxes) and st.toggle("Show boxes", key="set.outlines"):
-        shown = outlined(shown, boxes)
-    st.image(shown, width="stretch", alt=picture.run.scene.prompt)
     _about(picture)
     keep_buttons(here, picture)
     _exports(here, picture)

@@ -253,7 +253,6 @@ def real_flops(call: Callable[[], Any]) -> tuple[Cost, int]:
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' Heun
 @pytest.mark.parametrize(
     "family", [pytest.param(name, marks=pytest.mark.slow if name == "sdxl" else ()) for name in FAMILIES]
 )
@@ -382,7 +381,7 @@ def test_counting_a_run_changes_nothing(write_lora):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert pipe.unet.attn_processors == processors
     assert pipe.scheduler.timesteps is timesteps
-    assert all(factors.down.device.type == "cpu" for factors in loaded[0].factors.denoiser.values())
+    assert all(factors.down.device.type == "cpu" for factors in loaded[0].factors.model.values())
 
 
 def test_a_distilled_model_has_no_uncond_rows():

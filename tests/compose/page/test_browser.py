@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from commands import free_port
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 
@@ -34,12 +35,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 MINUTE = 60_000
 MAKE = re.compile("^Generate 1 image")
-
-
-def free_port() -> int:
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        return any_port.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +139,13 @@ def view(page: Page, name: str) -> None:
     settled(page)
 
 
+def arrange(page: Page, name: str) -> None:
+    page.get_by_role("button", name="Arrange").click()
+    page.get_by_role("button", name=name).click()
+    settled(page)
+    page.keyboard.press("Escape")
+
+
 def box(page: Page, name: str) -> list[int]:
     label = page.get_by_role("group", name="Boxes of the concepts").locator(f'[aria-label^="Box of {name}"]')
     return [int(number) for number in re.findall(r"\d+", (label.get_attribute("aria-label") or "").partition(":")[2])]
@@ -176,8 +178,7 @@ def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, t
     upload(page, playground_lora("cat"), playground_lora("dog"))
     expect(page.get_by_label("Name", exact=True)).to_have_count(4)
     for _ in range(2):
-        page.get_by_role("button", name="More", exact=True).first.click()
-        page.get_by_role("button", name="Remove this concept").click()
+        page.get_by_role("button", name="Remove").first.click()
         settled(page)
     expect(page.get_by_label("Name", exact=True)).to_have_count(2)
     expect(page.get_by_label("Trigger", exact=True).first).to_have_value("sks")
@@ -188,7 +189,7 @@ def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, t
         page.get_by_role("button", name=f"Insert “{phrase}”").click()
         settled(page)
     expect(prompt).to_have_value("a sks cat and a zwx dog")
-    page.get_by_role("button", name="Side by side").click()
+    arrange(page, "Side by side")
     make(page)
     record = read_record(downloaded(page, tmp_path / "picture.png"))
     assert record.run.scene.prompt == "a sks cat and a zwx dog"
@@ -206,8 +207,7 @@ def test_files_that_are_no_loras_are_refused_in_words_and_the_page_lives_on(page
 
 
 def test_two_boxes_are_drawn_dragged_and_moved_by_keys(page: Page, tmp_path: Path) -> None:
-    page.get_by_role("button", name="Big and small").click()
-    settled(page)
+    arrange(page, "Big and small")
     before = box(page, "robot")
     stage = page.get_by_role("group", name="Boxes of the concepts")
     stage.locator('[aria-label^="Box of robot"]').focus()

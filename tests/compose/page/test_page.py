@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -275,6 +275,22 @@ def test_templates_fill_the_canvas_without_overlap(name: str, number: int) -> No
     assert len(found) == number
     assert all(0 <= left < right <= 512 and 0 <= top < bottom <= 256 for left, top, right, bottom in found)
     assert all(a[2] <= b[0] for a, b in pairwise(found))
+
+
+@pytest.mark.parametrize("size", [(128, 128), (512, 256), (64, 2048)])
+def test_one_more_box_is_over_no_other(size: tuple[int, int]) -> None:
+    found: list[boxes.Box] = []
+    for number in range(1, 7):
+        found = boxes.one_more(found, *size)
+        assert len(found) == number
+        assert all(0 <= left < right <= size[0] and 0 <= top < bottom <= size[1] for left, top, right, bottom in found)
+        for a, b in combinations(found, 2):
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_a_free_place_is_taken_before_a_box_is_divided() -> None:
+    assert boxes.one_more([(0, 0, 40, 128)], 128, 128) == [(0, 0, 40, 128), (44, 4, 124, 124)]
+    assert boxes.one_more([(0, 0, 120, 128)], 128, 128) == [(0, 0, 120, 62), (0, 66, 120, 128)]
 
 
 def test_drawn_boxes_are_made_to_fit() -> None:

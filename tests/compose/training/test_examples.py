@@ -134,7 +134,6 @@ def test_class_pictures_have_no_mask(pipe: Any, folder: Path) -> None:
     torch.testing.assert_close(material.prior.text[0], text_of(pipe, "a photo of cat")[0])
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_training_sees_the_lora_as_tara_shows_it_later(kind: str, folder: Path) -> None:
     """A step of `tara` from the file alone is the step of the training's UNet, mask and alpha included."""

@@ -22,11 +22,10 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from commands import call, flat
+from commands import call, flat, free_port
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
 from lora_compose import ComposePipeline
-from lora_compose.compose.evaluation.command import free_port
 from lora_compose.compose.files import atomic
 from lora_compose.compose.generate.models import ModelError
 from lora_compose.compose.playground.assets import playground_references
@@ -39,9 +38,6 @@ from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
-
-# numpy about a line of diffusers' schedulers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 # Where keys start aligned, the l1 distance is at its kink, and rounding decides where the first steps go.
 APART = TaraTraining(start_aligned=False)
@@ -166,7 +162,7 @@ def test_inference_needs_the_file_alone(begin: Callable[..., Training], models: 
     assert (concept.trigger, concept.class_word) == ("sks", "cat")
     (loaded,) = pipe.resolve_concepts(["cat"])
     assert loaded.trained_with == "tara"
-    assert {factors.scale for factors in loaded.factors.denoiser.values()} == {2.5}
+    assert {factors.scale for factors in loaded.factors.model.values()} == {2.5}
     assert type(pipe.resolve_method(None, [loaded], ["a sks cat"])).__name__ == "Tara"
     options: dict[str, Any] = {"width": SIDE, "height": SIDE, "num_inference_steps": 2, "output_type": "latent"}
     images = [

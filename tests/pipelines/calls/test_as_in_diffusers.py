@@ -34,7 +34,6 @@ from composing import (
     BOXED,
     EMBEDDINGS,
     FIXED,
-    NUMPY_2,
     OURS,
     PLAIN,
     POSITIONS,
@@ -180,7 +179,6 @@ def test_every_argument_means_what_it_means_in_diffusers(composer, plain_pipe, f
     assert_close(as_tensor(composed), as_tensor(expected), 1 if case == "pil" else 1e-4)
 
 
-@NUMPY_2
 @BOTH
 @pytest.mark.parametrize("case", SCHEDULERS)
 def test_every_scheduler_does_what_it_does_in_diffusers(composer, plain_pipe, case):
@@ -201,7 +199,6 @@ SCHEDULES: dict[str, tuple[Any, dict[str, list[float]], int]] = {
 }
 
 
-@NUMPY_2
 @BOTH
 @pytest.mark.parametrize("case", SCHEDULES)
 def test_given_timesteps_or_noise_levels_need_no_number_of_steps(composer, plain_pipe, capsys, case):
@@ -219,7 +216,6 @@ def test_given_timesteps_or_noise_levels_need_no_number_of_steps(composer, plain
     assert_close(composed, expected)
 
 
-@NUMPY_2
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, HeunDiscreteScheduler])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_does_with_given_timesteps_what_it_does_with_their_number(composer, method, scheduler):
@@ -235,7 +231,6 @@ def test_every_method_does_with_given_timesteps_what_it_does_with_their_number(c
         assert getattr(found.cost, rows) == getattr(expected.cost, rows)
 
 
-@NUMPY_2
 @pytest.mark.parametrize("family", ["sdxl"])
 def test_the_progress_bar_ends_where_denoising_ends(composer, capsys):
     composer.set_progress_bar_config(disable=False)
@@ -244,7 +239,6 @@ def test_the_progress_bar_ends_where_denoising_ends(composer, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
-@NUMPY_2
 @pytest.mark.parametrize("concepts", [None, ["cat", "dog"]])
 def test_the_progress_bar_counts_steps_not_calls(composer, capsys, concepts):
     composer.set_progress_bar_config(disable=False)

@@ -15,7 +15,6 @@ from composing import (
     BOTH,
     EVERY,
     FIXED,
-    NUMPY_2,
     ONE_PASS,
     as_tensor,
     assert_close,
@@ -95,7 +94,6 @@ def test_the_size_of_the_model_is_the_default(composer):
     assert latents_of(composer, width=64).shape == (1, 4, 16, 8)
 
 
-@NUMPY_2
 @pytest.mark.parametrize("method", ONE_PASS)
 @pytest.mark.parametrize(("scheduler", "steps", "guidance"), [
     (LCMScheduler, 1, 1.0), (LCMScheduler, 4, 0.0), (DPMSolverMultistepScheduler, 8, 5.0),
@@ -118,7 +116,6 @@ def test_few_steps_and_other_schedulers_work(composer, method, scheduler, steps,
     assert torch.isfinite(output.images).all()
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # several hand tensors to numpy
 @pytest.mark.parametrize("name", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
 def test_every_scheduler_of_diffusers_makes_an_image_of_the_same_shape(composer: Any, name: str) -> None:
     if name == "DPMSolverSDEScheduler":

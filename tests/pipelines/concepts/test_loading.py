@@ -167,8 +167,8 @@ def test_kohya_keys(pipe: Any, unet_lora: Lora, text_lora: Lora, tmp_path: Path,
     path = write(tmp_path / "cat.safetensors", tensors)
     factors = loaded(pipe, path)
     assert factors.unmatched == ()
-    assert (len(factors.denoiser), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
-    assert {found.scale for found in factors.denoiser.values()} == {1.0 if alpha is None else alpha / 3}
+    assert (len(factors.model), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
+    assert {found.scale for found in factors.model.values()} == {1.0 if alpha is None else alpha / 3}
     assert_same(deltas(factors), deltas_of_diffusers(path))
 
 
@@ -219,7 +219,7 @@ def test_alphas_from_the_configuration_that_diffusers_saves(pipe: Any, tmp_path:
     factors = match(file, pipe)
     assert factors.unmatched == ()
     assert_same(deltas(factors), deltas_of_peft(plain, "default"))
-    scales = {found.scale for found in factors.denoiser.values()}
+    scales = {found.scale for found in factors.model.values()}
     assert (scales == {8 / 3}) == (config == {}), "the settings are to change something"
 
 
@@ -253,8 +253,8 @@ def test_alpha_keys_beside_diffusers_keys_and_over_the_configuration(
     config = json.dumps({"unet.lora_alpha": 40})
     del tensors[f"unet.{TO_Q}.alpha"]
     factors = loaded(pipe, write(tmp_path / "cat.safetensors", tensors, lora_adapter_metadata=config))
-    assert factors.denoiser[TO_Q].scale == 20.0
-    assert {found.scale for name, found in factors.denoiser.items() if name != TO_Q} == {3.0}
+    assert factors.model[TO_Q].scale == 20.0
+    assert {found.scale for name, found in factors.model.items() if name != TO_Q} == {3.0}
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(6), torch.tensor([6.0]), torch.tensor(6.0, dtype=torch.float16)])
@@ -262,14 +262,14 @@ def test_alphas_may_be_whole_numbers(pipe: Any, attention_lora: Lora, tmp_path: 
     tensors = spelled(attention_lora, kohya, ".lora_down.weight", ".lora_up.weight", alpha=1.0)
     tensors = {key: alpha if key.endswith(".alpha") else tensor for key, tensor in tensors.items()}
     factors = loaded(pipe, write(tmp_path / "cat.safetensors", tensors))
-    assert {found.scale for found in factors.denoiser.values()} == {3.0}
+    assert {found.scale for found in factors.model.values()} == {3.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_any_floating_point_precision(pipe: Any, attention_lora: Lora, tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = spelled(attention_lora, unet_key, ".lora_A.weight", ".lora_B.weight")
     factors = loaded(pipe, write(tmp_path / "cat.safetensors", {key: t.to(dtype) for key, t in tensors.items()}))
-    name, found = next(iter(factors.denoiser.items()))
+    name, found = next(iter(factors.model.items()))
     assert found.down.dtype == dtype
     assert torch.equal(found.down, attention_lora[name].down.to(dtype))
 
@@ -338,7 +338,7 @@ def test_keys_without_a_layer_are_reported_and_warned_about(
     tensors["text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 8)
     path = write(tmp_path / "cat.safetensors", tensors)
     factors = loaded(pipe, path)
-    assert len(factors.denoiser) == 128
+    assert len(factors.model) == 128
     left_over = (
         "unet.down_blocks.7.attn.to_q.lora_A.weight",
         "unet.down_blocks.7.attn.to_q.lora_B.weight",
@@ -694,12 +694,12 @@ def pipeline_with_adapter(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> A
 def test_loaded_adapters_give_pefts_numbers(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> None:
     pipe = pipeline_with_adapter(tmp_path, unet_lora, text_lora)
     factors = adapter_factors(pipe, "cat")
-    assert (len(factors.denoiser), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
+    assert (len(factors.model), len(factors.text_encoders["text_encoder"])) == (len(unet_lora), len(text_lora))
     assert_same(deltas(factors), deltas_of_peft(pipe, "cat"))
     assert_same(deltas(factors), deltas(loaded(small_pipeline(), tmp_path / "cat.safetensors")))
     pipe.set_adapters(["cat"], [0.4])
     assert_same(deltas(adapter_factors(pipe, "cat")), deltas_of_peft(pipe, "cat"))
-    assert not any(factors.down.requires_grad for factors in adapter_factors(pipe, "cat").denoiser.values())
+    assert not any(factors.down.requires_grad for factors in adapter_factors(pipe, "cat").model.values())
 
 
 def test_loading_a_concept_is_not_disturbed_by_adapters(tmp_path: Path, unet_lora: Lora, text_lora: Lora) -> None:
@@ -716,7 +716,7 @@ def test_fused_adapters_are_refused(tmp_path: Path, unet_lora: Lora, text_lora: 
     with pytest.raises(LoraError, match=r"'cat' is fused into the weights.*unfuse_lora"):
         adapter_factors(pipe, "cat")
     pipe.unfuse_lora()
-    assert len(adapter_factors(pipe, "cat").denoiser) == len(unet_lora)
+    assert len(adapter_factors(pipe, "cat").model) == len(unet_lora)
 
 
 @pytest.mark.parametrize(

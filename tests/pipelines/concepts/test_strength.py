@@ -296,7 +296,6 @@ SCHEDULES: dict[str, tuple[list[Any], list[list[float]]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.parametrize("case", SCHEDULES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merging_by_a_schedule_equals_setting_the_adapters_before_every_step(load, adapters, family, case):
@@ -480,7 +479,6 @@ def test_factors_by_block_equal_a_file_whose_blocks_are_scaled(load, write_lora,
     assert far_apart(found, latents_of(pipe, method, ["1..0.5", 1.0], steps=2))
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_factors_by_block_equal_those_of_diffusers(load, write_lora, family):
     """Which has them for layers of attention blocks."""

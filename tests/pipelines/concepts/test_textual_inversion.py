@@ -13,7 +13,7 @@ from torch import Tensor
 
 from components import State, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
 from lora_compose.attention.backbones.unet import attention_layers
-from lora_compose.pipelines.concepts.textual_inversion import Words
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.formats.files import LoraError
 from lora_compose.pipelines.methods import METHODS
@@ -73,7 +73,7 @@ def latents_of(pipe: Any, prompt: str, concepts: Any, method: str = "merge", **o
 def encoded(pipe: Any, prompts: list[str], concepts: list[str]) -> EncodedText:
     """What the text encoders say, without any LoRA in them."""
     device = torch.device("cpu")
-    words = Words.of(pipe.resolve_concepts(concepts), pipe.components)
+    words = TextualInversions.of(pipe.resolve_concepts(concepts), pipe.components)
     encode = words.read_by(pipe, lambda own, negative: EncodedText(*pipe.encode_prompt(own, device, 1, True, negative)))
     return encode(prompts, [""] * len(prompts))
 

@@ -43,7 +43,7 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
 
 def dense(pipe: Any, places: Any, **arguments: Any) -> Tensor:
     """The same call of diffusers' own pipeline with dense deltas; it runs both halves of guidance apart."""
-    loras = [loaded.factors.denoiser for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     calls = iter(range(10**6))
     guided = "true_cfg_scale" in arguments
 

@@ -23,8 +23,9 @@ from transformer_families import (
     plain_latents,
     random_lora_of_all,
 )
+from z_image import Z_IMAGE
 
-FAMILIES = {"krea2": KREA2, "flux2": FLUX2}
+FAMILIES = {"krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
 BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
@@ -88,7 +89,7 @@ def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, 
     settings, concepts, places = METHODS[method]
     guidance = family.guided if guided else family.unguided
     found = latents_of(pipe, concepts=concepts, method=settings, **guidance)
-    loras = [loaded.factors.denoiser for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     with dense_loras(family, pipe.transformer, loras, lambda rows: places(family, rows), guided=guided):
         expected = plain_latents(family, pipe, **CALL, **guidance)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)

@@ -105,7 +105,7 @@ def attempt(pipe: Any, path: Path, **options: Any) -> bool:
             continue
         (loaded,) = pipe.resolve_concepts(["it"])
         pipe.unload_concept("it")
-        loras = [loaded.factors.denoiser, *loaded.factors.text_encoders.values()]
+        loras = [loaded.factors.model, *loaded.factors.text_encoders.values()]
         assert any(loras)
         for lora in loras:
             for factors in lora.values():

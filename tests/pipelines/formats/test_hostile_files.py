@@ -133,7 +133,7 @@ def test_many_patterns_take_no_time(pipe: Any, tmp_path: Path) -> None:
     assert time.process_time() - start < SECONDS
     (loaded,) = pipe.resolve_concepts(["it"])
     pipe.unload_concept("it")
-    assert loaded.factors.denoiser[NAME].scale == 3.0
+    assert loaded.factors.model[NAME].scale == 3.0
 
 
 PIECES = st.sampled_from(["down_blocks", "0", "attn1", "attn", "to_q", "to_out", "to_out.0", "mid-block"])

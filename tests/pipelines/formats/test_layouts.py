@@ -50,7 +50,7 @@ def test_every_key_finds_its_layer(name: str) -> None:
     known = layout(name)
     file = file_of(known)
     factors = match(file, without_weights(known["family"]), alpha=known.get("alpha"))
-    found = {"unet": len(factors.denoiser)} | {part: len(lora) for part, lora in factors.text_encoders.items()}
+    found = {"unet": len(factors.model)} | {part: len(lora) for part, lora in factors.text_encoders.items()}
     assert found == known["layers"]
     assert factors.unmatched == ()
     assert [*factors.embeddings] == known.get("triggers", [])
@@ -59,7 +59,7 @@ def test_every_key_finds_its_layer(name: str) -> None:
     else:
         assert factors.complete or known.get("cut")
     if "scale" in known:
-        assert {lora.scale for lora in factors.denoiser.values()} == {known["scale"]}
+        assert {lora.scale for lora in factors.model.values()} == {known["scale"]}
     assert not set(known.get("dropped", ())) & file.tensors.keys()
 
 
@@ -84,7 +84,7 @@ def test_a_whole_unet_asks_for_its_alpha_and_says_which_to_give() -> None:
     with pytest.raises(LoraError, match=r"does not say its alpha.*four times.*alpha=32 .*alpha=8"):
         match(file_of(known), without_weights("SD 1.x"))
     factors = match(file_of(known), without_weights("SD 1.x"), alpha=8)
-    assert {lora.scale for lora in factors.denoiser.values()} == {1.0}
+    assert {lora.scale for lora in factors.model.values()} == {1.0}
 
 
 @pytest.mark.parametrize("name", ["kohya-sd15", "diffusers-0.35-sdxl"])

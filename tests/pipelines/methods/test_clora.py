@@ -349,7 +349,6 @@ def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
         assert found.cost.rows_forward == halves * steps
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' schedulers
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
 def test_other_schedulers_work(composer, kind):
     composer.scheduler = kind.from_config(composer.scheduler.config)

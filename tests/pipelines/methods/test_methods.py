@@ -400,7 +400,6 @@ def test_the_same_run_gives_the_same_bits_in_this_process_and_in_another(playgro
     assert here[0] != here[1]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' DPM with numpy 2
 def test_noise_comes_from_the_generator_alone(pipe, write_lora):
     load(pipe, write_lora, ["cat"], loras_of(pipe, ["cat"]))
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="sde-dpmsolver++")

@@ -61,7 +61,7 @@ def latents_of(pipe: Any, method: Any, concepts: Any, prompt: Any = PROMPT, **ar
 def add_to_weights(pipe: Any, name: str, weight: float) -> None:
     """Adds a LoRA to the weights of UNet and text encoders for good."""
     factors = pipe.library.loaded[name].factors
-    for part, lora in {"unet": factors.denoiser, **factors.text_encoders}.items():
+    for part, lora in {"unet": factors.model, **factors.text_encoders}.items():
         for layer, found in lora.items():
             module = getattr(pipe, part).get_submodule(layer)
             module.weight.data += weight * found.delta().view_as(module.weight)

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,7 @@ def test_a_plain_picture_without_concepts(at: AppTest) -> None:
 def test_settings_of_a_picture_come_back(at: AppTest) -> None:
     at.selectbox(key=fields.METHOD).set_value("tara").run()
     at.session_state[fields.of_setting("tara", "scope")] = "cross_kv"
-    at.text_input(key=row_key(at, 0, "weight")).set_value("1..0.5").run()
+    at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.5").run()
     at.text_input(key=row_key(at, 0, "blocks")).set_value("down:0.5,up.1:0").run()
     at.checkbox(key=row_key(at, 1, "style")).check().run()
     made(at)
@@ -231,12 +232,36 @@ def test_settings_of_a_picture_come_back(at: AppTest) -> None:
 
 
 def test_a_weight_that_cannot_be_read_is_explained(at: AppTest) -> None:
-    at.text_input(key=row_key(at, 0, "weight")).set_value("1...4..").run()
+    at.text_input(key=row_key(at, 0, "schedule")).set_value("1...4..").run()
     assert not at.exception
     assert "bear: weight: expected a valid number" in said(at)
     assert at.button(key="do.make").disabled
-    at.text_input(key=row_key(at, 0, "weight")).set_value("1..0.4").run()
+    at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.4").run()
     assert not at.button(key="do.make").disabled
+
+
+def test_the_slider_sets_the_weight_and_other_weights_are_text(at: AppTest, tmp_path: Path) -> None:
+    at.slider(key=row_key(at, 0, "weight")).set_value(0.65).run()
+    assert fields_of(at).scene.concepts[0].weight == 0.65
+    bear, robot = example().concepts
+    for weight, slider, text in ((1.35, 1.35, ""), (-0.5, 1.0, "-0.5"), (0.123, 1.0, "0.123"), (3.0, 1.0, "3")):
+        drop(at, tmp_path, {"concepts": (bear.model_copy(update={"weight": weight}), robot)})
+        assert not at.warning
+        assert at.slider(key=row_key(at, 0, "weight")).value == slider
+        assert at.slider(key=row_key(at, 0, "weight")).disabled == bool(text)
+        assert at.text_input(key=row_key(at, 0, "schedule")).value == text
+
+
+def test_a_new_lora_gets_a_box_of_its_own(at: AppTest) -> None:
+    at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
+    at.button(key="do.add.ready").click().run()
+    boxes = [fields_box(at, i) for i in range(3)]
+    assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for a, b in combinations(boxes, 2))
+
+
+def test_the_shape_of_the_image_is_chosen_at_the_top(at: AppTest) -> None:
+    at.button(key="do.shape.Landscape").click().run()
+    assert fields_of(at).scene.model_dump(include={"width", "height"}) == {"width": 128, "height": 88}
 
 
 def test_a_style_has_no_box(at: AppTest) -> None:
@@ -271,7 +296,7 @@ def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_
     uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
     uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
     assert [row.lora and row.lora.shown for row in visit(at).rows] == ["cat.safetensors"]
-    assert at.text_input(key=row_key(at, 0, "weight")).value == "0.7"
+    assert at.slider(key=row_key(at, 0, "weight")).value == 0.7
     assert not at.button(key="do.make").disabled
 
 
