@@ -140,7 +140,8 @@ class ComposeZImagePipeline(FlowMatchingPipeline, ZImagePipeline):  # pyright: i
             if negative:
                 own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
-            found = self._encode_prompt(list(words), self._execution_device, embeds, max_sequence_length)
+            encode_prompt: Any = self._encode_prompt
+            found = encode_prompt(list(words), self._execution_device, embeds, max_sequence_length)
             rows = [row for row in found for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
