@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lora_compose.attention import backbone_of
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.concepts.loading import find_file, local_path
@@ -30,6 +31,7 @@ from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.task import TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -133,6 +135,17 @@ class ComposePipeline(DiffusionPipeline):
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
         family: Any = cls.family_of(pipeline.config)
         return family.from_pipe(pipeline, **options)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        """Saves the model as diffusers does; plain diffusers opens it as well.
+
+        Concepts are not saved: they stay in their LoRA files. If there are any, a README.md in the folder shows how to
+        load them again; one that is there already is kept.
+        """
+        super().save_pretrained(save_directory, *args, **options)
+        readme = Path(save_directory) / README
+        if self.concepts and not readme.exists():
+            readme.write_text(how_to_open(self.concepts.values()), encoding="utf-8")
 
     @classmethod
     def family_of(cls, config: Mapping[str, Any]) -> "type[ComposePipeline]":
@@ -342,6 +355,7 @@ class ComposePipeline(DiffusionPipeline):
             process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
+                self._before_step,
                 lambda step, latents: self._after_step(call, process, step, latents),
                 lambda: self.interrupt,
                 self.progress_bar,
@@ -374,6 +388,9 @@ class ComposePipeline(DiffusionPipeline):
         """
         return expanding_tokenizers(self, textual_inversions, length)
 
+    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+        """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""
+
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""
         raise NotImplementedError
@@ -381,6 +398,16 @@ class ComposePipeline(DiffusionPipeline):
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
         """Tensors of the text that callbacks are offered, by diffusers' names."""
         return {"prompt_embeds": text.prompt_embeds}
+
+    def _count_steps(self, plan: Plan) -> int:
+        """The number of steps of a call; the scheduler, which another call may be using, is not touched.
+
+        Raises:
+            ValueError: If the scheduler refuses the steps, or `denoising_end` leaves none.
+        """
+        pipe = copy(self)
+        pipe.scheduler = copy(self.scheduler)
+        return len(pipe._schedule(plan.call.sampling, plan).timesteps)
 
     def _schedule(self, sampling: Sampling, plan: Plan) -> Schedule:
         """The timesteps until `denoising_end`."""
@@ -416,26 +443,32 @@ class ComposePipeline(DiffusionPipeline):
         """Further arguments of the scheduler's step."""
         return {}
 
+    def _before_step(self, step: Step) -> None:
+        """Sets what diffusers' pipelines say of themselves during a call; those of transformers have the timestep."""
+        if hasattr(self, "_current_timestep"):
+            self._current_timestep = step.t
+
     def _after_step(self, call: Call, process: Process, step: Step, latents: Tensor) -> tuple[Tensor, float]:
         """Calls the callback; it may change latents or switch guidance off."""
-        function = call.callback.function
+        function, guidance_scale, cfg_scale = call.callback.function, self.guidance_scale, step.cfg_scale
         if function is None:
-            return latents, step.cfg_scale
+            return latents, cfg_scale
         offered = {"latents": latents, **self._text_for_callbacks(process.text)}
         given = {name: offered[name] for name in call.callback.tensors}
         returned = function(self, step.index, step.t, dict(given))
-        scale = self._cfg_scale(step)
+        if step.guided and self.guidance_scale != guidance_scale:
+            cfg_scale = self._cfg_scale(step)
         changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
-        if changed and not (changed <= _CUT_WITH_GUIDANCE and step.guided and scale <= 1):
+        if changed and not (changed <= _CUT_WITH_GUIDANCE and step.guided and cfg_scale <= 1):
             raise ValueError(
                 f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
                 "guidance off, since the places of the concepts' words in other embeddings are unknown"
             )
-        return returned.get("latents", latents), scale
+        return returned.get("latents", latents), cfg_scale
 
     def _cfg_scale(self, step: Step) -> float:
-        """The scale of guidance from now on, which a callback may have changed."""
-        return step.cfg_scale if step.cfg_scale <= 1 else self.guidance_scale
+        """The scale of guidance from now on, after a callback has changed `_guidance_scale`."""
+        return self.guidance_scale
 
     def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
         return self.image_processor.postprocess(image, output_type=output_type, **options)

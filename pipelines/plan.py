@@ -153,11 +153,14 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         (size.height, size.width), (size.height // scale, size.width // scale), len(call.prompts),
         size.images_per_prompt, pipe._execution_device, backbone,
     )  # fmt: skip
+    pipe._check_latents(call, canvas)
     regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
     ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
     controls = [control for control in ready if not control.control.is_off]
-    return Plan(call, method, concepts, of_sets, canvas, textual_inversions, finder, controls)
+    plan = Plan(call, method, concepts, of_sets, canvas, textual_inversions, finder, controls)
+    steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
+    return plan
 
 
 def _check_positions(call: Call, concepts: ConceptSet) -> None:

@@ -122,7 +122,7 @@ def assert_same(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        ("sd", torch.float32),
+        pytest.param("sd", torch.float32, marks=pytest.mark.slow),
         ("sd", torch.float16),
         pytest.param("sd", torch.bfloat16, marks=pytest.mark.slow),
         ("sdxl", torch.float32),

@@ -13,13 +13,20 @@ from lora_compose.attention.sites import Site
 class Flux2Backbone(JointBackbone):
     """A `Flux2Transformer2DModel`."""
 
-    streams = (
+    table = (
         # All blocks share three modulation layers.
-        (r"time_guidance_embed\.|(.*_modulation.*|norm_out)\.linear$", Site("modulation")),
-        (r"single_transformer_blocks\.", Site("joint", level=1)),
-        (r"context_embedder$|.*\.(add_[qkv]_proj|to_add_out|ff_context\..+)$", Site("text")),
-        (r"", Site("image", level=1)),
+        (
+            r"time_guidance_embed\.\w+_embedder\.linear_[12]|\w+_modulation(_\w+)?\.linear|norm_out\.linear",
+            Site("modulation"),
+        ),
+        (r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)", Site("joint", 1)),
+        (
+            r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.linear_\w+)",
+            Site("text"),
+        ),
+        (r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.linear_\w+)", Site("image", 1)),
     )
+    blocks = ("transformer_blocks", "single_transformer_blocks")
 
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
@@ -49,4 +56,4 @@ class Flux2Backbone(JointBackbone):
             return_dict=False,
             **inputs,
         )[0]
-        return unpacked(velocity, latents)
+        return unpacked(velocity, latents.shape[-2:])

@@ -8,7 +8,7 @@ before and after it stays diffusers'.
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Site, Stream, grid_at
 from lora_compose.attention.slot import Slot
@@ -31,14 +32,14 @@ class JointBackbone:
         model: The transformer, compiled or not.
 
     Attributes:
-        streams: Sites by the beginning of a layer's name, as patterns; the first match wins.
+        table: Sites by patterns of layer names. A layer that no pattern names has none, and no LoRA can change it.
+        blocks: The blocks in the order in which they run, of which a pass may leave out the last.
         attends: What the sequence of an attention layer is, by the beginning of its name; otherwise it is joint.
-        map_blocks: The blocks of whose last third attention maps are taken, where words and image have met.
     """
 
-    streams: ClassVar[Sequence[tuple[str, Site]]]
+    table: ClassVar[Sequence[tuple[str, Site]]]
+    blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     attends: ClassVar[Sequence[tuple[str, Stream]]] = ()
-    map_blocks: ClassVar[str] = "transformer_blocks."
     levels = frozenset({1})
     map_level = 1
     self_map_layers: tuple[str, ...] = ()
@@ -48,16 +49,15 @@ class JointBackbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        patterns = [(re.compile(pattern), site) for pattern, site in self.streams]
-        leaves = [name for name, module in uncompiled(model).named_modules() if name and not list(module.children())]
+        names = [name for name, _ in uncompiled(model).named_modules()]
         self.sites: Mapping[str, Site] = {
-            name: next(site for pattern, site in patterns if pattern.match(name)) for name in leaves
+            name: site for pattern, site in self.table for name in names if re.fullmatch(pattern, name)
         }
 
     @property
     def map_layers(self) -> tuple[str, ...]:
-        """The attention layers whose maps say where concepts are."""
-        names = [name for name, _ in self._attention() if name.startswith(self.map_blocks)]
+        """The attention layers of the last third of the first kind of blocks, where words and image have met."""
+        names = [name for name, _ in self._attention() if name.startswith(f"{self.blocks[0]}.")]
         return tuple(names[-max(1, len(names) // 3) :])
 
     @property
@@ -69,17 +69,35 @@ class JointBackbone:
         """Puts our kernel into every attention processor; `undo` puts them back.
 
         Raises:
-            ValueError: For processors that do not end in diffusers' attention dispatch.
+            ValueError: For processors that do not end in diffusers' attention dispatch, and for fused projections.
         """
         found = dict(self._attention())
+        if fused := [name for name, attn in found.items() if getattr(attn, "fused_projections", False)]:
+            raise ValueError(
+                f"{fused[0]} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`"
+            )
         ours = {name: with_kernel(attn.processor, name, self._sequence(name), slot) for name, attn in found.items()}
         for name, attn in found.items():
             undo.callback(attn.set_processor, attn.processor)
             attn.set_processor(ours[name])
 
-    def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
-        """Not implemented yet: forward passes run to their end."""
-        return nullcontext()
+    @contextmanager
+    def truncated_after(self, layers: Iterable[str]) -> Iterator[None]:
+        """Inside this block the transformer runs no block after the last that holds one of some layers.
+
+        Its last norm and projection, which are small, run on what there is then; the output is meaningless.
+        """
+        model: Any = uncompiled(self.model)
+        layers = tuple(layers)
+        each = [(kind, i) for kind in self.blocks for i in range(len(getattr(model, kind)))]
+        needed = [n for n, (kind, i) in enumerate(each, 1) if any(name.startswith(f"{kind}.{i}.") for name in layers)]
+        kept = each[: max(needed, default=0)]
+        cut = {
+            kind: nn.ModuleList(block for i, block in enumerate(getattr(model, kind)) if (kind, i) in kept)
+            for kind in self.blocks
+        }
+        with replaced(model, **cut):
+            yield
 
     def _attention(self) -> Iterator[tuple[str, Any]]:
         for name, module in uncompiled(self.model).named_modules():
@@ -89,7 +107,7 @@ class JointBackbone:
     def _sequence(self, layer: str) -> Site:
         """What an attention layer attends to."""
         stream = next((stream for start, stream in self.attends if layer.startswith(start)), "joint")
-        joint = next(site for _, site in self.streams if site.stream == "joint")
+        joint = next(site for _, site in self.table if site.stream == "joint")
         return replace(joint, stream=stream)
 
 
@@ -98,9 +116,9 @@ def packed(latents: Tensor) -> Tensor:
     return nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
 
 
-def unpacked(tokens: Tensor, like: Tensor) -> Tensor:
-    """Tokens as latents again, in the shape of others."""
-    height, width = like.shape[-2:]
+def unpacked(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """Tokens as latents again, of a height and width."""
+    height, width = grid
     cells = tokens.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
     return nn.functional.pixel_shuffle(cells, PATCH)
 

@@ -10,19 +10,22 @@ from lora_compose.attention.backbones.joint import JointBackbone, image_position
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Site
 
+_LAYER = r"(attn\.to_(q|k|v|gate|out\.0)|ff\.(gate|up|down))"
+"""The layers of every block."""
+
 
 class Krea2Backbone(JointBackbone):
     """A `Krea2Transformer2DModel`."""
 
-    streams = (
+    table = (
         # One vector per row, with a dimension of one position.
-        (r"time_embed\.|time_mod_proj$", Site("modulation", extra_axis=True)),
+        (r"time_embed\.linear_[12]|time_mod_proj", Site("modulation", extra_axis=True)),
         # Attention among the layers of the text encoder, for each token apart.
-        (r"text_fusion\.layerwise_blocks\.", Site("text", flat=True, extra_axis=True)),
-        (r"text_fusion\.projector$", Site("text", extra_axis=True)),
-        (r"text_fusion\.|txt_in\.", Site("text")),
-        (r"transformer_blocks\.", Site("joint", level=1)),
-        (r"", Site("image", level=1)),
+        (rf"text_fusion\.layerwise_blocks\.\d+\.{_LAYER}", Site("text", flat=True, extra_axis=True)),
+        (r"text_fusion\.projector", Site("text", extra_axis=True)),
+        (rf"text_fusion\.refiner_blocks\.\d+\.{_LAYER}|txt_in\.linear_[12]", Site("text")),
+        (rf"transformer_blocks\.\d+\.{_LAYER}", Site("joint", 1)),
+        (r"img_in|final_layer\.linear", Site("image", 1)),
     )
     attends = (("text_fusion.layerwise_blocks.", "row"), ("text_fusion.refiner_blocks.", "text"))
 
@@ -52,4 +55,4 @@ class Krea2Backbone(JointBackbone):
             return_dict=False,
             **inputs,
         )[0]
-        return unpacked(velocity, latents)
+        return unpacked(velocity, latents.shape[-2:])

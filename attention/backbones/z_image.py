@@ -11,6 +11,9 @@ from lora_compose.attention.backbones.joint import JointBackbone
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Site, Stream
 
+_LAYER = r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])"
+"""The layers of every block."""
+
 
 def _site(stream: Stream, *, flat: bool = False) -> Site:
     level = 0 if stream in ("text", "modulation") else 1
@@ -20,17 +23,17 @@ def _site(stream: Stream, *, flat: bool = False) -> Site:
 class ZImageBackbone(JointBackbone):
     """A `ZImageTransformer2DModel`."""
 
-    streams = (
-        (r"t_embedder\.|.*adaLN_modulation\.", _site("modulation")),
+    table = (
+        (r"t_embedder\.mlp\.\d|.+\.adaLN_modulation\.\d", _site("modulation")),
         # The embedders see the tokens of all rows as one list.
-        (r"cap_embedder\.", _site("text", flat=True)),
-        (r"context_refiner\.", _site("text")),
-        (r"all_x_embedder\.", _site("image", flat=True)),
-        (r"noise_refiner\.", _site("image")),
-        (r"", _site("joint")),
+        (r"cap_embedder\.1", _site("text", flat=True)),
+        (rf"context_refiner\.\d+\.{_LAYER}", _site("text")),
+        (r"all_x_embedder\.[\d-]+", _site("image", flat=True)),
+        (rf"noise_refiner\.\d+\.{_LAYER}", _site("image")),
+        (rf"layers\.\d+\.{_LAYER}|all_final_layer\.[\d-]+\.linear", _site("joint")),
     )
+    blocks = ("layers",)
     attends = (("context_refiner.", "text"), ("noise_refiner.", "image"))
-    map_blocks = "layers."
 
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any

@@ -18,7 +18,8 @@ from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once
-from lora_compose.pipelines.scene import Concept, Run, check_region
+from lora_compose.pipelines.regions import check_region
+from lora_compose.pipelines.scene import Concept, Run
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate
 
 _T = TypeVar("_T")

@@ -1,6 +1,5 @@
-"""`lora-compose evaluate`: run a suite, write its report again, compare two evaluations."""
+"""A suite run in one process or several, and its report: what `lora-compose evaluate` does."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -10,59 +9,41 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-import typer
-from typer.core import TyperGroup
 
-from lora_compose.compose.support.terminal import FAILED, bar, err, kindly, out, say
-
-_EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
-
-
-class _Suites(TyperGroup):
-    """`evaluate SUITE` is `evaluate run SUITE`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            args = ["run", *args]
-        return super().resolve_command(ctx, args)
-
+from lora_compose.compose.evaluation.comparison import compare_runs
+from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.report import write_report
+from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done
+from lora_compose.compose.evaluation.suite import read_suite
+from lora_compose.compose.files.claims import Claims
+from lora_compose.compose.support.terminal import FAILED, bar, err, out, say
 
 CHILD = Path(__file__).with_name("child.py")
 GRACE = 10  # seconds that a process has to end by itself
 
-app = typer.Typer(
-    cls=_Suites,
-    help="Score methods on many scenes and seeds: lora-compose evaluate SUITE.",
-    no_args_is_help=True,
-)
 
+def run_suite(suite: str, folder: Path | None = None, processes: int | None = None) -> int:
+    """Generates and scores all images of a suite and writes the report; a rerun resumes, further processes join in.
 
-@app.command("run")
-@kindly(logging.ERROR)
-def run(
-    suite: Annotated[str, typer.Argument(help="A suite file, YAML or JSON, or the name of a shipped suite.")],
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
-    ] = None,
-) -> None:
-    """Generate and score all images of a suite and write the report. A rerun resumes; further processes join in."""
-    _check_packages()
-    from lora_compose.compose.evaluation.planning import make_plan
-    from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done
-    from lora_compose.compose.evaluation.suite import read_suite
-    from lora_compose.compose.files.claims import Claims
+    Args:
+        suite: A suite file, or the name of a shipped suite.
+        folder: Where to; None is outputs/evaluation/NAME.
+        processes: How many; None is one per GPU, or as in the suite.
 
+    Returns:
+        The exit code: 0, that of a process that found something wrong, or 1 if images are missing.
+
+    Raises:
+        ValueError: For suites that cannot be read.
+        OSError: If all processes were killed.
+    """
     asked = read_suite(suite)
     to = folder or Path("outputs/evaluation") / asked.name
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
         evaluate(asked, to)  # the first process of the machine is the one that talks
-        return
+        return 0
     plan = make_plan(asked)
     say(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)
 
@@ -73,70 +54,34 @@ def run(
         if (number := processes or _processes(asked.processes, asked.device)) > 1:
             code = _launch([suite, "--out", str(to)], number, asked.threads or 1, lambda: on_progress(done()))
             if code and done() < len(plan.batches):
-                raise typer.Exit(code)
+                return code
         else:
             evaluate(asked, to, on_progress)
     with Claims(to / CLAIMS).claim("report") as claim:
         if claim is None:
             say(f"Another process of this evaluation writes the report, in {to}.")
         else:
-            _say_report(to)
+            say_report(to)
     if left := len(plan.batches) - done():
         say(f"{left} batches failed; the report lists why. The same command retries them.", style="red", to=err)
-        raise typer.Exit(FAILED)
+    return FAILED if left else 0
 
 
-@app.command(hidden=True)
-@kindly(logging.ERROR)
-def work(suite: str, folder: Annotated[Path, typer.Option("--out")]) -> None:
-    """Take part in an evaluation, without a report: what `run --processes 2` starts twice."""
-    from lora_compose.compose.evaluation.runner import evaluate
-    from lora_compose.compose.evaluation.suite import read_suite
-
+def work_on(suite: str, folder: Path) -> None:
+    """Takes part in an evaluation, without a report."""
     evaluate(read_suite(suite), folder)
 
 
-@app.command()
-@kindly(logging.ERROR)
-def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
-    baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
-) -> None:
-    """Write the report of an evaluation again, from its stored results."""
-    _check_packages()
-    _say_report(folder, baseline)
-
-
-@app.command()
-@kindly(logging.ERROR)
-def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
-    second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
-) -> None:
-    """Show what is better in the second evaluation than in the first, with intervals."""
-    _check_packages()
-    from lora_compose.compose.evaluation.comparison import compare_runs
-
+def compare_folders(first: Path, second: Path) -> None:
+    """Shows what is better in the second evaluation than in the first."""
     out.print(compare_runs(first, second))
 
 
-def _say_report(folder: Path, baseline: str | None = None) -> None:
-    from lora_compose.compose.evaluation.report import write_report
-
+def say_report(folder: Path, baseline: str | None = None) -> None:
+    """Writes the report of an evaluation and says where it is."""
     written = write_report(folder, baseline)
     say(f"The report: {written.html}", style="bold")
     say(f"As a table: {written.markdown}; for pandas: {written.pictures}, {written.concepts}, {written.summary}")
-
-
-def _check_packages() -> None:
-    missing = []
-    for name in ("scipy", "pandas", "matplotlib"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise ValueError(_EXTRA.format(", ".join(missing)))
 
 
 def _processes(wanted: int, device: str | None) -> int:

@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_compose.attention.lora_bank import Lora
+if TYPE_CHECKING:  # scenes are read without torch
+    from lora_compose.attention.lora_bank import Lora
 
 Weight = float | Sequence[float] | str
 """A number; a list of numbers, for equal parts of the steps; or a schedule in text, "0:1..0.5:0.4"."""
@@ -225,7 +226,7 @@ def long_name(block: str) -> str:
     return f"{_LONG.get(first, first)}{dot}{rest}"
 
 
-def in_blocks(lora: Lora, blocks: Mapping[str, float] | None) -> Lora:
+def in_blocks(lora: "Lora", blocks: Mapping[str, float] | None) -> "Lora":
     """The factors of a UNet, each times that of its block, for which the longest name counts; 0 leaves a layer out."""
     if not blocks:
         return lora

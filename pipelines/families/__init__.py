@@ -1,5 +1,6 @@
 """One pipeline class per model family; importing this package makes them known to `ComposePipeline`."""
 
+from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
 from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
@@ -11,6 +12,7 @@ __all__ = [
     "ComposeFlux2KleinPipeline",
     "ComposeFluxPipeline",
     "ComposeKrea2Pipeline",
+    "ComposePipeline",
     "ComposeStableDiffusionPipeline",
     "ComposeStableDiffusionXLPipeline",
     "ComposeZImagePipeline",

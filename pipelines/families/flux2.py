@@ -31,14 +31,14 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeFlux2KleinPipeline(FlowMatchingPipeline, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `Flux2KleinPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.2-klein"
@@ -136,17 +136,13 @@ class ComposeFlux2KleinPipeline(FlowMatchingPipeline, Flux2KleinPipeline):  # py
             return text, {}
 
         final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        self._current_timestep = None
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(denoiser, result) if return_dict else (result,)
 
     def _template(self, length: int) -> TemplateTokenizer:
-        def render(prompt: str) -> str:
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-
-        return TemplateTokenizer(self.tokenizer, render, length, length)
+        return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=False), length, length)
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1.0 if self.config["is_distilled"] else guidance_scale
@@ -154,15 +150,12 @@ class ComposeFlux2KleinPipeline(FlowMatchingPipeline, Flux2KleinPipeline):  # py
     def _shift(self, tokens: int, steps: int) -> float:
         return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
 
-    def _sigmas(self, steps: int) -> Any:
-        return None if self.scheduler.config.get("use_flow_sigmas") else super()._sigmas(steps)
+    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
+        return [self._drawn(shape)]
 
-    def _drawn(self, shape: Sequence[int]) -> Sequence[int]:
+    def _drawn(self, shape: Shape) -> Shape:
         rows, channels, height, width = shape
         return rows, channels * PATCH**2, height // PATCH, width // PATCH
-
-    def _latents(self, given: Tensor, shape: Sequence[int]) -> Tensor:
-        return pixel_shuffle(given, PATCH) if given.shape == tuple(self._drawn(shape)) else given
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         norm: Any = self.vae.bn

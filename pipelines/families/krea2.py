@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
-from diffusers.pipelines.krea2.pipeline_krea2 import calculate_shift
 from diffusers.pipelines.krea2.pipeline_output import Krea2PipelineOutput
 from torch import Tensor
 
-from lora_compose.attention.backbones.joint import packed, unpacked
+from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.base import ComposePipeline, output_of
 from lora_compose.pipelines.call import (
     Call,
@@ -30,18 +29,19 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, for_each
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeKrea2Pipeline(FlowMatchingPipeline, Krea2Pipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `Krea2Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "Krea 2"
     transformer_class = Krea2Transformer2DModel
+    most_tokens = 6400
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -138,6 +138,7 @@ class ComposeKrea2Pipeline(FlowMatchingPipeline, Krea2Pipeline):  # pyright: ign
             return text.flatten(2), {"text_mask": mask}
 
         final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        self._current_timestep = None
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(denoiser, result) if return_dict else (result,)
@@ -152,15 +153,7 @@ class ComposeKrea2Pipeline(FlowMatchingPipeline, Krea2Pipeline):  # pyright: ign
         return 1 + max(0.0, guidance_scale)
 
     def _shift(self, tokens: int, steps: int) -> float:
-        config = self.scheduler.config
-        return 1.15 if self.config["is_distilled"] else calculate_shift(
-            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 6400),
-            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
-        )  # fmt: skip
-
-    def _latents(self, given: Tensor, shape: Sequence[int]) -> Tensor:
-        like = given.new_empty(shape)
-        return unpacked(given, like) if given.shape == packed(like).shape else given
+        return 1.15 if self.config["is_distilled"] else super()._shift(tokens, steps)
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
         layers = self.transformer.config.num_text_layers

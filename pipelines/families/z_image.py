@@ -9,7 +9,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
-from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -30,8 +30,9 @@ from lora_compose.pipelines.call import (
     no_concepts,
     tensors_for,
 )
+from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, for_each
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan
@@ -39,7 +40,7 @@ from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
-class ComposeZImagePipeline(FlowMatchingPipeline, ZImagePipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `ZImagePipeline` whose calls may name concepts."""
 
     family = "Z-Image"
@@ -151,28 +152,19 @@ class ComposeZImagePipeline(FlowMatchingPipeline, ZImagePipeline):  # pyright: i
         return output_of(denoiser, result) if return_dict else (result,)
 
     def _template(self, length: int) -> TemplateTokenizer:
-        def render(prompt: str) -> str:
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
-            )
-
-        return TemplateTokenizer(self.tokenizer, render, length, _padded(length))
+        return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=True), length, _padded(length))
 
     def _cfg_of(self, guidance_scale: float) -> float:
         return 1 + max(0.0, guidance_scale)
 
-    def _shift(self, tokens: int, steps: int) -> float:
-        config = self.scheduler.config
-        return calculate_shift(
-            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
-        )  # fmt: skip
-
     def _sigmas(self, steps: int) -> Any:
         return get_default_z_image_sigmas(steps)
 
-    def _channels(self) -> int:
-        return self.transformer.in_channels
+    def _latent_shape(self, canvas: Canvas) -> Shape:
+        return canvas.images, self.transformer.in_channels, *canvas.latent_grid
+
+    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
+        return []
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         return super()._noise(call, plan, torch.float32)  # in any precision of the model

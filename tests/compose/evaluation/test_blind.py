@@ -1,4 +1,4 @@
-"""Votes that were cast without knowing the method: counted as the docs say, and of pictures that can be made again."""
+"""Votes that were cast without knowing the method: counted as the docs say, and of images that can be made again."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from commands import call
 from lora_compose.compose.evaluation.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene import Concept
 
@@ -25,7 +25,7 @@ def test_the_votes_in_the_docs_are_those_of_the_readme() -> None:
     }  # fmt: skip
 
 
-def test_the_pictures_of_the_votes_are_numbered_as_they_were() -> None:
+def test_the_images_of_the_votes_are_numbered_as_they_were() -> None:
     key, votes = read_votes(WITH_BOXES)
     assert {str(number): job.arm.label for number, job in numbered(20).items()} == key
     assert votes.keys() == key.keys()

@@ -165,7 +165,7 @@ def drag(page: Page, start: tuple[float, float], end: tuple[float, float]) -> No
     settled(page)
 
 
-def test_one_click_from_the_first_visit_to_a_picture_that_carries_its_run(page: Page, tmp_path: Path) -> None:
+def test_one_click_from_the_first_visit_to_a_image_that_carries_its_run(page: Page, tmp_path: Path) -> None:
     started = time.monotonic()
     make(page)
     assert time.monotonic() - started < 60
@@ -249,7 +249,7 @@ def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
 
 
-def test_a_picture_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
+def test_a_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
     page.get_by_label("Seeds", exact=True).fill("3")
     page.get_by_label("Seeds", exact=True).press("Enter")
     page.get_by_label("Steps").fill("5")

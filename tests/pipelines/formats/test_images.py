@@ -182,8 +182,9 @@ def studio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Studio(pipe, tmp_path_factory.mktemp("files"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("form", "method"), [*((form, "merge") for form in FORMATS), *(("LoHa", method) for method in METHODS)]
+)
 def test_the_image_is_the_same_in_every_format(studio: Studio, form: str, method: str) -> None:
     expected = studio.reference(FORMATS[form].holds, method)
     found = studio.of_file(form, method)
