@@ -97,7 +97,7 @@ def plain_pipe(family: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_has_been_said() -> None:
+def _messages_are_new() -> None:
     """What is said once in a process may have been said by another test."""
     say_once.cache_clear()
 

@@ -14,9 +14,11 @@ from lora_compose.attention.masks import (
     Box,
     box_mask,
     cells_of,
+    closed,
     coarse_mask,
     dilated,
     eroded,
+    opened,
     resize_mask,
     strongest,
 )
@@ -177,6 +179,14 @@ def test_growing_and_shrinking_equal_an_independent_implementation(mask: Tensor)
     shrunk = ndimage.binary_erosion(mask.numpy(), NEIGHBOURS, border_value=1)  # the border takes nothing away
     assert torch.equal(dilated(mask), torch.from_numpy(grown))
     assert torch.equal(eroded(mask), torch.from_numpy(shrunk))
+
+
+@given(bool_masks())
+def test_opening_takes_away_and_closing_adds_and_a_second_time_changes_nothing(mask: Tensor) -> None:
+    assert not (opened(mask) & ~mask).any()
+    assert not (mask & ~closed(mask)).any()
+    assert torch.equal(opened(opened(mask)), opened(mask))
+    assert torch.equal(closed(closed(mask)), closed(mask))
 
 
 def test_a_mask_of_everything_survives_up_to_the_border() -> None:

@@ -20,7 +20,7 @@ from commands import call, flat
 from lora_compose import Concept, Run, Scene, __version__
 from lora_compose.compose.commands.options import parse_concept, parse_settings
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.generate import images
+from lora_compose.compose.generate import demo, images
 from lora_compose.compose.generate.machine import choose_device, devices
 from lora_compose.compose.generate.making import make, make_batch
 from lora_compose.compose.generate.models import open_model
@@ -441,7 +441,7 @@ def test_images_without_a_record_are_refused(tmp_path: Path) -> None:
 # --- check ---
 
 
-def test_check_says_what_matches_without_making_a_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = UNet2DConditionModel.forward
 
     def without_numbers(unet: UNet2DConditionModel, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -537,9 +537,12 @@ def test_the_demo_writes_a_sheet_and_images_that_replay(tmp_path: Path) -> None:
     result = call("demo", "--steps", 1, "--seed", 4, "--out", tmp_path / "demo")
     folder = tmp_path / "demo-2"
     assert listed(tmp_path / "demo") == []
-    assert f"The sheets: {folder / 'sheet.png'} and {folder / 'three.png'}" in flat(result.stdout)
-    assert "What to look at" in result.stdout
-    assert len(listed(folder)) == 3 * 7 + 3 + 2
+    said = flat(result.stdout)
+    assert said.index(f"The first pair, and the others follow: {folder / 'first.png'} What to look at") > 0
+    assert said.index(f"All pairs: {folder / 'sheet.png'}") < said.index(
+        f"Three concepts in boxes: {folder / 'three.png'}"
+    )
+    assert len(listed(folder)) == 3 * 7 + 3 + 3
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.width > 7 * 256
         assert sheet.height > 3 * 256
@@ -552,9 +555,22 @@ def test_the_demo_writes_a_sheet_and_images_that_replay(tmp_path: Path) -> None:
     assert "identical" in call("replay", folder / "car-rabbit-tara-4.png").output
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "check", "replay", "bench", "blind"])
-def test_every_command_explains_itself(command: str) -> None:
-    assert "Usage:" in call(command, "--help").output
+def test_the_demo_shows_a_first_sheet_after_a_tenth_of_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return make(*arguments)
+
+    monkeypatch.setattr(demo, "make", counted)
+    todo = demo.jobs(steps=1)
+    assert len(todo) == 72
+    sheet = next(demo.show(tmp_path, todo, lambda done: None))
+    assert len(made) == 7
+    assert sheet == tmp_path / "first.png"
+    assert listed(tmp_path) == sorted(["first.png", *(job.file_name for job in todo[:7])])
 
 
 def test_unknown_commands_and_options_end_with_2() -> None:

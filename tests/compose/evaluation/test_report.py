@@ -303,7 +303,7 @@ def test_many_images_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no picture")])
-def test_a_image_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None:
+def test_an_image_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None:
     store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
     damage(next(tmp_path.glob("batches/both-merge*/1.png")))
     write_report(tmp_path)

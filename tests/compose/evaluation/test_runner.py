@@ -143,7 +143,7 @@ def test_images_of_other_defaults_are_not_taken_for_todays(suite: Suite, monkeyp
     assert {arm for arm in today if today[arm] != other[arm]} == {"regional"}
 
 
-def test_a_image_of_a_batch_can_be_made_again(suite: Suite, finished: Path) -> None:
+def test_an_image_of_a_batch_can_be_made_again(suite: Suite, finished: Path) -> None:
     planned = next(planned for planned in make_plan(suite).batches if planned.arm == "merge")
     assert "identical" in call("replay", picture_path(finished, planned.key, 1)).output
 

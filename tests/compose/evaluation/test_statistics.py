@@ -163,7 +163,7 @@ def test_rounding_is_a_tie() -> None:
     assert compare(baseline + 1e-8, baseline, True).ties == 9
 
 
-def test_a_image_that_is_there_twice_is_refused() -> None:
+def test_an_image_that_is_there_twice_is_refused() -> None:
     twice = pd.concat([measured(2), measured(2)])
     for pair in ((twice, measured(2)), (measured(2), twice)):
         with pytest.raises(ValueError, match=r"there twice: \('scene 0'"):

@@ -143,7 +143,7 @@ def test_the_order_of_concepts_does_not_matter(tmp_path: Path) -> None:
     assert_frame_equal(straight.thresholds, turned.thresholds)
 
 
-def test_success_of_a_image_is_that_of_the_metric(tmp_path: Path) -> None:
+def test_success_of_an_image_is_that_of_the_metric(tmp_path: Path) -> None:
     steps = [None, *product((0.125, 0.375, 0.5, 0.75), repeat=2)]  # a concept's similarity to itself and to the other
     cases: dict[int, Any] = dict(enumerate(product(steps, repeat=2)))
 

@@ -97,7 +97,7 @@ def test_runs_survive_a_file(tmp_path_factory: pytest.TempPathFactory, suffix: s
 
 
 @given(run=runs)
-def test_records_survive_a_image(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
+def test_records_survive_an_image(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
     written = record(run, sha256={concept.name: SHA for concept in run.scene.concepts})
     path = save_image(Image.new("RGB", (8, 8)), tmp_path_factory.mktemp("picture") / "1.png", written)
     assert read_record(path) == written
@@ -452,7 +452,7 @@ def test_a_truncated_image_is_refused(tmp_path: Path) -> None:
         read_pixels(path)
 
 
-def test_a_image_with_too_many_pixels_is_not_unpacked(tmp_path: Path) -> None:
+def test_an_image_with_too_many_pixels_is_not_unpacked(tmp_path: Path) -> None:
     path = png(tmp_path / "1.png")
     data = path.read_bytes()
     header = struct.pack(">II", 50_000, 1_500) + data[24:29]

@@ -165,7 +165,7 @@ def drag(page: Page, start: tuple[float, float], end: tuple[float, float]) -> No
     settled(page)
 
 
-def test_one_click_from_the_first_visit_to_a_image_that_carries_its_run(page: Page, tmp_path: Path) -> None:
+def test_one_click_from_the_first_visit_to_an_image_that_carries_its_run(page: Page, tmp_path: Path) -> None:
     started = time.monotonic()
     make(page)
     assert time.monotonic() - started < 60
@@ -234,7 +234,7 @@ def test_methods_side_by_side_with_cost_and_likeness(page: Page) -> None:
     page.get_by_role("button", name="View image").first.click()
     settled(page)
     view(page, "Understand")
-    expect(page.get_by_text("Attention to bear")).to_be_visible()
+    expect(page.get_by_text("Where the model looked for bear")).to_be_visible()
 
 
 def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
@@ -249,7 +249,7 @@ def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
 
 
-def test_a_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
+def test_an_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
     page.get_by_label("Seeds", exact=True).fill("3")
     page.get_by_label("Seeds", exact=True).press("Enter")
     page.get_by_label("Steps").fill("5")
@@ -416,7 +416,7 @@ def test_files_are_deleted_and_work_ends_when_the_browser_has_gone(chromium: Bro
         next_one = visited(chromium, address)
         settled(next_one)
         # and not that the model is at work for somebody else
-        expect(next_one.get_by_text(re.compile("^Costs"))).to_be_visible()
+        expect(next_one.get_by_text(re.compile("^Takes"))).to_be_visible()
         next_one.context.close()
 
 

@@ -92,7 +92,7 @@ def test_images_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
     assert load_picture(tmp_path / "palette.gif").mode == "RGB"
 
 
-def test_the_middle_of_a_image_is_taken() -> None:
+def test_the_middle_of_an_image_is_taken() -> None:
     columns = np.zeros((20, 60, 3), "u1")
     columns[:, 20:40] = 255
     pixels, cut = square(Image.fromarray(columns), 20)

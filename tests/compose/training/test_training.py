@@ -562,14 +562,6 @@ def test_one_image_is_enough_but_mentioned(
     assert "there is one image" in caplog.text
 
 
-def test_small_images_can_be_trained_on(
-    begin: Callable[..., Training], caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    folder = paint_folder(tmp_path / "small", 2, (20, 12))
-    assert train(begin("xl", pictures=folder, steps=1)).exists()
-    assert "2 of 2 images are smaller than 32 x 32" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"), [(None, "holds no images"), (b"\x89PNG\r\n", "is not a readable image")]
 )
@@ -612,12 +604,6 @@ def test_the_model_paints_missing_class_images(begin: Callable[..., Training]) -
     assert all(torch.equal(first[key], again[key]) for key in first)
     without = load_file(train(settings.model_copy(update={"class_count": 0}), overwrite=True))
     assert any(not torch.equal(first[key], without[key]) for key in first)
-
-
-def test_class_images_may_not_name_the_concept(begin: Callable[..., Training], tmp_path: Path) -> None:
-    folder = paint_folder(tmp_path / "class", 1)
-    with pytest.raises(DataError, match="has the trigger 'sks'"):
-        train(begin(class_pictures=folder, class_prompts=("a {trigger} {class_word}",)))
 
 
 def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], tmp_path: Path) -> None:
@@ -747,5 +733,5 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Train
 
 
 @pytest.fixture(autouse=True)
-def _said(caplog: pytest.LogCaptureFixture) -> None:
+def _info_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lora_compose.compose")

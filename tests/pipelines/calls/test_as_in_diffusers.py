@@ -241,18 +241,6 @@ def test_the_progress_bar_ends_where_denoising_ends(composer, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("concepts", [None, ["cat", "dog"]])
-def test_the_progress_bar_counts_steps_not_calls(composer, capsys, concepts):
-    composer.set_progress_bar_config(disable=False)
-    for scheduler, steps in (
-        (composer.scheduler, 3),
-        (HeunDiscreteScheduler.from_config(composer.scheduler.config), 3),
-    ):
-        composer.scheduler = scheduler
-        run(composer, concepts=concepts, num_inference_steps=steps)
-        assert f"{steps}/{steps}" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("changes", [{"time_cond_proj_dim": 8}, {"sample_size": (8, 12)}], ids=str)
 def test_other_kinds_of_unets_work_as_in_diffusers(changes):
     pipe, plain_pipe = (

@@ -17,7 +17,6 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionPipeline,
 )
-from diffusers.callbacks import SDCFGCutoffCallback
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
@@ -444,20 +443,6 @@ def test_few_steps_and_other_schedulers_work(composer, scheduler, steps, guidanc
     assert output.images.isfinite().all()
     assert output.cost.rows_forward == steps * (2 if guidance > 1 else 1)
     assert 1 <= output.cost.rows_backward <= steps // 2 + 1
-
-
-@pytest.mark.parametrize("apart", [0.0, 1.0])
-def test_a_callback_may_switch_guidance_off(composer, apart):
-    """Keys and values are made once with guidance and once without, also for updates, which read no negative prompt."""
-    made: list[int] = []
-    layer = composer.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
-    layer.register_forward_hook(lambda module, inputs, output: made.append(output.shape[-3]))
-    method, cut = LoraComposer(apart=apart), SDCFGCutoffCallback(cutoff_step_ratio=0.25)
-    output = compose(composer, method, num_inference_steps=4, callback_on_step_end=cut)
-    assert sorted(made) == [1, 2]
-    assert output.images.isfinite().all()
-    assert output.cost.rows_forward == 2 + 2 + 1 + 1
-    assert far_apart(output.images, latents_of(composer, method, num_inference_steps=4))
 
 
 @pytest.mark.parametrize("apart", [0.0, 1.0])

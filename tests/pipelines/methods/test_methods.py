@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from hashlib import sha256
-from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
 
@@ -113,18 +112,6 @@ def test_tara_equals_its_formula(pipe, plain_pipe, write_lora, cfg_mask, scope, 
     expected = denoise(plain_pipe, **arguments).images
     method = Tara(cfg_mask=cfg_mask, scope=scope)
     assert_close(denoise(pipe, concepts=names, method=method, **arguments).images, expected)
-
-
-def test_every_setting_and_every_region_makes_another_image(pipe, write_lora):
-    names = ["cat", "dog"]
-    load(pipe, write_lora, names, loras_of(pipe, names))
-    left = [Concept(name="cat", region=(0, 0, 64, 128)), "dog"]
-    right = [Concept(name="cat", region=(64, 0, 128, 128)), "dog"]
-    runs = [(None, None), (names, "merge"), (left, Regional()), (right, Regional())]
-    runs += [(left, Regional(rows="all")), (left, Regional(token_mask="none"))]
-    runs += [(names, Tara(cfg_mask=rows, scope=scope)) for rows in get_args(CfgMask) for scope in get_args(Scope)]
-    images = [denoise(pipe, concepts=concepts, method=method).images for concepts, method in runs]
-    assert all(far_apart(one, other) for one, other in combinations(images, 2))
 
 
 @pytest.mark.parametrize(

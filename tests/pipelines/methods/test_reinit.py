@@ -110,13 +110,6 @@ def test_copying_keeps_mean_and_deviation_of_every_image(scene: tuple[Tensor, Te
     torch.testing.assert_close(moments(found), moments(latents * 1.3 + 0.2))
 
 
-@given(scenes())
-def test_swapping_keeps_every_value(scene: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    latents, scores, regions = scene
-    found = reinitialised(latents, scores, regions, FACTOR, swap=True)
-    assert torch.equal(values(found), values(latents))
-
-
 @given(scenes(), st.booleans())
 def test_images_do_not_depend_on_each_other(scene: tuple[Tensor, Tensor, list[Tensor]], swap: bool) -> None:
     latents, scores, regions = scene
@@ -132,41 +125,6 @@ def test_a_region_that_draws_the_attention_itself_keeps_its_noise(box: Box) -> N
     region, latents = boxed(box, grid), noise(grid)
     assert torch.equal(reinitialised(latents, peaks(region), [region], FACTOR, swap=True), latents)
     torch.testing.assert_close(reinitialised(latents, peaks(region), [region], FACTOR, swap=False), latents)
-
-
-@given(boxes((4, 5)), st.data())
-def test_a_window_may_overlap_its_own_region(region: Tensor, data: st.DataObject) -> None:
-    rows, columns = region.any(dim=1).nonzero()[:, 0], region.any(dim=0).nonzero()[:, 0]
-    down = data.draw(st.integers(-int(rows[0]), 3 - int(rows[-1])))
-    right = data.draw(st.integers(-int(columns[0]), 4 - int(columns[-1])))
-    window = region.roll((down, right), dims=(0, 1))
-    latents = noise((4, 5))
-    found = reinitialised(latents, peaks(window), [region], FACTOR, swap=True)
-    assert torch.equal(part(found, region), part(latents, window))
-    assert torch.equal(part(found, ~region & ~window), part(latents, ~region & ~window))
-    assert torch.equal(values(found), values(latents))
-
-
-def test_swapping_never_takes_noise_that_was_moved_already() -> None:
-    grid = (2, 8)
-    first, second, wanted, next_best = (boxed((0, left, 2, left + 2), grid) for left in (0, 2, 4, 6))
-    latents = noise(grid)
-    attention = wanted.float() + 0.5 * next_best.float() + 0.9 * first.float()
-    scores = torch.stack([wanted.float(), attention])[None]
-    found = reinitialised(latents, scores, [first, second], FACTOR, swap=True)
-    assert torch.equal(part(found, first), part(latents, wanted))
-    assert torch.equal(part(found, second), part(latents, next_best))
-    assert torch.equal(part(found, wanted), part(latents, first))
-    assert torch.equal(part(found, next_best), part(latents, second))
-
-
-def test_a_region_without_a_free_window_keeps_its_noise() -> None:
-    grid = (2, 4)
-    left, right = boxed((0, 0, 2, 2), grid), boxed((0, 2, 2, 4), grid)
-    latents = noise(grid)
-    found = reinitialised(latents, peaks(right, left), [left, right], FACTOR, swap=True)
-    assert torch.equal(part(found, left), part(latents, right))
-    assert torch.equal(part(found, right), part(latents, left))
 
 
 def windows_of(region: Tensor) -> list[Tensor]:
@@ -204,20 +162,6 @@ def test_free_regions_get_the_best_window_that_is_free(scene: tuple[Tensor, Tens
             best = max(free, key=lambda window: scores[i, n][window].double().sum().item())
             assert torch.equal(part(found, mask)[i], part(latents, best)[i])
             taken |= mask | best
-
-
-def test_the_form_of_a_region_matters_and_not_its_bounding_box() -> None:
-    grid = (3, 7)
-    region = torch.zeros(grid, dtype=torch.bool)
-    region[:, 0] = region[2, :3] = True  # an L
-    window = region.roll(4, dims=1)
-    score = window.float()
-    score[0, 2:4] = 2  # the bounding box would move there, but the L leaves this corner of it free
-    latents = noise(grid)
-    found = reinitialised(latents, score[None, None], [region], FACTOR, swap=True)
-    assert torch.equal(part(found, region), part(latents, window))
-    rest = ~region & ~window
-    assert torch.equal(part(found, rest), part(latents, rest))
 
 
 def test_latents_that_do_not_fill_the_last_cells_of_the_grid() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, random_lora, seeded, tiny_pipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.methods import Composite, Switch, make_method
+from lora_compose.pipelines.methods import Composite, Switch
 from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat, a zwx dog, a xlo bear"
@@ -312,13 +312,6 @@ def test_regions_are_ignored_with_one_warning(pipe, method, caplog):
         assert torch.equal(latents_of(pipe, method=method, concepts=placed), expected)
     said = [record.getMessage() for record in caplog.records if "region" in record.getMessage()]
     assert said == [f"{method} ignores regions; use method='regional'"]
-
-
-def test_settings_are_made_by_name():
-    assert make_method("switch") == Switch() == Switch(interval=5)
-    assert make_method("switch", {"interval": 2}) == Switch(interval=2)
-    assert make_method("composite") == Composite() == Composite(shares=None)
-    assert make_method("composite", {"shares": [1, 2.5]}) == Composite(shares=[1, 2.5])
 
 
 @pytest.mark.parametrize("interval", [0, -1, 2.0, True, "2", None])

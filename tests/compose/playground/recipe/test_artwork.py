@@ -76,7 +76,7 @@ def test_high_images_are_centred_as_well() -> None:
     assert abs(int(columns.min()) + int(columns.max()) - (SIZE - 1)) <= 2
 
 
-def test_a_set_without_a_image_is_named(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_without_an_image_is_named(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch(PACKAGES["noto"], packages)
     assert draw(folder, "noto", "1f4a9") is None
     monkeypatch.setattr(artwork, "CODEPOINTS", {**CODEPOINTS, "comet": "2604-fe0f"})
