@@ -15,10 +15,11 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.loading import find_file, read_lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
-from lora_compose.pipelines.concepts.textual_inversion import Expanding
+from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once
-from lora_compose.pipelines.scene import Concept, Run, check_region
+from lora_compose.pipelines.regions import check_region
+from lora_compose.pipelines.scene import Concept, Run
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate
 
 _T = TypeVar("_T")
@@ -164,7 +165,7 @@ def _listed(positions: Sequence[int]) -> str:
     return ", ".join(map(str, positions))
 
 
-def _tokens(tokenizer: Expanding, prompt: str) -> str:
+def _tokens(tokenizer: ExpandingTokenizer, prompt: str) -> str:
     """The prompt as the model reads it, with positions; position 0 is the start token."""
     ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
     limit = tokenizer.model_max_length - 2

@@ -24,6 +24,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from commands import free_port
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 
@@ -36,12 +37,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 MINUTE = 60_000
 expect.set_options(timeout=30_000)  # other tests may use the processor as well
 MAKE = re.compile("^Generate 1 image")
-
-
-def free_port() -> int:
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        return any_port.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +168,7 @@ def drag(page: Page, start: tuple[float, float], end: tuple[float, float]) -> No
     settled(page)
 
 
-def test_one_click_from_the_first_visit_to_a_picture_that_carries_its_run(page: Page, tmp_path: Path) -> None:
+def test_one_click_from_the_first_visit_to_an_image_that_carries_its_run(page: Page, tmp_path: Path) -> None:
     started = time.monotonic()
     make(page)
     assert time.monotonic() - started < 60
@@ -257,7 +252,7 @@ def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
 
 
-def test_a_picture_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
+def test_an_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
     page.get_by_label("Seeds", exact=True).fill("3")
     page.get_by_label("Seeds", exact=True).press("Enter")
     page.get_by_label("Steps").fill("5")

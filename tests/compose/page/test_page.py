@@ -128,7 +128,7 @@ def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> No
         ({"concepts": (BEAR.model_copy(update={"trigger": "x" * 100}),)}, {}, "60 letters each"),
     ],
 )
-def test_what_a_picture_says_and_the_page_cannot_is_refused(
+def test_what_an_image_says_and_the_page_cannot_is_refused(
     scene: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     (run,) = short(method="merge").runs()
@@ -559,7 +559,7 @@ def test_a_session_has_one_visit() -> None:
     assert second.closings == 0
 
 
-def test_pictures_in_metadata_are_shown_only_if_they_are_pictures() -> None:
+def test_images_in_metadata_are_shown_only_if_they_are_images() -> None:
     buffer = BytesIO()
     Image.new("RGB", (500, 300), "red").save(buffer, "JPEG")
     uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -598,7 +598,7 @@ def test_loras_of_a_record_are_found_by_content_and_strangers_paths_are_not_foll
     assert folder["dog"] is not None
 
 
-def test_pictures_that_are_not_ours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_not_ours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     with pytest.raises(FileError, match=r"^mine\.png has no record"):
@@ -638,7 +638,7 @@ def test_a_job_makes_what_python_makes_and_keeps_attention(slot: Slot, tmp_path:
         assert overlay.masks(picture.made.image, attention, step).size == (384, 384)
 
 
-def test_page_command_and_python_text_give_the_same_picture(
+def test_page_command_and_python_text_give_the_same_image(
     slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = short(settings={"rows": "all", "apart": 0.0})
@@ -840,7 +840,7 @@ def test_overlays_show_the_right_concept_in_the_right_place() -> None:
     assert not np.array_equal(outlined[0, 0], outlined[-1, -1])
 
 
-def test_the_judge_scores_where_there_are_reference_pictures() -> None:
+def test_the_judge_scores_where_there_are_reference_images() -> None:
     judge = Judge()
     (run,) = short().runs()
     assert judge.judges(run)

@@ -87,7 +87,7 @@ def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: App
     assert re.search(r"Takes about \d+\.\d s, 1\.\d times a plain image", said(at))
 
 
-def test_a_picture_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
+def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (picture,) = visit(at).pictures
     assert visit(at).shown == picture.key
@@ -117,7 +117,7 @@ def test_what_decided_where_a_lora_acts_is_shown(at: AppTest, method: str, words
     assert ("The areas follow from it" in said(at)) == (method == "clora")
 
 
-def test_several_seeds_give_several_pictures(at: AppTest) -> None:
+def test_several_seeds_give_several_images(at: AppTest) -> None:
     at.text_input(key=fields.SEEDS).set_value("1-3")
     at.run()
     assert at.button(key="do.make").label == "Generate 3 images"
@@ -250,7 +250,7 @@ def fields_box(at: AppTest, index: int) -> list[int]:
     return [int(at.number_input(key=row_key(at, index, edge)).value or 0) for edge in fields.EDGES]
 
 
-def test_a_plain_picture_without_concepts(at: AppTest) -> None:
+def test_a_plain_image_without_concepts(at: AppTest) -> None:
     for row in list(visit(at).rows):
         at.button(key=f"do.remove.{row.number}").click().run()
     at.text_area(key=fields.PROMPT).set_value("a cat on grass").run()
@@ -258,7 +258,7 @@ def test_a_plain_picture_without_concepts(at: AppTest) -> None:
     assert visit(at).pictures[0].run.method is None
 
 
-def test_settings_of_a_picture_come_back(at: AppTest) -> None:
+def test_settings_of_an_image_come_back(at: AppTest) -> None:
     at.selectbox(key=fields.METHOD).set_value("tara").run()
     at.session_state[fields.of_setting("tara", "scope")] = "cross_kv"
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.5").run()
@@ -316,7 +316,7 @@ def test_a_style_has_no_box(at: AppTest) -> None:
     assert any(field.key == row_key(at, 0, "left") for field in at.number_input)
 
 
-def test_pictures_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_path: Path) -> None:
+def test_images_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_path: Path) -> None:
     for change in (
         {"concepts": tuple(Concept(name=f"bear {i}", lora="playground:bear", trigger="xlo") for i in range(200))},
         {"width": 80_000},
@@ -328,9 +328,7 @@ def test_pictures_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp
         assert len(visit(at).rows) == 2
 
 
-def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_gap(
-    at: AppTest, tmp_path: Path
-) -> None:
+def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_gap(at: AppTest, tmp_path: Path) -> None:
     cat = Concept(name="cat", lora="/elsewhere/cat.safetensors", trigger="sks", class_word="cat", weight=0.7)
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
     assert "LoRAs are missing: cat" in said(at)
@@ -342,14 +340,14 @@ def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_
     assert not at.button(key="do.make").disabled
 
 
-def test_a_picture_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
+def test_an_image_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
     drop(at, tmp_path, {}, model="stranger/model")
     assert visit(at).slot.choice.model == "playground"
     assert at.text_input(key="set.model.name").value == "stranger/model"
     assert "open it there if you trust it" in said(at)
 
 
-def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
+def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -386,7 +384,7 @@ def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
     assert not at.button(key="do.make").disabled
 
 
-def test_the_open_model_is_not_opened_again_in_another_precision_by_a_picture(
+def test_the_open_model_is_not_opened_again_in_another_precision_by_an_image(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The open one may be a repository, for which the hub would be asked."""
@@ -421,7 +419,7 @@ def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> Non
     assert "the file says its alpha itself; leave alpha out" in said(at), "it is used"
 
 
-def test_an_ordinary_picture_comes_back_without_a_word(at: AppTest, tmp_path: Path) -> None:
+def test_an_ordinary_image_comes_back_without_a_word(at: AppTest, tmp_path: Path) -> None:
     settings = {"ce_weight": 3, "rows": "all"}  # a whole number where others may stand
     bear, robot = example().concepts
     bear = bear.model_copy(update={"weight": "1..0.4", "blocks": {"up.1": 0.5}, "prompt": "a xlo bear"})
