@@ -206,7 +206,7 @@ class Source:
         processor = VaeImageProcessor(
             vae_scale_factor=self.pipeline.vae_scale_factor, resample="nearest"
         )  # borders stay sharp
-        shown = processor.resize(cut, *self.size[::-1], resize_mode="default" if self.crop is None else "fill")
+        shown: Any = processor.resize(cut, *self.size[::-1], resize_mode="default" if self.crop is None else "fill")
         shown = shown.convert("L")
         if shown.getextrema()[1] < 128:
             raise ValueError(

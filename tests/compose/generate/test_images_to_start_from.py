@@ -1,6 +1,7 @@
 """Scenes, commands and records with an image to start from."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lora_compose.compose.evaluation.suite import SuiteScene
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.files.scenes import read_scene, write_scene
 
-CAT = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
+CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_scenes_refuse_what_does_not_go_together(fields, message):
 
 def test_a_box_of_fractions_is_one_of_floats_up_to_1():
     assert Concept(name="cat", region=(0, 0, 0.5, 1)).region == (0.0, 0.0, 0.5, 1.0)
-    assert Concept(name="cat", region=[0, 0, 1, 1]).region == (0, 0, 1, 1)
+    assert Concept(name="cat", region=(0, 0, 1, 1)).region == (0, 0, 1, 1)
     with pytest.raises(ValidationError, match="region"):
         Concept(name="cat", region=(0, 0, 0.5, 64))
 
