@@ -1,4 +1,4 @@
-"""What every composing pipeline has in common: opening models, holding concepts, a call with its denoising loop."""
+"""What every composing pipeline has in common: models are opened by family, and a call runs to its final latents."""
 
 import math
 import os
@@ -9,9 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_compose.attention import backbone_of
@@ -19,28 +17,26 @@ from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
-from lora_compose.pipelines.concepts.library import ConceptLibrary
-from lora_compose.pipelines.concepts.loading import find_file, local_path
-from lora_compose.pipelines.concepts.strength import Weight
-from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
+from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
-from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.loop import Hooks, Schedule, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
 from lora_compose.pipelines.saved import README, how_to_open
-from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.task import TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import Encoder
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-class ComposePipeline(DiffusionPipeline):
+class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """Opens a model and composes concept LoRAs with it.
 
     `ComposePipeline.from_pretrained`, `from_single_file` and `from_pipe` look at the model and return the class for its
@@ -51,9 +47,6 @@ class ComposePipeline(DiffusionPipeline):
         pipe.load_concept("dog.safetensors", trigger="zwx", class_word="dog")
         image = pipe("a sks cat and a zwx dog on grass", concepts=["cat", "dog"], method="tara").images[0]
     """
-
-    concept_memory: int = 2 * 2**30
-    """Bytes of LoRAs that stay in memory between calls, of those that calls have read; `load_concept` comes on top."""
 
     text_tokenizers: tuple[str, ...] = ("tokenizer", "tokenizer_2")
     """The tokenizers whose tokens the model reads, by component name."""
@@ -215,102 +208,6 @@ class ComposePipeline(DiffusionPipeline):
         """
         raise TypeError("open a model first: ComposePipeline.from_pretrained(...)")
 
-    @property
-    def library(self) -> ConceptLibrary:
-        """The loaded and the added concepts, and the files read recently."""
-        return self.__dict__.setdefault("_concept_library", ConceptLibrary())
-
-    @property
-    def concepts(self) -> Mapping[str, Concept]:
-        """The loaded and the added concepts by name."""
-        return self.library.concepts
-
-    def load_concept(
-        self,
-        source: str | Path,
-        name: str | None = None,
-        *,
-        trigger: str | None = None,
-        class_word: str | None = None,
-        weight: Weight = 1.0,
-        blocks: Mapping[str, float] | None = None,
-        weight_name: str | None = None,
-        alpha: float | None = None,
-        max_rank: int = MAX_RANK,
-        allow_pickle: bool = False,
-        **hub: Any,
-    ) -> Concept:
-        """Loads a concept's LoRA; it acts only in calls that name it.
-
-        Args:
-            source: A safetensors file, a folder, or a hub repository.
-            name: What the concept is called; the file's name by default.
-            trigger: The rare word or words; taken from the file's metadata if it has them.
-            class_word: The noun after the trigger; taken from the file's metadata if it has it.
-            weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
-            blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
-            weight_name: The file inside a folder or repository that has several.
-            alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
-            max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
-            allow_pickle: Opens files of `torch.save` as well: their tensors are read, no code is run.
-            hub: Passed on to `huggingface_hub` (token, revision, ...).
-
-        Raises:
-            LoraError: If the file is unusable or does not fit the model.
-            ValueError: If the name is taken.
-        """
-        concept = Concept(
-            name=name or local_path(source).stem,
-            lora=str(source),
-            trigger=trigger,
-            class_word=class_word,
-            weight=weight,
-            alpha=alpha,
-            blocks=blocks if blocks is None else dict(blocks),
-        )
-        self.library.check_new(self, concept.name)
-        path = find_file(source, weight_name, **hub)
-        return self.library.load(self, concept, path, max_rank=max_rank, allow_pickle=allow_pickle)
-
-    def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
-        """Makes LoRA files known as concepts without reading them: a call that names one reads and checks it then.
-
-        Only headers are read, for triggers and class words. What is wrong with a file is said by the call that needs
-        it. Files that calls have read stay in memory up to `concept_memory` bytes; those not used for longest go first.
-        A file that has changed on disk is read again. A folder may be added again for the files that are new.
-
-        Args:
-            source: A folder, of which every safetensors file is added under its own name; or files, or `Concept`
-                objects with a file and whatever else is known.
-
-        Returns:
-            What has been added.
-
-        Raises:
-            LoraError: If there is no such file or folder, or none in it.
-            ValueError: If a name is taken by another concept; nothing is added then.
-        """
-        return self.library.add(self, source)
-
-    def unload_concept(self, name: str) -> None:
-        """Removes a concept that was loaded or added.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
-        self.library.unload(name)
-
-    def resolve_concepts(self, concepts: Sequence[str | Concept]) -> tuple[LoadedConcept, ...]:
-        """The concepts of a call with their factors; given fields override loaded ones.
-
-        Args:
-            concepts: Names of loaded concepts or adapters, or `Concept` objects.
-
-        Raises:
-            ValueError: For unknown names and names given twice.
-        """
-        return self.library.resolve(self, concepts, self.concept_memory)
-
     def resolve_method(
         self,
         method: str | Settings | None,
@@ -324,13 +221,13 @@ class ComposePipeline(DiffusionPipeline):
         reads_regions = backbone_of(self.model).reads_regions
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
-    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[ExpandingTokenizer]:
+    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
         """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
 
         Raises:
             ValueError: If two files bring one word.
         """
-        return expanding_tokenizers(self, TextualInversions.of(concepts, self.components))
+        return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
     def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Denoiser]":
         """A call with concepts up to its final latents, the same for every family and method.
@@ -377,6 +274,15 @@ class ComposePipeline(DiffusionPipeline):
     def model(self) -> Any:
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
+
+    def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
+        """The tokenizers of the model's text as they read prompts.
+
+        Args:
+            textual_inversions: Words that LoRA files bring.
+            length: Tokens of an encoded text; None means as many as the tokenizer says.
+        """
+        return expanding_tokenizers(self, textual_inversions, length)
 
     def _check_latents(self, call: Call, canvas: Canvas) -> None:
         """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""
@@ -479,21 +385,3 @@ def output_of(denoiser: Denoiser, images: Any, nsfw: Any = None) -> ComposeOutpu
         masks=denoiser.log.masks(),
         recorded_steps=recorded_steps,
     )
-
-
-_FILE_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
-
-
-def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors in a checkpoint.
-
-    Args:
-        link_or_path: A file, or a link to one in a hub repository, which is downloaded.
-        options: Those of `from_single_file`.
-    """
-    path = Path(link_or_path)
-    if path.is_file() and path.suffix.lower() == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    given = {name: options[name] for name in _FILE_OPTIONS if name in options}
-    return list(load_single_file_checkpoint(str(link_or_path), **given))

@@ -14,9 +14,10 @@ from torch import Tensor
 from lora_compose.attention import Gates
 from lora_compose.pipelines.canvas import Step, images_of
 from lora_compose.pipelines.concepts.concept_set import ByConceptT
-from lora_compose.pipelines.denoiser import Denoiser, PreparedPass
+from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.methods.process import FixedPasses, Process
 from lora_compose.pipelines.passes import Pass, weighted_mean
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning, join_images, join_rows_of_images
 

@@ -13,7 +13,7 @@ from lora_compose.compose.support.names import METHODS, check_method
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import kindly, starting
 
-MOST_CONCEPTS = 8
+MOST_CONCEPTS = 13
 
 
 @kindly(logging.ERROR)

@@ -12,7 +12,8 @@ from lora_compose.compose.playground.assets import PLAYGROUND, lora_source, play
 from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.pipelines.scene import Concept, Run
 
-_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_PICKLES = (".ckpt", ".bin", ".pt")
+_FILES = (".safetensors", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -37,7 +38,8 @@ class ModelError(ValueError):
 def check_lora(source: str) -> None:
     """Raises ValueError if a name of a LoRA leads nowhere on this machine; the hub is not asked."""
     path = _expanded(lora_source(source))
-    if source and not path.exists() and not is_hub_name(source):
+    pickled = path.suffix.lower() in _PICKLES  # refused whether they are there or not, with what to do instead
+    if source and not pickled and not path.exists() and not is_hub_name(source):
         raise ValueError(f"there is no file {source!r}{file_near(path)}")
 
 

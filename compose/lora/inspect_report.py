@@ -82,7 +82,7 @@ def _show(found: Inspection, every_key: bool) -> None:
         out.print(_blocks_table(found))
     shown = found.unmatched if every_key else found.unmatched[:5]
     for key in shown:
-        say(f"fits no layer: {key}", style="yellow")
+        say(f"{'no key of an adapter' if found.matched_with is None else 'fits no layer'}: {key}", style="yellow")
     if len(shown) < len(found.unmatched):
         say(f"... and {len(found.unmatched) - len(shown)} more; --keys lists them", style="yellow")
     for note in found.notes:
@@ -93,10 +93,12 @@ def _show(found: Inspection, every_key: bool) -> None:
 
 
 def _blocks_table(found: Inspection) -> Table:
-    table = Table("block", "layers", "rank", "alpha", "norm")
+    matched = any(block.norm is not None for block in found.blocks)
+    table = Table("block", "layers", "rank", "alpha", *(["norm"] if matched else []))
     for block in found.blocks:
         ranks, alphas = _span(block.ranks) or "whole", _span(block.alphas) or "not said"
-        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, ranks, alphas, f"{block.norm:.3g}"))
+        norm = [] if block.norm is None else [f"{block.norm:.3g}"]
+        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, ranks, alphas, *norm))
     return table
 
 

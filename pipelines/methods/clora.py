@@ -28,13 +28,13 @@ from torch import Tensor
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.masks import closed, dilated, eroded, opened, strongest
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import Process, say_once, say_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass, Prediction
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lora_compose.attention import Gates, Stream
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.passes import Pass, weighted_mean
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning

@@ -11,6 +11,8 @@ from lora_compose.compose.files.validation import complaints
 from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.draft import Draft, read_seeds
+from lora_compose.compose.page.labels import label_of
+from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen.state import Row, Visit
 from lora_compose.compose.page.store import Lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
@@ -193,8 +195,15 @@ def draft(here: Visit) -> Draft:
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
     if unfit := [row.lora.shown for row in here.rows if row.lora is not None and (fit := here.fit(row)) and fit[2]]:
-        raise ValueError(f"LoRAs cannot be used with this model: {', '.join(unfit)}. Remove these concepts.")
+        raise ValueError(
+            f"This does not fit the model {here.slot.choice.model}: {', '.join(unfit)}. Open another model at the top, "
+            "or remove these concepts."
+        )
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
+    if here.rows and not boxed() and method and label_of(method).decides == "boxes":
+        raise ValueError(
+            f"“{label_of(method).name}” needs boxes: choose “{IN_BOXES}” above the image, or another method."
+        )
     return Draft(
         choice=here.slot.choice,
         prompt=st.session_state[PROMPT],
@@ -253,4 +262,7 @@ def settings(method: str) -> dict[str, Any]:
         ValueError: If the method does not take them.
     """
     shown = {control.name: st.session_state[of_setting(method, control.name)] for control in controls(method)}
-    return changed(method, shown)
+    try:
+        return changed(method, shown)
+    except ValueError as error:
+        raise ValueError(spoken(str(error), method)) from error

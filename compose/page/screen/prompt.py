@@ -13,6 +13,7 @@ from lora_compose.pipelines.scene import Concept
 
 def prompt_part(here: Visit) -> None:
     """The prompts, and the words of the concepts in them."""
+    here.unready = False
     prompt = st.text_area("Prompt: name each concept by its trigger", key=fields.PROMPT, max_chars=MOST_TEXT, height=68)
     try:
         concepts = [fields.concept_of(row) for row in here.rows]
@@ -20,6 +21,7 @@ def prompt_part(here: Visit) -> None:
         st.warning(markdown(str(error)), icon=":material/warning:")
         return
     reading = read_prompt(prompt, concepts, here.slot.tokenizer)
+    here.unready = reading.unready
     if concepts and prompt.strip():
         st.html(as_html(prompt, reading))
     for flag in reading.flags:

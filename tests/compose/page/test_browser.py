@@ -234,7 +234,7 @@ def test_methods_side_by_side_with_cost_and_likeness(page: Page) -> None:
     page.get_by_role("button", name="View image").first.click()
     settled(page)
     view(page, "Understand")
-    expect(page.get_by_text("Attention to bear")).to_be_visible()
+    expect(page.get_by_text("Where the model looked for bear")).to_be_visible()
 
 
 def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
@@ -416,7 +416,7 @@ def test_files_are_deleted_and_work_ends_when_the_browser_has_gone(chromium: Bro
         next_one = visited(chromium, address)
         settled(next_one)
         # and not that the model is at work for somebody else
-        expect(next_one.get_by_text(re.compile("^Costs"))).to_be_visible()
+        expect(next_one.get_by_text(re.compile("^Takes"))).to_be_visible()
         next_one.context.close()
 
 

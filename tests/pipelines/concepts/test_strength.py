@@ -404,7 +404,7 @@ def test_keys_and_values_of_earlier_weights_are_not_kept(load, method, monkeypat
         kept.append(len(alive))
         return tensors
 
-    monkeypatch.setattr("lora_compose.pipelines.denoiser.TextKV", Watched)
+    monkeypatch.setattr("lora_compose.pipelines.prepared_pass.TextKV", Watched)
     for weights in ([0.5, 0.6], ["1..0.4", "0.2..0.6"]):
         compose(pipe, method, weights, callback_on_step_end=count)
         assert not alive

@@ -1,5 +1,6 @@
 """The screen's logic by `streamlit.testing`: what is shown for what is set."""
 
+import re
 import shutil
 import socket
 import time
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from streamlit.testing.v1 import AppTest
 
+from layouts import layout, shapes_of
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.page.draft import example
 from lora_compose.compose.page.launch import script
@@ -77,14 +80,18 @@ def row_key(at: AppTest, index: int, field: str) -> str:
 def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: AppTest) -> None:
     assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot on a white background"
     assert not at.button(key="do.make").disabled
-    assert "UNet rows (25 steps with guidance)" in said(at)
+    assert "Takes 1.4 times a plain image; how many seconds is known after the first one" in said(at)
+    (cost,) = (caption for caption in at.caption if caption.value.startswith("Takes"))
+    assert "50 + 13 stopped + 13 backward UNet rows in 25 steps" in cost.help
+    made(at)
+    assert re.search(r"Takes about \d+\.\d s, 1\.\d times a plain image", said(at))
 
 
 def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (picture,) = visit(at).pictures
     assert visit(at).shown == picture.key
-    assert "lora-composer · seed 2 · 2 steps" in said(at)
+    assert "By boxes · seed 2 · 2 steps" in said(at)
     at.button(key=f"do.keep.{picture.key}").click().run()
     kept = tmp_path / "out" / "page" / "2.png"
     assert read_record(kept) == picture.made.record
@@ -93,7 +100,21 @@ def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     assert "2.png: lora-composer, seed 2" in said(at)
     at.session_state["set.view"] = "Understand"
     at.run()
-    assert "Attention to bear" in said(at)
+    assert "Your boxes decided where each LoRA acts" in said(at).replace("*", "")
+    assert "Where the model looked for bear" in said(at)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("clora", "Areas that the method found decided"), ("merge", "Nothing was divided"), ("tara", "Words decided")],
+)
+def test_what_decided_where_a_lora_acts_is_shown(at: AppTest, method: str, words: str) -> None:
+    at.selectbox(key=fields.METHOD).set_value(method).run()
+    made(at)
+    at.session_state["set.view"] = "Understand"
+    at.run()
+    assert words in said(at).replace("*", "")
+    assert ("The areas follow from it" in said(at)) == (method == "clora")
 
 
 def test_several_seeds_give_several_images(at: AppTest) -> None:
@@ -116,11 +137,32 @@ def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
 def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
     at.session_state[fields.BOXED] = fields.ANYWHERE
     at.run()
-    assert "needs to know where the concepts are" in said(at)
+    assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
-    assert "clora, because" in said(at)
+    assert "Method: By words · CLoRA, because" in said(at)
     assert not at.button(key="do.make").disabled
+
+
+def upload(at: AppTest, name: str, content: bytes) -> None:
+    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader.set_value([(name, content, "")]).run()
+    assert not at.exception
+
+
+def test_a_lora_for_another_model_says_so_by_its_own_name_and_what_to_do(at: AppTest, tmp_path: Path) -> None:
+    known = layout("kohya-sdxl")
+    path = tmp_path / "dragon.safetensors"
+    save_file({key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes_of(known).items()
+               if "up_blocks" in key or "output_blocks_3" in key or "input_blocks_4" in key}, path)  # fmt: skip
+    upload(at, "dragon.safetensors", path.read_bytes())
+    assert (
+        "dragon.safetensors was made for SDXL, but the model playground is open. Open such a model with “Model” at the "
+        "top, or remove this concept." in said(at)
+    )
+    assert "This does not fit the model playground: dragon.safetensors." in said(at)
+    assert Path(visit(at).store.uploads[0].source).name not in said(at)
+    assert at.button(key="do.make").disabled
 
 
 def test_every_method_can_be_chosen(at: AppTest) -> None:
@@ -135,7 +177,7 @@ def test_settings_are_used_kept_when_another_method_is_looked_at_and_wrong_ones_
     at.selectbox(key=fields.METHOD).set_value("switch").run()
     key = fields.of_setting("switch", "interval")
     at.number_input(key=key).set_value(0).run()
-    assert "interval must be a whole number of steps" in said(at)
+    assert said(at).count("“Steps of a turn” must be a whole number of steps") == 1
     assert at.button(key="do.make").disabled
     at.number_input(key=key).set_value(1).run()
     at.selectbox(key=fields.METHOD).set_value("merge").run()
@@ -416,7 +458,7 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
     at.run()
     assert len(looked) == 1
     assert "cannot be used (RuntimeError)" in said(at)
-    assert "LoRAs cannot be used with this model: bear" in said(at)
+    assert "This does not fit the model playground: bear." in said(at)
     assert at.button(key="do.make").disabled
 
 
@@ -439,7 +481,7 @@ def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
     assert visit(at) is not before
     assert visit(at).store.folder.is_dir()
     assert "Your session ended" in at.toast[0].value
-    before.begin(list(example().runs()), comparing=False, record_attention=False)  # a click that came too late
+    before.begin(list(example().runs()), [None], comparing=False, record_attention=False)  # a click that came too late
     until(before.close)
     assert before.job is None
 
@@ -494,12 +536,14 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     at.session_state["set.view"] = "Compare"
     at.run()
     table = next(markdown.value for markdown in at.markdown if "what it does" in markdown.value)
-    assert all(f"**{method}**" in table.replace("\\", "") for method in ("merge", "regional", "lora-composer"))
+    assert all(f"| **{name}** |" in table.replace("\\", "") for name in ("Added up", "By boxes, light", "By boxes"))
+    assert "1.0 times a plain image" in table.replace("\\", "")
     at.button(key="do.compare").click().run()
     after(at)
     assert {picture.run.method for picture in visit(at).compared} == {"merge", "regional", "lora-composer"}
-    assert "50 rows" not in said(at)  # two steps
-    assert "4 rows" in said(at)
+    costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
+    assert len(costs) == 3
+    assert all(cost.startswith("4 UNet rows") for cost in costs)  # two steps
 
 
 def test_stop_and_waiting_are_said(at: AppTest) -> None:
@@ -512,6 +556,40 @@ def test_stop_and_waiting_are_said(at: AppTest) -> None:
     at.button(key="do.stop").click().run()
     after(at)
     assert "Your settings are unchanged" in said(at)
+
+
+def test_pressing_again_while_one_runs_makes_the_next_after_it(at: AppTest) -> None:
+    with visit(at).slot.turn(()):
+        at.button(key="do.make").click().run()
+        for seeds in ("7", "8-9"):
+            at.text_input(key=fields.SEEDS).set_value(seeds).run()
+            at.button(key="do.make").click().run()
+        assert "3 more images wait." in said(at)
+        assert not at.exception
+    for number in (1, 2, 4):
+        after(at)
+        assert len(visit(at).pictures) == number
+    assert [picture.run.seed for picture in visit(at).pictures] == [9, 8, 7, 2]
+    assert not visit(at).working
+
+
+def test_the_queue_can_be_cleared_and_a_failure_does_not_end_it(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("the first one fails")
+
+    monkeypatch.setattr("lora_compose.compose.page.work.make_batch", fails)
+    with visit(at).slot.turn(()):
+        for _ in range(3):
+            at.button(key="do.make").click().run()
+        at.button(key="do.clear").click().run()
+        assert visit(at).waiting == []
+        at.button(key="do.make").click().run()
+    visit(at).job.join(30)  # pyright: ignore[reportOptionalMemberAccess]
+    monkeypatch.undo()
+    at.run()
+    after(at)
+    assert "The first one fails" in said(at)
+    assert len(visit(at).pictures) == 1
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:
