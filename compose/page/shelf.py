@@ -173,7 +173,13 @@ class Shelf:
 
 def _opened(choice: Choice) -> Any:
     scene = Scene(prompt="-")  # opening looks at the model's part of a run only
-    return open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
+    pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
+    if "unet" not in pipe.components:
+        raise ValueError(
+            f"{choice.model} is a {type(pipe).__name__}; the page opens Stable Diffusion 1.x, 2.x and XL. In Python it can "
+            "be composed as well."
+        )
+    return pipe
 
 
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:

@@ -55,7 +55,7 @@ def served(out: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with said.open("w") as file:
         server = subprocess.Popen(command, env=env, stdout=file, stderr=file)
     try:
-        for _ in range(120):
+        for _ in range(360):
             try:
                 urllib.request.urlopen(f"http://localhost:{port}/_stcore/health")
                 break
