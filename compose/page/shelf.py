@@ -176,8 +176,8 @@ def _opened(choice: Choice) -> Any:
     pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
     if "unet" not in pipe.components:
         raise ValueError(
-            f"{choice.model} is a {type(pipe).__name__}; the page opens Stable Diffusion 1.x, 2.x and XL. In Python it can "
-            "be composed as well."
+            f"{choice.model} is a {type(pipe).__name__}; the page opens Stable Diffusion 1.x, 2.x and XL. Other families "
+            "can be composed in Python."
         )
     return pipe
 
