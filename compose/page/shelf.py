@@ -175,10 +175,8 @@ def _opened(choice: Choice) -> Any:
     scene = Scene(prompt="-")  # opening looks at the model's part of a run only
     pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
     if "unet" not in pipe.components:
-        raise ValueError(
-            f"{choice.model} is a {type(pipe).__name__}; the page opens Stable Diffusion 1.x, 2.x and XL. Other families "
-            "can be composed in Python."
-        )
+        kind = type(pipe).__name__
+        raise ValueError(f"{choice.model} is a {kind}; the page opens Stable Diffusion 1.x, 2.x and XL.")
     return pipe
 
 
