@@ -819,7 +819,7 @@ def test_a_shelf_holds_few_models_and_opens_each_once() -> None:
 
 def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
     flux_pipeline().save_pretrained(tmp_path / "flux")
-    with pytest.raises(ValueError, match=r"flux is a ComposeFluxPipeline; the page opens Stable Diffusion"):
+    with pytest.raises(ValueError, match=r"flux is a \w*FluxPipeline; the page opens Stable Diffusion"):
         Shelf().open(Choice(str(tmp_path / "flux"), device="cpu"))
 
 
