@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         make_method,
     )
     from lora_compose.pipelines.output import ComposeOutput, Cost
+    from lora_compose.pipelines.refine import Detailer, Refined, refine, subject_masks
     from lora_compose.pipelines.scene import Concept, Run, Scene
 
 __all__ = [
@@ -41,9 +42,11 @@ __all__ = [
     "Concept",
     "Control",
     "Cost",
+    "Detailer",
     "LoraComposer",
     "LoraError",
     "Merge",
+    "Refined",
     "Regional",
     "Run",
     "Scene",
@@ -51,6 +54,8 @@ __all__ = [
     "Tara",
     "__version__",
     "make_method",
+    "refine",
+    "subject_masks",
 ]
 
 _MODULES = {
@@ -62,6 +67,7 @@ _MODULES = {
         "make_method",
     ),
     "output": ("ComposeOutput", "Cost"),
+    "refine": ("Detailer", "Refined", "refine", "subject_masks"),
     "scene": ("Concept", "Run", "Scene"),
 }  # fmt: skip
 _HOME = {name: f"{__name__}.pipelines.{module}" for module, names in _MODULES.items() for name in names}

@@ -21,6 +21,7 @@ from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
+from lora_compose.pipelines.from_image import Source
 from lora_compose.pipelines.loop import Hooks, Schedule, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
@@ -28,7 +29,7 @@ from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
 from lora_compose.pipelines.saved import README, how_to_open
-from lora_compose.pipelines.task import TextToImage
+from lora_compose.pipelines.task import ImageToImage, TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import Encoder
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -248,7 +249,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         with plan.installed(self) as sessions:
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
-            opened = sessions(encode, len(schedule.timesteps))
+            task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
+            opened = sessions(encode, len(schedule.timesteps), {} if task is None else task.inputs)
             process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
@@ -259,7 +261,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )
             latents = denoise(
                 process,
-                TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
+                task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
                 self._scheduler_step(call.sampling),
                 schedule,
                 1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale,
@@ -290,6 +292,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""
+        raise NotImplementedError
+
+    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
+        """The task of a call that starts from an image."""
         raise NotImplementedError
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
