@@ -41,6 +41,7 @@ BOXES = {"cat": (32, 40, 64, 128), "dog": (64, 40, 96, 128)}
 BOXED = [Concept(name=name, region=box) for name, box in BOXES.items()]
 SHORT = {"num_inference_steps": 4, "strength": 0.75, "guidance_scale": 4.0}
 
+SDXL_SLOW = pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 TASKS = pytest.mark.parametrize("inpaints", [False, True], ids=["image-to-image", "inpainting"])
 
 
@@ -71,16 +72,20 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@BOTH
 @TASKS
-@pytest.mark.parametrize("case", ARGUMENTS)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [("sd", case) for case in ARGUMENTS]
+    + [("sdxl", "as it is")]
+    + [pytest.param("sdxl", case, marks=pytest.mark.slow) for case in ARGUMENTS if case != "as it is"],
+)
 def test_without_concepts_a_call_is_diffusers_own(family, inpaints, case):
     ours = run(composer_of(family), **task(inpaints) | ARGUMENTS[case]())
     theirs = run(diffusers_pipe(family, inpaints), **task(inpaints) | ARGUMENTS[case]())
     assert same_bits(ours.images, theirs.images)
 
 
-@BOTH
+@SDXL_SLOW
 @TASKS
 @pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, HeunDiscreteScheduler])
 def test_without_concepts_schedulers_do_what_they_do_in_diffusers(family, inpaints, scheduler):
@@ -91,7 +96,7 @@ def test_without_concepts_schedulers_do_what_they_do_in_diffusers(family, inpain
     assert same_bits(ours, theirs)
 
 
-@BOTH
+@SDXL_SLOW
 def test_without_concepts_a_part_of_the_image_is_enlarged_as_in_diffusers(family):
     given = task(True) | {"padding_mask_crop": 4, "output_type": "pil"}
     ours, theirs = (run(pipe, **given).images for pipe in (composer_of(family), diffusers_pipe(family, True)))
@@ -167,9 +172,14 @@ def from_latents(family: str, method: Any, inpaints: bool) -> Tensor:
 FIND_NOTHING = [name for name in METHODS if name != "clora"]
 
 
-@pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("method", "inpaints"), [(name, False) for name in METHODS] + [(name, True) for name in FIND_NOTHING]
+    ("family", "method", "inpaints"),
+    [("sd", "regional", False), ("sd", "clora", False), ("sd", "tara", True), ("sd", "lora-composer", True)]
+    + [
+        pytest.param(family, method, inpaints, marks=pytest.mark.slow)
+        for family in FAMILIES
+        for method, inpaints in [(name, False) for name in METHODS] + [(name, True) for name in FIND_NOTHING]
+    ],
 )
 def test_every_method_does_what_it_does_from_the_same_latents(family, method, inpaints):
     pipe = copy.copy(composer_of(family))
@@ -181,7 +191,7 @@ def test_every_method_does_what_it_does_from_the_same_latents(family, method, in
 # --- outside of the mask ---
 
 
-@BOTH
+@SDXL_SLOW
 @pytest.mark.parametrize("method", ["regional", "lora-composer"])
 def test_outside_of_the_mask_the_latents_of_the_image_are_put_back(family, method):
     latents = torch.randn(1, 4, 16, 16, generator=seeded(5))
@@ -192,7 +202,7 @@ def test_outside_of_the_mask_the_latents_of_the_image_are_put_back(family, metho
     assert (found[..., ~outside] - latents[..., ~outside]).abs().max() > 0.1
 
 
-@BOTH
+@SDXL_SLOW
 @pytest.mark.parametrize(
     "how",
     [
@@ -290,7 +300,7 @@ def test_images_are_taken_as_people_have_them(tmp_path):
 # --- other pipelines ---
 
 
-@BOTH
+@SDXL_SLOW
 def test_a_pipeline_for_image_to_image_becomes_one_that_composes(family):
     pipe = ComposePipeline.from_pipe(copy.copy(diffusers_pipe(family, False)))
     pipe.set_progress_bar_config(disable=True)
