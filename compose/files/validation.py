@@ -23,7 +23,7 @@ def validated(kind: type[_Model], data: Any, where: str) -> _Model:
         FileError: If it does not fit; a line for every place.
     """
     if not isinstance(data, dict):
-        raise FileError(f"{where}: expected {', '.join(kind.model_fields)}, found {_came(data)}")
+        raise FileError(f"{where}: expected {', '.join(_names(kind))}, found {_came(data)}")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -68,7 +68,13 @@ def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]
     for step in location:
         if isinstance(step, str) and step in kind.model_fields:
             kind = next(_models_in(kind.model_fields[step].annotation), kind)
-    return list(kind.model_fields)
+    return _names(kind)
+
+
+def _names(kind: type[BaseModel]) -> list[str]:
+    """The fields of a model, its own before those that it shares with others."""
+    own = kind.__annotations__
+    return sorted(kind.model_fields, key=lambda name: name not in own)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
