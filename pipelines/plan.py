@@ -18,6 +18,7 @@ from lora_compose.pipelines.control import PreparedControl, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
@@ -64,14 +65,14 @@ class Plan:
     controls: Sequence[PreparedControl]
 
     @contextmanager
-    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, int], "Sessions"]]:
+    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler], "Sessions"]]:
         """The LoRAs are in the denoiser inside this block, and nowhere after it.
 
         Args:
             pipe: The pipeline.
 
         Yields:
-            Opens the sessions of the call, given the pipeline's encoder and the number of steps.
+            Opens the sessions of the call, given the pipeline's encoder and the scheduler with its timesteps.
         """
         model: Any = self.canvas.backbone.model
         names = [concept.name for concept in self.concepts.concepts]
@@ -83,10 +84,11 @@ class Plan:
             silence=names,
         ) as installation:
 
-            def sessions(encode: Encoder, steps: int) -> Sessions:
+            def sessions(encode: Encoder, sampler: Sampler) -> Sessions:
+                steps = len(sampler.schedule.timesteps)
                 log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
                 denoiser = Denoiser(
-                    self.canvas.backbone, installation, pipe.scheduler, self.canvas, self.concepts, self.controls,
+                    self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
                     self.call.inputs, log,
                 )  # fmt: skip
                 encoder = PromptEncoder(

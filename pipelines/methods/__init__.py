@@ -7,6 +7,7 @@ from typing import Any
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
+from lora_compose.pipelines.methods.draft import Draft
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings
@@ -21,6 +22,7 @@ __all__ = [
     "PRESETS",
     "Clora",
     "Composite",
+    "Draft",
     "FixedPasses",
     "LoraComposer",
     "Merge",
@@ -44,6 +46,7 @@ METHODS: Mapping[str, type[Settings]] = {
     "composite": Composite,
     "lora-composer": LoraComposer,
     "clora": Clora,
+    "draft": Draft,
 }
 
 PRESETS: Mapping[str, Callable[[], Settings]] = {
