@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate test lint format wheel clean
+.PHONY: help demo ui evaluate docs test lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -15,6 +15,10 @@ ui: .venv/.installed-ui  ## open the page: several LoRAs and a prompt, in a brow
 
 evaluate: .venv/.installed-evaluation  ## score five methods on the playground, offline, in a few minutes
 	$(BIN)/lora-compose evaluate playground-quick
+
+docs: .venv/.installed-docs  ## build the site of the docs into build/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 test: .venv/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
@@ -56,6 +60,10 @@ clean:  ## remove build results and caches (keeps .venv and outputs)
 .venv/.installed-ui: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --editable '.[ui,evaluation]'
 	@touch .venv/.installed-core .venv/.installed-evaluation $@
+
+.venv/.installed-docs: pyproject.toml | .venv/.created
+	$(BIN)/python -m pip install --editable '.[docs]'
+	@touch .venv/.installed-core $@
 
 .venv/.installed-dev: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --editable '.[dev]'

@@ -1,10 +1,10 @@
-"""How LoRAs and attention are steered inside one forward pass of a denoiser.
+"""How LoRAs and attention are steered inside one forward pass of a UNet or transformer.
 
 This package knows torch and diffusers' models, and nothing of prompts, methods or pipelines.
 """
 
 from lora_compose.attention.backbones import Backbone, backbone_of
-from lora_compose.attention.gates import Gates, among
+from lora_compose.attention.gates import Gates, scatter_concepts
 from lora_compose.attention.gradients import frozen, weights_kept
 from lora_compose.attention.install import Installation, check_free, install, installed_layers
 from lora_compose.attention.lora_bank import Lora, LoraFactors
@@ -24,7 +24,6 @@ __all__ = [
     "RegionAttention",
     "Site",
     "Stream",
-    "among",
     "backbone_of",
     "check_free",
     "coarser",
@@ -32,5 +31,6 @@ __all__ = [
     "grid_at",
     "install",
     "installed_layers",
+    "scatter_concepts",
     "weights_kept",
 ]

@@ -50,14 +50,14 @@ class Gates:
         """The gates of a slice of the rows."""
         return self._each(lambda gate: _rows(gate, rows, -3), lambda gate: _rows(gate, rows, -2))
 
-    def among(self, columns: Sequence[int], concepts: int) -> "Gates":
-        """The gates as columns of a larger concept set; the others get 0.
+    def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Gates":
+        """The gates as columns of a larger concept set; the other columns are 0.
 
         Args:
             columns: The new index of each concept.
             concepts: Size of the larger set.
         """
-        return self._each(lambda gate: among(gate, columns, concepts))
+        return self._each(lambda gate: scatter_concepts(gate, columns, concepts))
 
     def times(self, factors: Tensor) -> "Gates":
         """The gates times one factor per concept. Shape: [concepts]."""
@@ -77,7 +77,7 @@ class Gates:
         )
 
     def expand(self, key: GateKey, tokens: int) -> Tensor:
-        """The factor on the pooled rank activations of one kind of layer.
+        """The factor on x A^T, the input projected to the ranks of all concepts, in one kind of layer.
 
         Args:
             key: The kind of layer.
@@ -123,9 +123,18 @@ def _rows(gate: Tensor, rows: slice, dim: int) -> Tensor:
     return gate if gate.shape[dim] == 1 else gate[tuple(chosen)]
 
 
-def among(by_concept: Tensor, columns: Sequence[int], concepts: int) -> Tensor:
-    """Columns of a larger concept set, 0 at the others. Shape: [..., concepts]."""
-    every = [by_concept.new_zeros(by_concept.shape[:-1])] * concepts
-    for column, mine in zip(columns, by_concept.unbind(dim=-1), strict=True):
-        every[column] = mine
-    return torch.stack(every, dim=-1)
+def scatter_concepts(values: Tensor, columns: Sequence[int], concepts: int) -> Tensor:
+    """Values by concept as columns of a larger concept set; the other columns are 0.
+
+    Args:
+        values: Shape: [..., concepts of the small set].
+        columns: The new index of each concept.
+        concepts: Size of the larger set.
+
+    Returns:
+        Shape: [..., concepts].
+    """
+    scattered = [values.new_zeros(values.shape[:-1])] * concepts
+    for column, value in zip(columns, values.unbind(dim=-1), strict=True):
+        scattered[column] = value
+    return torch.stack(scattered, dim=-1)

@@ -154,7 +154,7 @@ def installed_layers(
     dtype: torch.dtype,
     silence: Iterable[str] = (),
 ) -> Iterator[Installation]:
-    """Puts the bank layers of all concepts into a model, a denoiser or a text encoder.
+    """Puts the bank layers of all concepts into a model: a UNet, a transformer or a text encoder.
 
     Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
 
@@ -185,7 +185,7 @@ def install(
     dtype: torch.dtype,
     silence: Iterable[str] = (),
 ) -> Iterator[Installation]:
-    """Puts concepts into a denoiser: bank layers for adapted layers, our processor for every attention layer.
+    """Puts concepts into a UNet or transformer: bank layers for adapted layers, our processors for attention layers.
 
     Args, errors: as for `installed_layers`; a model with attention that ours would change is refused too.
     """

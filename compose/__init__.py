@@ -1,5 +1,5 @@
 """What people use: command line, files, benchmark, evaluation, training, page, and the playground.
 
 Imports go one way, from a folder to those before it:
-support, playground, files, figures, generate, benchmark, lora, check, evaluation, training, page, and then `cli`.
+support, playground, files, figures, generate, benchmark, lora, check, evaluation, training, page, commands, then `cli`.
 """

@@ -2,28 +2,35 @@
 
 Everything is imported under this one name, so that it gets along with projects that have a `pipelines` or `attention`
 of their own. In a clone the three folders stand at its top, and this package links to them.
+
+Names are imported when they are first used: torch, diffusers and transformers take seconds, and `lora-compose --help`
+needs none of them.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lora_compose.compose.support.version import __version__
-from lora_compose.pipelines import families  # noqa: F401 (makes the model families known)
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.concepts.loading import LoraError
-from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.methods import (
-    METHODS,
-    PRESETS,
-    Clora,
-    Composite,
-    Draft,
-    LoraComposer,
-    Merge,
-    Regional,
-    Switch,
-    Tara,
-    make_method,
-)
-from lora_compose.pipelines.output import ComposeOutput, Cost
-from lora_compose.pipelines.scene import Concept, Run, Scene
+
+if TYPE_CHECKING:
+    from lora_compose.pipelines.concepts.loading import LoraError
+    from lora_compose.pipelines.control import Control
+    from lora_compose.pipelines.families import ComposePipeline
+    from lora_compose.pipelines.methods import (
+        METHODS,
+        PRESETS,
+        Clora,
+        Composite,
+        Draft,
+        LoraComposer,
+        Merge,
+        Regional,
+        Switch,
+        Tara,
+        make_method,
+    )
+    from lora_compose.pipelines.output import ComposeOutput, Cost
+    from lora_compose.pipelines.scene import Concept, Run, Scene
 
 __all__ = [
     "METHODS",
@@ -47,3 +54,28 @@ __all__ = [
     "__version__",
     "make_method",
 ]
+
+_MODULES = {
+    "concepts.loading": ("LoraError",),
+    "control": ("Control",),
+    "families": ("ComposePipeline",),
+    "methods": (
+        "METHODS", "PRESETS", "Clora", "Composite", "Draft", "LoraComposer", "Merge", "Regional", "Switch", "Tara",
+        "make_method",
+    ),
+    "output": ("ComposeOutput", "Cost"),
+    "scene": ("Concept", "Run", "Scene"),
+}  # fmt: skip
+_HOME = {name: f"{__name__}.pipelines.{module}" for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_HOME[name]), name)
+    globals()[name] = found  # so that the next use comes here no more
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

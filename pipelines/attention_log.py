@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from lora_compose.attention import among, coarser, grid_at
+from lora_compose.attention import coarser, grid_at, scatter_concepts
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.passes import MapRequest, Pass
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -105,8 +105,8 @@ class AttentionLog:
         steps, maps = found
         masks = masks_of(maps)
         for step, every in zip(steps, masks, strict=True):
-            for images, mine in self._masks.get(step, ()):
-                every[images] = mine
+            for images, kept in self._masks.get(step, ()):
+                every[images] = kept
         return masks
 
 
@@ -123,15 +123,15 @@ class LogOfSet(AttentionLog):
 
     def add(self, step: int, maps: Tensor, seen: Tensor) -> None:
         """Adds maps of a pass of the set's images."""
-        self._whole.add(step, self._in_batch(self._of_all(maps)), self._in_batch(seen))
+        self._whole.add(step, self._in_batch(self._by_all_concepts(maps)), self._in_batch(seen))
 
     def keep_masks(self, step: int, masks: Tensor, images: Sequence[int] | None = None) -> None:
         """Masks of the set's concepts and images."""
         batch = self._images if images is None else [self._images[image] for image in images]
-        self._whole.keep_masks(step, self._of_all(masks), batch)
+        self._whole.keep_masks(step, self._by_all_concepts(masks), batch)
 
-    def _of_all(self, maps: Tensor) -> Tensor:
-        return among(maps.movedim(1, -1), self._columns, self._concepts).movedim(-1, 1)
+    def _by_all_concepts(self, maps: Tensor) -> Tensor:
+        return scatter_concepts(maps.movedim(1, -1), self._columns, self._concepts).movedim(-1, 1)
 
     def _in_batch(self, maps: Tensor) -> Tensor:
         every = maps.new_zeros(self._whole.canvas.images, *maps.shape[1:])
@@ -145,7 +145,7 @@ def _mean_where_seen(passes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def masks_of(maps: Tensor) -> Tensor:
-    """The mask of each concept: cells above half of its map's maximum and above every other concept's share there.
+    """The mask of each concept: cells where its map, divided by its maximum, is above 0.5 and above all others.
 
     Args:
         maps: Shape: [..., concepts, height, width].
@@ -153,7 +153,7 @@ def masks_of(maps: Tensor) -> Tensor:
     Returns:
         The same shape, bool; no cell belongs to two concepts.
     """
-    share = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
-    best = share.argmax(dim=-3, keepdim=True)
-    mine = torch.zeros_like(share, dtype=torch.bool).scatter_(-3, best, True)
-    return mine & (share >= 0.5)
+    relative = maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    highest = relative.argmax(dim=-3, keepdim=True)
+    is_highest = torch.zeros_like(relative, dtype=torch.bool).scatter_(-3, highest, True)
+    return is_highest & (relative >= 0.5)

@@ -1,37 +1,34 @@
-"""What every composing pipeline has in common: opening models, holding concepts, a call with its denoising loop."""
+"""What every composing pipeline has in common: models are opened by family, and a call runs to its final latents."""
 
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_compose.attention import backbone_of
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
-from lora_compose.pipelines.concepts.library import ConceptLibrary
-from lora_compose.pipelines.concepts.loading import find_file, local_path
-from lora_compose.pipelines.concepts.strength import Weight
-from lora_compose.pipelines.concepts.textual_inversion import Expanding, Words
+from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
+from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
-from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.loop import Hooks, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.output import ComposeOutput
-from lora_compose.pipelines.plan import Plan, expanding, make_plan
+from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
 from lora_compose.pipelines.sampler import Sampler, Schedule
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.task import TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import Encoder
@@ -39,7 +36,7 @@ from lora_compose.pipelines.text.encoder import Encoder
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-class ComposePipeline(DiffusionPipeline):
+class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """Opens a model and composes concept LoRAs with it.
 
     `ComposePipeline.from_pretrained`, `from_single_file` and `from_pipe` look at the model and return the class for its
@@ -51,11 +48,8 @@ class ComposePipeline(DiffusionPipeline):
         image = pipe("a sks cat and a zwx dog on grass", concepts=["cat", "dog"], method="tara").images[0]
     """
 
-    concept_memory: int = 2 * 2**30
-    """Bytes of LoRAs that stay in memory between calls, of those that calls have read; `load_concept` comes on top."""
-
     text_tokenizers: tuple[str, ...] = ("tokenizer", "tokenizer_2")
-    """The tokenizers whose tokens the denoiser reads, by component name."""
+    """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
     """The classes of all model families, as their modules register them."""
@@ -134,6 +128,17 @@ class ComposePipeline(DiffusionPipeline):
         family: Any = cls.family_of(pipeline.config)
         return family.from_pipe(pipeline, **options)
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+        """Saves the model as diffusers does; plain diffusers opens it as well.
+
+        Concepts are not saved: they stay in their LoRA files. If there are any, a README.md in the folder shows how to
+        load them again; one that is there already is kept.
+        """
+        super().save_pretrained(save_directory, *args, **options)
+        readme = Path(save_directory) / README
+        if self.concepts and not readme.exists():
+            readme.write_text(how_to_open(self.concepts.values()), encoding="utf-8")
+
     @classmethod
     def family_of(cls, config: Mapping[str, Any]) -> "type[ComposePipeline]":
         """The class for a model's configuration (model_index.json).
@@ -203,102 +208,6 @@ class ComposePipeline(DiffusionPipeline):
         """
         raise TypeError("open a model first: ComposePipeline.from_pretrained(...)")
 
-    @property
-    def library(self) -> ConceptLibrary:
-        """The loaded and the added concepts, and the files read recently."""
-        return self.__dict__.setdefault("_concept_library", ConceptLibrary())
-
-    @property
-    def concepts(self) -> Mapping[str, Concept]:
-        """The loaded and the added concepts by name."""
-        return self.library.concepts
-
-    def load_concept(
-        self,
-        source: str | Path,
-        name: str | None = None,
-        *,
-        trigger: str | None = None,
-        class_word: str | None = None,
-        weight: Weight = 1.0,
-        blocks: Mapping[str, float] | None = None,
-        weight_name: str | None = None,
-        alpha: float | None = None,
-        max_rank: int = MAX_RANK,
-        allow_pickle: bool = False,
-        **hub: Any,
-    ) -> Concept:
-        """Loads a concept's LoRA; it acts only in calls that name it.
-
-        Args:
-            source: A safetensors file, a folder, or a hub repository.
-            name: What the concept is called; the file's name by default.
-            trigger: The rare word or words; taken from the file's metadata if it has them.
-            class_word: The noun after the trigger; taken from the file's metadata if it has it.
-            weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
-            blocks: Further factors, by block of the denoiser (`Concept.blocks`).
-            weight_name: The file inside a folder or repository that has several.
-            alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
-            max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
-            allow_pickle: Opens files of `torch.save` as well: their tensors are read, no code is run.
-            hub: Passed on to `huggingface_hub` (token, revision, ...).
-
-        Raises:
-            LoraError: If the file is unusable or does not fit the model.
-            ValueError: If the name is taken.
-        """
-        concept = Concept(
-            name=name or local_path(source).stem,
-            lora=str(source),
-            trigger=trigger,
-            class_word=class_word,
-            weight=weight,
-            alpha=alpha,
-            blocks=blocks if blocks is None else dict(blocks),
-        )
-        self.library.check_new(self, concept.name)
-        path = find_file(source, weight_name, **hub)
-        return self.library.load(self, concept, path, max_rank=max_rank, allow_pickle=allow_pickle)
-
-    def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
-        """Makes LoRA files known as concepts without reading them: a call that names one reads and checks it then.
-
-        Only headers are read, for triggers and class words. What is wrong with a file is said by the call that needs
-        it. Files that calls have read stay in memory up to `concept_memory` bytes; those not used for longest go first.
-        A file that has changed on disk is read again. A folder may be added again for the files that are new.
-
-        Args:
-            source: A folder, of which every safetensors file is added under its own name; or files, or `Concept`
-                objects with a file and whatever else is known.
-
-        Returns:
-            What has been added.
-
-        Raises:
-            LoraError: If there is no such file or folder, or none in it.
-            ValueError: If a name is taken by another concept; nothing is added then.
-        """
-        return self.library.add(self, source)
-
-    def unload_concept(self, name: str) -> None:
-        """Removes a concept that was loaded or added.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
-        self.library.unload(name)
-
-    def resolve_concepts(self, concepts: Sequence[str | Concept]) -> tuple[LoadedConcept, ...]:
-        """The concepts of a call with their factors; given fields override loaded ones.
-
-        Args:
-            concepts: Names of loaded concepts or adapters, or `Concept` objects.
-
-        Raises:
-            ValueError: For unknown names and names given twice.
-        """
-        return self.library.resolve(self, concepts, self.concept_memory)
-
     def resolve_method(
         self,
         method: str | Settings | None,
@@ -309,16 +218,16 @@ class ComposePipeline(DiffusionPipeline):
         """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
         if method is not None:
             return make_method(method)
-        reads_regions = backbone_of(self.denoiser).reads_regions
+        reads_regions = backbone_of(self.model).reads_regions
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
-    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Expanding]:
+    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[ExpandingTokenizer]:
         """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
 
         Raises:
             ValueError: If two files bring one word.
         """
-        return expanding(self, Words.of(concepts, self.components))
+        return expanding_tokenizers(self, TextualInversions.of(concepts, self.components))
 
     def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Denoiser]":
         """A call with concepts up to its final latents, the same for every family and method.
@@ -334,7 +243,7 @@ class ComposePipeline(DiffusionPipeline):
             ValueError: For anything that does not fit together, before anything is changed.
         """
         plan = make_plan(self, call)
-        # Refuses a second call on this denoiser before the scheduler and the properties of the first are touched.
+        # Refuses a second call on this model before the scheduler and the properties of the first are touched.
         with plan.installed(self) as sessions:
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
@@ -343,6 +252,7 @@ class ComposePipeline(DiffusionPipeline):
             process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
+                self._before_step,
                 lambda step, latents: self._after_step(call, process, step, latents),
                 lambda: self.interrupt,
                 self.progress_bar,
@@ -361,9 +271,12 @@ class ComposePipeline(DiffusionPipeline):
     # What differs between families.
 
     @property
-    def denoiser(self) -> Any:
+    def model(self) -> Any:
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
+
+    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+        """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""
@@ -372,6 +285,16 @@ class ComposePipeline(DiffusionPipeline):
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
         """Tensors of the text that callbacks are offered, by diffusers' names."""
         return {"prompt_embeds": text.prompt_embeds}
+
+    def _count_steps(self, plan: Plan) -> int:
+        """The number of steps of a call; the scheduler, which another call may be using, is not touched.
+
+        Raises:
+            ValueError: If the scheduler refuses the steps, or `denoising_end` leaves none.
+        """
+        pipe = copy(self)
+        pipe.scheduler = copy(self.scheduler)
+        return len(pipe._schedule(plan.call.sampling, plan).timesteps)
 
     def _schedule(self, sampling: Sampling, plan: Plan) -> Schedule:
         """The timesteps until `denoising_end`."""
@@ -398,26 +321,32 @@ class ComposePipeline(DiffusionPipeline):
         """Further arguments of the scheduler's step."""
         return {}
 
+    def _before_step(self, step: Step) -> None:
+        """Sets what diffusers' pipelines say of themselves during a call; those of transformers have the timestep."""
+        if hasattr(self, "_current_timestep"):
+            self._current_timestep = step.t
+
     def _after_step(self, call: Call, process: Process, step: Step, latents: Tensor) -> tuple[Tensor, float]:
         """Calls the callback; it may change latents or switch guidance off."""
-        function = call.callback.function
+        function, guidance_scale, cfg_scale = call.callback.function, self.guidance_scale, step.cfg_scale
         if function is None:
-            return latents, step.cfg_scale
+            return latents, cfg_scale
         offered = {"latents": latents, **self._text_for_callbacks(process.text)}
         given = {name: offered[name] for name in call.callback.tensors}
         returned = function(self, step.index, step.t, dict(given))
-        scale = self._cfg_scale(step)
+        if step.guided and self.guidance_scale != guidance_scale:
+            cfg_scale = self._cfg_scale(step)
         changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
-        if changed and not (changed <= _CUT_WITH_GUIDANCE and step.guided and scale <= 1):
+        if changed and not (changed <= _CUT_WITH_GUIDANCE and step.guided and cfg_scale <= 1):
             raise ValueError(
                 f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
                 "guidance off, since the places of the concepts' words in other embeddings are unknown"
             )
-        return returned.get("latents", latents), scale
+        return returned.get("latents", latents), cfg_scale
 
     def _cfg_scale(self, step: Step) -> float:
-        """The scale of guidance from now on, which a callback may have changed."""
-        return step.cfg_scale if step.cfg_scale <= 1 else self.guidance_scale
+        """The scale of guidance from now on, after a callback has changed `_guidance_scale`."""
+        return self.guidance_scale
 
     def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
         return self.image_processor.postprocess(image, output_type=output_type, **options)
@@ -438,21 +367,3 @@ def output_of(denoiser: Denoiser, images: Any, nsfw: Any = None) -> ComposeOutpu
         masks=denoiser.log.masks(),
         recorded_steps=recorded_steps,
     )
-
-
-_FILE_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
-
-
-def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> list[str]:
-    """The names of the tensors in a checkpoint.
-
-    Args:
-        link_or_path: A file, or a link to one in a hub repository, which is downloaded.
-        options: Those of `from_single_file`.
-    """
-    path = Path(link_or_path)
-    if path.is_file() and path.suffix.lower() == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    given = {name: options[name] for name in _FILE_OPTIONS if name in options}
-    return list(load_single_file_checkpoint(str(link_or_path), **given))

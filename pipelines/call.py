@@ -12,7 +12,8 @@ from lora_compose.attention import check_free
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.scene import Concept, check_region
+from lora_compose.pipelines.regions import check_region
+from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.conditioning import TokenPositions
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -166,12 +167,12 @@ def of_prompt(
     return found
 
 
-def check_plain(denoiser: nn.Module, composition: Composition) -> None:
+def check_plain(model: nn.Module, composition: Composition) -> None:
     """Checks a call without concepts.
 
     Raises:
         ValueError: If an argument is given that needs concepts.
-        RuntimeError: If concepts are installed in the denoiser at the moment.
+        RuntimeError: If concepts are installed in the model at the moment.
     """
     if composition.controls:
         raise ValueError(
@@ -182,7 +183,7 @@ def check_plain(denoiser: nn.Module, composition: Composition) -> None:
     others = composition.method, composition.token_positions
     if any(given is not None for given in others) or composition.record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
-    check_free(denoiser)
+    check_free(model)
 
 
 def check_arguments(
@@ -219,7 +220,8 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     """Checks what diffusers does not.
 
     Raises:
-        ValueError: For sizes and step numbers below 1 and for regions outside the canvas.
+        ValueError: For sizes and step numbers below 1, another number of generators than images, and regions outside
+            the canvas.
     """
     size, sampling = call.size, call.sampling
     if size.width < 1 or size.height < 1:
@@ -232,8 +234,28 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
         raise ValueError("num_inference_steps may be None only with timesteps or sigmas")
     elif sampling.num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, not {sampling.num_inference_steps}")
+    images = len(call.prompts) * size.images_per_prompt
+    if isinstance(sampling.generator, list) and len(sampling.generator) != images:
+        raise ValueError(
+            f"there are {len(sampling.generator)} generators for {images} images; give one, or one for each"
+        )
     for loaded in concepts:
         check_region(loaded.concept, size.width, size.height)
+
+
+def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
+    """Checks the shape of the latents that a call is to start from.
+
+    Args:
+        given: The latents; None if there are none.
+        expected: The shapes that they may have.
+
+    Raises:
+        ValueError: For other shapes.
+    """
+    if given is not None and tuple(given.shape) not in expected:
+        shapes = " or ".join(str(list(shape)) for shape in expected)
+        raise ValueError(f"latents have the shape {list(given.shape)}; expected {shapes}")
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""The sizes of a call: pixels, latents, the grids of the denoiser, images in the batch; and one step of its loop."""
+"""The sizes of a call: pixels, latents, the grids of the model, images in the batch; and one step of its loop."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +18,8 @@ class Canvas:
         latent_grid: Height and width of the latents.
         prompts: How many prompts there are.
         images_per_prompt: How many images each prompt gets.
-        device: Where the denoiser runs.
-        backbone: Knows the grids of the denoiser.
+        device: Where the model runs.
+        backbone: Knows the grids of the model.
     """
 
     image_size: Grid
@@ -41,7 +41,7 @@ class Canvas:
 
     @property
     def levels(self) -> frozenset[int]:
-        """Levels on which the denoiser has layers."""
+        """Levels on which the model has layers."""
         return self.backbone.levels
 
     @property

@@ -1,21 +1,23 @@
 """Prompts with different concept sets in one call.
 
-A method sees one concept set, and starts a process for each. Methods with fixed passes then go through the denoiser
+A method sees one concept set, and starts a process for each. Methods with fixed passes then go through the model
 together: the passes of all sets are joined row by row, so that a step costs what it costs for one set. Other methods
 have regions and maps of their own for each set, and run set by set; the images are those of separate calls.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.canvas import Step, images_of
-from lora_compose.pipelines.denoiser import Denoiser, PreparedPass
+from lora_compose.pipelines.concepts.concept_set import ByConceptT
+from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.methods.process import FixedPasses, Process
-from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.passes import Pass, weighted_mean
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning, join_images, join_rows_of_images
 
@@ -32,9 +34,9 @@ def start(begin: Callable[[Session], Process], sessions: Sequence[Session], deno
     if len(processes) == 1:
         return processes[0]
     count = denoiser.canvas.images_per_prompt
-    sets = [ImagesOfSet(session, images_of(session.prompts.places, count)) for session in sessions]
+    sets = [ImagesOfSet(session, images_of(session.prompts.indices, count)) for session in sessions]
     text = join_images(
-        [one.spread(process.text) for one, process in zip(sets, processes, strict=True)], [one.images for one in sets]
+        [one.scatter(process.text) for one, process in zip(sets, processes, strict=True)], [one.images for one in sets]
     )
     fixed = [process for process in processes if type(process) is FixedPasses and _can_join(process)]
     if len(fixed) == len(sets):
@@ -55,10 +57,9 @@ class ImagesOfSet:
     session: Session
     images: Sequence[int]
 
-    def spread(self, text: Conditioning) -> Conditioning:
-        """A text with masks of all installed concepts; those of other sets are not named in it."""
-        concepts = self.session.concepts
-        return text if concepts.columns is None else text.among(concepts.columns, concepts.installed)
+    def scatter(self, values: ByConceptT) -> ByConceptT:
+        """Gates or text of this set as those of all concepts of the call; other concepts get 0."""
+        return self.session.concepts.scatter(values)
 
 
 @dataclass(frozen=True)
@@ -83,36 +84,30 @@ class Joined:
         return latents
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """The nth passes of all sets together; a set with fewer passes counts with share 0 in the others."""
+        """The nth passes of all sets together; a set with fewer passes has weight 0 in the others."""
         turns = tuple(process.turn(step) for process in self.processes)
         if turns not in self._prepared:
             self._prepared[turns] = list(self._passes(turns))
         prepared = self._prepared[turns]
         predictions = [self.denoiser.predict(latents, step, one) for one, _ in prepared]
-        first = predictions[0]
-        if len(prepared) > 1:
-            weighted = [
-                (share.to(one.model_output.dtype) * one.model_output.unflatten(0, (-1, one.images))).flatten(0, 1)
-                for (_, share), one in zip(prepared, predictions, strict=True)
-            ]
-            first = replace(first, model_output=torch.stack(weighted).sum(dim=0))
-        return latents, self.sets[0].session.guider.combine(first, step)
+        prediction = weighted_mean(predictions, [weights for _, weights in prepared])
+        return latents, self.sets[0].session.guider.combine(prediction, step)
 
     def _passes(self, turns: Sequence[int]) -> Iterable[tuple[PreparedPass, Tensor]]:
-        """The joined passes of a turn, and the share of each image in them. Shape: [images, 1, 1, 1]."""
-        mine = [process.turns[turn] for process, turn in zip(self.processes, turns, strict=True)]
-        for n in range(max(map(len, mine))):
-            nth = [shares[n] if n < len(shares) else (shares[-1][0], 0.0) for shares in mine]
-            by_image = [torch.full((len(one.images),), share) for one, (_, share) in zip(self.sets, nth, strict=True)]
-            share = join_rows_of_images(by_image, [one.images for one in self.sets])
+        """The joined passes of a turn, and the weight of each image in them. Shape: [images, 1, 1, 1]."""
+        by_set = [process.turns[turn] for process, turn in zip(self.processes, turns, strict=True)]
+        for n in range(max(map(len, by_set))):
+            nth = [passes[n] if n < len(passes) else (passes[-1][0], 0.0) for passes in by_set]
+            by_image = [torch.full((len(one.images),), weight) for one, (_, weight) in zip(self.sets, nth, strict=True)]
+            weights = join_rows_of_images(by_image, [one.images for one in self.sets])
             joined = self._joined([spec for spec, _ in nth])
-            yield self.denoiser.prepare(joined), share[:, None, None, None].to(self.denoiser.canvas.device)
+            yield self.denoiser.prepare(joined), weights[:, None, None, None].to(self.denoiser.canvas.device)
 
     def _joined(self, passes: Sequence[Pass]) -> Pass:
         """One pass of all images."""
         images = [one.images for one in self.sets]
-        texts = [one.spread(spec.text) for one, spec in zip(self.sets, passes, strict=True)]
-        gates = [one.session.concepts.spread(spec.gates) for one, spec in zip(self.sets, passes, strict=True)]
+        texts = [one.scatter(spec.text) for one, spec in zip(self.sets, passes, strict=True)]
+        gates = [one.scatter(spec.gates) for one, spec in zip(self.sets, passes, strict=True)]
         return Pass(join_images(texts, images), join_gates(gates, texts, images))
 
 

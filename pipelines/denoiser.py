@@ -4,121 +4,27 @@ A method prepares its passes once (`prepare`) and runs them in every step: `pred
 `maps` for attention maps alone, `gradient` for the gradient of a loss on attention maps with respect to the latents.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Backbone, Gates, Installation, Recorder, Stream, frozen, weights_kept
-from lora_compose.attention.device import to_device, uncompiled
-from lora_compose.attention.slot import LayerInputs
-from lora_compose.attention.text_kv import TextKV
+from lora_compose.attention import Backbone, Installation, Recorder, Stream, frozen, weights_kept
+from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, View, denoiser_inputs, repeated
+from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, View, model_inputs, repeated
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.prepared_pass import MicroBatch, PreparedPass
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.text.conditioning import Conditioning
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Rows that are run together.
-
-    Attributes:
-        text: Their text.
-        inputs: What layers need for them.
-        rows: Their slice of all rows.
-    """
-
-    text: Conditioning
-    inputs: LayerInputs
-    rows: slice
-
-
-class KeptText:
-    """Keys and values of the text of a pass, and of all passes with the same text under the same text gates.
-
-    Those of the last weights are kept: those of all steps of a schedule would take too much memory.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[bool, int], tuple[tuple[float, ...], TextKV]] = {}
-
-    def of(self, conditional: bool, batch: int, weights: tuple[float, ...]) -> TextKV:
-        """Keys and values of a micro-batch.
-
-        Args:
-            conditional: Whether there are conditional rows only.
-            batch: Which micro-batch.
-            weights: Of the concepts, in this step.
-        """
-        key = conditional, batch
-        if key not in self._kept or self._kept[key][0] != weights:
-            self._kept[key] = weights, TextKV()
-        return self._kept[key][1]
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedPass:
-    """A pass, and what is made of it once and used in every step: gates by layer, keys and values of its text.
-
-    Attributes:
-        spec: The pass.
-        kept_text: Keys and values of its text.
-    """
-
-    spec: Pass
-    kept_text: KeptText = field(default_factory=KeptText)
-    _made: dict[bool, tuple[tuple[float, ...], Sequence[MicroBatch]]] = field(default_factory=dict)
-
-    def micro_batches(
-        self, installation: Installation, concepts: ConceptSet, step: Step, *, conditional: bool
-    ) -> Sequence[MicroBatch]:
-        """The pass at the weights of a step, by micro-batches; made again only for other weights.
-
-        Args:
-            installation: The layers.
-            concepts: The concepts of the gates.
-            step: The step.
-            conditional: Whether there are conditional rows only.
-        """
-        weights = concepts.step_weights(step.index, step.count)
-        if conditional not in self._made or self._made[conditional][0] != weights:
-            self._made[conditional] = weights, list(self._make(installation, concepts, weights, conditional))
-        # Keys and values are looked up, not held: those of earlier weights go, also of a pass that is no longer run.
-        return [
-            replace(one, inputs=replace(one.inputs, text_kv=self.kept_text.of(conditional, i, weights)))
-            for i, one in enumerate(self._made[conditional][1])
-        ]
-
-    def _make(
-        self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
-    ) -> Iterator[MicroBatch]:
-        text, gates = self.spec.text, self.spec.gates
-        if conditional and text.guided:
-            gates, text = gates.select(text.conditional_rows), text.conditional()
-        if concepts.schedules:
-            gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
-        gates = concepts.spread(gates)
-        for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
-            yield MicroBatch(part, installation.inputs(part_gates, part.prompt_embeds, self.spec.regions), rows)
-
-
-def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:
-    if size is None:
-        yield text, gates, slice(None)
-        return
-    for start in range(0, text.rows // text.images, size):
-        part = text.of_branches(slice(start, start + size))
-        rows = slice(start * text.images, (start + size) * text.images)
-        yield part, gates.select(rows), rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +76,7 @@ class Denoiser:
         self.inputs = dict(inputs)
         self.log = log
         self.cost = Cost()
-        self._has_model_alone = True
+        self._can_fold = True
 
     def of_set(self, concepts: ConceptSet, images: Sequence[int]) -> "Denoiser":
         """The denoiser of one of several concept sets; its costs are counted together.
@@ -188,7 +94,7 @@ class Denoiser:
             self.log.of_set(columns, len(self.concepts.loaded), images),
         )  # fmt: skip
         part.cost = self.cost
-        part._has_model_alone = False
+        part._can_fold = False
         return part
 
     def ahead(self, sampler: Sampler) -> "Denoiser":
@@ -216,7 +122,7 @@ class Denoiser:
             streams: Layers whose gates are the same on all rows and positions.
             weights: Those gates, one per concept.
         """
-        if self._has_model_alone:
+        if self._can_fold:
             self.installation.fold(streams, weights, self.concepts.schedules.keys())
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
@@ -358,7 +264,7 @@ class Denoiser:
             if not getattr(uncompiled(self.backbone.model), "is_gradient_checkpointing", False):
                 error.add_note(
                     "updates need much less memory, and give the same numbers, with gradient checkpointing: "
-                    "pipe.denoiser.enable_gradient_checkpointing(), or --save-memory gradient-checkpointing"
+                    "pipe.model.enable_gradient_checkpointing(), or --save-memory gradient-checkpointing"
                 )
             raise
 
@@ -406,7 +312,8 @@ class Denoiser:
         wanted = [layer for recorder in recorders for layer in recorder.layers | recorder.self_layers]
         parts = [[r.of_rows(one.rows) for r in recorders] for one in batches] if len(batches) > 1 else [recorders]
         outputs, view = [], View(spec.window, spec.image)
-        share = scaled.shape[-2] * scaled.shape[-1] / (self.canvas.latent_grid[0] * self.canvas.latent_grid[1])
+        # Rows are counted in latents of the whole canvas.
+        fraction = scaled.shape[-2] * scaled.shape[-1] / math.prod(self.canvas.latent_grid)
         with nullcontext() if whole else self.backbone.truncated_after(wanted):
             for batch, part in zip(batches, parts, strict=True):
                 text = batch.text
@@ -414,26 +321,26 @@ class Denoiser:
                 latents = torch.cat([scaled] * (text.rows // text.images))
                 inputs = {
                     **{name: _by_row(one, view, text.rows) for name, one in self.inputs.items()},
-                    **self._control_inputs(latents, step, text, view, share),
+                    **self._control_inputs(latents, step, text, view, fraction),
                 }
                 outputs.append(self.backbone.forward(latents, step.t, text.first_embeds, text.added, **inputs))
                 if whole:
-                    self.cost.rows_forward += text.rows * share
+                    self.cost.rows_forward += text.rows * fraction
                 else:
-                    self.cost.rows_stopped += text.rows * share
+                    self.cost.rows_stopped += text.rows * fraction
         if len(batches) > 1:
             for recorder, taken in zip(recorders, zip(*parts, strict=True), strict=True):
                 recorder.join(taken)
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _control_inputs(
-        self, latents: Tensor, step: Step, text: Conditioning, view: View, share: float
+        self, latents: Tensor, step: Step, text: Conditioning, view: View, fraction: float
     ) -> Mapping[str, Any]:
         """What the controls of this step add to the denoiser's arguments."""
         acting = [control for control in self.controls if control.control.acts(step.index, step.count)]
         firsts = [control.first_row(text) for control in acting if isinstance(control, PreparedControlNet)]
-        self.cost.control_rows += sum(text.rows - first for first in firsts) * share
-        return denoiser_inputs(acting, latents, step.t, text, view)
+        self.cost.control_rows += sum(text.rows - first for first in firsts) * fraction
+        return model_inputs(acting, latents, step.t, text, view)
 
 
 def _by_row(given: Any, view: View, rows: int) -> Any:

@@ -19,11 +19,13 @@ class Hooks:
     """What the loop tells others.
 
     Attributes:
+        before_step: Called with each step.
         after_step: Called with step and latents; returns the latents to go on with and the scale of guidance.
         interrupted: Whether the user has stopped the call.
         progress_bar: A context manager of diffusers for so many steps.
     """
 
+    before_step: Callable[[Step], None]
     after_step: Callable[[Step, Tensor], tuple[Tensor, float]]
     interrupted: Callable[[], bool]
     progress_bar: Callable[..., Any]
@@ -64,6 +66,7 @@ def denoise(
             if hooks.interrupted():
                 continue
             step = schedule.step(index, cfg_scale)
+            hooks.before_step(step)
             latents, model_output = process.step(latents, step)
             latents = task.after_step(sampler.step(model_output, step.t, latents), step)
             latents, cfg_scale = hooks.after_step(step, latents)

@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 @dataclass
 class Cost:
-    """What a call cost. The unit is a row: one latent of the whole canvas through the whole denoiser.
+    """What a call cost. The unit is a row: one latent of the whole canvas through the whole model.
 
     Attributes:
         rows_forward: Rows run forward to the end.

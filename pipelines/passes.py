@@ -1,8 +1,9 @@
-"""One forward pass of the denoiser as a value: what goes in, which attention maps are wanted, what comes out."""
+"""One forward pass of the model as a value: what goes in, which attention maps are wanted, what comes out."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, Recorder, RegionAttention
@@ -87,6 +88,23 @@ class Prediction:
         """Unconditional and conditional branches. Shape: [branches, images, channels, height, width] each."""
         branches = self.model_output.unflatten(0, (-1, self.images))
         return branches[: self.num_uncond], branches[self.num_uncond :]
+
+
+def weighted_mean(predictions: Sequence[Prediction], weights: Sequence[float | Tensor]) -> Prediction:
+    """The weighted mean of predictions of the same rows; a single one is returned as it is.
+
+    Args:
+        predictions: One or several.
+        weights: One for each, which add up to 1; a tensor has one for each image. Shape: [images, 1, 1, 1].
+    """
+    first, *others = predictions
+    if not others:
+        return first
+    weighted = []
+    for prediction, weight in zip(predictions, weights, strict=True):
+        by_branch = prediction.model_output.unflatten(0, (-1, prediction.images))
+        weighted.append((weight.to(by_branch.dtype) if isinstance(weight, Tensor) else weight) * by_branch)
+    return replace(first, model_output=torch.stack(weighted).sum(dim=0).flatten(0, 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
-from lora_compose.pipelines.concepts.textual_inversion import Expanding, Words
+from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import PreparedControl, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.guidance import Guider
@@ -31,12 +31,12 @@ class PromptsOfSet:
 
     Attributes:
         concepts: The concept set.
-        places: Indices of the prompts.
+        indices: Which prompts of the call.
         token_masks: Where the words of the set's concepts are in them.
     """
 
     concepts: ConceptSet
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     token_masks: TokenMasks
 
 
@@ -50,7 +50,7 @@ class Plan:
         concepts: All concepts.
         sets: The concept sets, each with its prompts.
         canvas: Sizes.
-        words: Words that LoRA files bring with them.
+        textual_inversions: Words that LoRA files bring with them.
         finder: Finds words in prompts.
         controls: Prepared ControlNets and T2I-Adapters.
     """
@@ -60,13 +60,13 @@ class Plan:
     concepts: ConceptSet
     sets: Sequence[PromptsOfSet]
     canvas: Canvas
-    words: Words
+    textual_inversions: TextualInversions
     finder: Finder
     controls: Sequence[PreparedControl]
 
     @contextmanager
     def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler], "Sessions"]]:
-        """The LoRAs are in the denoiser inside this block, and nowhere after it.
+        """The LoRAs are in the model inside this block, and nowhere after it.
 
         Args:
             pipe: The pipeline.
@@ -92,26 +92,26 @@ class Plan:
                     self.call.inputs, log,
                 )  # fmt: skip
                 encoder = PromptEncoder(
-                    self.concepts, pipe.components, self.words.read_by(pipe, encode), self.canvas, steps
+                    self.concepts, pipe.components, self.textual_inversions.read_by(pipe, encode), self.canvas, steps
                 )
-                return Sessions(denoiser, [self._session(one, denoiser, encoder) for one in self.sets])
+                return Sessions(denoiser, [self._session(part, denoiser, encoder) for part in self.sets])
 
             yield sessions
 
-    def _session(self, one: PromptsOfSet, denoiser: Denoiser, encoder: PromptEncoder) -> Session:
+    def _session(self, part: PromptsOfSet, denoiser: Denoiser, encoder: PromptEncoder) -> Session:
         texts = self.call.prompts.first
         prompts = Prompts(
-            None if texts is None else tuple(texts[place] for place in one.places),
-            one.token_masks, one.concepts, encoder, self.finder, one.places, self.canvas,
+            None if texts is None else tuple(texts[index] for index in part.indices),
+            part.token_masks, part.concepts, encoder, self.finder, part.indices, self.canvas,
         )  # fmt: skip
         if len(self.sets) > 1:
-            denoiser = denoiser.of_set(one.concepts, images_of(one.places, self.canvas.images_per_prompt))
-        return Session(one.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale))
+            denoiser = denoiser.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
+        return Session(part.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale))
 
 
 @dataclass(frozen=True)
 class Sessions:
-    """The sessions of a call, one for each concept set, and the denoiser of all of them."""
+    """The sessions of a call, one for each concept set, and the denoiser that runs all of them."""
 
     denoiser: Denoiser
     each: Sequence[Session]
@@ -127,38 +127,41 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     Raises:
         ValueError: For anything that does not fit together.
     """
-    loaded, columns = resolve_sets(pipe, call)
+    loaded, concepts_of = resolve_sets(pipe, call)
     check_call(call, loaded)
     for found in loaded:
-        check_blocks(found, pipe.denoiser)
+        check_blocks(found, pipe.model)
     concepts = ConceptSet(loaded)
     _check_positions(call, concepts)
-    sets = [concepts.subset(mine) for mine in columns]
+    sets = [concepts.subset(columns) for columns in concepts_of]
     method = pipe.resolve_method(call.composition.method, loaded, call.prompts.first, sets)
-    backbone = backbone_of(pipe.denoiser)
+    backbone = backbone_of(pipe.model)
     if getattr(method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
             "this method needs region attention, which this model does not support yet; use merge, tara or regional"
         )
-    words = Words.of(loaded, pipe.components)
-    tokenizers = expanding(pipe, words, call.prompts.length)
-    places: dict[tuple[int, ...], list[int]] = {}
-    for prompt, mine in enumerate(columns):
-        places.setdefault(tuple(mine), []).append(prompt)
+    textual_inversions = TextualInversions.of(loaded, pipe.components)
+    tokenizers = expanding_tokenizers(pipe, textual_inversions, call.prompts.length)
+    prompts_of: dict[tuple[int, ...], list[int]] = {}
+    for prompt, columns in enumerate(concepts_of):
+        prompts_of.setdefault(tuple(columns), []).append(prompt)
     of_sets = [
-        PromptsOfSet(sets[mine[0]], tuple(mine), _token_masks(call, tokenizers, sets[mine[0]].concepts, mine))
-        for mine in places.values()
+        PromptsOfSet(found, tuple(prompts), _token_masks(call, tokenizers, found.concepts, prompts))
+        for found, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
     ]
     size, scale = call.size, pipe.vae_scale_factor
     canvas = Canvas(
         (size.height, size.width), (size.height // scale, size.width // scale), len(call.prompts),
         size.images_per_prompt, pipe._execution_device, backbone,
     )  # fmt: skip
-    regions = [{concept.name: concept.region for concept in one.concepts} for one in sets]
-    ready = [prepare_control(control, pipe.denoiser, canvas, regions) for control in call.composition.controls]
+    pipe._check_latents(call, canvas)
+    regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
+    ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
     controls = [control for control in ready if not control.control.is_off]
-    return Plan(call, method, concepts, of_sets, canvas, words, finder, controls)
+    plan = Plan(call, method, concepts, of_sets, canvas, textual_inversions, finder, controls)
+    steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
+    return plan
 
 
 def _check_positions(call: Call, concepts: ConceptSet) -> None:
@@ -179,23 +182,25 @@ def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list
     given = [given] if isinstance(given, str | Concept) else given
     prompts = len(call.prompts)
     if not any(isinstance(entry, list | tuple) for entry in given):
-        every = pipe.resolve_concepts(call.composition.concepts)
-        return every, [list(range(len(every)))] * prompts
+        loaded = pipe.resolve_concepts(call.composition.concepts)
+        return loaded, [list(range(len(loaded)))] * prompts
     if not all(isinstance(entry, list | tuple) for entry in given):
         raise ValueError("concepts are those of all prompts, or a list for each prompt, but not a mixture of both")
     if len(given) != prompts:
         raise ValueError(f"there are concepts for {len(given)} prompts, but {prompts} prompts")
     found: dict[Concept, LoadedConcept] = {}
     columns = []
-    for mine in map(pipe.resolve_concepts, given):
-        for loaded in mine:
+    for concept_set in map(pipe.resolve_concepts, given):
+        for loaded in concept_set:
             found.setdefault(loaded.concept, loaded)
-        columns.append([list(found).index(loaded.concept) for loaded in mine])
+        columns.append([list(found).index(loaded.concept) for loaded in concept_set])
     return tuple(found.values()), columns
 
 
-def expanding(pipe: Any, words: Words, length: int | None = None) -> Sequence[Expanding]:
-    """The tokenizers of the denoiser's text as they read prompts, with the words that LoRA files bring.
+def expanding_tokenizers(
+    pipe: Any, words: TextualInversions, length: int | None = None
+) -> Sequence[ExpandingTokenizer]:
+    """The tokenizers of the model's text as they read prompts, with the words that LoRA files bring.
 
     Args:
         pipe: The pipeline.
@@ -204,31 +209,33 @@ def expanding(pipe: Any, words: Words, length: int | None = None) -> Sequence[Ex
     """
     expand = words.expander(pipe)
     return [
-        Expanding(found, expand, length) for name, found in words.tokenizers.items() if name in pipe.text_tokenizers
+        ExpandingTokenizer(found, expand, length)
+        for name, found in words.tokenizers.items()
+        if name in pipe.text_tokenizers
     ]
 
 
 def _token_masks(
-    call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Concept], places: Sequence[int]
+    call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept], indices: Sequence[int]
 ) -> TokenMasks:
     """Where the words of a concept set are in its prompts."""
-    if len(places) == len(call.prompts):
+    if len(indices) == len(call.prompts):
         return _masks_of(call, tokenizers, concepts)
     parts, prompts = [], call.prompts
-    for place in places:
-        here = slice(place, place + 1)
-        positions = of_prompt(call.composition.token_positions, concepts, place, len(prompts))
-        one = replace(
+    for index in indices:
+        here = slice(index, index + 1)
+        positions = of_prompt(call.composition.token_positions, concepts, index, len(prompts))
+        prompt = replace(
             prompts,
             texts=None if prompts.texts is None else [text[here] for text in prompts.texts],
             embeds=None if prompts.embeds is None else prompts.embeds[here],
         )
         composition = replace(call.composition, token_positions=positions)
-        parts.append(_masks_of(replace(call, prompts=one, composition=composition), tokenizers, concepts))
+        parts.append(_masks_of(replace(call, prompts=prompt, composition=composition), tokenizers, concepts))
     return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
 
-def _masks_of(call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Concept]) -> TokenMasks:
+def _masks_of(call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept]) -> TokenMasks:
     positions, embeds = call.composition.token_positions, call.prompts.embeds
     if embeds is not None:
         return TokenMasks.of_positions(positions or {}, embeds.shape[0], embeds.shape[1], concepts)
@@ -239,14 +246,18 @@ def _masks_of(call: Call, tokenizers: Sequence[Expanding], concepts: Sequence[Co
 
 
 def _find(
-    tokenizers: Sequence[Expanding], concepts: Sequence[Concept], prompts: Sequence[str], names: Any, mentions: Any
+    tokenizers: Sequence[ExpandingTokenizer],
+    concepts: Sequence[Concept],
+    prompts: Sequence[str],
+    names: Any,
+    mentions: Any,
 ) -> TokenMasks:
     """A `Finder` for texts that all tokenizers read."""
     return find_in(tokenizers, concepts, [prompts] * len(tokenizers), names=names, mentions=mentions)
 
 
 def find_in(
-    tokenizers: Sequence[Expanding], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
+    tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
 ) -> TokenMasks:
     """Where words are, which has to be the same for all tokenizers, since their features are put side by side."""
     found = [

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_compose.attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
 from lora_compose.attention.sites import Grid, coarser
 from lora_compose.pipelines.regular import open_regular
+from lora_compose.pipelines.scene import Concept, check_box
 
 _PIXEL_LIMIT = 64 * 2**20
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -52,6 +53,13 @@ def check_mask(path: str, width: int | None, height: int | None) -> None:
             f"the mask {path!r} has {mask_width} x {mask_height} pixels, the canvas {width} x {height}: "
             "their proportions differ"
         )
+
+
+def check_region(concept: Concept, width: int | None, height: int | None) -> None:
+    """Raises ValueError if a concept's region does not fit the canvas; sizes that are None are not checked."""
+    if isinstance(concept.region, str):
+        check_mask(concept.region, width, height)
+    check_box(concept, width, height)
 
 
 def region_mask(region: Box | str | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:

@@ -1,4 +1,7 @@
-"""What is to be seen and how it is made: `Concept`, `Scene` and `Run`, frozen and validated."""
+"""What is to be seen and how it is made: `Concept`, `Scene` and `Run`, frozen and validated.
+
+Nothing here needs torch: the command line reads and checks all of it before anything slow is imported.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -14,13 +17,14 @@ from pydantic import (
     model_validator,
 )
 
-from lora_compose.attention.masks import Box
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
-from lora_compose.pipelines.regions import check_mask
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Box = tuple[int, int, int, int]
 
 
 def _proper(box: Box) -> Box:
@@ -59,8 +63,8 @@ class Concept(_Frozen):
             of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
             0.4 until the middle, "1..0.4" to the last step. Points are at parts of the steps, or at steps where one is
             above 1.
-        blocks: Further factors by block of the denoiser, {"down": 0.5, "up.1": 0}; the longest name counts, and "text"
-            means the text encoders.
+        blocks: Further factors by block of the UNet or transformer, {"down": 0.5, "up.1": 0}; the longest name counts,
+            and "text" means the text encoders.
         region: Where the concept may appear: a box, or the path of a mask image (white = inside); None leaves it to
             the method.
         prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
@@ -124,8 +128,7 @@ class Scene(_Frozen):
     def _distinct(self) -> Self:
         check_names(self.concepts)
         for concept in self.concepts:
-            if not isinstance(concept.region, str):  # files are looked at when the scene is used
-                check_region(concept, self.width, self.height)
+            check_box(concept, self.width, self.height)  # files are looked at when the scene is used
         return self
 
 
@@ -165,12 +168,9 @@ def check_names(concepts: tuple[Concept, ...]) -> None:
         raise ValueError(f"concept names must differ, but {', '.join(map(repr, twice))} stands twice")
 
 
-def check_region(concept: Concept, width: int | None, height: int | None) -> None:
-    """Raises ValueError if a concept's region does not fit the canvas; sizes that are None are not checked."""
-    if concept.region is None:
-        return
-    if isinstance(concept.region, str):
-        check_mask(concept.region, width, height)
+def check_box(concept: Concept, width: int | None, height: int | None) -> None:
+    """Raises ValueError if a concept's box leaves the canvas; sizes that are None are not checked, and no mask is."""
+    if concept.region is None or isinstance(concept.region, str):
         return
     _, _, right, bottom = concept.region
     if (width is not None and right > width) or (height is not None and bottom > height):

@@ -10,15 +10,15 @@ from lora_compose.attention import Stream
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.text.encoder import Prompts
 
 
 class Runner(Protocol):
-    """What methods need of a denoiser: `Denoiser` runs passes, the benchmark only prices them."""
+    """What methods need of `Denoiser`, which runs passes; the benchmark only prices them."""
 
     @property
     def canvas(self) -> Canvas:

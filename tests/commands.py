@@ -1,5 +1,6 @@
 """Commands as they are typed: `from commands import call`."""
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -23,3 +24,10 @@ def call(*arguments: object, code: int = 0, of: Typer | Callable[..., Any] = app
 def flat(text: str) -> str:
     """The words of a text that was wrapped for a terminal."""
     return " ".join(text.split())
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        return any_port.getsockname()[1]

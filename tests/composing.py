@@ -45,8 +45,6 @@ EVERY = pytest.mark.parametrize(
         pytest.param("sdxl", UPDATES, id="sdxl-lora-composer", marks=pytest.mark.slow),
     ],
 )
-# Several of diffusers' schedulers hand tensors to numpy in a way that numpy 2 deprecates.
-NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 _FILES = TemporaryDirectory(ignore_cleanup_errors=True)
 

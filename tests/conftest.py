@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,11 @@ from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.notes import say_once
 
+# HYPOTHESIS_PROFILE=thorough tries thousands of examples.
+for name, examples in (("suite", 40), ("thorough", 2_000)):
+    slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+    hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, suppress_health_check=slow)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 torch.set_num_threads(1)
 diffusers_logging.disable_progress_bar()
 
@@ -91,7 +97,7 @@ def plain_pipe(family: str) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_has_been_said() -> None:
+def _messages_are_new() -> None:
     """What is said once in a process may have been said by another test."""
     say_once.cache_clear()
 

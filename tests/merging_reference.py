@@ -1,6 +1,7 @@
 """Mergers on whole changes, in numpy and straight from their formulas: nothing is shared with the package."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -41,6 +42,49 @@ def ties(changes: Sequence[Array], density: float) -> Array:
     sign = np.where(stacked.sum(0) >= 0, 1, -1)
     agreeing = np.sign(stacked) == sign
     return u @ ((stacked * agreeing).sum(0) / np.maximum(agreeing.sum(0), 1))
+
+
+def dare(changes: Sequence[Array], kept: Sequence[Array], density: float) -> Array:
+    """What is left of the entries in the common basis, larger by what was dropped.
+
+    Args:
+        changes: Of the LoRAs.
+        kept: For each, which entries stay; of the shape of its coefficients.
+        density: The share that is expected to stay.
+    """
+    u, coefficients = in_common_space(changes)
+    return u @ sum(c * mask / density for c, mask in zip(coefficients, kept, strict=True))
+
+
+def lego(changes: Sequence[Array], k: int) -> Array:
+    """The best of all partitions of the units, as whole matrices, into at most k clusters; both reweightings."""
+    units = [
+        value * np.outer(left, right)
+        for u, s, v in map(svd, changes)
+        for left, value, right in zip(u.T, s, v.T, strict=True)
+    ]
+    best = min(partitions(len(units), k), key=lambda labels: _spread(units, labels))
+    merged = np.zeros_like(units[0])
+    for label in set(best):
+        members = [unit for unit, own in zip(units, best, strict=True) if own == label]
+        u, _, vh = np.linalg.svd(sum(members))
+        merged += np.mean([np.linalg.norm(unit) for unit in members]) * np.outer(u[:, 0], vh[0])
+    return np.sqrt(len(units) / len(changes) / len(set(best))) * merged
+
+
+def partitions(units: int, k: int) -> Iterator[tuple[int, ...]]:
+    """All ways to label units with at most k labels, each once."""
+    for labels in product(range(k), repeat=units):
+        if all(label <= max(labels[:i], default=-1) + 1 for i, label in enumerate(labels)):
+            yield labels
+
+
+def _spread(units: Sequence[Array], labels: Sequence[int]) -> float:
+    total = 0.0
+    for label in set(labels):
+        members = np.stack([unit for unit, own in zip(units, labels, strict=True) if own == label])
+        total += ((members - members.mean(0)) ** 2).sum()
+    return total
 
 
 def orthogonalised(columns: Array) -> Array:

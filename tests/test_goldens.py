@@ -9,7 +9,6 @@ from goldens import GOLDENS, RECORDED, numbers
 CHEAP = [name for name, golden in GOLDENS.items() if golden.cheap]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' schedulers
 @pytest.mark.parametrize("name", CHEAP)
 def test_latents_are_what_they_were(name: str) -> None:
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[name]

@@ -4,7 +4,7 @@ the CPU's, and the host does not wait for the device in every step."""
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -74,19 +74,9 @@ WAITS = {
 """How often the host waits for the device for an update: for the losses, and for new masks that become regions."""
 
 
-SLOWLY = {
-    "maps of regional", "controls of tara", "weights of merge", "weights of clora", "a style for tara",
-    "a style for composite", "overlapping boxes", "own prompts of switch", "tara, official", "tara, keys and values",
-    "clora, one branch at once", "maps of tara", "controls of clora", "weights of regional", "weights of lora-composer",
-    "a mask for lora-composer", "a style for lora-composer", "a style for clora", "own prompts of lora-composer",
-    "images per prompt", "latents", "a callback that changes latents", "rescaled guidance and noise in steps",
-    "re-initialised noise", "an odd canvas",
-}  # fmt: skip
-"""What others go through as well."""
-
-
-def some_slowly(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOWLY else name for name in names]
+DISTINCT = [
+    name for name in METHODS if name not in ("tara, official", "tara, keys and values", "clora, one branch at once")
+]
 
 
 def written(path: Path, parts: Mapping[str, Lora], words: Mapping[str, Tensor] | None = None) -> Path:
@@ -122,7 +112,7 @@ def assert_same(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        ("sd", torch.float32),
+        pytest.param("sd", torch.float32, marks=pytest.mark.slow),
         ("sd", torch.float16),
         pytest.param("sd", torch.bfloat16, marks=pytest.mark.slow),
         ("sdxl", torch.float32),
@@ -140,7 +130,7 @@ def test_every_method_gives_on_the_device_what_the_cpu_gives(family: str, dtype:
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", some_slowly(METHODS))
+@pytest.mark.parametrize("name", DISTINCT)
 def test_prompts_with_concepts_of_their_own_give_what_the_cpu_gives(family: str, name: str) -> None:
     found, expected = (
         called(
@@ -214,62 +204,35 @@ OWN_TEXTS = [
     Concept(name="cat", region=LEFT, prompt="a sks cat beside a dog in snow", negative_prompt="a dog"),
     Concept(name="dog", region=RIGHT, negative_prompt="blurry"),
 ]
-OVERLAPPING = [Concept(name="cat", region=(0, 0, 96, 128)), Concept(name="dog", region=(32, 16, 128, 128))]
-TWO = {"prompt": [PROMPT, f"{PROMPT} in snow"], "num_images_per_prompt": 2}
 
 FEATURES: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
-    "maps of tara": lambda pipe, folder: {"method": "tara", "record_attention": True},
-    "maps of regional": lambda pipe, folder: {"method": "regional", "record_attention": [-1], **TWO},
     "maps of lora-composer": lambda pipe, folder: {"method": "lora-composer", "record_attention": True},
     "maps of clora": lambda pipe, folder: {"method": "clora", "record_attention": True, "num_images_per_prompt": 2},
-    "controls of tara": lambda pipe, folder: {"method": "tara", "control": controls(pipe, folder)},
     "controls of lora-composer": lambda pipe, folder: {"method": "lora-composer", "control": controls(pipe, folder)},
-    "controls of clora": lambda pipe, folder: {"method": "clora", "control": controls(pipe, folder)},
-    "weights of merge": lambda pipe, folder: {"method": "merge", "concepts": SCHEDULED},
-    "weights of regional": lambda pipe, folder: {"method": "regional", "concepts": SCHEDULED},
     "weights of lora-composer": lambda pipe, folder: {"method": "lora-composer", "concepts": SCHEDULED},
-    "weights of clora": lambda pipe, folder: {"method": "clora", "concepts": SCHEDULED},
+    "a style for clora": lambda pipe, folder: {"method": "clora", **WITH_STYLE},
+    "latents": lambda pipe, folder: {
+        "method": "tara", "latents": torch.randn(1, 4, 16, 16, generator=seeded()).to(pipe.device, pipe.dtype),
+    },
     "a mask for regional": lambda pipe, folder: {
         "method": "regional", "concepts": [Concept(name="cat", region=mask_file(folder)), "dog"],
     },
-    "a mask for lora-composer": lambda pipe, folder: {
-        "method": "lora-composer", "concepts": [Concept(name="cat", region=mask_file(folder)), DOG],
-    },
-    "overlapping boxes": lambda pipe, folder: {"method": "lora-composer", "concepts": OVERLAPPING},
-    "a style for tara": lambda pipe, folder: {"method": "tara", **WITH_STYLE},
-    "a style for composite": lambda pipe, folder: {"method": "composite", **WITH_STYLE},
-    "a style for lora-composer": lambda pipe, folder: {"method": "lora-composer", **WITH_STYLE},
-    "a style for clora": lambda pipe, folder: {"method": "clora", **WITH_STYLE},
-    "own prompts of switch": lambda pipe, folder: {"method": Switch(interval=1), "concepts": OWN_TEXTS},
-    "own prompts of lora-composer": lambda pipe, folder: {"method": "lora-composer", "concepts": OWN_TEXTS},
     "own prompts of clora": lambda pipe, folder: {
         "method": Clora(fuse="branches", uncond="each"), "concepts": OWN_TEXTS,
     },
     "embeddings": lambda pipe, folder: {"method": "tara", **embeddings(pipe, folder)},
-    "latents": lambda pipe, folder: {
-        "method": "tara", "latents": torch.randn(1, 4, 16, 16, generator=seeded()).to(pipe.device, pipe.dtype),
-    },
-    "images per prompt": lambda pipe, folder: {"method": "tara", "generator": [seeded(k) for k in range(4)], **TWO},
-    "a callback that changes latents": lambda pipe, folder: {
-        "method": "lora-composer", "callback_on_step_end": halved,
-    },
     "a callback that switches guidance off": lambda pipe, folder: {
         "method": "regional", "callback_on_step_end": unguided,
     },
     "no guidance": lambda pipe, folder: {"method": "clora", "guidance_scale": 1.0},
-    "rescaled guidance and noise in steps": lambda pipe, folder: {
-        "method": "tara", "guidance_rescale": 0.7, "eta": 0.5,
-    },
     "decoded images": lambda pipe, folder: {"method": "tara", "output_type": "np"},
-    "re-initialised noise": lambda pipe, folder: {"method": LoraComposer(reinit="swap", rows="all", inject="attn2")},
-    "an odd canvas": lambda pipe, folder: {"method": "lora-composer", "height": 136, "width": 152},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("exact", "half"), [("sdxl", "sd"), pytest.param("sd", "sdxl", marks=pytest.mark.slow)]
 )  # fmt: skip
-@pytest.mark.parametrize("name", some_slowly(FEATURES))
+@pytest.mark.parametrize("name", FEATURES)
 def test_whatever_else_a_call_may_have_gives_on_the_device_what_the_cpu_gives(
     exact: str, half: str, name: str, tmp_path: Path
 ) -> None:
@@ -363,8 +326,6 @@ PREPARED = (
 )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of schedulers, by numpy 2
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @XL_AND_SLOWLY_SD
 @pytest.mark.parametrize("prepare", PREPARED)
 def test_pipelines_that_were_changed_give_on_the_device_what_the_cpu_gives(
@@ -396,13 +357,10 @@ def test_layers_are_folded_on_the_device(family: str, name: str, monkeypatch: py
 
 OTHER_CALLS: dict[str, Callable[[Any, Path], Mapping[str, Any]]] = {
     "weights of tara": lambda pipe, folder: {"method": "tara", "concepts": SCHEDULED},
-    "weights of regional": lambda pipe, folder: {"method": "regional", "concepts": SCHEDULED},
-    "maps of tara": lambda pipe, folder: {"method": "tara", "record_attention": True},
     "controls of regional": lambda pipe, folder: {"method": "regional", "control": controls(pipe, folder)},
     "own concepts of tara": lambda pipe, folder: {
         "method": "tara", "prompt": [PROMPT, "a sks cat"], "concepts": [["cat", "dog"], ["cat"]],
     },
-    "a style for composite": lambda pipe, folder: {"method": "composite", **WITH_STYLE},
     "rescaled guidance": lambda pipe, folder: {"method": "tara", "guidance_rescale": 0.7},
     "a callback": lambda pipe, folder: {"method": "merge", "callback_on_step_end": halved},
 }  # fmt: skip
@@ -435,7 +393,7 @@ def assert_as_many(found: Sequence[Wait], expected: int) -> None:
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", some_slowly([*METHODS, *OTHER_CALLS]))
+@pytest.mark.parametrize("name", [*DISTINCT, *OTHER_CALLS])
 def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, name: str, tmp_path: Path) -> None:
     pipe = composer(family, DEVICE, torch.float32)
     arguments = dict(OTHER_CALLS[name](pipe, tmp_path)) if name in OTHER_CALLS else {"method": METHODS[name]}
@@ -450,7 +408,7 @@ def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, n
 
 
 @SD_AND_SLOWLY_XL
-@pytest.mark.parametrize("name", some_slowly(WAITS))
+@pytest.mark.parametrize("name", [name for name in WAITS if name in DISTINCT])
 def test_for_another_update_the_host_waits_as_often_as_is_said(family: str, name: str) -> None:
     pipe = composer(family, DEVICE, torch.float32)
     more, fewer = (

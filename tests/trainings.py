@@ -1,51 +1,22 @@
-"""Small models, pictures and settings for the tests of training."""
+"""Small models, images and settings for the tests of training."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from components import TINY, sd_unet, sdxl_unet, small_pipeline
-from lora_compose.compose.playground.assets import playground_model
+import components
+from components import TINY, TINY_XL, sd_unet, sdxl_unet, small_pipeline
 from lora_compose.compose.training import TaraTraining, Training
 
 SIDE = 32  # pixels of the training pictures
-XL_TINY = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2),
-    "layers_per_block": 1,
-    "attention_head_dim": (2, 4),
-}
 
 
 def xl_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:
-    """An SDXL pipeline of small real components: two text encoders whose tokenizers differ in their padding."""
-    first = small_pipeline(StableDiffusionPipeline)
-    tokenizers = [CLIPTokenizer.from_pretrained(playground_model() / "tokenizer", pad_token=pad) for pad in (None, "!")]
-    config: dict[str, Any] = {
-        "vocab_size": len(first.tokenizer), "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_position_embeddings": 32, "bos_token_id": first.tokenizer.bos_token_id,
-        "eos_token_id": first.tokenizer.eos_token_id, "projection_dim": 12,
-    }  # fmt: skip
-    torch.manual_seed(1)
-    pipe = StableDiffusionXLPipeline(
-        vae=first.vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**config, pad_token_id=first.tokenizer.pad_token_id)).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**config, pad_token_id=0)).eval(),
-        tokenizer=first.tokenizer,
-        tokenizer_2=tokenizers[1],
-        unet=unet or sdxl_unet(**XL_TINY),
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),  # pyright: ignore[reportArgumentType]
-        add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """An SDXL pipeline of diffusers with a tiny UNet; the tokenizers of its text encoders differ in their padding."""
+    return components.xl_pipeline(StableDiffusionXLPipeline, unet or sdxl_unet(**TINY_XL))
 
 
 def sd_pipeline(unet: UNet2DConditionModel | None = None) -> Any:

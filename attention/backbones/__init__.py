@@ -15,7 +15,7 @@ from lora_compose.attention.slot import Slot
 
 
 class Backbone(Protocol):
-    """A denoiser (UNet or transformer) as methods see it; it holds no state of a call."""
+    """What is known of a model (UNet or transformer) by its class; it holds no state of a call."""
 
     @property
     def model(self) -> nn.Module:

@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Site
 from lora_compose.attention.slot import Slot
@@ -20,12 +21,15 @@ PATCH = 2
 
 STREAMS = (
     # The time embedding is read by modulation layers alone.
-    (re.compile(r"time_text_embed\.|(.*\.)?norm\w*\.linear$"), Site("modulation")),
-    (re.compile(r"single_transformer_blocks\."), Site("joint", level=1)),
-    (re.compile(r"context_embedder$|.*\.(add_[qkv]_proj|to_add_out|ff_context\..+)$"), Site("text")),
-    (re.compile(r""), Site("image", level=1)),
+    (r"time_text_embed\.\w+_embedder\.linear_[12]|(.+\.)?norm\w*\.linear", Site("modulation")),
+    (r"single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out)", Site("joint", level=1)),
+    (
+        r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.net\..+)",
+        Site("text"),
+    ),
+    (r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.net\..+)", Site("image", level=1)),
 )
-"""Sites by layer name; the first match wins."""
+"""Sites by layer name. A layer that no pattern names has none, and no LoRA can change it."""
 
 
 class FluxBackbone:
@@ -61,17 +65,21 @@ class FluxBackbone:
         """Puts a recording kernel into every attention processor; `undo` puts them back.
 
         Raises:
-            ValueError: For processors that do not end in diffusers' attention dispatch.
+            ValueError: For processors that do not end in diffusers' attention dispatch, and for fused projections.
         """
         found = dict(self._attention())
+        if fused := [name for name, attn in found.items() if getattr(attn, "fused_projections", False)]:
+            raise ValueError(
+                f"{fused[0]} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`"
+            )
         ours = {name: with_kernel(attn.processor, name, slot) for name, attn in found.items()}
         for name, attn in found.items():
             undo.callback(attn.set_processor, attn.processor)
             attn.set_processor(ours[name])
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
-        """Not implemented yet: forward passes run to their end."""
-        return nullcontext()
+        """Inside this block the transformer stops after the block that holds the last of some layers."""
+        return stopped_after(self.model, layers)
 
     def forward(
         self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
@@ -110,8 +118,33 @@ class FluxBackbone:
 
 def flux_sites(model: nn.Module) -> Mapping[str, Site]:
     """Every layer that a LoRA may adapt, by name."""
-    leaves = [name for name, module in uncompiled(model).named_modules() if name and not list(module.children())]
-    return {name: next(site for pattern, site in STREAMS if pattern.match(name)) for name in leaves}
+    names = [name for name, _ in uncompiled(model).named_modules()]
+    return {name: site for pattern, site in STREAMS for name in names if re.fullmatch(pattern, name)}
+
+
+@contextmanager
+def stopped_after(transformer: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+    """Inside this block the transformer runs no block after the last that holds one of some layers.
+
+    Its last norm and projection, which are small, run on what there is then; the output is meaningless.
+
+    Args:
+        transformer: The model.
+        layers: Names of layers.
+    """
+    model: Any = uncompiled(transformer)
+    blocks = {name: list(getattr(model, name)) for name in ("transformer_blocks", "single_transformer_blocks")}
+    names = [f"{name}.{i}." for name, of_kind in blocks.items() for i in range(len(of_kind))]
+    layers = tuple(layers)
+    needed = [i for i, name in enumerate(names, start=1) if any(layer.startswith(name) for layer in layers)]
+    double, single = blocks.values()
+    keep = max(needed, default=0)
+    with replaced(
+        model,
+        transformer_blocks=nn.ModuleList(double[:keep]),
+        single_transformer_blocks=nn.ModuleList(single[: max(0, keep - len(double))]),
+    ):
+        yield
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:

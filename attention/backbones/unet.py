@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.kernels import Kernel, kernel_of
 from lora_compose.attention.sites import Site
@@ -198,10 +199,6 @@ def unet_sites(unet: nn.Module) -> Mapping[str, Site]:
 def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     """Inside this block the UNet ends with the up block that holds the last of some layers; its output is meaningless.
 
-    The model is cut rather than left by an exception, which would make `torch.compile` and offloading hooks stumble.
-    What is cut off stays a part of it: an offloaded model may be brought to its device just then, and is not brought
-    there again while its first parameter is there.
-
     Args:
         unet: The model.
         layers: Names of layers; without one in an up block the whole up path is left out.
@@ -211,22 +208,14 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     names = [name for name, _, stage, _ in blocks(model) if stage == "up"]
     needed = [i for i, name in enumerate(names, start=1) if any(layer.startswith(f"{name}.") for layer in layers)]
     keep = max(needed, default=0)
-    found = {name: model._modules.get(name) for name in ("up_blocks", "conv_norm_out", "conv_out")}
     up_blocks = list(model.up_blocks)
-    last = up_blocks[keep - 1] if keep else None
-    upsamplers = None if last is None else getattr(last, "upsamplers", None)
-    cut_off = [*up_blocks[keep:], upsamplers, found["conv_norm_out"], found["conv_out"]]
-    try:
-        model._modules.update(up_blocks=nn.ModuleList(up_blocks[:keep]), conv_norm_out=None, conv_out=nn.Identity())
-        model._modules["cut_off"] = nn.ModuleList(part for part in cut_off if part is not None)
-        if upsamplers is not None:
-            last.upsamplers = None  # pyright: ignore[reportOptionalMemberAccess]
+    with ExitStack() as undo:
+        undo.enter_context(
+            replaced(model, up_blocks=nn.ModuleList(up_blocks[:keep]), conv_norm_out=None, conv_out=nn.Identity())
+        )
+        if keep:
+            undo.enter_context(replaced(up_blocks[keep - 1], upsamplers=None))
         yield
-    finally:
-        if upsamplers is not None:
-            last.upsamplers = upsamplers  # pyright: ignore[reportOptionalMemberAccess]
-        model._modules.pop("cut_off", None)
-        model._modules.update(found)
 
 
 class ComposeAttnProcessor:

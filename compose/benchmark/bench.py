@@ -1,13 +1,11 @@
 """What methods cost next to the plain pipeline: rows, FLOPs and memory worked out; seconds, memory, swaps measured."""
 
 import json
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from diffusers import AutoencoderKL
 from rich.box import SIMPLE
 from rich.table import Table
@@ -15,7 +13,6 @@ from rich.table import Table
 from lora_compose.compose.benchmark import counting
 from lora_compose.compose.benchmark.architectures import (
     ARCHITECTURES,
-    TRIGGERS,
     VAE,
     attention_lora,
     columns,
@@ -25,11 +22,9 @@ from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
-from lora_compose.compose.generate.options import parse_settings
-from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
-from lora_compose.compose.support.terminal import bar, kindly, out, say
-from lora_compose.pipelines.methods import METHODS, make_method
+from lora_compose.compose.support.terminal import bar, out, say
+from lora_compose.pipelines.methods import make_method
 
 GUIDANCE = 5.0
 MIB, GIB = 2**20, 2**30
@@ -76,60 +71,63 @@ class TimedRow:
     plain_peak_bytes: int
 
 
-@kindly(logging.ERROR)
 def bench(
-    methods: Annotated[list[str] | None, typer.Option("--method", help="A method, repeatable; default: all.")] = None,
-    concepts: Annotated[
-        list[int] | None,
-        typer.Option("--concepts", "-n", help="Number of concepts; repeatable.", min=1, max=len(TRIGGERS)),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the methods, repeatable, e.g. fuse=branches")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
-    count: Annotated[
-        bool, typer.Option("--count", help="Count UNet rows and FLOPs on SD 1.5 and SDXL; the default.")
-    ] = False,
-    memory: Annotated[
-        bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
-    ] = False,
-    time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
-    swap: Annotated[
-        bool, typer.Option("--swap", help="Measure the time to read a LoRA file, and to swap it for another.")
-    ] = False,
-    model: Annotated[
-        str, typer.Option(help="The model to time: playground, a folder, a file, or a hub repository.")
-    ] = PLAYGROUND,
-    device: Annotated[str, typer.Option(help="The device to time on.")] = "cpu",
-    savers: Annotated[
-        list[Saver] | None, typer.Option("--save-memory", help="Time with less memory, repeatable.")
-    ] = None,
-    pairs: Annotated[int, typer.Option(help="Number of interleaved pairs of timed runs.", min=1)] = 7,
-    to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    methods: Sequence[str],
+    concepts: Sequence[int],
+    *,
+    settings: Mapping[str, Any],
+    steps: int,
+    count: bool,
+    memory: bool,
+    time: bool,
+    swap: bool,
+    model: str,
+    device: str,
+    savers: Collection[Saver],
+    pairs: int,
+    to: Path | None,
 ) -> None:
-    """Show what methods cost relative to the plain pipeline, with random LoRAs of rank 8 on all attention layers."""
-    cells = [(name, number) for name in methods or METHODS for number in concepts or (1, 2, 4, 8)]
-    given = parse_settings(settings or [])
+    """Shows what methods cost next to the plain pipeline.
+
+    Args:
+        methods: Names of methods.
+        concepts: Numbers of concepts.
+        settings: Of all these methods.
+        steps: Denoising steps.
+        count: Whether UNet rows and FLOPs are counted; they are, too, where nothing else is asked for.
+        memory: Whether the peak of the memory is computed.
+        time: Whether calls are timed.
+        swap: Whether reading and swapping of LoRA files is timed.
+        model: The model that is timed.
+        device: Where.
+        savers: With which options that save memory.
+        pairs: Timed pairs of a plain call and one of the method.
+        to: A file for the numbers, JSON.
+
+    Raises:
+        ValueError: For unknown methods and settings.
+    """
+    cells = [(name, number) for name in methods for number in concepts]
     for name, _ in cells:
-        make_method(name, given)
+        make_method(name, settings)
     if savers and not time:
         raise ValueError("--save-memory is for what is timed: give --time with it (--memory shows both ways by itself)")
-    saving = in_order(savers or ())
+    saving = in_order(savers)
     check_savers(saving, device)
-    numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": given}
+    numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
     if count or not (memory or time or swap):
-        counted = count_cells(cells, steps, given)
+        counted = count_cells(cells, steps, settings)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
     if memory:
-        peaks = peak_cells(cells, steps, given)
+        peaks = peak_cells(cells, steps, settings)
         out.print(peaks_table(peaks, steps))
         numbers["peaks"] = [asdict(row) for row in peaks]
         numbers["decoding"] = decoding = decoding_bytes_by_architecture()
         for name, (whole, tiled) in decoding.items():
             say(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
     if time:
-        timed = time_cells(cells, Job(model, device, steps, settings=given, savers=saving), pairs)
+        timed = time_cells(cells, Job(model, device, steps, settings=settings, savers=saving), pairs)
         what = [f"{model} on {device}", *saving, f"{steps} steps", f"{pairs} interleaved pairs"]
         out.print(times_table(timed, ", ".join(what)))
         numbers |= {

@@ -20,11 +20,12 @@ from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
-from lora_compose.pipelines.denoiser import Denoiser, PreparedPass
+from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks
@@ -383,7 +384,7 @@ def _empty(unet: UNet2DConditionModel, *shape: int) -> Tensor:
 
 def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
     """The same concept with the shapes of its factors only."""
-    return replace(concept, factors=replace(concept.factors, denoiser=_shapes(concept.factors.denoiser)))
+    return replace(concept, factors=replace(concept.factors, model=_shapes(concept.factors.model)))
 
 
 def _shapes(lora: Lora) -> Lora:

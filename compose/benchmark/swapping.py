@@ -91,7 +91,7 @@ def _install(pipe: Any, factors: Factors, device: str) -> None:
     text = {name: Site("text") for name, _ in pipe.text_encoder.named_modules()}
     with (
         installed_layers(pipe.text_encoder, [factors.text_encoders["text_encoder"]], text, **to) as installation,
-        install(backbone_of(pipe.unet), [factors.denoiser], **to),
+        install(backbone_of(pipe.unet), [factors.model], **to),
     ):
         next(iter(installation.bank.values())).A.sum().item()  # waits for the device
 

@@ -15,13 +15,29 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.loading import find_file, read_lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
-from lora_compose.pipelines.concepts.textual_inversion import Expanding
+from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once
-from lora_compose.pipelines.scene import Concept, Run, check_region
+from lora_compose.pipelines.regions import check_region
+from lora_compose.pipelines.scene import Concept, Run
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What an image of a run costs.
+
+    Attributes:
+        rows: UNet rows, in words.
+        flops: Operations, a multiplication and an addition being two.
+        plain_flops: Those of the same image without concepts.
+    """
+
+    rows: str
+    flops: int
+    plain_flops: int
 
 
 @dataclass(frozen=True)
@@ -32,11 +48,13 @@ class Report:
         facts: Label and text, in the order to be shown.
         notes: What one should know, although it is no mistake.
         problems: What would make the run fail; empty if it can run.
+        cost: What an image costs; None if that is not known.
     """
 
     facts: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    cost: RunCost | None = None
 
 
 def check(run: Run, pipe: Any = None) -> Report:
@@ -48,6 +66,7 @@ def check(run: Run, pipe: Any = None) -> Report:
     """
     facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
     problems: list[str] = []
+    cost: RunCost | None = None
     with _heard() as heard:
         # An unknown method does not keep the rest from being looked at.
         if pipe is None:
@@ -56,17 +75,18 @@ def check(run: Run, pipe: Any = None) -> Report:
             for concept in run.scene.concepts:
                 facts += _attempt(problems, _file_facts, concept) or []
         else:
-            facts += _facts(pipe, run, problems)
+            found, cost = _facts(pipe, run, problems)
+            facts += found
     # A method that was not asked for comes with the reason for the choice: "method: tara, because ..."
     chosen = [record.getMessage() for record in heard if record.name == "lora_compose.pipelines.methods"]
     facts = [
         (label, chosen[0].removeprefix("method: ") if label == "method" and chosen else text) for label, text in facts
     ]
     notes = [record.getMessage() for record in heard if record.levelno >= logging.WARNING]
-    return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)))
+    return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)), cost)
 
 
-def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
+def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, str]], RunCost | None]:
     loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
     tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
@@ -89,12 +109,12 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> list[tuple[str, str]]:
     if not problems:
         _attempt(problems, rehearse, pipe, run)
     cost = None if problems else _attempt(problems, _cost, pipe, run, settings, loaded)
-    return [
-        *facts,
+    facts += [
         ("method", name_of(settings)[0] if settings else "none"),
         ("size", f"{width} x {height} pixels"),
-        ("cost", cost or "not known"),
+        ("cost", _cost_words(run, cost) if cost is not None else "not known"),
     ]
+    return facts, cost
 
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:
@@ -145,7 +165,7 @@ def _listed(positions: Sequence[int]) -> str:
     return ", ".join(map(str, positions))
 
 
-def _tokens(tokenizer: Expanding, prompt: str) -> str:
+def _tokens(tokenizer: ExpandingTokenizer, prompt: str) -> str:
     """The prompt as the model reads it, with positions; position 0 is the start token."""
     ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
     limit = tokenizer.model_max_length - 2
@@ -156,14 +176,18 @@ def _tokens(tokenizer: Expanding, prompt: str) -> str:
     )
 
 
-def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[LoadedConcept | None]) -> str:
+def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[LoadedConcept | None]) -> RunCost:
     width, height = size_of(pipe, run.scene)
     whole = run.steps, run.guidance_scale, width, height
     scheduler = scheduler_of(pipe, run)
     cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
     plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
+    return RunCost(cost.rows, cost.flops, plain.flops)
+
+
+def _cost_words(run: Run, cost: RunCost) -> str:
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
-    ratio = f"{cost.flops / plain.flops:.2f} times the FLOPs of a plain image"
+    ratio = f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
     return f"{cost.rows} UNet rows ({run.steps} steps {how}), {ratio}"
 
 

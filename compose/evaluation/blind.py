@@ -6,26 +6,23 @@ sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes 
 
 import csv
 import json
-import logging
 import random
 from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from lora_compose.compose.playground.assets import playground_lora, playground_model, playground_references
-from lora_compose.compose.support.terminal import kindly
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_references
+from lora_compose.compose.support.terminal import bar
 from lora_compose.pipelines.methods import Regional
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene import Concept, Run, Scene
 
 PAIRS = (("cat", "dog"), ("car", "rabbit"), ("bear", "robot"))
 VERDICTS = {
@@ -34,8 +31,6 @@ VERDICTS = {
     "none": "no subject has its own coat unmixed",
 }
 COLUMNS, ROWS, SIDE = 5, 4, 192
-
-blind = typer.Typer(help="Blind tests: vote on images without knowing which method made them.", no_args_is_help=True)
 
 
 @dataclass(frozen=True)
@@ -79,19 +74,17 @@ def numbered(seeds: int) -> dict[int, Picture]:
     return dict(enumerate(jobs, start=1))
 
 
-@blind.command()
-@kindly(logging.ERROR)
-def make(
-    out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
-    seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) per pair and method.", min=1)] = 20,
-) -> None:
-    """Generate and shuffle the images; `regional` gives all LoRAs token masks. Vote before you open key.json."""
+def make(out: Path, seeds: int) -> None:
+    """Generates the images, shuffles them, and writes sheets, `votes.csv` and `key.json`.
+
+    Args:
+        out: The folder for them.
+        seeds: Number of seeds (0, 1, ...) per pair and method.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    pipe = ComposePipeline.from_pretrained(playground_model())
-    pipe.set_progress_bar_config(disable=True)
     jobs = numbered(seeds)
     key = {number: job.arm.label for number, job in jobs.items()}
-    painted = {number: paint(pipe, job) for number, job in track(list(jobs.items()), description="painting")}
+    painted = _painted(jobs, out)
     for pair in PAIRS:
         mine = [number for number, job in jobs.items() if job.pair == pair]
         for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
@@ -105,12 +98,8 @@ def make(
     Console().print(f"Look at the sheets in {out}, write a verdict for every number into {votes}:\n{meaning}")
 
 
-@blind.command()
-@kindly()
-def score(
-    out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
-) -> None:
-    """Count the votes by method."""
+def score(out: Path) -> None:
+    """Counts the votes in a folder by method."""
     key, votes = read_votes(out)
     counts = Counter((key[number], verdict) for number, verdict in votes.items())
     table = Table(title="Blind test")
@@ -122,15 +111,18 @@ def score(
     Console().print(table)
 
 
-@blind.command()
-@kindly(logging.ERROR)
-def judge(
-    out: Annotated[Path, typer.Argument(help="A folder with votes.csv and key.json.")],
-    evaluation: Annotated[Path, typer.Option(help="A finished evaluation of the playground, for the thresholds.")],
-    first: Annotated[int | None, typer.Option(help="Only this number of images, evenly spaced.", min=1)] = None,
-) -> None:
-    """Reproduce the images, let the judge vote, and list where it disagrees with the human."""
-    from lora_compose.compose.evaluation.agreement import judge_votes
+def judge(out: Path, evaluation: Path, first: int | None) -> None:
+    """Reproduces the images, lets the judge vote, and lists where it disagrees with the human.
+
+    Args:
+        out: A folder with `votes.csv` and `key.json`.
+        evaluation: A finished evaluation of the playground, for the thresholds.
+        first: Only so many images, evenly spaced; None is all.
+
+    Raises:
+        ValueError: If the images are generated differently today.
+    """
+    from lora_compose.compose.evaluation.agreement import judge_votes  # needs the packages of `evaluate`
 
     key, votes = read_votes(out)
     jobs = numbered(len(key) // (len(PAIRS) * len(ARMS)))
@@ -139,9 +131,8 @@ def judge(
             f"{out / 'key.json'} lists images that are generated differently today, so they cannot be reproduced"
         )
     chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
-    pipe = ComposePipeline.from_pretrained(playground_model())
-    pipe.set_progress_bar_config(disable=True)
-    pictures = {n: (jobs[n].pair, paint(pipe, jobs[n])) for n in track(chosen, description="painting")}
+    painted = _painted({number: jobs[number] for number in chosen}, out)
+    pictures = {number: (jobs[number].pair, image) for number, image in painted.items()}
     judged = judge_votes(evaluation, pictures)
     _say_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
 
@@ -180,6 +171,16 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
         number, verdict = next(iter(wrong.items()))
         raise ValueError(f"image {number}: expected one of {', '.join(VERDICTS)}, found {verdict!r}")
     return key, votes
+
+
+def _painted(jobs: dict[int, Picture], out: Path) -> dict[int, Image.Image]:
+    pipe = open_model(Run(scene=Scene(prompt="-"), model=PLAYGROUND, device="cpu"))
+    painted = {}
+    with bar(f"composing for {out}", len(jobs)) as on_progress:
+        for number, job in jobs.items():
+            painted[number] = paint(pipe, job)
+            on_progress(len(painted))
+    return painted
 
 
 def paint(pipe: Any, job: Picture) -> Image.Image:

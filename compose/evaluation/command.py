@@ -1,170 +1,142 @@
-"""`lora-compose evaluate`: run a suite, write its report again, compare two evaluations."""
+"""A suite run in one process or several, and its report: what `lora-compose evaluate` does."""
 
-import logging
-import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-import typer
-from typer.core import TyperGroup
 
-from lora_compose.compose.support.terminal import FAILED, bar, err, kindly, out, say
-
-_EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
-
-
-class _Suites(TyperGroup):
-    """`evaluate SUITE` is `evaluate run SUITE`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands:
-            args = ["run", *args]
-        return super().resolve_command(ctx, args)
-
+from lora_compose.compose.evaluation.comparison import compare_runs
+from lora_compose.compose.evaluation.planning import make_plan
+from lora_compose.compose.evaluation.report import write_report
+from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done
+from lora_compose.compose.evaluation.suite import read_suite
+from lora_compose.compose.files.claims import Claims
+from lora_compose.compose.support.terminal import FAILED, bar, err, out, say
 
 CHILD = Path(__file__).with_name("child.py")
-GRACE = 10  # seconds that the first process has to fail by itself when another one has failed
-
-app = typer.Typer(
-    cls=_Suites,
-    help="Score methods on many scenes and seeds: lora-compose evaluate SUITE.",
-    no_args_is_help=True,
-)
+GRACE = 10  # seconds that a process has to end by itself
 
 
-@app.command("run")
-@kindly(logging.ERROR)
-def run(
-    suite: Annotated[str, typer.Argument(help="A suite file, YAML or JSON, or the name of a shipped suite.")],
-    folder: Annotated[
-        Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
-    ] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
-    ] = None,
-) -> None:
-    """Generate and score all images of a suite and write the report. A rerun resumes."""
-    _check_packages()
-    from lora_compose.compose.evaluation.planning import make_plan
-    from lora_compose.compose.evaluation.runner import evaluate, is_done
-    from lora_compose.compose.evaluation.suite import read_suite
+def run_suite(suite: str, folder: Path | None = None, processes: int | None = None) -> int:
+    """Generates and scores all images of a suite and writes the report; a rerun resumes, further processes join in.
 
+    Args:
+        suite: A suite file, or the name of a shipped suite.
+        folder: Where to; None is outputs/evaluation/NAME.
+        processes: How many; None is one per GPU, or as in the suite.
+
+    Returns:
+        The exit code: 0, that of a process that found something wrong, or 1 if images are missing.
+
+    Raises:
+        ValueError: For suites that cannot be read.
+        OSError: If all processes were killed.
+    """
     asked = read_suite(suite)
     to = folder or Path("outputs/evaluation") / asked.name
-    number = processes or _processes(asked.processes, asked.device)
-    if number > 1 and "WORLD_SIZE" not in os.environ:
-        _launch([suite, *(["--out", str(folder)] if folder else [])], number, asked.threads or 1)
-        return
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if rank > 0:
-        evaluate(asked, to)
-        return
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+        evaluate(asked, to)  # the first process of the machine is the one that talks
+        return 0
     plan = make_plan(asked)
     say(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)
-    with bar("evaluating", math.ceil(len(plan.batches) / world)) as on_progress:
-        evaluate(asked, to, on_progress)
-    _say_report(to)
-    if left := sum(not is_done(to, planned) for planned in plan.batches):
+
+    def done() -> int:
+        return sum(is_done(to, planned) for planned in plan.batches)
+
+    with bar("evaluating", len(plan.batches)) as on_progress:
+        if (number := processes or _processes(asked.processes, asked.device)) > 1:
+            code = _launch([suite, "--out", str(to)], number, asked.threads or 1, lambda: on_progress(done()))
+            if code and done() < len(plan.batches):
+                return code
+        else:
+            evaluate(asked, to, on_progress)
+    with Claims(to / CLAIMS).claim("report") as claim:
+        if claim is None:
+            say(f"Another process of this evaluation writes the report, in {to}.")
+        else:
+            say_report(to)
+    if left := len(plan.batches) - done():
         say(f"{left} batches failed; the report lists why. The same command retries them.", style="red", to=err)
-        raise typer.Exit(FAILED)
+    return FAILED if left else 0
 
 
-@app.command()
-@kindly(logging.ERROR)
-def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
-    baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
-) -> None:
-    """Write the report of an evaluation again, from its stored results."""
-    _check_packages()
-    _say_report(folder, baseline)
+def work_on(suite: str, folder: Path) -> None:
+    """Takes part in an evaluation, without a report."""
+    evaluate(read_suite(suite), folder)
 
 
-@app.command()
-@kindly(logging.ERROR)
-def compare(
-    first: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
-    second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
-) -> None:
-    """Show what is better in the second evaluation than in the first, with intervals."""
-    _check_packages()
-    from lora_compose.compose.evaluation.comparison import compare_runs
-
+def compare_folders(first: Path, second: Path) -> None:
+    """Shows what is better in the second evaluation than in the first."""
     out.print(compare_runs(first, second))
 
 
-def _say_report(folder: Path, baseline: str | None = None) -> None:
-    from lora_compose.compose.evaluation.report import write_report
-
+def say_report(folder: Path, baseline: str | None = None) -> None:
+    """Writes the report of an evaluation and says where it is."""
     written = write_report(folder, baseline)
     say(f"The report: {written.html}", style="bold")
     say(f"As a table: {written.markdown}; for pandas: {written.pictures}, {written.concepts}, {written.summary}")
 
 
-def _check_packages() -> None:
-    missing = []
-    for name in ("scipy", "pandas", "matplotlib"):
-        try:
-            __import__(name)
-        except ImportError:
-            missing.append(name)
-    if missing:
-        raise ValueError(_EXTRA.format(", ".join(missing)))
-
-
 def _processes(wanted: int, device: str | None) -> int:
-    """How many processes: one for each GPU, or what the suite wants where there are so many processors."""
+    """How many processes: one for each GPU, or what the suite wants where there are so many processors.
+
+    One if a launcher (accelerate, torchrun, SLURM) has started several.
+    """
+    if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+        return 1
     if torch.cuda.is_available() and device in (None, "cuda"):
         return torch.cuda.device_count()
     return 1 if device not in (None, "cpu") else min(wanted, os.cpu_count() or 1)
 
 
-def _launch(arguments: Sequence[str], number: int, threads: int) -> None:
-    """The same command in several processes, with the variables by which `accelerate launch` tells them who they are.
+def _launch(arguments: Sequence[str], number: int, threads: int, on_look: Callable[[], None]) -> int:
+    """Starts processes that take part in an evaluation, and waits for them. If one dies, the others do its work.
 
-    Not by `accelerate launch` itself, which buries the message of a failed process under tracebacks of its own.
+    Returns:
+        0, or the exit code of a process that found something wrong, which has been said then.
+
+    Raises:
+        OSError: If all were killed.
     """
-    command = [sys.executable, "-c", CHILD.read_text("utf-8"), "evaluate", "run", *arguments, "--processes", "1"]
-    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    command = [sys.executable, "-c", CHILD.read_text("utf-8"), "evaluate", "work", *arguments]
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     with ExitStack() as stack:
         told = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
         started: list[subprocess.Popen] = []
         stack.callback(_stop, started)
-        for rank in range(number):
-            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # The first one talks; of the others one hears only what went wrong, and once.
-            speech = told[rank] if rank else None
+        for rank, speech in enumerate(told):
+            environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
             started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=speech))
-        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+        running, killed = list(started), 0
+        while running:
             time.sleep(0.2)
-        if killed := next((process for process in started if (process.returncode or 0) < 0), None):
-            raise ChildProcessError(_killed(-killed.returncode))
-        with suppress(subprocess.TimeoutExpired):  # what is wrong for one is mostly wrong for the first one, too
-            started[0].wait(GRACE)
-        codes = [process.poll() for process in started]
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
+            on_look()
+            for process in [process for process in running if process.poll() is not None]:
+                running.remove(process)
+                if process.returncode < 0:
+                    killed += 1
+                    say(f"warning: {_killed(-process.returncode)}", style="yellow", to=err)
+        if killed == number:
+            raise ChildProcessError("no process is left. What is finished is kept; the same command resumes")
+        failed = next((rank for rank, process in enumerate(started) if process.returncode > 0), None)
         if failed is None:
-            return
-        told[failed].seek(0)
+            return 0
+        told[failed].seek(0)  # what is wrong for one is mostly wrong for all, and said once
         sys.stderr.write(told[failed].read())
-        raise typer.Exit(max(codes[failed] or 0, FAILED))
+        return started[failed].returncode
 
 
 def _killed(number: int) -> str:
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     why = "; where memory runs out, the system does that: try fewer --processes" if name == "SIGKILL" else ""
-    return f"a process of the evaluation was ended by {name}{why}. What is finished is kept; the same command resumes"
+    return f"a process of the evaluation was ended by {name}{why}. The others do its work"
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
@@ -177,10 +149,3 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        return any_port.getsockname()[1]

@@ -1,19 +1,19 @@
-"""Makes and scores the batches of a plan, continues where it was stopped, and keeps what it has whatever happens."""
+"""Makes and scores the batches of a plan, continues where it was stopped, and keeps what it has whatever happens.
+
+Any number of processes on any number of machines that share the folder work at it together: each claims one batch after
+the other. They may start late, leave or die at any time.
+"""
 
 import hashlib
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from lora_compose.compose.benchmark.counting import Counted, count_run
@@ -41,6 +41,7 @@ from lora_compose.compose.evaluation.results import (
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.suite import Batch, Suite, batches, run_of
 from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.files.images import png_bytes, read_pixels
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.generate.machine import choose_device, machine, versions
@@ -51,70 +52,105 @@ from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
+CLAIMS = "claims"
+PATIENCE = 60.0
+"""After how many seconds without a sign of life a process of an evaluation counts as dead."""
+
 PROBE_STEPS = 2
-_PATIENCE = 5  # seconds in which the processes of an evaluation that was stopped are gone
-_DAYS = timedelta(days=30)  # a process that is done waits for the others as long as they need
+_LOOK_AGAIN = 0.5  # seconds after which a process that waits for others looks again
 
 OnProgress = Callable[[float], None]
 
 
-def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None) -> bool:
-    """Does this process's share of a suite, and waits for the other processes.
+def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None, *, patience: float = PATIENCE) -> None:
+    """Makes and scores what is left of a suite, until all of it is done, by this process or by others.
 
-    Started by `accelerate launch`, every process does every n-th batch. What is there already is not done again, unless
-    it has been damaged since.
+    What is there already is not done again, unless it has been damaged since. A batch that fails is tried once.
 
     Args:
         suite: What to evaluate.
         out: The evaluation's folder.
-        on_progress: Called with the number of finished batches of this process.
-
-    Returns:
-        Whether this is the process that goes on to write the report.
+        on_progress: Called with the number of finished batches of all processes.
+        patience: After how many seconds without a sign of life the batch of another process is taken over.
 
     Raises:
-        ValueError: If something in the suite cannot work, or another evaluation is at work in the folder; nothing has
-            been made then.
+        ValueError: If something in the suite cannot work; nothing has been made then.
         OSError: If results cannot be written; those so far are kept.
     """
-    state = PartialState(**({} if torch.cuda.is_available() else {"cpu": True}), timeout=_DAYS)
+    report = on_progress or (lambda done: None)
     plan = make_plan(suite)
-    with _locked(out) if state.is_main_process else nullcontext():
-        if state.is_main_process:
-            write(out / PLAN, plan)
-        state.wait_for_everyone()  # else another process begins while the first one learns that it may not
-        work = list(zip(batches(suite), plan.batches, strict=True))[state.process_index :: state.num_processes]
-        kept = [_look(out, batch, planned) for batch, planned in work]
-        for damage in gather_object([damage for one in kept for damage in one.damage]):
-            if state.is_main_process:
-                logger.error("%s; it is generated again", damage)
-        todo = [pair for pair, one in zip(work, kept, strict=True) if not (one.made and one.scored)]
-        _do(suite, out, _device(suite, state), todo, len(work), on_progress or (lambda done: None))
-        state.wait_for_everyone()
-    return state.is_main_process
+    write(out / PLAN, plan)
+    claims = Claims(out / CLAIMS, patience)
+    left = {
+        planned.key: _Todo(batch, planned, is_done(out, planned), _last_failure(out, planned))
+        for batch, planned in zip(batches(suite), plan.batches, strict=True)
+    }
+    number, worker = len(left), None
+    while left:
+        waits = True
+        report(number - len(left))
+        for key, todo in list(left.items()):
+            with claims.claim(key) as claim:
+                if claim is None:
+                    continue
+                waits = False
+                if not todo.is_settled(out):
+                    worker = worker or _open_checked(suite, out, left.values())
+                    done = number - len(left)
+                    worker.do(todo.batch, todo.planned, claim, lambda share, done=done: report(done + share))
+                del left[key]
+            report(number - len(left))
+        if waits and left:
+            time.sleep(_LOOK_AGAIN)
+    report(number)
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keeps other evaluations out of a folder. A lock ends with its process, however that ends.
+@dataclass(frozen=True)
+class _Todo:
+    """A batch that is perhaps to be done.
+
+    Attributes:
+        batch: The batch.
+        planned: Where it is kept.
+        old: Whether it was done when this process began, so that it may have been damaged since.
+        failure: When it last failed before this process began; None if it did not.
+    """
+
+    batch: Batch
+    planned: Planned
+    old: bool
+    failure: int | None
+
+    def is_settled(self, out: Path) -> bool:
+        """Whether nothing is to be done: it is there, whole, or another process has just tried in vain."""
+        if _last_failure(out, self.planned) != self.failure:
+            return True
+        if not self.old and is_done(out, self.planned):
+            return True  # another process has just made it
+        kept = _look(out, self.batch, self.planned)
+        for damage in kept.damage:
+            logger.error("%s; it is generated again", damage)
+        return kept.made and kept.scored
+
+
+def _last_failure(out: Path, planned: Planned) -> int | None:
+    try:
+        return (batch_folder(out, planned.key) / FAILED).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _open_checked(suite: Suite, out: Path, left: Iterable[_Todo]) -> "Worker":
+    """Opens a worker, and goes through all that is to be made.
 
     Raises:
-        FileError: If another one is at work there.
-        OSError: If there cannot be such a folder, or nothing can be written into it.
+        ValueError: If something cannot be opened, or something in the suite cannot work.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=_PATIENCE)
-    except Timeout as error:
-        raise FileError(
-            f"another evaluation is at work in {out}; wait until it is done, stop it, or give another folder (--out)"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    if suite.threads is not None:
+        torch.set_num_threads(suite.threads)
+    worker = open_worker(suite, out, _device(suite))
+    worker.check([todo.batch for todo in left if not is_done(out, todo.planned)])
+    return worker
 
 
 @dataclass(frozen=True)
@@ -142,30 +178,13 @@ def _look(out: Path, batch: Batch, planned: Planned) -> _Kept:
     return _Kept(made is not None, scores is not None, tuple(damage))
 
 
-def _do(
-    suite: Suite, out: Path, device: str, todo: Sequence[tuple[Batch, Planned]], number: int, report: OnProgress
-) -> None:
-    """Makes and scores what is left of a number of batches."""
-    done = number - len(todo)
-    report(done)
-    if not todo:
-        return
-    if suite.threads is not None:
-        torch.set_num_threads(suite.threads)
-    worker = open_worker(suite, out, device)
-    worker.check(todo)
-    for batch, planned in todo:
-        worker.do(batch, planned, lambda share, done=done: report(done + share))
-        done += 1
-        report(done)
-
-
-def _device(suite: Suite, state: PartialState) -> str:
-    """Where this process works: what the suite says, else the GPU of its own that accelerate gave it."""
-    if suite.device not in (None, "cuda"):
-        return choose_device(suite.device)
-    own = torch.device(state.device or "cpu")
-    return str(own) if own.type == "cuda" else choose_device(suite.device)
+def _device(suite: Suite) -> str:
+    """Where this process works: what the suite says; of several GPUs, that of its number on this machine."""
+    device = choose_device(suite.device)
+    if device != "cuda":
+        return device
+    rank = next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "0")
+    return f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
 def is_done(out: Path, planned: Planned) -> bool:
@@ -211,14 +230,14 @@ class Worker:
         """Where the model runs, wherever an offloaded one waits meanwhile."""
         return self.pipe._execution_device
 
-    def check(self, todo: Sequence[tuple[Batch, Planned]]) -> None:
+    def check(self, todo: Iterable[Batch]) -> None:
         """Goes through everything that is to be made, up to the first denoising step.
 
         Raises:
             ValueError: With all problems, each with its scene and arm.
         """
         problems = []
-        for batch in {(batch.scene.name, batch.arm.name, batch.arm.alone): batch for batch, _ in todo}.values():
+        for batch in {(batch.scene.name, batch.arm.name, batch.arm.alone): batch for batch in todo}.values():
             try:
                 rehearse(self.pipe, self._run(batch))
             except ValueError as error:
@@ -226,8 +245,10 @@ class Worker:
         if problems:
             raise ValueError("\n".join(["the suite cannot be evaluated:", *problems]))
 
-    def do(self, batch: Batch, planned: Planned, on_progress: OnProgress) -> None:
+    def do(self, batch: Batch, planned: Planned, claim: Claim, on_progress: OnProgress) -> None:
         """Makes and scores one batch. What goes wrong in it is written down and stops nothing else.
+
+        If another process has taken the batch over meanwhile, its results stand.
 
         Raises:
             OSError: If results cannot be written.
@@ -240,6 +261,9 @@ class Worker:
             except Exception as error:  # whatever models and libraries raise
                 clear(self.out, planned.key)  # else what is damaged would pass for made
                 _write_down(folder, planned, error)
+                return
+            if not claim.held:
+                logger.warning("%s was taken over by another process: this one had given no sign of life", planned.key)
                 return
             self._keep(planned, made, cost)
             images = [picture.image for picture in made.pictures]

@@ -4,15 +4,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source
-from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.scenes import read_as
-from lora_compose.compose.playground.assets import assets_dir, lora_source
+from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver, check_savers, in_order
 from lora_compose.pipelines.concepts.loading import find_file
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
@@ -42,7 +41,7 @@ class SuiteConcept(_Frozen):
         class_word: The noun after it.
         references: Reference images: a folder, a list of files, or `playground:NAME`.
         weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
-        blocks: Further factors, by block of the denoiser (`Concept.blocks`).
+        blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
         negative_prompt: Negative prompt of its region, for methods that read a text per concept.
     """
 
@@ -375,26 +374,6 @@ def without_triggers(prompt: str, concepts: Sequence[SuiteConcept]) -> str:
         for start, end in reversed(find_words(concept.trigger, prompt)):
             prompt = prompt[:start] + prompt[end:].lstrip()
     return re.sub(r"\s+", " ", prompt).strip()
-
-
-def suites_dir() -> Path:
-    """The folder with the suites that come along."""
-    return assets_dir() / "suites"
-
-
-def find_suite(name: str) -> Path:
-    """The file of a suite: a path, or the name of one that comes along.
-
-    Raises:
-        FileError: If there is neither; the message lists the names.
-    """
-    path = Path(name).expanduser()
-    if path.suffix.lower() in (".yaml", ".yml", ".json"):
-        return path
-    shipped = {file.stem: file for file in sorted(suites_dir().glob("*.yaml"))}
-    if name not in shipped:
-        raise FileError(f"there is no suite {name!r}; give a file (YAML or JSON), or one of {_listed(list(shipped))}")
-    return shipped[name]
 
 
 def read_suite(name: str) -> Suite:

@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND, lora_source, playground_model
+from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.pipelines.scene import Concept, Run
 
-_FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_PICKLES = (".ckpt", ".bin", ".pt")
+_FILES = (".safetensors", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -27,6 +29,43 @@ def free_path(path: Path) -> Path:
 def is_hub_name(source: str) -> bool:
     """Whether a source reads as a repository on the hub ("user/my-cat-lora") and not as a file."""
     return bool(_HUB.fullmatch(source)) and not source.lower().endswith(_FILES)
+
+
+class ModelError(ValueError):
+    """A model that cannot be opened; the message says why and what was expected."""
+
+
+def check_lora(source: str) -> None:
+    """Raises ValueError if a name of a LoRA leads nowhere on this machine; the hub is not asked."""
+    path = _expanded(lora_source(source))
+    pickled = path.suffix.lower() in _PICKLES  # refused whether they are there or not, with what to do instead
+    if source and not pickled and not path.exists() and not is_hub_name(source):
+        raise ValueError(f"there is no file {source!r}{file_near(path)}")
+
+
+def model_source(model: str) -> Path:
+    """What a run's `model` names: the playground's folder, a folder, a file, or a hub repository as if it were a path.
+
+    Raises:
+        ModelError: If there is no such model, or it is no model as diffusers saves it.
+    """
+    if model == PLAYGROUND:
+        return playground_model()
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix.lower() != ".safetensors":
+        raise ModelError(f"{model!r}: a model in one file must be .safetensors; a pickle could run code when opened")
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        raise ModelError(f"the folder {model!r} has no model_index.json; expected a model as diffusers saves it")
+    if not path.exists() and not is_hub_name(model):
+        raise ModelError(
+            f"there is no model {model!r}{_model_near(path)}; expected {PLAYGROUND}, a folder as diffusers saves it, "
+            "a .safetensors file, or a hub repository such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
+    return path
+
+
+def _model_near(path: Path) -> str:
+    return did_you_mean(path.name, [PLAYGROUND]) or file_near(path)
 
 
 def local_source(source: str, base: Path) -> str:

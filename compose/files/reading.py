@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from lora_compose.compose.support.names import file_near
 from lora_compose.pipelines.regular import open_regular
 
 
@@ -19,6 +20,6 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         with open_regular(path) as file:
             yield file
     except FileNotFoundError as error:
-        raise FileError(f"there is no file {str(path)!r}") from error
+        raise FileError(f"there is no file {str(path)!r}{file_near(path)}") from error
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.support.names import did_you_mean
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -50,7 +51,8 @@ def _place(location: tuple[int | str, ...]) -> str:
 def _complaint(kind: type[BaseModel], found: Any) -> str:
     location, problem = found["loc"], found["type"]
     if problem == "extra_forbidden":
-        return f"unknown field; fields are {', '.join(_fields(kind, location[:-1]))}"
+        known = _fields(kind, location[:-1])
+        return f"unknown field; fields are {', '.join(known)}{did_you_mean(str(location[-1]), known)}"
     if problem == "missing":
         return "is missing"
     if problem == "value_error":

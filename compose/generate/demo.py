@@ -1,7 +1,7 @@
 """The demo: pairs of the playground's concepts, each alone and composed by several methods, and three in boxes."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from PIL import Image
 
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
-from lora_compose.compose.files.paths import free_path
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.making import make
@@ -23,6 +22,7 @@ SEEDS = (0, 1, 2)  # the first three, not picked by what they show
 STEPS, GUIDANCE = 25, 4.0
 THREADS = 1  # a model this small gains little from more, and loses a lot where other programs are busy
 
+_PAIRS_TITLE = "Two concepts, each trained alone"
 BOXES = ((0, 16, 60, 112), (68, 16, 128, 112))  # left and right on the playground's canvas
 COMPOSED = ("merge", "regional", "lora-composer")
 COLUMNS = {
@@ -50,49 +50,49 @@ class Job:
         return f"{self.scene}-{self.part}-{self.run.seed}.png"
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What the demo has written: the folder with all images, and the sheets in it, of pairs and of three."""
-
-    folder: Path
-    sheet: Path
-    three: Path
-
-
 def jobs(seeds: Sequence[int] = SEEDS, steps: int = STEPS) -> list[Job]:
-    """All images, so that images with the same LoRAs follow each other."""
+    """All images: first those of one pair and seed, then all others, so that those with the same LoRAs follow."""
     scenes = {name: read_scene(assets_dir() / "scenes" / f"{name}.yaml") for name in (*PAIRS, THREE)}
     parts = [(name, *part) for name in PAIRS for part in _pair(scenes[name])]
     boxed = scenes[THREE]
     merged = boxed.model_copy(update={"concepts": tuple(_unboxed(concept) for concept in boxed.concepts)})
     parts += [(THREE, method, merged if method == "merge" else boxed, method) for method in COMPOSED]
-    return [
+    found = [
         Job(name, part, Run(scene=scene, model=PLAYGROUND, method=method, steps=steps, guidance_scale=GUIDANCE,
             seed=seed, device="cpu"))
         for name, part, scene, method in parts
         for seed in seeds
     ]  # fmt: skip
+    return sorted(found, key=lambda job: (job.scene, job.run.seed) != (PAIRS[0], seeds[0]))
 
 
-def show(out: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -> Shown:
-    """Makes the images and the sheet.
+def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]) -> Iterator[Path]:
+    """Makes the images, and sheets of them as soon as all their images are there.
 
     Args:
-        out: Where to; if there is something already, a numbered folder beside it.
-        todo: What to make.
+        folder: Where to.
+        todo: What to make, as `jobs` says it.
         on_progress: Called with the number of images done, fractions included.
+
+    Yields:
+        The sheets: the first pair with the first seed, all pairs, and three concepts.
     """
-    folder = free_path(out)
+    first = todo[0].scene, todo[0].run.seed
+    sheets = {
+        "first.png": (_PAIRS_TITLE, [job for job in todo if (job.scene, job.run.seed) == first]),
+        "sheet.png": (_PAIRS_TITLE, [job for job in todo if job.scene != THREE]),
+        "three.png": ("Three concepts, a box for each", [job for job in todo if job.scene == THREE]),
+    }
     pipe = open_model(todo[0].run)
     pictures = {}
     with threads(THREADS):
         for i, job in enumerate(todo):
             made = make(pipe, job.run, lambda share, done=i: on_progress(done + share))
             save_image(made.image, folder / job.file_name, made.record)
-            pictures[job.scene, job.part, job.run.seed] = made.image
-    pairs = _sheet(pictures, [job for job in todo if job.scene != THREE], "Two concepts, each trained alone")
-    three = _sheet(pictures, [job for job in todo if job.scene == THREE], "Three concepts, a box for each")
-    return Shown(folder, save_image(pairs, folder / "sheet.png"), save_image(three, folder / "three.png"))
+            pictures[job.file_name] = made.image
+            for name, (title, needed) in sheets.items():
+                if job == needed[-1]:
+                    yield save_image(_sheet(pictures, needed, title), folder / name)
 
 
 def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
@@ -116,15 +116,16 @@ def _ordinary(concept: Concept) -> Concept:
     return concept.model_copy(update={"lora": (concept.lora or "").removesuffix("-tara")})
 
 
-def _sheet(pictures: dict[tuple[str, str, int], Image.Image], jobs: Sequence[Job], title: str) -> Image.Image:
+def _sheet(pictures: Mapping[str, Image.Image], jobs: Sequence[Job], title: str) -> Image.Image:
     """A row for every scene and seed, a column for every part."""
     prompts = {job.scene: job.run.scene.prompt for job in jobs if job.part == "merge"}
     parts, seeds = (list(dict.fromkeys(each)) for each in zip(*((job.part, job.run.seed) for job in jobs), strict=True))
+    by_place = {(job.scene, job.part, job.run.seed): pictures[job.file_name] for job in jobs}
     rows = []
     for name, prompt in prompts.items():
         for i, seed in enumerate(seeds):
             label = (name.replace("-", " + "), f"seed {seed}", *textwrap.wrap(f'"{prompt}"', 22))
-            rows.append(Row(label, [pictures[name, part, seed] for part in parts], parted=i == 0))
+            rows.append(Row(label, [by_place[name, part, seed] for part in parts], parted=i == 0))
     lines = [
         f"The playground's model on the CPU, {jobs[0].run.steps} steps, guidance {GUIDANCE:g}.",
         "The images of a row start from the same noise; the seeds were not picked by what they show.",

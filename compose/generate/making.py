@@ -198,10 +198,8 @@ class _Rehearsed(Exception):  # noqa: N818 (nothing has gone wrong)
 @contextmanager
 def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settings | None, dict[str, Any]]]:
     """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
-    if pipe.denoiser.dtype != getattr(torch, run.dtype):
-        raise ValueError(
-            f"the run asks for {run.dtype}, but the model was opened in {pipe.denoiser.dtype}; open it again"
-        )
+    if pipe.model.dtype != getattr(torch, run.dtype):
+        raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.model.dtype}; open it again")
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     settings = resolve_settings(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)

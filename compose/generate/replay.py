@@ -1,20 +1,60 @@
 """Reproducing an image from its record, and reporting what differs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lora_compose.compose.files.images import Record
+from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.files.paths import is_hub_name
-from lora_compose.compose.generate.machine import devices
+from lora_compose.compose.generate.machine import devices, threads
 from lora_compose.compose.generate.making import Made, make_batch
+from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import lora_source
+from lora_compose.compose.support.savers import Saver
+from lora_compose.compose.support.terminal import bar, say
 from lora_compose.pipelines.concepts.loading import find_file
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run
+
+
+def replay_and_compare(
+    record: Record,
+    given: Image.Image,
+    *,
+    out: Path | None = None,
+    loras: Path | None = None,
+    model: str | None = None,
+    savers: Collection[Saver] = (),
+) -> bool:
+    """Reproduces an image, says what has changed since, and returns whether every pixel is the same.
+
+    Args:
+        record: What the image says.
+        given: Its pixels.
+        out: Where to write the new image; None is nowhere.
+        loras: A folder in which LoRA files are looked for, by content.
+        model: Where the model is now, if it has moved.
+        savers: Options that save memory.
+
+    Raises:
+        ValueError: If LoRAs are missing, the model cannot be opened, or the record cannot be run.
+    """
+    asked = runnable(record, loras)
+    asked = asked if model is None else asked.model_copy(update={"model": model})
+    say(f"{asked.model}, {asked.method or 'no method'}, seed {asked.seed}, {asked.steps} steps: {asked.scene.prompt}")
+    pipe = open_model(asked, savers)
+    with threads(record.machine.threads), bar("composing", 1) as on_progress:
+        made = remake(pipe, record, asked, on_progress)
+    if out is not None:
+        say(save_image(made.image, out, made.record))
+    for change in changes(record, made.record):
+        say(f"changed: {change}", style="yellow")
+    found = difference(given, made.image)
+    say(f"different: {found}" if found else "identical: every pixel is the same", style="red" if found else "green")
+    return found is None
 
 
 def runnable(record: Record, loras: Path | None = None) -> Run:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +16,7 @@ from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.deltas import MAX_RANK, inner, rank_of
 from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.layers import Layer, by_layer
-from lora_compose.pipelines.formats.recognise import form, guess_family
+from lora_compose.pipelines.formats.recognise import UNSUPPORTED, form, guess_family
 
 # What trainers write about their work, and how we call it.
 _FACTS = {
@@ -43,7 +43,10 @@ _FACTS = {
     "ss_clip_skip": "clip skip",
     "ss_training_comment": "comment",
 }
-_MANY = 200  # letters of a fact that are shown
+_MANY = 200  # letters of a fact, and merged files, that are shown
+
+RECORD = "lora_compose.merge"
+"""Where a merged file says what was merged, and how: JSON in its metadata."""
 
 
 class _Frozen(BaseModel):
@@ -59,7 +62,7 @@ class Block(_Frozen):
         layers: How many layers are changed.
         ranks: The ranks the file says.
         alphas: The alphas that scale the change over the rank; empty where the file says none.
-        norm: Frobenius norm of the change, as it is applied.
+        norm: Frobenius norm of the change, as it is applied; None if it was matched with no model.
     """
 
     part: str
@@ -67,7 +70,7 @@ class Block(_Frozen):
     layers: int
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
-    norm: float
+    norm: float | None
 
 
 class Inspection(_Frozen):
@@ -127,9 +130,12 @@ def inspect(
 ) -> tuple[Inspection, Factors | None]:
     """Looks at a file, and matches it with a model.
 
+    Without a model, nothing is a problem that only a model could tell: what does not match the family's own layers is
+    listed under the names that the file has for them.
+
     Args:
         file: What was read.
-        pipe: The model; by default that of the file's family, at full size and without weights.
+        pipe: The model; by default that of the file's family, at full size and without weights, if there is one.
         model: What the model is called.
         alpha: For files that do not say theirs.
         max_rank: As in `lora_compose.pipelines.concepts.loading.match`.
@@ -146,16 +152,18 @@ def inspect(
     known = Inspection(
         file=str(file.path), sha256=file.sha256, size=file.path.stat().st_size if file.path.is_file() else 0,
         form=form([*file.tensors]), family=family, why=why, matched_with=None,
-        triggers=tuple(_triggers(file)), facts=tuple(_facts(file.metadata)),
+        triggers=tuple(_triggers(file)), facts=(*merge_facts(file.metadata), *_facts(file.metadata)),
     )  # fmt: skip
-    if pipe is None and family in FAMILIES:
+    alone = pipe is None
+    if alone and family in FAMILIES:
         pipe, model = without_weights(family), family
     if pipe is None:
-        name = family or "an unknown family of models"
-        return known.model_copy(update={"problem": f"it is for {name}; only {', '.join(FAMILIES)} are composed"}), None
+        return _unmatched(known, file), None
     try:
         factors = match(file, pipe, alpha=alpha, max_rank=max_rank)
     except LoraError as error:
+        if alone:  # nobody named a model
+            return _unmatched(known, file, str(error).replace("this model", f"{family} at full size")), None
         return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
     gathered = by_layer(file)
     layers, unmatched = assign(file, gathered, pipe)
@@ -167,6 +175,36 @@ def inspect(
         "notes": factors.notes,
     }
     return known.model_copy(update=found), factors
+
+
+def _unmatched(known: Inspection, file: LoraFile, why: str | None = None) -> Inspection:
+    """What a file changes, by its own keys alone; `why` says why it was not matched with its family's layers."""
+    try:
+        gathered = by_layer(file)
+        own = Alphas(file).own
+        blocks: dict[tuple[str, str], list[Layer]] = {}
+        for layer in gathered.layers:
+            blocks.setdefault((layer.part, _block_in_file(layer.module)), []).append(layer)
+        found = tuple(_block_of_file(part, name, inside, own) for (part, name), inside in blocks.items())
+    except (LoraError, ValueError) as error:
+        return known.model_copy(update={"problem": str(error)})
+    kinds = {kind for layer in gathered.layers for slot, kind in UNSUPPORTED.items() if slot in layer.slots}
+    about = {"problem": f"it is {min(kinds)}"} if kinds else {"notes": () if why is None else (why,)}
+    return known.model_copy(update={"blocks": found, "unmatched": gathered.unknown, **about})
+
+
+def _block_of_file(part: str, name: str, layers: Sequence[Layer], own: Callable[[str, Layer], float | None]) -> Block:
+    ranks = {rank for layer in layers if (rank := rank_of(layer.slots)) is not None}
+    alphas = {alpha for layer in layers if (alpha := own(layer.module, layer)) is not None}
+    return Block(
+        part=part, name=name, layers=len(layers), ranks=tuple(sorted(ranks)), alphas=tuple(sorted(alphas)), norm=None
+    )  # fmt: skip
+
+
+def _block_in_file(module: str) -> str:
+    """The block of a layer by the name that the file has for it: "double_blocks", "down_blocks_1", "mid_block"."""
+    found = re.match(r"(?:input|output|down|up)_blocks_\d+|[a-z_]*?(?:blocks?|layers)(?=_|$)", module)
+    return found[0] if found else module
 
 
 def _fitting(file: LoraFile, alpha: float | None) -> str | None:
@@ -198,6 +236,25 @@ def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
                 tags[tag.strip()] = tags.get(tag.strip(), 0) + count
     for tag in sorted(tags, key=lambda tag: -tags[tag])[:5]:
         yield _short(tag), f"in {tags[tag]} captions"
+
+
+def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What a file that `lora-compose merge` wrote says of its making: the method, and each of its inputs.
+
+    Anyone can write such metadata, so nothing is believed about its form.
+    """
+    record = _parsed(metadata.get(RECORD))
+    files = record.get("files")
+    if not isinstance(files, list):
+        return
+    settings = record.get("settings")
+    said = [f"{name}={value}" for name, value in settings.items()] if isinstance(settings, dict) else []
+    said += [f"rank {record['rank']}"] if record.get("rank") is not None else []
+    yield "merged by", _short(" ".join([str(record.get("method")), f"({', '.join(said)})" if said else ""]).strip())
+    for one in files[:_MANY]:
+        if isinstance(one, dict):
+            weight, sha256 = one.get("weight"), str(one.get("sha256"))
+            yield "merged from", _short(f"{one.get('name')}, weight {weight}, SHA-256 {sha256[:12]}")
 
 
 def _facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.compose.files.atomic import write_new, write_whole
-from lora_compose.compose.lora.inspection import block_of
+from lora_compose.compose.lora.inspection import RECORD, block_of
 from lora_compose.compose.support.version import __version__
 from lora_compose.pipelines.concepts.loading import match
 from lora_compose.pipelines.formats.by_name import by_name
@@ -38,8 +38,6 @@ except ImportError:  # Windows
     resource = None
 
 Name = tuple[Part, str]
-RECORD = "lora_compose.merge"
-"""Metadata key of the sources and the method of a merge."""
 
 # What the header of a file says of its base model; kept where all files that are merged agree.
 _BASE = (

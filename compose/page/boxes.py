@@ -1,7 +1,7 @@
-"""Boxes on a canvas: templates, and what was drawn made to fit."""
+"""Boxes on a canvas: templates, a free place for one more, and what was drawn made to fit."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations, product
 
 Box = tuple[int, int, int, int]
 
@@ -9,6 +9,7 @@ LEAST = 8
 """Pixels that a side of a box has at least: one cell of the latents."""
 
 _MARGIN = 1 / 32  # of the canvas, between boxes and its edges
+_ROOM = 1 / 4  # of the canvas' sides, that a free place has at least
 _BIG = 0.62  # of the width, for the big one of "big and small"
 
 TEMPLATES = {"Side by side": 2, "Three in a row": 3, "Big and small": 2}
@@ -36,6 +37,54 @@ def template(name: str, number: int, width: int, height: int) -> list[Box]:
                 (1 - _MARGIN) * height), width, height)
         for left, right, low in zip(edges, edges[1:], small, strict=False)
     ]  # fmt: skip
+
+
+def one_more(taken: Sequence[Box], width: int, height: int) -> list[Box]:
+    """The boxes with one more at the end: in the largest free place, or in a half of the largest box if all is taken.
+
+    Args:
+        taken: The boxes so far.
+        width: Of the canvas, in pixels.
+        height: Of the canvas, in pixels.
+    """
+    if not taken:
+        return template("Side by side", 1, width, height)
+    gap = max(1.0, _MARGIN * width)
+    free = _inset(max(_free(taken, width, height), key=_area, default=(0, 0, 0, 0)), gap)
+    if free[2] - free[0] >= _ROOM * width and free[3] - free[1] >= _ROOM * height:
+        return [*taken, fitted(free, width, height)]
+    divided = max(range(len(taken)), key=lambda i: _area(taken[i]))
+    kept, new = (fitted(half, width, height) for half in _halves(taken[divided], gap))
+    return [*taken[:divided], kept, *taken[divided + 1 :], new]
+
+
+def _free(taken: Sequence[Box], width: int, height: int) -> list[Box]:
+    """Rectangles between the edges of boxes and canvas that no box reaches into."""
+    across = sorted({0, width, *(edge for box in taken for edge in (box[0], box[2]))})
+    down = sorted({0, height, *(edge for box in taken for edge in (box[1], box[3]))})
+    return [
+        (left, top, right, bottom)
+        for (left, right), (top, bottom) in product(combinations(across, 2), combinations(down, 2))
+        if all(box[2] <= left or right <= box[0] or box[3] <= top or bottom <= box[1] for box in taken)
+    ]
+
+
+def _inset(box: Box, gap: float) -> tuple[float, float, float, float]:
+    return box[0] + gap, box[1] + gap, box[2] - gap, box[3] - gap
+
+
+def _halves(box: Box, gap: float) -> list[tuple[float, float, float, float]]:
+    """Both halves of its longer side, with a gap between them."""
+    left, top, right, bottom = box
+    if right - left >= bottom - top:
+        middle = (left + right) / 2
+        return [(left, top, middle - gap / 2, bottom), (middle + gap / 2, top, right, bottom)]
+    middle = (top + bottom) / 2
+    return [(left, top, right, middle - gap / 2), (left, middle + gap / 2, right, bottom)]
+
+
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def fitted(box: Sequence[float], width: int, height: int) -> Box:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.page.labels import label_of, setting_label
 from lora_compose.pipelines.methods import METHODS, make_method
 
 Kind = Literal["choice", "switch", "whole", "number", "words", "yaml"]
@@ -20,14 +21,16 @@ class Control:
 
     Attributes:
         name: The field's name.
+        label: What it is called on the page.
         kind: What sets it: one of several values, on or off, a whole number, a number, words as they are, or
             text read as YAML.
         default: The field's default.
         choices: The values of a "choice".
-        help: What the settings' docstring says about it.
+        help: The field's name, and what the settings' docstring says about it.
     """
 
     name: str
+    label: str
     kind: Kind
     default: Any
     choices: tuple[Any, ...] = ()
@@ -59,15 +62,15 @@ def controls(method: str) -> tuple[Control, ...]:
     kind = METHODS[method]
     hints, texts = get_type_hints(kind), _field_texts(kind)
     return tuple(
-        _control(field.name, hints[field.name], _default(field), texts.get(field.name, ""))
+        _control(method, field.name, hints[field.name], _default(field), texts.get(field.name, ""))
         for field in dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
         if field.init
     )
 
 
 def sentence(method: str) -> str:
-    """What a method does, in one sentence."""
-    return (inspect.getdoc(METHODS[method]) or "").partition("\n")[0]
+    """What a method does, in few sentences; for a method without a label that of its docstring."""
+    return label_of(method).sentence or (inspect.getdoc(METHODS[method]) or "").partition("\n")[0]
 
 
 def changed(method: str, shown: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,11 +86,12 @@ def changed(method: str, shown: Mapping[str, Any]) -> dict[str, Any]:
     return different
 
 
-def _control(name: str, hint: Any, default: Any, text: str) -> Control:
+def _control(method: str, name: str, hint: Any, default: Any, text: str) -> Control:
+    label, text = setting_label(method, name), f"{name}: {text}"
     if get_origin(hint) is Literal:
-        return Control(name, "choice", default, get_args(hint), text)
+        return Control(name, label, "choice", default, get_args(hint), text)
     kinds: dict[Any, Kind] = {bool: "switch", int: "whole", float: "number", str: "words", str | None: "words"}
-    return Control(name, kinds.get(hint, "yaml"), default, (), text)
+    return Control(name, label, kinds.get(hint, "yaml"), default, (), text)
 
 
 def _plain(value: Any) -> Any:

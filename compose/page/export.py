@@ -8,8 +8,18 @@ from pathlib import Path
 
 from lora_compose.compose.files.scenes import write_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.support.savers import Saver
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.savers import OFFLOADS, Saver
+from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Run, Scene
+
+_ASSETS = "lora_compose.compose.playground.assets"
+_SAVING = {
+    Saver.TILING: "enable_tiling(pipe.vae)",
+    Saver.MODEL_OFFLOAD: "pipe.enable_model_cpu_offload()",
+    Saver.SEQUENTIAL_OFFLOAD: "pipe.enable_sequential_cpu_offload()",
+    Saver.GRADIENT_CHECKPOINTING: "pipe.unet.enable_gradient_checkpointing()",
+}
 
 
 def portable(run: Run, files: Mapping[str, str]) -> Run:
@@ -49,34 +59,94 @@ def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -
     return shlex.join(words)
 
 
-def python(run: Run, savers: Sequence[Saver] = ()) -> str:
-    """A program that makes the run, with the same memory options, and saves the image with its record."""
-    scene = run.scene
-    concepts = "".join(f"        {_call('Concept', concept.model_dump(exclude_none=True))},\n" for concept in
-                       scene.concepts)  # fmt: skip
-    fields = run.model_dump(exclude={"scene"}, exclude_none=True)
-    lines = "".join(f"    {name}={dict(value) if name == 'settings' else value!r},\n" for name, value in fields.items())
-    known = "from lora_compose.compose.support.savers import Saver\n" if savers else ""
-    opened = [f"[{', '.join(f'Saver.{saver.name}' for saver in savers)}]"] if savers else []
+def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None) -> str:
+    """A program that makes the run and saves its image, as one would write it by hand.
+
+    Args:
+        run: As it was made.
+        savers: Options that save memory.
+        scheduler: The model's own, which need not be said; None if it is not known.
+    """
+    imports = {"lora_compose": {"ComposePipeline"}}
+    lines = _opening(run, savers, imports)
+    if run.scheduler is not None and run.scheduler != scheduler:
+        imports.setdefault("diffusers", set()).add(run.scheduler)
+        lines.append(f"pipe.scheduler = {run.scheduler}.from_config(pipe.scheduler.config)")
+    for concept in run.scene.concepts:
+        lora = concept.lora or ""
+        source = _value(lora)
+        if lora.startswith(f"{PLAYGROUND}:"):
+            imports.setdefault(_ASSETS, set()).add("playground_lora")
+            source = f"playground_lora({_value(lora.removeprefix(f'{PLAYGROUND}:'))})"
+        loaded = concept.model_dump(include={"name", "trigger", "class_word", "alpha"}, exclude_none=True)
+        lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
+    asked = _asked(run, imports)
     return (
-        "from lora_compose import Concept, Run, Scene\n"
-        "from lora_compose.compose.files import save_image\n"
-        f"from lora_compose.compose.generate import make, open_model\n{known}\n"
-        "scene = Scene(\n"
-        f"    prompt={scene.prompt!r},\n"
-        f"    negative_prompt={scene.negative_prompt!r},\n"
-        f"    concepts=(\n{concepts}    ),\n"
-        f"    width={scene.width!r},\n"
-        f"    height={scene.height!r},\n"
-        ")\n"
-        f"run = Run(\n    scene=scene,\n{lines})\n"
-        f"made = make(open_model({', '.join(['run', *opened])}), run)\n"
-        'print(save_image(made.image, "picture.png", made.record))\n'
+        "import torch\n"
+        + "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items()))
+        + "\n"
+        + "\n".join(lines)
+        + "\n\nimage = pipe(\n"
+        + "".join(f"    {line},\n" for line in asked)
+        + ').images[0]\nimage.save("picture.png")\n'
     )
 
 
+def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) -> list[str]:
+    """The lines that open the model; what they need is added to the imports."""
+    source, maker = _value(run.model), "from_pretrained"
+    if run.model == PLAYGROUND:
+        imports.setdefault(_ASSETS, set()).add("playground_model")
+        source = "playground_model()"
+    elif run.model.endswith(".safetensors"):
+        maker = "from_single_file"
+    dtype = f", dtype=torch.{run.dtype}" if run.dtype != "float32" else ""
+    moved = f'.to("{run.device}")' if run.device not in (None, "cpu") and OFFLOADS.isdisjoint(savers) else ""
+    lines = [f"pipe = ComposePipeline.{maker}({source}{dtype}){moved}"]
+    if Saver.TILING in savers:
+        imports.setdefault("lora_compose.compose.support.savers", set()).add("enable_tiling")
+    return lines + [_SAVING[saver] for saver in savers]
+
+
+def _asked(run: Run, imports: dict[str, set[str]]) -> list[str]:
+    """The arguments of the call."""
+    scene = run.scene
+    lines = [_value(scene.prompt)]
+    lines += [f"negative_prompt={_value(scene.negative_prompt)}"] if scene.negative_prompt else []
+    if scene.concepts:
+        told = [
+            concept.model_dump(exclude={"lora", "trigger", "class_word", "alpha"}, exclude_none=True)
+            for concept in scene.concepts
+        ]
+        told = [{name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in told]
+        if any(len(fields) > 1 for fields in told):
+            imports["lora_compose"].add("Concept")
+            concepts = "".join(f"        {_call('Concept', fields)},\n" for fields in told)
+            lines.append(f"concepts=[\n{concepts}    ]")
+        else:
+            lines.append(f"concepts=[{', '.join(_value(fields['name']) for fields in told)}]")
+        if run.method is not None and run.settings:
+            kind = METHODS[run.method].__name__
+            imports["lora_compose"].add(kind)
+            lines.append(f"method={_call(kind, run.settings)}")
+        elif run.method is not None:
+            lines.append(f"method={_value(run.method)}")
+    lines += [f"{side}={value}" for side, value in (("width", scene.width), ("height", scene.height)) if value]
+    lines += [f"num_inference_steps={run.steps}", f"guidance_scale={run.guidance_scale!r}"]
+    return [*lines, f"generator=torch.Generator().manual_seed({run.seed})"]
+
+
 def _call(kind: str, fields: Mapping[str, object]) -> str:
-    return f"{kind}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+    return f"{kind}({_arguments(fields)})"
+
+
+def _arguments(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={_value(value)}" for name, value in fields.items())
+
+
+def _value(value: object) -> str:
+    """As it is written in Python, text between double quotes, for which JSON has the same rules."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def _as_yaml(value: object) -> str:

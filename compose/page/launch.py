@@ -2,15 +2,11 @@
 
 import importlib.util
 import ipaddress
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import say
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
@@ -49,20 +45,19 @@ def options() -> Options:
     )
 
 
-@kindly(logging.WARNING)
-def ui(
-    port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 8501,
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Address to listen on. Any but localhost admits everyone who can reach it, without a password."
-        ),
-    ] = "localhost",
-    out: Annotated[Path, typer.Option(help="Folder for images and evaluations.")] = Path("outputs"),
-    loras: Annotated[Path | None, typer.Option(help="Folder whose LoRAs the page offers.")] = None,
-    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
-) -> None:
-    """Open the page in a browser: several LoRAs and a prompt."""
+def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) -> None:
+    """Starts the page in this process, until a signal ends it.
+
+    Args:
+        port: Where it listens.
+        host: On which address.
+        out: The folder for images and evaluations.
+        loras: A folder whose LoRAs the page offers.
+        browser: Whether a browser is opened.
+
+    Raises:
+        ValueError: If Streamlit or the folder is missing.
+    """
     if importlib.util.find_spec("streamlit") is None:
         raise ValueError("the page needs one more package: pip install 'lora-compose[ui]'")
     if loras is not None and not loras.is_dir():

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.playground.assets import lora_source
+from lora_compose.compose.playground.assets import PLAYGROUND, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LIMIT = 2
 """Models that are open at once; the one that was not used for longest makes room."""
+
+_FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that the UNet reads
 
 
 class Stopped(Exception):  # noqa: N818 (nothing has gone wrong)
@@ -58,10 +60,16 @@ class Slot:
     Args:
         choice: What was opened.
         pipe: The pipeline.
+
+    Attributes:
+        scheduler: The class of the model's own scheduler.
+        seconds_per_flop: As the last image took; None before the first one.
     """
 
     def __init__(self, choice: Choice, pipe: Any) -> None:
         self.choice = choice
+        self.scheduler = type(pipe.scheduler).__name__
+        self.seconds_per_flop: float | None = None
         self._pipe = pipe
         self._queue: deque[object] = deque()
         self._changed = threading.Condition()
@@ -82,6 +90,13 @@ class Slot:
         sample, scale = self._pipe.unet.config.sample_size, self._pipe.vae_scale_factor
         height, width = (sample, sample) if isinstance(sample, int) else sample
         return width * scale, height * scale
+
+    @property
+    def family(self) -> str | None:
+        """The family of models, in the words of `guess_family`; None if it is not known."""
+        if self.choice.model == PLAYGROUND:
+            return PLAYGROUND
+        return _FAMILIES.get(self._pipe.unet.config.cross_attention_dim)
 
     @contextmanager
     def turn(

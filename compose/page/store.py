@@ -18,8 +18,15 @@ from lora_compose.compose.files.images import Record, read_pixels, record_in
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
-from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_loras, playground_references
+from lora_compose.compose.playground.assets import (
+    PLAYGROUND,
+    PLAYGROUND_TITLE,
+    playground_lora,
+    playground_loras,
+    playground_references,
+)
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, find_file, read_lora
+from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept
 
@@ -51,6 +58,8 @@ class Lora:
         class_word: From its metadata.
         trained_with: From its metadata.
         thumbnail: A PNG; None if there is no image of it.
+        family: The family of models that it is for, as far as its keys and metadata tell.
+        composed: Whether models of that family can be composed here.
     """
 
     source: str
@@ -60,6 +69,8 @@ class Lora:
     class_word: str = ""
     trained_with: str = ""
     thumbnail: bytes | None = None
+    family: str | None = None
+    composed: bool = True
 
     def concept(self, name: str) -> Concept:
         """A concept with this LoRA."""
@@ -77,6 +88,11 @@ class Store:
     def __init__(self) -> None:
         self.folder = new_folder()
         self.uploads: list[Lora] = []
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What uploads are called, by their paths and by their names on the disk."""
+        return {name: lora.shown for lora in self.uploads for name in (lora.source, Path(lora.source).name)}
 
     def close(self) -> bool:
         """Deletes all of them; True once the folder is gone, which takes longer while one is just being written."""
@@ -227,6 +243,8 @@ def _shown(name: str) -> str:
 
 def _described(file: LoraFile, source: str, shown: str, picture: Path | None = None) -> Lora:
     metadata = file.metadata
+    guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
+    ours = metadata.get("base_model") == PLAYGROUND_TITLE
     return Lora(
         source=source,
         shown=shown,
@@ -235,6 +253,8 @@ def _described(file: LoraFile, source: str, shown: str, picture: Path | None = N
         class_word=(file.class_word or "").strip(),
         trained_with=(metadata.get("method") or "").strip(),
         thumbnail=_thumbnail(picture) if picture else _embedded(metadata.get("modelspec.thumbnail")),
+        family=PLAYGROUND if ours else guess.family,
+        composed=ours or guess.supported,
     )
 
 

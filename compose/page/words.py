@@ -30,18 +30,20 @@ class Reading:
         marks: Words of concepts, in order; none of them overlap.
         flags: What is wrong or doubtful, in words.
         missing: Indices of concepts that the prompt does not name.
+        unready: Whether no image can be made before that is mended.
         cut: From which character on the model reads nothing any more; None if it reads all.
     """
 
     marks: tuple[Mark, ...]
     flags: tuple[str, ...]
     missing: tuple[int, ...]
+    unready: bool
     cut: int | None
 
 
 def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Reading:
     """Finds every concept's words in a prompt, as the model's tokenizer reads it."""
-    marks, flags, missing = [], [], []
+    marks, flags, missing, unready = [], [], [], False
     located: list[tuple[Concept, Positions]] = []
     for i, concept in enumerate(concepts):
         if not concept.trigger:
@@ -53,27 +55,31 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
         if not found:
             missing.append(i)
             if concept.prompt is None:
+                unready = True
                 flags.append(f"{concept.name} is missing in the prompt: write “{concept.phrase}”.")
             continue
         flags += _doubts(concept, found)
         try:
             located.append((concept, locate(tokenizer, prompt, concept)))
-        except ValueError as error:
-            flags.append(str(error))
+        except ValueError:
+            unready = True
+            flags.append(
+                f"{concept.name} stands too late in the prompt: the model reads only {_limit(tokenizer)} tokens."
+            )
     try:
         check_disjoint([concept for concept, _ in located], [place for _, place in located], prompt)
-    except ValueError as error:
-        flags.append(str(error))
+    except ValueError:
+        unready = True
+        flags.append("Triggers share words; each concept needs a trigger of its own.")
     cut = cut_off(prompt, tokenizer)
     if cut is not None:
-        limit = tokenizer.model_max_length - 2
-        flags.append(f"The model reads {limit} tokens; it ignores “{_shortened(prompt[cut:])}”.")
-    return Reading(_apart(marks), tuple(flags), tuple(missing), cut)
+        flags.append(f"The model reads {_limit(tokenizer)} tokens; it ignores “{_shortened(prompt[cut:])}”.")
+    return Reading(_apart(marks), tuple(flags), tuple(missing), unready, cut)
 
 
 def cut_off(prompt: str, tokenizer: Any) -> int | None:
     """From which character on a prompt is too long; None if it is not. Words are not divided."""
-    limit = tokenizer.model_max_length - 2
+    limit = _limit(tokenizer)
 
     def tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids)
@@ -114,6 +120,11 @@ def as_html(prompt: str, reading: Reading) -> str:
         pieces.append(f'<span class="lc-{kind}" style="--concept:{colour(mark.concept)}">{inside}</span>')
         at = mark.end
     return f'<p class="lc-prompt">{"".join(pieces)}{_piece(prompt, at, len(prompt), reading.cut)}</p>'
+
+
+def _limit(tokenizer: Any) -> int:
+    """Tokens that are read besides those for start and end."""
+    return tokenizer.model_max_length - 2
 
 
 def _piece(prompt: str, start: int, end: int, cut: int | None) -> str:

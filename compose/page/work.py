@@ -58,6 +58,8 @@ class Job:
         slot: The model.
         runs: One for each image.
         record_attention: Whether attention maps are kept.
+        flops: Operations of each, as far as they are known.
+        comparing: Whether they are shown side by side.
 
     Attributes:
         state: Where it is.
@@ -67,8 +69,17 @@ class Job:
         error: What went wrong, in words.
     """
 
-    def __init__(self, slot: Slot, runs: Sequence[Run], *, record_attention: bool) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        runs: Sequence[Run],
+        *,
+        record_attention: bool,
+        flops: Sequence[int | None] = (),
+        comparing: bool = False,
+    ) -> None:
         self.slot = slot
+        self.comparing = comparing
         self.runs = tuple(runs)
         self.state: State = "waiting"
         self.ahead = 0
@@ -76,6 +87,7 @@ class Job:
         self.preview: Image.Image | None = None
         self.error = ""
         self._record_attention = record_attention
+        self._flops = flops or [None] * len(runs)
         self._stop = threading.Event()
         self._done, self._of = 0, self.runs[0].steps if self.runs else 0
         self._first_step: float | None = None
@@ -129,8 +141,10 @@ class Job:
             concepts = [concept for run in self.runs for concept in run.scene.concepts]
             with self.slot.turn(concepts, stop=self._stop, on_wait=self._wait) as pipe:
                 self.state = "working"
-                for run in self.runs:
+                for run, flops in zip(self.runs, self._flops, strict=True):
                     self._make(pipe, run)
+                    if flops is not None:
+                        self.slot.seconds_per_flop = self.pictures[-1].seconds / flops
             self.state = "done"
         except Stopped:
             self.state = "stopped"

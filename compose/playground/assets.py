@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lora_compose.compose.support.names import did_you_mean
+
 PLAYGROUND = "playground"
 PLAYGROUND_TITLE = f"lora-compose {PLAYGROUND}"  # what LoRAs that were trained on it say in their metadata
 
@@ -95,5 +97,7 @@ def _lora_files() -> dict[str, Path]:
 def _pick(known: dict[str, Path], name: str, kind: str) -> Path:
     """Looks a name up among those that exist, so that no name can lead out of the assets."""
     if name not in known:
-        raise ValueError(f"the playground has no {kind} {name!r}; it has: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"the playground has no {kind} {name!r}; it has: {', '.join(sorted(known))}{did_you_mean(name, known)}"
+        )
     return known[name]

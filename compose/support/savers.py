@@ -62,7 +62,7 @@ def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:
     if Saver.TILING in savers:
         enable_tiling(pipe.vae)
     if Saver.GRADIENT_CHECKPOINTING in savers:
-        pipe.denoiser.enable_gradient_checkpointing()
+        pipe.model.enable_gradient_checkpointing()
     if Saver.MODEL_OFFLOAD in savers:
         pipe.enable_model_cpu_offload(device=device)
     elif Saver.SEQUENTIAL_OFFLOAD in savers:

@@ -2,16 +2,15 @@
 
 import functools
 import logging
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
-import diffusers.utils.logging
-import torch
-import transformers.utils.logging
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -43,11 +42,9 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def logged(level: int) -> Iterator[None]:
-    """Shows what our own packages log, and keeps the bars of the libraries below away."""
+    """Shows what our own packages log."""
     logger = logging.getLogger("lora_compose")
     handler, before = _Handler(), logger.level
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
     handler.setLevel(level)
     logger.addHandler(handler)
     logger.setLevel(level)
@@ -58,25 +55,85 @@ def logged(level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
+EVERY = 5.0
+"""Seconds between two lines of progress where there is no terminal; later a twentieth of the time so far, at most
+`MOST`."""
+MOST = 60.0
+
+
 @contextmanager
-def bar(text: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar with the time left.
+def bar(text: str, total: float | None = None) -> Iterator[Callable[..., None]]:
+    """Shows progress on stderr, with the time left: as a bar in a terminal, elsewhere as a line every few seconds.
 
     Args:
         text: What is being done.
-        total: How much there is to do.
+        total: How much there is to do; None if nobody knows.
 
     Yields:
         What takes how much is done, fractions included, and a new text if there is one.
     """
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
-        task = progress.add_task(plain(text), total=total)
+    with (_drawn if err.is_terminal else _told)(plain(text), total) as update:
+        yield update
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Shows that something happens while a command imports torch, diffusers and transformers, which takes seconds."""
+    with bar("starting"):
+        yield
+
+
+@contextmanager
+def _drawn(text: str, total: float | None) -> Iterator[Callable[..., None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    left = () if total is None else (TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *left, console=err, transient=True) as progress:
+        task = progress.add_task(text, total=total)
 
         def update(done: float, text: str | None = None) -> None:
             progress.update(task, completed=done, description=None if text is None else plain(text))
 
         yield update
+
+
+@contextmanager
+def _told(text: str, total: float | None) -> Iterator[Callable[..., None]]:
+    begun, ended = time.monotonic(), threading.Event()
+    state: tuple[float, str] = (0.0, text)
+
+    def update(done: float, text: str | None = None) -> None:
+        nonlocal state
+        state = done, state[1] if text is None else plain(text)
+
+    def tell() -> None:
+        while not ended.wait(min(max(EVERY, (time.monotonic() - begun) / 20), MOST)):
+            done, text = state
+            say(progress_line(text, done, total, time.monotonic() - begun), style="dim", to=err)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield update
+    finally:
+        ended.set()
+        teller.join()
+
+
+def progress_line(text: str, done: float, total: float | None, seconds: float) -> str:
+    """One line of progress: "composing: 25 %, 0:20 so far, about 1:00 left"."""
+    if not total:
+        return f"{text}: {_clock(seconds)} so far"
+    share = min(done / total, 1.0)
+    left = f", about {_clock(seconds / share - seconds)} left" if share > 0 else ""
+    return f"{text}: {share:.0%}, {_clock(seconds)} so far{left}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -94,7 +151,9 @@ def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_
                     return command(*args, **kwargs)
             except ValueError as error:
                 raise _ended("error", error, BAD_INPUT) from error
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 hint = (
                     "use a smaller --width and --height, --dtype float16, --save-memory, or --device cpu (run --help)"
                 )
@@ -106,6 +165,11 @@ def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_
         return wrapped
 
     return decorate
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch ran out of memory; it may not even have been imported."""
+    return "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
 
 
 def _ended(label: str, message: Any, code: int) -> typer.Exit:

@@ -1,153 +1,48 @@
-"""`lora-compose train`."""
+"""A training with progress and plain endings: what `lora-compose train` does."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from pydantic import ValidationError
 
 from lora_compose.compose.files.validation import complaints
-from lora_compose.compose.support.terminal import FAILED, bar, err, kindly, say
-from lora_compose.compose.training.settings import PRESETS, TaraTraining, Training
+from lora_compose.compose.support.terminal import FAILED, bar, err, say
+from lora_compose.compose.training.loop import DivergedError, Stopped
+from lora_compose.compose.training.loop import train as run_training
+from lora_compose.compose.training.model import preset_of
+from lora_compose.compose.training.settings import TaraTraining, Training
 
 INTERRUPTED = 130
 
-_PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory", "Watching"
 
-
-@kindly()
 def train(
-    pictures: Annotated[Path, typer.Argument(help="A folder with images, and captions.tsv or a .txt beside each.")],
-    out: Annotated[Path, typer.Option(help="The LoRA to write, a .safetensors file.")],
-    trigger: Annotated[str, typer.Option(help="The rare word that names the concept, e.g. sks.")],
-    class_word: Annotated[str, typer.Option("--class", help="The noun after the trigger, e.g. cat.")],
-    model: Annotated[
-        str, typer.Option(help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository.")
-    ],
-    preset: Annotated[
-        str | None, typer.Option(help=f"Defaults: {', '.join(PRESETS)}; default: chosen by the model.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Caption for images without one; default: 'a photo of {trigger} {class_word}'.")
-    ] = None,
-    scope: Annotated[str | None, typer.Option(help="Layers to train: cross_kv, attention or transformer.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="The LoRA is scaled by alpha / rank; default: the rank.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimisation steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches per step (gradient accumulation).")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw or muon.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Learning rate schedule: constant, linear or cosine.")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Warm-up steps of the learning rate.")] = None,
-    min_snr: Annotated[float | None, typer.Option(help="Gamma of min-SNR weighting, e.g. 5.")] = None,
-    resolution: Annotated[
-        int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    class_pictures: Annotated[
-        Path | None, typer.Option(help="A folder with images of the class.", rich_help_panel=_PRIOR)
-    ] = None,
-    class_prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Caption of class images, repeatable; default: 'a photo of {class_word}'.", rich_help_panel=_PRIOR
-        ),
-    ] = None,
-    class_count: Annotated[
-        int | None, typer.Option(help="Generate missing class images up to this number.", rich_help_panel=_PRIOR)
-    ] = None,
-    prior_batch: Annotated[int | None, typer.Option(help="Class images per batch.", rich_help_panel=_PRIOR)] = None,
-    prior_weight: Annotated[
-        float | None, typer.Option(help="Weight of the loss on class images.", rich_help_panel=_PRIOR)
-    ] = None,
-    tara: Annotated[bool, typer.Option("--tara", help="Train for the method tara.", rich_help_panel=_TARA)] = False,
-    align_weight: Annotated[
-        float | None, typer.Option(help="Weight of the token alignment loss.", rich_help_panel=_TARA)
-    ] = None,
-    align_norm: Annotated[
-        str | None, typer.Option(help="Distance of the alignment loss: l1 or l2.", rich_help_panel=_TARA)
-    ] = None,
-    class_target: Annotated[
-        str | None,
-        typer.Option(
-            help="Source of the class word's features: caption, or clean (the caption without the trigger).",
-            rich_help_panel=_TARA,
-        ),
-    ] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option(help="aligned (trained), or tied (not trained, set in closed form).", rich_help_panel=_TARA),
-    ] = None,
-    token_mask: Annotated[
-        str | None,
-        typer.Option(
-            help="Where LoRAs are masked: training (and inference), or inference only.", rich_help_panel=_TARA
-        ),
-    ] = None,
-    start_aligned: Annotated[
-        bool | None,
-        typer.Option(
-            "--start-aligned/--start-apart",
-            help="Start with aligned keys, or with the base model's.",
-            rich_help_panel=_TARA,
-        ),
-    ] = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no, fp16 or bf16.", rich_help_panel=_MEMORY)] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Recompute activations to save memory.",
-            rich_help_panel=_MEMORY,
-        ),
-    ] = None,
-    save_dtype: Annotated[
-        str | None, typer.Option(help="Precision of the file: float32, float16 or bfloat16.", rich_help_panel=_MEMORY)
-    ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.", rich_help_panel=_MEMORY)] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_MEMORY)] = None,
-    sample_every: Annotated[
-        int | None, typer.Option(help="Steps between sample images; 0 turns them off.", rich_help_panel=_WATCH)
-    ] = None,
-    sample_prompt: Annotated[
-        list[str] | None, typer.Option(help="Prompt of sample images, repeatable.", rich_help_panel=_WATCH)
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=_WATCH)
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the checkpoint and start over.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing LoRA.")] = False,
+    preset: str | None,
+    tara: Mapping[str, Any] | None,
+    fields: Mapping[str, Any],
+    *,
+    fresh: bool,
+    overwrite: bool,
 ) -> None:
-    """Train a LoRA on a folder of images. Ctrl-C stops; the same command resumes.
+    """Trains a LoRA and says where it is. Ctrl-C stops; the same call resumes.
 
-    On several GPUs: accelerate launch --module lora_compose train ...
+    Args:
+        preset: Whose defaults; None chooses by the model.
+        tara: Fields of `TaraTraining`; None trains without it.
+        fields: Fields of `Training`.
+        fresh: Whether a checkpoint is deleted first.
+        overwrite: Whether a LoRA that is there is replaced.
+
+    Raises:
+        ValueError: For unusable settings.
     """
-    from lora_compose.compose.training.loop import DivergedError, Stopped
-    from lora_compose.compose.training.loop import train as run
-
-    variants = {
-        "align_weight": align_weight, "align_norm": align_norm, "class_target": class_target, "keys": keys,
-        "token_mask": token_mask, "start_aligned": start_aligned,
-    }  # fmt: skip
-    settings = _settings(
-        preset, _tara(tara, variants),
-        pictures=pictures, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt, scope=scope,
-        rank=rank, alpha=alpha, steps=steps, batch_size=batch_size, accumulate=accumulate, optimizer=optimizer,
-        learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr, resolution=resolution,
-        seed=seed,
-        class_pictures=class_pictures, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,
-        prior_batch=prior_batch, prior_weight=prior_weight, mixed_precision=mixed_precision,
-        gradient_checkpointing=gradient_checkpointing, save_dtype=save_dtype, cpu=cpu or None, threads=threads,
-        sample_every=sample_every, sample_prompts=tuple(sample_prompt or ()) or None, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
+    settings = _settings(preset, tara, fields)
     try:
         with _progress(settings) as on_step:
-            path = run(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
+            path = run_training(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
     except Stopped as stopped:
         say(stopped, style="yellow", to=err)
         raise typer.Exit(INTERRUPTED) from stopped
@@ -162,18 +57,7 @@ def train(
         say(f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})")
 
 
-def _tara(wanted: bool, variants: dict[str, Any]) -> dict[str, Any] | None:
-    given = {name: value for name, value in variants.items() if value is not None}
-    if given and not wanted:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(f"{names}: these are options of --tara, which is not given")
-    return given if wanted else None
-
-
-def _settings(preset: str | None, tara: dict[str, Any] | None, **fields: Any) -> Training:
-    from lora_compose.compose.training.model import preset_of
-
-    given = {name: value for name, value in fields.items() if value is not None}
+def _settings(preset: str | None, tara: Mapping[str, Any] | None, given: Mapping[str, Any]) -> Training:
     try:
         words = None if tara is None else TaraTraining(**tara)
         return Training.preset(preset or preset_of(given["model"]), tara=words, **given)

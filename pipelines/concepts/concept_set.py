@@ -3,11 +3,12 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import Gates, Lora
+from lora_compose.attention import Lora
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.concepts.strength import TEXT, Schedule, check_block, in_blocks, is_in
@@ -36,25 +37,36 @@ class LoadedConcept:
 
     @property
     def lora(self) -> Lora:
-        """Its factors for the denoiser, those of its blocks multiplied by their factors."""
-        return in_blocks(self.factors.denoiser, self.concept.blocks)
+        """Its factors for the model, each block's multiplied by the factor of the block."""
+        return in_blocks(self.factors.model, self.concept.blocks)
 
 
-def check_blocks(loaded: LoadedConcept, denoiser: nn.Module) -> None:
+def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
     """Checks the blocks for which a concept has factors, and warns of those that its LoRA does not change.
 
     Raises:
-        ValueError: If the denoiser has no such block.
+        ValueError: If the model has no such block.
     """
     name, factors = loaded.concept.name, loaded.factors
     for block in loaded.concept.blocks or {}:
         if block == TEXT:
             changed = bool(factors.text_encoders)
         else:
-            check_block(name, block, [layer for layer, _ in uncompiled(denoiser).named_modules()])
-            changed = any(is_in(layer, block) for layer in factors.denoiser)
+            check_block(name, block, [layer for layer, _ in uncompiled(model).named_modules()])
+            changed = any(is_in(layer, block) for layer in factors.model)
         if not changed:
             say_once(f"the LoRA of {name!r} changes nothing in {block}, so a factor there has no effect")
+
+
+class ByConcept(Protocol):
+    """Something with one value for each concept: gates, text with its token masks."""
+
+    def scatter_concepts(self, columns: Sequence[int], concepts: int) -> Self:
+        """The same as columns of a larger concept set; the other columns are 0."""
+        ...
+
+
+ByConceptT = TypeVar("ByConceptT", bound=ByConcept)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,6 @@ class ConceptSet:
             factors.append(mean * blocks.get(TEXT, 1.0))
         return torch.tensor(factors)
 
-    def spread(self, gates: Gates) -> Gates:
-        """Gates of these concepts as gates of all installed ones; the others get 0."""
-        return gates if self.columns is None else gates.among(self.columns, self.installed)
+    def scatter(self, values: ByConceptT) -> ByConceptT:
+        """Values of these concepts as values of all installed ones; other concepts get 0."""
+        return values if self.columns is None else values.scatter_concepts(self.columns, self.installed)

@@ -40,7 +40,7 @@ __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "find_file", "
 
 logger = logging.getLogger(__name__)
 
-DENOISERS: tuple[Part, ...] = ("unet", "transformer")
+MODEL_PARTS: tuple[Part, ...] = ("unet", "transformer")
 TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
@@ -51,16 +51,16 @@ class Factors:
     """A LoRA's factors for the parts of one pipeline.
 
     Attributes:
-        denoiser: For the UNet or transformer, by layer.
+        model: For the UNet or transformer, by layer.
         text_encoders: For the text encoders, by component name and layer.
         unmatched: Keys of the file that found no layer.
         notes: What else one should know: what was cut, left out or guessed.
         embeddings: Words that the file brings with it, as in `LoraFile`.
         error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
-        part: The denoiser's name among the pipeline's components.
+        part: The component that the model is: "unet" or "transformer".
     """
 
-    denoiser: Lora
+    model: Lora
     text_encoders: Mapping[Part, Lora] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class Factors:
     @property
     def by_part(self) -> Mapping[Part, Lora]:
         """All of them by component name."""
-        return {self.part: self.denoiser, **self.text_encoders}
+        return {self.part: self.model, **self.text_encoders}
 
     @property
     def complete(self) -> bool:
@@ -157,7 +157,8 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
 
     Args:
         file: What was read.
-        pipe: A diffusers pipeline, or anything with a denoiser and perhaps text encoders; weights are not looked at.
+        pipe: A diffusers pipeline, or anything with a UNet or transformer, and perhaps text encoders. Weights are not
+            looked at.
         alpha: The alpha of a file that does not say its own; the change is scaled by alpha / rank.
         max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
 
@@ -184,12 +185,12 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
     notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
     error = _error(made for found in changes.values() for made in found.values())
-    denoiser = denoiser_part(pipe)
-    return Factors(loras[denoiser], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, denoiser)
+    model = model_part(pipe)
+    return Factors(loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model)
 
 
-def denoiser_part(pipe: Any) -> Part:
-    """The name of a pipeline's denoiser among its components."""
+def model_part(pipe: Any) -> Part:
+    """The component that a pipeline's model is: "unet" or "transformer"."""
     return "unet" if getattr(pipe, "transformer", None) is None else "transformer"
 
 
@@ -213,8 +214,8 @@ def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, M
 
 
 def _component(part: Part, pipe: Any) -> Part:
-    """The component that a file's layer belongs to: keys without a prefix, and kohya's, are the denoiser's."""
-    return denoiser_part(pipe) if part in DENOISERS else part
+    """The component that a file's layer belongs to: keys without a prefix, and kohya's, are the model's."""
+    return model_part(pipe) if part in MODEL_PARTS else part
 
 
 def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
@@ -238,7 +239,7 @@ def _matched(
 ) -> tuple[dict[str, Layer], list[str]]:
     """Layers of the file by the name of the model's layer that they mean, and the keys that mean none."""
     known = {} if model is None else spellings(model, part)
-    where = backbone_of(model).sites if part in DENOISERS and model is not None else set(known.values())
+    where = backbone_of(model).sites if part in MODEL_PARTS and model is not None else set(known.values())
     found: dict[str, Layer] = {}
     left_over: list[str] = []
     for layer in layers:
@@ -309,7 +310,7 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:
     """Checks that words which come with the file fit the text encoders and the UNet that are to read them."""
-    reading = backbone_of(getattr(pipe, denoiser_part(pipe))).text_layers
+    reading = backbone_of(getattr(pipe, model_part(pipe))).text_layers
     for word, by_part in file.embeddings.items():
         for part, vectors in by_part.items():
             _, layers, numbers = vectors.shape
@@ -322,7 +323,7 @@ def _check_embeddings(file: LoraFile, pipe: Any) -> None:
             if layers not in (1, reading):
                 raise LoraError(
                     f"{file.path.name} does not fit this model: {word!r} has vectors for {layers} cross-attention "
-                    f"layers, the denoiser has {reading}"
+                    f"layers, the model has {reading}"
                 )
 
 
@@ -362,12 +363,12 @@ def adapter_factors(pipe: Any, adapter: str) -> Factors:
     Raises:
         LoraError: If it is no plain LoRA or is fused into the weights.
     """
-    denoiser = denoiser_part(pipe)
+    model = model_part(pipe)
     parts: dict[Part, Lora] = {
-        part: _adapter_layers(getattr(pipe, part, None), adapter) for part in (denoiser, *TEXT_ENCODERS)
+        part: _adapter_layers(getattr(pipe, part, None), adapter) for part in (model, *TEXT_ENCODERS)
     }
     text: dict[Part, Lora] = {part: parts[part] for part in TEXT_ENCODERS if parts[part]}
-    return Factors(parts[denoiser], text, part=denoiser)
+    return Factors(parts[model], text, part=model)
 
 
 def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:

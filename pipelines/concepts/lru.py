@@ -35,7 +35,7 @@ class Read:
         yield from self.file.tensors.values()
         for by_part in self.file.embeddings.values():
             yield from by_part.values()
-        for lora in (self.factors.denoiser, *self.factors.text_encoders.values()):
+        for lora in (self.factors.model, *self.factors.text_encoders.values()):
             for factors in lora.values():
                 yield from (factors.down, factors.up)
 

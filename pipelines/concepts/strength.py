@@ -1,4 +1,4 @@
-"""The strength of a concept: weight schedules over the steps, and factors on blocks of the denoiser."""
+"""The strength of a concept: weight schedules over the steps, and factors on blocks of the model."""
 
 import math
 import re
@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_compose.attention.lora_bank import Lora
+if TYPE_CHECKING:  # scenes are read without torch
+    from lora_compose.attention.lora_bank import Lora
 
 Weight = float | Sequence[float] | str
 """A number; a list of numbers, for equal parts of the steps; or a schedule in text, "0:1..0.5:0.4"."""
@@ -69,19 +70,19 @@ class Schedule:
 
     def at(self, step: int, steps: int) -> float:
         """The weight of a step out of so many."""
-        places = [self._place(point, steps) for point in self.points]
-        i = bisect_right(places, step) - 1
+        starts = [self._start(point, steps) for point in self.points]
+        i = bisect_right(starts, step) - 1
         point = self.points[max(i, 0)]
         if not point.ramp or i < 0:
             return point.weight
-        share = (step - places[i]) / (places[i + 1] - places[i])
-        return point.weight + share * (self.points[i + 1].weight - point.weight)
+        done = (step - starts[i]) / (starts[i + 1] - starts[i])
+        return point.weight + done * (self.points[i + 1].weight - point.weight)
 
     def mean(self, steps: int) -> float:
         """The mean over all steps."""
         return sum(self.at(step, steps) for step in range(steps)) / steps
 
-    def _place(self, point: Point, steps: int) -> float:
+    def _start(self, point: Point, steps: int) -> float:
         if self.points[-1].at > 1:
             return point.at
         # Free of what floating point adds to 0.28 * 25. A single step is the first.
@@ -225,7 +226,7 @@ def long_name(block: str) -> str:
     return f"{_LONG.get(first, first)}{dot}{rest}"
 
 
-def in_blocks(lora: Lora, blocks: Mapping[str, float] | None) -> Lora:
+def in_blocks(lora: "Lora", blocks: Mapping[str, float] | None) -> "Lora":
     """The factors of a UNet, each times that of its block, for which the longest name counts; 0 leaves a layer out."""
     if not blocks:
         return lora

@@ -26,8 +26,8 @@ TOKENIZERS: Mapping[str, Part] = {"tokenizer": "text_encoder", "tokenizer_2": "t
 
 
 @dataclass(frozen=True, eq=False)
-class Words:
-    """The words of all concepts of a call.
+class TextualInversions:
+    """The words that the LoRA files of a call bring with them, with their vectors.
 
     Attributes:
         words: All of them.
@@ -42,7 +42,7 @@ class Words:
     layers: int
 
     @classmethod
-    def of(cls, concepts: Sequence[LoadedConcept], components: Mapping[str, Any]) -> "Words":
+    def of(cls, concepts: Sequence[LoadedConcept], components: Mapping[str, Any]) -> "TextualInversions":
         """The words that these concepts' files bring to a pipeline with these components.
 
         Raises:
@@ -164,7 +164,7 @@ class WordEmbedding(nn.Module):
 
 
 @dataclass(frozen=True)
-class Expanding:
+class ExpandingTokenizer:
     """A tokenizer that reads a word of several vectors as so many tokens.
 
     Attributes:

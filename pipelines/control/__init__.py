@@ -15,7 +15,7 @@ from lora_compose.pipelines.control.prepared import (
     PreparedControl,
     PreparedControlNet,
     View,
-    denoiser_inputs,
+    model_inputs,
     repeated,
 )
 from lora_compose.pipelines.control.spec import Control, controls_of
@@ -28,7 +28,7 @@ __all__ = [
     "RegionsByPrompt",
     "View",
     "controls_of",
-    "denoiser_inputs",
+    "model_inputs",
     "prepare_control",
     "repeated",
 ]

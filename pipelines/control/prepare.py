@@ -27,7 +27,7 @@ def prepare_control(control: Control, unet: nn.Module, canvas: Canvas, regions: 
 
     Args:
         control: The control.
-        unet: The denoiser.
+        unet: The model.
         canvas: Sizes of the call.
         regions: By prompt, the regions of its concepts by name.
 

@@ -1,4 +1,4 @@
-"""ControlNets and T2I-Adapters during a call: what they add to the denoiser's arguments in each pass."""
+"""ControlNets and T2I-Adapters during a call: what they add to the model's arguments in each pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -164,7 +164,7 @@ def repeated(by_image: Tensor, rows: int) -> Tensor:
     return torch.cat([by_image] * (rows // len(by_image))) if len(by_image) != rows else by_image
 
 
-def denoiser_inputs(
+def model_inputs(
     guides: Sequence[PreparedControl], latents: Tensor, t: Tensor, text: Conditioning, view: View
 ) -> Mapping[str, Any]:
     """What the UNet is given by all guides together, by the names of its arguments.

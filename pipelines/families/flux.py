@@ -25,12 +25,13 @@ from lora_compose.pipelines.call import (
     ImageSize,
     Sampling,
     check_arguments,
+    check_latents,
     check_plain,
     listed,
     no_concepts,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
@@ -180,6 +181,7 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
             return EncodedText(embeds, uncond, {"pooled_projections": torch.cat([uncond_pooled, pooled])})
 
         final, _, denoiser = self.compose(call, encode)
+        self._current_timestep = None
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(denoiser, result) if return_dict else (result,)
@@ -215,28 +217,23 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
         self.scheduler.set_begin_index(0)
         return found
 
+    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+        (height, width), channels = canvas.latent_grid, self.transformer.config.in_channels
+        packed = canvas.images, height * width // PATCH**2, channels
+        check_latents(call.sampling.latents, (canvas.images, channels // PATCH**2, height, width), packed)
+
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         canvas, given = plan.canvas, call.sampling.latents
-        height, width = canvas.latent_grid
-        shape = canvas.images, self.transformer.config.in_channels // PATCH**2, height, width
-        generator = call.sampling.generator
-        if isinstance(generator, list) and len(generator) != canvas.images:
-            raise ValueError(
-                f"there are {len(generator)} generators for {canvas.images} images; give one, or one for each"
-            )
         if given is None:
-            return randn_tensor(shape, generator=generator, device=canvas.device, dtype=dtype)
-        packed = canvas.images, height * width // PATCH**2, self.transformer.config.in_channels
-        if given.shape == packed:
+            shape = canvas.images, self.transformer.config.in_channels // PATCH**2, *canvas.latent_grid
+            return randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=dtype)
+        if given.dim() == 3:
             given = self._unpack_latents(given, call.size.height, call.size.width, self.vae_scale_factor)
-        if given.shape != shape:
-            raise ValueError(
-                f"latents have the shape {list(given.shape)}; expected {list(shape)}, or packed {list(packed)}"
-            )
         return given.to(canvas.device, dtype)
 
     def _cfg_scale(self, step: Step) -> float:
-        return step.cfg_scale
+        """`_guidance_scale` is that of the distilled guidance; a callback ends guidance as elsewhere, by 1 or less."""
+        return 1.0 if self.guidance_scale <= 1 else step.cfg_scale
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import Call, Guidance, Sampling
+from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents
+from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.plan import Plan
 
 
@@ -25,6 +26,9 @@ class UNetPipeline(ComposePipeline):
         own_height, own_width = (sample, sample) if isinstance(sample, int) else sample
         scale = self.vae_scale_factor
         return own_width * scale if width is None else width, own_height * scale if height is None else height
+
+    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+        check_latents(call.sampling.latents, (canvas.images, self.unet.config.in_channels, *canvas.latent_grid))
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         return self.prepare_latents(

@@ -47,7 +47,7 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, str]:
     """The layers that a LoRA may change, by every spelling of their names with underscores for dots.
 
     Args:
-        model: A denoiser or a text encoder.
+        model: A UNet, a transformer or a text encoder.
         part: Which.
     """
     model = uncompiled(model)

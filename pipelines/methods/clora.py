@@ -28,13 +28,13 @@ from torch import Tensor
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
 from lora_compose.attention.masks import closed, dilated, eroded, opened, strongest
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import Process, say_once, say_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass, Prediction
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
@@ -200,7 +200,7 @@ class Clora:
         gate = parts.repeat_interleave(text.images, dim=0).to(canvas.device)[:, None]
         return Gates(gate, dict.fromkeys(canvas.levels, gate), gate[:, 0], canvas.latent_grid)
 
-    def _words(self, session: Session, branches: Sequence[Branch]) -> "Words":
+    def _words(self, session: Session, branches: Sequence[Branch]) -> "MappedTokens":
         """A map for every token that names a concept."""
         canvas, find = session.canvas, session.prompts.find
         rows: list[dict[int, tuple[int, bool]]] = []  # by branch and image: token -> (concept, whether it makes masks)
@@ -219,7 +219,7 @@ class Clora:
             for column, (token, (concept, masks)) in enumerate(sorted(found.items())):
                 readout[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
         by_branch = (len(branches), -1)
-        return Words(
+        return MappedTokens(
             readout.to(canvas.device),
             groups.unflatten(0, by_branch).transpose(0, 1).flatten(1).to(canvas.device),
             mine.unflatten(0, by_branch)[1:].transpose(0, 1).to(canvas.device),
@@ -250,7 +250,7 @@ def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> Non
 
 
 @dataclass(frozen=True, eq=False)
-class Words:
+class MappedTokens:
     """Which tokens get a map, and what for.
 
     Attributes:
@@ -270,7 +270,7 @@ class Contrasting:
 
     Attributes:
         settings: The settings.
-        session: The call.
+        session: Concept set, prompts and denoiser.
         text: The text of the base branch.
         branches: The pass of all branches.
         words: Which maps are whose.
@@ -284,7 +284,7 @@ class Contrasting:
     session: Session
     text: Conditioning
     branches: PreparedPass
-    words: Words
+    words: MappedTokens
     texts: Sequence[Conditioning]
     masks: Tensor | None = None
     regions: Sequence[PreparedPass] = ()

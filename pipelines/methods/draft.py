@@ -28,13 +28,13 @@ from lora_compose.attention import grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.canvas import Canvas, Step, steps_in
-from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import smooth
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates
 from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.passes import MapRequest, Pass
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions, region_mask
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session

@@ -33,7 +33,6 @@ from torch import Tensor
 from lora_compose.attention import Partition, RegionAttention
 from lora_compose.attention.device import to_device
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.losses import bell, concentration, filling, outlook, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
@@ -41,6 +40,7 @@ from lora_compose.pipelines.methods.process import Process, say_unread
 from lora_compose.pipelines.methods.region_gates import Inject, Rows, region_gates
 from lora_compose.pipelines.methods.reinit import reinitialised
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions, Window
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
@@ -338,7 +338,7 @@ class Composing:
 
     Attributes:
         settings: The settings.
-        session: The call.
+        session: Concept set, prompts and denoiser.
         text: Text 0, of the canvas.
         whole: The pass of the whole canvas.
         targets: What the losses look at, one for each region.

@@ -2,18 +2,17 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, Stream
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.denoiser import PreparedPass
 from lora_compose.pipelines.notes import say_once
-from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.passes import Pass, weighted_mean
+from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -22,7 +21,7 @@ __all__ = [
     "FixedPasses",
     "Process",
     "Settings",
-    "Share",
+    "WeightedPass",
     "constant_gates",
     "one_text",
     "say_once",
@@ -64,26 +63,26 @@ class Settings(Protocol):
         ...
 
 
-Share = tuple[Pass, float]
-"""A pass, and how much its prediction counts."""
+WeightedPass = tuple[Pass, float]
+"""A pass, and the weight of its prediction in the mean of a step."""
 
 
 @dataclass(frozen=True)
 class FixedPasses:
     """The process of methods that move no latents and know all passes before the first step.
 
-    In every step the predictions of the passes of one turn are averaged by their shares.
+    The prediction of a step is the weighted mean over the passes of one turn.
 
     Attributes:
-        session: The call.
-        turns: The passes of every turn; the sum of the shares is 1.
+        session: Concept set, prompts and denoiser.
+        turns: The passes of every turn; their weights add up to 1.
         interval: Steps per turn, after which the next one begins.
         constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
         constant_weights: Those gates, one per concept.
     """
 
     session: Session
-    turns: Sequence[Sequence[Share]]
+    turns: Sequence[Sequence[WeightedPass]]
     interval: int = 1
     constant: Sequence[Stream] = ()
     constant_weights: Sequence[float] = ()
@@ -106,16 +105,13 @@ class FixedPasses:
         """The passes of this turn, one after the other, so that memory does not grow with their number."""
         prepared = self._prepared[self.turn(step)]
         predictions = [self.session.denoiser.predict(latents, step, one) for one, _ in prepared]
-        first = predictions[0]
-        if len(prepared) > 1:
-            weighted = [share * one.model_output for (_, share), one in zip(prepared, predictions, strict=True)]
-            first = replace(first, model_output=torch.stack(weighted).sum(dim=0))
-        return latents, self.session.guider.combine(first, step)
+        prediction = weighted_mean(predictions, [weight for _, weight in prepared])
+        return latents, self.session.guider.combine(prediction, step)
 
     @cached_property
     def _prepared(self) -> Mapping[int, Sequence[tuple[PreparedPass, float]]]:
         prepare = self.session.denoiser.prepare
-        return {i: [(prepare(one), share) for one, share in turn] for i, turn in enumerate(self.turns)}
+        return {i: [(prepare(one), weight) for one, weight in turn] for i, turn in enumerate(self.turns)}
 
 
 def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
@@ -124,12 +120,12 @@ def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
     The text is encoded with the text-encoder part of those LoRAs and the subject's own negative prompt.
 
     Args:
-        session: The call.
+        session: Concept set, prompts and denoiser.
         chosen: The subject, if there is one.
     """
     weights = session.concepts.with_styles(chosen)
     own = [session.concepts.concepts[i].negative_prompt for i in chosen]
-    negatives = [own[0]] * len(session.prompts.places) if own and own[0] is not None else None
+    negatives = [own[0]] * len(session.prompts.indices) if own and own[0] is not None else None
     text = session.prompts.encode(weights, negative_prompts=negatives)
     return Pass(text, constant_gates(session, weights))
 
@@ -145,7 +141,7 @@ def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
     """The scene's prompts, one text for all concepts; warns of prompts of their own.
 
     Args:
-        session: The call.
+        session: Concept set, prompts and denoiser.
         weights: Of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
     every = session.concepts.concepts
@@ -171,7 +167,7 @@ def constant_gates(session: Session, weights: Tensor) -> Gates:
     """Gates that are the same on all rows, tokens and cells.
 
     Args:
-        session: The call.
+        session: Concept set, prompts and denoiser.
         weights: One per concept. Shape: [concepts].
     """
     canvas = session.canvas

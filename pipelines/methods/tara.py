@@ -114,7 +114,7 @@ def _check_masked(loaded: LoadedConcept, found: bool) -> None:
             f"tara needs to know the words of concept {name!r}: give it a trigger that stands in every prompt"
             " (with prompt_embeds: its token_positions)"
         )
-    if not loaded.factors.denoiser:
+    if not loaded.factors.model:
         raise ValueError(f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'")
     if loaded.factors.text_encoders:
         say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")

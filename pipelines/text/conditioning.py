@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_compose.attention import among
+from lora_compose.attention import scatter_concepts
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.tokens import (
     Mention,
@@ -35,7 +35,7 @@ class Conditioning:
         phrase_mask: The same for trigger and class word together.
         num_uncond: Number of leading unconditional branches; 0 without guidance.
         images: Images in the batch.
-        added: Further inputs of the denoiser by row (SDXL's pooled text and sizes).
+        added: Further inputs of the model by row (SDXL's pooled text and sizes).
         canvas_embeds: A text for the image as a whole, for a ControlNet; None means the only or the first text. Shape:
             [rows, tokens, channels].
     """
@@ -85,9 +85,9 @@ class Conditioning:
         """The same texts for the cells, and another for the image as a whole (SDXL's pooled text, ControlNets)."""
         return replace(self, added=other.added, canvas_embeds=other.canvas_text)
 
-    def among(self, columns: Sequence[int], concepts: int) -> "Conditioning":
-        """The same as columns of a larger concept set (`TokenMasks.among`)."""
-        trigger, phrase = (among(mask, columns, concepts) for mask in (self.trigger_mask, self.phrase_mask))
+    def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Conditioning":
+        """The same text with masks of a larger concept set; those of other concepts are empty (`Gates`)."""
+        trigger, phrase = (scatter_concepts(mask, columns, concepts) for mask in (self.trigger_mask, self.phrase_mask))
         return replace(self, trigger_mask=trigger, phrase_mask=phrase)
 
     def of_branches(self, branches: slice) -> "Conditioning":
@@ -119,7 +119,7 @@ class Conditioning:
 
 
 def stack_texts(texts: Sequence[Conditioning]) -> Conditioning:
-    """Several texts for region attention; further inputs of the denoiser come from the first."""
+    """Several texts for region attention; further inputs of the model come from the first."""
     return replace(
         texts[0],
         prompt_embeds=torch.stack([text.prompt_embeds for text in texts]),
@@ -190,15 +190,6 @@ class TokenMasks:
 
     trigger: Tensor
     phrase: Tensor
-
-    def among(self, columns: Sequence[int], concepts: int) -> "TokenMasks":
-        """The same among more concepts, whose masks are empty.
-
-        Args:
-            columns: Which of them these are.
-            concepts: How many there are.
-        """
-        return TokenMasks(among(self.trigger, columns, concepts), among(self.phrase, columns, concepts))
 
     @classmethod
     def of_prompts(

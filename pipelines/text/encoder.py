@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import Gates, Site, among, installed_layers
+from lora_compose.attention import Gates, Site, installed_layers, scatter_concepts
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Stream
 from lora_compose.pipelines.canvas import Canvas, images_of
@@ -28,7 +28,7 @@ class EncodedText:
         prompt_embeds: Shape: [images, tokens, channels]; layers * channels where each cross-attention layer has a text
             of its own.
         negative_prompt_embeds: The same for the negative prompts; None without guidance.
-        added: Further inputs of the denoiser by row, ordered (unconditional, conditional).
+        added: Further inputs of the model by row, ordered (unconditional, conditional).
     """
 
     prompt_embeds: Tensor
@@ -119,7 +119,7 @@ class Prompts:
         concepts: The concept set.
         encoder: Encodes all prompts of the call (`PromptEncoder`).
         finder: Finds words.
-        places: Indices of these prompts among those of the call.
+        indices: Indices of these prompts among those of the call.
         canvas: Sizes of the call.
     """
 
@@ -128,7 +128,7 @@ class Prompts:
     concepts: ConceptSet
     encoder: Callable[[Tensor | None, Sequence[str] | None, Sequence[str] | None], EncodedText]
     finder: Finder
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     canvas: Canvas
 
     def encode(
@@ -152,9 +152,11 @@ class Prompts:
             ValueError: If a trigger is missing.
         """
         masks = self.token_masks if prompts is None else self.find(prompts, names, mentions)
-        text = self.encoder(self._of_all(weights), self._placed(prompts), self._placed(negative_prompts))
-        if len(self.places) < self.canvas.prompts:
-            text = text.of_images(images_of(self.places, self.canvas.images_per_prompt))
+        text = self.encoder(
+            self._for_all_concepts(weights), self._for_all_prompts(prompts), self._for_all_prompts(negative_prompts)
+        )
+        if len(self.indices) < self.canvas.prompts:
+            text = text.of_images(images_of(self.indices, self.canvas.images_per_prompt))
         return self._conditioning(text, masks)
 
     def find(
@@ -170,16 +172,16 @@ class Prompts:
         """
         return self.finder(self.concepts.concepts, prompts, names, mentions)
 
-    def _of_all(self, weights: Tensor | None) -> Tensor | None:
+    def _for_all_concepts(self, weights: Tensor | None) -> Tensor | None:
         if weights is None or self.concepts.columns is None:
             return weights
-        return among(weights, self.concepts.columns, self.concepts.installed)
+        return scatter_concepts(weights, self.concepts.columns, self.concepts.installed)
 
-    def _placed(self, texts: Sequence[str] | None) -> list[str] | None:
-        """Texts among those of all prompts, in a batch of the same size as the call's."""
+    def _for_all_prompts(self, texts: Sequence[str] | None) -> list[str] | None:
+        """These texts in a batch of the same size as the call's; the rows of other prompts are not used."""
         if texts is None:
             return None
-        found = dict(zip(self.places, texts, strict=True))
+        found = dict(zip(self.indices, texts, strict=True))
         return [found.get(prompt, texts[0]) for prompt in range(self.canvas.prompts)]
 
     def _conditioning(self, text: EncodedText, masks: TokenMasks) -> Conditioning:

@@ -70,7 +70,7 @@ def test_without_gates_of_their_own_modulation_and_reading_layers_follow_row_and
 def test_gates_of_a_larger_set_a_factor_and_some_rows_are_those_of_every_stream(case: str) -> None:
     site, gate = EXPECTED[case]
     assert gate is not None
-    wide = GIVEN.among([3, 0, 1], 4).expand(GateKey(site, False, (1, 1, 1, 1)), TOKENS)
+    wide = GIVEN.scatter_concepts([3, 0, 1], 4).expand(GateKey(site, False, (1, 1, 1, 1)), TOKENS)
     assert torch.equal(wide, torch.stack([gate[..., 1], gate[..., 2], torch.zeros(gate.shape[:-1]), gate[..., 0]], -1))
     assert torch.equal(
         expanded(GIVEN.times(torch.tensor([0.5, 1.0, -2.0])), site), by_rank(gate * torch.tensor([0.5, 1.0, -2.0]))

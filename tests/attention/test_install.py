@@ -84,8 +84,7 @@ class Stop(BaseException):
     """As rude as KeyboardInterrupt and SystemExit, and caught by nothing by accident."""
 
 
-@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt, Stop])
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(("error", "fold"), [(None, False), (ValueError, False), (Stop, True)])
 @torch.no_grad()
 def test_nothing_is_left_in_the_model(error: type[BaseException] | None, fold: bool) -> None:
     unet = sd_unet()
@@ -112,18 +111,6 @@ def test_nothing_is_left_in_the_model(error: type[BaseException] | None, fold: b
             use()
     before.assert_unchanged(unet)
     assert torch.equal(unet(**inputs)[0], expected)
-
-
-@torch.no_grad()
-def test_a_failing_pass_leaves_nothing_behind() -> None:
-    unet = sd_unet()
-    before = Snapshot(unet)
-    inputs = unet_inputs(unet)
-    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][..., :5]  # too few channels
-    with pytest.raises(RuntimeError), installed(unet, two_loras(unet)) as installation:  # noqa: PT012
-        installation.use(installation.inputs(GATES))
-        unet(**inputs)
-    before.assert_unchanged(unet)
 
 
 class InterruptedAt:
@@ -266,17 +253,13 @@ WRONG = {
     "unknown layer": ("down_blocks.9.attn.to_q", factors((2, 8), (8, 2)), "no layer 'down_blocks.9.attn.to_q'"),
     "a layer without weights": ("down_blocks.0.resnets.0.nonlinearity", factors((2, 8), (8, 2)), "SiLU"),
     "a norm": ("down_blocks.0.resnets.0.norm1", factors((2, 8), (8, 2)), "GroupNorm"),
-    "a block": ("down_blocks.0.resnets.0", factors((2, 8), (8, 2)), "ResnetBlock2D"),
     "inputs": (TO_Q, factors((2, 9), (8, 2)), r"\[2, 9\] and \[8, 2\].*\[rank, 8\] and \[8, rank\]"),
     "outputs": (TO_Q, factors((2, 8), (16, 2)), r"\[2, 8\] and \[16, 2\].*\[rank, 8\] and \[8, rank\]"),
-    "unequal ranks": (TO_Q, factors((3, 8), (8, 2)), r"\[3, 8\] and \[8, 2\]"),
     "rank zero": (TO_Q, factors((0, 8), (8, 0)), r"\[0, 8\] and \[8, 0\]"),
     "a vector": (TO_Q, factors((2, 8), (8,)), r"\[2, 8\] and \[8\]"),
     "a scalar": (TO_Q, factors((), ()), r"\[\] and \[\]"),
     "convolution for a linear layer": (TO_Q, factors((2, 8, 1, 1), (8, 2, 1, 1)), r"\[2, 8, 1, 1\]"),
-    "half a convolution for a linear layer": (TO_Q, factors((2, 8), (8, 2, 1, 1)), r"\[8, 2, 1, 1\]"),
     "kernel": ("conv_in", factors((2, 4, 1, 1), (8, 2, 1, 1)), r"\[2, 4, 1, 1\].*\[rank, 4, 3, 3\]"),
-    "a wide up": ("conv_in", factors((2, 4, 3, 3), (8, 2, 3, 3)), r"\[8, 2, 3, 3\]"),
     "a linear up for a convolution": ("conv_in", factors((2, 4, 3, 3), (8, 2)), r"\[8, 2\]"),
 }
 
@@ -437,22 +420,6 @@ def test_a_concept_folded_with_weight_zero_leaves_its_layers_alone() -> None:
 
 
 @torch.no_grad()
-def test_inputs_that_are_made_after_folding_have_nothing_from_before() -> None:
-    unet = tiny_unet()
-    inputs = unet_inputs(unet)
-    loras = two_loras(unet, ("attn2.to_k", "attn2.to_v"))
-    first = with_bank(unet, loras, GATES, inputs)
-    expected = with_bank(unet, loras, constant_gates((0.3, 2.0))[0], inputs)
-    with installed(unet, loras) as installation:
-        installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
-        assert torch.equal(unet(**inputs)[0], first)
-        installation.fold(["text"], (0.3, 2.0))
-        installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
-        assert relative_error(unet(**inputs)[0], expected) < 1e-5
-    assert relative_error(first, expected) > 1e-3
-
-
-@torch.no_grad()
 def test_bfloat16_weights_are_folded_in_full_precision_and_come_back_bit_by_bit() -> None:
     unet = tiny_unet().to(torch.bfloat16)
     before = Snapshot(unet)
@@ -571,24 +538,6 @@ def test_a_loaded_adapter_that_is_no_concept_stays_part_of_the_base() -> None:
     assert torch.equal(unet(**inputs)[0], styled)
 
 
-@torch.no_grad()
-def test_concepts_fold_under_a_loaded_adapter() -> None:
-    unet = tiny_unet()
-    inputs = unet_inputs(unet)
-    add_adapter(unet, "style")
-    loras = two_loras(tiny_unet(), ATTENTION)
-    before = Snapshot(unet)
-    with installed(unet, loras) as installation:
-        installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
-        expected = unet(**inputs)[0]
-        layers = len(installation.bank)
-        assert installation.fold(STREAMS, WEIGHTS) == layers
-        installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
-        assert relative_error(unet(**inputs)[0], expected) < 1e-5
-    before.assert_unchanged(unet)
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @torch.no_grad()
 def test_an_adapter_among_the_concepts_is_silent_and_comes_back_exactly() -> None:
     unet = tiny_unet()

@@ -88,10 +88,9 @@ class Case:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("grid", [(8, 8), (15, 9)])
 @torch.no_grad()
-def test_bank_equals_the_slow_sum(unet: Any, style: Style, grid: tuple[int, int]) -> None:
-    Case(unet, style, rows=3, grid=grid).assert_equal()
+def test_bank_equals_the_slow_sum(unet: Any, style: Style) -> None:
+    Case(unet, style, rows=3, grid=(9, 15)).assert_equal()
 
 
 @torch.no_grad()
@@ -124,7 +123,8 @@ KINDS_OF_LAYERS = {
 
 @pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
 @torch.no_grad()
-def test_bank_equals_the_slow_sum_for_every_kind_of_layer_alone(unet: Any, kind: str) -> None:
+def test_bank_equals_the_slow_sum_for_every_kind_of_layer_alone(kind: str) -> None:
+    unet = sd_unet()
     loras = [lora(unet, seed, rank=2 + seed, targets=KINDS_OF_LAYERS[kind], size=0.3) for seed in range(2)]
     inputs = unet_inputs(unet, grid=(8, 16))
     assert_equals_the_slow_sum(unet, inputs, loras, gates_for(inputs, 2, "everything"), effect=1e-3)
@@ -136,30 +136,6 @@ def test_added_conditions_of_sdxl_are_adapted_by_row() -> None:
     loras = [lora(unet, 1, targets=("add_embedding.linear_1", "add_embedding.linear_2"), size=0.5)]
     inputs = unet_inputs(unet)
     assert_equals_the_slow_sum(unet, inputs, loras, gates_for(inputs, 1, "rows"), effect=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["linear", "convolution"])
-@torch.no_grad()
-def test_one_adapted_layer_alone_gives_base_plus_delta(kind: str) -> None:
-    """Without any amplification by the layers that follow."""
-    unet = sd_unet()
-    name = "conv_in" if kind == "convolution" else "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    factors = lora(unet, 1)[name]
-    gates, _ = random_gates("constant", rows=2, tokens=7, concepts=1, latent_grid=(4, 6))
-    weight = unet.get_submodule(name).get_parameter("weight")
-    x = torch.randn(2, 4, 4, 6) if kind == "convolution" else torch.randn(2, 24, weight.shape[1])
-    base = unet.get_submodule(name)(x)
-    with installed(unet, [{name: factors}]) as installation:
-        installation.use(installation.inputs(gates))
-        found = unet.get_submodule(name)(x)
-    changed = weight + gates.image[0].item() * factors.delta().view_as(weight)
-    bias = unet.get_submodule(name).bias
-    if kind == "convolution":
-        expected = torch.nn.functional.conv2d(x, changed, bias, padding=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    else:
-        expected = torch.nn.functional.linear(x, changed, bias)  # pyright: ignore[reportArgumentType]
-    assert relative_error(base, expected) > 1e-2
-    assert relative_error(found, expected) < 1e-6
 
 
 @torch.no_grad()
@@ -176,18 +152,19 @@ def pick(gates: Gates, concepts: Sequence[int]) -> Gates:
 
 
 @torch.no_grad()
-def test_the_order_of_concepts_does_not_matter(unet: Any) -> None:
-    case = Case(unet)
+def test_the_order_of_concepts_does_not_matter() -> None:
+    case = Case(sd_unet())
     first = case.output()
-    for order in ((2, 0, 1), (1, 0, 2)):
-        other = case.output(pick(case.gates, order), [case.loras[i] for i in order])
-        assert relative_error(other, first) < 5e-6
+    order = (2, 0, 1)
+    other = case.output(pick(case.gates, order), [case.loras[i] for i in order])
+    assert relative_error(other, first) < 5e-6
     swapped = case.output(loras=[case.loras[1], case.loras[0], case.loras[2]])
     assert relative_error(swapped, first) > 0.1, "the gates go with their concepts"
 
 
 @torch.no_grad()
-def test_a_concept_of_weight_zero_is_absent(unet: Any) -> None:
+def test_a_concept_of_weight_zero_is_absent() -> None:
+    unet = sd_unet()
     case = Case(unet)
     without = case.output(pick(case.gates, (0, 2)), [case.loras[0], case.loras[2]])
     assert relative_error(case.output(case.gates.times(torch.tensor([1.0, 0.0, 1.0]))), without) < 5e-6
@@ -216,11 +193,8 @@ def latent_gradient(model: Any, inputs: dict[str, Any]) -> Tensor:
     return torch.autograd.grad((output * weights).sum(), sample)[0]
 
 
-@pytest.mark.parametrize("style", ["constant", "everything"])
-def test_gradient_to_the_latents_equals_that_of_the_slow_sum_with_and_without_checkpointing(
-    unet: Any, style: Style
-) -> None:
-    case = Case(unet, style, grid=(8, 16))
+def test_gradient_to_the_latents_equals_that_of_the_slow_sum_with_and_without_checkpointing(unet: Any) -> None:
+    case = Case(unet, grid=(8, 16))
     expected = latent_gradient(with_reference(unet, case.loras, case.full), case.inputs)
     assert relative_error(latent_gradient(unet, case.inputs), expected) > 0.3
     passes, found = [], []
@@ -236,10 +210,9 @@ def test_gradient_to_the_latents_equals_that_of_the_slow_sum_with_and_without_ch
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("style", ["constant", "everything"])
 @torch.no_grad()
-def test_bfloat16_is_as_exact_as_the_slow_sum_in_bfloat16(style: Style) -> None:
-    case = Case(sd_unet(), style)
+def test_bfloat16_is_as_exact_as_the_slow_sum_in_bfloat16() -> None:
+    case = Case(sd_unet())
     unet, inputs, exact = case.unet, case.inputs, case.expected()
     unet.to(torch.bfloat16)
     half = {
@@ -268,7 +241,8 @@ def test_autocast_runs_and_agrees() -> None:
 
 
 @torch.no_grad()
-def test_channels_last_models_agree(unet: Any) -> None:
+def test_channels_last_models_agree() -> None:
+    unet = sd_unet()
     case = Case(unet)
     expected = case.expected()
     unet.to(memory_format=torch.channels_last)

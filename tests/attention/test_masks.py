@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
@@ -23,7 +23,6 @@ from lora_compose.attention.masks import (
     strongest,
 )
 
-SETTINGS = settings(deadline=None, max_examples=60)
 NEIGHBOURS = torch.ones(3, 3, dtype=torch.bool).numpy()  # for scipy
 
 
@@ -71,31 +70,11 @@ def painted(box: Box, image: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return canvas.view(rows, y // rows, columns, x // columns).mean(dim=(1, 3))
 
 
-@SETTINGS
 @given(boxes(), st.integers(1, 9), st.integers(1, 9))
 def test_boxes_equal_a_painted_canvas(case: tuple[Box, tuple[int, int]], rows: int, columns: int) -> None:
     box, image = case
     share = painted(box, image, (rows, columns))
     torch.testing.assert_close(box_mask(box, image, (rows, columns)), share / share.max(), atol=1e-5, rtol=0)
-
-
-@SETTINGS
-@given(boxes(most=4096), st.integers(1, 130), st.integers(1, 130))
-def test_boxes_never_vanish_and_touch_only_their_cells(
-    case: tuple[Box, tuple[int, int]], rows: int, columns: int
-) -> None:
-    (left, top, right, bottom), (height, width) = case
-    mask = box_mask((left, top, right, bottom), (height, width), (rows, columns))
-    assert mask.shape == (rows, columns)
-    assert mask.isfinite().all()
-    assert mask.max() == 1
-    assert mask.min() >= 0
-    y, x = torch.where(mask > 1e-3)
-    cell_height, cell_width = height / rows, width / columns
-    assert bool((y * cell_height < bottom).all())
-    assert bool(((y + 1) * cell_height > top).all())
-    assert bool((x * cell_width < right).all())
-    assert bool(((x + 1) * cell_width > left).all())
 
 
 def test_masks_are_averaged_over_cells() -> None:
@@ -111,29 +90,6 @@ def test_small_masks_reach_one_and_empty_ones_stay_empty() -> None:
     expected = torch.zeros(4, 4)
     expected[1, 2] = 1
     torch.testing.assert_close(resize_mask(mask, (4, 4)), expected)
-
-
-@SETTINGS
-@given(boxes(), st.integers(1, 9), st.integers(1, 9))
-def test_masks_painted_from_boxes_agree_with_boxes(case: tuple[Box, tuple[int, int]], rows: int, columns: int) -> None:
-    (left, top, right, bottom), (height, width) = case
-    mask = torch.zeros(height * rows, width * columns)  # a size that the grid divides
-    mask[top * rows : bottom * rows, left * columns : right * columns] = 1
-    found = resize_mask(mask, (rows, columns))
-    torch.testing.assert_close(
-        found, box_mask((left, top, right, bottom), (height, width), (rows, columns)), atol=1e-5, rtol=0
-    )
-
-
-@SETTINGS
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**16))
-def test_masks_of_any_size_fit_any_grid(height: int, width: int, rows: int, columns: int, seed: int) -> None:
-    mask = (torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) > 0.7).float()
-    found = resize_mask(mask, (rows, columns))
-    assert found.shape == (rows, columns)
-    assert found.isfinite().all()
-    assert found.max() == (1 if mask.any() else 0)
-    assert found.min() >= 0
 
 
 def whole_cells(box: Box, image: tuple[int, int], grid: tuple[int, int]) -> Tensor:
@@ -161,24 +117,12 @@ def roomy_boxes(draw: st.DrawFn) -> tuple[Box, tuple[int, int], tuple[int, int]]
     return (left, top, right, bottom), (height, width), (rows, columns)
 
 
-@SETTINGS
 @given(roomy_boxes())
 def test_cells_of_a_box_are_those_inside_it_altogether(case: tuple[Box, tuple[int, int], tuple[int, int]]) -> None:
     box, image, grid = case
     cells = cells_of(box_mask(box, image, grid), 1.0)
     assert cells.any()
     assert torch.equal(cells, whole_cells(box, image, grid))
-
-
-@pytest.mark.parametrize(
-    ("grid", "rows", "columns"),
-    [((24, 32), slice(12, 23), slice(10, 15)), ((12, 16), slice(6, 11), slice(5, 7))],
-)
-def test_cells_of_a_box_that_ends_a_pixel_before_the_border(grid: tuple[int, int], rows: slice, columns: slice) -> None:
-    """A box of the scenes that the authors of LoRA-Composer (arXiv 2403.11627) published."""
-    expected = torch.zeros(grid, dtype=torch.bool)
-    expected[rows, columns] = True
-    assert torch.equal(cells_of(box_mask((290, 375, 490, 767), (768, 1024), grid), 1.0), expected)
 
 
 @pytest.mark.parametrize("image", [(512, 512), (768, 1024), (520, 776), (1000, 8), (1, 1)])
@@ -189,16 +133,6 @@ def test_the_whole_canvas_is_inside_on_every_grid(image: tuple[int, int]) -> Non
         assert cells_of(box_mask((0, 0, width, height), image, grid), 1.0).all()
 
 
-@pytest.mark.parametrize(("level", "grid"), [(0, (65, 97)), (1, (33, 49)), (2, (17, 25)), (3, (9, 13))])
-def test_cells_on_canvases_that_no_grid_divides(level: int, grid: tuple[int, int]) -> None:
-    box, image = (100, 50, 600, 470), (520, 776)
-    assert grid_at((65, 97), level) == grid
-    cells = cells_of(box_mask(box, image, grid), 1.0)
-    assert torch.equal(cells, whole_cells(box, image, grid))
-    assert cells.any()
-
-
-@SETTINGS
 @given(boxes(most=4096), st.integers(1, 130), st.integers(1, 130), st.floats(0, 1))
 def test_every_box_has_a_cell_on_every_grid(
     case: tuple[Box, tuple[int, int]], rows: int, columns: int, threshold: float
@@ -217,14 +151,6 @@ def test_cells_are_taken_from_a_share_on() -> None:
     assert cells_of(mask, 0.5).tolist() == [[False, False, True], [True, True, True]]
     assert cells_of(mask, 0.7).tolist() == [[False, False, False], [True, True, True]]
     assert cells_of(mask, 1.0).tolist() == [[False, False, False], [False, False, True]]
-
-
-@SETTINGS
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**16))
-def test_every_free_mask_has_a_cell_on_every_grid(height: int, width: int, rows: int, columns: int, seed: int) -> None:
-    mask = (torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) > 0.9).float()
-    mask[seed % height, seed % width] = 1
-    assert cells_of(resize_mask(mask, (rows, columns)), 1.0).any()
 
 
 def test_coarser_masks_are_means_of_the_cells_that_are_joined() -> None:
@@ -247,7 +173,6 @@ def maps(seed: int, height: int = 5, width: int = 7) -> Tensor:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-@SETTINGS
 @given(bool_masks())
 def test_growing_and_shrinking_equal_an_independent_implementation(mask: Tensor) -> None:
     grown = ndimage.binary_dilation(mask.numpy(), NEIGHBOURS)
@@ -256,13 +181,10 @@ def test_growing_and_shrinking_equal_an_independent_implementation(mask: Tensor)
     assert torch.equal(eroded(mask), torch.from_numpy(shrunk))
 
 
-@SETTINGS
 @given(bool_masks())
-def test_every_change_keeps_its_side_of_the_mask(mask: Tensor) -> None:
-    assert not (eroded(mask) & ~mask).any()
+def test_opening_takes_away_and_closing_adds_and_a_second_time_changes_nothing(mask: Tensor) -> None:
     assert not (opened(mask) & ~mask).any()
     assert not (mask & ~closed(mask)).any()
-    assert not (mask & ~dilated(mask)).any()
     assert torch.equal(opened(opened(mask)), opened(mask))
     assert torch.equal(closed(closed(mask)), closed(mask))
 
@@ -283,7 +205,6 @@ def test_a_threshold_of_0_takes_every_cell_that_is_seen_at_all() -> None:
     assert strongest(map_, 0.0).tolist() == [[False, True], [False, True]]
 
 
-@SETTINGS
 @given(st.integers(0, 10**6), st.floats(0, 0.999), st.floats(0, 0.999))
 def test_higher_thresholds_take_fewer_cells_and_never_lose_the_highest(seed: int, one: float, other: float) -> None:
     low, high = sorted((one, other))

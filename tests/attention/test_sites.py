@@ -2,14 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_compose.attention import coarser, grid_at
 
 
-@settings(deadline=None, max_examples=40)
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 4))
 def test_grids_shrink_as_strided_convolutions_do(height: int, width: int, level: int) -> None:
     x: Tensor = torch.zeros(1, 1, height, width)

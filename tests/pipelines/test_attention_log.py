@@ -55,15 +55,6 @@ def test_recorded_attention_is_that_of_diffusers(pipe, plain_pipe, write_lora, g
             assert_close(output.attention_maps[step, :, column], words)
 
 
-def test_attention_to_all_words_of_a_cell_is_at_most_one(pipe, write_lora):
-    names = ["cat", "dog", "bear"]
-    load(pipe, write_lora, names, loras_of(pipe, names))
-    maps = denoise(pipe, concepts=names, method="tara", record_attention=True).attention_maps
-    lengths = torch.tensor([len(PHRASES[name]) for name in names])
-    assert (maps > 0).all()
-    assert ((maps * lengths[:, None, None]).sum(dim=2) < 1).all()
-
-
 def test_masks_follow_from_the_maps_and_no_cell_has_two_concepts():
     maps = torch.rand(2, 2, 3, 4, 4, generator=seeded()) * torch.tensor([1.0, 0.01, 5.0])[:, None, None]
     maps[1, 1, 2] = 0  # a concept that is nowhere
@@ -101,10 +92,9 @@ def test_single_steps_can_be_recorded(pipe, write_lora, wanted, steps):
     assert torch.equal(output.images, everything.images)
 
 
-@pytest.mark.parametrize("off", [False, []])
-def test_without_recording_there_are_no_maps_and_the_image_is_the_same(pipe, write_lora, off):
+def test_without_recording_there_are_no_maps_and_the_image_is_the_same(pipe, write_lora):
     load(pipe, write_lora, ["cat"], loras_of(pipe, ["cat"]))
-    output = denoise(pipe, concepts=["cat"], method="tara", record_attention=off)
+    output = denoise(pipe, concepts=["cat"], method="tara", record_attention=[])
     assert output.attention_maps is output.masks is output.recorded_steps is None
     assert torch.equal(output.images, denoise(pipe, concepts=["cat"], method="tara", record_attention=True).images)
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from components import State
 from lora_compose.attention import grid_at
 from lora_compose.attention.masks import box_mask
+from lora_compose.compose.commands.options import parse_concept
 from lora_compose.compose.files.scenes import read_scene, write_scene
-from lora_compose.compose.generate.options import parse_concept
 from lora_compose.pipelines.regions import Regions, check_mask, read_mask, region_mask
 from lora_compose.pipelines.scene import Concept, Scene
 
@@ -209,7 +209,6 @@ def test_greys_are_parts(tmp_path: Path) -> None:
 # Parts of the canvas
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.data(), st.integers(0, 3), st.floats(0, 20))
 def test_windows_hold_their_region_and_lie_on_the_canvas(data: st.DataObject, levels: int, side: float) -> None:
     canvas = tuple(data.draw(st.integers(1, 40)) for _ in range(2))
@@ -228,7 +227,6 @@ def test_windows_hold_their_region_and_lie_on_the_canvas(data: st.DataObject, le
         assert window.stop % 2**levels == 0 or window.stop == length
 
 
-@settings(deadline=None, max_examples=200)
 @given(st.data(), st.integers(0, 3), st.floats(0, 20), st.sampled_from([0.0, 0.5, 1.0]))
 def test_windows_hold_their_region_on_every_grid(
     data: st.DataObject, levels: int, side: float, threshold: float

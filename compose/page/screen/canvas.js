@@ -1,5 +1,5 @@
-// Boxes on a canvas: drawn, dragged, sized by corners or by keys. What was done is told once it is done; Python answers
-// with new data, which is drawn as it is. Names are set as text, never as markup.
+// An image with boxes over it: drawn, dragged, sized by corners or by keys. What was done is told once it is done; Python
+// answers with new data, which is drawn as it is. Names are set as text, never as markup.
 
 const LEAST = 8; // pixels of a side
 const GRID = 4; // pixels that pointers snap to
@@ -42,12 +42,42 @@ function describe(element, name, box) {
   element.setAttribute("aria-label", `Box of ${name}: left ${box[0]}, top ${box[1]}, right ${box[2]}, bottom ${box[3]}`);
 }
 
+function show(stage, { width, height, image, alt }) {
+  const img = stage.querySelector("img");
+  stage.style.aspectRatio = `${width} / ${height}`;
+  stage.style.setProperty("--ratio", width / height);
+  stage.classList.toggle("painted", image !== null);
+  stage.querySelector(".hint").hidden = image !== null;
+  img.hidden = image === null;
+  if (image !== null && img.src !== image) img.src = image;
+  img.alt = alt;
+}
+
+// Moves labels down until none is over another, as far as their boxes reach.
+function separate(elements) {
+  const seen = [];
+  for (const element of elements) {
+    const label = element.querySelector(".label");
+    label.style.top = "";
+    const meets = () => {
+      const a = label.getBoundingClientRect();
+      return seen.find((b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom);
+    };
+    for (let other = meets(), tries = 0; other && tries < elements.length; other = meets(), tries += 1) {
+      label.style.top = `${other.bottom - element.getBoundingClientRect().top + 1}px`;
+    }
+    seen.push(label.getBoundingClientRect());
+  }
+}
+
 export default function ({ parentElement, data, setTriggerValue }) {
   const stage = parentElement.querySelector(".stage");
+  show(stage, data);
+  if (stage.onpointermove) return; // a box is being dragged, and told once it is let go
   const canvas = { width: data.width, height: data.height };
   const focused = stage.contains(parentElement.activeElement) ? parentElement.activeElement.dataset.id : null;
-  stage.style.aspectRatio = `${data.width} / ${data.height}`;
-  stage.replaceChildren();
+  for (const box of stage.querySelectorAll(".box")) box.remove();
+  stage.classList.toggle("drawable", data.boxes.length > 0);
   if (!data.boxes.some(({ id }) => String(id) === stage.dataset.chosen)) {
     stage.dataset.chosen = data.boxes.length ? String(data.boxes[0].id) : "";
   }
@@ -80,6 +110,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
       box = change(start, at(next));
       place(element, box, canvas);
       describe(element, item.name, box);
+      separate([...elements.values()]);
     };
     stage.onpointerup = stage.onpointercancel = () => {
       stage.onpointermove = stage.onpointerup = stage.onpointercancel = null;
@@ -91,6 +122,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
     const element = document.createElement("div");
     element.className = "box";
     element.tabIndex = 0;
+    element.setAttribute("role", "group");
     element.dataset.id = item.id;
     element.style.setProperty("--concept", item.colour);
     const label = document.createElement("span");
@@ -115,6 +147,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
       item.box = event.shiftKey ? sized(item.box, "se", dx, dy, canvas) : moved(item.box, dx, dy, canvas);
       place(element, item.box, canvas);
       describe(element, item.name, item.box);
+      separate([...elements.values()]);
       clearTimeout(stage.telling);
       stage.telling = setTimeout(() => tell(item.id, item.box), 350);
     };
@@ -127,6 +160,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
     const item = data.boxes.find(({ id }) => String(id) === stage.dataset.chosen);
     if (item) follow(event, item, (from, to) => spanned(from, to, canvas));
   };
+  separate([...elements.values()]);
   if (stage.dataset.chosen) choose(Number(stage.dataset.chosen));
   if (focused !== null) elements.get(Number(focused))?.focus({ preventScroll: true });
 }

@@ -3,11 +3,13 @@
 import streamlit as st
 
 from lora_compose.compose.page.controls import sentence
+from lora_compose.compose.page.labels import full_name, label_of, methods
+from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit, judge
+from lora_compose.compose.page.screen.cost import cost_words, picture_cost
+from lora_compose.compose.page.screen.state import MOST_WAITING, Visit, judge
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Picture
-from lora_compose.pipelines.methods import METHODS
 
 _CHOSEN = "set.compared"
 _PLACE = "compare"
@@ -20,10 +22,11 @@ def compare_view(here: Visit) -> None:
         st.info("Add concepts first.", icon=":material/view_column:")
         return
     st.session_state.setdefault(_CHOSEN, ["merge", "regional", "lora-composer"])
-    methods = st.multiselect("Methods", list(METHODS), key=_CHOSEN)
-    _costs(here, methods)
+    chosen = st.multiselect("Methods", methods(), key=_CHOSEN, format_func=full_name)
+    _costs(here, chosen)
     st.button("Generate all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
-              disabled=here.working or not methods, on_click=_start, args=(here, methods))  # fmt: skip
+              disabled=not chosen or len(here.waiting) >= MOST_WAITING, on_click=_start,
+              args=(here, chosen))  # fmt: skip
     for trouble in here.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
     _table(here)
@@ -41,10 +44,10 @@ def _costs(here: Visit, methods: list[str]) -> None:
         if report is None:
             said = "shown when the model is free"
         elif report.problems:
-            said = f":material/block: {markdown(report.problems[0])}"
+            said = f":material/block: {markdown(spoken(report.problems[0], method))}"
         else:
-            said = markdown(dict(report.facts).get("cost", "not known"))
-        rows.append(f"| **{markdown(method)}** | {markdown(sentence(method))} | {said} |")
+            said = markdown(cost_words(here, report.cost)) if report.cost is not None else "not known"
+        rows.append(f"| **{markdown(label_of(method).name)}** | {markdown(sentence(method))} | {said} |")
     if rows:
         st.markdown("\n".join(["| method | what it does | cost, or what is missing |", "|---|---|---|", *rows]))
 
@@ -53,7 +56,8 @@ def _start(here: Visit, methods: list[str]) -> None:
     here.troubles[_PLACE] = []
     try:
         draft = fields.draft(here)
-        able = [m for m in methods if (report := here.outlook(draft.with_method(m))) is None or not report.problems]
+        reports = {method: here.outlook(draft.with_method(method)) for method in methods}
+        able = {method: report for method, report in reports.items() if report is None or not report.problems}
         runs = [run for method in able for run in draft.with_method(method).runs()]
         if not runs:
             raise ValueError("None of these methods can compose this scene; the table shows what is missing.")
@@ -62,9 +66,10 @@ def _start(here: Visit, methods: list[str]) -> None:
     except ValueError as error:
         here.troubles[_PLACE] = str(error).splitlines()
         return
-    here.compared = []
     runs.sort(key=lambda run: draft.seeds.index(run.seed))  # row by row
-    here.begin(runs, comparing=True, record_attention=st.session_state[fields.ATTENTION])
+    costs = [report.cost if (report := able[run.method or ""]) is not None else None for run in runs]
+    flops = [cost.flops if cost is not None else None for cost in costs]
+    here.begin(runs, flops, comparing=True, record_attention=st.session_state[fields.ATTENTION])
 
 
 def _table(here: Visit) -> None:
@@ -86,16 +91,12 @@ def _table(here: Visit) -> None:
 
 
 def _cell(here: Visit, picture: Picture) -> None:
-    st.image(picture.made.image, width="stretch", alt=f"By {picture.run.method}")
-    lines = [f"**{markdown(picture.run.method or '')}**"]
-    cost = picture.cost
-    if cost is not None:
-        kinds = ((cost.rows_forward, "rows"), (cost.rows_stopped, "stopped"), (cost.rows_backward, "backward"))
-        lines.append(" + ".join(f"{number:g} {what}" for number, what in kinds if number))
+    st.image(picture.made.image, width="stretch", alt=full_name(picture.run.method or ""))
+    lines = [f"**{markdown(label_of(picture.run.method or '').name)}**"]
     lines.append(f"{picture.seconds:.1f} s")
     if judge().judges(picture.run):
         lines += [f"{markdown(name)}: {found.words}" for name, found in here.likeness(picture).items()]
-    st.caption("  \n".join(lines))
+    st.caption("  \n".join(lines), help=picture_cost(picture))
     st.button("View image", key=f"do.compared.{picture.key}", on_click=_look, args=(here, picture), width="stretch")
 
 

@@ -20,27 +20,25 @@ logger = logging.getLogger(__name__)
 
 _PLACE = "concepts"
 _MB = 2**20
-_SHORT = 24  # letters of a weight that are shown on a card
 
 
 def concepts_part(here: Visit) -> None:
     """A card for every concept, and ways to add more."""
-    st.subheader("Concepts", anchor=False)
+    _adding(here)
+    for trouble in here.troubles.get(_PLACE, []):
+        st.error(markdown(trouble), icon=":material/error:")
     for i, row in enumerate(list(here.rows)):
         _card(here, i, row)
     if not here.rows:
         st.info("No concepts: the model generates a plain image. Add a LoRA to compose.", icon=":material/add_circle:")
-    for trouble in here.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
-    _adding(here)
 
 
 def _card(here: Visit, i: int, row: Row) -> None:
     lora = row.lora
-    with st.container(border=True, key=f"card_{row.number}"):
+    with st.container(border=True, key=f"card_{row.number}", gap="xsmall"):
         st.html(f"<style>.st-key-card_{row.number} {{ border-left: 5px solid {colour(i)} !important; }}</style>")
         picture, name, trigger, noun = st.columns([1, 2, 2, 2], vertical_alignment="center", wrap=False)
-        picture.image((lora.thumbnail if lora else None) or tile(i), width=64)
+        picture.image((lora.thumbnail if lora else None) or tile(i), width=64, alt="What it was trained on")
         name.text_input("Name", key=fields.of_row(row, "name"), max_chars=MOST_NAME)
         trigger.text_input("Trigger", key=fields.of_row(row, "trigger"), max_chars=MOST_NAME, help=(
             "The rare word or words that the LoRA was trained with, without the class word."
@@ -49,10 +47,15 @@ def _card(here: Visit, i: int, row: Row) -> None:
             "The plain noun that follows the trigger in the prompt."
         ))  # fmt: skip
         with st.container(horizontal=True, vertical_alignment="center", wrap=False):
-            st.html(f'<div class="lc-file">{_about(here, row)}</div>', width="stretch")
-            more = st.popover("More", width="content")
-        with more:
-            _details(here, row)
+            st.slider("Weight", 0.0, fields.MOST_WEIGHT, step=fields.WEIGHT_STEP, key=fields.of_row(row, "weight"),
+                      format="weight %.2f", label_visibility="collapsed",
+                      disabled=fields.has_schedule(row))  # fmt: skip
+            with st.popover("More"):
+                _details(here, row)
+            st.button("Remove", key=f"do.remove.{row.number}", on_click=here.rows.remove, args=(row,),
+                      icon=":material/delete:")  # fmt: skip
+        if about := _about(here, row):
+            st.html(f'<div class="lc-file">{about}</div>')
         if row.lora is None and is_on_hub(row.wanted):
             st.warning(f"This LoRA is in a repository on the hub: {markdown(row.wanted)}. Download it if you trust it.",
                        icon=":material/cloud_download:")  # fmt: skip
@@ -65,9 +68,9 @@ def _card(here: Visit, i: int, row: Row) -> None:
 
 
 def _details(here: Visit, row: Row) -> None:
-    st.text_input("Weight", key=fields.of_row(row, "weight"), max_chars=MOST_TEXT, help=(
-        "Factor on the whole LoRA: 1 as trained, 0 off. It may change over the steps: “1..0.4” falls "
-        "linearly, “0:1,0.5:0” is off in the second half, “1,0.5,0” sets equal parts."
+    st.text_input("Weight that changes over the steps", key=fields.of_row(row, "schedule"), max_chars=MOST_TEXT, help=(
+        "Used instead of the slider: “1..0.4” falls linearly, “0:1,0.5:0” is off in the second half, “1,0.5,0” sets "
+        "equal parts."
     ))  # fmt: skip
     st.text_input("Weight by block", key=fields.of_row(row, "blocks"), max_chars=MOST_TEXT, help=(
         "Factors on parts of the LoRA, e.g. “down:0.5,mid:1,up.1:0,text:0”. Empty: 1 everywhere."
@@ -78,15 +81,14 @@ def _details(here: Visit, row: Row) -> None:
         "prompt."
     ))  # fmt: skip
     st.text_area("Own negative prompt", key=fields.of_row(row, "negative_prompt"), height=68)
-    st.button("Remove this concept", key=f"do.remove.{row.number}", on_click=here.rows.remove, args=(row,),
-              icon=":material/delete:", width="stretch")  # fmt: skip
 
 
 def _about(here: Visit, row: Row) -> str:
     if row.lora is None:
         return ""
-    weight = str(st.session_state[fields.of_row(row, "weight")]).strip() or "1"
-    parts = [row.lora.shown, f"weight {weight}" if len(weight) <= _SHORT else "weight changes over the steps"]
+    parts = [row.lora.shown]
+    if fields.has_schedule(row):
+        parts.append("weight changes over the steps")
     if fields.is_style(row):
         parts.append("style")
     if row.alpha is not None:
@@ -101,14 +103,17 @@ def _about(here: Visit, row: Row) -> str:
 
 def _adding(here: Visit) -> None:
     full = _is_full(here)
-    upload, ready = st.columns(2)
-    with upload.popover("Upload LoRAs", icon=":material/upload:", width="stretch", disabled=full):
+    with st.container(horizontal=True, vertical_alignment="center", key="adding"):
+        st.header("Concepts", anchor=False)
+        upload = st.popover("Upload LoRAs", icon=":material/upload:", disabled=full)
+        ready = st.popover("Choose LoRAs", icon=":material/folder:", disabled=full)
+    with upload:
         key = f"do.upload.{here.uploads}"
         st.file_uploader("safetensors files", type=["safetensors"], accept_multiple_files=True, key=key,
                          on_change=_uploaded, args=(here, key), max_upload_size=UPLOAD_LIMIT // _MB)  # fmt: skip
         st.caption("They stay on this machine until your session ends. Pickles (.pt, .ckpt, .bin) are refused: "
                    "they could run code.")  # fmt: skip
-    with ready.popover("Choose LoRAs", icon=":material/folder:", width="stretch", disabled=full):
+    with ready:
         _choosing(here)
     if full:
         st.caption(f"{MOST_CONCEPTS} concepts are the maximum.")
@@ -191,7 +196,8 @@ def _add(here: Visit, lora: Lora) -> str:
     row = next((row for row in waiting if row.wanted == lora.source), alike[0] if alike else None)
     if row is None:
         names = [st.session_state[fields.of_row(row, "name")] for row in here.rows]
-        fields.add(here, lora.concept(free_name(lora.class_word or _stem(lora.shown), names)), lora, fields.size())
+        concept = lora.concept(free_name(lora.class_word or _stem(lora.shown), names))
+        fields.place_anew(here, fields.add(here, concept, lora, fields.size()))
         return ""
     row.lora = lora
     for field, known in (("trigger", lora.trigger), ("class_word", lora.class_word)):

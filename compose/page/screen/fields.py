@@ -1,5 +1,6 @@
 """The fields of the screen, by name: how a draft is written into them, and read from them again."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,9 +8,11 @@ import streamlit as st
 from pydantic import ValidationError
 
 from lora_compose.compose.files.validation import complaints
-from lora_compose.compose.page.boxes import fitted
+from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.draft import Draft, read_seeds
+from lora_compose.compose.page.labels import label_of
+from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen.state import Row, Visit
 from lora_compose.compose.page.store import Lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
@@ -26,6 +29,9 @@ ATTENTION = "set.attention"
 ANYWHERE, IN_BOXES = "Anywhere", "In boxes"
 AUTOMATIC = "automatic"
 EDGES = ("left", "top", "right", "bottom")
+
+MOST_WEIGHT, WEIGHT_STEP = 2.0, 0.05
+"""What the slider of a weight reaches; other weights, and those that change over the steps, are text."""
 
 _TEXTS = ("name", "trigger", "class_word", "prompt", "negative_prompt")
 
@@ -89,12 +95,20 @@ def add(
     for field in _TEXTS:
         value = getattr(concept, field)
         st.session_state[of_row(row, field)] = known.get(field, "") if value is None else value
-    st.session_state[of_row(row, "weight")] = weight_text(concept.weight)
+    st.session_state[of_row(row, "weight")], st.session_state[of_row(row, "schedule")] = _weight_fields(concept.weight)
     st.session_state[of_row(row, "blocks")] = blocks_text(concept.blocks)
     st.session_state[of_row(row, "style")] = concept.is_style
     box = concept.region if isinstance(concept.region, tuple) else (0, 0, *size)
     set_box(row, box)
     return row
+
+
+def place_anew(here: Visit, row: Row) -> None:
+    """Gives the last concept a box of its own, beside those of the others."""
+    others = [other for other in here.rows if other is not row and has_box(other)]
+    boxes = one_more([box_of(other) for other in others], *size())
+    for placed, box in zip([*others, row], boxes, strict=True):
+        set_box(placed, box)
 
 
 def set_box(row: Row, box: tuple[int, int, int, int]) -> None:
@@ -133,13 +147,23 @@ def is_style(row: Row) -> bool:
     return bool(st.session_state[of_row(row, "style")])
 
 
+def has_schedule(row: Row) -> bool:
+    """Whether a concept's weight is text, and not that of the slider."""
+    return bool(st.session_state[of_row(row, "schedule")].strip())
+
+
+def has_box(row: Row) -> bool:
+    """Whether a concept has a box, and neither a mask nor the whole canvas."""
+    return row.mask is None and not is_style(row)
+
+
 def concept_of(row: Row) -> Concept:
     """A concept as its fields say.
 
     Raises:
         ValueError: If it has no name, or a weight that cannot be read.
     """
-    texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in _TEXTS}
+    texts = {field: str(st.session_state[of_row(row, field)]).strip() for field in (*_TEXTS, "schedule")}
     if not texts["name"]:
         raise ValueError("A concept has no name. Give it one.")
     try:
@@ -148,7 +172,8 @@ def concept_of(row: Row) -> Concept:
             lora=None if row.lora is None else row.lora.source,
             trigger=texts["trigger"],
             class_word=texts["class_word"],
-            weight=st.session_state[of_row(row, "weight")].strip() or 1.0,
+            weight=st.session_state[of_row(row, "schedule")].strip()
+            or round(st.session_state[of_row(row, "weight")], 4),
             blocks=st.session_state[of_row(row, "blocks")].strip() or None,
             region=None if is_style(row) else row.mask or box_of(row),
             prompt=texts["prompt"] or None,
@@ -170,8 +195,15 @@ def draft(here: Visit) -> Draft:
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
     if unfit := [row.lora.shown for row in here.rows if row.lora is not None and (fit := here.fit(row)) and fit[2]]:
-        raise ValueError(f"LoRAs cannot be used with this model: {', '.join(unfit)}. Remove these concepts.")
+        raise ValueError(
+            f"This does not fit the model {here.slot.choice.model}: {', '.join(unfit)}. Open another model at the top, "
+            "or remove these concepts."
+        )
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
+    if here.rows and not boxed() and method and label_of(method).decides == "boxes":
+        raise ValueError(
+            f"“{label_of(method).name}” needs boxes: choose “{IN_BOXES}” above the image, or another method."
+        )
     return Draft(
         choice=here.slot.choice,
         prompt=st.session_state[PROMPT],
@@ -208,6 +240,15 @@ def changed_from(here: Visit, run: Run) -> list[str]:
     ]
 
 
+def _weight_fields(weight: Any) -> tuple[float, str]:
+    """The slider and the text of a weight, of which one says it."""
+    weight = 1.0 if weight is None else weight
+    plain = isinstance(weight, int | float) and 0 <= weight <= MOST_WEIGHT
+    if plain and math.isclose(weight / WEIGHT_STEP, round(weight / WEIGHT_STEP), abs_tol=1e-9):
+        return float(weight), ""
+    return 1.0, weight_text(weight)
+
+
 def _short(value: Any) -> str:
     text = "not given" if value is None else str(value)
     text = text if len(text) <= 60 else f"{text[:57]}..."
@@ -221,4 +262,7 @@ def settings(method: str) -> dict[str, Any]:
         ValueError: If the method does not take them.
     """
     shown = {control.name: st.session_state[of_setting(method, control.name)] for control in controls(method)}
-    return changed(method, shown)
+    try:
+        return changed(method, shown)
+    except ValueError as error:
+        raise ValueError(spoken(str(error), method)) from error

@@ -3,33 +3,36 @@
 import streamlit as st
 
 from lora_compose.compose.generate.schedulers import scheduler_names
-from lora_compose.compose.page.controls import Control, changed, controls, sentence
-from lora_compose.compose.page.draft import MOST_STEPS
+from lora_compose.compose.page.controls import Control, controls, sentence
+from lora_compose.compose.page.draft import MOST_STEPS, MOST_TEXT
+from lora_compose.compose.page.labels import choice_label, full_name, methods
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import Visit
 from lora_compose.compose.page.text import markdown
-from lora_compose.pipelines.methods import METHODS
 
 _AUTOMATIC = "Chosen from the concepts: boxes, LoRAs trained with TARA, or neither."
 
 
 def method_part(here: Visit) -> None:
     """The method with its settings, and the sampling."""
-    st.subheader("Method", anchor=False)
+    with st.container(key="sampling"):
+        left, right = st.columns([2, 3])
+        method = fields.AUTOMATIC
+        if here.rows:
+            method = left.selectbox("Method", [fields.AUTOMATIC, *methods()], key=fields.METHOD, format_func=_name)
+        steps, guidance, seeds = right.columns(3, wrap=False)
+        steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
+        guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
+            "How closely the image follows the prompt: 5 to 8 for most models. 1 or less turns it off and halves the "
+            "cost."
+        ))  # fmt: skip
+        seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
     if here.rows:
-        method = st.selectbox("How concepts are fused", [fields.AUTOMATIC, *METHODS], key=fields.METHOD)
         st.caption(markdown(_AUTOMATIC if method == fields.AUTOMATIC else sentence(method)))
-        if method != fields.AUTOMATIC and controls(method):
-            _settings(method)
-    else:
-        st.caption("Without concepts the model generates plain images.")
-    steps, guidance, seeds = st.columns(3, wrap=False)
-    steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
-    guidance.number_input("Guidance", key=fields.GUIDANCE, step=0.5, format="%.2f", help=(
-        "Guidance scale of CFG. 1 or less turns guidance off and halves the cost."
-    ))  # fmt: skip
-    seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
-    with st.expander("More", icon=":material/settings:"):
+    if method != fields.AUTOMATIC and controls(method):
+        _settings(method)
+    with st.expander("Negative prompt, scheduler", icon=":material/settings:"):
+        st.text_input("Negative prompt: what to avoid", key=fields.NEGATIVE, max_chars=MOST_TEXT)
         st.selectbox("Scheduler", [fields.AUTOMATIC, *scheduler_names()], key=fields.SCHEDULER)
         st.toggle("Keep attention maps, for “Understand”", key=fields.ATTENTION)
 
@@ -41,19 +44,17 @@ def _settings(method: str) -> None:
             with halves[i % 2]:
                 _control(method, control)
         st.button("Reset to defaults", key="do.defaults", on_click=_reset, args=(method,))
-        try:
-            different = changed(method, {control.name: _shown(method, control) for control in controls(method)})
-        except ValueError as error:
-            st.error(markdown(str(error)), icon=":material/error:")
-            return
-        said = ", ".join(f"{name} = {value}" for name, value in different.items())
-        st.caption(f"Changed: {markdown(said)}" if said else "All settings have their defaults.")
+
+
+def _name(method: str) -> str:
+    return method.capitalize() if method == fields.AUTOMATIC else full_name(method)
 
 
 def _control(method: str, control: Control) -> None:
-    label, key, text = control.name.replace("_", " "), fields.of_setting(method, control.name), markdown(control.help)
+    label, key, text = control.label, fields.of_setting(method, control.name), markdown(control.help)
     if control.kind == "choice":
-        st.segmented_control(label, list(control.choices), key=key, help=text, required=True)
+        st.segmented_control(label, list(control.choices), key=key, help=text, required=True,
+                             format_func=lambda value: choice_label(control.name, value))  # fmt: skip
     elif control.kind == "switch":
         st.toggle(label, key=key, help=text)
     elif control.kind == "whole":
@@ -62,10 +63,6 @@ def _control(method: str, control: Control) -> None:
         st.number_input(label, key=key, step=0.05, format="%.3g", help=text)
     else:
         st.text_input(label, key=key, help=text)
-
-
-def _shown(method: str, control: Control) -> object:
-    return st.session_state[fields.of_setting(method, control.name)]
 
 
 def _reset(method: str) -> None:

@@ -16,13 +16,14 @@ from lora_compose.compose.support.savers import SAVERS, Saver, in_order
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
 _OWN = "A folder or a hub repository"
 _PLACE = "model"
+_SHORT = 32  # letters of a model's name that are shown
 
 
 def model_part(here: Visit) -> None:
     """Which model is open, and the fields to open another one."""
     choice = here.slot.choice
     show_choice(choice)
-    with st.expander(f"Model: **{markdown(choice.model)}**, {choice.dtype}", icon=":material/deployed_code:"):
+    with st.popover(f"Model: **{markdown(_short(choice.model))}**", icon=":material/deployed_code:"):
         kind = st.segmented_control("Model", [PLAYGROUND, _OWN], key=_KIND, required=True, help=(
             "The playground is a small built-in model: it draws blurry little images, quickly and offline."
         ))  # fmt: skip
@@ -46,6 +47,10 @@ def model_part(here: Visit) -> None:
             "Open this model", on_click=_open, args=(here, asked), disabled=asked == choice or here.working,
             icon=":material/folder_open:",
         )  # fmt: skip
+
+
+def model_troubles(here: Visit) -> None:
+    """Why a model was not opened."""
     for trouble in here.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
 
@@ -78,6 +83,12 @@ def take_over(here: Visit, choice: Choice) -> bool:
         st.session_state.pop(name, None)
     show_choice(choice)
     return known
+
+
+def _short(model: str) -> str:
+    """The last part of a path or a repository's name."""
+    name = model.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return name if len(name) <= _SHORT else f"{name[: _SHORT - 3]}..."
 
 
 def _what_it_does(saver: Saver) -> str:

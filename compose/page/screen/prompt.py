@@ -13,20 +13,20 @@ from lora_compose.pipelines.scene import Concept
 
 def prompt_part(here: Visit) -> None:
     """The prompts, and the words of the concepts in them."""
-    st.subheader("Prompt", anchor=False)
-    prompt = st.text_area("Prompt: name each concept by its trigger", key=fields.PROMPT, max_chars=MOST_TEXT, height=80)
+    here.unready = False
+    prompt = st.text_area("Prompt: name each concept by its trigger", key=fields.PROMPT, max_chars=MOST_TEXT, height=68)
     try:
         concepts = [fields.concept_of(row) for row in here.rows]
     except ValueError as error:
         st.warning(markdown(str(error)), icon=":material/warning:")
         return
     reading = read_prompt(prompt, concepts, here.slot.tokenizer)
+    here.unready = reading.unready
     if concepts and prompt.strip():
         st.html(as_html(prompt, reading))
     for flag in reading.flags:
         st.warning(markdown(flag), icon=":material/warning:")
     _inserting(concepts, reading.missing)
-    st.text_input("Negative prompt: what to avoid", key=fields.NEGATIVE, max_chars=MOST_TEXT)
 
 
 def _inserting(concepts: list[Concept], missing: tuple[int, ...]) -> None:

@@ -3,14 +3,17 @@
 import streamlit as st
 
 from lora_compose.compose.check.report import Report
-from lora_compose.compose.figures.overlay import outlined
 from lora_compose.compose.page import export
 from lora_compose.compose.page.draft import Draft, check_canvas
+from lora_compose.compose.page.labels import full_name, label_of
+from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
+from lora_compose.compose.page.screen.cost import cost_help, cost_words, picture_cost, seconds_words
 from lora_compose.compose.page.screen.evaluate import evaluate_view
 from lora_compose.compose.page.screen.keep import gallery_view, keep_buttons
-from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, Visit
 from lora_compose.compose.page.screen.understand import understand_view
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Job, Picture
@@ -21,11 +24,13 @@ _TOGETHER = "do.together"
 
 
 def stage_part(here: Visit) -> None:
-    """The right view of the stage, under the button."""
+    """The button, and the right view under it."""
     _pressing(here)
     st.session_state.setdefault(_VIEW, "Image")
     view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", width="stretch")
-    st.fragment(_working, run_every=_EVERY if here.working else None)(here)
+    if view in (None, "Image"):
+        position_part(here)
+    st.fragment(_working, run_every=_EVERY if here.working else None)(here, view in (None, "Image"))
     _VIEWS[view or "Image"](here)
 
 
@@ -43,71 +48,87 @@ def read_draft(here: Visit) -> tuple[Draft | None, list[str]]:
 def _pressing(here: Visit) -> None:
     draft, problems = read_draft(here)
     report = here.outlook(draft) if draft is not None else None
-    problems += report.problems if report is not None else []
+    if draft is not None and report is not None:
+        problems += _problems(here, draft, report)
     number = len(draft.seeds) if draft is not None else 1
     label = "Generate 1 image" if number == 1 else f"Generate {number} images"
     st.button(label, type="primary", icon=":material/brush:", key="do.make", width="stretch", on_click=_start,
-              args=(here,), disabled=bool(problems) or here.working)  # fmt: skip
+              args=(here,), disabled=bool(problems) or len(here.waiting) >= MOST_WAITING)  # fmt: skip
     for problem in problems:
         st.error(markdown(problem), icon=":material/error:")
-    if draft is not None and not problems and not here.working:
-        _say_outlook(draft, report)
+    if draft is not None and not problems:
+        _say_outlook(here, draft, report)
 
 
-def _say_outlook(draft: Draft, report: Report | None) -> None:
+def _problems(here: Visit, draft: Draft, report: Report) -> list[str]:
+    """What keeps an image from being made, each thing said in one place only."""
+    if report.problems and here.unready:
+        return ["The prompt is not ready; see what is said there."]
+    return [spoken(problem, draft.method, here.store.names) for problem in report.problems]
+
+
+def _say_outlook(here: Visit, draft: Draft, report: Report | None) -> None:
+    if report is None and here.working:
+        st.caption("Press again for more: images wait for those in hand.")
+        return
     if report is None:
         st.caption("The model is busy with another session. The cost appears when it is free; an image waits "
                    "for its turn.")  # fmt: skip
         return
     facts = dict(report.facts)
-    each = " for each image" if len(draft.seeds) > 1 else ""
-    st.caption(f"Costs {markdown(facts.get('cost', 'an unknown amount'))}{each}.", help=(
-        "A row is one latent through the whole UNet, once. A plain image with guidance takes two per step."
-    ))  # fmt: skip
+    if report.cost is not None:
+        each = " for each image" if len(draft.seeds) > 1 else ""
+        st.caption(f"{cost_words(here, report.cost)}{each}.", help=cost_help(report.cost, draft.steps))
     if draft.method is None and "method" in facts:
-        st.caption(f"Method: {markdown(facts['method'])}.")
+        name, _, why = facts["method"].partition(", ")
+        st.caption(markdown(f"Method: {full_name(name)}, {why}." if why else f"Method: {full_name(name)}."))
+    if draft.boxed and draft.method and label_of(draft.method).decides != "boxes":
+        st.caption(f":material/info: “{label_of(draft.method).name}” does not use the boxes.")
     for note in report.notes:
-        st.caption(f":material/info: {markdown(note)}")
+        if "ignores" not in note:  # that boxes are not used is said above
+            st.caption(f":material/info: {markdown(spoken(note, draft.method, here.store.names))}")
 
 
 def _start(here: Visit) -> None:
     draft, _ = read_draft(here)
     if draft is None:
         return  # what is wrong is said beside the button
-    here.begin(draft.runs(), comparing=False, record_attention=st.session_state[fields.ATTENTION])
+    runs, report = draft.runs(), here.outlook(draft)
+    flops = report.cost.flops if report is not None and report.cost is not None else None
+    here.begin(runs, [flops] * len(runs), comparing=False, record_attention=st.session_state[fields.ATTENTION])
     st.session_state[_VIEW] = "Image"
 
 
-def _working(here: Visit) -> None:
-    """The work in hand; looked at again and again while it lasts."""
-    job = here.job
+def _working(here: Visit, on_canvas: bool) -> None:
+    """The work in hand, and the canvas, on which it is seen; looked at again and again while it lasts."""
     new = here.collect()
-    if job is not None and job.running:
-        _progress(job, small=here.comparing)
-        if new and here.comparing:
-            st.rerun()
-    elif job is not None and (new or "running" in here.troubles.get("job", [])):
-        here.troubles["job"] = []
-        st.rerun()  # the whole page: the button may be pressed again
-    if job is None:
-        return
-    if job.running:
-        here.troubles["job"] = ["running"]
-    elif job.state == "failed":
-        st.error(markdown(job.error), icon=":material/error:")
-    elif job.state == "stopped":
+    job, working = here.job, here.working
+    if on_canvas:
+        preview = job.preview if job is not None and working and not job.comparing else None
+        picture = here.picture
+        image = preview or (picture.made.image if picture is not None else None)
+        alt = "Preview of the image" if preview else picture.run.scene.prompt if picture is not None else ""
+        canvas(here, image, alt)
+    if job is not None and working:
+        _progress(here, job)
+    ended, here.was_working = here.was_working and not working, working
+    if new or ended:
+        st.rerun()  # the whole page, with the new images
+    for error in [*here.troubles.get(QUEUE, []), *([job.error] if job is not None and job.state == "failed" else [])]:
+        st.error(markdown(spoken(error, files=here.store.names)), icon=":material/error:")
+    if job is not None and job.state == "stopped":
         st.info("Stopped. Your settings are unchanged.", icon=":material/stop_circle:")
 
 
-def _progress(job: Job, *, small: bool) -> None:
-    with st.container(key="progress"):
-        with st.container(horizontal=True, vertical_alignment="center", wrap=False):
-            st.progress(job.share, text=progress_words(job))
-            st.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
-        if job.preview is not None:
-            st.image(job.preview, width=160 if small else "stretch", alt="Preview of the image")
-        elif not small:
-            st.html('<div class="lc-empty"><p>The preview appears after a few steps.</p></div>')
+def _progress(here: Visit, job: Job) -> None:
+    with st.container(horizontal=True, vertical_alignment="center", wrap=False, key="progress"):
+        st.progress(job.share, text=progress_words(job))
+        st.button("Stop", key="do.stop", on_click=job.stop, icon=":material/stop:", disabled=job.stopping)
+    if here.waiting:
+        number = sum(len(waiting.runs) for waiting in here.waiting)
+        with st.container(horizontal=True, vertical_alignment="center", key="waiting"):
+            st.caption(f"{number} more {'image waits' if number == 1 else 'images wait'}.", width="content")
+            st.button("Clear the queue", key="do.clear", on_click=here.waiting.clear, type="tertiary")
 
 
 def progress_words(job: Job) -> str:
@@ -119,28 +140,15 @@ def progress_words(job: Job) -> str:
         return f"Waiting for the model: {others} ahead" if job.ahead else "Waiting for the model"
     done, of = job.steps
     which = f"Image {len(job.pictures) + 1} of {len(job.runs)}, step" if len(job.runs) > 1 else "Step"
-    left = "" if job.seconds_left is None else f", {_time(job.seconds_left)} left"
+    left = "" if job.seconds_left is None else f", {seconds_words(job.seconds_left)} left"
     return f"{which} {done} of {of}{left}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _picture_view(here: Visit) -> None:
     picture = here.picture
-    if here.working and not here.comparing:
-        return  # the preview stands in its place
-    if picture is None:
-        st.html('<div class="lc-empty"><p>Your image appears here.</p><p>An example is filled in: press the button '
-                "above, and change what you like afterwards.</p></div>")  # fmt: skip
+    if picture is None or (here.job is not None and here.working and not here.job.comparing):
         return
     _siblings(here, picture)
-    boxes = [concept.region if isinstance(concept.region, tuple) else None for concept in picture.run.scene.concepts]
-    shown = picture.made.image
-    if any(boxes) and st.toggle("Show boxes", key="set.outlines"):
-        shown = outlined(shown, boxes)
-    st.image(shown, width="stretch", alt=picture.run.scene.prompt)
     _about(picture)
     keep_buttons(here, picture)
     _exports(here, picture)
@@ -154,7 +162,11 @@ def _siblings(here: Visit, picture: Picture) -> None:
 
     def label(key: str) -> str:
         run = together[key].run
-        return f"{run.method}, {run.seed}" if here.comparing else f"Seed {run.seed}"
+        return (
+            f"{label_of(run.method or '').name}, {run.seed}"
+            if here.job is not None and here.job.comparing
+            else f"Seed {run.seed}"
+        )
 
     st.session_state[_TOGETHER] = picture.key
     st.segmented_control("Images of this run", list(together), key=_TOGETHER, format_func=label, on_change=_switch,
@@ -167,13 +179,9 @@ def _switch(here: Visit) -> None:
 
 def _about(picture: Picture) -> None:
     run = picture.run
-    parts = [run.method or "no method", f"seed {run.seed}", f"{run.steps} steps", f"guidance {run.guidance_scale:g}"]
-    parts.append(f"{picture.seconds:.1f} s")
-    if picture.cost is not None:
-        cost = picture.cost
-        kinds = ((cost.rows_forward, "rows"), (cost.rows_stopped, "stopped"), (cost.rows_backward, "backward"))
-        parts.append(" + ".join(f"{number:g} {what}" for number, what in kinds if number))
-    st.caption(markdown(" · ".join(parts)))
+    parts = [label_of(run.method).name if run.method else "no concepts", f"seed {run.seed}", f"{run.steps} steps"]
+    parts += [f"guidance {run.guidance_scale:g}", f"{picture.seconds:.1f} s"]
+    st.caption(markdown(" · ".join(parts)), help=picture_cost(picture))
 
 
 def _exports(here: Visit, picture: Picture) -> None:
@@ -186,7 +194,8 @@ def _exports(here: Visit, picture: Picture) -> None:
             st.download_button("Save scene.yaml", scene, "scene.yaml", "application/yaml", icon=":material/download:",
                                on_click="ignore")  # fmt: skip
         savers = here.slot.choice.memory_for(run.model, run.device)
-        python_tab.code(export.python(run, savers), language="python")
+        own = here.slot.scheduler if run.model == here.slot.choice.model else None
+        python_tab.code(export.python(run, savers, own), language="python")
         command_tab.code(export.command(run, savers), language="bash")
         command_tab.caption("It reads scene.yaml, from the first tab.")
         if run != picture.run:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from streamlit import runtime
@@ -16,6 +17,7 @@ from lora_compose.compose.check.report import Report, check
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.draft import Draft
 from lora_compose.compose.page.launch import Options, options
+from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
 from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot
@@ -33,6 +35,10 @@ _CHECKING = threading.Lock()
 _PATIENCE = 0.5  # seconds that a look at the screen waits for the files and checks of others
 FILE_PATIENCE = 30.0
 """Seconds that a file waits to be read for those of others."""
+MOST_WAITING = 8
+"""Presses of the button that wait for the one in hand."""
+QUEUE = "queue"
+"""The place of what went wrong with those before the one in hand."""
 _OUTLOOKS = 64  # kept per visit
 _PICTURES = 100  # kept per visit
 
@@ -96,9 +102,11 @@ class Visit:
         compared: Finished images of the comparison.
         shown: Key of the image that is looked at.
         job: What is being made, or was last.
-        comparing: Whether that is a comparison.
+        waiting: What is made after it, in this order.
+        was_working: Whether images were being made when the page was last looked at.
         troubles: What went wrong, by place on the screen.
         uploads: How many times something was uploaded, which gives upload fields new names, and so empties them.
+        unready: Whether the prompt has to be mended first, as is said there.
         closed: Whether it has ended: its browser was away for too long.
     """
 
@@ -110,9 +118,11 @@ class Visit:
     compared: list[Picture] = field(default_factory=list)
     shown: str = ""
     job: Job | None = None
-    comparing: bool = False
+    waiting: list[Job] = field(default_factory=list)
+    was_working: bool = False
     troubles: dict[str, list[str]] = field(default_factory=dict)
     uploads: int = 0
+    unready: bool = False
     closed: bool = False
     _session: str = ""
     _numbers: int = 0
@@ -136,10 +146,17 @@ class Visit:
         self.rows.append(Row(self._numbers, lora, wanted, mask, alpha))
         return self.rows[-1]
 
-    def begin(self, runs: list[Run], *, comparing: bool, record_attention: bool) -> None:
-        """Starts to make images; they go on while the page is looked at, and stop when the visit ends."""
-        self.comparing = comparing
-        self.job = Job(self.slot, runs, record_attention=record_attention)
+    def begin(self, runs: list[Run], flops: list[int | None], *, comparing: bool, record_attention: bool) -> None:
+        """Starts to make images, or has them wait for those in hand.
+
+        They go on while the page is looked at, and stop when the visit ends.
+        """
+        job = Job(self.slot, runs, record_attention=record_attention, flops=flops, comparing=comparing)
+        if self.working:
+            self.waiting.append(job)
+            return
+        self.troubles[QUEUE] = []
+        self.job = job
         if self.closed:
             self.job.stop()  # asked for in the moment when the visit ended
         self.job.start()
@@ -147,6 +164,7 @@ class Visit:
     def close(self) -> bool:
         """Stops the work and deletes everything; True once nothing is left."""
         self.closed = True
+        self.waiting = []
         if self.job is not None:
             self.job.stop()
             self.job = self.job if self.job.running else None
@@ -161,14 +179,21 @@ class Visit:
         return self._png[1]
 
     def collect(self) -> bool:
-        """Takes over what the job has finished; True if there was something new."""
+        """Takes over what the job has finished, and starts the next one; True if there was something new."""
         job, known = self.job, {picture.key for picture in (*self.pictures, *self.compared)}
-        new = [picture for picture in job.pictures if picture.key not in known] if job is not None else []
-        if self.comparing:
-            self.compared += new
+        if job is None:
+            return False
+        running = job.running  # asked before its images are, so that none is left behind
+        new = [picture for picture in job.pictures if picture.key not in known]
+        if new and job.comparing:
+            self.compared = list(job.pictures)
         self.pictures = [*reversed(new), *self.pictures][:_PICTURES]
-        if new and not self.comparing:
+        if new and not job.comparing:
             self.shown = new[0].key
+        if not running and self.waiting:
+            if job.state == "failed":
+                self.troubles.setdefault(QUEUE, []).append(job.error)
+            self.job = self.waiting.pop(0).start()
         return bool(new)
 
     def outlook(self, draft: Draft) -> Report | None:
@@ -254,8 +279,18 @@ def _fit(slot: Slot, lora: Lora, alpha: float | None) -> tuple[str, str]:
         try:
             found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
         except (LoraError, OSError) as error:
-            return "", str(error)
+            return "", _unfit(slot, lora, error)
         except Exception as error:  # files come from strangers: the page lives on, whatever they set off
             logger.exception("a LoRA could not be looked at")
             return "", f"{lora.shown} cannot be used ({type(error).__name__})."
     return found.factors.report, ""
+
+
+def _unfit(slot: Slot, lora: Lora, error: Exception) -> str:
+    """Why a LoRA cannot be used, and what to do."""
+    if lora.family is None or lora.family == slot.family:
+        return spoken(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
+    made = f"{lora.shown} was made for {lora.family}, but the model {slot.choice.model} is open."
+    if not lora.composed:
+        return f"{made} This page composes SD 1.x, SD 2.x and SDXL. Remove this concept."
+    return f"{made} Open such a model with “Model” at the top, or remove this concept."

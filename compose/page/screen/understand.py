@@ -1,42 +1,77 @@
-"""Why an image came out as it did: where the model looked for each concept, step by step."""
+"""Why an image came out as it did: what decided where each LoRA acts, and where the model looked for each concept."""
 
 import streamlit as st
 
-from lora_compose.compose.figures.overlay import heat, masks
+from lora_compose.compose.figures.overlay import heat, masks, outlined
+from lora_compose.compose.page.labels import Decides, label_of
 from lora_compose.compose.page.screen.state import Visit
 from lora_compose.compose.page.text import markdown
+from lora_compose.compose.page.work import Picture
+
+_DECIDED: dict[Decides, str] = {
+    "boxes": "**Your boxes** decided where each LoRA acts.",
+    "found areas": "**Areas that the method found** decided where each LoRA acts.",
+    "words": "**Words** decided: each LoRA acts on its trigger, in all of the image.",
+    "nothing": "**Nothing** was divided: each LoRA acts in all of the image.",
+}
+
+
+def decided_by(picture: Picture) -> Decides:
+    """What decided where each LoRA of an image acts."""
+    subjects = [concept for concept in picture.run.scene.concepts if not concept.is_style]
+    decides = label_of(picture.run.method or "").decides
+    if decides == "found areas" and len(subjects) < 2:
+        return "nothing"  # there is nothing to tell apart
+    if decides == "boxes" and all(concept.region is None for concept in subjects):
+        return "nothing"
+    return decides
 
 
 def understand_view(here: Visit) -> None:
-    """Attention maps and masks of the image that is looked at."""
+    """What decided, and attention maps, of the image that is looked at."""
     picture = here.picture
-    if picture is None:
-        st.info("Generate an image first.", icon=":material/visibility:")
+    if picture is None or not picture.run.scene.concepts:
+        st.info("Generate an image with concepts first.", icon=":material/visibility:")
         return
-    attention = picture.attention
-    if attention is None:
-        st.info("This image has no attention maps. They are kept for images with concepts, unless that "
-                "is turned off under “More”.", icon=":material/visibility:")  # fmt: skip
-        return
-    names = ["All", *(str(step + 1) for step in attention.steps)]
-    chosen = st.select_slider("Step", names, key="do.attention.step")
-    step = None if chosen == "All" else names.index(chosen) - 1
+    attention, decides = picture.attention, decided_by(picture)
+    step = None
+    if attention is not None:
+        names = ["All", *(str(step + 1) for step in attention.steps)]
+        chosen = st.select_slider("Step", names, key="do.attention.step")
+        step = None if chosen == "All" else names.index(chosen) - 1
     left, right = st.columns(2, wrap=False)
     left.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
     left.caption("The image")
-    right.image(masks(picture.made.image, attention, step), width="stretch", alt="Region ownership")
-    right.caption("Region ownership")
     concepts = picture.run.scene.concepts
+    if decides == "boxes":
+        boxes = [concept.region if isinstance(concept.region, tuple) else None for concept in concepts]
+        right.image(outlined(picture.made.image, boxes), width="stretch", alt="The boxes over the image")
+    elif decides == "found areas" and attention is not None:
+        right.image(masks(picture.made.image, attention, step), width="stretch", alt="The areas over the image")
+    right.caption(_DECIDED[decides])
+    _exceptions(picture, decides)
+    if attention is None:
+        st.info("Where the model looked was not kept for this image: it is turned off under “Negative prompt, "
+                "scheduler”.", icon=":material/visibility:")  # fmt: skip
+        return
     for start in range(0, len(concepts), 2):
         for column, i in zip(st.columns(2, wrap=False), range(start, min(start + 2, len(concepts))), strict=False):
             column.image(
                 heat(picture.made.image, attention, i, step), width="stretch", alt=f"Attention to {concepts[i].name}"
             )
-            column.caption(f"Attention to {markdown(concepts[i].name)}, "
-                           f"“{markdown(concepts[i].phrase)}”")  # fmt: skip
+            column.caption(f"Where the model looked for {markdown(concepts[i].name)}, “{markdown(concepts[i].phrase)}”")
     grid = attention.maps.shape[-2:]
-    st.caption(
-        f"Cross-attention to the words of each concept on the grid of {grid[1]} x {grid[0]} cells, each map scaled to "
-        "its own maximum. A cell belongs to a concept where the method says so; otherwise where its map is above half "
-        "of its maximum and higher than all others, relative to theirs."
-    )
+    role = "The areas follow from it." if decides == "found areas" else "It decided nothing here."
+    st.caption(f"Cross-attention to the words of each concept, on a grid of {grid[1]} x {grid[0]} cells, each map "
+               f"scaled to its own maximum. {role}")  # fmt: skip
+
+
+def _exceptions(picture: Picture, decides: Decides) -> None:
+    """Concepts for which something else decided."""
+    if decides != "boxes":
+        return
+    for concept in picture.run.scene.concepts:
+        if concept.region is None:
+            st.caption(f"{markdown(concept.name)} has no box and acts in all of the image.")
+        elif isinstance(concept.region, str):
+            st.caption(f"{markdown(concept.name)} has a mask file instead of a box: {markdown(concept.region)}")

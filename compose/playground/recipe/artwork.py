@@ -104,7 +104,10 @@ def draw(package: Path, vendor: str, codepoint: str) -> Image.Image | None:
     for name in _spellings(codepoint):
         path = package / pattern.format(name)
         if path.is_file():
-            return _from_svg(path.read_bytes()) if path.suffix == ".svg" else Image.open(path)
+            if path.suffix == ".svg":
+                return _from_svg(path.read_bytes())
+            with Image.open(path) as image:  # which reads when pixels are asked for, and keeps the file open until then
+                return image.convert("RGBA")
     return None
 
 

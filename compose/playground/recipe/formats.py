@@ -22,8 +22,8 @@ from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
 from lora_compose.compose.support.terminal import bar, kindly, say
-from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.concepts.loading import match, read_lora
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on a white background"

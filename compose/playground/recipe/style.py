@@ -23,7 +23,7 @@ from lora_compose.compose.playground.recipe.concepts import STYLE, faded
 from lora_compose.compose.playground.recipe.plain import GUIDANCE, STEPS
 from lora_compose.compose.playground.recipe.world import STYLE_TRIGGER, ground, spoken
 from lora_compose.compose.support.terminal import bar, kindly, say
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
 
 PROMPTS = {  # and the grounds that they name; the references of the style show neither "blue" nor "in snow"

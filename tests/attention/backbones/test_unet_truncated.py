@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from components import installed, sd_unet, shallow_sdxl_unet, tiny_unet, unet_inputs
 from lora_compose.attention import Recorder, frozen
 from lora_compose.attention.backbones.unet import attention_layers, map_level, stopped_after
-from lora_compose.compose.benchmark.memory import peak_memory
 from reference import constant_gates, relative_error
 
 ROWS, TOKENS, GRID = 2, 7, (8, 12)
@@ -53,8 +52,8 @@ def maps_and_gradient(
 @pytest.mark.parametrize(
     ("family", "stage", "grid"),
     [
-        *((family, None, grid) for family in FAMILIES for grid in ((8, 12), (9, 7))),
-        *(("sd", stage, GRID) for stage in ("down", "mid", "up")),
+        *((family, None, (9, 7)) for family in FAMILIES),
+        *(("sd", stage, GRID) for stage in ("down", "mid")),
     ],
 )
 def test_maps_and_gradients_are_those_of_a_whole_pass(family: str, stage: str | None, grid: tuple[int, int]) -> None:
@@ -82,17 +81,6 @@ def test_gradients_are_the_same_with_gradient_checkpointing(family: str) -> None
     assert len(passes) == 2, "the forward is to be entered again in backward"
     assert all(relative_error(again[name], maps[name]) < 1e-6 for name in layers)
     assert relative_error(same, gradient) < 1e-5
-
-
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_stopped_pass_needs_less_memory(family: str) -> None:
-    unet = FAMILIES[family]()
-    peaks = []
-    for stop in (True, False):
-        with peak_memory("cpu") as memory:
-            maps_and_gradient(unet, map_layers(unet), stop=stop)
-        peaks.append(memory.peak_bytes)
-    assert peaks[0] < peaks[1]
 
 
 @pytest.mark.slow
@@ -150,8 +138,7 @@ def test_blocks_are_told_apart_by_their_whole_names() -> None:
         assert len(unet.up_blocks) == 11
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("family", "fails"), [("sd", True), ("sdxl", False)])
 def test_the_model_is_whole_again_afterwards(family: str, fails: bool) -> None:
     unet = FAMILIES[family]()
     modules, state = list(unet.named_modules()), unet.state_dict()

@@ -102,7 +102,7 @@ def test_every_concept_has_a_word_and_a_column(model):
     assert found.trigger.shape == (1, 32, 13)
     assert found.trigger.sum(dim=1).tolist() == [[1.0] * 13]
     assert found.phrase.sum(dim=1).tolist() == [[2.0] * 13]  # and a class word
-    assert pipe.resolve_concepts(concepts)[12].factors.denoiser.keys() == attention_lora(pipe.unet).keys()
+    assert pipe.resolve_concepts(concepts)[12].factors.model.keys() == attention_lora(pipe.unet).keys()
 
 
 def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):

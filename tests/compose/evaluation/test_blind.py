@@ -1,16 +1,15 @@
-"""Votes that were cast without knowing the method: counted as the docs say, and of pictures that can be made again."""
+"""Votes that were cast without knowing the method: counted as the docs say, and of images that can be made again."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from commands import call
 from lora_compose.compose.evaluation.blind import ARMS, HALVES, Picture, numbered, paint, read_votes
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.scene import Concept
 
@@ -25,22 +24,22 @@ def test_the_votes_in_the_docs_are_those_of_the_readme() -> None:
     }  # fmt: skip
 
 
-def test_the_pictures_of_the_votes_are_numbered_as_they_were() -> None:
+def test_the_images_of_the_votes_are_numbered_as_they_were() -> None:
     key, votes = read_votes(WITH_BOXES)
     assert {str(number): job.arm.label for number, job in numbered(20).items()} == key
     assert votes.keys() == key.keys()
 
 
-@pytest.mark.parametrize(("token_mask", "same"), [("all", True), ("tara", False)])
-def test_ordinary_loras_in_boxes_have_token_masks_as_they_had_then(token_mask: Any, same: bool) -> None:
+def test_ordinary_loras_in_boxes_have_token_masks_as_they_had_then() -> None:
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()))
     pipe.set_progress_bar_config(disable=True)
     (arm,) = (arm for arm in ARMS if arm.label == "regional, ordinary LoRAs")
     painted = paint(pipe, Picture(("cat", "dog"), arm, 0))
-    found = pipe(
-        "a sks cat and a zwx dog on a white background",
-        concepts=[Concept(name=name, region=half) for name, half in zip(("cat", "dog"), HALVES, strict=True)],
-        method=Regional(token_mask=token_mask), num_inference_steps=25, guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(0),
-    ).images[0]  # fmt: skip
-    assert np.array_equal(np.asarray(painted), np.asarray(found)) == same
+    for token_mask, same in (("all", True), ("tara", False)):
+        found = pipe(
+            "a sks cat and a zwx dog on a white background",
+            concepts=[Concept(name=name, region=half) for name, half in zip(("cat", "dog"), HALVES, strict=True)],
+            method=Regional(token_mask=token_mask), num_inference_steps=25, guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(0),
+        ).images[0]  # fmt: skip
+        assert np.array_equal(np.asarray(painted), np.asarray(found)) == same

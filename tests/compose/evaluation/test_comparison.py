@@ -61,7 +61,7 @@ def test_a_better_method_is_seen(tmp_path: Path) -> None:
     assert "20 / 0 / 0  B is better" in console.export_text()
 
 
-def test_only_common_pictures_are_compared(tmp_path: Path) -> None:
+def test_only_common_images_are_compared(tmp_path: Path) -> None:
     found = compared(
         tmp_path, short(seeds=[1, 2]), short(seeds=[2, 3]), (known, lambda b, seed: known(b, min(seed, 2)))
     )

@@ -1,4 +1,4 @@
-"""Finding objects in pictures, and what becomes of findings."""
+"""Finding objects in images, and what becomes of findings."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def test_the_surest_word_wins_a_place() -> None:
 
 
 @pytest.mark.parametrize("size", [(128, 128), (192, 96), (64, 160), (512, 512)])
-def test_windows_are_squares_that_cover_the_picture(size: tuple[int, int]) -> None:
+def test_windows_are_squares_that_cover_the_image(size: tuple[int, int]) -> None:
     windows = coarse_windows(size)
     seen = np.zeros(size[::-1], dtype=bool)
     for left, top, right, bottom in windows:
@@ -98,7 +98,7 @@ def picture() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3)).astype("u1"))
 
 
-def test_a_detection_model_finds_words_inside_the_picture(owl: Path, picture: Image.Image) -> None:
+def test_a_detection_model_finds_words_inside_the_image(owl: Path, image: Image.Image) -> None:
     found = ZeroShotDetector(str(owl), threshold=0.0).detect(picture, ["cat", "dog", "cat"])
     assert found
     assert {one.word for one in found} <= {"cat", "dog"}
@@ -109,7 +109,7 @@ def test_a_detection_model_finds_words_inside_the_picture(owl: Path, picture: Im
         assert 0 <= one.score <= 1
 
 
-def test_findings_below_the_threshold_are_left_out(owl: Path, picture: Image.Image) -> None:
+def test_findings_below_the_threshold_are_left_out(owl: Path, image: Image.Image) -> None:
     everything = ZeroShotDetector(str(owl), threshold=0.0).detect(picture, ["cat"])
     limit = everything[0].score - 1e-3
     sure = make_detector(ZeroShotConfig(kind="zero-shot", model=str(owl), threshold=limit), None, "cpu").detect(  # pyright: ignore[reportArgumentType]

@@ -42,6 +42,7 @@ from lora_compose.compose.evaluation.metrics import clip_t
 from lora_compose.compose.playground.assets import playground_model
 
 FAMILIES = (*IMAGES_AND_TEXTS, *IMAGES_ONLY)
+ONE_OF_EACH = ("clip", "siglip2", "dinov2")  # SigLIP is read as CLIP is, DINOv2 with registers as that without
 TEXTS = ["a sks cat", "a blue robot on grass", "", "a red car and a dog", "dog", "a bear in the rain", "x", "a picture"]
 SIZE = {"height": 32, "width": 32}
 LAYERS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -133,19 +134,18 @@ def test_embeddings_have_length_one_and_differ(folders: dict[str, Path], family:
         assert likeness.fill_diagonal_(0).max() < 0.9999
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_batches_leave_embeddings_as_they_are(folders: dict[str, Path], family: str, batch_size: int) -> None:
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_batches_leave_embeddings_as_they_are(folders: dict[str, Path], family: str) -> None:
     encoder = load_encoder(str(folders[family]))
     assert encoder.batch_size == 64
     images, texts = encoder.images(pictures()), encoder.texts(TEXTS) if encoder.has_text else None
-    encoder.batch_size = batch_size
+    encoder.batch_size = 2
     close(encoder.images(pictures()), images)
     if texts is not None:
         close(encoder.texts(TEXTS), texts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_nothing_gives_no_rows(folders: dict[str, Path], family: str) -> None:
     encoder = load_encoder(str(folders[family]))
     assert encoder.images([]).shape == (0, encoder.images(pictures(1)).shape[1])
@@ -154,7 +154,7 @@ def test_nothing_gives_no_rows(folders: dict[str, Path], family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_may_have_any_mode_and_be_tiny(folders: dict[str, Path], family: str) -> None:
+def test_images_may_have_any_mode_and_be_tiny(folders: dict[str, Path], family: str) -> None:
     encoder = load_encoder(str(folders[family]))
     gray = pictures(1)[0].convert("L")
     modes = [gray, gray.convert("RGB"), gray.convert("RGBA"), gray.convert("P")]
@@ -165,7 +165,7 @@ def test_pictures_may_have_any_mode_and_be_tiny(folders: dict[str, Path], family
         close(encoder.images([plain]), encoder.images([plain.resize((40, 40)) if family != "siglip2" else plain]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_half_precision_files_are_computed_in_single_precision(copied: Callable[[str], Path], family: str) -> None:
     folder = copied(family)
     whole = load_encoder(str(folder)).images(pictures())
@@ -302,21 +302,11 @@ def test_a_hub_repository_that_cannot_be_reached_is_named() -> None:
         load_encoder("nobody/no-clip")
 
 
-def test_a_file_is_no_encoder(folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="there is no encoder"):
-        load_encoder(str(folders["clip"] / "model.safetensors"))
-
-
 def test_other_families_are_refused_and_those_that_work_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="family 'clip_text_model'; expected a model of clip, siglip, siglip2, dinov"):
         load_encoder(str(playground_model() / "text_encoder"))
     (tmp_path / "config.json").write_text('{"model_type": "of another kind"}')
     with pytest.raises(ValueError, match="cannot be opened; expected a model of clip, siglip"):
-        load_encoder(str(tmp_path))
-
-
-def test_a_folder_needs_a_config(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no config\.json; expected a model of clip"):
         load_encoder(str(tmp_path))
 
 
@@ -362,7 +352,7 @@ def test_missing_weights_do_not_become_random_ones(copied: Callable[[str], Path]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_are_prepared_without_torchvision(folders: dict[str, Path], family: str) -> None:
+def test_images_are_prepared_without_torchvision(folders: dict[str, Path], family: str) -> None:
     assert load_encoder(str(folders[family]))._processor.backend == "pil"
 
 

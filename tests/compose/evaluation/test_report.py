@@ -202,7 +202,7 @@ def test_numbers_are_short_and_signed() -> None:
     assert number(float("nan")) == number(None) == "\u2013"
 
 
-def test_what_is_said_of_pictures(written: Path) -> None:
+def test_what_is_said_of_images(written: Path) -> None:
     words = _Page(written / "report.html").words
     assert "dog 0.300 like cat" in words
     assert "cat 0.490 too low" in words
@@ -273,13 +273,13 @@ def embedded(page: Path) -> list[tuple[str, Image.Image]]:
     return [(kind, Image.open(io.BytesIO(base64.b64decode(data)))) for kind, data in parts]
 
 
-def test_small_pictures_are_embedded_as_they_are(written: Path) -> None:
+def test_small_images_are_embedded_as_they_are(written: Path) -> None:
     sources = _Page(written / "report.html").sources
     for file in pd.read_csv(written / "pictures.csv")["file"]:
         assert f"data:image/png;base64,{base64.b64encode((written / file).read_bytes()).decode()}" in sources
 
 
-def test_large_pictures_are_embedded_smaller(tmp_path: Path) -> None:
+def test_large_images_are_embedded_smaller(tmp_path: Path) -> None:
     store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
     for path in tmp_path.glob("batches/*/*.png"):
         Image.new("RGB", (1024, 512)).save(path)
@@ -291,7 +291,7 @@ def test_large_pictures_are_embedded_smaller(tmp_path: Path) -> None:
     assert style[1] == "left:0.2%;top:1.56%;width:5.86%;height:21.88%"  # of 1024 x 512
 
 
-def test_many_pictures_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MANY > 5
     monkeypatch.setattr("lora_compose.compose.evaluation.report.MANY", 5)
     store(tmp_path, suite(methods=["merge"]), known, draw=True)
@@ -303,7 +303,7 @@ def test_many_pictures_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no picture")])
-def test_a_picture_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None:
+def test_an_image_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None:
     store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
     damage(next(tmp_path.glob("batches/both-merge*/1.png")))
     write_report(tmp_path)

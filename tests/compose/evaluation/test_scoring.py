@@ -1,4 +1,4 @@
-"""From a picture to its scores, with the judge, on pictures put together by hand."""
+"""From a image to its scores, with the judge, on images put together by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -74,14 +74,6 @@ def test_a_second_one_is_one_too_many(scorer: Scorer) -> None:
     assert scores.extra == 1
 
 
-def test_the_order_of_the_concepts_does_not_matter(scorer: Scorer) -> None:
-    image = pasted(("bear", 8, 40), ("car", 72, 40))
-    one, other = scorer.score(image, scene()), scorer.score(image, scene(("car", "bear")))
-    for name in ("bear", "car"):
-        assert one.concepts[name].box == other.concepts[name].box
-        assert dict(one.concepts[name].similarity) == pytest.approx(dict(other.concepts[name].similarity), abs=1e-4)
-
-
 def test_without_a_detector_the_regions_are_cut_out(suite: Suite, scorer: Scorer, judge: Encoder) -> None:
     blind = Scorer(suite.model_copy(update={"detector": None}), judge, None, scorer.references)
     tight = {"bear": (8, 40, 56, 88), "car": (72, 40, 120, 88)}
@@ -114,7 +106,7 @@ def test_the_prompt_is_compared_without_triggers(scorer: Scorer, judge: Encoder)
     assert scorer.score(image, scene()).clip_t == pytest.approx(max(0, 100 * told), abs=1e-2)
 
 
-def test_pictures_are_padded_to_squares() -> None:
+def test_images_are_padded_to_squares() -> None:
     wide = squared(Image.new("RGB", (60, 20), "red"))
     assert wide.size == (60, 60)
     assert wide.getpixel((30, 30)) == (255, 0, 0)
@@ -126,7 +118,7 @@ def concept(references: Any) -> SuiteConcept:
     return SuiteConcept(name="bear", lora="x.safetensors", trigger="xlo", class_word="bear", references=references)
 
 
-def test_a_folder_of_references_holds_pictures_only(tmp_path: Path) -> None:
+def test_a_folder_of_references_holds_images_only(tmp_path: Path) -> None:
     for name in ("b.png", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
     assert [path.name for path in reference_files(concept(str(tmp_path)))] == ["a.jpg", "b.png"]

@@ -4,13 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES, Interval, bootstrap, compare
 
 NAN = float("nan")
-SETTINGS = settings(deadline=None, max_examples=60)
 numbers = st.floats(-10, 10, width=32)
 tables = st.lists(st.tuples(st.sampled_from("abcdefg"), numbers), min_size=1, max_size=20)
 
@@ -94,7 +93,6 @@ def test_the_seed_fixes_the_draws() -> None:
     assert bootstrap(values, scenes).low != bootstrap(values, scenes, seed=1).low
 
 
-@SETTINGS
 @given(tables, numbers)
 def test_a_shift_shifts_everything(table: list[tuple[str, float]], shift: float) -> None:
     scenes, values = zip(*table, strict=True)
@@ -102,29 +100,11 @@ def test_a_shift_shifts_everything(table: list[tuple[str, float]], shift: float)
     assert same(moved, Interval(plain.mean + shift, plain.low + shift, plain.high + shift, plain.scenes))
 
 
-@SETTINGS
 @given(tables, st.data())
 def test_the_order_of_rows_does_not_matter(table: list[tuple[str, float]], data: st.DataObject) -> None:
     scenes, values = zip(*table, strict=True)
     other_scenes, other_values = zip(*data.draw(st.permutations(table)), strict=True)
     assert same(bootstrap(values, scenes), bootstrap(other_values, other_scenes))
-
-
-@SETTINGS
-@given(tables)
-def test_doubled_seeds_leave_everything_as_it_is(table: list[tuple[str, float]]) -> None:
-    scenes, values = zip(*table, strict=True)
-    assert same(bootstrap(values, scenes), bootstrap(values * 2, scenes * 2))
-
-
-@SETTINGS
-@given(tables)
-def test_the_mean_lies_in_its_interval(table: list[tuple[str, float]]) -> None:
-    scenes, values = zip(*table, strict=True)
-    interval = bootstrap(values, scenes)
-    assert interval.scenes == len(set(scenes))
-    if interval.scenes > 1:
-        assert interval.low - 1e-9 <= interval.mean <= interval.high + 1e-9
 
 
 # Comparisons.
@@ -148,13 +128,6 @@ def test_with_few_scenes_nothing_is_decided() -> None:
     assert (compared.verdict, compared.wins) == ("undecided", 900)
 
 
-def test_chance_decides_nothing() -> None:
-    compared = compare(measured(20, seed=1), measured(20, seed=2), True)
-    assert compared.difference.low < 0 < compared.difference.high
-    assert compared.verdict == "undecided"
-    assert compared.wins + compared.losses == 60
-
-
 def test_pairs_are_found_by_scene_and_seed() -> None:
     baseline = measured(12)
     method = (baseline + 1).sample(frac=1, random_state=0)
@@ -171,7 +144,7 @@ def test_only_what_both_have_is_compared() -> None:
     assert compared.difference.mean == 0
 
 
-def test_without_common_pictures_nothing_is_known() -> None:
+def test_without_common_images_nothing_is_known() -> None:
     compared = compare(series({("a", 0): 1.0}), series({("b", 0): 1.0}), True)
     assert same(compared.difference, Interval(NAN, NAN, NAN, 0))
     assert (compared.wins, compared.ties, compared.losses, compared.verdict) == (0, 0, 0, "undecided")
@@ -190,18 +163,8 @@ def test_rounding_is_a_tie() -> None:
     assert compare(baseline + 1e-8, baseline, True).ties == 9
 
 
-def test_a_picture_that_is_there_twice_is_refused() -> None:
+def test_an_image_that_is_there_twice_is_refused() -> None:
     twice = pd.concat([measured(2), measured(2)])
     for pair in ((twice, measured(2)), (measured(2), twice)):
         with pytest.raises(ValueError, match=r"there twice: \('scene 0'"):
             compare(*pair, True)
-
-
-@SETTINGS
-@given(st.integers(1, 15), st.booleans())
-def test_a_method_is_no_better_than_itself(scenes: int, higher_is_better: bool) -> None:
-    values = measured(scenes)
-    compared = compare(values, values, higher_is_better)
-    assert (compared.wins, compared.ties, compared.losses) == (0, 3 * scenes, 0)
-    assert compared.difference.mean == 0
-    assert compared.verdict == "undecided"

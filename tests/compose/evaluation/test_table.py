@@ -54,7 +54,7 @@ def by_concept(evaluation: Evaluation, *names: str) -> dict[str, tuple[float, ..
 # --- pictures and concepts ---
 
 
-def test_there_is_a_row_per_picture_and_per_concept_that_counts(evaluation: Evaluation) -> None:
+def test_there_is_a_row_per_image_and_per_concept_that_counts(evaluation: Evaluation) -> None:
     # two seeds of: no LoRA, two kinds of LoRAs of two concepts, three methods
     assert len(evaluation.pictures) == 2 * (1 + 4 + 3)
     assert len(evaluation.concepts) == 2 * (2 + 4 + 2 * 3)
@@ -81,11 +81,6 @@ def test_what_was_not_found_counts_as_0_but_does_not_leak(evaluation: Evaluation
     nothing = picture(evaluation, "tara", 2)
     assert values(nothing, "region region_min found") == [0, 0, 0]
     assert all(map(pd.isna, values(nothing, "leak swap placed")))
-
-
-def test_success_needs_the_threshold(evaluation: Evaluation) -> None:
-    assert picture(evaluation, "regional", 1)["success"]
-    assert not picture(evaluation, "regional", 2)["success"]  # 0.49 of the cat are less than 0.5
 
 
 def test_where_a_lora_acts_alone_only_its_concept_counts(evaluation: Evaluation) -> None:
@@ -148,7 +143,7 @@ def test_the_order_of_concepts_does_not_matter(tmp_path: Path) -> None:
     assert_frame_equal(straight.thresholds, turned.thresholds)
 
 
-def test_success_of_a_picture_is_that_of_the_metric(tmp_path: Path) -> None:
+def test_success_of_an_image_is_that_of_the_metric(tmp_path: Path) -> None:
     steps = [None, *product((0.125, 0.375, 0.5, 0.75), repeat=2)]  # a concept's similarity to itself and to the other
     cases: dict[int, Any] = dict(enumerate(product(steps, repeat=2)))
 
@@ -280,12 +275,6 @@ def test_another_baseline_turns_the_verdict_around(tmp_path: Path) -> None:
     assert "regional (baseline)" in (out / "report.md").read_text()
     with pytest.raises(ValueError, match="'clora' is not among the methods; there are merge, regional, tara"):
         load(out).against("clora")
-
-
-def test_few_scenes_give_no_verdict(evaluation: Evaluation) -> None:
-    row = arms(evaluation)["regional"]
-    assert {row[f"{key}_verdict"] for key in MAIN} == {"undecided"}
-    assert (row["region_min_wins"], row["region_min_ties"], row["region_min_losses"]) == (2, 0, 0)
 
 
 def test_the_summary_is_in_the_order_of_the_suite(evaluation: Evaluation) -> None:

@@ -14,7 +14,7 @@ from commands import call
 from components import random_lora, sd_unet
 from layouts import file_of, layout
 from lora_compose.attention import Lora, LoraFactors
-from lora_compose.compose.lora.inspection import block_of, inspect, overlaps
+from lora_compose.compose.lora.inspection import block_of, inspect, merge_facts, overlaps
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts.loading import Factors, read_lora
 from reference import dense
@@ -43,14 +43,58 @@ def test_several_files_and_what_they_share() -> None:
     assert all(one["meaning"] for one in found["overlaps"])
 
 
-def test_files_for_other_models_are_named_and_end_with_code_2(tmp_path: Path) -> None:
+def test_without_a_model_family_and_content_are_said_whatever_the_family(tmp_path: Path) -> None:
     tensors = {
         f"lora_unet_double_blocks_0_img_attn_qkv.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")
     }
     path = tmp_path / "flux.safetensors"
     save_file(tensors, path)
-    result = call("inspect", path, code=2)
-    assert "problem: it is for Flux or a relative of it; only SD 1.x, SD 2.x, SDXL are composed" in text_of(result)
+    text = text_of(call("inspect", path))
+    assert "LoRA, keys of kohya's scripts" in text
+    assert "Flux" in text
+    assert "double_blocks" in text
+    assert "problem" not in text
+
+
+def test_without_a_model_nothing_is_said_not_to_fit(tmp_path: Path, write_lora: Callable[..., Path]) -> None:
+    path = write_lora("small", unet=random_lora(sd_unet(), 1, rank=2))  # of a model smaller than any that is known
+    found = json.loads(call("inspect", path, "--json").stdout)["files"][0]
+    assert found["problem"] is None
+    assert found["matched_with"] is None
+    assert {block["name"] for block in found["blocks"]} >= {"down_blocks_0", "mid_block", "up_blocks_1"}
+    assert all(block["ranks"] == [2] and block["norm"] is None for block in found["blocks"])
+    assert "does not fit" not in call("inspect", path).output
+    assert "problem: small.safetensors does not fit this model" in text_of(
+        call("inspect", path, "--model", "playground", code=2)
+    )
+
+
+def test_a_merged_file_says_what_it_was_made_of(tmp_path: Path) -> None:
+    path = tmp_path / "both.safetensors"
+    call("merge", "playground:cat:0.8", "playground:dog", "--method", "ties", "--set", "density=0.5", "--out", path)
+    facts = json.loads(call("inspect", path, "--json").stdout)["files"][0]["facts"]
+    said = [text for label, text in facts if label == "merged by"]
+    assert len(said) == 1
+    assert said[0].startswith("ties (")
+    assert "density=0.5" in said[0]
+    assert [text.rpartition(" ")[0] for label, text in facts if label == "merged from"] == [
+        "cat.safetensors, weight 0.8, SHA-256", "dog.safetensors, weight 1.0, SHA-256",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "{", "[]", "1", '{"files": 3}', '{"files": {"a": 1}}', '{"files": [1, null, "x"], "settings": []}',
+     '{"files": [{"sha256": 5, "weight": {}}]}', '{"files": [{"name": "' + "x" * 10_000 + '"}], "rank": [1]}'],
+)  # fmt: skip
+def test_metadata_of_strangers_about_merging_are_bounded(record: str) -> None:
+    facts = list(merge_facts({"lora_compose.merge": record}))
+    assert sum(len(text) for _, text in facts) < 1000
+
+
+def test_many_merged_files_are_not_all_listed() -> None:
+    facts = list(merge_facts({"lora_compose.merge": json.dumps({"files": [{"name": "a"}] * 5000})}))
+    assert len(facts) <= 201
 
 
 def test_strangers_strings_steer_no_terminal(tmp_path: Path) -> None:
@@ -63,7 +107,7 @@ def test_strangers_strings_steer_no_terminal(tmp_path: Path) -> None:
         path,
         {"trigger": hostile, "modelspec.title": hostile, "ss_dataset_dirs": json.dumps({f"1_{hostile}": 1})},
     )
-    result = call("inspect", path, code=2)  # made for no family that is known
+    result = call("inspect", path)
     assert "\x1b" not in result.output
     assert "\u202e" not in result.output
     assert "[bold]sks[/bold]" in result.output
@@ -74,7 +118,7 @@ def test_pickles_are_opened_only_if_allowed(tmp_path: Path) -> None:
     lora = random_lora(sd_unet(), 1, targets=("mid_block.attentions.0.proj_in",))
     torch.save({f"unet.{n}.lora_{s}.weight": t for n, f in lora.items() for s, t in (("A", f.down), ("B", f.up))}, path)
     assert "is a pickle" in text_of(call("inspect", path, code=2))
-    assert "LoRA, keys of diffusers (PEFT's names)" in text_of(call("inspect", path, "--allow-pickle", code=2))
+    assert "LoRA, keys of diffusers (PEFT's names)" in text_of(call("inspect", path, "--allow-pickle"))
 
 
 def test_norms_are_those_of_the_change(write_lora: Callable[..., Path]) -> None:

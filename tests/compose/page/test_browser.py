@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from commands import free_port
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 
@@ -34,12 +35,6 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 MINUTE = 60_000
 MAKE = re.compile("^Generate 1 image")
-
-
-def free_port() -> int:
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        return any_port.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +139,13 @@ def view(page: Page, name: str) -> None:
     settled(page)
 
 
+def arrange(page: Page, name: str) -> None:
+    page.get_by_role("button", name="Arrange").click()
+    page.get_by_role("button", name=name).click()
+    settled(page)
+    page.keyboard.press("Escape")
+
+
 def box(page: Page, name: str) -> list[int]:
     label = page.get_by_role("group", name="Boxes of the concepts").locator(f'[aria-label^="Box of {name}"]')
     return [int(number) for number in re.findall(r"\d+", (label.get_attribute("aria-label") or "").partition(":")[2])]
@@ -163,7 +165,7 @@ def drag(page: Page, start: tuple[float, float], end: tuple[float, float]) -> No
     settled(page)
 
 
-def test_one_click_from_the_first_visit_to_a_picture_that_carries_its_run(page: Page, tmp_path: Path) -> None:
+def test_one_click_from_the_first_visit_to_an_image_that_carries_its_run(page: Page, tmp_path: Path) -> None:
     started = time.monotonic()
     make(page)
     assert time.monotonic() - started < 60
@@ -176,8 +178,7 @@ def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, t
     upload(page, playground_lora("cat"), playground_lora("dog"))
     expect(page.get_by_label("Name", exact=True)).to_have_count(4)
     for _ in range(2):
-        page.get_by_role("button", name="More", exact=True).first.click()
-        page.get_by_role("button", name="Remove this concept").click()
+        page.get_by_role("button", name="Remove").first.click()
         settled(page)
     expect(page.get_by_label("Name", exact=True)).to_have_count(2)
     expect(page.get_by_label("Trigger", exact=True).first).to_have_value("sks")
@@ -188,7 +189,7 @@ def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, t
         page.get_by_role("button", name=f"Insert “{phrase}”").click()
         settled(page)
     expect(prompt).to_have_value("a sks cat and a zwx dog")
-    page.get_by_role("button", name="Side by side").click()
+    arrange(page, "Side by side")
     make(page)
     record = read_record(downloaded(page, tmp_path / "picture.png"))
     assert record.run.scene.prompt == "a sks cat and a zwx dog"
@@ -206,8 +207,7 @@ def test_files_that_are_no_loras_are_refused_in_words_and_the_page_lives_on(page
 
 
 def test_two_boxes_are_drawn_dragged_and_moved_by_keys(page: Page, tmp_path: Path) -> None:
-    page.get_by_role("button", name="Big and small").click()
-    settled(page)
+    arrange(page, "Big and small")
     before = box(page, "robot")
     stage = page.get_by_role("group", name="Boxes of the concepts")
     stage.locator('[aria-label^="Box of robot"]').focus()
@@ -234,7 +234,7 @@ def test_methods_side_by_side_with_cost_and_likeness(page: Page) -> None:
     page.get_by_role("button", name="View image").first.click()
     settled(page)
     view(page, "Understand")
-    expect(page.get_by_text("Attention to bear")).to_be_visible()
+    expect(page.get_by_text("Where the model looked for bear")).to_be_visible()
 
 
 def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
@@ -249,7 +249,7 @@ def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
 
 
-def test_a_picture_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
+def test_an_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
     page.get_by_label("Seeds", exact=True).fill("3")
     page.get_by_label("Seeds", exact=True).press("Enter")
     page.get_by_label("Steps").fill("5")
@@ -416,7 +416,7 @@ def test_files_are_deleted_and_work_ends_when_the_browser_has_gone(chromium: Bro
         next_one = visited(chromium, address)
         settled(next_one)
         # and not that the model is at work for somebody else
-        expect(next_one.get_by_text(re.compile("^Costs"))).to_be_visible()
+        expect(next_one.get_by_text(re.compile("^Takes"))).to_be_visible()
         next_one.context.close()
 
 

@@ -4,6 +4,7 @@ import ast
 import base64
 import dataclasses
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import BytesIO
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 
 from commands import call
-from lora_compose.compose import generate
+from lora_compose.compose.check.report import check
 from lora_compose.compose.figures import overlay
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.files.images import Machine, Record, png_bytes, read_pixels, read_record
@@ -31,7 +32,21 @@ from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.page import boxes, controls, draft, export, folders, launch, leaving, quick, store, text, work
+from lora_compose.compose.page import (
+    boxes,
+    controls,
+    draft,
+    export,
+    folders,
+    labels,
+    launch,
+    leaving,
+    messages,
+    quick,
+    store,
+    text,
+    work,
+)
 from lora_compose.compose.page.scores import Judge
 from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
@@ -113,7 +128,7 @@ def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> No
         ({"concepts": (BEAR.model_copy(update={"trigger": "x" * 100}),)}, {}, "60 letters each"),
     ],
 )
-def test_what_a_picture_says_and_the_page_cannot_is_refused(
+def test_what_an_image_says_and_the_page_cannot_is_refused(
     scene: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     (run,) = short(method="merge").runs()
@@ -185,7 +200,8 @@ def test_controls_are_made_from_types(monkeypatch: pytest.MonkeyPatch) -> None:
         "where": "choice", "often": "whole", "strong": "number", "twice": "switch", "parts": "yaml", "text": "words",
     }  # fmt: skip
     assert found["where"].choices == ("here", "there")
-    assert found["where"].help == "Where it acts, on two lines."
+    assert found["where"].help == "where: Where it acts, on two lines."
+    assert found["where"].label == "where"
     shown = {"where": "there", "often": 3, "strong": 0.5, "twice": True, "parts": "[1, 2]"}
     assert controls.changed("new", shown) == {"where": "there", "twice": True, "parts": [1, 2]}
     assert controls.changed("new", {"parts": "[]", "text": " "}) == {}
@@ -202,6 +218,59 @@ def test_settings_that_a_method_does_not_take_are_said() -> None:
     assert controls.changed("composite", {"shares": "[1, 2]"}) == {"shares": [1, 2]}
     (shares,) = controls.controls("composite")
     assert shares.shown(Composite([1, 2]).shares) == "[1, 2]"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_and_setting_is_called_by_what_it_does(method: str) -> None:
+    label = labels.label_of(method)
+    assert label.name != method
+    assert label.sentence.endswith(".")
+    assert method in labels.methods()
+    found = controls.controls(method)
+    assert [control.name for control in found if control.name not in labels.SETTING_LABELS[method]] == []
+    assert not any("_" in control.label for control in found)
+    shown = [labels.choice_label(control.name, value) for control in found for value in control.choices]
+    assert not any("_" in words for words in shown)
+    assert all(control.help.startswith(f"{control.name}: ") for control in found)
+
+
+# --- messages ---
+
+
+def problems_of(slot: Slot, method: str | None, **changes: Any) -> Iterator[str]:
+    """All that is wrong with, and to be known of, a draft, in the page's words."""
+    with slot.turn(()) as pipe:
+        report = check(replace(short(**changes), method=method, settings={}).runs()[0], pipe)
+    yield from (messages.spoken(said, method) for said in (*report.problems, *report.notes))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_wrong_is_said_without_python(slot: Slot, method: str) -> None:
+    robot = ROBOT.model_copy(update={"trigger": ""})
+    wrong = [
+        {"boxed": False},
+        {"concepts": (BEAR, robot)},
+        {"prompt": "a xlo and a qrt robot"},
+        {"concepts": (BEAR.model_copy(update={"prompt": "a bear"}), ROBOT)},
+        {"concepts": (BEAR.model_copy(update={"blocks": {"up.9": 0.5}}), ROBOT)},
+        {"concepts": (BEAR.model_copy(update={"alpha": 3.0}), ROBOT)},
+    ]
+    said = [words for changes in wrong for words in problems_of(slot, method, **changes)]
+    assert len(said) >= 3
+    for words in said:
+        assert not re.search(r"\w=|Concept\(|[{}\[\]]|\W'|'\W|\bNone\b|lora-composer|clora", words), words
+        assert words[0].isupper() or words.startswith(("“", "bear.safetensors"))
+
+
+def test_messages_keep_what_they_are_about() -> None:
+    assert messages.spoken("interval must be a whole number of steps, at least 1, not 0", "switch") == (
+        "“Steps of a turn” must be a whole number of steps, at least 1, not 0"
+    )
+    assert messages.spoken("x9.safetensors is no LoRA", files={"x9.safetensors": "cat.safetensors"}) == (
+        "cat.safetensors is no LoRA"
+    )
+    found = messages.spoken("merge needs it: give one, for example Concept(name='a', region=(1, 2)) in pixels; or not")
+    assert found == "“Added up” needs it: give one, or not"
 
 
 # --- text ---
@@ -222,7 +291,7 @@ def test_words_are_found_and_coloured(slot: Slot) -> None:
     assert [(prompt[mark.start : mark.end], mark.concept) for mark in reading.marks] == [
         ("xlo", 0), ("bear", 0), ("qrt", 1), ("robot", 1),
     ]  # fmt: skip
-    assert (reading.flags, reading.missing, reading.cut) == ((), (), None)
+    assert (reading.flags, reading.missing, reading.unready, reading.cut) == ((), (), False, None)
     assert f"--concept:{overlay.colour(1)}" in as_html(prompt, reading)
 
 
@@ -275,6 +344,22 @@ def test_templates_fill_the_canvas_without_overlap(name: str, number: int) -> No
     assert len(found) == number
     assert all(0 <= left < right <= 512 and 0 <= top < bottom <= 256 for left, top, right, bottom in found)
     assert all(a[2] <= b[0] for a, b in pairwise(found))
+
+
+@pytest.mark.parametrize("size", [(128, 128), (512, 256), (64, 2048)])
+def test_one_more_box_is_over_no_other(size: tuple[int, int]) -> None:
+    found: list[boxes.Box] = []
+    for number in range(1, 7):
+        found = boxes.one_more(found, *size)
+        assert len(found) == number
+        assert all(0 <= left < right <= size[0] and 0 <= top < bottom <= size[1] for left, top, right, bottom in found)
+        for a, b in combinations(found, 2):
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+def test_a_free_place_is_taken_before_a_box_is_divided() -> None:
+    assert boxes.one_more([(0, 0, 40, 128)], 128, 128) == [(0, 0, 40, 128), (44, 4, 124, 124)]
+    assert boxes.one_more([(0, 0, 120, 128)], 128, 128) == [(0, 0, 120, 62), (0, 66, 120, 128)]
 
 
 def test_drawn_boxes_are_made_to_fit() -> None:
@@ -464,7 +549,7 @@ def test_a_session_has_one_visit() -> None:
     assert second.closings == 0
 
 
-def test_pictures_in_metadata_are_shown_only_if_they_are_pictures() -> None:
+def test_images_in_metadata_are_shown_only_if_they_are_images() -> None:
     buffer = BytesIO()
     Image.new("RGB", (500, 300), "red").save(buffer, "JPEG")
     uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -503,7 +588,7 @@ def test_loras_of_a_record_are_found_by_content_and_strangers_paths_are_not_foll
     assert folder["dog"] is not None
 
 
-def test_pictures_that_are_not_ours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_not_ours_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "PNG")
     with pytest.raises(FileError, match=r"^mine\.png has no record"):
@@ -543,7 +628,7 @@ def test_a_job_makes_what_python_makes_and_keeps_attention(slot: Slot, tmp_path:
         assert overlay.masks(picture.made.image, attention, step).size == (384, 384)
 
 
-def test_page_command_and_python_text_give_the_same_picture(
+def test_page_command_and_python_text_give_the_same_image(
     slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = short(settings={"rows": "all", "apart": 0.0})
@@ -562,18 +647,48 @@ def test_page_command_and_python_text_give_the_same_picture(
 def test_exports_save_memory_as_the_page_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = short(method="merge", seeds=(2,)).runs()
     savers = (Saver.TILING, Saver.GRADIENT_CHECKPOINTING)
-    opened = []
-
-    def remembered(run: Run, savers: Any = ()) -> Any:
-        opened.append(tuple(savers))
-        return open_model(run, savers)
-
+    names: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "open_model", remembered)
-    exec(compile(export.python(run, savers), "it.py", "exec"), {})
-    assert opened == [savers]
+    exec(compile(export.python(run, savers), "it.py", "exec"), names)
+    assert names["pipe"].vae.use_tiling
+    assert names["pipe"].unet.is_gradient_checkpointing
     assert Path("picture.png").is_file()
     assert export.command(run, savers).endswith("--save-memory tiling --save-memory gradient-checkpointing")
+    moved = export.python(run.model_copy(update={"device": "cuda", "dtype": "float16"}), (Saver.MODEL_OFFLOAD,))
+    assert "pipe.enable_model_cpu_offload()" in moved
+    assert ".to(" not in moved
+
+
+def test_the_exported_python_is_that_of_the_readme() -> None:
+    cat = Concept(name="cat", lora="cat.safetensors", trigger="sks", class_word="cat", weight=1.0)
+    dog = Concept(name="dog", lora="dog.safetensors", trigger="zwx", class_word="dog", weight=1.0)
+    one = short(concepts=(cat, dog), prompt="a sks cat and a zwx dog on grass", boxed=False, method="clora")
+    (run,) = one.runs()
+    run = run.model_copy(update={"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "scheduler": "PNDMScheduler"})
+    assert export.python(run, scheduler="PNDMScheduler") == (
+        "import torch\n"
+        "from lora_compose import ComposePipeline\n"
+        "\n"
+        'pipe = ComposePipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")\n'
+        'pipe.load_concept("cat.safetensors", name="cat", trigger="sks", class_word="cat")\n'
+        'pipe.load_concept("dog.safetensors", name="dog", trigger="zwx", class_word="dog")\n'
+        "\n"
+        "image = pipe(\n"
+        '    "a sks cat and a zwx dog on grass",\n'
+        '    concepts=["cat", "dog"],\n'
+        '    method="clora",\n'
+        "    width=128,\n"
+        "    height=128,\n"
+        "    num_inference_steps=2,\n"
+        "    guidance_scale=4.0,\n"
+        "    generator=torch.Generator().manual_seed(2),\n"
+        ").images[0]\n"
+        'image.save("picture.png")\n'
+    )
+    boxed = export.python(replace(one, boxed=True, concepts=(cat.model_copy(update={"region": (0, 0, 64, 64)}), dog),
+                                  method="lora-composer", settings={"apart": 0.5}).runs()[0])  # fmt: skip
+    assert 'Concept(name="cat", region=(0, 0, 64, 64))' in boxed
+    assert "method=LoraComposer(apart=0.5)" in boxed
 
 
 def test_what_saves_memory_is_kept_for_the_same_model_on_a_device_with_use_for_it() -> None:
@@ -588,10 +703,8 @@ def test_exports_write_what_users_write_as_text(tmp_path: Path) -> None:
     concept = Concept(name=name, lora="cat.safetensors", trigger="sks", region=(0, 0, 64, 64))
     one = short(concepts=(concept,), prompt=f"{name}\n)]}}", settings={"threshold": 0.5}, seeds=(2**63 - 1,))
     (run,) = one.runs()
-    names: dict[str, Any] = {}
-    code = export.python(run).partition("made = ")[0]
-    exec(code, names)
-    assert names["run"] == run
+    written = {node.value for node in ast.walk(ast.parse(export.python(run))) if isinstance(node, ast.Constant)}
+    assert {name, run.scene.prompt, run.seed, 0.5} <= written
     path = tmp_path / "scene.yaml"
     path.write_text(export.scene_file(run.scene), encoding="utf-8")
     assert read_scene(path).prompt == run.scene.prompt
@@ -717,7 +830,7 @@ def test_overlays_show_the_right_concept_in_the_right_place() -> None:
     assert not np.array_equal(outlined[0, 0], outlined[-1, -1])
 
 
-def test_the_judge_scores_where_there_are_reference_pictures() -> None:
+def test_the_judge_scores_where_there_are_reference_images() -> None:
     judge = Judge()
     (run,) = short().runs()
     assert judge.judges(run)

@@ -102,7 +102,7 @@ def test_model_holds_half_precision_weights_and_no_local_paths() -> None:
         assert "_name_or_path" not in json.loads(path.read_text()), path
 
 
-def test_plain_diffusers_opens_the_model_and_makes_a_picture() -> None:
+def test_plain_diffusers_opens_the_model_and_makes_an_image() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(assets.playground_model())
     assert {module.dtype for module in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
     assert pipe.tokenizer.model_max_length == 32

@@ -1,4 +1,4 @@
-"""Ways to need less memory: what they do with a pipeline, with pictures, and where they are refused."""
+"""Ways to need less memory: what they do with a pipeline, with images, and where they are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from accelerate import cpu_offload
 from commands import call
 from components import small_vae, tiny_pipeline
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.generate import replay_command, run_command
+from lora_compose.compose.generate import images, replay
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND
@@ -64,7 +64,7 @@ def test_a_model_goes_where_it_is_needed(savers: list[Saver], where: tuple[str, 
 
 
 @pytest.mark.parametrize(("made_for", "latents", "tiles"), [(1024, 128, 9), (512, 64, 1), (128, 16, 1), (128, 24, 4)])
-def test_tiles_are_smaller_than_the_pictures_of_large_models(made_for: int, latents: int, tiles: int) -> None:
+def test_tiles_are_smaller_than_the_images_of_large_models(made_for: int, latents: int, tiles: int) -> None:
     vae: Any = small_vae(sample_size=made_for)
     decoded = []
     vae.decoder.register_forward_hook(lambda *_: decoded.append(1))
@@ -84,23 +84,13 @@ def test_the_order_in_which_they_are_given_makes_no_difference() -> None:
     assert in_order([one, two, one]) == in_order([two, one]) == (two, one)
 
 
-def test_the_command_line_makes_the_same_picture_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_makes_the_same_image_with_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     concepts = []
     for name, (trigger, box) in BOXES.items():
         region = ":".join(map(str, box))
         concepts += ["--concept", f"path=playground:{name},trigger={trigger},class={name},region={region}"]
-    what = [
-        PLAYGROUND,
-        "--prompt",
-        SCENE.prompt,
-        *concepts,
-        "--method",
-        "lora-composer",
-        "--steps",
-        2,
-        "--device",
-        "cpu",
-    ]
+    what = [PLAYGROUND, "--prompt", SCENE.prompt, *concepts, "--method", "lora-composer", "--steps", 2]
+    what += ["--device", "cpu"]
     call("run", *what, "--out", tmp_path / "plain")
     saving = ["--save-memory", "gradient-checkpointing", "--save-memory", "tiling"]
     opened = []
@@ -109,7 +99,7 @@ def test_the_command_line_makes_the_same_picture_with_less(tmp_path: Path, monke
         opened.append(list(savers))
         return open_model(run, savers)
 
-    for command in (run_command, replay_command):
+    for command in (images, replay):
         monkeypatch.setattr(command, "open_model", remembered)
     call("run", *what, *saving, "--out", tmp_path / "saving")
     plain, saved = (tmp_path / name / "0.png" for name in ("plain", "saving"))

@@ -40,7 +40,7 @@ def rows_of(batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 @given(number=st.integers(1, 12), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 5))
-def test_every_picture_comes_once_before_any_comes_again(number: int, seed: int, epoch: int) -> None:
+def test_every_image_comes_once_before_any_comes_again(number: int, seed: int, epoch: int) -> None:
     stream = Stream(examples(number), seed, 1, 1000)
     drawn = [stream.picture(row) for row in range(epoch * number, (epoch + 1) * number)]
     assert sorted(drawn) == list(range(number))
@@ -85,7 +85,7 @@ def test_concept_and_class_draw_apart_and_seeds_differ() -> None:
     assert not torch.equal(make((5, 5), seed=1).of(0, 0).noise, batch.noise)
 
 
-def test_rows_carry_what_belongs_to_their_picture() -> None:
+def test_rows_carry_what_belongs_to_their_image() -> None:
     batch = make((5, 3)).of(0, 0)
     pictures = batch.latents[:, 0, 0, 0]
     captions = pictures % 2
@@ -102,7 +102,7 @@ def test_generators_belong_to_all_their_numbers() -> None:
 
 
 @given(width=st.integers(1, 200), height=st.integers(1, 200), side=st.integers(1, 12).map(lambda n: 8 * n))
-def test_any_picture_becomes_a_square(width: int, height: int, side: int) -> None:
+def test_any_image_becomes_a_square(width: int, height: int, side: int) -> None:
     pixels, cut = square(Image.new("RGB", (width, height), (255, 0, 127)), side)
     assert pixels.shape == (3, side, side)
     assert torch.allclose(pixels[:, side // 2, side // 2], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))

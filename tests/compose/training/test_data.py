@@ -23,7 +23,7 @@ def test_captions_come_from_the_table_or_from_beside_or_are_the_prompt(tmp_path:
     assert [picture.path.name for picture in found] == ["0.png", "1.png", "2.png", "3.png"]
 
 
-def test_pictures_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_images_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     folder = paint_folder(tmp_path, 11)
     assert [picture.path.stem for picture in read_pictures(folder, ["x"])] == [str(i) for i in range(11)]
 
@@ -57,7 +57,7 @@ def test_captions_that_are_no_text_are_refused(tmp_path: Path) -> None:
         read_pictures(folder, ["x"])
 
 
-def test_captions_of_missing_pictures_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_of_missing_images_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = paint_folder(tmp_path, 1)
     (folder / "captions.tsv").write_text("0.png\ta\n9.png\tb\n../1.png\tc\n")
     assert len(read_pictures(folder, ["x"])) == 1
@@ -72,7 +72,7 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "text", "empty"])
-def test_a_broken_picture_is_named(tmp_path: Path, how: str) -> None:
+def test_a_broken_image_is_named(tmp_path: Path, how: str) -> None:
     path = paint_folder(tmp_path, 3) / "1.png"
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[how])
@@ -80,7 +80,7 @@ def test_a_broken_picture_is_named(tmp_path: Path, how: str) -> None:
         read_pictures(tmp_path, ["x"])
 
 
-def test_pictures_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
+def test_images_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
     wide = Image.new("RGB", (40, 20), "red")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -92,7 +92,7 @@ def test_pictures_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
     assert load_picture(tmp_path / "palette.gif").mode == "RGB"
 
 
-def test_the_middle_of_a_picture_is_taken() -> None:
+def test_the_middle_of_an_image_is_taken() -> None:
     columns = np.zeros((20, 60, 3), "u1")
     columns[:, 20:40] = 255
     pixels, cut = square(Image.fromarray(columns), 20)
@@ -104,7 +104,7 @@ def test_the_middle_of_a_picture_is_taken() -> None:
     assert tall.min() >= -1
 
 
-def test_small_pictures_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_small_images_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = paint_folder(tmp_path, 2, (24, 50))
     Image.new("RGB", (64, 64)).save(folder / "large.png")
     found = read_pictures(folder, ["x"])
@@ -118,7 +118,7 @@ def test_small_pictures_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytes
     assert caplog.text == ""
 
 
-def test_the_digest_sees_pictures_captions_and_nothing_else(tmp_path: Path) -> None:
+def test_the_digest_sees_images_captions_and_nothing_else(tmp_path: Path) -> None:
     folder = paint_folder(tmp_path / "a", 2)
     before = digest(read_pictures(folder, ["x"]))
     assert digest(read_pictures(paint_folder(tmp_path / "b", 2), ["x"])) == before

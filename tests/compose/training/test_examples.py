@@ -1,4 +1,4 @@
-"""From a folder to the rows of a training: words, features and pictures belong together, and mean what they mean later.
+"""From a folder to the rows of a training: words, features and images belong together, and mean what they mean later.
 
 References are made by hand: the text encoders and the VAE are called directly, and `tara` of the pipeline is compared.
 """
@@ -77,7 +77,7 @@ def text_of(pipe: Any, caption: str) -> tuple[Tensor, Tensor | None]:
     return torch.cat(hidden, dim=-1), pooled
 
 
-def test_every_picture_has_its_own_caption_with_the_mask_at_the_trigger(pipe: Any, folder: Path) -> None:
+def test_every_image_has_its_own_caption_with_the_mask_at_the_trigger(pipe: Any, folder: Path) -> None:
     _, examples = encoded(pipe, folder)
     for picture, shown in enumerate(SHOWN):
         row, caption = examples.caption[picture], CAPTIONS[shown]
@@ -124,7 +124,7 @@ def test_the_trigger_is_aligned_with_the_class_word_of_its_own_caption(pipe: Any
         torch.testing.assert_close(rows.noun[row], features[tokens.index("cat")])
 
 
-def test_class_pictures_have_no_mask(pipe: Any, folder: Path) -> None:
+def test_class_images_have_no_mask(pipe: Any, folder: Path) -> None:
     paint_folder(folder / "class", 2)
     settings = training(folder, "unused", tara=TARA, class_pictures=folder / "class")
     material = encode(pipe, read_texts(pipe, settings), settings, Accelerator(cpu=True))
@@ -134,7 +134,6 @@ def test_class_pictures_have_no_mask(pipe: Any, folder: Path) -> None:
     torch.testing.assert_close(material.prior.text[0], text_of(pipe, "a photo of cat")[0])
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_training_sees_the_lora_as_tara_shows_it_later(kind: str, folder: Path) -> None:
     """A step of `tara` from the file alone is the step of the training's UNet, mask and alpha included."""

@@ -22,11 +22,9 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from commands import call, flat
+from commands import call, flat, free_port
 from components import TINY, sd_unet, unet_inputs
 from disks import files_of_at_most
-from lora_compose import ComposePipeline
-from lora_compose.compose.evaluation.command import free_port
 from lora_compose.compose.files import atomic
 from lora_compose.compose.generate.models import ModelError
 from lora_compose.compose.playground.assets import playground_references
@@ -39,9 +37,6 @@ from lora_compose.compose.training.model import preset_of
 from lora_compose.compose.training.optimizers import learning_rate
 from lora_compose.compose.training.output import metadata_of
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
-
-# numpy about a line of diffusers' schedulers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 # Where keys start aligned, the l1 distance is at its kink, and rounding decides where the first steps go.
 APART = TaraTraining(start_aligned=False)
@@ -93,8 +88,7 @@ def largest_difference(first: Path, second: Path) -> float:
 # --- what is written ---
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-@pytest.mark.parametrize("scope", ["cross_kv", "attention", "transformer"])
+@pytest.mark.parametrize(("kind", "scope"), [("sd", "cross_kv"), ("sd", "transformer"), ("xl", "attention")])
 def test_the_file_opens_in_diffusers_with_the_trained_weights(
     begin: Callable[..., Training], models: dict[str, Path], kind: str, scope: str
 ) -> None:
@@ -158,24 +152,6 @@ def test_the_file_names_the_kind_of_its_base_model(tmp_path: Path, text: int, pr
     )
 
 
-def test_inference_needs_the_file_alone(begin: Callable[..., Training], models: dict[str, Path]) -> None:
-    path = train(begin(tara=TARA, alpha=5, steps=2))
-    pipe: Any = ComposePipeline.from_pretrained(models["sd"])
-    pipe.set_progress_bar_config(disable=True)
-    concept = pipe.load_concept(path)
-    assert (concept.trigger, concept.class_word) == ("sks", "cat")
-    (loaded,) = pipe.resolve_concepts(["cat"])
-    assert loaded.trained_with == "tara"
-    assert {factors.scale for factors in loaded.factors.denoiser.values()} == {2.5}
-    assert type(pipe.resolve_method(None, [loaded], ["a sks cat"])).__name__ == "Tara"
-    options: dict[str, Any] = {"width": SIDE, "height": SIDE, "num_inference_steps": 2, "output_type": "latent"}
-    images = [
-        pipe("a sks cat", concepts=concepts, generator=torch.Generator().manual_seed(0), **options).images
-        for concepts in (["cat"], None)
-    ]
-    assert not torch.allclose(*images)
-
-
 def test_the_playground_is_named_as_its_own_loras_name_it(tmp_path: Path) -> None:
     settings = Training.preset(
         "playground", pictures=playground_references("cat")[0].parent, out=tmp_path / "it.safetensors", trigger="sks",
@@ -189,27 +165,15 @@ def test_the_playground_is_named_as_its_own_loras_name_it(tmp_path: Path) -> Non
 # --- TARA ---
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_training_aligns_keys(begin: Callable[..., Training], kind: str) -> None:
+def test_training_aligns_keys(begin: Callable[..., Training]) -> None:
     losses = []
     start_apart = TaraTraining(start_aligned=False, align_weight=100)
-    train(begin(kind, tara=start_apart, steps=12), on_step=lambda _, loss: losses.append(loss))
+    train(begin(tara=start_apart, steps=12), on_step=lambda _, loss: losses.append(loss))
     assert losses[-1] < losses[0] * 0.8
     aligned: list[float] = []
-    aligned_at_once = begin(kind, tara=TaraTraining(align_weight=100), steps=1)
+    aligned_at_once = begin(tara=TaraTraining(align_weight=100), steps=1)
     train(aligned_at_once, on_step=lambda _, loss: aligned.append(loss), overwrite=True)
     assert aligned[0] < losses[0] * 0.8
-
-
-def test_tied_keys_are_in_the_file_as_one_rank_for_every_token_of_the_trigger(begin: Callable[..., Training]) -> None:
-    first, second = (
-        load_file(train(begin(tara=TaraTraining(keys="tied"), scope="cross_kv", steps=steps), overwrite=True))
-        for steps in (1, 3)
-    )
-    moved = {key for key in first if not torch.equal(first[key], second[key])}
-    assert moved == {key for key in first if "to_v" in key}
-    keys = [first[key] for key in first if "to_k.lora_B" in key]
-    assert all(key[:, 0].any() and not key[:, 1:].any() for key in keys)
 
 
 def test_variants_differ(begin: Callable[..., Training]) -> None:
@@ -467,7 +431,7 @@ def test_what_cannot_be_used_leaves_the_checkpoint_of_a_fresh_start(begin: Calla
     assert settings.checkpoint.exists()
 
 
-def test_changed_pictures_are_refused(begin: Callable[..., Training]) -> None:
+def test_changed_images_are_refused(begin: Callable[..., Training]) -> None:
     settings = begin()
     stopped_at(settings, 2)
     paint_folder(settings.pictures, 4)
@@ -495,14 +459,10 @@ def _flipped(data: bytes) -> bytes:
     "damage",
     [
         lambda data: b"",
-        lambda data: b"hello",
-        lambda data: b"PK\x03\x04" + bytes(100),
-        lambda data: data[: len(data) // 2],
         lambda data: data[:-1],
         _flipped,
-        lambda data: data[:20_000] + bytes(64) + data[20_064:],
     ],
-    ids=["empty", "text", "no content", "half", "all but one byte", "a flipped bit", "zeros"],
+    ids=["empty", "all but one byte", "a flipped bit"],
 )
 def test_a_damaged_checkpoint_is_refused(begin: Callable[..., Training], damage: Callable[[bytes], bytes]) -> None:
     settings = begin()
@@ -594,7 +554,7 @@ def test_a_loss_that_is_no_number_stops_with_advice(begin: Callable[..., Trainin
 # --- pictures ---
 
 
-def test_one_picture_is_enough_but_mentioned(
+def test_one_image_is_enough_but_mentioned(
     begin: Callable[..., Training], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     folder = paint_folder(tmp_path / "one", 1)
@@ -602,18 +562,10 @@ def test_one_picture_is_enough_but_mentioned(
     assert "there is one image" in caplog.text
 
 
-def test_small_pictures_can_be_trained_on(
-    begin: Callable[..., Training], caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    folder = paint_folder(tmp_path / "small", 2, (20, 12))
-    assert train(begin("xl", pictures=folder, steps=1)).exists()
-    assert "2 of 2 images are smaller than 32 x 32" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"), [(None, "holds no images"), (b"\x89PNG\r\n", "is not a readable image")]
 )
-def test_a_folder_without_usable_pictures_is_refused_before_anything_is_done(
+def test_a_folder_without_usable_images_is_refused_before_anything_is_done(
     begin: Callable[..., Training], tmp_path: Path, content: bytes | None, complaint: str
 ) -> None:
     folder = paint_folder(tmp_path / "other", 0 if content is None else 2)
@@ -625,20 +577,10 @@ def test_a_folder_without_usable_pictures_is_refused_before_anything_is_done(
     assert not settings.out.exists()
 
 
-@pytest.mark.parametrize(
-    ("caption", "tara", "complaint"),
-    [
-        ("a cat", None, "lacks the trigger 'sks'"),
-        ("a sks dog", TARA, "lacks the class word 'cat'"),
-        ("so " * 40 + "sks cat", TARA, "the model reads only 30"),
-    ],
-)
-def test_unusable_captions_are_refused_before_anything_is_done(
-    begin: Callable[..., Training], caption: str, tara: TaraTraining | None, complaint: str
-) -> None:
-    settings = begin(tara=tara)
-    (settings.pictures / "1.txt").write_text(caption)
-    with pytest.raises(DataError, match=complaint):
+def test_unusable_captions_are_refused_before_anything_is_done(begin: Callable[..., Training]) -> None:
+    settings = begin(tara=TARA)
+    (settings.pictures / "1.txt").write_text("a sks dog")
+    with pytest.raises(DataError, match="lacks the class word 'cat'"):
         train(settings)
     assert not settings.checkpoint.exists()
 
@@ -648,10 +590,9 @@ def test_variants_without_alignment_do_without_the_class_word(begin: Callable[..
     assert train(begin(tara=tara, prompt="a {trigger} thing", steps=1)).exists()
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_the_model_paints_missing_class_pictures(begin: Callable[..., Training], kind: str) -> None:
+def test_the_model_paints_missing_class_images(begin: Callable[..., Training]) -> None:
     settings = begin(
-        kind, class_count=5, class_steps=1, class_prompts=("a {class_word}", "a dog"), prior_batch=1, tara=TARA, steps=2
+        class_count=5, class_steps=1, class_prompts=("a {class_word}", "a dog"), prior_batch=1, tara=TARA, steps=2
     )
     folder = settings.class_folder
     paint_folder(folder, 1)
@@ -665,17 +606,10 @@ def test_the_model_paints_missing_class_pictures(begin: Callable[..., Training],
     assert any(not torch.equal(first[key], without[key]) for key in first)
 
 
-def test_class_pictures_may_not_name_the_concept(begin: Callable[..., Training], tmp_path: Path) -> None:
-    folder = paint_folder(tmp_path / "class", 1)
-    with pytest.raises(DataError, match="has the trigger 'sks'"):
-        train(begin(class_pictures=folder, class_prompts=("a {trigger} {class_word}",)))
-
-
-@pytest.mark.parametrize("kind", ["sd", "xl"])
-def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], tmp_path: Path, kind: str) -> None:
-    plain = train(begin(kind, tara=TARA, out=tmp_path / "plain.safetensors"))
+def test_samples_are_painted_and_change_nothing(begin: Callable[..., Training], tmp_path: Path) -> None:
+    plain = train(begin("xl", tara=TARA, out=tmp_path / "plain.safetensors"))
     prompts = ("a sks cat", "a red sks cat")
-    settings = begin(kind, tara=TARA, sample_every=3, sample_prompts=prompts)
+    settings = begin("xl", tara=TARA, sample_every=3, sample_prompts=prompts)
     train(settings)
     names = sorted(path.name for path in (tmp_path / "cat-samples").iterdir())
     assert names == ["000003-0.png", "000003-1.png", "000004-0.png", "000004-1.png"]
@@ -799,5 +733,5 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(begin: Callable[..., Train
 
 
 @pytest.fixture(autouse=True)
-def _said(caplog: pytest.LogCaptureFixture) -> None:
+def _info_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lora_compose.compose")

@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from components import State, random_lora, seeded
-from composing import BOTH, FIXED, StoppedError, assert_close, compose, latents_of, raise_at_step, run, same_bits
-from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.concepts.loading import LoraError
+from composing import BOTH, StoppedError, assert_close, compose, latents_of, raise_at_step, run, same_bits
+from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
 
 
@@ -31,7 +30,7 @@ def with_adapters(pipe: Any, files: dict[str, Any], weights: dict[str, float]) -
 CAT = {"prompt": "a sks cat", "concepts": [Concept(name="cat", trigger="sks")]}
 
 
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", ["tara", "composite"])
 @pytest.mark.parametrize("active", [True, False])
 def test_an_adapter_named_as_concept_equals_the_loaded_file(pipe, plain_pipe, files, method, active):
     by_name = ComposePipeline.from_pipe(plain_pipe)
@@ -45,7 +44,7 @@ def test_an_adapter_named_as_concept_equals_the_loaded_file(pipe, plain_pipe, fi
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", ["tara", "composite"])
 def test_weights_of_adapters_and_concepts_multiply(pipe, plain_pipe, files, method):
     by_name = ComposePipeline.from_pipe(plain_pipe)
     by_name.set_progress_bar_config(disable=True)
@@ -91,7 +90,7 @@ def test_scale_passes_to_the_adapters_of_the_base_and_leaves_concepts_alone(pipe
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", ["tara", "composite"])
 @pytest.mark.parametrize("error", [None, StoppedError])
 def test_adapters_are_what_they_were_after_a_call(pipe, files, method, error):
     with_adapters(pipe, files, {"cat": 0.7, "style": 0.3})
@@ -106,7 +105,7 @@ def test_adapters_are_what_they_were_after_a_call(pipe, files, method, error):
     assert pipe.get_active_adapters() == ["style"]
 
 
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", ["tara", "composite"])
 def test_a_concept_from_a_file_takes_the_place_of_an_adapter_of_its_name(pipe, files, method):
     pipe.load_concept(files["cat"], "cat")
     expected = latents_of(pipe, method=method, **CAT)
@@ -114,13 +113,6 @@ def test_a_concept_from_a_file_takes_the_place_of_an_adapter_of_its_name(pipe, f
     before = State(pipe)
     assert_close(latents_of(pipe, method=method, **CAT), expected)
     before.assert_unchanged()
-
-
-def test_a_fused_adapter_cannot_be_a_concept(pipe, files):
-    with_adapters(pipe, files, {"cat": 1.0})
-    pipe.fuse_lora()
-    with pytest.raises(LoraError, match=r"'cat' is fused into the weights; call `unfuse_lora\(\)` first"):
-        compose(pipe, method="merge", **CAT)
 
 
 @BOTH

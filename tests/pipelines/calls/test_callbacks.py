@@ -40,40 +40,6 @@ def test_callbacks_may_name_only_tensors_that_there_are(composer, concepts):
         run(composer, concepts=concepts, callback_on_step_end_tensor_inputs=["noise_pred"])
 
 
-@EVERY
-def test_callbacks_see_what_they_ask_for_and_have_the_last_word(family: str, method: Any) -> None:
-    composer = composer_of(family, whole=True)
-    seen: list[set[str]] = []
-
-    def clear_at_the_end(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(set(tensors))
-        latents = tensors["latents"]
-        return {"latents": torch.zeros_like(latents) if step == pipe.num_timesteps - 1 else latents}
-
-    for names in (["latents"], composer._callback_tensor_inputs):
-        cleared = one_step(
-            composer, method=method, num_inference_steps=2, callback_on_step_end=clear_at_the_end,
-            callback_on_step_end_tensor_inputs=names,
-        ).images  # fmt: skip
-        assert seen == [set(names)] * 2
-        assert not cleared.any()
-        seen.clear()
-
-
-@EVERY
-def test_callbacks_may_raise_the_guidance(family: str, method: Any) -> None:
-    composer = composer_of(family, whole=True)
-
-    def more(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        pipe._guidance_scale += 1.0
-        return tensors
-
-    constant = one_step(composer, method=method, num_inference_steps=2).images
-    raised = one_step(composer, method=method, num_inference_steps=2, callback_on_step_end=more).images
-    assert composer.guidance_scale == 4.0 + 2
-    assert (raised - constant).abs().max() > 1e-3
-
-
 def test_several_callbacks_of_diffusers_run_in_turn(composer):
     cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.0)
     callbacks = MultiPipelineCallbacks([cutoff, SDCFGCutoffCallback(cutoff_step_ratio=1.0)])

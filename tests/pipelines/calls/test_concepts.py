@@ -77,11 +77,3 @@ def test_a_file_that_cannot_be_used_leaves_the_pipeline_as_it_was(composer, writ
         composer.load_concept(tmp_path / "missing.safetensors")
     assert list(composer.concepts) == ["cat", "dog"]
     before.assert_unchanged()
-
-
-def test_another_file_in_the_call_wins_over_the_loaded_one(composer):
-    as_dog = Concept(name="cat", lora=composer.concepts["dog"].lora, trigger="sks")
-    swapped = latents_of(composer, prompt="a sks cat", concepts=[as_dog])
-    (found,) = composer.resolve_concepts([as_dog])
-    assert found.file.path.name == "dog.safetensors"
-    assert far_apart(swapped, latents_of(composer, prompt="a sks cat", concepts=["cat"]))

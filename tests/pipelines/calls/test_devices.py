@@ -11,7 +11,6 @@ from components import EVERYTHING, random_lora, seeded, text_loras
 from composing import (
     BOTH,
     EVERY,
-    FIXED,
     UPDATES,
     StoppedError,
     assert_close,
@@ -24,7 +23,6 @@ from composing import (
     raise_at_step,
     run,
 )
-from lora_compose.pipelines.methods import Tara
 from simulated_device import DEVICE, numbers, parameters_that_move
 
 
@@ -97,13 +95,11 @@ def test_an_offloaded_pipeline_gives_the_same_image_again_and_again(
             assert places == {"meta" if offload is offload_layers_to_the_device else "cpu"}
 
 
-@BOTH
-@pytest.mark.parametrize(
-    "groups", [{"offload_type": "leaf_level"}, {"offload_type": "block_level", "num_blocks_per_group": 1}],
-    ids=["leaves", "blocks"],
-)  # fmt: skip
+@pytest.mark.parametrize(("family", "groups"), [
+    ("sd", {"offload_type": "block_level", "num_blocks_per_group": 1}), ("sdxl", {"offload_type": "leaf_level"}),
+], ids=["blocks", "leaves"])  # fmt: skip
 def test_a_pipeline_offloaded_in_groups_gives_the_same_image(composer: Any, groups: Any) -> None:
-    methods = ("tara", UPDATES, "tara")
+    methods = (UPDATES, "tara")
     expected = [one_step(composer, method=method, output_type="np").images for method in methods]
     with parameters_that_move():
         composer.enable_group_offload(DEVICE, **groups)
@@ -113,22 +109,19 @@ def test_a_pipeline_offloaded_in_groups_gives_the_same_image(composer: Any, grou
 
 @pytest.mark.slow
 @BOTH
-@pytest.mark.parametrize("method", [*FIXED, Tara(scope="cross_kv")])
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])
-def test_offloaded_models_give_the_same_image_again_and_again(pipe, load_concepts, write_lora, method, offload):
+def test_offloaded_models_give_the_same_image_after_a_call_that_failed(pipe, load_concepts, write_lora, offload):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
     pipe.load_concept(write_lora("dog", unet=random_lora(pipe.unet, 1), **text_loras(pipe, 5)), trigger="zwx")
-    expected = latents_of(pipe, method=method), latents_of(pipe, concepts=None, method=None)
+    expected = latents_of(pipe, method="merge"), latents_of(pipe, concepts=None, method=None)
     offload(pipe)
     tree = repr(pipe.unet)
     for _ in range(2):
-        assert_close(latents_of(pipe, method=method), expected[0])
+        assert_close(latents_of(pipe, method="merge"), expected[0])
         assert torch.equal(latents_of(pipe, concepts=None, method=None), expected[1])
         assert repr(pipe.unet) == tree
-    with pytest.raises(StoppedError):
-        compose(pipe, method=method, **raise_at_step(StoppedError))
-    assert torch.equal(latents_of(pipe, concepts=None, method=None), expected[1])
-    assert_close(latents_of(pipe, method=method), expected[0])
+        with pytest.raises(StoppedError):
+            compose(pipe, method="merge", **raise_at_step(StoppedError))
 
 
 @BOTH

@@ -9,8 +9,9 @@ from diffusers.models.attention_processor import AttnProcessor
 from components import EVERYTHING, State, random_lora, seeded
 from composing import (
     BOTH,
+    BOXED,
     FIXED,
-    ONE_PASS,
+    UPDATES,
     StoppedError,
     compose,
     far_apart,
@@ -20,11 +21,13 @@ from composing import (
     same_bits,
     with_concepts,
 )
-from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.families import ComposePipeline
 
 
-@pytest.mark.parametrize("method", FIXED)
-@pytest.mark.parametrize("error", [StoppedError, KeyboardInterrupt, None])
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [*((method, StoppedError) for method in (*FIXED, UPDATES)), (UPDATES, KeyboardInterrupt), ("tara", None)],
+)
 def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write_lora, method, error):
     load_concepts(pipe, "cat", targets=EVERYTHING, size=0.1)
     text = random_lora(pipe.text_encoder, 5, targets=("q_proj", "v_proj", "fc1"))
@@ -34,18 +37,19 @@ def test_nothing_is_left_after_a_call_however_it_ends(pipe, load_concepts, write
     pipe.unet.up_blocks[1].train()
     pipe.text_encoder.requires_grad_(False)
     before = State(pipe)
+    arguments = {"method": method, "concepts": [BOXED[0], BOXED[1].model_copy(update={"trigger": "zwx"})]}
     if error is None:
-        compose(pipe, method=method)
+        compose(pipe, **arguments)
     else:
         with pytest.raises(error):
-            compose(pipe, method=method, **raise_at_step(error))
+            compose(pipe, **arguments, **raise_at_step(error))
     before.assert_unchanged()
 
 
 @pytest.mark.parametrize(("family", "part"), [
     ("sd", "text_encoder"), ("sd", "unet"), ("sd", "vae"), ("sdxl", "text_encoder_2"), ("sdxl", "vae"),
 ])  # fmt: skip
-@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("method", ["tara", "composite"])
 def test_nothing_is_left_when_a_model_fails(composer, method, part):
     calls = []
 
@@ -74,13 +78,12 @@ def test_a_call_does_not_touch_the_latents_it_is_given(composer):
 
 @BOTH
 @pytest.mark.parametrize("failing", [False, True])
-@pytest.mark.parametrize("method", ONE_PASS)
-def test_calls_with_concepts_leave_plain_calls_as_they_were(composer, plain_pipe, method, failing):
+def test_calls_with_concepts_leave_plain_calls_as_they_were(composer, plain_pipe, failing):
     if failing:
         with pytest.raises(StoppedError):
-            compose(composer, method=method, **raise_at_step(StoppedError))
+            compose(composer, **raise_at_step(StoppedError))
     else:
-        assert far_apart(latents_of(composer, method=method), run(plain_pipe).images)
+        assert far_apart(latents_of(composer), run(plain_pipe).images)
     assert same_bits(run(composer).images, run(plain_pipe).images)
 
 
@@ -99,8 +102,7 @@ def test_pipelines_that_share_a_model_keep_their_concepts_apart(composer, load_c
         compose(other, **here)
 
 
-@pytest.mark.parametrize("threaded", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("threaded", "shared"), [(False, False), (True, True)])
 def test_a_second_call_is_refused_while_the_first_one_runs_and_does_not_disturb_it(composer, threaded, shared):
     second = ComposePipeline.from_pipe(composer) if shared else composer
     if shared:

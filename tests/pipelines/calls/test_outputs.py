@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler
+from diffusers import HeunDiscreteScheduler, LCMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from PIL import Image
 
@@ -14,9 +14,6 @@ from components import small_pipeline
 from composing import (
     BOTH,
     EVERY,
-    FIXED,
-    NUMPY_2,
-    ONE_PASS,
     as_tensor,
     assert_close,
     compose,
@@ -53,13 +50,6 @@ def test_all_output_types_show_the_same_images(family: str) -> None:
     np.testing.assert_allclose(as_np * 255, as_tensor(as_pil).float().numpy(), atol=0.51)
 
 
-def test_images_are_decoded_as_diffusers_does(composer, plain_pipe):
-    latents = latents_of(composer)
-    decoded = plain_pipe.vae.decode(latents / plain_pipe.vae.config.scaling_factor, return_dict=False)[0]
-    expected = plain_pipe.image_processor.postprocess(decoded.detach(), output_type="np")
-    assert np.array_equal(compose(composer, output_type="np").images, expected)
-
-
 @BOTH
 def test_the_vae_may_work_in_slices_and_tiles(composer):
     arguments = {"output_type": "pt", "num_images_per_prompt": 2, "width": 192}
@@ -74,8 +64,8 @@ def test_the_vae_may_work_in_slices_and_tiles(composer):
     assert far_apart(images, whole)
 
 
-@pytest.mark.parametrize("method", FIXED)
-@pytest.mark.parametrize(("width", "height"), [(8, 8), (64, 96), (136, 40), (104, 72)])
+@pytest.mark.parametrize("method", ["tara", "composite"])
+@pytest.mark.parametrize(("width", "height"), [(8, 8), (136, 40), (104, 72)])
 def test_any_size_works_with_and_without_regions(load_concepts, method, width, height):
     pipe = small_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -95,13 +85,8 @@ def test_the_size_of_the_model_is_the_default(composer):
     assert latents_of(composer, width=64).shape == (1, 4, 16, 8)
 
 
-@NUMPY_2
-@pytest.mark.parametrize("method", ONE_PASS)
-@pytest.mark.parametrize(("scheduler", "steps", "guidance"), [
-    (LCMScheduler, 1, 1.0), (LCMScheduler, 4, 0.0), (DPMSolverMultistepScheduler, 8, 5.0),
-    (EulerDiscreteScheduler, 4, 5.0), (HeunDiscreteScheduler, 3, 5.0),
-])  # fmt: skip
-def test_few_steps_and_other_schedulers_work(composer, method, scheduler, steps, guidance):
+@pytest.mark.parametrize(("scheduler", "steps", "guidance"), [(LCMScheduler, 1, 1.0), (HeunDiscreteScheduler, 3, 5.0)])
+def test_callbacks_and_costs_count_calls_of_the_model(composer, scheduler, steps, guidance):
     composer.scheduler = scheduler.from_config(composer.scheduler.config)
     seen = []
 
@@ -109,16 +94,13 @@ def test_few_steps_and_other_schedulers_work(composer, method, scheduler, steps,
         seen.append(step)
         return tensors
 
-    output = compose(
-        composer, method=method, num_inference_steps=steps, guidance_scale=guidance, callback_on_step_end=count
-    )
+    output = compose(composer, num_inference_steps=steps, guidance_scale=guidance, callback_on_step_end=count)
     calls = steps if scheduler is not HeunDiscreteScheduler else 2 * steps - 1
     assert seen == list(range(calls))
     assert output.cost.rows_forward == calls * (2 if guidance > 1 else 1)
     assert torch.isfinite(output.images).all()
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # several hand tensors to numpy
 @pytest.mark.parametrize("name", [scheduler.name for scheduler in KarrasDiffusionSchedulers])
 def test_every_scheduler_of_diffusers_makes_an_image_of_the_same_shape(composer: Any, name: str) -> None:
     if name == "DPMSolverSDEScheduler":

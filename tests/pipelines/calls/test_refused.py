@@ -36,10 +36,8 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "unknown concept": ({"concepts": ["cat", "fox"]}, "unknown concept 'fox'; loaded are cat, dog"),
     "concept twice": ({"concepts": ["cat", "cat"]}, "'cat' stands twice"),
     "a string as concepts": ({"concepts": "cat"}, "concepts must be a list of names or Concepts, not 'cat'"),
-    "a concept as concepts": ({"concepts": Concept(name="cat")}, "concepts must be a list"),
     "unknown method": ({"method": "blend"}, "unknown method 'blend'; there are .*merge.*tara"),
     "a class as method": ({"method": Tara}, "method must be one of .*merge.* or a settings object"),
-    "something else as method": ({"method": 3}, "method must be one of .*merge.* or a settings object, not 3"),
     "no steps": ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
     "no number of steps": (
         {"num_inference_steps": None},
@@ -47,10 +45,8 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "no timesteps": ({"timesteps": []}, "timesteps is empty; give one for each step"),
     "no noise levels": ({"sigmas": []}, "sigmas is empty; give one for each step"),
-    "negative steps": ({"num_inference_steps": -2}, "num_inference_steps must be at least 1, not -2"),
     "a size that is no multiple of 8": ({"width": 60}, "divisible by 8 but are 128 and 60"),
     "negative size": ({"height": -64}, "width and height must be positive, not 128 x -64"),
-    "no size": ({"height": 0, "width": 64}, "width and height must be positive, not 64 x 0"),
     "region outside the canvas": (
         {"concepts": [Concept(name="cat", region=(64, 0, 136, 64)), "dog"]},
         r"the region \(64, 0, 136, 64\) of concept 'cat' leaves the canvas of 128 x 128",
@@ -71,7 +67,10 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
         {"concepts": [Concept(name="cat", trigger=""), "dog"]}, "tara needs to know the words of concept 'cat'",
     ),
     "fewer generators than images": (
-        {"generator": [seeded()], "num_images_per_prompt": 2}, "list of generators of length 1.*batch size of 2",
+        {"generator": [seeded()], "num_images_per_prompt": 2}, "there are 1 generators for 2 images",
+    ),
+    "latents of another size": (
+        {"latents": torch.zeros(1, 4, 8, 8)}, r"latents have the shape \[1, 4, 8, 8\]; expected \[1, 4, 16, 16\]",
     ),
     "fewer negative prompts": ({"prompt": [PROMPT] * 2, "negative_prompt": ["dark"]}, "has batch size 1, but `prompt`"),
     "timesteps for a scheduler that takes none": ({"timesteps": [900, 1]}, "does not support custom timestep"),
@@ -109,6 +108,26 @@ def test_what_cannot_be_is_refused_with_a_clear_message_and_changes_nothing(fami
         compose(composer, **{"generator": generator, **arguments})
     before.assert_unchanged()
     assert torch.equal(generator.get_state(), drawn)
+
+
+BEFORE_INSTALLATION = (
+    "attention of steps that there are not", "fewer generators than images", "latents of another size",
+    "timesteps for a scheduler that takes none", "timesteps and sigmas", "no denoising before the end",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BEFORE_INSTALLATION)
+def test_steps_and_latents_are_checked_before_the_model_and_the_scheduler_are_touched(case, monkeypatch):
+    """Installation is where a call begins to change the model."""
+    family = "sdxl" if case == "no denoising before the end" else "sd"
+    composer = composer_of(family)
+    arguments, message = REFUSED.get(case, ({"denoising_end": 0.001}, "denoising_end=0.001 leaves none of the 2 steps"))
+    entered, scheduler = [], dict(vars(composer.scheduler))
+    monkeypatch.setattr("lora_compose.pipelines.plan.install", lambda *args, **kwargs: entered.append(args))
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        compose(composer, **arguments)
+    assert not entered
+    assert all(vars(composer.scheduler)[name] is value for name, value in scheduler.items())
 
 
 @BOTH

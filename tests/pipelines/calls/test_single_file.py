@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import small_pipeline, xl_pipeline
-from composing import BOTH, OURS, run, same_bits
-from lora_compose.pipelines.base import ComposePipeline
+from composing import OURS, run, same_bits
+from lora_compose.pipelines.families import ComposePipeline
 
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -94,8 +94,7 @@ def open_clip(encoder: Any) -> dict[str, Tensor]:
     return tensors
 
 
-@BOTH
-@pytest.mark.parametrize("opener", [ComposePipeline, None])
+@pytest.mark.parametrize(("family", "opener"), [("sd", None), ("sdxl", ComposePipeline)])
 def test_a_checkpoint_in_one_file_opens_like_a_folder(load_concepts, tmp_path, family, opener):
     composer = small_pipeline() if family == "sd" else xl_pipeline()
     composer.set_progress_bar_config(disable=True)

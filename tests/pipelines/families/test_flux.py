@@ -43,7 +43,7 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
 
 def dense(pipe: Any, places: Any, **arguments: Any) -> Tensor:
     """The same call of diffusers' own pipeline with dense deltas; it runs both halves of guidance apart."""
-    loras = [loaded.factors.denoiser for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
     calls = iter(range(10**6))
     guided = "true_cfg_scale" in arguments
 
@@ -186,10 +186,28 @@ def test_packed_and_unpacked_start_noise_is_the_same(pipe):
     packed = FluxPipeline._pack_latents(noise, 1, 4, 16, 16)
     found = [latents_of(pipe, concepts=["cat"], method="merge", latents=one) for one in (noise, packed)]
     torch.testing.assert_close(*found, atol=1e-6, rtol=0)
-    with pytest.raises(
-        ValueError, match=r"latents have the shape .*expected \[1, 4, 16, 16\], or packed \[1, 64, 16\]"
-    ):
+    with pytest.raises(ValueError, match=r"latents have the shape .*expected \[1, 4, 16, 16\] or \[1, 64, 16\]"):
         latents_of(pipe, concepts=["cat"], method="merge", latents=noise[:, :2])
+
+
+def test_a_callback_ends_guidance_and_sees_the_timestep(pipe):
+    scales, times, rows = [], [], []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+
+    def after_step(pipe: Any, step: int, t: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        times.append((float(pipe.current_timestep), float(t)))
+        if step == 1:
+            pipe._guidance_scale = 0.0
+        scales.append(pipe.guidance_scale)
+        return tensors
+
+    latents_of(pipe, concepts=["cat", "dog"], method="merge", callback_on_step_end=after_step, **GUIDED)
+    assert rows == [2, 2, 1]
+    assert all(current == given for current, given in times)
+    assert len({t for t, _ in times}) == 3
+    assert pipe.current_timestep is None
 
 
 def test_generators_are_counted(pipe):
@@ -224,6 +242,34 @@ def test_a_saved_pipeline_is_opened_by_its_family(pipe, tmp_path):
     opened = ComposePipeline.from_pretrained(tmp_path / "model")
     assert isinstance(opened, ComposeFluxPipeline)
     assert isinstance(ComposePipeline.from_pipe(FluxPipeline(**pipe.components)), ComposeFluxPipeline)
+
+
+def test_diffusers_own_layers_and_no_others_have_a_site(pipe):
+    pipe.transformer.new_layer = torch.nn.Linear(4, 4)
+    sites = backbone_of(pipe.transformer).sites
+    assert "new_layer" not in sites
+    linear = {name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert linear - {"new_layer"} <= sites.keys()
+
+
+def test_a_concept_acts_beside_an_adapter_of_diffusers(pipe, tmp_path):
+    expected = latents_of(pipe, concepts=["cat", "dog"], method="merge")
+    pipe.load_lora_weights(tmp_path / "dog.safetensors", adapter_name="other")
+    found = latents_of(pipe, concepts=["cat"], method="merge")
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_fused_projections_are_refused_until_undone(pipe):
+    expected = latents_of(pipe, concepts=["cat"], method="merge")
+    for attn in pipe.transformer.modules():
+        if hasattr(attn, "fuse_projections"):
+            attn.fuse_projections()
+    with pytest.raises(ValueError, match=r"fused projections.*unfuse_qkv_projections"):
+        latents_of(pipe, concepts=["cat"], method="merge")
+    for attn in pipe.transformer.modules():
+        if hasattr(attn, "unfuse_projections"):
+            attn.unfuse_projections()
+    torch.testing.assert_close(latents_of(pipe, concepts=["cat"], method="merge"), expected, atol=1e-6, rtol=0)
 
 
 def test_every_linear_layer_has_a_site(pipe):

@@ -25,17 +25,14 @@ from components import (
     xl_pipeline,
 )
 from composing import BOXED, EMBEDDINGS, TRIGGERS, assert_close, far_apart, offload_layers, offload_models
-from lora_compose.attention.backbones.unet import attention_layers
-from lora_compose.compose.benchmark.architectures import SDXL
-from lora_compose.compose.benchmark.counting import meta_unet
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
-from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer, Switch
+from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer
 from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on grass"
 OTHER_PROMPT = "in snow, zwx dog, sks cat"
-ONE_TEXT = ("merge", "tara", "regional", "switch", "composite")
 EVERY_METHOD = tuple(METHODS)
+EVERY_KIND = ("tara", "composite", "clora", "lora-composer")  # one text, and one for each pass, branch and region
 
 
 @pytest.fixture
@@ -96,8 +93,8 @@ def pooled(pipe: Any, prompt: str) -> Tensor:
 # Every method
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
-def test_every_method_makes_the_same_finite_latents_again_and_leaves_nothing(load, method):
+@pytest.mark.parametrize("method", EVERY_KIND)
+def test_every_kind_of_method_makes_the_same_finite_latents_again_and_leaves_nothing(load, method):
     pipe = load(tiny_xl_pipeline(), targets=EVERYTHING, size=0.1)
     before = State(pipe)
     first, again = (compose(pipe, method) for _ in range(2))
@@ -108,25 +105,7 @@ def test_every_method_makes_the_same_finite_latents_again_and_leaves_nothing(loa
     assert far_apart(first.images, plain)
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
-def test_a_call_that_fails_leaves_nothing(composer, method):
-    def fail(pipe, step, timestep, tensors):
-        raise ZeroDivisionError
-
-    before = State(composer)
-    with pytest.raises(ZeroDivisionError):
-        compose(composer, method, callback_on_step_end=fail)
-    before.assert_unchanged()
-
-
-@pytest.mark.parametrize("method", ONE_TEXT)
-def test_concepts_of_weight_0_change_nothing(composer, plain_pipe, method):
-    weightless = [concept.model_copy(update={"weight": 0.0}) for concept in BOXED]
-    expected = plain_pipe(PROMPT, num_inference_steps=2, output_type="latent", generator=seeded()).images
-    assert_close(latents_of(composer, method, concepts=weightless), expected)
-
-
-@pytest.mark.parametrize("method", EVERY_METHOD)
+@pytest.mark.parametrize("method", EVERY_KIND)
 def test_prompts_and_images_in_one_call_equal_single_calls(composer, method):
     prompts, negatives = [PROMPT, OTHER_PROMPT], ["dark", "blurry and grey"]
     together = latents_of(
@@ -141,48 +120,19 @@ def test_prompts_and_images_in_one_call_equal_single_calls(composer, method):
         assert_close(together[row], one[0])
 
 
-@pytest.mark.parametrize("method", EVERY_METHOD)
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-def test_the_structure_of_sdxl_composes_at_any_size(load, method, guidance_scale):
+@pytest.mark.parametrize("method", ["tara", "clora", "lora-composer"])
+def test_the_structure_of_sdxl_composes_at_any_size(load, method):
     pipe = load(xl_pipeline(), text=False, targets=("attn2.to_k", "attn2.to_v", "attn1.to_q"))
     concepts = [Concept(name="cat", region=(0, 0, 56, 72)), Concept(name="dog", region=(56, 8, 104, 72))]
     output = compose(
-        pipe, method, concepts=concepts, width=104, height=72, num_inference_steps=1, guidance_scale=guidance_scale,
-        record_attention=True,
+        pipe, method, concepts=concepts, width=104, height=72, num_inference_steps=1, record_attention=True,
     )  # fmt: skip
     assert output.images.shape == (1, 4, 9, 13)
     assert output.images.isfinite().all()
     assert output.attention_maps.shape == (1, 1, 2, 3, 4)
 
 
-def test_cross_attention_of_the_whole_architecture_is_named_in_forward_order():
-    names = [layer.name for layer in attention_layers(meta_unet(SDXL)) if layer.cross]
-    blocks = [("down_blocks.1", 2, 2), ("down_blocks.2", 2, 10), ("mid_block", 1, 10), ("up_blocks.0", 3, 10),
-              ("up_blocks.1", 3, 2)]  # fmt: skip
-    assert names == [
-        f"{block}.attentions.{i}.transformer_blocks.{j}.attn2"
-        for block, layers, depth in blocks
-        for i in range(layers)
-        for j in range(depth)
-    ]
-    assert len(names) == 70
-
-
 # References
-
-
-@pytest.mark.parametrize("name", TRIGGERS)
-def test_a_turn_of_switch_is_the_concept_alone(composer, name):
-    order = [name, *(other for other in TRIGGERS if other != name)]
-    turn = latents_of(composer, Switch(interval=1), concepts=order, num_inference_steps=1)
-    assert_close(turn, latents_of(composer, "merge", concepts=[name], num_inference_steps=1))
-
-
-def test_composite_averages_what_each_lora_gives_alone(composer):
-    # One step of DDIM is linear in what the model predicts.
-    alone = [latents_of(composer, "merge", concepts=[name], num_inference_steps=1) for name in TRIGGERS]
-    assert far_apart(*alone)
-    assert_close(latents_of(composer, "composite", num_inference_steps=1), (alone[0] + alone[1]) / 2)
 
 
 def test_branches_of_clora_have_their_own_text_lora_and_pooled_text(composer):
@@ -404,18 +354,6 @@ def test_latents_with_a_mean_of_their_own_are_decoded_as_in_diffusers(composer, 
 # Memory
 
 
-@pytest.mark.parametrize("method", ["clora", "lora-composer"])
-@pytest.mark.parametrize("offload", [offload_models, offload_layers])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_methods_with_gradients_give_the_same_image_with_offloaded_models(composer, method, offload, checkpointing):
-    expected = latents_of(composer, method)
-    offload(composer)
-    if checkpointing:
-        composer.unet.enable_gradient_checkpointing()
-    for _ in range(2):
-        assert_close(latents_of(composer, method), expected)
-
-
 @pytest.mark.parametrize("offload", [offload_models, offload_layers])
 def test_a_vae_that_overflows_is_decoded_in_single_precision_also_when_it_is_offloaded(composer, offload):
     composer.vae.half()
@@ -424,15 +362,3 @@ def test_a_vae_that_overflows_is_decoded_in_single_precision_also_when_it_is_off
     for _ in range(2):
         assert_close(compose(composer, "tara", output_type="pt").images, expected)
     assert composer.vae.dtype == torch.float16
-
-
-@pytest.mark.parametrize("method", EVERY_METHOD)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_method_works_in_half_precision(composer, method, dtype):
-    expected = latents_of(composer, method, latents=torch.randn(1, 4, 16, 16, generator=seeded()))
-    composer.to(dtype=dtype)
-    output = compose(composer, method, latents=torch.randn(1, 4, 16, 16, generator=seeded()).to(dtype))
-    assert output.images.dtype == dtype
-    assert (output.images.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
-    images = compose(composer, method, output_type="np", num_inference_steps=1).images
-    assert torch.from_numpy(images).isfinite().all()

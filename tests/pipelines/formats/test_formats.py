@@ -113,8 +113,8 @@ def test_layers_are_those_that_diffusers_finds(name: str) -> None:
     result = pipeline.lora_state_dict(dict(file.tensors), unet_config=settings)[0]
     theirs = {key.removeprefix("unet."): t for key, t in result.items() if not key.startswith("text_")}
     theirs = convert_unet_state_dict_to_peft(theirs)
-    ours = {f"{name}.lora_A.weight": float(lora.down.flatten()[0]) for name, lora in factors.denoiser.items()}
-    ours |= {f"{name}.lora_B.weight": float(lora.up.flatten()[0]) for name, lora in factors.denoiser.items()}
+    ours = {f"{name}.lora_A.weight": float(lora.down.flatten()[0]) for name, lora in factors.model.items()}
+    ours |= {f"{name}.lora_B.weight": float(lora.up.flatten()[0]) for name, lora in factors.model.items()}
     assert ours == {key: float(tensor.flatten()[0]) for key, tensor in theirs.items()}
     assert len(ours) >= 256
 
@@ -225,7 +225,7 @@ def test_the_relative_error_of_a_file_is_reported(tmp_path: Path) -> None:
     save_file({f"{kohya(parts, 'unet', name)}.diff": tensor for name, tensor in whole.items()}, path)
     exact, cut = match(read_lora(path), parts), match(read_lora(path), parts, max_rank=4)
     assert (exact.error, exact.notes) == (0.0, ())
-    missing = sum(float(((dense(cut.denoiser[name]) - tensor) ** 2).sum()) for name, tensor in whole.items())
+    missing = sum(float(((dense(cut.model[name]) - tensor) ** 2).sum()) for name, tensor in whole.items())
     assert cut.error == pytest.approx((missing / sum(float((t**2).sum()) for t in whole.values())) ** 0.5, rel=1e-4)
     assert f"2 layers have more rank than max_rank=4 and are cut to it: relative error {cut.error:.2%}" in cut.report
 
@@ -273,7 +273,7 @@ def test_one_layer_under_two_names_must_be_the_same(tmp_path: Path) -> None:
     (found,) = lora.values()
     tensors = {f"{name}{suffix}": t.clone() for name in names for suffix, t in with_alpha(found).items()}
     save_file(tensors, tmp_path / "it.safetensors")
-    assert len(match(read_lora(tmp_path / "it.safetensors"), parts).denoiser) == 1
+    assert len(match(read_lora(tmp_path / "it.safetensors"), parts).model) == 1
     tensors[f"{names[0]}.lora_up.weight"] = tensors[f"{names[0]}.lora_up.weight"] + 1
     save_file(tensors, tmp_path / "it.safetensors")
     with pytest.raises(LoraError, match=r"more than one LoRA for unet\.down_blocks\.1"):
@@ -290,8 +290,8 @@ def test_concepts_with_another_alpha_are_another_strength(tmp_path: Path) -> Non
     concept = Concept(name="cat", lora=str(path), alpha=RANK)
     for alpha in (1.0, 4.0, 4.0, 1.0):
         found = load(pipe, concept.model_copy(update={"alpha": alpha * RANK}))
-        assert {factors.scale for factors in found.factors.denoiser.values()} == {alpha}
+        assert {factors.scale for factors in found.factors.model.values()} == {alpha}
     with pytest.raises(ValueError, match="was loaded with another alpha"):
         pipe.resolve_concepts([Concept(name="cat", alpha=7)])
     (given,) = pipe.resolve_concepts([concept.model_copy(update={"alpha": 2.0 * RANK})])
-    assert {factors.scale for factors in given.factors.denoiser.values()} == {2.0}
+    assert {factors.scale for factors in given.factors.model.values()} == {2.0}

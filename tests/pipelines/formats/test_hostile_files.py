@@ -88,8 +88,7 @@ def test_changes_that_do_not_fit_are_refused_before_they_are_built(pipe: Any, tm
     assert f"unet.{NAME}: its change is" in message or "more than the 128 that a change of this size" in message
 
 
-@pytest.mark.parametrize("count", [20_001, 99_000])
-@pytest.mark.parametrize("key", ["lora_unet_x{}.lora_down.weight", "x{}"])
+@pytest.mark.parametrize(("key", "count"), [("lora_unet_x{}.lora_down.weight", 20_001), ("x{}", 99_000)])
 def test_countless_keys_are_refused_at_once(pipe: Any, tmp_path: Path, key: str, count: int) -> None:
     nothing = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({key.format(i): nothing for i in range(count)}).encode()
@@ -133,7 +132,7 @@ def test_many_patterns_take_no_time(pipe: Any, tmp_path: Path) -> None:
     assert time.process_time() - start < SECONDS
     (loaded,) = pipe.resolve_concepts(["it"])
     pipe.unload_concept("it")
-    assert loaded.factors.denoiser[NAME].scale == 3.0
+    assert loaded.factors.model[NAME].scale == 3.0
 
 
 PIECES = st.sampled_from(["down_blocks", "0", "attn1", "attn", "to_q", "to_out", "to_out.0", "mid-block"])
@@ -153,8 +152,7 @@ def test_patterns_match_as_in_peft(name: str, patterns: dict[str, int]) -> None:
     assert Alphas(file).own(name, layer) == patterns.get(key, 100)
 
 
-@pytest.mark.parametrize("where", ["key", "settings", "scalar", "given"])
-@pytest.mark.parametrize("alpha", [1e38, 1e5])
+@pytest.mark.parametrize(("where", "alpha"), [("key", 1e38), ("settings", 1e5), ("scalar", 1e38), ("given", 1e5)])
 def test_alphas_out_of_all_proportion_are_refused(pipe: Any, tmp_path: Path, where: str, alpha: float) -> None:
     path = tmp_path / "it.safetensors"
     tensors = {f"{KOHYA}.lora_down.weight": torch.ones(2, 8), f"{KOHYA}.lora_up.weight": torch.ones(8, 2)}
@@ -242,7 +240,7 @@ def test_the_digest_is_that_of_the_tensors_also_if_the_file_is_replaced_meanwhil
     thread = threading.Thread(target=replace, daemon=True)
     thread.start()
     try:
-        files = [read_lora(path) for _ in range(400)]
+        files = [read_lora(path) for _ in range(200)]
     finally:
         over.set()
         thread.join()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import Tensor
@@ -34,7 +34,6 @@ def written(found: dict[str, Tensor], metadata: dict[str, str] | None = None) ->
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64])
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(dtypes, st.lists(st.integers(0, 5), max_size=4)), max_size=6), st.text(max_size=5))
 def test_the_safetensors_library_reads_what_is_written(kinds: list[tuple[torch.dtype, list[int]]], name: str) -> None:
     given = {f"{name}{i}": torch.randn(shape).to(dtype) for i, (dtype, shape) in enumerate(kinds)}

@@ -177,6 +177,15 @@ def test_dare_is_expected_to_be_the_sum_and_repeats_with_its_seed() -> None:
     assert np.array_equal(again, found[1])
 
 
+@pytest.mark.parametrize("density", [0.3, 0.8])
+def test_dare_drops_entries_in_the_common_basis(density: float) -> None:
+    changes = [change(1), change(2, rank=2)]
+    generator = torch.Generator().manual_seed(5)
+    kept = [torch.rand(5, 9, generator=generator, dtype=torch.float64).numpy() < density for _ in changes]
+    found = make_merger("dare", {"density": density, "seed": 5}).start([])(changes, None)
+    assert close(dense(found), reference.dare([dense(one) for one in changes], kept, density), 1e-8)
+
+
 def test_dare_leaves_the_global_random_numbers_alone() -> None:
     before = torch.get_rng_state()
     for name in MERGERS:
@@ -263,6 +272,15 @@ def test_lego_joins_units_that_are_alike_and_keeps_their_mean_length() -> None:
     assert np.allclose(np.diag(dense(auto([one, other], None)))[:3], [4.0, 2.5, 1.0])
     scaled_output = make_merger("lego", {"k": 3}).start([])([one, other], None)
     assert np.allclose(np.diag(dense(scaled_output))[:3], np.sqrt(2 / 3) * np.array([4.0, 2.5, 1.0]))
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_lego_finds_the_best_clusters_of_the_units(seed: int, k: int) -> None:
+    one, other = change(seed), change(seed + 40, rank=2)
+    other = LoraFactors(torch.cat([other.down[:1], one.down[:1] + other.down[1:] / 9]), other.up, other.scale)
+    found = make_merger("lego", {"k": k}).start([])([one, other], None)
+    assert close(dense(found), reference.lego([dense(one), dense(other)], k), 1e-7)
 
 
 def test_lego_with_room_for_all_units_is_the_sum_times_the_output_factor() -> None:

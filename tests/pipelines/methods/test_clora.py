@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from lora_compose.attention import Lora
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods.clora import Clora
-from lora_compose.pipelines.methods.latent_update import descend
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest
 from lora_compose.pipelines.scene import Concept
@@ -44,8 +42,6 @@ OFFICIAL = replace(Clora.official(), threshold=THETA, refinements=2)
 
 REGIONS = Clora(step_size=0.05, threshold=THETA)
 BRANCHES = replace(MASKS_ONLY, step_size=0.05, refine_at=(0.0,), refinements=1)
-WAYS = {"regions": REGIONS, "branches": BRANCHES, "official": OFFICIAL}
-in_every_way = pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
 STEP = Step(1, 4, torch.tensor(1), cfg_scale=7.5)
 
 
@@ -194,8 +190,8 @@ class WrittenOut:
         return latents
 
 
-@pytest.mark.parametrize("guidance", [7.5, 3.0])
-def test_official_is_what_the_authors_do(composer, plain_pipe, guidance):
+def test_official_is_what_the_authors_do(composer, plain_pipe):
+    guidance = 3.0
     written = WrittenOut(plain_pipe, composer.loras, guidance=guidance)
     expected = written.denoise(5, step_size=20.0, until=3, refine={0: 2, 1: 2, 2: 2})
     masks = torch.stack(written.claimed)
@@ -207,12 +203,6 @@ def test_official_is_what_the_authors_do(composer, plain_pipe, guidance):
         composer, num_inference_steps=5, guidance_scale=guidance, method=replace(OFFICIAL, step_size=0)
     )
     assert far_apart(found, without)
-
-
-def test_without_updates_it_is_the_mean_of_the_branches_under_their_masks(composer, plain_pipe):
-    written = WrittenOut(plain_pipe, composer.loras)
-    expected = written.denoise(4, step_size=0.0, until=0, refine={})
-    assert_close(latents_of(composer, method=replace(OFFICIAL, step_size=0)), expected, 5e-4)
 
 
 # Against other methods, and against itself
@@ -255,15 +245,13 @@ def test_one_subject_is_an_ordinary_lora(composer, plain_pipe):
         assert_close(latents_of(composer, prompt, method=settings, concepts=["cat"]), expected)
 
 
-@in_every_way
+@pytest.mark.parametrize("settings", [REGIONS, BRANCHES], ids=["regions", "branches"])
 def test_the_order_of_concepts_does_not_count(composer, settings):
     one = latents_of(composer, method=settings)
     assert_close(one, latents_of(composer, method=settings, concepts=["dog", "cat"]), 1e-3)
 
 
-@pytest.mark.parametrize(
-    "settings", [MASKS_ONLY, replace(MASKS_ONLY, uncond="each"), Clora(step_size=0, threshold=THETA)]
-)
+@pytest.mark.parametrize("settings", [replace(MASKS_ONLY, uncond="each"), Clora(step_size=0, threshold=THETA)])
 def test_a_style_of_weight_0_is_no_style(composer, load, settings):
     load(composer, "style", None)
     style = Concept(name="style", weight=0.0, role="style")
@@ -275,8 +263,9 @@ def test_a_style_of_weight_0_is_no_style(composer, load, settings):
     assert far_apart(with_style, without)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@in_every_way
+@pytest.mark.parametrize(
+    ("settings", "size"), [(REGIONS, 2), (BRANCHES, 1), (OFFICIAL, 2)], ids=["regions", "branches", "official"]
+)
 def test_micro_batches_give_the_same_numbers(composer, settings, size):
     settings = replace(settings, update_until=0.3)
     found = call(composer, method=replace(settings, branch_batch_size=size))
@@ -339,8 +328,9 @@ def test_rows_are_counted(composer, settings, expected):
     assert counted(call(composer, method=settings)) == expected
 
 
-@in_every_way
-@pytest.mark.parametrize(("steps", "guidance"), [(1, 7.5), (4, 1.0), (8, 0.0)])
+@pytest.mark.parametrize(
+    ("settings", "steps", "guidance"), [(REGIONS, 1, 7.5), (REGIONS, 8, 0.0), (BRANCHES, 4, 1.0), (OFFICIAL, 1, 7.5)]
+)
 def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
     found = call(composer, method=settings, num_inference_steps=steps, guidance_scale=guidance)
     assert found.images.isfinite().all()
@@ -349,14 +339,7 @@ def test_few_steps_and_no_guidance_work(composer, settings, steps, guidance):
         assert found.cost.rows_forward == halves * steps
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy about diffusers' schedulers
-@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler])
-def test_other_schedulers_work(composer, kind):
-    composer.scheduler = kind.from_config(composer.scheduler.config)
-    assert latents_of(composer, method=Clora()).isfinite().all()
-
-
-@in_every_way
+@pytest.mark.parametrize("settings", [REGIONS, OFFICIAL], ids=["regions", "official"])
 def test_guidance_may_be_switched_off_on_the_way(composer, settings):
     found = latents_of(composer, method=settings, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
     assert found.isfinite().all()
@@ -456,8 +439,7 @@ def test_words_that_make_the_mask_can_be_named(composer):
 # Gradients
 
 
-@pytest.mark.parametrize("rule", ["raw", "rms"])
-def test_a_small_update_lowers_the_loss(composer, rule):
+def test_the_gradient_is_the_slope_of_the_loss(composer):
     def look(process: Any, latents: Tensor, step: Step) -> None:
         denoiser, request = process.session.denoiser, MapRequest(process.words.readout)
 
@@ -465,14 +447,9 @@ def test_a_small_update_lowers_the_loss(composer, rule):
             return process.loss(denoiser.maps(latents, step, process.branches, request))
 
         found = denoiser.gradient(latents, step, process.branches, request, process.loss)
-        direction = descend(torch.zeros_like(latents), found.direction, -1.0, rule)
-        if rule == "rms":
-            assert direction.square().mean().sqrt().item() == pytest.approx(1)
-            direction = direction * found.direction.norm() / direction.norm()
         slope = found.direction.square().sum()
-        assert loss(latents - 0.05 / slope * direction) < found.losses
         nudge = 1e-2 / found.direction.norm()
-        ahead, behind = loss(latents + nudge * direction), loss(latents - nudge * direction)
+        ahead, behind = (loss(latents + side * nudge * found.direction) for side in (1, -1))
         assert ((ahead - behind) / (2 * nudge)).item() == pytest.approx(slope.item(), rel=0.05)
 
     method = Watched(Clora(step_size=0), once(look))
@@ -480,21 +457,12 @@ def test_a_small_update_lowers_the_loss(composer, rule):
     assert method.processes
 
 
-@in_every_way
-def test_nothing_is_left_behind_and_the_same_call_gives_the_same_bits(composer, settings):
+def test_nothing_is_left_behind_and_the_same_call_gives_the_same_bits(composer):
     before = State(composer)
-    one, other = latents_of(composer, method=settings), latents_of(composer, method=settings)
+    one, other = latents_of(composer, method=OFFICIAL), latents_of(composer, method=OFFICIAL)
     assert torch.equal(one, other)
     assert not one.requires_grad
     before.assert_unchanged()
-
-
-def test_a_gradient_that_is_not_finite_stops_with_the_step(composer):
-    def spoil(pipe: Any, step: int, t: Tensor, tensors: dict) -> dict:
-        return {"latents": tensors["latents"] * math.nan}
-
-    with pytest.raises(ValueError, match="the gradient at step 1 is not finite"):
-        latents_of(composer, method=Clora(step_size=0.1), callback_on_step_end=spoil)
 
 
 # What is refused
@@ -563,11 +531,6 @@ def test_embeddings_are_refused(composer):
     given = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds, "concepts": ["cat", "dog"]}
     with pytest.raises(ValueError, match="clora makes a text for each branch"):
         composer(**given, num_inference_steps=1, method="clora")
-
-
-def test_updates_are_refused_in_inference_mode(composer):
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"):
-        latents_of(composer, method=Clora(step_size=0.1))
 
 
 def test_refinement_outside_the_updates_is_mentioned_and_left_out(composer, caplog):

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from comparisons import assert_close, far_apart
 from components import random_lora, seeded, text_loras
-from composing import NUMPY_2
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.draft import centres_of, clusters, divided, nearest, strips
 from lora_compose.pipelines.scene import Concept
@@ -130,7 +129,6 @@ SCHEDULERS = [
 ]  # fmt: skip
 
 
-@NUMPY_2
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
 def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, dividing, scheduler):
     """It is the image of `regional` with the boxes found, from the same noise with the same noise of every step."""
@@ -141,7 +139,6 @@ def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, divi
     assert torch.equal(found, call(composer, concepts, method="regional").images)
 
 
-@NUMPY_2
 def test_a_generator_of_pytorch_itself_is_left_alone(composer):
     composer.scheduler = EulerAncestralDiscreteScheduler.from_config(composer.scheduler.config)
     after = []
@@ -212,7 +209,6 @@ def test_it_works_with_few_steps_and_without_guidance(composer, steps, guidance)
     assert output.cost.rows_stopped == 1
 
 
-@NUMPY_2
 def test_prompts_with_other_concept_sets_give_the_images_of_separate_calls(composer):
     composer.scheduler = EulerAncestralDiscreteScheduler.from_config(composer.scheduler.config)
     prompts, sets = [PROMPT, CATS], [["cat", "dog"], ["cat", "kitten"]]

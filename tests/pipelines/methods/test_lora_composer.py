@@ -6,23 +6,17 @@ Yang et al., "LoRA-Composer", arXiv 2403.11627. What moves latents is in `test_l
 import math
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from diffusers import (
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionPipeline,
 )
-from diffusers.callbacks import SDCFGCutoffCallback
-from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
@@ -39,14 +33,11 @@ PROMPT = "a sks cat and a zwx dog on grass"
 TRIGGERS = {"cat": "sks", "dog": "zwx", "bear": "mjq"}
 READ = ("attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 TEXT = ("q_proj", "v_proj", "fc1")
-PAIR = {"cat": "sks", "dog": "zwx"}
 CANVAS, LEFT, RIGHT = (0, 0, 128, 128), (0, 0, 64, 128), (64, 0, 128, 128)
 TOP_LEFT, BOTTOM_RIGHT = (0, 0, 64, 64), (64, 64, 128, 128)
-QUIET = LoraComposer(step_size=0, apart=0, rows="all")
 OFF = LoraComposer(inject="off", isolate=False, step_size=0, apart=0, background="scene", rows="all")
 IN_PARTS = LoraComposer(apart=1.0, step_size=0)
 BOTH_WAYS = pytest.mark.parametrize("method", [LoraComposer(), LoraComposer.official()], ids=["default", "official"])
-NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture
@@ -143,7 +134,7 @@ def test_with_everything_off_and_no_background_concept_it_is_the_plain_prompt(co
 
 @pytest.mark.parametrize(
     ("changes", "weight"),
-    [({}, 0.8), ({}, 0.0), ({"inject": "attn2"}, 0.8), ({"isolate": False}, 0.8), ({"reinit": "swap"}, 0.8)],
+    [({}, 0.0), ({"inject": "attn2"}, 0.8), ({"reinit": "swap"}, 0.8)],
     ids=str,
 )
 def test_a_region_of_the_whole_canvas_is_an_ordinary_lora_whatever_the_scene_is(
@@ -155,19 +146,6 @@ def test_a_region_of_the_whole_canvas_is_an_ordinary_lora_whatever_the_scene_is(
     expected = plain_latents(with_adapter(plain_pipe, pipe, "cat", weight), "sks cat at night", negative_prompt="dark")
     for scene in ("a house", "sks cat in the water"):
         assert_close(latents_of(pipe, method, scene, concepts=[cat]), expected)
-
-
-@pytest.mark.parametrize("text", [False, True])
-def test_only_full_injection_gives_all_of_a_lora_that_adapts_everything(pipe, plain_pipe, load, text):
-    load(pipe, "cat", targets=EVERYTHING, text=text)
-    concepts = [Concept(name="cat", region=CANVAS)]
-    expected = plain_latents(with_adapter(plain_pipe, pipe, "cat"), "a sks cat")
-    full, read = (
-        latents_of(pipe, LoraComposer(inject=inject, step_size=0, apart=0, rows="all"), "a sks cat", concepts=concepts)
-        for inject in ("full", "attn2")
-    )
-    assert_close(full, expected)
-    assert far_apart(read, expected)
 
 
 def test_without_guidance_it_does_not_matter_on_which_rows_loras_act(composer):
@@ -189,8 +167,7 @@ OVERLAPPING = ((0, 0, 128, 128), (64, 64, 192, 128))
 
 @pytest.mark.parametrize(("inject", "isolate", "rows", "boxes"), [
     ("attn2", True, "all", APART), ("attn2", False, "cond_only", APART), ("full", False, "all", APART),
-    ("full", True, "cond_only", APART), ("attn2", True, "all", OVERLAPPING), ("full", True, "cond_only", OVERLAPPING),
-    ("attn2", True, "all", ((0, 0, 192, 128), (64, 32, 128, 128))), ("attn2", True, "all", (APART[0], APART[0])),
+    ("full", True, "cond_only", OVERLAPPING), ("attn2", True, "all", ((0, 0, 192, 128), (64, 32, 128, 128))),
 ])  # fmt: skip
 @torch.no_grad()
 def test_injection_and_isolation_equal_their_formula(pipe, plain_pipe, load, inject, isolate, rows, boxes):
@@ -246,39 +223,6 @@ def test_every_mechanism_makes_another_image(composer):
 # What acts where
 
 
-def test_a_concept_of_weight_0_leaves_its_prompt_in_its_box(composer, write_lora):
-    nothing = {
-        name: type(factors)(factors.down, torch.zeros_like(factors.up), 1.0)
-        for name, factors in random_lora(composer.unet, 0).items()
-    }
-    composer.load_concept(write_lora("nothing", unet=nothing), "nothing", trigger="sks", class_word="cat")
-    dog = Concept(name="dog", region=RIGHT)
-    found, expected, other = (
-        latents_of(composer, QUIET, concepts=[concept, dog])
-        for concept in (
-            Concept(name="cat", region=LEFT, weight=0.0),
-            Concept(name="nothing", region=LEFT),
-            Concept(name="nothing", region=LEFT, prompt="sks at night"),
-        )
-    )
-    assert_close(found, expected)
-    assert far_apart(found, other)
-
-
-@pytest.mark.parametrize("change", [{"prompt": "zwx at night"}, {"weight": 0.3}], ids=["prompt", "weight"])
-def test_what_a_region_reads_reaches_no_other_cell_of_the_layer(composer, change):
-    outputs: list[Tensor] = []
-    layer = composer.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2
-    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    for dog in ({}, change):
-        method = LoraComposer(inject="attn2", step_size=0, apart=0)
-        compose(composer, method, concepts=at(TOP_LEFT, BOTTOM_RIGHT, **dog), num_inference_steps=1)
-    changed = (outputs[0] != outputs[1]).any(dim=-1).any(dim=0).unflatten(0, (16, 16))
-    inside = torch.zeros(16, 16, dtype=torch.bool)
-    inside[8:, 8:] = True
-    assert torch.equal(changed, inside)
-
-
 def test_the_background_concept_changes_the_text_of_the_background_alone(tiny, load):
     for name in ("cat", "dog", "style"):
         load(tiny, name, text=True)
@@ -301,10 +245,8 @@ def test_cells_belong_to_a_region_from_a_share_on(composer, threshold, columns):
     assert cat[5].tolist() == [1] * columns + [0] * (16 - columns)
 
 
-@pytest.mark.parametrize("method", [
-    LoraComposer(), LoraComposer(reinit="copy", rows="all"),
-], ids=["default", "copy"])  # fmt: skip
-def test_the_order_of_concepts_does_not_matter(tiny, load, method):
+def test_the_order_of_concepts_does_not_matter(tiny, load):
+    method = LoraComposer(reinit="copy", rows="all")
     for name in ("cat", "dog", "style"):
         load(tiny, name)
     cat = Concept(name="cat", region=(0, 0, 64, 128), prompt="sks cat in the water")
@@ -348,17 +290,6 @@ def test_every_prompt_of_a_call_has_regional_texts_of_its_own(composer, plain_ti
 # Regions of all kinds
 
 
-def test_a_mask_acts_as_the_box_that_it_shows(composer, tmp_path):
-    mask = Image.new("L", (256, 256))
-    mask.paste(255, (0, 0, 128, 256))
-    mask.save(tmp_path / "left.png")
-    box, masked = (latents_of(composer, concepts=at(left)) for left in (LEFT, str(tmp_path / "left.png")))
-    assert torch.equal(box, masked)
-    mask.paste(0, (0, 0, 128, 64))
-    mask.save(tmp_path / "left.png")
-    assert far_apart(box, latents_of(composer, concepts=at(str(tmp_path / "left.png"), RIGHT)))
-
-
 SCENES = {
     "wide": (192, 64, (0, 0, 64, 64), (128, 0, 192, 64)),
     "not divisible by 64": (136, 104, (0, 0, 60, 104), (70, 20, 136, 90)),
@@ -369,8 +300,11 @@ SCENES = {
 }
 
 
-@BOTH_WAYS
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize(
+    ("scene", "method"),
+    [*((scene, LoraComposer()) for scene in SCENES), ("one cell", LoraComposer.official())],
+    ids=lambda value: value if isinstance(value, str) else value.reinit,
+)
 def test_any_canvas_and_any_regions_work(pipe, load, scene, method):
     width, height, *boxes = SCENES[scene]
     for name in ("cat", "dog"):
@@ -388,12 +322,9 @@ def test_any_canvas_and_any_regions_work(pipe, load, scene, method):
 # Regions on canvases of their own in the first steps
 
 
-@pytest.mark.parametrize(
-    "change", [{"prompt": "one big zwx dog in the water"}, {"weight": 0.0}], ids=["prompt", "weight"]
-)
 @pytest.mark.parametrize("apart", [1.0, 0.0])
-def test_regions_apart_do_not_depend_on_each_other_in_any_layer(composer_of_everything, apart, change):
-    method = LoraComposer(apart=apart, step_size=0)
+def test_regions_apart_do_not_depend_on_each_other_in_any_layer(composer_of_everything, apart):
+    method, change = LoraComposer(apart=apart, step_size=0), {"prompt": "one big zwx dog in the water", "weight": 0.3}
     one, other = (
         latents_of(composer_of_everything, method, concepts=at(**dog), num_inference_steps=4) for dog in ({}, change)
     )
@@ -473,8 +404,9 @@ def test_the_first_part_of_the_steps_is_apart(composer):
     assert far_apart(never[0], half[0])
 
 
-@pytest.mark.parametrize("apart_side", [0.0, 0.25, 0.5, 0.7, 1.0])
-@pytest.mark.parametrize(("width", "height"), [(256, 128), (256, 256)])
+@pytest.mark.parametrize(
+    ("apart_side", "width", "height"), [(0.0, 256, 128), (0.5, 256, 128), (0.7, 256, 256), (1.0, 256, 128)]
+)
 def test_the_canvas_of_a_region_has_a_share_of_the_size_that_the_model_was_made_for(
     composer, apart_side, width, height
 ):
@@ -487,8 +419,7 @@ def test_the_canvas_of_a_region_has_a_share_of_the_size_that_the_model_was_made_
     assert least**2 <= cells <= (least + 2 * 2) ** 2, "more only to be halved by the UNet"
 
 
-@pytest.mark.parametrize("apart", [0.0, 0.5])
-@pytest.mark.parametrize("boxes", [(LEFT, RIGHT), (TOP_LEFT, (72, 80, 128, 128))], ids=["covered", "gaps"])
+@pytest.mark.parametrize(("apart", "boxes"), [(0.0, (LEFT, RIGHT)), (0.5, (TOP_LEFT, (72, 80, 128, 128)))])
 def test_attention_is_recorded_on_the_whole_canvas_in_every_step(composer, boxes, apart):
     method, concepts = LoraComposer(apart=apart), at(*boxes)
     output = compose(composer, method, concepts=concepts, num_images_per_prompt=2, record_attention=True)
@@ -501,11 +432,9 @@ def test_attention_is_recorded_on_the_whole_canvas_in_every_step(composer, boxes
 # Calls of all kinds
 
 
-@NUMPY_2
 @BOTH_WAYS
 @pytest.mark.parametrize(("scheduler", "steps", "guidance"), [
-    (LCMScheduler, 1, 1.0), (LCMScheduler, 4, 0.0), (DPMSolverMultistepScheduler, 8, 5.0),
-    (EulerDiscreteScheduler, 4, 5.0), (EulerAncestralDiscreteScheduler, 4, 1.0), (None, 1, 5.0),
+    (LCMScheduler, 4, 0.0), (DPMSolverMultistepScheduler, 8, 5.0), (None, 1, 5.0),
 ])  # fmt: skip
 def test_few_steps_and_other_schedulers_work(composer, scheduler, steps, guidance, method):
     if scheduler is not None:
@@ -516,21 +445,6 @@ def test_few_steps_and_other_schedulers_work(composer, scheduler, steps, guidanc
     assert 1 <= output.cost.rows_backward <= steps // 2 + 1
 
 
-@pytest.mark.parametrize("apart", [0.0, 1.0])
-def test_a_callback_may_switch_guidance_off(composer, apart):
-    """Keys and values are made once with guidance and once without, also for updates, which read no negative prompt."""
-    made: list[int] = []
-    layer = composer.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k
-    layer.register_forward_hook(lambda module, inputs, output: made.append(output.shape[-3]))
-    method, cut = LoraComposer(apart=apart), SDCFGCutoffCallback(cutoff_step_ratio=0.25)
-    output = compose(composer, method, num_inference_steps=4, callback_on_step_end=cut)
-    assert sorted(made) == [1, 2]
-    assert output.images.isfinite().all()
-    assert output.cost.rows_forward == 2 + 2 + 1 + 1
-    assert far_apart(output.images, latents_of(composer, method, num_inference_steps=4))
-
-
-@NUMPY_2
 @pytest.mark.parametrize("apart", [0.0, 1.0])
 def test_after_guidance_is_switched_off_a_call_goes_on_as_one_without_it(composer, apart):
     scheduler: Any = EulerDiscreteScheduler.from_config(composer.scheduler.config)
@@ -558,26 +472,6 @@ def test_after_guidance_is_switched_off_a_call_goes_on_as_one_without_it(compose
     assert far_apart(found, latents_of(composer, method, timesteps=rest, latents=start))
 
 
-def test_rows_are_exchanged_where_all_prompts_are_exchanged_with_the_negative_ones(composer):
-    outputs: list[Tensor] = []
-    composer.unet.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
-    own = {name: (f"a {trigger} {name} at night", f"{trigger} in the water") for name, trigger in PAIR.items()}
-    boxes = {"cat": TOP_LEFT, "dog": BOTTOM_RIGHT}
-    for ahead in (0, 1):
-        concepts = [
-            Concept(name=name, region=boxes[name], prompt=texts[ahead], negative_prompt=texts[1 - ahead])
-            for name, texts in own.items()
-        ]
-        scene = ("on grass", "in snow")
-        compose(
-            composer, QUIET, prompt=scene[ahead],
-            negative_prompt=scene[1 - ahead], concepts=concepts, num_inference_steps=1,
-        )  # fmt: skip
-    one, other = outputs
-    assert far_apart(one[0], one[1])
-    assert_close(one, other.flip(0), 1e-5)
-
-
 @pytest.mark.slow
 def test_a_compiled_unet_gives_the_same_image(composer):
     boxes = (0, 0, 96, 96), (32, 32, 128, 128)
@@ -590,71 +484,6 @@ def test_a_compiled_unet_gives_the_same_image(composer):
     finally:
         composer.unet = plain
         torch.compiler.reset()
-
-
-@pytest.mark.parametrize("method", [LoraComposer(reinit="swap"), LoraComposer.official()], ids=["swap", "official"])
-def test_half_precision_works(composer, method):
-    composer.to(torch.bfloat16)
-    found = latents_of(composer, method, num_inference_steps=4)
-    assert found.dtype == torch.bfloat16
-    assert found.isfinite().all()
-
-
-def test_plain_attention_of_diffusers_gives_the_same_image(composer):
-    method = LoraComposer(reinit="copy", apart=0.3)
-    expected = latents_of(composer, method, num_inference_steps=4)
-    composer.unet.set_attn_processor(AttnProcessor())
-    assert_close(latents_of(composer, method, num_inference_steps=4), expected)
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_adapters_of_diffusers_compose_as_files_do(composer):
-    method, pipe = LoraComposer(reinit="copy", apart=0.3), tiny_pipeline()
-    for name in PAIR:
-        pipe.load_lora_weights(composer.concepts[name].lora, adapter_name=name)
-    boxes = {"cat": LEFT, "dog": RIGHT}
-    concepts = [Concept(name=n, region=boxes[n], trigger=trigger, class_word=n) for n, trigger in PAIR.items()]
-    before = State(pipe)
-    found = latents_of(pipe, method, num_inference_steps=4, concepts=concepts)
-    assert_close(found, latents_of(composer, method, num_inference_steps=4))
-    before.assert_unchanged()
-
-
-def offload_models(pipe: Any) -> None:
-    pipe.enable_model_cpu_offload(device="cpu")
-
-
-def offload_layers(pipe: Any) -> None:
-    """What `enable_sequential_cpu_offload` does, with the CPU as the device that layers are brought to."""
-    for model in (pipe.text_encoder, pipe.unet, pipe.vae):
-        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
-
-
-@pytest.mark.parametrize("offload", [offload_models, offload_layers])
-def test_offloaded_models_give_the_same_image_again_and_again(composer_of_everything, offload):
-    pipe = composer_of_everything
-    method = LoraComposer(reinit="swap", apart=0.3)
-    expected = latents_of(pipe, method, num_inference_steps=4)
-    offload(pipe)
-    for _ in range(2):
-        assert_close(latents_of(pipe, method, num_inference_steps=4), expected)
-
-
-@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
-def test_nothing_is_left_after_a_call_however_it_ends(composer_of_everything, error):
-    pipe = composer_of_everything
-    pipe.unet.down_blocks[0].requires_grad_(False)
-    pipe.unet.up_blocks[1].train()
-    before = State(pipe)
-
-    def stop(pipe, step, timestep, tensors):
-        if error is not None:
-            raise error
-        return tensors
-
-    with nullcontext() if error is None else pytest.raises(error):
-        compose(pipe, LoraComposer.official(), callback_on_step_end=stop)
-    before.assert_unchanged()
 
 
 # What is refused

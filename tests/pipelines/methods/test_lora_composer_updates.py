@@ -206,16 +206,6 @@ def test_the_loss_is_that_of_the_equations_on_the_maps_of_a_plain_model(
     assert abs(expected_loss(open_maps, constants, gaussian=gaussian) / expected - 1) > 1e-3
 
 
-def test_without_any_attention_the_loss_is_that_of_empty_boxes(trained):
-    process, cells = process_of(trained[0], Watched(LoraComposer.official())), GRID[0] * GRID[1]
-    nothing = AttentionMaps(torch.zeros(len(BOXES), 1, cells, 2), torch.zeros(1, cells, cells))
-    expected = sum(
-        2 * (8 + 2 * (columns / GRID[1] + rows / GRID[0]))
-        for rows, columns in [(4, 3), (3, 5)]  # of the boxes
-    )
-    assert process.loss(nothing).item() == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize("side", [1, 2])
 def test_a_region_of_less_than_five_cells_is_judged_by_its_best_one(trained, side):
     """A fifth of its cells is none; the mean of none is not a number, and leaves no loss in the authors' code."""
@@ -282,8 +272,6 @@ def test_noise_comes_from_where_the_words_find_most_on_the_maps_of_a_plain_model
 PROMPT = "a sks cat and a zwx dog on grass"
 PHI = {0: 20.0, 1: 19.898, 25: 17.261}
 """Published step sizes at some of 50 steps."""
-
-NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture
@@ -355,8 +343,7 @@ class Losses(Watched):
 # The gradient
 
 
-@pytest.mark.parametrize("build", [tiny_pipeline, small_pipeline], ids=["tiny", "small"])
-def test_the_gradient_is_the_slope_of_the_loss(load, build):
+def test_the_gradient_is_the_slope_of_the_loss(load):
     def look(process: Composing, latents: Tensor, step: Step) -> None:
         found = gradient_of(process, latents, step)
         gradient = found.direction
@@ -367,24 +354,11 @@ def test_the_gradient_is_the_slope_of_the_loss(load, build):
             slope = (gradient * along).sum(dim=(1, 2, 3))
             torch.testing.assert_close((ahead - behind) / 2e-3, slope, rtol=0.01, atol=0)
 
-    pipe = load(build())
+    pipe = load(small_pipeline())
     at_the_first_step(pipe, look, num_images_per_prompt=2, width=128, height=128, concepts=side_by_side(128, 128))
 
 
-def test_a_small_update_lowers_the_loss(composer):
-    settings = LoraComposer(apart=0, step_size=0.02)
-
-    def look(process: Composing, latents: Tensor, step: Step) -> None:
-        before, _ = losses_of(process, latents, step)
-        after, _ = losses_of(process, process._update(latents, step), step)
-        assert (after < before).all()
-
-    at_the_first_step(composer, look, settings, num_images_per_prompt=3)
-
-
-@NUMPY_2
-@pytest.mark.parametrize("rule", ["raw", "rms"])
-def test_schedulers_that_scale_the_input_get_a_direction_in_the_scale_of_the_latents(composer, rule):
+def test_schedulers_that_scale_the_input_get_a_direction_in_the_scale_of_the_latents(composer):
     composer.scheduler = EulerDiscreteScheduler.from_config(composer.scheduler.config)
 
     def look(process: Composing, latents: Tensor, step: Step) -> None:
@@ -397,10 +371,10 @@ def test_schedulers_that_scale_the_input_get_a_direction_in_the_scale_of_the_lat
         assert scale_squared > 100
         expected = scale_squared * by_hand
         assert ((direction - expected).abs().max() / expected.abs().max()) < 1e-4
-        update = process.settings.step_size * (direction if rule == "raw" else direction / rms(direction))
+        update = process.settings.step_size * direction / rms(direction)
         assert_close(process._update(latents, step), latents - update, 1e-5)
 
-    at_the_first_step(composer, look, LoraComposer(apart=0, step_rule=rule, step_size=0.5))
+    at_the_first_step(composer, look, LoraComposer(apart=0, step_size=0.5))
 
 
 def test_the_gradient_leaves_no_trace(composer):
@@ -442,16 +416,7 @@ def test_where_memory_does_not_suffice_for_a_gradient_the_error_says_what_needs_
             compose(composer, LoraComposer())
         notes = getattr(caught.value, "__notes__", [])
         assert len(notes) == (0 if checkpointing else 1)
-        assert all("pipe.denoiser.enable_gradient_checkpointing(), or --save-memory gradient" in note for note in notes)
-
-
-def test_there_are_no_updates_in_inference_mode(composer):
-    expected = compose(composer, LoraComposer()).images
-    with torch.inference_mode():
-        compose(composer, LoraComposer(step_size=0))
-        with pytest.raises(RuntimeError, match=r"needs gradients: call it outside torch.inference_mode\(\)"):
-            compose(composer, LoraComposer())
-    assert torch.equal(compose(composer, LoraComposer()).images, expected)
+        assert all("pipe.model.enable_gradient_checkpointing(), or --save-memory gradient" in note for note in notes)
 
 
 def test_a_gradient_that_is_not_finite_is_reported_with_its_step(composer):
@@ -464,31 +429,6 @@ def test_a_gradient_that_is_not_finite_is_reported_with_its_step(composer):
 
 
 # The loss
-
-
-def test_the_loss_is_the_weighted_sum_of_its_terms(composer):
-    weights = {"ce_weight": 8.0, "fill_weight": 2.0, "region_weight": 10.0}
-
-    def look(process: Composing, latents: Tensor, step: Step) -> None:
-        _, maps = losses_of(process, latents, step)
-
-        def loss(**given: float) -> Tensor:
-            settings: dict[str, Any] = {name: given.get(name, 0.0) for name in weights}
-            return replace(process, settings=LoraComposer(**settings)).loss(maps)
-
-        terms = {name: loss(**{name: 1.0}) for name in weights}
-        assert all((term > 0).all() for term in terms.values())
-        expected = torch.stack([weight * terms[name] for name, weight in weights.items()]).sum(dim=0)
-        assert_close(loss(**weights), expected, 1e-5)
-        assert loss().abs().max() == 0
-        # A concept's own words alone count: the terms are a sum over the concepts.
-        cat, dog = (
-            replace(process, targets=[target]).loss(AttentionMaps(maps.text[[n]], maps.cells))
-            for n, target in enumerate(process.targets)
-        )
-        assert_close(cat + dog, process.loss(maps), 1e-5)
-
-    at_the_first_step(composer, look, num_images_per_prompt=2)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -511,9 +451,8 @@ def test_without_anything_to_gain_there_is_no_pass_for_it(composer, changes):
 # When and how far
 
 
-@pytest.mark.parametrize("rule", ["raw", "rms"])
-@pytest.mark.parametrize(("decay", "sizes"), [
-    (0.5, PHI), (1.0, {0: 20.0, 1: 20 - 10 / 49, 25: 20 - 250 / 49}),
+@pytest.mark.parametrize(("rule", "decay", "sizes"), [
+    ("raw", 0.5, PHI), ("rms", 1.0, {0: 20.0, 1: 20 - 10 / 49, 25: 20 - 250 / 49}),
 ], ids=["code", "paper"])  # fmt: skip
 def test_step_sizes_fall_as_published(composer, rule, decay, sizes):
     factor = 1 if rule == "raw" else 0.01  # of the published size: gradients of a small model are small
@@ -569,7 +508,7 @@ def test_the_official_schedule_updates_6_to_26_of_50_steps(composer):
 
 
 @pytest.mark.parametrize(("least", "most", "fewest", "largest"), [
-    (0.0, 0.0, 0, 0), (1.0, 0.0, 0, 0), (0.0, 1.0, 2, 10), (0.5, 0.5, 6, 6), (0.25, 0.55, 4, 6), (1.0, 1.0, 10, 10),
+    (1.0, 0.0, 0, 0), (0.0, 1.0, 2, 10), (0.5, 0.5, 6, 6), (0.25, 0.55, 4, 6),
 ])  # fmt: skip
 def test_updates_lie_between_the_fewest_and_the_most(composer, least, most, fewest, largest):
     method = Losses(LoraComposer(least_updates=least, most_updates=most, apart=0, step_size=0.3))
@@ -579,24 +518,6 @@ def test_updates_lie_between_the_fewest_and_the_most(composer, least, most, fewe
     assert cost.rows_backward == 3 * max(counts)
 
 
-def test_the_update_of_the_step_whose_loss_rises_is_still_applied(composer):
-    method = Losses(LoraComposer(least_updates=0.0, most_updates=1.0, apart=0, step_size=0.3))
-    compose(composer, method, num_inference_steps=8, num_images_per_prompt=6)
-    counts = check_schedule(method, 6, 8)
-    assert min(counts) < max(counts)
-    for image, count in enumerate(counts):
-        if count == 8:
-            continue
-        losses = [loss[image].item() for loss in method.losses[:count]]
-        assert losses[-1] > losses[-2]
-        assert losses[:-1] == sorted(losses[:-1], reverse=True)
-        assert rms(method.moves[count - 1])[image].item() == pytest.approx(
-            0.3 * math.sqrt(1 - 0.5 * (count - 1) / 7), rel=1e-3
-        )
-        assert not any(move[image].any() for move in method.moves[count:])
-
-
-@NUMPY_2
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, EulerDiscreteScheduler])
 def test_latents_are_updated_only_where_the_scheduler_goes_on_from_them(composer, scheduler):
     """A second pass of a step goes back to the latents of the first one."""
@@ -614,8 +535,8 @@ def test_latents_are_updated_only_where_the_scheduler_goes_on_from_them(composer
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"reinit": "copy"}, {"reinit": "swap", "rows": "all"}, {"step_rule": "raw", "step_size": 20.0},
-], ids=["rms", "copy", "swap", "raw"])  # fmt: skip
+    {"reinit": "swap", "rows": "all"}, {"reinit": "copy", "step_rule": "raw", "step_size": 20.0},
+], ids=["rms", "raw"])  # fmt: skip
 def test_images_of_a_batch_equal_single_images_also_where_they_stop(composer, changes):
     options = {"least_updates": 0.0, "most_updates": 1.0, "apart": 0.3, "step_size": 0.3} | changes
     prompts = [PROMPT, "the zwx by the sks cat in the water"]
@@ -632,9 +553,8 @@ def test_images_of_a_batch_equal_single_images_also_where_they_stop(composer, ch
         assert_close(together[row], one[0], 1e-3)
 
 
-@pytest.mark.parametrize("settings", [LoraComposer(), LoraComposer.official(), LoraComposer(reinit="swap")],
-                         ids=["default", "official", "swap"])  # fmt: skip
-def test_a_second_call_gives_the_bits_of_a_new_pipeline(composer, load, write_lora, settings):
+def test_a_second_call_gives_the_bits_of_a_new_pipeline(composer, load):
+    settings = LoraComposer(reinit="swap")
     arguments = {"num_inference_steps": 4, "guidance_scale": 4.0}
     compose(composer, settings, "zwx dog and sks cat", width=128, height=64, generator=seeded(5))
     second, third = (compose(composer, settings, **arguments).images for _ in range(2))

@@ -61,14 +61,15 @@ def latents_of(pipe: Any, method: Any, concepts: Any, prompt: Any = PROMPT, **ar
 def add_to_weights(pipe: Any, name: str, weight: float) -> None:
     """Adds a LoRA to the weights of UNet and text encoders for good."""
     factors = pipe.library.loaded[name].factors
-    for part, lora in {"unet": factors.denoiser, **factors.text_encoders}.items():
+    for part, lora in {"unet": factors.model, **factors.text_encoders}.items():
         for layer, found in lora.items():
             module = getattr(pipe, part).get_submodule(layer)
             module.weight.data += weight * found.delta().view_as(module.weight)
 
 
-@pytest.mark.parametrize("way", EVERY_WAY)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "way"), [*(("sd", way) for way in EVERY_WAY), ("sdxl", "composite"), ("sdxl", "lora-composer")]
+)
 def test_a_style_acts_as_if_it_were_a_part_of_the_model(load, family, way):
     """On all cells, tokens, texts and passes, also of losses and masks; without guidance, where methods differ."""
     pipe, method = load(family), EVERY_WAY[way]()
@@ -81,8 +82,7 @@ def test_a_style_acts_as_if_it_were_a_part_of_the_model(load, family, way):
     assert far_apart(found, without)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), [*(("sd", method) for method in METHODS), ("sdxl", "clora")])
 def test_a_style_alone_is_merged(load, family, method, caplog):
     pipe = load(family)
     style = INK.model_copy(update={"weight": (0.8, 0.3)})

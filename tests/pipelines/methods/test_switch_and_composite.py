@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import permutations
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
-from components import EVERYTHING, State, random_lora, seeded, tiny_pipeline
+from components import EVERYTHING, random_lora, seeded, tiny_pipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
-from lora_compose.pipelines.methods import Composite, Switch, make_method
+from lora_compose.pipelines.methods import Composite, Switch
 from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat, a zwx dog, a xlo bear"
@@ -120,10 +119,8 @@ class ByHand:
 @pytest.mark.parametrize(("concepts", "interval", "active"), [
     ("cat dog", 1, "cat dog cat dog cat"),
     ("cat dog", 2, "cat cat dog dog cat cat dog"),
-    ("dog bear cat", 1, "dog bear cat dog"),
     ("bear cat dog", 3, "bear bear bear cat cat cat dog dog dog bear"),
     ("dog cat", 3, "dog dog"),
-    ("dog cat", 1, "dog"),
     ("bear", 2, "bear bear bear"),
 ])  # fmt: skip
 def test_switch_equals_a_loop_with_one_adapter_at_a_time(pipe, plain_pipe, concepts, interval, active):
@@ -146,13 +143,12 @@ def test_switch_changes_after_five_steps_if_not_told_otherwise(pipe, plain_pipe)
 # Composite
 
 
-@pytest.mark.parametrize(("shares", "concepts"), [
-    (None, ["cat", "dog"]),
-    (None, ["cat", "dog", "bear"]),
-    ([1, 3], ["cat", "bear"]),
-    ([0.5, 0, 2.5], ["cat", "dog", "bear"]),
+@pytest.mark.parametrize(("shares", "concepts", "guidance_scale"), [
+    (None, ["cat", "dog", "bear"], 7.5),
+    (None, ["cat"], 7.5),
+    ([1, 3], ["cat", "bear"], 1.0),
+    ([0.5, 0, 2.5], ["cat", "dog", "bear"], 7.5),
 ])  # fmt: skip
-@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 def test_composite_equals_the_average_of_guided_predictions(pipe, plain_pipe, shares, concepts, guidance_scale):
     by_hand = ByHand(plain_pipe, concepts, guidance_scale=guidance_scale)
     ratios = dict(zip(concepts, shares or [1] * len(concepts), strict=True))
@@ -184,9 +180,8 @@ def test_composite_with_rescaled_guidance_takes_the_averages_for_the_predictions
 
 
 def test_composite_does_not_depend_on_the_order_of_the_concepts(pipe):
-    images = [latents_of(pipe, concepts=list(order), method="composite") for order in permutations(TRIGGERS)]
-    for other in images[1:]:
-        assert_close(images[0], other)
+    orders = ["cat", "dog", "bear"], ["bear", "cat", "dog"]
+    assert_close(*(latents_of(pipe, concepts=order, method="composite") for order in orders))
 
 
 def test_only_the_ratios_of_the_shares_matter_and_a_share_of_zero_leaves_a_concept_out(pipe):
@@ -200,15 +195,6 @@ def test_only_the_ratios_of_the_shares_matter_and_a_share_of_zero_leaves_a_conce
 
 
 # Both
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["cat", "dog"])
-@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
-def test_one_concept_is_what_merge_makes_of_it(pipe, method, name, guidance_scale):
-    arguments = {"concepts": [name], "num_inference_steps": 7, "guidance_scale": guidance_scale}
-    found = latents_of(pipe, method=method, **arguments)
-    assert_close(found, latents_of(pipe, method="merge", **arguments))
 
 
 def outputs_of(method: str, by_hand: ByHand) -> Callable[[int, Tensor, Tensor], Tensor]:
@@ -326,22 +312,6 @@ def test_regions_are_ignored_with_one_warning(pipe, method, caplog):
         assert torch.equal(latents_of(pipe, method=method, concepts=placed), expected)
     said = [record.getMessage() for record in caplog.records if "region" in record.getMessage()]
     assert said == [f"{method} ignores regions; use method='regional'"]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_call_gives_the_same_bits_and_nothing_is_left_behind(pipe, method):
-    before, plain = State(pipe), latents_of(pipe, concepts=None)
-    first, second = (latents_of(pipe, method=method, num_inference_steps=7) for _ in range(2))
-    assert torch.equal(first, second)
-    before.assert_unchanged()
-    assert torch.equal(latents_of(pipe, concepts=None), plain)
-
-
-def test_settings_are_made_by_name():
-    assert make_method("switch") == Switch() == Switch(interval=5)
-    assert make_method("switch", {"interval": 2}) == Switch(interval=2)
-    assert make_method("composite") == Composite() == Composite(shares=None)
-    assert make_method("composite", {"shares": [1, 2.5]}) == Composite(shares=[1, 2.5])
 
 
 @pytest.mark.parametrize("interval", [0, -1, 2.0, True, "2", None])

@@ -18,7 +18,7 @@ COMPOSER = LoraComposer.official()
 ALL_STEPS = {"clora": CLORA, "lora-composer": replace(COMPOSER, least_updates=1.0, most_updates=1.0)}
 
 
-def peak_of(write_lora: Any, concepts: int, method: Settings, steps: int = 2) -> int:
+def peak_of(write_lora: Any, concepts: int, method: Settings, steps: int = 1) -> int:
     """The most bytes that tensors take during a call, without those of other tests."""
     gc.collect()
     with peak_memory("cpu") as memory:
@@ -36,14 +36,10 @@ def peak_of(write_lora: Any, concepts: int, method: Settings, steps: int = 2) ->
 
 @pytest.mark.parametrize("method", ALL_STEPS.values(), ids=ALL_STEPS)
 def test_the_peak_does_not_grow_with_the_number_of_updates(write_lora, method):
-    few = peak_of(write_lora, 2, method)
-    assert peak_of(write_lora, 2, method, steps=5) <= few * 1.001
+    few = peak_of(write_lora, 2, method, steps=2)
+    assert peak_of(write_lora, 2, method, steps=4) <= few * 1.001
     if isinstance(method, Clora):
-        assert peak_of(write_lora, 2, replace(method, refine_at=(0.0,), refinements=5)) <= few * 1.001
-
-
-def test_a_graph_is_what_updates_add(write_lora):
-    assert peak_of(write_lora, 2, COMPOSER) > peak_of(write_lora, 2, replace(COMPOSER, step_size=0.0))
+        assert peak_of(write_lora, 2, replace(method, refine_at=(0.0,), refinements=3), steps=2) <= few * 1.001
 
 
 def test_memory_grows_in_step_with_the_number_of_regions(write_lora):

@@ -18,17 +18,14 @@ CONCEPTS = (CAT, TOM, DOG, HERO, PLAIN, STYLE)
     ("prompt", "expected"),
     [
         ("a sks cat and a zwx dog", "a cat and a dog"),
-        ("a photo of a sks cat, a zwx dog and a bear", "a photo of a cat, a dog and a bear"),
         ("sks cat", "cat"),
         ("sks", ""),
         # punctuation
         ("a cat called sks, on grass", "a cat called, on grass"),
-        ("look: a dog named zwx!", "look: a dog named!"),
         ("a sks cat; a zwx dog.", "a cat; a dog."),
         # several occurrences
         ("a sks cat beside a sks cat and another sks cat", "a cat beside a cat and another cat"),
         # several words, however they are spaced
-        ("max power man on a roof", "man on a roof"),
         ("a max  power man and max\npower man", "a man and man"),
         # capital letters
         ("A SKS cat and a Zwx Dog, MAX Power man", "A cat and a Dog, man"),
@@ -37,7 +34,6 @@ CONCEPTS = (CAT, TOM, DOG, HERO, PLAIN, STYLE)
         # words that contain a trigger, or a part of one
         ("risks of sksy max speed and power of zwxs", "risks of sksy max speed and power of zwxs"),
         ("a maximum power man", "a maximum power man"),
-        ("a cat on grass", "a cat on grass"),
     ],
 )
 def test_triggers_are_taken_out_as_whole_words(prompt: str, expected: str) -> None:
@@ -67,7 +63,6 @@ PAIR = "a photo of a sks cat and a zwx dog on grass"
     [
         (CAT, PAIR, "a photo of a sks cat on grass"),
         (DOG, PAIR, "a photo of a zwx dog on grass"),
-        (CAT, "sks cat", "sks cat"),
         (CAT, "a sks cat, by night", "a sks cat, by night"),
         # punctuation between and after the concepts
         (DOG, "a sks cat, a zwx dog, a bear: at dusk.", "a zwx dog: at dusk."),
@@ -75,19 +70,16 @@ PAIR = "a photo of a sks cat and a zwx dog on grass"
         (CAT, "a sks cat, a zwx dog and the sks cat again", "a sks cat again"),
         # several words, any spacing
         (HERO, "a zwx dog and a max  power man in snow", "a max  power man in snow"),
-        (DOG, "a max power man and a zwx dog in snow", "a zwx dog in snow"),
         # capital letters: the words stay as they are written
         (CAT, "Photo of a SKS Cat and a ZWX dog", "Photo of a SKS Cat"),
         # the trigger without its class word
         (CAT, "a photo of sks and a zwx dog, outside", "a photo of sks, outside"),
         # no trigger: the class word names it
         (PLAIN, "a sks cat and a bear, at night", "a bear, at night"),
-        (CAT, "a sks cat and a bear, at night", "a sks cat, at night"),
         # the class word of another concept of the same class
         (CAT, "a photo of sks beside a tmb cat on grass", "a photo of sks on grass"),
         (TOM, "a photo of sks beside a tmb cat on grass", "a photo of tmb cat on grass"),
         (CAT, "a photo of sks, a zwx dog and a cat", "a photo of sks and a cat"),
-        (CAT, "sks and a sks cat on grass", "sks and a sks cat on grass"),
         # no class word
         (STYLE, "a drawing in <ink> on paper", "a drawing in <ink> on paper"),
     ],
@@ -118,8 +110,6 @@ def test_a_prompt_of_its_own_wins(prompt: str) -> None:
     [
         (DOG, "does not name the concept 'dog': write 'zwx dog' in it, or .* Concept(name='dog', prompt=...)"),
         (PLAIN, "does not name the concept 'bear': write 'bear' in it, or .* Concept(name='bear', prompt=...)"),
-        (HERO, "does not name the concept 'hero': write 'max power man' in it, or .* Concept(name='hero', prompt=...)"),
-        (STYLE, "does not name the concept 'style': write '<ink>' in it, or .* Concept(name='style', prompt=...)"),
     ],
 )
 def test_concepts_that_are_not_named_are_refused_with_advice(concept: Concept, advice: str) -> None:
@@ -139,18 +129,14 @@ def test_a_concept_without_any_words_needs_a_prompt() -> None:
     ("prompt", "expected"),
     [
         ("a sks cat and a zwx dog on grass", "on grass"),
-        ("A SKS cat and the zwx dog on grass", "on grass"),
         (PAIR, "a photo on grass"),
         ("a meadow with a sks cat and a zwx dog", "a meadow"),
         ("a meadow with sks cat and zwx dog at night", "a meadow at night"),
         ("a photo showing the max power man in snow", "a photo in snow"),
         ("a sks cat, a zwx dog, by night", "by night"),
-        ("a bear in the woods", "in the woods"),
         ("sks cat", ""),
         ("an image of my sks cat on grass", "an image on grass"),
         ("Your sks cat, their zwx dog at night", "at night"),
-        ("a photo of his sks cat and her zwx dog in snow", "a photo in snow"),
-        ("our sks cat on grass", "on grass"),
         ("a tour with sks cat", "a tour"),
         ("risks on grass", "risks on grass"),
         ("an empty room", "an empty room"),

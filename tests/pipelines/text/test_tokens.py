@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
@@ -67,16 +67,13 @@ def test_the_small_tokenizer_splits_words_as_clip_does() -> None:
 @pytest.mark.parametrize(
     ("prompt", "trigger", "expected"),
     [
-        ("a photo of sks", "sks", 1),
         ("sks", "sks", 1),
         ("a SKS cat", "sks", 1),
         ("a sks cat", "SkS", 1),
         ("a sks cat", "  sks ", 1),
         ("a sks's tail", "sks", 1),
-        ("a cat, sks, and", "sks", 1),
         ("a sks-cat", "sks", 1),
         ("a (sks) cat", "sks", 1),
-        ('"sks"', "sks", 1),
         ("a sks\ncat", "sks", 1),
         ("a sks. sks! And Sks", "sks", 3),
         ("a sks cat and a   sks  cat", "sks cat", 2),
@@ -107,16 +104,12 @@ def test_positions_count_from_the_start_token() -> None:
         ("a xlo dog", "lo"),
         ("a axlo dog", "xlo"),
         ("a xlos dog", "xlo"),
-        ("a sks1 dog", "sks"),
         ("a sks_cat", "sks"),
-        ("a cat", "sks"),
         ("a sks, cat", "sks cat"),
         ("a sks-cat", "sks cat"),
-        ("a sks cats", "sks cat"),
         ("a sks cat", "s.s"),
         ("a sks cat", "..."),
         ("a ésks cat", "sks"),
-        ("a sksé cat", "sks"),
         ("a 猫sks cat", "sks"),
         ("a \u017fks cat", "sks"),  # a long s
     ],
@@ -177,10 +170,8 @@ def test_an_apostrophe_s_is_not_a_word_of_its_own() -> None:
     [
         ("a <v1> cat", "<v1>"),
         ("a (<V1> cat)", "<v1>"),
-        ("eine kätze im café", "kätze"),
         ("ein CAFÉ", "café"),
         ("一只 猫 和 狗", "猫"),
-        ("猫,狗", "猫"),
         ("👩\u200d🎤 sks", "sks"),
         ("a 🐱 cat", "🐱"),
         ("sks\u200bcat", "sks"),
@@ -215,14 +206,6 @@ def test_the_class_word_is_the_first_one_after_its_trigger(tokenizer: Any) -> No
             assert words_at(tokenizer, prompt, found.class_word) == "cat"
             assert found.class_word[0] > 5, "scat is no cat"
         assert found.phrase == tuple(sorted({*found.trigger, *found.class_word}))
-
-
-def test_two_concepts_of_one_class_have_a_class_word_each(tokenizer: Any) -> None:
-    prompt = "a sks cat and a zwx cat"
-    first, second = (locate(tokenizer, prompt, concept(trigger, "cat")) for trigger in ("sks", "zwx"))
-    assert words_at(tokenizer, prompt, first.phrase) == "sks cat"
-    assert words_at(tokenizer, prompt, second.phrase) == "zwx cat"
-    assert not set(first.phrase) & set(second.phrase)
 
 
 def test_no_other_trigger_stands_between_a_trigger_and_its_class_word(tokenizer: Any) -> None:
@@ -330,7 +313,6 @@ def windows(tokenizer: Any, ids: Sequence[int], words: str) -> list[range]:
     return [range(i + 1, i + 1 + len(needle)) for i in starts]
 
 
-@settings(deadline=None, max_examples=150)
 @given(data=st.data(), name=st.sampled_from(sorted(TOKENIZERS)))
 def test_random_prompts_equal_a_search_among_token_ids(data: st.DataObject, name: str) -> None:
     tokenizer = TOKENIZERS[name]
@@ -356,7 +338,6 @@ def test_random_prompts_equal_a_search_among_token_ids(data: st.DataObject, name
     assert words_at(tokenizer, prompt, found.trigger).split() == trigger.split() * len(triggers)
 
 
-@settings(deadline=None, max_examples=100)
 @given(st.text(max_size=40), st.text(min_size=1, max_size=3))
 def test_no_text_gives_wrong_positions(prompt: str, trigger: str) -> None:
     """Any text is either refused or has the trigger's own tokens at the positions found."""

@@ -1,18 +1,22 @@
 """The screen's logic by `streamlit.testing`: what is shown for what is set."""
 
+import re
 import shutil
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from streamlit.testing.v1 import AppTest
 
+from layouts import layout, shapes_of
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.page.draft import example
 from lora_compose.compose.page.launch import script
@@ -76,14 +80,18 @@ def row_key(at: AppTest, index: int, field: str) -> str:
 def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: AppTest) -> None:
     assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot on a white background"
     assert not at.button(key="do.make").disabled
-    assert "UNet rows (25 steps with guidance)" in said(at)
+    assert "Takes 1.4 times a plain image; how many seconds is known after the first one" in said(at)
+    (cost,) = (caption for caption in at.caption if caption.value.startswith("Takes"))
+    assert "50 + 13 stopped + 13 backward UNet rows in 25 steps" in cost.help
+    made(at)
+    assert re.search(r"Takes about \d+\.\d s, 1\.\d times a plain image", said(at))
 
 
-def test_a_picture_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
+def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
     (picture,) = visit(at).pictures
     assert visit(at).shown == picture.key
-    assert "lora-composer · seed 2 · 2 steps" in said(at)
+    assert "By boxes · seed 2 · 2 steps" in said(at)
     at.button(key=f"do.keep.{picture.key}").click().run()
     kept = tmp_path / "out" / "page" / "2.png"
     assert read_record(kept) == picture.made.record
@@ -92,10 +100,24 @@ def test_a_picture_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     assert "2.png: lora-composer, seed 2" in said(at)
     at.session_state["set.view"] = "Understand"
     at.run()
-    assert "Attention to bear" in said(at)
+    assert "Your boxes decided where each LoRA acts" in said(at).replace("*", "")
+    assert "Where the model looked for bear" in said(at)
 
 
-def test_several_seeds_give_several_pictures(at: AppTest) -> None:
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("clora", "Areas that the method found decided"), ("merge", "Nothing was divided"), ("tara", "Words decided")],
+)
+def test_what_decided_where_a_lora_acts_is_shown(at: AppTest, method: str, words: str) -> None:
+    at.selectbox(key=fields.METHOD).set_value(method).run()
+    made(at)
+    at.session_state["set.view"] = "Understand"
+    at.run()
+    assert words in said(at).replace("*", "")
+    assert ("The areas follow from it" in said(at)) == (method == "clora")
+
+
+def test_several_seeds_give_several_images(at: AppTest) -> None:
     at.text_input(key=fields.SEEDS).set_value("1-3")
     at.run()
     assert at.button(key="do.make").label == "Generate 3 images"
@@ -115,11 +137,32 @@ def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
 def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
     at.session_state[fields.BOXED] = fields.ANYWHERE
     at.run()
-    assert "needs to know where the concepts are" in said(at)
+    assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
-    assert "clora, because" in said(at)
+    assert "Method: By words · CLoRA, because" in said(at)
     assert not at.button(key="do.make").disabled
+
+
+def upload(at: AppTest, name: str, content: bytes) -> None:
+    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader.set_value([(name, content, "")]).run()
+    assert not at.exception
+
+
+def test_a_lora_for_another_model_says_so_by_its_own_name_and_what_to_do(at: AppTest, tmp_path: Path) -> None:
+    known = layout("kohya-sdxl")
+    path = tmp_path / "dragon.safetensors"
+    save_file({key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes_of(known).items()
+               if "up_blocks" in key or "output_blocks_3" in key or "input_blocks_4" in key}, path)  # fmt: skip
+    upload(at, "dragon.safetensors", path.read_bytes())
+    assert (
+        "dragon.safetensors was made for SDXL, but the model playground is open. Open such a model with “Model” at the "
+        "top, or remove this concept." in said(at)
+    )
+    assert "This does not fit the model playground: dragon.safetensors." in said(at)
+    assert Path(visit(at).store.uploads[0].source).name not in said(at)
+    assert at.button(key="do.make").disabled
 
 
 def test_every_method_can_be_chosen(at: AppTest) -> None:
@@ -133,7 +176,7 @@ def test_settings_are_used_kept_when_another_method_is_looked_at_and_wrong_ones_
     at.selectbox(key=fields.METHOD).set_value("switch").run()
     key = fields.of_setting("switch", "interval")
     at.number_input(key=key).set_value(0).run()
-    assert "interval must be a whole number of steps" in said(at)
+    assert said(at).count("“Steps of a turn” must be a whole number of steps") == 1
     assert at.button(key="do.make").disabled
     at.number_input(key=key).set_value(1).run()
     at.selectbox(key=fields.METHOD).set_value("merge").run()
@@ -207,7 +250,7 @@ def fields_box(at: AppTest, index: int) -> list[int]:
     return [int(at.number_input(key=row_key(at, index, edge)).value or 0) for edge in fields.EDGES]
 
 
-def test_a_plain_picture_without_concepts(at: AppTest) -> None:
+def test_a_plain_image_without_concepts(at: AppTest) -> None:
     for row in list(visit(at).rows):
         at.button(key=f"do.remove.{row.number}").click().run()
     at.text_area(key=fields.PROMPT).set_value("a cat on grass").run()
@@ -215,10 +258,10 @@ def test_a_plain_picture_without_concepts(at: AppTest) -> None:
     assert visit(at).pictures[0].run.method is None
 
 
-def test_settings_of_a_picture_come_back(at: AppTest) -> None:
+def test_settings_of_an_image_come_back(at: AppTest) -> None:
     at.selectbox(key=fields.METHOD).set_value("tara").run()
     at.session_state[fields.of_setting("tara", "scope")] = "cross_kv"
-    at.text_input(key=row_key(at, 0, "weight")).set_value("1..0.5").run()
+    at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.5").run()
     at.text_input(key=row_key(at, 0, "blocks")).set_value("down:0.5,up.1:0").run()
     at.checkbox(key=row_key(at, 1, "style")).check().run()
     made(at)
@@ -231,12 +274,36 @@ def test_settings_of_a_picture_come_back(at: AppTest) -> None:
 
 
 def test_a_weight_that_cannot_be_read_is_explained(at: AppTest) -> None:
-    at.text_input(key=row_key(at, 0, "weight")).set_value("1...4..").run()
+    at.text_input(key=row_key(at, 0, "schedule")).set_value("1...4..").run()
     assert not at.exception
     assert "bear: weight: expected a valid number" in said(at)
     assert at.button(key="do.make").disabled
-    at.text_input(key=row_key(at, 0, "weight")).set_value("1..0.4").run()
+    at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.4").run()
     assert not at.button(key="do.make").disabled
+
+
+def test_the_slider_sets_the_weight_and_other_weights_are_text(at: AppTest, tmp_path: Path) -> None:
+    at.slider(key=row_key(at, 0, "weight")).set_value(0.65).run()
+    assert fields_of(at).scene.concepts[0].weight == 0.65
+    bear, robot = example().concepts
+    for weight, slider, text in ((1.35, 1.35, ""), (-0.5, 1.0, "-0.5"), (0.123, 1.0, "0.123"), (3.0, 1.0, "3")):
+        drop(at, tmp_path, {"concepts": (bear.model_copy(update={"weight": weight}), robot)})
+        assert not at.warning
+        assert at.slider(key=row_key(at, 0, "weight")).value == slider
+        assert at.slider(key=row_key(at, 0, "weight")).disabled == bool(text)
+        assert at.text_input(key=row_key(at, 0, "schedule")).value == text
+
+
+def test_a_new_lora_gets_a_box_of_its_own(at: AppTest) -> None:
+    at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
+    at.button(key="do.add.ready").click().run()
+    boxes = [fields_box(at, i) for i in range(3)]
+    assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for a, b in combinations(boxes, 2))
+
+
+def test_the_shape_of_the_image_is_chosen_at_the_top(at: AppTest) -> None:
+    at.button(key="do.shape.Landscape").click().run()
+    assert fields_of(at).scene.model_dump(include={"width", "height"}) == {"width": 128, "height": 88}
 
 
 def test_a_style_has_no_box(at: AppTest) -> None:
@@ -249,7 +316,7 @@ def test_a_style_has_no_box(at: AppTest) -> None:
     assert any(field.key == row_key(at, 0, "left") for field in at.number_input)
 
 
-def test_pictures_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_path: Path) -> None:
+def test_images_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_path: Path) -> None:
     for change in (
         {"concepts": tuple(Concept(name=f"bear {i}", lora="playground:bear", trigger="xlo") for i in range(200))},
         {"width": 80_000},
@@ -261,9 +328,7 @@ def test_pictures_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp
         assert len(visit(at).rows) == 2
 
 
-def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_gap(
-    at: AppTest, tmp_path: Path
-) -> None:
+def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_gap(at: AppTest, tmp_path: Path) -> None:
     cat = Concept(name="cat", lora="/elsewhere/cat.safetensors", trigger="sks", class_word="cat", weight=0.7)
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
     assert "LoRAs are missing: cat" in said(at)
@@ -271,18 +336,18 @@ def test_a_dropped_picture_says_which_loras_are_missing_and_an_upload_fills_the_
     uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
     uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
     assert [row.lora and row.lora.shown for row in visit(at).rows] == ["cat.safetensors"]
-    assert at.text_input(key=row_key(at, 0, "weight")).value == "0.7"
+    assert at.slider(key=row_key(at, 0, "weight")).value == 0.7
     assert not at.button(key="do.make").disabled
 
 
-def test_a_picture_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
+def test_an_image_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
     drop(at, tmp_path, {}, model="stranger/model")
     assert visit(at).slot.choice.model == "playground"
     assert at.text_input(key="set.model.name").value == "stranger/model"
     assert "open it there if you trust it" in said(at)
 
 
-def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
+def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -319,7 +384,7 @@ def test_a_picture_from_a_stranger_contacts_nobody_until_somebody_says_so(
     assert not at.button(key="do.make").disabled
 
 
-def test_the_open_model_is_not_opened_again_in_another_precision_by_a_picture(
+def test_the_open_model_is_not_opened_again_in_another_precision_by_an_image(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The open one may be a repository, for which the hub would be asked."""
@@ -354,7 +419,7 @@ def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> Non
     assert "the file says its alpha itself; leave alpha out" in said(at), "it is used"
 
 
-def test_an_ordinary_picture_comes_back_without_a_word(at: AppTest, tmp_path: Path) -> None:
+def test_an_ordinary_image_comes_back_without_a_word(at: AppTest, tmp_path: Path) -> None:
     settings = {"ce_weight": 3, "rows": "all"}  # a whole number where others may stand
     bear, robot = example().concepts
     bear = bear.model_copy(update={"weight": "1..0.4", "blocks": {"up.1": 0.5}, "prompt": "a xlo bear"})
@@ -392,7 +457,7 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
     at.run()
     assert len(looked) == 1
     assert "cannot be used (RuntimeError)" in said(at)
-    assert "LoRAs cannot be used with this model: bear" in said(at)
+    assert "This does not fit the model playground: bear." in said(at)
     assert at.button(key="do.make").disabled
 
 
@@ -415,7 +480,7 @@ def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
     assert visit(at) is not before
     assert visit(at).store.folder.is_dir()
     assert "Your session ended" in at.toast[0].value
-    before.begin(list(example().runs()), comparing=False, record_attention=False)  # a click that came too late
+    before.begin(list(example().runs()), [None], comparing=False, record_attention=False)  # a click that came too late
     until(before.close)
     assert before.job is None
 
@@ -470,12 +535,14 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     at.session_state["set.view"] = "Compare"
     at.run()
     table = next(markdown.value for markdown in at.markdown if "what it does" in markdown.value)
-    assert all(f"**{method}**" in table.replace("\\", "") for method in ("merge", "regional", "lora-composer"))
+    assert all(f"| **{name}** |" in table.replace("\\", "") for name in ("Added up", "By boxes, light", "By boxes"))
+    assert "1.0 times a plain image" in table.replace("\\", "")
     at.button(key="do.compare").click().run()
     after(at)
     assert {picture.run.method for picture in visit(at).compared} == {"merge", "regional", "lora-composer"}
-    assert "50 rows" not in said(at)  # two steps
-    assert "4 rows" in said(at)
+    costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
+    assert len(costs) == 3
+    assert all(cost.startswith("4 UNet rows") for cost in costs)  # two steps
 
 
 def test_stop_and_waiting_are_said(at: AppTest) -> None:
@@ -488,6 +555,40 @@ def test_stop_and_waiting_are_said(at: AppTest) -> None:
     at.button(key="do.stop").click().run()
     after(at)
     assert "Your settings are unchanged" in said(at)
+
+
+def test_pressing_again_while_one_runs_makes_the_next_after_it(at: AppTest) -> None:
+    with visit(at).slot.turn(()):
+        at.button(key="do.make").click().run()
+        for seeds in ("7", "8-9"):
+            at.text_input(key=fields.SEEDS).set_value(seeds).run()
+            at.button(key="do.make").click().run()
+        assert "3 more images wait." in said(at)
+        assert not at.exception
+    for number in (1, 2, 4):
+        after(at)
+        assert len(visit(at).pictures) == number
+    assert [picture.run.seed for picture in visit(at).pictures] == [9, 8, 7, 2]
+    assert not visit(at).working
+
+
+def test_the_queue_can_be_cleared_and_a_failure_does_not_end_it(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("the first one fails")
+
+    monkeypatch.setattr("lora_compose.compose.page.work.make_batch", fails)
+    with visit(at).slot.turn(()):
+        for _ in range(3):
+            at.button(key="do.make").click().run()
+        at.button(key="do.clear").click().run()
+        assert visit(at).waiting == []
+        at.button(key="do.make").click().run()
+    visit(at).job.join(30)  # pyright: ignore[reportOptionalMemberAccess]
+    monkeypatch.undo()
+    at.run()
+    after(at)
+    assert "The first one fails" in said(at)
+    assert len(visit(at).pictures) == 1
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:

@@ -1,4 +1,4 @@
-"""Artwork becomes sprites: packages as the npm registry has them, here with pictures made up."""
+"""Artwork becomes sprites: packages as the npm registry has them, here with images made up."""
 
 import io
 import json
@@ -68,7 +68,7 @@ def test_every_class_of_every_vendor_is_cut_out_and_centred(packages: Path, tmp_
         assert np.abs(middle - COLOURS[key.partition("/")[2]]).max() <= 4, key
 
 
-def test_high_pictures_are_centred_as_well() -> None:
+def test_high_images_are_centred_as_well() -> None:
     image = Image.new("RGBA", (30, 50))
     ImageDraw.Draw(image).rectangle((3, 0, 12, 39), fill="black")
     rows, columns = np.where(fit(image)[..., 3] > 128)
@@ -76,7 +76,7 @@ def test_high_pictures_are_centred_as_well() -> None:
     assert abs(int(columns.min()) + int(columns.max()) - (SIZE - 1)) <= 2
 
 
-def test_a_set_without_a_picture_is_named(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_without_an_image_is_named(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch(PACKAGES["noto"], packages)
     assert draw(folder, "noto", "1f4a9") is None
     monkeypatch.setattr(artwork, "CODEPOINTS", {**CODEPOINTS, "comet": "2604-fe0f"})

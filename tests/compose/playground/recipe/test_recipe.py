@@ -1,4 +1,4 @@
-"""How the playground is made: pictures, tokenizer, VAE, base model; all of it in small, on made-up artwork."""
+"""How the playground is made: images, tokenizer, VAE, base model; all of it in small, on made-up artwork."""
 
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def test_the_style_fades_every_colour_towards_its_paper(sprites: Sprites) -> Non
 
 
 @pytest.mark.parametrize("where", [*world.PLAIN, *PLACES])
-def test_the_style_is_told_from_plain_pictures_on_every_ground(where: str, sprites: Sprites) -> None:
+def test_the_style_is_told_from_plain_images_on_every_ground(where: str, sprites: Sprites) -> None:
     for seed in range(4):
         image = world.ground(np.random.default_rng(seed), where)
         for name, square in (("cat", (0, 8, 56)), ("tree", (64, 64, 48))):
@@ -82,6 +82,7 @@ def test_the_style_is_told_from_plain_pictures_on_every_ground(where: str, sprit
         assert style.recognised(concepts.faded(image), where)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_both_loras_of_the_style_are_recognised_on_grounds_that_their_references_lack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,7 +111,7 @@ def test_references_are_written_once(artwork: Path, tmp_path: Path) -> None:
         concepts.write(tmp_path / "references" / "cat", [], with_boxes=True)
 
 
-def test_pictures_without_concepts_show_one_object_and_no_trigger(artwork: Path, tmp_path: Path) -> None:
+def test_images_without_concepts_show_one_object_and_no_trigger(artwork: Path, tmp_path: Path) -> None:
     call("prior", artwork, tmp_path / "prior", "--any-class", "3", "--own-class", "2", of=concepts.app)
     triggers = {known.trigger for known in CONCEPTS.values()}
     for known in CONCEPTS.values():

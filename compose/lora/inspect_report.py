@@ -1,8 +1,8 @@
-"""`lora-compose inspect`: what LoRA files are, told in tables or as JSON."""
+"""What LoRA files are, in tables or as JSON: what `lora-compose inspect` shows."""
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -11,33 +11,32 @@ from rich.text import Text
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.inspection import Inspection, Overlap, inspect, overlaps
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
-from lora_compose.compose.support.terminal import BAD_INPUT, out, plain, say
+from lora_compose.compose.support.terminal import out, plain, say
 from lora_compose.pipelines.concepts.loading import Factors, find_file, read_lora
-from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.scene import Run, Scene
 
 
-def inspect_files(
-    files: Annotated[list[str], typer.Argument(help="LoRA files, folders, hub repositories, or playground:NAME.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="Match with this model: playground, a folder, a file, a hub repository; default: the playground "
-            "or the family's full model, whichever a file was trained on.",
-        ),
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Alpha for files without one.")] = None,
-    max_rank: Annotated[
-        int, typer.Option(help="LoHa, LoKr and full differences are approximated at this rank.", min=1)
-    ] = MAX_RANK,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also open .pt, .bin and .ckpt: only tensors are read, no code runs.")
-    ] = False,
-    keys: Annotated[bool, typer.Option("--keys", help="List all keys that match no layer.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
-    """Show LoRA files: format, base model, ranks, norms, triggers, what fits; for several files also their overlap."""
+def show_files(
+    files: Sequence[str],
+    model: str | None,
+    *,
+    alpha: float | None,
+    max_rank: int,
+    allow_pickle: bool,
+    every_key: bool,
+    as_json: bool,
+) -> bool:
+    """Shows what files are, and what several have in common; returns whether none has a problem.
+
+    Args:
+        files: LoRA files, folders, hub repositories, or `playground:NAME`.
+        model: What they are matched with; None chooses by file.
+        alpha: For files without one.
+        max_rank: At which LoHa, LoKr and full differences are approximated.
+        allow_pickle: Whether pickled tensors are read, too.
+        every_key: Whether all keys are listed that match no layer.
+        as_json: Whether everything is printed as JSON.
+    """
     pipes: dict[str | None, Any] = {}
     seen: list[Inspection] = []
     usable: dict[str | None, list[tuple[str, Factors]]] = {}
@@ -51,15 +50,14 @@ def inspect_files(
         if factors is not None:
             usable.setdefault(found.matched_with, []).append((source, factors))
         if not as_json:
-            _show(found, keys)
+            _show(found, every_key)
     shared = [overlap for same in usable.values() for overlap in overlaps(same)]
     if as_json:
         everything = {"files": [found.model_dump() for found in seen], "overlaps": [o.model_dump() for o in shared]}
         typer.echo(json.dumps(everything, indent=2))
     elif shared:
         _show_overlaps(shared)
-    if any(found.problem for found in seen):
-        raise typer.Exit(BAD_INPUT)
+    return not any(found.problem for found in seen)
 
 
 def _show(found: Inspection, every_key: bool) -> None:
@@ -84,7 +82,7 @@ def _show(found: Inspection, every_key: bool) -> None:
         out.print(_blocks_table(found))
     shown = found.unmatched if every_key else found.unmatched[:5]
     for key in shown:
-        say(f"fits no layer: {key}", style="yellow")
+        say(f"{'no key of an adapter' if found.matched_with is None else 'fits no layer'}: {key}", style="yellow")
     if len(shown) < len(found.unmatched):
         say(f"... and {len(found.unmatched) - len(shown)} more; --keys lists them", style="yellow")
     for note in found.notes:
@@ -95,10 +93,12 @@ def _show(found: Inspection, every_key: bool) -> None:
 
 
 def _blocks_table(found: Inspection) -> Table:
-    table = Table("block", "layers", "rank", "alpha", "norm")
+    matched = any(block.norm is not None for block in found.blocks)
+    table = Table("block", "layers", "rank", "alpha", *(["norm"] if matched else []))
     for block in found.blocks:
         ranks, alphas = _span(block.ranks) or "whole", _span(block.alphas) or "not said"
-        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, ranks, alphas, f"{block.norm:.3g}"))
+        norm = [] if block.norm is None else [f"{block.norm:.3g}"]
+        table.add_row(*_cells(f"{block.part} {block.name}", block.layers, ranks, alphas, *norm))
     return table
 
 

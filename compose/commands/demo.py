@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.generate.demo import SEEDS, Shown, jobs, show
-from lora_compose.compose.generate.options import LAST_SEED, StepsOption
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.commands.options import LAST_SEED, StepsOption
+from lora_compose.compose.files.paths import free_path
+from lora_compose.compose.support.terminal import bar, kindly, say, starting
 
 _WHAT_TO_LOOK_AT = (
     "What to look at: are all concepts present, each with its own coat from the first two columns? merge "
@@ -20,6 +20,9 @@ _WHAT_TO_LOOK_AT = (
 )
 
 
+_SHEETS = ("The first pair, and the others follow", "All pairs", "Three concepts in boxes")
+
+
 @kindly(logging.WARNING)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the images and sheets; a numbered one if it exists.")] = Path(
@@ -28,15 +31,15 @@ def demo(
     seed: Annotated[list[int] | None, typer.Option(help="A seed, repeatable.", min=0, max=LAST_SEED)] = None,
     steps: StepsOption = 25,
 ) -> None:
-    """Compose four scenes of the playground, offline, on the CPU, in two minutes."""
-    todo = jobs(seed or SEEDS, steps)
+    """Compose four scenes of the playground, offline, on the CPU: a first sheet within a minute, then the rest."""
+    with starting():
+        from lora_compose.compose.generate.demo import SEEDS, jobs, show
+    todo = jobs(list(dict.fromkeys(seed or SEEDS)), steps)
     say(f"{len(todo)} images: three pairs, each concept alone and composed in five ways, and three concepts in boxes")
-    with bar("composing", len(todo)) as on_progress:
-        shown = show(out, todo, on_progress)
-    _say_demo(shown)
-
-
-def _say_demo(shown: Shown) -> None:
-    say(f"The sheets: {shown.sheet} and {shown.three}", style="bold")
-    say(f"The images, each with everything needed to reproduce it: {shown.folder} (try: lora-compose replay IMAGE)")
-    say(_WHAT_TO_LOOK_AT)
+    folder = free_path(out)
+    with bar(f"composing {len(todo)} images", len(todo)) as on_progress:
+        for title, sheet in zip(_SHEETS, show(folder, todo, on_progress), strict=True):
+            say(f"{title}: {sheet}", style="bold")
+            if title == _SHEETS[0]:
+                say(_WHAT_TO_LOOK_AT)
+    say(f"The images, each with everything needed to reproduce it: {folder} (try: lora-compose replay IMAGE)")

@@ -6,9 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.check.report import check as check_run
-from lora_compose.compose.files.scenes import read_scene
-from lora_compose.compose.generate.options import (
+from lora_compose.compose.commands.options import (
     GuidanceOption,
     MethodOption,
     ModelOption,
@@ -17,8 +15,9 @@ from lora_compose.compose.generate.options import (
     parse_settings,
     run_of,
 )
+from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.playground.assets import PLAYGROUND
-from lora_compose.compose.support.terminal import BAD_INPUT, kindly, say
+from lora_compose.compose.support.terminal import BAD_INPUT, kindly, say, starting
 
 
 @kindly(logging.ERROR)
@@ -32,12 +31,13 @@ def check(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
 ) -> None:
     """Check a scene against a model: what matches, what it costs, and all problems. Generates nothing."""
-    report = check_run(
-        run_of(
-            scene=read_scene(scene), model=model, method=method, settings=parse_settings(settings or []), steps=steps,
-            guidance_scale=guidance, device=device,
-        )
+    asked = run_of(
+        scene=read_scene(scene), model=model, method=method, settings=parse_settings(settings or []), steps=steps,
+        guidance_scale=guidance, device=device,
     )  # fmt: skip
+    with starting():
+        from lora_compose.compose.check.report import check as check_run
+    report = check_run(asked)
     wide = max(len(label) for label, _ in report.facts)
     for label, text in report.facts:
         say(f"{label:{wide}}  {text}")

@@ -1,8 +1,8 @@
-"""`lora-compose merge`: several LoRA files into one that opens everywhere."""
+"""Several LoRA files into one, and a table of what was kept: what `lora-compose merge` does."""
 
-import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import torch
 import typer
@@ -11,81 +11,77 @@ from rich.text import Text
 
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.generate.options import parse_settings
 from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merging import Given, MergedBlock, Report, check_free, match_files, merge_files
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
 from lora_compose.compose.support.terminal import bar, out, plain, say
 from lora_compose.pipelines.concepts.loading import find_file, read_lora
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
-from lora_compose.pipelines.merging import MERGERS, Merger, make_merger
+from lora_compose.pipelines.merging import Merger, make_merger
 from lora_compose.pipelines.scene import Run, Scene
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def merge(
-    files: Annotated[
-        list[str],
-        typer.Argument(
-            help="LoRA files, folders, hub repositories or playground:NAME, each with a weight if it is not 1: "
-            "cat.safetensors:0.8. np and k-lora take a subject and then a style."
-        ),
-    ],
-    to: Annotated[Path, typer.Option("--out", help="The file to write, ending with .safetensors.")],
-    method: Annotated[str, typer.Option("--method", help=f"{', '.join(MERGERS)}.")] = "cat",
-    rank: Annotated[int | None, typer.Option("--rank", help="Cut every layer to this rank.", min=1)] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="playground, a folder, a file or a hub repository. soups and ssr need it; otherwise only its names of "
-            "layers are used, and the files' family has them as well.",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting of the method, repeatable: density=0.3")
-    ] = None,
-    keys: Annotated[
-        str | None,
-        typer.Option("--keys", help="Names of layers as diffusers or kohya write them; as the first file."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; as the files if they agree, else float32.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="The alpha of files that do not say theirs.")] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="For soups and ssr: a text that shows a LoRA, once for each file; made of their triggers otherwise."
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="For soups and ssr: denoising steps of each image.", min=1)] = 10,
-    seed: Annotated[int, typer.Option(help="For soups and ssr: of the start noise.", min=0, max=2**63 - 1)] = 0,
-    device: Annotated[str | None, typer.Option(help="For soups and ssr: cpu, cuda, cuda:1, mps.")] = None,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt as well: tensors are read, no code is run.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, for machines.")] = False,
+def merge_and_show(
+    files: Sequence[tuple[str, float]],
+    to: Path,
+    *,
+    method: str,
+    rank: int | None,
+    model: str | None,
+    settings: Mapping[str, Any],
+    keys: str | None,
+    dtype: str | None,
+    alpha: float | None,
+    prompts: Sequence[str],
+    steps: int,
+    seed: int,
+    device: str | None,
+    allow_pickle: bool,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
-    """Merges LoRA files into one, layer by layer, and shows how much of each was kept."""
-    merger = make_merger(method, parse_settings(settings or []))
+    """Merges LoRA files into one and shows how much of each was kept.
+
+    Args:
+        files: Each with its weight.
+        to: The file to write.
+        method: A name of `MERGERS`.
+        rank: To which every layer is cut; None is the method's.
+        model: What the files are for; None is what they say.
+        settings: Of the method.
+        keys: How names of layers are written; None is as in the first file.
+        dtype: Of the file; None is as the files.
+        alpha: For files without one.
+        prompts: For methods that look at images, one for each file; none makes them of the triggers.
+        steps: Denoising steps of those images.
+        seed: Of their start noise.
+        device: Where they are made.
+        allow_pickle: Whether pickled tensors are read, too.
+        overwrite: Whether a file that is there is replaced.
+        as_json: Whether the report is printed as JSON.
+
+    Raises:
+        ValueError: For anything that does not fit together; nothing is written then.
+    """
+    merger = make_merger(method, settings)
     spelling = _spelling(keys)
     kind = _dtype(dtype)
     check_free(to, overwrite)
-    _check_number(merger, method, files, prompt)
+    _check_number(merger, method, files, prompts)
     with threads(1):  # many small tensors, on which several threads only wait for each other
-        given = [_given(text, allow_pickle) for text in files]
+        given = [_given(source, weight, allow_pickle) for source, weight in files]
     if not any(one.weight for one in given):
         raise ValueError("every weight is 0; there is nothing to merge")
     pipe = _model(model, merger, method, given, device)
-    prompts = (prompt or [prompt_of(one) for one in given]) if merger.needs_model else []
+    if merger.needs_model:
+        prompts = prompts or [prompt_of(one) for one in given]
     matched = match_files(given, pipe, spelling=spelling, alpha=alpha)
     moments = None
     if merger.needs_model:
         with bar("looking at inputs", 1) as on_progress:
-            moments = calibrate(pipe, matched, prompts, steps=steps, seed=seed, on_progress=on_progress)
+            moments = calibrate(pipe, matched, list(prompts), steps=steps, seed=seed, on_progress=on_progress)
     with bar("merging", 1) as on_progress, threads(1):
         report = merge_files(
             matched, merger, to, rank=rank, dtype=kind, moments=moments, method=method, overwrite=overwrite,
@@ -97,26 +93,7 @@ def merge(
         _show(report, method)
 
 
-def parse_weight(text: str) -> tuple[str, float]:
-    """A file and its weight, as written on the command line: "cat.safetensors:0.8".
-
-    Raises:
-        ValueError: If the weight is not finite.
-    """
-    source, colon, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        return text, 1.0
-    if not colon or not source:
-        return text, 1.0
-    if not math.isfinite(weight):
-        raise ValueError(f"{text}: the weight is {number}; expected a number such as 0.8")
-    return source, weight
-
-
-def _given(text: str, allow_pickle: bool) -> Given:
-    source, weight = parse_weight(text)
+def _given(source: str, weight: float, allow_pickle: bool) -> Given:
     return Given(source, read_lora(find_file(lora_source(source)), allow_pickle=allow_pickle), weight)
 
 
@@ -132,7 +109,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def _check_number(merger: Merger, method: str, files: list[str], prompts: list[str] | None) -> None:
+def _check_number(merger: Merger, method: str, files: Sequence[tuple[str, float]], prompts: Sequence[str]) -> None:
     if merger.pair and len(files) != 2:
         raise ValueError(f"{method} takes two files, a subject and then a style; {len(files)} were given")
     if prompts and not merger.needs_model:

@@ -1,0 +1,60 @@
+"""`lora-compose bench`: what methods cost."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_compose.compose.commands.options import parse_settings
+from lora_compose.compose.files.paths import model_source
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.names import METHODS, check_method
+from lora_compose.compose.support.savers import Saver
+from lora_compose.compose.support.terminal import kindly, starting
+
+MOST_CONCEPTS = 13
+
+
+@kindly(logging.ERROR)
+def bench(
+    methods: Annotated[list[str] | None, typer.Option("--method", help="A method, repeatable; default: all.")] = None,
+    concepts: Annotated[
+        list[int] | None,
+        typer.Option("--concepts", "-n", help="Number of concepts; repeatable.", min=1, max=MOST_CONCEPTS),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the methods, repeatable, e.g. fuse=branches")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
+    count: Annotated[
+        bool, typer.Option("--count", help="Count UNet rows and FLOPs on SD 1.5 and SDXL; the default.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
+    ] = False,
+    time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Measure the time to read a LoRA file, and to swap it for another.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="The model to time: playground, a folder, a file, or a hub repository.")
+    ] = PLAYGROUND,
+    device: Annotated[str, typer.Option(help="The device to time on.")] = "cpu",
+    savers: Annotated[
+        list[Saver] | None, typer.Option("--save-memory", help="Time with less memory, repeatable.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Number of interleaved pairs of timed runs.", min=1)] = 7,
+    to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+) -> None:
+    """Show what methods cost relative to the plain pipeline, with random LoRAs of rank 8 on all attention layers."""
+    for method in methods or ():
+        check_method(method)
+    model_source(model)
+    given = parse_settings(settings or [])
+    with starting():
+        from lora_compose.compose.benchmark import bench as benchmark
+    benchmark.bench(
+        methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
+        time=time, swap=swap, model=model, device=device, savers=savers or (), pairs=pairs, to=to,
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""`lora-compose blind`: looking at images without knowing which method made them."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_compose.compose.support.terminal import kindly, starting
+
+app = typer.Typer(help="Blind tests: vote on images without knowing which method made them.", no_args_is_help=True)
+
+
+@app.command()
+@kindly(logging.ERROR)
+def make(
+    out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
+    seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) per pair and method.", min=1)] = 20,
+) -> None:
+    """Generate and shuffle the images; `regional` gives all LoRAs token masks. Vote before you open key.json."""
+    with starting():
+        from lora_compose.compose.evaluation import blind
+    blind.make(out, seeds)
+
+
+@app.command()
+@kindly()
+def score(
+    out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
+) -> None:
+    """Count the votes by method."""
+    with starting():
+        from lora_compose.compose.evaluation import blind
+    blind.score(out)
+
+
+@app.command()
+@kindly(logging.ERROR)
+def judge(
+    out: Annotated[Path, typer.Argument(help="A folder with votes.csv and key.json.")],
+    evaluation: Annotated[Path, typer.Option(help="A finished evaluation of the playground, for the thresholds.")],
+    first: Annotated[int | None, typer.Option(help="Only this number of images, evenly spaced.", min=1)] = None,
+) -> None:
+    """Reproduce the images, let the judge vote, and list where it disagrees with the human."""
+    with starting():
+        from lora_compose.compose.evaluation import blind
+    blind.judge(out, evaluation, first)

@@ -1,0 +1,91 @@
+"""`lora-compose evaluate`: run a suite, write its report again, compare two evaluations."""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from lora_compose.compose.evaluation.shipped import find_suite
+from lora_compose.compose.support.terminal import kindly, starting
+
+_EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
+
+
+class _Suites(TyperGroup):
+    """`evaluate SUITE` is `evaluate run SUITE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Suites,
+    help="Score methods on many scenes and seeds: lora-compose evaluate SUITE.",
+    no_args_is_help=True,
+)
+
+
+@app.command("run")
+@kindly(logging.ERROR)
+def run(
+    suite: Annotated[str, typer.Argument(help="A suite file, YAML or JSON, or the name of a shipped suite.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Output folder; default: outputs/evaluation/NAME. A rerun resumes.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
+    ] = None,
+) -> None:
+    """Generate and score all images of a suite and write the report. A rerun resumes; further processes join in."""
+    find_suite(suite)
+    _check_packages()
+    with starting():
+        from lora_compose.compose.evaluation.command import run_suite
+    if code := run_suite(suite, folder, processes):
+        raise typer.Exit(code)
+
+
+@app.command(hidden=True)
+@kindly(logging.ERROR)
+def work(suite: str, folder: Annotated[Path, typer.Option("--out")]) -> None:
+    """Take part in an evaluation, without a report: what `run --processes 2` starts twice."""
+    from lora_compose.compose.evaluation.command import work_on
+
+    work_on(suite, folder)
+
+
+@app.command()
+@kindly(logging.ERROR)
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
+    baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
+) -> None:
+    """Write the report of an evaluation again, from its stored results."""
+    _check_packages()
+    with starting():
+        from lora_compose.compose.evaluation.command import say_report
+    say_report(folder, baseline)
+
+
+@app.command()
+@kindly(logging.ERROR)
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
+) -> None:
+    """Show what is better in the second evaluation than in the first, with intervals."""
+    _check_packages()
+    with starting():
+        from lora_compose.compose.evaluation.command import compare_folders
+    compare_folders(first, second)
+
+
+def _check_packages() -> None:
+    missing = [name for name in ("scipy", "pandas", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(_EXTRA.format(", ".join(missing)))

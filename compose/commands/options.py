@@ -1,0 +1,254 @@
+"""Options that several commands share: models, methods, concepts, settings, as the command line writes them."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from lora_compose.compose.files.paths import check_lora, model_source
+from lora_compose.compose.files.scenes import read_scene
+from lora_compose.compose.files.text import parse_value
+from lora_compose.compose.files.validation import complaints
+from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.names import check_method, did_you_mean
+from lora_compose.compose.support.savers import SAVERS, Saver
+from lora_compose.pipelines.scene import Concept, Run, Scene
+
+LAST_SEED = 2**63 - 1
+_EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
+_BOX = re.compile(rf"\(?{_EDGE},{_EDGE},{_EDGE},{_EDGE}\)?")
+_CONCEPT_FIELDS = {
+    "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
+    "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
+}  # fmt: skip
+LORA_HELP = (
+    "A LoRA, repeatable, with its weight if that is not 1: cat.safetensors:0.8, playground:bear, user/my-cat. Trigger "
+    "and class word come from the file's metadata; --concept gives them to files without."
+)
+BOX_HELP = (
+    "The box of a LoRA, repeatable: the first for the first --lora, and so on; none for one without. left,top,right,"
+    "bottom, in pixels (0,16,60,112) or as parts of the image (0,0.1,0.5,0.9)."
+)
+CONCEPT_HELP = (
+    "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64,32,128,96."
+    " Only path is required; region is left,top,right,bottom in pixels, or a mask image (white = inside); "
+    "role=style makes it act everywhere. weight may change over the steps: 0:1,0.5:0 (off in the second half), "
+    "1..0.4 (linear ramp), 1,0.5,0 (equal parts); blocks=down:0.5,up.1:0 are factors by block; prompt and negative "
+    "are its own; alpha is for files without one."
+)
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", help="playground, a folder as diffusers saves it, a .safetensors file, or a hub repository."
+    ),
+]
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="How concepts are fused; default: chosen from the concepts. clora:official: the authors' settings.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of the method, repeatable, e.g. cfg_mask=broadcast")
+]
+SaversOption = Annotated[
+    list[Saver] | None,
+    typer.Option(
+        "--save-memory",
+        help=f"Less memory, but slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
+    ),
+]
+StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
+GuidanceOption = Annotated[float, typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off.")]
+
+
+def parse_concept(text: str) -> Concept:
+    """Reads a concept as it is written on the command line.
+
+    Args:
+        text: Such as "path=cat.safetensors,trigger=sks,class=cat,weight=0.8". Commas in values are kept.
+
+    Raises:
+        ValueError: For unknown and missing fields and unusable values.
+    """
+    known = ", ".join(_CONCEPT_FIELDS)
+    # A comma parts two fields only where a name and "=" follow.
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
+    fields: dict[str, Any] = {}
+    for name, equals, value in ((name.strip(), equals, value.strip()) for name, equals, value in pairs):
+        if not equals or name not in _CONCEPT_FIELDS:
+            near = did_you_mean(name, _CONCEPT_FIELDS)
+            raise ValueError(f"--concept {text}: unknown field {name!r}; fields are {known}, each with ={near}")
+        if _CONCEPT_FIELDS[name] in fields:
+            raise ValueError(f"--concept {text}: {name} is given twice")
+        fields[_CONCEPT_FIELDS[name]] = value
+    if not fields.get("lora"):
+        raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
+    fields.setdefault("name", _name_of(fields["lora"]))
+    if "region" in fields:
+        fields["region"] = _region(text, fields["region"])
+    try:
+        return Concept(**fields)
+    except ValidationError as error:
+        raise ValueError(f"--concept {text}: {'; '.join(complaints(Concept, error))}") from error
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads settings as they are written on the command line, "cfg_mask=broadcast"; values are read as YAML.
+
+    Raises:
+        ValueError: For texts without "=" and settings given twice.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--set {text}: expected NAME=VALUE, such as cfg_mask=broadcast")
+        if name.strip() in settings:
+            raise ValueError(f"--set {text}: {name.strip()} is given twice")
+        settings[name.strip()] = parse_value(value)
+    return settings
+
+
+Shares = tuple[float, float, float, float]
+"""A box as parts of the image's width and height: left, top, right, bottom."""
+
+
+def concepts_of(
+    concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[str]
+) -> tuple[list[Concept], dict[str, Shares]]:
+    """The concepts of --concept, --lora and --box, and by name those boxes that are parts of the image.
+
+    Raises:
+        ValueError: For texts that cannot be read, and for another number of boxes than of LoRAs.
+    """
+    found = [parse_concept(text) for text in concepts]
+    if boxes and len(boxes) != len(loras):
+        raise ValueError(
+            f"there are {len(boxes)} --box for {len(loras)} --lora; give one for each, in the same order, "
+            "and --box none for a LoRA without a box"
+        )
+    shares = {}
+    for text, box in zip(loras, map(parse_box, boxes or ["none"] * len(loras)), strict=True):
+        source, weight = parse_lora(text)
+        concept = {"name": _name_of(source), "lora": source, "weight": weight}
+        if box is not None and all(isinstance(edge, int) for edge in box):
+            concept["region"] = box
+        elif box is not None:
+            shares[concept["name"]] = box
+        try:
+            found.append(Concept(**concept))
+        except ValidationError as error:
+            raise ValueError(f"--lora {text}: {'; '.join(complaints(Concept, error))}") from error
+    return found, shares
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """A LoRA and its weight, as written on the command line: "cat.safetensors:0.8".
+
+    Raises:
+        ValueError: If the weight is not finite, or there is no LoRA.
+    """
+    source, colon, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        source, weight = text, 1.0
+    if not colon:
+        source, weight = text, 1.0
+    if not source.strip():
+        raise ValueError(f"{text!r} names no LoRA; expected a file, a hub repository or {PLAYGROUND}:NAME")
+    if not math.isfinite(weight):
+        raise ValueError(f"{text}: the weight is {number}; expected a number such as 0.8")
+    return source, weight
+
+
+def parse_box(text: str) -> tuple[int, int, int, int] | Shares | None:
+    """A box as written on the command line: whole numbers are pixels, and with a point they are parts of the image.
+
+    Args:
+        text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none".
+
+    Raises:
+        ValueError: For anything else, and for boxes without an area or outside the image.
+    """
+    if text.strip().lower() == "none":
+        return None
+    found = _BOX.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(
+            f"--box {text}: expected left,top,right,bottom in pixels (0,16,60,112), as parts of the image "
+            "(0,0.1,0.5,0.9), or none"
+        )
+    if not any("." in edge for edge in found.groups()):
+        left, top, right, bottom = map(int, found.groups())
+        if left >= right or top >= bottom:
+            raise ValueError(f"--box {text}: left has to be less than right, and top less than bottom")
+        return left, top, right, bottom
+    left, top, right, bottom = map(float, found.groups())
+    if not (left < right <= 1 and top < bottom <= 1):
+        raise ValueError(
+            f"--box {text}: parts of the image are from 0 to 1, left less than right, and top less than bottom"
+        )
+    return left, top, right, bottom
+
+
+def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concept]) -> Scene:
+    """A scene from a file, from options, or from a file with options that win."""
+    if path is None and "prompt" not in given:
+        raise ValueError("there is no prompt: give --prompt TEXT or --scene FILE")
+    if path is not None and concepts:
+        raise ValueError("give the concepts in the scene file or with --lora and --concept, not both")
+    fields: dict[str, Any] = {"concepts": tuple(concepts)}
+    if path is not None:
+        fields = dict(read_scene(path))
+    try:
+        return Scene(**{**fields, **given})
+    except ValidationError as error:
+        raise ValueError("\n".join(complaints(Scene, error))) from error
+
+
+def run_of(**fields: Any) -> Run:
+    """A run from the options.
+
+    Raises:
+        ValueError: For unusable values; a line for each.
+    """
+    try:
+        return Run(**fields)
+    except ValidationError as error:
+        raise ValueError("\n".join(complaints(Run, error))) from error
+
+
+def check_names(asked: Run) -> None:
+    """Looks for the method, the model and the LoRAs of a run by their names alone, which takes no time.
+
+    Raises:
+        ValueError: For a name that leads nowhere, with those that are spelled alike.
+    """
+    check_method(asked.method)
+    model_source(asked.model)
+    for concept in asked.scene.concepts:
+        check_lora(concept.lora or "")
+
+
+def _name_of(source: str) -> str:
+    """What a concept is called by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
+    return Path(source.removeprefix(f"{PLAYGROUND}:")).stem or source
+
+
+def _region(text: str, value: str) -> tuple[int, ...] | str:
+    if value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")):
+        return value
+    if not re.fullmatch(r"\d+([:,])\s*\d+(\1\s*\d+){2}", value):
+        raise ValueError(
+            f"--concept {text}: region must be left,top,right,bottom in whole pixels or a mask image, not {value!r}"
+        )
+    return tuple(map(int, re.split("[:,]", value)))

@@ -1,0 +1,32 @@
+"""`lora-compose replay`: makes an image again from what it carries."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_compose.compose.commands.options import SaversOption
+from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.support.names import file_near
+from lora_compose.compose.support.terminal import FAILED, kindly, starting
+
+
+@kindly(logging.WARNING)
+def replay(
+    image: Annotated[Path, typer.Argument(help="A PNG made by lora-compose.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the new image; default: nowhere.")] = None,
+    loras: Annotated[Path | None, typer.Option(help="Folder in which moved LoRAs are found by content.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's new location, if it has moved.")] = None,
+    savers: SaversOption = None,
+) -> None:
+    """Reproduce an image from its metadata and compare every pixel. Exit code 1 if one differs."""
+    record, given = read_record(image), read_pixels(image)
+    if loras is not None and not loras.is_dir():
+        raise ValueError(
+            f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder with safetensors files"
+        )
+    with starting():
+        from lora_compose.compose.generate.replay import replay_and_compare
+    if not replay_and_compare(record, given, out=out, loras=loras, model=model, savers=savers or ()):
+        raise typer.Exit(FAILED)

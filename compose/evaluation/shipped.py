@@ -1,0 +1,30 @@
+"""Suites by name: those that come along."""
+
+from pathlib import Path
+
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.playground.assets import assets_dir
+from lora_compose.compose.support.names import did_you_mean, file_near
+
+
+def suites_dir() -> Path:
+    """The folder with the suites that come along."""
+    return assets_dir() / "suites"
+
+
+def find_suite(name: str) -> Path:
+    """The file of a suite: a path, or the name of one that comes along.
+
+    Raises:
+        FileError: If there is neither; the message lists the names.
+    """
+    path = Path(name).expanduser()
+    if path.suffix.lower() in (".yaml", ".yml", ".json"):
+        if not path.exists():
+            raise FileError(f"there is no file {name!r}{file_near(path)}")
+        return path
+    shipped = {file.stem: file for file in sorted(suites_dir().glob("*.yaml"))}
+    if name not in shipped:
+        there = f"give a file (YAML or JSON), or one of {', '.join(shipped)}{did_you_mean(name, shipped)}"
+        raise FileError(f"there is no suite {name!r}; {there}")
+    return shipped[name]

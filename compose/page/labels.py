@@ -1,0 +1,159 @@
+"""What methods and their settings are called on the page: by what they do; the paper's names come second."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_compose.pipelines.methods import METHODS
+
+Decides = Literal["boxes", "found areas", "words", "nothing"]
+"""What decides where a LoRA acts: the boxes, areas that the method finds itself, words of the prompt, or nothing."""
+
+
+@dataclass(frozen=True)
+class MethodLabel:
+    """A method in the page's words.
+
+    Attributes:
+        name: By what it does.
+        paper: Its name in the paper or on the command line.
+        sentence: What it does.
+        decides: What decides where a LoRA acts.
+    """
+
+    name: str
+    paper: str
+    sentence: str
+    decides: Decides
+
+
+METHOD_LABELS: Mapping[str, MethodLabel] = {
+    "lora-composer": MethodLabel(
+        "By boxes", "LoRA-Composer",
+        "Each box has its own text and LoRA, and the subjects are moved into their boxes.", "boxes",
+    ),
+    "regional": MethodLabel(
+        "By boxes, light", "regional",
+        "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.", "boxes",
+    ),
+    "clora": MethodLabel(
+        "By words", "CLoRA",
+        "Finds each concept by its words while the image is made, and moves concepts apart. Needs no boxes.",
+        "found areas",
+    ),
+    "tara": MethodLabel(
+        "By trained words", "TARA", "Each LoRA acts on its own trigger. Best for LoRAs that were trained with TARA.",
+        "words",
+    ),
+    "merge": MethodLabel(
+        "Added up", "merge", "All LoRAs act everywhere, as in most tools. Subjects may blend.", "nothing",
+    ),
+    "switch": MethodLabel(
+        "Taking turns", "LoRA Switch", "One LoRA at a time, the next one every few steps.", "nothing",
+    ),
+    "composite": MethodLabel(
+        "Averaged", "LoRA Composite", "The average of what the model predicts with each LoRA alone.", "nothing",
+    ),
+}  # fmt: skip
+
+_RULE = "How the strength is measured"
+_UNTIL = "(share of the steps)"
+SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
+    "lora-composer": {
+        "inject": "Where a LoRA acts in its box",
+        "rows": "LoRAs act on",
+        "isolate": "Boxes do not see each other",
+        "threshold": "How much of a cell a box has to cover",
+        "step_size": "Strength of moving into the boxes",
+        "step_rule": _RULE,
+        "step_decay": "How fast the strength falls",
+        "least_updates": f"Move at least until {_UNTIL}",
+        "most_updates": f"Move at most until {_UNTIL}",
+        "ce_weight": "Weight of: words stay in their box",
+        "fill_weight": "Weight of: the subject fills its box",
+        "region_weight": "Weight of: nothing outside the box",
+        "gaussian": "Prefer the middle of a box",
+        "reinit": "Rearrange the noise before the start",
+        "apart": f"Make each box alone until {_UNTIL}",
+        "apart_side": "Smallest side of a box made alone (share)",
+        "background": "What the background reads",
+    },
+    "regional": {"rows": "LoRAs act on", "token_mask": "Keep a LoRA to its trigger"},
+    "clora": {
+        "fuse": "How concepts are joined",
+        "uncond": "The negative prompt is read",
+        "step_size": "Strength of moving concepts apart",
+        "step_rule": _RULE,
+        "update_until": f"Move concepts until {_UNTIL}",
+        "refine_at": "Move more at these shares of the steps",
+        "refinements": "How often it moves there",
+        "temperature": "Softness of the contrast between concepts",
+        "threshold": "How sure a cell of an area has to be",
+        "smoothed": "Smooth what was found",
+        "exclusive": "A cell belongs to one concept only",
+        "morphology": "Grow or shrink the areas",
+        "mask_from": f"Areas count from {_UNTIL}",
+        "mask_until": f"Areas stay as they are from {_UNTIL}",
+        "isolate": "Areas do not see each other",
+        "whole": "Move as the authors' code does",
+        "branch_batch_size": "Passes at once; fewer need less memory",
+        "base_prompt": "Prompt of the background",
+        "words": "Words that name each concept",
+        "mask_words": "Words that find each concept's area",
+    },
+    "tara": {"cfg_mask": "LoRAs act on", "scope": "What a LoRA changes"},
+    "switch": {"interval": "Steps of a turn"},
+    "composite": {"shares": "Share of each LoRA"},
+    "merge": {},
+}
+
+_CHOICES: Mapping[tuple[str, str], str] = {
+    ("inject", "attn2"): "on the text only",
+    ("inject", "full"): "in all layers",
+    ("inject", "off"): "nowhere",
+    ("rows", "cond_only"): "the prompt",
+    ("rows", "all"): "both prompts",
+    ("cfg_mask", "cond_only"): "the prompt",
+    ("cfg_mask", "broadcast"): "both prompts",
+    ("scope", "all"): "all layers",
+    ("scope", "cross_kv"): "how text is read",
+    ("token_mask", "tara"): "if trained so",
+    ("token_mask", "all"): "always",
+    ("token_mask", "none"): "never",
+    ("step_rule", "raw"): "as published",
+    ("step_rule", "rms"): "evened out",
+    ("reinit", "copy"): "copy",
+    ("reinit", "swap"): "swap",
+    ("background", "surroundings"): "all but the concepts",
+    ("background", "scene"): "the scene in plain words",
+    ("fuse", "regions"): "in one pass",
+    ("fuse", "branches"): "a pass each",
+    ("uncond", "shared"): "once for all",
+    ("uncond", "each"): "for each concept",
+}
+
+
+def label_of(method: str) -> MethodLabel:
+    """A method's label; a method without one is called as on the command line."""
+    return METHOD_LABELS.get(method) or MethodLabel(method, "", "", "nothing")
+
+
+def full_name(method: str) -> str:
+    """What a method does and what its paper calls it."""
+    label = label_of(method)
+    return f"{label.name} · {label.paper}" if label.paper else label.name
+
+
+def methods() -> list[str]:
+    """All methods, those first that one needs most."""
+    return [*METHOD_LABELS, *(method for method in METHODS if method not in METHOD_LABELS)]
+
+
+def setting_label(method: str, name: str) -> str:
+    """What a setting is called on the page."""
+    return SETTING_LABELS.get(method, {}).get(name) or name.replace("_", " ")
+
+
+def choice_label(setting: str, value: Any) -> str:
+    """What a value of a setting is called on the page."""
+    return _CHOICES.get((setting, value)) or str(value)

@@ -1,0 +1,135 @@
+"""The canvas: the image with the boxes of the concepts over it, where they are drawn, dragged and moved by keys."""
+
+from base64 import b64encode
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from PIL import Image
+from streamlit.components.v2 import component
+
+from lora_compose.compose.figures.overlay import colour
+from lora_compose.compose.page.boxes import TEMPLATES, fitted, template
+from lora_compose.compose.page.draft import SIDES
+from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.state import Row, Visit
+from lora_compose.compose.page.text import markdown
+
+_HERE = Path(__file__).parent
+_CANVAS, _DRAWN, _SHOWN = "do.canvas", "do.drawn", "set.outlines"
+_SIDE = 1024  # pixels of the longer side that are sent to the browser
+
+
+def position_part(here: Visit) -> None:
+    """Whether concepts have boxes, and ways to arrange them."""
+    if not here.rows:
+        return
+    st.session_state.setdefault(_SHOWN, True)
+    with st.container(horizontal=True, vertical_alignment="center", key="position"):
+        st.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
+                             required=True, label_visibility="collapsed")  # fmt: skip
+        if fields.boxed():
+            with st.popover("Arrange", icon=":material/dashboard:"):
+                _arranging(here)
+            st.toggle("Show boxes", key=_SHOWN)
+
+
+def canvas(here: Visit, image: Image.Image | None, alt: str) -> None:
+    """The image with the boxes; the fields of the coordinates hold the truth.
+
+    Args:
+        here: The visit.
+        image: What to show under the boxes; None is an empty canvas.
+        alt: What is to be seen, for those who cannot see it.
+    """
+    if st.session_state.pop(_DRAWN, False):
+        st.rerun()  # all of the page, for this part may have been looked at alone
+    width, height = fields.size()
+    shown = fields.boxed() and st.session_state[_SHOWN] if here.rows else False
+    data = {
+        "width": width,
+        "height": height,
+        "image": None if image is None else _as_uri(image),
+        "alt": alt,
+        "boxes": [
+            {
+                "id": row.number,
+                "name": str(st.session_state[fields.of_row(row, "name")]) or "?",
+                "colour": colour(i),
+                "box": list(fields.box_of(row)),
+            }
+            for i, row in (_with_boxes(here) if shown else [])
+        ],
+    }
+    _component()(key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(here))
+
+
+def _arranging(here: Visit) -> None:
+    with st.container(horizontal=True):
+        for name in TEMPLATES:
+            st.button(name, key=f"do.template.{name}", on_click=_apply, args=(here, name))
+    st.caption("Drag a box to move it, its corners to resize it; drag on an empty area to redraw the selected box. "
+               "Keyboard: Tab selects a box, arrows move it, Shift and arrows resize it.")  # fmt: skip
+    _masks(here)
+    for _, row in _with_boxes(here):
+        st.caption(f"{markdown(str(st.session_state[fields.of_row(row, 'name')]))}, in pixels")
+        for column, edge in zip(st.columns(4, wrap=False), fields.EDGES, strict=True):
+            column.number_input(edge.capitalize(), 0, SIDES[1], key=fields.of_row(row, edge), step=8)
+
+
+def _apply(here: Visit, name: str) -> None:
+    rows = [row for _, row in _with_boxes(here)]
+    for row, box in zip(rows, template(name, len(rows), *fields.size()) if rows else [], strict=True):
+        fields.set_box(row, box)
+
+
+def _with_boxes(here: Visit) -> list[tuple[int, Row]]:
+    """The concepts with boxes, each with its place among all, which is that of its colour."""
+    return [(i, row) for i, row in enumerate(here.rows) if fields.has_box(row)]
+
+
+def _masks(here: Visit) -> None:
+    for row in here.rows:
+        if row.mask is not None:
+            name = markdown(str(st.session_state[fields.of_row(row, "name")]))
+            st.caption(f"{name} has a mask file instead of a box: {markdown(row.mask)}")
+            st.button("Use a box instead", key=f"do.unmask.{row.number}", on_click=_unmask, args=(row,))
+
+
+def _unmask(row: Row) -> None:
+    row.mask = None
+
+
+def _drawn(here: Visit) -> None:
+    drawn = st.session_state[_CANVAS].get("drawn")
+    if not isinstance(drawn, dict):
+        return
+    row = next((row for row in here.rows if row.number == drawn.get("id")), None)
+    if row is not None and _is_box(drawn.get("box")):
+        fields.set_box(row, fitted(drawn["box"], *fields.size()))
+        st.session_state[_DRAWN] = True
+
+
+def _is_box(value: Any) -> bool:
+    """A browser may send anything."""
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(edge, int | float) and abs(edge) < 1e6
+                                                               for edge in value)  # fmt: skip
+
+
+def _as_uri(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((_SIDE, _SIDE))
+    buffer = BytesIO()
+    small.save(buffer, "WEBP", quality=92)
+    return f"data:image/webp;base64,{b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+@st.cache_resource(show_spinner=False)
+def _component() -> Any:
+    return component(
+        "lora_compose_canvas",
+        html=(_HERE / "canvas.html").read_text(encoding="utf-8"),
+        css=(_HERE / "canvas.css").read_text(encoding="utf-8"),
+        js=(_HERE / "canvas.js").read_text(encoding="utf-8"),
+    )

@@ -1,0 +1,37 @@
+"""What images cost, as one waits for them: in seconds, and times a plain image; passes are in the help."""
+
+from lora_compose.compose.check.report import RunCost
+from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.work import Picture
+
+_ROW = "A row is one image through the whole UNet, once; a plain image with guidance takes two per step."
+
+
+def cost_words(here: Visit, cost: RunCost) -> str:
+    """About how long an image takes, and how much more that is than one without concepts."""
+    times = f"{cost.flops / cost.plain_flops:.1f} times a plain image"
+    speed = here.slot.seconds_per_flop
+    if speed is None:
+        return f"Takes {times}; how many seconds is known after the first one"
+    return f"Takes about {seconds_words(speed * cost.flops)}, {times}"
+
+
+def cost_help(cost: RunCost, steps: int) -> str:
+    """The passes behind that."""
+    return f"{cost.rows} UNet rows in {steps} steps, {cost.flops / 1e12:.3g} TFLOPs. {_ROW}"
+
+
+def picture_cost(picture: Picture) -> str | None:
+    """The passes that an image took; None without concepts."""
+    cost = picture.cost
+    if cost is None:
+        return None
+    kinds = ((cost.rows_forward, "UNet rows"), (cost.rows_stopped, "stopped early"), (cost.rows_backward, "backward"))
+    return f"{' + '.join(f'{number:g} {what}' for number, what in kinds if number)}. {_ROW}"
+
+
+def seconds_words(seconds: float) -> str:
+    """A time in few letters."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,115 @@
+"""What a pipeline offers for concepts: they are loaded or added once, and named in calls."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.library import ConceptLibrary
+from lora_compose.pipelines.concepts.loading import find_file, local_path
+from lora_compose.pipelines.concepts.strength import Weight
+from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.scene import Concept
+
+
+class ConceptLoaderMixin:
+    """Loads concepts' LoRAs into a pipeline."""
+
+    concept_memory: int = 2 * 2**30
+    """Bytes of LoRAs that stay in memory between calls, of those that calls have read; `load_concept` comes on top."""
+
+    @property
+    def library(self) -> ConceptLibrary:
+        """The loaded and the added concepts, and the files read recently."""
+        return self.__dict__.setdefault("_concept_library", ConceptLibrary())
+
+    @property
+    def concepts(self) -> Mapping[str, Concept]:
+        """The loaded and the added concepts by name."""
+        return self.library.concepts
+
+    def load_concept(
+        self,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        trigger: str | None = None,
+        class_word: str | None = None,
+        weight: Weight = 1.0,
+        blocks: Mapping[str, float] | None = None,
+        weight_name: str | None = None,
+        alpha: float | None = None,
+        max_rank: int = MAX_RANK,
+        allow_pickle: bool = False,
+        **hub: Any,
+    ) -> Concept:
+        """Loads a concept's LoRA; it acts only in calls that name it.
+
+        Args:
+            source: A safetensors file, a folder, or a hub repository.
+            name: What the concept is called; the file's name by default.
+            trigger: The rare word or words; taken from the file's metadata if it has them.
+            class_word: The noun after the trigger; taken from the file's metadata if it has it.
+            weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
+            blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
+            weight_name: The file inside a folder or repository that has several.
+            alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
+            max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
+            allow_pickle: Opens files of `torch.save` as well: their tensors are read, no code is run.
+            hub: Passed on to `huggingface_hub` (token, revision, ...).
+
+        Raises:
+            LoraError: If the file is unusable or does not fit the model.
+            ValueError: If the name is taken.
+        """
+        concept = Concept(
+            name=name or local_path(source).stem,
+            lora=str(source),
+            trigger=trigger,
+            class_word=class_word,
+            weight=weight,
+            alpha=alpha,
+            blocks=blocks if blocks is None else dict(blocks),
+        )
+        self.library.check_new(self, concept.name)
+        path = find_file(source, weight_name, **hub)
+        return self.library.load(self, concept, path, max_rank=max_rank, allow_pickle=allow_pickle)
+
+    def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
+        """Makes LoRA files known as concepts without reading them: a call that names one reads and checks it then.
+
+        Only headers are read, for triggers and class words. What is wrong with a file is said by the call that needs
+        it. Files that calls have read stay in memory up to `concept_memory` bytes; those not used for longest go first.
+        A file that has changed on disk is read again. A folder may be added again for the files that are new.
+
+        Args:
+            source: A folder, of which every safetensors file is added under its own name; or files, or `Concept`
+                objects with a file and whatever else is known.
+
+        Returns:
+            What has been added.
+
+        Raises:
+            LoraError: If there is no such file or folder, or none in it.
+            ValueError: If a name is taken by another concept; nothing is added then.
+        """
+        return self.library.add(self, source)
+
+    def unload_concept(self, name: str) -> None:
+        """Removes a concept that was loaded or added.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        self.library.unload(name)
+
+    def resolve_concepts(self, concepts: Sequence[str | Concept]) -> tuple[LoadedConcept, ...]:
+        """The concepts of a call with their factors; given fields override loaded ones.
+
+        Args:
+            concepts: Names of loaded concepts or adapters, or `Concept` objects.
+
+        Raises:
+            ValueError: For unknown names and names given twice.
+        """
+        return self.library.resolve(self, concepts, self.concept_memory)

@@ -1,0 +1,25 @@
+"""What a model is, before it is opened: its configuration, or the names of a checkpoint's tensors."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+from safetensors import safe_open
+
+_FILE_OPTIONS = ("force_download", "proxies", "token", "cache_dir", "local_files_only", "revision", "disable_mmap")
+
+
+def checkpoint_keys(link_or_path: str | Path, options: Mapping[str, Any]) -> list[str]:
+    """The names of the tensors in a checkpoint.
+
+    Args:
+        link_or_path: A file, or a link to one in a hub repository, which is downloaded.
+        options: Those of `from_single_file`.
+    """
+    path = Path(link_or_path)
+    if path.is_file() and path.suffix.lower() == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    given = {name: options[name] for name in _FILE_OPTIONS if name in options}
+    return list(load_single_file_checkpoint(str(link_or_path), **given))

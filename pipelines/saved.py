@@ -1,0 +1,37 @@
+"""What stands beside a saved model: how to open it again, and how to load the concepts, which are not saved with it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_compose.pipelines.scene import Concept
+
+README = "README.md"
+
+
+def how_to_open(concepts: Iterable[Concept]) -> str:
+    """A README for the folder of a saved model.
+
+    Args:
+        concepts: Those that the pipeline had when it was saved. Their files are named without folders.
+    """
+    lines = "\n".join(_load(concept) for concept in concepts)
+    return f"""# Saved by lora-compose
+
+This folder holds the model. Concepts are not saved with it: they stay in their LoRA files. To compose them again:
+
+```python
+from lora_compose import ComposePipeline
+
+pipe = ComposePipeline.from_pretrained("THIS FOLDER")
+{lines}
+```
+
+`DiffusionPipeline.from_pretrained` of diffusers opens the folder too, as the plain pipeline, without concepts.
+"""
+
+
+def _load(concept: Concept) -> str:
+    file = Path(concept.lora or "").name
+    given = {"name": concept.name, "trigger": concept.trigger, "class_word": concept.class_word}
+    fields = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+    return f"pipe.load_concept({file!r}{fields})"

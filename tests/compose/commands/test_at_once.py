@@ -1,0 +1,118 @@
+"""Help, the version and mistakes in names come at once: without torch, diffusers and transformers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_compose.compose.benchmark.architectures import TRIGGERS
+from lora_compose.compose.commands import bench, inspect
+from lora_compose.compose.support import names
+from lora_compose.compose.support.names import did_you_mean, file_near
+from lora_compose.compose.training.settings import PRESETS as TRAINING_PRESETS
+from lora_compose.pipelines.formats.deltas import MAX_RANK
+from lora_compose.pipelines.merging import MERGERS
+from lora_compose.pipelines.methods import METHODS, PRESETS
+
+ROOT = Path(__file__).resolve().parents[3]
+SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
+COMMANDS = (
+    "run", "demo", "ui", "check", "replay", "inspect", "merge", "train", "bench", "evaluate", "evaluate run",
+    "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
+)  # fmt: skip
+CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
+MISTAKES = {
+    "rnu playground": "Did you mean 'run'?",
+    "run playground --prmpt a": "--prompt",
+    "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground'?",
+    "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",
+    f"run playground --prompt a --method clra --concept {CONCEPT}": "did you mean 'clora'?",
+    "run playground --prompt a --lora playground:baer": "did you mean 'bear'",
+    f"run playground --prompt a --concept {CONCEPT},wieght=2": "did you mean 'weight'?",
+    f"run playground --prompt a --concept {CONCEPT},weight=much": "weight: expected a valid number",
+    "run playground --scene assets/scenes/cat-dg.yaml": "in assets/scenes, did you mean 'cat-dog.yaml'",
+    "run playground --prompt a --lora READMEE.md": "there is no file 'READMEE.md'; did you mean 'README.md'?",
+    "run playground --prompt a --width 0": "width: expected greater than 0",
+    "check assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
+    "replay assets/scenes/cat-dog.pgn": "there is no file 'assets/scenes/cat-dog.pgn'",
+    "inspect playground:kittn": "did you mean 'kitten'",
+    "merge playground:cat playground:dgo --out a.safetensors": "did you mean 'dog'",
+    "merge playground:cat playground:dog --method tise --out a.safetensors": "did you mean 'ties'?",
+    "evaluate playground-quik": "did you mean 'playground-quick'",
+    "bench --method clora:oficial": "did you mean 'clora:official'",
+    "train assets --out a.safetensors --trigger a --class b --model playground --preset sdlx": "did you mean 'sdxl'",
+}
+SCRIPT = """
+import json, sys, time
+from lora_compose.compose.cli import app
+from typer.testing import CliRunner
+
+started, told = time.process_time(), []
+for arguments in json.load(sys.stdin):
+    result = CliRunner().invoke(app, arguments)
+    told.append([result.exit_code, result.output])
+slow = [name for name in %r if name in sys.modules]
+print(json.dumps({"told": told, "slow": slow, "started": started, "ended": time.process_time()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict:
+    """What one process without anything slow answers to everything."""
+    asked = [["--version"], ["--help"], *([*name.split(), "--help"] for name in COMMANDS)]
+    asked += [text.split() for text in MISTAKES]
+    told = subprocess.run(
+        [sys.executable, "-c", SCRIPT % (SLOW,)], input=json.dumps(asked), cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    found = json.loads(told.stdout)
+    return {**found, "told": dict(zip([" ".join(one) for one in asked], found["told"], strict=True))}
+
+
+def test_help_and_mistakes_need_nothing_slow(answers: dict) -> None:
+    assert answers["slow"] == []
+
+
+def test_they_take_little_time(answers: dict) -> None:
+    """CPU seconds, with room for slow machines; imports of torch and diffusers alone take 5."""
+    assert answers["started"] < 1.5
+    assert (answers["ended"] - answers["started"]) / len(answers["told"]) < 0.3
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", *(f"{name} --help" for name in COMMANDS)])
+def test_every_command_explains_itself(answers: dict, command: str) -> None:
+    code, text = answers["told"][command]
+    assert code == 0, text
+    assert ("lora-compose 0" if command == "--version" else "Usage:") in text
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_answered_with_what_may_have_been_meant(answers: dict, typed: str) -> None:
+    code, text = answers["told"][typed]
+    assert code == 2
+    assert " ".join(MISTAKES[typed].split()) in " ".join(text.split())
+
+
+def test_names_are_those_of_the_registries() -> None:
+    assert tuple(METHODS) == names.METHODS
+    assert tuple(PRESETS) == names.PRESETS
+    assert tuple(MERGERS) == names.MERGERS
+    assert tuple(TRAINING_PRESETS) == names.TRAINING_PRESETS
+    assert len(TRIGGERS) == bench.MOST_CONCEPTS
+    assert inspect.MAX_RANK == MAX_RANK
+
+
+def test_names_that_are_spelled_alike() -> None:
+    assert did_you_mean("CLoRA", ("clora", "tara")) == "; did you mean 'clora'?"
+    assert did_you_mean("Cat", ["CAT"]) == "; did you mean 'CAT'?"
+    assert did_you_mean("zebra", ("clora", "tara")) == ""
+    assert did_you_mean("", ("clora",)) == ""
+
+
+def test_files_that_are_spelled_alike(tmp_path: Path) -> None:
+    (tmp_path / "cat.safetensors").touch()
+    assert file_near(tmp_path / "cta.safetensors") == f"; in {tmp_path}, did you mean 'cat.safetensors'?"
+    assert file_near(tmp_path / "zzzzzz") == ""
+    assert file_near(tmp_path / "none/cat.safetensors") == ""

@@ -1,0 +1,133 @@
+"""Concepts as they are typed: in full, and in short."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commands import call
+from lora_compose import Concept
+from lora_compose.compose.commands.options import concepts_of, parse_box, parse_concept, parse_lora
+from lora_compose.compose.files.images import read_record
+from lora_compose.compose.generate.images import box_in_pixels
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cat.safetensors:0.8", ("cat.safetensors", 0.8)),
+        ("cat.safetensors", ("cat.safetensors", 1.0)),
+        ("playground:bear", ("playground:bear", 1.0)),
+        ("playground:bear:-0.5", ("playground:bear", -0.5)),
+        ("user/my-cat:2", ("user/my-cat", 2.0)),
+        ("C:\\loras\\cat.safetensors", ("C:\\loras\\cat.safetensors", 1.0)),
+        ("12", ("12", 1.0)),
+    ],
+)
+def test_a_lora_with_its_weight(text: str, expected: tuple[str, float]) -> None:
+    assert parse_lora(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "names no LoRA"), (":1", "names no LoRA"), ("a:inf", "weight is inf")]
+)
+def test_loras_that_cannot_be_read(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_lora(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0,16,60,112", (0, 16, 60, 112)),
+        (" (0, 16, 60, 112) ", (0, 16, 60, 112)),
+        ("0,0.1,0.5,0.9", (0.0, 0.1, 0.5, 0.9)),
+        ("0,0,1.0,1", (0.0, 0.0, 1.0, 1.0)),
+        ("0,0,1,1", (0, 0, 1, 1)),
+        (".25,0,.5,1", (0.25, 0.0, 0.5, 1.0)),
+        ("none", None),
+    ],
+)
+def test_boxes_in_pixels_and_as_parts(text: str, expected: tuple | None) -> None:
+    found = parse_box(text)
+    assert found == expected
+    assert found is None or {type(edge) for edge in found} == {type(edge) for edge in expected or ()}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1,2,3", "1,2,3,4,5", "a,b,c,d", "60,0,10,10", "0,0.5,1,0.5", "0,0.5,1,1.5", "-1,0,5,5", "nan,0,1,1"]
+)
+def test_boxes_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--box .*"):
+        parse_box(text)
+
+
+@given(st.tuples(*[st.integers(0, 4096)] * 4))
+def test_what_is_written_as_pixels_is_read_as_the_same_pixels(box: tuple[int, int, int, int]) -> None:
+    text = ",".join(map(str, box))
+    if box[0] < box[2] and box[1] < box[3]:
+        assert parse_box(text) == box
+        assert parse_concept(f"path=a.safetensors,region={text}").region == box
+    else:
+        with pytest.raises(ValueError, match="left"):
+            parse_box(text)
+
+
+@given(st.tuples(*[st.floats(0, 1)] * 4), st.integers(8, 2048), st.integers(8, 2048))
+def test_parts_of_an_image_are_boxes_inside_it(
+    edges: tuple[float, float, float, float], width: int, height: int
+) -> None:
+    (left, right), (top, bottom) = sorted(edges[::2]), sorted(edges[1::2])
+    box = box_in_pixels((left, top, right, bottom), width, height)
+    assert 0 <= box[0] < box[2] <= width
+    assert 0 <= box[1] < box[3] <= height
+    assert box_in_pixels((0, 0, 1, 1), width, height) == (0, 0, width, height)
+
+
+def test_boxes_belong_to_the_loras_in_their_order() -> None:
+    found, shares = concepts_of(
+        [], ["a.safetensors:0.5", "b.safetensors", "c.safetensors"], ["0,0,8,8", "none", "0,0,.5,1"]
+    )
+    assert found == [
+        Concept(name="a", lora="a.safetensors", weight=0.5, region=(0, 0, 8, 8)),
+        Concept(name="b", lora="b.safetensors", weight=1.0),
+        Concept(name="c", lora="c.safetensors", weight=1.0),
+    ]
+    assert shares == {"c": (0.0, 0.0, 0.5, 1.0)}
+    with pytest.raises(ValueError, match="there are 1 --box for 2 --lora; give one for each"):
+        concepts_of([], ["a.safetensors", "b.safetensors"], ["0,0,8,8"])
+    with pytest.raises(ValueError, match="1 --box for 0 --lora"):
+        concepts_of(["path=a.safetensors"], [], ["0,0,8,8"])
+
+
+def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
+    prompt = ["--prompt", "a xlo bear and a qrt robot on grass", "--steps", 1, "--method", "regional"]
+    short = [
+        "--lora",
+        "playground:bear:0.8",
+        "--box",
+        "0,0.125,0.5,0.875",
+        "--lora",
+        "playground:robot",
+        "--box",
+        "64,0,128,128",
+    ]
+    full = "path=playground:{},trigger={},class={},weight={},region={}".format
+    long = [
+        "--concept",
+        full("bear", "xlo", "bear", 0.8, "0:16:64:112"),
+        "--concept",
+        full("robot", "qrt", "robot", 1, "64,0,128,128"),
+    ]
+    for name, concepts in (("short", short), ("long", long)):
+        result = call("run", "playground", *prompt, *concepts, "--out", tmp_path / name)
+        assert (
+            f"made by regional, 1 steps, DDIMScheduler; to make it again: lora-compose replay {tmp_path / name}"
+            in result.stderr
+        )
+    one, other = ((tmp_path / name / "0.png") for name in ("short", "long"))
+    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 16, 64, 112), (64, 0, 128, 128)]
+    from lora_compose.compose.files.images import read_pixels
+
+    assert read_pixels(one).tobytes() == read_pixels(other).tobytes()

@@ -1,0 +1,94 @@
+"""`from_pretrained(MODEL, custom_pipeline=FOLDER)` of diffusers gives the composing pipeline of the model's family."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers.utils import dynamic_modules_utils
+from safetensors.torch import save_file
+
+from components import lora_tensors, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
+from flux import as_file, flux_lora, flux_pipeline
+from lora_compose.compose.playground.assets import assets_dir
+from lora_compose.pipelines.base import ComposePipeline
+
+FOLDER = assets_dir() / "custom_pipeline"
+MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, "flux": flux_pipeline}
+PROMPT = "a sks cat on grass"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """diffusers copies the file into a cache below the home folder, from where it imports it."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield
+    for name in [name for name in sys.modules if name.startswith("diffusers_modules") and name not in before]:
+        del sys.modules[name]
+
+
+def saved(family: str, folder: Path) -> Any:
+    pipe = MAKERS[family]()
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def latents(pipe: Any, family: str, path: Path) -> torch.Tensor:
+    """One step with a concept from a file."""
+    tensors = (
+        as_file(flux_lora(pipe.transformer, 1)) if family == "flux" else lora_tensors(unet=random_lora(pipe.unet, 1))
+    )
+    save_file(dict(tensors), path)
+    pipe.load_concept(path, "cat", trigger="sks")
+    made = pipe(
+        PROMPT, concepts=["cat"], method="merge", num_inference_steps=1, generator=seeded(), output_type="latent"
+    )
+    return made.images
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_model_of_each_family_opens_through_the_folder_and_composes_the_same(family: str, tmp_path: Path) -> None:
+    ours = saved(family, tmp_path / "model")
+    opened: Any = DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(FOLDER), trust_remote_code=True
+    )
+    assert isinstance(opened, ComposePipeline)
+    assert type(opened) is type(ours)
+    assert dict(opened.config) == dict(ComposePipeline.from_pretrained(tmp_path / "model").config)
+    file = tmp_path / "cat.safetensors"
+    assert torch.equal(latents(opened, family, file), latents(ours, family, file))
+
+
+def test_a_model_with_the_file_in_its_own_repository_opens_without_naming_it(tmp_path: Path) -> None:
+    saved("sdxl", tmp_path)
+    shutil.copy(FOLDER / "pipeline.py", tmp_path)
+    index = tmp_path / "model_index.json"
+    config = json.loads(index.read_text())
+    index.write_text(json.dumps({**config, "_class_name": ["pipeline", "CustomComposePipeline"]}))
+    opened = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert isinstance(opened, type(tiny_xl_pipeline()))
+
+
+def test_options_and_components_that_are_given_are_used(tmp_path: Path) -> None:
+    saved("sd", tmp_path)
+    scheduler = EulerDiscreteScheduler(steps_offset=1)
+    opened: Any = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(FOLDER), trust_remote_code=True, dtype=torch.bfloat16, scheduler=scheduler
+    )
+    assert opened.scheduler is scheduler
+    assert opened.unet.dtype == torch.bfloat16
+
+
+def test_a_model_without_a_component_is_refused_with_its_name(tmp_path: Path) -> None:
+    saved("sd", tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({name: part for name, part in json.loads(index.read_text()).items() if name != "vae"}))
+    with pytest.raises(ValueError, match="the model has no vae, which Stable Diffusion"):
+        DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(FOLDER), trust_remote_code=True)
