@@ -17,6 +17,7 @@ apart, so with two of one class every region reads a text of its own and is deno
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -26,7 +27,6 @@ from torch import Tensor
 
 from lora_compose.attention import grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
-from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.canvas import Canvas, Step, steps_in
 from lora_compose.pipelines.losses import smooth
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
@@ -43,7 +43,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 from lora_compose.pipelines.text.prompts import about
 
 Reading = Literal["auto", "scene", "regions"]
-Division = Literal["strips", "nearest"]
+Division = Literal["auto", "strips", "nearest"]
 _CHOICES = {"reading": Reading, "division": Division}
 
 
@@ -55,21 +55,25 @@ class Draft:
         length: The part of the steps that is drafted, at least one step; above 1 it is a number of steps. The last of
             them stops after the last attention map.
         threshold: The share of its map's maximum from which on a cell counts for the centre of a subject.
-        division: "strips" divides the canvas into columns or rows, whichever the subjects are further apart in;
-            "nearest" gives every cell to the subject whose centre is nearest.
+        division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
+            columns or rows, whichever the subjects are further apart in; "auto", strips where regions have texts of
+            their own.
         reading: What image cells read: "scene", the scene's prompt; "regions", each region a text of its own; "auto",
-            texts of their own if two subjects share a class word or one has a prompt of its own.
+            texts of their own if two subjects share a class word, one has a prompt of its own, or there are more than
+            two and all find room side by side.
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`).
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention.
+        keep_regions: Whether regions that the user gives are kept; otherwise those of all subjects are found.
     """
 
     length: float = 0.12
     threshold: float = 0.3
-    division: Division = "strips"
+    division: Division = "auto"
     reading: Reading = "auto"
     apart: float = 0.4
     isolate: bool = True
+    keep_regions: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -96,7 +100,7 @@ class Draft:
         words = words / words.sum(dim=1, keepdim=True)
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
-        painter = _by_regions(self, session) if self._reads_regions(session) else _by_scene(session)
+        painter = (_by_regions if self._reads_regions(session) else _by_scene)(self, session)
         return Drafting(self, session, draft, words, painter)
 
     def _reads_regions(self, session: Session) -> bool:
@@ -104,7 +108,13 @@ class Draft:
             return self.reading == "regions"
         every = [session.concepts.concepts[i] for i in session.concepts.subjects]
         own = any(concept.prompt is not None or concept.negative_prompt is not None for concept in every)
-        return own or len({_class_of(concept) for concept in every}) < len(every)
+        room = len(every) * _side(session.canvas) <= max(session.canvas.latent_grid)
+        return own or len({_class_of(concept) for concept in every}) < len(every) or (len(every) > 2 and room)
+
+
+def _side(canvas: Canvas) -> int:
+    """The least side of a canvas on which a region is denoised apart, in cells of the latents."""
+    return math.ceil(canvas.backbone.native_side * LoraComposer.apart_side)
 
 
 def _class_of(concept: Concept) -> str:
@@ -117,15 +127,17 @@ class Painter:
 
     Attributes:
         text: The text that callbacks see.
+        divide: How to divide the free cells between subjects, given their centres and 1 where a cell is free.
         start: Starts it, given masks: one process for all images, or one for each. Shape of the masks: [images,
             subjects, height, width] on the latent grid.
     """
 
     text: Conditioning
+    divide: Callable[[Tensor, Tensor], Tensor]
     start: Callable[[Tensor], Sequence[Process]]
 
 
-def _by_scene(session: Session) -> Painter:
+def _by_scene(settings: Draft, session: Session) -> Painter:
     """All cells read the scene's prompt, and LoRAs are gated, as in `regional`."""
     concepts, canvas, regional = session.concepts, session.canvas, Regional()
     text = regional.text(session)
@@ -140,7 +152,7 @@ def _by_scene(session: Session) -> Painter:
         everywhere = [concept.is_style for concept in concepts.concepts]
         return [FixedPasses(session, [[(regional.gated(session, text, by_level, everywhere), 1.0)]])]
 
-    return Painter(text, start)
+    return Painter(text, strips if settings.division == "strips" else nearest, start)
 
 
 def _by_regions(settings: Draft, session: Session) -> Painter:
@@ -160,7 +172,10 @@ def _by_regions(settings: Draft, session: Session) -> Painter:
             for image, regions in enumerate(every)
         ]
 
-    return Painter(texts.background, start)
+    # Borders for which the canvases of the first steps do not overlap.
+    block, side = 2 ** max(session.canvas.levels), _side(session.canvas)
+    blocks = partial(strips, block=block, side=side) if settings.apart > 0 else strips
+    return Painter(texts.background, nearest if settings.division == "nearest" else blocks, start)
 
 
 @dataclass
@@ -194,12 +209,14 @@ class Drafting:
         """Drafts the image and divides the canvas; the latents stay as they are."""
         canvas, concepts = self.session.canvas, self.session.concepts
         subjects = [concepts.concepts[i] for i in concepts.subjects]
-        given = [_given(subject, canvas) for subject in subjects]
+        given = [_given(subject if self.settings.keep_regions else None, canvas) for subject in subjects]
         map_grid = grid_at(canvas.latent_grid, canvas.map_level)
         # With a region for each subject nothing is to be found.
-        nothing = all(region is not None for region in given)
+        nothing = all(region.any() for region in given)
         maps = torch.zeros(canvas.images, len(given), *map_grid) if nothing else self._maps(latents, first).cpu()
-        masks = torch.stack([divided(image, subjects, given, canvas.latent_grid, self.settings) for image in maps])
+        masks = torch.stack(
+            [divided(image, subjects, given, self.painter.divide, self.settings.threshold) for image in maps]
+        )
         self.processes = self.painter.start(masks)
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)
         self.masks[:, list(concepts.subjects)] = F.interpolate(masks, maps.shape[2:], mode="area") >= 0.5
@@ -231,24 +248,28 @@ class Drafting:
         return latents, torch.cat(outputs)
 
 
-def _given(subject: Concept, canvas: Canvas) -> Tensor | None:
-    """The region that the user gave. Shape: [height, width] of the latents, bool."""
-    if subject.region is None:
-        return None
+def _given(subject: Concept | None, canvas: Canvas) -> Tensor:
+    """The region that the user gave, empty if there is none. Shape: [height, width] of the latents, bool."""
+    if subject is None or subject.region is None:
+        return torch.zeros(canvas.latent_grid, dtype=torch.bool)
     return cells_of(region_mask(subject.region, canvas.image_size, canvas.latent_grid, sharp=True), 0.5)
 
 
 def divided(
-    maps: Tensor, subjects: Sequence[Concept], given: Sequence[Tensor | None], grid: Grid, settings: Draft
+    maps: Tensor,
+    subjects: Sequence[Concept],
+    given: Sequence[Tensor],
+    divide: Callable[[Tensor, Tensor], Tensor],
+    threshold: float,
 ) -> Tensor:
     """Divides the canvas of one image between its subjects.
 
     Args:
         maps: Attention to each subject. Shape: [subjects, map grid height, width].
         subjects: The subjects.
-        given: Regions that are given already, on the latent grid.
-        grid: Height and width of the latents.
-        settings: How to divide.
+        given: The region of each subject on the latent grid; empty where none is given. Shape: [height, width] each.
+        divide: Divides the free cells, given centres and 1 where a cell is free.
+        threshold: As for `centres_of`.
 
     Returns:
         1 in the region of a subject; a cell is in one of them, or in several given ones. Shape: [subjects, height,
@@ -257,20 +278,16 @@ def divided(
     Raises:
         ValueError: If the given regions leave no cell to the others.
     """
-    masks = torch.zeros(len(subjects), *grid)
-    free = torch.ones(grid)
-    for n, region in enumerate(given):
-        if region is not None:
-            masks[n], free[region] = region.float(), 0
-    found = [n for n, region in enumerate(given) if region is None]
+    masks = torch.stack(list(given)).float()
+    free = 1 - masks.amax(dim=0)
+    found = [n for n, region in enumerate(given) if not region.any()]
     if not found:
         return masks
     if not free.any():
         names = ", ".join(subjects[n].name for n in found)
         raise ValueError(f"the given regions cover the whole canvas and leave nothing for {names}")
     here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
-    centres = centres_of(smooth(maps[found]) * here, [_class_of(subjects[n]) for n in found], settings.threshold)
-    divide = strips if settings.division == "strips" else nearest
+    centres = centres_of(smooth(maps[found]) * here, [_class_of(subjects[n]) for n in found], threshold)
     masks[found] = divide(centres, free)
     return masks
 
@@ -323,7 +340,7 @@ def clusters(points: Tensor, weights: Tensor, count: int) -> Tensor:
     return centres[centres[:, 1].argsort(stable=True)]
 
 
-def strips(centres: Tensor, free: Tensor) -> Tensor:
+def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> Tensor:
     """Columns or rows of free cells, one for each subject, with borders half-way between their centres.
 
     Along the side on which the subjects are further apart. No strip is narrower than 0.7 of an equal part.
@@ -331,26 +348,28 @@ def strips(centres: Tensor, free: Tensor) -> Tensor:
     Args:
         centres: In parts of the canvas (down, across). Shape: [subjects, 2].
         free: 1 where a cell may be used. Shape: [height, width].
+        block: Borders lie on multiples of so many cells, if every subject gets a block.
+        side: How wide a strip is at least, in cells, if there is room for it.
 
     Returns:
         Shape: [subjects, height, width].
     """
     count, sides = len(centres), torch.tensor(free.shape)
     spread = (centres.amax(dim=0) - centres.amin(dim=0)) * sides
-    side = 1 if spread[1] >= 0.8 * spread[0] else 0
-    order = centres[:, side].argsort(stable=True).tolist()
-    length, least = len(free.movedim(side, 0)), 0.7 / count
-    borders = [0.0]
+    axis = 1 if spread[1] >= 0.8 * spread[0] else 0
+    length = free.shape[axis]
+    block = block if length // count >= block else 1
+    least = min(math.ceil(max(0.7 * length / count, side) / block) * block, length // count // block * block)
+    order = centres[:, axis].argsort(stable=True).tolist()
+    borders = [0]
     for j, (one, other) in enumerate(pairwise(order), start=1):
-        middle = float(centres[one, side] + centres[other, side]) / 2
-        borders.append(min(max(middle, borders[-1] + least), 1 - least * (count - j)))
-    borders.append(1.0)
-    along = (torch.arange(length) + 0.5) / length
+        middle = float(centres[one, axis] + centres[other, axis]) / 2 * length
+        latest = (length - least * (count - j)) // block * block
+        borders.append(min(max(round(middle / block) * block, borders[-1] + least), latest))
     masks = torch.zeros(count, *free.shape)
-    for n, (start, stop) in zip(order, pairwise(borders), strict=True):
-        inside = ((along >= start) & (along < stop)).float()
-        masks[n] = (inside[:, None] if side == 0 else inside[None, :]) * free
-    return masks
+    for n, (start, stop) in zip(order, pairwise([*borders, length]), strict=True):
+        masks[n].narrow(axis, start, stop - start).fill_(1)
+    return masks * free
 
 
 def nearest(centres: Tensor, free: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     LCMScheduler,
 )
+from PIL import Image
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
@@ -130,12 +131,18 @@ SCHEDULERS = [
 
 
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
-def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, dividing, scheduler):
-    """It is the image of `regional` with the boxes found, from the same noise with the same noise of every step."""
+def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, dividing, tmp_path, scheduler):
+    """It is the image of `regional` with the masks found, from the same noise with the same noise of every step."""
     if scheduler is not None:
         composer.scheduler = scheduler.from_config(composer.scheduler.config)
     found = call(composer, method=Draft(length=0.5)).images
-    concepts = [Concept(name=n, region=box) for n, box in zip(("cat", "dog"), boxes_of(dividing.masks[0]), strict=True)]
+    concepts = []
+    for name, mask in zip(("cat", "dog"), dividing.masks[0], strict=True):
+        assert mask.any()
+        Image.fromarray(mask.bool().repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()).save(
+            tmp_path / f"{name}.png"
+        )
+        concepts.append(Concept(name=name, region=str(tmp_path / f"{name}.png")))
     assert torch.equal(found, call(composer, concepts, method="regional").images)
 
 
@@ -189,6 +196,8 @@ def test_with_a_region_for_each_subject_nothing_is_drafted(composer):
     drafted, given = call(composer, concepts), call(composer, concepts, method="regional")
     assert torch.equal(drafted.images, given.images)
     assert drafted.cost.rows_forward == given.cost.rows_forward
+    found = call(composer, concepts, method=Draft(keep_regions=False))
+    assert torch.equal(found.images, call(composer).images)
 
 
 @pytest.mark.parametrize(("prompt", "concepts"), [(PROMPT, ("cat", "dog")), (CATS, ("cat", "kitten"))])
@@ -231,7 +240,7 @@ def test_a_single_subject_is_merged_and_embeddings_are_refused(composer):
     ("length", 0, "length must be positive"),
     ("threshold", 1.0, "threshold must be at least 0 and below 1"),
     ("apart", 2, "apart must lie between 0 and 1"),
-    ("division", "circles", "division must be one of strips, nearest"),
+    ("division", "circles", "division must be one of auto, strips, nearest"),
     ("reading", "nothing", "reading must be one of auto, scene, regions"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(field, value, message):
