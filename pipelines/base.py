@@ -22,12 +22,13 @@ from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import Source
-from lora_compose.pipelines.loop import Hooks, Schedule, denoise
+from lora_compose.pipelines.loop import Hooks, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.task import ImageToImage, TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -250,7 +251,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
-            opened = sessions(encode, len(schedule.timesteps), {} if task is None else task.inputs)
+            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
+            opened = sessions(encode, sampler, {} if task is None else task.inputs)
             process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
@@ -262,8 +264,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             latents = denoise(
                 process,
                 task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
-                self._scheduler_step(call.sampling),
-                schedule,
+                sampler,
                 1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale,
                 hooks,
                 cost=opened.denoiser.cost,
@@ -332,15 +333,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             self.scheduler, sampling.num_inference_steps, plan.canvas.device, sampling.timesteps, sampling.sigmas
         )
         return found
-
-    def _scheduler_step(self, sampling: Sampling) -> Any:
-        """From model output, timestep and latents to the next latents."""
-        extra = self._step_arguments(sampling)
-
-        def step(model_output: Tensor, t: Tensor, latents: Tensor) -> Tensor:
-            return self.scheduler.step(model_output, t, latents, **extra, return_dict=False)[0]
-
-        return step
 
     def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:
         """Further arguments of the scheduler's step."""

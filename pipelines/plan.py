@@ -21,6 +21,7 @@ from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.regions import region_mask
+from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
@@ -68,15 +69,15 @@ class Plan:
     controls: Sequence[PreparedControl]
 
     @contextmanager
-    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, int, Mapping[str, Any]], "Sessions"]]:
+    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler, Mapping[str, Any]], "Sessions"]]:
         """The LoRAs are in the model inside this block, and nowhere after it.
 
         Args:
             pipe: The pipeline.
 
         Yields:
-            Opens the sessions of the call, given the pipeline's encoder, the number of steps, and what the task adds to
-            the arguments of every forward pass.
+            Opens the sessions of the call, given the pipeline's encoder, the scheduler with its timesteps, and what the
+            task adds to the arguments of every forward pass.
         """
         model: Any = self.canvas.backbone.model
         names = [concept.name for concept in self.concepts.concepts]
@@ -88,10 +89,11 @@ class Plan:
             silence=names,
         ) as installation:
 
-            def sessions(encode: Encoder, steps: int, inputs: Mapping[str, Any]) -> Sessions:
+            def sessions(encode: Encoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
+                steps = len(sampler.schedule.timesteps)
                 log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
                 denoiser = Denoiser(
-                    self.canvas.backbone, installation, pipe.scheduler, self.canvas, self.concepts, self.controls,
+                    self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
                     {**self.call.inputs, **inputs}, log,
                 )  # fmt: skip
                 encoder = PromptEncoder(

@@ -13,8 +13,8 @@ from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.from_image import FromImage, Source, check_steps
-from lora_compose.pipelines.loop import Schedule
 from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.sampler import Schedule
 from lora_compose.pipelines.task import ImageToImage, Inpainting
 
 _FOR_INPAINTING = 9
