@@ -161,7 +161,11 @@ def test_records_hold_absolute_paths_without_the_users_name(tmp_path: Path, monk
 WRONG = {
     "not yaml": ("a.yaml", "prompt: [a\nb: c", r"a\.yaml, line 2, column \d+: not valid YAML"),
     "not json": ("a.json", '{"prompt": "a",\n}', r"a\.json, line 2, column \d+: not valid JSON"),
-    "a list": ("a.yaml", "- a\n- b\n", r"expected prompt, negative_prompt, concepts, width, height, found a list \(2 "),
+    "a list": (
+        "a.yaml",
+        "- a\n- b\n",
+        r"expected prompt, negative_prompt, concepts, width, height, image, .*found a list \(2 ",
+    ),
     "nothing": ("a.yaml", "", "found nothing"),
     "no prompt": ("a.yaml", "width: 64", "a.yaml: prompt: is missing"),
     "unknown field": (
