@@ -11,6 +11,9 @@ from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.plan import Plan
 
+OLD_CALLBACK = {"callback", "callback_steps"}
+"""Arguments that diffusers takes beside those that it names."""
+
 
 class UNetPipeline(ComposePipeline):
     """A composing pipeline of the Stable Diffusion families."""
