@@ -19,7 +19,7 @@ from lora_compose.pipelines.call import Call, Concepts, Sampling
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
-from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.hub import is_hub_name, reachable
@@ -33,6 +33,7 @@ from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.task import TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import Encoder
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -236,13 +237,13 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         reads_regions = backbone_of(self.model).reads_regions
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
-    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[ExpandingTokenizer]:
+    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
         """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
 
         Raises:
             ValueError: If two files bring one word.
         """
-        return expanding_tokenizers(self, TextualInversions.of(concepts, self.components))
+        return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
     def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Outcome]":
         """A call with concepts up to its final latents, the same for every family and method.
@@ -289,6 +290,15 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def model(self) -> Any:
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
+
+    def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
+        """The tokenizers of the model's text as they read prompts.
+
+        Args:
+            textual_inversions: Words that LoRA files bring.
+            length: Tokens of an encoded text; None means as many as the tokenizer says.
+        """
+        return expanding_tokenizers(self, textual_inversions, length)
 
     def _check_latents(self, call: Call, canvas: Canvas) -> None:
         """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""

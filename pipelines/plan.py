@@ -22,6 +22,7 @@ from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.encoder import Encoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
             "this method needs region attention, which this model does not support yet; use merge, tara or regional"
         )
     textual_inversions = TextualInversions.of(loaded, pipe.components)
-    tokenizers = expanding_tokenizers(pipe, textual_inversions, call.prompts.length)
+    tokenizers = pipe._prompt_tokenizers(textual_inversions, call.prompts.length)
     prompts_of: dict[tuple[int, ...], list[int]] = {}
     for prompt, columns in enumerate(concepts_of):
         prompts_of.setdefault(tuple(columns), []).append(prompt)
@@ -214,7 +215,7 @@ def expanding_tokenizers(
 
 
 def _token_masks(
-    call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept], indices: Sequence[int]
+    call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], indices: Sequence[int]
 ) -> TokenMasks:
     """Where the words of a concept set are in its prompts."""
     if len(indices) == len(call.prompts):
@@ -233,7 +234,7 @@ def _token_masks(
     return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
 
-def _masks_of(call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept]) -> TokenMasks:
+def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept]) -> TokenMasks:
     positions, embeds = call.composition.token_positions, call.prompts.embeds
     if embeds is not None:
         return TokenMasks.of_positions(positions or {}, embeds.shape[0], embeds.shape[1], concepts)
@@ -244,7 +245,7 @@ def _masks_of(call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Se
 
 
 def _find(
-    tokenizers: Sequence[ExpandingTokenizer],
+    tokenizers: Sequence[Tokenizer],
     concepts: Sequence[Concept],
     prompts: Sequence[str],
     names: Any,
@@ -255,7 +256,7 @@ def _find(
 
 
 def find_in(
-    tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
+    tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
 ) -> TokenMasks:
     """Where words are, which has to be the same for all tokenizers, since their features are put side by side."""
     found = [

@@ -12,7 +12,7 @@ from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUND
-from lora_compose.compose.support.names import check_method, did_you_mean
+from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
 from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.scene import Concept, Run, Scene
@@ -31,6 +31,10 @@ LORA_HELP = (
 BOX_HELP = (
     "The box of a LoRA, repeatable: the first for the first --lora, and so on; none for one without. left,top,right,"
     "bottom, in pixels (0,16,60,112) or as parts of the image (0,0.1,0.5,0.9)."
+)
+LORAS_HELP = (
+    "A folder of LoRAs, of which those act that the prompt names: by trigger, or by a class word that only one of "
+    "them has."
 )
 CONCEPT_HELP = (
     "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64,32,128,96."
@@ -236,6 +240,16 @@ def check_names(asked: Run) -> None:
     model_source(asked.model)
     for concept in asked.scene.concepts:
         check_lora(concept.lora or "")
+
+
+def check_folder(loras: Path, asked: Run) -> None:
+    """Raises ValueError if there is no folder of LoRAs to choose from, or nothing to choose."""
+    if not loras.is_dir():
+        raise ValueError(f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder of LoRAs")
+    if asked.scene.concepts:
+        raise ValueError(
+            "with --loras the prompt chooses the concepts; leave out --lora, --concept and those of --scene"
+        )
 
 
 def _name_of(source: str) -> str:

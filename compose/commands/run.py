@@ -10,11 +10,13 @@ from lora_compose.compose.commands.options import (
     CONCEPT_HELP,
     LAST_SEED,
     LORA_HELP,
+    LORAS_HELP,
     GuidanceOption,
     MethodOption,
     SaversOption,
     SetOption,
     StepsOption,
+    check_folder,
     check_names,
     concepts_of,
     parse_settings,
@@ -31,6 +33,7 @@ def run(
     lora: Annotated[list[str] | None, typer.Option(help=LORA_HELP)] = None,
     box: Annotated[list[str] | None, typer.Option(help=BOX_HELP)] = None,
     concept: Annotated[list[str] | None, typer.Option(help=CONCEPT_HELP)] = None,
+    loras: Annotated[Path | None, typer.Option(help=LORAS_HELP)] = None,
     scene: Annotated[Path | None, typer.Option(help="A scene file, YAML or JSON; other options override it.")] = None,
     method: MethodOption = None,
     settings: SetOption = None,
@@ -62,7 +65,9 @@ def run(
         guidance_scale=guidance, dtype=dtype, device=device,
     )  # fmt: skip
     check_names(asked)
+    if loras is not None:
+        check_folder(loras, asked)
     seeds = list(dict.fromkeys(seed or [0]))
     with starting():
         from lora_compose.compose.generate.images import make_images
-    make_images(asked, seeds, out, savers or (), shares=shares, maps=maps)
+    make_images(asked, seeds, out, savers or (), shares=shares, loras=loras, maps=maps)

@@ -193,11 +193,8 @@ def draft(here: Visit) -> Draft:
     missing = [row.wanted for row in here.rows if row.lora is None]
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
-    if unfit := [row.lora.shown for row in here.rows if row.lora is not None and (fit := here.fit(row)) and fit[2]]:
-        raise ValueError(
-            f"This does not fit the model {here.slot.choice.model}: {', '.join(unfit)}. Open another model at the top, "
-            "or remove these concepts."
-        )
+    if unfit := [fit[2] for row in here.rows if (fit := here.fit(row)) is not None and fit[2]]:
+        raise ValueError("\n".join(unfit))
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
     if here.rows and not boxed() and method and label_of(method).decides == "boxes":
         raise ValueError(

@@ -143,6 +143,16 @@ def test_a_canvas_far_from_the_models_own_is_refused() -> None:
         draft.check_canvas((520, 128), (128, 128))
 
 
+def test_variations_leave_weights_that_change_over_the_steps() -> None:
+    robot = ROBOT.model_copy(update={"weight": "1..0.4"})
+    (run,) = short(concepts=(BEAR, robot), method="merge").runs()
+    varied = draft.variations(run)
+    assert [run.scene.concepts[0].weight for run in varied] == list(draft.FACTORS)
+    assert {run.scene.concepts[1].weight for run in varied} == {"1..0.4"}
+    (run,) = short(concepts=(robot,), method="merge").runs()
+    assert draft.variations(run) == []
+
+
 def test_seeds_as_they_are_typed() -> None:
     assert draft.read_seeds("0, 2,2 5-7") == (0, 2, 5, 6, 7)
     assert draft.read_seeds(str(2**63 - 1)) == (2**63 - 1,)
