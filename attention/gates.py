@@ -76,21 +76,21 @@ class Gates:
             None if self.modulation is None else change_row(self.modulation),
         )
 
-    def expand(self, key: GateKey, tokens: int) -> Tensor:
+    def expand(self, key: GateKey, lengths: Sequence[int]) -> Tensor:
         """The factor on x A^T, the input projected to the ranks of all concepts, in one kind of layer.
 
         Args:
             key: The kind of layer.
-            tokens: Length of the text, for layers with text and image in one sequence.
+            lengths: Tokens of the text by row, for layers with text and image in one sequence.
 
         Returns:
             Shape: [(texts,) rows, tokens or cells, sum of ranks] for linear layers, [rows, sum of ranks, height,
-            width] for convolutions, [rows, sum of ranks] for one vector per row.
+            width] for convolutions, [rows, sum of ranks] for one vector per row; otherwise as the site says.
 
         Raises:
             KeyError: If there is no gate for the level: a missing gate is an error, never "ungated".
         """
-        gate, grid = self._of(key.site, tokens), grid_at(self.latent_grid, key.site.level)
+        gate, grid = self._of(key.site, lengths), grid_at(self.latent_grid, key.site.level)
         # Not by an index of ranks, which would have to be copied to the device.
         each = [gate[..., i, None].expand(*gate.shape[:-1], rank) for i, rank in enumerate(key.ranks)]
         gate = torch.cat(each, dim=-1)
@@ -100,21 +100,50 @@ class Gates:
         height, width = grid if gate.shape[-1] > 1 else (1, 1)
         return gate.reshape(*gate.shape[:2], height, width)
 
-    def _of(self, site: Site, tokens: int) -> Tensor:
-        if site.stream == "text":
-            return self.text
+    def _of(self, site: Site, lengths: Sequence[int]) -> Tensor:
+        gate = self._by_position(site, lengths)
+        if site.flat:
+            height, width = grid_at(self.latent_grid, site.level)
+            each = lengths if site.stream == "text" else [height * width] * len(lengths)
+            gate = _flat(gate, [site.padded(length) for length in each])
+        return gate.unsqueeze(-2) if site.extra_axis else gate
+
+    def _by_position(self, site: Site, lengths: Sequence[int]) -> Tensor:
         if site.stream == "row":
             return self.row
         if site.stream == "modulation":
             return self.row if self.modulation is None else self.modulation
+        tokens = site.padded(max(lengths))
+        # Rows with longer texts may run apart from these.
+        text = self.text if site.multiple == 1 else self.text[..., :tokens, :]
+        if site.stream == "text":
+            return text
         image = (self.read if site.reads_text and self.read is not None else self.image)[site.level]
-        return image if site.stream == "image" else self._joint(site, image, tokens)
-
-    def _joint(self, site: Site, image: Tensor, tokens: int) -> Tensor:
         height, width = grid_at(self.latent_grid, site.level)
-        rows = max(len(self.text), len(image))
-        text, image = self.text.expand(rows, tokens, -1), image.expand(rows, height * width, -1)
-        return torch.cat([image, text] if site.image_first else [text, image], dim=1)
+        image = _padded(image, site.padded(height * width))
+        return image if site.stream == "image" else _joint(site, text, tokens, image, site.padded(height * width))
+
+
+def _joint(site: Site, text: Tensor, tokens: int, image: Tensor, cells: int) -> Tensor:
+    rows = max(len(text), len(image))
+    text, image = text.expand(rows, tokens, -1), image.expand(rows, cells, -1)
+    return torch.cat([image, text] if site.image_first else [text, image], dim=1)
+
+
+def _padded(image: Tensor, positions: int) -> Tensor:
+    """With padding, where a LoRA acts only if it acts on every cell."""
+    missing = positions - image.shape[1]
+    if image.shape[1] == 1 or missing <= 0:
+        return image
+    return torch.cat([image, image.amin(dim=1, keepdim=True).expand(-1, missing, -1)], dim=1)
+
+
+def _flat(gate: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The positions of all rows, row after row. Shape: [rows, positions, concepts] -> [all positions, concepts]."""
+    if gate.shape[:2] == (1, 1):
+        return gate[0]
+    each = gate.expand(len(lengths), max(lengths), -1)
+    return torch.cat([row[:length] for row, length in zip(each, lengths, strict=True)])
 
 
 def _rows(gate: Tensor, rows: slice, dim: int) -> Tensor:

@@ -52,6 +52,7 @@ class Installation:
         text: Tensor | None = None,
         regions: RegionAttention | None = None,
         text_kv: TextKV | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> LayerInputs:
         """The inputs of layers in a pass: made once and used in every step. After `fold`, new ones are needed.
 
@@ -61,12 +62,15 @@ class Installation:
                 that read different texts; layers * channels if each cross-attention layer has a text of its own.
             regions: What attention does differently in regions.
             text_kv: Keys and values of the same text under the same text gates, of another pass.
+            lengths: Tokens of each row, where they are fewer than the text has.
         """
-        tokens = 1 if text is None else text.shape[-2]
+        lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
         keys = {layer.key for layer in self.bank.values()}
-        expanded = {key: gates.expand(key, tokens).to(self._device, self._dtype) for key in keys}
+        expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
         kept = text_kv or (None if text is None else TextKV())
-        return LayerInputs(expanded, kept, regions, text if regions is not None else None)
+        return LayerInputs(
+            expanded, kept, regions, text if regions is not None else None, tuple(lengths), gates.latent_grid
+        )
 
     def use(self, inputs: LayerInputs, *recorders: Recorder) -> None:
         """Sets what the next pass needs; it stays until it is set again.

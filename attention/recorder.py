@@ -32,7 +32,15 @@ class Recorder:
         self.maps: dict[str, Tensor] = {}
         self.self_maps: dict[str, Tensor] = {}
 
-    def take(self, layer: str, query: Tensor, key: Tensor, scale: float, allowed: Tensor | None = None) -> None:
+    def take(
+        self,
+        layer: str,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        allowed: Tensor | None = None,
+        tokens: int | None = None,
+    ) -> None:
         """Records a layer if it is wanted.
 
         Args:
@@ -40,13 +48,16 @@ class Recorder:
             query: Shape: [rows, heads, cells, channels].
             key: Shape: [(texts,) rows, heads, tokens or cells, channels].
             scale: Factor on the logits.
-            allowed: Which cells see which; None is all. Shape: [cells, cells].
+            allowed: Which cells see which cells, or which tokens; None is all. Shape: [cells, cells], or broadcast
+                against [rows, heads, cells, tokens].
+            tokens: How many of the keys are tokens of the text, where cells follow; None is as many as the readout has.
         """
         if layer in self.layers:
             if self.readout.dim() == 4:
                 key = key[-len(self.readout) :]
-            tokens = self.readout.shape[-2]  # image tokens may follow in the same sequence
-            self.maps.setdefault(layer, _attention(query, key, scale, None)[..., :tokens] @ self.readout)
+            readout = self.readout[..., :tokens, :]  # a batch of shorter texts has fewer
+            found = _attention(query, key, scale, allowed)[..., : readout.shape[-2]]
+            self.maps.setdefault(layer, found @ readout)
         elif layer in self.self_layers:
             self.self_maps.setdefault(layer, _attention(query, key, scale, allowed))
 

@@ -21,12 +21,22 @@ class Site:
             2 x 2 patches works at level 1.
         reads_text: True for the output projection of cross-attention.
         image_first: In a joint sequence, whether image cells come before text tokens.
+        multiple: Text and image are each padded to a multiple of so many positions.
+        flat: Whether rows and positions are one dimension of the input, row after row.
+        extra_axis: Whether the input has a dimension more before its channels (Krea 2: layers of the text encoder).
     """
 
     stream: Stream
     level: int = 0
     reads_text: bool = False
     image_first: bool = False
+    multiple: int = 1
+    flat: bool = False
+    extra_axis: bool = False
+
+    def padded(self, positions: int) -> int:
+        """How long a part of the sequence is with its padding."""
+        return -(-positions // self.multiple) * self.multiple
 
 
 def grid_at(latent_grid: Grid, level: int) -> Grid:

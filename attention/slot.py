@@ -8,6 +8,7 @@ from torch import Tensor
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
+from lora_compose.attention.sites import Grid
 from lora_compose.attention.text_kv import TextKV
 
 
@@ -21,12 +22,16 @@ class LayerInputs:
         regions: What attention does differently in regions, if there are any.
         texts: What cross-attention reads instead of the text that the model was given, with regions. Shape: [texts,
             rows, tokens, channels].
+        lengths: Tokens of the text by row.
+        latent_grid: Height and width of the latents.
     """
 
     gates: Mapping[GateKey, Tensor] = field(default_factory=dict)
     text_kv: TextKV | None = None
     regions: RegionAttention | None = None
     texts: Tensor | None = None
+    lengths: tuple[int, ...] = (1,)
+    latent_grid: Grid = (1, 1)
 
 
 @dataclass

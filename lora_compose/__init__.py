@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         make_method,
     )
     from lora_compose.pipelines.output import ComposeOutput, Cost
+    from lora_compose.pipelines.refine import Detailer, Refined, refine, subject_masks
     from lora_compose.pipelines.scene import Concept, Run, Scene
 
 __all__ = [
@@ -42,10 +43,12 @@ __all__ = [
     "Concept",
     "Control",
     "Cost",
+    "Detailer",
     "Draft",
     "LoraComposer",
     "LoraError",
     "Merge",
+    "Refined",
     "Regional",
     "Run",
     "Scene",
@@ -53,6 +56,8 @@ __all__ = [
     "Tara",
     "__version__",
     "make_method",
+    "refine",
+    "subject_masks",
 ]
 
 _MODULES = {
@@ -64,6 +69,7 @@ _MODULES = {
         "make_method",
     ),
     "output": ("ComposeOutput", "Cost"),
+    "refine": ("Detailer", "Refined", "refine", "subject_masks"),
     "scene": ("Concept", "Run", "Scene"),
 }  # fmt: skip
 _HOME = {name: f"{__name__}.pipelines.{module}" for module, names in _MODULES.items() for name in names}

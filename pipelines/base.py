@@ -18,9 +18,10 @@ from lora_compose.pipelines.call import Call, Concepts, Sampling
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
-from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
+from lora_compose.pipelines.from_image import Source
 from lora_compose.pipelines.loop import Hooks, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
@@ -29,9 +30,10 @@ from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
-from lora_compose.pipelines.task import TextToImage
+from lora_compose.pipelines.task import ImageToImage, TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import Encoder
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
@@ -197,6 +199,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             prompt: Names each concept by its trigger.
             concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
                 ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
+                "auto": those loaded and added ones that the prompt names.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
@@ -221,13 +224,13 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         reads_regions = backbone_of(self.model).reads_regions
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
-    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[ExpandingTokenizer]:
+    def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
         """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
 
         Raises:
             ValueError: If two files bring one word.
         """
-        return expanding_tokenizers(self, TextualInversions.of(concepts, self.components))
+        return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
     def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Denoiser]":
         """A call with concepts up to its final latents, the same for every family and method.
@@ -248,7 +251,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
             sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
-            opened = sessions(encode, sampler)
+            task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
+            opened = sessions(encode, sampler, {} if task is None else task.inputs)
             process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
@@ -259,7 +263,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )
             latents = denoise(
                 process,
-                TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
+                task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
                 sampler,
                 1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale,
                 hooks,
@@ -275,11 +279,24 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
 
+    def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
+        """The tokenizers of the model's text as they read prompts.
+
+        Args:
+            textual_inversions: Words that LoRA files bring.
+            length: Tokens of an encoded text; None means as many as the tokenizer says.
+        """
+        return expanding_tokenizers(self, textual_inversions, length)
+
     def _check_latents(self, call: Call, canvas: Canvas) -> None:
         """Raises ValueError if the latents that a call is to start from have a shape that `_noise` cannot use."""
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""
+        raise NotImplementedError
+
+    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
+        """The task of a call that starts from an image."""
         raise NotImplementedError
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ class Denoiser:
         canvas: Sizes of the call.
         concepts: The concept set.
         controls: Prepared ControlNets and T2I-Adapters.
-        inputs: Further arguments of every forward pass; tensors have one row per image.
+        inputs: Further arguments of every forward pass; tensors have one row per image, those of four dimensions are on
+            the grid of the latents.
         log: Keeps the attention maps of recorded steps.
 
     Attributes:
@@ -344,4 +345,7 @@ class Denoiser:
 
 
 def _by_row(given: Any, view: View, rows: int) -> Any:
-    return repeated(view.of_images(given), rows) if isinstance(given, Tensor) else given
+    """A further argument for all rows: what every image has, or a grid of its latents, of which a pass sees a part."""
+    if not isinstance(given, Tensor):
+        return given
+    return repeated(view.of_cells(given, 0) if given.dim() == 4 else view.of_images(given), rows)

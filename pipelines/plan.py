@@ -1,12 +1,13 @@
 """A call, checked and resolved: everything that can be checked before something is changed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_compose.attention import backbone_of, install
 from lora_compose.pipelines.attention_log import AttentionLog
@@ -16,13 +17,16 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import PreparedControl, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
+from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.encoder import Encoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,15 @@ class Plan:
     controls: Sequence[PreparedControl]
 
     @contextmanager
-    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler], "Sessions"]]:
+    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler, Mapping[str, Any]], "Sessions"]]:
         """The LoRAs are in the model inside this block, and nowhere after it.
 
         Args:
             pipe: The pipeline.
 
         Yields:
-            Opens the sessions of the call, given the pipeline's encoder and the scheduler with its timesteps.
+            Opens the sessions of the call, given the pipeline's encoder, the scheduler with its timesteps, and what the
+            task adds to the arguments of every forward pass.
         """
         model: Any = self.canvas.backbone.model
         names = [concept.name for concept in self.concepts.concepts]
@@ -84,12 +89,12 @@ class Plan:
             silence=names,
         ) as installation:
 
-            def sessions(encode: Encoder, sampler: Sampler) -> Sessions:
+            def sessions(encode: Encoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
                 steps = len(sampler.schedule.timesteps)
                 log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
                 denoiser = Denoiser(
                     self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
-                    self.call.inputs, log,
+                    {**self.call.inputs, **inputs}, log,
                 )  # fmt: skip
                 encoder = PromptEncoder(
                     self.concepts, pipe.components, self.textual_inversions.read_by(pipe, encode), self.canvas, steps
@@ -128,7 +133,10 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         ValueError: For anything that does not fit together.
     """
     loaded, concepts_of = resolve_sets(pipe, call)
+    loaded = tuple(_region_in_pixels(call, found) for found in loaded)
     check_call(call, loaded)
+    if call.source is not None:
+        loaded = tuple(map(call.source.placed, loaded))
     for found in loaded:
         check_blocks(found, pipe.model)
     concepts = ConceptSet(loaded)
@@ -140,8 +148,13 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         raise ValueError(
             "this method needs region attention, which this model does not support yet; use merge, tara or regional"
         )
+    if call.source is not None and call.source.strength < 1 and getattr(method, "moves_noise", False):
+        raise ValueError(
+            "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
+            "it reinit='off', or strength=1"
+        )
     textual_inversions = TextualInversions.of(loaded, pipe.components)
-    tokenizers = expanding_tokenizers(pipe, textual_inversions, call.prompts.length)
+    tokenizers = pipe._prompt_tokenizers(textual_inversions, call.prompts.length)
     prompts_of: dict[tuple[int, ...], list[int]] = {}
     for prompt, columns in enumerate(concepts_of):
         prompts_of.setdefault(tuple(columns), []).append(prompt)
@@ -150,10 +163,13 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         for found, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
     ]
     size, scale = call.size, pipe.vae_scale_factor
+    grid = size.height // scale, size.width // scale
     canvas = Canvas(
-        (size.height, size.width), (size.height // scale, size.width // scale), len(call.prompts),
-        size.images_per_prompt, pipe._execution_device, backbone,
+        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, pipe._execution_device, backbone,
+        None if call.source is None else call.source.painted(grid),
     )  # fmt: skip
+    if canvas.painted is not None:
+        _check_painted(loaded, canvas, canvas.painted)
     pipe._check_latents(call, canvas)
     regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
     ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
@@ -162,6 +178,24 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     plan = Plan(call, method, concepts, of_sets, canvas, textual_inversions, finder, controls)
     steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
     return plan
+
+
+def _region_in_pixels(call: Call, loaded: LoadedConcept) -> LoadedConcept:
+    size = (call.size.width, call.size.height) if call.source is None else call.source.image_size
+    return region_in_pixels(loaded, *size)
+
+
+def _check_painted(loaded: Sequence[LoadedConcept], canvas: Canvas, painted: Tensor) -> None:
+    """Raises ValueError for regions of which nothing is painted."""
+    for found in loaded:
+        region = found.concept.region
+        if region is None:
+            continue
+        if not (region_mask(region, canvas.image_size, canvas.latent_grid, sharp=True) * painted).any():
+            raise ValueError(
+                f"the region of concept {found.concept.name!r} lies outside of the mask, where nothing is painted; "
+                "move it, or widen mask_image"
+            )
 
 
 def _check_positions(call: Call, concepts: ConceptSet) -> None:
@@ -216,7 +250,7 @@ def expanding_tokenizers(
 
 
 def _token_masks(
-    call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept], indices: Sequence[int]
+    call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], indices: Sequence[int]
 ) -> TokenMasks:
     """Where the words of a concept set are in its prompts."""
     if len(indices) == len(call.prompts):
@@ -235,7 +269,7 @@ def _token_masks(
     return TokenMasks(*(torch.cat([getattr(part, name) for part in parts]) for name in ("trigger", "phrase")))
 
 
-def _masks_of(call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept]) -> TokenMasks:
+def _masks_of(call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept]) -> TokenMasks:
     positions, embeds = call.composition.token_positions, call.prompts.embeds
     if embeds is not None:
         return TokenMasks.of_positions(positions or {}, embeds.shape[0], embeds.shape[1], concepts)
@@ -246,7 +280,7 @@ def _masks_of(call: Call, tokenizers: Sequence[ExpandingTokenizer], concepts: Se
 
 
 def _find(
-    tokenizers: Sequence[ExpandingTokenizer],
+    tokenizers: Sequence[Tokenizer],
     concepts: Sequence[Concept],
     prompts: Sequence[str],
     names: Any,
@@ -257,7 +291,7 @@ def _find(
 
 
 def find_in(
-    tokenizers: Sequence[ExpandingTokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
+    tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
 ) -> TokenMasks:
     """Where words are, which has to be the same for all tokenizers, since their features are put side by side."""
     found = [

@@ -96,7 +96,8 @@ class PreparedPass:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
         gates = concepts.scatter(gates)
         for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
-            yield MicroBatch(part, installation.inputs(part_gates, part.prompt_embeds, self.spec.regions), rows)
+            inputs = installation.inputs(part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths)
+            yield MicroBatch(part, inputs, rows)
 
 
 def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:

@@ -1,14 +1,23 @@
 """Backbones: what each model class knows of itself. One model family, one file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.flux import FluxBackbone
+from lora_compose.attention.backbones.flux2 import Flux2Backbone
+from lora_compose.attention.backbones.krea2 import Krea2Backbone
 from lora_compose.attention.backbones.unet import UNetBackbone
+from lora_compose.attention.backbones.z_image import ZImageBackbone
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Site
 from lora_compose.attention.slot import Slot
@@ -93,6 +102,15 @@ class Backbone(Protocol):
         ...
 
 
+BACKBONES: Mapping[type[nn.Module], Callable[[nn.Module], Backbone]] = {
+    UNet2DConditionModel: UNetBackbone,
+    FluxTransformer2DModel: FluxBackbone,
+    Flux2Transformer2DModel: Flux2Backbone,
+    Krea2Transformer2DModel: Krea2Backbone,
+    ZImageTransformer2DModel: ZImageBackbone,
+}
+
+
 def backbone_of(model: nn.Module) -> Backbone:
     """The backbone of a model.
 
@@ -100,9 +118,9 @@ def backbone_of(model: nn.Module) -> Backbone:
         ValueError: For models of a class that is not supported.
     """
     original = uncompiled(model)
-    for kind, backbone in ((UNet2DConditionModel, UNetBackbone), (FluxTransformer2DModel, FluxBackbone)):
+    for kind, backbone in BACKBONES.items():
         if isinstance(original, kind):
             return backbone(model)
     raise ValueError(
-        f"a {type(original).__name__} is not supported; expected a UNet2DConditionModel or a FLUX transformer"
+        f"a {type(original).__name__} is not supported; expected {', '.join(kind.__name__ for kind in BACKBONES)}"
     )

@@ -14,7 +14,7 @@ from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.files.validation import complaints
 from lora_compose.compose.playground.assets import PLAYGROUND
-from lora_compose.compose.support.names import check_method, did_you_mean
+from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -32,6 +32,10 @@ LORA_HELP = (
 BOX_HELP = (
     "The box of a LoRA, repeatable: the first for the first --lora, and so on; none for one without. left,top,right,"
     "bottom, in pixels (0,16,60,112) or as parts of the image (0,0.1,0.5,0.9)."
+)
+LORAS_HELP = (
+    "A folder of LoRAs, of which those act that the prompt names: by trigger, or by a class word that only one of "
+    "them has."
 )
 CONCEPT_HELP = (
     "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64,32,128,96."
@@ -67,6 +71,47 @@ SaversOption = Annotated[
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
 GuidanceOption = Annotated[float, typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off.")]
+
+
+ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
+MaskImageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-image",
+        help="Paint only there (inpainting): a mask image (white = painted), or left,top,right,bottom in pixels or "
+        "as parts of the image.",
+    ),
+]
+StrengthOption = Annotated[
+    float | None, typer.Option("--strength", help="Share of the steps that are run, above 0 to 1. More changes more.")
+]
+PaddingOption = Annotated[
+    int | None,
+    typer.Option(
+        "--padding-mask-crop", min=0, help="Pixels around the mask: only that part is painted, enlarged to the size."
+    ),
+]
+PasteOption = Annotated[
+    bool | None,
+    typer.Option("--paste-original/--no-paste-original", help="Outside of the mask, keep the pixels of the image."),
+]
+
+
+def starting_from(
+    image: str | None,
+    mask_image: str | None,
+    strength: float | None,
+    padding_mask_crop: int | None,
+    paste_original: bool | None,
+) -> dict[str, Any]:
+    """The fields of a scene that say what it starts from, as options give them."""
+    return {
+        "image": image,
+        "mask_image": None if mask_image is None else _mask_or_box(mask_image),
+        "strength": strength,
+        "padding_mask_crop": padding_mask_crop,
+        "paste_original": paste_original,
+    }
 
 
 def parse_concept(text: str) -> Concept:
@@ -237,6 +282,22 @@ def check_names(asked: Run) -> None:
     model_source(asked.model)
     for concept in asked.scene.concepts:
         check_lora(concept.lora or "")
+
+
+def _mask_or_box(value: str) -> tuple[float, ...] | str | None:
+    """A mask image or a box, as written on the command line."""
+    is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    return value if is_file else parse_box(value)
+
+
+def check_folder(loras: Path, asked: Run) -> None:
+    """Raises ValueError if there is no folder of LoRAs to choose from, or nothing to choose."""
+    if not loras.is_dir():
+        raise ValueError(f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder of LoRAs")
+    if asked.scene.concepts:
+        raise ValueError(
+            "with --loras the prompt chooses the concepts; leave out --lora, --concept and those of --scene"
+        )
 
 
 def _name_of(source: str) -> str:

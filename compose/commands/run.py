@@ -10,16 +10,24 @@ from lora_compose.compose.commands.options import (
     CONCEPT_HELP,
     LAST_SEED,
     LORA_HELP,
+    LORAS_HELP,
     GuidanceOption,
+    ImageOption,
+    MaskImageOption,
     MethodOption,
+    PaddingOption,
+    PasteOption,
     SaversOption,
     SetOption,
     StepsOption,
+    StrengthOption,
+    check_folder,
     check_names,
     concepts_of,
     parse_settings,
     run_of,
     scene_of,
+    starting_from,
 )
 from lora_compose.compose.support.terminal import kindly, starting
 
@@ -31,6 +39,7 @@ def run(
     lora: Annotated[list[str] | None, typer.Option(help=LORA_HELP)] = None,
     box: Annotated[list[str] | None, typer.Option(help=BOX_HELP)] = None,
     concept: Annotated[list[str] | None, typer.Option(help=CONCEPT_HELP)] = None,
+    loras: Annotated[Path | None, typer.Option(help=LORAS_HELP)] = None,
     scene: Annotated[Path | None, typer.Option(help="A scene file, YAML or JSON; other options override it.")] = None,
     method: MethodOption = None,
     settings: SetOption = None,
@@ -40,8 +49,13 @@ def run(
     steps: StepsOption = 25,
     guidance: GuidanceOption = 5.0,
     negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt: what to avoid.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; default: that of --image, or the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels; default: that of --image, or the model's own.")] = None,
+    image: ImageOption = None,
+    mask_image: MaskImageOption = None,
+    strength: StrengthOption = None,
+    padding_mask_crop: PaddingOption = None,
+    paste_original: PasteOption = None,
     scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
@@ -54,7 +68,10 @@ def run(
     ] = False,
 ) -> None:
     """Generate images: one per seed, and a contact sheet if there are several."""
-    given = {"prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height}
+    given = {
+        "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height,
+        **starting_from(image, mask_image, strength, padding_mask_crop, paste_original),
+    }  # fmt: skip
     concepts, shares = concepts_of(concept or [], lora or [], box or [])
     asked = run_of(
         scene=scene_of(scene, {name: value for name, value in given.items() if value is not None}, concepts),
@@ -62,7 +79,9 @@ def run(
         guidance_scale=guidance, dtype=dtype, device=device,
     )  # fmt: skip
     check_names(asked)
+    if loras is not None:
+        check_folder(loras, asked)
     seeds = list(dict.fromkeys(seed or [0]))
     with starting():
         from lora_compose.compose.generate.images import make_images
-    make_images(asked, seeds, out, savers or (), shares=shares, maps=maps)
+    make_images(asked, seeds, out, savers or (), shares=shares, loras=loras, maps=maps)

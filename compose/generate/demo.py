@@ -28,7 +28,7 @@ COMPOSED = ("merge", "regional", "lora-composer")
 COLUMNS = {
     "first": ("concept 1 alone", "its ordinary LoRA"),
     "second": ("concept 2 alone", "its ordinary LoRA"),
-    "merge": ("merge", "ordinary LoRAs, weights summed"),
+    "merge": ("merge", "ordinary LoRAs, summed"),
     "tara": ("tara", "TARA LoRAs, own words only"),
     "clora": ("clora", "ordinary LoRAs, no boxes"),
     "regional": ("regional", "ordinary LoRAs, a box each"),

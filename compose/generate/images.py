@@ -12,6 +12,7 @@ from lora_compose.compose.generate.making import make_batch, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, err, say
+from lora_compose.pipelines.concepts.selection import choose_concepts
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 
@@ -22,6 +23,7 @@ def make_images(
     savers: Collection[Saver] = (),
     *,
     shares: Mapping[str, Sequence[float]] | None = None,
+    loras: Path | None = None,
     maps: bool = False,
 ) -> None:
     """Makes images and says where they are; several also on a contact sheet.
@@ -32,6 +34,7 @@ def make_images(
         out: The folder for them.
         savers: Options that save memory.
         shares: Boxes as fractions of the canvas, by concept: what they are in pixels is known with the model.
+        loras: A folder of LoRAs, of which those act that the prompt names; None takes the concepts of the scene.
         maps: Whether attention maps are written, too.
 
     Raises:
@@ -39,6 +42,8 @@ def make_images(
     """
     with bar(f"opening {asked.model}"):
         pipe = open_model(asked, savers)
+    if loras is not None:
+        asked = asked.model_copy(update={"scene": _named(pipe, asked.scene, loras)})
     asked = asked.model_copy(update={"scene": _in_pixels(pipe, asked.scene, shares or {})})
     pictures, records = {}, []
     with bar(f"composing into {out}", len(seeds)) as on_progress:
@@ -57,6 +62,19 @@ def make_images(
     if len(pictures) > 1:
         say(save_image(_seeds_sheet(pictures, record.run), out / "sheet.png"))
     say(f"{_how(record.run)}; to make it again: lora-compose replay {path}", style="dim", to=err)
+
+
+def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
+    """A scene with those LoRAs of a folder that its prompt names; says which, and which may have been meant."""
+    known = {concept.name: concept for concept in pipe.add_concepts(loras)}
+    choice = choose_concepts(scene.prompt, known)
+    for reason in choice.reasons:
+        say(reason, style="dim", to=err)
+    for note in choice.notes:
+        say(f"note: {note}", style="yellow", to=err)
+    return scene.model_copy(
+        update={"prompt": choice.prompt, "concepts": tuple(known[name] for name in choice.names)}
+    )  # fmt: skip
 
 
 def box_in_pixels(share: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:

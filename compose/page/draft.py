@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import ValidationError
 
@@ -23,6 +23,8 @@ MOST_STEPS = 200
 MOST_TEXT = 2000  # characters of a prompt
 MOST_NAME = 60
 SIDES = (64, 2048)  # pixels
+FACTORS = (0.7, 0.85, 1.15, 1.3)
+"""On the weights, of the variations of an image."""
 _MOST_WHOLE = 2**53 - 1
 _LARGER = 4  # times the side that a model was made for
 
@@ -183,6 +185,26 @@ def read_seeds(text: str) -> tuple[int, ...]:
     if not seeds:
         raise ValueError("Write a seed: a whole number, such as 0. The same seed reproduces the image.")
     return tuple(dict.fromkeys(seeds))
+
+
+def variations(run: Run) -> list[Run]:
+    """The same image from the same start noise with other weights of its LoRAs; none if no weight is one number."""
+
+    def times(concept: Concept, factor: float) -> Concept:
+        weight = 1.0 if concept.weight is None else concept.weight
+        return concept.model_copy(update={"weight": round(weight * factor, 4)} if _is_number(weight) else {})
+
+    if not any(concept.weight is None or _is_number(concept.weight) for concept in run.scene.concepts):
+        return []
+    scenes = [
+        run.scene.model_copy(update={"concepts": tuple(times(concept, factor) for concept in run.scene.concepts)})
+        for factor in FACTORS
+    ]
+    return [run.model_copy(update={"scene": scene}) for scene in scenes]
+
+
+def _is_number(weight: Any) -> TypeGuard[float]:
+    return isinstance(weight, int | float)
 
 
 def free_name(wanted: str, taken: Sequence[str]) -> str:

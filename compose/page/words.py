@@ -48,7 +48,7 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
     for i, concept in enumerate(concepts):
         if not concept.trigger:
             if not concept.is_style:
-                flags.append(f"{concept.name} needs a trigger word: type it above.")
+                flags.append(f"{concept.name} needs a trigger word: type it in its card.")
             continue
         found = _marks(i, concept, prompt)
         marks += found

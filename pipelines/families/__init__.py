@@ -2,12 +2,18 @@
 
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
+from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from lora_compose.pipelines.families.krea2 import ComposeKrea2Pipeline
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
+from lora_compose.pipelines.families.z_image import ComposeZImagePipeline
 
 __all__ = [
+    "ComposeFlux2KleinPipeline",
     "ComposeFluxPipeline",
+    "ComposeKrea2Pipeline",
     "ComposePipeline",
     "ComposeStableDiffusionPipeline",
     "ComposeStableDiffusionXLPipeline",
+    "ComposeZImagePipeline",
 ]

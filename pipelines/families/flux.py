@@ -4,15 +4,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from lora_compose.attention.backbones.flux import PATCH
 from lora_compose.pipelines.base import ComposePipeline, output_of
 from lora_compose.pipelines.call import (
     Call,
@@ -25,37 +21,33 @@ from lora_compose.pipelines.call import (
     ImageSize,
     Sampling,
     check_arguments,
-    check_latents,
     check_plain,
     listed,
     no_concepts,
     tensors_for,
 )
-from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
-from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 
 
-class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `FluxPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.1"
+    transformer_class = FluxTransformer2DModel
     text_tokenizers = ("tokenizer_2",)
-
-    @classmethod
-    def opens(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a model's configuration is of this family."""
-        kind = tuple(config.get("transformer") or ())
-        return kind[1:] == (FluxTransformer2DModel.__name__,) and config.get("_class_name") in (None, cls.__name__)
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
         """Whether a checkpoint is of this family."""
-        return any(key.removeprefix("model.diffusion_model.").startswith("double_blocks.") for key in keys)
+        bare = [key.removeprefix("model.diffusion_model.") for key in keys]
+        later = any(key.startswith("single_stream_modulation.") for key in bare)  # FLUX.2 has double blocks too
+        return not later and any(key.startswith("double_blocks.") for key in bare)
 
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -114,6 +106,7 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
@@ -186,11 +179,6 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
         self.maybe_free_model_hooks()
         return output_of(denoiser, result) if return_dict else (result,)
 
-    def _rounded(self, side: int) -> int:
-        """A side in pixels that makes whole patches, rounded down as diffusers does."""
-        unit = self.vae_scale_factor * PATCH
-        return unit * (side // unit)
-
     def _inputs(
         self, guidance_scale: float, images: int, joint_attention_kwargs: dict[str, Any] | None
     ) -> Mapping[str, Any]:
@@ -201,35 +189,6 @@ class ComposeFluxPipeline(ComposePipeline, FluxPipeline):  # pyright: ignore[rep
                 [images], guidance_scale, device=self._execution_device, dtype=torch.float32
             )
         return inputs
-
-    def _timesteps(self, sampling: Sampling, plan: Plan) -> tuple[Tensor, int]:
-        steps = sampling.num_inference_steps or 1
-        sigmas: Any = np.linspace(1.0, 1 / steps, steps) if sampling.sigmas is None else sampling.sigmas
-        config = self.scheduler.config
-        if config.get("use_flow_sigmas"):
-            sigmas = None
-        height, width = plan.canvas.latent_grid
-        shift = calculate_shift(
-            height * width // PATCH**2, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
-        )  # fmt: skip
-        found: Any = retrieve_timesteps(self.scheduler, steps, plan.canvas.device, sigmas=sigmas, mu=shift)
-        self.scheduler.set_begin_index(0)
-        return found
-
-    def _check_latents(self, call: Call, canvas: Canvas) -> None:
-        (height, width), channels = canvas.latent_grid, self.transformer.config.in_channels
-        packed = canvas.images, height * width // PATCH**2, channels
-        check_latents(call.sampling.latents, (canvas.images, channels // PATCH**2, height, width), packed)
-
-    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
-        canvas, given = plan.canvas, call.sampling.latents
-        if given is None:
-            shape = canvas.images, self.transformer.config.in_channels // PATCH**2, *canvas.latent_grid
-            return randn_tensor(shape, generator=call.sampling.generator, device=canvas.device, dtype=dtype)
-        if given.dim() == 3:
-            given = self._unpack_latents(given, call.size.height, call.size.width, self.vae_scale_factor)
-        return given.to(canvas.device, dtype)
 
     def _cfg_scale(self, step: Step) -> float:
         """`_guidance_scale` is that of the distilled guidance; a callback ends guidance as elsewhere, by 1 or less."""

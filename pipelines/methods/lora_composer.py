@@ -171,7 +171,9 @@ class LoraComposer:
                 "lora-composer needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
-        regions = Regions.of(wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold)
+        regions = Regions.of(
+            wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold, canvas.painted
+        )
         behind = [concept for concept in concepts.concepts if concept.region is None]
         say_unread(
             behind,

@@ -59,6 +59,13 @@ class Conditioning:
         return self.prompt_embeds.shape[-3]
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the text by row, where rows have texts of different lengths; otherwise those of all."""
+        if self.added is not None and "lengths" in self.added:
+            return tuple(self.added["lengths"].tolist())
+        return (self.prompt_embeds.shape[-2],) * self.rows
+
+    @property
     def first_embeds(self) -> Tensor:
         """The embeddings of the only or of the first text. Shape: [rows, tokens, channels]."""
         return self.prompt_embeds if self.prompt_embeds.dim() == 3 else self.prompt_embeds[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
 class Tokenizer(Protocol):
@@ -118,8 +119,10 @@ def _composed(concept: Concept) -> Concept:
     return concept.model_copy(update=words)
 
 
-def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], concept: Concept) -> range:
+def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], concept: Concept) -> Sequence[int]:
     """The positions of a span of whole words: those after the tokens of everything before it.
+
+    In a chat template, by the characters of each token (`TemplateTokenizer`).
 
     Args:
         tokenizer: As for `locate`.
@@ -130,6 +133,8 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
     Raises:
         ValueError: As for `locate`.
     """
+    if isinstance(tokenizer, TemplateTokenizer):
+        return tokenizer.positions(prompt, *span)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids

@@ -21,7 +21,7 @@ def gates(rows: int = ROWS) -> Gates:
 
 
 def expanded(found: Gates, site: Site, *, convolution: bool = False) -> Tensor:
-    return found.expand(GateKey(site, convolution, RANKS), TOKENS)
+    return found.expand(GateKey(site, convolution, RANKS), [TOKENS] * ROWS)
 
 
 def by_rank(gate: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def test_without_gates_of_their_own_modulation_and_reading_layers_follow_row_and
 def test_gates_of_a_larger_set_a_factor_and_some_rows_are_those_of_every_stream(case: str) -> None:
     site, gate = EXPECTED[case]
     assert gate is not None
-    wide = GIVEN.scatter_concepts([3, 0, 1], 4).expand(GateKey(site, False, (1, 1, 1, 1)), TOKENS)
+    wide = GIVEN.scatter_concepts([3, 0, 1], 4).expand(GateKey(site, False, (1, 1, 1, 1)), [TOKENS] * ROWS)
     assert torch.equal(wide, torch.stack([gate[..., 1], gate[..., 2], torch.zeros(gate.shape[:-1]), gate[..., 0]], -1))
     assert torch.equal(
         expanded(GIVEN.times(torch.tensor([0.5, 1.0, -2.0])), site), by_rank(gate * torch.tensor([0.5, 1.0, -2.0]))

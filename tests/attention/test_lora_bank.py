@@ -242,7 +242,7 @@ def test_autocast_runs_and_agrees() -> None:
 
 @torch.no_grad()
 def test_channels_last_models_agree() -> None:
-    unet = sd_unet()
+    unet: Any = sd_unet()
     case = Case(unet)
     expected = case.expected()
     unet.to(memory_format=torch.channels_last)

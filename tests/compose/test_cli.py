@@ -34,7 +34,7 @@ ROBOT = "path=playground:robot-tara,trigger=qrt,class=robot"
 PAIR = ["--prompt", PROMPT, "--concept", BEAR, "--concept", ROBOT]
 SCENES = Path(__file__).resolve().parents[2] / "assets/scenes"
 
-# Every way of making a picture that the command line has: what differs from `run playground --steps 2`.
+# Every way of making an image that the command line has: what differs from `run playground --steps 2`.
 WAYS = {
     "chosen": [*PAIR],
     "merge": [*PAIR, "--method", "merge", "--seed", "5"],
@@ -57,8 +57,8 @@ def listed(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pictures")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("images")
     for name, arguments in WAYS.items():
         call("run", "playground", "--steps", 2, "--out", folder / name, *arguments)
     return {name: next((folder / name).glob("*.png")) for name in WAYS}
@@ -66,7 +66,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def moved(tmp_path: Path) -> Path:
-    """A picture whose LoRA is a file in `tmp_path/loras`."""
+    """An image whose LoRA is a file in `tmp_path/loras`."""
     (tmp_path / "loras").mkdir()
     lora = shutil.copy(playground_lora("bear"), tmp_path / "loras/my,bear.safetensors")
     arguments = ["--prompt", "a xlo bear", "--concept", f"path={lora},trigger=xlo,class=bear", "--steps", 2]
@@ -74,9 +74,9 @@ def moved(tmp_path: Path) -> Path:
     return tmp_path / "0.png"
 
 
-def edited(picture: Path, to: Path, change: Callable[[dict], None]) -> Path:
-    """The same picture with another record."""
-    with Image.open(picture) as image:
+def edited(path: Path, to: Path, change: Callable[[dict], None]) -> Path:
+    """The same image with another record."""
+    with Image.open(path) as image:
         data = json.loads(image.info["lora-compose"])
         change(data)
         info = PngInfo()
@@ -105,8 +105,8 @@ def test_images_of_earlier_runs_stay(tmp_path: Path) -> None:
     assert difference(read_pixels(first), read_pixels(second)) is None
 
 
-def test_the_record_says_what_was_used(images: dict[str, Path]) -> None:
-    record = read_record(pictures["regional"])
+def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
+    record = read_record(saved["regional"])
     assert (record.run.method, record.run.settings) == ("regional", {"token_mask": "none"})
     assert (record.run.scheduler, record.run.device, record.run.steps) == ("DDIMScheduler", devices()[0], 2)
     assert record.run.scene.concepts[1].region == (64, 0, 128, 128)
@@ -117,32 +117,32 @@ def test_the_record_says_what_was_used(images: dict[str, Path]) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", sha) for sha in record.sha256.values())
     assert record.sha256.keys() == {"bear-tara", "robot-tara"}
     assert record.machine.threads == torch.get_num_threads()
-    assert read_record(pictures["chosen"]).run.method == "tara"
-    authors = read_record(pictures["authors"]).run
+    assert read_record(saved["chosen"]).run.method == "tara"
+    authors = read_record(saved["authors"]).run
     assert authors.method == "clora"
     assert (authors.settings["fuse"], authors.settings["refinements"]) == ("branches", 1)
-    assert read_record(pictures["plain"]).run.method is None
+    assert read_record(saved["plain"]).run.method is None
 
 
-def test_one_side_of_the_size_can_be_given_alone(images: dict[str, Path]) -> None:
-    assert read_pixels(pictures["plain and flat"]).size == (128, 64)
-    assert read_pixels(pictures["size and words"]).size == (192, 128)
+def test_one_side_of_the_size_can_be_given_alone(saved: dict[str, Path]) -> None:
+    assert read_pixels(saved["plain and flat"]).size == (128, 64)
+    assert read_pixels(saved["size and words"]).size == (192, 128)
 
 
-def test_options_win_over_the_scene_file(images: dict[str, Path]) -> None:
-    scene = read_record(pictures["scene"]).run.scene
+def test_options_win_over_the_scene_file(saved: dict[str, Path]) -> None:
+    scene = read_record(saved["scene"]).run.scene
     assert scene.prompt == "a zwx dog and a sks cat in snow"
     assert [concept.name for concept in scene.concepts] == ["cat", "dog"]
 
 
-def test_a_seed_gives_what_the_pipeline_gives(playground: Any, images: dict[str, Path]) -> None:
+def test_a_seed_gives_what_the_pipeline_gives(playground: Any, saved: dict[str, Path]) -> None:
     playground.load_concept(playground_lora("bear-tara"), name="bear-tara")
     playground.load_concept(playground_lora("robot-tara"), name="robot-tara")
     image = playground(
         PROMPT, concepts=["bear-tara", "robot-tara"], method="merge", num_inference_steps=2, guidance_scale=5.0,
         generator=torch.Generator().manual_seed(5),
     ).images[0]  # fmt: skip
-    assert difference(image, read_pixels(pictures["merge"])) is None
+    assert difference(image, read_pixels(saved["merge"])) is None
 
 
 def test_text_is_shown_and_kept_as_it_is(tmp_path: Path) -> None:
@@ -289,30 +289,30 @@ def test_what_was_made_before_an_interrupt_is_kept(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_replay_is_identical(images: dict[str, Path], name: str) -> None:
-    result = call("replay", pictures[name])
+def test_replay_is_identical(saved: dict[str, Path], name: str) -> None:
+    result = call("replay", saved[name])
     assert result.stdout.splitlines()[-1] == "identical: every pixel is the same"
     assert "changed" not in result.output
 
 
-def test_replay_can_write_the_new_image(images: dict[str, Path], tmp_path: Path) -> None:
-    call("replay", pictures["merge"], "--out", tmp_path / "again.png")
-    again, before = read_record(tmp_path / "again.png"), read_record(pictures["merge"])
+def test_replay_can_write_the_new_image(saved: dict[str, Path], tmp_path: Path) -> None:
+    call("replay", saved["merge"], "--out", tmp_path / "again.png")
+    again, before = read_record(tmp_path / "again.png"), read_record(saved["merge"])
     assert again == before
-    call("replay", pictures["merge"], "--out", tmp_path / "again.png")
+    call("replay", saved["merge"], "--out", tmp_path / "again.png")
     assert listed(tmp_path) == ["again-2.png", "again.png"]
 
 
 def test_replay_without_out_writes_nothing(
-    pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    call("replay", pictures["plain"])
+    call("replay", saved["plain"])
     assert listed(tmp_path) == []
 
 
-def test_replay_says_how_different_an_edited_image_is(images: dict[str, Path], tmp_path: Path) -> None:
-    with Image.open(pictures["plain"]) as image:
+def test_replay_says_how_different_an_edited_image_is(saved: dict[str, Path], tmp_path: Path) -> None:
+    with Image.open(saved["plain"]) as image:
         info = PngInfo()
         info.add_text("lora-compose", image.info["lora-compose"])
         image.paste("red", (0, 0, 2, 3))
@@ -335,12 +335,12 @@ def test_loras_that_have_moved_are_found_by_content(moved: Path, tmp_path: Path)
     assert "there is no folder" in call("replay", moved, "--loras", tmp_path / "none", code=2).stderr
 
 
-def test_all_missing_loras_are_listed(images: dict[str, Path], tmp_path: Path) -> None:
+def test_all_missing_loras_are_listed(saved: dict[str, Path], tmp_path: Path) -> None:
     def move(data: dict) -> None:
         for concept in data["run"]["scene"]["concepts"]:
             concept["lora"] = f"gone/{concept['name']}.safetensors"
 
-    result = call("replay", edited(pictures["tara"], tmp_path / "1.png", move), code=2)
+    result = call("replay", edited(saved["tara"], tmp_path / "1.png", move), code=2)
     assert "bear-tara.safetensors" in result.stderr
     assert "robot-tara.safetensors" in result.stderr
 
@@ -355,13 +355,13 @@ def test_a_lora_that_has_changed_is_told_and_the_right_one_preferred(moved: Path
     assert "identical" in call("replay", moved, "--loras", tmp_path / "kept").output
 
 
-def test_other_versions_and_machines_are_told(images: dict[str, Path], tmp_path: Path) -> None:
+def test_other_versions_and_machines_are_told(saved: dict[str, Path], tmp_path: Path) -> None:
     def age(data: dict) -> None:
         data["versions"]["torch"] = "1.0"
         data["machine"] = {"device": "cuda:6", "name": "A fast one", "threads": 4096}
         data["run"]["device"] = "cuda:6"
 
-    result = call("replay", edited(pictures["plain"], tmp_path / "1.png", age))
+    result = call("replay", edited(saved["plain"], tmp_path / "1.png", age))
     assert f"changed: torch: was 1.0, is {torch.__version__}" in result.output
     assert f"changed: device: was cuda:6, is {devices()[0]}" in result.output
     assert "changed: processor: was A fast one, is " in result.output
@@ -369,13 +369,13 @@ def test_other_versions_and_machines_are_told(images: dict[str, Path], tmp_path:
     assert "identical" in result.output
 
 
-def test_a_model_that_has_moved_can_be_named(images: dict[str, Path], tmp_path: Path) -> None:
+def test_a_model_that_has_moved_can_be_named(saved: dict[str, Path], tmp_path: Path) -> None:
     def move(data: dict) -> None:
         data["run"]["model"] = "/gone/model"
 
-    picture = edited(pictures["plain"], tmp_path / "1.png", move)
-    assert "there is no model '/gone/model'" in call("replay", picture, code=2).stderr
-    assert "identical" in call("replay", picture, "--model", playground_model()).output
+    image = edited(saved["plain"], tmp_path / "1.png", move)
+    assert "there is no model '/gone/model'" in call("replay", image, code=2).stderr
+    assert "identical" in call("replay", image, "--model", playground_model()).output
 
 
 class _Payload:
@@ -388,7 +388,7 @@ class _Payload:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_strangers_image_runs_no_code(images: dict[str, Path], tmp_path: Path) -> None:
+def test_a_strangers_image_runs_no_code(saved: dict[str, Path], tmp_path: Path) -> None:
     trap, folder = tmp_path / "trapped", tmp_path / "model"
     for name in ("lora.pt", "lora.safetensors", "model.ckpt"):
         (tmp_path / name).write_bytes(pickle.dumps(_Payload(trap)))
@@ -403,7 +403,7 @@ def test_a_strangers_image_runs_no_code(images: dict[str, Path], tmp_path: Path)
         return lambda data: data["run"].update(model=str(tmp_path / name))
 
     for i, change in enumerate([lora("lora.pt"), lora("lora.safetensors"), model("model.ckpt"), model("model")]):
-        call("replay", edited(pictures["tara"], tmp_path / f"{i}.png", change), code=2)
+        call("replay", edited(saved["tara"], tmp_path / f"{i}.png", change), code=2)
     assert not trap.exists()
 
 
@@ -421,14 +421,14 @@ def test_a_strangers_image_runs_no_code(images: dict[str, Path], tmp_path: Path)
     ],
 )
 def test_records_of_strangers_reach_only_what_is_meant(
-    pictures: dict[str, Path], tmp_path: Path, change: Callable[[dict], None], message: str | None
+    saved: dict[str, Path], tmp_path: Path, change: Callable[[dict], None], message: str | None
 ) -> None:
     def with_other_content(data: dict) -> None:
         change(data["run"])
         data["sha256"] = dict.fromkeys(data["sha256"], "0" * 64) if message and "file" in message else data["sha256"]
 
-    picture = edited(pictures["tara"], tmp_path / "1.png", with_other_content)
-    result = call("replay", picture, code=2 if message else 0)
+    image = edited(saved["tara"], tmp_path / "1.png", with_other_content)
+    result = call("replay", image, code=2 if message else 0)
     assert (message or "identical") in flat(result.output)
 
 
@@ -601,7 +601,7 @@ def test_nothing_is_left_on_the_logs(tmp_path: Path) -> None:
     assert (list(logger.handlers), logger.level) == before
 
 
-# --- making a picture from Python ---
+# --- making an image from Python ---
 
 
 def test_make_leaves_the_pipeline_and_the_random_state_as_they_were() -> None:

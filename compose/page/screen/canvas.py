@@ -50,7 +50,7 @@ def canvas(here: Visit, image: Image.Image | None, alt: str) -> None:
     data = {
         "width": width,
         "height": height,
-        "image": None if image is None else _as_uri(image),
+        "image": None if image is None else as_uri(image),
         "alt": alt,
         "boxes": [
             {
@@ -117,7 +117,8 @@ def _is_box(value: Any) -> bool:
                                                                for edge in value)  # fmt: skip
 
 
-def _as_uri(image: Image.Image) -> str:
+def as_uri(image: Image.Image) -> str:
+    """An image as a browser shows it, in a size that is sent quickly."""
     small = image.copy()
     small.thumbnail((_SIDE, _SIDE))
     buffer = BytesIO()

@@ -64,7 +64,7 @@ def _card(here: Visit, i: int, row: Row) -> None:
         elif row.lora is None:
             st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
         elif (fit := here.fit(row)) is not None and fit[2]:
-            st.error(markdown(fit[2]), icon=":material/error:")
+            st.error("This LoRA does not fit the open model.", icon=":material/error:")  # why is said at the button
 
 
 def _details(here: Visit, row: Row) -> None:

@@ -16,6 +16,7 @@ from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen.state import Row, Visit
 from lora_compose.compose.page.store import Lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
+from lora_compose.pipelines.mask_images import in_pixels
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept, Run
 
@@ -98,7 +99,7 @@ def add(
     st.session_state[of_row(row, "weight")], st.session_state[of_row(row, "schedule")] = _weight_fields(concept.weight)
     st.session_state[of_row(row, "blocks")] = blocks_text(concept.blocks)
     st.session_state[of_row(row, "style")] = concept.is_style
-    box = concept.region if isinstance(concept.region, tuple) else (0, 0, *size)
+    box = in_pixels(concept.region, *size) if isinstance(concept.region, tuple) else (0, 0, *size)
     set_box(row, box)
     return row
 
@@ -194,11 +195,8 @@ def draft(here: Visit) -> Draft:
     missing = [row.wanted for row in here.rows if row.lora is None]
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
-    if unfit := [row.lora.shown for row in here.rows if row.lora is not None and (fit := here.fit(row)) and fit[2]]:
-        raise ValueError(
-            f"This does not fit the model {here.slot.choice.model}: {', '.join(unfit)}. Open another model at the top, "
-            "or remove these concepts."
-        )
+    if unfit := [fit[2] for row in here.rows if (fit := here.fit(row)) is not None and fit[2]]:
+        raise ValueError("\n".join(unfit))
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
     if here.rows and not boxed() and method and label_of(method).decides == "boxes":
         raise ValueError(

@@ -1,39 +1,53 @@
-"""Images to keep: download, folder, gallery, and an image that sets everything as it was when it was made."""
-
-from pathlib import Path
+"""What one does with an image: keep it, look closely, vary it, and have it set everything as when it was made."""
 
 import streamlit as st
-from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
-from lora_compose.compose.files.images import Record, read_pixels, read_record, save_image
-from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.images import Record, save_image
 from lora_compose.compose.generate.machine import devices
-from lora_compose.compose.page.draft import draft_of
+from lora_compose.compose.page.draft import FACTORS, draft_of, variations
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import take_over
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, Visit, checking, discard
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, Visit, checking, discard
 from lora_compose.compose.page.shelf import Busy, Choice
-from lora_compose.compose.page.store import MOST_FILES, PNG_LIMIT, dropped, is_on_hub, located, picture_files
+from lora_compose.compose.page.store import PNG_LIMIT, dropped, is_on_hub, located
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Picture
+from lora_compose.pipelines.scene import Run
 
 _PLACE = "restore"
-_ACROSS = 3
-_SMALL = 512  # pixels of the longer side
 
 
 def keep_buttons(here: Visit, picture: Picture) -> None:
     """What one can do with an image."""
-    with st.container(horizontal=True):
+    with st.container(horizontal=True, gap="xsmall"):
         st.download_button("Download", here.png(picture), f"{picture.run.seed}.png", "image/png",
                            key=f"do.download.{picture.key}", icon=":material/download:", on_click="ignore",
                            help="A PNG with everything needed to reproduce it.")  # fmt: skip
         st.button("Save to the shared folder", key=f"do.keep.{picture.key}", on_click=_keep, args=(here, picture),
                   icon=":material/save:",
                   help="Copies it to the folder of this page. Everyone who opens the page can see it.")  # fmt: skip
-        st.button("Use its settings", key=f"do.reuse.{picture.key}", on_click=_reuse, args=(here, picture.made.record),
+        st.button("Use its settings", key=f"do.reuse.{picture.key}", on_click=reuse, args=(here, picture.made.record),
                   icon=":material/undo:")  # fmt: skip
+        if st.button("Zoom", key=f"do.zoom.{picture.key}", icon=":material/zoom_in:"):
+            _zoomed(picture)
+        varied = variations(picture.run)
+        st.button("Variations of this seed", key=f"do.vary.{picture.key}", on_click=_vary, args=(here, varied),
+                  icon=":material/auto_awesome_motion:",
+                  disabled=not varied or picture.run.model != here.slot.choice.model
+                  or len(here.waiting) >= MOST_WAITING, help=(
+            f"{len(FACTORS)} images from the same start noise, with the weights of all LoRAs times "
+            f"{', '.join(f'{factor:g}' for factor in FACTORS)}."
+        ))  # fmt: skip
+
+
+@st.dialog("Image", width="large")
+def _zoomed(picture: Picture) -> None:
+    st.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
+
+
+def _vary(here: Visit, runs: list[Run]) -> None:
+    here.begin(runs, [None] * len(runs), comparing=False, record_attention=st.session_state[fields.ATTENTION])
 
 
 def restoring(here: Visit) -> None:
@@ -44,52 +58,6 @@ def restoring(here: Visit) -> None:
                          max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
     for said in here.troubles.get(_PLACE, []):
         st.warning(markdown(said), icon=":material/image_search:")
-
-
-def gallery_view(here: Visit) -> None:
-    """The images of this visit, and those in the folder."""
-    st.markdown("**This session**")
-    if not here.pictures:
-        st.caption("None yet.")
-    for start in range(0, len(here.pictures), _ACROSS):
-        for column, picture in zip(
-            st.columns(_ACROSS, wrap=False), here.pictures[start : start + _ACROSS], strict=False
-        ):
-            with column:
-                st.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
-                st.caption(markdown(f"{picture.run.method or 'no method'}, seed {picture.run.seed}"))
-                st.button("View image", key=f"do.look.{picture.key}", on_click=_look, args=(here, picture),
-                          width="stretch")  # fmt: skip
-    _folder(here)
-
-
-def _folder(here: Visit) -> None:
-    folder = here.options.pictures
-    st.markdown(f"**Shared folder** {markdown(str(folder))}")
-    paths = picture_files(folder)
-    if not paths:
-        st.caption("Nothing saved yet. Everyone who opens this page can see this folder.")
-    for start in range(0, len(paths), _ACROSS):
-        for column, path in zip(st.columns(_ACROSS, wrap=False), paths[start : start + _ACROSS], strict=False):
-            with column:
-                _kept(here, path)
-
-
-def _kept(here: Visit, path: Path) -> None:
-    try:
-        record, small = _small(path, path.stat().st_mtime_ns)
-    except (FileError, OSError):
-        return  # sheets and images of other programs have nothing to restore
-    st.image(small, width="stretch", alt=record.run.scene.prompt)
-    st.caption(markdown(f"{path.name}: {record.run.method or 'no method'}, seed {record.run.seed}"))
-    st.button("Use its settings", key=f"do.kept.{path}", on_click=_reuse, args=(here, record), width="stretch")
-
-
-@st.cache_data(show_spinner=False, max_entries=2 * MOST_FILES)
-def _small(path: Path, changed: int) -> tuple[Record, Image.Image]:
-    record, image = read_record(path), read_pixels(path)
-    image.thumbnail((_SMALL, _SMALL))
-    return record, image
 
 
 def restore(here: Visit, record: Record) -> None:
@@ -139,25 +107,21 @@ def _dropped(here: Visit, key: str) -> None:
         return
     here.uploads += 1
     try:
-        _reuse(here, dropped(file.name, file))
+        reuse(here, dropped(file.name, file))
     except ValueError as error:
         here.troubles[_PLACE] = [str(error)]
     finally:
         discard([file])
 
 
-def _reuse(here: Visit, record: Record) -> None:
+def reuse(here: Visit, record: Record) -> None:
+    """Sets every field as an image's record says, or says why not."""
     try:
         restore(here, record)
     except Busy:
         here.troubles[_PLACE] = ["Nothing is set yet: files of other sessions are being read. Try again later."]
     except (ValueError, OSError) as error:
         here.troubles[_PLACE] = str(error).splitlines()
-
-
-def _look(here: Visit, picture: Picture) -> None:
-    here.shown = picture.key
-    st.session_state["set.view"] = "Image"
 
 
 def _keep(here: Visit, picture: Picture) -> None:

@@ -12,11 +12,13 @@ from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
 from lora_compose.compose.page.screen.cost import cost_help, cost_words, picture_cost, seconds_words
 from lora_compose.compose.page.screen.evaluate import evaluate_view
-from lora_compose.compose.page.screen.keep import gallery_view, keep_buttons
+from lora_compose.compose.page.screen.gallery import gallery_view
+from lora_compose.compose.page.screen.keep import keep_buttons
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, Visit
 from lora_compose.compose.page.screen.understand import understand_view
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Job, Picture
+from lora_compose.pipelines.concepts.strength import weight_text
 
 _EVERY = 0.4  # seconds between two looks at the work
 _VIEW = "set.view"
@@ -30,7 +32,7 @@ def stage_part(here: Visit) -> None:
     view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", width="stretch")
     if view in (None, "Image"):
         position_part(here)
-    st.fragment(_working, run_every=_EVERY if here.working else None)(here, view in (None, "Image"))
+    st.fragment(_working, run_every=_EVERY if here.working or here.waiting else None)(here, view in (None, "Image"))
     _VIEWS[view or "Image"](here)
 
 
@@ -159,14 +161,13 @@ def _siblings(here: Visit, picture: Picture) -> None:
     together = {found.key: found for found in (here.job.pictures if here.job is not None else [])}
     if picture.key not in together or len(together) < 2:
         return
+    methods, seeds = ({getattr(found.run, of) for found in together.values()} for of in ("method", "seed"))
 
     def label(key: str) -> str:
         run = together[key].run
-        return (
-            f"{label_of(run.method or '').name}, {run.seed}"
-            if here.job is not None and here.job.comparing
-            else f"Seed {run.seed}"
-        )
+        if len(methods) > 1:
+            return f"{label_of(run.method or '').name}, {run.seed}"
+        return f"Seed {run.seed}" if len(seeds) > 1 else f"Weight {weight_text(run.scene.concepts[0].weight)}"
 
     st.session_state[_TOGETHER] = picture.key
     st.segmented_control("Images of this run", list(together), key=_TOGETHER, format_func=label, on_change=_switch,

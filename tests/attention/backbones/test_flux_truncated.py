@@ -10,7 +10,7 @@ from torch import Tensor
 from components import seeded
 from flux import TOKENS, flux_transformer
 from lora_compose.attention import Recorder, backbone_of, frozen
-from lora_compose.attention.slot import Slot
+from lora_compose.attention.slot import LayerInputs, Slot
 
 ROWS, GRID = 2, (8, 12)
 DOUBLE = ["transformer_blocks.0.attn", "transformer_blocks.1.attn", "transformer_blocks.2.attn"]
@@ -30,6 +30,7 @@ def maps_and_gradient(transformer: Any, layers: list[str], *, stop: bool) -> tup
     added = {"pooled_projections": torch.randn(ROWS, 24, generator=generator)}
     recorder = Recorder(layers, torch.eye(TOKENS).expand(ROWS, -1, -1))
     slot.recorders = [recorder]
+    slot.inputs = LayerInputs(lengths=(TOKENS,) * ROWS, latent_grid=GRID)
     with ExitStack() as undo, frozen(transformer):
         backbone.steer(slot, undo)
         with backbone.truncated_after(layers) if stop else nullcontext():

@@ -94,12 +94,12 @@ def owl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3)).astype("u1"))
 
 
 def test_a_detection_model_finds_words_inside_the_image(owl: Path, image: Image.Image) -> None:
-    found = ZeroShotDetector(str(owl), threshold=0.0).detect(picture, ["cat", "dog", "cat"])
+    found = ZeroShotDetector(str(owl), threshold=0.0).detect(image, ["cat", "dog", "cat"])
     assert found
     assert {one.word for one in found} <= {"cat", "dog"}
     for one in found:
@@ -110,10 +110,10 @@ def test_a_detection_model_finds_words_inside_the_image(owl: Path, image: Image.
 
 
 def test_findings_below_the_threshold_are_left_out(owl: Path, image: Image.Image) -> None:
-    everything = ZeroShotDetector(str(owl), threshold=0.0).detect(picture, ["cat"])
+    everything = ZeroShotDetector(str(owl), threshold=0.0).detect(image, ["cat"])
     limit = everything[0].score - 1e-3
     sure = make_detector(ZeroShotConfig(kind="zero-shot", model=str(owl), threshold=limit), None, "cpu").detect(  # pyright: ignore[reportArgumentType]
-        picture, ["cat"]
+        image, ["cat"]
     )
     assert sure == [one for one in everything if one.score > limit]
     assert len(sure) < len(everything)

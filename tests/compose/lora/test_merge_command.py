@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from components import ATTENTION, EVERYTHING, FAMILIES, State, random_lora, seeded, text_loras
+from components import EVERYTHING, FAMILIES, State, random_lora, seeded, text_loras
 from disks import files_of_at_most
 from layouts import layout, shapes_of
 from lora_compose.attention import Lora, LoraFactors
@@ -143,29 +143,6 @@ def test_one_file_stays_what_it_is_and_weight_0_is_as_if_a_file_were_not_there(
     report = merge_files(matched, make_merger(name), out, moments=moments)
     assert_same(deltas(out, pipe), deltas(one, pipe))
     assert report.blocks[-1].kept[0] == pytest.approx(1.0)
-
-
-def test_cat_of_one_file_has_the_very_numbers(write_lora: Callable[..., Path], tmp_path: Path) -> None:
-    pipe = FAMILIES["sd"]()
-    path = write_lora("one", unet=random_lora(pipe.unet, 1))
-    merge_files(match_files(given((path, 1.0)), pipe), make_merger("cat"), tmp_path / "out.safetensors")
-    before, after = load_file(path), load_file(tmp_path / "out.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
-
-
-@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if "TARA" not in name])
-def test_files_of_every_format_are_merged_exactly(name: str, tmp_path: Path) -> None:
-    pipe = FAMILIES["sd"](StableDiffusionPipeline)
-    loras = {"unet": random_lora(pipe.unet, 1, targets=(*ATTENTION, "conv1")), **text_loras(pipe, 2)}
-    (tmp_path / "one").mkdir()
-    path = FORMATS[name].write(loras, pipe, tmp_path / "one")
-    other = FORMATS["kohya"].write({"unet": random_lora(pipe.unet, 5, rank=2, scale=3.0)}, pipe, tmp_path)
-    read = [Given(str(p), read_lora(p, allow_pickle=True)) for p in (path, other)]
-    out = tmp_path / "out.safetensors"
-    merge_files(match_files(read, pipe, spelling="diffusers"), make_merger("cat"), out)
-    held = {f"{part}.{n}": dense(f) for part, lora in FORMATS[name].held(loras).items() for n, f in lora.items()}
-    assert_same(deltas(out, pipe), added((held, 1.0), (deltas(other, pipe), 1.0)))
 
 
 def test_a_file_that_does_not_say_its_alpha_is_told(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
@@ -34,6 +35,7 @@ CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 MINUTE = 60_000
+expect.set_options(timeout=30_000)  # other tests may use the processor as well
 MAKE = re.compile("^Generate 1 image")
 
 
@@ -53,7 +55,7 @@ def served(out: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with said.open("w") as file:
         server = subprocess.Popen(command, env=env, stdout=file, stderr=file)
     try:
-        for _ in range(120):
+        for _ in range(360):
             try:
                 urllib.request.urlopen(f"http://localhost:{port}/_stcore/health")
                 break
@@ -102,17 +104,20 @@ def other_page(chromium: Browser, address: str) -> Iterator[Page]:
     page.context.close()
 
 
-def visited(chromium: Browser, address: str) -> Page:
-    page = chromium.new_context(viewport={"width": 1400, "height": 1000}).new_page()
+def visited(chromium: Browser, address: str, **context: Any) -> Page:
+    page = chromium.new_context(**{"viewport": {"width": 1400, "height": 1000}, **context}).new_page()
     page.set_default_timeout(MINUTE)
     page.goto(address)
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled(timeout=2 * MINUTE)
+    expect(page.get_by_role("group", name="Canvas")).to_be_visible(timeout=2 * MINUTE)
     return page
 
 
 def make(page: Page, name: Any = MAKE) -> None:
     expect(page.get_by_role("button", name=name)).to_be_enabled()
     page.get_by_role("button", name=name).click()
+    settled(page)
+    expect(page.get_by_role("button", name="Stop")).to_have_count(0, timeout=2 * MINUTE)
     expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
 
 
@@ -305,7 +310,7 @@ def make_alone(record: Any) -> Image.Image:
 
 def test_all_of_it_by_keyboard(page: Page) -> None:
     page.keyboard.press("Tab")
-    for _ in range(5):
+    for _ in range(8):
         if page.evaluate("document.activeElement.innerText").strip().endswith("Generate 1 image"):
             break
         page.keyboard.press("Tab")
@@ -462,6 +467,84 @@ def test_nothing_is_cut_off_at_the_side(chromium: Browser, address: str, scheme:
     assert isinstance(ground, int)
     assert (ground > 128) == (scheme == "light")
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
+def test_everybody_can_use_it(chromium: Browser, address: str, scheme: Any, size: tuple[int, int]) -> None:
+    """No view breaks a rule of axe: contrast, names of fields, roles, headings."""
+    page = visited(chromium, address, viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    for _ in range(2):
+        make(page)
+    for name in ("Image", "Compare", "Understand", "Gallery", "Evaluate"):
+        view(page, name)
+        for group in page.get_by_text("Compare two images by wiping").all():
+            group.click()
+        check_with_axe(page, name)
+    view(page, "Image")
+    for name in ("More", "Arrange", "Upload LoRAs", "Choose LoRAs", "Model:", "Size:"):
+        page.get_by_role("button", name=name).first.click()
+        page.wait_for_timeout(500)
+        check_with_axe(page, name)
+        page.keyboard.press("Escape")
+    page.context.close()
+
+
+def check_with_axe(page: Page, name: str) -> None:
+    found = Axe().run(page)
+    assert found.violations_count == 0, f"{name}: {found.generate_report()}"
+
+
+def test_all_for_a_first_image_is_in_sight(chromium: Browser, address: str) -> None:
+    page = visited(chromium, address, viewport={"width": 1280, "height": 800})
+    for role, name in (("button", "Model:"), ("button", "Size:"), ("button", MAKE), ("textbox", "Prompt"),
+                       ("combobox", "Method"), ("textbox", "Seeds"), ("group", "Canvas")):  # fmt: skip
+        place = page.get_by_role(role, name=name).first.bounding_box()  # pyright: ignore[reportArgumentType]
+        assert place is not None
+        assert place["y"] + place["height"] <= 800
+    for card in page.locator('[class*="st-key-card_"]').all():
+        place = card.bounding_box()
+        assert place is not None
+        assert place["y"] + place["height"] <= 800
+    page.context.close()
+
+
+def test_labels_of_boxes_are_not_over_each_other_and_the_image_is_under_them(page: Page) -> None:
+    make(page)
+    page.get_by_role("button", name="Arrange").click()
+    for label, value in (("Left", "66"), ("Right", "126")):
+        page.get_by_label(label, exact=True).first.fill(value)
+        page.get_by_label(label, exact=True).first.press("Enter")
+        settled(page)
+    page.keyboard.press("Escape")
+    assert box(page, "bear") == box(page, "robot")
+    bear, robot = (page.locator(".label", has_text=name).bounding_box() for name in ("bear", "robot"))
+    assert bear is not None
+    assert robot is not None
+    assert bear["y"] + bear["height"] <= robot["y"]
+    image, stage = (page.locator(name).bounding_box() for name in (".stage img", ".stage"))
+    assert image is not None
+    assert stage is not None
+    assert image["width"] == pytest.approx(stage["width"], abs=4)
+
+
+def test_two_images_are_compared_by_wiping(page: Page) -> None:
+    for seed in ("1", "2"):
+        page.get_by_label("Seeds", exact=True).fill(seed)
+        page.get_by_label("Seeds", exact=True).press("Enter")
+        settled(page)
+        make(page)
+    view(page, "Gallery")
+    page.get_by_text("Compare two images by wiping").click()
+    divider = page.get_by_label("Divider between the two images")
+    divider.focus()
+    settled(page)
+    frame = page.locator(".wipe")
+    half = frame.screenshot()
+    for _ in range(3):
+        page.keyboard.press("PageDown")
+    assert frame.evaluate("frame => frame.style.getPropertyValue('--at')") == "20%"
+    assert frame.screenshot() != half
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a second loopback address without asking for it")

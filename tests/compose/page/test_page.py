@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from commands import call
+from flux import flux_pipeline
 from lora_compose.compose.check.report import check
 from lora_compose.compose.figures import overlay
 from lora_compose.compose.figures.overlay import Attention
@@ -141,6 +142,16 @@ def test_a_canvas_far_from_the_models_own_is_refused() -> None:
     draft.check_canvas((512, 128), (128, 128))
     with pytest.raises(ValueError, match="made for 128 x 128"):
         draft.check_canvas((520, 128), (128, 128))
+
+
+def test_variations_leave_weights_that_change_over_the_steps() -> None:
+    robot = ROBOT.model_copy(update={"weight": "1..0.4"})
+    (run,) = short(concepts=(BEAR, robot), method="merge").runs()
+    varied = draft.variations(run)
+    assert [run.scene.concepts[0].weight for run in varied] == list(draft.FACTORS)
+    assert {run.scene.concepts[1].weight for run in varied} == {"1..0.4"}
+    (run,) = short(concepts=(robot,), method="merge").runs()
+    assert draft.variations(run) == []
 
 
 def test_seeds_as_they_are_typed() -> None:
@@ -804,6 +815,12 @@ def test_a_shelf_holds_few_models_and_opens_each_once() -> None:
     assert shelf.open(Choice(PLAYGROUND, device="cpu")) is not first
     with pytest.raises(ValueError, match="no model 'nothing here'"):
         shelf.open(Choice("nothing here"))
+
+
+def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
+    flux_pipeline().save_pretrained(tmp_path / "flux")
+    with pytest.raises(ValueError, match=r"flux is a \w*FluxPipeline; the page opens Stable Diffusion"):
+        Shelf().open(Choice(str(tmp_path / "flux"), device="cpu"))
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:

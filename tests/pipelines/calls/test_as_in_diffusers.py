@@ -222,9 +222,10 @@ def test_given_timesteps_or_noise_levels_need_no_number_of_steps(composer, plain
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_does_with_given_timesteps_what_it_does_with_their_number(composer, method):
     given = {"concepts": BOXED, "method": method}
-    composer.scheduler = HeunDiscreteScheduler.from_config(composer.scheduler.config)
+    scheduler: Any = HeunDiscreteScheduler.from_config(composer.scheduler.config)
+    composer.scheduler = scheduler
     expected = run(composer, num_inference_steps=4, record_attention=[1], **given)
-    timesteps = list(dict.fromkeys(composer.scheduler.timesteps.tolist()))
+    timesteps = list(dict.fromkeys(scheduler.timesteps.tolist()))
     assert len(timesteps) == 4
     found = run(composer, num_inference_steps=None, timesteps=timesteps, record_attention=[1], **given)
     assert same_bits(found.images, expected.images)

@@ -179,21 +179,6 @@ def test_composite_with_rescaled_guidance_takes_the_averages_for_the_predictions
     assert far_apart(found, latents_of(pipe, method="composite"))
 
 
-def test_composite_does_not_depend_on_the_order_of_the_concepts(pipe):
-    orders = ["cat", "dog", "bear"], ["bear", "cat", "dog"]
-    assert_close(*(latents_of(pipe, concepts=order, method="composite") for order in orders))
-
-
-def test_only_the_ratios_of_the_shares_matter_and_a_share_of_zero_leaves_a_concept_out(pipe):
-    def image(shares: Any) -> Tensor:
-        return latents_of(pipe, concepts=["cat", "dog"], method=Composite(shares=shares))
-
-    assert_close(image([1, 2]), image((2.5, 5.0)))
-    assert_close(image(None), image([3, 3]))
-    assert far_apart(image([1, 2]), image([2, 1]))
-    assert_close(image([0, 1]), latents_of(pipe, concepts=["dog"], method="merge"))
-
-
 # Both
 
 

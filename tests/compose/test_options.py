@@ -1,16 +1,18 @@
 """Concepts as they are typed: in full, and in short."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commands import call
+from commands import call, flat
 from lora_compose import Concept
 from lora_compose.compose.commands.options import concepts_of, parse_box, parse_concept, parse_lora
-from lora_compose.compose.files.images import read_record
+from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.generate.images import box_in_pixels
+from lora_compose.compose.playground.assets import playground_lora
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,40 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
         )
     one, other = ((tmp_path / name / "0.png") for name in ("short", "long"))
     assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 16, 64, 112), (64, 0, 128, 128)]
-    from lora_compose.compose.files.images import read_pixels
-
     assert read_pixels(one).tobytes() == read_pixels(other).tobytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """LoRAs of the playground, two of which are for cats."""
+    (tmp_path / "loras").mkdir()
+    for name in ("bear", "robot", "cat", "kitten"):
+        shutil.copy(playground_lora(name), tmp_path / "loras")
+    return tmp_path / "loras"
+
+
+def test_the_prompt_chooses_among_the_loras_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    prompt = "a xlo bear and a robot and a cat on grass"
+    asked = ["--prompt", prompt, "--loras", folder, "--method", "merge", "--steps", 1, "--out", tmp_path / "out"]
+    said = flat(call("run", "playground", *asked).stderr)
+    assert "bear: by its trigger 'xlo'" in said
+    assert "robot: by its class word 'robot', before which its trigger 'qrt' is written" in said
+    assert "note: 'cat' may be cat ('sks cat'), kitten (" in said
+    scene = read_record(tmp_path / "out/0.png").run.scene
+    assert [concept.name for concept in scene.concepts] == ["bear", "robot"]
+    assert scene.prompt == "a xlo bear and a qrt robot and a cat on grass"
+    assert "identical" in call("replay", tmp_path / "out/0.png").output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt", "a house"], "the prompt names no concept; there are bear ('xlo bear'), cat ('sks cat')"),
+        (["--prompt", "a xlo bear", "--lora", "playground:bear"], "with --loras the prompt chooses the concepts"),
+        (["--loras", "none", "--prompt", "a xlo bear"], "there is no folder 'none'"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    result = call("run", "playground", "--loras", folder, *more, "--steps", 1, "--out", tmp_path / "out", code=2)
+    assert message in flat(result.stderr)
+    assert not (tmp_path / "out").exists()

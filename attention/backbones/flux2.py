@@ -1,0 +1,59 @@
+"""FLUX.2: double-stream, then single-stream blocks whose queries, keys, values and first MLP layer are one layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
+from lora_compose.attention.sites import Site
+
+
+class Flux2Backbone(JointBackbone):
+    """A `Flux2Transformer2DModel`."""
+
+    table = (
+        # All blocks share three modulation layers.
+        (
+            r"time_guidance_embed\.\w+_embedder\.linear_[12]|\w+_modulation(_\w+)?\.linear|norm_out\.linear",
+            Site("modulation"),
+        ),
+        (r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)", Site("joint", 1)),
+        (
+            r"context_embedder|transformer_blocks\.\d+\.(attn\.(add_[qkv]_proj|to_add_out)|ff_context\.linear_\w+)",
+            Site("text"),
+        ),
+        (r"x_embedder|proj_out|transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0)|ff\.linear_\w+)", Site("image", 1)),
+    )
+    blocks = ("transformer_blocks", "single_transformer_blocks")
+
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+    ) -> Tensor:
+        """One forward pass.
+
+        Args:
+            latents: Shape: [rows, channels, height, width].
+            t: The timestep, 0 to 1000.
+            text: Layers of the text encoder, side by side. Shape: [rows, tokens, layers * channels].
+            added: Nothing.
+            inputs: "joint_attention_kwargs".
+
+        Returns:
+            The velocity. Shape: as the latents.
+        """
+        # Ids are (image, row, column, word), and the same in all rows.
+        image = torch.nn.functional.pad(image_positions(latents, torch.int64), (0, 1))
+        words = torch.arange(text.shape[1], device=text.device)
+        velocity = self.model(
+            hidden_states=packed(latents).to(text.dtype),
+            encoder_hidden_states=text,
+            timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
+            img_ids=image,
+            txt_ids=torch.nn.functional.pad(words[:, None], (3, 0)),
+            guidance=None,
+            return_dict=False,
+            **inputs,
+        )[0]
+        return unpacked(velocity, latents.shape[-2:])

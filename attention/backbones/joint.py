@@ -1,0 +1,194 @@
+"""Transformers that attend to text and image in one sequence: what their families have in common.
+
+diffusers' processors share no signature, but end in one call, `dispatch_attention_fn` of queries, keys and values after
+the rotary embedding. That call is where attention is recorded and where regions come in: all that a processor does
+before and after it stays diffusers'.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_compose.attention.backbones.truncation import replaced
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.sites import Site, Stream, grid_at
+from lora_compose.attention.slot import Slot
+
+PATCH = 2
+"""Latent cells per image token and side, so that image tokens are on level 1."""
+
+
+class JointBackbone:
+    """A transformer whose families differ in a table of layers, and in the arguments of a forward pass.
+
+    Args:
+        model: The transformer, compiled or not.
+
+    Attributes:
+        table: Sites by patterns of layer names. A layer that no pattern names has none, and no LoRA can change it.
+        blocks: The blocks in the order in which they run, of which a pass may leave out the last.
+        attends: What the sequence of an attention layer is, by the beginning of its name; otherwise it is joint.
+    """
+
+    table: ClassVar[Sequence[tuple[str, Site]]]
+    blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
+    attends: ClassVar[Sequence[tuple[str, Stream]]] = ()
+    levels = frozenset({1})
+    map_level = 1
+    self_map_layers: tuple[str, ...] = ()
+    text_layers = 1
+    embeds_guidance = False
+    reads_regions = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        names = [name for name, _ in uncompiled(model).named_modules()]
+        self.sites: Mapping[str, Site] = {
+            name: site for pattern, site in self.table for name in names if re.fullmatch(pattern, name)
+        }
+
+    @property
+    def map_layers(self) -> tuple[str, ...]:
+        """The attention layers of the last third of the first kind of blocks, where words and image have met."""
+        names = [name for name, _ in self._attention() if name.startswith(f"{self.blocks[0]}.")]
+        return tuple(names[-max(1, len(names) // 3) :])
+
+    @property
+    def native_side(self) -> int:
+        """Side of the latents for which the model was made: 1024 pixels."""
+        return 128
+
+    def steer(self, slot: Slot, undo: ExitStack) -> None:
+        """Puts our kernel into every attention processor; `undo` puts them back.
+
+        Raises:
+            ValueError: For processors that do not end in diffusers' attention dispatch, and for fused projections.
+        """
+        found = dict(self._attention())
+        if fused := [name for name, attn in found.items() if getattr(attn, "fused_projections", False)]:
+            raise ValueError(
+                f"{fused[0]} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`"
+            )
+        ours = {name: with_kernel(attn.processor, name, self._sequence(name), slot) for name, attn in found.items()}
+        for name, attn in found.items():
+            undo.callback(attn.set_processor, attn.processor)
+            attn.set_processor(ours[name])
+
+    @contextmanager
+    def truncated_after(self, layers: Iterable[str]) -> Iterator[None]:
+        """Inside this block the transformer runs no block after the last that holds one of some layers.
+
+        Its last norm and projection, which are small, run on what there is then; the output is meaningless.
+        """
+        model: Any = uncompiled(self.model)
+        layers = tuple(layers)
+        each = [(kind, i) for kind in self.blocks for i in range(len(getattr(model, kind)))]
+        needed = [n for n, (kind, i) in enumerate(each, 1) if any(name.startswith(f"{kind}.{i}.") for name in layers)]
+        kept = each[: max(needed, default=0)]
+        cut = {
+            kind: nn.ModuleList(block for i, block in enumerate(getattr(model, kind)) if (kind, i) in kept)
+            for kind in self.blocks
+        }
+        with replaced(model, **cut):
+            yield
+
+    def _attention(self) -> Iterator[tuple[str, Any]]:
+        for name, module in uncompiled(self.model).named_modules():
+            if hasattr(module, "set_processor") and hasattr(module, "processor"):
+                yield name, module
+
+    def _sequence(self, layer: str) -> Site:
+        """What an attention layer attends to."""
+        stream = next((stream for start, stream in self.attends if layer.startswith(start)), "joint")
+        joint = next(site for _, site in self.table if site.stream == "joint")
+        return replace(joint, stream=stream)
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Patches as tokens. Shape: [rows, channels, height, width] -> [rows, cells, 4 * channels]."""
+    return nn.functional.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """Tokens as latents again, of a height and width."""
+    height, width = grid
+    cells = tokens.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
+    return nn.functional.pixel_shuffle(cells, PATCH)
+
+
+def image_positions(latents: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """0, row and column of every image token, for the rotary embedding. Shape: [cells, 3]."""
+    height, width = (side // PATCH for side in latents.shape[-2:])
+    to: dict[str, Any] = {"device": latents.device, "dtype": dtype or latents.dtype}
+    rows, columns = torch.meshgrid(torch.arange(height, **to), torch.arange(width, **to), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class JointKernel:
+    """diffusers' attention, of which the maps are recorded.
+
+    Attributes:
+        layer: Name of the layer.
+        site: What its sequence is: text, image, or both.
+        slot: What the current pass needs.
+        attend: diffusers' `dispatch_attention_fn`.
+    """
+
+    layer: str
+    site: Site
+    slot: Slot
+    attend: Callable[..., Tensor]
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Attends. Shapes: [rows, positions, heads, channels]; a mask is True where keys are seen."""
+        if self.site.stream == "joint" and self.slot.recorders:
+            self._record(query, key, attn_mask)
+        return self.attend(query, key, value, attn_mask=attn_mask, **options)
+
+    def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
+        text, image = self._parts()
+        keys = torch.cat([key[:, text], key[:, image]], dim=1).transpose(1, 2)  # words first, as the readout has them
+        seen = None if mask is None else torch.cat([mask[..., text], mask[..., image]], dim=-1)
+        tokens, scale = text.stop - text.start, query.shape[-1] ** -0.5
+        for recorder in self.slot.recorders:
+            recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, seen, tokens)
+
+    def _parts(self) -> tuple[slice, slice]:
+        """Where text and image are in a joint sequence."""
+        inputs = self.slot.inputs
+        height, width = grid_at(inputs.latent_grid, self.site.level)
+        tokens, cells = self.site.padded(max(inputs.lengths)), height * width
+        if self.site.image_first:
+            start = self.site.padded(cells)
+            return slice(start, start + tokens), slice(0, cells)
+        return slice(0, tokens), slice(tokens, tokens + cells)
+
+
+def with_kernel(processor: Any, layer: str, site: Site, slot: Slot) -> Any:
+    """The processor found, with our kernel in the place of the function that it calls for attention.
+
+    Raises:
+        ValueError: If the processor does not call it.
+    """
+    kind = type(processor)
+    call = kind.__call__
+    if not isinstance(call, FunctionType) or "dispatch_attention_fn" not in call.__code__.co_names:
+        raise ValueError(f"{layer} has a {kind.__name__}, which cannot be combined with concepts")
+    names = dict(call.__globals__)
+    names["dispatch_attention_fn"] = JointKernel(layer, site, slot, names["dispatch_attention_fn"])
+    del names["__name__"]  # torch.compile would look names up in the module of that name
+    ours = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
+    ours.__kwdefaults__ = call.__kwdefaults__
+    made = copy.copy(processor)
+    made.__class__ = type(f"Compose{kind.__name__}", (kind,), {"__call__": ours})
+    return made

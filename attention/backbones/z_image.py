@@ -1,0 +1,62 @@
+"""Z-Image: the image before the text in one sequence, both refined apart first; rows of different lengths."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from torch import Tensor
+
+from lora_compose.attention.backbones.joint import JointBackbone
+from lora_compose.attention.device import uncompiled
+from lora_compose.attention.sites import Site, Stream
+
+_LAYER = r"(attention\.to_(q|k|v|out\.0)|feed_forward\.w[123])"
+"""The layers of every block."""
+
+
+def _site(stream: Stream, *, flat: bool = False) -> Site:
+    level = 0 if stream in ("text", "modulation") else 1
+    return Site(stream, level, image_first=True, multiple=SEQ_MULTI_OF, flat=flat)
+
+
+class ZImageBackbone(JointBackbone):
+    """A `ZImageTransformer2DModel`."""
+
+    table = (
+        (r"t_embedder\.mlp\.\d|.+\.adaLN_modulation\.\d", _site("modulation")),
+        # The embedders see the tokens of all rows as one list.
+        (r"cap_embedder\.1", _site("text", flat=True)),
+        (rf"context_refiner\.\d+\.{_LAYER}", _site("text")),
+        (r"all_x_embedder\.[\d-]+", _site("image", flat=True)),
+        (rf"noise_refiner\.\d+\.{_LAYER}", _site("image")),
+        (rf"layers\.\d+\.{_LAYER}|all_final_layer\.[\d-]+\.linear", _site("joint")),
+    )
+    blocks = ("layers",)
+    attends = (("context_refiner.", "text"), ("noise_refiner.", "image"))
+
+    def forward(
+        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+    ) -> Tensor:
+        """One forward pass.
+
+        Args:
+            latents: Shape: [rows, channels, height, width].
+            t: The timestep, 0 to 1000.
+            text: Features of the text encoder, padded. Shape: [rows, tokens, channels].
+            added: "lengths", on the CPU: how many tokens of each row are no padding. Shape: [rows].
+            inputs: "joint_attention_kwargs".
+
+        Returns:
+            The velocity, fp32; the model gives its opposite. Shape: as the latents.
+        """
+        model: Any = uncompiled(self.model)
+        lengths = (added or {})["lengths"].tolist()
+        found = self.model(
+            list(latents.to(model.dtype)[:, :, None]),
+            (1000 - t.expand(len(latents))) / 1000,
+            [row[:length] for row, length in zip(text, lengths, strict=True)],
+            return_dict=False,
+            **inputs,
+        )[0]
+        return -torch.stack(found)[:, :, 0].float()

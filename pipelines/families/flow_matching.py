@@ -1,0 +1,147 @@
+"""What the pipelines of flow-matching transformers have in common: sizes, timesteps, start noise, templates."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle
+
+from lora_compose.attention.backbones.joint import PATCH, unpacked
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
+from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
+from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.text.encoder import EncodedText
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+Shape = tuple[int, ...]
+
+
+class FlowMatchingPipeline(ComposePipeline):
+    """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
+
+    transformer_class: ClassVar[type[nn.Module]]
+    most_tokens: ClassVar[int] = 4096
+    """Image tokens at which timesteps are shifted most, where the scheduler does not say."""
+
+    @classmethod
+    def opens(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a model's configuration is of this family."""
+        kind = tuple(config.get("transformer") or ())
+        return kind[1:] == (cls.transformer_class.__name__,) and config.get("_class_name") in (None, cls.__name__)
+
+    def _rounded(self, side: int) -> int:
+        """A side in pixels that makes whole patches, rounded down."""
+        unit = self.vae_scale_factor * PATCH
+        return unit * (side // unit)
+
+    def _shift(self, tokens: int, steps: int) -> float:
+        """The shift of the timesteps for an image of so many tokens."""
+        config = self.scheduler.config
+        return calculate_shift(
+            tokens, config.get("base_image_seq_len", 256), config.get("max_image_seq_len", self.most_tokens),
+            config.get("base_shift", 0.5), config.get("max_shift", 1.15),
+        )  # fmt: skip
+
+    def _sigmas(self, steps: int) -> Any:
+        """The noise levels before they are shifted."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def _timesteps(self, sampling: Sampling, plan: Plan) -> tuple[Tensor, int]:
+        steps = sampling.num_inference_steps or 1
+        sigmas = self._sigmas(steps) if sampling.sigmas is None else sampling.sigmas
+        if self.scheduler.config.get("use_flow_sigmas"):
+            sigmas = None
+        height, width = plan.canvas.latent_grid
+        shift = self._shift(height * width // PATCH**2, steps)
+        found: Any = retrieve_timesteps(self.scheduler, steps, plan.canvas.device, sigmas=sigmas, mu=shift)
+        self.scheduler.set_begin_index(0)
+        return found
+
+    def _latent_shape(self, canvas: Canvas) -> Shape:
+        return canvas.images, self.transformer.config.in_channels // PATCH**2, *canvas.latent_grid
+
+    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
+        """Shapes in which diffusers' pipeline takes latents: with patches as tokens."""
+        rows, channels, height, width = shape
+        return [(rows, height * width // PATCH**2, channels * PATCH**2)]
+
+    def _drawn(self, shape: Shape) -> Shape:
+        """The shape in which diffusers' pipeline draws noise for latents of a shape."""
+        return shape
+
+    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+        shape = self._latent_shape(canvas)
+        check_latents(call.sampling.latents, shape, *self._other_shapes(shape))
+
+    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+        canvas, found = plan.canvas, call.sampling.latents
+        shape = self._latent_shape(canvas)
+        if found is None:
+            generator = call.sampling.generator
+            found = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
+        if found.shape != shape:
+            found = unpacked(found, shape[-2:]) if found.dim() == 3 else pixel_shuffle(found, PATCH)
+        return found.to(canvas.device, dtype)
+
+    def _cfg_of(self, guidance_scale: float) -> float:
+        """The scale s of uncond + s (cond - uncond) that diffusers' guidance scale means; 1 is no guidance."""
+        return guidance_scale
+
+    def _cfg_scale(self, step: Step) -> float:
+        return self._cfg_of(self.guidance_scale)
+
+
+class TemplatePipeline(FlowMatchingPipeline):
+    """A composing pipeline that writes prompts into a chat template."""
+
+    def _prompt_tokenizers(
+        self, textual_inversions: TextualInversions, length: int | None
+    ) -> Sequence[TemplateTokenizer]:
+        if textual_inversions.words:
+            words = ", ".join(map(repr, textual_inversions.words))
+            raise ValueError(
+                f"the LoRA files bring words of their own ({words}), which {self.family} cannot read; expected files "
+                "without textual inversions"
+            )
+        return [self._template(length or 512)]
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        """The tokenizer for texts of so many tokens."""
+        raise NotImplementedError
+
+    def _chat_template(self, **options: Any) -> Callable[[str], str]:
+        """Writes a prompt into the tokenizer's chat template, as a message to be answered."""
+
+        def render(prompt: str) -> str:
+            message = {"role": "user", "content": prompt}
+            return self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True, **options)
+
+        return render
+
+
+Encode = Callable[[list[str] | None, bool], tuple[Tensor, Mapping[str, Tensor]]]
+"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True. The text
+and further inputs of the model by row."""
+
+
+def both_sides(
+    encode: Encode, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, *, guided: bool
+) -> EncodedText:
+    """The text of all rows; unconditional ones are there with guidance only."""
+    text, added = encode(None if prompts is None else list(prompts), False)
+    if not guided:
+        return EncodedText(text, None, added)
+    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True)
+    return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
+
+
+def for_each(text: str | list[str] | None, count: int) -> list[str]:
+    """A text for each of so many prompts: one for all, or the empty one."""
+    found = listed(text) or [""]
+    return found * count if len(found) == 1 else found

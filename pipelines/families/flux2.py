@@ -1,0 +1,172 @@
+"""FLUX.2-klein with concepts: the prompt in Qwen3's chat template, three layers of it side by side as the text."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from lora_compose.attention.backbones.joint import PATCH
+from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.call import (
+    Call,
+    Callback,
+    Composition,
+    Concepts,
+    Generators,
+    GivenPrompts,
+    Guidance,
+    ImageSize,
+    Sampling,
+    check_arguments,
+    check_plain,
+    listed,
+    no_concepts,
+    tensors_for,
+)
+from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+
+class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `Flux2KleinPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "FLUX.2-klein"
+    transformer_class = Flux2Transformer2DModel
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Never: diffusers opens no checkpoints in one file for this pipeline."""
+        return False
+
+    @torch.no_grad()
+    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        image: Any = None,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        **kwargs: Any,
+    ) -> ComposeOutput | Flux2PipelineOutput | tuple:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Latents have the shape [images, channels, height, width]; those of diffusers, with patches as channels, are
+        taken too.
+
+        Args:
+            image: Reference images cannot be combined with concepts yet.
+            concepts: As for `ComposePipeline.__call__`.
+            method: One without gradients: merge, tara, regional, switch or composite, or settings of them.
+            control: Not supported yet.
+            token_positions: Positions among all tokens, those of the chat template included.
+            record_attention: Maps come from the last third of the double-stream blocks.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        started = time.perf_counter()
+        prompt, concepts = self.named_concepts(prompt, concepts)
+        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        if no_concepts(concepts):
+            check_plain(self.transformer, composition)
+            plain: Callable[..., Any] = Flux2KleinPipeline.__call__
+            return plain(
+                self, image, prompt, height, width, num_inference_steps, sigmas, guidance_scale, num_images_per_prompt,
+                generator, latents, prompt_embeds, negative_prompt_embeds, output_type, return_dict, attention_kwargs,
+                callback_on_step_end, list(callback_on_step_end_tensor_inputs), max_sequence_length,
+                text_encoder_out_layers, **kwargs,
+            )  # fmt: skip
+        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
+        if image is not None:
+            raise ValueError("reference images cannot be combined with concepts yet; leave out image, or concepts")
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        native = self.default_sample_size * self.vae_scale_factor
+        height, width = (self._rounded(side or native) for side in (height, width))
+        self.check_inputs(prompt, height, width, prompt_embeds, tensors, guidance_scale)
+        cfg_scale = self._cfg_of(guidance_scale)
+        given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
+        call = Call(
+            composition, given, ImageSize(width, height, num_images_per_prompt),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
+            Callback(callback_on_step_end, tensors), started, {"joint_attention_kwargs": attention_kwargs},
+            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+            own = ([""] * len(given), negative_prompt_embeds) if negative else (prompt, prompt_embeds)
+            words, embeds = own if prompts is None else (prompts, None)
+            encode_prompt: Any = self.encode_prompt
+            text, _ = encode_prompt(
+                words, self._execution_device, num_images_per_prompt, embeds, max_sequence_length,
+                text_encoder_out_layers,
+            )  # fmt: skip
+            return text, {}
+
+        final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        self._current_timestep = None
+        result = self._decode(final, output_type or "np")
+        self.maybe_free_model_hooks()
+        return output_of(denoiser, result) if return_dict else (result,)
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=False), length, length)
+
+    def _cfg_of(self, guidance_scale: float) -> float:
+        return 1.0 if self.config["is_distilled"] else guidance_scale
+
+    def _shift(self, tokens: int, steps: int) -> float:
+        return compute_empirical_mu(image_seq_len=tokens, num_steps=steps)
+
+    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
+        return [self._drawn(shape)]
+
+    def _drawn(self, shape: Shape) -> Shape:
+        rows, channels, height, width = shape
+        return rows, channels * PATCH**2, height // PATCH, width // PATCH
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        norm: Any = self.vae.bn
+        mean, variance = (numbers.view(1, -1, 1, 1).to(latents) for numbers in (norm.running_mean, norm.running_var))
+        std = torch.sqrt(variance + self.vae.config.batch_norm_eps)
+        scaled = pixel_shuffle(pixel_unshuffle(latents, PATCH) * std + mean, PATCH)
+        if output_type == "latent":
+            return scaled
+        image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        return self._postprocess(image, output_type)
+
+
+ComposePipeline.families.append(ComposeFlux2KleinPipeline)

@@ -1,0 +1,175 @@
+"""Krea 2 with concepts: the prompt in a chat template whose beginning is dropped, several layers of it as the text."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+from diffusers.pipelines.krea2.pipeline_output import Krea2PipelineOutput
+from torch import Tensor
+
+from lora_compose.attention.backbones.joint import packed
+from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.call import (
+    Call,
+    Callback,
+    Composition,
+    Concepts,
+    Generators,
+    GivenPrompts,
+    Guidance,
+    ImageSize,
+    Sampling,
+    check_arguments,
+    check_plain,
+    listed,
+    no_concepts,
+    tensors_for,
+)
+from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, for_each
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+
+class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `Krea2Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
+
+    family = "Krea 2"
+    transformer_class = Krea2Transformer2DModel
+    most_tokens = 6400
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Never: diffusers opens no checkpoints in one file for this family."""
+        return False
+
+    @torch.no_grad()
+    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 1024,
+        width: int = 1024,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 4.5,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 512,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        **kwargs: Any,
+    ) -> ComposeOutput | Krea2PipelineOutput | tuple:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Latents have the shape [images, channels, height, width]; packed ones, as diffusers has them, are taken too.
+        With concepts, `output_type="latent"` returns them packed, as diffusers does.
+
+        Args:
+            concepts: As for `ComposePipeline.__call__`.
+            method: One without gradients: merge, tara, regional, switch or composite, or settings of them.
+            control: Not supported yet.
+            token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
+            record_attention: Maps come from the last third of the blocks.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        started = time.perf_counter()
+        prompt, concepts = self.named_concepts(prompt, concepts)
+        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        if no_concepts(concepts):
+            check_plain(self.transformer, composition)
+            plain: Callable[..., Any] = Krea2Pipeline.__call__
+            return plain(
+                self, prompt, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale,
+                num_images_per_prompt, generator, latents, prompt_embeds, prompt_embeds_mask, negative_prompt_embeds,
+                negative_prompt_embeds_mask, output_type, return_dict, callback_on_step_end,
+                list(callback_on_step_end_tensor_inputs), attention_kwargs, max_sequence_length, **kwargs,
+            )  # fmt: skip
+        check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        height, width = (-self._rounded(-side) for side in (height, width))  # up, as diffusers does
+        self.check_inputs(
+            prompt, height, width, negative_prompt, prompt_embeds, prompt_embeds_mask, negative_prompt_embeds,
+            negative_prompt_embeds_mask, tensors, max_sequence_length,
+        )  # fmt: skip
+        cfg_scale = self._cfg_of(guidance_scale)
+        embeds = None if prompt_embeds is None else prompt_embeds.flatten(2)
+        given = GivenPrompts(None if prompt is None else [listed(prompt)], embeds, max_sequence_length)
+        call = Call(
+            composition, given, ImageSize(width, height, num_images_per_prompt),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
+            Callback(callback_on_step_end, tensors), started, {"attention_kwargs": attention_kwargs},
+            {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+            own = (prompt, prompt_embeds, prompt_embeds_mask)
+            if negative:
+                words = None if negative_prompt_embeds is not None else for_each(negative_prompt, len(given))
+                own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
+            words, embeds, mask = own if prompts is None else (prompts, None, None)
+            encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
+            text, mask = encode_prompt(
+                words, self._execution_device, num_images_per_prompt, embeds, mask, max_sequence_length
+            )
+            return text.flatten(2), {"text_mask": mask}
+
+        final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        self._current_timestep = None
+        result = self._decode(final, output_type or "np")
+        self.maybe_free_model_hooks()
+        return output_of(denoiser, result) if return_dict else (result,)
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        dropped, suffix = self.prompt_template_encode_start_idx, self.prompt_template_encode_num_suffix_tokens
+        return TemplateTokenizer(
+            self.tokenizer, self.prompt_template_encode_prefix.__add__, length + dropped - suffix, length, dropped
+        )
+
+    def _cfg_of(self, guidance_scale: float) -> float:
+        return 1 + max(0.0, guidance_scale)
+
+    def _shift(self, tokens: int, steps: int) -> float:
+        return 1.15 if self.config["is_distilled"] else super()._shift(tokens, steps)
+
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
+        layers = self.transformer.config.num_text_layers
+        return {"prompt_embeds": text.conditional().prompt_embeds.unflatten(-1, (layers, -1))}
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return packed(latents)
+        config: Any = self.vae.config
+        mean, std = (
+            torch.tensor(numbers).to(latents.device, self.vae.dtype).view(1, -1, 1, 1, 1)
+            for numbers in (config.latents_mean, config.latents_std)
+        )
+        image = self.vae.decode(latents[:, :, None].to(self.vae.dtype) * std + mean, return_dict=False)[0][:, :, 0]
+        return self._postprocess(image, output_type)
+
+
+ComposePipeline.families.append(ComposeKrea2Pipeline)

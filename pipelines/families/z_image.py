@@ -1,0 +1,193 @@
+"""Z-Image with concepts: the prompt in Qwen3's chat template, without padding, so that rows have their own lengths."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
+from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.call import (
+    Call,
+    Callback,
+    Composition,
+    Concepts,
+    Generators,
+    GivenPrompts,
+    Guidance,
+    ImageSize,
+    Sampling,
+    check_arguments,
+    check_plain,
+    listed,
+    no_concepts,
+    tensors_for,
+)
+from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
+from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+
+
+class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """diffusers' `ZImagePipeline` whose calls may name concepts."""
+
+    family = "Z-Image"
+    transformer_class = ZImageTransformer2DModel
+
+    @classmethod
+    def opens_keys(cls, keys: Sequence[str]) -> bool:
+        """Whether a checkpoint is of this family."""
+        return any(key.removeprefix("model.diffusion_model.") == "cap_pad_token" for key in keys)
+
+    @torch.no_grad()
+    def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 5.0,
+        cfg_normalization: bool = False,
+        cfg_truncation: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: list[Tensor] | None = None,
+        negative_prompt_embeds: list[Tensor] | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        concepts: Concepts | None = None,
+        method: str | Settings | None = None,
+        control: Control | Sequence[Control] | None = None,
+        token_positions: TokenPositions | None = None,
+        record_attention: bool | Sequence[int] = False,
+        **kwargs: Any,
+    ) -> ComposeOutput | ZImagePipelineOutput | tuple:
+        """Generates images; all arguments of diffusers' pipeline keep their meaning.
+
+        Args:
+            cfg_normalization: Cannot be combined with concepts yet.
+            cfg_truncation: Below 1 it cannot be combined with concepts yet.
+            concepts: As for `ComposePipeline.__call__`.
+            method: One without gradients: merge, tara, regional, switch or composite, or settings of them.
+            control: Not supported yet.
+            token_positions: Positions among all tokens, those of the chat template included.
+            record_attention: Maps come from the last third of the layers.
+
+        Returns:
+            A `ComposeOutput`, or `(images,)` if `return_dict` is False.
+
+        Raises:
+            ValueError: For anything that does not fit together, before anything is changed.
+        """
+        started = time.perf_counter()
+        prompt, concepts = self.named_concepts(prompt, concepts)
+        composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        if no_concepts(concepts):
+            check_plain(self.transformer, composition)
+            plain: Callable[..., Any] = ZImagePipeline.__call__
+            words = list(prompt) if isinstance(prompt, list) else prompt  # diffusers writes into the list
+            return plain(
+                self, words, height, width, num_inference_steps, sigmas, guidance_scale, cfg_normalization,
+                cfg_truncation, negative_prompt, num_images_per_prompt, generator, latents, prompt_embeds,
+                negative_prompt_embeds, output_type, return_dict, joint_attention_kwargs, callback_on_step_end,
+                list(callback_on_step_end_tensor_inputs), max_sequence_length, **kwargs,
+            )  # fmt: skip
+        check_arguments(kwargs, (), joint_attention_kwargs, "joint_attention_kwargs")
+        cfg_scale = self._cfg_of(guidance_scale)
+        if cfg_scale > 1 and (cfg_normalization or cfg_truncation < 1):
+            raise ValueError("cfg_normalization and cfg_truncation below 1 cannot be combined with concepts yet")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give a prompt or prompt_embeds, one of the two")
+        if prompt_embeds is not None and cfg_scale > 1 and negative_prompt_embeds is None:
+            raise ValueError("with prompt_embeds, guidance needs negative_prompt_embeds as well")
+        height, width = height or 1024, width or 1024
+        for name, side in (("height", height), ("width", width)):
+            if side != self._rounded(side):
+                raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor * 2}, not {side}")
+        tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        if unknown := set(tensors) - {"latents"}:
+            raise ValueError(f"with concepts, callbacks are given latents, not {', '.join(sorted(unknown))}")
+        per_prompt, tokens = num_images_per_prompt or 1, _padded(max_sequence_length)
+        embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
+        given = GivenPrompts(None if prompt is None else [listed(prompt)], embeds, max_sequence_length)
+        call = Call(
+            composition, given, ImageSize(width, height, per_prompt),
+            Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
+            Callback(callback_on_step_end, tensors), started, {"joint_attention_kwargs": joint_attention_kwargs},
+            {"_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs},
+        )  # fmt: skip
+
+        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+            own = (listed(prompt), prompt_embeds)
+            if negative:
+                own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
+            words, embeds = own if prompts is None else (prompts, None)
+            encode_prompt: Any = self._encode_prompt
+            found = encode_prompt(list(words), self._execution_device, embeds, max_sequence_length)
+            rows = [row for row in found for _ in range(per_prompt)]
+            return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
+
+        final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        result = self._decode(final, output_type or "np")
+        self.maybe_free_model_hooks()
+        return output_of(denoiser, result) if return_dict else (result,)
+
+    def _template(self, length: int) -> TemplateTokenizer:
+        return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=True), length, _padded(length))
+
+    def _cfg_of(self, guidance_scale: float) -> float:
+        return 1 + max(0.0, guidance_scale)
+
+    def _sigmas(self, steps: int) -> Any:
+        return get_default_z_image_sigmas(steps)
+
+    def _latent_shape(self, canvas: Canvas) -> Shape:
+        return canvas.images, self.transformer.in_channels, *canvas.latent_grid
+
+    def _other_shapes(self, shape: Shape) -> Sequence[Shape]:
+        return []
+
+    def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
+        return super()._noise(call, plan, torch.float32)  # in any precision of the model
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return self._postprocess(self.vae.decode(scaled, return_dict=False)[0], output_type)
+
+
+def _padded(tokens: int) -> int:
+    """How long a text of so many tokens is inside the model."""
+    return -(-tokens // SEQ_MULTI_OF) * SEQ_MULTI_OF
+
+
+def _stacked(rows: Sequence[Tensor], tokens: int) -> Tensor:
+    """Texts of different lengths in one tensor. Shape: [rows, tokens, channels]."""
+    longest = max(map(len, rows))
+    if longest > tokens:
+        raise ValueError(f"prompt_embeds have up to {longest} tokens; raise max_sequence_length, which allows {tokens}")
+    return torch.stack([pad(row, (0, 0, 0, tokens - len(row))) for row in rows])
+
+
+ComposePipeline.families.append(ComposeZImagePipeline)

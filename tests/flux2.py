@@ -1,0 +1,65 @@
+"""A small FLUX.2-klein pipeline of real components."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from torch import Tensor
+
+from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
+from qwen import qwen3, qwen_tokenizer, without_zeros
+from transformer_families import Family, Places
+
+LAYERS = (0, 1, 3)
+
+
+def flux2_transformer(**changes: Any) -> Flux2Transformer2DModel:
+    """Two double-stream and two single-stream blocks of width 32."""
+    config: dict[str, Any] = {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 72, "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4),
+        "guidance_embeds": False,
+    }  # fmt: skip
+    return without_zeros(Flux2Transformer2DModel(**config | changes))
+
+
+def flux2_pipeline(cls: Any = ComposeFlux2KleinPipeline, **changes: Any) -> Any:
+    """A FLUX.2-klein pipeline of small real components."""
+    torch.manual_seed(0)
+    words = qwen_tokenizer()
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=128
+    )
+    norm: Any = vae.bn
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2.0)
+    pipe = cls(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=qwen3(len(words)),
+        tokenizer=words,
+        transformer=flux2_transformer(**changes),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gate(name: str, x: Tensor, places: Places) -> Tensor:
+    """Where a LoRA acts in a layer of FLUX.2."""
+    if "modulation" in name or name.startswith(("time", "norm_out")):
+        return places.modulation
+    if name.startswith("single"):
+        return torch.cat([places.text, places.image], dim=1)
+    text = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
+    return places.text if any(part in name for part in text) else places.image
+
+
+# After "<|im_start|>", "user" and a line break: "a", " ", "s", "k", "s", " cat", " and", " a", " ", "z", "w", "x", ...
+FLUX2 = Family(
+    pipeline=flux2_pipeline,
+    plain=Flux2KleinPipeline,
+    gate=gate,
+    words=((5, 6, 7), (12, 13, 14)),
+    guided={"guidance_scale": 2.0, "text_encoder_out_layers": LAYERS},
+    unguided={"guidance_scale": 1.0, "text_encoder_out_layers": LAYERS},
+)

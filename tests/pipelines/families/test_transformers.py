@@ -1,0 +1,178 @@
+"""Every transformer family through the same seam: equal to a slow reference, and to diffusers where LoRAs are plain."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components import seeded
+from flux2 import FLUX2
+from krea2 import KREA2
+from lora_compose import Composite, Concept, Merge, Regional, Switch, Tara
+from transformer_families import (
+    CELLS,
+    TOKENS,
+    Family,
+    Places,
+    as_file,
+    dense_loras,
+    plain_latents,
+    random_lora_of_all,
+)
+from z_image import Z_IMAGE
+
+FAMILIES = {"krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
+PROMPT = "a sks cat and a zwx dog on grass"
+LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
+BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
+CALL: dict[str, Any] = {
+    "prompt": PROMPT, "width": 128, "height": 128, "num_inference_steps": 2, "max_sequence_length": TOKENS,
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two concepts with LoRAs on every linear layer."""
+    pipe = family.pipeline()
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
+        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
+        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
+    return pipe
+
+
+def latents_of(pipe: Any, **arguments: Any) -> Tensor:
+    return pipe(**{**CALL, "generator": seeded(3), "output_type": "latent", **arguments}).images
+
+
+def merged(family: Family, unconditional: Sequence[bool]) -> Places:
+    ones = torch.ones(len(unconditional), 1, 2)
+    return Places(ones.expand(-1, TOKENS, 2), ones.expand(-1, CELLS**2, 2), ones[:, 0])
+
+
+def own_words(family: Family, unconditional: Sequence[bool]) -> Places:
+    everywhere = merged(family, unconditional)
+    text = torch.zeros(len(unconditional), TOKENS, 2)
+    for row, uncond in zip(text, unconditional, strict=True):
+        for concept, words in enumerate(family.words):
+            row[list(words), concept] = float(not uncond)
+    return Places(text, everywhere.image, everywhere.modulation)
+
+
+def regions(family: Family, unconditional: Sequence[bool]) -> Places:
+    live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
+    image = torch.zeros(len(unconditional), CELLS, CELLS, 2)
+    image[:, :, : CELLS // 2, 0] = image[:, :, CELLS // 2 :, 1] = 1
+    text = live.expand(-1, TOKENS, 2)
+    return Places(text, live * image.flatten(1, 2), torch.zeros(len(unconditional), 2))
+
+
+METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
+    "merge": (Merge(), ["cat", "dog"], merged),
+    "tara": (Tara(), ["cat", "dog"], own_words),
+    "regional": (Regional(token_mask="none"), BOXES, regions),
+}
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, method, guided):
+    settings, concepts, places = METHODS[method]
+    guidance = family.guided if guided else family.unguided
+    found = latents_of(pipe, concepts=concepts, method=settings, **guidance)
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    with dense_loras(family, pipe.transformer, loras, lambda rows: places(family, rows), guided=guided):
+        expected = plain_latents(family, pipe, **CALL, **guidance)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+    assert (found - plain_latents(family, pipe, **CALL, **guidance)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+def test_without_concepts_it_does_exactly_what_diffusers_does(family, pipe, guided):
+    guidance = family.guided if guided else family.unguided
+    assert torch.equal(latents_of(pipe, **guidance), plain_latents(family, pipe, **CALL, **guidance))
+
+
+def test_one_merged_lora_equals_diffusers_with_the_lora_loaded(family, pipe):
+    found = latents_of(pipe, concepts=["cat"], method="merge", **family.guided)
+    other = copy.deepcopy(pipe)
+    other.load_lora_weights(as_file(random_lora_of_all(pipe.transformer, 0)))
+    expected = plain_latents(family, other, **CALL, **family.guided)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+def test_switch_and_composite_take_one_lora_at_a_time(family, pipe):
+    alone = latents_of(pipe, concepts=["cat"], method="merge", **family.guided)
+    for method in (Switch(), Composite()):
+        found = latents_of(pipe, concepts=["cat"], method=method, **family.guided)
+        torch.testing.assert_close(found, alone, atol=3e-5, rtol=0)
+    first = latents_of(pipe, concepts=["cat", "dog"], method=Switch(interval=2), **family.guided)
+    torch.testing.assert_close(first, alone, atol=3e-5, rtol=0)
+
+
+def test_nothing_of_a_call_stays_in_the_transformer(family, pipe):
+    before = {name: (module, getattr(module, "processor", None)) for name, module in pipe.transformer.named_modules()}
+    latents_of(pipe, concepts=["cat", "dog"], method="tara", record_attention=True, **family.unguided)
+    after = {name: (module, getattr(module, "processor", None)) for name, module in pipe.transformer.named_modules()}
+    assert after == before
+
+
+def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
+    seen: list[Tensor] = []
+    last = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    hook = pipe.transformer.get_submodule(last).register_forward_hook(lambda _, __, output: seen.append(output[:1]))
+    try:
+        for concepts in (BOXES, [concept.model_copy(update={"weight": 0.0}) for concept in BOXES]):
+            latents_of(pipe, concepts=concepts, method="regional", num_inference_steps=1, **family.guided)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_transformer_gives_the_same(family, pipe):
+    eager = latents_of(pipe, concepts=BOXES, method="regional", **family.guided)
+    compiled = copy.copy(pipe)
+    compiled.register_modules(transformer=torch.compile(pipe.transformer, backend="eager"))
+    found = latents_of(compiled, concepts=BOXES, method="regional", **family.guided)
+    torch.testing.assert_close(found, eager, atol=1e-5, rtol=0)
+
+
+def test_recorded_maps_say_how_much_cells_attend_to_the_words_of_each_concept(family, pipe):
+    output = pipe(
+        **CALL, **family.guided, concepts=["cat", "dog"], method="merge", record_attention=[0, -1], output_type="latent"
+    )
+    assert output.recorded_steps == (0, 1)
+    assert output.attention_maps.shape == (2, 1, 2, CELLS, CELLS)
+    assert (output.attention_maps > 0).all()
+    assert output.attention_maps.sum(dim=2).max() < 1
+
+
+def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
+    prompts, sets = [PROMPT, "a zwx dog"], [["cat", "dog"], ["dog"]]
+    noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
+    both = latents_of(pipe, prompt=prompts, concepts=sets, method="tara", latents=noise, **family.guided)
+    chosen = latents_of(pipe, prompt=prompts, concepts="auto", method="tara", latents=noise, **family.guided)
+    assert torch.equal(chosen, both), "the prompts name them"
+    for i, (prompt, concepts) in enumerate(zip(prompts, sets, strict=True)):
+        given = {"prompt": prompt, "concepts": concepts, "method": "tara", "latents": noise[i : i + 1]}
+        torch.testing.assert_close(both[i : i + 1], latents_of(pipe, **given, **family.guided), atol=3e-5, rtol=0)
+
+
+def test_images_are_decoded_as_in_diffusers(family, pipe):
+    nothing = [Concept(name="cat", weight=0.0)]
+    ours, plain = (
+        pipe(**CALL, **family.unguided, generator=seeded(3), output_type="np", **given).images
+        for given in ({"concepts": nothing}, {})
+    )
+    assert ours.shape == plain.shape == (1, 128, 128, 3)
+    assert abs(ours - plain).max() < 1e-4
