@@ -250,8 +250,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         with plan.installed(self) as sessions:
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
-            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
+            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
             opened = sessions(encode, sampler, {} if task is None else task.inputs)
             process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
