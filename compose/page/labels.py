@@ -36,6 +36,10 @@ METHOD_LABELS: Mapping[str, MethodLabel] = {
         "By boxes, light", "regional",
         "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.", "boxes",
     ),
+    "draft": MethodLabel(
+        "By layout", "draft",
+        "The model lays the image out first, and each LoRA acts where its subject is. Needs no boxes.", "found areas",
+    ),
     "clora": MethodLabel(
         "By words", "CLoRA",
         "Finds each concept by its words while the image is made, and moves concepts apart. Needs no boxes.",
@@ -79,6 +83,15 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "background": "What the background reads",
     },
     "regional": {"rows": "LoRAs act on", "token_mask": "Keep a LoRA to its trigger"},
+    "draft": {
+        "length": "Length of the draft (share of the steps)",
+        "threshold": "Which cells count for a subject's place",
+        "division": "How the canvas is divided",
+        "reading": "What the areas read",
+        "apart": "Areas start apart, share of the steps",
+        "isolate": "Areas do not see each other",
+        "keep_regions": "Keep boxes that are given",
+    },
     "clora": {
         "fuse": "How concepts are joined",
         "uncond": "The negative prompt is read",
