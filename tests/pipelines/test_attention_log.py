@@ -82,7 +82,7 @@ def test_masks_are_returned_with_the_maps(pipe, write_lora):
     assert output.masks.sum(dim=2).max() == 1
 
 
-@pytest.mark.parametrize(("wanted", "steps"), [([0], (0,)), ([-1], (1,)), ([1, 0, -2], (0, 1)), (range(2), (0, 1))])
+@pytest.mark.parametrize(("wanted", "steps"), [([-1], (1,)), ([1, 0, -2], (0, 1))])
 def test_single_steps_can_be_recorded(pipe, write_lora, wanted, steps):
     load(pipe, write_lora, ["cat"], loras_of(pipe, ["cat"]))
     everything = denoise(pipe, concepts=["cat"], method="tara", record_attention=True)

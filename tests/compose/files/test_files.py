@@ -173,6 +173,7 @@ WRONG = {
     "a field twice in json": ("a.json", '{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
     "true for a word": ("a.yaml", "prompt: yes\n", "prompt: expected a valid string, found True; put it in quotes"),
     "a date": ("a.yaml", "prompt: 2020-02-02\n", "expected a valid string, found datetime.*put it in quotes"),
+    "an impossible date": ("a.yaml", "prompt: 2020-13-45\n", "not valid YAML"),
     "words for a number": (
         "a.yaml",
         SCENE + "    weight: much\n",

@@ -43,7 +43,7 @@ def sd_parts() -> SimpleNamespace:
 def sdxl_parts() -> SimpleNamespace:
     text: dict[str, Any] = {"vocab_size": 9, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return SimpleNamespace(
-        unet=sdxl_unet(),
+        unet=sdxl_unet(transformer_layers_per_block=(1, 2, 2)),
         text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=8, **text)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=16, projection_dim=12, **text)),
     )
