@@ -37,8 +37,9 @@ METHOD_LABELS: Mapping[str, MethodLabel] = {
         "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.", "boxes",
     ),
     "draft": MethodLabel(
-        "By layout", "draft",
-        "The model lays the image out first, and each LoRA acts where its subject is. Needs no boxes.", "found areas",
+        "By subjects", "draft",
+        "A few first steps show where the model puts each subject, and each LoRA acts there. Needs no boxes.",
+        "found areas",
     ),
     "clora": MethodLabel(
         "By words", "CLoRA",
@@ -85,12 +86,12 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
     "regional": {"rows": "LoRAs act on", "token_mask": "Keep a LoRA to its trigger"},
     "draft": {
         "length": "Length of the draft (share of the steps)",
-        "threshold": "Which cells count for a subject's place",
-        "division": "How the canvas is divided",
-        "reading": "What the areas read",
-        "apart": "Areas start apart, share of the steps",
+        "threshold": "How sure a cell of a subject has to be",
+        "division": "How the image is divided",
+        "reading": "What each place reads",
+        "apart": f"Make each area alone until {_UNTIL}",
         "isolate": "Areas do not see each other",
-        "keep_regions": "Keep boxes that are given",
+        "keep_regions": "Keep your boxes",
     },
     "clora": {
         "fuse": "How concepts are joined",
