@@ -16,7 +16,7 @@ from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, PRESETS
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
     "run", "demo", "ui", "check", "replay", "inspect", "merge", "train", "bench", "evaluate", "evaluate run",
