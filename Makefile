@@ -7,7 +7,7 @@ BIN := .venv/bin
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
-demo: .venv/.installed-core  ## generate images with several concepts of the playground, offline
+demo: .venv/.installed-core  ## generate images with several concepts of the playground, offline; the first within a minute
 	$(BIN)/lora-compose demo
 
 ui: .venv/.installed-ui  ## open the page: several LoRAs and a prompt, in a browser

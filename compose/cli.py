@@ -10,6 +10,7 @@ from lora_compose.compose.commands.check import check
 from lora_compose.compose.commands.demo import demo
 from lora_compose.compose.commands.inspect import inspect
 from lora_compose.compose.commands.merge import merge
+from lora_compose.compose.commands.refine import refine
 from lora_compose.compose.commands.replay import replay
 from lora_compose.compose.commands.run import run
 from lora_compose.compose.commands.train import train
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, demo, ui, check, replay, inspect, merge, train, bench):
+for command in (run, demo, ui, check, replay, refine, inspect, merge, train, bench):
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(blind.app, name="blind")

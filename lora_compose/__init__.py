@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PRESETS,
         Clora,
         Composite,
+        Draft,
         LoraComposer,
         Merge,
         Regional,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         make_method,
     )
     from lora_compose.pipelines.output import ComposeOutput, Cost
+    from lora_compose.pipelines.refine import Detailer, Refined, refine, subject_masks
     from lora_compose.pipelines.scene import Concept, Run, Scene
 
 __all__ = [
@@ -41,9 +43,12 @@ __all__ = [
     "Concept",
     "Control",
     "Cost",
+    "Detailer",
+    "Draft",
     "LoraComposer",
     "LoraError",
     "Merge",
+    "Refined",
     "Regional",
     "Run",
     "Scene",
@@ -51,6 +56,8 @@ __all__ = [
     "Tara",
     "__version__",
     "make_method",
+    "refine",
+    "subject_masks",
 ]
 
 _MODULES = {
@@ -58,10 +65,11 @@ _MODULES = {
     "control": ("Control",),
     "families": ("ComposePipeline",),
     "methods": (
-        "METHODS", "PRESETS", "Clora", "Composite", "LoraComposer", "Merge", "Regional", "Switch", "Tara",
+        "METHODS", "PRESETS", "Clora", "Composite", "Draft", "LoraComposer", "Merge", "Regional", "Switch", "Tara",
         "make_method",
     ),
     "output": ("ComposeOutput", "Cost"),
+    "refine": ("Detailer", "Refined", "refine", "subject_masks"),
     "scene": ("Concept", "Run", "Scene"),
 }  # fmt: skip
 _HOME = {name: f"{__name__}.pipelines.{module}" for module, names in _MODULES.items() for name in names}

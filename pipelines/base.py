@@ -21,14 +21,16 @@ from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
-from lora_compose.pipelines.loop import Hooks, Schedule, denoise
+from lora_compose.pipelines.from_image import Source
+from lora_compose.pipelines.loop import Hooks, denoise
 from lora_compose.pipelines.methods import Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
-from lora_compose.pipelines.task import TextToImage
+from lora_compose.pipelines.task import ImageToImage, TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import Encoder
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -197,6 +199,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             prompt: Names each concept by its trigger.
             concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
                 ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
+                "auto": those loaded and added ones that the prompt names.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
@@ -247,7 +250,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         with plan.installed(self) as sessions:
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
-            opened = sessions(encode, len(schedule.timesteps))
+            task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
+            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
+            opened = sessions(encode, sampler, {} if task is None else task.inputs)
             process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
@@ -258,9 +263,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )
             latents = denoise(
                 process,
-                TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
-                self._scheduler_step(call.sampling),
-                schedule,
+                task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
+                sampler,
                 1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale,
                 hooks,
                 cost=opened.denoiser.cost,
@@ -289,6 +293,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
     def _noise(self, call: Call, plan: Plan, dtype: torch.dtype) -> Tensor:
         """The start noise. Shape: [images, channels, height, width]."""
+        raise NotImplementedError
+
+    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
+        """The task of a call that starts from an image."""
         raise NotImplementedError
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
@@ -325,15 +333,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             self.scheduler, sampling.num_inference_steps, plan.canvas.device, sampling.timesteps, sampling.sigmas
         )
         return found
-
-    def _scheduler_step(self, sampling: Sampling) -> Any:
-        """From model output, timestep and latents to the next latents."""
-        extra = self._step_arguments(sampling)
-
-        def step(model_output: Tensor, t: Tensor, latents: Tensor) -> Tensor:
-            return self.scheduler.step(model_output, t, latents, **extra, return_dict=False)[0]
-
-        return step
 
     def _step_arguments(self, sampling: Sampling) -> Mapping[str, Any]:
         """Further arguments of the scheduler's step."""

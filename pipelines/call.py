@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_compose.attention import check_free
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.from_image import Source, check_steps
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept
@@ -134,6 +135,7 @@ class Call:
         started: When the call began, by `time.perf_counter()`.
         inputs: Further arguments of every forward pass; tensors have one row per image.
         properties: Attributes that diffusers' pipeline has during a call.
+        source: The image that it starts from; None is text-to-image.
     """
 
     composition: Composition
@@ -144,6 +146,7 @@ class Call:
     started: float
     inputs: Mapping[str, Any] = field(default_factory=dict)
     properties: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = None
 
 
 def no_concepts(concepts: Concepts | None) -> bool:
@@ -196,8 +199,13 @@ def check_arguments(
 
     Raises:
         TypeError: For unknown arguments.
-        ValueError: For IP-Adapter images, and attention arguments other than "scale".
+        ValueError: For images to start from, IP-Adapter images, and attention arguments other than "scale".
     """
+    if {"image", "mask_image"} & unknown.keys():
+        raise ValueError(
+            "with concepts, this model family makes images from text only; image-to-image and inpainting work with "
+            "Stable Diffusion 1.x, 2.x and XL"
+        )
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(unknown)}")
     if any(given is not None for given in ip_adapter):
@@ -239,8 +247,16 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
         raise ValueError(
             f"there are {len(sampling.generator)} generators for {images} images; give one, or one for each"
         )
+    width, height = (size.width, size.height) if call.source is None else call.source.image_size
     for loaded in concepts:
-        check_region(loaded.concept, size.width, size.height)
+        check_region(loaded.concept, width, height)
+    if call.source is not None:
+        given = sampling.timesteps if sampling.timesteps is not None else sampling.sigmas
+        steps = (sampling.num_inference_steps or 1) if given is None else len(given)
+        check_steps(steps, call.source.strength)
+        images, prompts = len(call.source.pixels), len(call.prompts)
+        if images not in (1, prompts):
+            raise ValueError(f"there are {images} images and {prompts} prompts; give one image, or one for each prompt")
 
 
 def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:

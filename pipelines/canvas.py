@@ -20,6 +20,8 @@ class Canvas:
         images_per_prompt: How many images each prompt gets.
         device: Where the model runs.
         backbone: Knows the grids of the model.
+        painted: 1 in the cells of the latents that are painted (inpainting), on the CPU. Shape: [height, width]; None
+            is everywhere.
     """
 
     image_size: Grid
@@ -28,6 +30,7 @@ class Canvas:
     images_per_prompt: int
     device: torch.device
     backbone: Backbone
+    painted: Tensor | None = None
 
     @property
     def images(self) -> int:

@@ -7,6 +7,7 @@ A method prepares its passes once (`prepare`) and runs them in every step: `pred
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, 
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.prepared_pass import MicroBatch, PreparedPass
+from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.text.conditioning import Conditioning
 
 
@@ -43,11 +45,12 @@ class Denoiser:
     Args:
         backbone: The denoiser.
         installation: The LoRAs installed in it.
-        scheduler: Scales latents for the model.
+        sampler: The scheduler, which scales latents for the model.
         canvas: Sizes of the call.
         concepts: The concept set.
         controls: Prepared ControlNets and T2I-Adapters.
-        inputs: Further arguments of every forward pass; tensors have one row per image.
+        inputs: Further arguments of every forward pass; tensors have one row per image, those of four dimensions are on
+            the grid of the latents.
         log: Keeps the attention maps of recorded steps.
 
     Attributes:
@@ -58,7 +61,7 @@ class Denoiser:
         self,
         backbone: Backbone,
         installation: Installation,
-        scheduler: Any,
+        sampler: Sampler,
         canvas: Canvas,
         concepts: ConceptSet,
         controls: Sequence[PreparedControl],
@@ -67,7 +70,7 @@ class Denoiser:
     ) -> None:
         self.backbone = backbone
         self.installation = installation
-        self.scheduler = scheduler
+        self.sampler = sampler
         self.canvas = canvas
         self.concepts = concepts
         self.controls = tuple(controls)
@@ -86,7 +89,7 @@ class Denoiser:
         columns = concepts.columns or range(len(concepts.loaded))
         inputs = {name: one[images] if isinstance(one, Tensor) else one for name, one in self.inputs.items()}
         part = Denoiser(
-            self.backbone, self.installation, self.scheduler,
+            self.backbone, self.installation, self.sampler.of_images(images),
             self.canvas.of_prompts(len(images) // self.canvas.images_per_prompt), concepts,
             [control.of_images(images) for control in self.controls], inputs,
             self.log.of_set(columns, len(self.concepts.loaded), images),
@@ -94,6 +97,16 @@ class Denoiser:
         part.cost = self.cost
         part._can_fold = False
         return part
+
+    def ahead(self, sampler: Sampler) -> "Denoiser":
+        """The denoiser of steps that are taken ahead: they count, but they are not recorded.
+
+        Args:
+            sampler: The copy that takes them (`Sampler.ahead`).
+        """
+        ahead = copy(self)
+        ahead.sampler, ahead.log = sampler, AttentionLog(self.canvas, ())
+        return ahead
 
     @property
     def has_controlnet(self) -> bool:
@@ -145,7 +158,7 @@ class Denoiser:
         logged = self.log.request(step.index, text)
         recorders = [None if one is None else self._recorder(one) for one in (logged, request)]
         active = [recorder for recorder in recorders if recorder is not None]
-        output = self._run(self._scaled(latents, step.t), step, prepared.spec, batches, active, whole=True)
+        output = self._run(self.sampler.scaled(latents, step.t), step, prepared.spec, batches, active, whole=True)
         if recorders[0] is not None:
             self.log.take(step.index, prepared.spec, text, recorders[0].mean())
         maps = None if recorders[1] is None else AttentionMaps.of(recorders[1])
@@ -157,7 +170,7 @@ class Denoiser:
         Args: as for `predict`; the request is for conditional rows.
         """
         recorder, batches = self._recorder(request), self.micro_batches(prepared, step, conditional=True)
-        self._run(self._scaled(latents, step.t), step, prepared.spec, batches, [recorder], whole=False)
+        self._run(self.sampler.scaled(latents, step.t), step, prepared.spec, batches, [recorder], whole=False)
         return AttentionMaps.of(recorder)
 
     def gradient(
@@ -208,8 +221,8 @@ class Denoiser:
         """The same without a check and without a host wait: losses stay where the denoiser runs."""
         conditional = not (whole and step.guided)
         batches = self.micro_batches(prepared, step, conditional=conditional)
-        text, scaled = self._text(prepared, conditional), self._scaled(latents, step.t)
-        per_latent = self._scaled(torch.ones(1, 1, 1, 1, device=scaled.device), step.t)
+        text, scaled = self._text(prepared, conditional), self.sampler.scaled(latents, step.t)
+        per_latent = self.sampler.scaled(torch.ones(1, 1, 1, 1, device=scaled.device), step.t)
         # In half precision small gradients would become 0 on their way back.
         lift = 2.0**10 if scaled.dtype == torch.float16 else 1.0
         wanted = _Differentiated(scaled, step, batches, self._recorder(request), lambda maps: loss(maps) * lift, whole)
@@ -232,11 +245,6 @@ class Denoiser:
     def _recorder(self, request: MapRequest) -> Recorder:
         self_layers = self.backbone.self_map_layers if request.self_attention else ()
         return Recorder(self.backbone.map_layers, request.tokens, self_layers)
-
-    def _scaled(self, latents: Tensor, t: Tensor) -> Tensor:
-        """Latents as the model gets them; schedulers of flow matching do not scale them."""
-        scale = getattr(self.scheduler, "scale_model_input", None)
-        return latents if scale is None else scale(latents, t)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -337,4 +345,7 @@ class Denoiser:
 
 
 def _by_row(given: Any, view: View, rows: int) -> Any:
-    return repeated(view.of_images(given), rows) if isinstance(given, Tensor) else given
+    """A further argument for all rows: what every image has, or a grid of its latents, of which a pass sees a part."""
+    if not isinstance(given, Tensor):
+        return given
+    return repeated(view.of_cells(given, 0) if given.dim() == 4 else view.of_images(given), rows)

@@ -1,7 +1,7 @@
 """The denoising loop, the same for every method, task and model family."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,26 +10,8 @@ from torch import Tensor
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.task import Task
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The timesteps of a call.
-
-    Attributes:
-        timesteps: Of all passes. A scheduler of second order has two per step, of which the last step lacks one.
-        steps: How many steps these are.
-        order: The scheduler's order.
-    """
-
-    timesteps: Sequence[Tensor] | Tensor
-    steps: int
-    order: int
-
-    def step(self, index: int, cfg_scale: float) -> Step:
-        """One pass."""
-        return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, index % self.order > 0)
 
 
 @dataclass(frozen=True)
@@ -52,8 +34,7 @@ class Hooks:
 def denoise(
     process: Process,
     task: Task,
-    scheduler_step: Callable[[Tensor, Tensor, Tensor], Tensor],
-    schedule: Schedule,
+    sampler: Sampler,
     cfg_scale: float,
     hooks: Hooks,
     *,
@@ -65,8 +46,7 @@ def denoise(
     Args:
         process: The method.
         task: Where latents start, and what is put back.
-        scheduler_step: From model output, timestep and latents to the next latents.
-        schedule: The timesteps.
+        sampler: The scheduler and its timesteps.
         cfg_scale: Classifier-free guidance.
         hooks: Callbacks.
         cost: Takes the seconds of preparation.
@@ -75,6 +55,7 @@ def denoise(
     Returns:
         The final latents.
     """
+    schedule = sampler.schedule
     number = len(schedule.timesteps)
     warmup = number - schedule.steps * schedule.order
     latents = task.start()
@@ -87,7 +68,7 @@ def denoise(
             step = schedule.step(index, cfg_scale)
             hooks.before_step(step)
             latents, model_output = process.step(latents, step)
-            latents = task.after_step(scheduler_step(model_output, step.t, latents), step)
+            latents = task.after_step(sampler.step(model_output, step.t, latents), step)
             latents, cfg_scale = hooks.after_step(step, latents)
             if index == number - 1 or (index + 1 > warmup and (index + 1) % schedule.order == 0):
                 progress_bar.update()

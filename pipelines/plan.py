@@ -1,12 +1,13 @@
 """A call, checked and resolved: everything that can be checked before something is changed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_compose.attention import backbone_of, install
 from lora_compose.pipelines.attention_log import AttentionLog
@@ -16,8 +17,11 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import PreparedControl, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
+from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.regions import region_mask
+from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
@@ -65,14 +69,15 @@ class Plan:
     controls: Sequence[PreparedControl]
 
     @contextmanager
-    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, int], "Sessions"]]:
+    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler, Mapping[str, Any]], "Sessions"]]:
         """The LoRAs are in the model inside this block, and nowhere after it.
 
         Args:
             pipe: The pipeline.
 
         Yields:
-            Opens the sessions of the call, given the pipeline's encoder and the number of steps.
+            Opens the sessions of the call, given the pipeline's encoder, the scheduler with its timesteps, and what the
+            task adds to the arguments of every forward pass.
         """
         model: Any = self.canvas.backbone.model
         names = [concept.name for concept in self.concepts.concepts]
@@ -84,11 +89,12 @@ class Plan:
             silence=names,
         ) as installation:
 
-            def sessions(encode: Encoder, steps: int) -> Sessions:
+            def sessions(encode: Encoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
+                steps = len(sampler.schedule.timesteps)
                 log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
                 denoiser = Denoiser(
-                    self.canvas.backbone, installation, pipe.scheduler, self.canvas, self.concepts, self.controls,
-                    self.call.inputs, log,
+                    self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
+                    {**self.call.inputs, **inputs}, log,
                 )  # fmt: skip
                 encoder = PromptEncoder(
                     self.concepts, pipe.components, self.textual_inversions.read_by(pipe, encode), self.canvas, steps
@@ -127,7 +133,10 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         ValueError: For anything that does not fit together.
     """
     loaded, concepts_of = resolve_sets(pipe, call)
+    loaded = tuple(_region_in_pixels(call, found) for found in loaded)
     check_call(call, loaded)
+    if call.source is not None:
+        loaded = tuple(map(call.source.placed, loaded))
     for found in loaded:
         check_blocks(found, pipe.model)
     concepts = ConceptSet(loaded)
@@ -139,6 +148,11 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         raise ValueError(
             "this method needs region attention, which this model does not support yet; use merge, tara or regional"
         )
+    if call.source is not None and call.source.strength < 1 and getattr(method, "moves_noise", False):
+        raise ValueError(
+            "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
+            "it reinit='off', or strength=1"
+        )
     textual_inversions = TextualInversions.of(loaded, pipe.components)
     tokenizers = pipe._prompt_tokenizers(textual_inversions, call.prompts.length)
     prompts_of: dict[tuple[int, ...], list[int]] = {}
@@ -149,10 +163,13 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         for found, prompts in ((sets[prompts[0]], prompts) for prompts in prompts_of.values())
     ]
     size, scale = call.size, pipe.vae_scale_factor
+    grid = size.height // scale, size.width // scale
     canvas = Canvas(
-        (size.height, size.width), (size.height // scale, size.width // scale), len(call.prompts),
-        size.images_per_prompt, pipe._execution_device, backbone,
+        (size.height, size.width), grid, len(call.prompts), size.images_per_prompt, pipe._execution_device, backbone,
+        None if call.source is None else call.source.painted(grid),
     )  # fmt: skip
+    if canvas.painted is not None:
+        _check_painted(loaded, canvas, canvas.painted)
     pipe._check_latents(call, canvas)
     regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
     ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
@@ -161,6 +178,24 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     plan = Plan(call, method, concepts, of_sets, canvas, textual_inversions, finder, controls)
     steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
     return plan
+
+
+def _region_in_pixels(call: Call, loaded: LoadedConcept) -> LoadedConcept:
+    size = (call.size.width, call.size.height) if call.source is None else call.source.image_size
+    return region_in_pixels(loaded, *size)
+
+
+def _check_painted(loaded: Sequence[LoadedConcept], canvas: Canvas, painted: Tensor) -> None:
+    """Raises ValueError for regions of which nothing is painted."""
+    for found in loaded:
+        region = found.concept.region
+        if region is None:
+            continue
+        if not (region_mask(region, canvas.image_size, canvas.latent_grid, sharp=True) * painted).any():
+            raise ValueError(
+                f"the region of concept {found.concept.name!r} lies outside of the mask, where nothing is painted; "
+                "move it, or widen mask_image"
+            )
 
 
 def _check_positions(call: Call, concepts: ConceptSet) -> None:

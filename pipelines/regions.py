@@ -3,24 +3,22 @@
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from lora_compose.attention.masks import Box, bounds, box_mask, cells_of, coarse_mask, resize_mask
+from lora_compose.attention.masks import bounds, box_mask, cells_of, coarse_mask, resize_mask
 from lora_compose.attention.sites import Grid, coarser
-from lora_compose.pipelines.regular import open_regular
-from lora_compose.pipelines.scene import Concept, check_box
-
-_PIXEL_LIMIT = 64 * 2**20
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+from lora_compose.pipelines.mask_images import URI_PREFIX, from_uri, greys, in_pixels, mask_name, open_image
+from lora_compose.pipelines.scene import BoxOrMask, Concept, check_box
 
 
 def read_mask(path: str) -> Tensor:
-    """Reads a mask image: its opacity if it has any, otherwise its brightness; white or opaque is inside.
+    """Reads a mask image: its opacity if a pixel is transparent, else its brightness; white or opaque is inside.
+
+    Args:
+        path: A file, or a data URI (`as_uri`).
 
     Returns:
         Values in 0..1. Shape: [height, width], fp32.
@@ -28,20 +26,10 @@ def read_mask(path: str) -> Tensor:
     Raises:
         ValueError: If it is missing or unreadable, or nothing is inside.
     """
-    try:
-        with open_regular(Path(path).expanduser()) as file, Image.open(file, formats=_FORMATS) as image:
-            if image.width * image.height > _PIXEL_LIMIT:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, which is too large")
-            has_opacity = image.mode in ("RGBA", "LA", "PA")
-            values = image.convert("RGBA").getchannel("A") if has_opacity else image.convert("L")
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no mask {path!r}; expected a mask image, white where the concept may be") from error
-    except Exception as error:  # masks come from strangers, and what Pillow raises for damaged ones has no end
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise ValueError(f"the mask {path!r} cannot be read: {reason}") from error
+    values = greys(from_uri(path) if path.startswith(URI_PREFIX) else open_image(path, "mask"))
     mask = torch.from_numpy(np.asarray(values, dtype=np.float32) / 255)
     if not mask.any():
-        raise ValueError(f"the mask {path!r} is black all over; it has to be white where the concept may be")
+        raise ValueError(f"the mask {mask_name(path)} is black all over; it has to be white where the concept may be")
     return mask
 
 
@@ -50,7 +38,7 @@ def check_mask(path: str, width: int | None, height: int | None) -> None:
     mask_height, mask_width = read_mask(path).shape
     if width is not None and height is not None and abs(mask_width * height / mask_height - width) > 1 + width / 100:
         raise ValueError(
-            f"the mask {path!r} has {mask_width} x {mask_height} pixels, the canvas {width} x {height}: "
+            f"the mask {mask_name(path)} has {mask_width} x {mask_height} pixels, the canvas {width} x {height}: "
             "their proportions differ"
         )
 
@@ -62,11 +50,11 @@ def check_region(concept: Concept, width: int | None, height: int | None) -> Non
     check_box(concept, width, height)
 
 
-def region_mask(region: Box | str | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:
+def region_mask(region: BoxOrMask | None, image_size: Grid, grid: Grid, *, sharp: bool = False) -> Tensor:
     """A region on a grid; 1 everywhere without a region.
 
     Args:
-        region: A box in pixels, or the path of a mask.
+        region: A box, or the path of a mask.
         image_size: Height and width of the canvas in pixels.
         grid: The grid wanted.
         sharp: Whether every dot of a mask is inside or outside, from half of its maximum on; else greys are parts.
@@ -77,7 +65,7 @@ def region_mask(region: Box | str | None, image_size: Grid, grid: Grid, *, sharp
     if region is None:
         return torch.ones(grid)
     if not isinstance(region, str):
-        return box_mask(region, image_size, grid)
+        return box_mask(in_pixels(region, *image_size[::-1]), image_size, grid)
     mask = read_mask(region)
     return resize_mask((mask >= mask.max() / 2).float() if sharp else mask, grid)
 
@@ -104,11 +92,12 @@ class Regions:
     @classmethod
     def of(
         cls,
-        regions: Sequence[Box | str | None],
+        regions: Sequence[BoxOrMask | None],
         image_size: Grid,
         latent_grid: Grid,
         levels: Collection[int],
         threshold: float,
+        painted: Tensor | None = None,
     ) -> "Regions":
         """The regions of all concepts that have one; masks are sharp here, so that grey dots do not thin out cells.
 
@@ -118,9 +107,13 @@ class Regions:
             latent_grid: Height and width of the latents.
             levels: Which grids are wanted.
             threshold: The share of a cell that a region covers, from which on the cell belongs to it.
+            painted: 1 in the cells that are painted, outside of which no region is. Shape: [height, width]; None is
+                everywhere.
         """
         owners = tuple(i for i, region in enumerate(regions) if region is not None)
         masks = [region_mask(regions[i], image_size, latent_grid, sharp=True) for i in owners]
+        if painted is not None:
+            masks = [resize_mask(mask * painted, latent_grid) for mask in masks]
         return cls.of_masks(owners, masks, levels, threshold)
 
     @classmethod

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
+from lora_compose.pipelines.mask_images import is_fractions, region_of
 
 
 class _Frozen(BaseModel):
@@ -27,7 +28,7 @@ class _Frozen(BaseModel):
 Box = tuple[int, int, int, int]
 
 
-def _proper(box: Box) -> Box:
+def _proper(box: Any) -> Any:
     left, top, right, bottom = box
     if not (0 <= left < right and 0 <= top < bottom):
         raise ValueError(
@@ -39,13 +40,59 @@ def _proper(box: Box) -> Box:
 Region = Annotated[Box, AfterValidator(_proper)]
 """A box in output pixels: left, top, right, bottom; right and bottom are outside."""
 
-MaskFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
-"""The path of a mask image (white = inside)."""
+Fractions = Annotated[tuple[float, float, float, float], AfterValidator(_proper)]
+"""The same in fractions of the image, 0 to 1; one of the numbers is a float."""
+
+MaskFile = Annotated[str, Field(pattern=r"(?i)(^data:image/png;base64,|\.(png|jpe?g|webp|bmp)$)")]
+"""The path of a mask image (white = inside), or the image itself as a data URI."""
+
+
+def _kind(region: Any) -> str:
+    if isinstance(region, str):
+        return "mask"
+    numbers = isinstance(region, list | tuple) and all(isinstance(side, int | float) for side in region)
+    return "fractions" if numbers and is_fractions(region) else "box"
+
+
+ImageFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
+"""The path of an image."""
 
 BoxOrMask = Annotated[
-    Annotated[Region, Tag("box")] | Annotated[MaskFile, Tag("mask")],
-    Discriminator(lambda region: "mask" if isinstance(region, str) else "box"),
+    Annotated[Region, Tag("box")] | Annotated[Fractions, Tag("fractions")] | Annotated[MaskFile, Tag("mask")],
+    Discriminator(_kind),
+    BeforeValidator(region_of),
 ]
+
+
+class Start(_Frozen):
+    """What an image starts from; nothing is text-to-image.
+
+    Attributes:
+        image: Path of the image that it starts from.
+        mask_image: Where it is painted: the path of a mask image (white = painted), or a box; None is everywhere.
+        strength: The share of the steps that are run; None is diffusers' default for the model.
+        padding_mask_crop: Pixels around the mask; only that part is painted, at the size of the scene.
+        paste_original: Whether pixels outside of the mask are the image's own; None is no.
+    """
+
+    image: ImageFile | None = None
+    mask_image: BoxOrMask | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    padding_mask_crop: Annotated[int, Field(ge=0)] | None = None
+    paste_original: bool | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.image is None and self.start:
+            raise ValueError(f"{' and '.join(self.start)} needs an image: give image as well")
+        if self.mask_image is None and (self.padding_mask_crop is not None or self.paste_original):
+            raise ValueError("padding_mask_crop and paste_original need a mask: give mask_image as well")
+        return self
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """The fields that are given, as arguments of a call."""
+        return {name: value for name in Start.model_fields if (value := getattr(self, name)) is not None}
 
 
 class Concept(_Frozen):
@@ -65,8 +112,8 @@ class Concept(_Frozen):
             above 1.
         blocks: Further factors by block of the UNet or transformer, {"down": 0.5, "up.1": 0}; the longest name counts,
             and "text" means the text encoders.
-        region: Where the concept may appear: a box, or the path of a mask image (white = inside); None leaves it to
-            the method.
+        region: Where the concept may appear: a box in pixels or in fractions of the image, or a mask (white = inside):
+            a path, a PIL image, an array or a tensor; None leaves it to the method.
         prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
             derives it from the scene's prompt.
         negative_prompt: What to avoid there; None is the scene's.
@@ -107,15 +154,16 @@ class Concept(_Frozen):
         return " ".join(word for word in (self.trigger, self.class_word) if word)
 
 
-class Scene(_Frozen):
-    """Prompt, concepts and size of an image.
+class Scene(Start):
+    """Prompt, concepts and size of an image, and what it starts from.
 
     Attributes:
         prompt: Names every concept by its trigger.
         negative_prompt: What to avoid.
         concepts: The concept set.
-        width: Width of the image in pixels; None is the model's own.
-        height: Height of the image in pixels; None is the model's own.
+        width: Width of the image in pixels; None is that of `image`, if there is one and nothing is cropped, or the
+            model's own.
+        height: Height of the image in pixels; None as for the width.
     """
 
     prompt: Annotated[str, Field(min_length=1)]
@@ -128,7 +176,8 @@ class Scene(_Frozen):
     def _distinct(self) -> Self:
         check_names(self.concepts)
         for concept in self.concepts:
-            check_box(concept, self.width, self.height)  # files are looked at when the scene is used
+            if self.image is None:  # else boxes are in its coordinates; files are looked at when the scene is used
+                check_box(concept, self.width, self.height)
         return self
 
 
@@ -170,7 +219,7 @@ def check_names(concepts: tuple[Concept, ...]) -> None:
 
 def check_box(concept: Concept, width: int | None, height: int | None) -> None:
     """Raises ValueError if a concept's box leaves the canvas; sizes that are None are not checked, and no mask is."""
-    if concept.region is None or isinstance(concept.region, str):
+    if concept.region is None or isinstance(concept.region, str) or is_fractions(concept.region):
         return
     _, _, right, bottom = concept.region
     if (width is not None and right > width) or (height is not None and bottom > height):

@@ -13,6 +13,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.prepared_pass import PreparedPass
+from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.text.encoder import Prompts
 
 
@@ -27,6 +28,15 @@ class Runner(Protocol):
     @property
     def log(self) -> AttentionLog:
         """Attention maps and masks of the recorded steps."""
+        ...
+
+    @property
+    def sampler(self) -> Sampler:
+        """The scheduler and its timesteps."""
+        ...
+
+    def ahead(self, sampler: Sampler) -> "Runner":
+        """The denoiser of steps that are taken ahead with a copy of the sampler; they are not recorded."""
         ...
 
     @property

@@ -1,8 +1,8 @@
 """Tasks: where the latents start, and what happens to them after a step."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,3 +38,55 @@ class TextToImage:
     def after_step(self, latents: Tensor, step: Step) -> Tensor:
         """The latents as they are."""
         return latents
+
+
+@dataclass(frozen=True, eq=False)
+class ImageToImage:
+    """Starts from an image with noise on it and keeps nothing.
+
+    Attributes:
+        latents: Those of the image with the noise of the first step. Shape: [images, channels, height, width].
+        inputs: Further arguments of every forward pass.
+    """
+
+    latents: Tensor
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    def start(self) -> Tensor:
+        """The image with noise on it."""
+        return self.latents
+
+    def after_step(self, latents: Tensor, step: Step) -> Tensor:
+        """The latents as they are."""
+        return latents
+
+
+@dataclass(frozen=True, eq=False)
+class Inpainting(ImageToImage):
+    """Starts from an image and paints a part of it.
+
+    UNets that were made for it are given mask and image as further channels. For others, what is outside of the mask is
+    put back after every step, with the noise of the next one.
+
+    Attributes:
+        mask: 1 where the image is painted. Shape: [images, 1, height, width].
+        image: Latents of the image; None for UNets that are given it. Shape: as the latents.
+        noise: Which noise lies on them. Shape: as the latents.
+        timesteps: Of all passes.
+        add_noise: The scheduler's, from latents, noise and timesteps to noisy latents.
+    """
+
+    mask: Tensor = field(kw_only=True)
+    image: Tensor | None = field(kw_only=True)
+    noise: Tensor = field(kw_only=True)
+    timesteps: Sequence[Tensor] | Tensor = field(kw_only=True)
+    add_noise: Callable[[Tensor, Tensor, Any], Tensor] = field(kw_only=True)
+
+    def after_step(self, latents: Tensor, step: Step) -> Tensor:
+        """The latents with the image outside of the mask."""
+        if self.image is None:
+            return latents
+        outside = self.image
+        if step.index < step.count - 1:
+            outside = self.add_noise(outside, self.noise, self.timesteps[step.index + 1 : step.index + 2])
+        return (1 - self.mask) * outside + self.mask * latents

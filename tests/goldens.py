@@ -184,6 +184,7 @@ def _by_family() -> dict[str, Golden]:
             "clora official": Golden(family, "clora:official", {"refinements": 1}),
             "clora branches": Golden(family, "clora", {"fuse": "branches"}),
             "clora branches in turn": Golden(family, "clora", {"fuse": "branches", "branch_batch_size": 1}),
+            "draft": Golden(family, "draft", cheap=True),
             "default": Golden(family, None),
         }
         found |= {f"{family}: {name}": run for name, run in runs.items()}
@@ -235,6 +236,11 @@ def _sd() -> dict[str, Golden]:
         ),
         "controlnet, clora": Golden("sd", "clora", arguments={"control": controlnet}),
         "t2i-adapter": Golden("sd", "regional", fields=boxed(), arguments={"control": t2i_adapter}),
+        "two of one class, draft": Golden(
+            "sd", "draft", fields={"cat": {}, "bear": {"class_word": "cat"}},
+            arguments={"prompt": "a sks cat and a xlo cat in snow", "num_images_per_prompt": 2},
+        ),
+        "a region for one, draft": Golden("sd", "draft", {"length": 0.5}, fields={"cat": {"region": LEFT}, "dog": {}}),
         "concept sets": Golden("sd", "merge", arguments=sets, cheap=True),
         "concept sets, tara": Golden("sd", "tara", arguments=sets),
         "concept sets, clora": Golden("sd", "clora", arguments=sets),
@@ -283,6 +289,7 @@ def _others() -> dict[str, Golden]:
         "playground: regional": Golden("playground", "regional", fields=boxed()),
         "playground: lora-composer": Golden("playground", "lora-composer", fields=boxed()),
         "playground: clora": Golden("playground", "clora"),
+        "playground: draft": Golden("playground", "draft", arguments={"num_inference_steps": 8}),
         "playground: clora official": Golden("playground", "clora:official", {"refinements": 2}),
     }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 
 from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import uncompiled
@@ -91,7 +91,13 @@ class UNetBackbone:
         return stopped_after(self.model, layers)
 
     def forward(
-        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor] | None,
+        channels: Tensor | None = None,
+        **inputs: Any,
     ) -> Tensor:
         """One forward pass.
 
@@ -100,12 +106,15 @@ class UNetBackbone:
             t: The timestep.
             text: Shape: [rows, tokens, channels].
             added: Further inputs by row (SDXL's pooled text and sizes).
+            channels: Further channels beside the latents: mask and masked image, for UNets made for inpainting. Shape:
+                [rows, channels, height, width].
             inputs: Further arguments of the model.
 
         Returns:
             Shape: as the latents.
         """
         conditions = None if added is None else dict(added)
+        latents = latents if channels is None else cat([latents, channels], dim=1)
         return self.model(
             latents, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False, **inputs
         )[0]

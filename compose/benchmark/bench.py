@@ -138,7 +138,8 @@ def bench(
             "timed": [asdict(row) for row in timed],
         }
     if swap:
-        swaps = measure_swaps(device)
+        with bar("measuring swaps"):
+            swaps = measure_swaps(device)
         out.print(swaps_table(swaps, device))
         numbers["swaps"] = asdict(swaps)
     if to is not None:
@@ -240,13 +241,13 @@ def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list
     with bar("measuring", 2 * len(cells) + 1) as on_progress:
         times: list[Timed] = []
         for method, number in cells:
+            on_progress(len(times), f"timing {method} with {number} concepts")
             times.append(time_pairs(pipe, make_method(method, plain.settings), number, plain.steps, pairs))
-            on_progress(len(times))
         del pipe
         peaks = []
         for method, number in ((None, 0), *cells):
+            on_progress(len(times) + len(peaks), f"memory of {method or 'plain'} with {number} concepts")
             peaks.append(peak_bytes(replace(plain, method=method, concepts=number)))
-            on_progress(len(times) + len(peaks))
     measured = zip(cells, times, peaks[1:], strict=True)
     return [TimedRow(method, number, time, peak, peaks[0]) for (method, number), time, peak in measured]
 

@@ -26,6 +26,7 @@ from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
 from lora_compose.pipelines.prepared_pass import PreparedPass
+from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import TokenMasks
 from lora_compose.pipelines.text.encoder import EncodedText, Prompts
@@ -109,7 +110,8 @@ def count(
         watched or nullcontext(),
         install(backbone, loras, device=META, dtype=unet.dtype) as installed,
     ):
-        denoiser = Denoiser(backbone, installed, scheduler, canvas, acting, (), unet_kwargs, AttentionLog(canvas, ()))
+        sampler = Sampler(scheduler, Schedule(scheduler.timesteps, steps, scheduler.order))
+        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), unet_kwargs, AttentionLog(canvas, ()))
         prompts = Prompts(
             (" ".join(concept.concept.phrase for concept in concepts),), masks, acting,
             lambda weights, prompts, negative_prompts: text,
@@ -118,10 +120,8 @@ def count(
         )  # fmt: skip
         pricing = PricingDenoiser(denoiser, operations)
         process = settings.start(Session(acting, prompts, pricing, Guider()))
-        every = [
-            Step(i, len(scheduler.timesteps), t, guidance_scale if guided else 1.0, i % scheduler.order > 0)
-            for i, t in enumerate(scheduler.timesteps)
-        ]
+        cfg_scale, number = guidance_scale if guided else 1.0, len(scheduler.timesteps)
+        every = [sampler.schedule.step(i, cfg_scale) for i in range(number)]
         latents = process.prepare(latents, every[0])
         preparation = operations.flops
         for step in every:
@@ -199,6 +199,11 @@ class PricingDenoiser:
         self._prices: dict[tuple, Price] = {}
         self.canvas = denoiser.canvas
         self.log = denoiser.log
+        self.sampler = denoiser.sampler
+
+    def ahead(self, sampler: Sampler) -> "PricingDenoiser":
+        """Prices steps that are taken ahead. What it does not run needs no scaling, so it goes on as it is."""
+        return self
 
     def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
         """Folds, and counts what that takes."""

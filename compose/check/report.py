@@ -16,6 +16,7 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blo
 from lora_compose.pipelines.concepts.loading import find_file, read_lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
+from lora_compose.pipelines.mask_images import mask_name
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.regions import check_region
@@ -91,12 +92,14 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
     facts = [("tokens", _tokens(tokenizer, run.scene.prompt))]
-    width, height = size_of(pipe, run.scene)
+    of_model = run.scene.model_copy(update={"image": None})
+    width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
     places: list[tuple[Concept, Positions]] = []
     for concept, found in zip(run.scene.concepts, loaded, strict=True):
         facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
         known = concept if found is None else found.concept
-        _attempt(problems, check_region, known, width, height)
+        if run.scene.image is None:  # else regions are in the coordinates of the image, which the rehearsal looks at
+            _attempt(problems, check_region, known, width, height)
         if found is not None:
             _attempt(problems, check_blocks, found, pipe.unet)
         place = _attempt(problems, locate, tokenizer, run.scene.prompt, known) if known.trigger else None
@@ -112,7 +115,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     facts += [
         ("method", name_of(settings)[0] if settings else "none"),
         ("size", f"{width} x {height} pixels"),
-        ("cost", _cost_words(run, cost) if cost is not None else "not known"),
+        *((name, str(value)) for name, value in run.scene.start.items()),
+        ("cost", _cost_words(pipe, run, cost) if cost is not None else "not known"),
     ]
     return facts, cost
 
@@ -141,9 +145,9 @@ def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
     return [*facts, (f"{concept.name}: blocks", blocks_text(concept.blocks))] if concept.blocks else facts
 
 
-def _region(region: tuple[int, int, int, int] | str) -> str:
+def _region(region: tuple[float, float, float, float] | str) -> str:
     if isinstance(region, str):
-        return f"mask {region}"
+        return f"mask {mask_name(region)}"
     left, top, right, bottom = region
     return f"{left} to {right} across, {top} to {bottom} down"
 
@@ -178,17 +182,24 @@ def _tokens(tokenizer: ExpandingTokenizer, prompt: str) -> str:
 
 def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[LoadedConcept | None]) -> RunCost:
     width, height = size_of(pipe, run.scene)
-    whole = run.steps, run.guidance_scale, width, height
+    whole = _steps(pipe, run), run.guidance_scale, width, height
     scheduler = scheduler_of(pipe, run)
     cost = count_run(pipe, settings, [found for found in loaded if found], *whole, scheduler=scheduler)
     plain = count_run(pipe, None, (), *whole, scheduler=scheduler)
     return RunCost(cost.rows, cost.flops, plain.flops)
 
 
-def _cost_words(run: Run, cost: RunCost) -> str:
+def _steps(pipe: Any, run: Run) -> int:
+    """How many steps are run."""
+    if run.scene.image is None:
+        return run.steps
+    return pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
+
+
+def _cost_words(pipe: Any, run: Run, cost: RunCost) -> str:
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
     ratio = f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
-    return f"{cost.rows} UNet rows ({run.steps} steps {how}), {ratio}"
+    return f"{cost.rows} UNet rows ({_steps(pipe, run)} steps {how}), {ratio}"
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:

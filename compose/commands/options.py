@@ -73,6 +73,47 @@ StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", mi
 GuidanceOption = Annotated[float, typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off.")]
 
 
+ImageOption = Annotated[str | None, typer.Option("--image", help="Start from this image (image-to-image).")]
+MaskImageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mask-image",
+        help="Paint only there (inpainting): a mask image (white = painted), or left,top,right,bottom in pixels or "
+        "as parts of the image.",
+    ),
+]
+StrengthOption = Annotated[
+    float | None, typer.Option("--strength", help="Share of the steps that are run, above 0 to 1. More changes more.")
+]
+PaddingOption = Annotated[
+    int | None,
+    typer.Option(
+        "--padding-mask-crop", min=0, help="Pixels around the mask: only that part is painted, enlarged to the size."
+    ),
+]
+PasteOption = Annotated[
+    bool | None,
+    typer.Option("--paste-original/--no-paste-original", help="Outside of the mask, keep the pixels of the image."),
+]
+
+
+def starting_from(
+    image: str | None,
+    mask_image: str | None,
+    strength: float | None,
+    padding_mask_crop: int | None,
+    paste_original: bool | None,
+) -> dict[str, Any]:
+    """The fields of a scene that say what it starts from, as options give them."""
+    return {
+        "image": image,
+        "mask_image": None if mask_image is None else _mask_or_box(mask_image),
+        "strength": strength,
+        "padding_mask_crop": padding_mask_crop,
+        "paste_original": paste_original,
+    }
+
+
 def parse_concept(text: str) -> Concept:
     """Reads a concept as it is written on the command line.
 
@@ -241,6 +282,12 @@ def check_names(asked: Run) -> None:
     model_source(asked.model)
     for concept in asked.scene.concepts:
         check_lora(concept.lora or "")
+
+
+def _mask_or_box(value: str) -> tuple[float, ...] | str | None:
+    """A mask image or a box, as written on the command line."""
+    is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    return value if is_file else parse_box(value)
 
 
 def check_folder(loras: Path, asked: Run) -> None:

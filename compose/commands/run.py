@@ -12,16 +12,22 @@ from lora_compose.compose.commands.options import (
     LORA_HELP,
     LORAS_HELP,
     GuidanceOption,
+    ImageOption,
+    MaskImageOption,
     MethodOption,
+    PaddingOption,
+    PasteOption,
     SaversOption,
     SetOption,
     StepsOption,
+    StrengthOption,
     check_folder,
     check_names,
     concepts_of,
     parse_settings,
     run_of,
     scene_of,
+    starting_from,
 )
 from lora_compose.compose.support.terminal import kindly, starting
 
@@ -43,8 +49,13 @@ def run(
     steps: StepsOption = 25,
     guidance: GuidanceOption = 5.0,
     negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt: what to avoid.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels; default: the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels; default: that of --image, or the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels; default: that of --image, or the model's own.")] = None,
+    image: ImageOption = None,
+    mask_image: MaskImageOption = None,
+    strength: StrengthOption = None,
+    padding_mask_crop: PaddingOption = None,
+    paste_original: PasteOption = None,
     scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
@@ -57,7 +68,10 @@ def run(
     ] = False,
 ) -> None:
     """Generate images: one per seed, and a contact sheet if there are several."""
-    given = {"prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height}
+    given = {
+        "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height,
+        **starting_from(image, mask_image, strength, padding_mask_crop, paste_original),
+    }  # fmt: skip
     concepts, shares = concepts_of(concept or [], lora or [], box or [])
     asked = run_of(
         scene=scene_of(scene, {name: value for name, value in given.items() if value is not None}, concepts),

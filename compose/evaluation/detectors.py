@@ -13,6 +13,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.encoders import Encoder
 from lora_compose.compose.evaluation.suite import WindowsConfig, ZeroShotConfig
+from lora_compose.compose.support.quiet import without_bars
 
 SHARED = 0.5  # two boxes of which the smaller one lies in the larger one by more than this are one object
 
@@ -101,8 +102,9 @@ class ZeroShotDetector:
 
     def __init__(self, source: str, threshold: float = 0.2, device: str = "cpu") -> None:
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(source)
-            model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(source, use_safetensors=True)
+            with without_bars():
+                self._processor: Any = AutoProcessor.from_pretrained(source)
+                model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(source, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"the detector {source!r} cannot be opened: {str(error)[:400]}") from error
         self._model, self._threshold, self._device = model.to(device).eval(), threshold, device

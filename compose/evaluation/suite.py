@@ -17,7 +17,7 @@ from lora_compose.pipelines.concepts.loading import find_file
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.formats.files import LoraError, trained_with
 from lora_compose.pipelines.methods import make_method
-from lora_compose.pipelines.scene import Concept, Region, Run, Scene
+from lora_compose.pipelines.scene import Concept, Region, Run, Scene, Start
 from lora_compose.pipelines.text.tokens import find_words
 
 SANITY = ("no LoRA", "alone", "merge")
@@ -60,8 +60,8 @@ class SuiteConcept(_Frozen):
         return {"": self.lora} if isinstance(self.lora, str) else self.lora
 
 
-class SuiteScene(_Frozen):
-    """A prompt with concepts.
+class SuiteScene(Start):
+    """A prompt with concepts, and what its images start from.
 
     Attributes:
         name: What it is called.
@@ -328,6 +328,7 @@ def run_of(suite: Suite, batch: Batch) -> Run:
             concepts=tuple(concepts),
             width=scene.width,
             height=scene.height,
+            **scene.start,
         ),
         model=suite.model,
         method=_method(arm, concepts),
@@ -402,7 +403,19 @@ def read_suite(name: str) -> Suite:
         )
         for concept in suite.concepts
     )
-    moved: dict[str, Any] = {"concepts": concepts, "model": here(suite.model), "encoder": here(suite.encoder)}
+    scenes = tuple(
+        scene.model_copy(
+            update={name: here(path) for name, path in scene.start.items() if name in ("image", "mask_image")
+                    and isinstance(path, str)}
+        )
+        for scene in suite.scenes
+    )  # fmt: skip
+    moved: dict[str, Any] = {
+        "scenes": scenes,
+        "concepts": concepts,
+        "model": here(suite.model),
+        "encoder": here(suite.encoder),
+    }
     if isinstance(suite.detector, ZeroShotConfig):
         moved["detector"] = suite.detector.model_copy(update={"model": here(suite.detector.model)})
     return suite.model_copy(update=moved)

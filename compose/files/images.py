@@ -54,6 +54,7 @@ class Record(BaseModel):
         run: What was asked for, with the method, scheduler and device that were used.
         versions: Of lora-compose, python, torch, diffusers and transformers.
         sha256: Of the LoRA files, by concept.
+        images: SHA-256 of the image that it starts from and of its mask, by the name of the field.
         machine: Where it was made.
         batch: The seeds of all images that were made in one call with this one, in order; empty if it was made alone.
             The pixels depend on it.
@@ -65,6 +66,7 @@ class Record(BaseModel):
     versions: Mapping[str, str]
     sha256: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
     machine: Machine
+    images: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
     batch: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)] = ()
 
     @model_validator(mode="after")

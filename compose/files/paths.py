@@ -10,7 +10,8 @@ from pydantic import BaseModel
 
 from lora_compose.compose.playground.assets import PLAYGROUND, lora_source, playground_model
 from lora_compose.compose.support.names import did_you_mean, file_near
-from lora_compose.pipelines.scene import Concept, Run
+from lora_compose.pipelines.mask_images import URI_PREFIX
+from lora_compose.pipelines.scene import Run
 
 _PICKLES = (".ckpt", ".bin", ".pt")
 _FILES = (".safetensors", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -86,12 +87,15 @@ def moved(model: Any, move: Any) -> Any:
     """The same scene or run with every path moved."""
     if isinstance(model, Run):
         return model.model_copy(update={"model": move(model.model), "scene": moved(model.scene, move)})
-    return model.model_copy(update={"concepts": tuple(_moved_concept(concept, move) for concept in model.concepts)})
+    concepts = tuple(_moved(concept, ("lora", "region"), move) for concept in model.concepts)
+    return _moved(model, ("image", "mask_image"), move).model_copy(update={"concepts": concepts})
 
 
-def _moved_concept(concept: Concept, move: Any) -> Concept:
-    paths = {"lora": concept.lora, "region": concept.region}
-    return concept.model_copy(update={name: move(path) for name, path in paths.items() if isinstance(path, str)})
+def _moved(model: _Model, names: tuple[str, ...], move: Any) -> _Model:
+    """The same with the paths in some fields moved; masks given as text are no paths."""
+    given = {name: getattr(model, name) for name in names}
+    paths = {name: one for name, one in given.items() if isinstance(one, str) and not one.startswith(URI_PREFIX)}
+    return model.model_copy(update={name: move(path) for name, path in paths.items()})
 
 
 def to_file(source: str, base: Path) -> str:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.mask_images import URI_PREFIX, open_image
 from lora_compose.pipelines.methods import METHODS, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
 from lora_compose.pipelines.session import Session
 
@@ -98,6 +101,7 @@ def make_batch(
             run=_as_used(pipe, run, settings),
             versions=versions(),
             sha256=_hashes(loaded),
+            images=_image_hashes(run.scene),
             machine=machine(pipe._execution_device),  # where an offloaded model is meanwhile says nothing
         )
         output = pipe(
@@ -154,7 +158,13 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
 
 
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
-    """Width and height of a scene's images in pixels; what the scene leaves open is the model's own."""
+    """Width and height of a scene's images in pixels.
+
+    What the scene leaves open is that of the image it starts from, unless a part of it is enlarged, or the model's own.
+    """
+    if scene.image is not None and scene.padding_mask_crop is None:
+        given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
+        return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
     # Both are always said: diffusers alone takes the model's own for both where one is missing.
     sample = pipe.unet.config.sample_size
     height, width = (sample, sample) if isinstance(sample, int) else sample
@@ -212,6 +222,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settin
         "guidance_scale": run.guidance_scale,
         "concepts": [concept.concept for concept in loaded],
         "method": settings,
+        **run.scene.start,
     }
     pipe.scheduler = scheduler
     try:
@@ -229,6 +240,16 @@ def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
 
 def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, str]:
     return {found.concept.name: found.file.sha256 for found in loaded if found.file is not None}
+
+
+def _image_hashes(scene: Scene) -> dict[str, str]:
+    """The SHA-256 of the files that an image starts from."""
+    files = {name: path for name, path in scene.start.items() if name in ("image", "mask_image")}
+    return {
+        name: sha256_of(Path(path).expanduser())
+        for name, path in files.items()
+        if isinstance(path, str) and not path.startswith(URI_PREFIX)
+    }
 
 
 def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | None) -> Callable[..., dict]:

@@ -110,6 +110,7 @@ def changes(before: Record, now: Record) -> list[str]:
     pairs += [
         (f"LoRA of {name}", before.sha256.get(name), now.sha256.get(name)) for name in {**before.sha256, **now.sha256}
     ]
+    pairs += [(name, before.images.get(name), now.images.get(name)) for name in {**before.images, **now.images}]
     pairs += [
         (name, getattr(before.machine, name), getattr(now.machine, name)) for name in ("device", "name", "threads")
     ]

@@ -173,7 +173,11 @@ class Shelf:
 
 def _opened(choice: Choice) -> Any:
     scene = Scene(prompt="-")  # opening looks at the model's part of a run only
-    return open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
+    pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
+    if "unet" not in pipe.components:
+        kind = type(pipe).__name__
+        raise ValueError(f"{choice.model} is a {kind}; the page opens Stable Diffusion 1.x, 2.x and XL.")
+    return pipe
 
 
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:

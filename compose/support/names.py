@@ -4,7 +4,7 @@ from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 
-METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora")
+METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft")
 PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official")
 MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr")
 """The registries themselves import torch; a test compares them with these."""

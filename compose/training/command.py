@@ -40,6 +40,9 @@ def train(
         ValueError: For unusable settings.
     """
     settings = _settings(preset, tara, fields)
+    talks = os.environ.get("RANK", "0") == "0"
+    if talks:
+        say(f"training {settings.steps} steps on {settings.model}; the LoRA goes to {settings.out}", to=err)
     try:
         with _progress(settings) as on_step:
             path = run_training(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
@@ -53,7 +56,7 @@ def train(
     except DivergedError as error:
         say(f"failed: {error}", style="red", to=err)
         raise typer.Exit(FAILED) from error
-    if os.environ.get("RANK", "0") == "0":
+    if talks:
         say(f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})")
 
 

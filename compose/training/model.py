@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_compose.compose.generate.models import ModelError, model_source
 from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.training.settings import SCOPES, Training
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,13 @@ def open_base(model: str) -> Any:
     kind = _KINDS[_is_xl(model)]
     source, options = model_source(model), {"dtype": torch.float32}
     try:
-        if source.is_file():
-            pipe = kind.from_single_file(str(source), **options)
-        else:
-            name = str(source) if source.is_dir() else model
-            safe = {"safety_checker": None, "requires_safety_checker": False} if kind is _KINDS[0] else {}
-            pipe = kind.from_pretrained(name, use_safetensors=True, **options, **safe)
+        with without_bars():
+            if source.is_file():
+                pipe = kind.from_single_file(str(source), **options)
+            else:
+                name = str(source) if source.is_dir() else model
+                safe = {"safety_checker": None, "requires_safety_checker": False} if kind is _KINDS[0] else {}
+                pipe = kind.from_pretrained(name, use_safetensors=True, **options, **safe)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

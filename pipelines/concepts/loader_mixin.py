@@ -1,5 +1,6 @@
 """What a pipeline offers for concepts: they are loaded or added once, and named in calls."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,15 @@ from typing import Any
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.library import ConceptLibrary
 from lora_compose.pipelines.concepts.loading import find_file, local_path
+from lora_compose.pipelines.concepts.selection import choose_concepts
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.scene import Concept
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""Instead of a call's concepts: those that its prompts name."""
 
 
 class ConceptLoaderMixin:
@@ -113,3 +120,29 @@ class ConceptLoaderMixin:
             ValueError: For unknown names and names given twice.
         """
         return self.library.resolve(self, concepts, self.concept_memory)
+
+    def named_concepts(self, prompt: Any, concepts: Any) -> tuple[Any, Any]:
+        """Prompts and concepts of a call: "auto" becomes the loaded and added concepts that the prompts name.
+
+        Where a prompt names one by its class word alone, its trigger is written before that (`choose_concepts`).
+
+        Args:
+            prompt: A text, or several.
+            concepts: As given to the call; anything but "auto" is returned as it is, and so is the prompt then.
+
+        Raises:
+            ValueError: If there is no prompt, a trigger means several concepts, or a prompt names none.
+        """
+        if concepts != AUTO:
+            return prompt, concepts
+        if not prompt:
+            raise ValueError(f"concepts={AUTO!r} reads the prompt, and there is none; name the concepts")
+        choices = [choose_concepts(text, self.concepts) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        for choice in choices:
+            logger.info("concepts: %s", "; ".join(choice.reasons))
+            for note in choice.notes:
+                logger.warning("%s", note)
+        prompts = [choice.prompt for choice in choices]
+        if isinstance(prompt, str):
+            return prompts[0], list(choices[0].names)
+        return prompts, [list(choice.names) for choice in choices]

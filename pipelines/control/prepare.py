@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones.unet import blocks
 from lora_compose.attention.device import uncompiled
-from lora_compose.attention.masks import Box
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control.prepared import PreparedAdapter, PreparedControl, PreparedControlNet
 from lora_compose.pipelines.control.spec import Control, ControlImage
 from lora_compose.pipelines.regions import region_mask
+from lora_compose.pipelines.scene import BoxOrMask
 
-RegionsByPrompt = Sequence[Mapping[str, Box | str | None]]
+RegionsByPrompt = Sequence[Mapping[str, BoxOrMask | None]]
 """By prompt, the regions of its concepts by name."""
 
 
@@ -152,7 +152,7 @@ def _weights(
     return {level: _coarse(by_image[:, None], level).to(canvas.device) for level in levels}
 
 
-def _of_prompt(control: Control, regions: Mapping[str, Box | str | None], canvas: Canvas) -> Tensor:
+def _of_prompt(control: Control, regions: Mapping[str, BoxOrMask | None], canvas: Canvas) -> Tensor:
     """The scale of every latent cell for one prompt. Shape: [height, width]."""
     total, times = torch.zeros(canvas.latent_grid), torch.zeros(canvas.latent_grid)
     for name, scale in control.regions.items():

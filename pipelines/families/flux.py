@@ -106,6 +106,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)

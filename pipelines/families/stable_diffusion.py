@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
@@ -32,6 +32,7 @@ from lora_compose.pipelines.call import (
 )
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.unets import UNetPipeline
+from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
@@ -40,6 +41,8 @@ from lora_compose.pipelines.text.encoder import EncodedText
 class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionPipeline` whose calls may name concepts."""
 
+    image_to_image = StableDiffusionImg2ImgPipeline
+    inpainting = StableDiffusionInpaintPipeline
     family = "Stable Diffusion 1.x and 2.x"
 
     @classmethod
@@ -89,6 +92,11 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -96,10 +104,17 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         Args:
             concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
                 ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
+                "auto": those loaded and added ones that the prompt names.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
+            image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
+                each prompt. Regions are in its coordinates.
+            mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
+            strength: The share of the steps that are run; None is diffusers' default for the task.
+            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
+            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images, nsfw_content_detected)` if `return_dict` is False.
@@ -108,19 +123,31 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        given_image = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.unet, composition)
+            arguments = {
+                "prompt": prompt, "height": height, "width": width, "num_inference_steps": num_inference_steps,
+                "timesteps": timesteps, "sigmas": sigmas, "guidance_scale": guidance_scale,
+                "negative_prompt": negative_prompt, "num_images_per_prompt": num_images_per_prompt, "eta": eta,
+                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds, "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds, "output_type": output_type,
+                "return_dict": return_dict, "cross_attention_kwargs": cross_attention_kwargs,
+                "guidance_rescale": guidance_rescale, "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+            }  # fmt: skip
+            if given_image is not None:
+                return self._from_image_as_diffusers(given_image, arguments | kwargs)
             plain: Callable[..., Any] = StableDiffusionPipeline.__call__
-            return plain(
-                self, prompt, height, width, num_inference_steps, timesteps, sigmas, guidance_scale, negative_prompt,
-                num_images_per_prompt, eta, generator, latents, prompt_embeds, negative_prompt_embeds, ip_adapter_image,
-                ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs, guidance_rescale, clip_skip,
-                callback_on_step_end, list(callback_on_step_end_tensor_inputs), **kwargs,
-            )  # fmt: skip
+            return plain(self, **arguments, **kwargs)
         check_arguments(kwargs, (ip_adapter_image, ip_adapter_image_embeds), cross_attention_kwargs)
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        width, height = self._size(width, height)
+        source = self._source(given_image, width, height, output_type or "np")
+        width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds, None, None, tensors
         )
@@ -135,6 +162,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
                 "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": None,
             },
+            source,
         )  # fmt: skip
 
         def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
@@ -153,6 +181,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
 
         final, process, denoiser = self.compose(call, encode)
         images, nsfw = self._decode(final, call, output_type or "np", process.text.prompt_embeds.dtype)
+        images = self._finished(images, source)
         self.maybe_free_model_hooks()
         return output_of(denoiser, images, nsfw) if return_dict else (images, nsfw)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from torch import Tensor
@@ -30,6 +30,7 @@ from lora_compose.pipelines.call import (
 )
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.unets import UNetPipeline
+from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -44,6 +45,8 @@ _REFINER = (
 class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionXLPipeline` whose calls may name concepts."""
 
+    image_to_image = StableDiffusionXLImg2ImgPipeline
+    inpainting = StableDiffusionXLInpaintPipeline
     family = "Stable Diffusion XL"
 
     @classmethod
@@ -113,6 +116,11 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> ComposeOutput | StableDiffusionXLPipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -124,10 +132,17 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         Args:
             concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
                 ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
+                "auto": those loaded and added ones that the prompt names.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
             record_attention: True, or the steps of which attention maps are returned.
+            image: What image-to-image and inpainting start from: a PIL image, a path, an array, a tensor, or one for
+                each prompt. Regions are in its coordinates.
+            mask_image: White where the image is painted: as `image`, or a box in pixels or fractions.
+            strength: The share of the steps that are run; None is diffusers' default for the task.
+            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
+            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -136,22 +151,37 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        given_image = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.unet, composition)
+            arguments = {
+                "prompt": prompt, "prompt_2": prompt_2, "height": height, "width": width,
+                "num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas,
+                "denoising_end": denoising_end, "guidance_scale": guidance_scale, "negative_prompt": negative_prompt,
+                "negative_prompt_2": negative_prompt_2, "num_images_per_prompt": num_images_per_prompt, "eta": eta,
+                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds,
+                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds, "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds, "output_type": output_type,
+                "return_dict": return_dict, "cross_attention_kwargs": cross_attention_kwargs,
+                "guidance_rescale": guidance_rescale, "original_size": original_size,
+                "crops_coords_top_left": crops_coords_top_left, "target_size": target_size,
+                "negative_original_size": negative_original_size,
+                "negative_crops_coords_top_left": negative_crops_coords_top_left,
+                "negative_target_size": negative_target_size, "clip_skip": clip_skip,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+            }  # fmt: skip
+            if given_image is not None:
+                return self._from_image_as_diffusers(given_image, arguments | kwargs)
             plain: Callable[..., Any] = StableDiffusionXLPipeline.__call__
-            return plain(
-                self, prompt, prompt_2, height, width, num_inference_steps, timesteps, sigmas, denoising_end,
-                guidance_scale, negative_prompt, negative_prompt_2, num_images_per_prompt, eta, generator, latents,
-                prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds,
-                ip_adapter_image, ip_adapter_image_embeds, output_type, return_dict, cross_attention_kwargs,
-                guidance_rescale, original_size, crops_coords_top_left, target_size, negative_original_size,
-                negative_crops_coords_top_left, negative_target_size, clip_skip, callback_on_step_end,
-                list(callback_on_step_end_tensor_inputs), **kwargs,
-            )  # fmt: skip
+            return plain(self, **arguments, **kwargs)
         check_arguments(kwargs, (ip_adapter_image, ip_adapter_image_embeds), cross_attention_kwargs)
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        width, height = self._size(width, height)
+        source = self._source(given_image, width, height, output_type or "np")
+        width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, prompt_2, height, width, None, negative_prompt, negative_prompt_2, prompt_embeds,
             negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None, tensors,
@@ -168,6 +198,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
                 "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": denoising_end,
             },
+            source,
         )  # fmt: skip
         sizes = (original_size or (height, width)) + crops_coords_top_left + (target_size or (height, width))
         negative_sizes = sizes
@@ -197,6 +228,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
         final, _, denoiser = self.compose(call, encode)
         images = self._decode(final, call, output_type or "np")
+        images = self._finished(images, source)
         self.maybe_free_model_hooks()
         return output_of(denoiser, images) if return_dict else (images,)
 

@@ -7,6 +7,7 @@ from typing import Any
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
+from lora_compose.pipelines.methods.draft import Draft
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings
@@ -21,6 +22,7 @@ __all__ = [
     "PRESETS",
     "Clora",
     "Composite",
+    "Draft",
     "FixedPasses",
     "LoraComposer",
     "Merge",
@@ -44,6 +46,7 @@ METHODS: Mapping[str, type[Settings]] = {
     "composite": Composite,
     "lora-composer": LoraComposer,
     "clora": Clora,
+    "draft": Draft,
 }
 
 PRESETS: Mapping[str, Callable[[], Settings]] = {
@@ -100,8 +103,8 @@ def choose_method(
 ) -> Settings:
     """The method for a call that names none; logs the reason.
 
-    With a region for every subject LoRA-Composer works best, and without regions CLoRA finds them; both need words, to
-    write texts of their own. Token masks serve LoRAs that were trained with them; on ordinary ones they lose more
+    With a region for every subject LoRA-Composer works best, and without regions a draft finds them; both need words,
+    to write texts of their own. Token masks serve LoRAs that were trained with them; on ordinary ones they lose more
     identities than they separate (`docs/methods` has the figures). Styles do not count beside subjects; alone they get
     token masks if all of them were trained with them.
 
@@ -109,7 +112,8 @@ def choose_method(
         concepts: Those of the call.
         prompts: Its prompts; None if it was given embeddings.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
-        region_attention: Whether the model supports region attention, which lora-composer and clora need.
+        region_attention: Whether the model supports region attention, which lora-composer needs, and draft where two
+            subjects share a class word.
     """
     given = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in given]
@@ -136,8 +140,8 @@ def choose_method(
         )
         return Merge()
     if max(map(len, subjects_of)) > 1 and not unnamed:
-        logger.info("method: clora, because the prompt names every concept by trigger and class word")
-        return Clora()
+        logger.info("method: draft, because the prompt names every concept by trigger and class word")
+        return Draft()
     reason = f"{', '.join(unnamed)} is not named by trigger and class word" if unnamed else _few(subjects)
     logger.info("method: merge, because %s", reason)
     return Merge()

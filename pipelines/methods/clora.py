@@ -19,6 +19,7 @@ its LoRA, as in LoRA-Composer. That costs two rows, whatever the number of conce
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
-from lora_compose.attention.masks import closed, dilated, eroded, opened, strongest
+from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, strongest
 from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
@@ -394,15 +395,26 @@ class Contrasting:
         Returns:
             Shape: [images, subjects, height, width], bool.
         """
-        maps = smooth(maps) if self.settings.smoothed else maps
+        maps, painted = smooth(maps) if self.settings.smoothed else maps, self._painted
+        maps = maps if painted is None else maps * painted  # the maximum, too, has to be where something is painted
         mine = self.words.mine[..., None, None]
         masks = (strongest(maps, self.settings.threshold) & mine).any(dim=2)
         for change in self.settings.morphology:
             masks = _CHANGES[change](masks)
+        if painted is not None:
+            masks = masks & painted
         if not self.settings.exclusive:
             return masks
         heights = (maps / maps.amax(dim=(-2, -1), keepdim=True).clamp(min=1e-20) * mine).amax(dim=2)
         return masks & torch.zeros_like(masks).scatter_(1, heights.argmax(dim=1, keepdim=True), True)
+
+    @cached_property
+    def _painted(self) -> Tensor | None:
+        """Cells of the map grid of which a part is painted; None is all of them. Shape: [height, width], bool."""
+        canvas = self.session.canvas
+        if canvas.painted is None:
+            return None
+        return (coarse_mask(canvas.painted, canvas.map_level) > 0).to(canvas.device)
 
     def _region(self, image: int, masks: Tensor) -> PreparedPass:
         """Subject n's mask as region n. Shape of masks: [subjects, height, width] on the latent grid."""

@@ -171,56 +171,73 @@ class LoraComposer:
                 "lora-composer needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
-        regions = Regions.of(wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold)
+        regions = Regions.of(
+            wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold, canvas.painted
+        )
         behind = [concept for concept in concepts.concepts if concept.region is None]
         say_unread(
             behind,
             behind,
             "without a region a concept acts in the background, which reads the scene's prompt",
         )
-        prompts = _own_prompts(session, regions)
-        first, together, alone = self._texts(session, regions, prompts)
-        gates = region_gates(session, together, regions, rows=self.rows, inject=self.inject)
-        whole = session.denoiser.prepare(Pass(together, gates, self._attention(session, regions)))
-        return Composing(
-            self,
-            session,
-            first,
-            whole,
-            _targets(session, regions, prompts) if self.updates or self.moves_noise else (),
-            self._parts(session, alone, regions, whole) if self.apart > 0 else None,
-        )
+        prompts = _own_prompts(session, regions.owners)
+        texts = self.texts(session, regions.owners, prompts)
+        targets = _targets(session, regions, prompts) if self.updates or self.moves_noise else ()
+        return self.composing(session, regions, texts, targets)
 
-    def _texts(
-        self, session: Session, regions: Regions, prompts: Sequence[Sequence[str]]
-    ) -> tuple[Conditioning, Conditioning, Sequence[Conditioning]]:
+    def composing(
+        self,
+        session: Session,
+        regions: Regions,
+        texts: "RegionTexts",
+        targets: Sequence["Target"] = (),
+        image: int | None = None,
+    ) -> "Composing":
+        """The process of some regions.
+
+        Args:
+            session: The call.
+            regions: On all grids.
+            texts: What they read.
+            targets: What the losses look at; none without updates.
+            image: The image of the batch whose regions these are, if each has others.
+        """
+        gates = region_gates(session, texts.together, regions, rows=self.rows, inject=self.inject)
+        whole = session.denoiser.prepare(Pass(texts.together, gates, self._attention(session, regions), image=image))
+        parts = self._parts(session, texts.alone, regions, whole) if self.apart > 0 else None
+        return Composing(self, session, texts.background, whole, targets, parts)
+
+    def texts(self, session: Session, owners: Sequence[int], prompts: Sequence[Sequence[str]]) -> "RegionTexts":
         """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
 
         A text for the image as a whole (SDXL's pooled text, a ControlNet's) is that of the scene in plain words, and
         where region n has a canvas of its own, that of the region.
 
-        Returns:
-            Text 0, all texts for the canvas of all regions, and all texts for the canvas of each region.
+        Args:
+            session: The call.
+            owners: Indices of the concepts that have a region.
+            prompts: The text of each region, by prompt.
         """
         concepts, encode = session.concepts, session.prompts.encode
         scene = session.prompts.texts or ()
-        mine = [concepts.concepts[i] for i in regions.owners]
-        others = [concept for concept in concepts.concepts if concept.region is None and concept.trigger]
+        mine = [concepts.concepts[i] for i in owners]
+        others = [concept for i, concept in enumerate(concepts.concepts) if i not in owners and concept.trigger]
         # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
         session.prompts.find(scene, [other.name for other in others])
         canvas = [self._background(prompt, mine, others) for prompt in scene]
-        behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in regions.owners])
+        behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in owners])
         texts = [encode(behind, canvas, names=[other.name for other in others])]
-        for i, own in zip(regions.owners, prompts, strict=True):
+        for i, own in zip(owners, prompts, strict=True):
             negative = concepts.concepts[i].negative_prompt
             negatives = None if negative is None else [negative] * len(own)
             texts.append(encode(concepts.with_styles([i]), own, negatives, [concepts.concepts[i].name]))
         together = stack_texts(texts)
         if together.added is None and not session.denoiser.has_controlnet:
-            return texts[0], together, [together] * len(prompts)
+            return RegionTexts(texts[0], together, [together] * len(prompts))
         plain = [without_triggers(prompt, mine) for prompt in scene]
         whole = encode(behind, plain, names=[other.name for other in others])
-        return texts[0], together.described_by(whole), [together.described_by(text) for text in texts[1:]]
+        alone = [together.described_by(text) for text in texts[1:]]
+        return RegionTexts(texts[0], together.described_by(whole), alone)
 
     def _background(self, prompt: str, mine: Sequence[Concept], others: Sequence[Concept]) -> str:
         bare = surroundings(prompt, mine)
@@ -244,10 +261,30 @@ class LoraComposer:
             seen[window] |= shown
             gates = region_gates(session, text, alone, rows=self.rows, inject=self.inject)
             height, width = (side / full for side, full in zip(shown.shape, regions.grid, strict=True))
-            spec = Pass(text.on_part(height, width), gates, self._attention(session, alone), window)
+            spec = Pass(text.on_part(height, width), gates, self._attention(session, alone), window, whole.spec.image)
             part = session.denoiser.prepare(spec, same_text_as=whole)
             parts.append(Part(window, shown.to(session.canvas.device), part))
         return Parts(parts, complete=bool(seen.all()))
+
+
+@dataclass(frozen=True, eq=False)
+class RegionTexts:
+    """What the canvas and its regions read.
+
+    Attributes:
+        background: Text 0, of the cells outside all regions.
+        together: All texts, for the canvas of all regions.
+        alone: All texts, for the canvas of each region.
+    """
+
+    background: Conditioning
+    together: Conditioning
+    alone: Sequence[Conditioning]
+
+    def of_image(self, image: int) -> "RegionTexts":
+        """The rows of one image."""
+        alone = [text.of_image(image) for text in self.alone]
+        return RegionTexts(self.background.of_image(image), self.together.of_image(image), alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -403,12 +440,12 @@ PART = 0.2
 """The part of a region's cells that L_ce and L_region take their mean over."""
 
 
-def _own_prompts(session: Session, regions: Regions) -> list[list[str]]:
+def _own_prompts(session: Session, owners: Sequence[int]) -> list[list[str]]:
     """The text of each region, by prompt."""
     texts = session.prompts.texts
     if texts is None:
         raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
-    concepts = [session.concepts.concepts[i] for i in regions.owners]
+    concepts = [session.concepts.concepts[i] for i in owners]
     return [[about(concept, prompt, concepts) for prompt in texts] for concept in concepts]
 
 

@@ -12,6 +12,7 @@ tokens. It gates LoRAs; it does not move objects into their regions. `docs/metho
 contributes.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -25,6 +26,7 @@ from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_on
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 Rows = Literal["cond_only", "all"]
 TokenMask = Literal["tara", "all", "none"]
@@ -61,10 +63,31 @@ class Regional:
                 "regional needs to know where the concepts are: give at least one a region, for example "
                 "Concept(name='cat', region=(left, top, right, bottom)) in pixels"
             )
+        masks = {level: region_masks(session, level) for level in canvas.levels}
+        everywhere = [concept.region is None for concept in concepts.concepts]
+        return FixedPasses(session, [[(self.gated(session, self.text(session), masks, everywhere), 1.0)]])
+
+    def text(self, session: Session) -> Conditioning:
+        """The scene's text, with the text-encoder LoRAs of the styles."""
+        concepts = session.concepts
         for loaded in concepts.loaded:
             if loaded.factors.text_encoders and not loaded.concept.is_style:
-                say_once(f"regional leaves out the text-encoder part of {loaded.concept.name!r}: text has no regions")
-        text = one_text(session, concepts.weights_of(concepts.styles))
+                say_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
+        return one_text(session, concepts.weights_of(concepts.styles))
+
+    def gated(
+        self, session: Session, text: Conditioning, masks: Mapping[int, Tensor], everywhere: Sequence[bool]
+    ) -> Pass:
+        """The pass in which LoRAs act under masks.
+
+        Args:
+            session: The call.
+            text: The scene's text.
+            masks: By level, the share of each concept in each cell, the same for all images or by image. Shape:
+                [(images,) cells, concepts].
+            everywhere: Which concepts act on the whole canvas.
+        """
+        concepts, canvas = session.concepts, session.canvas
         weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
         live = torch.ones(text.rows, 1, 1, device=canvas.device)
         if self.rows == "cond_only":
@@ -73,16 +96,20 @@ class Regional:
         named = mask.sum(dim=(0, 1)) > 0
         masked = torch.tensor([self._keeps_to_its_words(loaded) for loaded in concepts.loaded], device=canvas.device)
         tokens = torch.where(named & masked, mask, torch.ones_like(mask))
-        everywhere = torch.tensor([float(concept.region is None) for concept in concepts.concepts]).to(canvas.device)
+        by_row = {
+            level: mask if mask.dim() == 2 else mask.repeat(text.rows // text.images, 1, 1)
+            for level, mask in masks.items()
+        }
+        constant = torch.tensor(everywhere).to(canvas.device, torch.float32)
         gates = Gates(
             text=live * tokens * weights[:, None],
-            image={level: live * region_masks(session, level) * weights[:, None] for level in canvas.levels},
+            image={level: live * mask * weights[:, None] for level, mask in by_row.items()},
             row=live[:, 0] * weights,
             latent_grid=canvas.latent_grid,
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
-            modulation=live[:, 0] * weights * everywhere,
+            modulation=live[:, 0] * weights * constant,
         )
-        return FixedPasses(session, [[(Pass(text, gates), 1.0)]])
+        return Pass(text, gates)
 
     def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
         """Whether a concept has a token mask, if it has a trigger."""

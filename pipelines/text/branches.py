@@ -49,23 +49,36 @@ def branches_of(
     Raises:
         ValueError: If a concept is not named in a prompt, or it cannot be known by which word.
     """
+    return [
+        branch_of(owner, prompts, concepts, subjects, base_prompt=base_prompt, words=words)
+        for owner in (None, *subjects)
+    ]
+
+
+def branch_of(
+    owner: int | None,
+    prompts: Sequence[str],
+    concepts: Sequence[Concept],
+    subjects: Sequence[int],
+    *,
+    base_prompt: str | None = None,
+    words: Mapping[str, Sequence[str]] | None = None,
+) -> Branch:
+    """The branch of a subject, or the base branch. Args and errors: as for `branches_of`."""
     mine = [concepts[i] for i in subjects]
-    branches = []
-    for owner in (None, *subjects):
-        own = None if owner is None else concepts[owner]
-        given = base_prompt if own is None else own.prompt
-        others = [concept for concept in mine if concept is not own]
-        texts = tuple(given or without_triggers(prompt, others) for prompt in prompts)
-        mentions = tuple(
-            {
-                concept.name: _mention(concept, text, prompt, mine, words or {})
-                for concept in mine
-                if concept is not own or concept.name in (words or {})
-            }
-            for text, prompt in zip(texts, prompts, strict=True)
-        )
-        branches.append(Branch(owner, texts, () if own is None else (own.name,), mentions))
-    return branches
+    own = None if owner is None else concepts[owner]
+    given = base_prompt if own is None else own.prompt
+    others = [concept for concept in mine if concept is not own]
+    texts = tuple(given or without_triggers(prompt, others) for prompt in prompts)
+    mentions = tuple(
+        {
+            concept.name: _mention(concept, text, prompt, mine, words or {})
+            for concept in mine
+            if concept is not own or concept.name in (words or {})
+        }
+        for text, prompt in zip(texts, prompts, strict=True)
+    )
+    return Branch(owner, texts, () if own is None else (own.name,), mentions)
 
 
 def _mention(

@@ -16,6 +16,7 @@ from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen.state import Row, Visit
 from lora_compose.compose.page.store import Lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
+from lora_compose.pipelines.mask_images import in_pixels
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept, Run
 
@@ -98,7 +99,7 @@ def add(
     st.session_state[of_row(row, "weight")], st.session_state[of_row(row, "schedule")] = _weight_fields(concept.weight)
     st.session_state[of_row(row, "blocks")] = blocks_text(concept.blocks)
     st.session_state[of_row(row, "style")] = concept.is_style
-    box = concept.region if isinstance(concept.region, tuple) else (0, 0, *size)
+    box = in_pixels(concept.region, *size) if isinstance(concept.region, tuple) else (0, 0, *size)
     set_box(row, box)
     return row
 

@@ -32,7 +32,7 @@ def stage_part(here: Visit) -> None:
     view = st.segmented_control("View", list(_VIEWS), key=_VIEW, label_visibility="collapsed", width="stretch")
     if view in (None, "Image"):
         position_part(here)
-    st.fragment(_working, run_every=_EVERY if here.working else None)(here, view in (None, "Image"))
+    st.fragment(_working, run_every=_EVERY if here.working or here.waiting else None)(here, view in (None, "Image"))
     _VIEWS[view or "Image"](here)
 
 

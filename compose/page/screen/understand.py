@@ -7,6 +7,7 @@ from lora_compose.compose.page.labels import Decides, label_of
 from lora_compose.compose.page.screen.state import Visit
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Picture
+from lora_compose.pipelines.mask_images import in_pixels
 
 _DECIDED: dict[Decides, str] = {
     "boxes": "**Your boxes** decided where each LoRA acts.",
@@ -44,7 +45,8 @@ def understand_view(here: Visit) -> None:
     left.caption("The image")
     concepts = picture.run.scene.concepts
     if decides == "boxes":
-        boxes = [concept.region if isinstance(concept.region, tuple) else None for concept in concepts]
+        size = picture.made.image.size
+        boxes = [in_pixels(one.region, *size) if isinstance(one.region, tuple) else None for one in concepts]
         right.image(outlined(picture.made.image, boxes), width="stretch", alt="The boxes over the image")
     elif decides == "found areas" and attention is not None:
         right.image(masks(picture.made.image, attention, step), width="stretch", alt="The areas over the image")

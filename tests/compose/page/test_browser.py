@@ -55,7 +55,7 @@ def served(out: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with said.open("w") as file:
         server = subprocess.Popen(command, env=env, stdout=file, stderr=file)
     try:
-        for _ in range(120):
+        for _ in range(360):
             try:
                 urllib.request.urlopen(f"http://localhost:{port}/_stcore/health")
                 break
@@ -116,6 +116,8 @@ def visited(chromium: Browser, address: str, **context: Any) -> Page:
 def make(page: Page, name: Any = MAKE) -> None:
     expect(page.get_by_role("button", name=name)).to_be_enabled()
     page.get_by_role("button", name=name).click()
+    settled(page)
+    expect(page.get_by_role("button", name="Stop")).to_have_count(0, timeout=2 * MINUTE)
     expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
 
 

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from commands import call
+from flux import flux_pipeline
 from lora_compose.compose.check.report import check
 from lora_compose.compose.figures import overlay
 from lora_compose.compose.figures.overlay import Attention
@@ -814,6 +815,12 @@ def test_a_shelf_holds_few_models_and_opens_each_once() -> None:
     assert shelf.open(Choice(PLAYGROUND, device="cpu")) is not first
     with pytest.raises(ValueError, match="no model 'nothing here'"):
         shelf.open(Choice("nothing here"))
+
+
+def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
+    flux_pipeline().save_pretrained(tmp_path / "flux")
+    with pytest.raises(ValueError, match=r"flux is a \w*FluxPipeline; the page opens Stable Diffusion"):
+        Shelf().open(Choice(str(tmp_path / "flux"), device="cpu"))
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:

@@ -77,3 +77,29 @@ def test_a_file_that_cannot_be_used_leaves_the_pipeline_as_it_was(composer, writ
         composer.load_concept(tmp_path / "missing.safetensors")
     assert list(composer.concepts) == ["cat", "dog"]
     before.assert_unchanged()
+
+
+def test_auto_takes_the_concepts_that_the_prompts_name(composer):
+    cat = latents_of(composer, prompt="a sks cat", concepts=["cat"])
+    assert torch.equal(latents_of(composer, prompt="a sks cat", concepts="auto"), cat)
+    assert torch.equal(latents_of(composer, prompt="a cat", concepts="auto"), cat), "its trigger is written"
+    prompts = ["a sks cat", "a zwx dog"]
+    one_by_one = latents_of(composer, prompt=prompts, concepts=[["cat"], ["dog"]], method="merge")
+    assert torch.equal(latents_of(composer, prompt=prompts, concepts="auto", method="merge"), one_by_one)
+
+
+def test_auto_says_what_it_did_not_take(composer, caplog):
+    composer.load_concept(composer.concepts["cat"].lora, "tom", trigger="tmm", class_word="cat")
+    with caplog.at_level("INFO", "lora_compose.pipelines.concepts"):
+        latents_of(composer, prompt="a zwx dog and a cat", concepts="auto")
+    said = [record.getMessage() for record in caplog.records if record.name.endswith("loader_mixin")]
+    assert said[0] == "concepts: dog: by its trigger 'zwx'"
+    assert "'cat' may be cat ('sks cat'), tom ('tmm cat')" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("a house", "the prompt names no concept; there are cat"), ("", "reads the prompt")]
+)
+def test_auto_without_a_name_is_refused(composer, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        latents_of(composer, prompt=prompt, concepts="auto")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from composing import BOXED, latents_of
-from lora_compose.pipelines.methods import Clora, Merge, choose_method
+from lora_compose.pipelines.methods import Draft, Merge, choose_method
 from lora_compose.pipelines.scene import Concept
 
 
@@ -26,8 +26,8 @@ def test_ordinary_loras_without_regions_are_told_apart_by_their_words(composer, 
     ordinary = [Concept(name=f"{name}-plain", lora=composer.concepts[name].lora, trigger=trigger, class_word=name)
                 for name, trigger in (("cat", "sks"), ("dog", "zwx"))]  # fmt: skip
     loaded = [replace(concept, file=None) for concept in composer.resolve_concepts(ordinary)]
-    assert isinstance(choose_method(loaded, ["a sks cat, a zwx dog"]), Clora)
-    assert "method: clora, because the prompt names every concept" in caplog.text
+    assert isinstance(choose_method(loaded, ["a sks cat, a zwx dog"]), Draft)
+    assert "method: draft, because the prompt names every concept" in caplog.text
     assert isinstance(choose_method(loaded, ["a sks, a zwx dog"]), Merge)
     assert "merge, because cat-plain is not named by trigger and class word" in caplog.text
 

@@ -14,12 +14,18 @@ from diffusers.utils import dynamic_modules_utils
 from safetensors.torch import save_file
 
 from components import lora_tensors, random_lora, seeded, tiny_pipeline, tiny_xl_pipeline
-from flux import as_file, flux_lora, flux_pipeline
+from flux import flux_pipeline
+from flux2 import FLUX2
+from krea2 import KREA2
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.pipelines.base import ComposePipeline
+from transformer_families import as_file, random_lora_of_all
+from z_image import Z_IMAGE
 
 FOLDER = assets_dir() / "custom_pipeline"
-MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, "flux": flux_pipeline}
+MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_xl_pipeline, "flux": flux_pipeline,
+          "flux2": FLUX2.pipeline, "krea2": KREA2.pipeline, "z-image": Z_IMAGE.pipeline}  # fmt: skip
+OPTIONS = {"flux2": FLUX2.unguided, "krea2": KREA2.unguided, "z-image": Z_IMAGE.unguided}
 PROMPT = "a sks cat on grass"
 
 
@@ -42,26 +48,28 @@ def saved(family: str, folder: Path) -> Any:
 
 def latents(pipe: Any, family: str, path: Path) -> torch.Tensor:
     """One step with a concept from a file."""
+    transformer = getattr(pipe, "transformer", None)
     tensors = (
-        as_file(flux_lora(pipe.transformer, 1)) if family == "flux" else lora_tensors(unet=random_lora(pipe.unet, 1))
+        lora_tensors(unet=random_lora(pipe.unet, 1))
+        if transformer is None
+        else as_file(random_lora_of_all(transformer, 1))
     )
     save_file(dict(tensors), path)
     pipe.load_concept(path, "cat", trigger="sks")
-    made = pipe(
-        PROMPT, concepts=["cat"], method="merge", num_inference_steps=1, generator=seeded(), output_type="latent"
-    )
-    return made.images
+    call = {"width": 128, "height": 128, "num_inference_steps": 1, "generator": seeded(), "output_type": "latent"}
+    return pipe(prompt=PROMPT, concepts=["cat"], method="merge", **call, **OPTIONS.get(family, {})).images
 
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_model_of_each_family_opens_through_the_folder_and_composes_the_same(family: str, tmp_path: Path) -> None:
-    ours = saved(family, tmp_path / "model")
+    saved(family, tmp_path / "model")
+    ours = ComposePipeline.from_pretrained(tmp_path / "model")
     opened: Any = DiffusionPipeline.from_pretrained(
         tmp_path / "model", custom_pipeline=str(FOLDER), trust_remote_code=True
     )
     assert isinstance(opened, ComposePipeline)
     assert type(opened) is type(ours)
-    assert dict(opened.config) == dict(ComposePipeline.from_pretrained(tmp_path / "model").config)
+    assert dict(opened.config) == dict(ours.config)
     file = tmp_path / "cat.safetensors"
     assert torch.equal(latents(opened, family, file), latents(ours, family, file))
 

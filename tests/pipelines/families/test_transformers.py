@@ -161,6 +161,8 @@ def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, 
     prompts, sets = [PROMPT, "a zwx dog"], [["cat", "dog"], ["dog"]]
     noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
     both = latents_of(pipe, prompt=prompts, concepts=sets, method="tara", latents=noise, **family.guided)
+    chosen = latents_of(pipe, prompt=prompts, concepts="auto", method="tara", latents=noise, **family.guided)
+    assert torch.equal(chosen, both), "the prompts name them"
     for i, (prompt, concepts) in enumerate(zip(prompts, sets, strict=True)):
         given = {"prompt": prompt, "concepts": concepts, "method": "tara", "latents": noise[i : i + 1]}
         torch.testing.assert_close(both[i : i + 1], latents_of(pipe, **given, **family.guided), atol=3e-5, rtol=0)

@@ -15,6 +15,7 @@ from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
     Composite,
+    Draft,
     LoraComposer,
     Merge,
     Regional,
@@ -173,7 +174,7 @@ def test_the_choice_of_a_method_looks_at_the_subjects(load, write_lora, caplog):
     chosen = lambda *concepts: choose_method(pipe.resolve_concepts(concepts), [PROMPT])  # noqa: E731
     assert isinstance(chosen(*SUBJECTS, INK), LoraComposer)
     assert "lora-composer, because every subject has a region" in caplog.text
-    assert isinstance(chosen("cat", "dog", INK), Clora)
+    assert isinstance(chosen("cat", "dog", INK), Draft)
     pipe.load_concept(write_lora("tara", unet=random_lora(pipe.unet, 1), metadata={"method": "tara"}), trigger="sks")
     assert isinstance(chosen("tara", INK), Tara)
     chosen(INK)

@@ -1,0 +1,82 @@
+"""Repainting each subject of an image that says how it was made: what `lora-compose refine` does."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_compose.compose.files.images import Record, save_image
+from lora_compose.compose.generate.making import load, make_batch
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.replay import runnable
+from lora_compose.compose.generate.schedulers import scheduler_of
+from lora_compose.compose.support.savers import Saver
+from lora_compose.compose.support.terminal import bar, say
+from lora_compose.pipelines.refine import Detailer, refine, subject_masks
+from lora_compose.pipelines.scene import Run
+
+
+def refine_and_save(
+    record: Record,
+    image: Image.Image,
+    out: Path,
+    *,
+    strength: float = 0.5,
+    subjects: Sequence[str] = (),
+    method: str | None = None,
+    loras: Path | None = None,
+    model: str | None = None,
+    savers: Collection[Saver] = (),
+) -> None:
+    """Repaints the subjects of an image and writes the result.
+
+    Args:
+        record: What the image says.
+        image: The image.
+        out: Where to; no file is overwritten.
+        strength: The share of the steps that are run.
+        subjects: Names of concepts; none is all.
+        method: How a LoRA acts.
+        loras: A folder in which moved LoRAs are found by content.
+        model: The model's new location.
+        savers: Options that save memory.
+
+    Raises:
+        ValueError: For unknown subjects, and if LoRAs or the model are missing.
+    """
+    run = runnable(record, loras)
+    run = run if model is None else run.model_copy(update={"model": model})
+    known = [concept.name for concept in run.scene.concepts if not concept.is_style]
+    if unknown := sorted(set(subjects) - set(known)):
+        raise ValueError(f"--subject {', '.join(unknown)}: the subjects of this image are {', '.join(known) or 'none'}")
+    with bar(f"opening {run.model}"):
+        pipe = open_model(run, savers)
+    masks = _masks(pipe, record, run, image)
+    chosen = {name: mask for name, mask in masks.items() if not subjects or name in subjects}
+    concepts = [load(pipe, concept).concept for concept in run.scene.concepts]
+    without = [concept.model_copy(update={"region": None}) for concept in concepts]
+    pipe.scheduler = scheduler_of(pipe, run)
+    found = refine(
+        pipe, image, run.scene.prompt, without, chosen, Detailer(strength=strength, method=method),
+        num_inference_steps=run.steps, guidance_scale=run.guidance_scale,
+        negative_prompt=run.scene.negative_prompt or None, generator=torch.Generator().manual_seed(run.seed),
+    )  # fmt: skip
+    say(save_image(found.image, out))
+    say(f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} UNet rows")
+
+
+def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str, Any]:
+    """Where the subjects are: their regions, or what the same run finds once more."""
+    regions = {concept.name: concept.region for concept in run.scene.concepts if concept.region is not None}
+    if regions:
+        return regions
+    seeds = record.batch or (run.seed,)
+    with bar("looking where the subjects are", 1) as on_progress:
+        batch = make_batch(pipe, run, seeds, on_progress, record_attention=True)
+    if batch.attention is None:
+        raise ValueError("this image has no concepts, so there is nothing to repaint")
+    middle = len(batch.attention.steps) // 2  # by then masks are stable, and subjects are still where they were begun
+    masks = batch.attention.masks[middle, seeds.index(run.seed)]
+    return dict(subject_masks(masks, run.scene.concepts, image.size))

@@ -1,0 +1,85 @@
+"""The scheduler of a call: its steps, and copies of it for steps that are taken ahead."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_compose.pipelines.canvas import Step
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The timesteps of a call.
+
+    Attributes:
+        timesteps: Of all passes. A scheduler of second order has two per step, of which the last step lacks one.
+        steps: How many steps these are.
+        order: The scheduler's order.
+    """
+
+    timesteps: Sequence[Tensor] | Tensor
+    steps: int
+    order: int
+
+    def step(self, index: int, cfg_scale: float) -> Step:
+        """One pass."""
+        return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, index % self.order > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """A scheduler at work.
+
+    Attributes:
+        scheduler: The scheduler of diffusers; it has a state.
+        schedule: Its timesteps.
+        arguments: Further arguments of its steps, such as the generator of their noise.
+    """
+
+    scheduler: Any
+    schedule: Schedule
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def scaled(self, latents: Tensor, t: Tensor) -> Tensor:
+        """Latents as the model gets them; schedulers of flow matching do not scale them."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return latents if scale is None else scale(latents, t)
+
+    def step(self, model_output: Tensor, t: Tensor, latents: Tensor) -> Tensor:
+        """From model output, timestep and latents to the next latents."""
+        return self.scheduler.step(model_output, t, latents, **self.arguments, return_dict=False)[0]
+
+    def of_images(self, images: Sequence[int]) -> "Sampler":
+        """The sampler of some images of the batch, which has the same scheduler."""
+        arguments = {
+            name: [one[image] for image in images] if isinstance(one, list) else one
+            for name, one in self.arguments.items()
+        }
+        return replace(self, arguments=arguments)
+
+    @contextmanager
+    def ahead(self) -> Iterator["Sampler"]:
+        """A copy for steps that are taken ahead: they get the noise that comes next, and nothing of them is left.
+
+        Scheduler and generators stay as they are, and so does PyTorch's own generator, which some schedulers use.
+        """
+        devices = [self.schedule.timesteps[0].device] if self.schedule.timesteps[0].is_cuda else []
+        with torch.random.fork_rng(devices):
+            arguments = {name: _copied(one) for name, one in self.arguments.items()}
+            yield replace(self, scheduler=copy.deepcopy(self.scheduler), arguments=arguments)
+
+
+def _copied(argument: Any) -> Any:
+    """A generator in the same state, or a list of them; other arguments as they are."""
+    if isinstance(argument, list):
+        return [_copied(one) for one in argument]
+    if not isinstance(argument, torch.Generator):
+        return argument
+    copied = torch.Generator(argument.device)
+    copied.set_state(argument.get_state())
+    return copied

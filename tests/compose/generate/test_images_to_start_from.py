@@ -1,0 +1,94 @@
+"""Scenes, commands and records with an image to start from."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from commands import call, flat
+from lora_compose import Concept, Run, Scene
+from lora_compose.compose.evaluation.suite import SuiteScene
+from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.scenes import read_scene, write_scene
+
+CAT: dict[str, Any] = {"name": "cat", "lora": "playground:cat", "trigger": "sks", "class_word": "cat"}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """An image of the playground's size."""
+    path = tmp_path / "start.png"
+    Image.fromarray((np.random.default_rng(0).random((128, 128, 3)) * 255).astype("u1")).save(path)
+    return path
+
+
+def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, start):
+    scene = Scene(
+        prompt="a sks cat", image=str(start), mask_image=(0.0, 0.0, 0.5, 1.0), strength=0.6, paste_original=True,
+        concepts=(Concept(**CAT, region=(0.0, 0.0, 0.5, 1.0)),),
+    )  # fmt: skip
+    write_scene(scene, tmp_path / "scene.yaml")
+    assert "image: start.png" in (tmp_path / "scene.yaml").read_text()
+    assert read_scene(tmp_path / "scene.yaml") == scene
+    checked = call("check", tmp_path / "scene.yaml", "--steps", "3")
+    assert "UNet rows (1 steps with guidance)" in flat(checked.output)
+    call(
+        "run", "playground", "--scene", tmp_path / "scene.yaml", "--steps", "3", "--method", "merge", "--out", tmp_path
+    )
+    image, before = read_pixels(tmp_path / "0.png"), read_pixels(start)
+    assert np.array_equal(np.asarray(image)[:, 64:], np.asarray(before)[:, 64:])
+    assert not np.array_equal(np.asarray(image)[:, :64], np.asarray(before)[:, :64])
+    assert read_record(tmp_path / "0.png").images.keys() == {"image"}
+    again = call("replay", tmp_path / "0.png")
+    assert "identical: every pixel is the same" in flat(again.output)
+    refined = call("refine", tmp_path / "0.png", "--strength", "0.5")
+    assert "repainted cat" in flat(refined.output)
+    assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, 64:], np.asarray(before)[:, 64:])
+
+
+def test_a_changed_image_is_told_by_replay(tmp_path, start):
+    call(
+        "run", "playground", "--prompt", "a cat", "--image", start, "--strength", "0.5", "--steps", "2",
+        "--out", tmp_path,
+    )  # fmt: skip
+    Image.new("RGB", (128, 128), "red").save(start)
+    again = call("replay", tmp_path / "0.png", code=1)
+    assert "changed: image: was" in flat(again.output)
+    start.unlink()
+    assert "there is no image" in flat(call("replay", tmp_path / "0.png", code=2).output)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"strength": 0.5}, "strength needs an image"),
+    ({"image": "a.png", "paste_original": True}, "need a mask"),
+    ({"image": "a.txt"}, "String should match pattern"),
+    ({"image": "a.png", "strength": 0}, "greater than 0"),
+    ({"image": "a.png", "mask_image": (0, 0, 0, 4)}, "left < right"),
+])  # fmt: skip
+def test_scenes_refuse_what_does_not_go_together(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        Scene(prompt="a cat", **fields)
+
+
+def test_a_box_of_fractions_is_one_of_floats_up_to_1():
+    assert Concept(name="cat", region=(0, 0, 0.5, 1)).region == (0.0, 0.0, 0.5, 1.0)
+    assert Concept(name="cat", region=(0, 0, 1, 1)).region == (0, 0, 1, 1)
+    with pytest.raises(ValidationError, match="region"):
+        Concept(name="cat", region=(0, 0, 0.5, 64))
+
+
+def test_a_mask_that_is_an_image_is_kept_as_text_and_read_again():
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (4, 4, 8, 12))
+    concept = Concept(name="cat", region=mask)  # type: ignore[arg-type]
+    assert concept == Concept(name="cat", region=np.asarray(mask))  # type: ignore[arg-type]
+    run = Run(scene=Scene(prompt="a cat", concepts=(concept,)), model="playground")
+    assert Run.model_validate_json(run.model_dump_json()) == run
+
+
+def test_scenes_of_a_suite_name_images():
+    scene = SuiteScene(name="add", prompt="a sks cat", concepts=("cat",), image="a.png", strength=0.5)
+    assert scene.start == {"image": "a.png", "strength": 0.5}

@@ -1,0 +1,306 @@
+"""Draft against independent references: maps of plain diffusers, and methods that are given the boxes found."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+)
+from PIL import Image
+from torch import Tensor
+
+from comparisons import assert_close, far_apart
+from components import random_lora, seeded, text_loras
+from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
+from lora_compose.pipelines.methods.draft import centres_of, clusters, divided, nearest, strips
+from lora_compose.pipelines.scene import Concept
+
+PROMPT = "a sks cat and a zwx dog on grass"
+BASE, NOUNS = "a cat and a dog on grass", (2, 5)  # positions counted by hand; 0 is the start token
+CATS = "a sks cat and a zwx cat on grass"
+
+
+@pytest.fixture
+def load(write_lora) -> Callable[..., Any]:
+    """A small pipeline with the concepts "cat" and "dog", and "kitten", whose class is that of the cat."""
+
+    def load(pipe: Any) -> Any:
+        for seed, (name, trigger, noun) in enumerate(
+            (("cat", "sks", "cat"), ("dog", "zwx", "dog"), ("kitten", "zwx", "cat"), ("bear", "xlo", "bear"))
+        ):
+            parts = {"unet": random_lora(pipe.unet, seed, size=0.2), **text_loras(pipe, seed, size=0.2)}
+            pipe.load_concept(write_lora(name, **parts), name, trigger=trigger, class_word=noun)
+        return pipe
+
+    return load
+
+
+@pytest.fixture
+def composer(pipe, load) -> Any:
+    return load(pipe)
+
+
+def call(pipe: Any, concepts: Sequence[Any] = ("cat", "dog"), prompt: Any = PROMPT, **arguments: Any) -> Any:
+    given: dict[str, Any] = {
+        "num_inference_steps": 4,
+        "output_type": "latent",
+        "generator": seeded(),
+        "method": Draft(),
+    }
+    return pipe(prompt, concepts=list(concepts), **given | arguments)
+
+
+def boxes_of(masks: Tensor) -> list[tuple[int, int, int, int]]:
+    """Masks on the latent grid that are rectangles, as boxes in pixels. Shape: [subjects, height, width]."""
+    boxes = []
+    for mask in masks:
+        rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+        top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+        assert mask[top:bottom, left:right].all()
+        boxes.append((left * 8, top * 8, right * 8, bottom * 8))
+    return boxes
+
+
+class Dividing:
+    """Keeps how the canvas is divided."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.masks: list[Tensor] = []
+        self.maps: list[Tensor] = []
+
+        def kept(maps: Tensor, *arguments: Any) -> Tensor:
+            self.maps.append(maps)
+            self.masks.append(divided(maps, *arguments))
+            return self.masks[-1]
+
+        monkeypatch.setattr("lora_compose.pipelines.methods.draft.divided", kept)
+
+
+@pytest.fixture
+def dividing(monkeypatch) -> Dividing:
+    return Dividing(monkeypatch)
+
+
+def plain_maps(pipe: Any, steps: int, of: int, guidance: float) -> Tensor:
+    """The mean attention to the nouns over some steps of plain diffusers. Shape: [2, 4, 4]."""
+    scheduler, unet = pipe.scheduler, pipe.unet
+    scheduler.set_timesteps(of)
+    cond, uncond = pipe.encode_prompt(BASE, "cpu", 1, True)
+    latents, found = torch.randn(1, 4, 16, 16, generator=seeded()) * scheduler.init_noise_sigma, []
+    for t in scheduler.timesteps[:steps]:
+        taken: dict[str, Tensor] = {}
+        hooks = [
+            module.register_forward_hook(lambda _, __, out, name=name, to=taken: to.__setitem__(name, out[-1:]))
+            for name, module in unet.named_modules()
+            if name.endswith(("attn2.to_q", "attn2.to_k"))
+        ]
+        rows = scheduler.scale_model_input(torch.cat([latents] * 2), t)
+        with torch.no_grad():
+            output = unet(rows, t, torch.cat([uncond, cond]), return_dict=False)[0]
+        for hook in hooks:
+            hook.remove()
+        for name, query in taken.items():
+            if name.endswith("to_q") and query.shape[1] == 16:
+                heads: Any = unet.get_submodule(name.removesuffix(".to_q")).heads
+                q, k = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, taken[name[:-1] + "k"]))
+                attention = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(dim=-1).mean(dim=(0, 1))
+                found.append(attention[:, list(NOUNS)].T.unflatten(1, (4, 4)))
+        guided = output[:1] + guidance * (output[1:] - output[:1])
+        latents = scheduler.step(guided, t, latents, return_dict=False)[0]
+    return torch.stack(found).mean(dim=0)
+
+
+@pytest.mark.parametrize(("length", "drafted"), [(0.3, 3), (0.5, 4), (2, 2), (0.01, 1)])
+def test_the_maps_are_those_of_plain_diffusers_in_the_first_steps(composer, plain_pipe, dividing, length, drafted):
+    call(composer, method=Draft(length=length), num_inference_steps=8, guidance_scale=4.0)
+    torch.testing.assert_close(dividing.maps[0], plain_maps(plain_pipe, drafted, 8, 4.0), atol=1e-5, rtol=1e-4)
+
+
+SCHEDULERS = [
+    DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler,
+    LCMScheduler,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
+def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, dividing, tmp_path, scheduler):
+    """It is the image of `regional` with the masks found, from the same noise with the same noise of every step."""
+    if scheduler is not None:
+        composer.scheduler = scheduler.from_config(composer.scheduler.config)
+    found = call(composer, method=Draft(length=0.5)).images
+    concepts = []
+    for name, mask in zip(("cat", "dog"), dividing.masks[0], strict=True):
+        assert mask.any()
+        Image.fromarray(mask.bool().repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()).save(
+            tmp_path / f"{name}.png"
+        )
+        concepts.append(Concept(name=name, region=str(tmp_path / f"{name}.png")))
+    assert torch.equal(found, call(composer, concepts, method="regional").images)
+
+
+def test_a_generator_of_pytorch_itself_is_left_alone(composer):
+    composer.scheduler = EulerAncestralDiscreteScheduler.from_config(composer.scheduler.config)
+    after = []
+    for method in (Draft(), Merge()):
+        torch.manual_seed(3)
+        call(composer, method=method, generator=None)
+        after.append(torch.get_rng_state())
+    assert torch.equal(*after)
+
+
+def test_two_of_one_class_read_texts_of_their_own_and_start_apart(composer, dividing):
+    settings = Draft(apart=0.5)
+    found = call(composer, ("cat", "kitten"), CATS, method=settings).images
+    boxes = boxes_of(dividing.masks[0])
+    concepts = [Concept(name=n, region=box) for n, box in zip(("cat", "kitten"), boxes, strict=True)]
+    alike = LoraComposer(step_size=0, threshold=0.5, apart=0.5)
+    assert_close(found, call(composer, concepts, CATS, method=alike).images)
+    assert torch.equal(
+        found, call(composer, ("cat", "kitten"), CATS, method=replace(settings, reading="regions")).images
+    )
+    assert far_apart(found, call(composer, ("cat", "kitten"), CATS, method=replace(settings, reading="scene")).images)
+
+
+def test_a_prompt_of_its_own_is_read(composer):
+    own = Concept(name="cat", prompt="a sks cat with a hat")
+    found = call(composer, (own, "dog")).images
+    assert torch.equal(found, call(composer, (own, "dog"), method=Draft(reading="regions")).images)
+    assert far_apart(found, call(composer, method=Draft(reading="regions")).images)
+    negative = Concept(name="cat", negative_prompt="blurry")
+    assert far_apart(call(composer, (negative, "dog")).images, call(composer, method=Draft(reading="regions")).images)
+
+
+def test_a_given_region_is_kept_and_the_rest_is_found_around_it(composer, dividing):
+    box = Concept(name="cat", region=(0, 0, 48, 128))
+    output = call(composer, (box, "dog", "bear"), f"{PROMPT} beside a xlo bear", record_attention=True)
+    cat, dog, bear = dividing.masks[0]
+    assert boxes_of(cat[None]) == [box.region]
+    assert (cat + dog + bear == 1).all()
+    assert dog.any()
+    assert bear.any()
+    assert output.masks.shape == (4, 1, 3, 4, 4)
+    with pytest.raises(ValueError, match="cover the whole canvas and leave nothing for dog"):
+        call(composer, (Concept(name="cat", region=(0, 0, 128, 128)), "dog"))
+
+
+def test_with_a_region_for_each_subject_nothing_is_drafted(composer):
+    concepts = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
+    drafted, given = call(composer, concepts), call(composer, concepts, method="regional")
+    assert torch.equal(drafted.images, given.images)
+    assert drafted.cost.rows_forward == given.cost.rows_forward
+    found = call(composer, concepts, method=Draft(keep_regions=False))
+    assert torch.equal(found.images, call(composer).images)
+
+
+@pytest.mark.parametrize(("prompt", "concepts"), [(PROMPT, ("cat", "dog")), (CATS, ("cat", "kitten"))])
+def test_the_images_of_a_batch_are_those_of_calls_of_their_own(composer, prompt, concepts):
+    together = call(composer, concepts, [prompt] * 2, generator=[seeded(0), seeded(1)]).images
+    for image, seed in zip(together, (0, 1), strict=True):
+        alone = call(composer, concepts, prompt, generator=seeded(seed)).images[0]
+        torch.testing.assert_close(image, alone, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_it_works_with_few_steps_and_without_guidance(composer, steps, guidance):
+    output = call(composer, num_inference_steps=steps, guidance_scale=guidance)
+    assert output.images.isfinite().all()
+    rows, drafted = 2 if guidance > 1 else 1, max(1, math.ceil(round(0.12 * steps, 6)))
+    assert output.cost.rows_forward == rows * (steps + drafted - 1)
+    assert output.cost.rows_stopped == 1
+
+
+def test_prompts_with_other_concept_sets_give_the_images_of_separate_calls(composer):
+    composer.scheduler = EulerAncestralDiscreteScheduler.from_config(composer.scheduler.config)
+    prompts, sets = [PROMPT, CATS], [["cat", "dog"], ["cat", "kitten"]]
+    together = call(composer, sets, prompts, generator=[seeded(0), seeded(1)]).images
+    for row in range(2):
+        alone = call(composer, sets[row], prompts[row], generator=[seeded(row)]).images[0]
+        torch.testing.assert_close(together[row], alone, atol=1e-3, rtol=1e-3)
+
+
+def test_a_single_subject_is_merged_and_embeddings_are_refused(composer):
+    assert torch.equal(
+        call(composer, ("cat",), "a sks cat").images, call(composer, ("cat",), "a sks cat", method="merge").images
+    )
+    cond, _ = composer.encode_prompt(PROMPT, "cpu", 1, False)
+    with pytest.raises(ValueError, match="needs the prompt as text"):
+        call(composer, prompt=None, prompt_embeds=cond, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("length", 0, "length must be positive"),
+    ("threshold", 1.0, "threshold must be at least 0 and below 1"),
+    ("apart", 2, "apart must lie between 0 and 1"),
+    ("division", "circles", "division must be one of auto, strips, nearest"),
+    ("reading", "nothing", "reading must be one of auto, scene, regions"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        Draft(**{field: value})
+
+
+# Dividing the canvas
+
+
+def bump(down: int, across: int, height: int = 8, width: int = 8, size: float = 1.5) -> Tensor:
+    """A map that is highest at a cell."""
+    ys, xs = torch.meshgrid(torch.arange(height) - down, torch.arange(width) - across, indexing="ij")
+    return torch.exp(-(ys.square() + xs.square()) / size**2)
+
+
+def test_a_subject_is_where_the_attention_to_it_is():
+    maps = torch.stack([bump(2, 1), bump(5, 6) + 0.4 * bump(2, 1)])
+    assert_close(centres_of(maps, ["cat", "dog"], 0.3), torch.tensor([[2.5, 1.5], [5.5, 6.5]]) / 8, 0.05)
+
+
+def test_two_of_one_class_are_where_the_blobs_of_both_are_from_left_to_right():
+    both = bump(6, 6) + 0.8 * bump(1, 1)
+    centres = centres_of(torch.stack([both, 0.9 * both, bump(6, 1)]), ["cat", "cat", "dog"], 0.3)
+    assert_close(centres, torch.tensor([[1.5, 1.5], [6.5, 6.5], [6.5, 1.5]]) / 8, 0.06)
+
+
+def test_clusters_of_one_point_are_all_there():
+    assert torch.equal(clusters(torch.tensor([[0.5, 0.2]]), torch.ones(1), 3), torch.tensor([[0.5, 0.2]] * 3))
+
+
+@pytest.mark.parametrize("divide", [strips, nearest])
+def test_every_free_cell_has_one_owner_and_every_owner_cells(divide):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        centres, free = torch.rand(3, 2, generator=generator), torch.ones(16, 24)
+        masks = divide(centres, free)
+        assert (masks.sum(dim=0) == free).all()
+        if divide is strips:
+            assert (masks.flatten(1).sum(dim=1) >= 16 * 24 / 3 * 0.5).all()
+
+
+def test_strips_are_columns_or_rows_half_way_between_centres():
+    side_by_side = strips(torch.tensor([[0.4, 0.75], [0.6, 0.25]]), torch.ones(8, 8))
+    assert boxes_of(side_by_side) == [(32, 0, 64, 64), (0, 0, 32, 64)]
+    stacked = strips(torch.tensor([[0.2, 0.5], [0.8, 0.4]]), torch.ones(8, 8))
+    assert boxes_of(stacked) == [(0, 0, 64, 32), (0, 32, 64, 64)]
+    narrow = strips(torch.tensor([[0.5, 0.02], [0.5, 0.1]]), torch.ones(8, 20))
+    assert boxes_of(narrow) == [(0, 0, 56, 64), (56, 0, 160, 64)]  # 0.35 of 20 cells are 7
+
+
+def test_the_nearest_centre_owns_a_cell():
+    masks = nearest(torch.tensor([[0.25, 0.25], [0.25, 0.75], [0.75, 0.5]]), torch.ones(8, 8))
+    owner = masks.argmax(dim=0)
+    assert owner[0, 0] == 0
+    assert owner[0, 7] == 1
+    assert owner[7, 4] == 2
+
+
+def test_the_draft_does_not_depend_on_what_the_loras_do(composer, dividing):
+    for weight in (1.0, 0.0):
+        call(composer, [Concept(name=name, weight=weight) for name in ("cat", "dog")])
+    assert torch.equal(*dividing.maps)

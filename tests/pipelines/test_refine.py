@@ -1,0 +1,67 @@
+"""The detailer: each subject is repainted alone, and nothing changes outside of its mask."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from components import seeded
+from composing import BOXED, PROMPT, composer_of
+from lora_compose import Concept, Detailer, refine, subject_masks
+
+IMAGE = Image.fromarray((np.random.default_rng(0).random((128, 128, 3)) * 255).astype("u1"))
+STEPS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 4.0}
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """As numbers."""
+    return np.asarray(image).astype(int)
+
+
+def test_each_subject_is_inpainting_with_its_own_text_and_lora():
+    pipe, generator = composer_of("sd"), seeded(3)
+    found = refine(pipe, IMAGE, PROMPT, BOXED, how=Detailer(blur=0, padding=0.25), **STEPS, generator=seeded(3))
+    image = IMAGE
+    for text, name, box in (("a sks cat", "cat", (0, 0, 64, 128)), ("a zwx dog", "dog", (64, 0, 128, 128))):
+        output = pipe(
+            text, concepts=[name], method="tara", image=image, mask_image=box, strength=0.5, padding_mask_crop=32,
+            **STEPS, generator=generator,
+        )  # fmt: skip
+        (image,) = output.images
+    assert np.array_equal(pixels(found.image), pixels(image))
+    assert found.subjects == ("cat", "dog")
+    assert found.cost.rows_forward == 4  # one of two steps, with guidance, for each subject
+
+
+def test_nothing_changes_outside_of_the_masks_and_borders_fade_inwards():
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (20, 30, 80, 100))
+    found = refine(composer_of("sd"), IMAGE, PROMPT, ["cat", "dog"], {"cat": mask}, Detailer(blur=0.1), **STEPS)
+    change = np.abs(pixels(found.image) - pixels(IMAGE)).max(axis=-1)
+    assert found.subjects == ("cat",)
+    assert not change[np.asarray(mask) == 0].any()
+    assert change[60:70, 45:55].mean() > 2 * change[60:70, 20:22].mean()
+
+
+def test_masks_of_a_run_become_the_boxes_around_them():
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, 2:4, 1:3] = masks[2, :, :] = True
+    concepts = [Concept(name="cat"), Concept(name="dog"), Concept(name="paint", role="style")]
+    found = subject_masks(masks, concepts, (128, 64))
+    assert found.keys() == {"cat"}
+    assert found["cat"].size == (128, 64)
+    assert found["cat"].getbbox() == (16, 16, 48, 32)
+
+
+def test_what_cannot_be_repainted_is_refused():
+    pipe = composer_of("sd")
+    with pytest.raises(ValueError, match="nothing says where the subjects are"):
+        refine(pipe, IMAGE, PROMPT, ["cat", "dog"])
+    with pytest.raises(ValueError, match=r"masks name \['bear'\]; the subjects are cat, dog"):
+        refine(pipe, IMAGE, PROMPT, ["cat", "dog"], {"bear": (0, 0, 64, 64)})
+    with pytest.raises(ValueError, match="strength must be above 0"):
+        Detailer(strength=0)
+    with pytest.raises(ValueError, match="padding is a share"):
+        Detailer(padding=-1)
