@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,8 +23,9 @@ from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import Source
+from lora_compose.pipelines.hub import is_hub_name, reachable
 from lora_compose.pipelines.loop import Hooks, denoise
-from lora_compose.pipelines.methods import Settings, choose_method, make_method
+from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method, name_of
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.output import ComposeOutput
@@ -88,11 +90,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
         Raises:
             ValueError: For model families that are not supported.
+            ConnectionError: If the model hub is out of reach, and its cache has no copy.
         """
+        source = str(pretrained_model_name_or_path)
+        if is_hub_name(source):
+            hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
+            options |= reachable(source, DiffusionPipeline.config_name, **hub)
         if cls is not ComposePipeline:
             return super().from_pretrained(pretrained_model_name_or_path, **options)
         hub = {name: options[name] for name in _HUB_OPTIONS if name in options}
-        config: Any = DiffusionPipeline.load_config(str(pretrained_model_name_or_path), **hub)
+        config: Any = DiffusionPipeline.load_config(source, **hub)
         family: Any = cls.family_of(config)
         return family.from_pretrained(pretrained_model_name_or_path, **options)
 
@@ -219,8 +226,17 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Settings:
         """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
+        return self._choose_method(method, concepts, prompts, concept_sets).method
+
+    def _choose_method(
+        self,
+        method: str | Settings | None,
+        concepts: Sequence[LoadedConcept],
+        prompts: Sequence[str] | None,
+        concept_sets: Sequence[ConceptSet] | None = None,
+    ) -> Choice:
         if method is not None:
-            return make_method(method)
+            return Choice(make_method(method), "it was asked for")
         reads_regions = backbone_of(self.model).reads_regions
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
@@ -232,7 +248,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
-    def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Denoiser]":
+    def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Outcome]":
         """A call with concepts up to its final latents, the same for every family and method.
 
         Args:
@@ -240,7 +256,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             encode: Encodes prompts with the text encoders of the family.
 
         Returns:
-            The final latents, the method's process, and the denoiser that it has run.
+            The final latents, the method's process, and what is told of the call.
 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
@@ -253,7 +269,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
             sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
             opened = sessions(encode, sampler, {} if task is None else task.inputs)
-            process = concept_sets.start(plan.method.start, opened.each, opened.denoiser)
+            process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
                 self._before_step,
@@ -270,7 +286,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
                 cost=opened.denoiser.cost,
                 started=call.started,
             )
-            return latents, process, opened.denoiser
+            return latents, process, Outcome(opened.denoiser, plan.choice)
 
     # What differs between families.
 
@@ -373,8 +389,17 @@ _CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids"}
 """What diffusers' own callbacks cut off when they switch guidance off."""
 
 
-def output_of(denoiser: Denoiser, images: Any, nsfw: Any = None) -> ComposeOutput:
+@dataclass(frozen=True)
+class Outcome:
+    """What is told of a call: the denoiser that has run, with costs and recorded maps, and the choice of its method."""
+
+    denoiser: Denoiser
+    choice: Choice
+
+
+def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
     """What a call returns."""
+    denoiser, choice = outcome.denoiser, outcome.choice
     recorded_steps, maps = denoiser.log.attention_maps() or (None, None)
     return ComposeOutput(
         images=images,
@@ -383,4 +408,6 @@ def output_of(denoiser: Denoiser, images: Any, nsfw: Any = None) -> ComposeOutpu
         attention_maps=maps,
         masks=denoiser.log.masks(),
         recorded_steps=recorded_steps,
+        method=name_of(choice.method)[0],
+        method_reason=choice.reason,
     )

@@ -1,7 +1,8 @@
 """What is asked of a call with concepts, whatever the model family, and what is refused."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,16 +11,21 @@ from torch import Tensor, nn
 
 from lora_compose.attention import check_free
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.from_image import Source, check_steps
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.spelling import did_you_mean
 from lora_compose.pipelines.text.conditioning import TokenPositions
 
 Generators = torch.Generator | list[torch.Generator] | None
 
-Concepts = Sequence[str | Concept] | Sequence[Sequence[str | Concept]]
+ConceptNames = Sequence[str | Concept] | Mapping[str, Weight]
+"""Names and concepts, or weights by name."""
+
+Concepts = ConceptNames | Sequence[ConceptNames]
 """A concept set for all prompts, or one for each prompt."""
 
 
@@ -151,7 +157,7 @@ class Call:
 
 def no_concepts(concepts: Concepts | None) -> bool:
     """Whether there is no concept for any prompt."""
-    return not concepts or all(isinstance(entry, list | tuple) and not entry for entry in concepts)
+    return not concepts or all(isinstance(entry, list | tuple | Mapping) and not entry for entry in concepts)
 
 
 def of_prompt(
@@ -187,6 +193,17 @@ def check_plain(model: nn.Module, composition: Composition) -> None:
     if any(given is not None for given in others) or composition.record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
     check_free(model)
+
+
+def refuse_unknown(given: Iterable[str], call: Callable[..., Any]) -> None:
+    """Refuses arguments that a call does not have, and names those that may be meant.
+
+    Raises:
+        TypeError: For the first of them.
+    """
+    known = [name for name, one in signature(call).parameters.items() if one.kind is not one.VAR_KEYWORD]
+    for name in given:
+        raise TypeError(f"unknown argument {name!r}{did_you_mean(name, known[1:])}")
 
 
 def check_arguments(

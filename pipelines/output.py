@@ -45,9 +45,13 @@ class ComposeOutput(StableDiffusionPipelineOutput):
         masks: The mask of each concept: the method's own (`clora`), otherwise the cells where its map is above half of
             its maximum and above every other concept's share. Shape: as attention_maps, bool.
         recorded_steps: The steps that were recorded.
+        method: Name of the method that ran.
+        method_reason: Why it is this one.
     """
 
     cost: Cost | None = None
     attention_maps: torch.Tensor | None = None
     masks: torch.Tensor | None = None
     recorded_steps: tuple[int, ...] | None = None
+    method: str | None = None
+    method_reason: str | None = None

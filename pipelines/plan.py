@@ -19,7 +19,7 @@ from lora_compose.pipelines.control import PreparedControl, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
-from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.methods import Choice
 from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
@@ -50,7 +50,7 @@ class Plan:
 
     Attributes:
         call: What was asked.
-        method: The method.
+        choice: The method, and why it is this one.
         concepts: All concepts.
         sets: The concept sets, each with its prompts.
         canvas: Sizes.
@@ -60,7 +60,7 @@ class Plan:
     """
 
     call: Call
-    method: Settings
+    choice: Choice
     concepts: ConceptSet
     sets: Sequence[PromptsOfSet]
     canvas: Canvas
@@ -142,13 +142,13 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     concepts = ConceptSet(loaded)
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
-    method = pipe.resolve_method(call.composition.method, loaded, call.prompts.first, sets)
+    choice = pipe._choose_method(call.composition.method, loaded, call.prompts.first, sets)
     backbone = backbone_of(pipe.model)
-    if getattr(method, "needs_region_attention", False) and not backbone.reads_regions:
+    if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
             "this method needs region attention, which this model does not support yet; use merge, tara or regional"
         )
-    if call.source is not None and call.source.strength < 1 and getattr(method, "moves_noise", False):
+    if call.source is not None and call.source.strength < 1 and getattr(choice.method, "moves_noise", False):
         raise ValueError(
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
             "it reinit='off', or strength=1"
@@ -175,7 +175,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
     controls = [control for control in ready if not control.control.is_off]
-    plan = Plan(call, method, concepts, of_sets, canvas, textual_inversions, finder, controls)
+    plan = Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls)
     steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
     return plan
 
@@ -215,10 +215,10 @@ def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list
     given: Any = call.composition.concepts
     given = [given] if isinstance(given, str | Concept) else given
     prompts = len(call.prompts)
-    if not any(isinstance(entry, list | tuple) for entry in given):
+    if not any(isinstance(entry, list | tuple | Mapping) for entry in given):
         loaded = pipe.resolve_concepts(call.composition.concepts)
         return loaded, [list(range(len(loaded)))] * prompts
-    if not all(isinstance(entry, list | tuple) for entry in given):
+    if not all(isinstance(entry, list | tuple | Mapping) for entry in given):
         raise ValueError("concepts are those of all prompts, or a list for each prompt, but not a mixture of both")
     if len(given) != prompts:
         raise ValueError(f"there are concepts for {len(given)} prompts, but {prompts} prompts")

@@ -4,7 +4,7 @@ Nothing here needs torch: the command line reads and checks all of it before any
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -14,15 +14,28 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
     model_validator,
 )
 
+from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.mask_images import is_fractions, region_of
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # which would hide the fields from editors
+
+        def __init__(self, /, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise FieldError(type(self), error) from None
+
+        # pydantic goes on to read files and nested fields without it, so that complaints name the place in the whole.
+        __init__.__pydantic_base_init__ = True
 
 
 Box = tuple[int, int, int, int]

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.files.validation import complaints
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
+from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LAST_SEED = 2**63 - 1
@@ -141,8 +140,8 @@ def parse_concept(text: str) -> Concept:
         fields["region"] = _region(text, fields["region"])
     try:
         return Concept(**fields)
-    except ValidationError as error:
-        raise ValueError(f"--concept {text}: {'; '.join(complaints(Concept, error))}") from error
+    except FieldError as error:
+        raise ValueError(f"--concept {text}: {'; '.join(error.complaints)}") from error
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -190,8 +189,8 @@ def concepts_of(
             shares[concept["name"]] = box
         try:
             found.append(Concept(**concept))
-        except ValidationError as error:
-            raise ValueError(f"--lora {text}: {'; '.join(complaints(Concept, error))}") from error
+        except FieldError as error:
+            raise ValueError(f"--lora {text}: {'; '.join(error.complaints)}") from error
     return found, shares
 
 
@@ -256,8 +255,8 @@ def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concep
         fields = dict(read_scene(path))
     try:
         return Scene(**{**fields, **given})
-    except ValidationError as error:
-        raise ValueError("\n".join(complaints(Scene, error))) from error
+    except FieldError as error:
+        raise ValueError("\n".join(error.complaints)) from error
 
 
 def run_of(**fields: Any) -> Run:
@@ -268,8 +267,8 @@ def run_of(**fields: Any) -> Run:
     """
     try:
         return Run(**fields)
-    except ValidationError as error:
-        raise ValueError("\n".join(complaints(Run, error))) from error
+    except FieldError as error:
+        raise ValueError("\n".join(error.complaints)) from error
 
 
 def check_names(asked: Run) -> None:

@@ -8,6 +8,7 @@ import torch
 from lora_compose.compose.files.paths import ModelError, model_source
 from lora_compose.compose.generate.machine import choose_device
 from lora_compose.compose.generate.schedulers import scheduler_class
+from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.quiet import without_bars
 from lora_compose.compose.support.savers import Saver, check_savers, place
 from lora_compose.pipelines.families import ComposePipeline
@@ -47,6 +48,8 @@ def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
                 pipe = ComposePipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except torch.OutOfMemoryError:
         raise
+    except ConnectionError as error:
+        raise ModelError(f"{error}; {PLAYGROUND} is a small model that comes with lora-compose") from error
     except Exception as error:  # model files come from strangers, and libraries raise whatever they meet
         reason = str(error).strip() or type(error).__name__
         raise ModelError(f"the model {run.model!r} cannot be opened: {reason[:600]}") from error

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
-from pydantic import ValidationError
-
 from lora_compose.compose.files.scenes import read_scene
-from lora_compose.compose.files.validation import complaints
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.shelf import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
+from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -85,9 +83,8 @@ class Draft:
                 )
                 for seed in self.seeds
             ]  # fmt: skip
-        except ValidationError as error:
-            kind = Run if error.title == "Run" else Scene
-            raise ValueError("\n".join(complaints(kind, error))) from error
+        except FieldError as error:
+            raise ValueError("\n".join(error.complaints)) from error
 
     def with_method(self, method: str) -> "Draft":
         """The same with another method at its defaults."""

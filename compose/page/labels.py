@@ -36,6 +36,11 @@ METHOD_LABELS: Mapping[str, MethodLabel] = {
         "By boxes, light", "regional",
         "Each LoRA acts in its box only. Nothing moves the subjects into their boxes.", "boxes",
     ),
+    "draft": MethodLabel(
+        "By subjects", "draft",
+        "A few first steps show where the model puts each subject, and each LoRA acts there. Needs no boxes.",
+        "found areas",
+    ),
     "clora": MethodLabel(
         "By words", "CLoRA",
         "Finds each concept by its words while the image is made, and moves concepts apart. Needs no boxes.",
@@ -79,6 +84,15 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "background": "What the background reads",
     },
     "regional": {"rows": "LoRAs act on", "token_mask": "Keep a LoRA to its trigger"},
+    "draft": {
+        "length": "Length of the draft (share of the steps)",
+        "threshold": "How sure a cell of a subject has to be",
+        "division": "How the image is divided",
+        "reading": "What each place reads",
+        "apart": f"Make each area alone until {_UNTIL}",
+        "isolate": "Areas do not see each other",
+        "keep_regions": "Keep your boxes",
+    },
     "clora": {
         "fuse": "How concepts are joined",
         "uncond": "The negative prompt is read",

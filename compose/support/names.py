@@ -1,8 +1,11 @@
 """Names that the command line knows without torch, and what somebody may have meant who mistyped one."""
 
 from collections.abc import Collection
-from difflib import get_close_matches
 from pathlib import Path
+
+from lora_compose.pipelines.spelling import did_you_mean
+
+__all__ = ["MERGERS", "METHODS", "PRESETS", "TRAINING_PRESETS", "check_method", "did_you_mean", "file_near", "unknown"]
 
 METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft")
 PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official")
@@ -10,15 +13,6 @@ MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups",
 """The registries themselves import torch; a test compares them with these."""
 
 TRAINING_PRESETS = ("sd", "sdxl", "playground")
-_MOST = 10_000  # names that are compared
-
-
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a complaint about a name: "; did you mean 'clora'?", or nothing if none is spelled alike."""
-    # Letters of either case, since get_close_matches takes "CLoRA" and "clora" for different words.
-    by_lower = {one.lower(): one for one in list(known)[:_MOST]}
-    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)]
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def file_near(path: Path) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
 from lora_compose.pipelines.concepts.lru import Read, Recent
+from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
 from lora_compose.pipelines.scene import Concept, check_names
+from lora_compose.pipelines.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +89,14 @@ class ConceptLibrary:
         self.loaded.pop(name, None)
         self.added.pop(name, None)
 
-    def resolve(self, pipe: Any, concepts: Sequence[str | Concept], memory: int) -> tuple[LoadedConcept, ...]:
+    def resolve(
+        self, pipe: Any, concepts: Sequence[str | Concept] | Mapping[str, Weight], memory: int
+    ) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
 
         Args:
             pipe: The pipeline.
-            concepts: Names of loaded concepts or adapters, or `Concept` objects.
+            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights by name.
             memory: Bytes of read files that stay in memory.
 
         Raises:
@@ -100,7 +104,11 @@ class ConceptLibrary:
         """
         if isinstance(concepts, str | Concept):
             raise ValueError(f"concepts must be a list of names or Concepts, not {concepts!r}")
+        if isinstance(concepts, Mapping):
+            concepts = [Concept(name=name, weight=weight) for name, weight in concepts.items()]
         given = tuple(Concept(name=concept) if isinstance(concept, str) else concept for concept in concepts)
+        if wrong := [concept for concept in given if not isinstance(concept, Concept)]:
+            raise ValueError(f"concepts must be a list of names or Concepts, and one of them is {wrong[0]!r}")
         check_names(given)
         found = tuple(self._resolve(pipe, concept) for concept in given)
         self.recent.trim(memory, keep=len(given))
@@ -123,6 +131,7 @@ class ConceptLibrary:
         known = ", ".join([*self.concepts, *sorted(adapters_of(pipe))]) or "none"
         raise ValueError(
             f"unknown concept {concept.name!r}; loaded are {known}. Load it with load_concept(file, name=...)"
+            + did_you_mean(concept.name, [*self.concepts, *adapters_of(pipe)])
         )
 
     def _from_disk(self, pipe: Any, concept: Concept) -> LoadedConcept:

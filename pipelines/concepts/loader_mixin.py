@@ -2,8 +2,11 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
 
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.library import ConceptLibrary
@@ -12,6 +15,10 @@ from lora_compose.pipelines.concepts.selection import choose_concepts
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.spelling import did_you_mean
+
+HUB_OPTIONS = frozenset(signature(hf_hub_download).parameters) - {"repo_id", "filename"}
+"""What `huggingface_hub` takes beside the names of repository and file."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +51,12 @@ class ConceptLoaderMixin:
         class_word: str | None = None,
         weight: Weight = 1.0,
         blocks: Mapping[str, float] | None = None,
-        weight_name: str | None = None,
+        region: Any = None,
+        prompt: str | None = None,
+        negative_prompt: str | None = None,
+        role: Literal["subject", "style"] | None = None,
         alpha: float | None = None,
+        weight_name: str | None = None,
         max_rank: int = MAX_RANK,
         allow_pickle: bool = False,
         **hub: Any,
@@ -59,25 +70,30 @@ class ConceptLoaderMixin:
             class_word: The noun after the trigger; taken from the file's metadata if it has it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
             blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
-            weight_name: The file inside a folder or repository that has several.
+            region: Where it may appear in calls that say nothing else (`Concept.region`).
+            prompt: The text of its region (`Concept.prompt`).
+            negative_prompt: What to avoid there (`Concept.negative_prompt`).
+            role: "subject", or "style" for a concept that acts everywhere.
             alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
+            weight_name: The file inside a folder or repository that has several.
             max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
             allow_pickle: Opens files of `torch.save` as well: their tensors are read, no code is run.
-            hub: Passed on to `huggingface_hub` (token, revision, ...).
+            hub: Passed on to `huggingface_hub` (token, revision, cache_dir, ...).
 
         Raises:
             LoraError: If the file is unusable or does not fit the model.
-            ValueError: If the name is taken.
+            ValueError: If the name is taken, or a field does not fit.
+            TypeError: For unknown arguments.
         """
+        if unknown := hub.keys() - HUB_OPTIONS:
+            own = signature(ConceptLoaderMixin.load_concept).parameters.keys() - {"self", "hub"}
+            name = sorted(unknown)[0]
+            raise TypeError(f"load_concept has no argument {name!r}{did_you_mean(name, sorted(own | HUB_OPTIONS))}")
         concept = Concept(
-            name=name or local_path(source).stem,
-            lora=str(source),
-            trigger=trigger,
-            class_word=class_word,
-            weight=weight,
-            alpha=alpha,
-            blocks=blocks if blocks is None else dict(blocks),
-        )
+            name=name or local_path(source).stem, lora=str(source), trigger=trigger, class_word=class_word,
+            weight=weight, blocks=blocks if blocks is None else dict(blocks), region=region, prompt=prompt,
+            negative_prompt=negative_prompt, role=role, alpha=alpha,
+        )  # fmt: skip
         self.library.check_new(self, concept.name)
         path = find_file(source, weight_name, **hub)
         return self.library.load(self, concept, path, max_rank=max_rank, allow_pickle=allow_pickle)
@@ -110,11 +126,11 @@ class ConceptLoaderMixin:
         """
         self.library.unload(name)
 
-    def resolve_concepts(self, concepts: Sequence[str | Concept]) -> tuple[LoadedConcept, ...]:
+    def resolve_concepts(self, concepts: Sequence[str | Concept] | Mapping[str, Weight]) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
 
         Args:
-            concepts: Names of loaded concepts or adapters, or `Concept` objects.
+            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights by name.
 
         Raises:
             ValueError: For unknown names and names given twice.

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.names import older, spellings
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
+from lora_compose.pipelines.hub import is_hub_name, reachable
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "find_file", "match", "read_lora"]
 
@@ -117,7 +117,7 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
         hub: Passed on to `huggingface_hub` (token, revision, cache_dir, local_files_only, ...).
 
     Raises:
-        LoraError: If there is no such file, or several and none is named.
+        LoraError: If there is no such file, several and none is named, or the model hub is out of reach.
     """
     path = local_path(source)
     if path.is_dir():
@@ -126,9 +126,13 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
     if path.exists():
         return path
     is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *PICKLES}
-    if is_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if is_file or not is_hub_name(str(source)):
         refuse_pickle(path)
         raise LoraError(f"there is no file {str(source)!r}")
+    try:
+        hub = reachable(str(source), weight_name or "", **hub)
+    except ConnectionError as error:
+        raise LoraError(str(error)) from error
     if weight_name is None:
         access = {option: hub[option] for option in ("revision", "token") if option in hub}
         names = [name for name in list_repo_files(str(source), **access) if name.endswith(".safetensors")]

@@ -24,6 +24,7 @@ from lora_compose.pipelines.call import (
     check_plain,
     listed,
     no_concepts,
+    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Step
@@ -106,6 +107,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
@@ -117,7 +119,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 pooled_prompt_embeds, ip_adapter_image, ip_adapter_image_embeds, negative_ip_adapter_image,
                 negative_ip_adapter_image_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds, output_type,
                 return_dict, joint_attention_kwargs, callback_on_step_end, list(callback_on_step_end_tensor_inputs),
-                max_sequence_length, **kwargs,
+                max_sequence_length,
             )  # fmt: skip
         ip_adapters = ip_adapter_image, ip_adapter_image_embeds
         negative_ip_adapters = negative_ip_adapter_image, negative_ip_adapter_image_embeds
@@ -173,11 +175,11 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 )
             return EncodedText(embeds, uncond, {"pooled_projections": torch.cat([uncond_pooled, pooled])})
 
-        final, _, denoiser = self.compose(call, encode)
+        final, _, outcome = self.compose(call, encode)
         self._current_timestep = None
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
-        return output_of(denoiser, result) if return_dict else (result,)
+        return output_of(outcome, result) if return_dict else (result,)
 
     def _inputs(
         self, guidance_scale: float, images: int, joint_attention_kwargs: dict[str, Any] | None

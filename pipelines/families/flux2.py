@@ -28,6 +28,7 @@ from lora_compose.pipelines.call import (
     check_plain,
     listed,
     no_concepts,
+    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
@@ -99,6 +100,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
@@ -108,7 +110,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
                 self, image, prompt, height, width, num_inference_steps, sigmas, guidance_scale, num_images_per_prompt,
                 generator, latents, prompt_embeds, negative_prompt_embeds, output_type, return_dict, attention_kwargs,
                 callback_on_step_end, list(callback_on_step_end_tensor_inputs), max_sequence_length,
-                text_encoder_out_layers, **kwargs,
+                text_encoder_out_layers,
             )  # fmt: skip
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
         if image is not None:
@@ -136,11 +138,11 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             )  # fmt: skip
             return text, {}
 
-        final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         self._current_timestep = None
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
-        return output_of(denoiser, result) if return_dict else (result,)
+        return output_of(outcome, result) if return_dict else (result,)
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=False), length, length)

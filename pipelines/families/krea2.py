@@ -26,6 +26,7 @@ from lora_compose.pipelines.call import (
     check_plain,
     listed,
     no_concepts,
+    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
@@ -98,6 +99,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
@@ -107,7 +109,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
                 self, prompt, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale,
                 num_images_per_prompt, generator, latents, prompt_embeds, prompt_embeds_mask, negative_prompt_embeds,
                 negative_prompt_embeds_mask, output_type, return_dict, callback_on_step_end,
-                list(callback_on_step_end_tensor_inputs), attention_kwargs, max_sequence_length, **kwargs,
+                list(callback_on_step_end_tensor_inputs), attention_kwargs, max_sequence_length,
             )  # fmt: skip
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -138,11 +140,11 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             )
             return text.flatten(2), {"text_mask": mask}
 
-        final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         self._current_timestep = None
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
-        return output_of(denoiser, result) if return_dict else (result,)
+        return output_of(outcome, result) if return_dict else (result,)
 
     def _template(self, length: int) -> TemplateTokenizer:
         dropped, suffix = self.prompt_template_encode_start_idx, self.prompt_template_encode_num_suffix_tokens

@@ -28,10 +28,11 @@ from lora_compose.pipelines.call import (
     check_plain,
     listed,
     no_concepts,
+    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.unets import UNetPipeline
+from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
@@ -123,6 +124,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        refuse_unknown(kwargs.keys() - (OLD_CALLBACK if no_concepts(concepts) else set()), type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original)
@@ -179,11 +181,11 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             )  # fmt: skip
             return EncodedText(embeds, uncond if self.do_classifier_free_guidance else None)
 
-        final, process, denoiser = self.compose(call, encode)
+        final, process, outcome = self.compose(call, encode)
         images, nsfw = self._decode(final, call, output_type or "np", process.text.prompt_embeds.dtype)
         images = self._finished(images, source)
         self.maybe_free_model_hooks()
-        return output_of(denoiser, images, nsfw) if return_dict else (images, nsfw)
+        return output_of(outcome, images, nsfw) if return_dict else (images, nsfw)
 
     def _decode(self, latents: Tensor, call: Call, output_type: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if output_type == "latent":

@@ -26,10 +26,11 @@ from lora_compose.pipelines.call import (
     check_plain,
     listed,
     no_concepts,
+    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.unets import UNetPipeline
+from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
@@ -151,6 +152,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        refuse_unknown(kwargs.keys() - (OLD_CALLBACK if no_concepts(concepts) else set()), type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original)
@@ -226,11 +228,11 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
             return EncodedText(embeds, uncond, self._added(parts, embeds))
 
-        final, _, denoiser = self.compose(call, encode)
+        final, _, outcome = self.compose(call, encode)
         images = self._decode(final, call, output_type or "np")
         images = self._finished(images, source)
         self.maybe_free_model_hooks()
-        return output_of(denoiser, images) if return_dict else (images,)
+        return output_of(outcome, images) if return_dict else (images,)
 
     def _check_model(self) -> None:
         """Raises ValueError for UNets that take something else than pooled text and six numbers, as the refiner's."""

@@ -20,6 +20,9 @@ from lora_compose.pipelines.task import ImageToImage, Inpainting
 _FOR_INPAINTING = 9
 """Input channels of UNets that were made for inpainting: latents, mask, and latents of the masked image."""
 
+OLD_CALLBACK = {"callback", "callback_steps"}
+"""Arguments that diffusers takes beside those that it names."""
+
 
 class UNetPipeline(ComposePipeline):
     """A composing pipeline of the Stable Diffusion families."""

@@ -28,6 +28,7 @@ from lora_compose.pipelines.call import (
     check_plain,
     listed,
     no_concepts,
+    refuse_unknown,
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Canvas
@@ -100,6 +101,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
+        refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
@@ -110,7 +112,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 self, words, height, width, num_inference_steps, sigmas, guidance_scale, cfg_normalization,
                 cfg_truncation, negative_prompt, num_images_per_prompt, generator, latents, prompt_embeds,
                 negative_prompt_embeds, output_type, return_dict, joint_attention_kwargs, callback_on_step_end,
-                list(callback_on_step_end_tensor_inputs), max_sequence_length, **kwargs,
+                list(callback_on_step_end_tensor_inputs), max_sequence_length,
             )  # fmt: skip
         check_arguments(kwargs, (), joint_attention_kwargs, "joint_attention_kwargs")
         cfg_scale = self._cfg_of(guidance_scale)
@@ -147,10 +149,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             rows = [row for row in found for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
-        final, _, denoiser = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
+        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
-        return output_of(denoiser, result) if return_dict else (result,)
+        return output_of(outcome, result) if return_dict else (result,)
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=True), length, _padded(length))

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
@@ -15,11 +16,13 @@ from lora_compose.pipelines.methods.regional import Regional
 from lora_compose.pipelines.methods.switch import Switch
 from lora_compose.pipelines.methods.tara import Tara
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.text.tokens import own_nouns
+from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.text.tokens import find_words, own_nouns
 
 __all__ = [
     "METHODS",
     "PRESETS",
+    "Choice",
     "Clora",
     "Composite",
     "Draft",
@@ -74,18 +77,25 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
         return method
     make = METHODS.get(method) or PRESETS.get(method)
     if make is None:
-        raise ValueError(f"unknown method {method!r}; there are {', '.join((*METHODS, *PRESETS))}")
+        known = (*METHODS, *PRESETS)
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(known)}{did_you_mean(method, known)}")
     made = make()
     fields = _fields(made)
     unknown = (settings or {}).keys() - fields.keys()
     if unknown:
-        raise ValueError(f"{method} has no settings {sorted(unknown)}; it has {', '.join(fields) or 'none'}")
+        near = did_you_mean(sorted(unknown)[0], fields)
+        raise ValueError(f"{method} has no settings {sorted(unknown)}; it has {', '.join(fields) or 'none'}{near}")
     return type(made)(**{**fields, **(settings or {})})
 
 
 def name_of(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """A method's name, and the fields that differ from its defaults: what `make_method` makes it of again."""
-    name = next(name for name, kind in METHODS.items() if type(settings) is kind)
+    """A method's name, and the fields that differ from its defaults: what `make_method` makes it of again.
+
+    Settings of a class that is not in `METHODS` have its name, and all their fields.
+    """
+    name = next((name for name, kind in METHODS.items() if type(settings) is kind), type(settings).__name__)
+    if name not in METHODS:
+        return name, _fields(settings)
     defaults = _fields(METHODS[name]())
     return name, {field: value for field, value in _fields(settings).items() if value != defaults[field]}
 
@@ -94,14 +104,22 @@ def _fields(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in getattr(settings, "__dataclass_fields__", {})}
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The method of a call, and why it is this one."""
+
+    method: Settings
+    reason: str
+
+
 def choose_method(
     concepts: Sequence[LoadedConcept],
     prompts: Sequence[str] | None,
     concept_sets: Sequence[ConceptSet] | None = None,
     *,
     region_attention: bool = True,
-) -> Settings:
-    """The method for a call that names none; logs the reason.
+) -> Choice:
+    """The method for a call that names none; logs the reason, as a warning where subjects blend.
 
     With a region for every subject LoRA-Composer works best, and without regions a draft finds them; both need words,
     to write texts of their own. Token masks serve LoRAs that were trained with them; on ordinary ones they lose more
@@ -117,49 +135,66 @@ def choose_method(
     """
     given = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in given]
-    if subjects and all(subject.region for subject in subjects):
-        who = "subject" if len(subjects) < len(concepts) else "concept"
-        if region_attention and prompts is not None and all(subject.trigger for subject in subjects):
-            logger.info("method: lora-composer, because every %s has a region", who)
-            return LoraComposer()
-        why = "there are embeddings instead of a prompt" if prompts is None else "not every one a trigger"
-        why = why if region_attention else "this model does not support region attention yet"
-        logger.info("method: regional, because every %s has a region, and %s", who, why)
-        return Regional()
+    if any(subject.region for subject in subjects):
+        return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
     asked = given or (concepts if prompts is not None else ())  # styles alone decide for themselves
     if asked and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
-        logger.info("method: tara, because every concept was trained for it")
-        return Tara()
+        return _chosen(Tara(), "every concept was trained for it")
     sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
     subjects_of = [[one.concepts[i] for i in one.subjects] for one in sets]
-    unnamed = _unnamed(subjects_of, prompts)
-    if max(map(len, subjects_of)) > 1 and not region_attention:
-        logger.warning(
-            "method: merge, because this model has neither lora-composer nor clora yet; subjects blend, unless each "
-            "has a region (regional) or a LoRA trained with TARA (tara)"
-        )
-        return Merge()
-    if max(map(len, subjects_of)) > 1 and not unnamed:
-        logger.info("method: draft, because the prompt names every concept by trigger and class word")
-        return Draft()
-    reason = f"{', '.join(unnamed)} is not named by trigger and class word" if unnamed else _few(subjects)
-    logger.info("method: merge, because %s", reason)
-    return Merge()
-
-
-def _few(subjects: Sequence[Concept]) -> str:
-    if len(subjects) > 1:
-        return "no prompt has several subjects"
-    return "there is one subject" if subjects else "styles act everywhere"
-
-
-def _unnamed(subjects_of: Sequence[Sequence[Concept]], prompts: Sequence[str] | None) -> list[str]:
-    """Subjects whose prompt lacks their trigger followed by their class word."""
-    texts: Sequence[str | None] = prompts or [None] * len(subjects_of)
-    unnamed = [
-        subject.name
-        for prompt, subjects in zip(texts, subjects_of, strict=True)
+    several = max(map(len, subjects_of)) > 1
+    if not several:
+        few = "no prompt has several subjects" if len(subjects) > 1 else "there is one subject"
+        return _chosen(Merge(), few if subjects else "styles act everywhere")
+    if not region_attention:
+        reason = "this model has none of draft, lora-composer and clora yet"
+        return _blending(reason, "unless each has a region (regional) or a LoRA trained with TARA (tara)")
+    if prompts is None:
+        return _blending("there are embeddings instead of a prompt", "unless each has a region")
+    missing = [
+        _missing_words(subject, prompt)
+        for prompt, subjects in zip(prompts, subjects_of, strict=True)
         for subject in subjects
-        if prompt is None or not own_nouns(subject, prompt, subjects)
+        if not own_nouns(subject, prompt, subjects)
     ]
-    return list(dict.fromkeys(unnamed))
+    if missing:
+        return _blending("; ".join(dict.fromkeys(missing)), "unless that is done, or each has a region")
+    return _chosen(Draft(), "the prompt names every concept by trigger and class word")
+
+
+def _chosen(method: Settings, reason: str) -> Choice:
+    logger.info("method: %s, because %s", name_of(method)[0], reason)
+    return Choice(method, reason)
+
+
+def _blending(reason: str, unless: str) -> Choice:
+    logger.warning("method: merge, because %s. Its subjects blend, %s", reason, unless)
+    return Choice(Merge(), reason)
+
+
+def _for_regions(
+    subjects: Sequence[Concept], prompts: Sequence[str] | None, kind: str, region_attention: bool
+) -> Choice:
+    """The method for subjects of which some have a region, or all."""
+    boxed = [subject for subject in subjects if subject.region]
+    others = ", ".join(subject.name for subject in subjects if not subject.region)
+    reason = f"{', '.join(subject.name for subject in boxed)} has a region" if others else f"every {kind} has a region"
+    if region_attention and prompts is not None and all(subject.trigger for subject in boxed):
+        return _chosen(LoraComposer(), f"{reason}, and {others} stays outside of it" if others else reason)
+    why = "there are embeddings instead of a prompt" if prompts is None else "not every one a trigger"
+    why = why if region_attention else "this model does not support region attention yet"
+    if others:
+        logger.warning("without a region, %s acts on the whole image, also inside the regions of others", others)
+    return _chosen(Regional(), f"{reason}, and {why}")
+
+
+def _missing_words(subject: Concept, prompt: str) -> str:
+    """What a prompt or a concept lacks, of which the prompt does not have the trigger followed by the class word."""
+    name, trigger, noun = subject.name, subject.trigger, subject.class_word
+    if not trigger:
+        return f"{name} has no trigger: give it one, such as trigger='sks', and write it in the prompt"
+    if not noun:
+        return f"{name} has no class word: give it one, such as class_word='cat', and write it after {trigger!r}"
+    if not find_words(trigger, prompt):
+        return f"the prompt lacks {trigger!r}, the trigger of {name}: write {subject.phrase!r}"
+    return f"the prompt has {trigger!r} without {noun!r} after it: write {subject.phrase!r}"

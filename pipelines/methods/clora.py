@@ -39,6 +39,7 @@ from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
 from lora_compose.pipelines.text.tokens import Mention
@@ -247,7 +248,9 @@ def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> Non
     for row in named:
         if row.sum() > 1:
             both = " and ".join(concept.name for concept, mine in zip(concepts, row, strict=True) if mine)
-            raise ValueError(f"the same word of {prompt!r} names {both}; clora tells concepts apart by their words")
+            raise ValueError(
+                f"the same word of {shortened(prompt)} names {both}; clora tells concepts apart by their words"
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.prompts import without_triggers
 from lora_compose.pipelines.text.tokens import Mention, free_nouns, own_nouns
 
@@ -102,7 +103,7 @@ def _mention(
     twins = [other.name for other in subjects if (other.class_word or "").lower() == concept.class_word.lower()]
     if not there or len(twins) > 1:
         raise ValueError(
-            f"the prompt {text!r} has to name every concept as the prompt of the scene does, but "
+            f"the prompt {shortened(text)} has to name every concept as the prompt of the scene does, but "
             f"{concept.class_word!r} stands there {there} times; it names {' and '.join(twins)}"
         )
     return Mention((concept.class_word,), tuple(range(there)))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.tokens import Span, class_words, find_words
 
 _LEADING_UP = re.compile(r"(^|\s)(of|with|showing)?(\s*\b(an?|the|my|your|his|her|its|our|their))?\s*$", re.IGNORECASE)
@@ -44,8 +45,8 @@ def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
     if not mine:
         missing = f"write {concept.phrase!r} in it" if concept.phrase else "give it a trigger and write that in it"
         raise ValueError(
-            f"the prompt {prompt!r} does not name the concept {concept.name!r}: {missing}, or give the concept a "
-            f"prompt of its own, Concept(name={concept.name!r}, prompt=...)"
+            f"the prompt {shortened(prompt)} does not name the concept {concept.name!r}: {missing}, or give the "
+            f"concept a prompt of its own, Concept(name={concept.name!r}, prompt=...)"
         )
     start, end = _list_of(concepts, prompt)
     return prompt[:start] + prompt[slice(*mine[0])] + prompt[end:]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -103,7 +104,7 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
     if not found:
         trigger = (concept.trigger or "").strip()
         raise ValueError(
-            f"the trigger {trigger!r} of concept {concept.name!r} is not in the prompt {prompt!r}; "
+            f"the trigger {trigger!r} of concept {concept.name!r} is not in the prompt {shortened(prompt)}; "
             f"write {(concept.phrase or trigger)!r} where the concept is meant"
         )
     triggers, nouns = [span for span, _ in found], sorted({noun for _, noun in found if noun})
@@ -145,7 +146,7 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
     first, wanted = len(ids(prompt[:start].rstrip())), ids(words)
     if ids(prompt)[first : first + len(wanted)] != wanted:
         raise ValueError(
-            f"{words!r} of concept {concept.name!r} does not keep its own tokens in {prompt!r}: "
+            f"{words!r} of concept {concept.name!r} does not keep its own tokens in {shortened(prompt)}: "
             "put spaces around it or choose a trigger of letters"
         )
     front, back = special_tokens(tokenizer)
@@ -153,7 +154,7 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
     if first + len(wanted) > limit:
         raise ValueError(
             f"{words!r} of concept {concept.name!r} stands at tokens {first + 1} to {first + len(wanted)}, "
-            f"but the model reads only {limit}; move it forward or shorten the prompt {prompt!r}"
+            f"but the model reads only {limit}; move it forward or shorten the prompt {shortened(prompt)}"
         )
     return range(front + first, front + first + len(wanted))
 
@@ -213,7 +214,9 @@ def locate_mention(
         nouns = free_nouns(concept, prompt, concepts)
         spans = [nouns[k] for k in mention.which if k < len(nouns)]
     if not spans:
-        raise ValueError(f"none of the words {mention.words} that name {concept.name!r} is in the prompt {prompt!r}")
+        raise ValueError(
+            f"none of the words {mention.words} that name {concept.name!r} is in the prompt {shortened(prompt)}"
+        )
     return tuple(sorted({p for span in spans for p in span_positions(tokenizer, prompt, span, concept)}))
 
 
@@ -226,7 +229,7 @@ def check_disjoint(concepts: Sequence[Concept], positions: Sequence[Positions], 
                 other = owner[position]
                 raise ValueError(
                     f"the triggers of concepts {other.name!r} ({other.trigger!r}) and {concept.name!r} "
-                    f"({concept.trigger!r}) share words of {prompt!r}; each concept needs a trigger of its own"
+                    f"({concept.trigger!r}) share words of {shortened(prompt)}; each concept needs a trigger of its own"
                 )
             owner[position] = concept
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.scene import Concept, Run, Scene, check_box, check_names
 
 SCENE = Scene(prompt="a sks cat")
@@ -30,8 +31,23 @@ def test_fields_cannot_be_changed(kind, fields):
 
 @pytest.mark.parametrize(("kind", "fields"), VALID)
 def test_unknown_fields_are_refused_by_name(kind, fields):
-    with pytest.raises(ValidationError, match=r"promt\n\s+Extra inputs are not permitted"):
+    with pytest.raises(FieldError, match=rf"^{kind.__name__}: promt: unknown field; fields are ") as caught:
         kind(**fields, promt="a sks cat")
+    assert ("did you mean 'prompt'?" in str(caught.value)) == ("prompt" in kind.model_fields)
+
+
+def test_errors_say_where_and_what_was_expected_and_do_not_repeat_the_prompt():
+    prompt = "a sks cat " * 100
+    fields: dict[str, Any] = {"concepts": [{"name": "cat", "weight": "much"}]}
+    with pytest.raises(FieldError) as caught:
+        Scene(prompt=prompt, width=-1, **fields)
+    first, second = caught.value.complaints
+    assert first.startswith("concepts[0].weight: ")
+    assert second == "width: expected greater than 0, found -1"
+    assert "pydantic" not in str(caught.value)
+    assert prompt not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize(("fields", "phrase"), [
@@ -46,15 +62,15 @@ def test_the_phrase_is_trigger_and_class_word(fields, phrase):
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
 def test_weights_must_be_finite(weight):
-    with pytest.raises(ValidationError, match="finite number"):
+    with pytest.raises(FieldError, match="finite number"):
         Concept(name="cat", weight=weight)
-    with pytest.raises(ValidationError, match="finite number"):
+    with pytest.raises(FieldError, match="finite number"):
         Run(scene=SCENE, model="playground", guidance_scale=weight)
 
 
 @pytest.mark.parametrize("region", [(0, 0, 64), (0, 0, 64, 64, 64), (0, 0, 0.5, 64), "left", (0, 0, math.inf, 64)])
 def test_regions_are_four_whole_numbers(region):
-    with pytest.raises(ValidationError, match="region"):
+    with pytest.raises(FieldError, match="region"):
         Concept(name="cat", region=region)
 
 
@@ -65,7 +81,7 @@ def test_a_region_is_taken_exactly_if_it_has_pixels(box):
         assert Concept(name="cat", region=box).region == box
         return
     message = r"a region is \(left, top, right, bottom\) in pixels with 0 <= left < right"
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(FieldError, match=message):
         Concept(name="cat", region=box)
 
 
@@ -77,7 +93,7 @@ def test_a_region_must_lie_on_the_canvas(width, height, right, bottom):
         assert Scene(**scene).concepts == (concept,)
         return
     message = rf"the region \(0, 0, {right}, {bottom}\) of concept 'cat' leaves the canvas of {width} x {height}"
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(FieldError, match=message):
         Scene(**scene)
 
 
@@ -94,7 +110,7 @@ def test_sides_of_the_canvas_that_are_unknown_are_not_checked():
 
 def test_names_of_concepts_differ():
     twice = (Concept(name="cat"), Concept(name="dog"), Concept(name="cat"))
-    with pytest.raises(ValidationError, match="concept names must differ, but 'cat' stands twice"):
+    with pytest.raises(FieldError, match="concept names must differ, but 'cat' stands twice"):
         Scene(prompt="sks", concepts=twice)
     with pytest.raises(ValueError, match="'cat' stands twice"):
         check_names(twice)
@@ -108,7 +124,7 @@ def test_names_of_concepts_differ():
     (Scene, {"prompt": "sks", "height": -8}, "greater than 0"),
     (Scene, {"prompt": "sks", "height": 64.5}, "valid integer"),
     (Scene, {"prompt": "sks", "concepts": "cat"}, "tuple"),
-    (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "wieght": 1}]}, "concepts.0.wieght"),
+    (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "wieght": 1}]}, "concepts.0..wieght"),
     (Run, {"scene": SCENE, "model": "playground", "steps": 0}, "greater than 0"),
     (Run, {"scene": SCENE, "model": "playground", "seed": -1}, "greater than or equal to 0"),
     (Run, {"scene": SCENE, "model": "playground", "seed": 2**63}, "less than"),
@@ -117,7 +133,7 @@ def test_names_of_concepts_differ():
     (Run, {"scene": {"prompt": ""}, "model": "playground"}, "scene.prompt"),
 ])  # fmt: skip
 def test_bad_values_are_refused(kind, fields, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(FieldError, match=message):
         kind(**fields)
 
 

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import streamlit as st
-from pydantic import ValidationError
 
-from lora_compose.compose.files.validation import complaints
 from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.draft import Draft, read_seeds
@@ -15,6 +13,7 @@ from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen.state import Row, Visit
 from lora_compose.compose.page.store import Lora
+from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.mask_images import in_pixels
 from lora_compose.pipelines.methods import METHODS
@@ -182,8 +181,8 @@ def concept_of(row: Row) -> Concept:
             role="style" if is_style(row) else None,
             alpha=row.alpha,
         )
-    except ValidationError as error:
-        raise ValueError(f"{texts['name']}: {'; '.join(complaints(Concept, error))}") from error
+    except FieldError as error:
+        raise ValueError(f"{texts['name']}: {'; '.join(error.complaints)}") from error
 
 
 def draft(here: Visit) -> Draft:

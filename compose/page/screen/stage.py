@@ -105,14 +105,14 @@ def _working(here: Visit, on_canvas: bool) -> None:
     """The work in hand, and the canvas, on which it is seen; looked at again and again while it lasts."""
     new = here.collect()
     job, working = here.job, here.working
+    if job is not None and working:
+        _progress(here, job)
     if on_canvas:
         preview = job.preview if job is not None and working and not job.comparing else None
         picture = here.picture
         image = preview or (picture.made.image if picture is not None else None)
         alt = "Preview of the image" if preview else picture.run.scene.prompt if picture is not None else ""
         canvas(here, image, alt)
-    if job is not None and working:
-        _progress(here, job)
     ended, here.was_working = here.was_working and not working, working
     if new or ended:
         st.rerun()  # the whole page, with the new images

@@ -63,9 +63,9 @@ def understand_view(here: Visit) -> None:
             )
             column.caption(f"Where the model looked for {markdown(concepts[i].name)}, “{markdown(concepts[i].phrase)}”")
     grid = attention.maps.shape[-2:]
-    role = "The areas follow from it." if decides == "found areas" else "It decided nothing here."
+    role = " The areas follow from it." if decides == "found areas" else ""
     st.caption(f"Cross-attention to the words of each concept, on a grid of {grid[1]} x {grid[0]} cells, each map "
-               f"scaled to its own maximum. {role}")  # fmt: skip
+               f"scaled to its own maximum.{role}")  # fmt: skip
 
 
 def _exceptions(picture: Picture, decides: Decides) -> None:

@@ -491,7 +491,9 @@ def test_everybody_can_use_it(chromium: Browser, address: str, scheme: Any, size
 
 
 def check_with_axe(page: Page, name: str) -> None:
-    found = Axe().run(page)
+    # The exception is minor, and in the area on which Streamlit's own field has files dropped.
+    rules = {"presentation-role-conflict": {"enabled": False}}
+    found = Axe().run(page, options={"resultTypes": ["violations"], "rules": rules})
     assert found.violations_count == 0, f"{name}: {found.generate_report()}"
 
 

@@ -1,5 +1,7 @@
 """Which concepts act in a call: by name, by file, with fields of their own."""
 
+from inspect import signature
+
 import pytest
 import torch
 
@@ -29,6 +31,40 @@ def test_a_concept_of_weight_0_is_as_good_as_absent(composer, method):
     assert_close(latents_of(composer, method=method, concepts=["cat", Concept(name="dog", weight=0.0)]), absent)
     nothing = latents_of(composer, method=method, concepts=[Concept(name="cat", weight=0.0)])
     assert_close(nothing, latents_of(composer, concepts=None, method=None))
+
+
+def test_weights_may_be_given_by_name(composer):
+    weights = {"cat": 1.0, "dog": "1..0.5"}
+    expected = latents_of(composer, concepts=[Concept(name=name, weight=weight) for name, weight in weights.items()])
+    assert torch.equal(latents_of(composer, concepts=weights), expected)
+    assert far_apart(expected, latents_of(composer))
+    prompts = ["a sks cat", "a zwx dog"]
+    sets = latents_of(composer, prompt=prompts, concepts=[{"cat": 0.5}, {"dog": 1.0}])
+    by_list = latents_of(composer, prompt=prompts, concepts=[[Concept(name="cat", weight=0.5)], ["dog"]])
+    assert torch.equal(sets, by_list)
+    assert torch.equal(latents_of(composer, concepts={}, method=None), latents_of(composer, concepts=None, method=None))
+
+
+def test_every_field_of_a_concept_can_be_given_when_it_is_loaded(composer):
+    path = composer.concepts["cat"].lora
+    given = {
+        "trigger": "xlo", "class_word": "lion", "weight": 0.5, "blocks": {"down": 0.5}, "region": (0, 0, 8, 8),
+        "prompt": "a xlo lion", "negative_prompt": "dark", "role": "subject",
+    }  # fmt: skip
+    loaded = composer.load_concept(path, "lion", **given)
+    assert {name: value for name, value in given.items() if getattr(loaded, name) != value} == {}
+    parameters = signature(composer.load_concept).parameters
+    assert set(Concept.model_fields) - {"lora"} <= set(parameters)
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [({"triger": "sks"}, "trigger"), ({"clas_word": "cat"}, "class_word"), ({"tokn": "x"}, "token")]
+)
+def test_mistyped_arguments_of_load_concept_are_refused(composer, typo, meant):
+    before = State(composer)
+    with pytest.raises(TypeError, match=f"load_concept has no argument '{next(iter(typo))}'; did you mean .*'{meant}'"):
+        composer.load_concept(composer.concepts["cat"].lora, "other", **typo)
+    before.assert_unchanged()
 
 
 def test_a_file_can_be_named_in_the_call_alone(pipe, composer):

@@ -1,35 +1,85 @@
 """Without a method one is chosen, and the log says why."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from composing import BOXED, latents_of
-from lora_compose.pipelines.methods import Draft, Merge, choose_method
+from composing import BOXED, compose, latents_of
+from lora_compose.pipelines.methods import Draft, LoraComposer, Merge, Regional, choose_method
 from lora_compose.pipelines.scene import Concept
 
 
-def test_without_a_method_the_choice_is_logged_with_its_reason(composer, caplog):
+def ordinary(composer: Any, **changes: Any) -> list[Any]:
+    """The cat and the dog, as if their files did not say how they were trained."""
+    concepts = [Concept(name=name, **{"class_word": name, **changes.get(name, {})}) for name in ("cat", "dog")]
+    return [replace(concept, file=None) for concept in composer.resolve_concepts(concepts)]
+
+
+def test_without_a_method_the_choice_is_logged_and_returned_with_its_reason(composer, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
-    assert torch.equal(latents_of(composer, method=None), latents_of(composer, method="tara"))
-    assert "method: tara, because every concept" in caplog.text
-    caplog.clear()
+    output = compose(composer, method=None, output_type="latent")
+    assert (output.method, output.method_reason) == ("tara", "every concept was trained for it")
+    assert torch.equal(output.images, latents_of(composer, method="tara"))
+    assert "method: tara, because every concept was trained for it" in caplog.text
+    assert compose(composer, method=Merge()).method == "merge"
+    assert compose(composer, method="merge").method_reason == "it was asked for"
+
+
+def test_a_blend_is_a_warning_that_says_what_is_missing(composer, caplog):
     concepts = [Concept(name="cat", trigger=""), "dog"]
-    chosen = latents_of(composer, method=None, concepts=concepts)
-    assert torch.equal(chosen, latents_of(composer, method=Merge(), concepts=concepts))
-    assert "method: merge, because cat is not named by trigger and class word" in caplog.text
+    output = compose(composer, method=None, concepts=concepts, output_type="latent")
+    assert output.method == "merge"
+    assert torch.equal(output.images, latents_of(composer, method=Merge(), concepts=concepts))
+    (said,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert said.getMessage().startswith("method: merge, because cat has no trigger: give it one")
+
+
+MISSING = {
+    "the class word": ("a sks kitty and a zwx dog", {}, "the prompt has 'sks' without 'cat' after it: write 'sks cat'"),
+    "the trigger": ("a cat and a zwx dog", {}, "the prompt lacks 'sks', the trigger of cat: write 'sks cat'"),
+    "a class word of its own": ("a sks beside a zwx cat", {"dog": {"class_word": "cat"}},
+        "the prompt has 'sks' without 'cat' after it: write 'sks cat'"),
+    "any class word": ("a sks cat and a zwx dog", {"cat": {"class_word": ""}},
+        "cat has no class word: give it one, such as class_word='cat', and write it after 'sks'"),
+    "two class words": ("a sks and a zwx", {}, "write 'sks cat'; the prompt has 'zwx' without"),
+    "a prompt": (None, {}, "there are embeddings instead of a prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_what_clora_lacks_is_named_with_what_to_write(composer, caplog, case):
+    prompt, changes, message = MISSING[case]
+    choice = choose_method(ordinary(composer, **changes), None if prompt is None else [prompt])
+    assert isinstance(choice.method, Merge)
+    assert message in choice.reason
+    (said,) = caplog.records
+    assert said.levelname == "WARNING"
+    assert message in said.getMessage()
+    assert "subjects blend" in said.getMessage()
 
 
 def test_ordinary_loras_without_regions_are_told_apart_by_their_words(composer, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
-    ordinary = [Concept(name=f"{name}-plain", lora=composer.concepts[name].lora, trigger=trigger, class_word=name)
-                for name, trigger in (("cat", "sks"), ("dog", "zwx"))]  # fmt: skip
-    loaded = [replace(concept, file=None) for concept in composer.resolve_concepts(ordinary)]
-    assert isinstance(choose_method(loaded, ["a sks cat, a zwx dog"]), Draft)
+    assert isinstance(choose_method(ordinary(composer), ["a sks cat, a zwx dog"]).method, Draft)
     assert "method: draft, because the prompt names every concept" in caplog.text
-    assert isinstance(choose_method(loaded, ["a sks, a zwx dog"]), Merge)
-    assert "merge, because cat-plain is not named by trigger and class word" in caplog.text
+
+
+def test_one_subject_does_not_blend(composer, caplog):
+    assert isinstance(choose_method(ordinary(composer)[:1], ["a sks kitty"]).method, Merge)
+    assert not caplog.records
+
+
+def test_a_region_of_one_of_several_concepts_is_used(composer, caplog):
+    boxed = {"cat": {"region": (0, 0, 64, 128)}}
+    choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"])
+    assert isinstance(choice.method, LoraComposer)
+    assert choice.reason == "cat has a region, and dog stays outside of it"
+    assert not caplog.records
+    choice = choose_method(ordinary(composer, **boxed), ["a sks cat, a zwx dog"], region_attention=False)
+    assert isinstance(choice.method, Regional)
+    assert "without a region, dog acts on the whole image, also inside the regions of others" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["merge", "tara", "regional"])

@@ -84,8 +84,19 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
         {"cross_attention_kwargs": {"gligen": {}, "scale": 1.0}},
         r"cross_attention_kwargs \['gligen'\] cannot be combined.*only 'scale' can",
     ),
-    "the old callback": ({"callback": print, "callback_steps": 1}, "unknown arguments: callback"),
-    "unknown arguments": ({"strength": 0.5}, "unknown arguments: strength"),
+    "the old callback": (
+        {"callback": print, "callback_steps": 1}, "unknown argument 'callback.*did you mean 'callback_on_step_end",
+    ),
+    "unknown arguments": ({"stenght": 0.5}, "unknown argument 'stenght'"),
+    "a mistyped method": ({"method": None, "methd": "clora"}, r"^unknown argument 'methd'; did you mean 'method'\?$"),
+    "mistyped concepts": (
+        {"concepts": None, "method": None, "concept": ["cat"]},
+        r"^unknown argument 'concept'; did you mean 'concepts'",
+    ),
+    "a mistyped name of a method": ({"method": "CLoRa"}, r"unknown method 'CLoRa'.*did you mean 'clora"),
+    "a mistyped name": ({"concepts": ["cta"]}, r"unknown concept 'cta'.*did you mean 'cat'\?"),
+    "a number as a concept": ({"concepts": ["cat", 3]}, "must be a list of names or Concepts, and one of them is 3"),
+    "a weight that is none": ({"concepts": {"cat": "much"}}, "^Concept: weight: "),
     "prompt and embeddings": (EMBEDS, "Cannot forward both `prompt`"),
     "timesteps and sigmas": ({"timesteps": [9], "sigmas": [1.0]}, "Only one of `timesteps` or `sigmas`"),
     "embeddings for a method that writes texts": (
@@ -93,7 +104,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
         "needs the prompt as text, not embeddings",
     ),
 }  # fmt: skip
-TYPE_ERRORS = ("the old callback", "unknown arguments")
+TYPE_ERRORS = ("the old callback", "unknown arguments", "a mistyped method", "mistyped concepts")
 
 
 @BOTH

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from torch import Tensor
 
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
@@ -25,6 +24,7 @@ from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.replay import difference, remake, runnable
 from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import Schedule, blocks_text, read_blocks, read_weight, weight_text
 from lora_compose.pipelines.methods import METHODS, LoraComposer
 from lora_compose.pipelines.methods.process import constant_gates
@@ -144,7 +144,7 @@ def test_any_text_is_a_weight_or_is_refused_in_words(text: str) -> None:
 def test_weights_that_cannot_be_read_are_explained(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_weight(given)
-    with pytest.raises(ValidationError, match="weight"):
+    with pytest.raises(FieldError, match="weight"):
         Concept(name="cat", weight=given)
 
 
@@ -169,7 +169,7 @@ def test_blocks_survive_being_written(blocks: dict[str, float]) -> None:
 def test_blocks_that_cannot_be_read_are_explained(given: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_blocks(given)
-    with pytest.raises(ValidationError, match="blocks"):
+    with pytest.raises(FieldError, match="blocks"):
         Concept(name="cat", blocks=given)
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
+from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,
@@ -130,7 +130,9 @@ def test_a_style_alone_is_composed_as_it_was_trained(load, write_lora):
     found = latents_of(pipe, None, [style], prompt)
     assert torch.equal(found, latents_of(pipe, "tara", [style], prompt))
     assert far_apart(found, latents_of(pipe, "merge", [style], prompt))
-    assert isinstance(choose_method(pipe.resolve_concepts([style]), None), Merge)  # embeddings, which do not say words
+    assert isinstance(
+        choose_method(pipe.resolve_concepts([style]), None).method, Merge
+    )  # embeddings, which do not say words
     assert torch.equal(latents_of(pipe, None, [style, INK], prompt), latents_of(pipe, "merge", [style, INK], prompt))
 
 
@@ -162,16 +164,14 @@ def test_a_style_has_no_turn_and_no_pass(load, method):
 
 
 def test_a_style_has_no_region():
-    with pytest.raises(
-        ValidationError, match="'ink' is a style, which is everywhere: leave out its region, or its role"
-    ):
+    with pytest.raises(FieldError, match="'ink' is a style, which is everywhere: leave out its region, or its role"):
         Concept(name="ink", role="style", region=(0, 0, 8, 8))
 
 
 def test_the_choice_of_a_method_looks_at_the_subjects(load, write_lora, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
     pipe = load("sd")
-    chosen = lambda *concepts: choose_method(pipe.resolve_concepts(concepts), [PROMPT])  # noqa: E731
+    chosen = lambda *concepts: choose_method(pipe.resolve_concepts(concepts), [PROMPT]).method  # noqa: E731
     assert isinstance(chosen(*SUBJECTS, INK), LoraComposer)
     assert "lora-composer, because every subject has a region" in caplog.text
     assert isinstance(chosen("cat", "dog", INK), Draft)

@@ -1,0 +1,49 @@
+"""The model hub: whether it can be reached, said at once and with what to do."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import get_session
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 5.0
+"""Seconds until a hub that does not answer counts as out of reach."""
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a name can only be a repository of the hub: "owner/name", and no such folder is there."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+
+
+def reachable(repository: str, file: str, **options: Any) -> dict[str, Any]:
+    """The options with which a repository can be read: its copy in the cache alone, where the hub is out of reach.
+
+    `huggingface_hub` asks six times for each file, for half a minute, before it looks into its cache or gives up.
+
+    Args:
+        repository: "owner/name".
+        file: A file that every copy of it has.
+        options: Those of `huggingface_hub` that the user has given.
+
+    Raises:
+        ConnectionError: If the hub is out of reach, and the cache has no copy.
+    """
+    if constants.HF_HUB_OFFLINE or options.get("local_files_only"):
+        return options
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # whatever the HTTP library of huggingface_hub calls it
+        where = {name: options[name] for name in ("cache_dir", "revision") if options.get(name) is not None}
+        if isinstance(try_to_load_from_cache(repository, file, **where), str):
+            logger.warning("the model hub is out of reach (%s): %s is read from the cache", error, repository)
+            return {**options, "local_files_only": True}
+        raise ConnectionError(
+            f"the model hub {constants.ENDPOINT} is out of reach ({error}), and there is no copy of {repository!r} in "
+            f"the cache {where.get('cache_dir', constants.HF_HUB_CACHE)}. Give a folder or a file instead of a "
+            "repository, or connect to the network; HF_HUB_OFFLINE=1 reads the cache alone"
+        ) from error
+    return options

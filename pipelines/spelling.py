@@ -1,0 +1,20 @@
+"""What messages say of names and texts that somebody has written."""
+
+from collections.abc import Collection
+from difflib import get_close_matches
+
+_MOST_NAMES = 10_000  # that are compared
+_MOST_LETTERS = 80
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a message about a name: "; did you mean 'clora'?", or nothing if none is spelled alike."""
+    # Letters of either case, since get_close_matches takes "CLoRA" and "clora" for different words.
+    by_lower = {one.lower(): one for one in list(known)[:_MOST_NAMES]}
+    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def shortened(text: str) -> str:
+    """A text in quotes, of which a message shows the beginning."""
+    return repr(text) if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]!r}..."
