@@ -32,7 +32,7 @@ def complaints(kind: type[BaseModel], error: ValidationError) -> list[str]:
 
 def _place(location: tuple[int | str, ...]) -> str:
     # Which kind of region it was taken for is no place in a file.
-    named = [step for i, step in enumerate(location) if "region" not in location[max(0, i - 1) : i]]
+    named = [step for i, step in enumerate(location) if i == 0 or location[i - 1] not in ("region", "mask_image")]
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in named)
     place = "".join(steps).removeprefix(".")
     return f"{place}: " if place else ""
