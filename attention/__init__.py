@@ -7,6 +7,7 @@ from lora_compose.attention.backbones import Backbone, backbone_of
 from lora_compose.attention.gates import Gates, scatter_concepts
 from lora_compose.attention.gradients import frozen, weights_kept
 from lora_compose.attention.install import Installation, check_free, install, installed_layers
+from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import Lora, LoraFactors
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import Partition, RegionAttention
@@ -17,6 +18,7 @@ __all__ = [
     "Gates",
     "Grid",
     "Installation",
+    "JointRegions",
     "Lora",
     "LoraFactors",
     "Partition",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.gates import Gates
+from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
@@ -53,6 +54,7 @@ class Installation:
         regions: RegionAttention | None = None,
         text_kv: TextKV | None = None,
         lengths: Sequence[int] | None = None,
+        joint_regions: JointRegions | None = None,
     ) -> LayerInputs:
         """The inputs of layers in a pass: made once and used in every step. After `fold`, new ones are needed.
 
@@ -63,14 +65,16 @@ class Installation:
             regions: What attention does differently in regions.
             text_kv: Keys and values of the same text under the same text gates, of another pass.
             lengths: Tokens of each row, where they are fewer than the text has.
+            joint_regions: What attention does differently in regions, for text and image in one sequence.
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
         keys = {layer.key for layer in self.bank.values()}
         expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
         kept = text_kv or (None if text is None else TextKV())
         return LayerInputs(
-            expanded, kept, regions, text if regions is not None else None, tuple(lengths), gates.latent_grid
-        )
+            expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
+            gates.latent_grid,
+        )  # fmt: skip
 
     def use(self, inputs: LayerInputs, *recorders: Recorder) -> None:
         """Sets what the next pass needs; it stays until it is set again.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lora_compose.attention.gates import GateKey
+from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Grid
@@ -22,6 +23,7 @@ class LayerInputs:
         regions: What attention does differently in regions, if there are any.
         texts: What cross-attention reads instead of the text that the model was given, with regions. Shape: [texts,
             rows, tokens, channels].
+        joint_regions: The same for text and image in one sequence.
         lengths: Tokens of the text by row.
         latent_grid: Height and width of the latents.
     """
@@ -30,6 +32,7 @@ class LayerInputs:
     text_kv: TextKV | None = None
     regions: RegionAttention | None = None
     texts: Tensor | None = None
+    joint_regions: JointRegions | None = None
     lengths: tuple[int, ...] = (1,)
     latent_grid: Grid = (1, 1)
 

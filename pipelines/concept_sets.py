@@ -47,7 +47,10 @@ def start(begin: Callable[[Session], Process], sessions: Sequence[Session], deno
 def _can_join(process: FixedPasses) -> bool:
     """Whether all passes are of all images and the whole canvas, with one text for all cells."""
     passes = [spec for turn in process.turns for spec, _ in turn]
-    return all(spec.regions is None and spec.window is None and spec.image is None for spec in passes)
+    return all(
+        spec.regions is None and spec.joint_regions is None and spec.window is None and spec.image is None
+        for spec in passes
+    )
 
 
 @dataclass(frozen=True)

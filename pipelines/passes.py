@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, Recorder, RegionAttention
+from lora_compose.attention import Gates, JointRegions, Recorder, RegionAttention
 from lora_compose.pipelines.regions import Window
 from lora_compose.pipelines.text.conditioning import Conditioning
 
@@ -22,6 +22,7 @@ class Pass:
         window: Rows and columns of the latents, for a part of the canvas; None is all of it.
         image: The image of the batch, for a pass of one image; None is all of them.
         branch_batch_size: How many branches are run together, to save memory; None is all of them.
+        joint_regions: What attention does differently in regions, for text and image in one sequence.
     """
 
     text: Conditioning
@@ -30,6 +31,7 @@ class Pass:
     window: Window | None = None
     image: int | None = None
     branch_batch_size: int | None = None
+    joint_regions: JointRegions | None = None
 
 
 @dataclass(frozen=True, eq=False)

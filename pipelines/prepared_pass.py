@@ -89,14 +89,18 @@ class PreparedPass:
     def _make(
         self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
     ) -> Iterator[MicroBatch]:
-        text, gates = self.spec.text, self.spec.gates
+        text, gates, regions = self.spec.text, self.spec.gates, self.spec.joint_regions
         if conditional and text.guided:
+            regions = None if regions is None else regions.select(text.conditional_rows)
             gates, text = gates.select(text.conditional_rows), text.conditional()
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
         gates = concepts.scatter(gates)
         for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
-            inputs = installation.inputs(part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths)
+            inputs = installation.inputs(
+                part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths,
+                joint_regions=None if regions is None else regions.select(rows),
+            )  # fmt: skip
             yield MicroBatch(part, inputs, rows)
 
 

@@ -73,7 +73,12 @@ class Backbone(Protocol):
 
     @property
     def reads_regions(self) -> bool:
-        """Whether region attention is supported."""
+        """Whether cross-attention can read another text in each region (`RegionAttention`)."""
+        ...
+
+    @property
+    def joint(self) -> Site | None:
+        """How text and image lie in one sequence, where the model attends to both together (`JointRegions`)."""
         ...
 
     def steer(self, slot: Slot, undo: ExitStack) -> None:

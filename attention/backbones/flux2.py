@@ -37,7 +37,7 @@ class Flux2Backbone(JointBackbone):
             latents: Shape: [rows, channels, height, width].
             t: The timestep, 0 to 1000.
             text: Layers of the text encoder, side by side. Shape: [rows, tokens, layers * channels].
-            added: Nothing.
+            added: "text_positions" of the tokens, with several texts in one sequence. Shape: [rows, tokens].
             inputs: "joint_attention_kwargs".
 
         Returns:
@@ -46,6 +46,8 @@ class Flux2Backbone(JointBackbone):
         # Ids are (image, row, column, word), and the same in all rows.
         image = torch.nn.functional.pad(image_positions(latents, torch.int64), (0, 1))
         words = torch.arange(text.shape[1], device=text.device)
+        if added is not None and "text_positions" in added:
+            words = added["text_positions"][-1]  # several texts, each of which begins at 0
         velocity = self.model(
             hidden_states=packed(latents).to(text.dtype),
             encoder_hidden_states=text,

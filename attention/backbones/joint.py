@@ -104,11 +104,15 @@ class JointBackbone:
             if hasattr(module, "set_processor") and hasattr(module, "processor"):
                 yield name, module
 
+    @property
+    def joint(self) -> Site:
+        """How text and image lie in one sequence."""
+        return next(site for _, site in self.table if site.stream == "joint")
+
     def _sequence(self, layer: str) -> Site:
         """What an attention layer attends to."""
         stream = next((stream for start, stream in self.attends if layer.startswith(start)), "joint")
-        joint = next(site for _, site in self.table if site.stream == "joint")
-        return replace(joint, stream=stream)
+        return replace(self.joint, stream=stream)
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -153,10 +157,21 @@ class JointKernel:
         """Attends. Shapes: [rows, positions, heads, channels]; a mask is True where keys are seen."""
         if self.site.stream == "joint" and self.slot.recorders:
             self._record(query, key, attn_mask)
-        return self.attend(query, key, value, attn_mask=attn_mask, **options)
+        regions = self.slot.inputs.joint_regions
+        if regions is None:
+            return self.attend(query, key, value, attn_mask=attn_mask, **options)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            return self.attend(query, key, value, attn_mask=mask, **options)
+
+        return regions.attend(attend, self.site.stream, query, key, value, attn_mask)
 
     def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         text, image = self._parts()
+        regions = self.slot.inputs.joint_regions
+        if regions is not None:
+            allowed = regions.allowed("joint", key.shape[1])[:, None, image]
+            mask = allowed if mask is None else mask & allowed
         keys = torch.cat([key[:, text], key[:, image]], dim=1).transpose(1, 2)  # words first, as the readout has them
         seen = None if mask is None else torch.cat([mask[..., text], mask[..., image]], dim=-1)
         tokens, scale = text.stop - text.start, query.shape[-1] ** -0.5

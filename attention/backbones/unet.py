@@ -35,6 +35,7 @@ class UNetBackbone:
     """
 
     reads_regions = True
+    joint = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,13 +1,19 @@
-"""UNets of known models by their configuration, and LoRAs for any UNet: to measure what needs no trained files."""
+"""Models by their configuration, and LoRAs for any UNet: to measure what needs no trained files."""
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -60,7 +66,23 @@ _FAMILIES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str,
     "SD 2.x": (SD2, _OPEN_CLIP_H, None),
     "SDXL": (SDXL, _CLIP_L, _OPEN_CLIP_G),
 }
-FAMILIES = tuple(_FAMILIES)
+TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
+    "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
+    "FLUX.2-klein 4B": (
+        Flux2Transformer2DModel,
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+         "guidance_embeds": False},
+    ),
+    "FLUX.2-klein 9B": (
+        Flux2Transformer2DModel,
+        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
+         "guidance_embeds": False},
+    ),
+    "Krea 2": (Krea2Transformer2DModel, {}),
+    "Z-Image": (ZImageTransformer2DModel, {}),
+}  # fmt: skip
+"""By the classes' own defaults, which are the published models', but for what is said here."""
+FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
 RANK = 8
 # Words of one token for every CLIP tokenizer.
@@ -70,11 +92,15 @@ PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS, NOUNS, 
 
 @cache
 def without_weights(family: str) -> SimpleNamespace:
-    """UNet and text encoders of a family at full size, on the meta device: names and shapes, but no numbers.
+    """The models of a family at full size, on the meta device: names and shapes, but no numbers.
 
     Args:
         family: One of `FAMILIES`.
     """
+    if family in TRANSFORMERS:
+        build, config = TRANSFORMERS[family]
+        with torch.device("meta"):
+            return SimpleNamespace(transformer=build(**config))
     unet, text, second = _FAMILIES[family]
     with torch.device("meta"):
         parts = SimpleNamespace(unet=UNet2DConditionModel(**unet), text_encoder=CLIPTextModel(CLIPTextConfig(**text)))

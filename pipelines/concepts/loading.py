@@ -5,7 +5,8 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -243,21 +244,45 @@ def _matched(
 ) -> tuple[dict[str, Layer], list[str]]:
     """Layers of the file by the name of the model's layer that they mean, and the keys that mean none."""
     known = {} if model is None else spellings(model, part)
-    where = backbone_of(model).sites if part in MODEL_PARTS and model is not None else set(known.values())
+    sites = backbone_of(model).sites if part in MODEL_PARTS and model is not None else None
     found: dict[str, Layer] = {}
     left_over: list[str] = []
     for layer in layers:
-        name = known.get(layer.module) or known.get(older(layer.module))
-        if name is None or name not in where:
+        names = known.get(layer.module) or known.get(older(layer.module)) or ()
+        if not names or (sites is not None and any(name not in sites for name in names)):
             left_over += layer.keys
-        elif name in found and not found[name].same(layer):
-            raise LoraError(
-                f"{file.path.name} has more than one LoRA for {part}.{name} ({found[name].keys[0]}, {layer.keys[0]}); "
-                "expected one adapter"
-            )
-        else:
-            found[name] = layer
+            continue
+        for name, mine in _shared_out(file, model, layer, names):
+            if name in found and not found[name].same(mine):
+                raise LoraError(
+                    f"{file.path.name} has more than one LoRA for {part}.{name} ({found[name].keys[0]}, "
+                    f"{layer.keys[0]}); expected one adapter"
+                )
+            found[name] = mine
     return found, left_over
+
+
+def _shared_out(
+    file: LoraFile, model: nn.Module | None, layer: Layer, names: Sequence[str]
+) -> Iterable[tuple[str, Layer]]:
+    """The part of a file's layer that belongs to each of the model's, whose outputs follow one another in it."""
+    if len(names) == 1 or model is None:
+        return [(name, layer) for name in names]
+    sizes = [weight_shape(uncompiled(model), name)[0] for name in names]
+    try:
+        outputs, _ = size(layer.parts) if not layer.slots.keys() & UNSUPPORTED.keys() else (sum(sizes), 0)
+    except ValueError as error:
+        raise LoraError(f"{file.path.name}: {layer.part}.{layer.module}: {error}") from error
+    if outputs != sum(sizes):
+        raise LoraError(
+            f"{file.path.name} does not fit this model: {layer.module} has {outputs} outputs; expected {sum(sizes)}, "
+            f"those of {', '.join(names)}"
+        )
+    ends = list(accumulate(sizes))
+    return [
+        (name, replace(layer, outputs=slice(end - length, end), shares=len(names)))
+        for name, end, length in zip(names, ends, sizes, strict=True)
+    ]
 
 
 def _nothing(file: LoraFile) -> str:
@@ -278,6 +303,7 @@ def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> N
         weight = weight_shape(uncompiled(model), name)
     except ValueError as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
+    outputs = outputs if layer.outputs is None else layer.outputs.stop - layer.outputs.start
     if (outputs, inputs) != (weight[0], math.prod(weight[1:])):
         raise LoraError(
             f"{file.path.name} does not fit this model: {layer.part}.{name}: its change is {outputs} x {inputs}, the "
@@ -290,6 +316,8 @@ def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: A
     model = uncompiled(model)
     try:
         made = change(layer.parts, alphas.scale(name, layer), max_rank)
+        if layer.outputs is not None:
+            made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / layer.shares)
         factors = _reshaped(made.factors, base_layer(model.get_submodule(name)))
         check_factors(model, name, factors.down.shape, factors.up.shape)
     except LoraError:

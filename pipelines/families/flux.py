@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,10 @@ from lora_compose.pipelines.call import (
 )
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, real_tokens
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import TokenPositions
-from lora_compose.pipelines.text.encoder import EncodedText
 
 
 class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -150,32 +150,24 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             },
         )  # fmt: skip
 
-        def encode_one(text: Any, text_2: Any, embeds: Tensor | None, pooled: Tensor | None) -> tuple[Tensor, Tensor]:
+        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+            own = prompt, prompt_2, prompt_embeds, pooled_prompt_embeds
+            if negative:
+                words = [_for_each(text, len(given)) for text in (negative_prompt, negative_prompt_2)]
+                own = *words, negative_prompt_embeds, negative_pooled_prompt_embeds
+            first, second, embeds, pooled = own if prompts is None else (prompts, None, None, None)
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
-            found = encode_prompt(
-                text, text_2, self._execution_device, per_prompt, embeds, pooled, max_sequence_length,
+            text, pooled, _ = encode_prompt(
+                first, second, self._execution_device, per_prompt, embeds, pooled, max_sequence_length,
                 (joint_attention_kwargs or {}).get("scale"),
             )  # fmt: skip
-            return found[0], found[1]
+            mask = text.new_ones(text.shape[:2], dtype=torch.bool)
+            if embeds is None:
+                read = self.maybe_convert_prompt(listed(second or first), self.tokenizer_2)
+                mask = real_tokens(self.tokenizer_2, read, max_sequence_length, per_prompt, text.device)
+            return text, {"pooled_projections": pooled, "text_mask": mask}
 
-        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
-            if prompts is None:
-                embeds, pooled = encode_one(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
-            else:
-                embeds, pooled = encode_one(list(prompts), None, None, None)
-            if cfg_scale <= 1:
-                return EncodedText(embeds, None, {"pooled_projections": pooled})
-            count = len(embeds) // per_prompt
-            if negative_prompts is not None:
-                uncond, uncond_pooled = encode_one(list(negative_prompts), None, None, None)
-            else:
-                negative, negative_2 = _for_each(negative_prompt, count), _for_each(negative_prompt_2, count)
-                uncond, uncond_pooled = encode_one(
-                    negative, negative_2, negative_prompt_embeds, negative_pooled_prompt_embeds
-                )
-            return EncodedText(embeds, uncond, {"pooled_projections": torch.cat([uncond_pooled, pooled])})
-
-        final, _, outcome = self.compose(call, encode)
+        final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         self._current_timestep = None
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()

@@ -32,7 +32,7 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides
+from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, real_tokens
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import TokenPositions
@@ -136,7 +136,11 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
                 words, self._execution_device, num_images_per_prompt, embeds, max_sequence_length,
                 text_encoder_out_layers,
             )  # fmt: skip
-            return text, {}
+            mask = text.new_ones(text.shape[:2], dtype=torch.bool)
+            if embeds is None:
+                read = list(map(self._template(max_sequence_length).render, listed(words)))
+                mask = real_tokens(self.tokenizer, read, max_sequence_length, num_images_per_prompt, text.device)
+            return text, {"text_mask": mask}
 
         final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         self._current_timestep = None

@@ -22,12 +22,16 @@ class Layer:
         module: The layer as the file spells it, with underscores for dots.
         slots: Its tensors by what they are (`Key.slot`).
         keys: Where they stand in the file.
+        outputs: Which outputs of its change are meant; None is all.
+        shares: Of how many layers of the model it is the change.
     """
 
     part: Part
     module: str
     slots: Mapping[str, Tensor]
     keys: tuple[str, ...]
+    outputs: slice | None = None
+    shares: int = 1
 
     @property
     def parts(self) -> Mapping[str, Tensor]:

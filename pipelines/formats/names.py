@@ -9,6 +9,7 @@ from torch import nn
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.formats.transformer_names import original_layers
 
 # What diffusers names and the original checkpoints ("LDM" for SD, "SGM" for SDXL) number, with underscores for dots.
 _RESNET = {
@@ -43,8 +44,10 @@ def older(module: str) -> str:
     return module
 
 
-def spellings(model: nn.Module, part: Part) -> Mapping[str, str]:
+def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
     """The layers that a LoRA may change, by every spelling of their names with underscores for dots.
+
+    Several layers of a transformer may be one of its original checkpoint; they are in the order of its outputs.
 
     Args:
         model: A UNet, a transformer or a text encoder.
@@ -54,12 +57,17 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, str]:
     layers = [name for name, module in model.named_modules() if isinstance(base_layer(module), nn.Linear | nn.Conv2d)]
     own = {name.replace(".", "_"): name for name in layers}
     if part == "transformer":
-        return own
+        fused = original_layers(model, layers)
+        return {spelled.replace(".", "_"): found for spelled, found in fused.items()} | _each(own)
     if part == "unet":
-        return _original(model, own) | own
+        return _each(_original(model, own) | own)
     # Text models have been wrapped in a `text_model`, and have lost it again in transformers 5.
     bare = {name.removeprefix("text_model.").replace(".", "_"): name for name in layers}
-    return bare | {f"text_model_{spelled}": name for spelled, name in bare.items()}
+    return _each(bare | {f"text_model_{spelled}": name for spelled, name in bare.items()})
+
+
+def _each(names: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    return {spelled: (name,) for spelled, name in names.items()}
 
 
 def original_names(unet: nn.Module) -> Mapping[str, str]:

@@ -1,6 +1,7 @@
 """All keys of a file together: who writes such files, and for which family of models."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,15 +41,33 @@ _FOREIGN = (
     (r"lora_te3_|joint_blocks", "SD3"),
 )
 _UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
+# Transformers that are composed here, by names that only they have; the width of the first layers tells their size.
+_TRANSFORMERS: Sequence[tuple[str, str]] = (
+    (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
+    (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
+     "Krea 2"),
+    (r"layers[._]\d+[._](?:attention[._](?:to_[qkv]|to_out|qkv|out)|feed_forward[._]w[123])", "Z-Image"),
+    (r"img_mod[._]lin|norm1_context|single_transformer_blocks[._]\d+[._]proj_(?:mlp|out)|modulation[._]lin", "FLUX.1"),
+    (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
+)  # fmt: skip
+_SIZES: Mapping[str, Mapping[int, str]] = {
+    "FLUX.2-klein": {3072: "FLUX.2-klein 4B", 4096: "FLUX.2-klein 9B", 6144: "FLUX.2-dev"},
+    "Z-Image": {3840: "Z-Image", 2304: "Lumina 2"},
+}
+"""Families of one structure by their width."""
+_COMPOSED = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
+
 _FOREIGN_WITHOUT_UNET = (
-    (r"single_transformer_blocks|double_blocks|single_blocks", "Flux or a relative of it"),
     (r"adaln_single|caption_projection", "PixArt"),
     (r"img_mod|txt_mlp|img_mlp", "Qwen-Image"),
     (r"add_q_proj|(?<![a-z_])transformer_blocks", "SD3 or another transformer of that kind"),
     (r"(?<![a-z])blocks[._]\d+[._](?:self_attn|cross_attn|attn1|attn2|attn|ffn)", "a transformer for video or images"),
-    (r"(?:diffusion_model|transformer)[._]layers[._]\d+", "Lumina or Z-Image"),
+    (r"(?:diffusion_model|transformer)[._]layers[._]\d+", "Lumina"),
     (r"^transformer\.|^lora_transformer_", "a diffusion transformer"),
 )
+_NOT_THESE = r"lora_te3_|joint_blocks|img_mlp[._]net|txt_mlp[._]net|img_mod[._]1|motion_modules|adaln_single"
+"""Other transformers whose layers have some of the same names (SD3, Qwen-Image, PixArt)."""
+
 _ARCHITECTURES = (
     (r"stable-diffusion-xl|^sdxl|^xl$", "SDXL"),
     (r"stable-diffusion-v2|^sd_?v?2|^sd2", "SD 2.x"),
@@ -117,6 +136,8 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
     """
     text = "\n".join(shapes)
     said = _said(metadata)
+    if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, said)):
+        return guess
     foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
     for pattern, name in foreign:
         if found := re.search(pattern, text, re.MULTILINE):
@@ -133,6 +154,49 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
     if told is not None:
         return Guess(told, told in _WIDTHS.values(), said)
     return Guess(None, False, ("nothing in its keys or metadata tells",))
+
+
+def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], said: tuple[str, ...]) -> Guess | None:
+    """One of the transformers that are composed here."""
+    seen = next(((found[0], name) for pattern, name in _TRANSFORMERS if (found := re.search(pattern, text))), None)
+    if seen is None:
+        return None
+    layer, name = seen
+    why = [f"layers called {layer!r}"]
+    width, ratios = _main_width(shapes)
+    if name == "FLUX":
+        # The first layer of a single block has 7 outputs for each input in FLUX.1 and 9 in FLUX.2, of an MLP 4 and 6.
+        name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
+        if name == "FLUX":
+            return Guess("FLUX.1 or FLUX.2", False, (*why, *said))
+        why.append("by how many outputs its MLPs have for each input")
+    if name in _SIZES:
+        why.append(f"its layers have width {width}")
+        name = _SIZES[name].get(width, f"{name} of another size")
+    return Guess(name, name in _COMPOSED, (*why, *said))
+
+
+def _main_width(shapes: Mapping[str, Size | Sequence[int]]) -> tuple[int, set[int]]:
+    """Inputs of most layers; and for the first layers of MLPs and of single blocks, outputs by input."""
+    layers: dict[str, dict[str, Sequence[int]]] = {}
+    for key, shape in shapes.items():
+        if found := parse(key):
+            layers.setdefault(found.module, {})[found.slot] = shape
+    widths = {module: _inputs(slots) for module, slots in layers.items()}
+    counted = Counter(width for width in widths.values() if width)
+    first = {module for module in layers if re.search(r"linear1$|_mlp_0$", module)}
+    return (counted.most_common(1)[0][0] if counted else 0), {
+        _outputs(layers[module]) // widths[module] for module in first if widths[module]
+    }
+
+
+def _outputs(slots: Mapping[str, Sequence[int]]) -> int:
+    """How many outputs a layer has, as far as the shapes of its tensors tell; 0 where they do not."""
+    for slot in ("up", "hada_w1_a", "diff"):
+        if len(slots.get(slot, ())) >= 2:
+            return int(slots[slot][0])
+    sides = [slots.get(f"lokr_w{i}", slots.get(f"lokr_w{i}_a", ())) for i in (1, 2)]
+    return int(sides[0][0]) * int(sides[1][0]) if all(len(side) >= 2 for side in sides) else 0
 
 
 def _told(metadata: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from lora_compose.pipelines.losses import smooth
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates
-from lora_compose.pipelines.methods.regional import Regional
+from lora_compose.pipelines.methods.regional import Regional, shared_text
 from lora_compose.pipelines.passes import MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions, region_mask
@@ -140,7 +140,7 @@ class Painter:
 def _by_scene(settings: Draft, session: Session) -> Painter:
     """All cells read the scene's prompt, and LoRAs are gated, as in `regional`."""
     concepts, canvas, regional = session.concepts, session.canvas, Regional()
-    text = regional.text(session)
+    texts = shared_text(session)
 
     def start(masks: Tensor) -> Sequence[Process]:
         every = torch.ones(len(masks), len(concepts.loaded), *masks.shape[2:])
@@ -150,9 +150,9 @@ def _by_scene(settings: Draft, session: Session) -> Painter:
             coarse = torch.stack([coarse_mask(mask, level) for mask in every.flatten(0, 1)])
             by_level[level] = coarse.flatten(1).unflatten(0, every.shape[:2]).transpose(1, 2).to(canvas.device)
         everywhere = [concept.is_style for concept in concepts.concepts]
-        return [FixedPasses(session, [[(regional.gated(session, text, by_level, everywhere), 1.0)]])]
+        return [FixedPasses(session, [[(regional.gated(session, texts, by_level, everywhere), 1.0)]])]
 
-    return Painter(text, strips if settings.division == "strips" else nearest, start)
+    return Painter(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
 def _by_regions(settings: Draft, session: Session) -> Painter:

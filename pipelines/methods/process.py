@@ -79,6 +79,7 @@ class FixedPasses:
         interval: Steps per turn, after which the next one begins.
         constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
         constant_weights: Those gates, one per concept.
+        text_for_callbacks: The text that callbacks see; None means that of the first pass.
     """
 
     session: Session
@@ -86,11 +87,12 @@ class FixedPasses:
     interval: int = 1
     constant: Sequence[Stream] = ()
     constant_weights: Sequence[float] = ()
+    text_for_callbacks: Conditioning | None = None
 
     @property
     def text(self) -> Conditioning:
-        """The text of the first pass."""
-        return self.turns[0][0][0].text
+        """The text of the first pass, or the one that callbacks see instead."""
+        return self.turns[0][0][0].text if self.text_for_callbacks is None else self.text_for_callbacks
 
     def turn(self, step: Step) -> int:
         """Which turn a step belongs to."""

@@ -10,6 +10,10 @@ both on the rows of the prompt. The rows of the negative prompt stay those of th
 what the base model paints to what the LoRAs paint, and strengthens the identities. A style acts on all cells and
 tokens. It gates LoRAs; it does not move objects into their regions. `docs/methods/regional.md` shows what each part
 contributes.
+
+Transformers attend to text and image in one sequence, and their encoders mix the concepts of one prompt. There each
+region has a text of its own, about its concept alone, beside that of the image, which leaves the triggers out
+(`attention/joint_regions.py`); the LoRA changes its own text and its own cells.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +23,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Gates, grid_at
+from lora_compose.attention import Gates, JointRegions, Site, grid_at
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once
+from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once, say_unread
 from lora_compose.pipelines.passes import Pass
-from lora_compose.pipelines.regions import region_mask
+from lora_compose.pipelines.regions import Regions, region_mask
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
+from lora_compose.pipelines.text.prompts import about, without_triggers
+from lora_compose.pipelines.text.segments import join_segments
+from lora_compose.pipelines.text.tokens import find_words
 
 Rows = Literal["cond_only", "all"]
 TokenMask = Literal["tara", "all", "none"]
+Texts = Literal["auto", "shared", "regions"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,20 @@ class Regional:
             LoRAs whose files say that they were trained with TARA; others have a part of their subject in the keys and
             values of other words. "all" or "none": of all, of none. A concept without a trigger changes them at all
             tokens, and so does a style.
+        texts: Whether each region has a text of its own, "regions", or all read the prompt, "shared". "auto": regions
+            on transformers, if a text can be made for each concept that has a region, and otherwise shared.
+        isolate: Whether cells of a region attend to no cells of others. It keeps identities apart best, and makes
+            images that do not hang together; only with texts of regions.
     """
 
     rows: Rows = "cond_only"
     token_mask: TokenMask = "tara"
+    texts: Texts = "auto"
+    isolate: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("rows", get_args(Rows)), ("token_mask", get_args(TokenMask))):
+        for name, choices in (("rows", Rows), ("token_mask", TokenMask), ("texts", Texts)):
+            allowed = get_args(choices)
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
@@ -65,29 +80,23 @@ class Regional:
             )
         masks = {level: region_masks(session, level) for level in canvas.levels}
         everywhere = [concept.region is None for concept in concepts.concepts]
-        return FixedPasses(session, [[(self.gated(session, self.text(session), masks, everywhere), 1.0)]])
-
-    def text(self, session: Session) -> Conditioning:
-        """The scene's text, with the text-encoder LoRAs of the styles."""
-        concepts = session.concepts
-        for loaded in concepts.loaded:
-            if loaded.factors.text_encoders and not loaded.concept.is_style:
-                say_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
-        return one_text(session, concepts.weights_of(concepts.styles))
+        texts = self._texts(session)
+        spec = self.gated(session, texts, masks, everywhere)
+        return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=texts.base)
 
     def gated(
-        self, session: Session, text: Conditioning, masks: Mapping[int, Tensor], everywhere: Sequence[bool]
+        self, session: Session, texts: "TextsOfRegions", masks: Mapping[int, Tensor], everywhere: Sequence[bool]
     ) -> Pass:
         """The pass in which LoRAs act under masks.
 
         Args:
             session: The call.
-            text: The scene's text.
+            texts: What is read.
             masks: By level, the share of each concept in each cell, the same for all images or by image. Shape:
                 [(images,) cells, concepts].
             everywhere: Which concepts act on the whole canvas.
         """
-        concepts, canvas = session.concepts, session.canvas
+        concepts, canvas, text = session.concepts, session.canvas, texts.text
         weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
         live = torch.ones(text.rows, 1, 1, device=canvas.device)
         if self.rows == "cond_only":
@@ -95,7 +104,7 @@ class Regional:
         mask = text.trigger_mask
         named = mask.sum(dim=(0, 1)) > 0
         masked = torch.tensor([self._keeps_to_its_words(loaded) for loaded in concepts.loaded], device=canvas.device)
-        tokens = torch.where(named & masked, mask, torch.ones_like(mask))
+        tokens = torch.where(named & masked, mask, torch.ones_like(mask)) * texts.own
         by_row = {
             level: mask if mask.dim() == 2 else mask.repeat(text.rows // text.images, 1, 1)
             for level, mask in masks.items()
@@ -109,7 +118,28 @@ class Regional:
             # A transformer's modulation scales all cells alike, so a region would leak into the others.
             modulation=live[:, 0] * weights * constant,
         )
-        return Pass(text, gates)
+        return Pass(text, gates, joint_regions=texts.regions)
+
+    def _texts(self, session: Session) -> "TextsOfRegions":
+        joint = session.canvas.backbone.joint
+        unnamed = _unnamed(session)
+        if self.texts == "regions" and joint is None:
+            raise ValueError(
+                "texts='regions' needs a transformer, which attends to text and image in one sequence; use "
+                "method='lora-composer', or texts='shared'"
+            )
+        if self.texts == "regions" and unnamed:
+            raise ValueError(
+                f"texts='regions' needs a text about each concept that has a region, and {', '.join(unnamed)} is not "
+                "named in every prompt: write its trigger there, or give it a prompt of its own"
+            )
+        if joint is not None and self.texts != "shared" and not unnamed:
+            return segmented(session, joint, isolate=self.isolate)
+        if self.isolate:
+            raise ValueError("isolate needs texts of regions (texts='regions'), which only transformers have")
+        if joint is not None and unnamed:
+            say_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
+        return shared_text(session)
 
     def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
         """Whether a concept has a token mask, if it has a trigger."""
@@ -124,3 +154,86 @@ def region_masks(session: Session, level: int) -> Tensor:
     grid = grid_at(canvas.latent_grid, level)
     masks = [region_mask(concept.region, canvas.image_size, grid) for concept in session.concepts.concepts]
     return torch.stack(masks, dim=-1).flatten(0, 1).to(canvas.device)
+
+
+@dataclass(frozen=True, eq=False)
+class TextsOfRegions:
+    """What regions read.
+
+    Attributes:
+        text: The text, or all texts in one sequence.
+        own: 1 at tokens that a concept may change. Shape: [rows, tokens, concepts].
+        regions: Who attends to whom; None is all to all.
+        base: The text of the image as a whole.
+    """
+
+    text: Conditioning
+    own: Tensor
+    regions: JointRegions | None
+    base: Conditioning
+
+
+def shared_text(session: Session) -> TextsOfRegions:
+    """The scene's text for all regions, with the text-encoder LoRAs of the styles."""
+    concepts = session.concepts
+    for loaded in concepts.loaded:
+        if loaded.factors.text_encoders and not loaded.concept.is_style:
+            say_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
+    text = one_text(session, concepts.weights_of(concepts.styles))
+    return TextsOfRegions(text, torch.ones_like(text.trigger_mask), None, text)
+
+
+def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions:
+    """A text for the image, without the triggers of regions, and one for each region; unconditional rows as ever.
+
+    Args:
+        session: The call.
+        joint: How text and image lie in one sequence.
+        isolate: Whether cells of a region attend to no cells of others.
+    """
+    concepts, canvas, encode = session.concepts, session.canvas, session.prompts.encode
+    every, prompts = concepts.concepts, session.prompts.texts or ()
+    say_unread([], every, "the negative prompt is the call's in all regions")
+    owners = [i for i, concept in enumerate(every) if concept.region is not None]
+    mine, others = [every[i] for i in owners], [concept for concept in every if concept.region is None]
+    plain = [without_triggers(prompt, mine) for prompt in prompts]
+    named = [other.name for other in others if other.trigger and other.prompt is None]
+    base = encode(concepts.weights_of(concepts.styles), plain, names=named)
+    texts = []
+    for i in owners:
+        own = [about(every[i], prompt, mine) for prompt in prompts]
+        texts.append(encode(concepts.with_styles([i]), own, names=[every[i].name] if every[i].trigger else []))
+    segments = join_segments(base, texts)
+    text = segments.text
+    act = torch.zeros_like(text.trigger_mask)
+    act[: text.conditional_rows.start] = 1
+    first = text.conditional_rows.start
+    for i, concept in enumerate(every):
+        where = slice(None) if concept.is_style else segments.of(1 + owners.index(i) if i in owners else 0)
+        act[first:, where, i] = 1
+    cells = Regions.of(
+        [concept.region for concept in every], canvas.image_size, canvas.latent_grid, canvas.levels, _HALF
+    ).cells[joint.level]
+    unconditional = [row < first for row in range(text.rows)]
+    regions = JointRegions.of(
+        joint, cells.flatten(0, 1), segments.lengths, unconditional, isolate=isolate, hidden=segments.hidden,
+        device=canvas.device,
+    )  # fmt: skip
+    return TextsOfRegions(text, act, regions, base)
+
+
+_HALF = 0.5
+"""A cell reads the texts of regions that cover so much of it."""
+
+
+def _unnamed(session: Session) -> list[str]:
+    """Concepts with a region about which no text can be made."""
+    mine = [concept for concept in session.concepts.concepts if concept.region is not None]
+    texts = session.prompts.texts
+    if texts is None:
+        return [concept.name for concept in mine]
+    return [
+        concept.name
+        for concept in mine
+        if concept.prompt is None and not all(find_words(concept.trigger or "", text) for text in texts)
+    ]

@@ -66,6 +66,17 @@ class Conditioning:
         return (self.prompt_embeds.shape[-2],) * self.rows
 
     @property
+    def text_mask(self) -> Tensor:
+        """True at tokens that are no padding, as far as is known. Shape: [rows, tokens]."""
+        embeds, added = self.first_embeds, self.added or {}
+        if "text_mask" in added:
+            return added["text_mask"].bool()
+        if "lengths" in added:
+            lengths = added["lengths"].to(embeds.device)
+            return torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None]
+        return embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
+
+    @property
     def first_embeds(self) -> Tensor:
         """The embeddings of the only or of the first text. Shape: [rows, tokens, channels]."""
         return self.prompt_embeds if self.prompt_embeds.dim() == 3 else self.prompt_embeds[0]

@@ -89,7 +89,7 @@ BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
 METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
     "merge": ("merge", ["cat", "dog"], merged),
     "tara": (Tara(), ["cat", "dog"], own_words),
-    "regional": (Regional(token_mask="none"), BOXES, regions),
+    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
 }
 
 

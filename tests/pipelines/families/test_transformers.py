@@ -79,7 +79,7 @@ def regions(family: Family, unconditional: Sequence[bool]) -> Places:
 METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
     "merge": (Merge(), ["cat", "dog"], merged),
     "tara": (Tara(), ["cat", "dog"], own_words),
-    "regional": (Regional(token_mask="none"), BOXES, regions),
+    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
 }
 
 

@@ -50,7 +50,7 @@ def test_every_key_finds_its_layer(name: str) -> None:
     known = layout(name)
     file = file_of(known)
     factors = match(file, without_weights(known["family"]), alpha=known.get("alpha"))
-    found = {"unet": len(factors.model)} | {part: len(lora) for part, lora in factors.text_encoders.items()}
+    found = {factors.part: len(factors.model)} | {part: len(lora) for part, lora in factors.text_encoders.items()}
     assert found == known["layers"]
     assert factors.unmatched == ()
     assert [*factors.embeddings] == known.get("triggers", [])

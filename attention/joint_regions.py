@@ -1,0 +1,205 @@
+"""Region attention of transformers, which attend to text and image in one sequence.
+
+The text is text 0, that of the image as a whole, and after it one for each region. With R(x) the regions of a cell x,
+
+    a cell x          attends to text 0, to the texts of R(x), and to all cells (isolated: to cells x' with R(x) & R(x')
+                      not empty, or R(x) or R(x') empty)
+    text 0            to itself and to all cells
+    text n, n > 0     to itself and to the cells of region n
+
+so texts never attend to each other. Positions that attend to the same ones are a group, and each group is one call of
+the attention that is found: there is no mask of positions x positions. Padding belongs to text 0, or to no region.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.device import to_device
+from lora_compose.attention.sites import Site, Stream
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Attention of queries, keys and values, with a mask that is True where keys are seen."""
+
+
+class Kind(NamedTuple):
+    """What a position is.
+
+    Attributes:
+        stream: Text or image.
+        texts: Which text it is, or those of the regions that contain it.
+    """
+
+    stream: Stream
+    texts: frozenset[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Positions that attend to the same positions.
+
+    Attributes:
+        queries: Their indices.
+        keys: Indices of what they attend to.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class JointRegions:
+    """Who attends to whom in one forward pass.
+
+    Attributes:
+        groups: By what a layer's sequence is: text, image, or both. Layers of other sequences attend as ever.
+        unconditional: Which rows are; they come first, and attend as in the base model.
+        base: What these attend to: text 0 and the image; None if all of their sequence is that.
+        hidden: True at padding inside the texts. Shape: [rows, positions].
+    """
+
+    groups: Mapping[Stream, Sequence[Group]]
+    unconditional: tuple[bool, ...]
+    base: Mapping[Stream, Group] | None = None
+    hidden: Mapping[Stream, Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        site: Site,
+        membership: Tensor,
+        lengths: Sequence[int],
+        unconditional: Sequence[bool],
+        *,
+        isolate: bool,
+        hidden: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> "JointRegions":
+        """Divides the sequences of a model.
+
+        Args:
+            site: How text and image lie in its joint sequence.
+            membership: True where a region covers a cell. Shape: [cells, regions], on the CPU.
+            lengths: Tokens of text 0, and of the text of each region.
+            unconditional: By row.
+            isolate: Whether cells do not attend to cells of other regions.
+            hidden: True at padding inside the texts. Shape: [rows, tokens].
+            device: Where attention runs.
+        """
+        text: list[Kind] = [Kind("text", frozenset({n})) for n, length in enumerate(lengths) for _ in range(length)]
+        text += [Kind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
+        image: list[Kind] = [Kind("image", frozenset((row.nonzero()[:, 0] + 1).tolist())) for row in membership]
+        image += [Kind("image", frozenset())] * (site.padded(len(image)) - len(image))
+        joint = image + text if site.image_first else text + image
+        groups: dict[Stream, Sequence[Group]] = {
+            "text": _groups(text, isolate, device),
+            "joint": _groups(joint, isolate, device),
+        }
+        if isolate:
+            groups["image"] = _groups(image, isolate, device)
+        base: dict[Stream, Group] | None = None
+        masks: dict[Stream, Tensor] | None = None
+        if site.multiple == 1:  # otherwise rows have lengths of their own
+            base = {"text": _base(text, device), "joint": _base(joint, device)}
+        if hidden is not None:
+            none = hidden.new_zeros(len(hidden), len(image))
+            hidden = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
+            masks = {"text": hidden, "joint": torch.cat([none, hidden] if site.image_first else [hidden, none], dim=1)}
+        return cls(groups, tuple(unconditional), base, masks)
+
+    def select(self, rows: slice) -> "JointRegions":
+        """For a slice of the rows."""
+        hidden = None if self.hidden is None else {name: found[rows] for name, found in self.hidden.items()}
+        return replace(self, unconditional=self.unconditional[rows], hidden=hidden)
+
+    def attend(
+        self, attend: Attend, stream: Stream, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Attention of one layer. Shapes: [rows, positions, heads, channels], and of the mask [rows, 1, 1, positions].
+
+        Args:
+            attend: Computes attention.
+            stream: What the layer's sequence is.
+            query: Of all positions.
+            key: Of all positions.
+            value: Of all positions.
+            mask: True where keys are no padding; None is everywhere.
+        """
+        groups = self.groups.get(stream)
+        if groups is None:
+            return attend(query, key, value, mask)
+        first = sum(self.unconditional)
+        out = torch.zeros_like(query)
+        if first:
+            rows = slice(0, first)
+            whole = None if self.base is None else self.base[stream]
+            _into(out, attend, whole, query[rows], key[rows], value[rows], None if mask is None else mask[rows], rows)
+        rows = slice(first, None)
+        if self.hidden is not None:
+            seen = ~self.hidden[stream][rows]
+            seen = torch.nn.functional.pad(seen, (0, key.shape[1] - seen.shape[1]), value=True)[:, None, None]
+            mask = seen if mask is None else mask[rows] & seen
+        elif mask is not None:
+            mask = mask[rows]
+        for group in groups if first < len(query) else ():
+            _into(out, attend, group, query[rows], key[rows], value[rows], mask, rows)
+        return out
+
+    def allowed(self, stream: Stream, positions: int) -> Tensor:
+        """True where a position attends to another, to look at maps. Shape: [rows, positions, positions]."""
+        device = self.groups[stream][0].queries.device
+        found = torch.zeros(len(self.unconditional), positions, positions, dtype=torch.bool, device=device)
+        first = sum(self.unconditional)
+        for group in self.groups[stream]:
+            found[first:, group.queries[:, None], group.keys] = True
+        if self.base is None:
+            found[:first] = True
+        else:
+            found[:first, :, self.base[stream].keys] = True
+        return found
+
+
+def _into(
+    out: Tensor,
+    attend: Attend,
+    group: Group | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rows: slice,
+) -> None:
+    if group is None:
+        out[rows] = attend(query, key, value, mask)
+        return
+    keys = group.keys
+    seen = None if mask is None else mask[..., keys]
+    out[rows, group.queries] = attend(query[:, group.queries], key[:, keys], value[:, keys], seen)
+
+
+def _groups(kinds: Sequence[Kind], isolate: bool, device: torch.device | None) -> Sequence[Group]:
+    present = list(dict.fromkeys(kinds))
+    alike: dict[tuple[Kind, ...], set[Kind]] = {}
+    for kind in present:
+        alike.setdefault(tuple(other for other in present if _sees(kind, other, isolate)), set()).add(kind)
+    return [Group(_where(kinds, who, device), _where(kinds, set(seen), device)) for seen, who in alike.items()]
+
+
+def _sees(kind: Kind, other: Kind, isolate: bool) -> bool:
+    if kind.stream == other.stream == "image":
+        return not isolate or not kind.texts or not other.texts or bool(kind.texts & other.texts)
+    if kind.stream == other.stream:
+        return kind.texts == other.texts
+    return 0 in kind.texts | other.texts or bool(kind.texts & other.texts)
+
+
+def _base(kinds: Sequence[Kind], device: torch.device | None) -> Group:
+    found = _where(kinds, {kind for kind in kinds if kind.stream == "image" or 0 in kind.texts}, device)
+    return Group(found, found)
+
+
+def _where(kinds: Sequence[Kind], wanted: set[Kind], device: torch.device | None) -> Tensor:
+    return to_device(torch.tensor([i for i, kind in enumerate(kinds) if kind in wanted]), device)

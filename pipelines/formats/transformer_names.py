@@ -1,0 +1,117 @@
+"""The names of a transformer's layers in its original checkpoint, which trainers and ComfyUI use in LoRA files.
+
+One layer of a checkpoint may be several of diffusers' (queries, keys and values), whose outputs follow one another in
+the order of the table. Facts: the model's public code, and diffusers' converters of checkpoints.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+_Table = Sequence[tuple[str, str]]
+"""Patterns of diffusers' names, and the original name."""
+
+
+def _double(image: str, text: str) -> _Table:
+    """A double block: what its parts are called on the side of the image and of the text."""
+    return [
+        (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
+        (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+        (rf"transformer_blocks\.(\d+)\.ff\.{image}", r"double_blocks.\1.img_mlp.0"),
+        (rf"transformer_blocks\.(\d+)\.ff\.{text}", r"double_blocks.\1.img_mlp.2"),
+        (rf"transformer_blocks\.(\d+)\.ff_context\.{image}", r"double_blocks.\1.txt_mlp.0"),
+        (rf"transformer_blocks\.(\d+)\.ff_context\.{text}", r"double_blocks.\1.txt_mlp.2"),
+    ]
+
+
+_FLUX: _Table = [
+    *_double(r"net\.0\.proj", r"net\.2"),
+    (r"transformer_blocks\.(\d+)\.norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+    (r"transformer_blocks\.(\d+)\.norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"single_blocks.\1.linear1"),
+    (r"single_transformer_blocks\.(\d+)\.proj_mlp", r"single_blocks.\1.linear1"),
+    (r"single_transformer_blocks\.(\d+)\.proj_out", r"single_blocks.\1.linear2"),
+    (r"single_transformer_blocks\.(\d+)\.norm\.linear", r"single_blocks.\1.modulation.lin"),
+    (r"x_embedder", "img_in"),
+    (r"context_embedder", "txt_in"),
+    (r"time_text_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"time_text_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"time_text_embed\.text_embedder\.linear_1", "vector_in.in_layer"),
+    (r"time_text_embed\.text_embedder\.linear_2", "vector_in.out_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+    (r"time_text_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
+    (r"proj_out", "final_layer.linear"),
+]
+_FLUX2: _Table = [
+    *_double("linear_in", "linear_out"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+    (r"(\w+_modulation(?:_\w+)?)\.linear", r"\1.lin"),
+    (r"x_embedder", "img_in"),
+    (r"context_embedder", "txt_in"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+    (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
+    (r"proj_out", "final_layer.linear"),
+]
+_KREA2: _Table = [
+    *(
+        (rf"{ours}\.(\d+)\.{layer}", rf"{theirs}.\1.{original}")
+        for ours, theirs in (
+            ("transformer_blocks", "blocks"),
+            (r"text_fusion\.layerwise_blocks", "txtfusion.layerwise_blocks"),
+            (r"text_fusion\.refiner_blocks", "txtfusion.refiner_blocks"),
+        )
+        for layer, original in (
+            (r"attn\.to_q", "attn.wq"), (r"attn\.to_k", "attn.wk"), (r"attn\.to_v", "attn.wv"),
+            (r"attn\.to_out\.0", "attn.wo"), (r"attn\.to_gate", "attn.gate"), (r"ff\.gate", "mlp.gate"),
+            (r"ff\.up", "mlp.up"), (r"ff\.down", "mlp.down"),
+        )
+    ),
+    (r"text_fusion\.projector", "txtfusion.projector"),
+    (r"img_in", "first"),
+    (r"final_layer\.linear", "last.linear"),
+    (r"time_embed\.linear_1", "tmlp.0"),
+    (r"time_embed\.linear_2", "tmlp.2"),
+    (r"time_mod_proj", "tproj.1"),
+    (r"txt_in\.linear_1", "txtmlp.1"),
+    (r"txt_in\.linear_2", "txtmlp.3"),
+]  # fmt: skip
+_Z_IMAGE: _Table = [
+    (r"(layers|noise_refiner|context_refiner)\.(\d+)\.attention\.to_[qkv]", r"\1.\2.attention.qkv"),
+    (r"(layers|noise_refiner|context_refiner)\.(\d+)\.attention\.to_out\.0", r"\1.\2.attention.out"),
+    (r"all_x_embedder\.2-1", "x_embedder"),
+    (r"all_final_layer\.2-1\.linear", "final_layer.linear"),
+]
+_TABLES: Mapping[str, _Table] = {
+    "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX2,
+    "Krea2Transformer2DModel": _KREA2,
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
+
+
+def original_layers(model: nn.Module, names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+    """The layers that each layer of the original checkpoint is, in the order of its outputs.
+
+    Args:
+        model: The transformer.
+        names: Its layers.
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for number, (pattern, original) in enumerate(_TABLES.get(type(model).__name__, ())):
+        for name in names:
+            if match := re.fullmatch(pattern, name):
+                found.setdefault(match.expand(original), []).append((number, name))
+    return {original: tuple(name for _, name in sorted(layers, key=_order)) for original, layers in found.items()}
+
+
+def _order(layer: tuple[int, str]) -> tuple[int, int]:
+    """By row of the table; queries before keys before values."""
+    number, name = layer
+    kind = re.search(r"(?:to|add)_([qkv])(?:_proj)?$", name)
+    return number, "qkv".index(kind[1]) if kind else 0

@@ -1,0 +1,89 @@
+"""Several texts one after the other in one sequence, as transformers read them: one for the image, one for each region.
+
+The texts of regions are without padding, which would cost as much as words; in a batch, with that up to the longest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lora_compose.pipelines.text.conditioning import Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Texts in one sequence.
+
+    Attributes:
+        text: All of them, of all rows.
+        lengths: Tokens of each on the conditional rows; the rest are padding.
+        hidden: True at padding inside them; None if no row has a shorter text than another. Shape: [rows, tokens].
+    """
+
+    text: Conditioning
+    lengths: tuple[int, ...]
+    hidden: Tensor | None
+
+    def of(self, n: int) -> slice:
+        """Where text n is."""
+        start = sum(self.lengths[:n])
+        return slice(start, start + self.lengths[n])
+
+
+def join_segments(base: Conditioning, regions: Sequence[Conditioning]) -> Segments:
+    """Joins texts of the same rows; unconditional rows keep that of the base.
+
+    Args:
+        base: Text 0, with the inputs that count for the image as a whole (pooled text).
+        regions: The text of each region.
+    """
+    ragged = base.added is not None and "lengths" in base.added
+    first = base.conditional_rows.start
+    kept = [_real(text) for text in regions]
+    kept = [
+        _real(base) if ragged else torch.arange(base.prompt_embeds.shape[1], device=base.prompt_embeds.device),
+        *kept,
+    ]
+    texts = [base, *regions]
+    lengths = tuple(map(len, kept))
+    width = max(sum(lengths), base.prompt_embeds.shape[1])
+
+    def joined(of: Sequence[Tensor]) -> Tensor:
+        """Rows of all texts. Shape: [rows, tokens, ...]."""
+        parts = [one[first:, indices] for one, indices in zip(of, kept, strict=True)]
+        return torch.cat([_wide(of[0][:first], width), _wide(torch.cat(parts, dim=1), width)])
+
+    masks = [text.text_mask for text in texts]
+    positions = [torch.arange(mask.shape[1], device=mask.device).expand(mask.shape) for mask in masks]
+    mask = joined(masks)
+    added = dict(base.added or {})
+    if "text_mask" in added:
+        added["text_mask"] = mask
+    added["text_positions"] = joined(positions)  # each text begins at 0
+    if ragged:
+        added["lengths"] = torch.cat([added["lengths"][:first], torch.full((base.rows - first,), sum(lengths))])
+    hidden = ~mask
+    hidden[:first] = False
+    hidden[:, sum(lengths) :] = False
+    if not ragged:
+        hidden[:, : lengths[0]] = False  # its padding is for the model to mask or to read
+    text = replace(
+        base,
+        prompt_embeds=joined([one.prompt_embeds for one in texts]),
+        trigger_mask=joined([one.trigger_mask for one in texts]),
+        phrase_mask=joined([one.phrase_mask for one in texts]),
+        added=added,
+    )
+    return Segments(text, lengths, hidden if bool(hidden.any()) else None)
+
+
+def _real(text: Conditioning) -> Tensor:
+    """Indices of the tokens that are no padding in some conditional row."""
+    return text.text_mask[text.conditional_rows].any(dim=0).nonzero()[:, 0]
+
+
+def _wide(rows: Tensor, width: int) -> Tensor:
+    missing = rows.new_zeros(len(rows), width - rows.shape[1], *rows.shape[2:])
+    return torch.cat([rows, missing], dim=1)

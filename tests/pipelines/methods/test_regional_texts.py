@@ -1,0 +1,231 @@
+"""On transformers each region reads a text of its own: equal to dense attention masks and dense deltas."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components import lora_tensors, random_lora, seeded, tiny_pipeline
+from flux2 import FLUX2
+from krea2 import KREA2
+from lora_compose import Concept, Regional
+from transformer_families import CELLS, TOKENS, Family, Places, as_file, dense_loras, random_lora_of_all
+from z_image import Z_IMAGE
+
+FAMILIES = {"krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
+PROMPT = "a sks cat and a zwx dog on grass"
+TEXTS = ("a cat and a dog on grass", "a sks cat on grass", "a zwx dog on grass")
+LEFT, MIDDLE, RIGHT = (0, 0, 64, 160), (32, 0, 96, 160), (64, 0, 128, 160)
+ROWS = 10  # of image tokens
+IMAGE = ROWS * CELLS
+CALL: dict[str, Any] = {
+    "prompt": PROMPT, "width": 128, "height": 160, "num_inference_steps": 1, "max_sequence_length": TOKENS,
+    "output_type": "latent",
+}  # fmt: skip
+BOXES = {"apart": (LEFT, RIGHT), "overlapping": (LEFT, MIDDLE)}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pipe = family.pipeline()
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
+        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
+        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
+    return pipe
+
+
+def concepts(boxes: str) -> list[Concept]:
+    return [Concept(name=name, region=box) for name, box in zip(("cat", "dog"), BOXES[boxes], strict=True)]
+
+
+def inside(box: tuple[int, int, int, int]) -> Tensor:
+    """Which cells a box covers, one after the other."""
+    cells = torch.zeros(ROWS, CELLS, dtype=torch.bool)
+    cells[box[1] // 16 : box[3] // 16, box[0] // 16 : box[2] // 16] = True
+    return cells.flatten()
+
+
+@contextmanager
+def observed(transformer: Any) -> Iterator[list[tuple[tuple, dict[str, Any], Any]]]:
+    """What the transformer is given and gives."""
+    calls: list[tuple[tuple, dict[str, Any], Any]] = []
+    hook = transformer.register_forward_hook(
+        lambda _, given, named, output: calls.append((given, named, output)), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def texts_of(family: Family, pipe: Any) -> list[int]:
+    """Tokens of each text, counted with the pipeline's own tokenizer; that of the image with its padding."""
+    template = pipe._template(TOKENS)
+    real = [len(pipe.tokenizer(template.render(text)).input_ids) - template.dropped for text in TEXTS]
+    if family is KREA2:
+        real = [length + 5 for length in real]  # the end of the template
+    return [real[0] if family is Z_IMAGE else TOKENS, *real[1:]]
+
+
+def padding_of(family: Family, positions: int) -> int:
+    """Z-Image pads texts and images to multiples of 32."""
+    return -positions % 32 if family is Z_IMAGE else 0
+
+
+def sees(family: Family, boxes: Sequence[Tensor], lengths: Sequence[int], *, isolate: bool) -> Tensor:
+    """Who attends to whom, position by position. Shape: [positions, positions]."""
+    text = [("text", {n}) for n, length in enumerate(lengths) for _ in range(length)]
+    image = [("image", {n for n, box in enumerate(boxes, 1) if box[cell]}) for cell in range(IMAGE)]
+    text += [("text", {0})] * padding_of(family, len(text))
+    image += [("image", set())] * padding_of(family, len(image))
+    positions = image + text if family is Z_IMAGE else text + image
+    allowed = torch.zeros(len(positions), len(positions), dtype=torch.bool)
+    for i, (kind, mine) in enumerate(positions):
+        for j, (other, theirs) in enumerate(positions):
+            shared = bool(mine & theirs)
+            if kind == other == "image":
+                allowed[i, j] = shared or not isolate or not mine or not theirs
+            elif kind == other:
+                allowed[i, j] = shared
+            else:
+                allowed[i, j] = shared or 0 in mine | theirs
+    return allowed
+
+
+@contextmanager
+def densely(masks: dict[int, Tensor]) -> Iterator[None]:
+    """Attention with a mask of positions x positions, by how many positions there are."""
+    found: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
+        dense = masks.get(query.shape[-2])
+        if dense is not None:
+            attn_mask = dense if attn_mask is None else attn_mask & dense
+        return found(query, key, value, attn_mask=attn_mask, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        yield
+
+
+def placed(family: Family, boxes: Sequence[Tensor], lengths: Sequence[int]) -> Places:
+    """The second and the third text and their cells are the concepts' own."""
+    text = torch.zeros(1, sum(lengths) + padding_of(family, sum(lengths)), 2)
+    text[:, lengths[0] : sum(lengths[:2]), 0] = text[:, sum(lengths[:2]) : sum(lengths), 1] = 1
+    image = torch.zeros(1, IMAGE + padding_of(family, IMAGE), 2)
+    image[0, :IMAGE] = torch.stack(list(boxes), dim=-1).float()
+    return Places(text, image, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+@pytest.mark.parametrize("boxes", BOXES)
+def test_a_pass_equals_dense_masks_and_dense_deltas(family, pipe, boxes, isolate):
+    method = Regional(texts="regions", isolate=isolate)
+    with observed(pipe.transformer) as calls:
+        pipe(**CALL, **family.unguided, concepts=concepts(boxes), method=method, generator=seeded(3))
+    (given, named, found), lengths = calls[0], texts_of(family, pipe)
+    mine = [inside(box) for box in BOXES[boxes]]
+    whole = sees(family, mine, lengths, isolate=isolate)
+    tokens = sum(lengths) + padding_of(family, sum(lengths))
+    masks = {len(whole): whole}
+    masks[tokens] = whole[-tokens:, -tokens:] if family is Z_IMAGE else whole[:tokens, :tokens]
+    if family is Z_IMAGE and isolate:
+        masks[len(whole) - tokens] = whole[:-tokens, :-tokens]
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    places = placed(family, mine, lengths)
+    with densely(masks), dense_loras(family, pipe.transformer, loras, lambda _: places, guided=False), torch.no_grad():
+        expected = pipe.transformer(*given, **named)
+    for ours, theirs in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3e-5, rtol=0)
+
+
+def test_each_text_is_encoded_apart_and_begins_at_its_own_first_position(family, pipe):
+    with observed(pipe.transformer) as calls:
+        pipe(**CALL, **family.unguided, concepts=concepts("apart"), method="regional")
+    given, named, _ = calls[0]
+    text = given[2][0] if family is Z_IMAGE else named["encoder_hidden_states"][0]
+    lengths, start = texts_of(family, pipe), 0
+    for prompt, length in zip(TEXTS, lengths, strict=True):
+        with observed(pipe.transformer) as alone:
+            pipe(**{**CALL, **family.unguided, "prompt": prompt})
+        given, named, _ = alone[0]
+        whole = given[2][0] if family is Z_IMAGE else named["encoder_hidden_states"][0]
+        if family is KREA2 and length < TOKENS:
+            whole = whole[named["encoder_attention_mask"][0]]
+        torch.testing.assert_close(text[start : start + length], whole[:length], atol=1e-6, rtol=0)
+        start += length
+
+
+def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
+    last = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+    seen: list[Tensor] = []
+    hook = pipe.transformer.get_submodule(last).register_forward_hook(lambda _, __, output: seen.append(output[:1]))
+    guided = {**family.guided, "generator": seeded(3)}
+    try:
+        pipe(**CALL, **guided, concepts=concepts("apart"), method="regional")
+        guided["generator"] = seeded(3)
+        pipe(**CALL, **guided, concepts=[Concept(name="cat", weight=0.0)], method="merge")
+    finally:
+        hook.remove()
+    ours, base = (found[:, :IMAGE] if family is Z_IMAGE else found[:, -IMAGE:] for found in seen)
+    torch.testing.assert_close(ours, base, atol=1e-5, rtol=0)
+
+
+def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
+    if family is Z_IMAGE:
+        pytest.skip("positions of the texts that follow a padded one differ")
+    prompts = [PROMPT, "a sks cat in the photo of a zwx dog and a cat on the grass"]
+    noise = torch.randn(2, 4, 20, 16, generator=seeded(1))
+    given = {**CALL, **family.guided, "concepts": concepts("apart"), "method": "regional"}
+    both = pipe(**{**given, "prompt": prompts, "latents": noise}).images
+    for i, prompt in enumerate(prompts):
+        alone = pipe(**{**given, "prompt": prompt, "latents": noise[i : i + 1]}).images
+        torch.testing.assert_close(both[i : i + 1], alone, atol=3e-5, rtol=0)
+
+
+def test_maps_of_words_are_recorded_in_the_regions_own_texts(family, pipe):
+    output = pipe(**CALL, **family.guided, concepts=concepts("apart"), method="regional", record_attention=[0])
+    left, right = (box.view(ROWS, CELLS) for box in map(inside, BOXES["apart"]))
+    cat, dog = output.attention_maps[0, 0]
+    assert (cat[left] > 0).all()
+    assert (cat[right] == 0).all()
+    assert (dog[right] > 0).all()
+    assert (dog[left] == 0).all()
+
+
+def test_texts_of_regions_need_a_transformer(tmp_path):
+    with pytest.raises(ValueError, match="texts must be one of auto, shared, regions"):
+        Regional(texts="own")  # pyright: ignore[reportArgumentType]
+    unet = tiny_pipeline()
+    save_file(lora_tensors(unet=random_lora(unet.unet, 0)), tmp_path / "cat.safetensors")
+    unet.load_concept(tmp_path / "cat.safetensors")
+    for method, message in (
+        (Regional(texts="regions"), "texts='regions' needs a transformer"),
+        (Regional(isolate=True), "isolate needs texts of regions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unet("a cat", concepts=[Concept(name="cat", region=LEFT)], method=method, width=128, height=160)
+
+
+def test_a_concept_about_which_no_text_can_be_made_reads_the_shared_one_or_is_refused(family, pipe, tmp_path, caplog):
+    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 2))), tmp_path / "bare.safetensors")
+    pipe.load_concept(tmp_path / "bare.safetensors")
+    try:
+        call = {**CALL, **family.unguided, "concepts": [concepts("apart")[0], Concept(name="bare", region=RIGHT)]}
+        with pytest.raises(ValueError, match=r"a text about each concept.*bare is not named in every prompt"):
+            pipe(**call, method=Regional(texts="regions"))
+        shared = pipe(**call, method=Regional(texts="shared"), generator=seeded(3)).images
+        assert torch.equal(pipe(**call, method="regional", generator=seeded(3)).images, shared)
+        assert "no other can be made about bare" in caplog.text
+    finally:
+        pipe.unload_concept("bare")
