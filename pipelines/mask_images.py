@@ -1,6 +1,6 @@
 """Mask images (white = inside) as people have them: PIL images, arrays, tensors, paths, boxes, and text.
 
-Nothing here needs torch; what is called a tensor here is turned into an array.
+Nothing here needs torch, and only arrays and tensors need numpy: fields of concepts are checked before either is there.
 """
 
 import base64
@@ -10,7 +10,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from lora_compose.pipelines.regular import open_regular
@@ -94,7 +93,7 @@ def region_of(given: Any) -> Any:
     """A region as people have it, for a `Concept`: paths and images become text, and all else stays what it is."""
     if isinstance(given, Path):
         return str(given)
-    if isinstance(given, Image.Image | np.ndarray) or hasattr(given, "detach"):
+    if isinstance(given, Image.Image) or hasattr(given, "__array__"):
         return as_uri(read_mask_image(given, (1, 1)))
     return given
 
@@ -180,11 +179,13 @@ def bounded(image: Image.Image, what: str) -> Image.Image:
 
 
 def _mask_of_array(given: Any) -> Image.Image:
-    if not isinstance(given, np.ndarray) and not hasattr(given, "detach"):
+    if not hasattr(given, "__array__"):
         raise ValueError(
             f"mask_image is a {type(given).__name__}; expected a PIL image, a path, an array, a tensor or a box"
         )
-    if not isinstance(given, np.ndarray):  # a tensor, which this module does not import
+    import numpy as np
+
+    if hasattr(given, "detach"):  # a tensor
         given = given.detach().cpu()
         given = given.float() if given.is_floating_point() else given
     values = np.asarray(given)

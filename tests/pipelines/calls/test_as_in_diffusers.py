@@ -355,7 +355,8 @@ def test_the_signature_is_that_of_diffusers_and_more(family):
         if name not in ("self", "prompt"):
             assert ours_default == theirs_default, name
     added = ours.keys() - theirs.keys()
-    assert added == {"concepts", "method", "control", "token_positions", "record_attention"}
+    from_image = {"image", "mask_image", "strength", "padding_mask_crop", "paste_original"}
+    assert added == {"concepts", "method", "control", "token_positions", "record_attention"} | from_image
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in added)
 
 

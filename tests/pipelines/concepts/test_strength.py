@@ -432,7 +432,7 @@ def test_the_text_has_the_mean_of_the_weights(load, family, caplog):
     pipe = load(family, text=True)
     for concept in ("cat", "dog"):  # the text encoders alone
         loaded = pipe.library.loaded[concept]
-        pipe.library.loaded[concept] = replace(loaded, factors=replace(loaded.factors, denoiser={}))
+        pipe.library.loaded[concept] = replace(loaded, factors=replace(loaded.factors, model={}))
     found = latents_of(pipe, "merge", ["0:1,0.25:0.2", 0.6])
     said = [record.getMessage() for record in caplog.records if "text is encoded once" in record.getMessage()]
     assert said == ["the text is encoded once, so the text-encoder part of 'cat' has the mean of its weights over the "

@@ -141,7 +141,7 @@ def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
     assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
-    assert "Method: By words · CLoRA, because" in said(at)
+    assert "Method: By subjects · draft, because" in said(at)
     assert not at.button(key="do.make").disabled
 
 
