@@ -83,7 +83,12 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "apart_side": "Smallest side of a box made alone (share)",
         "background": "What the background reads",
     },
-    "regional": {"rows": "LoRAs act on", "token_mask": "Keep a LoRA to its trigger"},
+    "regional": {
+        "rows": "LoRAs act on",
+        "token_mask": "Keep a LoRA to its trigger",
+        "texts": "What the boxes read",
+        "isolate": "Boxes do not see each other",
+    },
     "draft": {
         "length": "Length of the draft (share of the steps)",
         "threshold": "How sure a cell of a subject has to be",

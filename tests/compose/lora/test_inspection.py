@@ -51,7 +51,7 @@ def test_without_a_model_family_and_content_are_said_whatever_the_family(tmp_pat
     save_file(tensors, path)
     text = text_of(call("inspect", path))
     assert "LoRA, keys of kohya's scripts" in text
-    assert "Flux" in text
+    assert "FLUX.1 or FLUX.2" in text
     assert "double_blocks" in text
     assert "problem" not in text
 

@@ -399,7 +399,7 @@ def dora(path: Path) -> Path:
         (lambda path: one_layer(path, 768, 640), "its change is 640 x 768, the model's weight 1280 x 768"),
         (damaged, "no readable safetensors file"),
         (dora, "a DoRA, which rescales the model's own weights"),
-        (lambda path: flux(path, 2), "is for Flux or a relative of it"),
+        (lambda path: flux(path, 2), "is for FLUX.1 or FLUX.2"),
         (lambda path: save_file({"weight": torch.ones(2)}, path) or path, "is no LoRA"),
     ],
     ids=["another family", "another shape", "damaged", "DoRA", "Flux", "no LoRA"],
