@@ -5,13 +5,15 @@ from difflib import get_close_matches
 
 _MOST_NAMES = 10_000  # that are compared
 _MOST_LETTERS = 80
+_LEAST_LETTERS = 4  # of the beginning of a name
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a message about a name: "; did you mean 'clora'?", or nothing if none is spelled alike."""
+    """The end of a message about a name: "; did you mean 'clora'?", or nothing if none is alike or begins so."""
     # Letters of either case, since get_close_matches takes "CLoRA" and "clora" for different words.
     by_lower = {one.lower(): one for one in list(known)[:_MOST_NAMES]}
-    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)]
+    begun = [one for one in by_lower if len(name) >= _LEAST_LETTERS and one.startswith(name.lower())]
+    near = [by_lower[found] for found in get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6) or begun[:2]]
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 

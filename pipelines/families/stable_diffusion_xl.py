@@ -152,7 +152,8 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             ValueError: For anything that does not fit together, before anything is changed.
         """
         started = time.perf_counter()
-        refuse_unknown(kwargs.keys() - (OLD_CALLBACK if no_concepts(concepts) else set()), type(self).__call__)
+        allowed = OLD_CALLBACK if no_concepts(concepts) else set()
+        refuse_unknown([name for name in kwargs if name not in allowed], type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original)

@@ -107,6 +107,7 @@ def test_names_are_those_of_the_registries() -> None:
 def test_names_that_are_spelled_alike() -> None:
     assert did_you_mean("CLoRA", ("clora", "tara")) == "; did you mean 'clora'?"
     assert did_you_mean("Cat", ["CAT"]) == "; did you mean 'CAT'?"
+    assert did_you_mean("callback", ("callback_on_step_end",)) == "; did you mean 'callback_on_step_end'?"
     assert did_you_mean("zebra", ("clora", "tara")) == ""
     assert did_you_mean("", ("clora",)) == ""
 
