@@ -243,22 +243,22 @@ def test_methods_side_by_side_with_cost_and_likeness(page: Page) -> None:
 
 
 def test_stop_in_the_middle_keeps_all_that_was_set(page: Page) -> None:
-    page.get_by_label("Steps").fill("200")
-    page.get_by_label("Steps").press("Enter")
+    page.get_by_label("Steps", exact=True).fill("200")
+    page.get_by_label("Steps", exact=True).press("Enter")
     settled(page)
     page.get_by_role("button", name=MAKE).click()
     expect(page.get_by_text(re.compile(r"Step [1-9]\d* of 200, .* left"))).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("Stopped. Your settings are unchanged.")).to_be_visible(timeout=15_000)
-    expect(page.get_by_label("Steps")).to_have_value("200")
+    expect(page.get_by_label("Steps", exact=True)).to_have_value("200")
     expect(page.get_by_role("button", name=MAKE)).to_be_enabled()
 
 
 def test_an_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Page, tmp_path: Path) -> None:
     page.get_by_label("Seeds", exact=True).fill("3")
     page.get_by_label("Seeds", exact=True).press("Enter")
-    page.get_by_label("Steps").fill("5")
-    page.get_by_label("Steps").press("Enter")
+    page.get_by_label("Steps", exact=True).fill("5")
+    page.get_by_label("Steps", exact=True).press("Enter")
     settled(page)
     make(page)
     picture = downloaded(page, tmp_path / "picture.png")
@@ -267,7 +267,7 @@ def test_an_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Pag
     page.get_by_text("Load settings from a PNG").click()
     page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*="png"]').set_input_files(picture)
     expect(page.get_by_label("Seeds", exact=True)).to_have_value("3")
-    expect(page.get_by_label("Steps")).to_have_value("5")
+    expect(page.get_by_label("Steps", exact=True)).to_have_value("5")
     settled(page)
     make(page)
     again = downloaded(page, tmp_path / "again.png")
@@ -382,8 +382,8 @@ def test_the_page_answers_everybody_while_a_strangers_file_is_read(
         expect(other_page.locator(".lc-prompt")).to_contain_text("in snow", timeout=10_000)
         expect(page.get_by_label("Name", exact=True)).to_have_count(3)
         settled(other_page)
-        page.get_by_label("Steps").fill("3")  # the file is looked at now, if the other visitor had the model before
-        page.get_by_label("Steps").press("Enter")
+        page.get_by_label("Steps", exact=True).fill("3")  # the file is looked at now, if the other visitor had the model before
+        page.get_by_label("Steps", exact=True).press("Enter")
         settled(page)
     finally:
         read.set()
