@@ -61,7 +61,7 @@ def make_images(
     path, record = records[-1]
     if len(pictures) > 1:
         say(save_image(_seeds_sheet(pictures, record.run), out / "sheet.png"))
-    say(f"{_how(record.run)}; to make it again: lora-compose replay {path}", style="dim", to=err)
+    say(f"{_how(record.run)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
 
 
 def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:

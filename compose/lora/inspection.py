@@ -46,7 +46,7 @@ _FACTS = {
 _MANY = 200  # letters of a fact, and merged files, that are shown
 
 RECORD = "lora_compose.merge"
-"""Where a merged file says what was merged, and how: JSON in its metadata."""
+"""The metadata key of the record of a merge: sources and settings, as JSON."""
 
 
 class _Frozen(BaseModel):
@@ -162,7 +162,7 @@ def inspect(
     try:
         factors = match(file, pipe, alpha=alpha, max_rank=max_rank)
     except LoraError as error:
-        if alone:  # nobody named a model
+        if alone:  # no model was named
             return _unmatched(known, file, str(error).replace("this model", f"{family} at full size")), None
         return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
     gathered = by_layer(file)

@@ -125,7 +125,7 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
     for name, concepts in (("short", short), ("long", long)):
         result = call("run", "playground", *prompt, *concepts, "--out", tmp_path / name)
         assert (
-            f"made by regional, 1 steps, DDIMScheduler; to make it again: lora-compose replay {tmp_path / name}"
+            f"made by regional, 1 steps, DDIMScheduler; to reproduce it: lora-compose replay {tmp_path / name}"
             in result.stderr
         )
     one, other = ((tmp_path / name / "0.png") for name in ("short", "long"))

@@ -382,9 +382,8 @@ def test_the_page_answers_everybody_while_a_strangers_file_is_read(
         expect(other_page.locator(".lc-prompt")).to_contain_text("in snow", timeout=10_000)
         expect(page.get_by_label("Name", exact=True)).to_have_count(3)
         settled(other_page)
-        page.get_by_label("Steps", exact=True).fill(
-            "3"
-        )  # the file is looked at now, if the other visitor had the model before
+        # The file is looked at now, if the other visitor had the model before.
+        page.get_by_label("Steps", exact=True).fill("3")
         page.get_by_label("Steps", exact=True).press("Enter")
         settled(page)
     finally:
