@@ -1,14 +1,13 @@
-"""Images and captions as the UNet takes them, computed once: text encoders and VAE are frozen."""
+"""Images and captions as the network takes them, computed once: text encoders and VAE are frozen."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.data import Picture, load_picture, square
-from lora_compose.compose.training.model import encode_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,51 +20,47 @@ class Examples:
         caption: Which of the captions is an image's. Shape: [images], whole numbers.
         text: Features of the captions. Shape: [captions, tokens, channels].
         mask: 1 at the trigger. Shape: [captions, tokens, 1].
-        pooled: SDXL's pooled features. Shape: [captions, channels].
-        time_ids: SDXL's sizes: original, cut off, target; each height and width. Shape: [images, 6].
+        by_caption: What the network takes beside the text, one row per caption: pooled features of SDXL.
+        by_picture: The same, one row per image: sizes of SDXL, original, cut off, target; each height and width.
     """
 
     latents: Tensor
     caption: Tensor
     text: Tensor
     mask: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
+    by_caption: Mapping[str, Tensor] = field(default_factory=dict)
+    by_picture: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
 def encode_pictures(
-    pipe: Any, pictures: Sequence[Picture], triggers: dict[str, tuple[int, ...]], side: int, device: torch.device
+    base: Base, pictures: Sequence[Picture], triggers: dict[str, tuple[int, ...]], side: int
 ) -> Examples:
     """Encodes images and their captions.
 
     Args:
-        pipe: The base model, in float32 on the device.
+        base: The base model, whose text encoders and VAE are in float32.
         pictures: What to encode.
         triggers: Token positions of the trigger, by caption.
         side: Of the training images, in pixels.
-        device: Where the model is.
     """
     captions = list(dict.fromkeys(picture.caption for picture in pictures))
-    text, pooled = encode_text(pipe, captions, device)
+    text, by_caption = base.texts(captions)
     mask = torch.zeros(*text.shape[:2], 1)
     for row, caption in enumerate(captions):
         mask[row, list(triggers.get(caption, ()))] = 1
     latents, sizes = [], []
     for picture in pictures:
         pixels, cut = square(load_picture(picture.path), side)
-        with torch.no_grad():
-            encoded = pipe.vae.encode(pixels[None].to(device)).latent_dist
-        latents.append(encoded.mode().cpu() * pipe.vae.config.scaling_factor)
-        width, height = picture.size
-        sizes.append([height, width, *cut, side, side])
+        latents.append(base.latents(pixels[None]))
+        sizes.append(base.sizes(picture.size, cut, side))
     return Examples(
         latents=torch.cat(latents),
         caption=torch.tensor([captions.index(picture.caption) for picture in pictures]),
         text=text,
         mask=mask,
-        pooled=pooled,
-        time_ids=None if pooled is None else torch.tensor(sizes, dtype=torch.float32),
+        by_caption=by_caption,
+        by_picture={name: torch.tensor([one[name] for one in sizes], dtype=torch.float32) for name in sizes[0]},
     )

@@ -248,6 +248,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sd": {},
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
+        "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
         PLAYGROUND: {
             "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 8, "steps": 300,
             "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
@@ -256,4 +257,4 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )  # fmt: skip
-"""Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, and the playground."""
+"""Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, transformers, and the playground."""
