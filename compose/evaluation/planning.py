@@ -12,7 +12,7 @@ from lora_compose.compose.evaluation.encoders import JUDGE
 from lora_compose.compose.evaluation.results import Plan, Planned
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.suite import Batch, Suite, ZeroShotConfig, batches, run_of
-from lora_compose.compose.playground.assets import PLAYGROUND, lora_source, playground_judge, playground_model
+from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source, playground_judge, playground_model
 from lora_compose.pipelines.concepts.loading import find_file
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.regular import sha256_of
@@ -79,8 +79,11 @@ def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
 
 def fingerprint(source: str) -> Any:
     """What a model is: hashes of its files where they are on this machine, its name where it is a hub repository."""
-    known = {PLAYGROUND: playground_model, JUDGE: playground_judge}
-    path = known[source]() if source in known else Path(source).expanduser()
+    path = Path(source).expanduser()
+    if source in PLAYGROUNDS:
+        path = playground_model(source)
+    elif source == JUDGE:
+        path = playground_judge()
     if path.is_file():
         return _file_hash(str(path))
     if path.is_dir():

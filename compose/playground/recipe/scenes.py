@@ -57,6 +57,7 @@ def scene(
     *,
     size: tuple[int, int] = (SIZE, SIZE),
     count: int | None = None,
+    where_to: Sequence[Square] | None = None,
     classes: Sequence[str] = BASE_CLASSES,
     vendors: Sequence[str] = BASE_VENDORS,
     plain: bool = False,
@@ -68,14 +69,15 @@ def scene(
         sprites: The artwork.
         size: Width and height; a close-up shows one object.
         count: Objects; one to three if not given.
+        where_to: Where they stand, left to right; anywhere on whole cells if not given.
         classes: What there is to see.
         vendors: Whose drawings.
         plain: Objects as they are drawn, neither dyed nor patterned.
     """
     image, where = background(rng, size)
-    if count is None:
-        count = _count(rng, size)
-    where_to = squares(rng, count, size)
+    if where_to is None:
+        where_to = squares(rng, count or _count(rng, size), size)
+    count = len(where_to)
     chosen = [str(name) for name in rng.choice(list(classes), count, replace=False)]
     names = []
     for name, square in zip(chosen, where_to, strict=True):
