@@ -266,9 +266,6 @@ class TransformerBase:
     ) -> list[Image.Image]:  # fmt: skip
         """An image for every prompt."""
         pipe: Any = self.pipe
-        arguments = self.pipe.guided(guidance, None)
-        if isinstance(avoided := arguments.get("negative_prompt"), str):
-            arguments["negative_prompt"] = [avoided] * len(prompts)  # diffusers' FLUX takes one for each
         with torch.no_grad(), accelerator.autocast():
             return pipe(
                 prompt=list(prompts),
@@ -276,7 +273,7 @@ class TransformerBase:
                 num_inference_steps=steps,
                 width=side,
                 height=side,
-                **arguments,
+                **pipe.guided(guidance, None),
             ).images
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:

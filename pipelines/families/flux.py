@@ -111,6 +111,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         max_sequence_length = self._readable(max_sequence_length)
+        if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
+            negative_prompt = _for_each(negative_prompt, len(prompt))
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
@@ -227,6 +229,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
 def _for_each(text: str | list[str] | None, count: int) -> list[str] | None:
     """A text for each of so many prompts; one is for all."""
+    if text is None:
+        return None
     found = listed(text)
     return (found * count if len(found) == 1 else found) or None
 

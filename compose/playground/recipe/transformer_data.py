@@ -34,12 +34,14 @@ AT_ONCE = 16  # pictures through the VAE
 
 def picture(rng: Generator, sprites: Sprites, close_up: bool) -> Picture:
     """A close-up of one object, or a scene of one to three."""
-    size = (CLOSE_UP, CLOSE_UP) if close_up else (SIZE, SIZE)
-    return scene(rng, sprites, size=size, where_to=_squares(rng, size[0]))
+    side = CLOSE_UP if close_up else SIZE
+    count = 1 if close_up else int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2]))
+    return scene(rng, sprites, size=(side, side), count=count, where=patches)
 
 
-def _squares(rng: Generator, side: int) -> list[Square]:
-    count = 1 if side == CLOSE_UP else int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2]))
+def patches(rng: Generator, count: int, size: tuple[int, int] = (SIZE, SIZE)) -> list[Square]:
+    """So many squares on whole patches that do not overlap, left to right, in a square image."""
+    side = min(size)
     sides = [each for each in SIDES[count] if each <= side]
     while True:
         tried = [_square(rng, int(rng.choice(sides)), side) for _ in range(count)]
