@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
@@ -22,7 +23,7 @@ from lora_compose.compose.evaluation.results import (
     image_path,
     write,
 )
-from lora_compose.compose.evaluation.suite import Batch, Suite, batches
+from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 
 Seen = Mapping[str, tuple[float, float] | float | None]
