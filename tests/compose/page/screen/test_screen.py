@@ -26,7 +26,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, checking
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
-from lora_compose.pipelines.concepts import loading
+from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
 
@@ -141,7 +141,7 @@ def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
     assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
-    assert "Method: By subjects · form, because" in said(at)
+    assert "Method: By subjects · draft, because" in said(at)
     assert not at.button(key="do.make").disabled
 
 
@@ -361,8 +361,8 @@ def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, network)
     monkeypatch.setattr(socket, "getaddrinfo", network)
-    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.list_repo_files", network)
-    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.hf_hub_download", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.finding.list_repo_files", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.finding.hf_hub_download", network)
     cat = Concept(name="cat", lora="stranger/cat-lora", trigger="sks", class_word="cat")
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat"}, model="stranger/model", sha256={"cat": "0" * 64})
     at.session_state["set.view"] = "Compare"
@@ -374,9 +374,9 @@ def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
     assert len(asked) == 1
     assert "nothing may be asked here" in said(at)
-    monkeypatch.setattr(loading, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
+    monkeypatch.setattr(finding, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
     monkeypatch.setattr(
-        "lora_compose.pipelines.concepts.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
+        "lora_compose.pipelines.concepts.finding.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
     )
     at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
     (row,) = session(at).rows
