@@ -32,7 +32,7 @@ class RunCost:
     """What an image of a run costs.
 
     Attributes:
-        rows: UNet rows, in words.
+        rows: latent rows, in words.
         flops: Operations, a multiplication and an addition being two.
         plain_flops: Those of the same image without concepts.
     """
@@ -200,7 +200,7 @@ def _steps(pipe: Any, run: Run) -> int:
 def _cost_words(pipe: Any, run: Run, cost: RunCost) -> str:
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
     ratio = f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
-    return f"{cost.rows} UNet rows ({_steps(pipe, run)} steps {how}), {ratio}"
+    return f"{cost.rows} latent rows ({_steps(pipe, run)} steps {how}), {ratio}"
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:

@@ -223,7 +223,7 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     suite = evaluation.suite
     shown = [metric for metric in METRICS if not np.isnan(arms_table[metric.key].to_numpy(dtype=float)).all()]
     header = ["", *(f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in shown)]
-    header += ["UNet rows", "FLOPs", "seconds"]
+    header += ["latent rows", "FLOPs", "seconds"]
     lines = [f"# Evaluation: {marked(suite.name)}", ""]
     lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]

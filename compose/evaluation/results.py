@@ -38,9 +38,9 @@ class ImageCost(_Frozen):
     """What one image cost, on average over its batch.
 
     Attributes:
-        rows_forward: UNet rows run forward.
-        rows_stopped: UNet rows run forward in truncated passes.
-        rows_backward: UNet rows run backward.
+        rows_forward: latent rows run forward.
+        rows_stopped: latent rows run forward in truncated passes.
+        rows_backward: latent rows run backward.
         flops: FLOPs of all UNet passes, counted.
         seconds: By the clock, decoding included.
         preparation_seconds: Of those, until the first step.

@@ -83,7 +83,7 @@ def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: App
     assert not at.button(key="do.make").disabled
     assert "Takes 1.4 times a plain image; how many seconds is known after the first one" in said(at)
     (cost,) = (caption for caption in at.caption if caption.value.startswith("Takes"))
-    assert "50 + 13 stopped + 13 backward UNet rows in 25 steps" in cost.help
+    assert "50 + 13 stopped + 13 backward latent rows in 25 steps" in cost.help
     made(at)
     assert re.search(r"Takes about \d+\.\d s, 1\.\d times a plain image", said(at))
 
@@ -544,7 +544,7 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     assert {result.run.method for result in session(at).compared} == {"merge", "regional", "lora-composer"}
     costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
     assert len(costs) == 3
-    assert all(cost.startswith("4 UNet rows") for cost in costs)  # two steps
+    assert all(cost.startswith("4 latent rows") for cost in costs)  # two steps
 
 
 def test_stop_and_waiting_are_said(at: AppTest) -> None:
