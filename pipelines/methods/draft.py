@@ -204,13 +204,13 @@ def _by_segments(settings: Draft, session: Session, joint: Site) -> Painter:
     """Every region of a transformer reads a text of its own, as in `regional`."""
     owners, canvas, regional = session.concepts.subjects, session.canvas, Regional()
     texts = segment_texts(session, owners)
-    everywhere = [concept.is_style for concept in session.concepts.concepts]
+    everywhere, isolate = [concept.is_style for concept in session.concepts.concepts], settings.isolate == "always"
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level, processes = _by_level(session, masks), []
         for image, mine in enumerate(masks):
             cells = Regions.of_masks(owners, mine, [joint.level], HALF).cells[joint.level]
-            read = texts.of_image(image).read_in(cells, joint, isolate=settings.isolate == "always", device=canvas.device)
+            read = texts.of_image(image).read_in(cells, joint, isolate=isolate, device=canvas.device)
             of_image = {level: every[image] for level, every in by_level.items()}
             spec = replace(regional.gated(session, read, of_image, everywhere), image=image)
             processes.append(FixedPasses(session, [[(spec, 1.0)]]))
