@@ -41,7 +41,7 @@ class Stream:
     kind: int
     noising: Noising
 
-    def picture(self, row: int) -> int:
+    def image(self, row: int) -> int:
         """The example of a row."""
         epoch, place = divmod(row, len(self.examples))
         order = torch.randperm(len(self.examples), generator=generator(self.seed, _ORDER, self.kind, epoch))
@@ -49,7 +49,7 @@ class Stream:
 
     def draw(self, row: int) -> tuple[Tensor, Tensor, float]:
         """Latents, noise and time of a row."""
-        latents, random = self.examples.latents[self.picture(row)], generator(self.seed, self.kind, row)
+        latents, random = self.examples.latents[self.image(row)], generator(self.seed, self.kind, row)
         noise = torch.randn(latents.shape, generator=random)
         return latents, noise, self.noising.draw(random)
 
@@ -81,7 +81,7 @@ class Batches:
         number = (step * self.accumulate + part) * self.processes + self.process
         streams = [(self.concept, self.sizes[0])] + ([(self.prior, self.sizes[1])] if self.prior else [])
         parts = [_rows_of(stream, range(number * size, (number + 1) * size)) for stream, size in streams]
-        captions = [int(self.concept.examples.caption[found]) for found in parts[0].pictures]
+        captions = [int(self.concept.examples.caption[found]) for found in parts[0].images]
         return Batch(
             latents=torch.cat([part.latents for part in parts]),
             noise=torch.cat([part.noise for part in parts]),
@@ -96,7 +96,7 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    pictures: Sequence[int]
+    images: Sequence[int]
     latents: Tensor
     noise: Tensor
     times: Tensor
@@ -106,14 +106,14 @@ class _Part:
 
 
 def _rows_of(stream: Stream, rows: range) -> _Part:
-    pictures = [stream.picture(row) for row in rows]
+    images = [stream.image(row) for row in rows]
     latents, noise, times = zip(*map(stream.draw, rows), strict=True)
     examples = stream.examples
-    captions = examples.caption[pictures]
+    captions = examples.caption[images]
     added = {name: value[captions] for name, value in examples.by_caption.items()}
-    added |= {name: value[pictures] for name, value in examples.by_picture.items()}
+    added |= {name: value[images] for name, value in examples.by_image.items()}
     return _Part(
-        pictures, torch.stack(latents), torch.stack(noise), torch.tensor(times), examples.text[captions],
+        images, torch.stack(latents), torch.stack(noise), torch.tensor(times), examples.text[captions],
         examples.mask[captions], added,
     )  # fmt: skip
 

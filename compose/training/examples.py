@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.compose.training.bases import Base
-from lora_compose.compose.training.data import Picture, load_picture, square
+from lora_compose.compose.training.data import TrainingImage, load_image, square
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Examples:
         text: Features of the captions. Shape: [captions, tokens, channels].
         mask: 1 at the trigger. Shape: [captions, tokens, 1].
         by_caption: What the network takes beside the text, one row per caption: pooled features of SDXL.
-        by_picture: The same, one row per image: sizes of SDXL, original, cut off, target; each height and width.
+        by_image: The same, one row per image: sizes of SDXL, original, cut off, target; each height and width.
     """
 
     latents: Tensor
@@ -29,38 +29,38 @@ class Examples:
     text: Tensor
     mask: Tensor
     by_caption: Mapping[str, Tensor] = field(default_factory=dict)
-    by_picture: Mapping[str, Tensor] = field(default_factory=dict)
+    by_image: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
-def encode_pictures(
-    base: Base, pictures: Sequence[Picture], triggers: dict[str, tuple[int, ...]], side: int
+def encode_images(
+    base: Base, images: Sequence[TrainingImage], triggers: dict[str, tuple[int, ...]], side: int
 ) -> Examples:
     """Encodes images and their captions.
 
     Args:
         base: The base model, whose text encoders and VAE are in float32.
-        pictures: What to encode.
+        images: What to encode.
         triggers: Token positions of the trigger, by caption.
         side: Of the training images, in pixels.
     """
-    captions = list(dict.fromkeys(picture.caption for picture in pictures))
+    captions = list(dict.fromkeys(image.caption for image in images))
     text, by_caption = base.texts(captions)
     mask = torch.zeros(*text.shape[:2], 1)
     for row, caption in enumerate(captions):
         mask[row, list(triggers.get(caption, ()))] = 1
     latents, sizes = [], []
-    for picture in pictures:
-        pixels, cut = square(load_picture(picture.path), side)
+    for image in images:
+        pixels, cut = square(load_image(image.path), side)
         latents.append(base.latents(pixels[None]))
-        sizes.append(base.sizes(picture.size, cut, side))
+        sizes.append(base.sizes(image.size, cut, side))
     return Examples(
         latents=torch.cat(latents),
-        caption=torch.tensor([captions.index(picture.caption) for picture in pictures]),
+        caption=torch.tensor([captions.index(image.caption) for image in images]),
         text=text,
         mask=mask,
         by_caption=by_caption,
-        by_picture={name: torch.tensor([one[name] for one in sizes], dtype=torch.float32) for name in sizes[0]},
+        by_image={name: torch.tensor([one[name] for one in sizes], dtype=torch.float32) for name in sizes[0]},
     )

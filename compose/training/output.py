@@ -17,7 +17,7 @@ from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.model import ADAPTER
 from lora_compose.compose.training.settings import Training
 
-_PATHS = {"pictures", "out", "class_pictures"}  # they would tell the user's name, and mean nothing elsewhere
+_PATHS = {"images", "out", "class_images"}  # they would tell the user's name, and mean nothing elsewhere
 
 
 def lora_bytes(base: Base, config: LoraConfig, settings: Training) -> bytes:

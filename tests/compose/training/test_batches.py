@@ -16,7 +16,7 @@ NOISING = Diffusion(torch.nn.Identity(), DDPMScheduler())
 
 
 def examples(number: int, *, xl: bool = False) -> Examples:
-    """Pictures whose latents say which they are; every second one has the caption with the trigger at token 1."""
+    """Images whose latents say which they are; every second one has the caption with the trigger at token 1."""
     captions = torch.arange(number) % 2
     mask = torch.zeros(2, 3, 1)
     mask[1, 1] = 1
@@ -26,7 +26,7 @@ def examples(number: int, *, xl: bool = False) -> Examples:
         text=torch.arange(2.0)[:, None, None].expand(-1, 3, 4),
         mask=mask,
         by_caption={"text_embeds": torch.arange(2.0)[:, None].expand(-1, 4)} if xl else {},
-        by_picture={"time_ids": torch.arange(float(number))[:, None].expand(-1, 6)} if xl else {},
+        by_image={"time_ids": torch.arange(float(number))[:, None].expand(-1, 6)} if xl else {},
     )
 
 
@@ -46,13 +46,13 @@ def rows_of(batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 @given(number=st.integers(1, 12), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 5))
 def test_every_image_comes_once_before_any_comes_again(number: int, seed: int, epoch: int) -> None:
     stream = Stream(examples(number), seed, 1, NOISING)
-    drawn = [stream.picture(row) for row in range(epoch * number, (epoch + 1) * number)]
+    drawn = [stream.image(row) for row in range(epoch * number, (epoch + 1) * number)]
     assert sorted(drawn) == list(range(number))
 
 
 def test_orders_noise_and_timesteps_vary() -> None:
     stream = Stream(examples(8), 0, 1, NOISING)
-    orders = [tuple(stream.picture(row) for row in range(e * 8, e * 8 + 8)) for e in range(4)]
+    orders = [tuple(stream.image(row) for row in range(e * 8, e * 8 + 8)) for e in range(4)]
     assert len(set(orders)) == 4
     noise = torch.stack([stream.draw(row)[1] for row in range(200)])
     assert abs(noise.mean()) < 0.1
@@ -91,11 +91,11 @@ def test_concept_and_class_draw_apart_and_seeds_differ() -> None:
 
 def test_rows_carry_what_belongs_to_their_image() -> None:
     batch = make((5, 3)).of(0, 0)
-    pictures = batch.latents[:, 0, 0, 0]
-    captions = pictures % 2
+    images = batch.latents[:, 0, 0, 0]
+    captions = images % 2
     assert torch.equal(batch.text[:, 0, 0], captions)
     assert torch.equal(batch.added["text_embeds"][:, 0], captions)
-    assert torch.equal(batch.added["time_ids"][:, 0], pictures)
+    assert torch.equal(batch.added["time_ids"][:, 0], images)
     assert torch.equal(batch.mask[:, 1, 0], captions)
     assert not batch.mask[:, [0, 2]].any()
 

@@ -39,9 +39,9 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    paint_folder(tmp_path / "pictures", 2, (SIDE, SIDE))
+    paint_folder(tmp_path / "images", 2, (SIDE, SIDE))
     for i, caption in enumerate(("a sks cat on grass", "a sks cat and a dog")):
-        (tmp_path / "pictures" / f"{i}.txt").write_text(caption)
+        (tmp_path / "images" / f"{i}.txt").write_text(caption)
     return tmp_path
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from flux import as_file, flux_lora, flux_pipeline
+from flux import flux_pipeline
 from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import ComposePipeline
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.formats.files import LoraError
-from transformer_families import TOKENS, random_lora_of_all
+from transformer_families import TOKENS, as_file, random_lora_of_all
 from z_image import Z_IMAGE
 
 FAMILIES = {"FLUX.2": FLUX2, "Krea 2": KREA2, "Z-Image": Z_IMAGE}
@@ -36,7 +36,7 @@ def pipe(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def test_a_lora_of_another_family_is_refused_with_its_name(pipe: Any, tmp_path: Path) -> None:
-    save_file(dict(as_file(flux_lora(flux_pipeline().transformer, 1))), tmp_path / "flux.safetensors")
+    save_file(dict(as_file(random_lora_of_all(flux_pipeline().transformer, 1))), tmp_path / "flux.safetensors")
     with pytest.raises(LoraError, match=r"looks like a file for FLUX\.1|does not fit this model"):
         pipe.load_concept(tmp_path / "flux.safetensors", trigger="zwx", class_word="dog")
     with pytest.raises(LoraError, match=r"matches no layer of this model.* looks like a file for SD 1\.x"):

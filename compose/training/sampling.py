@@ -17,7 +17,7 @@ from lora_compose.compose.training.settings import Training
 logger = logging.getLogger(__name__)
 
 _TOGETHER = 4  # class images painted in one call
-_SAMPLE, _CLASS_PICTURE = range(100, 102)  # tell their noise apart from that of training
+_SAMPLE, _CLASS_IMAGE = range(100, 102)  # tell their noise apart from that of training
 
 
 def paint_samples(
@@ -73,7 +73,7 @@ def paint_class(
     for first in range(0, len(missing), _TOGETHER):
         numbers = missing[first : first + _TOGETHER]
         prompts = [settings.filled(settings.class_prompts[n % len(settings.class_prompts)]) for n in numbers]
-        noise = [generator(settings.seed, _CLASS_PICTURE, number) for number in numbers]
+        noise = [generator(settings.seed, _CLASS_IMAGE, number) for number in numbers]
         images = base.paint(accelerator, prompts, noise, settings.class_steps, settings.sample_guidance, side)
         for number, prompt, image in zip(numbers, prompts, images, strict=True):
             path = folder / _name(number)
