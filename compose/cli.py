@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.commands import blind, evaluate
+from lora_compose.compose.commands.batch import batch
 from lora_compose.compose.commands.bench import bench
 from lora_compose.compose.commands.check import check
 from lora_compose.compose.commands.demo import demo
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, demo, ui, check, replay, refine, inspect, merge, train, bench):
+for command in (run, batch, demo, ui, check, replay, refine, inspect, merge, train, bench):
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(blind.app, name="blind")

@@ -35,7 +35,6 @@ from lora_compose.compose.evaluation.results import (
     picture_path,
     read_made,
     read_scores,
-    write,
 )
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.suite import Batch, Suite, batches, run_of
@@ -43,6 +42,7 @@ from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.files.images import png_bytes, read_pixels
 from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.stored import write
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.making import MadeBatch, load, make_batch, rehearse, resolve_settings, size_of
 from lora_compose.compose.generate.models import open_model

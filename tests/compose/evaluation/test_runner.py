@@ -34,13 +34,12 @@ from lora_compose.compose.evaluation.results import (
     Scores,
     batch_folder,
     picture_path,
-    read,
-    write,
 )
 from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done, open_worker
 from lora_compose.compose.evaluation.suite import Suite, batches, read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.stored import read, write
 from lora_compose.compose.generate import processes
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.methods import METHODS, Regional
