@@ -40,27 +40,27 @@ class Report:
     Attributes:
         html: The page.
         markdown: The table as Markdown.
-        pictures: A row per image, as CSV.
+        images: A row per image, as CSV.
         concepts: A row per image and concept, as CSV.
         summary: A row per arm, as JSON records.
     """
 
     html: Path
     markdown: Path
-    pictures: Path
+    images: Path
     concepts: Path
     summary: Path
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """All of them, the page first."""
-        return self.html, self.markdown, self.pictures, self.concepts, self.summary
+        return self.html, self.markdown, self.images, self.concepts, self.summary
 
 
 def write_report(out: Path, baseline: str | None = None) -> Report:
     """Writes what an evaluation has found so far into its folder.
 
-    report.html (images inside), report.md, pictures.csv, concepts.csv and summary.json; each appears whole or not at
+    report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at
     all. The same results give the same files.
 
     Args:
@@ -77,13 +77,13 @@ def write_report(out: Path, baseline: str | None = None) -> Report:
     report = Report(
         html=out / "report.html",
         markdown=out / "report.md",
-        pictures=out / "pictures.csv",
+        images=out / "images.csv",
         concepts=out / "concepts.csv",
         summary=out / "summary.json",
     )
     write_text(report.html, render_html(out, evaluation, arms_table))
     write_text(report.markdown, render_markdown(evaluation, arms_table))
-    write_text(report.pictures, _csv(evaluation.pictures))
+    write_text(report.images, _csv(evaluation.images))
     write_text(report.concepts, _csv(evaluation.concepts))
     write_text(report.summary, _json(arms_table))
     return report
@@ -150,7 +150,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
         "Precision": suite.dtype,
         "Seeds": ", ".join(map(str, suite.seeds)),
         "Scenes": str(len(suite.scenes)),
-        "Pictures": f"{len(evaluation.pictures)} with scores, {evaluation.unscored} without",
+        "Images": f"{len(evaluation.images)} with scores, {evaluation.unscored} without",
         "Batches": f"{batches} planned, {failed} failed, {evaluation.missing} not made yet",
         "Versions": "; or ".join(versions) or "unknown",
         "Machine": "; or ".join(machines) or "unknown",
@@ -170,7 +170,7 @@ def warnings(evaluation: Evaluation) -> list[str]:
             f"No threshold for {', '.join(unmeasured)}: not found without LoRA, or not with the LoRA alone. Success "
             "only asks whether their own references are the nearest."
         )
-    if (scenes := len(set(evaluation.pictures["scene"]))) < MINIMUM_SCENES:
+    if (scenes := len(set(evaluation.images["scene"]))) < MINIMUM_SCENES:
         found.append(
             f"{_count(scenes, 'scene')}: intervals of so few say little about other scenes, and there is no verdict "
             f"with fewer than {MINIMUM_SCENES}. More seeds do not help, more scenes do."
@@ -290,7 +290,7 @@ class _Gallery:
     @property
     def many(self) -> bool:
         """Whether there are so many images that they are embedded smaller."""
-        return len(self.evaluation.pictures) > MANY
+        return len(self.evaluation.images) > MANY
 
     @property
     def side(self) -> int:
@@ -305,16 +305,16 @@ class _Gallery:
         return {str(key): rows.to_dict("records") for key, rows in table.groupby(keys, sort=False)}
 
     @cached_property
-    def _pictures(self) -> dict[str, dict[str, Any]]:
-        rows = self.evaluation.pictures.assign(alone=self.evaluation.pictures["alone"].fillna("")).to_dict("records")
+    def _images(self) -> dict[str, dict[str, Any]]:
+        rows = self.evaluation.images.assign(alone=self.evaluation.images["alone"].fillna("")).to_dict("records")
         return {str((row["scene"], row["arm"], row["alone"], row["seed"])): row for row in rows}
 
     def shown(self, scene: str, arm: str, alone: str | None, seed: int) -> dict[str, Any] | None:
         """An image with its scores; None if it has none."""
         key = str((scene, arm, alone or "", seed))
-        if key not in self._pictures:
+        if key not in self._images:
             return None
-        row = self._pictures[key]
+        row = self._images[key]
         source, size = self._embedded(row["file"])
         places = self.evaluation.suite.scene(scene).concepts
         concepts = [
@@ -384,11 +384,11 @@ def _cases(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
     """The best and the worst image of every method, by its worst concept."""
     cases = []
     for method in evaluation.suite.compared:
-        pictures = evaluation.arm(method.name).to_dict("records")
-        if len(pictures) < 2:
+        images = evaluation.arm(method.name).to_dict("records")
+        if len(images) < 2:
             continue
         for kind, choose in (("best", max), ("worst", min)):
-            chosen = choose(pictures, key=lambda picture: picture["region_min"])
+            chosen = choose(images, key=lambda image: image["region_min"])
             shown = gallery.shown(chosen["scene"], method.name, None, chosen["seed"])
             cases.append({"kind": kind, "shown": shown, "prompt": evaluation.suite.scene(chosen["scene"]).prompt})
     return cases
@@ -404,9 +404,9 @@ def _concepts(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]
         except (ValueError, OSError):
             crops = []
         told = "cannot be told" if row["concept"] in evaluation.untold else ""
-        pictures = [_shrunk(crop, SMALL_SIDE) for crop in crops]
+        images = [_shrunk(crop, SMALL_SIDE) for crop in crops]
         rows.append(
-            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "pictures": pictures}
+            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "images": images}
         )
     return rows
 

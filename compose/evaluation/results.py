@@ -31,7 +31,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class PictureCost(_Frozen):
+class ImageCost(_Frozen):
     """What one image cost, on average over its batch.
 
     Attributes:
@@ -72,7 +72,7 @@ class Made(_Frozen):
     arm: str
     alone: str | None = None
     seeds: tuple[int, ...]
-    cost: PictureCost
+    cost: ImageCost
     versions: Mapping[str, str]
     machine: Machine
     sha256: Mapping[int, str] = {}
@@ -97,7 +97,7 @@ class ConceptScore(_Frozen):
     placed: bool | None = None
 
 
-class PictureScores(_Frozen):
+class ImageScores(_Frozen):
     """What was measured on one image.
 
     Attributes:
@@ -114,7 +114,7 @@ class PictureScores(_Frozen):
 class Scores(_Frozen):
     """What was measured on a batch, by seed."""
 
-    pictures: Mapping[int, PictureScores]
+    images: Mapping[int, ImageScores]
 
 
 class Failed(_Frozen):
@@ -170,7 +170,7 @@ def batch_folder(out: Path, key: str) -> Path:
     return out / BATCHES / key
 
 
-def picture_path(out: Path, key: str, seed: int) -> Path:
+def image_path(out: Path, key: str, seed: int) -> Path:
     """Where an image is kept."""
     return batch_folder(out, key) / f"{seed}.png"
 
@@ -207,12 +207,12 @@ def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores 
     if scores is None:
         return None
     for seed in planned.seeds:
-        if lost := set(concepts) - set(scores.pictures[seed].concepts if seed in scores.pictures else ()):
+        if lost := set(concepts) - set(scores.images[seed].concepts if seed in scores.images else ()):
             raise FileError(f"{path} is damaged: seed {seed} lacks {', '.join(sorted(lost))}")
     return scores
 
 
-def check_pictures(out: Path, planned: Planned, made: Made) -> None:
+def check_images(out: Path, planned: Planned, made: Made) -> None:
     """Reads the images of a batch.
 
     Those of versions that stored no checksums only have to be readable, and to say that they are of their seed.
@@ -221,7 +221,7 @@ def check_pictures(out: Path, planned: Planned, made: Made) -> None:
         FileError: If one is missing, or is not what was written.
     """
     for seed in planned.seeds:
-        path = picture_path(out, planned.key, seed)
+        path = image_path(out, planned.key, seed)
         if not made.sha256:
             read_pixels(path)
             intact = read_record(path).run.seed == seed

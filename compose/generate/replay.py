@@ -101,7 +101,7 @@ def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], N
         on_progress: As for `make`.
     """
     seeds = record.batch or (run.seed,)
-    return make_batch(pipe, run, seeds, on_progress).pictures[seeds.index(run.seed)]
+    return make_batch(pipe, run, seeds, on_progress).images[seeds.index(run.seed)]
 
 
 def changes(before: Record, now: Record) -> list[str]:

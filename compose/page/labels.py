@@ -90,7 +90,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "isolate": "Boxes do not see each other",
     },
     "draft": {
-        "length": "Length of the draft (share of the steps)",
+        "length": "Length of the form (share of the steps)",
         "threshold": "How sure a cell of a subject has to be",
         "division": "How the image is divided",
         "reading": "What each place reads",

@@ -18,12 +18,12 @@ from streamlit.testing.v1 import AppTest
 
 from layouts import layout, shapes_of
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
-from lora_compose.compose.page.draft import example
+from lora_compose.compose.page.form import example
 from lora_compose.compose.page.labels import full_name
 from lora_compose.compose.page.launch import script
+from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit, checking
-from lora_compose.compose.page.shelf import Choice, Slot
+from lora_compose.compose.page.screen.state import PageSession, checking
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import loading
@@ -49,8 +49,8 @@ def at() -> AppTest:
     return at
 
 
-def visit(at: AppTest) -> Visit:
-    return at.session_state["visit"]
+def session(at: AppTest) -> PageSession:
+    return at.session_state["session"]
 
 
 def made(at: AppTest) -> AppTest:
@@ -60,7 +60,7 @@ def made(at: AppTest) -> AppTest:
 
 def after(at: AppTest) -> AppTest:
     """The screen once the work in hand is done."""
-    job = visit(at).job
+    job = session(at).job
     assert job is not None
     job.join(60)
     at.run()
@@ -75,7 +75,7 @@ def said(at: AppTest) -> str:
 
 
 def row_key(at: AppTest, index: int, field: str) -> str:
-    return fields.of_row(visit(at).rows[index], field)
+    return fields.of_row(session(at).rows[index], field)
 
 
 def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: AppTest) -> None:
@@ -90,12 +90,12 @@ def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: App
 
 def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
-    (picture,) = visit(at).pictures
-    assert visit(at).shown == picture.key
+    (result,) = session(at).results
+    assert session(at).shown == result.key
     assert "By boxes · seed 2 · 2 steps" in said(at)
-    at.button(key=f"do.keep.{picture.key}").click().run()
+    at.button(key=f"do.keep.{result.key}").click().run()
     kept = tmp_path / "out" / "page" / "2.png"
-    assert read_record(kept) == picture.made.record
+    assert read_record(kept) == result.made.record
     at.session_state["set.view"] = "Gallery"
     at.run()
     assert "2.png: By boxes, seed 2" in said(at)
@@ -123,7 +123,7 @@ def test_several_seeds_give_several_images(at: AppTest) -> None:
     at.run()
     assert at.button(key="do.make").label == "Generate 3 images"
     made(at)
-    assert [picture.run.seed for picture in visit(at).pictures] == [3, 2, 1]
+    assert [result.run.seed for result in session(at).results] == [3, 2, 1]
 
 
 def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
@@ -141,12 +141,12 @@ def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
     assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
-    assert "Method: By subjects · draft, because" in said(at)
+    assert "Method: By subjects · form, because" in said(at)
     assert not at.button(key="do.make").disabled
 
 
 def upload(at: AppTest, name: str, content: bytes) -> None:
-    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader = at.file_uploader(key=f"do.upload.{session(at).uploads}")
     uploader.set_value([(name, content, "")]).run()
     assert not at.exception
 
@@ -162,7 +162,7 @@ def test_a_lora_for_another_model_says_so_by_its_own_name_and_what_to_do(at: App
         "top, or remove this concept." in said(at)
     )
     assert said(at).count("dragon.safetensors") == 1
-    assert Path(visit(at).store.uploads[0].source).name not in said(at)
+    assert Path(session(at).store.uploads[0].source).name not in said(at)
     assert at.button(key="do.make").disabled
 
 
@@ -188,7 +188,7 @@ def test_settings_are_used_kept_when_another_method_is_looked_at_and_wrong_ones_
 
 
 def fields_of(at: AppTest) -> Any:
-    (run,) = made(at).session_state["visit"].job.runs
+    (run,) = made(at).session_state["session"].job.runs
     return run
 
 
@@ -203,7 +203,7 @@ def test_errors_keep_all_input(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> 
     assert at.text_input(key=row_key(at, 0, "name")).value == "Bruno"
     monkeypatch.undo()
     made(at)
-    assert visit(at).picture is not None
+    assert session(at).result is not None
 
 
 def test_concepts_are_chosen_from_a_folder_and_trouble_is_said_at_the_file(at: AppTest, tmp_path: Path) -> None:
@@ -215,17 +215,17 @@ def test_concepts_are_chosen_from_a_folder_and_trouble_is_said_at_the_file(at: A
     at.multiselect(key="do.pick.folder.0").set_value(["broken.safetensors", "mine.safetensors"]).run()
     at.button(key="do.add.folder").click().run()
     assert "broken.safetensors is no readable safetensors file" in said(at)
-    assert [row.lora.shown for row in visit(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
+    assert [row.lora.shown for row in session(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
     assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
-    at.button(key=f"do.remove.{visit(at).rows[2].number}").click().run()
-    assert len(visit(at).rows) == 2
+    at.button(key=f"do.remove.{session(at).rows[2].number}").click().run()
+    assert len(session(at).rows) == 2
 
 
 def test_more_concepts_than_can_be_are_left_out_in_words(at: AppTest) -> None:
     names = at.multiselect(key="do.pick.ready.0").options
     at.multiselect(key="do.pick.ready.0").set_value(names).run()
     at.button(key="do.add.ready").click().run()
-    assert len(visit(at).rows) == 12
+    assert len(session(at).rows) == 12
     assert "12 concepts are the maximum" in said(at)
 
 
@@ -253,11 +253,11 @@ def fields_box(at: AppTest, index: int) -> list[int]:
 
 
 def test_a_plain_image_without_concepts(at: AppTest) -> None:
-    for row in list(visit(at).rows):
+    for row in list(session(at).rows):
         at.button(key=f"do.remove.{row.number}").click().run()
     at.text_area(key=fields.PROMPT).set_value("a cat on grass").run()
     made(at)
-    assert visit(at).pictures[0].run.method is None
+    assert session(at).results[0].run.method is None
 
 
 def test_settings_of_an_image_come_back(at: AppTest) -> None:
@@ -267,7 +267,7 @@ def test_settings_of_an_image_come_back(at: AppTest) -> None:
     at.text_input(key=row_key(at, 0, "blocks")).set_value("down:0.5,up.1:0").run()
     at.checkbox(key=row_key(at, 1, "style")).check().run()
     made(at)
-    first = visit(at).pictures[0]
+    first = session(at).results[0]
     at.selectbox(key=fields.METHOD).set_value("merge").run()
     at.text_area(key=fields.PROMPT).set_value("something else").run()
     at.button(key=f"do.reuse.{first.key}").click().run()
@@ -327,7 +327,7 @@ def test_images_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_p
         drop(at, tmp_path, change)
         assert "200 concepts are too many" in said(at) or "80000 x 128 pixels" in said(at)
         assert at.text_area(key=fields.PROMPT).value == before
-        assert len(visit(at).rows) == 2
+        assert len(session(at).rows) == 2
 
 
 def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_gap(at: AppTest, tmp_path: Path) -> None:
@@ -335,16 +335,16 @@ def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_ga
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
     assert "LoRAs are missing: cat" in said(at)
     assert at.button(key="do.make").disabled
-    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader = at.file_uploader(key=f"do.upload.{session(at).uploads}")
     uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
-    assert [row.lora and row.lora.shown for row in visit(at).rows] == ["cat.safetensors"]
+    assert [row.lora and row.lora.shown for row in session(at).rows] == ["cat.safetensors"]
     assert at.slider(key=row_key(at, 0, "weight")).value == 0.7
     assert not at.button(key="do.make").disabled
 
 
 def test_an_image_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
     drop(at, tmp_path, {}, model="stranger/model")
-    assert visit(at).slot.choice.model == "playground"
+    assert session(at).model.choice.model == "playground"
     assert at.text_input(key="set.model.name").value == "stranger/model"
     assert "open it there if you trust it" in said(at)
 
@@ -371,15 +371,15 @@ def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     assert "in repositories on the hub: cat (stranger/cat-lora). Nothing is downloaded until you press" in said(at)
     assert at.button(key="do.make").disabled
 
-    at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
+    at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
     assert len(asked) == 1
     assert "nothing may be asked here" in said(at)
     monkeypatch.setattr(loading, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
     monkeypatch.setattr(
         "lora_compose.pipelines.concepts.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
     )
-    at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
-    (row,) = visit(at).rows
+    at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
+    (row,) = session(at).rows
     assert row.lora is not None
     assert row.lora.source == "stranger/cat-lora"
     assert "is not the file that the image was made with" in said(at)
@@ -390,10 +390,10 @@ def test_the_open_model_is_not_opened_again_in_another_precision_by_an_image(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The open one may be a repository, for which the hub would be asked."""
-    here = visit(at)
-    here.slot = Slot(Choice("stranger/model"), here.slot._pipe)
+    open_session = session(at)
+    open_session.model = OpenModel(Choice("stranger/model"), open_session.model._pipe)
     at.run()
-    monkeypatch.setattr("lora_compose.compose.page.shelf.open_model", lambda *args: pytest.fail("it is opened"))
+    monkeypatch.setattr("lora_compose.compose.page.open_models.open_model", lambda *args: pytest.fail("it is opened"))
     drop(at, tmp_path, {}, model="stranger/model", dtype="bfloat16")
     assert "It was made with the model stranger/model in bfloat16, which is not open" in said(at)
     drop(at, tmp_path, {}, model="stranger/model")
@@ -454,7 +454,7 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
     monkeypatch.setattr("lora_compose.pipelines.base.ComposePipeline.resolve_concepts", fails)
     at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
     looked.clear()
-    visit(at).rows[0].fit = None
+    session(at).rows[0].fit = None
     at.run()
     at.run()
     assert len(looked) == 1
@@ -465,22 +465,22 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
 
 def test_an_upload_stays_nowhere_if_it_is_refused(at: AppTest) -> None:
     for content in (b"no LoRA", b""):
-        uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+        uploader = at.file_uploader(key=f"do.upload.{session(at).uploads}")
         uploader.set_value([("cat.safetensors", content, "")]).run()
         assert "cat.safetensors" in said(at)
-        assert list(visit(at).store.folder.iterdir()) == []
-        assert visit(at).store.uploads == []
+        assert list(session(at).store.folder.iterdir()) == []
+        assert session(at).store.uploads == []
 
 
 def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
-    before = visit(at)
+    before = session(at)
     folder = before.store.folder
     assert before.close(), "nothing is left of it"
     assert not folder.exists()
     at.run()
     assert not at.exception
-    assert visit(at) is not before
-    assert visit(at).store.folder.is_dir()
+    assert session(at) is not before
+    assert session(at).store.folder.is_dir()
     assert "Your session ended" in at.toast[0].value
     before.begin(list(example().runs()), [None], comparing=False, record_attention=False)  # a click that came too late
     until(before.close)
@@ -490,12 +490,12 @@ def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
 def drop(
     at: AppTest, folder: Path, change: dict[str, Any], sha256: dict[str, str] | None = None, **changes: Any
 ) -> None:
-    """Drops a picture of the example in which a scene is changed."""
+    """Drops a result of the example in which a scene is changed."""
     (run,) = replace(example(), method="merge", boxed=False).runs()
     run = run.model_copy(update={"scene": run.scene.model_copy(update=change), **changes})
     record = Record(run=run, versions={}, sha256=sha256 or {}, machine=Machine(device="cpu", name="x", threads=1))
     path = save_image(Image.new("RGB", (8, 8)), folder / "dropped.png", record)
-    key = f"do.restore.{visit(at).uploads}"
+    key = f"do.restore.{session(at).uploads}"
     at.file_uploader(key=key).set_value(("dropped.png", path.read_bytes(), "image/png")).run()
     assert not at.exception
 
@@ -506,9 +506,9 @@ def test_another_model_is_opened_from_a_folder(at: AppTest) -> None:
     at.text_input(key="set.model.name").set_value(str(playground_model())).run()
     at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
-    assert visit(at).slot.choice.memory == (Saver.TILING,)
+    assert session(at).model.choice.memory == (Saver.TILING,)
     made(at)
-    assert visit(at).pictures[0].run.model == str(playground_model())
+    assert session(at).results[0].run.model == str(playground_model())
 
 
 def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
@@ -518,7 +518,7 @@ def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
     at.text_input(key="set.model.name").set_value("/nowhere").run()
     open_it.click().run()
     assert "there is no model '/nowhere'" in said(at)
-    assert visit(at).slot.choice.model == "playground"
+    assert session(at).model.choice.model == "playground"
     assert not at.button(key="do.make").disabled
 
 
@@ -541,7 +541,7 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     assert "1.0 times a plain image" in table.replace("\\", "")
     at.button(key="do.compare").click().run()
     after(at)
-    assert {picture.run.method for picture in visit(at).compared} == {"merge", "regional", "lora-composer"}
+    assert {result.run.method for result in session(at).compared} == {"merge", "regional", "lora-composer"}
     costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
     assert len(costs) == 3
     assert all(cost.startswith("4 UNet rows") for cost in costs)  # two steps
@@ -549,9 +549,9 @@ def test_the_methods_are_compared(at: AppTest) -> None:
 
 def test_stop_and_waiting_are_said(at: AppTest) -> None:
     at.number_input(key=fields.STEPS).set_value(200).run()
-    with visit(at).slot.turn(()):
+    with session(at).model.turn(()):
         at.button(key="do.make").click().run()
-        until(lambda: bool(visit(at).job and visit(at).job.ahead))  # pyright: ignore[reportOptionalMemberAccess]
+        until(lambda: bool(session(at).job and session(at).job.ahead))  # pyright: ignore[reportOptionalMemberAccess]
         at.run()
         assert any("one call of another session ahead" in str(found.proto) for found in at.get("progress"))
     at.button(key="do.stop").click().run()
@@ -562,15 +562,15 @@ def test_stop_and_waiting_are_said(at: AppTest) -> None:
 def test_variations_share_the_seed_and_differ_in_weight(at: AppTest) -> None:
     at.slider(key=row_key(at, 1, "weight")).set_value(0.5).run()
     made(at)
-    (first,) = visit(at).pictures
+    (first,) = session(at).results
     at.button(key=f"do.vary.{first.key}").click().run()
     after(at)
-    runs = [picture.run for picture in visit(at).pictures[:4]]
+    runs = [result.run for result in session(at).results[:4]]
     assert {run.seed for run in runs} == {2}
     assert [[concept.weight for concept in run.scene.concepts] for run in runs] == [
         [1.3, 0.65], [1.15, 0.575], [0.85, 0.425], [0.7, 0.35],
     ]  # fmt: skip
-    assert len({picture.made.image.tobytes() for picture in visit(at).pictures}) == 5
+    assert len({result.made.image.tobytes() for result in session(at).results}) == 5
 
 
 def test_two_images_are_chosen_for_wiping(at: AppTest) -> None:
@@ -579,14 +579,14 @@ def test_two_images_are_chosen_for_wiping(at: AppTest) -> None:
     at.session_state["set.view"] = "Gallery"
     at.run()
     assert [at.selectbox(key=f"do.wipe.{side}").value for side in ("left", "right")] == [
-        picture.key for picture in visit(at).pictures[1::-1]
+        result.key for result in session(at).results[1::-1]
     ]
-    at.selectbox(key="do.wipe.left").set_value(visit(at).pictures[2].key).run()
+    at.selectbox(key="do.wipe.left").set_value(session(at).results[2].key).run()
     assert not at.exception
 
 
 def test_pressing_again_while_one_runs_makes_the_next_after_it(at: AppTest) -> None:
-    with visit(at).slot.turn(()):
+    with session(at).model.turn(()):
         at.button(key="do.make").click().run()
         for seeds in ("7", "8-9"):
             at.text_input(key=fields.SEEDS).set_value(seeds).run()
@@ -595,9 +595,9 @@ def test_pressing_again_while_one_runs_makes_the_next_after_it(at: AppTest) -> N
         assert not at.exception
     for number in (1, 2, 4):
         after(at)
-        assert len(visit(at).pictures) == number
-    assert [picture.run.seed for picture in visit(at).pictures] == [9, 8, 7, 2]
-    assert not visit(at).working
+        assert len(session(at).results) == number
+    assert [result.run.seed for result in session(at).results] == [9, 8, 7, 2]
+    assert not session(at).working
 
 
 def test_the_queue_can_be_cleared_and_a_failure_does_not_end_it(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,18 +605,18 @@ def test_the_queue_can_be_cleared_and_a_failure_does_not_end_it(at: AppTest, mon
         raise ValueError("the first one fails")
 
     monkeypatch.setattr("lora_compose.compose.page.work.make_batch", fails)
-    with visit(at).slot.turn(()):
+    with session(at).model.turn(()):
         for _ in range(3):
             at.button(key="do.make").click().run()
         at.button(key="do.clear").click().run()
-        assert visit(at).waiting == []
+        assert session(at).waiting == []
         at.button(key="do.make").click().run()
-    visit(at).job.join(30)  # pyright: ignore[reportOptionalMemberAccess]
+    session(at).job.join(30)  # pyright: ignore[reportOptionalMemberAccess]
     monkeypatch.undo()
     at.run()
     after(at)
     assert "The first one fails" in said(at)
-    assert len(visit(at).pictures) == 1
+    assert len(session(at).results) == 1
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:
