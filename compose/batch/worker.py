@@ -55,7 +55,7 @@ class Worker:
             gc.collect()
             torch.cuda.empty_cache()  # else the next one, which may be smaller, finds no room either
             raise
-        return {one.record.run.seed: png_bytes(one.image, one.record) for one in made.pictures}
+        return {one.record.run.seed: png_bytes(one.image, one.record) for one in made.images}
 
     def _here(self, run: Run) -> Run:
         return run.model_copy(update={"device": self.device})

@@ -96,7 +96,7 @@ def test_images_are_those_of_a_run_and_can_be_reproduced(
     assert sorted(contents(finished)) == IMAGES
     assert not list((finished / STATE / "claims").iterdir())
     run = settings.run(entries[1].scene)
-    expected = make_batch(open_model(run), run, SEEDS).pictures
+    expected = make_batch(open_model(run), run, SEEDS).images
     for seed, one in zip(SEEDS, expected, strict=True):
         path = finished / f"both-{seed}.png"
         assert np.array_equal(np.asarray(read_pixels(path)), np.asarray(one.image.convert("RGB")))
