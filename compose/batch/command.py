@@ -19,15 +19,24 @@ SHOWN = 20
 """At most so many complaints are shown; all of them are in images.jsonl."""
 
 
-def make_all(found: Found, settings: BatchSettings, out: Path, processes: int | None = None, *, replace: bool) -> int:
+def make_all(
+    found: Found,
+    settings: BatchSettings,
+    out: Path,
+    processes: int | None = None,
+    *,
+    replace: bool,
+    ray: str | None = None,
+) -> int:
     """Makes the images of a batch and says what has come of it; a rerun resumes, further processes join in.
 
     Args:
         found: The scenes.
         settings: How they are made.
         out: The folder for the images.
-        processes: How many; None is one per GPU.
+        processes: How many; None is one per GPU, or with Ray one per node if there are none.
         replace: Whether images of the same names that were made in another way are replaced.
+        ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
 
     Returns:
         The exit code: 0, that of a process that found something wrong, or 1 if images are missing.
@@ -58,7 +67,11 @@ def make_all(found: Found, settings: BatchSettings, out: Path, processes: int | 
 
     with bar(f"composing into {out}", len(jobs)) as on_progress:
         number = processes or default_number(1, settings.device)
-        if number > 1 and left:
+        if ray is not None:
+            from lora_compose.compose.batch.ray_pool import run_on_ray
+
+            run_on_ray(entries, settings, out, ray, on_progress, replace=replace, workers=processes)
+        elif number > 1 and left:
             write_plan(folder.plan, entries, settings)
             arguments = ["batch", str(folder.plan), "--out", str(out), "--join", *(["--replace"] if replace else [])]
             code = launch(arguments, number, settings.threads or 1, lambda: on_progress(done()))

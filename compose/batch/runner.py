@@ -12,7 +12,7 @@ from lora_compose.compose.batch.entries import Bad, Entry
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result, changed
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.batch.worker import Worker, told
+from lora_compose.compose.batch.worker import Worker, encoded, told
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
 
@@ -143,7 +143,7 @@ class _Making:
         if not claim.held:
             logger.warning("%s was taken over by another process: this one had given no sign of life", job.name)
             return
-        self._folder.keep(job, images)
+        self._folder.keep(job, encoded(images))
 
     def _opened(self) -> Worker:
         self._worker = self._worker or Worker.open(self._settings, own_device(self._settings.device))

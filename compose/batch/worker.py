@@ -1,7 +1,7 @@
-"""An opened model that checks scenes and makes their images, as bytes that can be stored or sent."""
+"""An opened model that checks scenes and makes their images."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.images import png_bytes
-from lora_compose.compose.generate.making import make_batch, rehearse
+from lora_compose.compose.generate.making import Made, make_batch, rehearse
 from lora_compose.compose.generate.models import open_model
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -47,18 +47,22 @@ class Worker:
 
     def make(
         self, run: Run, seeds: Sequence[int], on_progress: Callable[[float], None] | None = None
-    ) -> dict[int, bytes]:
-        """The images of a call, as PNG files with their record, by seed."""
+    ) -> Sequence[Made]:
+        """The images of a call."""
         try:
-            made = make_batch(self.pipe, self._here(run), seeds, on_progress)
+            return make_batch(self.pipe, self._here(run), seeds, on_progress).images
         except torch.OutOfMemoryError:
             gc.collect()
             torch.cuda.empty_cache()  # else the next one, which may be smaller, finds no room either
             raise
-        return {one.record.run.seed: png_bytes(one.image, one.record) for one in made.images}
 
     def _here(self, run: Run) -> Run:
         return run.model_copy(update={"device": self.device})
+
+
+def encoded(images: Iterable[Made]) -> dict[int, bytes]:
+    """Images as PNG files with their record, by seed."""
+    return {one.record.run.seed: png_bytes(one.image, one.record) for one in images}
 
 
 def told(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """`lora-compose batch`: images of many scenes and seeds."""
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,12 @@ def batch(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace images of the same names that were made in another way.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS|local", help="Work on a Ray cluster, whose machines need no shared folder."
+        ),
+    ] = None,
     joins: Annotated[bool, typer.Option("--join", hidden=True)] = False,
 ) -> None:
     """Generate images of many scenes and seeds. A rerun resumes; further processes join in."""
@@ -90,11 +97,13 @@ def batch(
         "threads": threads,
     }  # fmt: skip
     asked = _settings(found, {name: value for name, value in given.items() if value is not None})
+    if ray is not None and importlib.util.find_spec("ray") is None:
+        raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
     with starting():
         from lora_compose.compose.batch.command import join, make_all
     if joins:
         join(found, asked, out, replace=replace)
-    elif code := make_all(found, asked, out, processes, replace=replace):
+    elif code := make_all(found, asked, out, processes, replace=replace, ray=ray):
         raise typer.Exit(code)
 
 

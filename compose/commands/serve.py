@@ -31,6 +31,9 @@ def serve(
     ] = 4,
     wait: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for others.")] = 0.05,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered by 503.")] = 64,
+    lora_memory: Annotated[
+        float, typer.Option(min=0, help="GiB of LoRA files that stay in memory; those not used for longest go first.")
+    ] = 2.0,
     pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 1024 * 1024,
     steps: Annotated[int, typer.Option(min=1, help="Most denoising steps of a request.")] = 50,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
@@ -45,6 +48,7 @@ def serve(
     if missing:
         raise ValueError(f"the server needs {' and '.join(missing)}: pip install 'lora-compose[serve]'")
     with starting():
+        from lora_compose.compose.serve.launch import Serving
         from lora_compose.compose.serve.launch import serve as start
     limits = Limits(pixels=pixels, steps=steps)
-    start(asked, loras, host, port, most=batch_size, wait=wait, queue=queue, limits=limits)
+    start(asked, loras, Serving(host, port, batch_size, wait, queue, round(lora_memory * 2**30), limits))

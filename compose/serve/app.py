@@ -12,7 +12,7 @@ from io import BytesIO
 from typing import Any
 
 import psutil
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.serve.engine import Busy, Engine, Served
 from lora_compose.compose.serve.requests import ImageRequest, Limits
@@ -56,9 +56,12 @@ def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None
         return Response(buffer.getvalue(), media_type="image/png", headers={"X-Images-Together": str(served.together)})
 
     @app.get("/loras")
-    async def loras() -> list[str]:
-        """The names of all LoRAs."""
-        return list(engine.concepts)
+    async def loras() -> dict[str, dict[str, str | None]]:
+        """All LoRAs by name, with the words that a prompt names them by."""
+        return {
+            name: {"trigger": concept.trigger, "class_word": concept.class_word}
+            for name, concept in engine.concepts.items()
+        }
 
     @app.get("/health")
     async def health(response: Response) -> dict[str, Any]:

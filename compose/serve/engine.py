@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from lora_compose.compose.serve.requests import ImageRequest
+from lora_compose.pipelines.scene import Concept
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +109,9 @@ class Engine:
         self._thread.join()
 
     @property
-    def concepts(self) -> Sequence[str]:
-        """The names of its LoRAs."""
-        return list(self._pipe.concepts)
+    def concepts(self) -> Mapping[str, Concept]:
+        """Its LoRAs by name."""
+        return self._pipe.concepts
 
     @property
     def facts(self) -> Facts:
@@ -128,7 +129,7 @@ class Engine:
             ValueError: If it names a LoRA that is not there.
             Busy: If the queue is full.
         """
-        known = self._pipe.concepts
+        known = self.concepts
         if lost := [one.name for one in request.concepts if one.name not in known]:
             raise ValueError(f"there is no LoRA {lost[0]!r}; GET /loras lists those that there are")
         waiting = _Waiting(request)
