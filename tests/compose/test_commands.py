@@ -19,7 +19,7 @@ from lora_compose.pipelines.methods import METHODS, PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
-    "run", "batch", "demo", "ui", "check", "replay", "inspect", "merge", "train", "bench", "evaluate", "evaluate run",
+    "run", "batch", "demo", "ui", "serve", "check", "replay", "inspect", "merge", "train", "bench", "evaluate", "evaluate run",
     "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
@@ -38,6 +38,7 @@ MISTAKES = {
     "batch assets/scenes/cat-dg.yaml --model playground": "in assets/scenes, did you mean 'cat-dog.yaml'",
     "batch assets/scenes --model plyground": "did you mean 'playground'?",
     "batch assets/scenes --model playground --method regoinal": "did you mean 'regional'?",
+    "serve playground --loras assets/playground/lora": "did you mean 'loras'?",
     "check assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
     "replay assets/scenes/cat-dog.pgn": "there is no file 'assets/scenes/cat-dog.pgn'",
     "inspect playground:kittn": "did you mean 'kitten'",
