@@ -226,8 +226,9 @@ def _make(
     parcels = {job.entry.name: packer.scene(job.run) for job in jobs}
     pool = Pool(settings, jobs[0].run, packer.model(settings.model), workers)
     scenes = list({job.entry.name: job for job in jobs}.values())
-    unchecked = [job for job in scenes if (known := folder.checked(job)) is None or known.error is not None]
-    report(done, f"checking {len(scenes)} scenes")
+    unchecked = folder.unchecked(jobs)
+    if unchecked:
+        report(done, f"checking {len(unchecked)} scenes")
     try:
         for job, found, error in pool.map("check", [(job, parcels[job.entry.name]) for job in unchecked]):
             folder.keep_check(job, wrong := error or found)

@@ -10,7 +10,7 @@ state/plan.json                the scenes with absolute paths, as a batch file
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -129,6 +129,11 @@ class Folder:
         """What came of the check of a job's scene; None if it was not checked as it is now."""
         found = _read(self.checked_file(job), Checked)
         return found if found is not None and found.key == job.scene_key else None
+
+    def unchecked(self, jobs: Iterable[Job]) -> list[Job]:
+        """A job of each scene that is to be checked: it was not, or could not be made, which may have changed."""
+        one_of_each = {job.entry.name: job for job in jobs}.values()
+        return [job for job in one_of_each if (found := self.checked(job)) is None or found.error is not None]
 
     def failure(self, job: Job) -> str | None:
         """Why a job failed; None if it did not."""

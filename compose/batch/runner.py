@@ -100,16 +100,14 @@ class _Making:
 
     def make(self, jobs: Sequence[Job], done: int) -> None:
         """Checks scenes, and makes the images of those that can be made."""
-        scenes = {f"~{job.entry.name}": job for job in jobs}
+        scenes = {f"~{job.entry.name}": job for job in self._folder.unchecked(jobs)}
         before = {name: changed(self._folder.checked_file(job)) for name, job in scenes.items()}
-        self._report(done, f"checking {len(scenes)} scenes")
+        if scenes:
+            self._report(done, f"checking {len(scenes)} scenes")
 
         def check(name: str, claim: Claim) -> None:
             job = scenes[name]
-            known = self._folder.checked(job)
-            # What could not be made may be possible now; what another process has just found is left alone.
-            again = changed(self._folder.checked_file(job)) == before[name]
-            if known is None or (known.error is not None and again):
+            if changed(self._folder.checked_file(job)) == before[name]:  # else another process has just checked it
                 self._folder.keep_check(job, error := self._opened().check(job.run))
                 if error is not None:
                     logger.error("%s: %s", job.entry.source, error)

@@ -19,8 +19,8 @@ from lora_compose.pipelines.methods import METHODS, PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
-    "run", "batch", "demo", "ui", "serve", "check", "replay", "inspect", "merge", "train", "bench", "evaluate", "evaluate run",
-    "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
+    "run", "batch", "demo", "ui", "serve", "check", "replay", "inspect", "merge", "train", "bench", "evaluate",
+    "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {

@@ -120,7 +120,7 @@ def test_a_rerun_makes_only_what_is_missing_or_damaged(
     run_batch(entries, settings, copied, lambda *done: told.append(done))
     assert contents(copied) == contents(finished)
     assert times(copied)["bear-2.png"] == before["bear-2.png"]
-    assert told[0] == (1, "checking 3 scenes")
+    assert told[0] == (1, f"composing into {copied}"), "scenes are checked once"
     assert told[-1] == (4,)
 
 
