@@ -25,7 +25,7 @@ def make_all(
     out: Path,
     processes: int | None = None,
     *,
-    replace: bool,
+    replace: bool = False,
     ray: str | None = None,
 ) -> int:
     """Makes the images of a batch and says what has come of it; a rerun resumes, further processes join in.
@@ -45,10 +45,8 @@ def make_all(
         ValueError: If nothing can be made.
         OSError: If all processes were killed, or images cannot be written.
     """
-    if local_rank():
-        run_batch(
-            found.entries, settings, out, replace=replace
-        )  # the first process of the machine is the one that talks
+    if local_rank():  # a launcher has started several, of which the first one talks
+        join(found, settings, out, replace=replace)
         return 0
     jobs, missing = make_jobs(found.entries, settings)
     bad = [*found.bad, *missing]
@@ -88,8 +86,8 @@ def join(found: Found, settings: BatchSettings, out: Path, *, replace: bool) -> 
 
 
 def _asked(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:
-    images, there = (sum(len(job.seeds) for job in some) for some in (jobs, [job for job in jobs if job not in left]))
-    known = f"; {there} of them are there already" if there else ""
+    images, missing = (sum(len(job.seeds) for job in some) for some in (jobs, left))
+    known = f"; {images - missing} of them are there already" if missing < images else ""
     return f"{len({job.entry.name for job in jobs})} scenes, {images} images, in {out}{known}"
 
 

@@ -71,7 +71,7 @@ def batch(
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for the images, NAME-SEED.png. A rerun resumes; processes that share it share the work."
+            help="Folder for the images: NAME-SEED.png. A rerun resumes; processes that share it share the work."
         ),
     ] = Path("outputs/batch"),
     processes: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: one per GPU.")] = None,

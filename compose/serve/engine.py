@@ -134,6 +134,8 @@ class Engine:
             raise ValueError(f"there is no LoRA {lost[0]!r}; GET /loras lists those that there are")
         waiting = _Waiting(request)
         with self._changed:
+            for given_up in [one for one in self._waiting if one.future.cancelled()]:
+                self._waiting.remove(given_up)
             if len(self._waiting) >= self._queue:
                 raise Busy(max(1.0, (self._pace or 1.0) * len(self._waiting)))
             self._waiting.append(waiting)
