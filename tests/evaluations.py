@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
@@ -21,7 +22,7 @@ from lora_compose.compose.evaluation.results import (
     batch_folder,
     image_path,
 )
-from lora_compose.compose.evaluation.suite import Batch, Suite, batches
+from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 from lora_compose.compose.files.stored import write
 

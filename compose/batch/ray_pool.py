@@ -35,7 +35,7 @@ from lora_compose.compose.generate.making import Made
 from lora_compose.compose.generate.processes import own_device
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.terminal import err, say
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
-from lora_compose.pipelines.concepts.loading import find_file, read_lora
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.mask_images import mask_name

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_compose.compose.evaluation.batches import batches, run_of
 from lora_compose.compose.evaluation.encoders import JUDGE
 from lora_compose.compose.evaluation.results import Plan, Planned
 from lora_compose.compose.evaluation.scoring import reference_files
-from lora_compose.compose.evaluation.suite import Suite, ZeroShotConfig, batches, run_of
+from lora_compose.compose.evaluation.suite import Suite, ZeroShotConfig
 from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_judge, playground_model
 

@@ -1,12 +1,9 @@
 """The report of an evaluation: one HTML page that needs nothing else, Markdown, and tables for pandas."""
 
-import base64
 import html
-import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +11,19 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
+from lora_compose.compose.evaluation.batches import Arm, arms
+from lora_compose.compose.evaluation.gallery import SMALL_SIDE, Gallery, shrunk
 from lora_compose.compose.evaluation.plots import against_cost
 from lora_compose.compose.evaluation.results import Failed
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
-from lora_compose.compose.evaluation.suite import Arm, SuiteScene, ZeroShotConfig, arms
+from lora_compose.compose.evaluation.suite import SuiteScene, ZeroShotConfig
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, Metric, role, summary
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.support.terminal import plain
 
-MANY, SIDE, SMALL_SIDE = 400, 384, 192
-"""From how many images on they are embedded smaller, and the longer side of few and of many, in pixels."""
 _REFERENCES = 4
 _OPEN_SCENES = 3
 _DASH = "\u2013"
@@ -105,7 +101,7 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
     )  # fmt: skip
     environment.filters |= {"plain": plain, "number": number, "bytes": _bytes, "amount": _amount}
     environment.globals |= {"verdict": verdict}
-    gallery = _Gallery(out, evaluation)
+    gallery = Gallery(out, evaluation)
     plots = [Markup(against_cost(arms_table, metric)) for metric in METRICS if metric.key in ("success", "region_min")]
     return environment.get_template("report.html.j2").render(
         suite=evaluation.suite,
@@ -280,87 +276,7 @@ def _whose(failed: Failed) -> str:
 # --- images and what stands below them ---
 
 
-@dataclass(frozen=True, eq=False)
-class _Gallery:
-    """Images with what was measured on them, ready for the page."""
-
-    out: Path
-    evaluation: Evaluation
-
-    @property
-    def many(self) -> bool:
-        """Whether there are so many images that they are embedded smaller."""
-        return len(self.evaluation.images) > MANY
-
-    @property
-    def side(self) -> int:
-        """Longest side of an embedded image."""
-        return SMALL_SIDE if self.many else SIDE
-
-    @cached_property
-    def _concepts(self) -> dict[str, list[dict[str, Any]]]:
-        table = self.evaluation.concepts.astype(object)
-        table = table.where(table.notna(), None).assign(alone=self.evaluation.concepts["alone"].fillna(""))
-        keys = ["scene", "arm", "alone", "seed"]
-        return {str(key): rows.to_dict("records") for key, rows in table.groupby(keys, sort=False)}
-
-    @cached_property
-    def _images(self) -> dict[str, dict[str, Any]]:
-        rows = self.evaluation.images.assign(alone=self.evaluation.images["alone"].fillna("")).to_dict("records")
-        return {str((row["scene"], row["arm"], row["alone"], row["seed"])): row for row in rows}
-
-    def shown(self, scene: str, arm: str, alone: str | None, seed: int) -> dict[str, Any] | None:
-        """An image with its scores; None if it has none."""
-        key = str((scene, arm, alone or "", seed))
-        if key not in self._images:
-            return None
-        row = self._images[key]
-        source, size = self._embedded(row["file"])
-        places = self.evaluation.suite.scene(scene).concepts
-        concepts = [
-            {**one, "box": _percent(one, size), "place": places.index(one["concept"])} for one in self._concepts[key]
-        ]
-        return {**row, "source": source, "size": size, "concepts": concepts}
-
-    def _embedded(self, file: str) -> tuple[str, tuple[int, int]]:
-        """An image as a data URI, and its own size; an empty one if it cannot be read."""
-        try:
-            with Image.open(path := self.out / file) as image:
-                if max(image.size) <= self.side and not self.many:
-                    return _uri(path.read_bytes(), "png"), image.size
-                return _shrunk(image, self.side), image.size
-        except (OSError, SyntaxError, Image.DecompressionBombError):
-            return "", (1, 1)
-
-
-def _shrunk(image: Image.Image, side: int) -> str:
-    copy = image.convert("RGB")
-    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    copy.save(stream, "WEBP", quality=85)
-    return _uri(stream.getvalue(), "webp")
-
-
-def _uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _percent(concept: Mapping[str, Any], size: tuple[int, int]) -> dict[str, float] | None:
-    """Where a box is, in percent of the image."""
-    if concept["left"] is None:
-        return None
-    left, top, right, bottom = (concept[edge] for edge in ("left", "top", "right", "bottom"))
-    across, down = 100 / size[0], 100 / size[1]
-    places = {
-        "left": left * across,
-        "top": top * down,
-        "width": (right - left) * across,
-        "height": (bottom - top) * down,
-    }
-    return {name: round(place, 2) for name, place in places.items()}
-
-
-def _scene(evaluation: Evaluation, gallery: _Gallery, scene: SuiteScene) -> dict[str, Any]:
+def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[str, Any]:
     """A scene as a grid: a row per arm, a column per seed."""
     rows = []
     for arm in arms(evaluation.suite, scene):
@@ -380,7 +296,7 @@ def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:
     return "not there yet"
 
 
-def _cases(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
+def _cases(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
     """The best and the worst image of every method, by its worst concept."""
     cases = []
     for method in evaluation.suite.compared:
@@ -394,7 +310,7 @@ def _cases(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
     return cases
 
 
-def _concepts(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
+def _concepts(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
     """Concepts with their references and thresholds."""
     rows = []
     for row in evaluation.thresholds.to_dict("records"):
@@ -404,7 +320,7 @@ def _concepts(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]
         except (ValueError, OSError):
             crops = []
         told = "cannot be told" if row["concept"] in evaluation.untold else ""
-        images = [_shrunk(crop, SMALL_SIDE) for crop in crops]
+        images = [shrunk(crop, SMALL_SIDE) for crop in crops]
         rows.append(
             {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "images": images}
         )

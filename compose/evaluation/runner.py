@@ -17,6 +17,7 @@ from PIL import Image
 
 from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.evaluation.batches import Batch, batches, run_of
 from lora_compose.compose.evaluation.detectors import make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.planning import make_plan
@@ -37,7 +38,7 @@ from lora_compose.compose.evaluation.results import (
     read_scores,
 )
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
-from lora_compose.compose.evaluation.suite import Batch, Suite, batches, run_of
+from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.files.images import png_bytes, read_pixels

@@ -9,11 +9,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lora_compose.attention.masks import Box
+from lora_compose.compose.evaluation.batches import without_triggers
 from lora_compose.compose.evaluation.detectors import Detection, Detector
 from lora_compose.compose.evaluation.encoders import Encoder
 from lora_compose.compose.evaluation.metrics import assign, clip_i, clip_t, similarity_matrix
 from lora_compose.compose.evaluation.results import ConceptScore, ImageScores
-from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, without_triggers
+from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

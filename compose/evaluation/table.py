@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from lora_compose.compose.evaluation.batches import alone_name
 from lora_compose.compose.evaluation.metrics import (
     bound_ratio,
     leak,
@@ -31,7 +32,7 @@ from lora_compose.compose.evaluation.results import (
     read_made,
     read_scores,
 )
-from lora_compose.compose.evaluation.suite import SANITY, Suite, alone_name
+from lora_compose.compose.evaluation.suite import SANITY, Suite
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import read
 

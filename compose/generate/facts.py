@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_compose.compose.playground.assets import lora_source
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.mask_images import URI_PREFIX
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.regular import sha256_of

@@ -15,7 +15,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, say
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run
 

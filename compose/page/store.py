@@ -25,7 +25,8 @@ from lora_compose.compose.playground.assets import (
     playground_loras,
     playground_references,
 )
-from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, find_file, read_lora
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept

@@ -14,7 +14,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
 from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, in_folder, is_on_hub, named, playground, tile
 from lora_compose.compose.page.text import markdown, markup
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from evaluations import Measured, Seen, known, store, suite
+from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.comparison import COMPARED, RELATIVE, RunComparison, compare_runs
-from lora_compose.compose.evaluation.suite import Batch, Suite
+from lora_compose.compose.evaluation.suite import Suite
 
 SCENES = {f"scene {i}": ("cat", "dog") for i in range(10)}
 

@@ -14,9 +14,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from evaluations import Seen, known, sanity, store, suite
-from lora_compose.compose.evaluation.report import MANY, SIDE, SMALL_SIDE, marked, number, write_report
+from lora_compose.compose.evaluation.batches import Batch
+from lora_compose.compose.evaluation.gallery import MANY, SIDE, SMALL_SIDE
+from lora_compose.compose.evaluation.report import marked, number, write_report
 from lora_compose.compose.evaluation.results import PLAN, Plan
-from lora_compose.compose.evaluation.suite import Batch, Suite
+from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.evaluation.summary import METRICS, summary
 from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.files.images import Machine

@@ -25,6 +25,7 @@ from accelerate import cpu_offload
 from commands import call
 from disks import files_of_at_most
 from lora_compose.compose.evaluation import runner
+from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.results import (
     FAILED,
@@ -36,7 +37,7 @@ from lora_compose.compose.evaluation.results import (
     image_path,
 )
 from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done, open_worker
-from lora_compose.compose.evaluation.suite import Suite, batches, read_suite
+from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.files.stored import read, write

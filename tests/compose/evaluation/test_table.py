@@ -12,11 +12,11 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from evaluations import SCORES, Seen, known, sanity, store, suite
+from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.metrics import success
 from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import MADE, PLAN
 from lora_compose.compose.evaluation.statistics import bootstrap
-from lora_compose.compose.evaluation.suite import Batch
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, summary
 from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
 from lora_compose.compose.files.reading import FileError

@@ -24,14 +24,8 @@ from lora_compose import ComposePipeline, Concept
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.pipelines.concepts import loading
-from lora_compose.pipelines.concepts.loading import (
-    Factors,
-    LoraError,
-    adapter_factors,
-    find_file,
-    match,
-    read_lora,
-)
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from reference import deltas
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
