@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -236,40 +237,41 @@ def test_images_are_the_same_after_kills_at_random_moments(
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_twice_give_the_images_of_one(batch_file: Path, tmp_path: Path) -> None:
-    """Two commands share a folder; one is killed with SIGKILL, started again, and killed again."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
-    command = [sys.executable, "-m", "lora_compose", "batch", str(batch_file), "--batch-size", "1", "--seed", "0-5"]
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+def test_two_processes_of_which_one_is_killed_twice_give_the_images_of_one(
+    entries: tuple[Entry, ...], settings: BatchSettings, tmp_path: Path
+) -> None:
+    """Two processes share a folder; one is killed with SIGKILL, started again, and killed again."""
+    one_by_one = settings.model_copy(update={"batch_size": 1, "seeds": (0, 1, 2, 3)})
+    out, undisturbed, fork = tmp_path / "out", tmp_path / "undisturbed", multiprocessing.get_context("fork")
+    run_batch(entries, one_by_one, undisturbed)
 
-    def start(folder: Path) -> subprocess.Popen:
-        arguments = [*command, "--out", str(folder)]
-        return subprocess.Popen(
-            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+    def joins() -> BaseProcess:
+        process = fork.Process(target=_run_quietly, args=(entries, one_by_one, out))
+        process.start()
+        return process
 
-    def has_a_claim(process: subprocess.Popen) -> bool:
+    def has_a_claim(process: BaseProcess) -> bool:
         found = (path.read_text().split() for path in (out / STATE / "claims").glob("*") if path.exists())
         return any(words[-1:] == [str(process.pid)] for words in found)
 
-    _, told = (alone := start(undisturbed)).communicate(timeout=400)
-    assert alone.returncode == 0, told
-    steady = start(out)
+    steady = joins()
     for number in (1, 4):
         while len(contents(out)) < number:
-            assert steady.poll() is None
+            assert steady.exitcode is None
             time.sleep(0.01)
         psutil.Process(steady.pid).suspend()  # else it might be done before the other one has begun
-        victim = start(out)
+        victim = joins()
         while not has_a_claim(victim):
-            assert victim.poll() is None
+            assert victim.exitcode is None
             time.sleep(0.01)
         psutil.Process(steady.pid).resume()
         victim.kill()
-        victim.communicate()
-    _, told = steady.communicate(timeout=400)
-    assert steady.returncode == 0, told
-    assert len(contents(out)) == 3 + 6 + 6
+        victim.join()
+        assert victim.exitcode == -signal.SIGKILL
+    steady.join()
+    assert steady.exitcode == 0
+    assert len(contents(out)) == 3 + 4 + 4
     assert contents(out) == contents(undisturbed)
     assert not list((out / STATE / "claims").iterdir())
 
@@ -281,7 +283,7 @@ def test_two_processes_started_by_one_command_give_the_images_of_one(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "lora_compose", "batch", str(batch_file), "--out", str(tmp_path / "out")]
     done = subprocess.run(
-        [*command, "--processes", "2"], env=environment, capture_output=True, text=True, timeout=400, check=False
+        [*command, "--processes", "2"], env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "composing into" in done.stderr, "progress is told without a terminal"
