@@ -226,15 +226,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Settings:
         """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
-        return self._choose_method(method, concepts, prompts, concept_sets).method
+        return self.resolve_choice(method, concepts, prompts, concept_sets).method
 
-    def _choose_method(
+    def resolve_choice(
         self,
         method: str | Settings | None,
         concepts: Sequence[LoadedConcept],
         prompts: Sequence[str] | None,
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Choice:
+        """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
         if method is not None:
             return Choice(make_method(method), "it was asked for")
         reads_regions = backbone_of(self.model).reads_regions

@@ -142,7 +142,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     concepts = ConceptSet(loaded)
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
-    choice = pipe._choose_method(call.composition.method, loaded, call.prompts.first, sets)
+    choice = pipe.resolve_choice(call.composition.method, loaded, call.prompts.first, sets)
     backbone = backbone_of(pipe.model)
     if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(

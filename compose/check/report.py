@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
-from lora_compose.compose.generate.making import load, rehearse, resolve_settings, size_of
+from lora_compose.compose.generate.making import load, rehearse, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
@@ -106,14 +106,14 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         facts.append((f"{known.name}: words", _words(known, place)))
         places += [(known, place)] if place else []
     _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], run.scene.prompt)
-    settings = None
+    choice = None
     if all(loaded) or run.method is not None:
-        settings = _attempt(problems, resolve_settings, pipe, run, [found for found in loaded if found])
+        choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
     if not problems:
         _attempt(problems, rehearse, pipe, run)
-    cost = None if problems else _attempt(problems, _cost, pipe, run, settings, loaded)
+    cost = None if problems else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
     facts += [
-        ("method", name_of(settings)[0] if settings else "none"),
+        ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
         ("cost", _cost_words(pipe, run, cost) if cost is not None else "not known"),
