@@ -30,6 +30,7 @@ from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.task import ImageToImage, TextToImage
@@ -56,6 +57,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
+
+    reads_weights: ClassVar[bool] = False
+    """Whether prompts may have weights, and be longer than a text encoder reads at once."""
     """The classes of all model families, as their modules register them."""
 
     # Components, and what the pipelines of all families have.
@@ -287,7 +291,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
                 cost=opened.denoiser.cost,
                 started=call.started,
             )
-            return latents, process, Outcome(opened.denoiser, plan.choice)
+            return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
     # What differs between families.
 
@@ -295,6 +299,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def model(self) -> Any:
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
+
+    def _origin(self, call: Call, plan: Plan) -> Origin | None:
+        """What images are repainted with; None where that cannot be done."""
+        return None
 
     def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
         """The tokenizers of the model's text as they read prompts.
@@ -392,10 +400,11 @@ _CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is told of a call: the denoiser that has run, with costs and recorded maps, and the choice of its method."""
+    """What is told of a call: its denoiser, with costs and recorded maps, its method, and what it was made of."""
 
     denoiser: Denoiser
     choice: Choice
+    origin: Origin | None = None
 
 
 def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
@@ -411,4 +420,5 @@ def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
         recorded_steps=recorded_steps,
         method=name_of(choice.method)[0],
         method_reason=choice.reason,
+        origin=outcome.origin,
     )

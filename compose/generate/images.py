@@ -72,9 +72,11 @@ def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
         say(reason, style="dim", to=err)
     for note in choice.notes:
         say(f"note: {note}", style="yellow", to=err)
-    return scene.model_copy(
-        update={"prompt": choice.prompt, "concepts": tuple(known[name] for name in choice.names)}
-    )  # fmt: skip
+    concepts = tuple(
+        known[name].model_copy(update={"weight": choice.weights[name]} if name in choice.weights else {})
+        for name in choice.names
+    )
+    return scene.model_copy(update={"prompt": choice.prompt, "concepts": concepts})
 
 
 def _how(made: Run, reason: str | None) -> str:

@@ -525,6 +525,17 @@ def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
     assert "(the model reads 30 tokens; 6 more are cut off)" in call("check", tmp_path / "scene.yaml").stdout
 
 
+def test_check_reads_long_prompts_and_weights(tmp_path: Path) -> None:
+    prompt = f"a (xlo bear:1.2), {'a cat and ' * 9}a qrt robot"
+    (tmp_path / "scene.yaml").write_text(
+        f"prompt: '{prompt}'\nconcepts:\n- {{name: bear, lora: 'playground:bear'}}\n"
+        "- {name: robot, lora: 'playground:robot'}\n"
+    )
+    found = call("check", tmp_path / "scene.yaml").stdout
+    assert "1:a 2:xlo 3:bear" in found
+    assert "(in 2 chunks)" in found
+
+
 def test_check_reports_a_broken_scene_file(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text("prompt: a\nconcept: []\n")
     assert "concept: unknown field" in call("check", tmp_path / "scene.yaml", code=2).stderr

@@ -13,6 +13,7 @@ from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.boxes import TEMPLATES, fitted, template
 from lora_compose.compose.page.draft import SIDES
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.start import keep_mask, painted, painting, paints, unpaint
 from lora_compose.compose.page.screen.state import Row, Visit
 from lora_compose.compose.page.text import markdown
 
@@ -23,10 +24,16 @@ _SIDE = 1024  # pixels of the longer side that are sent to the browser
 
 def position_part(here: Visit) -> None:
     """Whether concepts have boxes, and ways to arrange them."""
-    if not here.rows:
+    if not here.rows and not paints(here):
         return
     st.session_state.setdefault(_SHOWN, True)
     with st.container(horizontal=True, vertical_alignment="center", key="position"):
+        if paints(here):
+            st.toggle("Brush", key=fields.BRUSH, help="Paint over the part of the image that is to change.")
+            st.button("Clear what you painted", key="do.unpaint", on_click=unpaint, args=(here,),
+                      disabled=here.start is None or here.start.mask is None)  # fmt: skip
+        if not here.rows:
+            return
         st.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
                              required=True, label_visibility="collapsed")  # fmt: skip
         if fields.boxed():
@@ -46,12 +53,13 @@ def canvas(here: Visit, image: Image.Image | None, alt: str) -> None:
     if st.session_state.pop(_DRAWN, False):
         st.rerun()  # all of the page, for this part may have been looked at alone
     width, height = fields.size()
-    shown = fields.boxed() and st.session_state[_SHOWN] if here.rows else False
+    shown = fields.boxed() and st.session_state[_SHOWN] if here.rows and not painting(here) else False
     data = {
         "width": width,
         "height": height,
         "image": None if image is None else as_uri(image),
         "alt": alt,
+        "paint": painted(here),
         "boxes": [
             {
                 "id": row.number,
@@ -62,7 +70,7 @@ def canvas(here: Visit, image: Image.Image | None, alt: str) -> None:
             for i, row in (_with_boxes(here) if shown else [])
         ],
     }
-    _component()(key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(here))
+    _component()(key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(here), on_mask_change=lambda: _masked(here))
 
 
 def _arranging(here: Visit) -> None:
@@ -109,6 +117,11 @@ def _drawn(here: Visit) -> None:
     if row is not None and _is_box(drawn.get("box")):
         fields.set_box(row, fitted(drawn["box"], *fields.size()))
         st.session_state[_DRAWN] = True
+
+
+def _masked(here: Visit) -> None:
+    keep_mask(here, st.session_state[_CANVAS].get("mask"))
+    st.session_state[_DRAWN] = True
 
 
 def _is_box(value: Any) -> bool:

@@ -1,6 +1,9 @@
 """The button, what is said before it is pressed, the work in hand, and the image."""
 
+from pathlib import Path
+
 import streamlit as st
+from PIL import Image
 
 from lora_compose.compose.check.report import Report
 from lora_compose.compose.page import export
@@ -14,6 +17,7 @@ from lora_compose.compose.page.screen.cost import cost_help, cost_words, picture
 from lora_compose.compose.page.screen.evaluate import evaluate_view
 from lora_compose.compose.page.screen.gallery import gallery_view
 from lora_compose.compose.page.screen.keep import keep_buttons
+from lora_compose.compose.page.screen.start import painting, start_image
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, Visit
 from lora_compose.compose.page.screen.understand import understand_view
 from lora_compose.compose.page.text import markdown
@@ -99,6 +103,7 @@ def _start(here: Visit) -> None:
     flops = report.cost.flops if report is not None and report.cost is not None else None
     here.begin(runs, [flops] * len(runs), comparing=False, record_attention=st.session_state[fields.ATTENTION])
     st.session_state[_VIEW] = "Image"
+    st.session_state[fields.BRUSH] = False  # the image is looked at
 
 
 def _working(here: Visit, on_canvas: bool) -> None:
@@ -109,10 +114,7 @@ def _working(here: Visit, on_canvas: bool) -> None:
         _progress(here, job)
     if on_canvas:
         preview = job.preview if job is not None and working and not job.comparing else None
-        picture = here.picture
-        image = preview or (picture.made.image if picture is not None else None)
-        alt = "Preview of the image" if preview else picture.run.scene.prompt if picture is not None else ""
-        canvas(here, image, alt)
+        _on_canvas(here, preview)
     ended, here.was_working = here.was_working and not working, working
     if new or ended:
         st.rerun()  # the whole page, with the new images
@@ -120,6 +122,19 @@ def _working(here: Visit, on_canvas: bool) -> None:
         st.error(markdown(spoken(error, files=here.store.names)), icon=":material/error:")
     if job is not None and job.state == "stopped":
         st.info("Stopped. Your settings are unchanged.", icon=":material/stop_circle:")
+
+
+def _on_canvas(here: Visit, preview: Image.Image | None) -> None:
+    """What is looked at: the image in the making, the one to paint a mask over, the one that was made, or the start."""
+    picture = here.picture
+    if preview is not None:
+        canvas(here, preview, "Preview of the image")
+    elif here.start is not None and (painting(here) or picture is None):
+        canvas(here, start_image(here.start), "The image to start from")
+    elif picture is not None:
+        canvas(here, picture.made.image, picture.run.scene.prompt)
+    else:
+        canvas(here, None, "")
 
 
 def _progress(here: Visit, job: Job) -> None:
@@ -187,7 +202,7 @@ def _about(picture: Picture) -> None:
 
 def _exports(here: Visit, picture: Picture) -> None:
     with st.expander("Export: scene file, Python, command line", icon=":material/code:"):
-        run = export.portable(picture.run, {lora.source: lora.shown for lora in here.store.uploads})
+        run = export.portable(picture.run, {lora.source: lora.shown for lora in here.store.uploads} | here.store.images)
         scene = export.scene_file(run.scene)
         scene_tab, python_tab, command_tab = st.tabs(["Scene file", "Python", "Command line"])
         with scene_tab:
@@ -200,7 +215,12 @@ def _exports(here: Visit, picture: Picture) -> None:
         command_tab.code(export.command(run, savers), language="bash")
         command_tab.caption("It reads scene.yaml, from the first tab.")
         if run != picture.run:
-            st.caption("Uploaded LoRAs keep your file names; put the files beside the scene file.")
+            st.caption("Uploaded files keep your names; put them beside the scene file.")
+        for name in ("image", "mask_image"):
+            path, shown = getattr(picture.run.scene, name), getattr(run.scene, name)
+            if path in here.store.images and Path(path).exists():
+                st.download_button(f"Save {shown}", Path(path).read_bytes(), shown, "image/png",
+                                   icon=":material/download:", on_click="ignore", key=f"do.save.{name}")  # fmt: skip
 
 
 _VIEWS = {
