@@ -3,7 +3,7 @@
 import streamlit as st
 
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.arrival import visit
+from lora_compose.compose.page.screen.arrival import page_session
 from lora_compose.compose.page.screen.concepts import concepts_part
 from lora_compose.compose.page.screen.keep import restoring
 from lora_compose.compose.page.screen.method import method_part
@@ -15,16 +15,16 @@ from lora_compose.compose.page.screen.top import top_part
 
 st.set_page_config("lora-compose", ":material/brush:", layout="wide")
 style()
-here = visit()
+session = page_session()
 fields.keep()
-top_part(here)
+top_part(session)
 
 stage, bench = st.columns([1, 1], gap="medium")
 with bench, st.container(key="bench"):
-    prompt_part(here)
-    concepts_part(here)
-    method_part(here)
-    start_part(here)
-    restoring(here)
+    prompt_part(session)
+    concepts_part(session)
+    method_part(session)
+    start_part(session)
+    restoring(session)
 with stage, st.container(key="stage"):
-    stage_part(here)
+    stage_part(session)

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.device import uncompiled
+from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Site, Stream
-from lora_compose.attention.slot import LayerInputs, Slot
 from lora_compose.attention.text_kv import TextKV
 
 _in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -28,20 +28,20 @@ class Installation:
 
     Attributes:
         bank: The bank layers in place, by name. Layers that are folded as a whole are no longer among them.
-        slot: What the current pass needs.
+        state: What the current pass needs.
     """
 
     def __init__(
         self,
         model: nn.Module,
         bank: dict[str, BankLayer],
-        slot: Slot,
+        state: ForwardState,
         undo: ExitStack,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.bank = bank
-        self.slot = slot
+        self.state = state
         self._model = model
         self._undo = undo
         self._device = device
@@ -86,8 +86,8 @@ class Installation:
         """
         for recorder in recorders:
             recorder.clear()
-        self.slot.inputs = inputs
-        self.slot.recorders = recorders
+        self.state.inputs = inputs
+        self.state.recorders = recorders
 
     def fold(self, streams: Iterable[Stream], weights: Sequence[float], stay: Collection[int] = ()) -> int:
         """Adds the deltas of some layers to the weights until the installation ends: base speed for any N.
@@ -181,7 +181,7 @@ def installed_layers(
     model = uncompiled(model)
     with ExitStack() as undo:
         _claim(model, undo)
-        yield _put_in_place(model, loras, where, Slot(), undo, device=device, dtype=dtype, silence=silence)
+        yield _put_in_place(model, loras, where, ForwardState(), undo, device=device, dtype=dtype, silence=silence)
 
 
 @contextmanager
@@ -200,16 +200,16 @@ def install(
     model = uncompiled(backbone.model)
     with ExitStack() as undo:
         _claim(model, undo)
-        slot = Slot()
-        backbone.steer(slot, undo)
-        yield _put_in_place(model, loras, backbone.sites, slot, undo, device=device, dtype=dtype, silence=silence)
+        state = ForwardState()
+        backbone.steer(state, undo)
+        yield _put_in_place(model, loras, backbone.sites, state, undo, device=device, dtype=dtype, silence=silence)
 
 
 def _put_in_place(
     model: nn.Module,
     loras: Sequence[Lora],
     where: Mapping[str, Site],
-    slot: Slot,
+    state: ForwardState,
     undo: ExitStack,
     *,
     device: torch.device,
@@ -223,13 +223,13 @@ def _put_in_place(
     for name in dict.fromkeys(name for lora in loras for name in lora):
         found = model.get_submodule(name)
         factors = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
-        bank[name] = BankLayer(found, factors, where[name], len(loras), slot, device=device, dtype=dtype)
+        bank[name] = BankLayer(found, factors, where[name], len(loras), state, device=device, dtype=dtype)
         bank[name].training = found.training
     _silence(model, frozenset(silence), undo)
     for name, layer in bank.items():
         undo.callback(_swap, model, name, layer.layer)
         _swap(model, name, layer)
-    return Installation(model, bank, slot, undo, device, dtype)
+    return Installation(model, bank, state, undo, device, dtype)
 
 
 def check_free(model: nn.Module) -> None:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.sites import Site
-from lora_compose.attention.slot import Slot
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class BankLayer(nn.Module):
         factors: (index of the concept, its factors) of every concept that changes this layer.
         site: What its input is.
         concepts: How many concepts there are in all.
-        slot: Where the gates come from.
+        state: Where the gates come from.
         device: Where the model runs.
         dtype: The precision in which it runs.
     """
@@ -75,7 +75,7 @@ class BankLayer(nn.Module):
         factors: Sequence[tuple[int, LoraFactors]],
         site: Site,
         concepts: int,
-        slot: Slot,
+        state: ForwardState,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -89,7 +89,7 @@ class BankLayer(nn.Module):
         for index, factor in factors:
             ranks[index] += factor.rank
         self.key = GateKey(site, self.convolution, tuple(ranks))
-        self._slot = slot
+        self._state = state
         down = torch.cat([factor.down.to(device, dtype) for _, factor in factors])
         up = [(factor.up.to(device, torch.float32) * factor.scale).to(dtype) for _, factor in factors]
         self.register_buffer("A", down, persistent=False)
@@ -100,7 +100,7 @@ class BankLayer(nn.Module):
     ) -> "BankLayer":
         """The same with other factors in place of those it has."""
         concepts = len(self.key.ranks)
-        made = BankLayer(self.layer, factors, self.key.site, concepts, self._slot, device=device, dtype=dtype)
+        made = BankLayer(self.layer, factors, self.key.site, concepts, self._state, device=device, dtype=dtype)
         made.training = self.training
         return made
 
@@ -121,7 +121,7 @@ class BankLayer(nn.Module):
             KeyError: If no gate was set for this kind of layer.
         """
         out = self.layer(x)
-        gate = self._slot.inputs.gates[self.key]
+        gate = self._state.inputs.gates[self.key]
         if self.convolution:
             base = base_layer(self.layer)
             hidden = F.conv2d(x, self.A, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,13 +20,13 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import Source
 from lora_compose.pipelines.hub import is_hub_name, reachable
 from lora_compose.pipelines.loop import Hooks, denoise
-from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method, name_of
+from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.opening import checkpoint_keys
+from lora_compose.pipelines.outcome import Outcome
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
 from lora_compose.pipelines.refine import Origin
@@ -396,29 +395,3 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
 _CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids"}
 """What diffusers' own callbacks cut off when they switch guidance off."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is told of a call: its denoiser, with costs and recorded maps, its method, and what it was made of."""
-
-    denoiser: Denoiser
-    choice: Choice
-    origin: Origin | None = None
-
-
-def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
-    """What a call returns."""
-    denoiser, choice = outcome.denoiser, outcome.choice
-    recorded_steps, maps = denoiser.log.attention_maps() or (None, None)
-    return ComposeOutput(
-        images=images,
-        nsfw_content_detected=nsfw,
-        cost=denoiser.cost,
-        attention_maps=maps,
-        masks=denoiser.log.masks(),
-        recorded_steps=recorded_steps,
-        method=name_of(choice.method)[0],
-        method_reason=choice.reason,
-        origin=outcome.origin,
-    )

@@ -7,7 +7,7 @@ import torch
 
 from lora_compose.attention import Gates, Installation
 from lora_compose.attention.device import to_device
-from lora_compose.attention.slot import LayerInputs
+from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.text_kv import TextKV
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet

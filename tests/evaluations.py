@@ -6,23 +6,24 @@ from typing import Any
 
 from PIL import Image
 
+from lora_compose.compose.evaluation.batches import Batch, batches
 from lora_compose.compose.evaluation.results import (
     FAILED,
     MADE,
     PLAN,
     ConceptScore,
     Failed,
+    ImageCost,
+    ImageScores,
     Made,
-    PictureCost,
-    PictureScores,
     Plan,
     Planned,
     Scores,
     batch_folder,
-    picture_path,
+    image_path,
     write,
 )
-from lora_compose.compose.evaluation.suite import Batch, Suite, batches
+from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 
 Seen = Mapping[str, tuple[float, float] | float | None]
@@ -58,9 +59,9 @@ def suite(scenes: Mapping[str, tuple[str, ...]] | Sequence[Any] | None = None, *
     return Suite.model_validate(fields | changes)
 
 
-def scores(concepts: tuple[str, ...], seen: Seen) -> PictureScores:
-    """What was measured on a picture of concepts."""
-    return PictureScores(clip_t=25.0, extra=0, concepts={name: _score(concepts, name, seen[name]) for name in concepts})
+def scores(concepts: tuple[str, ...], seen: Seen) -> ImageScores:
+    """What was measured on an image of concepts."""
+    return ImageScores(clip_t=25.0, extra=0, concepts={name: _score(concepts, name, seen[name]) for name in concepts})
 
 
 def _score(concepts: tuple[str, ...], name: str, found: tuple[float, float] | float | None) -> ConceptScore:
@@ -73,11 +74,11 @@ def _score(concepts: tuple[str, ...], name: str, found: tuple[float, float] | fl
 
 
 Measured = Callable[[Batch, int], Seen | str | None]
-"""What is stored of a picture: what was seen; or of its batch: why it failed, "unscored", or None for nothing yet."""
+"""What is stored of an image: what was seen; or of its batch: why it failed, "unscored", or None for nothing yet."""
 
 
 def store(out: Path, of: Suite, measured: Measured, draw: bool = False, **changes: Any) -> Path:
-    """Stores an evaluation, with pictures if `draw`. `changes` are of what was made."""
+    """Stores an evaluation, with images if `draw`. `changes` are of what was made."""
     planned = []
     for batch in batches(of):
         arm = batch.arm
@@ -92,10 +93,10 @@ def store(out: Path, of: Suite, measured: Measured, draw: bool = False, **change
             write(batch_folder(out, key) / MADE, made(fields | changes))
         for seed, seen in found.items():
             if draw and isinstance(seen, Mapping):
-                _draw(picture_path(out, key, seed), seed)
+                _draw(image_path(out, key, seed), seed)
         seen = {seed: scores(batch.scene.concepts, one) for seed, one in found.items() if isinstance(one, Mapping)}
         if seen:
-            write(batch_folder(out, key) / SCORES, Scores(pictures=seen))
+            write(batch_folder(out, key) / SCORES, Scores(images=seen))
     write(out / PLAN, Plan(suite=of, batches=tuple(planned)))
     return out
 
@@ -103,7 +104,7 @@ def store(out: Path, of: Suite, measured: Measured, draw: bool = False, **change
 def made(fields: Mapping[str, Any]) -> Made:
     """A batch; `composite` and `tara` cost twice the rows and seconds of the others."""
     factor = 2 if fields["arm"] in ("composite", "tara") else 1
-    cost = PictureCost(
+    cost = ImageCost(
         rows_forward=50 * factor, rows_backward=0, flops=1e9 * factor, seconds=2.0 * factor, preparation_seconds=0.5,
         peak_bytes=2**20,
     )  # fmt: skip

@@ -208,7 +208,7 @@ def test_steps_after_the_first_wait_for_the_device_once_for_an_update_and_otherw
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_training_in_half_precision_goes_on_as_if_undisturbed(tmp_path, precision):
-    paint_folder(tmp_path / "pictures")
+    paint_folder(tmp_path / "images")
     small_pipeline(StableDiffusionPipeline, unet=sd_unet(**TINY)).save_pretrained(tmp_path / "model")
     given: dict[str, Any] = {"cpu": False, "tara": TARA, "steps": 6, "mixed_precision": precision}
     whole = training(tmp_path, tmp_path / "model", **given, out=tmp_path / "whole.safetensors")

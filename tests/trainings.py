@@ -11,7 +11,7 @@ import components
 from components import TINY, TINY_XL, sd_unet, sdxl_unet, small_pipeline
 from lora_compose.compose.training import TaraTraining, Training
 
-SIDE = 32  # pixels of the training pictures
+SIDE = 32  # pixels of the training images
 
 
 def xl_pipeline(unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:
@@ -25,7 +25,7 @@ def sd_pipeline(unet: UNet2DConditionModel | None = None) -> Any:
 
 
 def paint_folder(folder: Path, number: int = 3, size: tuple[int, int] = (SIDE, SIDE)) -> Path:
-    """Pictures of one colour each, with some noise."""
+    """Images of one colour each, with some noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(number)
     for i in range(number):
@@ -35,9 +35,9 @@ def paint_folder(folder: Path, number: int = 3, size: tuple[int, int] = (SIDE, S
 
 
 def training(folder: Path, model: Path | str, **fields: Any) -> Training:
-    """Four steps on the pictures in `folder/pictures`."""
+    """Four steps on the images in `folder/images`."""
     given: dict[str, Any] = {
-        "pictures": folder / "pictures", "out": folder / "cat.safetensors", "trigger": "sks", "class_word": "cat",
+        "images": folder / "images", "out": folder / "cat.safetensors", "trigger": "sks", "class_word": "cat",
         "model": str(model), "resolution": SIDE, "steps": 4, "rank": 2, "learning_rate": 1e-2, "batch_size": 2,
         "checkpoint_every": 2, "cpu": True,
     }  # fmt: skip

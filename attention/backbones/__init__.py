@@ -19,8 +19,8 @@ from lora_compose.attention.backbones.krea2 import Krea2Backbone
 from lora_compose.attention.backbones.unet import UNetBackbone
 from lora_compose.attention.backbones.z_image import ZImageBackbone
 from lora_compose.attention.device import uncompiled
+from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.sites import Site
-from lora_compose.attention.slot import Slot
 
 
 class Backbone(Protocol):
@@ -81,8 +81,8 @@ class Backbone(Protocol):
         """How text and image lie in one sequence, where the model attends to both together (`JointRegions`)."""
         ...
 
-    def steer(self, slot: Slot, undo: ExitStack) -> None:
-        """Puts our attention in the place of what is found, told by a slot what to do; `undo` puts it back."""
+    def steer(self, state: ForwardState, undo: ExitStack) -> None:
+        """Puts our attention in the place of what is found, told by a state what to do; `undo` puts it back."""
         ...
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:

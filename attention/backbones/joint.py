@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import uncompiled
+from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.sites import Site, Stream, grid_at
-from lora_compose.attention.slot import Slot
 
 PATCH = 2
 """Latent cells per image token and side, so that image tokens are on level 1."""
@@ -65,7 +65,7 @@ class JointBackbone:
         """Side of the latents for which the model was made: 1024 pixels."""
         return 128
 
-    def steer(self, slot: Slot, undo: ExitStack) -> None:
+    def steer(self, state: ForwardState, undo: ExitStack) -> None:
         """Puts our kernel into every attention processor; `undo` puts them back.
 
         Raises:
@@ -76,7 +76,7 @@ class JointBackbone:
             raise ValueError(
                 f"{fused[0]} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`"
             )
-        ours = {name: with_kernel(attn.processor, name, self._sequence(name), slot) for name, attn in found.items()}
+        ours = {name: with_kernel(attn.processor, name, self._sequence(name), state) for name, attn in found.items()}
         for name, attn in found.items():
             undo.callback(attn.set_processor, attn.processor)
             attn.set_processor(ours[name])
@@ -142,22 +142,22 @@ class JointKernel:
     Attributes:
         layer: Name of the layer.
         site: What its sequence is: text, image, or both.
-        slot: What the current pass needs.
+        state: What the current pass needs.
         attend: diffusers' `dispatch_attention_fn`.
     """
 
     layer: str
     site: Site
-    slot: Slot
+    state: ForwardState
     attend: Callable[..., Tensor]
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         """Attends. Shapes: [rows, positions, heads, channels]; a mask is True where keys are seen."""
-        if self.site.stream == "joint" and self.slot.recorders:
+        if self.site.stream == "joint" and self.state.recorders:
             self._record(query, key, attn_mask)
-        regions = self.slot.inputs.joint_regions
+        regions = self.state.inputs.joint_regions
         if regions is None:
             return self.attend(query, key, value, attn_mask=attn_mask, **options)
 
@@ -168,19 +168,19 @@ class JointKernel:
 
     def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
         text, image = self._parts()
-        regions = self.slot.inputs.joint_regions
+        regions = self.state.inputs.joint_regions
         if regions is not None:
             allowed = regions.allowed("joint", key.shape[1])[:, None, image]
             mask = allowed if mask is None else mask & allowed
         keys = torch.cat([key[:, text], key[:, image]], dim=1).transpose(1, 2)  # words first, as the readout has them
         seen = None if mask is None else torch.cat([mask[..., text], mask[..., image]], dim=-1)
         tokens, scale = text.stop - text.start, query.shape[-1] ** -0.5
-        for recorder in self.slot.recorders:
+        for recorder in self.state.recorders:
             recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, seen, tokens)
 
     def _parts(self) -> tuple[slice, slice]:
         """Where text and image are in a joint sequence."""
-        inputs = self.slot.inputs
+        inputs = self.state.inputs
         height, width = grid_at(inputs.latent_grid, self.site.level)
         tokens, cells = self.site.padded(max(inputs.lengths)), height * width
         if self.site.image_first:
@@ -189,7 +189,7 @@ class JointKernel:
         return slice(0, tokens), slice(tokens, tokens + cells)
 
 
-def with_kernel(processor: Any, layer: str, site: Site, slot: Slot) -> Any:
+def with_kernel(processor: Any, layer: str, site: Site, state: ForwardState) -> Any:
     """The processor found, with our kernel in the place of the function that it calls for attention.
 
     Raises:
@@ -200,7 +200,7 @@ def with_kernel(processor: Any, layer: str, site: Site, slot: Slot) -> Any:
     if not isinstance(call, FunctionType) or "dispatch_attention_fn" not in call.__code__.co_names:
         raise ValueError(f"{layer} has a {kind.__name__}, which cannot be combined with concepts")
     names = dict(call.__globals__)
-    names["dispatch_attention_fn"] = JointKernel(layer, site, slot, names["dispatch_attention_fn"])
+    names["dispatch_attention_fn"] = JointKernel(layer, site, state, names["dispatch_attention_fn"])
     del names["__name__"]  # torch.compile would look names up in the module of that name
     ours = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     ours.__kwdefaults__ = call.__kwdefaults__

@@ -10,9 +10,9 @@ from torch import Tensor, cat, nn
 
 from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import uncompiled
+from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.kernels import Kernel, kernel_of
 from lora_compose.attention.sites import Site
-from lora_compose.attention.slot import Slot
 
 Stage = Literal["down", "mid", "up"]
 
@@ -74,7 +74,7 @@ class UNetBackbone:
         """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
         return uncompiled(self.model).config["time_cond_proj_dim"] is not None  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
-    def steer(self, slot: Slot, undo: ExitStack) -> None:
+    def steer(self, state: ForwardState, undo: ExitStack) -> None:
         """Replaces every attention processor by ours, with the kernel found; `undo` puts them back.
 
         Raises:
@@ -82,7 +82,7 @@ class UNetBackbone:
         """
         model = uncompiled(self.model)
         found = {layer: cast(Attention, model.get_submodule(layer.name)) for layer in self._layers}
-        ours = {layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), slot) for layer, attn in found.items()}
+        ours = {layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state) for layer, attn in found.items()}
         for layer, attn in found.items():
             undo.callback(attn.set_processor, attn.processor)
             attn.set_processor(ours[layer])  # pyright: ignore[reportArgumentType]
@@ -232,18 +232,18 @@ class ComposeAttnProcessor:
     """Attention with kept text keys and values and with recording; the kernel is the one found.
 
     LoRA deltas need nothing here: the projections are bank layers. Facts of the layer are given when it is built,
-    what a pass needs is read from the slot, and nothing of a call is kept on the processor.
+    what a pass needs is read from the state, and nothing of a call is kept on the processor.
 
     Args:
         layer: The attention layer it serves.
         kernel: How attention is computed.
-        slot: What the current pass needs.
+        state: What the current pass needs.
     """
 
-    def __init__(self, layer: AttentionLayer, kernel: Kernel, slot: Slot) -> None:
+    def __init__(self, layer: AttentionLayer, kernel: Kernel, state: ForwardState) -> None:
         self._layer = layer
         self._kernel = kernel
-        self._slot = slot
+        self._state = state
 
     def __call__(
         self,
@@ -274,22 +274,22 @@ class ComposeAttnProcessor:
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
         hidden_states = dropout(project(hidden_states))
-        if self._layer.cross and self._slot.inputs.regions is not None:
-            hidden_states = self._slot.inputs.regions.gathered(self._layer.level, hidden_states)
+        if self._layer.cross and self._state.inputs.regions is not None:
+            hidden_states = self._state.inputs.regions.gathered(self._layer.level, hidden_states)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        regions = self._slot.inputs.regions
+        regions = self._state.inputs.regions
         if regions is None:
             return self._kernel(query, key, value)
         attend = regions.cross if self._layer.cross else regions.self_attention
         return attend(self._kernel, self._layer.level, query, key, value)
 
     def _record(self, query: Tensor, key: Tensor, scale: float) -> None:
-        regions, name = self._slot.inputs.regions, self._layer.name
-        for recorder in self._slot.recorders:
+        regions, name = self._state.inputs.regions, self._layer.name
+        for recorder in self._state.recorders:
             isolated = regions is not None and regions.isolate and name in recorder.self_layers
             allowed = regions.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
             recorder.take(name, query, key, scale, allowed)
@@ -297,7 +297,7 @@ class ComposeAttnProcessor:
     def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         if text is not None:
             text = self._own(
-                text if self._slot.inputs.texts is None else self._slot.inputs.texts, attn.cross_attention_dim
+                text if self._state.inputs.texts is None else self._state.inputs.texts, attn.cross_attention_dim
             )
 
         def project() -> tuple[Tensor, Tensor]:
@@ -306,7 +306,7 @@ class ComposeAttnProcessor:
                 source = attn.norm_encoder_hidden_states(text)
             return attn.to_k(source), attn.to_v(source)  # pyright: ignore[reportOptionalCall]
 
-        text_kv = self._slot.inputs.text_kv
+        text_kv = self._state.inputs.text_kv
         if text is None or text_kv is None:
             return project()
         return text_kv.get(self._layer.name, project)

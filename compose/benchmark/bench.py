@@ -94,7 +94,7 @@ def bench(
         concepts: Numbers of concepts.
         settings: Of all these methods.
         steps: Denoising steps.
-        count: Whether UNet rows and FLOPs are counted; they are, too, where nothing else is asked for.
+        count: Whether latent rows and FLOPs are counted; they are, too, where nothing else is asked for.
         memory: Whether the peak of the memory is computed.
         time: Whether calls are timed.
         swap: Whether reading and swapping of LoRA files is timed.
@@ -166,12 +166,12 @@ def count_cells(
 
 
 def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
-    """UNet rows of an image, and FLOPs relative to the plain pipeline's."""
+    """Latent rows of an image, and FLOPs relative to the plain pipeline's."""
     plain = {row.architecture: row.plain for row in rows}
     whole = ", ".join(f"{cost.flops / 1e12:.0f} TFLOP on {name}" for name, cost in plain.items())
     table = _table(
         f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
-        f"({whole}), and those before the first step in plain steps. UNet rows: full, truncated (stopped), and "
+        f"({whole}), and those before the first step in plain steps. latent rows: full, truncated (stopped), and "
         "backward",
         ["method", "N", "rows", "stopped", "back", *(header for name in plain for header in (name, "before"))],
     )

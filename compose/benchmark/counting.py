@@ -1,4 +1,4 @@
-"""What a whole image costs in UNet rows and FLOPs: a method's full schedule, run without numbers on the meta device.
+"""What a whole image costs in latent rows and FLOPs: a method's full schedule, run without numbers on the meta device.
 
 Text encoders, VAE and scheduler are not counted; they are the same for every method, up to the text encoders' LoRAs.
 """

@@ -13,7 +13,8 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
-from lora_compose.pipelines.concepts.loading import find_file, read_lora
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.mask_images import mask_name
@@ -33,7 +34,7 @@ class RunCost:
     """What an image of a run costs.
 
     Attributes:
-        rows: UNet rows, in words.
+        rows: latent rows, in words.
         flops: Operations, a multiplication and an addition being two.
         plain_flops: Those of the same image without concepts.
     """
@@ -214,7 +215,7 @@ def _steps(pipe: Any, run: Run) -> int:
 def _cost_words(pipe: Any, run: Run, cost: RunCost) -> str:
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
     ratio = f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
-    return f"{cost.rows} UNet rows ({_steps(pipe, run)} steps {how}), {ratio}"
+    return f"{cost.rows} latent rows ({_steps(pipe, run)} steps {how}), {ratio}"
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:

@@ -28,7 +28,7 @@ def bench(
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", min=1)] = 25,
     count: Annotated[
-        bool, typer.Option("--count", help="Count UNet rows and FLOPs on SD 1.5 and SDXL; the default.")
+        bool, typer.Option("--count", help="Count latent rows and FLOPs on SD 1.5 and SDXL; the default.")
     ] = False,
     memory: Annotated[
         bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")

@@ -14,7 +14,7 @@ _PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory
 
 @kindly()
 def train(
-    pictures: Annotated[Path, typer.Argument(help="A folder with images, and captions.tsv or a .txt beside each.")],
+    images: Annotated[Path, typer.Argument(help="A folder with images, and captions.tsv or a .txt beside each.")],
     out: Annotated[Path, typer.Option(help="The LoRA to write, a .safetensors file.")],
     trigger: Annotated[str, typer.Option(help="The rare word that names the concept, e.g. sks.")],
     class_word: Annotated[str, typer.Option("--class", help="The noun after the trigger, e.g. cat.")],
@@ -42,7 +42,7 @@ def train(
         int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    class_pictures: Annotated[
+    class_images: Annotated[
         Path | None, typer.Option(help="A folder with images of the class.", rich_help_panel=_PRIOR)
     ] = None,
     class_prompt: Annotated[
@@ -128,11 +128,11 @@ def train(
         start_aligned=start_aligned,
     )  # fmt: skip
     fields = _given(
-        pictures=pictures, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt, scope=scope,
+        images=images, out=out, trigger=trigger, class_word=class_word, model=model, prompt=prompt, scope=scope,
         rank=rank, alpha=alpha, steps=steps, batch_size=batch_size, accumulate=accumulate, optimizer=optimizer,
         learning_rate=learning_rate, schedule=schedule, warmup=warmup, min_snr=min_snr, resolution=resolution,
         seed=seed,
-        class_pictures=class_pictures, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,
+        class_images=class_images, class_prompts=tuple(class_prompt or ()) or None, class_count=class_count,
         prior_batch=prior_batch, prior_weight=prior_weight, mixed_precision=mixed_precision,
         gradient_checkpointing=gradient_checkpointing, save_dtype=save_dtype, cpu=cpu or None, threads=threads,
         sample_every=sample_every, sample_prompts=tuple(sample_prompt or ()) or None, checkpoint_every=checkpoint_every,

@@ -7,17 +7,17 @@ from PIL import Image
 
 from lora_compose.compose.evaluation.detectors import make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
-from lora_compose.compose.evaluation.results import PictureScores
+from lora_compose.compose.evaluation.results import ImageScores
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.table import load
 
 
-def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
+def judge_votes(evaluation: Path, images: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
     """Says "both", "one" or "none" of every image: how many concepts are there and are themselves.
 
     Args:
         evaluation: The folder of an evaluation with scenes of these pairs; encoder, detector and thresholds are its.
-        pictures: Two concepts and an image by number.
+        images: Two concepts and an image by number.
     """
     found = load(evaluation)
     suite = found.suite
@@ -29,7 +29,7 @@ def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], 
     references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
     scorer = Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)
     verdicts = {}
-    for number, (pair, image) in pictures.items():
+    for number, (pair, image) in images.items():
         scene = scenes[frozenset(pair)]
         scores = scorer.score(image.convert("RGB"), scene)
         there = sum(_is_there(scores, name, limits[name]) for name in pair)
@@ -37,7 +37,7 @@ def judge_votes(evaluation: Path, pictures: Mapping[int, tuple[tuple[str, str], 
     return verdicts
 
 
-def _is_there(scores: PictureScores, name: str, threshold: float) -> bool:
+def _is_there(scores: ImageScores, name: str, threshold: float) -> bool:
     similarity = scores.concepts[name].similarity
     if not similarity or max(similarity, key=lambda one: similarity[one]) != name:
         return False

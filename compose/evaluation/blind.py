@@ -56,7 +56,7 @@ HALVES = ((0, 0, 64, 128), (64, 0, 128, 128))
 
 
 @dataclass(frozen=True)
-class Picture:
+class TrainingImage:
     """One image to be made."""
 
     pair: tuple[str, str]
@@ -64,11 +64,11 @@ class Picture:
     seed: int
 
 
-def numbered(seeds: int) -> dict[int, Picture]:
+def numbered(seeds: int) -> dict[int, TrainingImage]:
     """All images under the numbers that the sheets show: shuffled, and the same every time."""
-    jobs: list[Picture] = []
+    jobs: list[TrainingImage] = []
     for pair in PAIRS:
-        mine = [Picture(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
+        mine = [TrainingImage(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
         random.Random(" ".join(pair)).shuffle(mine)
         jobs += mine
     return dict(enumerate(jobs, start=1))
@@ -103,7 +103,7 @@ def score(out: Path) -> None:
     key, votes = read_votes(out)
     counts = Counter((key[number], verdict) for number, verdict in votes.items())
     table = Table(title="Blind test")
-    for column in ("way", *VERDICTS, "pictures"):
+    for column in ("way", *VERDICTS, "images"):
         table.add_column(column)
     for label in dict.fromkeys(sorted(key.values())):
         found = [counts[label, verdict] for verdict in VERDICTS]
@@ -132,12 +132,12 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
         )
     chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
     painted = _painted({number: jobs[number] for number in chosen}, out)
-    pictures = {number: (jobs[number].pair, image) for number, image in painted.items()}
-    judged = judge_votes(evaluation, pictures)
+    images = {number: (jobs[number].pair, image) for number, image in painted.items()}
+    judged = judge_votes(evaluation, images)
     _say_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
 
 
-def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, Picture]) -> None:
+def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, TrainingImage]) -> None:
     console = Console()
     table = Table(title=f"Human (rows) and judge (columns) on {len(judged)} images")
     for column in ("", *VERDICTS):
@@ -173,7 +173,7 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     return key, votes
 
 
-def _painted(jobs: dict[int, Picture], out: Path) -> dict[int, Image.Image]:
+def _painted(jobs: dict[int, TrainingImage], out: Path) -> dict[int, Image.Image]:
     pipe = open_model(Run(scene=Scene(prompt="-"), model=PLAYGROUND, device="cpu"))
     painted = {}
     with bar(f"composing for {out}", len(jobs)) as on_progress:
@@ -183,7 +183,7 @@ def _painted(jobs: dict[int, Picture], out: Path) -> dict[int, Image.Image]:
     return painted
 
 
-def paint(pipe: Any, job: Picture) -> Image.Image:
+def paint(pipe: Any, job: TrainingImage) -> Image.Image:
     """Makes an image."""
     suffix = "-tara" if job.arm.kind == "TARA" else ""
     names = [f"{subject}{suffix}" for subject in job.pair]
@@ -201,17 +201,17 @@ def paint(pipe: Any, job: Picture) -> Image.Image:
     ).images[0]
 
 
-def _sheet(pair: tuple[str, str], pictures: dict[int, Image.Image]) -> Image.Image:
+def _sheet(pair: tuple[str, str], images: dict[int, Image.Image]) -> Image.Image:
     """What the two subjects look like, and numbered images below."""
     font = ImageFont.load_default(18)
     sheet = Image.new("RGB", (COLUMNS * (SIDE + 8) + 8, (ROWS + 1) * (SIDE + 30) + 8), "white")
     draw = ImageDraw.Draw(sheet)
     references = [(subject, Image.open(path)) for subject in pair for path in playground_references(subject)[:2]]
-    tiles = [(f"reference: {subject}", picture) for subject, picture in references]
+    tiles = [(f"reference: {subject}", image) for subject, image in references]
     tiles += [("", Image.new("RGB", (1, 1), "white"))] * (COLUMNS - len(tiles))
-    tiles += [(str(number), picture) for number, picture in pictures.items()]
-    for i, (label, picture) in enumerate(tiles):
+    tiles += [(str(number), image) for number, image in images.items()]
+    for i, (label, image) in enumerate(tiles):
         x, y = 8 + (i % COLUMNS) * (SIDE + 8), 8 + (i // COLUMNS) * (SIDE + 30)
         draw.text((x, y), label, fill="black", font=font)
-        sheet.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y + 24))
+        sheet.paste(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC), (x, y + 24))
     return sheet

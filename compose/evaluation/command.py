@@ -81,7 +81,7 @@ def say_report(folder: Path, baseline: str | None = None) -> None:
     """Writes the report of an evaluation and says where it is."""
     written = write_report(folder, baseline)
     say(f"The report: {written.html}", style="bold")
-    say(f"As a table: {written.markdown}; for pandas: {written.pictures}, {written.concepts}, {written.summary}")
+    say(f"As a table: {written.markdown}; for pandas: {written.images}, {written.concepts}, {written.summary}")
 
 
 def _processes(wanted: int, device: str | None) -> int:

@@ -88,7 +88,7 @@ class RunComparison:
                 number(row["a"], metric),
                 number(row["b"], metric),
                 _difference(row, metric),
-                f"{row['wins']} / {row['ties']} / {row['losses']}" if row["pictures"] else "",
+                f"{row['wins']} / {row['ties']} / {row['losses']}" if row["images"] else "",
                 _said(row),
             ]
             before = row["arm"]
@@ -113,32 +113,32 @@ def compare_runs(a: Path, b: Path) -> RunComparison:
         for metric in METRICS
         if metric.key in (COMPARED if comparable else RELATIVE)
     ]
-    columns = ["arm", "metric", "a", "b", "difference", "low", "high", "wins", "ties", "losses", "pictures", "verdict"]
+    columns = ["arm", "metric", "a", "b", "difference", "low", "high", "wins", "ties", "losses", "images", "verdict"]
     notes = [*_differences(first, second), *_consequences(first, second, comparable, shared)]
     return RunComparison(a, b, tuple(notes), pd.DataFrame(rows, columns=columns))
 
 
 def _row(metric: Metric, a: pd.DataFrame, b: pd.DataFrame, shared: Sequence[str]) -> dict[str, Any]:
-    a, b = (pictures.dropna(subset=[metric.key]) for pictures in (a, b))
+    a, b = (images.dropna(subset=[metric.key]) for images in (a, b))
     both = {key for key in set(_keys(a)) & set(_keys(b)) if key[0] in shared}
     if not both:
         means = {"a": _mean(by_scene_and_seed(a, metric.key)), "b": _mean(by_scene_and_seed(b, metric.key))}
-        return {**means, "wins": 0, "ties": 0, "losses": 0, "pictures": 0, "verdict": ""}
+        return {**means, "wins": 0, "ties": 0, "losses": 0, "images": 0, "verdict": ""}
     first, second = (by_scene_and_seed(_chosen(p, both), metric.key) for p in (a, b))
     found = compare(second, first, metric.higher_is_better)
     ends = {"difference": found.difference.mean, "low": found.difference.low, "high": found.difference.high}
-    counts = {"wins": found.wins, "ties": found.ties, "losses": found.losses, "pictures": len(both)}
+    counts = {"wins": found.wins, "ties": found.ties, "losses": found.losses, "images": len(both)}
     return {"a": _mean(first), "b": _mean(second), **ends, **counts, "verdict": found.verdict}
 
 
-def _keys(pictures: pd.DataFrame) -> list[tuple[str, str, int]]:
+def _keys(images: pd.DataFrame) -> list[tuple[str, str, int]]:
     """Scene, concept that acts alone, and seed of each image."""
-    alone = ["" if pd.isna(name) else str(name) for name in pictures["alone"]]
-    return list(zip(pictures["scene"], alone, pictures["seed"], strict=True))
+    alone = ["" if pd.isna(name) else str(name) for name in images["alone"]]
+    return list(zip(images["scene"], alone, images["seed"], strict=True))
 
 
-def _chosen(pictures: pd.DataFrame, keys: Set[tuple[str, str, int]]) -> pd.DataFrame:
-    return pd.DataFrame(pictures[[key in keys for key in _keys(pictures)]])
+def _chosen(images: pd.DataFrame, keys: Set[tuple[str, str, int]]) -> pd.DataFrame:
+    return pd.DataFrame(images[[key in keys for key in _keys(images)]])
 
 
 def _mean(values: pd.Series) -> float:
@@ -227,7 +227,7 @@ def _difference(row: Mapping[str, Any], metric: Metric) -> str:
 
 
 def _said(row: Mapping[str, Any]) -> str:
-    if not row["pictures"]:
+    if not row["images"]:
         return "no common images"
     return "undecided" if row["verdict"] == "undecided" else f"B is {row['verdict']}"
 

@@ -8,12 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lora_compose.compose.evaluation.batches import Batch, batches, run_of
 from lora_compose.compose.evaluation.encoders import JUDGE
 from lora_compose.compose.evaluation.results import Plan, Planned
 from lora_compose.compose.evaluation.scoring import reference_files
-from lora_compose.compose.evaluation.suite import Batch, Suite, ZeroShotConfig, batches, run_of
+from lora_compose.compose.evaluation.suite import Suite, ZeroShotConfig
 from lora_compose.compose.playground.assets import PLAYGROUND, lora_source, playground_judge, playground_model
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.regular import sha256_of
 

@@ -1,12 +1,9 @@
 """The report of an evaluation: one HTML page that needs nothing else, Markdown, and tables for pandas."""
 
-import base64
 import html
-import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +11,18 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
+from lora_compose.compose.evaluation.batches import Arm, arms
+from lora_compose.compose.evaluation.gallery import SMALL_SIDE, Gallery, shrunk
 from lora_compose.compose.evaluation.plots import against_cost
 from lora_compose.compose.evaluation.results import Failed, write_text
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
-from lora_compose.compose.evaluation.suite import Arm, SuiteScene, ZeroShotConfig, arms
+from lora_compose.compose.evaluation.suite import SuiteScene, ZeroShotConfig
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, Metric, role, summary
 from lora_compose.compose.evaluation.table import Evaluation, load
 from lora_compose.compose.support.terminal import plain
 
-MANY, SIDE, SMALL_SIDE = 400, 384, 192
-"""From how many images on they are embedded smaller, and the longer side of few and of many, in pixels."""
 _REFERENCES = 4
 _OPEN_SCENES = 3
 _DASH = "\u2013"
@@ -39,27 +35,27 @@ class Report:
     Attributes:
         html: The page.
         markdown: The table as Markdown.
-        pictures: A row per image, as CSV.
+        images: A row per image, as CSV.
         concepts: A row per image and concept, as CSV.
         summary: A row per arm, as JSON records.
     """
 
     html: Path
     markdown: Path
-    pictures: Path
+    images: Path
     concepts: Path
     summary: Path
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """All of them, the page first."""
-        return self.html, self.markdown, self.pictures, self.concepts, self.summary
+        return self.html, self.markdown, self.images, self.concepts, self.summary
 
 
 def write_report(out: Path, baseline: str | None = None) -> Report:
     """Writes what an evaluation has found so far into its folder.
 
-    report.html (images inside), report.md, pictures.csv, concepts.csv and summary.json; each appears whole or not at
+    report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at
     all. The same results give the same files.
 
     Args:
@@ -76,13 +72,13 @@ def write_report(out: Path, baseline: str | None = None) -> Report:
     report = Report(
         html=out / "report.html",
         markdown=out / "report.md",
-        pictures=out / "pictures.csv",
+        images=out / "images.csv",
         concepts=out / "concepts.csv",
         summary=out / "summary.json",
     )
     write_text(report.html, render_html(out, evaluation, arms_table))
     write_text(report.markdown, render_markdown(evaluation, arms_table))
-    write_text(report.pictures, _csv(evaluation.pictures))
+    write_text(report.images, _csv(evaluation.images))
     write_text(report.concepts, _csv(evaluation.concepts))
     write_text(report.summary, _json(arms_table))
     return report
@@ -104,7 +100,7 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
     )  # fmt: skip
     environment.filters |= {"plain": plain, "number": number, "bytes": _bytes, "amount": _amount}
     environment.globals |= {"verdict": verdict}
-    gallery = _Gallery(out, evaluation)
+    gallery = Gallery(out, evaluation)
     plots = [Markup(against_cost(arms_table, metric)) for metric in METRICS if metric.key in ("success", "region_min")]
     return environment.get_template("report.html.j2").render(
         suite=evaluation.suite,
@@ -149,7 +145,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
         "Precision": suite.dtype,
         "Seeds": ", ".join(map(str, suite.seeds)),
         "Scenes": str(len(suite.scenes)),
-        "Pictures": f"{len(evaluation.pictures)} with scores, {evaluation.unscored} without",
+        "Images": f"{len(evaluation.images)} with scores, {evaluation.unscored} without",
         "Batches": f"{batches} planned, {failed} failed, {evaluation.missing} not made yet",
         "Versions": "; or ".join(versions) or "unknown",
         "Machine": "; or ".join(machines) or "unknown",
@@ -169,7 +165,7 @@ def warnings(evaluation: Evaluation) -> list[str]:
             f"No threshold for {', '.join(unmeasured)}: not found without LoRA, or not with the LoRA alone. Success "
             "only asks whether their own references are the nearest."
         )
-    if (scenes := len(set(evaluation.pictures["scene"]))) < MINIMUM_SCENES:
+    if (scenes := len(set(evaluation.images["scene"]))) < MINIMUM_SCENES:
         found.append(
             f"{_count(scenes, 'scene')}: intervals of so few say little about other scenes, and there is no verdict "
             f"with fewer than {MINIMUM_SCENES}. More seeds do not help, more scenes do."
@@ -227,7 +223,7 @@ def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     suite = evaluation.suite
     shown = [metric for metric in METRICS if not np.isnan(arms_table[metric.key].to_numpy(dtype=float)).all()]
     header = ["", *(f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in shown)]
-    header += ["UNet rows", "FLOPs", "seconds"]
+    header += ["latent rows", "FLOPs", "seconds"]
     lines = [f"# Evaluation: {marked(suite.name)}", ""]
     lines += [f"- {name}: {marked(value)}" for name, value in facts(evaluation).items()]
     lines += ["", *(f"> **Note.** {marked(text)}\n" for text in warnings(evaluation))]
@@ -279,87 +275,7 @@ def _whose(failed: Failed) -> str:
 # --- images and what stands below them ---
 
 
-@dataclass(frozen=True, eq=False)
-class _Gallery:
-    """Images with what was measured on them, ready for the page."""
-
-    out: Path
-    evaluation: Evaluation
-
-    @property
-    def many(self) -> bool:
-        """Whether there are so many images that they are embedded smaller."""
-        return len(self.evaluation.pictures) > MANY
-
-    @property
-    def side(self) -> int:
-        """Longest side of an embedded image."""
-        return SMALL_SIDE if self.many else SIDE
-
-    @cached_property
-    def _concepts(self) -> dict[str, list[dict[str, Any]]]:
-        table = self.evaluation.concepts.astype(object)
-        table = table.where(table.notna(), None).assign(alone=self.evaluation.concepts["alone"].fillna(""))
-        keys = ["scene", "arm", "alone", "seed"]
-        return {str(key): rows.to_dict("records") for key, rows in table.groupby(keys, sort=False)}
-
-    @cached_property
-    def _pictures(self) -> dict[str, dict[str, Any]]:
-        rows = self.evaluation.pictures.assign(alone=self.evaluation.pictures["alone"].fillna("")).to_dict("records")
-        return {str((row["scene"], row["arm"], row["alone"], row["seed"])): row for row in rows}
-
-    def shown(self, scene: str, arm: str, alone: str | None, seed: int) -> dict[str, Any] | None:
-        """An image with its scores; None if it has none."""
-        key = str((scene, arm, alone or "", seed))
-        if key not in self._pictures:
-            return None
-        row = self._pictures[key]
-        source, size = self._embedded(row["file"])
-        places = self.evaluation.suite.scene(scene).concepts
-        concepts = [
-            {**one, "box": _percent(one, size), "place": places.index(one["concept"])} for one in self._concepts[key]
-        ]
-        return {**row, "source": source, "size": size, "concepts": concepts}
-
-    def _embedded(self, file: str) -> tuple[str, tuple[int, int]]:
-        """An image as a data URI, and its own size; an empty one if it cannot be read."""
-        try:
-            with Image.open(path := self.out / file) as image:
-                if max(image.size) <= self.side and not self.many:
-                    return _uri(path.read_bytes(), "png"), image.size
-                return _shrunk(image, self.side), image.size
-        except (OSError, SyntaxError, Image.DecompressionBombError):
-            return "", (1, 1)
-
-
-def _shrunk(image: Image.Image, side: int) -> str:
-    copy = image.convert("RGB")
-    copy.thumbnail((side, side), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    copy.save(stream, "WEBP", quality=85)
-    return _uri(stream.getvalue(), "webp")
-
-
-def _uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _percent(concept: Mapping[str, Any], size: tuple[int, int]) -> dict[str, float] | None:
-    """Where a box is, in percent of the image."""
-    if concept["left"] is None:
-        return None
-    left, top, right, bottom = (concept[edge] for edge in ("left", "top", "right", "bottom"))
-    across, down = 100 / size[0], 100 / size[1]
-    places = {
-        "left": left * across,
-        "top": top * down,
-        "width": (right - left) * across,
-        "height": (bottom - top) * down,
-    }
-    return {name: round(place, 2) for name, place in places.items()}
-
-
-def _scene(evaluation: Evaluation, gallery: _Gallery, scene: SuiteScene) -> dict[str, Any]:
+def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[str, Any]:
     """A scene as a grid: a row per arm, a column per seed."""
     rows = []
     for arm in arms(evaluation.suite, scene):
@@ -379,21 +295,21 @@ def _gap(evaluation: Evaluation, scene: SuiteScene, arm: Arm, seed: int) -> str:
     return "not there yet"
 
 
-def _cases(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
+def _cases(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
     """The best and the worst image of every method, by its worst concept."""
     cases = []
     for method in evaluation.suite.compared:
-        pictures = evaluation.arm(method.name).to_dict("records")
-        if len(pictures) < 2:
+        images = evaluation.arm(method.name).to_dict("records")
+        if len(images) < 2:
             continue
         for kind, choose in (("best", max), ("worst", min)):
-            chosen = choose(pictures, key=lambda picture: picture["region_min"])
+            chosen = choose(images, key=lambda image: image["region_min"])
             shown = gallery.shown(chosen["scene"], method.name, None, chosen["seed"])
             cases.append({"kind": kind, "shown": shown, "prompt": evaluation.suite.scene(chosen["scene"]).prompt})
     return cases
 
 
-def _concepts(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]:
+def _concepts(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
     """Concepts with their references and thresholds."""
     rows = []
     for row in evaluation.thresholds.to_dict("records"):
@@ -403,9 +319,9 @@ def _concepts(evaluation: Evaluation, gallery: _Gallery) -> list[dict[str, Any]]
         except (ValueError, OSError):
             crops = []
         told = "cannot be told" if row["concept"] in evaluation.untold else ""
-        pictures = [_shrunk(crop, SMALL_SIDE) for crop in crops]
+        images = [shrunk(crop, SMALL_SIDE) for crop in crops]
         rows.append(
-            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "pictures": pictures}
+            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "images": images}
         )
     return rows
 

@@ -34,13 +34,13 @@ class _Frozen(BaseModel):
 _Stored = TypeVar("_Stored", bound=_Frozen)
 
 
-class PictureCost(_Frozen):
+class ImageCost(_Frozen):
     """What one image cost, on average over its batch.
 
     Attributes:
-        rows_forward: UNet rows run forward.
-        rows_stopped: UNet rows run forward in truncated passes.
-        rows_backward: UNet rows run backward.
+        rows_forward: latent rows run forward.
+        rows_stopped: latent rows run forward in truncated passes.
+        rows_backward: latent rows run backward.
         flops: FLOPs of all UNet passes, counted.
         seconds: By the clock, decoding included.
         preparation_seconds: Of those, until the first step.
@@ -75,7 +75,7 @@ class Made(_Frozen):
     arm: str
     alone: str | None = None
     seeds: tuple[int, ...]
-    cost: PictureCost
+    cost: ImageCost
     versions: Mapping[str, str]
     machine: Machine
     sha256: Mapping[int, str] = {}
@@ -100,7 +100,7 @@ class ConceptScore(_Frozen):
     placed: bool | None = None
 
 
-class PictureScores(_Frozen):
+class ImageScores(_Frozen):
     """What was measured on one image.
 
     Attributes:
@@ -117,7 +117,7 @@ class PictureScores(_Frozen):
 class Scores(_Frozen):
     """What was measured on a batch, by seed."""
 
-    pictures: Mapping[int, PictureScores]
+    images: Mapping[int, ImageScores]
 
 
 class Failed(_Frozen):
@@ -173,7 +173,7 @@ def batch_folder(out: Path, key: str) -> Path:
     return out / BATCHES / key
 
 
-def picture_path(out: Path, key: str, seed: int) -> Path:
+def image_path(out: Path, key: str, seed: int) -> Path:
     """Where an image is kept."""
     return batch_folder(out, key) / f"{seed}.png"
 
@@ -244,12 +244,12 @@ def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores 
     if scores is None:
         return None
     for seed in planned.seeds:
-        if lost := set(concepts) - set(scores.pictures[seed].concepts if seed in scores.pictures else ()):
+        if lost := set(concepts) - set(scores.images[seed].concepts if seed in scores.images else ()):
             raise FileError(f"{path} is damaged: seed {seed} lacks {', '.join(sorted(lost))}")
     return scores
 
 
-def check_pictures(out: Path, planned: Planned, made: Made) -> None:
+def check_images(out: Path, planned: Planned, made: Made) -> None:
     """Reads the images of a batch.
 
     Those of versions that stored no checksums only have to be readable, and to say that they are of their seed.
@@ -258,7 +258,7 @@ def check_pictures(out: Path, planned: Planned, made: Made) -> None:
         FileError: If one is missing, or is not what was written.
     """
     for seed in planned.seeds:
-        path = picture_path(out, planned.key, seed)
+        path = image_path(out, planned.key, seed)
         if not made.sha256:
             read_pixels(path)
             intact = read_record(path).run.seed == seed

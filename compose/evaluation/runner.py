@@ -18,6 +18,7 @@ from PIL import Image
 
 from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.evaluation.batches import Batch, batches, run_of
 from lora_compose.compose.evaluation.detectors import make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.planning import make_plan
@@ -26,20 +27,20 @@ from lora_compose.compose.evaluation.results import (
     MADE,
     PLAN,
     Failed,
+    ImageCost,
     Made,
-    PictureCost,
     Planned,
     Scores,
     batch_folder,
-    check_pictures,
+    check_images,
     clear,
-    picture_path,
+    image_path,
     read_made,
     read_scores,
     write,
 )
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
-from lora_compose.compose.evaluation.suite import Batch, Suite, batches, run_of
+from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.files.images import png_bytes, read_pixels
@@ -167,7 +168,7 @@ def _look(out: Path, batch: Batch, planned: Planned) -> _Kept:
     try:
         made = read_made(out, planned)
         if made is not None:
-            check_pictures(out, planned, made)
+            check_images(out, planned, made)
     except FileError as error:
         made = None
         damage.append(str(error))
@@ -266,7 +267,7 @@ class Worker:
                 logger.warning("%s was taken over by another process: this one had given no sign of life", planned.key)
                 return
             self._keep(planned, made, cost)
-            images = [picture.image for picture in made.pictures]
+            images = [image.image for image in made.images]
         try:
             scores = self._score(batch, planned, images)
         except Exception as error:
@@ -278,14 +279,14 @@ class Worker:
 
     def _score(self, batch: Batch, planned: Planned, images: Sequence[Image.Image]) -> Scores:
         """Scores the images that were just made, or those on disk."""
-        images = images or [read_pixels(picture_path(self.out, planned.key, seed)) for seed in batch.seeds]
+        images = images or [read_pixels(image_path(self.out, planned.key, seed)) for seed in batch.seeds]
         scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
-        return Scores(pictures=dict(zip(batch.seeds, scored, strict=True)))
+        return Scores(images=dict(zip(batch.seeds, scored, strict=True)))
 
     def _run(self, batch: Batch) -> Run:
         return run_of(self.suite, batch).model_copy(update={"device": str(self.device)})
 
-    def _make(self, batch: Batch, on_progress: OnProgress) -> tuple[MadeBatch, PictureCost]:
+    def _make(self, batch: Batch, on_progress: OnProgress) -> tuple[MadeBatch, ImageCost]:
         run, device, number = self._run(batch), self.device, len(batch.seeds)
         counted = self._count(batch)
         peak = self._probed_peak(batch, run) if device.type == "cpu" else None
@@ -296,7 +297,7 @@ class Worker:
             peak = memory.peak_bytes
         else:
             made = make_batch(self.pipe, run, batch.seeds, on_progress)
-        return made, PictureCost(
+        return made, ImageCost(
             rows_forward=made.cost.rows_forward / number if made.cost else counted.rows_forward,
             rows_stopped=made.cost.rows_stopped / number if made.cost else counted.rows_stopped,
             rows_backward=made.cost.rows_backward / number if made.cost else counted.rows_backward,
@@ -332,12 +333,12 @@ class Worker:
             )
         return self._counted[kind]
 
-    def _keep(self, planned: Planned, made: MadeBatch, cost: PictureCost) -> None:
+    def _keep(self, planned: Planned, made: MadeBatch, cost: ImageCost) -> None:
         clear(self.out, planned.key)
         sha256 = {}
-        for picture in made.pictures:
-            seed, data = picture.record.run.seed, png_bytes(picture.image, picture.record)
-            write_whole(picture_path(self.out, planned.key, seed), data)
+        for image in made.images:
+            seed, data = image.record.run.seed, png_bytes(image.image, image.record)
+            write_whole(image_path(self.out, planned.key, seed), data)
             sha256[seed] = hashlib.sha256(data).hexdigest()
         about = Made(
             scene=planned.scene, arm=planned.arm, alone=planned.alone, seeds=planned.seeds, cost=cost,

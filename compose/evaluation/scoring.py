@@ -9,14 +9,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lora_compose.attention.masks import Box
+from lora_compose.compose.evaluation.batches import without_triggers
 from lora_compose.compose.evaluation.detectors import Detection, Detector
 from lora_compose.compose.evaluation.encoders import Encoder
 from lora_compose.compose.evaluation.metrics import assign, clip_i, clip_t, similarity_matrix
-from lora_compose.compose.evaluation.results import ConceptScore, PictureScores
-from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene, without_triggers
+from lora_compose.compose.evaluation.results import ConceptScore, ImageScores
+from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _PIXEL_LIMIT = 64 * 2**20
 
 
@@ -36,7 +37,7 @@ class Scorer:
     detector: Detector | None
     references: Mapping[str, Tensor]
 
-    def score(self, image: Image.Image, scene: SuiteScene) -> PictureScores:
+    def score(self, image: Image.Image, scene: SuiteScene) -> ImageScores:
         """What can be measured on an image of a scene."""
         concepts = [self.suite.concept(name) for name in scene.concepts]
         references = [self.references[concept.name] for concept in concepts]
@@ -53,7 +54,7 @@ class Scorer:
                 likeness = dict(zip(scene.concepts, map(_rounded, similarity[i]), strict=True))
                 scores[concept.name] = self._found_score(found[i], scene.regions.get(concept.name), likeness, alike)
         extra = None if self.detector is None else len(found) - sum(i is not None for i in chosen)
-        return PictureScores(clip_t=self._clip_t(whole, scene, concepts), concepts=scores, extra=extra)
+        return ImageScores(clip_t=self._clip_t(whole, scene, concepts), concepts=scores, extra=extra)
 
     def _clip_t(self, whole: Tensor, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> float | None:
         if not self.encoder.has_text:
@@ -117,9 +118,9 @@ def reference_files(concept: SuiteConcept) -> list[Path]:
     folder = Path(given).expanduser()
     if not folder.is_dir():
         raise ValueError(f"concept {concept.name!r}: there is no folder {given!r} with reference images")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not found:
-        raise ValueError(f"concept {concept.name!r}: no image in {given!r}; expected {', '.join(PICTURE_SUFFIXES)}")
+        raise ValueError(f"concept {concept.name!r}: no image in {given!r}; expected {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 

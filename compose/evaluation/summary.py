@@ -97,14 +97,14 @@ def summary(evaluation: Evaluation) -> pd.DataFrame:
     with `m_difference_low` and `m_difference_high`, `m_wins`, `m_ties`, `m_losses` in images, and `m_verdict`.
 
     Costs are medians over images (`peak_bytes` is the largest), and `*_ratio` those over the row without LoRA.
-    `rows` are UNet rows, forward and backward.
+    `rows` are latent rows, forward and backward.
     """
     suite = evaluation.suite
     baseline, plain = evaluation.arm(suite.baseline), _cost(evaluation.arm(SANITY[0]))
     rows = []
     for arm in arm_names(suite):
         chosen = evaluation.arm(arm)
-        row: dict[str, Any] = {"arm": arm, "role": role(suite, arm), "pictures": len(chosen)}
+        row: dict[str, Any] = {"arm": arm, "role": role(suite, arm), "images": len(chosen)}
         row |= {"scenes": len(set(chosen["scene"]))}
         for metric in METRICS:
             row |= _interval(metric.key, chosen)
@@ -124,8 +124,8 @@ def role(suite: Suite, arm: str) -> str:
     return "sanity"
 
 
-def _interval(key: str, pictures: pd.DataFrame) -> dict[str, float]:
-    interval = bootstrap(pictures[key].astype(float).tolist(), pictures["scene"].tolist())
+def _interval(key: str, images: pd.DataFrame) -> dict[str, float]:
+    interval = bootstrap(images[key].astype(float).tolist(), images["scene"].tolist())
     return {key: interval.mean, f"{key}_low": interval.low, f"{key}_high": interval.high}
 
 
@@ -140,9 +140,9 @@ def _compared(metric: Metric, method: pd.DataFrame, baseline: pd.DataFrame) -> d
     return dict(zip(_comparison_columns(metric.key), found, strict=True))
 
 
-def by_scene_and_seed(pictures: pd.DataFrame, key: str) -> pd.Series:
+def by_scene_and_seed(images: pd.DataFrame, key: str) -> pd.Series:
     """A column of an arm as `statistics.compare` takes it; where LoRAs act alone, the mean over them."""
-    values = pd.Series(pictures[key].to_numpy(dtype=float), [pictures["scene"], pictures["seed"]], name=key)
+    values = pd.Series(images[key].to_numpy(dtype=float), [images["scene"], images["seed"]], name=key)
     return pd.Series(values.groupby(level=[0, 1], sort=False).mean())
 
 
@@ -151,10 +151,10 @@ def _comparison_columns(key: str) -> list[str]:
     return [f"{key}_{part}" for part in parts]
 
 
-def _cost(pictures: pd.DataFrame) -> dict[str, float]:
-    costs = {key: pictures[key].to_numpy(dtype=float) for key in COSTS}
+def _cost(images: pd.DataFrame) -> dict[str, float]:
+    costs = {key: images[key].to_numpy(dtype=float) for key in COSTS}
     costs = {"rows": costs["rows_forward"] + costs["rows_stopped"] + costs["rows_backward"], **costs}
-    if pictures.empty:
+    if images.empty:
         return dict.fromkeys(costs, np.nan)
     return {key: float(values.max() if key == "peak_bytes" else np.median(values)) for key, values in costs.items()}
 
@@ -164,7 +164,7 @@ def _ratio(cost: float, plain: float) -> float:
 
 
 def _summary_columns() -> list[str]:
-    columns = ["arm", "role", "pictures", "scenes"]
+    columns = ["arm", "role", "images", "scenes"]
     for metric in METRICS:
         columns += [metric.key, f"{metric.key}_low", f"{metric.key}_high"]
         columns += _comparison_columns(metric.key) if metric.key in MAIN else []

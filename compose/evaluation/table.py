@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from lora_compose.compose.evaluation.batches import alone_name
 from lora_compose.compose.evaluation.metrics import (
     bound_ratio,
     leak,
@@ -21,18 +22,18 @@ from lora_compose.compose.evaluation.results import (
     FAILED,
     PLAN,
     Failed,
+    ImageScores,
     Made,
-    PictureScores,
     Plan,
     Planned,
     Scores,
     batch_folder,
-    picture_path,
+    image_path,
     read,
     read_made,
     read_scores,
 )
-from lora_compose.compose.evaluation.suite import SANITY, Suite, alone_name
+from lora_compose.compose.evaluation.suite import SANITY, Suite
 from lora_compose.compose.files.reading import FileError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ _CONCEPT_COLUMNS = (
     *_KEYS, "concept", "found", "own", "other", "nearest", "whole", "placed", "detection", "threshold", "present",
     *_EDGES,
 )  # fmt: skip
-_PICTURE_COLUMNS = (
+_IMAGE_COLUMNS = (
     *_KEYS, "file", "clip_t", "clip_i", "region", "region_min", "ratio", "leak", "swap", "success", "found", "placed",
     "extra", *COSTS,
 )  # fmt: skip
@@ -64,7 +65,7 @@ class Evaluation:
     Attributes:
         plan: What is to be made.
         concepts: A row per image and concept; of images with a single LoRA, its concept only.
-        pictures: A row per image.
+        images: A row per image.
         thresholds: A row per concept: mean similarity without any LoRA, what its LoRA reaches alone, and the threshold.
         bounds: A row per arm and concept: mean similarity, and its ratio to that with the LoRA alone.
         made: How the batches with scores were made.
@@ -75,7 +76,7 @@ class Evaluation:
 
     plan: Plan
     concepts: pd.DataFrame
-    pictures: pd.DataFrame
+    images: pd.DataFrame
     thresholds: pd.DataFrame
     bounds: pd.DataFrame
     made: tuple[Made, ...]
@@ -102,7 +103,7 @@ class Evaluation:
 
     def arm(self, name: str) -> pd.DataFrame:
         """The images of an arm."""
-        return pd.DataFrame(self.pictures[self.pictures["arm"] == name])
+        return pd.DataFrame(self.images[self.images["arm"] == name])
 
     @property
     def untold(self) -> list[str]:
@@ -117,14 +118,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
+class _Image:
     """An image with scores. `concepts` are those of its scene; `acting` are the places of those that count."""
 
     planned: Planned
     seed: int
     file: str
     made: Made
-    scores: PictureScores
+    scores: ImageScores
     concepts: tuple[str, ...]
 
     @property
@@ -177,7 +178,7 @@ def load(out: Path) -> Evaluation:
     return Evaluation(
         plan=plan,
         concepts=concepts,
-        pictures=_pictures(plan.suite, shots, concepts),
+        images=_images(plan.suite, shots, concepts),
         thresholds=thresholds,
         bounds=_bounds(plan.suite, concepts),
         made=tuple({id(shot.made): shot.made for shot in shots}.values()),
@@ -187,9 +188,9 @@ def load(out: Path) -> Evaluation:
     )
 
 
-def _stored(out: Path, plan: Plan) -> tuple[list[_Picture], list[Failed], int, int]:
+def _stored(out: Path, plan: Plan) -> tuple[list[_Image], list[Failed], int, int]:
     """Images with scores, failures, how many batches are not made, and how many images are not scored."""
-    shots: list[_Picture] = []
+    shots: list[_Image] = []
     failed: list[Failed] = []
     missing = unscored = 0
     for planned in plan.batches:
@@ -217,17 +218,17 @@ def _sound(reading: Callable[[], _Read | None]) -> _Read | None:
         return None
 
 
-def _scored(out: Path, planned: Planned, made: Made, scores: Scores, concepts: tuple[str, ...]) -> list[_Picture]:
+def _scored(out: Path, planned: Planned, made: Made, scores: Scores, concepts: tuple[str, ...]) -> list[_Image]:
     return [
-        _Picture(
-            planned, seed, picture_path(out, planned.key, seed).relative_to(out).as_posix(), made,
-            scores.pictures[seed], concepts,
+        _Image(
+            planned, seed, image_path(out, planned.key, seed).relative_to(out).as_posix(), made,
+            scores.images[seed], concepts,
         )
         for seed in planned.seeds
     ]  # fmt: skip
 
 
-def _concept_rows(shot: _Picture) -> list[dict[str, Any]]:
+def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
     similarity = shot.similarity
     own = region_similarity(similarity)
     rows = []
@@ -252,15 +253,15 @@ def _concept_rows(shot: _Picture) -> list[dict[str, Any]]:
     return rows
 
 
-def _pictures(suite: Suite, shots: Sequence[_Picture], concepts: pd.DataFrame) -> pd.DataFrame:
+def _images(suite: Suite, shots: Sequence[_Image], concepts: pd.DataFrame) -> pd.DataFrame:
     own = _own_by(concepts)
     rows = []
     for shot in shots:
         bound = bound_name(suite, shot.planned.arm)
-        rows.append(_picture_row(shot, {name: own.get((bound, name), np.array([])) for name in shot.concepts}))
-    pictures = _typed(pd.DataFrame(rows, columns=_PICTURE_COLUMNS))
+        rows.append(_image_row(shot, {name: own.get((bound, name), np.array([])) for name in shot.concepts}))
+    images = _typed(pd.DataFrame(rows, columns=_IMAGE_COLUMNS))
     present = concepts.groupby(list(_KEYS), dropna=False, sort=False)["present"].all()
-    return pictures.assign(success=present.to_numpy(dtype=bool))
+    return images.assign(success=present.to_numpy(dtype=bool))
 
 
 def _present(concepts: pd.DataFrame) -> np.ndarray:
@@ -269,7 +270,7 @@ def _present(concepts: pd.DataFrame) -> np.ndarray:
     return concepts["found"].to_numpy(dtype=bool) & ~(own <= other) & ~(own < threshold)
 
 
-def _picture_row(shot: _Picture, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _image_row(shot: _Image, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     similarity, acting = shot.similarity, shot.acting
     names = [shot.concepts[i] for i in acting]
     scores = [shot.scores.concepts[name] for name in names]

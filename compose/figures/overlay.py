@@ -35,7 +35,7 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def heat(image: Image.Image, attention: Attention, concept: int, step: int | None, picture: int = 0) -> Image.Image:
+def heat(image: Image.Image, attention: Attention, concept: int, step: int | None, index: int = 0) -> Image.Image:
     """A concept's map in its colour over the image, in grey.
 
     Args:
@@ -43,9 +43,9 @@ def heat(image: Image.Image, attention: Attention, concept: int, step: int | Non
         attention: Of its call.
         concept: Whose map.
         step: Index of a recorded step; None is the mean over all.
-        picture: Which of the call.
+        index: Which image of the call.
     """
-    maps = attention.maps[:, picture, concept]
+    maps = attention.maps[:, index, concept]
     chosen = maps.mean(dim=0) if step is None else maps[step]
     chosen = (chosen - chosen.min()) / (chosen.max() - chosen.min()).clamp(min=1e-12)
     ground = _grown(image)
@@ -55,16 +55,16 @@ def heat(image: Image.Image, attention: Attention, concept: int, step: int | Non
     return Image.fromarray(np.clip(grey + strength * (ink * 0.9 + 20), 0, 255).astype(np.uint8))
 
 
-def masks(image: Image.Image, attention: Attention, step: int | None, picture: int = 0) -> Image.Image:
+def masks(image: Image.Image, attention: Attention, step: int | None, index: int = 0) -> Image.Image:
     """Region ownership: the masks of all concepts in their colours over the image.
 
     Args:
         image: The image.
         attention: Of its call.
         step: Index of a recorded step; None takes cells that belong to a concept in at least half of the steps.
-        picture: Which of the call.
+        index: Which image of the call.
     """
-    found = attention.masks[:, picture].float()
+    found = attention.masks[:, index].float()
     chosen = (found.mean(dim=0) >= 0.5) if step is None else found[step] > 0
     ground = _grown(image)
     pixels = np.asarray(ground, np.float32).copy()

@@ -22,13 +22,13 @@ class Row:
 
     Attributes:
         label: What stands to the left of it, by line; the first line is the larger one.
-        pictures: One for every column.
+        images: One for every column.
         captions: What stands above each image.
         parted: Whether a line sets it apart from the row above.
     """
 
     label: Sequence[str]
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     captions: Sequence[str] = ()
     parted: bool = False
 
@@ -51,7 +51,7 @@ def sheet(
         side: Longer side of an image on the sheet, in pixels. Small images are enlarged without blur.
     """
     labels = max((_width(text, i) for row in rows for i, text in enumerate(row.label)), default=0)
-    cell = _fitted(rows[0].pictures[0].size, side)
+    cell = _fitted(rows[0].images[0].size, side)
     left = _MARGIN + (labels + 2 * _GAP if labels else 0)
     across = left + len(columns) * (cell[0] + _GAP) - _GAP
     wide = max(across, *(_MARGIN + _width(text, i) for i, text in enumerate((title, *lines))))
@@ -68,13 +68,13 @@ def sheet(
     return canvas
 
 
-def seeds_sheet(pictures: Mapping[int, Image.Image], title: str, lines: Sequence[str]) -> Image.Image:
+def seeds_sheet(images: Mapping[int, Image.Image], title: str, lines: Sequence[str]) -> Image.Image:
     """Images that differ in their seed only, at most five in a row."""
-    seeds = list(pictures)
+    seeds = list(images)
     across = min(5, len(seeds))
     parts = [seeds[start : start + across] for start in range(0, len(seeds), across)]
-    rows = [Row((), [pictures[seed] for seed in part], [f"seed {seed}" for seed in part]) for part in parts]
-    side = min(512, max(256, *pictures[seeds[0]].size))
+    rows = [Row((), [images[seed] for seed in part], [f"seed {seed}" for seed in part]) for part in parts]
+    side = min(512, max(256, *images[seeds[0]].size))
     return sheet([()] * across, rows, title=title, lines=lines, side=side)
 
 
@@ -93,8 +93,8 @@ def _row(canvas: Image.Image, row: Row, corner: tuple[int, int], cell: tuple[int
     for i, caption in enumerate(row.captions):
         _text(draw, (left + i * (cell[0] + _GAP), top), [caption], cell[0])
     top += _LINE if row.captions else 0
-    for i, picture in enumerate(row.pictures):
-        canvas.paste(_resized(picture, cell), (left + i * (cell[0] + _GAP), top))
+    for i, image in enumerate(row.images):
+        canvas.paste(_resized(image, cell), (left + i * (cell[0] + _GAP), top))
 
 
 def _heading(draw: ImageDraw.ImageDraw, title: str, lines: Sequence[str]) -> None:
@@ -136,9 +136,9 @@ def _fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    grown = size[0] >= picture.width
-    return picture.convert("RGB").resize(size, Image.Resampling.NEAREST if grown else Image.Resampling.BOX)
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    grown = size[0] >= image.width
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if grown else Image.Resampling.BOX)
 
 
 def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int = 5) -> Image.Image:

@@ -27,7 +27,7 @@ RECORD_KEY = "lora-compose"
 
 _MIB = 2**20
 _RECORD_LIMIT = 8 * _MIB  # characters; a scene file of the largest size fits, whatever its letters
-_PICTURE_LIMIT = 256 * _MIB  # bytes of an image file
+_IMAGE_LIMIT = 256 * _MIB  # bytes of an image file
 _PIXEL_LIMIT = 64 * _MIB
 
 
@@ -149,8 +149,8 @@ def read_pixels(path: str | Path) -> Image.Image:
 @contextmanager
 def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
     try:
-        if file.seek(0, os.SEEK_END) > _PICTURE_LIMIT:
-            raise FileError(f"{where} is larger than {_PICTURE_LIMIT} bytes; that is no image of lora-compose")
+        if file.seek(0, os.SEEK_END) > _IMAGE_LIMIT:
+            raise FileError(f"{where} is larger than {_IMAGE_LIMIT} bytes; that is no image of lora-compose")
         file.seek(0)
         with Image.open(file, formats=("PNG",)) as image:
             if image.width * image.height > _PIXEL_LIMIT:

@@ -84,15 +84,15 @@ def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]
         "three.png": ("Three concepts, a box for each", [job for job in todo if job.scene == THREE]),
     }
     pipe = open_model(todo[0].run)
-    pictures = {}
+    images = {}
     with threads(THREADS):
         for i, job in enumerate(todo):
             made = make(pipe, job.run, lambda share, done=i: on_progress(done + share))
             save_image(made.image, folder / job.file_name, made.record)
-            pictures[job.file_name] = made.image
+            images[job.file_name] = made.image
             for name, (title, needed) in sheets.items():
                 if job == needed[-1]:
-                    yield save_image(_sheet(pictures, needed, title), folder / name)
+                    yield save_image(_sheet(images, needed, title), folder / name)
 
 
 def _pair(scene: Scene) -> list[tuple[str, Scene, str]]:
@@ -116,11 +116,11 @@ def _ordinary(concept: Concept) -> Concept:
     return concept.model_copy(update={"lora": (concept.lora or "").removesuffix("-tara")})
 
 
-def _sheet(pictures: Mapping[str, Image.Image], jobs: Sequence[Job], title: str) -> Image.Image:
+def _sheet(images: Mapping[str, Image.Image], jobs: Sequence[Job], title: str) -> Image.Image:
     """A row for every scene and seed, a column for every part."""
     prompts = {job.scene: job.run.scene.prompt for job in jobs if job.part == "merge"}
     parts, seeds = (list(dict.fromkeys(each)) for each in zip(*((job.part, job.run.seed) for job in jobs), strict=True))
-    by_place = {(job.scene, job.part, job.run.seed): pictures[job.file_name] for job in jobs}
+    by_place = {(job.scene, job.part, job.run.seed): images[job.file_name] for job in jobs}
     rows = []
     for name, prompt in prompts.items():
         for i, seed in enumerate(seeds):

@@ -42,25 +42,25 @@ def make_images(
         pipe = open_model(asked, savers)
     if loras is not None:
         asked = asked.model_copy(update={"scene": _named(pipe, asked.scene, loras)})
-    pictures, records, reason = {}, [], None
+    images, records, reason = {}, [], None
     with bar(f"composing into {out}", len(seeds)) as on_progress:
         for i, seed in enumerate(seeds):
             batch = make_batch(
                 pipe, asked.model_copy(update={"seed": seed}), (seed,),
                 lambda share, done=i: on_progress(done + share), record_attention=maps,
             )  # fmt: skip
-            made = batch.pictures[0]
+            made = batch.images[0]
             say(path := save_image(made.image, out / f"{seed}.png", made.record))
             if batch.attention is not None:
                 say(save_image(maps_sheet(made.image, made.record.run, batch.attention), out / f"{seed}-maps.png"))
-            pictures[seed] = made.image
+            images[seed] = made.image
             records.append((path, made.record))
             reason = reason if asked.method else batch.method_reason
             # Chosen once: the other seeds are made in the same way.
             asked = asked.model_copy(update={name: getattr(made.record.run, name) for name in ("method", "settings")})
     path, record = records[-1]
-    if len(pictures) > 1:
-        say(save_image(_seeds_sheet(pictures, record.run), out / "sheet.png"))
+    if len(images) > 1:
+        say(save_image(_seeds_sheet(images, record.run), out / "sheet.png"))
     say(f"{_how(record.run, reason)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
 
 
@@ -86,10 +86,10 @@ def _how(made: Run, reason: str | None) -> str:
     return f"made by {method}{f' ({settings})' if settings else ''}{why}, {made.steps} steps, {made.scheduler}"
 
 
-def _seeds_sheet(pictures: dict[int, Image.Image], made: Run) -> Image.Image:
+def _seeds_sheet(images: dict[int, Image.Image], made: Run) -> Image.Image:
     names = " + ".join(concept.name for concept in made.scene.concepts) or "no concepts"
     lines = [
         f"{names}, {made.method or 'plain'}",
         f"{made.steps} steps, guidance {made.guidance_scale:g}, {made.scheduler}",
     ]
-    return seeds_sheet(pictures, made.scene.prompt, lines)
+    return seeds_sheet(images, made.scene.prompt, lines)

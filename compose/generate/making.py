@@ -43,13 +43,13 @@ class MadeBatch:
     """Images of one call, one for each seed.
 
     Attributes:
-        pictures: In the order of the seeds.
+        images: In the order of the seeds.
         cost: What the call cost; None without concepts.
         attention: Attention maps, if they were asked for and there are concepts.
         method_reason: Why the method is this one; None without concepts.
     """
 
-    pictures: tuple[Made, ...]
+    images: tuple[Made, ...]
     cost: Cost | None
     attention: Attention | None = None
     method_reason: str | None = None
@@ -72,7 +72,7 @@ def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
     """
-    return make_batch(pipe, run, (run.seed,), on_progress).pictures[0]
+    return make_batch(pipe, run, (run.seed,), on_progress).images[0]
 
 
 def make_batch(

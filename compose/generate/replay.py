@@ -15,7 +15,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, say
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run
 
@@ -101,7 +101,7 @@ def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], N
         on_progress: As for `make`.
     """
     seeds = record.batch or (run.seed,)
-    return make_batch(pipe, run, seeds, on_progress).pictures[seeds.index(run.seed)]
+    return make_batch(pipe, run, seeds, on_progress).images[seeds.index(run.seed)]
 
 
 def changes(before: Record, now: Record) -> list[str]:

@@ -12,7 +12,8 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.inspection import Inspection, Overlap, inspect, overlaps
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
 from lora_compose.compose.support.terminal import out, plain, say
-from lora_compose.pipelines.concepts.loading import Factors, find_file, read_lora
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import Factors, read_lora
 from lora_compose.pipelines.scene import Run, Scene
 
 

@@ -31,7 +31,7 @@ _FACTS = {
     "ss_network_dim": "rank, as said",
     "ss_network_alpha": "alpha, as said",
     "ss_network_args": "network settings",
-    "ss_num_train_images": "pictures",
+    "ss_num_train_images": "images",
     "ss_resolution": "resolution",
     "ss_steps": "steps",
     "ss_max_train_steps": "steps planned",

@@ -12,10 +12,12 @@ from rich.text import Text
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.calibration import calibrate, prompt_of
-from lora_compose.compose.lora.merging import Given, MergedBlock, Report, check_free, match_files, merge_files
+from lora_compose.compose.lora.merge_tally import MergedBlock
+from lora_compose.compose.lora.merging import Given, Report, check_free, match_files, merge_files
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
 from lora_compose.compose.support.terminal import bar, out, plain, say
-from lora_compose.pipelines.concepts.loading import find_file, read_lora
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
 from lora_compose.pipelines.merging import Merger, make_merger
 from lora_compose.pipelines.scene import Run, Scene

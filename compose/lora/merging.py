@@ -5,21 +5,21 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from lora_compose.attention import LoraFactors
 from lora_compose.compose.benchmark.architectures import FAMILIES, without_weights
 from lora_compose.compose.files.atomic import write_new, write_whole
 from lora_compose.compose.lora.inspection import RECORD, block_of
+from lora_compose.compose.lora.merge_tally import MergedBlock, Tally
 from lora_compose.compose.support.version import __version__
 from lora_compose.pipelines.concepts.loading import match
 from lora_compose.pipelines.formats.by_name import by_name
@@ -30,7 +30,7 @@ from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, settings_of
 from lora_compose.pipelines.merging.concatenation import Cat
-from lora_compose.pipelines.merging.factors import absent, gram, matrices, scaled, spectrum
+from lora_compose.pipelines.merging.factors import absent, matrices, scaled, spectrum
 
 try:
     import resource
@@ -83,38 +83,7 @@ class Matched:
     notes: tuple[str, ...]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class MergedBlock(_Frozen):
-    """What became of one block of a model.
-
-    Attributes:
-        name: Such as "unet.down_blocks.1"; "all" for the whole file.
-        layers: How many layers are changed.
-        ranks_before: Smallest and largest sum of ranks of a layer.
-        ranks_after: The same of the ranks that were written.
-        norm: Frobenius norm of what was written.
-        energy: Its square over that of the weighted sum of the changes; None where that is 0.
-        kept: By file, how much of its weighted change D is in the result M: <M, D> / |D|^2. 1 is all of it; more where
-            others add to it, None where the file changes nothing.
-        cut: The share of the energy that the cut to a rank kept; 1 if there was none.
-        overlaps: By pair of files, <A, B>^2 / (|A|^2 |B|^2).
-    """
-
-    name: str
-    layers: int
-    ranks_before: tuple[int, int]
-    ranks_after: tuple[int, int]
-    norm: float
-    energy: float | None
-    kept: tuple[float | None, ...]
-    cut: float
-    overlaps: tuple[float, ...]
-
-
-class Report(_Frozen):
+class Report(BaseModel, frozen=True):
     """What was merged and how it went.
 
     Attributes:
@@ -215,7 +184,7 @@ def merge_files(
     merge = (Cat() if alone and merger.resolves else merger).start([changes for _, changes in layers])
     largest = max(sum(change.rank for change in changes) for _, changes in layers)
     alpha = max(1, largest if rank is None else min(rank, largest))
-    tally = _Tally(len(matched.given))
+    tally = Tally(len(matched.given))
     on_its_disk = next(
         folder for folder in out.absolute().parents if folder.is_dir()
     )  # of which there is one: the root
@@ -400,49 +369,3 @@ def _peak() -> int | None:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-class _Tally:
-    """Inner products of all changes and of the results, summed by block."""
-
-    def __init__(self, files: int) -> None:
-        self._files = files
-        self._sums: dict[str, Tensor] = {}
-        self._whole: dict[str, float] = {}
-        self._ranks: dict[str, list[tuple[int, int]]] = {}
-
-    @property
-    def written(self) -> int:
-        """The sum of the ranks that are written."""
-        return sum(after for ranks in self._ranks.values() for _, after in ranks)
-
-    def add(self, block: str, changes: Changes, merged: LoraFactors, kept: float) -> None:
-        """Takes a layer: its changes, the result, and the share of its energy that the cut to a rank kept."""
-        products = gram([*changes, merged])
-        self._sums[block] = self._sums.get(block, 0) + products
-        self._whole[block] = self._whole.get(block, 0.0) + float(products[-1, -1]) / kept
-        self._ranks.setdefault(block, []).append((sum(change.rank for change in changes), merged.rank))
-
-    def blocks(self) -> Iterator[MergedBlock]:
-        """What became of each block, and of all."""
-        for name, products in self._sums.items():
-            yield self._block(name, products, self._whole[name], self._ranks[name])
-        products = sum(self._sums.values(), torch.zeros(()))
-        yield self._block("all", products, sum(self._whole.values()), [*chain(*self._ranks.values())])
-
-    def _block(self, name: str, products: Tensor, uncut: float, ranks: list[tuple[int, int]]) -> MergedBlock:
-        n = self._files
-        energy = products.diagonal().clamp(min=0).tolist()
-        whole = float(products[:n, :n].sum())
-        before, after = zip(*ranks, strict=True)
-        return MergedBlock(
-            name=name, layers=len(ranks), ranks_before=(min(before), max(before)), ranks_after=(min(after), max(after)),
-            norm=math.sqrt(energy[n]), energy=energy[n] / whole if whole > 0 else None,
-            kept=tuple(float(products[i, n]) / energy[i] if energy[i] else None for i in range(n)),
-            cut=min(1.0, energy[n] / uncut) if uncut > 0 else 1.0,
-            overlaps=tuple(_share(float(products[i, j]), energy[i], energy[j]) for i, j in combinations(range(n), 2)),
-        )  # fmt: skip
-
-
-def _share(product: float, one: float, other: float) -> float:
-    return min(1.0, product**2 / (one * other)) if one > 0 and other > 0 else 0.0

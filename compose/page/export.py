@@ -89,7 +89,7 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
         + "\n".join(lines)
         + "\n\nimage = pipe(\n"
         + "".join(f"    {line},\n" for line in asked)
-        + ').images[0]\nimage.save("picture.png")\n'
+        + ').images[0]\nimage.save("result.png")\n'
     )
 
 

@@ -1,4 +1,4 @@
-"""Folders for the files of visits: gone when the page ends, and if it was killed, when the next one starts."""
+"""Folders for the files of sessions: gone when the page ends, and if it was killed, when the next one starts."""
 
 import atexit
 import errno
@@ -28,7 +28,7 @@ _roots: list[Path] = []  # one at most
 
 
 def new_folder() -> Path:
-    """A new folder for one visit, inside the folder of this process."""
+    """A new folder for one session, inside the folder of this process."""
     with _making:
         if not _roots:
             clean(Path(tempfile.gettempdir()))

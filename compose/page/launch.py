@@ -27,7 +27,7 @@ class Options:
     local: bool = False
 
     @property
-    def pictures(self) -> Path:
+    def images(self) -> Path:
         """The folder for images that somebody keeps."""
         return self.out / "page"
 

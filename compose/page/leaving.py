@@ -1,4 +1,4 @@
-"""Visits end when their browser has gone: what they began is stopped, and their files are deleted."""
+"""Sessions end when their browser has gone: what they began is stopped, and their files are deleted."""
 
 import logging
 import threading
@@ -30,13 +30,13 @@ class Closing(Protocol):
 
 @dataclass(eq=False)
 class _Open:
-    session: str
-    visit: Closing
+    session_id: str
+    session: Closing
     seen: float  # when its browser was last there
 
 
-class Visits:
-    """All visits that are open. A thread looks after them, from the first one on.
+class Sessions:
+    """All sessions that are open. A thread looks after them, from the first one on.
 
     Streamlit does not report that a browser has gone (closed, killed or cut off); it can be asked whether one is there.
 
@@ -53,27 +53,27 @@ class Visits:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def add(self, session: str, visit: Closing) -> None:
-        """Looks after a visit from now on. An earlier one of the same session ends."""
+    def add(self, session_id: str, session: Closing) -> None:
+        """Looks after a session from now on. An earlier one of the same browser session ends."""
         with self._lock:
-            self._end([found for found in self._open if found.session == session])
-            self._open.append(_Open(session, visit, time.monotonic()))
+            self._end([found for found in self._open if found.session_id == session_id])
+            self._open.append(_Open(session_id, session, time.monotonic()))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="lora-compose-visits", daemon=True)
+                self._thread = threading.Thread(target=self._watch, name="lora-compose-sessions", daemon=True)
                 self._thread.start()
 
     def look(self) -> None:
-        """Ends the visits whose browsers have been away for too long."""
+        """Ends the sessions whose browsers have been away for too long."""
         with self._lock:
             now = time.monotonic()
             for found in self._open:
-                if self._is_there(found.session):
+                if self._is_there(found.session_id):
                     found.seen = now
             self._end([found for found in self._open if now - found.seen > self._grace])
-            self._ending = [visit for visit in self._ending if not _closed(visit)]  # the others at the next look
+            self._ending = [session for session in self._ending if not _closed(session)]  # the others at the next look
 
     def end(self, patience: float = PATIENCE) -> None:
-        """Ends all visits because the page ends; waits so many seconds until nothing is left of them."""
+        """Ends all sessions because the page ends; waits so many seconds until nothing is left of them."""
         with self._lock:
             self._end(self._open)
         until = time.monotonic() + patience
@@ -84,7 +84,7 @@ class Visits:
 
     def _end(self, gone: list[_Open]) -> None:
         self._open = [found for found in self._open if found not in gone]
-        self._ending += [found.visit for found in gone]
+        self._ending += [found.session for found in gone]
 
     def _watch(self) -> None:
         while True:
@@ -92,12 +92,12 @@ class Visits:
             try:
                 self.look()
             except Exception:  # it has to go on for the others
-                logger.exception("looking after the visits failed")
+                logger.exception("looking after the sessions failed")
 
 
-def _closed(visit: Closing) -> bool:
+def _closed(session: Closing) -> bool:
     try:
-        return visit.close()
+        return session.close()
     except Exception:
-        logger.exception("a visit could not be ended; it is tried again")
+        logger.exception("a session could not be ended; it is tried again")
         return False

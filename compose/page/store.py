@@ -1,4 +1,4 @@
-"""The files of one visit: a folder of its own, names that we give, nothing that was not read and checked first."""
+"""The files of one session: a folder of its own, names that we give, nothing that was not read and checked first."""
 
 import base64
 import binascii
@@ -25,7 +25,8 @@ from lora_compose.compose.playground.assets import (
     playground_loras,
     playground_references,
 )
-from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, find_file, read_lora
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.mask_images import FORMATS, bounded, from_uri, greys
 from lora_compose.pipelines.regular import sha256_of
@@ -99,7 +100,7 @@ class StartImage:
 
 
 class Store:
-    """The files of a visit, in a folder of its own.
+    """The files of a session, in a folder of its own.
 
     Attributes:
         folder: Where they are.
@@ -256,7 +257,7 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
 
     Args:
         record: What an image says.
-        uploads: What was uploaded in this visit.
+        uploads: What was uploaded in this session.
         folder: Where else to look.
         local: Whether the page belongs to who looks at it, so that paths may be followed.
     """
@@ -279,7 +280,7 @@ def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | No
     return None
 
 
-def picture_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
+def image_files(folder: Path, most: int = MOST_FILES) -> list[Path]:
     """The newest images of a folder and the folders in it."""
     found = [path for path in _pngs(folder) if path.is_file()]
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:most]
@@ -307,7 +308,7 @@ def _shown(name: str) -> str:
     return name.replace("\\", "/").rpartition("/")[2][:120] or "a file without a name"
 
 
-def _described(file: LoraFile, source: str, shown: str, picture: Path | None = None) -> Lora:
+def _described(file: LoraFile, source: str, shown: str, result: Path | None = None) -> Lora:
     metadata = file.metadata
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
     ours = metadata.get("base_model") == PLAYGROUND_TITLE
@@ -318,7 +319,7 @@ def _described(file: LoraFile, source: str, shown: str, picture: Path | None = N
         trigger=(file.trigger or "").strip(),
         class_word=(file.class_word or "").strip(),
         trained_with=(metadata.get("method") or "").strip(),
-        thumbnail=_thumbnail(picture) if picture else _embedded(metadata.get("modelspec.thumbnail")),
+        thumbnail=_thumbnail(result) if result else _embedded(metadata.get("modelspec.thumbnail")),
         family=PLAYGROUND if ours else guess.family,
         composed=ours or guess.supported,
     )
@@ -333,8 +334,8 @@ def _reference(name: str) -> Path | None:
 
 def _beside(path: Path) -> Path | None:
     """An image of the same name, as many programs put it beside a LoRA."""
-    pictures = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))
-    return next((picture for picture in pictures if picture.is_file()), None)
+    results = (path.with_suffix(suffix) for suffix in (".png", ".preview.png"))
+    return next((result for result in results if result.is_file()), None)
 
 
 def _thumbnail(path: Path) -> bytes | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.generate.making import Made, make_batch
-from lora_compose.compose.page.shelf import Slot, Stopped
+from lora_compose.compose.page.open_models import OpenModel, Stopped
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.scene import Run
 
@@ -28,7 +28,7 @@ _PREVIEW_SHARE = 0.1  # of the time, that previews may take
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class Result:
     """A finished image.
 
     Attributes:
@@ -55,7 +55,7 @@ class Job:
     """Pictures to be made one after the other, each as `lora_compose.compose.generate.make` makes it.
 
     Args:
-        slot: The model.
+        model: The model.
         runs: One for each image.
         record_attention: Whether attention maps are kept.
         flops: Operations of each, as far as they are known.
@@ -64,26 +64,26 @@ class Job:
     Attributes:
         state: Where it is.
         ahead: While waiting: how many calls of others come first.
-        pictures: Those that are finished.
+        results: Those that are finished.
         preview: What the current image looks like so far.
         error: What went wrong, in words.
     """
 
     def __init__(
         self,
-        slot: Slot,
+        model: OpenModel,
         runs: Sequence[Run],
         *,
         record_attention: bool,
         flops: Sequence[int | None] = (),
         comparing: bool = False,
     ) -> None:
-        self.slot = slot
+        self.model = model
         self.comparing = comparing
         self.runs = tuple(runs)
         self.state: State = "waiting"
         self.ahead = 0
-        self.pictures: list[Picture] = []
+        self.results: list[Result] = []
         self.preview: Image.Image | None = None
         self.error = ""
         self._record_attention = record_attention
@@ -126,7 +126,7 @@ class Job:
     def share(self) -> float:
         """How much of everything is done, up to 1."""
         within = self._done / self._of if self._of else 0.0
-        return min(1.0, (len(self.pictures) + within) / max(1, len(self.runs)))
+        return min(1.0, (len(self.results) + within) / max(1, len(self.runs)))
 
     @property
     def seconds_left(self) -> float | None:
@@ -139,12 +139,12 @@ class Job:
     def _work(self) -> None:
         try:
             concepts = [concept for run in self.runs for concept in run.scene.concepts]
-            with self.slot.turn(concepts, stop=self._stop, on_wait=self._wait) as pipe:
+            with self.model.turn(concepts, stop=self._stop, on_wait=self._wait) as pipe:
                 self.state = "working"
                 for run, flops in zip(self.runs, self._flops, strict=True):
                     self._make(pipe, run)
                     if flops is not None:
-                        self.slot.seconds_per_flop = self.pictures[-1].seconds / flops
+                        self.model.seconds_per_flop = self.results[-1].seconds / flops
             self.state = "done"
         except Stopped:
             self.state = "stopped"
@@ -178,15 +178,15 @@ class Job:
             on_step=lambda done, of, latents: self._step(pipe, done, of, latents),
             record_attention=self._record_attention,
         )
-        self.pictures.append(Picture(made.pictures[0], made.cost, made.attention, time.monotonic() - start))
-        self._done, self.preview = 0, made.pictures[0].image  # until the next one can be looked at
+        self.results.append(Result(made.images[0], made.cost, made.attention, time.monotonic() - start))
+        self._done, self.preview = 0, made.images[0].image  # until the next one can be looked at
 
     def _step(self, pipe: Any, done: int, of: int, latents: Tensor) -> None:
         if self._stop.is_set():
             raise Stopped
         self._done, self._of = done, of
         # With offloading, a look would move the models to and fro.
-        if not self.slot.choice.offloads and done < of and time.monotonic() >= self._next_look:
+        if not self.model.choice.offloads and done < of and time.monotonic() >= self._next_look:
             start = time.monotonic()
             self.preview = look(pipe, latents)
             took = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""Training of concept LoRAs: `train(Training.preset("playground", pictures=..., out=..., trigger=..., ...))`."""
+"""Training of concept LoRAs: `train(Training.preset("playground", images=..., out=..., trigger=..., ...))`."""
 
 from lora_compose.compose.training.loop import DivergedError, Stopped, train
 from lora_compose.compose.training.settings import PRESETS, TaraTraining, Training

@@ -40,7 +40,7 @@ class Stream:
     kind: int
     timesteps: int
 
-    def picture(self, row: int) -> int:
+    def image(self, row: int) -> int:
         """The example of a row."""
         epoch, place = divmod(row, len(self.examples))
         order = torch.randperm(len(self.examples), generator=generator(self.seed, _ORDER, self.kind, epoch))
@@ -48,7 +48,7 @@ class Stream:
 
     def draw(self, row: int) -> tuple[Tensor, Tensor, int]:
         """Latents, noise and timestep of a row."""
-        latents, random = self.examples.latents[self.picture(row)], generator(self.seed, self.kind, row)
+        latents, random = self.examples.latents[self.image(row)], generator(self.seed, self.kind, row)
         noise = torch.randn(latents.shape, generator=random)
         return latents, noise, int(torch.randint(self.timesteps, (1,), generator=random))
 
@@ -80,7 +80,7 @@ class Batches:
         number = (step * self.accumulate + part) * self.processes + self.process
         streams = [(self.concept, self.sizes[0])] + ([(self.prior, self.sizes[1])] if self.prior else [])
         parts = [_rows_of(stream, range(number * size, (number + 1) * size)) for stream, size in streams]
-        captions = [int(self.concept.examples.caption[found]) for found in parts[0].pictures]
+        captions = [int(self.concept.examples.caption[found]) for found in parts[0].images]
         return Batch(
             latents=torch.cat([part.latents for part in parts]),
             noise=torch.cat([part.noise for part in parts]),
@@ -95,7 +95,7 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    pictures: Sequence[int]
+    images: Sequence[int]
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
@@ -105,15 +105,15 @@ class _Part:
 
 
 def _rows_of(stream: Stream, rows: range) -> _Part:
-    pictures = [stream.picture(row) for row in rows]
+    images = [stream.image(row) for row in rows]
     latents, noise, timesteps = zip(*map(stream.draw, rows), strict=True)
     examples = stream.examples
-    captions = examples.caption[pictures]
+    captions = examples.caption[images]
     added = {}
     if examples.pooled is not None and examples.time_ids is not None:
-        added = {"text_embeds": examples.pooled[captions], "time_ids": examples.time_ids[pictures]}
+        added = {"text_embeds": examples.pooled[captions], "time_ids": examples.time_ids[images]}
     return _Part(
-        pictures, torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), examples.text[captions],
+        images, torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), examples.text[captions],
         examples.mask[captions], added,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Picture:
+class TrainingImage:
     """An image and what it shows.
 
     Attributes:
@@ -42,7 +42,7 @@ class Picture:
     sha256: str
 
 
-def read_pictures(folder: Path, prompts: Sequence[str]) -> tuple[Picture, ...]:
+def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ...]:
     """Reads and checks all images of a folder.
 
     Args:
@@ -65,13 +65,13 @@ def read_pictures(folder: Path, prompts: Sequence[str]) -> tuple[Picture, ...]:
         logger.info("%s: %d of %d images have no caption and get the prompt", folder, missing, len(paths))
     found = []
     for i, (path, caption) in enumerate(zip(paths, captions, strict=True)):
-        size = load_picture(path).size
+        size = load_image(path).size
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        found.append(Picture(path, caption or prompts[i % len(prompts)], size, sha256))
+        found.append(TrainingImage(path, caption or prompts[i % len(prompts)], size, sha256))
     return tuple(found)
 
 
-def load_picture(path: Path) -> Image.Image:
+def load_image(path: Path) -> Image.Image:
     """Opens an image, upright, as RGB on white.
 
     Raises:
@@ -112,19 +112,19 @@ def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
     return pixels.permute(2, 0, 1).contiguous(), (top, left)
 
 
-def say_small(pictures: Sequence[Picture], side: int) -> None:
+def say_small(images: Sequence[TrainingImage], side: int) -> None:
     """Says which images have to be enlarged."""
-    small = [picture.path.name for picture in pictures if min(picture.size) < side]
+    small = [image.path.name for image in images if min(image.size) < side]
     if small:
         logger.warning(
             "%d of %d images are smaller than %d x %d and are enlarged, so that the concept will be soft: %s",
-            len(small), len(pictures), side, side, ", ".join(small[:5]),
+            len(small), len(images), side, side, ", ".join(small[:5]),
         )  # fmt: skip
 
 
-def digest(pictures: Sequence[Picture]) -> str:
+def digest(images: Sequence[TrainingImage]) -> str:
     """SHA-256 of all images and captions."""
-    lines = [f"{picture.path.name}\t{picture.sha256}\t{picture.caption}" for picture in pictures]
+    lines = [f"{image.path.name}\t{image.sha256}\t{image.caption}" for image in images]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.compose.training.data import Picture, load_picture, square
+from lora_compose.compose.training.data import TrainingImage, load_image, square
 from lora_compose.compose.training.model import encode_text
 
 
@@ -36,34 +36,34 @@ class Examples:
         return len(self.latents)
 
 
-def encode_pictures(
-    pipe: Any, pictures: Sequence[Picture], triggers: dict[str, tuple[int, ...]], side: int, device: torch.device
+def encode_images(
+    pipe: Any, images: Sequence[TrainingImage], triggers: dict[str, tuple[int, ...]], side: int, device: torch.device
 ) -> Examples:
     """Encodes images and their captions.
 
     Args:
         pipe: The base model, in float32 on the device.
-        pictures: What to encode.
+        images: What to encode.
         triggers: Token positions of the trigger, by caption.
         side: Of the training images, in pixels.
         device: Where the model is.
     """
-    captions = list(dict.fromkeys(picture.caption for picture in pictures))
+    captions = list(dict.fromkeys(image.caption for image in images))
     text, pooled = encode_text(pipe, captions, device)
     mask = torch.zeros(*text.shape[:2], 1)
     for row, caption in enumerate(captions):
         mask[row, list(triggers.get(caption, ()))] = 1
     latents, sizes = [], []
-    for picture in pictures:
-        pixels, cut = square(load_picture(picture.path), side)
+    for image in images:
+        pixels, cut = square(load_image(image.path), side)
         with torch.no_grad():
             encoded = pipe.vae.encode(pixels[None].to(device)).latent_dist
         latents.append(encoded.mode().cpu() * pipe.vae.config.scaling_factor)
-        width, height = picture.size
+        width, height = image.size
         sizes.append([height, width, *cut, side, side])
     return Examples(
         latents=torch.cat(latents),
-        caption=torch.tensor([captions.index(picture.caption) for picture in pictures]),
+        caption=torch.tensor([captions.index(image.caption) for image in images]),
         text=text,
         mask=mask,
         pooled=pooled,

@@ -24,8 +24,8 @@ from lora_compose.compose.training.learner import Batch, Learner, Losses, Weight
 from lora_compose.compose.training.model import lora_parameters, noise_schedule, open_base
 from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
 from lora_compose.compose.training.output import lora_bytes
-from lora_compose.compose.training.pictures import paint_samples
 from lora_compose.compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
+from lora_compose.compose.training.sampling import paint_samples
 from lora_compose.compose.training.settings import Training
 from lora_compose.compose.training.stopping import asked_to_stop
 

@@ -17,7 +17,7 @@ from lora_compose.compose.training.model import ADAPTER
 from lora_compose.compose.training.settings import Training
 
 _SD2_TEXT = 1024  # channels of the text that Stable Diffusion 2.x reads
-_PATHS = {"pictures", "out", "class_pictures"}  # they would tell the user's name, and mean nothing elsewhere
+_PATHS = {"images", "out", "class_images"}  # they would tell the user's name, and mean nothing elsewhere
 
 
 def lora_bytes(pipe: Any, config: LoraConfig, settings: Training) -> bytes:

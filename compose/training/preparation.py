@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from peft import LoraConfig
 
 from lora_compose.compose.training.alignment import Alignment
-from lora_compose.compose.training.data import Picture, digest, read_pictures, say_small
-from lora_compose.compose.training.examples import Examples, encode_pictures
+from lora_compose.compose.training.data import TrainingImage, digest, read_images, say_small
+from lora_compose.compose.training.examples import Examples, encode_images
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora, encode_text, tokenizers_of
-from lora_compose.compose.training.pictures import paint_class
+from lora_compose.compose.training.sampling import paint_class
 from lora_compose.compose.training.settings import Training
 from lora_compose.compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
 
@@ -25,13 +25,13 @@ class Texts:
     """What the concept's images show, in words.
 
     Attributes:
-        pictures: The images.
+        images: The images.
         words: By caption.
         samples: What samples show, with the token positions of the trigger.
         side: Of the training images, in pixels.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[TrainingImage, ...]
     words: dict[str, Words]
     samples: tuple[tuple[str, Sequence[int]], ...]
     side: int
@@ -75,21 +75,21 @@ def read_texts(pipe: Any, settings: Training) -> Texts:
     Raises:
         DataError: If anything cannot be used.
     """
-    pictures = read_pictures(settings.pictures, [settings.filled(settings.prompt)])
-    if len(pictures) == 1:
+    images = read_images(settings.images, [settings.filled(settings.prompt)])
+    if len(images) == 1:
         logger.warning("there is one image: its background and pose will be learnt with the concept; five are better")
     side = settings.resolution or _own_side(pipe)
-    say_small(pictures, side)
+    say_small(images, side)
     noun = settings.tara is not None and settings.tara.needs_class_word
     clean = settings.tara is not None and settings.tara.class_target == "clean"
 
     def find(caption: str, noun: bool) -> Words:
         return find_concept(tokenizers_of(pipe), caption, settings.concept, noun=noun, clean=clean)
 
-    words = {caption: find(caption, noun) for caption in dict.fromkeys(one.caption for one in pictures)}
+    words = {caption: find(caption, noun) for caption in dict.fromkeys(one.caption for one in images)}
     asked = settings.sample_prompts or (next(iter(words)),)
     samples = tuple((prompt, find(prompt, noun=False).trigger) for prompt in asked)
-    return Texts(pictures, words, samples, side)
+    return Texts(images, words, samples, side)
 
 
 def _own_side(pipe: Any) -> int:
@@ -100,28 +100,28 @@ def _own_side(pipe: Any) -> int:
 def encode(pipe: Any, texts: Texts, settings: Training, accelerator: Accelerator) -> Material:
     """Encodes all images and captions; paints class images first if some are missing."""
     device = accelerator.device
-    class_pictures = _class_pictures(pipe, settings, accelerator, texts.side)
+    class_images = _class_images(pipe, settings, accelerator, texts.side)
     triggers = {caption: found.trigger for caption, found in texts.words.items()}
-    concept = encode_pictures(pipe, texts.pictures, triggers, texts.side, device)
-    prior = encode_pictures(pipe, class_pictures, {}, texts.side, device) if class_pictures else None
+    concept = encode_images(pipe, texts.images, triggers, texts.side, device)
+    prior = encode_images(pipe, class_images, {}, texts.side, device) if class_images else None
     rows = None
     if settings.tara is not None and settings.tara.needs_class_word:
         class_text, _ = encode_text(pipe, [found.class_caption for found in texts.words.values()], device)
         rows = rows_of(list(texts.words.values()), concept.text, class_text)
-    logger.info("%d images of the concept, %d of its class", len(texts.pictures), len(class_pictures))
-    return Material(concept, prior, rows, digest([*texts.pictures, *class_pictures]))
+    logger.info("%d images of the concept, %d of its class", len(texts.images), len(class_images))
+    return Material(concept, prior, rows, digest([*texts.images, *class_images]))
 
 
-def _class_pictures(pipe: Any, settings: Training, accelerator: Accelerator, side: int) -> tuple[Picture, ...]:
+def _class_images(pipe: Any, settings: Training, accelerator: Accelerator, side: int) -> tuple[TrainingImage, ...]:
     if not settings.has_prior:
         return ()
     if settings.class_count and accelerator.is_main_process:
         paint_class(pipe, accelerator, settings, side)
     accelerator.wait_for_everyone()
-    found = read_pictures(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
+    found = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
     say_small(found, side)
-    for picture in found:
-        check_class_caption(picture.caption, settings.concept)
+    for image in found:
+        check_class_caption(image.caption, settings.concept)
     return found
 
 

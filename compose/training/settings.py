@@ -80,7 +80,7 @@ class Training(_Frozen):
     `Training.preset` fills in what suits a kind of model.
 
     Attributes:
-        pictures: A folder with images of the concept. Captions are read from its `captions.tsv` (file, tab, caption)
+        images: A folder with images of the concept. Captions are read from its `captions.tsv` (file, tab, caption)
             or a .txt beside each image.
         out: The LoRA to be written, a .safetensors file.
         trigger: The rare word or words that will name the concept: "sks".
@@ -103,10 +103,10 @@ class Training(_Frozen):
         max_grad_norm: Gradients are shortened to this norm; None leaves them.
         resolution: Side of the training images in pixels; None is the model's own.
         seed: Decides everything random: start weights, order, noise, timesteps.
-        class_pictures: A folder with images of the class without the concept, for prior preservation, captioned like
-            `pictures`. None with `class_count` 0: no prior preservation.
+        class_images: A folder with images of the class without the concept, for prior preservation, captioned like
+            `images`. None with `class_count` 0: no prior preservation.
         class_prompts: The captions of class images that have none, and the prompts of those that the model makes.
-        class_count: Missing class images are made by the model, up to this number, into `class_pictures` (or a folder
+        class_count: Missing class images are made by the model, up to this number, into `class_images` (or a folder
             beside `out`).
         class_steps: Denoising steps for them.
         prior_batch: Class images beside a batch; None is as many as `batch_size`.
@@ -123,7 +123,7 @@ class Training(_Frozen):
         threads: Threads on the CPU; None leaves it to PyTorch.
     """
 
-    pictures: Path
+    images: Path
     out: Path
     trigger: Word
     class_word: Word
@@ -144,7 +144,7 @@ class Training(_Frozen):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     resolution: Annotated[int, Field(gt=0, multiple_of=8)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    class_pictures: Path | None = None
+    class_images: Path | None = None
     class_prompts: Annotated[tuple[Template, ...], Field(min_length=1)] = ("a photo of {class_word}",)
     class_count: Annotated[int, Field(ge=0, le=10_000)] = 0
     class_steps: Positive = 25
@@ -180,7 +180,7 @@ class Training(_Frozen):
             fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in given:
             fields["scope"] = "attention"  # where the paper has its LoRA
-        if given.get("class_pictures") is not None and "class_count" not in given:
+        if given.get("class_images") is not None and "class_count" not in given:
             fields["class_count"] = 0  # nothing is added to a folder of the user's own unless asked for
         return cls(**fields)
 
@@ -216,12 +216,12 @@ class Training(_Frozen):
     @property
     def has_prior(self) -> bool:
         """Whether there are class images."""
-        return self.class_pictures is not None or self.class_count > 0
+        return self.class_images is not None or self.class_count > 0
 
     @property
     def class_folder(self) -> Path:
         """Where class images are."""
-        return self.class_pictures or self.out.with_name(f"{self.out.stem}-class")
+        return self.class_images or self.out.with_name(f"{self.out.stem}-class")
 
     @property
     def checkpoint(self) -> Path:

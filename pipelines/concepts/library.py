@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.concepts.loading import LoraError, adapter_factors, find_file, local_path, match, read_lora
+from lora_compose.pipelines.concepts.finding import find_file, local_path
+from lora_compose.pipelines.concepts.loading import LoraError, adapter_factors, match, read_lora
 from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.deltas import MAX_RANK

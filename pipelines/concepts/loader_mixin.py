@@ -9,8 +9,8 @@ from typing import Any, Literal
 from huggingface_hub import hf_hub_download
 
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.library import ConceptLibrary, adapters_of
-from lora_compose.pipelines.concepts.loading import find_file, local_path
 from lora_compose.pipelines.concepts.selection import choose_concepts, has_tags, take_tags
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.deltas import MAX_RANK

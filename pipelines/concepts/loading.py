@@ -1,17 +1,12 @@
-"""Where a LoRA file meets a model: files are found, and their layers matched with a pipeline's."""
+"""Where a LoRA file meets a model: its layers are matched with those of a pipeline."""
 
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import hf_hub_download, list_repo_files
-from huggingface_hub.errors import EntryNotFoundError
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -23,21 +18,16 @@ from lora_compose.attention.lora_bank import Lora, LoraFactors, base_layer
 from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.deltas import MAX_RANK, Change, change, inner, size
 from lora_compose.pipelines.formats.files import (
-    PEFT_CONFIG,
-    PEFT_FILE,
-    PICKLES,
     LoraError,
     LoraFile,
     read_lora,
-    refuse_pickle,
 )
 from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.names import older, spellings
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
-from lora_compose.pipelines.hub import is_hub_name, reachable
 
-__all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "find_file", "match", "read_lora"]
+__all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,70 +81,6 @@ class Factors:
             keys = ", ".join(self.unmatched[:3]) + (", ..." if len(self.unmatched) > 3 else "")
             said.append(f"{len(self.unmatched)} keys fit no layer and are left out: {keys}")
         return "; ".join([*said, *self.notes])
-
-
-def local_path(source: str | os.PathLike[str]) -> Path:
-    """A path as written, with the home folder for "~".
-
-    Raises:
-        LoraError: If it is no path.
-    """
-    if not isinstance(source, str | os.PathLike) or not str(source):
-        raise LoraError(
-            f"{source!r} names no LoRA; expected a file, a folder or a hub repository such as 'user/my-cat'"
-        )
-    try:
-        return Path(source).expanduser()
-    except RuntimeError as error:
-        raise LoraError(f"{str(source)!r} cannot be found: {error}") from error
-
-
-def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **hub: Any) -> Path:
-    """The file behind a path, a folder or a hub repository.
-
-    Args:
-        source: A file, a folder, or a repository such as "user/my-cat-lora".
-        weight_name: The file inside a folder or repository; not needed if there is only one safetensors file.
-        hub: Passed on to `huggingface_hub` (token, revision, cache_dir, local_files_only, ...).
-
-    Raises:
-        LoraError: If there is no such file, several and none is named, or the model hub is out of reach.
-    """
-    path = local_path(source)
-    if path.is_dir():
-        names = sorted(found.name for found in path.glob("*.safetensors"))
-        return path / _only(names, weight_name, path)
-    if path.exists():
-        return path
-    is_file = path.is_absolute() or path.suffix.lower() in {".safetensors", *PICKLES}
-    if is_file or not is_hub_name(str(source)):
-        refuse_pickle(path)
-        raise LoraError(f"there is no file {str(source)!r}")
-    try:
-        hub = reachable(str(source), weight_name or "", **hub)
-    except ConnectionError as error:
-        raise LoraError(str(error)) from error
-    if weight_name is None:
-        access = {option: hub[option] for option in ("revision", "token") if option in hub}
-        names = [name for name in list_repo_files(str(source), **access) if name.endswith(".safetensors")]
-    else:
-        names = [weight_name]
-    name = _only(names, weight_name, source)
-    path = Path(hf_hub_download(str(source), name, **hub))
-    if path.stem == PEFT_FILE:
-        with suppress(EntryNotFoundError):  # its absence is told when the file is matched
-            hf_hub_download(str(source), str(PurePosixPath(name).with_name(PEFT_CONFIG)), **hub)
-    return path
-
-
-def _only(names: list[str], wanted: str | None, place: object) -> str:
-    if wanted is not None:
-        if wanted in names:
-            return wanted
-        raise LoraError(f"{place} has no {wanted!r}; it has {', '.join(names) or 'no safetensors files'}")
-    if len(names) != 1:
-        raise LoraError(f"{place} has {len(names)} safetensors files; say which with weight_name: {', '.join(names)}")
-    return names[0]
 
 
 def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: int = MAX_RANK) -> Factors:

@@ -212,7 +212,7 @@ def _of_image(image: Image.Image, channels: int) -> Tensor:
     """A PIL image. Shape: [channels, height, width], fp32, 0 to 1."""
     if image.mode[0] in "IF":
         raise ValueError(
-            f"a image of mode {image.mode!r} has no fixed range; turn it into one of 8 bits, or into a tensor of 0 to 1"
+            f"an image of mode {image.mode!r} has no fixed range; convert it to 8 bits, or to a tensor of 0 to 1"
         )
     if channels == 1 and image.mode not in ("1", "L"):
         raise ValueError(f"this control reads grayscale images, not {image.mode}: give it image.convert('L')")

@@ -10,7 +10,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
-from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
@@ -32,6 +32,7 @@ from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, real_tokens
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import TokenPositions
 

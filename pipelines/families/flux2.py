@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from lora_compose.attention.backbones.joint import PATCH
-from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
@@ -34,6 +34,7 @@ from lora_compose.pipelines.call import (
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, real_tokens
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer

@@ -11,7 +11,7 @@ from diffusers.pipelines.krea2.pipeline_output import Krea2PipelineOutput
 from torch import Tensor
 
 from lora_compose.attention.backbones.joint import packed
-from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
@@ -32,6 +32,7 @@ from lora_compose.pipelines.call import (
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lora_compose.attention.device import uncompiled
-from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
@@ -35,6 +35,7 @@ from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
 from lora_compose.pipelines.text.long_prompts import Reading

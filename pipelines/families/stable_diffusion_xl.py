@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
 from torch import Tensor
 
-from lora_compose.pipelines.base import ComposePipeline, output_of
+from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
     Callback,
@@ -33,6 +33,7 @@ from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
+from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText

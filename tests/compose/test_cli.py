@@ -457,13 +457,13 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "unet layers, rank 8" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
     assert "method tara, because every concept was trained for it size" in text
-    assert "40 UNet rows (20 steps with guidance), 0.99 times the FLOPs of a plain image" in text
+    assert "40 latent rows (20 steps with guidance), 0.99 times the FLOPs of a plain image" in text
     assert text.endswith("no problems")
     text = flat(call("check", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
-    assert "25 UNet rows (25 steps without guidance)" in text
+    assert "25 latent rows (25 steps without guidance)" in text
     assert "method merge" in text
     text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
-    assert "80 UNet rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
+    assert "80 latent rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""SDXL wherever a model is named: run, check, replay, the page's shelf."""
+"""SDXL wherever a model is named: run, check, replay, the page's open_models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from lora_compose import Concept, Run, Scene
 from lora_compose.compose.check.report import check
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.page.shelf import Choice, Shelf
+from lora_compose.compose.page.open_models import Choice, OpenModels
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
 
@@ -58,7 +58,7 @@ def test_a_run_is_checked_made_and_made_again(folder, run_of, method):
     facts = dict(report.facts)
     assert facts["cat: words"] == "trigger 'sks' at token 2; class word 'cat' at token 3"
     assert facts["cat: layers"] == "64 unet layers, 9 text_encoder layers, 9 text_encoder_2 layers, rank 3"
-    assert "UNet rows" in facts["cost"]
+    assert "latent rows" in facts["cost"]
     made = make(pipe, run)
     assert made.image.size == (128, 128)
     assert make(open_model(run), made.record.run).image.tobytes() == made.image.tobytes()
@@ -76,12 +76,12 @@ def test_commands_take_a_folder_with_sdxl(folder, tmp_path):
     loras = [f"path={folder}/{name}.safetensors,trigger={word},class={name}" for name, word in words]
     model, concepts = folder / "model", ["--concept", loras[0], "--concept", loras[1]]
     call("run", model, "--prompt", PROMPT, *concepts, "--method", "clora", "--steps", 2, "--maps", "--out", tmp_path)
-    (picture,) = [path for path in tmp_path.glob("*.png") if path.stem.isdigit()]
-    assert "identical" in call("replay", picture, "--out", tmp_path / "again").output
+    (image,) = [path for path in tmp_path.glob("*.png") if path.stem.isdigit()]
+    assert "identical" in call("replay", image, "--out", tmp_path / "again").output
 
 
 def test_the_page_opens_sdxl(folder, run_of):
-    slot = Shelf().open(Choice(str(folder / "model"), device="cpu", memory=(Saver.TILING,)))
+    slot = OpenModels().open(Choice(str(folder / "model"), device="cpu", memory=(Saver.TILING,)))
     assert slot.size == (128, 128)
     run = run_of("tara")
     with slot.turn(run.scene.concepts) as pipe:

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from lora_compose import ComposePipeline, LoraError
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.hub import is_hub_name, reachable
 
 REPOSITORY = "somebody/a-model"

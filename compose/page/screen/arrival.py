@@ -1,4 +1,4 @@
-"""Who looks at the screen: a visit that is going on, or a new one, which begins with the example."""
+"""Who looks at the screen: a session that is going on, or a new one, which begins with the example."""
 
 import atexit
 
@@ -6,37 +6,37 @@ import streamlit as st
 from streamlit import runtime
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
-from lora_compose.compose.page.draft import example
+from lora_compose.compose.page.form import example
 from lora_compose.compose.page.launch import options
-from lora_compose.compose.page.leaving import Visits
+from lora_compose.compose.page.leaving import Sessions
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit, shelf
+from lora_compose.compose.page.screen.state import PageSession, open_models
 from lora_compose.compose.page.store import Store, named
 
 
-def visit() -> Visit:
-    """This visit; a new one begins with the example."""
-    before: Visit | None = st.session_state.get("visit")
+def page_session() -> PageSession:
+    """This session; a new one begins with the example."""
+    before: PageSession | None = st.session_state.get("session")
     if before is None or before.closed:
-        draft, session = example(), _session()
-        new = Visit(Store(), shelf().open(draft.choice), options(), _session=session)
-        _VISITS.add(session, new)
-        st.session_state["visit"] = new
-        fields.fill(new, draft, {concept.name: named(concept.lora or "") for concept in draft.concepts})
+        form, session_id = example(), _session_id()
+        new = PageSession(Store(), open_models().open(form.choice), options(), _session_id=session_id)
+        _SESSIONS.add(session_id, new)
+        st.session_state["session"] = new
+        fields.fill(new, form, {concept.name: named(concept.lora or "") for concept in form.concepts})
     if before is not None and before.closed:
         st.toast("Your session ended, so your files and images were deleted. This is a new session.")
-    return st.session_state["visit"]
+    return st.session_state["session"]
 
 
-def _session() -> str:
+def _session_id() -> str:
     context = get_script_run_ctx()
     return context.session_id if context is not None else ""
 
 
-def _has_browser(session: str) -> bool:
+def _has_browser(session_id: str) -> bool:
     """Whether a session is connected; the sessions of tests have no server that could tell."""
-    return not runtime.exists() or runtime.get_instance().is_active_session(session)
+    return not runtime.exists() or runtime.get_instance().is_active_session(session_id)
 
 
-_VISITS = Visits(_has_browser)
-atexit.register(_VISITS.end)
+_SESSIONS = Sessions(_has_browser)
+atexit.register(_SESSIONS.end)

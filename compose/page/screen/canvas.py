@@ -11,10 +11,10 @@ from streamlit.components.v2 import component
 
 from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.boxes import TEMPLATES, fitted, template
-from lora_compose.compose.page.draft import SIDES
+from lora_compose.compose.page.form import SIDES
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.start import keep_mask, painted, painting, paints, unpaint
-from lora_compose.compose.page.screen.state import Row, Visit
+from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.text import markdown
 
 _HERE = Path(__file__).parent
@@ -22,44 +22,44 @@ _CANVAS, _DRAWN, _SHOWN = "do.canvas", "do.drawn", "set.outlines"
 _SIDE = 1024  # pixels of the longer side that are sent to the browser
 
 
-def position_part(here: Visit) -> None:
+def position_part(session: PageSession) -> None:
     """Whether concepts have boxes, and ways to arrange them."""
-    if not here.rows and not paints(here):
+    if not session.rows and not paints(session):
         return
     st.session_state.setdefault(_SHOWN, True)
     with st.container(horizontal=True, vertical_alignment="center", key="position"):
-        if paints(here):
+        if paints(session):
             st.toggle("Brush", key=fields.BRUSH, help="Paint over the part of the image that is to change.")
-            st.button("Clear what you painted", key="do.unpaint", on_click=unpaint, args=(here,),
-                      disabled=here.start is None or here.start.mask is None)  # fmt: skip
-        if not here.rows:
+            st.button("Clear what you painted", key="do.unpaint", on_click=unpaint, args=(session,),
+                      disabled=session.start is None or session.start.mask is None)  # fmt: skip
+        if not session.rows:
             return
         st.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
                              required=True, label_visibility="collapsed")  # fmt: skip
         if fields.boxed():
             with st.popover("Arrange", icon=":material/dashboard:"):
-                _arranging(here)
+                _arranging(session)
             st.toggle("Show boxes", key=_SHOWN)
 
 
-def canvas(here: Visit, image: Image.Image | None, alt: str) -> None:
+def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
     """The image with the boxes; the fields of the coordinates hold the truth.
 
     Args:
-        here: The visit.
+        session: The user's session.
         image: What to show under the boxes; None is an empty canvas.
         alt: What is to be seen, for those who cannot see it.
     """
     if st.session_state.pop(_DRAWN, False):
         st.rerun()  # all of the page, for this part may have been looked at alone
     width, height = fields.size()
-    shown = fields.boxed() and st.session_state[_SHOWN] if here.rows and not painting(here) else False
+    shown = fields.boxed() and st.session_state[_SHOWN] if session.rows and not painting(session) else False
     data = {
         "width": width,
         "height": height,
         "image": None if image is None else as_uri(image),
         "alt": alt,
-        "paint": painted(here),
+        "paint": painted(session),
         "boxes": [
             {
                 "id": row.number,
@@ -67,38 +67,40 @@ def canvas(here: Visit, image: Image.Image | None, alt: str) -> None:
                 "colour": colour(i),
                 "box": list(fields.box_of(row)),
             }
-            for i, row in (_with_boxes(here) if shown else [])
+            for i, row in (_with_boxes(session) if shown else [])
         ],
     }
-    _component()(key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(here), on_mask_change=lambda: _masked(here))
+    _component()(
+        key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(session), on_mask_change=lambda: _masked(session)
+    )  # fmt: skip
 
 
-def _arranging(here: Visit) -> None:
+def _arranging(session: PageSession) -> None:
     with st.container(horizontal=True):
         for name in TEMPLATES:
-            st.button(name, key=f"do.template.{name}", on_click=_apply, args=(here, name))
+            st.button(name, key=f"do.template.{name}", on_click=_apply, args=(session, name))
     st.caption("Drag a box to move it, its corners to resize it; drag on an empty area to redraw the selected box. "
                "Keyboard: Tab selects a box, arrows move it, Shift and arrows resize it.")  # fmt: skip
-    _masks(here)
-    for _, row in _with_boxes(here):
+    _masks(session)
+    for _, row in _with_boxes(session):
         st.caption(f"{markdown(str(st.session_state[fields.of_row(row, 'name')]))}, in pixels")
         for column, edge in zip(st.columns(4, wrap=False), fields.EDGES, strict=True):
             column.number_input(edge.capitalize(), 0, SIDES[1], key=fields.of_row(row, edge), step=8)
 
 
-def _apply(here: Visit, name: str) -> None:
-    rows = [row for _, row in _with_boxes(here)]
+def _apply(session: PageSession, name: str) -> None:
+    rows = [row for _, row in _with_boxes(session)]
     for row, box in zip(rows, template(name, len(rows), *fields.size()) if rows else [], strict=True):
         fields.set_box(row, box)
 
 
-def _with_boxes(here: Visit) -> list[tuple[int, Row]]:
+def _with_boxes(session: PageSession) -> list[tuple[int, Row]]:
     """The concepts with boxes, each with its place among all, which is that of its colour."""
-    return [(i, row) for i, row in enumerate(here.rows) if fields.has_box(row)]
+    return [(i, row) for i, row in enumerate(session.rows) if fields.has_box(row)]
 
 
-def _masks(here: Visit) -> None:
-    for row in here.rows:
+def _masks(session: PageSession) -> None:
+    for row in session.rows:
         if row.mask is not None:
             name = markdown(str(st.session_state[fields.of_row(row, "name")]))
             st.caption(f"{name} has a mask file instead of a box: {markdown(row.mask)}")
@@ -109,18 +111,18 @@ def _unmask(row: Row) -> None:
     row.mask = None
 
 
-def _drawn(here: Visit) -> None:
+def _drawn(session: PageSession) -> None:
     drawn = st.session_state[_CANVAS].get("drawn")
     if not isinstance(drawn, dict):
         return
-    row = next((row for row in here.rows if row.number == drawn.get("id")), None)
+    row = next((row for row in session.rows if row.number == drawn.get("id")), None)
     if row is not None and _is_box(drawn.get("box")):
         fields.set_box(row, fitted(drawn["box"], *fields.size()))
         st.session_state[_DRAWN] = True
 
 
-def _masked(here: Visit) -> None:
-    keep_mask(here, st.session_state[_CANVAS].get("mask"))
+def _masked(session: PageSession) -> None:
+    keep_mask(session, st.session_state[_CANVAS].get("mask"))
     st.session_state[_DRAWN] = True
 
 

@@ -6,37 +6,37 @@ from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.labels import full_name, label_of, methods
 from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.cost import cost_words, picture_cost
-from lora_compose.compose.page.screen.state import MOST_WAITING, Visit, judge
+from lora_compose.compose.page.screen.cost import cost_words, result_cost
+from lora_compose.compose.page.screen.state import MOST_WAITING, PageSession, judge
 from lora_compose.compose.page.text import markdown
-from lora_compose.compose.page.work import Picture
+from lora_compose.compose.page.work import Result
 
 _CHOSEN = "set.compared"
 _PLACE = "compare"
 _MOST = 24  # images at once
 
 
-def compare_view(here: Visit) -> None:
+def compare_view(session: PageSession) -> None:
     """Which methods, what each costs, and their images."""
-    if not here.rows:
+    if not session.rows:
         st.info("Add concepts first.", icon=":material/view_column:")
         return
     st.session_state.setdefault(_CHOSEN, ["merge", "regional", "lora-composer"])
     chosen = st.multiselect("Methods", methods(), key=_CHOSEN, format_func=full_name)
-    _costs(here, chosen)
+    _costs(session, chosen)
     st.button("Generate all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
-              disabled=not chosen or len(here.waiting) >= MOST_WAITING, on_click=_start,
-              args=(here, chosen))  # fmt: skip
-    for trouble in here.troubles.get(_PLACE, []):
+              disabled=not chosen or len(session.waiting) >= MOST_WAITING, on_click=_start,
+              args=(session, chosen))  # fmt: skip
+    for trouble in session.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
-    _table(here)
+    _table(session)
 
 
-def _costs(here: Visit, methods: list[str]) -> None:
+def _costs(session: PageSession, methods: list[str]) -> None:
     """Before anything is made: what each does, needs and costs in this scene."""
     try:
-        draft = fields.draft(here)
-        reports = [here.outlook(draft.with_method(method)) for method in methods]
+        form = fields.form(session)
+        reports = [session.outlook(form.with_method(method)) for method in methods]
     except ValueError:
         return  # said at the button above
     rows = []
@@ -46,60 +46,60 @@ def _costs(here: Visit, methods: list[str]) -> None:
         elif report.problems:
             said = f":material/block: {markdown(spoken(report.problems[0], method))}"
         else:
-            said = markdown(cost_words(here, report.cost)) if report.cost is not None else "not known"
+            said = markdown(cost_words(session, report.cost)) if report.cost is not None else "not known"
         rows.append(f"| **{markdown(label_of(method).name)}** | {markdown(sentence(method))} | {said} |")
     if rows:
         st.markdown("\n".join(["| method | what it does | cost, or what is missing |", "|---|---|---|", *rows]))
 
 
-def _start(here: Visit, methods: list[str]) -> None:
-    here.troubles[_PLACE] = []
+def _start(session: PageSession, methods: list[str]) -> None:
+    session.troubles[_PLACE] = []
     try:
-        draft = fields.draft(here)
-        reports = {method: here.outlook(draft.with_method(method)) for method in methods}
+        form = fields.form(session)
+        reports = {method: session.outlook(form.with_method(method)) for method in methods}
         able = {method: report for method, report in reports.items() if report is None or not report.problems}
-        runs = [run for method in able for run in draft.with_method(method).runs()]
+        runs = [run for method in able for run in form.with_method(method).runs()]
         if not runs:
             raise ValueError("None of these methods can compose this scene; the table shows what is missing.")
         if len(runs) > _MOST:
             raise ValueError(f"{len(runs)} images are too many at once; choose fewer methods or seeds, up to {_MOST}.")
     except ValueError as error:
-        here.troubles[_PLACE] = str(error).splitlines()
+        session.troubles[_PLACE] = str(error).splitlines()
         return
-    runs.sort(key=lambda run: draft.seeds.index(run.seed))  # row by row
+    runs.sort(key=lambda run: form.seeds.index(run.seed))  # row by row
     costs = [report.cost if (report := able[run.method or ""]) is not None else None for run in runs]
     flops = [cost.flops if cost is not None else None for cost in costs]
-    here.begin(runs, flops, comparing=True, record_attention=st.session_state[fields.ATTENTION])
+    session.begin(runs, flops, comparing=True, record_attention=st.session_state[fields.ATTENTION])
 
 
-def _table(here: Visit) -> None:
-    pictures = {(picture.run.seed, picture.run.method): picture for picture in here.compared}
-    if not pictures:
+def _table(session: PageSession) -> None:
+    results = {(result.run.seed, result.run.method): result for result in session.compared}
+    if not results:
         return
-    methods = list(dict.fromkeys(method for _, method in pictures))
-    for seed in dict.fromkeys(seed for seed, _ in pictures):
+    methods = list(dict.fromkeys(method for _, method in results))
+    for seed in dict.fromkeys(seed for seed, _ in results):
         st.markdown(f"**Seed {seed}**")
         for column, method in zip(st.columns(len(methods)), methods, strict=True):
             with column:
-                if picture := pictures.get((seed, method)):
-                    _cell(here, picture)
-    if judge().judges(here.compared[0].run):
+                if result := results.get((seed, method)):
+                    _cell(session, result)
+    if judge().judges(session.compared[0].run):
         st.caption("Likeness, up to 1: of the detected object to the reference images of its concept, and the "
                    "highest to those of another concept.")  # fmt: skip
     else:
         st.caption("Likeness is measured where there are reference images of every concept: on the playground.")
 
 
-def _cell(here: Visit, picture: Picture) -> None:
-    st.image(picture.made.image, width="stretch", alt=full_name(picture.run.method or ""))
-    lines = [f"**{markdown(label_of(picture.run.method or '').name)}**"]
-    lines.append(f"{picture.seconds:.1f} s")
-    if judge().judges(picture.run):
-        lines += [f"{markdown(name)}: {found.words}" for name, found in here.likeness(picture).items()]
-    st.caption("  \n".join(lines), help=picture_cost(picture))
-    st.button("View image", key=f"do.compared.{picture.key}", on_click=_look, args=(here, picture), width="stretch")
+def _cell(session: PageSession, result: Result) -> None:
+    st.image(result.made.image, width="stretch", alt=full_name(result.run.method or ""))
+    lines = [f"**{markdown(label_of(result.run.method or '').name)}**"]
+    lines.append(f"{result.seconds:.1f} s")
+    if judge().judges(result.run):
+        lines += [f"{markdown(name)}: {found.words}" for name, found in session.likeness(result).items()]
+    st.caption("  \n".join(lines), help=result_cost(result))
+    st.button("View image", key=f"do.compared.{result.key}", on_click=_look, args=(session, result), width="stretch")
 
 
-def _look(here: Visit, picture: Picture) -> None:
-    here.shown = picture.key
+def _look(session: PageSession, result: Result) -> None:
+    session.shown = result.key
     st.session_state["set.view"] = "Image"

@@ -8,13 +8,13 @@ import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.figures.overlay import colour
-from lora_compose.compose.page.draft import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
+from lora_compose.compose.page.form import MOST_CONCEPTS, MOST_NAME, MOST_TEXT, free_name
+from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import FILE_PATIENCE, Row, Visit, checking, discard
-from lora_compose.compose.page.shelf import Busy
+from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
 from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, in_folder, is_on_hub, named, playground, tile
 from lora_compose.compose.page.text import markdown, markup
-from lora_compose.pipelines.concepts.loading import find_file
+from lora_compose.pipelines.concepts.finding import find_file
 
 logger = logging.getLogger(__name__)
 
@@ -22,23 +22,23 @@ _PLACE = "concepts"
 _MB = 2**20
 
 
-def concepts_part(here: Visit) -> None:
+def concepts_part(session: PageSession) -> None:
     """A card for every concept, and ways to add more."""
-    _adding(here)
-    for trouble in here.troubles.get(_PLACE, []):
+    _adding(session)
+    for trouble in session.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
-    for i, row in enumerate(list(here.rows)):
-        _card(here, i, row)
-    if not here.rows:
+    for i, row in enumerate(list(session.rows)):
+        _card(session, i, row)
+    if not session.rows:
         st.info("No concepts: the model generates a plain image. Add a LoRA to compose.", icon=":material/add_circle:")
 
 
-def _card(here: Visit, i: int, row: Row) -> None:
+def _card(session: PageSession, i: int, row: Row) -> None:
     lora = row.lora
     with st.container(border=True, key=f"card_{row.number}", gap="xsmall"):
         st.html(f"<style>.st-key-card_{row.number} {{ border-left: 5px solid {colour(i)} !important; }}</style>")
-        picture, name, trigger, noun = st.columns([1, 2, 2, 2], vertical_alignment="center", wrap=False)
-        picture.image((lora.thumbnail if lora else None) or tile(i), width=64, alt="What it was trained on")
+        result, name, trigger, noun = st.columns([1, 2, 2, 2], vertical_alignment="center", wrap=False)
+        result.image((lora.thumbnail if lora else None) or tile(i), width=64, alt="What it was trained on")
         name.text_input("Name", key=fields.of_row(row, "name"), max_chars=MOST_NAME)
         trigger.text_input("Trigger", key=fields.of_row(row, "trigger"), max_chars=MOST_NAME, help=(
             "The rare word or words that the LoRA was trained with, without the class word."
@@ -51,23 +51,23 @@ def _card(here: Visit, i: int, row: Row) -> None:
                       format="weight %.2f", label_visibility="collapsed",
                       disabled=fields.has_schedule(row))  # fmt: skip
             with st.popover("More"):
-                _details(here, row)
-            st.button("Remove", key=f"do.remove.{row.number}", on_click=here.rows.remove, args=(row,),
+                _details(session, row)
+            st.button("Remove", key=f"do.remove.{row.number}", on_click=session.rows.remove, args=(row,),
                       icon=":material/delete:")  # fmt: skip
-        if about := _about(here, row):
+        if about := _about(session, row):
             st.html(f'<div class="lc-file">{about}</div>')
         if row.lora is None and is_on_hub(row.wanted):
             st.warning(f"This LoRA is in a repository on the hub: {markdown(row.wanted)}. Download it if you trust it.",
                        icon=":material/cloud_download:")  # fmt: skip
             st.button("Download it from the hub", key=f"do.hub.{row.number}", on_click=_picked,
-                      args=(here, [row.wanted]), icon=":material/download:")  # fmt: skip
+                      args=(session, [row.wanted]), icon=":material/download:")  # fmt: skip
         elif row.lora is None:
             st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
-        elif (fit := here.fit(row)) is not None and fit[2]:
+        elif (fit := session.fit(row)) is not None and fit[2]:
             st.error("This LoRA does not fit the open model.", icon=":material/error:")  # why is said at the button
 
 
-def _details(here: Visit, row: Row) -> None:
+def _details(session: PageSession, row: Row) -> None:
     st.text_input("Weight that changes over the steps", key=fields.of_row(row, "schedule"), max_chars=MOST_TEXT, help=(
         "Used instead of the slider: “1..0.4” falls linearly, “0:1,0.5:0” is off in the second half, “1,0.5,0” sets "
         "equal parts."
@@ -83,7 +83,7 @@ def _details(here: Visit, row: Row) -> None:
     st.text_area("Own negative prompt", key=fields.of_row(row, "negative_prompt"), height=68)
 
 
-def _about(here: Visit, row: Row) -> str:
+def _about(session: PageSession, row: Row) -> str:
     if row.lora is None:
         return ""
     parts = [row.lora.shown]
@@ -95,49 +95,49 @@ def _about(here: Visit, row: Row) -> str:
         parts.append(f"alpha {row.alpha:g}")
     if row.lora.trained_with:
         parts.append(f"trained with {row.lora.trained_with}")
-    fit = here.fit(row)
+    fit = session.fit(row)
     if fit is not None and fit[1]:
         parts.append(fit[1])
     return markup(" · ".join(parts))
 
 
-def _adding(here: Visit) -> None:
-    full = _is_full(here)
+def _adding(session: PageSession) -> None:
+    full = _is_full(session)
     with st.container(horizontal=True, vertical_alignment="center", key="adding"):
         st.header("Concepts", anchor=False)
         upload = st.popover("Upload LoRAs", icon=":material/upload:", disabled=full)
         ready = st.popover("Choose LoRAs", icon=":material/folder:", disabled=full)
     with upload:
-        key = f"do.upload.{here.uploads}"
+        key = f"do.upload.{session.uploads}"
         st.file_uploader("safetensors files", type=["safetensors"], accept_multiple_files=True, key=key,
-                         on_change=_uploaded, args=(here, key), max_upload_size=UPLOAD_LIMIT // _MB)  # fmt: skip
+                         on_change=_uploaded, args=(session, key), max_upload_size=UPLOAD_LIMIT // _MB)  # fmt: skip
         st.caption("They stay on this machine until your session ends. Pickles (.pt, .ckpt, .bin) are refused: "
                    "they could run code.")  # fmt: skip
     with ready:
-        _choosing(here)
+        _choosing(session)
     if full:
         st.caption(f"{MOST_CONCEPTS} concepts are the maximum.")
 
 
-def _choosing(here: Visit) -> None:
+def _choosing(session: PageSession) -> None:
     ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in _playground()}
-    ready |= {f"{lora.shown} (uploaded)": lora.source for lora in here.store.uploads}
-    _picker(here, "From the playground, and uploaded before", ready, "ready")
-    folder = here.options.loras
-    if here.options.local:
+    ready |= {f"{lora.shown} (uploaded)": lora.source for lora in session.store.uploads}
+    _picker(session, "From the playground, and uploaded before", ready, "ready")
+    folder = session.options.loras
+    if session.options.local:
         text = st.text_input("A folder on this machine", value=str(folder or ""), key="set.folder")
         folder = Path(text) if text.strip() else None
     if folder is not None:
         try:
-            _picker(here, "In the folder", {path.name: str(path) for path in in_folder(folder)}, "folder")
+            _picker(session, "In the folder", {path.name: str(path) for path in in_folder(folder)}, "folder")
         except ValueError as error:
             st.error(markdown(str(error)))
 
 
-def _picker(here: Visit, label: str, sources: dict[str, str], key: str) -> None:
-    chosen = st.multiselect(label, list(sources), key=f"do.pick.{key}.{here.uploads}")
+def _picker(session: PageSession, label: str, sources: dict[str, str], key: str) -> None:
+    chosen = st.multiselect(label, list(sources), key=f"do.pick.{key}.{session.uploads}")
     st.button("Add", key=f"do.add.{key}", disabled=not chosen, on_click=_picked,
-              args=(here, [sources[name] for name in chosen]))  # fmt: skip
+              args=(session, [sources[name] for name in chosen]))  # fmt: skip
 
 
 @st.cache_data(show_spinner=False)
@@ -145,21 +145,21 @@ def _playground() -> list[Lora]:
     return playground()
 
 
-def _uploaded(here: Visit, key: str) -> None:
+def _uploaded(session: PageSession, key: str) -> None:
     files = [file for file in st.session_state[key] if isinstance(file, UploadedFile)]  # others are gone already
     try:
-        _add_all(here, [(file.name, lambda file=file: _upload(here, file)) for file in files])
+        _add_all(session, [(file.name, lambda file=file: _upload(session, file)) for file in files])
     finally:
         discard(files)
 
 
-def _picked(here: Visit, sources: list[str]) -> None:
-    _add_all(here, [(source, lambda source=source: _named(source)) for source in sources])
+def _picked(session: PageSession, sources: list[str]) -> None:
+    _add_all(session, [(source, lambda source=source: _named(source)) for source in sources])
 
 
-def _upload(here: Visit, file: UploadedFile) -> Lora:
+def _upload(session: PageSession, file: UploadedFile) -> Lora:
     with checking(FILE_PATIENCE):
-        return here.store.add_upload(file.name, file)
+        return session.store.add_upload(file.name, file)
 
 
 def _named(source: str) -> Lora:
@@ -169,15 +169,15 @@ def _named(source: str) -> Lora:
         return named(source)
 
 
-def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
+def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
     """Adds what can be used, and says what of the rest cannot."""
     troubles = []
     for name, read in wanted:
-        if _is_full(here):
+        if _is_full(session):
             troubles.append(f"{MOST_CONCEPTS} concepts are the maximum; {name} and the following are left out.")
             break
         try:
-            troubles += filter(None, [_add(here, read())])
+            troubles += filter(None, [_add(session, read())])
         except Busy:
             troubles.append(f"{name} is not read yet: files of other sessions are being read. Try again later.")
         except (ValueError, OSError) as error:
@@ -185,19 +185,19 @@ def _add_all(here: Visit, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
         except Exception as error:  # files come from strangers: the page lives on, whatever they set off
             logger.exception("a LoRA could not be added")
             troubles.append(f"{name} cannot be used ({type(error).__name__}).")
-    here.troubles[_PLACE] = troubles
-    here.uploads += 1
+    session.troubles[_PLACE] = troubles
+    session.uploads += 1
 
 
-def _add(here: Visit, lora: Lora) -> str:
+def _add(session: PageSession, lora: Lora) -> str:
     """Adds a concept, or fills one that waits for its LoRA; what has to be said of it."""
-    waiting = [row for row in here.rows if row.lora is None]  # an image has named them
+    waiting = [row for row in session.rows if row.lora is None]  # an image has named them
     alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]
     row = next((row for row in waiting if row.wanted == lora.source), alike[0] if alike else None)
     if row is None:
-        names = [st.session_state[fields.of_row(row, "name")] for row in here.rows]
+        names = [st.session_state[fields.of_row(row, "name")] for row in session.rows]
         concept = lora.concept(free_name(lora.class_word or _stem(lora.shown), names))
-        fields.place_anew(here, fields.add(here, concept, lora, fields.size()))
+        fields.place_anew(session, fields.add(session, concept, lora, fields.size()))
         return ""
     row.lora = lora
     for field, known in (("trigger", lora.trigger), ("class_word", lora.class_word)):
@@ -206,8 +206,8 @@ def _add(here: Visit, lora: Lora) -> str:
     return "" if same else f"{lora.shown} is not the file that the image was made with."
 
 
-def _is_full(here: Visit) -> bool:
-    return len(here.rows) >= MOST_CONCEPTS and all(row.lora is not None for row in here.rows)
+def _is_full(session: PageSession) -> bool:
+    return len(session.rows) >= MOST_CONCEPTS and all(row.lora is not None for row in session.rows)
 
 
 def _stem(name: str) -> str:

@@ -1,16 +1,16 @@
 """What images cost, as one waits for them: in seconds, and times a plain image; passes are in the help."""
 
 from lora_compose.compose.check.report import RunCost
-from lora_compose.compose.page.screen.state import Visit
-from lora_compose.compose.page.work import Picture
+from lora_compose.compose.page.screen.state import PageSession
+from lora_compose.compose.page.work import Result
 
 _ROW = "A row is one image through the whole UNet, once; a plain image with guidance takes two per step."
 
 
-def cost_words(here: Visit, cost: RunCost) -> str:
+def cost_words(session: PageSession, cost: RunCost) -> str:
     """About how long an image takes, and how much more that is than one without concepts."""
     times = f"{cost.flops / cost.plain_flops:.1f} times a plain image"
-    speed = here.slot.seconds_per_flop
+    speed = session.model.seconds_per_flop
     if speed is None:
         return f"Takes {times}; how many seconds is known after the first one"
     return f"Takes about {seconds_words(speed * cost.flops)}, {times}"
@@ -18,15 +18,15 @@ def cost_words(here: Visit, cost: RunCost) -> str:
 
 def cost_help(cost: RunCost, steps: int) -> str:
     """The passes behind that."""
-    return f"{cost.rows} UNet rows in {steps} steps, {cost.flops / 1e12:.3g} TFLOPs. {_ROW}"
+    return f"{cost.rows} latent rows in {steps} steps, {cost.flops / 1e12:.3g} TFLOPs. {_ROW}"
 
 
-def picture_cost(picture: Picture) -> str | None:
+def result_cost(result: Result) -> str | None:
     """The passes that an image took; None without concepts."""
-    cost = picture.cost
+    cost = result.cost
     if cost is None:
         return None
-    kinds = ((cost.rows_forward, "UNet rows"), (cost.rows_stopped, "stopped early"), (cost.rows_backward, "backward"))
+    kinds = ((cost.rows_forward, "latent rows"), (cost.rows_stopped, "stopped early"), (cost.rows_backward, "backward"))
     return f"{' + '.join(f'{number:g} {what}' for number, what in kinds if number)}. {_ROW}"
 
 

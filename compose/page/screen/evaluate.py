@@ -3,21 +3,21 @@
 import streamlit as st
 
 from lora_compose.compose.page.quick import Quick, reports
-from lora_compose.compose.page.screen.state import Visit, quick
+from lora_compose.compose.page.screen.state import PageSession, quick
 from lora_compose.compose.page.text import markdown
 
 _EVERY = 1.0  # seconds between two looks
 _PACKAGES = ("scipy", "pandas", "matplotlib")
 
 
-def evaluate_view(here: Visit) -> None:
+def evaluate_view(session: PageSession) -> None:
     """The quick suite, and the reports in the folder of evaluations."""
     suite = quick()
     running = suite.state == "running"
     st.fragment(_suite, run_every=_EVERY if running else None)(suite)
-    found = reports(here.options.evaluations)
+    found = reports(session.options.evaluations)
     if not found:
-        st.caption(f"No reports yet in {markdown(str(here.options.evaluations))}.")
+        st.caption(f"No reports yet in {markdown(str(session.options.evaluations))}.")
         return
     path = st.selectbox("Report", found, format_func=lambda path: path.parent.name, key="do.report")
     page = path.read_bytes()

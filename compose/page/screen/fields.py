@@ -1,4 +1,4 @@
-"""The fields of the screen, by name: how a draft is written into them, and read from them again."""
+"""The fields of the screen, by name: how a form is written into them, and read from them again."""
 
 import math
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ import streamlit as st
 
 from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
-from lora_compose.compose.page.draft import Draft, read_seeds
+from lora_compose.compose.page.form import Form, read_seeds
 from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.messages import spoken
-from lora_compose.compose.page.screen.state import Row, Visit
+from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
 from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
@@ -56,49 +56,54 @@ def keep() -> None:
             st.session_state[name] = st.session_state[name]
 
 
-def fill(here: Visit, draft: Draft, loras: Mapping[str, Lora | None]) -> None:
-    """Writes a draft into the fields; what stood in them is gone.
+def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> None:
+    """Writes a form into the fields; what stood in them is gone.
 
     Args:
-        here: The visit.
-        draft: What to write.
+        session: The user's session.
+        form: What to write.
         loras: The concepts' LoRAs by name; None for those that are not here.
     """
     values: dict[str, Any] = {
-        PROMPT: draft.prompt,
-        NEGATIVE: draft.negative_prompt,
-        WIDTH: draft.size[0],
-        HEIGHT: draft.size[1],
-        BOXED: IN_BOXES if draft.boxed else ANYWHERE,
-        METHOD: draft.method or AUTOMATIC,
-        SCHEDULER: draft.scheduler or AUTOMATIC,
-        STEPS: draft.steps,
-        GUIDANCE: float(draft.guidance_scale),
-        SEEDS: ", ".join(map(str, draft.seeds)),
+        PROMPT: form.prompt,
+        NEGATIVE: form.negative_prompt,
+        WIDTH: form.size[0],
+        HEIGHT: form.size[1],
+        BOXED: IN_BOXES if form.boxed else ANYWHERE,
+        METHOD: form.method or AUTOMATIC,
+        SCHEDULER: form.scheduler or AUTOMATIC,
+        STEPS: form.steps,
+        GUIDANCE: float(form.guidance_scale),
+        SEEDS: ", ".join(map(str, form.seeds)),
     }
     for method in METHODS:
-        given = draft.settings if method == draft.method else {}
+        given = form.settings if method == form.method else {}
         for control in controls(method):
             value = given.get(control.name, control.default)
             values[of_setting(method, control.name)] = control.shown(value)
     st.session_state.update(values)
     st.session_state.setdefault(ATTENTION, True)
-    st.session_state[STRENGTH] = DEFAULT_STRENGTH if draft.strength is None else draft.strength
-    st.session_state[PAINTED] = PART if draft.mask_image is not None else ALL
+    st.session_state[STRENGTH] = DEFAULT_STRENGTH if form.strength is None else form.strength
+    st.session_state[PAINTED] = PART if form.mask_image is not None else ALL
     st.session_state[BRUSH] = False
-    known = here.start is not None and draft.image == here.start.path
-    here.start = here.start if known else None
-    here.rows = []
-    for concept in draft.concepts:
+    known = session.start is not None and form.image == session.start.path
+    session.start = session.start if known else None
+    session.rows = []
+    for concept in form.concepts:
         mask = concept.region if isinstance(concept.region, str) else None
-        add(here, concept, loras.get(concept.name), draft.size, wanted=concept.lora or "", mask=mask)
+        add(session, concept, loras.get(concept.name), form.size, wanted=concept.lora or "", mask=mask)
 
 
 def add(
-    here: Visit, concept: Concept, lora: Lora | None, size: tuple[int, int], wanted: str = "", mask: str | None = None
+    session: PageSession,
+    concept: Concept,
+    lora: Lora | None,
+    size: tuple[int, int],
+    wanted: str = "",
+    mask: str | None = None,
 ) -> Row:
     """Adds a concept with its fields filled in."""
-    row = here.new_row(lora, wanted, mask, concept.alpha)
+    row = session.new_row(lora, wanted, mask, concept.alpha)
     known = {"trigger": lora.trigger, "class_word": lora.class_word} if lora is not None else {}
     for field in _TEXTS:
         value = getattr(concept, field)
@@ -111,9 +116,9 @@ def add(
     return row
 
 
-def place_anew(here: Visit, row: Row) -> None:
+def place_anew(session: PageSession, row: Row) -> None:
     """Gives the last concept a box of its own, beside those of the others."""
-    others = [other for other in here.rows if other is not row and has_box(other)]
+    others = [other for other in session.rows if other is not row and has_box(other)]
     boxes = one_more([box_of(other) for other in others], *size())
     for placed, box in zip([*others, row], boxes, strict=True):
         set_box(placed, box)
@@ -125,12 +130,12 @@ def set_box(row: Row, box: tuple[int, int, int, int]) -> None:
         st.session_state[of_row(row, edge)] = int(value)
 
 
-def resize(here: Visit, new: tuple[int, int]) -> None:
+def resize(session: PageSession, new: tuple[int, int]) -> None:
     """Makes the canvas larger or smaller, with all boxes."""
     old = size()
-    boxes = {row.number: box_of(row) for row in here.rows}
+    boxes = {row.number: box_of(row) for row in session.rows}
     st.session_state[WIDTH], st.session_state[HEIGHT] = new
-    for row in here.rows:
+    for row in session.rows:
         scaled = [edge * new[i % 2] / old[i % 2] for i, edge in enumerate(boxes[row.number])]
         set_box(row, fitted(scaled, *new))
 
@@ -193,23 +198,23 @@ def concept_of(row: Row) -> Concept:
         raise ValueError(f"{texts['name']}: {'; '.join(error.complaints)}") from error
 
 
-def draft(here: Visit) -> Draft:
+def form(session: PageSession) -> Form:
     """What the fields say.
 
     Raises:
         ValueError: If they say nothing that can be used; the message says where.
     """
-    missing = [row.wanted for row in here.rows if row.lora is None]
+    missing = [row.wanted for row in session.rows if row.lora is None]
     if missing:
         raise ValueError(f"LoRAs are missing: {', '.join(missing)}. Upload or download them, or remove these concepts.")
-    if unfit := [fit[2] for row in here.rows if (fit := here.fit(row)) is not None and fit[2]]:
+    if unfit := [fit[2] for row in session.rows if (fit := session.fit(row)) is not None and fit[2]]:
         raise ValueError("\n".join(unfit))
     method = None if st.session_state[METHOD] == AUTOMATIC else st.session_state[METHOD]
-    if here.rows and not boxed() and method and label_of(method).decides == "boxes":
+    if session.rows and not boxed() and method and label_of(method).decides == "boxes":
         raise ValueError(
             f"“{label_of(method).name}” needs boxes: choose “{IN_BOXES}” above the image, or another method."
         )
-    start, paints = here.start, st.session_state[PAINTED] == PART
+    start, paints = session.start, st.session_state[PAINTED] == PART
     if start is not None and start.size != size():
         width, height = start.size
         raise ValueError(
@@ -217,18 +222,18 @@ def draft(here: Visit) -> Draft:
         )
     if start is not None and paints and start.mask is None:
         raise ValueError("Paint over the part that is to change: turn on “Brush” above the image.")
-    return Draft(
+    return Form(
         image=None if start is None else start.path,
         mask_image=start.mask if start is not None and paints else None,
         strength=None if start is None else round(st.session_state[STRENGTH], 4),
-        choice=here.slot.choice,
+        choice=session.model.choice,
         prompt=st.session_state[PROMPT],
         negative_prompt=st.session_state[NEGATIVE],
-        concepts=tuple(concept_of(row) for row in here.rows),
+        concepts=tuple(concept_of(row) for row in session.rows),
         boxed=boxed(),
         size=size(),
-        method=method if here.rows else None,
-        settings=settings(method) if method and here.rows else {},
+        method=method if session.rows else None,
+        settings=settings(method) if method and session.rows else {},
         scheduler=None if st.session_state[SCHEDULER] == AUTOMATIC else st.session_state[SCHEDULER],
         steps=int(st.session_state[STEPS]),
         guidance_scale=float(st.session_state[GUIDANCE]),
@@ -236,13 +241,13 @@ def draft(here: Visit) -> Draft:
     )
 
 
-def changed_from(here: Visit, run: Run) -> list[str]:
+def changed_from(session: PageSession, run: Run) -> list[str]:
     """What of a run the fields say otherwise, after they were filled with it; a line each, in words."""
     said: dict[str, tuple[Any, Any]] = {
         "prompt": (run.scene.prompt, st.session_state[PROMPT]),
         "negative prompt": (run.scene.negative_prompt, st.session_state[NEGATIVE]),
     }
-    for concept, row in zip(run.scene.concepts, here.rows, strict=True):
+    for concept, row in zip(run.scene.concepts, session.rows, strict=True):
         now = concept_of(row)
         for name in type(concept).model_fields.keys() - {"lora", "role"}:
             before = getattr(concept, name)

@@ -1,4 +1,4 @@
-"""The images of this visit and those of the shared folder; two of them can be compared by wiping."""
+"""The images of this session and those of the shared folder; two of them can be compared by wiping."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from lora_compose.compose.files.images import Record, read_pixels, read_record
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.screen.keep import reuse
-from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.screen.wipe import wipe
-from lora_compose.compose.page.store import MOST_FILES, picture_files
+from lora_compose.compose.page.store import MOST_FILES, image_files
 from lora_compose.compose.page.text import markdown
-from lora_compose.compose.page.work import Picture
+from lora_compose.compose.page.work import Result
 from lora_compose.pipelines.scene import Run
 
 _ACROSS = 3
@@ -21,36 +21,36 @@ _SMALL = 512  # pixels of the longer side
 _LEFT, _RIGHT = "do.wipe.left", "do.wipe.right"
 
 
-def gallery_view(here: Visit) -> None:
-    """The images of this visit, and those in the folder."""
-    if len(here.pictures) > 1:
-        _wiping(here)
+def gallery_view(session: PageSession) -> None:
+    """The images of this session, and those in the folder."""
+    if len(session.results) > 1:
+        _wiping(session)
     st.markdown("**This session**")
-    if not here.pictures:
+    if not session.results:
         st.caption("None yet.")
-    for start in range(0, len(here.pictures), _ACROSS):
-        for column, picture in zip(
-            st.columns(_ACROSS, wrap=False), here.pictures[start : start + _ACROSS], strict=False
+    for start in range(0, len(session.results), _ACROSS):
+        for column, result in zip(
+            st.columns(_ACROSS, wrap=False), session.results[start : start + _ACROSS], strict=False
         ):
             with column:
-                st.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
-                st.caption(markdown(_name(picture.run)))
-                st.button("View image", key=f"do.look.{picture.key}", on_click=_look, args=(here, picture),
+                st.image(result.made.image, width="stretch", alt=result.run.scene.prompt)
+                st.caption(markdown(_name(result.run)))
+                st.button("View image", key=f"do.look.{result.key}", on_click=_look, args=(session, result),
                           width="stretch")  # fmt: skip
-    _folder(here)
+    _folder(session)
 
 
-def _wiping(here: Visit) -> None:
+def _wiping(session: PageSession) -> None:
     """Two images over each other; the newest two unless others are chosen."""
     with st.expander("Compare two images by wiping", icon=":material/compare:"):
-        known = {picture.key: picture for picture in here.pictures}
+        known = {result.key: result for result in session.results}
         numbers = {key: len(known) - i for i, key in enumerate(known)}
         chosen = []
         for column, label, key, default in zip(
             st.columns(2, wrap=False), ("Left", "Right"), (_LEFT, _RIGHT), (1, 0), strict=True
         ):
             if st.session_state.get(key) not in known:
-                st.session_state[key] = here.pictures[default].key
+                st.session_state[key] = session.results[default].key
             found = column.selectbox(label, list(known), key=key,
                                      format_func=lambda key: f"{numbers[key]}: {_name(known[key].run)}")  # fmt: skip
             chosen.append(known[found])
@@ -61,26 +61,26 @@ def _name(run: Run) -> str:
     return f"{label_of(run.method).name if run.method else 'no concepts'}, seed {run.seed}"
 
 
-def _folder(here: Visit) -> None:
-    folder = here.options.pictures
+def _folder(session: PageSession) -> None:
+    folder = session.options.images
     st.markdown(f"**Shared folder** {markdown(str(folder))}")
-    paths = picture_files(folder)
+    paths = image_files(folder)
     if not paths:
         st.caption("Nothing saved yet. Everyone who opens this page can see this folder.")
     for start in range(0, len(paths), _ACROSS):
         for column, path in zip(st.columns(_ACROSS, wrap=False), paths[start : start + _ACROSS], strict=False):
             with column:
-                _kept(here, path)
+                _kept(session, path)
 
 
-def _kept(here: Visit, path: Path) -> None:
+def _kept(session: PageSession, path: Path) -> None:
     try:
         record, small = _small(path, path.stat().st_mtime_ns)
     except (FileError, OSError):
         return  # sheets and images of other programs have nothing to restore
     st.image(small, width="stretch", alt=record.run.scene.prompt)
     st.caption(markdown(f"{path.name}: {_name(record.run)}"))
-    st.button("Use its settings", key=f"do.kept.{path}", on_click=reuse, args=(here, record), width="stretch")
+    st.button("Use its settings", key=f"do.kept.{path}", on_click=reuse, args=(session, record), width="stretch")
 
 
 @st.cache_data(show_spinner=False, max_entries=2 * MOST_FILES)
@@ -90,6 +90,6 @@ def _small(path: Path, changed: int) -> tuple[Record, Image.Image]:
     return record, image
 
 
-def _look(here: Visit, picture: Picture) -> None:
-    here.shown = picture.key
+def _look(session: PageSession, result: Result) -> None:
+    session.shown = result.key
     st.session_state["set.view"] = "Image"

@@ -4,21 +4,21 @@ import streamlit as st
 
 from lora_compose.compose.generate.schedulers import scheduler_names
 from lora_compose.compose.page.controls import Control, controls, sentence
-from lora_compose.compose.page.draft import MOST_STEPS, MOST_TEXT
+from lora_compose.compose.page.form import MOST_STEPS, MOST_TEXT
 from lora_compose.compose.page.labels import choice_label, full_name, methods
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
 
 _AUTOMATIC = "Chosen from the concepts: boxes, LoRAs trained with TARA, or neither."
 
 
-def method_part(here: Visit) -> None:
+def method_part(session: PageSession) -> None:
     """The method with its settings, and the sampling."""
     with st.container(key="sampling"):
         left, right = st.columns([2, 3])
         method = fields.AUTOMATIC
-        if here.rows:
+        if session.rows:
             method = left.selectbox("Method", [fields.AUTOMATIC, *methods()], key=fields.METHOD, format_func=_name)
         steps, guidance, seeds = right.columns(3, wrap=False)
         steps.number_input("Steps", 1, MOST_STEPS, key=fields.STEPS)
@@ -27,7 +27,7 @@ def method_part(here: Visit) -> None:
             "cost."
         ))  # fmt: skip
         seeds.text_input("Seeds", key=fields.SEEDS, help="One image per seed: “0, 1, 2” or “5-8”.")
-    if here.rows:
+    if session.rows:
         st.caption(markdown(_AUTOMATIC if method == fields.AUTOMATIC else sentence(method)))
     if method != fields.AUTOMATIC and controls(method):
         _settings(method)

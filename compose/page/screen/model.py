@@ -6,9 +6,9 @@ import streamlit as st
 
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.generate.machine import devices
+from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit, choose_model
-from lora_compose.compose.page.shelf import Choice
+from lora_compose.compose.page.screen.state import PageSession, choose_model
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
@@ -19,9 +19,9 @@ _PLACE = "model"
 _SHORT = 32  # letters of a model's name that are shown
 
 
-def model_part(here: Visit) -> None:
+def model_part(session: PageSession) -> None:
     """Which model is open, and the fields to open another one."""
-    choice = here.slot.choice
+    choice = session.model.choice
     show_choice(choice)
     with st.popover(f"Model: **{markdown(_short(choice.model))}**", icon=":material/deployed_code:"):
         kind = st.segmented_control("Model", [PLAYGROUND, _OWN], key=_KIND, required=True, help=(
@@ -44,14 +44,14 @@ def model_part(here: Visit) -> None:
         ))  # fmt: skip
         asked = _asked()
         st.button(
-            "Open this model", on_click=_open, args=(here, asked), disabled=asked == choice or here.working,
+            "Open this model", on_click=_open, args=(session, asked), disabled=asked == choice or session.working,
             icon=":material/folder_open:",
         )  # fmt: skip
 
 
-def model_troubles(here: Visit) -> None:
+def model_troubles(session: PageSession) -> None:
     """Why a model was not opened."""
-    for trouble in here.troubles.get(_PLACE, []):
+    for trouble in session.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
 
 
@@ -64,7 +64,7 @@ def show_choice(choice: Choice) -> None:
     st.session_state.setdefault(_MEMORY, list(choice.memory))
 
 
-def take_over(here: Visit, choice: Choice) -> bool:
+def take_over(session: PageSession, choice: Choice) -> bool:
     """Shows a model that an image names in the fields, and opens it if it is known here.
 
     A stranger's image may name anything: another model, or the same in another precision, is opened, and perhaps
@@ -76,9 +76,9 @@ def take_over(here: Visit, choice: Choice) -> bool:
     Raises:
         ValueError: If it cannot be opened.
     """
-    known = choice.model == PLAYGROUND or choice == here.slot.choice
-    if known and choice != here.slot.choice:
-        choose_model(here, choice)
+    known = choice.model == PLAYGROUND or choice == session.model.choice
+    if known and choice != session.model.choice:
+        choose_model(session, choice)
     for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY):
         st.session_state.pop(name, None)
     show_choice(choice)
@@ -105,23 +105,23 @@ def _asked() -> Choice:
     )
 
 
-def _open(here: Visit, choice: Choice) -> None:
-    here.troubles[_PLACE] = []
-    before = here.slot.size
+def _open(session: PageSession, choice: Choice) -> None:
+    session.troubles[_PLACE] = []
+    before = session.model.size
     try:
         if not choice.model:
             raise ValueError("Name a model: a folder, a .safetensors file, or a hub repository.")
-        _check_allowed(here, choice.model)
-        choose_model(here, choice)
+        _check_allowed(session, choice.model)
+        choose_model(session, choice)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
-        here.troubles[_PLACE] = [str(error)]
+        session.troubles[_PLACE] = [str(error)]
         return
     if fields.size() == before:  # nobody has chosen another one
-        fields.resize(here, here.slot.size)
+        fields.resize(session, session.model.size)
 
 
-def _check_allowed(here: Visit, model: str) -> None:
-    if here.options.local or model == PLAYGROUND or (is_hub_name(model) and not Path(model).expanduser().exists()):
+def _check_allowed(session: PageSession, model: str) -> None:
+    if session.options.local or model == PLAYGROUND or (is_hub_name(model) and not Path(model).expanduser().exists()):
         return
     raise ValueError("This page is open to other machines, so files on this one cannot be opened from here; use a hub "
                      "repository.")  # fmt: skip

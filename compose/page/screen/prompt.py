@@ -3,25 +3,25 @@
 import streamlit as st
 
 from lora_compose.compose.figures.overlay import colour
-from lora_compose.compose.page.draft import MOST_TEXT
+from lora_compose.compose.page.form import MOST_TEXT
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.words import as_html, read_prompt, with_phrase
 from lora_compose.pipelines.scene import Concept
 
 
-def prompt_part(here: Visit) -> None:
+def prompt_part(session: PageSession) -> None:
     """The prompts, and the words of the concepts in them."""
-    here.unready = False
+    session.unready = False
     prompt = st.text_area("Prompt: name each concept by its trigger", key=fields.PROMPT, max_chars=MOST_TEXT, height=68)
     try:
-        concepts = [fields.concept_of(row) for row in here.rows]
+        concepts = [fields.concept_of(row) for row in session.rows]
     except ValueError as error:
         st.warning(markdown(str(error)), icon=":material/warning:")
         return
-    reading = read_prompt(prompt, concepts, here.slot.tokenizer)
-    here.unready = reading.unready
+    reading = read_prompt(prompt, concepts, session.model.tokenizer)
+    session.unready = reading.unready
     if concepts and prompt.strip():
         st.html(as_html(prompt, reading))
     for flag in reading.flags:

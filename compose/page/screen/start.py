@@ -9,7 +9,7 @@ from PIL import Image
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit, discard
+from lora_compose.compose.page.screen.state import PageSession, discard
 from lora_compose.compose.page.store import PNG_LIMIT, StartImage
 from lora_compose.compose.page.text import markdown
 from lora_compose.pipelines.mask_images import URI_PREFIX
@@ -19,62 +19,64 @@ TYPES = ["png", "jpg", "jpeg", "webp", "bmp"]
 _LARGER = 1.5  # times the side that a model was made for
 
 
-def start_part(here: Visit) -> None:
+def start_part(session: PageSession) -> None:
     """A place to drop an image to start from, and what is done with it."""
-    start = here.start
+    start = session.start
     with st.expander("Start from an image", icon=":material/add_photo_alternate:", expanded=start is not None):
         if start is None:
-            key = f"do.start.{here.uploads}"
+            key = f"do.start.{session.uploads}"
             st.file_uploader(
                 "Drop an image that your subjects are put into", type=TYPES, key=key, on_change=_dropped,
-                args=(here, key), max_upload_size=PNG_LIMIT // 2**20,
+                args=(session, key), max_upload_size=PNG_LIMIT // 2**20,
             )  # fmt: skip
         else:
             left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
             left.image(start.path, width="stretch", alt="The image to start from")
             right.caption(markdown(f"{start.shown}, {start.size[0]} x {start.size[1]} pixels"))
-            right.button("Remove the image", key="do.unstart", on_click=_remove, args=(here,), icon=":material/delete:")
+            right.button(
+                "Remove the image", key="do.unstart", on_click=_remove, args=(session,), icon=":material/delete:"
+            )
             st.slider("Strength: how much changes", 0.05, 1.0, step=0.05, key=fields.STRENGTH, help=(
                 "The share of the steps that are run. At 1 only what is outside of the mask is left of the image."
             ))  # fmt: skip
             st.segmented_control("What is repainted", [fields.ALL, fields.PART], key=fields.PAINTED, required=True,
                                  help="Outside of what you paint, every pixel stays.", on_change=_choose)  # fmt: skip
-    for trouble in here.troubles.get(_PLACE, []):
+    for trouble in session.troubles.get(_PLACE, []):
         st.error(markdown(trouble), icon=":material/error:")
 
 
-def paints(here: Visit) -> bool:
+def paints(session: PageSession) -> bool:
     """Whether only a part of an image is repainted, which is painted with the brush."""
-    return here.start is not None and st.session_state[fields.PAINTED] == fields.PART
+    return session.start is not None and st.session_state[fields.PAINTED] == fields.PART
 
 
-def painting(here: Visit) -> bool:
+def painting(session: PageSession) -> bool:
     """Whether the brush is in hand."""
-    return paints(here) and bool(st.session_state[fields.BRUSH])
+    return paints(session) and bool(st.session_state[fields.BRUSH])
 
 
-def painted(here: Visit) -> dict[str, Any] | None:
+def painted(session: PageSession) -> dict[str, Any] | None:
     """What the canvas shows of a mask while one paints; None while one does not."""
-    if here.start is None or not painting(here):
+    if session.start is None or not painting(session):
         return None
-    mask = here.start.mask
-    return {"key": mask or here.start.path, "mask": None if mask is None else _as_uri(Path(mask))}
+    mask = session.start.mask
+    return {"key": mask or session.start.path, "mask": None if mask is None else _as_uri(Path(mask))}
 
 
-def keep_mask(here: Visit, sent: Any) -> None:
+def keep_mask(session: PageSession, sent: Any) -> None:
     """Takes a mask from the browser, which may send anything."""
-    if here.start is None or not isinstance(sent, str) or not sent.startswith(URI_PREFIX):
+    if session.start is None or not isinstance(sent, str) or not sent.startswith(URI_PREFIX):
         return
     try:
-        here.start = here.store.add_mask(here.start, sent)
+        session.start = session.store.add_mask(session.start, sent)
     except ValueError as error:
-        here.troubles[_PLACE] = [str(error)]
+        session.troubles[_PLACE] = [str(error)]
 
 
-def unpaint(here: Visit) -> None:
+def unpaint(session: PageSession) -> None:
     """Removes the mask."""
-    if here.start is not None:
-        here.start = StartImage(here.start.path, here.start.shown, here.start.size)
+    if session.start is not None:
+        session.start = StartImage(session.start.path, session.start.shown, session.start.size)
 
 
 def start_image(start: StartImage) -> Image.Image:
@@ -83,18 +85,18 @@ def start_image(start: StartImage) -> Image.Image:
         return image.convert("RGB")
 
 
-def _dropped(here: Visit, key: str) -> None:
+def _dropped(session: PageSession, key: str) -> None:
     file = st.session_state[key]
     if not isinstance(file, UploadedFile):  # taken away again
         return
-    here.uploads += 1
-    here.troubles[_PLACE] = []
+    session.uploads += 1
+    session.troubles[_PLACE] = []
     try:
-        here.start = here.store.add_image(file.name, file, round(_LARGER * max(here.slot.size)))
-        fields.resize(here, here.start.size)
-        here.shown = ""
+        session.start = session.store.add_image(file.name, file, round(_LARGER * max(session.model.size)))
+        fields.resize(session, session.start.size)
+        session.shown = ""
     except ValueError as error:
-        here.troubles[_PLACE] = [str(error)]
+        session.troubles[_PLACE] = [str(error)]
     finally:
         discard([file])
 
@@ -103,8 +105,8 @@ def _choose() -> None:
     st.session_state[fields.BRUSH] = st.session_state[fields.PAINTED] == fields.PART
 
 
-def _remove(here: Visit) -> None:
-    here.start = None
+def _remove(session: PageSession) -> None:
+    session.start = None
     st.session_state[fields.BRUSH] = False
 
 

@@ -1,4 +1,4 @@
-"""What is kept between two looks at the screen: by everybody (open models), and by one visit (everything else)."""
+"""What is kept between two looks at the screen: by everybody (open models), and by one session (everything else)."""
 
 import logging
 import threading
@@ -15,14 +15,14 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from lora_compose.compose.check.report import Report, check
 from lora_compose.compose.files.images import png_bytes
-from lora_compose.compose.page.draft import Draft
+from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options, options
 from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
-from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot
 from lora_compose.compose.page.store import Lora, StartImage, Store
-from lora_compose.compose.page.work import Job, Picture
+from lora_compose.compose.page.work import Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.scene import Run
@@ -39,20 +39,20 @@ MOST_WAITING = 8
 """Presses of the button that wait for the one in hand."""
 QUEUE = "queue"
 """The place of what went wrong with those before the one in hand."""
-_OUTLOOKS = 64  # kept per visit
-_PICTURES = 100  # kept per visit
+_OUTLOOKS = 64  # kept per session
+_RESULTS = 100  # kept per session
 
 Fit = tuple[Choice, str, str]
 """For which model a LoRA was looked at, what fits, and what is wrong."""
 
 
 # Not in Streamlit's cache, which every visitor can ask to be emptied.
-_SHELF, _JUDGE = Shelf(), Judge()
+_MODELS, _JUDGE = OpenModels(), Judge()
 
 
-def shelf() -> Shelf:
+def open_models() -> OpenModels:
     """The open models, shared by everybody."""
-    return _SHELF
+    return _MODELS
 
 
 def judge() -> Judge:
@@ -71,7 +71,7 @@ class Row:
     """A concept on the screen; its fields are in Streamlit's state under its number.
 
     Attributes:
-        number: Of this visit; never used again.
+        number: Of this session; never used again.
         lora: Its LoRA; None if an image named one that is not here.
         wanted: What it was called, if it is not here.
         mask: The path of a mask that an image named as its region.
@@ -90,15 +90,15 @@ class Row:
 
 
 @dataclass(eq=False)
-class Visit:
+class PageSession:
     """All that one visitor has: files, concepts, images and the work in hand.
 
     Attributes:
         store: Files.
-        slot: The model.
+        model: The model.
         options: How the page was started.
         rows: The concepts.
-        pictures: Finished ones, the newest first.
+        results: Finished ones, the newest first.
         compared: Finished images of the comparison.
         shown: Key of the image that is looked at.
         job: What is being made, or was last.
@@ -112,11 +112,11 @@ class Visit:
     """
 
     store: Store
-    slot: Slot
+    model: OpenModel
     options: Options
     rows: list[Row] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    compared: list[Picture] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    compared: list[Result] = field(default_factory=list)
     shown: str = ""
     job: Job | None = None
     waiting: list[Job] = field(default_factory=list)
@@ -126,7 +126,7 @@ class Visit:
     start: StartImage | None = None
     unready: bool = False
     closed: bool = False
-    _session: str = ""
+    _session_id: str = ""
     _numbers: int = 0
     _png: tuple[str, bytes] = ("", b"")
     _outlooks: dict[str, Report] = field(default_factory=dict)
@@ -134,13 +134,13 @@ class Visit:
 
     @property
     def working(self) -> bool:
-        """Whether images are being made for this visit."""
+        """Whether images are being made for this session."""
         return self.job is not None and self.job.running
 
     @property
-    def picture(self) -> Picture | None:
+    def result(self) -> Result | None:
         """The image that is looked at."""
-        return next((picture for picture in self.pictures if picture.key == self.shown), None)
+        return next((result for result in self.results if result.key == self.shown), None)
 
     def new_row(self, lora: Lora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None) -> Row:
         """Adds a concept."""
@@ -151,16 +151,16 @@ class Visit:
     def begin(self, runs: list[Run], flops: list[int | None], *, comparing: bool, record_attention: bool) -> None:
         """Starts to make images, or has them wait for those in hand.
 
-        They go on while the page is looked at, and stop when the visit ends.
+        They go on while the page is looked at, and stop when the session ends.
         """
-        job = Job(self.slot, runs, record_attention=record_attention, flops=flops, comparing=comparing)
+        job = Job(self.model, runs, record_attention=record_attention, flops=flops, comparing=comparing)
         if self.working:
             self.waiting.append(job)
             return
         self.troubles[QUEUE] = []
         self.job = job
         if self.closed:
-            self.job.stop()  # asked for in the moment when the visit ended
+            self.job.stop()  # asked for in the moment when the session ended
         self.job.start()
 
     def close(self) -> bool:
@@ -170,26 +170,26 @@ class Visit:
         if self.job is not None:
             self.job.stop()
             self.job = self.job if self.job.running else None
-        self.rows, self.pictures, self.compared, self._png = [], [], [], ("", b"")
-        _forget(self._session)
+        self.rows, self.results, self.compared, self._png = [], [], [], ("", b"")
+        _forget(self._session_id)
         return self.store.close() and self.job is None
 
-    def png(self, picture: Picture) -> bytes:
+    def png(self, result: Result) -> bytes:
         """The image that is looked at as a file that carries its record."""
-        if self._png[0] != picture.key:
-            self._png = picture.key, png_bytes(picture.made.image, picture.made.record)
+        if self._png[0] != result.key:
+            self._png = result.key, png_bytes(result.made.image, result.made.record)
         return self._png[1]
 
     def collect(self) -> bool:
         """Takes over what the job has finished, and starts the next one; True if there was something new."""
-        job, known = self.job, {picture.key for picture in (*self.pictures, *self.compared)}
+        job, known = self.job, {result.key for result in (*self.results, *self.compared)}
         if job is None:
             return False
         running = job.running  # asked before its images are, so that none is left behind
-        new = [picture for picture in job.pictures if picture.key not in known]
+        new = [result for result in job.results if result.key not in known]
         if new and job.comparing:
-            self.compared = list(job.pictures)
-        self.pictures = [*reversed(new), *self.pictures][:_PICTURES]
+            self.compared = list(job.results)
+        self.results = [*reversed(new), *self.results][:_RESULTS]
         if new and not job.comparing:
             self.shown = new[0].key
         if not running and self.waiting:
@@ -198,13 +198,13 @@ class Visit:
             self.job = self.waiting.pop(0).start()
         return bool(new)
 
-    def outlook(self, draft: Draft) -> Report | None:
-        """What a draft would do; None while others have the model."""
-        run = draft.runs()[0].model_copy(update={"seed": 0})
-        key = f"{draft.choice} {run.model_dump_json()}"
+    def outlook(self, form: Form) -> Report | None:
+        """What a form would do; None while others have the model."""
+        run = form.runs()[0].model_copy(update={"seed": 0})
+        key = f"{form.choice} {run.model_dump_json()}"
         if key not in self._outlooks:
             try:
-                with checking(_PATIENCE), self.slot.turn(run.scene.concepts, wait=False) as pipe:
+                with checking(_PATIENCE), self.model.turn(run.scene.concepts, wait=False) as pipe:
                     self._outlooks[key] = check(run, pipe)
             except Busy:
                 return None
@@ -217,18 +217,18 @@ class Visit:
 
     def fit(self, row: Row) -> Fit | None:
         """Whether a concept's LoRA fits the model; None while others have the model."""
-        if row.lora is not None and (row.fit is None or row.fit[0] != self.slot.choice):
+        if row.lora is not None and (row.fit is None or row.fit[0] != self.model.choice):
             try:
-                row.fit = self.slot.choice, *_fit(self.slot, row.lora, row.alpha)
+                row.fit = self.model.choice, *_fit(self.model, row.lora, row.alpha)
             except Busy:
                 return None
         return row.fit
 
-    def likeness(self, picture: Picture) -> dict[str, Likeness]:
+    def likeness(self, result: Result) -> dict[str, Likeness]:
         """What the judge says of an image, looked at once."""
-        if picture.key not in self._likeness:
-            self._likeness[picture.key] = judge().score(picture.made.image, picture.run.scene)
-        return self._likeness[picture.key]
+        if result.key not in self._likeness:
+            self._likeness[result.key] = judge().score(result.made.image, result.run.scene)
+        return self._likeness[result.key]
 
 
 @contextmanager
@@ -257,42 +257,42 @@ def discard(files: Iterable[Any]) -> None:
             context.uploaded_file_mgr.remove_file(session_id=context.session_id, file_id=file.file_id)
 
 
-def _forget(session: str) -> None:
+def _forget(session_id: str) -> None:
     """Removes what Streamlit has in memory of a session's uploads and images; it may keep them for much longer."""
     if runtime.exists():
         server = runtime.get_instance()
-        server.uploaded_file_mgr.remove_session_files(session)
-        server.media_file_mgr.clear_session_refs(session)
+        server.uploaded_file_mgr.remove_session_files(session_id)
+        server.media_file_mgr.clear_session_refs(session_id)
         server.media_file_mgr.remove_orphaned_files()
 
 
-def choose_model(here: Visit, choice: Choice) -> None:
-    """Opens another model for this visit.
+def choose_model(session: PageSession, choice: Choice) -> None:
+    """Opens another model for this session.
 
     Raises:
-        ValueError: If it cannot be opened; the visit keeps its model then.
+        ValueError: If it cannot be opened; the session keeps its model then.
     """
-    here.slot = shelf().open(choice)
+    session.model = open_models().open(choice)
 
 
-def _fit(slot: Slot, lora: Lora, alpha: float | None) -> tuple[str, str]:
+def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
     concept = lora.concept("it").model_copy(update={"alpha": alpha})
-    with checking(_PATIENCE), slot.turn((), wait=False) as pipe:
+    with checking(_PATIENCE), model.turn((), wait=False) as pipe:
         try:
             found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
         except (LoraError, OSError) as error:
-            return "", _unfit(slot, lora, error)
+            return "", _unfit(model, lora, error)
         except Exception as error:  # files come from strangers: the page lives on, whatever they set off
             logger.exception("a LoRA could not be looked at")
             return "", f"{lora.shown} cannot be used ({type(error).__name__})."
     return found.factors.report, ""
 
 
-def _unfit(slot: Slot, lora: Lora, error: Exception) -> str:
+def _unfit(model: OpenModel, lora: Lora, error: Exception) -> str:
     """Why a LoRA cannot be used, and what to do."""
-    if lora.family is None or lora.family == slot.family:
+    if lora.family is None or lora.family == model.family:
         return spoken(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
-    made = f"{lora.shown} was made for {lora.family}, but the model {slot.choice.model} is open."
+    made = f"{lora.shown} was made for {lora.family}, but the model {model.choice.model} is open."
     if not lora.composed:
         return f"{made} This page composes SD 1.x, SD 2.x and SDXL. Remove this concept."
     return f"{made} Open such a model with “Model” at the top, or remove this concept."

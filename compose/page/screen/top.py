@@ -2,36 +2,36 @@
 
 import streamlit as st
 
-from lora_compose.compose.page.draft import SIDES
+from lora_compose.compose.page.form import SIDES
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.model import model_part, model_troubles
-from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.screen.state import PageSession
 
 SHAPES = {"Square": (1.0, 1.0), "Portrait": (2 / 3, 1.0), "Landscape": (1.0, 2 / 3)}
 """Widths and heights as shares of the side that the model was made for."""
 
 
-def top_part(here: Visit) -> None:
+def top_part(session: PageSession) -> None:
     """What the page is for, which model is open, and how large images become."""
     with st.container(horizontal=True, vertical_alignment="center", key="top"):
         st.html('<header class="lc-head"><h1>lora-compose</h1><p>Several concept LoRAs in one image, each with its '
                 "own identity.</p></header>", width="stretch")  # fmt: skip
-        model_part(here)
-        _size(here)
-    model_troubles(here)
+        model_part(session)
+        _size(session)
+    model_troubles(session)
 
 
-def _size(here: Visit) -> None:
+def _size(session: PageSession) -> None:
     width, height = fields.size()
     with st.popover(f"Size: **{width} × {height}**", icon=":material/aspect_ratio:"):  # noqa: RUF001
         with st.container(horizontal=True):
             for name, shares in SHAPES.items():
-                sides = [_multiple_of_8(own * share) for own, share in zip(here.slot.size, shares, strict=True)]
-                st.button(name, key=f"do.shape.{name}", on_click=fields.resize, args=(here, tuple(sides)))
+                sides = [_multiple_of_8(own * share) for own, share in zip(session.model.size, shares, strict=True)]
+                st.button(name, key=f"do.shape.{name}", on_click=fields.resize, args=(session, tuple(sides)))
         left, right = st.columns(2, wrap=False)
         left.number_input("Width", *SIDES, key=fields.WIDTH, step=8)
         right.number_input("Height", *SIDES, key=fields.HEIGHT, step=8)
-        st.caption(f"In pixels. The model was made for {here.slot.size[0]} x {here.slot.size[1]}.")
+        st.caption(f"In pixels. The model was made for {session.model.size[0]} x {session.model.size[1]}.")
 
 
 def _multiple_of_8(side: float) -> int:

@@ -4,9 +4,9 @@ import streamlit as st
 
 from lora_compose.compose.figures.overlay import heat, masks, outlined
 from lora_compose.compose.page.labels import Decides, label_of
-from lora_compose.compose.page.screen.state import Visit
+from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.text import markdown
-from lora_compose.compose.page.work import Picture
+from lora_compose.compose.page.work import Result
 from lora_compose.pipelines.mask_images import in_pixels
 
 _DECIDED: dict[Decides, str] = {
@@ -17,10 +17,10 @@ _DECIDED: dict[Decides, str] = {
 }
 
 
-def decided_by(picture: Picture) -> Decides:
+def decided_by(result: Result) -> Decides:
     """What decided where each LoRA of an image acts."""
-    subjects = [concept for concept in picture.run.scene.concepts if not concept.is_style]
-    decides = label_of(picture.run.method or "").decides
+    subjects = [concept for concept in result.run.scene.concepts if not concept.is_style]
+    decides = label_of(result.run.method or "").decides
     if decides == "found areas" and len(subjects) < 2:
         return "nothing"  # there is nothing to tell apart
     if decides == "boxes" and all(concept.region is None for concept in subjects):
@@ -28,30 +28,30 @@ def decided_by(picture: Picture) -> Decides:
     return decides
 
 
-def understand_view(here: Visit) -> None:
+def understand_view(session: PageSession) -> None:
     """What decided, and attention maps, of the image that is looked at."""
-    picture = here.picture
-    if picture is None or not picture.run.scene.concepts:
+    result = session.result
+    if result is None or not result.run.scene.concepts:
         st.info("Generate an image with concepts first.", icon=":material/visibility:")
         return
-    attention, decides = picture.attention, decided_by(picture)
+    attention, decides = result.attention, decided_by(result)
     step = None
     if attention is not None:
         names = ["All", *(str(step + 1) for step in attention.steps)]
         chosen = st.select_slider("Step", names, key="do.attention.step")
         step = None if chosen == "All" else names.index(chosen) - 1
     left, right = st.columns(2, wrap=False)
-    left.image(picture.made.image, width="stretch", alt=picture.run.scene.prompt)
+    left.image(result.made.image, width="stretch", alt=result.run.scene.prompt)
     left.caption("The image")
-    concepts = picture.run.scene.concepts
+    concepts = result.run.scene.concepts
     if decides == "boxes":
-        size = picture.made.image.size
+        size = result.made.image.size
         boxes = [in_pixels(one.region, *size) if isinstance(one.region, tuple) else None for one in concepts]
-        right.image(outlined(picture.made.image, boxes), width="stretch", alt="The boxes over the image")
+        right.image(outlined(result.made.image, boxes), width="stretch", alt="The boxes over the image")
     elif decides == "found areas" and attention is not None:
-        right.image(masks(picture.made.image, attention, step), width="stretch", alt="The areas over the image")
+        right.image(masks(result.made.image, attention, step), width="stretch", alt="The areas over the image")
     right.caption(_DECIDED[decides])
-    _exceptions(picture, decides)
+    _exceptions(result, decides)
     if attention is None:
         st.info("Where the model looked was not kept for this image: it is turned off under “Negative prompt, "
                 "scheduler”.", icon=":material/visibility:")  # fmt: skip
@@ -59,7 +59,7 @@ def understand_view(here: Visit) -> None:
     for start in range(0, len(concepts), 2):
         for column, i in zip(st.columns(2, wrap=False), range(start, min(start + 2, len(concepts))), strict=False):
             column.image(
-                heat(picture.made.image, attention, i, step), width="stretch", alt=f"Attention to {concepts[i].name}"
+                heat(result.made.image, attention, i, step), width="stretch", alt=f"Attention to {concepts[i].name}"
             )
             column.caption(f"Where the model looked for {markdown(concepts[i].name)}, “{markdown(concepts[i].phrase)}”")
     grid = attention.maps.shape[-2:]
@@ -68,11 +68,11 @@ def understand_view(here: Visit) -> None:
                f"scaled to its own maximum.{role}")  # fmt: skip
 
 
-def _exceptions(picture: Picture, decides: Decides) -> None:
+def _exceptions(result: Result, decides: Decides) -> None:
     """Concepts for which something else decided."""
     if decides != "boxes":
         return
-    for concept in picture.run.scene.concepts:
+    for concept in result.run.scene.concepts:
         if concept.region is None:
             st.caption(f"{markdown(concept.name)} has no box and acts in all of the image.")
         elif isinstance(concept.region, str):

@@ -7,14 +7,14 @@ import streamlit as st
 from streamlit.components.v2 import component
 
 from lora_compose.compose.page.screen.canvas import as_uri
-from lora_compose.compose.page.work import Picture
+from lora_compose.compose.page.work import Result
 
 _HERE = Path(__file__).parent
 
 
-def wipe(left: Picture, right: Picture, key: str) -> None:
+def wipe(left: Result, right: Result, key: str) -> None:
     """Compares two images by wiping."""
-    sides = [{"image": as_uri(picture.made.image), "alt": picture.run.scene.prompt} for picture in (left, right)]
+    sides = [{"image": as_uri(result.made.image), "alt": result.run.scene.prompt} for result in (left, right)]
     _component()(key=key, data={"sides": sides, "ratio": left.made.image.width / left.made.image.height})
 
 

@@ -75,7 +75,7 @@ def trainings(
         for kind in kinds:
             stem = name if kind == "ordinary" else f"{name}-{kind}"
             yield Training.preset(
-                PLAYGROUND, pictures=references / name, class_pictures=without, class_count=0, trigger=trigger,
+                PLAYGROUND, images=references / name, class_images=without, class_count=0, trigger=trigger,
                 class_word=class_word, model=model, out=out / f"{stem}.safetensors", **{**KINDS[kind], **given},
             )  # fmt: skip
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from components import seeded
-from flux import TOKENS, flux_transformer
+from flux import flux_transformer
 from lora_compose.attention import Recorder, backbone_of, frozen
-from lora_compose.attention.slot import LayerInputs, Slot
+from lora_compose.attention.forward_state import ForwardState, LayerInputs
+from transformer_families import TOKENS
 
 ROWS, GRID = 2, (8, 12)
 DOUBLE = ["transformer_blocks.0.attn", "transformer_blocks.1.attn", "transformer_blocks.2.attn"]
@@ -24,15 +25,15 @@ def transformer() -> Any:
 
 def maps_and_gradient(transformer: Any, layers: list[str], *, stop: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Recorded maps of one pass and the gradient of a loss on them, which is taken after the pass is over."""
-    generator, backbone, slot = seeded(1), backbone_of(transformer), Slot()
+    generator, backbone, state = seeded(1), backbone_of(transformer), ForwardState()
     latents = torch.randn(ROWS, 4, *GRID, generator=generator).requires_grad_()
     text = torch.randn(ROWS, TOKENS, 24, generator=generator)
     added = {"pooled_projections": torch.randn(ROWS, 24, generator=generator)}
     recorder = Recorder(layers, torch.eye(TOKENS).expand(ROWS, -1, -1))
-    slot.recorders = [recorder]
-    slot.inputs = LayerInputs(lengths=(TOKENS,) * ROWS, latent_grid=GRID)
+    state.recorders = [recorder]
+    state.inputs = LayerInputs(lengths=(TOKENS,) * ROWS, latent_grid=GRID)
     with ExitStack() as undo, frozen(transformer):
-        backbone.steer(slot, undo)
+        backbone.steer(state, undo)
         with backbone.truncated_after(layers) if stop else nullcontext():
             backbone.forward(latents, torch.tensor(500.0), text, added, guidance=torch.full((ROWS,), 3.5))
         loss = torch.stack([found.square().sum() for found in recorder.maps.values()]).sum()

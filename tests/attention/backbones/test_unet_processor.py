@@ -9,8 +9,8 @@ from torch import Tensor
 
 from components import installed, sd_unet, shallow_sdxl_unet, unet_inputs, with_bank
 from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
+from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.kernels import XFormersKernel, kernel_of
-from lora_compose.attention.slot import Slot
 from reference import random_gates, relative_error
 
 PROCESSORS = {"AttnProcessor": AttnProcessor, "AttnProcessor2_0": AttnProcessor2_0}
@@ -35,7 +35,7 @@ def both(attn: Attention, *args: Tensor) -> tuple[Tensor, Tensor]:
     """Output with diffusers' processor and with ours in its place."""
     expected = attn(*args)
     layer = AttentionLayer("attn", attn.is_cross_attention, "mid", 0)
-    attn.set_processor(ComposeAttnProcessor(layer, kernel_of("attn", attn), Slot()))  # pyright: ignore[reportArgumentType]
+    attn.set_processor(ComposeAttnProcessor(layer, kernel_of("attn", attn), ForwardState()))  # pyright: ignore[reportArgumentType]
     return attn(*args), expected
 
 

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from evaluations import Measured, Seen, known, store, suite
+from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.comparison import COMPARED, RELATIVE, RunComparison, compare_runs
-from lora_compose.compose.evaluation.suite import Batch, Suite
+from lora_compose.compose.evaluation.suite import Suite
 
 SCENES = {f"scene {i}": ("cat", "dog") for i in range(10)}
 
@@ -49,7 +50,7 @@ def test_a_better_method_is_seen(tmp_path: Path) -> None:
     row = rows(found)["regional", "region_min"]
     assert (row["a"], row["b"]) == pytest.approx(((0.45 + 0.49) / 2, 0.7))
     assert row["difference"] == pytest.approx(0.23)
-    assert (row["wins"], row["ties"], row["losses"], row["pictures"], row["verdict"]) == (20, 0, 0, 20, "better")
+    assert (row["wins"], row["ties"], row["losses"], row["images"], row["verdict"]) == (20, 0, 0, 20, "better")
     leaks = rows(found)["regional", "leak"]
     assert (leaks["verdict"], leaks["wins"]) == ("better", 20)
     assert rows(found)["merge", "region_min"]["verdict"] == "undecided"
@@ -66,9 +67,9 @@ def test_only_common_images_are_compared(tmp_path: Path) -> None:
         tmp_path, short(seeds=[1, 2]), short(seeds=[2, 3]), (known, lambda b, seed: known(b, min(seed, 2)))
     )
     row = rows(found)["merge", "region"]
-    assert (row["pictures"], row["a"], row["b"]) == (1, pytest.approx(0.25), pytest.approx(0.25))
+    assert (row["images"], row["a"], row["b"]) == (1, pytest.approx(0.25), pytest.approx(0.25))
     none = compared(tmp_path / "none", short(seeds=[1]), short(seeds=[2]))
-    assert rows(none)["merge", "region"]["pictures"] == 0
+    assert rows(none)["merge", "region"]["images"] == 0
     assert rows(none)["merge", "region"]["a"] == pytest.approx(0.45)
     assert "no common images" in none.markdown()
 
@@ -107,4 +108,4 @@ def test_similarities_of_different_encoders_are_not_compared(tmp_path: Path, cha
 def test_scenes_that_share_only_their_name_are_left_out(tmp_path: Path) -> None:
     found = compared(tmp_path, short({"both": ("cat", "dog")}), short({"both": ("dog", "cat")}))
     assert "not the same scene in spite of the name, and left out: 'both'" in found.notes
-    assert set(found.table["pictures"]) == {0}
+    assert set(found.table["images"]) == {0}

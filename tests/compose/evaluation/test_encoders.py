@@ -43,7 +43,7 @@ from lora_compose.compose.playground.assets import playground_model
 
 FAMILIES = (*IMAGES_AND_TEXTS, *IMAGES_ONLY)
 ONE_OF_EACH = ("clip", "siglip2", "dinov2")  # SigLIP is read as CLIP is, DINOv2 with registers as that without
-TEXTS = ["a sks cat", "a blue robot on grass", "", "a red car and a dog", "dog", "a bear in the rain", "x", "a picture"]
+TEXTS = ["a sks cat", "a blue robot on grass", "", "a red car and a dog", "dog", "a bear in the rain", "x", "an image"]
 SIZE = {"height": 32, "width": 32}
 LAYERS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 PATCHES = {"image_size": 32, "patch_size": 16}
@@ -104,7 +104,7 @@ def copied(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda family: copytree(folders[family], tmp_path / "encoder")
 
 
-def pictures(count: int = 5, seed: int = 0) -> list[Image.Image]:
+def random_images(count: int = 5, seed: int = 0) -> list[Image.Image]:
     """Noise in squares, so that it does not vanish when it is made smaller, of several sizes."""
     rng = np.random.default_rng(seed)
     coarse = [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(count)]
@@ -123,7 +123,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_embeddings_have_length_one_and_differ(folders: dict[str, Path], family: str) -> None:
     encoder = load_encoder(str(folders[family]))
     assert (encoder.name, encoder.has_text) == (str(folders[family]), family in IMAGES_AND_TEXTS)
-    found = [encoder.images(pictures())]
+    found = [encoder.images(random_images())]
     if encoder.has_text:
         found.append(encoder.texts(TEXTS))
     for embeddings in found:
@@ -138,9 +138,9 @@ def test_embeddings_have_length_one_and_differ(folders: dict[str, Path], family:
 def test_batches_leave_embeddings_as_they_are(folders: dict[str, Path], family: str) -> None:
     encoder = load_encoder(str(folders[family]))
     assert encoder.batch_size == 64
-    images, texts = encoder.images(pictures()), encoder.texts(TEXTS) if encoder.has_text else None
+    images, texts = encoder.images(random_images()), encoder.texts(TEXTS) if encoder.has_text else None
     encoder.batch_size = 2
-    close(encoder.images(pictures()), images)
+    close(encoder.images(random_images()), images)
     if texts is not None:
         close(encoder.texts(TEXTS), texts)
 
@@ -148,7 +148,7 @@ def test_batches_leave_embeddings_as_they_are(folders: dict[str, Path], family: 
 @pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_nothing_gives_no_rows(folders: dict[str, Path], family: str) -> None:
     encoder = load_encoder(str(folders[family]))
-    assert encoder.images([]).shape == (0, encoder.images(pictures(1)).shape[1])
+    assert encoder.images([]).shape == (0, encoder.images(random_images(1)).shape[1])
     if encoder.has_text:
         assert encoder.texts([]).shape == (0, encoder.texts(["x"]).shape[1])
 
@@ -156,7 +156,7 @@ def test_nothing_gives_no_rows(folders: dict[str, Path], family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_may_have_any_mode_and_be_tiny(folders: dict[str, Path], family: str) -> None:
     encoder = load_encoder(str(folders[family]))
-    gray = pictures(1)[0].convert("L")
+    gray = random_images(1)[0].convert("L")
     modes = [gray, gray.convert("RGB"), gray.convert("RGBA"), gray.convert("P")]
     embeddings = encoder.images(modes)
     close(embeddings, embeddings[:1].expand(4, -1))
@@ -168,10 +168,10 @@ def test_images_may_have_any_mode_and_be_tiny(folders: dict[str, Path], family: 
 @pytest.mark.parametrize("family", ONE_OF_EACH)
 def test_half_precision_files_are_computed_in_single_precision(copied: Callable[[str], Path], family: str) -> None:
     folder = copied(family)
-    whole = load_encoder(str(folder)).images(pictures())
+    whole = load_encoder(str(folder)).images(random_images())
     AutoModel.from_pretrained(folder).half().save_pretrained(folder)
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float16}
-    half = load_encoder(str(folder)).images(pictures())
+    half = load_encoder(str(folder)).images(random_images())
     assert half.dtype == torch.float32
     assert not torch.equal(half.half().float(), half)
     torch.testing.assert_close(half, whole, rtol=0, atol=0.01)
@@ -185,19 +185,19 @@ def test_similarities_are_those_of_the_model_itself(folders: dict[str, Path], fa
     if family != "clip":
         del padded["attention_mask"]  # SigLIP was trained without
     with torch.no_grad():
-        logits = model(**padded, **images(pictures(), return_tensors="pt")).logits_per_image
+        logits = model(**padded, **images(random_images(), return_tensors="pt")).logits_per_image
         bias = 0 if family == "clip" else model.logit_bias
         expected = (logits - bias) / model.logit_scale.exp()
-    close(encoder.images(pictures()) @ encoder.texts(TEXTS).T, expected)
+    close(encoder.images(random_images()) @ encoder.texts(TEXTS).T, expected)
 
 
 @pytest.mark.parametrize("family", IMAGES_ONLY)
 def test_dinov2_gives_its_class_token(folders: dict[str, Path], family: str) -> None:
     model, images = AutoModel.from_pretrained(folders[family]).eval(), model_of(family)[1]
     with torch.no_grad():
-        tokens = model(**images(pictures(), return_tensors="pt")).last_hidden_state
+        tokens = model(**images(random_images(), return_tensors="pt")).last_hidden_state
     expected = tokens[:, 0] / tokens[:, 0].norm(dim=1, keepdim=True)
-    close(load_encoder(str(folders[family])).images(pictures()), expected)
+    close(load_encoder(str(folders[family])).images(random_images()), expected)
 
 
 class _TensorClip(CLIPModel):
@@ -215,7 +215,7 @@ def test_clip_t_is_the_clip_score_of_torchmetrics(folders: dict[str, Path]) -> N
     folder = folders["clip"]
     processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
     reference = CLIPScore(lambda: (_TensorClip.from_pretrained(folder).eval(), processor))  # pyright: ignore[reportArgumentType]
-    images, encoder = pictures(len(TEXTS)), load_encoder(str(folder))
+    images, encoder = random_images(len(TEXTS)), load_encoder(str(folder))
     scores = clip_t(encoder.images(images), encoder.texts(TEXTS))
     assert (scores > 0).any()
     assert (scores == 0).any()
@@ -274,7 +274,7 @@ def test_the_judge_of_the_playground_has_a_name(folders: dict[str, Path], monkey
     monkeypatch.setattr(encoders, "playground_judge", lambda: folders["clip"])
     encoder = load_encoder("playground:judge")
     assert encoder.name == "playground:judge"
-    close(encoder.images(pictures()), load_encoder(str(folders["clip"])).images(pictures()))
+    close(encoder.images(random_images()), load_encoder(str(folders["clip"])).images(random_images()))
 
 
 def test_a_missing_judge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +370,7 @@ def test_transformers_keeps_quiet_and_is_left_as_it_was(
     transformers_logging.enable_progress_bar()
     try:
         encoder = load_encoder(str(folders[family]))
-        encoder.images(pictures())
+        encoder.images(random_images())
         if encoder.has_text:
             encoder.texts([*TEXTS, "cat " * 100])
         assert transformers_logging.is_progress_bar_enabled()

@@ -118,7 +118,7 @@ def test_no_assignment_is_better(data: st.DataObject) -> None:
     assert worth(tuple(chosen)) == (most, pytest.approx(total))
 
 
-# Pictures.
+# Images.
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_order_of_concepts_does_not_matter(similarity: np.ndarray, random: R
     assert success(other, thresholds[order]) == success(similarity, thresholds)
 
 
-# Against pictures of one concept.
+# Against images of one concept.
 
 
 def test_the_threshold_is_halfway_and_leaves_out_what_was_not_detected() -> None:

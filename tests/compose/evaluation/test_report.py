@@ -14,14 +14,16 @@ from PIL import Image
 from pydantic import ValidationError
 
 from evaluations import Seen, known, sanity, store, suite
-from lora_compose.compose.evaluation.report import MANY, SIDE, SMALL_SIDE, marked, number, write_report
+from lora_compose.compose.evaluation.batches import Batch
+from lora_compose.compose.evaluation.gallery import MANY, SIDE, SMALL_SIDE
+from lora_compose.compose.evaluation.report import marked, number, write_report
 from lora_compose.compose.evaluation.results import PLAN, Plan
-from lora_compose.compose.evaluation.suite import Batch, Suite
+from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.evaluation.summary import METRICS, summary
 from lora_compose.compose.evaluation.table import load
 from lora_compose.compose.files.images import Machine
 
-FILES = ["report.html", "report.md", "pictures.csv", "concepts.csv", "summary.json"]
+FILES = ["report.html", "report.md", "images.csv", "concepts.csv", "summary.json"]
 EVIL = (
     'a <script>alert("x")</script> sks cat & a zwx dog | *bold* \x1b[31m\u202e " onmouseover="alert(1)" '
     "' onload='alert(1)' </script></style></title><svg/onload=alert(1)> {{ 7 * 7 }} ]]> -->"
@@ -154,7 +156,7 @@ def test_no_name_is_a_formula_where_tables_are_opened(start: str) -> None:
 
 
 def test_text_in_tables_is_names_and_paths(written: Path) -> None:
-    for name in ("pictures.csv", "concepts.csv"):
+    for name in ("images.csv", "concepts.csv"):
         table = pd.read_csv(written / name, keep_default_na=False).select_dtypes(["object", "string"])
         assert {"scene", "arm", "alone"} < set(table)
         assert all(re.fullmatch(r"|\w.*", cell) for cell in table.to_numpy(dtype=str).flat)
@@ -170,25 +172,25 @@ def test_marked_text_is_one_line_without_markup() -> None:
 def test_numbers_agree_everywhere(written: Path) -> None:
     table = summary(load(written)).to_dict("records")
     stored = json.loads((written / "summary.json").read_text())
-    pictures = pd.read_csv(written / "pictures.csv")
+    images = pd.read_csv(written / "images.csv")
     page = _Page(written / "report.html").words
     lines = (written / "report.md").read_text(encoding="utf-8").splitlines()
     for row, kept in zip(table, stored, strict=True):
         (line,) = (line for line in lines if re.match(rf"\| \*?{row['arm']}[* ]", line))
-        of_arm = pictures[pictures["arm"] == row["arm"]]
+        of_arm = images[images["arm"] == row["arm"]]
         for metric in METRICS:
             shown = number(row[metric.key], metric)
             assert f" {shown}" in line
             assert shown in page
             assert kept[metric.key] == pytest.approx(row[metric.key]) or pd.isna(row[metric.key])
-            if len(of_arm):  # one scene, so that the mean over scenes is that over pictures
+            if len(of_arm):  # one scene, so that the mean over scenes is that over images
                 assert number(of_arm[metric.key].astype(float).mean(), metric) == shown
 
 
 def test_tables_for_pandas(written: Path) -> None:
-    pictures, concepts = pd.read_csv(written / "pictures.csv"), pd.read_csv(written / "concepts.csv")
-    assert len(pictures) == 14
-    assert all((written / file).is_file() for file in pictures["file"])
+    images, concepts = pd.read_csv(written / "images.csv"), pd.read_csv(written / "concepts.csv")
+    assert len(images) == 14
+    assert all((written / file).is_file() for file in images["file"])
     merge = concepts[(concepts["arm"] == "merge") & (concepts["concept"] == "cat")]
     assert merge["own"].tolist() == [0.6, 0.0]
     assert merge["present"].tolist() == [True, False]
@@ -265,7 +267,7 @@ def test_an_evaluation_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
     assert "No images with scores yet." in words
 
 
-# --- pictures ---
+# --- images ---
 
 
 def embedded(page: Path) -> list[tuple[str, Image.Image]]:
@@ -275,7 +277,7 @@ def embedded(page: Path) -> list[tuple[str, Image.Image]]:
 
 def test_small_images_are_embedded_as_they_are(written: Path) -> None:
     sources = _Page(written / "report.html").sources
-    for file in pd.read_csv(written / "pictures.csv")["file"]:
+    for file in pd.read_csv(written / "images.csv")["file"]:
         assert f"data:image/png;base64,{base64.b64encode((written / file).read_bytes()).decode()}" in sources
 
 
@@ -293,7 +295,7 @@ def test_large_images_are_embedded_smaller(tmp_path: Path) -> None:
 
 def test_many_images_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MANY > 5
-    monkeypatch.setattr("lora_compose.compose.evaluation.report.MANY", 5)
+    monkeypatch.setattr("lora_compose.compose.evaluation.gallery.MANY", 5)
     store(tmp_path, suite(methods=["merge"]), known, draw=True)
     Image.new("RGB", (512, 512)).save(next(tmp_path.glob("batches/*/1.png")))
     write_report(tmp_path)
@@ -302,7 +304,7 @@ def test_many_images_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"at no more than {SMALL_SIDE} pixels" in _Page(tmp_path / "report.html").words
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no picture")])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"no image")])
 def test_an_image_that_is_gone_leaves_a_gap(tmp_path: Path, damage: Any) -> None:
     store(tmp_path, suite(seeds=[1], methods=["merge"]), known, draw=True)
     damage(next(tmp_path.glob("batches/both-merge*/1.png")))

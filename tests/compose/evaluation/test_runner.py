@@ -25,6 +25,7 @@ from accelerate import cpu_offload
 from commands import call
 from disks import files_of_at_most
 from lora_compose.compose.evaluation import command, runner
+from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.command import CHILD
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.results import (
@@ -34,12 +35,12 @@ from lora_compose.compose.evaluation.results import (
     Made,
     Scores,
     batch_folder,
-    picture_path,
+    image_path,
     read,
     write,
 )
 from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done, open_worker
-from lora_compose.compose.evaluation.suite import Suite, batches, read_suite
+from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.support.savers import Saver
@@ -125,12 +126,12 @@ def test_every_batch_is_made_and_scored(suite: Suite, finished: Path) -> None:
     for planned in plan.batches:
         scores = read(batch_folder(finished, planned.key) / planned.scores, Scores)
         assert scores is not None
-        assert set(scores.pictures) == set(planned.seeds)
+        assert set(scores.images) == set(planned.seeds)
 
 
 def test_every_image_carries_its_run(suite: Suite, finished: Path) -> None:
     planned = next(planned for planned in make_plan(suite).batches if planned.arm == "regional")
-    record = read_record(picture_path(finished, planned.key, 1))
+    record = read_record(image_path(finished, planned.key, 1))
     assert (record.run.method, record.run.seed, record.run.steps) == ("regional", 1, 1)
     assert record.run.scene.prompt == SCENE["prompt"]
     assert record.batch == (0, 1)
@@ -145,7 +146,7 @@ def test_images_of_other_defaults_are_not_taken_for_todays(suite: Suite, monkeyp
 
 def test_an_image_of_a_batch_can_be_made_again(suite: Suite, finished: Path) -> None:
     planned = next(planned for planned in make_plan(suite).batches if planned.arm == "merge")
-    assert "identical" in call("replay", picture_path(finished, planned.key, 1)).output
+    assert "identical" in call("replay", image_path(finished, planned.key, 1)).output
 
 
 def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
@@ -397,7 +398,7 @@ def test_only_what_is_damaged_is_made_again(
     (folders[4] / MADE).write_text("{")
     shutil.copy(folders[6] / MADE, folders[5] / MADE)
     (folders[6] / last[1].scores).write_text("{")
-    (folders[7] / last[2].scores).write_text('{"pictures": {}}')
+    (folders[7] / last[2].scores).write_text('{"images": {}}')
     _forget_checksums(folders[8] / MADE)
     _cut(folders[8] / "2.png")
     untouched = [*folders[6].glob("2.png"), *folders[7].glob("2.png"), *folders[9].iterdir()]
@@ -567,7 +568,7 @@ def _with(suite_folder: Path, **changes: Any) -> list[str]:
 
 
 def _unreadable(folder: Path) -> list[dict[str, Any]]:
-    (folder / "broken.png").write_bytes(b"not a picture")
+    (folder / "broken.png").write_bytes(b"not an image")
     return [{**CONCEPTS[0], "references": ["broken.png"]}, CONCEPTS[1]]
 
 
@@ -608,5 +609,5 @@ def test_the_report_is_written_at_the_end(suite_file: Path, finished: Path, tmp_
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     call("evaluate", suite_file, "--out", out)
-    assert {"report.html", "report.md", "pictures.csv", "concepts.csv"} <= {path.name for path in out.iterdir()}
+    assert {"report.html", "report.md", "images.csv", "concepts.csv"} <= {path.name for path in out.iterdir()}
     call("evaluate", "report", out)

@@ -1,4 +1,4 @@
-"""From a image to its scores, with the judge, on images put together by hand."""
+"""From an image to its scores, with the judge, on images put together by hand."""
 
 from pathlib import Path
 from typing import Any

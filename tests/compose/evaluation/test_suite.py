@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from lora_compose.compose.evaluation.batches import arms, batches, run_of, without_triggers
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.shipped import suites_dir
-from lora_compose.compose.evaluation.suite import arms, batches, read_suite, run_of, without_triggers
+from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.files.reading import FileError
 from lora_compose.pipelines.scene import Concept
 

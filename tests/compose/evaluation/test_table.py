@@ -12,11 +12,11 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from evaluations import SCORES, Seen, known, sanity, store, suite
+from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.metrics import success
 from lora_compose.compose.evaluation.report import write_report
 from lora_compose.compose.evaluation.results import MADE, PLAN
 from lora_compose.compose.evaluation.statistics import bootstrap
-from lora_compose.compose.evaluation.suite import Batch
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, summary
 from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
 from lora_compose.compose.files.reading import FileError
@@ -27,7 +27,7 @@ def evaluation(tmp_path: Path) -> Evaluation:
     return load(store(tmp_path, suite(), known))
 
 
-def picture(evaluation: Evaluation, arm: str, seed: int, alone: str | None = None) -> dict[str, Any]:
+def image(evaluation: Evaluation, arm: str, seed: int, alone: str | None = None) -> dict[str, Any]:
     rows = evaluation.arm(arm).to_dict("records")
     (row,) = (row for row in rows if row["seed"] == seed and alone in (None, row["alone"]))
     return row
@@ -51,18 +51,18 @@ def by_concept(evaluation: Evaluation, *names: str) -> dict[str, tuple[float, ..
     return {row["concept"]: tuple(row[name] for name in names) for row in evaluation.thresholds.to_dict("records")}
 
 
-# --- pictures and concepts ---
+# --- images and concepts ---
 
 
 def test_there_is_a_row_per_image_and_per_concept_that_counts(evaluation: Evaluation) -> None:
     # two seeds of: no LoRA, two kinds of LoRAs of two concepts, three methods
-    assert len(evaluation.pictures) == 2 * (1 + 4 + 3)
+    assert len(evaluation.images) == 2 * (1 + 4 + 3)
     assert len(evaluation.concepts) == 2 * (2 + 4 + 2 * 3)
     assert set(evaluation.concepts.query("arm == 'alone' and alone == 'cat'")["concept"]) == {"cat"}
 
 
 def test_a_swapped_concept(evaluation: Evaluation) -> None:
-    row = picture(evaluation, "merge", 1)
+    row = image(evaluation, "merge", 1)
     assert values(row, "region region_min leak swap found") == pytest.approx([0.45, 0.3, 0.4, 0.5, 1])
     assert not row["success"]
     dog = concept(evaluation, "merge", 1, "dog")
@@ -72,19 +72,19 @@ def test_a_swapped_concept(evaluation: Evaluation) -> None:
 
 
 def test_what_was_not_found_counts_as_0_but_does_not_leak(evaluation: Evaluation) -> None:
-    row = picture(evaluation, "merge", 2)
+    row = image(evaluation, "merge", 2)
     assert values(row, "region region_min leak swap found") == pytest.approx([0.25, 0, 0.2, 0, 0.5])
     assert not row["success"]
     cat = concept(evaluation, "merge", 2, "cat")
     assert (cat["own"], cat["found"], cat["present"]) == (0, False, False)
     assert all(map(pd.isna, values(cat, "other nearest placed detection left")))
-    nothing = picture(evaluation, "tara", 2)
+    nothing = image(evaluation, "tara", 2)
     assert values(nothing, "region region_min found") == [0, 0, 0]
     assert all(map(pd.isna, values(nothing, "leak swap placed")))
 
 
 def test_where_a_lora_acts_alone_only_its_concept_counts(evaluation: Evaluation) -> None:
-    row = picture(evaluation, "alone", 1, "dog")
+    row = image(evaluation, "alone", 1, "dog")
     assert values(row, "region region_min leak swap found") == pytest.approx([0.6, 0.6, 0.2, 0, 1])
     assert row["success"]
 
@@ -128,7 +128,7 @@ def test_a_concept_that_cannot_be_told(tmp_path: Path) -> None:
 
 def test_a_scene_of_one_concept(tmp_path: Path) -> None:
     evaluation = load(store(tmp_path, suite({"one": ("cat",)}), known))
-    row = picture(evaluation, "regional", 1)
+    row = image(evaluation, "regional", 1)
     assert (row["region"], row["region_min"], row["success"]) == (0.7, 0.7, True)
     assert all(map(pd.isna, values(row, "leak swap")))
     assert evaluation.thresholds["concept"].tolist() == ["cat"]
@@ -138,7 +138,7 @@ def test_the_order_of_concepts_does_not_matter(tmp_path: Path) -> None:
     straight = load(store(tmp_path / "a", suite({"both": ("cat", "dog")}), known))
     turned = load(store(tmp_path / "b", suite({"both": ("dog", "cat")}), known))
     keys = ["arm", "alone", "seed"]
-    first, second = (one.pictures.sort_values(keys).reset_index(drop=True) for one in (straight, turned))
+    first, second = (one.images.sort_values(keys).reset_index(drop=True) for one in (straight, turned))
     assert_frame_equal(first, second)
     assert_frame_equal(straight.thresholds, turned.thresholds)
 
@@ -172,7 +172,7 @@ def test_failures_and_gaps_are_counted(tmp_path: Path) -> None:
     assert evaluation.arm("merge").empty
     assert evaluation.arm("regional")["seed"].tolist() == [2]
     table = arms(evaluation)
-    assert table["merge"]["pictures"] == 0
+    assert table["merge"]["images"] == 0
     assert np.isnan(table["merge"]["success"])
     assert table["regional"]["success_verdict"] == "undecided"
 
@@ -186,16 +186,16 @@ def test_a_batch_is_there_when_it_is_complete(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_has_not_begun(tmp_path: Path) -> None:
     evaluation = load(store(tmp_path, suite(), lambda batch, seed: None))
-    assert evaluation.pictures.empty
+    assert evaluation.images.empty
     assert evaluation.missing == len(evaluation.plan.batches)
     assert evaluation.unmeasured == ["cat", "dog"]
-    assert summary(evaluation)["pictures"].tolist() == [0] * 6
+    assert summary(evaluation)["images"].tolist() == [0] * 6
 
 
 def test_types_do_not_depend_on_what_is_there(tmp_path: Path, evaluation: Evaluation) -> None:
     empty = load(store(tmp_path / "empty", suite(), lambda batch, seed: None))
     numbers = ["seed", "own", "other", "threshold", "left", "region", "leak", "success", "extra", "seconds"]
-    for full, none in ((evaluation.pictures, empty.pictures), (evaluation.concepts, empty.concepts)):
+    for full, none in ((evaluation.images, empty.images), (evaluation.concepts, empty.concepts)):
         assert full.columns.tolist() == none.columns.tolist()
         shared = [name for name in numbers if name in full]
         assert full.dtypes[shared].tolist() == none.dtypes[shared].tolist()
@@ -228,7 +228,7 @@ def test_a_damaged_batch_is_said_and_left_out(
     evaluation = load(tmp_path)
     assert evaluation.arm("merge")["seed"].tolist() == [2]
     assert evaluation.missing + evaluation.unscored == 1
-    assert len(evaluation.pictures) == 15
+    assert len(evaluation.images) == 15
     assert f"{path} {told}" in caplog.text
 
 
@@ -296,9 +296,9 @@ def test_intervals_are_over_scenes(tmp_path: Path) -> None:
 
     evaluation = load(store(tmp_path, suite(scenes), measured))
     row = arms(evaluation)["merge"]
-    pictures = evaluation.arm("merge")
+    images = evaluation.arm("merge")
     for metric in METRICS:
-        interval = bootstrap(pictures[metric.key].astype(float).tolist(), pictures["scene"].tolist())
+        interval = bootstrap(images[metric.key].astype(float).tolist(), images["scene"].tolist())
         expected = [interval.mean, interval.low, interval.high]
         found = [row[metric.key], row[f"{metric.key}_low"], row[f"{metric.key}_high"]]
         assert found == pytest.approx(expected, nan_ok=True)

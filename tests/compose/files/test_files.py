@@ -99,7 +99,7 @@ def test_runs_survive_a_file(tmp_path_factory: pytest.TempPathFactory, suffix: s
 @given(run=runs)
 def test_records_survive_an_image(tmp_path_factory: pytest.TempPathFactory, run: Run) -> None:
     written = record(run, sha256={concept.name: SHA for concept in run.scene.concepts})
-    path = save_image(Image.new("RGB", (8, 8)), tmp_path_factory.mktemp("picture") / "1.png", written)
+    path = save_image(Image.new("RGB", (8, 8)), tmp_path_factory.mktemp("image") / "1.png", written)
     assert read_record(path) == written
 
 
@@ -274,7 +274,7 @@ def test_values_are_read_as_yaml(text: str, value: object) -> None:
     assert parse_value(text) == value
 
 
-# --- pictures ---
+# --- images ---
 
 
 def test_images_are_never_overwritten(tmp_path: Path) -> None:
@@ -483,8 +483,8 @@ def test_sheets_show_every_image_at_its_place() -> None:
 
 @pytest.mark.parametrize("text", ["", "\u732b and \U0001f408", "line\nbreak", "\x1b[31mred", "w" * 500])
 def test_sheets_take_any_text(text: str) -> None:
-    pictures = {seed: Image.new("RGB", (32, 64)) for seed in range(7)}
-    drawn = seeds_sheet(pictures, text, [text])
+    images = {seed: Image.new("RGB", (32, 64)) for seed in range(7)}
+    drawn = seeds_sheet(images, text, [text])
     assert drawn.height > 2 * 256
 
 

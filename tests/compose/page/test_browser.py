@@ -174,7 +174,7 @@ def test_one_click_from_the_first_visit_to_an_image_that_carries_its_run(page: P
     started = time.monotonic()
     make(page)
     assert time.monotonic() - started < 60
-    record = read_record(downloaded(page, tmp_path / "picture.png"))
+    record = read_record(downloaded(page, tmp_path / "result.png"))
     assert [concept.name for concept in record.run.scene.concepts] == ["bear", "robot"]
     assert record.run.method == "lora-composer"
 
@@ -196,7 +196,7 @@ def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, t
     expect(prompt).to_have_value("a sks cat and a zwx dog")
     arrange(page, "Side by side")
     make(page)
-    record = read_record(downloaded(page, tmp_path / "picture.png"))
+    record = read_record(downloaded(page, tmp_path / "result.png"))
     assert record.run.scene.prompt == "a sks cat and a zwx dog"
     assert all("lora-compose-page-" in (concept.lora or "") for concept in record.run.scene.concepts)
 
@@ -261,17 +261,17 @@ def test_an_image_dropped_in_sets_everything_and_gives_the_same_pixels(page: Pag
     page.get_by_label("Steps", exact=True).press("Enter")
     settled(page)
     make(page)
-    picture = downloaded(page, tmp_path / "picture.png")
+    result = downloaded(page, tmp_path / "result.png")
     page.reload()
     expect(page.get_by_label("Seeds", exact=True)).to_have_value("2", timeout=2 * MINUTE)
     page.get_by_text("Load settings from a PNG").click()
-    page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*="png"]').set_input_files(picture)
+    page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*="png"]').set_input_files(result)
     expect(page.get_by_label("Seeds", exact=True)).to_have_value("3")
     expect(page.get_by_label("Steps", exact=True)).to_have_value("5")
     settled(page)
     make(page)
     again = downloaded(page, tmp_path / "again.png")
-    assert np.array_equal(np.asarray(read_pixels(picture)), np.asarray(read_pixels(again)))
+    assert np.array_equal(np.asarray(read_pixels(result)), np.asarray(read_pixels(again)))
 
 
 def test_two_visitors_see_nothing_of_each_other_and_both_finish(page: Page, other_page: Page, tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_the_page_answers_everybody_while_a_strangers_file_is_read(
 
 
 def start_long_work(page: Page) -> None:
-    """Uploads a LoRA, and asks for more pictures than can be made while a test lasts."""
+    """Uploads a LoRA, and asks for more results than can be made while a test lasts."""
     for label, value in (("Steps", "200"), ("Seeds", "1-16")):
         page.get_by_label(label, exact=True).fill(value)
         page.get_by_label(label, exact=True).press("Enter")

@@ -36,9 +36,9 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page import (
     boxes,
     controls,
-    draft,
     export,
     folders,
+    form,
     labels,
     launch,
     leaving,
@@ -48,8 +48,8 @@ from lora_compose.compose.page import (
     text,
     work,
 )
+from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels, Stopped
 from lora_compose.compose.page.scores import Judge
-from lora_compose.compose.page.shelf import Busy, Choice, Shelf, Slot, Stopped
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
 from lora_compose.compose.support.savers import Saver
@@ -62,30 +62,30 @@ ROBOT = Concept(name="robot", lora="playground:robot", trigger="qrt", class_word
 
 
 @pytest.fixture(scope="module")
-def slot() -> Slot:
-    return Shelf().open(Choice(PLAYGROUND, device="cpu"))
+def model() -> OpenModel:
+    return OpenModels().open(Choice(PLAYGROUND, device="cpu"))
 
 
-def short(**changes: Any) -> draft.Draft:
+def short(**changes: Any) -> form.Form:
     """The example, in two steps."""
-    return replace(draft.example(), choice=Choice(PLAYGROUND, device="cpu"), steps=2, **changes)
+    return replace(form.example(), choice=Choice(PLAYGROUND, device="cpu"), steps=2, **changes)
 
 
 # --- the example, limits ---
 
 
 def test_the_example_is_complete() -> None:
-    example = draft.example()
+    example = form.example()
     (run,) = example.runs()
     assert [concept.name for concept in run.scene.concepts] == ["bear", "robot"]
     assert all(isinstance(concept.region, tuple) for concept in run.scene.concepts)
-    assert draft.draft_of(run, (128, 128)) == replace(example, choice=Choice(PLAYGROUND, "float32", None))
+    assert form.form_of(run, (128, 128)) == replace(example, choice=Choice(PLAYGROUND, "float32", None))
 
 
 def test_settings_of_the_authors_are_shown_one_by_one() -> None:
     scene = Scene(prompt="a xlo bear", concepts=(BEAR,))
     run = Run(scene=scene, model=PLAYGROUND, method="lora-composer:official", settings={"apart": 0.5})
-    shown = draft.draft_of(run, (128, 128))
+    shown = form.form_of(run, (128, 128))
     assert shown.method == "lora-composer"
     assert make_method(shown.method, shown.settings) == replace(LoraComposer.official(), apart=0.5)
 
@@ -135,37 +135,37 @@ def test_what_an_image_says_and_the_page_cannot_is_refused(
     (run,) = short(method="merge").runs()
     run = run.model_copy(update={"scene": run.scene.model_copy(update=scene), **changes})
     with pytest.raises(ValueError, match=words):
-        draft.draft_of(run, (128, 128))
+        form.form_of(run, (128, 128))
 
 
 def test_a_canvas_far_from_the_models_own_is_refused() -> None:
-    draft.check_canvas((512, 128), (128, 128))
+    form.check_canvas((512, 128), (128, 128))
     with pytest.raises(ValueError, match="made for 128 x 128"):
-        draft.check_canvas((520, 128), (128, 128))
+        form.check_canvas((520, 128), (128, 128))
 
 
 def test_variations_leave_weights_that_change_over_the_steps() -> None:
     robot = ROBOT.model_copy(update={"weight": "1..0.4"})
     (run,) = short(concepts=(BEAR, robot), method="merge").runs()
-    varied = draft.variations(run)
-    assert [run.scene.concepts[0].weight for run in varied] == list(draft.FACTORS)
+    varied = form.variations(run)
+    assert [run.scene.concepts[0].weight for run in varied] == list(form.FACTORS)
     assert {run.scene.concepts[1].weight for run in varied} == {"1..0.4"}
     (run,) = short(concepts=(robot,), method="merge").runs()
-    assert draft.variations(run) == []
+    assert form.variations(run) == []
 
 
 def test_seeds_as_they_are_typed() -> None:
-    assert draft.read_seeds("0, 2,2 5-7") == (0, 2, 5, 6, 7)
-    assert draft.read_seeds(str(2**63 - 1)) == (2**63 - 1,)
+    assert form.read_seeds("0, 2,2 5-7") == (0, 2, 5, 6, 7)
+    assert form.read_seeds(str(2**63 - 1)) == (2**63 - 1,)
     for wrong in ("", "a", "-1", "7-5", "0-99999999999", str(2**63), "1.5"):
         with pytest.raises(ValueError, match=r"[Ss]eed"):
-            draft.read_seeds(wrong)
+            form.read_seeds(wrong)
 
 
 def test_names_stay_different() -> None:
-    assert draft.free_name("cat", ["dog"]) == "cat"
-    assert draft.free_name("cat", ["cat", "cat 2"]) == "cat 3"
-    assert draft.free_name(" ", []) == "concept"
+    assert form.free_name("cat", ["dog"]) == "cat"
+    assert form.free_name("cat", ["cat", "cat 2"]) == "cat 3"
+    assert form.free_name(" ", []) == "concept"
 
 
 # --- controls ---
@@ -248,15 +248,15 @@ def test_every_method_and_setting_is_called_by_what_it_does(method: str) -> None
 # --- messages ---
 
 
-def problems_of(slot: Slot, method: str | None, **changes: Any) -> Iterator[str]:
-    """All that is wrong with, and to be known of, a draft, in the page's words."""
-    with slot.turn(()) as pipe:
+def problems_of(model: OpenModel, method: str | None, **changes: Any) -> Iterator[str]:
+    """All that is wrong with, and to be known of, a form, in the page's words."""
+    with model.turn(()) as pipe:
         report = check(replace(short(**changes), method=method, settings={}).runs()[0], pipe)
     yield from (messages.spoken(said, method) for said in (*report.problems, *report.notes))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_wrong_is_said_without_python(slot: Slot, method: str) -> None:
+def test_what_is_wrong_is_said_without_python(model: OpenModel, method: str) -> None:
     robot = ROBOT.model_copy(update={"trigger": ""})
     wrong = [
         {"boxed": False},
@@ -266,7 +266,7 @@ def test_what_is_wrong_is_said_without_python(slot: Slot, method: str) -> None:
         {"concepts": (BEAR.model_copy(update={"blocks": {"up.9": 0.5}}), ROBOT)},
         {"concepts": (BEAR.model_copy(update={"alpha": 3.0}), ROBOT)},
     ]
-    said = [words for changes in wrong for words in problems_of(slot, method, **changes)]
+    said = [words for changes in wrong for words in problems_of(model, method, **changes)]
     assert len(said) >= 3
     for words in said:
         assert not re.search(r"\w=|Concept\(|[{}\[\]]|\W'|'\W|\bNone\b|lora-composer|clora", words), words
@@ -296,9 +296,9 @@ def test_markup_of_users_is_text() -> None:
 # --- words ---
 
 
-def test_words_are_found_and_coloured(slot: Slot) -> None:
+def test_words_are_found_and_coloured(model: OpenModel) -> None:
     prompt = "a xlo bear and a qrt robot on grass"
-    reading = read_prompt(prompt, [BEAR, ROBOT], slot.tokenizer)
+    reading = read_prompt(prompt, [BEAR, ROBOT], model.tokenizer)
     assert [(prompt[mark.start : mark.end], mark.concept) for mark in reading.marks] == [
         ("xlo", 0), ("bear", 0), ("qrt", 1), ("robot", 1),
     ]  # fmt: skip
@@ -306,9 +306,9 @@ def test_words_are_found_and_coloured(slot: Slot) -> None:
     assert f"--concept:{overlay.colour(1)}" in as_html(prompt, reading)
 
 
-def test_what_is_wrong_with_words_is_flagged(slot: Slot) -> None:
+def test_what_is_wrong_with_words_is_flagged(model: OpenModel) -> None:
     def flags(prompt: str, *concepts: Concept) -> str:
-        return "\n".join(read_prompt(prompt, concepts, slot.tokenizer).flags)
+        return "\n".join(read_prompt(prompt, concepts, model.tokenizer).flags)
 
     assert "robot is missing in the prompt: write “qrt robot”" in flags("a xlo bear", BEAR, ROBOT)
     assert "Write “bear” after the trigger" in flags("a xlo", BEAR)
@@ -319,26 +319,26 @@ def test_what_is_wrong_with_words_is_flagged(slot: Slot) -> None:
     assert flags("a xlo bear", BEAR, own) == ""  # named in its own prompt
 
 
-def test_what_the_model_does_not_read_is_struck_through(slot: Slot) -> None:
+def test_what_the_model_does_not_read_is_struck_through(model: OpenModel) -> None:
     prompt = "a bear " + "cat " * 60 + "and a robot"
-    cut = cut_off(prompt, slot.tokenizer)
-    reading = read_prompt(prompt, [], slot.tokenizer)
+    cut = cut_off(prompt, model.tokenizer)
+    reading = read_prompt(prompt, [], model.tokenizer)
     assert cut is not None
     assert prompt[:cut].count("cat") < 60
     assert any("it ignores" in flag for flag in reading.flags)
     assert "and a robot</del>" in as_html(prompt, reading)
 
 
-def test_with_concepts_long_prompts_and_weights_are_read(slot: Slot) -> None:
+def test_with_concepts_long_prompts_and_weights_are_read(model: OpenModel) -> None:
     prompt = "a (xlo bear:1.3) " + "cat " * 60 + "and a qrt robot"
-    reading = read_prompt(prompt, [BEAR, ROBOT], slot.tokenizer)
+    reading = read_prompt(prompt, [BEAR, ROBOT], model.tokenizer)
     assert (reading.flags, reading.cut, len(reading.marks)) == ((), None, 4)
-    assert "is 99; expected 0 to 10" in read_prompt("a (xlo bear:99)", [BEAR], slot.tokenizer).flags[0]
+    assert "is 99; expected 0 to 10" in read_prompt("a (xlo bear:99)", [BEAR], model.tokenizer).flags[0]
 
 
-def test_a_prompt_is_text_in_html(slot: Slot) -> None:
+def test_a_prompt_is_text_in_html(model: OpenModel) -> None:
     prompt = "a xlo bear <script>alert(1)</script>"
-    assert "<script>" not in as_html(prompt, read_prompt(prompt, [BEAR], slot.tokenizer))
+    assert "<script>" not in as_html(prompt, read_prompt(prompt, [BEAR], model.tokenizer))
 
 
 def test_a_phrase_is_inserted_where_it_belongs() -> None:
@@ -508,7 +508,7 @@ def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path)
 
 
 class Visiting:
-    """A visit of which nothing is left when it is closed for the second time."""
+    """A session of which nothing is left when it is closed for the second time."""
 
     def __init__(self) -> None:
         self.closings = 0
@@ -522,15 +522,15 @@ def test_a_visit_ends_when_its_browser_has_been_away_for_too_long(monkeypatch: p
     now = 0.0
     there = {"a", "b"}
     monkeypatch.setattr(leaving.time, "monotonic", lambda: now)
-    visits = leaving.Visits(there.__contains__, grace=20, every=1e9)
+    sessions = leaving.Sessions(there.__contains__, grace=20, every=1e9)
     first, second = Visiting(), Visiting()
-    visits.add("a", first)
-    visits.add("b", second)
+    sessions.add("a", first)
+    sessions.add("b", second)
 
     def later(seconds: float) -> tuple[int, int]:
         nonlocal now
         now += seconds
-        visits.look()
+        sessions.look()
         return first.closings, second.closings
 
     assert later(1000) == (0, 0)
@@ -549,18 +549,18 @@ def test_one_visit_that_cannot_be_closed_keeps_nobody_else_open() -> None:
         def close(self) -> bool:
             raise RuntimeError("not now")
 
-    visits = leaving.Visits(lambda session: False, grace=0, every=1e9)
+    sessions = leaving.Sessions(lambda session: False, grace=0, every=1e9)
     visiting = Visiting()
-    visits.add("a", Stubborn())
-    visits.add("b", visiting)
-    until(lambda: visits.look() or visiting.closings == 2)
+    sessions.add("a", Stubborn())
+    sessions.add("b", visiting)
+    until(lambda: sessions.look() or visiting.closings == 2)
 
 
 def test_a_session_has_one_visit() -> None:
-    visits = leaving.Visits(lambda session: True, grace=1e9, every=0.01)
+    sessions = leaving.Sessions(lambda session: True, grace=1e9, every=0.01)
     first, second = Visiting(), Visiting()
-    visits.add("a", first)
-    visits.add("a", second)
+    sessions.add("a", first)
+    sessions.add("a", second)
     until(lambda: first.closings == 2)  # by the thread that looks after them
     assert second.closings == 0
 
@@ -619,45 +619,45 @@ def test_images_that_are_not_ours_are_refused(monkeypatch: pytest.MonkeyPatch) -
 # --- models and work ---
 
 
-def finished(slot: Slot, one: draft.Draft, **options: Any) -> work.Job:
-    job = work.Job(slot, one.runs(), record_attention=options.get("record_attention", False)).start()
+def finished(model: OpenModel, one: form.Form, **options: Any) -> work.Job:
+    job = work.Job(model, one.runs(), record_attention=options.get("record_attention", False)).start()
     job.join(60)
     return job
 
 
-def test_a_job_makes_what_python_makes_and_keeps_attention(slot: Slot, tmp_path: Path) -> None:
+def test_a_job_makes_what_python_makes_and_keeps_attention(model: OpenModel, tmp_path: Path) -> None:
     example = short(seeds=(7, 8))
-    job = finished(slot, example, record_attention=True)
-    assert (job.state, job.error, len(job.pictures), job.share) == ("done", "", 2, 1.0)
-    picture = job.pictures[1]
+    job = finished(model, example, record_attention=True)
+    assert (job.state, job.error, len(job.results), job.share) == ("done", "", 2, 1.0)
+    result = job.results[1]
     run = example.runs()[1]
     plain = make(open_model(run), run)
-    assert np.array_equal(np.asarray(picture.made.image), np.asarray(plain.image))
-    path = tmp_path / "picture.png"
-    path.write_bytes(png_bytes(picture.made.image, picture.made.record))
-    assert read_record(path) == picture.made.record
-    attention = picture.attention
+    assert np.array_equal(np.asarray(result.made.image), np.asarray(plain.image))
+    path = tmp_path / "result.png"
+    path.write_bytes(png_bytes(result.made.image, result.made.record))
+    assert read_record(path) == result.made.record
+    attention = result.attention
     assert attention is not None
     assert attention.maps.shape == (2, 1, 2, 8, 8)
     for step in (None, 0):
-        assert overlay.heat(picture.made.image, attention, 1, step).size == (384, 384)
-        assert overlay.masks(picture.made.image, attention, step).size == (384, 384)
+        assert overlay.heat(result.made.image, attention, 1, step).size == (384, 384)
+        assert overlay.masks(result.made.image, attention, step).size == (384, 384)
 
 
 def test_page_command_and_python_text_give_the_same_image(
-    slot: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: OpenModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     example = short(settings={"rows": "all", "apart": 0.0})
-    (picture,) = finished(slot, example).pictures
+    (result,) = finished(model, example).results
     monkeypatch.chdir(tmp_path)
-    run = export.portable(picture.run, {})
+    run = export.portable(result.run, {})
     Path("scene.yaml").write_text(export.scene_file(run.scene), encoding="utf-8")
     call(*shlex.split(export.command(run))[1:], "--out", "cli")
     Path("it.py").write_text(export.python(run), encoding="utf-8")
     exec(compile(export.python(run), "it.py", "exec"), {})
-    ours = np.asarray(picture.made.image)
+    ours = np.asarray(result.made.image)
     assert np.array_equal(ours, np.asarray(read_pixels("cli/2.png")))
-    assert np.array_equal(ours, np.asarray(read_pixels("picture.png")))
+    assert np.array_equal(ours, np.asarray(read_pixels("result.png")))
 
 
 def test_exports_save_memory_as_the_page_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -668,7 +668,7 @@ def test_exports_save_memory_as_the_page_does(tmp_path: Path, monkeypatch: pytes
     exec(compile(export.python(run, savers), "it.py", "exec"), names)
     assert names["pipe"].vae.use_tiling
     assert names["pipe"].unet.is_gradient_checkpointing
-    assert Path("picture.png").is_file()
+    assert Path("result.png").is_file()
     assert export.command(run, savers).endswith("--save-memory tiling --save-memory gradient-checkpointing")
     moved = export.python(run.model_copy(update={"device": "cuda", "dtype": "float16"}), (Saver.MODEL_OFFLOAD,))
     assert "pipe.enable_model_cpu_offload()" in moved
@@ -699,7 +699,7 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
         "    guidance_scale=4.0,\n"
         "    generator=torch.Generator().manual_seed(2),\n"
         ").images[0]\n"
-        'image.save("picture.png")\n'
+        'image.save("result.png")\n'
     )
     boxed = export.python(replace(one, boxed=True, concepts=(cat.model_copy(update={"region": (0, 0, 64, 64)}), dog),
                                   method="lora-composer", settings={"apart": 0.5}).runs()[0])  # fmt: skip
@@ -734,8 +734,8 @@ def test_uploads_are_exported_under_their_owners_names(files: store.Store) -> No
     assert export.portable(run, {lora.source: lora.shown}).scene.concepts[0].lora == "my cat.safetensors"
 
 
-def test_stop_acts_within_a_step_and_leaves_a_usable_model(slot: Slot) -> None:
-    job = work.Job(slot, replace(short(), steps=200).runs(), record_attention=False).start()
+def test_stop_acts_within_a_step_and_leaves_a_usable_model(model: OpenModel) -> None:
+    job = work.Job(model, replace(short(), steps=200).runs(), record_attention=False).start()
     until(lambda: job.steps[0] >= 1)
     done = job.steps[0]
     job.stop()
@@ -743,11 +743,11 @@ def test_stop_acts_within_a_step_and_leaves_a_usable_model(slot: Slot) -> None:
     assert job.state == "stopped"
     assert job.steps[0] <= done + 2  # one may have ended meanwhile
     assert job.preview is None
-    assert finished(slot, short()).state == "done"
+    assert finished(model, short()).state == "done"
 
 
-def test_progress_tells_steps_time_and_what_it_looks_like(slot: Slot) -> None:
-    job = work.Job(slot, replace(short(), steps=60).runs(), record_attention=False).start()
+def test_progress_tells_steps_time_and_what_it_looks_like(model: OpenModel) -> None:
+    job = work.Job(model, replace(short(), steps=60).runs(), record_attention=False).start()
     until(lambda: job.preview is not None)
     assert 0 < job.share < 1
     assert (job.seconds_left or 0) > 0
@@ -757,13 +757,13 @@ def test_progress_tells_steps_time_and_what_it_looks_like(slot: Slot) -> None:
     job.join(30)
 
 
-def test_one_call_at_a_time_in_the_order_of_arrival(slot: Slot) -> None:
+def test_one_call_at_a_time_in_the_order_of_arrival(model: OpenModel) -> None:
     order: list[str] = []
     waited: list[int] = []
     hold = threading.Event()
 
     def call(name: str) -> None:
-        with slot.turn((), on_wait=waited.append):
+        with model.turn((), on_wait=waited.append):
             order.append(name)
             hold.wait(10)
 
@@ -771,61 +771,61 @@ def test_one_call_at_a_time_in_the_order_of_arrival(slot: Slot) -> None:
     for name in "abc":
         threads.append(threading.Thread(target=call, args=(name,)))
         threads[-1].start()
-        until(lambda: len(slot._queue) == len(threads))
+        until(lambda: len(model._queue) == len(threads))
     until(lambda: {1, 2} <= set(waited))
-    with pytest.raises(Busy), slot.turn((), wait=False):
+    with pytest.raises(Busy), model.turn((), wait=False):
         pass
     stop = threading.Event()
     stop.set()
-    with pytest.raises(Stopped), slot.turn((), stop=stop):
+    with pytest.raises(Stopped), model.turn((), stop=stop):
         pass
     hold.set()
     for thread in threads:
         thread.join(10)
     assert order == ["a", "b", "c"]
-    assert not slot.busy
+    assert not model.busy
 
 
-def test_nothing_of_one_visitors_call_is_left_in_the_next(slot: Slot) -> None:
+def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> None:
     """Two visitors call different LoRAs by the same name."""
     first = short(concepts=(BEAR.model_copy(update={"name": "it"}),), prompt="a xlo bear", method="merge")
     second = short(concepts=(ROBOT.model_copy(update={"name": "it"}),), prompt="a qrt robot", method="merge")
     alone = [np.asarray(make(open_model(one.runs()[0]), one.runs()[0]).image) for one in (first, second)]
-    jobs = [work.Job(slot, one.runs(), record_attention=False).start() for one in (first, second, first)]
+    jobs = [work.Job(model, one.runs(), record_attention=False).start() for one in (first, second, first)]
     for job in jobs:
         job.join(60)
-    made = [np.asarray(job.pictures[0].made.image) for job in jobs]
+    made = [np.asarray(job.results[0].made.image) for job in jobs]
     assert all(np.array_equal(one, other) for one, other in zip(made, (*alone, alone[0]), strict=True))
-    with slot.turn(()) as pipe:
+    with model.turn(()) as pipe:
         assert dict(pipe.concepts) == {}
 
 
-def test_failures_are_said_in_words(slot: Slot) -> None:
-    job = finished(slot, short(prompt="nobody is named here", method="tara"))
+def test_failures_are_said_in_words(model: OpenModel) -> None:
+    job = finished(model, short(prompt="nobody is named here", method="tara"))
     assert job.state == "failed"
     assert "is not in the prompt" in job.error
     gone = BEAR.model_copy(update={"lora": "/nowhere/x.safetensors"})
-    assert "no file" in finished(slot, short(concepts=(gone,), method="merge")).error
+    assert "no file" in finished(model, short(concepts=(gone,), method="merge")).error
 
 
 def test_a_shelf_holds_few_models_and_opens_each_once() -> None:
-    shelf = Shelf()
-    first = shelf.open(Choice(PLAYGROUND, device="cpu"))
-    assert shelf.open(Choice(PLAYGROUND, device="cpu")) is first
-    tiled = shelf.open(Choice(PLAYGROUND, device="cpu", memory=(Saver.TILING,)))
+    open_models = OpenModels()
+    first = open_models.open(Choice(PLAYGROUND, device="cpu"))
+    assert open_models.open(Choice(PLAYGROUND, device="cpu")) is first
+    tiled = open_models.open(Choice(PLAYGROUND, device="cpu", memory=(Saver.TILING,)))
     assert tiled is not first
     with tiled.turn(()) as pipe:
         assert pipe.vae.use_tiling
-    shelf.open(Choice(PLAYGROUND, "bfloat16", "cpu"))
-    assert shelf.open(Choice(PLAYGROUND, device="cpu")) is not first
+    open_models.open(Choice(PLAYGROUND, "bfloat16", "cpu"))
+    assert open_models.open(Choice(PLAYGROUND, device="cpu")) is not first
     with pytest.raises(ValueError, match="no model 'nothing here'"):
-        shelf.open(Choice("nothing here"))
+        open_models.open(Choice("nothing here"))
 
 
 def test_a_model_of_another_family_is_refused_by_name(tmp_path: Path) -> None:
     flux_pipeline().save_pretrained(tmp_path / "flux")
     with pytest.raises(ValueError, match=r"flux is a \w*FluxPipeline; the page opens Stable Diffusion"):
-        Shelf().open(Choice(str(tmp_path / "flux"), device="cpu"))
+        OpenModels().open(Choice(str(tmp_path / "flux"), device="cpu"))
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:

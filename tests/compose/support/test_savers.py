@@ -70,8 +70,8 @@ def test_tiles_are_smaller_than_the_images_of_large_models(made_for: int, latent
     vae.decoder.register_forward_hook(lambda *_: decoded.append(1))
     enable_tiling(vae)
     with torch.no_grad():
-        picture = vae.decode(torch.zeros(1, 4, latents, latents)).sample
-    assert picture.shape[-2:] == (latents * 8, latents * 8)
+        image = vae.decode(torch.zeros(1, 4, latents, latents)).sample
+    assert image.shape[-2:] == (latents * 8, latents * 8)
     assert len(decoded) == tiles
 
 

@@ -12,7 +12,7 @@ from lora_compose.compose.training.learner import Batch
 
 
 def examples(number: int, *, xl: bool = False) -> Examples:
-    """Pictures whose latents say which they are; every second one has the caption with the trigger at token 1."""
+    """Images whose latents say which they are; every second one has the caption with the trigger at token 1."""
     captions = torch.arange(number) % 2
     mask = torch.zeros(2, 3, 1)
     mask[1, 1] = 1
@@ -42,13 +42,13 @@ def rows_of(batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 @given(number=st.integers(1, 12), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 5))
 def test_every_image_comes_once_before_any_comes_again(number: int, seed: int, epoch: int) -> None:
     stream = Stream(examples(number), seed, 1, 1000)
-    drawn = [stream.picture(row) for row in range(epoch * number, (epoch + 1) * number)]
+    drawn = [stream.image(row) for row in range(epoch * number, (epoch + 1) * number)]
     assert sorted(drawn) == list(range(number))
 
 
 def test_orders_noise_and_timesteps_vary() -> None:
     stream = Stream(examples(8), 0, 1, 1000)
-    orders = [tuple(stream.picture(row) for row in range(e * 8, e * 8 + 8)) for e in range(4)]
+    orders = [tuple(stream.image(row) for row in range(e * 8, e * 8 + 8)) for e in range(4)]
     assert len(set(orders)) == 4
     noise = torch.stack([stream.draw(row)[1] for row in range(200)])
     assert abs(noise.mean()) < 0.1
@@ -87,11 +87,11 @@ def test_concept_and_class_draw_apart_and_seeds_differ() -> None:
 
 def test_rows_carry_what_belongs_to_their_image() -> None:
     batch = make((5, 3)).of(0, 0)
-    pictures = batch.latents[:, 0, 0, 0]
-    captions = pictures % 2
+    images = batch.latents[:, 0, 0, 0]
+    captions = images % 2
     assert torch.equal(batch.text[:, 0, 0], captions)
     assert torch.equal(batch.added["text_embeds"][:, 0], captions)
-    assert torch.equal(batch.added["time_ids"][:, 0], pictures)
+    assert torch.equal(batch.added["time_ids"][:, 0], images)
     assert torch.equal(batch.mask[:, 1, 0], captions)
     assert not batch.mask[:, [0, 2]].any()
 

@@ -1,4 +1,4 @@
-"""Pictures and captions that are read for training."""
+"""Images and captions that are read for training."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lora_compose.compose.playground.assets import playground_references
-from lora_compose.compose.training.data import DataError, digest, load_picture, read_pictures, say_small, square
+from lora_compose.compose.training.data import DataError, digest, load_image, read_images, say_small, square
 from trainings import paint_folder
 
 
@@ -17,19 +17,19 @@ def test_captions_come_from_the_table_or_from_beside_or_are_the_prompt(tmp_path:
     folder = paint_folder(tmp_path, 4)
     (folder / "captions.tsv").write_text("0.png\ta sks cat\t1 2 3\n\n2.png\tthe  sks cat\n", encoding="utf-8")
     (folder / "1.txt").write_text("a sks cat\nin snow\n", encoding="utf-8")
-    (folder / "notes.md").write_text("no picture")
-    found = read_pictures(folder, ["first", "second", "third", "fourth"])
-    assert [picture.caption for picture in found] == ["a sks cat", "a sks cat in snow", "the sks cat", "fourth"]
-    assert [picture.path.name for picture in found] == ["0.png", "1.png", "2.png", "3.png"]
+    (folder / "notes.md").write_text("no image")
+    found = read_images(folder, ["first", "second", "third", "fourth"])
+    assert [image.caption for image in found] == ["a sks cat", "a sks cat in snow", "the sks cat", "fourth"]
+    assert [image.path.name for image in found] == ["0.png", "1.png", "2.png", "3.png"]
 
 
 def test_images_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     folder = paint_folder(tmp_path, 11)
-    assert [picture.path.stem for picture in read_pictures(folder, ["x"])] == [str(i) for i in range(11)]
+    assert [image.path.stem for image in read_images(folder, ["x"])] == [str(i) for i in range(11)]
 
 
 def test_the_references_of_the_playground_are_read() -> None:
-    found = read_pictures(playground_references("cat")[0].parent, ["x"])
+    found = read_images(playground_references("cat")[0].parent, ["x"])
     assert len(found) == 10
     assert found[7].caption == "a sks cat and a fox on sand"
     assert found[7].size == (128, 128)
@@ -47,28 +47,28 @@ def test_broken_tables_are_refused_with_the_line(tmp_path: Path, lines: str, com
     folder = paint_folder(tmp_path, 1)
     (folder / "captions.tsv").write_text(lines)
     with pytest.raises(DataError, match=complaint):
-        read_pictures(folder, ["x"])
+        read_images(folder, ["x"])
 
 
 def test_captions_that_are_no_text_are_refused(tmp_path: Path) -> None:
     folder = paint_folder(tmp_path, 1)
     (folder / "0.txt").write_bytes(b"a \xff cat")
     with pytest.raises(DataError, match=r"0\.txt is not UTF-8 text: byte 2 is 0xff"):
-        read_pictures(folder, ["x"])
+        read_images(folder, ["x"])
 
 
 def test_captions_of_missing_images_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = paint_folder(tmp_path, 1)
     (folder / "captions.tsv").write_text("0.png\ta\n9.png\tb\n../1.png\tc\n")
-    assert len(read_pictures(folder, ["x"])) == 1
+    assert len(read_images(folder, ["x"])) == 1
     assert "images that are not there: ../1.png, 9.png" in caplog.text
 
 
 def test_an_empty_or_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no images; expected files that end with \.png, \.jpg"):
-        read_pictures(tmp_path, ["x"])
+        read_images(tmp_path, ["x"])
     with pytest.raises(DataError, match="there is no folder"):
-        read_pictures(tmp_path / "nowhere", ["x"])
+        read_images(tmp_path / "nowhere", ["x"])
 
 
 @pytest.mark.parametrize("how", ["truncated", "text", "empty"])
@@ -77,7 +77,7 @@ def test_a_broken_image_is_named(tmp_path: Path, how: str) -> None:
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[how])
     with pytest.raises(DataError, match=r"1\.png is not a readable image"):
-        read_pictures(tmp_path, ["x"])
+        read_images(tmp_path, ["x"])
 
 
 def test_images_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
@@ -85,11 +85,11 @@ def test_images_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     wide.save(tmp_path / "turned.jpg", exif=exif)
-    assert load_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert load_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert load_picture(tmp_path / "clear.png").getpixel((3, 3)) == (255, 255, 255)
+    assert load_image(tmp_path / "clear.png").getpixel((3, 3)) == (255, 255, 255)
     Image.new("P", (8, 8)).save(tmp_path / "palette.gif")
-    assert load_picture(tmp_path / "palette.gif").mode == "RGB"
+    assert load_image(tmp_path / "palette.gif").mode == "RGB"
 
 
 def test_the_middle_of_an_image_is_taken() -> None:
@@ -107,11 +107,11 @@ def test_the_middle_of_an_image_is_taken() -> None:
 def test_small_images_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = paint_folder(tmp_path, 2, (24, 50))
     Image.new("RGB", (64, 64)).save(folder / "large.png")
-    found = read_pictures(folder, ["x"])
+    found = read_images(folder, ["x"])
     say_small(found, 32)
     assert "2 of 3 images are smaller than 32 x 32" in caplog.text
     assert "0.png, 1.png" in caplog.text
-    assert square(load_picture(found[0].path), 32)[0].shape == (3, 32, 32)
+    assert square(load_image(found[0].path), 32)[0].shape == (3, 32, 32)
     caplog.clear()
     with caplog.at_level(logging.INFO):
         say_small(found, 24)
@@ -120,8 +120,8 @@ def test_small_images_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.
 
 def test_the_digest_sees_images_captions_and_nothing_else(tmp_path: Path) -> None:
     folder = paint_folder(tmp_path / "a", 2)
-    before = digest(read_pictures(folder, ["x"]))
-    assert digest(read_pictures(paint_folder(tmp_path / "b", 2), ["x"])) == before
-    assert digest(read_pictures(folder, ["y"])) != before
+    before = digest(read_images(folder, ["x"]))
+    assert digest(read_images(paint_folder(tmp_path / "b", 2), ["x"])) == before
+    assert digest(read_images(folder, ["y"])) != before
     Image.new("RGB", (32, 32)).save(folder / "1.png")
-    assert digest(read_pictures(folder, ["x"])) != before
+    assert digest(read_images(folder, ["x"])) != before

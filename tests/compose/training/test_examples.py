@@ -25,7 +25,7 @@ from lora_compose.compose.training.words import Rows
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
 CAPTIONS = ("a sks cat on grass", "a red sks cat in snow")  # the trigger stands at different tokens
-SHOWN = (0, 1, 0)  # which of them pictures have
+SHOWN = (0, 1, 0)  # which of them images have
 WIDE = (40, 32)
 MODELS = {"sd": sd_pipeline, "xl": xl_pipeline}
 
@@ -37,12 +37,12 @@ def pipe(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three wide pictures, one of them larger, with captions."""
-    paint_folder(tmp_path / "pictures", 3, WIDE)
-    larger = Image.open(tmp_path / "pictures" / "1.png").resize((80, 64))
-    larger.save(tmp_path / "pictures" / "1.png")
+    """Three wide images, one of them larger, with captions."""
+    paint_folder(tmp_path / "images", 3, WIDE)
+    larger = Image.open(tmp_path / "images" / "1.png").resize((80, 64))
+    larger.save(tmp_path / "images" / "1.png")
     for i, caption in enumerate(SHOWN):
-        (tmp_path / "pictures" / f"{i}.txt").write_text(CAPTIONS[caption])
+        (tmp_path / "images" / f"{i}.txt").write_text(CAPTIONS[caption])
     return tmp_path
 
 
@@ -79,8 +79,8 @@ def text_of(pipe: Any, caption: str) -> tuple[Tensor, Tensor | None]:
 
 def test_every_image_has_its_own_caption_with_the_mask_at_the_trigger(pipe: Any, folder: Path) -> None:
     _, examples = encoded(pipe, folder)
-    for picture, shown in enumerate(SHOWN):
-        row, caption = examples.caption[picture], CAPTIONS[shown]
+    for image, shown in enumerate(SHOWN):
+        row, caption = examples.caption[image], CAPTIONS[shown]
         features, pooled = text_of(pipe, caption)
         torch.testing.assert_close(examples.text[row], features)
         marked = [token for token, mask in zip(tokens_of(pipe, caption), examples.mask[row, :, 0], strict=True) if mask]
@@ -94,8 +94,8 @@ def test_every_image_has_its_own_caption_with_the_mask_at_the_trigger(pipe: Any,
 
 def test_latents_are_those_of_the_middle_square_at_the_scale_of_the_model(pipe: Any, folder: Path) -> None:
     _, examples = encoded(pipe, folder)
-    for picture, latents in enumerate(examples.latents):
-        image = Image.open(folder / "pictures" / f"{picture}.png").resize((40, 32), Image.Resampling.LANCZOS)
+    for image, latents in enumerate(examples.latents):
+        image = Image.open(folder / "images" / f"{image}.png").resize((40, 32), Image.Resampling.LANCZOS)
         pixels = np.asarray(image.crop((4, 0, 36, 32)), dtype="f4") / 127.5 - 1
         with torch.no_grad():
             mean = pipe.vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]).latent_dist.mean[0]
@@ -126,7 +126,7 @@ def test_the_trigger_is_aligned_with_the_class_word_of_its_own_caption(pipe: Any
 
 def test_class_images_have_no_mask(pipe: Any, folder: Path) -> None:
     paint_folder(folder / "class", 2)
-    settings = training(folder, "unused", tara=TARA, class_pictures=folder / "class")
+    settings = training(folder, "unused", tara=TARA, class_images=folder / "class")
     material = encode(pipe, read_texts(pipe, settings), settings, Accelerator(cpu=True))
     assert material.prior is not None
     assert len(material.prior) == 2

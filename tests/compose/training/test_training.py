@@ -54,8 +54,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def begin(tmp_path: Path, models: dict[str, Path]) -> Callable[..., Training]:
-    """Settings for three pictures in a folder of the test's own."""
-    paint_folder(tmp_path / "pictures")
+    """Settings for three images in a folder of the test's own."""
+    paint_folder(tmp_path / "images")
 
     def settings(model: str = "sd", **fields: Any) -> Training:
         return training(tmp_path, models[model], **fields)
@@ -131,7 +131,7 @@ def test_the_file_says_what_inference_needs(begin: Callable[..., Training], tara
     assert expected.items() <= told.items()
     assert told.get("token_mask") == (None if tara is None else tara.token_mask)
     assert json.loads(told["training"])["learning_rate"] == settings.learning_rate
-    assert str(settings.pictures.parent) not in json.dumps(told)  # whose folder it was is nobody's business
+    assert str(settings.images.parent) not in json.dumps(told)  # whose folder it was is nobody's business
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_the_file_names_the_kind_of_its_base_model(tmp_path: Path, text: int, pr
 
 def test_the_playground_is_named_as_its_own_loras_name_it(tmp_path: Path) -> None:
     settings = Training.preset(
-        "playground", pictures=playground_references("cat")[0].parent, out=tmp_path / "it.safetensors", trigger="sks",
+        "playground", images=playground_references("cat")[0].parent, out=tmp_path / "it.safetensors", trigger="sks",
         class_word="cat", steps=1, warmup=0, class_count=0, batch_size=1, tara=TARA,
     )  # fmt: skip
     told = metadata(train(settings))
@@ -427,14 +427,14 @@ def test_what_cannot_be_used_leaves_the_checkpoint_of_a_fresh_start(begin: Calla
     settings = begin()
     stopped_at(settings, 3)
     with pytest.raises(DataError):
-        train(begin(pictures=settings.out.parent), fresh=True)
+        train(begin(images=settings.out.parent), fresh=True)
     assert settings.checkpoint.exists()
 
 
 def test_changed_images_are_refused(begin: Callable[..., Training]) -> None:
     settings = begin()
     stopped_at(settings, 2)
-    paint_folder(settings.pictures, 4)
+    paint_folder(settings.images, 4)
     with pytest.raises(CheckpointError, match="the images or captions have changed"):
         train(settings)
 
@@ -443,8 +443,8 @@ def test_what_changes_no_result_may_change(begin: Callable[..., Training], tmp_p
     whole = train(begin(out=tmp_path / "whole.safetensors"))
     settings = begin()
     stopped_at(settings, 2)
-    settings.pictures.rename(tmp_path / "moved")
-    train(begin(pictures=tmp_path / "moved", checkpoint_every=1, gradient_checkpointing=True))
+    settings.images.rename(tmp_path / "moved")
+    train(begin(images=tmp_path / "moved", checkpoint_every=1, gradient_checkpointing=True))
     assert largest_difference(whole, settings.out) < 1e-6
 
 
@@ -551,14 +551,14 @@ def test_a_loss_that_is_no_number_stops_with_advice(begin: Callable[..., Trainin
     assert not settings.out.exists()
 
 
-# --- pictures ---
+# --- images ---
 
 
 def test_one_image_is_enough_but_mentioned(
     begin: Callable[..., Training], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     folder = paint_folder(tmp_path / "one", 1)
-    assert train(begin(pictures=folder, steps=1)).exists()
+    assert train(begin(images=folder, steps=1)).exists()
     assert "there is one image" in caplog.text
 
 
@@ -571,7 +571,7 @@ def test_a_folder_without_usable_images_is_refused_before_anything_is_done(
     folder = paint_folder(tmp_path / "other", 0 if content is None else 2)
     if content is not None:
         (folder / "1.png").write_bytes(content)
-    settings = begin(pictures=folder)
+    settings = begin(images=folder)
     assert complaint in flat(call(*arguments(settings), code=BAD_INPUT).stderr)
     assert not settings.checkpoint.exists()
     assert not settings.out.exists()
@@ -579,7 +579,7 @@ def test_a_folder_without_usable_images_is_refused_before_anything_is_done(
 
 def test_unusable_captions_are_refused_before_anything_is_done(begin: Callable[..., Training]) -> None:
     settings = begin(tara=TARA)
-    (settings.pictures / "1.txt").write_text("a sks dog")
+    (settings.images / "1.txt").write_text("a sks dog")
     with pytest.raises(DataError, match="lacks the class word 'cat'"):
         train(settings)
     assert not settings.checkpoint.exists()
@@ -645,14 +645,14 @@ def test_presets(models: dict[str, Path], tmp_path: Path) -> None:
     chosen = [preset_of(str(model)) for model in (models["sd"], models["xl"], "playground")]
     assert chosen == list(PRESETS) == ["sd", "sdxl", "playground"]
     out = tmp_path / "a.safetensors"
-    words: dict[str, Any] = {"pictures": tmp_path, "out": out, "trigger": "sks", "class_word": "cat"}
+    words: dict[str, Any] = {"images": tmp_path, "out": out, "trigger": "sks", "class_word": "cat"}
     sd, xl = (Training.preset(name, model="m", **words) for name in ("sd", "sdxl"))
     assert (sd.rank, sd.steps, sd.learning_rate, xl.learning_rate) == (8, 1000, 1e-4, 5e-5)
     small = Training.preset("playground", **words)
     assert (small.scope, Training.preset("playground", **words, tara=TARA).scope) == ("transformer", "attention")
     assert Training.preset("playground", **words, tara=TARA, scope="cross_kv").scope == "cross_kv"
     assert len(small.class_prompts) == small.class_count
-    assert Training.preset("playground", **words, class_pictures=tmp_path).class_count == 0
+    assert Training.preset("playground", **words, class_images=tmp_path).class_count == 0
     with pytest.raises(ValueError, match="unknown preset 'flux'; there are sd, sdxl, playground"):
         Training.preset("flux", model="m", **words)
 
@@ -686,7 +686,7 @@ def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:
 
 def arguments(settings: Training, *more: object) -> list[object]:
     return [
-        "train", settings.pictures, "--out", settings.out, "--trigger", "sks", "--class", "cat",
+        "train", settings.images, "--out", settings.out, "--trigger", "sks", "--class", "cat",
         "--model", settings.model, "--resolution", SIDE, "--steps", 4, "--rank", 2, "--lr", "1e-2",
         "--batch-size", 2, "--cpu", *more,
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 from comparisons import assert_close, far_apart
 from components import random_lora, seeded, text_loras
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
-from lora_compose.pipelines.methods.draft import centres_of, clusters, divided, nearest, strips
+from lora_compose.pipelines.methods.division import centres_of, clusters, divided, nearest, strips
 from lora_compose.pipelines.scene import Concept
 
 PROMPT = "a sks cat and a zwx dog on grass"

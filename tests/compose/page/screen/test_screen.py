@@ -20,15 +20,15 @@ from streamlit.testing.v1 import AppTest
 
 from layouts import layout, shapes_of
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
-from lora_compose.compose.page.draft import example
+from lora_compose.compose.page.form import example
 from lora_compose.compose.page.labels import full_name
 from lora_compose.compose.page.launch import script
+from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.state import Visit, checking
-from lora_compose.compose.page.shelf import Choice, Slot
+from lora_compose.compose.page.screen.state import PageSession, checking
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
-from lora_compose.pipelines.concepts import loading
+from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.mask_images import as_uri
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
@@ -52,8 +52,8 @@ def at() -> AppTest:
     return at
 
 
-def visit(at: AppTest) -> Visit:
-    return at.session_state["visit"]
+def session(at: AppTest) -> PageSession:
+    return at.session_state["session"]
 
 
 def made(at: AppTest) -> AppTest:
@@ -63,7 +63,7 @@ def made(at: AppTest) -> AppTest:
 
 def after(at: AppTest) -> AppTest:
     """The screen once the work in hand is done."""
-    job = visit(at).job
+    job = session(at).job
     assert job is not None
     job.join(60)
     at.run()
@@ -78,7 +78,7 @@ def said(at: AppTest) -> str:
 
 
 def row_key(at: AppTest, index: int, field: str) -> str:
-    return fields.of_row(visit(at).rows[index], field)
+    return fields.of_row(session(at).rows[index], field)
 
 
 def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: AppTest) -> None:
@@ -86,19 +86,19 @@ def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: App
     assert not at.button(key="do.make").disabled
     assert "Takes 1.4 times a plain image; how many seconds is known after the first one" in said(at)
     (cost,) = (caption for caption in at.caption if caption.value.startswith("Takes"))
-    assert "50 + 13 stopped + 13 backward UNet rows in 25 steps" in cost.help
+    assert "50 + 13 stopped + 13 backward latent rows in 25 steps" in cost.help
     made(at)
     assert re.search(r"Takes about \d+\.\d s, 1\.\d times a plain image", said(at))
 
 
 def test_an_image_is_made_shown_and_kept(at: AppTest, tmp_path: Path) -> None:
     made(at)
-    (picture,) = visit(at).pictures
-    assert visit(at).shown == picture.key
+    (result,) = session(at).results
+    assert session(at).shown == result.key
     assert "By boxes · seed 2 · 2 steps" in said(at)
-    at.button(key=f"do.keep.{picture.key}").click().run()
+    at.button(key=f"do.keep.{result.key}").click().run()
     kept = tmp_path / "out" / "page" / "2.png"
-    assert read_record(kept) == picture.made.record
+    assert read_record(kept) == result.made.record
     at.session_state["set.view"] = "Gallery"
     at.run()
     assert "2.png: By boxes, seed 2" in said(at)
@@ -126,7 +126,7 @@ def test_several_seeds_give_several_images(at: AppTest) -> None:
     at.run()
     assert at.button(key="do.make").label == "Generate 3 images"
     made(at)
-    assert [picture.run.seed for picture in visit(at).pictures] == [3, 2, 1]
+    assert [result.run.seed for result in session(at).results] == [3, 2, 1]
 
 
 def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
@@ -149,7 +149,7 @@ def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
 
 
 def upload(at: AppTest, name: str, content: bytes) -> None:
-    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader = at.file_uploader(key=f"do.upload.{session(at).uploads}")
     uploader.set_value([(name, content, "")]).run()
     assert not at.exception
 
@@ -165,7 +165,7 @@ def test_a_lora_for_another_model_says_so_by_its_own_name_and_what_to_do(at: App
         "top, or remove this concept." in said(at)
     )
     assert said(at).count("dragon.safetensors") == 1
-    assert Path(visit(at).store.uploads[0].source).name not in said(at)
+    assert Path(session(at).store.uploads[0].source).name not in said(at)
     assert at.button(key="do.make").disabled
 
 
@@ -191,7 +191,7 @@ def test_settings_are_used_kept_when_another_method_is_looked_at_and_wrong_ones_
 
 
 def fields_of(at: AppTest) -> Any:
-    (run,) = made(at).session_state["visit"].job.runs
+    (run,) = made(at).session_state["session"].job.runs
     return run
 
 
@@ -206,7 +206,7 @@ def test_errors_keep_all_input(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> 
     assert at.text_input(key=row_key(at, 0, "name")).value == "Bruno"
     monkeypatch.undo()
     made(at)
-    assert visit(at).picture is not None
+    assert session(at).result is not None
 
 
 def test_concepts_are_chosen_from_a_folder_and_trouble_is_said_at_the_file(at: AppTest, tmp_path: Path) -> None:
@@ -218,17 +218,17 @@ def test_concepts_are_chosen_from_a_folder_and_trouble_is_said_at_the_file(at: A
     at.multiselect(key="do.pick.folder.0").set_value(["broken.safetensors", "mine.safetensors"]).run()
     at.button(key="do.add.folder").click().run()
     assert "broken.safetensors is no readable safetensors file" in said(at)
-    assert [row.lora.shown for row in visit(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
+    assert [row.lora.shown for row in session(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
     assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
-    at.button(key=f"do.remove.{visit(at).rows[2].number}").click().run()
-    assert len(visit(at).rows) == 2
+    at.button(key=f"do.remove.{session(at).rows[2].number}").click().run()
+    assert len(session(at).rows) == 2
 
 
 def test_more_concepts_than_can_be_are_left_out_in_words(at: AppTest) -> None:
     names = at.multiselect(key="do.pick.ready.0").options
     at.multiselect(key="do.pick.ready.0").set_value(names).run()
     at.button(key="do.add.ready").click().run()
-    assert len(visit(at).rows) == 12
+    assert len(session(at).rows) == 12
     assert "12 concepts are the maximum" in said(at)
 
 
@@ -256,11 +256,11 @@ def fields_box(at: AppTest, index: int) -> list[int]:
 
 
 def test_a_plain_image_without_concepts(at: AppTest) -> None:
-    for row in list(visit(at).rows):
+    for row in list(session(at).rows):
         at.button(key=f"do.remove.{row.number}").click().run()
     at.text_area(key=fields.PROMPT).set_value("a cat on grass").run()
     made(at)
-    assert visit(at).pictures[0].run.method is None
+    assert session(at).results[0].run.method is None
 
 
 def test_settings_of_an_image_come_back(at: AppTest) -> None:
@@ -270,7 +270,7 @@ def test_settings_of_an_image_come_back(at: AppTest) -> None:
     at.text_input(key=row_key(at, 0, "blocks")).set_value("down:0.5,up.1:0").run()
     at.checkbox(key=row_key(at, 1, "style")).check().run()
     made(at)
-    first = visit(at).pictures[0]
+    first = session(at).results[0]
     at.selectbox(key=fields.METHOD).set_value("merge").run()
     at.text_area(key=fields.PROMPT).set_value("something else").run()
     at.button(key=f"do.reuse.{first.key}").click().run()
@@ -330,7 +330,7 @@ def test_images_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_p
         drop(at, tmp_path, change)
         assert "200 concepts are too many" in said(at) or "80000 x 128 pixels" in said(at)
         assert at.text_area(key=fields.PROMPT).value == before
-        assert len(visit(at).rows) == 2
+        assert len(session(at).rows) == 2
 
 
 def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_gap(at: AppTest, tmp_path: Path) -> None:
@@ -338,16 +338,16 @@ def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_ga
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
     assert "LoRAs are missing: cat" in said(at)
     assert at.button(key="do.make").disabled
-    uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+    uploader = at.file_uploader(key=f"do.upload.{session(at).uploads}")
     uploader.set_value([("cat.safetensors", playground_lora("cat").read_bytes(), "")]).run()
-    assert [row.lora and row.lora.shown for row in visit(at).rows] == ["cat.safetensors"]
+    assert [row.lora and row.lora.shown for row in session(at).rows] == ["cat.safetensors"]
     assert at.slider(key=row_key(at, 0, "weight")).value == 0.7
     assert not at.button(key="do.make").disabled
 
 
 def test_an_image_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) -> None:
     drop(at, tmp_path, {}, model="stranger/model")
-    assert visit(at).slot.choice.model == "playground"
+    assert session(at).model.choice.model == "playground"
     assert at.text_input(key="set.model.name").value == "stranger/model"
     assert "open it there if you trust it" in said(at)
 
@@ -364,8 +364,8 @@ def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, network)
     monkeypatch.setattr(socket, "getaddrinfo", network)
-    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.list_repo_files", network)
-    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.hf_hub_download", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.finding.list_repo_files", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.finding.hf_hub_download", network)
     cat = Concept(name="cat", lora="stranger/cat-lora", trigger="sks", class_word="cat")
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat"}, model="stranger/model", sha256={"cat": "0" * 64})
     at.session_state["set.view"] = "Compare"
@@ -374,15 +374,15 @@ def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     assert "in repositories on the hub: cat (stranger/cat-lora). Nothing is downloaded until you press" in said(at)
     assert at.button(key="do.make").disabled
 
-    at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
+    at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
     assert len(asked) == 1
     assert "nothing may be asked here" in said(at)
-    monkeypatch.setattr(loading, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
+    monkeypatch.setattr(finding, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
     monkeypatch.setattr(
-        "lora_compose.pipelines.concepts.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
+        "lora_compose.pipelines.concepts.finding.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
     )
-    at.button(key=f"do.hub.{visit(at).rows[0].number}").click().run()
-    (row,) = visit(at).rows
+    at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
+    (row,) = session(at).rows
     assert row.lora is not None
     assert row.lora.source == "stranger/cat-lora"
     assert "is not the file that the image was made with" in said(at)
@@ -393,10 +393,10 @@ def test_the_open_model_is_not_opened_again_in_another_precision_by_an_image(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The open one may be a repository, for which the hub would be asked."""
-    here = visit(at)
-    here.slot = Slot(Choice("stranger/model"), here.slot._pipe)
+    open_session = session(at)
+    open_session.model = OpenModel(Choice("stranger/model"), open_session.model._pipe)
     at.run()
-    monkeypatch.setattr("lora_compose.compose.page.shelf.open_model", lambda *args: pytest.fail("it is opened"))
+    monkeypatch.setattr("lora_compose.compose.page.open_models.open_model", lambda *args: pytest.fail("it is opened"))
     drop(at, tmp_path, {}, model="stranger/model", dtype="bfloat16")
     assert "It was made with the model stranger/model in bfloat16, which is not open" in said(at)
     drop(at, tmp_path, {}, model="stranger/model")
@@ -457,7 +457,7 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
     monkeypatch.setattr("lora_compose.pipelines.base.ComposePipeline.resolve_concepts", fails)
     at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
     looked.clear()
-    visit(at).rows[0].fit = None
+    session(at).rows[0].fit = None
     at.run()
     at.run()
     assert len(looked) == 1
@@ -468,22 +468,22 @@ def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: py
 
 def test_an_upload_stays_nowhere_if_it_is_refused(at: AppTest) -> None:
     for content in (b"no LoRA", b""):
-        uploader = at.file_uploader(key=f"do.upload.{visit(at).uploads}")
+        uploader = at.file_uploader(key=f"do.upload.{session(at).uploads}")
         uploader.set_value([("cat.safetensors", content, "")]).run()
         assert "cat.safetensors" in said(at)
-        assert list(visit(at).store.folder.iterdir()) == []
-        assert visit(at).store.uploads == []
+        assert list(session(at).store.folder.iterdir()) == []
+        assert session(at).store.uploads == []
 
 
 def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
-    before = visit(at)
+    before = session(at)
     folder = before.store.folder
     assert before.close(), "nothing is left of it"
     assert not folder.exists()
     at.run()
     assert not at.exception
-    assert visit(at) is not before
-    assert visit(at).store.folder.is_dir()
+    assert session(at) is not before
+    assert session(at).store.folder.is_dir()
     assert "Your session ended" in at.toast[0].value
     before.begin(list(example().runs()), [None], comparing=False, record_attention=False)  # a click that came too late
     until(before.close)
@@ -493,12 +493,12 @@ def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
 def drop(
     at: AppTest, folder: Path, change: dict[str, Any], sha256: dict[str, str] | None = None, **changes: Any
 ) -> None:
-    """Drops a picture of the example in which a scene is changed."""
+    """Drops a result of the example in which a scene is changed."""
     (run,) = replace(example(), method="merge", boxed=False).runs()
     run = run.model_copy(update={"scene": run.scene.model_copy(update=change), **changes})
     record = Record(run=run, versions={}, sha256=sha256 or {}, machine=Machine(device="cpu", name="x", threads=1))
     path = save_image(Image.new("RGB", (8, 8)), folder / "dropped.png", record)
-    key = f"do.restore.{visit(at).uploads}"
+    key = f"do.restore.{session(at).uploads}"
     at.file_uploader(key=key).set_value(("dropped.png", path.read_bytes(), "image/png")).run()
     assert not at.exception
 
@@ -509,9 +509,9 @@ def test_another_model_is_opened_from_a_folder(at: AppTest) -> None:
     at.text_input(key="set.model.name").set_value(str(playground_model())).run()
     at.multiselect(key="set.memory").set_value([Saver.TILING]).run()
     next(button for button in at.button if button.label == "Open this model").click().run()
-    assert visit(at).slot.choice.memory == (Saver.TILING,)
+    assert session(at).model.choice.memory == (Saver.TILING,)
     made(at)
-    assert visit(at).pictures[0].run.model == str(playground_model())
+    assert session(at).results[0].run.model == str(playground_model())
 
 
 def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
@@ -521,7 +521,7 @@ def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
     at.text_input(key="set.model.name").set_value("/nowhere").run()
     open_it.click().run()
     assert "there is no model '/nowhere'" in said(at)
-    assert visit(at).slot.choice.model == "playground"
+    assert session(at).model.choice.model == "playground"
     assert not at.button(key="do.make").disabled
 
 
@@ -544,17 +544,17 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     assert "1.0 times a plain image" in table.replace("\\", "")
     at.button(key="do.compare").click().run()
     after(at)
-    assert {picture.run.method for picture in visit(at).compared} == {"merge", "regional", "lora-composer"}
+    assert {result.run.method for result in session(at).compared} == {"merge", "regional", "lora-composer"}
     costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
     assert len(costs) == 3
-    assert all(cost.startswith("4 UNet rows") for cost in costs)  # two steps
+    assert all(cost.startswith("4 latent rows") for cost in costs)  # two steps
 
 
 def test_stop_and_waiting_are_said(at: AppTest) -> None:
     at.number_input(key=fields.STEPS).set_value(200).run()
-    with visit(at).slot.turn(()):
+    with session(at).model.turn(()):
         at.button(key="do.make").click().run()
-        until(lambda: bool(visit(at).job and visit(at).job.ahead))  # pyright: ignore[reportOptionalMemberAccess]
+        until(lambda: bool(session(at).job and session(at).job.ahead))  # pyright: ignore[reportOptionalMemberAccess]
         at.run()
         assert any("one call of another session ahead" in str(found.proto) for found in at.get("progress"))
     at.button(key="do.stop").click().run()
@@ -565,15 +565,15 @@ def test_stop_and_waiting_are_said(at: AppTest) -> None:
 def test_variations_share_the_seed_and_differ_in_weight(at: AppTest) -> None:
     at.slider(key=row_key(at, 1, "weight")).set_value(0.5).run()
     made(at)
-    (first,) = visit(at).pictures
+    (first,) = session(at).results
     at.button(key=f"do.vary.{first.key}").click().run()
     after(at)
-    runs = [picture.run for picture in visit(at).pictures[:4]]
+    runs = [result.run for result in session(at).results[:4]]
     assert {run.seed for run in runs} == {2}
     assert [[concept.weight for concept in run.scene.concepts] for run in runs] == [
         [1.3, 0.65], [1.15, 0.575], [0.85, 0.425], [0.7, 0.35],
     ]  # fmt: skip
-    assert len({picture.made.image.tobytes() for picture in visit(at).pictures}) == 5
+    assert len({result.made.image.tobytes() for result in session(at).results}) == 5
 
 
 def test_two_images_are_chosen_for_wiping(at: AppTest) -> None:
@@ -582,14 +582,14 @@ def test_two_images_are_chosen_for_wiping(at: AppTest) -> None:
     at.session_state["set.view"] = "Gallery"
     at.run()
     assert [at.selectbox(key=f"do.wipe.{side}").value for side in ("left", "right")] == [
-        picture.key for picture in visit(at).pictures[1::-1]
+        result.key for result in session(at).results[1::-1]
     ]
-    at.selectbox(key="do.wipe.left").set_value(visit(at).pictures[2].key).run()
+    at.selectbox(key="do.wipe.left").set_value(session(at).results[2].key).run()
     assert not at.exception
 
 
 def test_pressing_again_while_one_runs_makes_the_next_after_it(at: AppTest) -> None:
-    with visit(at).slot.turn(()):
+    with session(at).model.turn(()):
         at.button(key="do.make").click().run()
         for seeds in ("7", "8-9"):
             at.text_input(key=fields.SEEDS).set_value(seeds).run()
@@ -598,9 +598,9 @@ def test_pressing_again_while_one_runs_makes_the_next_after_it(at: AppTest) -> N
         assert not at.exception
     for number in (1, 2, 4):
         after(at)
-        assert len(visit(at).pictures) == number
-    assert [picture.run.seed for picture in visit(at).pictures] == [9, 8, 7, 2]
-    assert not visit(at).working
+        assert len(session(at).results) == number
+    assert [result.run.seed for result in session(at).results] == [9, 8, 7, 2]
+    assert not session(at).working
 
 
 def test_the_queue_can_be_cleared_and_a_failure_does_not_end_it(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -608,18 +608,18 @@ def test_the_queue_can_be_cleared_and_a_failure_does_not_end_it(at: AppTest, mon
         raise ValueError("the first one fails")
 
     monkeypatch.setattr("lora_compose.compose.page.work.make_batch", fails)
-    with visit(at).slot.turn(()):
+    with session(at).model.turn(()):
         for _ in range(3):
             at.button(key="do.make").click().run()
         at.button(key="do.clear").click().run()
-        assert visit(at).waiting == []
+        assert session(at).waiting == []
         at.button(key="do.make").click().run()
-    visit(at).job.join(30)  # pyright: ignore[reportOptionalMemberAccess]
+    session(at).job.join(30)  # pyright: ignore[reportOptionalMemberAccess]
     monkeypatch.undo()
     at.run()
     after(at)
     assert "The first one fails" in said(at)
-    assert len(visit(at).pictures) == 1
+    assert len(session(at).results) == 1
 
 
 def until(true: Callable[[], bool], seconds: float = 30) -> None:
@@ -640,14 +640,14 @@ def test_the_page_says_nothing_of_evaluations_that_are_not_there(at: AppTest) ->
 
 
 def start_from(at: AppTest, content: bytes) -> None:
-    at.file_uploader(key=f"do.start.{visit(at).uploads}").set_value([("room.jpg", content, "image/jpeg")]).run()
+    at.file_uploader(key=f"do.start.{session(at).uploads}").set_value([("room.jpg", content, "image/jpeg")]).run()
     assert not at.exception
 
 
 def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None:
     given = Image.linear_gradient("L").resize((300, 280)).convert("RGB")
     start_from(at, encoded_as(given, "JPEG"))
-    start = visit(at).start
+    start = session(at).start
     assert start is not None
     assert start.size == fields_size(at) == (192, 176)  # as large as the model takes, in whole cells
     at.segmented_control(key=fields.PAINTED).set_value(fields.PART).run()
@@ -655,28 +655,28 @@ def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None
     assert at.button(key="do.make").disabled
     mask = Image.new("L", (96, 88))
     mask.paste(255, (0, 0, 96, 60))
-    visit(at).start = visit(at).store.add_mask(start, as_uri(mask))
+    session(at).start = session(at).store.add_mask(start, as_uri(mask))
     at.run()
     assert not at.button(key="do.make").disabled
     made(at)
-    (picture,) = visit(at).pictures
-    before, after = (np.asarray(image).astype(int) for image in (Image.open(start.path), picture.made.image))
+    (result,) = session(at).results
+    before, after = (np.asarray(image).astype(int) for image in (Image.open(start.path), result.made.image))
     assert not (before - after)[124:].any()
     assert (before - after)[:116].any()
-    assert picture.run.scene.strength == 0.7
+    assert result.run.scene.strength == 0.7
     assert 'mask_image="mask.png"' in "".join(code.value for code in at.code)
     assert 'image="room.png"' in "".join(code.value for code in at.code)
-    at.button(key=f"do.reuse.{picture.key}").click().run()
-    assert visit(at).start is not None
+    at.button(key=f"do.reuse.{result.key}").click().run()
+    assert session(at).start is not None
     at.button(key="do.unstart").click().run()
-    assert visit(at).start is None
+    assert session(at).start is None
 
 
 def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
     start_from(at, b"no image")
     assert "room.jpg cannot be read as an image; expected PNG, JPEG, WEBP, BMP" in said(at)
-    assert visit(at).start is None
-    assert not list(visit(at).store.folder.iterdir())
+    assert session(at).start is None
+    assert not list(session(at).store.folder.iterdir())
 
 
 def fields_size(at: AppTest) -> tuple[int, int]:

@@ -267,8 +267,8 @@ def test_every_concept_has_an_ordinary_and_a_tara_training(tmp_path: Path) -> No
     assert set(found) == {f"{name}{suffix}" for name in (*CONCEPTS, concepts.STYLE) for suffix in ("", "-tara")}
     kitten = found["kitten-tara"]
     assert (kitten.trigger, kitten.class_word, kitten.method) == ("vbn", "cat", "tara")
-    assert kitten.class_pictures == tmp_path / "p" / "cat"
-    assert found["faded"].class_pictures is None  # a style is to change everything
+    assert kitten.class_images == tmp_path / "p" / "cat"
+    assert found["faded"].class_images is None  # a style is to change everything
     assert found["faded"].class_count == 0
 
 

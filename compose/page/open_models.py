@@ -54,7 +54,7 @@ class Choice:
         return tuple(saver for saver in self.memory if device != "cpu" or saver not in OFFLOADS)
 
 
-class Slot:
+class OpenModel:
     """An open model with its queue.
 
     Args:
@@ -143,14 +143,14 @@ class Slot:
                 self._changed.wait(0.1)
 
 
-class Shelf:
+class OpenModels:
     """The models that are open."""
 
     def __init__(self) -> None:
-        self._slots: OrderedDict[Choice, Slot] = OrderedDict()
+        self._models: OrderedDict[Choice, OpenModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, choice: Choice) -> Slot:
+    def open(self, choice: Choice) -> OpenModel:
         """Opens a model, unless it is open already.
 
         Raises:
@@ -158,17 +158,17 @@ class Shelf:
             ValueError: If device or precision are unknown.
         """
         with self._lock:
-            if choice in self._slots:
-                self._slots.move_to_end(choice)
-                return self._slots[choice]
+            if choice in self._models:
+                self._models.move_to_end(choice)
+                return self._models[choice]
             self._make_room()
-            self._slots[choice] = Slot(choice, _opened(choice))
-            return self._slots[choice]
+            self._models[choice] = OpenModel(choice, _opened(choice))
+            return self._models[choice]
 
     def _make_room(self) -> None:
-        idle = [choice for choice, slot in self._slots.items() if not slot.busy]
-        for choice in idle[: max(0, len(self._slots) - LIMIT + 1)]:
-            del self._slots[choice]  # whoever still shows it keeps it alive until then
+        idle = [choice for choice, model in self._models.items() if not model.busy]
+        for choice in idle[: max(0, len(self._models) - LIMIT + 1)]:
+            del self._models[choice]  # whoever still shows it keeps it alive until then
 
 
 def _opened(choice: Choice) -> Any:

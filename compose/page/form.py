@@ -9,7 +9,7 @@ from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
-from lora_compose.compose.page.shelf import Choice
+from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
 from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
@@ -31,7 +31,7 @@ EXAMPLE = ("bear-robot", "lora-composer", 2)
 
 
 @dataclass(frozen=True)
-class Draft:
+class Form:
     """Everything that is set.
 
     Attributes:
@@ -93,12 +93,12 @@ class Draft:
         except FieldError as error:
             raise ValueError("\n".join(error.complaints)) from error
 
-    def with_method(self, method: str) -> "Draft":
+    def with_method(self, method: str) -> "Form":
         """The same with another method at its defaults."""
         return replace(self, method=method, settings=self.settings if method == self.method else {})
 
 
-def draft_of(run: Run, size: tuple[int, int]) -> Draft:
+def form_of(run: Run, size: tuple[int, int]) -> Form:
     """What makes a run again, on the page.
 
     Args:
@@ -119,7 +119,7 @@ def draft_of(run: Run, size: tuple[int, int]) -> Draft:
         value = settings.get(control.name, 0)
         if control.kind == "whole" and abs(value) > _MOST_WHOLE:
             raise ValueError(f"{control.name} is {value}; a browser counts to {_MOST_WHOLE}.")
-    draft = Draft(
+    form = Form(
         choice=Choice(run.model, run.dtype, run.device),
         prompt=run.scene.prompt,
         negative_prompt=run.scene.negative_prompt,
@@ -136,29 +136,29 @@ def draft_of(run: Run, size: tuple[int, int]) -> Draft:
         mask_image=run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
         strength=run.scene.strength,
     )
-    check_limits(draft)
-    return draft
+    check_limits(form)
+    return form
 
 
-def check_limits(draft: Draft) -> None:
+def check_limits(form: Form) -> None:
     """Raises ValueError, in words, for what is too much for a page that others use as well."""
-    width, height = draft.size
-    texts = [draft.prompt, draft.negative_prompt]
-    texts += [text or "" for concept in draft.concepts for text in (concept.prompt, concept.negative_prompt)]
+    width, height = form.size
+    texts = [form.prompt, form.negative_prompt]
+    texts += [text or "" for concept in form.concepts for text in (concept.prompt, concept.negative_prompt)]
     beyond = [
-        (len(draft.concepts) > MOST_CONCEPTS, f"{len(draft.concepts)} concepts are too many; the page takes "
+        (len(form.concepts) > MOST_CONCEPTS, f"{len(form.concepts)} concepts are too many; the page takes "
          f"{MOST_CONCEPTS}."),
         (max(map(len, texts)) > MOST_TEXT, f"A prompt may have at most {MOST_TEXT} characters; a model reads fewer."),
-        (not draft.prompt.strip(), "Write a prompt."),
-        (not all(SIDES[0] <= side <= SIDES[1] and side % 8 == 0 for side in draft.size),
+        (not form.prompt.strip(), "Write a prompt."),
+        (not all(SIDES[0] <= side <= SIDES[1] and side % 8 == 0 for side in form.size),
          f"{width} x {height} pixels: each side has {SIDES[0]} to {SIDES[1]} pixels, a multiple of 8."),
-        (not 1 <= draft.steps <= MOST_STEPS, f"{draft.steps} steps; the page takes 1 to {MOST_STEPS}."),
-        (len(draft.seeds) > MOST_SEEDS, f"{len(draft.seeds)} seeds are too many at once; the page takes "
+        (not 1 <= form.steps <= MOST_STEPS, f"{form.steps} steps; the page takes 1 to {MOST_STEPS}."),
+        (len(form.seeds) > MOST_SEEDS, f"{len(form.seeds)} seeds are too many at once; the page takes "
          f"{MOST_SEEDS}."),
-        (any(len(text or "") > MOST_NAME for concept in draft.concepts
+        (any(len(text or "") > MOST_NAME for concept in form.concepts
              for text in (concept.name, concept.trigger, concept.class_word)),
          f"A name, a trigger and a class word may have {MOST_NAME} letters each."),
-        (draft.method is not None and draft.method not in METHODS, f"There is no method {draft.method!r}."),
+        (form.method is not None and form.method not in METHODS, f"There is no method {form.method!r}."),
     ]  # fmt: skip
     if wrong := [words for is_beyond, words in beyond if is_beyond]:
         raise ValueError("\n".join(wrong))
@@ -221,7 +221,7 @@ def free_name(wanted: str, taken: Sequence[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def example() -> Draft:
+def example() -> Form:
     """Two concepts of the playground, in boxes, ready to be made."""
     name, method, seed = EXAMPLE
     scene = read_scene(assets_dir() / "scenes" / f"{name}.yaml")
@@ -230,7 +230,7 @@ def example() -> Draft:
         concept.model_copy(update={"lora": (concept.lora or "").removesuffix("-tara"), "region": box})
         for concept, box in zip(scene.concepts, boxes, strict=True)
     )
-    return Draft(
+    return Form(
         Choice(PLAYGROUND), scene.prompt, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
         seeds=(seed,),
     )  # fmt: skip

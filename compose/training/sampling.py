@@ -18,7 +18,7 @@ from lora_compose.compose.training.settings import Training
 logger = logging.getLogger(__name__)
 
 _TOGETHER = 4  # class images painted in one call
-_SAMPLE, _CLASS_PICTURE = range(100, 102)  # tell their noise apart from that of training
+_SAMPLE, _CLASS_IMAGE = range(100, 102)  # tell their noise apart from that of training
 
 
 def paint(
@@ -97,7 +97,7 @@ def paint_class(
     for first in range(0, len(missing), _TOGETHER):
         numbers = missing[first : first + _TOGETHER]
         prompts = [settings.filled(settings.class_prompts[n % len(settings.class_prompts)]) for n in numbers]
-        noise = [generator(settings.seed, _CLASS_PICTURE, number) for number in numbers]
+        noise = [generator(settings.seed, _CLASS_IMAGE, number) for number in numbers]
         images = paint(
             pipe, accelerator, prompts, noise, steps=settings.class_steps, guidance=settings.sample_guidance, side=side
         )  # fmt: skip

@@ -38,7 +38,7 @@ class LayerInputs:
 
 
 @dataclass
-class Slot:
+class ForwardState:
     """What the bank layers and attention processors of one model read during a pass.
 
     Only `Installation.use` writes it. What it holds stays until the next pass, because gradient checkpointing enters

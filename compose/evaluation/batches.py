@@ -1,0 +1,129 @@
+"""What follows from a suite: the rows of its tables, and the calls that make their images."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from lora_compose.compose.evaluation.suite import SANITY, Suite, SuiteConcept, SuiteMethod, SuiteScene
+from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.formats.files import LoraError, trained_with
+from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.text.tokens import find_words
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the tables: a method, or one of the sanity rows.
+
+    Attributes:
+        name: What tables call it.
+        method: None without LoRAs, and for LoRAs alone, whose files decide (`method_alone`).
+        alone: The only concept whose LoRA acts.
+        lora: The kind of LoRAs.
+    """
+
+    name: str
+    method: SuiteMethod | None = None
+    alone: str | None = None
+    lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are made in one call: one scene, one arm, some seeds."""
+
+    scene: SuiteScene
+    arm: Arm
+    seeds: tuple[int, ...]
+
+
+def arms(suite: Suite, scene: SuiteScene) -> list[Arm]:
+    """The rows of a scene: no LoRA, each LoRA alone, by kind, and the methods."""
+    alone = [
+        Arm(alone_name(suite, kind), alone=concept, lora=kind or None)
+        for kind in suite.kinds
+        for concept in scene.concepts
+    ]
+    return [Arm(SANITY[0]), *alone, *(Arm(m.name, m, lora=m.lora) for m in suite.compared)]
+
+
+def alone_name(suite: Suite, kind: str) -> str:
+    """What tables call LoRAs of a kind that act alone."""
+    return SANITY[1] if kind == suite.kinds[0] else f"{SANITY[1]}, {kind}"
+
+
+def batches(suite: Suite) -> Iterator[Batch]:
+    """All batches, in the order in which they are made."""
+    for scene in suite.scenes:
+        for arm in arms(suite, scene):
+            for start in range(0, len(suite.seeds), suite.batch_size):
+                yield Batch(scene, arm, suite.seeds[start : start + suite.batch_size])
+
+
+def run_of(suite: Suite, batch: Batch) -> Run:
+    """How a batch is made; the seed is that of its first image.
+
+    Raises:
+        LoraError: If a LoRA that acts alone has no file.
+    """
+    scene, arm = batch.scene, batch.arm
+    acting = [arm.alone] if arm.alone else list(scene.concepts) if arm.method else []
+    concepts = [_concept(suite.concept(name), arm.lora, scene.regions.get(name)) for name in acting]
+    silent = [suite.concept(name) for name in scene.concepts if name not in acting]
+    return Run(
+        scene=Scene(
+            prompt=without_triggers(scene.prompt, silent),
+            negative_prompt=scene.negative_prompt,
+            concepts=tuple(concepts),
+            width=scene.width,
+            height=scene.height,
+            **scene.start,
+        ),
+        model=suite.model,
+        method=_method(arm, concepts),
+        settings=arm.method.settings if arm.method else {},
+        scheduler=suite.scheduler,
+        steps=suite.steps,
+        guidance_scale=suite.guidance_scale,
+        seed=batch.seeds[0],
+        dtype=suite.dtype,
+        device=suite.device,
+    )
+
+
+def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
+    lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
+    return Concept(
+        name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
+        blocks=concept.blocks, negative_prompt=concept.negative_prompt, region=region,
+    )  # fmt: skip
+
+
+def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
+    if arm.alone:
+        return method_alone(concepts[0].lora)
+    return None if arm.method is None else arm.method.method
+
+
+@lru_cache(maxsize=4096)  # asked for every batch, and a hub is asked what it has
+def method_alone(lora: str | None) -> str:
+    """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
+
+    An unreadable file counts as `merge`; the error comes when images are generated.
+    """
+    path = find_file(lora_source(lora or ""))
+    try:
+        return "tara" if trained_with(path) == "tara" else "merge"
+    except LoraError:
+        return "merge"
+
+
+def without_triggers(prompt: str, concepts: Sequence[SuiteConcept]) -> str:
+    """A prompt in which some concepts are called by their class words alone: "a sks cat" becomes "a cat"."""
+    for concept in concepts:
+        for start, end in reversed(find_words(concept.trigger, prompt)):
+            prompt = prompt[:start] + prompt[end:].lstrip()
+    return re.sub(r"\s+", " ", prompt).strip()

@@ -1,0 +1,35 @@
+"""What is told of a finished call."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_compose.pipelines.denoiser import Denoiser
+from lora_compose.pipelines.methods import Choice, name_of
+from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.refine import Origin
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is told of a call: its denoiser, with costs and recorded maps, its method, and what it was made of."""
+
+    denoiser: Denoiser
+    choice: Choice
+    origin: Origin | None = None
+
+
+def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
+    """What a call returns."""
+    denoiser, choice = outcome.denoiser, outcome.choice
+    recorded_steps, maps = denoiser.log.attention_maps() or (None, None)
+    return ComposeOutput(
+        images=images,
+        nsfw_content_detected=nsfw,
+        cost=denoiser.cost,
+        attention_maps=maps,
+        masks=denoiser.log.masks(),
+        recorded_steps=recorded_steps,
+        method=name_of(choice.method)[0],
+        method_reason=choice.reason,
+        origin=outcome.origin,
+    )
