@@ -25,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # whose tables leave 18 letters of a line for the help of an option, and cut examples
 )
 for command in (run, batch, demo, ui, serve, check, replay, refine, inspect, merge, train, bench):
     app.command()(command)

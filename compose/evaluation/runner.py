@@ -45,7 +45,7 @@ from lora_compose.compose.files.images import png_bytes, read_pixels
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.stored import write
 from lora_compose.compose.generate.machine import machine, versions
-from lora_compose.compose.generate.making import MadeBatch, load, make_batch, rehearse, resolve_settings, size_of
+from lora_compose.compose.generate.making import MadeBatch, load, make_batch, rehearse, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.processes import own_device
 from lora_compose.compose.generate.schedulers import scheduler_class
@@ -308,12 +308,13 @@ class Worker:
         kind = batch.arm.name, run.method, len(run.scene.concepts), width, height
         if kind not in self._counted:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
-            settings = resolve_settings(self.pipe, run, loaded)
+            choice = resolve_choice(self.pipe, run, loaded)
+            method = choice and choice.method
             scheduler = self.pipe.scheduler
             if run.scheduler is not None:
                 scheduler = scheduler_class(run.scheduler).from_config(scheduler.config)
             self._counted[kind] = count_run(
-                self.pipe, settings, loaded, run.steps, run.guidance_scale, width, height, scheduler=scheduler
+                self.pipe, method, loaded, run.steps, run.guidance_scale, width, height, scheduler=scheduler
             )
         return self._counted[kind]
 

@@ -59,8 +59,8 @@ def model_source(model: str) -> Path:
         raise ModelError(f"the folder {model!r} has no model_index.json; expected a model as diffusers saves it")
     if not path.exists() and not is_hub_name(model):
         raise ModelError(
-            f"there is no model {model!r}{_model_near(path)}; expected {PLAYGROUND}, a folder as diffusers saves it, "
-            "a .safetensors file, or a hub repository such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+            f"there is no model {model!r}; expected {PLAYGROUND}, a folder as diffusers saves it, a .safetensors file, "
+            f"or a hub repository such as stable-diffusion-v1-5/stable-diffusion-v1-5{_model_near(path)}"
         )
     return path
 

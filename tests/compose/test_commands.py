@@ -19,14 +19,14 @@ from lora_compose.pipelines.methods import METHODS, PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
-    "run", "batch", "demo", "ui", "serve", "check", "replay", "inspect", "merge", "train", "bench", "evaluate",
-    "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
+    "run", "batch", "demo", "ui", "serve", "check", "replay", "refine", "inspect", "merge", "train", "bench",
+    "evaluate", "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {
     "rnu playground": "Did you mean 'run'?",
     "run playground --prmpt a": "--prompt",
-    "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground'?",
+    "run plyground --prompt a": "such as stable-diffusion-v1-5/stable-diffusion-v1-5; did you mean 'playground'?",
     "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",
     f"run playground --prompt a --method clra --concept {CONCEPT}": "did you mean 'clora'?",
     "run playground --prompt a --lora playground:baer": "did you mean 'bear'",
@@ -90,6 +90,8 @@ def test_every_command_explains_itself(answers: dict, command: str) -> None:
     code, text = answers["told"][command]
     assert code == 0, text
     assert ("lora-compose 0" if command == "--version" else "Usage:") in text
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert not [line for line in text.splitlines() if line.endswith("...") and "Usage:" not in line]
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
