@@ -33,7 +33,7 @@ from lora_compose.compose.generate.facts import file_hash
 from lora_compose.compose.generate.machine import versions
 from lora_compose.compose.generate.making import Made
 from lora_compose.compose.generate.processes import own_device
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.terminal import err, say
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.scene import Run
@@ -80,7 +80,7 @@ class Packer:
     def model(self, source: str) -> Parcel:
         """The files of a model; none of one that comes along or is on the hub."""
         path = Path(source).expanduser()
-        if source == PLAYGROUND or not path.exists():
+        if source in PLAYGROUNDS or not path.exists():
             return Parcel()
         if path.is_file():
             return self._file(source, path)
@@ -96,7 +96,7 @@ class Packer:
         files: dict[str, Any] = {}
         moves: dict[str, str] = {}
         for source in loras:
-            if not source.startswith(f"{PLAYGROUND}:") and not _on_hub(source):
+            if source.partition(":")[0] not in PLAYGROUNDS and not _on_hub(source):
                 self._add(source, find_file(source), files, moves)
         for source in images:
             if isinstance(source, str) and (path := Path(source).expanduser()).is_file():

@@ -108,7 +108,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         if run.scene.image is None:  # else regions are in the coordinates of the image, which the rehearsal looks at
             _attempt(problems, check_region, known, width, height)
         if found is not None:
-            _attempt(problems, check_blocks, found, pipe.unet)
+            _attempt(problems, check_blocks, found, pipe.model)
         place = _attempt(problems, locate, tokenizer, prompt, known) if known.trigger else None
         facts.append((f"{known.name}: words", _words(known, place)))
         places += [(known, place)] if place else []

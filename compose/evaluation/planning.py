@@ -11,7 +11,7 @@ from lora_compose.compose.evaluation.results import Plan, Planned
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.suite import Suite, ZeroShotConfig
 from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
-from lora_compose.compose.playground.assets import PLAYGROUND, playground_judge, playground_model
+from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge, playground_model
 
 SCORING = 1  # counted up whenever scores are computed in another way
 
@@ -66,8 +66,12 @@ def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
 
 def fingerprint(source: str) -> Any:
     """What a model is: hashes of its files where they are on this machine, its name where it is a hub repository."""
-    known = {PLAYGROUND: playground_model, JUDGE: playground_judge}
-    return model_facts(known[source]() if source in known else Path(source).expanduser(), source)
+    path = Path(source).expanduser()
+    if source in PLAYGROUNDS:
+        path = playground_model(source)
+    elif source == JUDGE:
+        path = playground_judge()
+    return model_facts(path, source)
 
 
 def _slug(name: str) -> str:

@@ -20,10 +20,10 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
-    PLAYGROUND_TITLE,
     playground_lora,
     playground_loras,
     playground_references,
+    playground_title,
 )
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
@@ -311,7 +311,7 @@ def _shown(name: str) -> str:
 def _described(file: LoraFile, source: str, shown: str, result: Path | None = None) -> Lora:
     metadata = file.metadata
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
-    ours = metadata.get("base_model") == PLAYGROUND_TITLE
+    ours = metadata.get("base_model") == playground_title(PLAYGROUND)
     return Lora(
         source=source,
         shown=shown,

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_PARTS: tuple[Part, ...] = ("unet", "transformer")
 TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+_FITTING = 0.1  # the share of a file's layers below which it is for another model
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
 
@@ -139,8 +140,9 @@ def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, M
         mine = [layer for layer in gathered.layers if _component(layer.part, pipe) == part]
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
-    if not any(found.values()):
-        raise LoraError(_nothing(file))
+    fitting = sum(map(len, found.values()))
+    if fitting < _FITTING * len(gathered.layers) or not fitting:  # families share the names of a few layers
+        raise LoraError(_nothing(file, fitting, len(gathered.layers)))
     return found, tuple(unmatched)
 
 
@@ -211,12 +213,13 @@ def _shared_out(
     ]
 
 
-def _nothing(file: LoraFile) -> str:
+def _nothing(file: LoraFile, fitting: int, layers: int) -> str:
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, file.metadata)
     looks = f"it looks like a file for {guess.family} ({guess.why[0]})" if guess.family else "is it for another one?"
-    return (
-        f"{file.path.name} matches no layer of this model; its first keys are {', '.join([*file.tensors][:3])}; {looks}"
+    matches = (
+        f"fits this model in {fitting} of its {layers} layers only" if fitting else "matches no layer of this model"
     )
+    return f"{file.path.name} {matches}; its first keys are {', '.join([*file.tensors][:3])}; {looks}"
 
 
 def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> None:

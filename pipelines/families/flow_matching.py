@@ -26,6 +26,8 @@ class FlowMatchingPipeline(ComposePipeline):
     """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
 
     transformer_class: ClassVar[type[nn.Module]]
+    architecture: ClassVar[str]
+    """The family in the words of the ModelSpec standard, or in words like those."""
     most_tokens: ClassVar[int] = 4096
     """Image tokens at which timesteps are shifted most, where the scheduler does not say."""
 
@@ -88,6 +90,41 @@ class FlowMatchingPipeline(ComposePipeline):
         if found.shape != shape:
             found = unpacked(found, shape[-2:]) if found.dim() == 3 else pixel_shuffle(found, PATCH)
         return found.to(canvas.device, dtype)
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height in pixels: what the VAE's configuration says, or 1024."""
+        side = int(getattr(self.vae.config, "sample_size", None) or 1024)
+        return side, side
+
+    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Further inputs of a forward pass that asks for no guidance, where guidance is an input."""
+        return {}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Texts as the backbone's forward pass takes them.
+
+        Args:
+            prompts: The texts.
+            length: Tokens to which they are padded or cut; None for what the pipeline takes by itself.
+
+        Returns:
+            Features, shape [prompts, tokens, channels], and further inputs by row.
+        """
+        raise NotImplementedError
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """Images as the transformer has them: the means of the VAE, normalised.
+
+        Args:
+            pixels: From -1 to 1. Shape: [images, 3, height, width].
+
+        Returns:
+            Unpacked. Shape: [images, channels, height / 8, width / 8].
+        """
+        config: Any = self.vae.config
+        means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        return (means - config.shift_factor) * config.scaling_factor
 
     def _cfg_of(self, guidance_scale: float) -> float:
         """The scale s of uncond + s (cond - uncond) that diffusers' guidance scale means; 1 is no guidance."""

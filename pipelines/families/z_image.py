@@ -46,6 +46,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
     """diffusers' `ZImagePipeline` whose calls may name concepts."""
 
     family = "Z-Image"
+    architecture = "z-image"
     transformer_class = ZImageTransformer2DModel
 
     @classmethod
@@ -154,6 +155,12 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`; texts keep their "lengths"."""
+        encode_prompt: Any = self._encode_prompt
+        rows = encode_prompt(list(prompts), self._execution_device, None, length or 512)
+        return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=True), length, _padded(length))

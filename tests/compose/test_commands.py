@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
     "run", "batch", "demo", "ui", "serve", "check", "replay", "refine", "inspect", "merge", "train", "bench",
-    "evaluate", "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
+    "evaluate", "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score",
+    "blind judge",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {
     "rnu playground": "Did you mean 'run'?",
     "run playground --prmpt a": "--prompt",
-    "run plyground --prompt a": "such as stable-diffusion-v1-5/stable-diffusion-v1-5; did you mean 'playground'?",
+    "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground' or 'playground-flux'?",
     "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",
     f"run playground --prompt a --method clra --concept {CONCEPT}": "did you mean 'clora'?",
     "run playground --prompt a --lora playground:baer": "did you mean 'bear'",
