@@ -29,6 +29,7 @@ from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.outcome import Outcome
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.task import ImageToImage, TextToImage
@@ -55,6 +56,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
+
+    reads_weights: ClassVar[bool] = False
+    """Whether prompts may have weights, and be longer than a text encoder reads at once."""
     """The classes of all model families, as their modules register them."""
 
     # Components, and what the pipelines of all families have.
@@ -244,15 +248,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Settings:
         """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
-        return self._choose_method(method, concepts, prompts, concept_sets).method
+        return self.resolve_choice(method, concepts, prompts, concept_sets).method
 
-    def _choose_method(
+    def resolve_choice(
         self,
         method: str | Settings | None,
         concepts: Sequence[LoadedConcept],
         prompts: Sequence[str] | None,
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Choice:
+        """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
         if method is not None:
             return Choice(make_method(method), "it was asked for")
         reads_regions = backbone_of(self.model).reads_regions
@@ -304,7 +309,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
                 cost=opened.denoiser.cost,
                 started=call.started,
             )
-            return latents, process, Outcome(opened.denoiser, plan.choice)
+            return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
     # What differs between families.
 
@@ -312,6 +317,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def model(self) -> Any:
         """The UNet or transformer."""
         return self.components.get("unet") or self.components["transformer"]
+
+    def _origin(self, call: Call, plan: Plan) -> Origin | None:
+        """What images are repainted with; None where that cannot be done."""
+        return None
 
     def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
         """The tokenizers of the model's text as they read prompts.

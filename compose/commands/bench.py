@@ -47,7 +47,10 @@ def bench(
     pairs: Annotated[int, typer.Option(help="Number of interleaved pairs of timed runs.", min=1)] = 7,
     to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Show what methods cost relative to the plain pipeline, with random LoRAs of rank 8 on all attention layers."""
+    """Show what methods cost, where a plain image is 1.
+
+    LoRAs are random, of rank 8, on all attention layers.
+    """
     for method in methods or ():
         check_method(method)
     model_source(model)

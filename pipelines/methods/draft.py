@@ -256,7 +256,10 @@ class Drafting:
         nothing = all(region.any() for region in given)
         maps = torch.zeros(canvas.images, len(given), *map_grid) if nothing else self._maps(latents, first).cpu()
         masks = torch.stack(
-            [divided(image, subjects, given, self.painter.divide, self.settings.threshold) for image in maps]
+            [
+                divided(image, subjects, given, self.painter.divide, self.settings.threshold, canvas.painted)
+                for image in maps
+            ]
         )
         self.processes = self.painter.start(masks)
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)

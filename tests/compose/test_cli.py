@@ -228,9 +228,10 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
         (
             "path=a.safetensors,region=1:2:3",
-            "region must be left,top,right,bottom in whole pixels or a mask image, not '1:2:3'",
+            "region 1:2:3: expected left,top,right,bottom in pixels (0,16,60,112), as parts",
         ),
-        ("path=a.safetensors,region=9:0:3:4", "0 <= left < right"),
+        ("path=a.safetensors,region=9:0:3:4", "left has to be less than right"),
+        ("path=a.safetensors,region=0,0,0.5,64", "with a point, a box is in parts of the image"),
     ],
 )
 def test_concepts_that_cannot_be_read(text: str, message: str) -> None:
@@ -522,6 +523,17 @@ def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
 def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text(f"prompt: {'a cat and ' * 12}\n")
     assert "(the model reads 30 tokens; 6 more are cut off)" in call("check", tmp_path / "scene.yaml").stdout
+
+
+def test_check_reads_long_prompts_and_weights(tmp_path: Path) -> None:
+    prompt = f"a (xlo bear:1.2), {'a cat and ' * 9}a qrt robot"
+    (tmp_path / "scene.yaml").write_text(
+        f"prompt: '{prompt}'\nconcepts:\n- {{name: bear, lora: 'playground:bear'}}\n"
+        "- {name: robot, lora: 'playground:robot'}\n"
+    )
+    found = call("check", tmp_path / "scene.yaml").stdout
+    assert "1:a 2:xlo 3:bear" in found
+    assert "(in 2 chunks)" in found
 
 
 def test_check_reports_a_broken_scene_file(tmp_path: Path) -> None:

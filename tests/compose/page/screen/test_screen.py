@@ -6,10 +6,12 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +29,7 @@ from lora_compose.compose.page.screen.state import PageSession, checking
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
+from lora_compose.pipelines.mask_images import as_uri
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
 
@@ -631,3 +634,56 @@ def test_the_page_says_nothing_of_evaluations_that_are_not_there(at: AppTest) ->
     at.run()
     assert not at.exception
     assert "No reports yet" in said(at)
+
+
+# --- images to start from ---
+
+
+def start_from(at: AppTest, content: bytes) -> None:
+    at.file_uploader(key=f"do.start.{session(at).uploads}").set_value([("room.jpg", content, "image/jpeg")]).run()
+    assert not at.exception
+
+
+def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None:
+    given = Image.linear_gradient("L").resize((300, 280)).convert("RGB")
+    start_from(at, encoded_as(given, "JPEG"))
+    start = session(at).start
+    assert start is not None
+    assert start.size == fields_size(at) == (192, 176)  # as large as the model takes, in whole cells
+    at.segmented_control(key=fields.PAINTED).set_value(fields.PART).run()
+    assert "Paint over the part that is to change" in said(at)
+    assert at.button(key="do.make").disabled
+    mask = Image.new("L", (96, 88))
+    mask.paste(255, (0, 0, 96, 60))
+    session(at).start = session(at).store.add_mask(start, as_uri(mask))
+    at.run()
+    assert not at.button(key="do.make").disabled
+    made(at)
+    (result,) = session(at).results
+    before, after = (np.asarray(image).astype(int) for image in (Image.open(start.path), result.made.image))
+    assert not (before - after)[124:].any()
+    assert (before - after)[:116].any()
+    assert result.run.scene.strength == 0.7
+    assert 'mask_image="mask.png"' in "".join(code.value for code in at.code)
+    assert 'image="room.png"' in "".join(code.value for code in at.code)
+    at.button(key=f"do.reuse.{result.key}").click().run()
+    assert session(at).start is not None
+    at.button(key="do.unstart").click().run()
+    assert session(at).start is None
+
+
+def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
+    start_from(at, b"no image")
+    assert "room.jpg cannot be read as an image; expected PNG, JPEG, WEBP, BMP" in said(at)
+    assert session(at).start is None
+    assert not list(session(at).store.folder.iterdir())
+
+
+def fields_size(at: AppTest) -> tuple[int, int]:
+    return at.session_state[fields.WIDTH], at.session_state[fields.HEIGHT]
+
+
+def encoded_as(image: Image.Image, kind: str) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
