@@ -118,7 +118,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
     if not problems:
         _attempt(problems, rehearse, pipe, run)
-    cost = None if problems else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
+    priced = "unet" in pipe.components  # transformers are counted while they run
+    cost = None if problems or not priced else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
     facts += [
         ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),
