@@ -87,8 +87,7 @@ def batch(
     joins: Annotated[bool, typer.Option("--join", hidden=True)] = False,
 ) -> None:
     """Generate images of many scenes and seeds. A rerun resumes; further processes join in."""
-    concepts, shares = concepts_of(concept or [], lora or [], box or [])
-    concepts = [one.model_copy(update={"region": shares.get(one.name, one.region)}) for one in concepts]
+    concepts = concepts_of(concept or [], lora or [], box or [])
     found = read_entries(sources, template, concepts)
     given = {
         "model": model, "method": method, "settings": parse_settings(settings) if settings else None,

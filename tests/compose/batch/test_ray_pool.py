@@ -52,7 +52,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "600")  # slow machines
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "600")  # slow machines, and workers as fast as the driver
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(found.address, log_to_driver=False, logging_level="ERROR")
     yield found
