@@ -293,7 +293,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     @property
     def model(self) -> Any:
         """The UNet or transformer."""
-        return self.components.get("unet") or self.components["transformer"]
+        found = getattr(self, "unet", None)
+        return self.transformer if found is None else found  # a compiled model cannot be asked whether it is true
 
     def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
         """The tokenizers of the model's text as they read prompts.
