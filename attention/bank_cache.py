@@ -11,17 +11,20 @@ from torch import Tensor
 from lora_compose.attention.lora_bank import BankLayer
 from lora_compose.attention.slot import LayerInputs, Slot
 
+Handle = tuple[Hashable, ...]
+"""Stands for a LoRA: equal handles, equal factors. It begins with the handle of the file that the LoRA is from."""
+
 
 class BankKey(NamedTuple):
     """What a bank was made of: values, so that a bank serves whoever asks for the same.
 
     Attributes:
-        loras: A handle of each LoRA; equal handles stand for the same factors.
+        loras: A handle of each LoRA.
         device: Where they are.
         dtype: In which precision.
     """
 
-    loras: tuple[Hashable, ...]
+    loras: tuple[Handle, ...]
     device: torch.device
     dtype: torch.dtype
 
@@ -76,13 +79,19 @@ class BankCache:
         """Puts a bank in; the least recently used go until the rest fits, and those of another device or precision."""
         bank.slot.inputs, bank.slot.recorders = LayerInputs(), ()
         self._banks[key] = bank
-        room = self.limit
-        for other, found in reversed(list(self._banks.items())):
-            room -= found.bytes
-            if room < 0 or (other.loras == key.loras and other != key):
-                del self._banks[other]
+        for other in [other for other in self._banks if other.loras == key.loras and other != key]:
+            del self._banks[other]
+        self.trim()
 
-    def parts(self, handle: Hashable, device: torch.device, dtype: torch.dtype) -> "Parts | None":
+    def trim(self) -> None:
+        """Drops the least recently used banks until the rest fits."""
+        excess = self.bytes - self.limit
+        for key in list(self._banks):
+            if excess <= 0:
+                break
+            excess -= self._banks.pop(key).bytes
+
+    def parts(self, handle: Handle, device: torch.device, dtype: torch.dtype) -> "Parts | None":
         """The factors of one LoRA, as they are in some bank, without copying anything."""
         for key, bank in self._banks.items():
             if handle in key.loras and (key.device, key.dtype) == (device, dtype):
@@ -90,9 +99,9 @@ class BankCache:
                 return {name: layer.part(column) for name, layer in bank.layers.items() if layer.key.ranks[column]}
         return None
 
-    def forget(self, handle: Hashable) -> None:
-        """Drops all banks with a LoRA."""
-        for key in [key for key in self._banks if handle in key.loras]:
+    def forget(self, file: Hashable) -> None:
+        """Drops all banks with LoRAs of a file, whose handles begin with its own."""
+        for key in [key for key in self._banks if file in {handle[0] for handle in key.loras}]:
             del self._banks[key]
 
     def clear(self) -> None:
@@ -110,7 +119,7 @@ class KeptBanks:
     """
 
     cache: BankCache
-    handles: tuple[Hashable, ...]
+    handles: tuple[Handle, ...]
 
 
 Parts = Mapping[str, tuple[Tensor, Tensor]]

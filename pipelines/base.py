@@ -34,7 +34,7 @@ from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.task import ImageToImage, TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
-from lora_compose.pipelines.text.encoder import Encoder
+from lora_compose.pipelines.text.encoder import FamilyEncoder
 from lora_compose.pipelines.text.tokens import Tokenizer
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -136,6 +136,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
         family: Any = cls.family_of(pipeline.config)
         return family.from_pipe(pipeline, **options)
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """Moves or converts all models, as in diffusers; the LoRAs of earlier calls that were kept are dropped."""
+        self.banks.clear()
+        return super().to(*args, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         """Saves the model as diffusers does; plain diffusers opens it as well.
@@ -248,7 +253,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
-    def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Outcome]":
+    def compose(self, call: Call, encode: FamilyEncoder) -> "tuple[Tensor, Process, Outcome]":
         """A call with concepts up to its final latents, the same for every family and method.
 
         Args:

@@ -123,7 +123,7 @@ class Denoiser:
             streams: Layers whose gates are the same on all rows and positions.
             weights: Those gates, one per concept.
         """
-        if self._can_fold:
+        if self._can_fold and streams:
             self.installation.fold(streams, weights, self.concepts.schedules.keys())
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:

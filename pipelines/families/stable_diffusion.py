@@ -168,14 +168,16 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             source,
         )  # fmt: skip
 
-        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+        def encode(
+            prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, device: torch.device
+        ) -> EncodedText:
             own, negative = prompt, negative_prompts or negative_prompt
             if negative_prompts is not None and prompt is not None:
                 own = listed(prompt)  # diffusers takes two lists, or two texts
             if prompts is not None:
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
             embeds, uncond = self.encode_prompt(
-                own, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
+                own, device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
                 prompt_embeds=prompt_embeds if prompts is None else None,
                 negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                 lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,

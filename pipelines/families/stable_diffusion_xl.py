@@ -208,7 +208,9 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         if negative_original_size is not None and negative_target_size is not None:
             negative_sizes = negative_original_size + negative_crops_coords_top_left + negative_target_size
 
-        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+        def encode(
+            prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, device: torch.device
+        ) -> EncodedText:
             own, own_2, negative, negative_2 = prompt, prompt_2, negative_prompt, negative_prompt_2
             if negative_prompts is not None:
                 negative, negative_2 = list(negative_prompts), None
@@ -217,7 +219,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 own, own_2 = list(prompts), None
             encode_prompt: Any = self.encode_prompt  # its annotations know no lists
             embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                own, own_2, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance,
+                own, own_2, device, size.images_per_prompt, self.do_classifier_free_guidance,
                 negative, negative_2,
                 prompt_embeds=prompt_embeds if prompts is None else None,
                 negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
