@@ -19,6 +19,7 @@ from lora_compose.compose.benchmark.architectures import (
     with_lora,
 )
 from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
@@ -61,6 +62,15 @@ class PeakRow:
 
 
 @dataclass(frozen=True)
+class HostRow:
+    """What a method asks of the host on a model."""
+
+    method: str
+    concepts: int
+    work: HostWork
+
+
+@dataclass(frozen=True)
 class TimedRow:
     """A method's seconds and memory on a model, and the plain pipeline's memory."""
 
@@ -79,6 +89,7 @@ def bench(
     steps: int,
     count: bool,
     memory: bool,
+    calls: bool,
     time: bool,
     swap: bool,
     model: str,
@@ -96,9 +107,10 @@ def bench(
         steps: Denoising steps.
         count: Whether UNet rows and FLOPs are counted; they are, too, where nothing else is asked for.
         memory: Whether the peak of the memory is computed.
+        calls: Whether Python calls and operations are counted in real calls.
         time: Whether calls are timed.
         swap: Whether reading and swapping of LoRA files is timed.
-        model: The model that is timed.
+        model: The model that is run.
         device: Where.
         savers: With which options that save memory.
         pairs: Timed pairs of a plain call and one of the method.
@@ -115,7 +127,7 @@ def bench(
     saving = in_order(savers)
     check_savers(saving, device)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
-    if count or not (memory or time or swap):
+    if count or not (memory or calls or time or swap):
         counted = count_cells(cells, steps, settings)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
@@ -126,6 +138,10 @@ def bench(
         numbers["decoding"] = decoding = decoding_bytes_by_architecture()
         for name, (whole, tiled) in decoding.items():
             say(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
+    if calls:
+        worked = host_cells(cells, Job(model, device, 1, settings=settings))
+        out.print(host_table(worked, f"{model} on {device}"))
+        numbers["calls"] = [asdict(row) for row in worked]
     if time:
         timed = time_cells(cells, Job(model, device, steps, settings=settings, savers=saving), pairs)
         what = [f"{model} on {device}", *saving, f"{steps} steps", f"{pairs} interleaved pairs"]
@@ -231,6 +247,30 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
         cells.setdefault((row.method or "plain", row.concepts), []).append(row)
     for (method, number), found in cells.items():
         table.add_row(method, str(number), *(text for row in found for text in _gibibytes(row)))
+    return table
+
+
+def host_cells(cells: Sequence[tuple[str, int]], plain: Job) -> list[HostRow]:
+    """Counts what methods with so many concepts ask of the host."""
+    pipe, rows = open_with_concepts(replace(plain, concepts=max(number for _, number in cells))), []
+    with bar("counting", len(cells)) as on_progress:
+        for method, number in cells:
+            rows.append(HostRow(method, number, host_work(pipe, make_method(method, plain.settings), number)))
+            on_progress(len(rows))
+    return rows
+
+
+def host_table(rows: Sequence[HostRow], what: str) -> Table:
+    """Python calls and operations that a method adds to the plain pipeline."""
+    table = _table(
+        f"Counted: {what}; Python calls and operations on tensors that a method adds to a call of the plain pipeline, "
+        "but for its steps: with new concepts, and with those of the call before; and to a step",
+        ["method", "N", "new", "ops", "again", "ops", "step", "ops"],
+    )
+    for row in rows:
+        each = (row.work.first, row.work.again, row.work.step)
+        numbers = [number for work in each for number in (work.python_calls, work.operations)]
+        table.add_row(row.method, str(row.concepts), *map(str, numbers))
     return table
 
 

@@ -84,16 +84,16 @@ def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
 
 def _recomputing() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Around a block and around its recomputation, which PyTorch runs without the modes of functions that are on."""
-    return nullcontext(), _FusedAttention()
+    return nullcontext(), FusedAttention()
 
 
 @contextmanager
 def _watched(memory: PeakMemory) -> Iterator[None]:
-    with _FusedAttention(), memory:
+    with FusedAttention(), memory:
         yield
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as devices compute it: on the meta device PyTorch would keep the matrix of all its weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -125,3 +125,16 @@ def test_wrong_options_end_with_2():
     bench("-n", 0, code=2)
     bench("-n", 27, code=2)
     bench("--steps", 0, code=2)
+
+
+def test_a_later_call_asks_far_less_of_the_host_than_the_first(model, tmp_path):
+    given = ("--calls", "--model", model, "--method", "merge", "-n", 2, "--json", tmp_path / "it.json")
+    row = cells(bench(*given))["merge", "2"]
+    (found,) = json.loads((tmp_path / "it.json").read_text())["calls"]
+    work = found["work"]
+    assert row == [
+        str(work[when][what]) for when in ("first", "again", "step") for what in ("python_calls", "operations")
+    ]
+    assert work["again"]["python_calls"] < 0.8 * work["first"]["python_calls"]
+    assert work["again"]["operations"] < work["first"]["operations"]
+    assert work["step"]["operations"] <= 0  # keys and values of the text are kept
