@@ -102,7 +102,5 @@ class FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-    if given.get("attn_mask") is not None:
-        return F.scaled_dot_product_attention(query, key, value, **given)
+def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]

@@ -14,8 +14,9 @@ from lora_compose.compose.benchmark.memory import meta_memory
 from lora_compose.compose.benchmark.peaks import FusedAttention
 
 META = torch.device("meta")
-TOKENS = 512
-"""Tokens of the text, as most of these models read it."""
+TOKENS, REGION_TOKENS = 512, 12
+"""Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
+SHOWN = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
 
 
 @dataclass(frozen=True)

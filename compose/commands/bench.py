@@ -33,6 +33,9 @@ def bench(
     memory: Annotated[
         bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
     ] = False,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Count a pass of FLUX, Krea 2 and Z-Image with regional.")
+    ] = False,
     calls: Annotated[
         bool, typer.Option("--calls", help="Count what the host does for real calls: Python calls, operations.")
     ] = False,
@@ -59,5 +62,6 @@ def bench(
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        calls=calls, time=time, swap=swap, model=model, device=device, savers=savers or (), pairs=pairs, to=to,
+        transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device, savers=savers or (), pairs=pairs,
+        to=to,
     )  # fmt: skip
