@@ -76,8 +76,14 @@ class BankCache:
         return self._banks.pop(key, None)
 
     def put(self, key: BankKey, bank: Bank) -> None:
-        """Puts a bank in; the least recently used go until the rest fits, and those of another device or precision."""
+        """Puts a bank in; the least recently used go until the rest fits, and those of another device or precision.
+
+        One that was moved or cast with its model during the call is dropped, and so is one made in inference mode,
+        whose tensors no graph can hold.
+        """
         bank.slot.inputs, bank.slot.recorders = LayerInputs(), ()
+        if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in (layer.A, layer.B)):
+            return
         self._banks[key] = bank
         for other in [other for other in self._banks if other.loras == key.loras and other != key]:
             del self._banks[other]
@@ -107,6 +113,11 @@ class BankCache:
     def clear(self) -> None:
         """Drops all."""
         self._banks.clear()
+
+
+def _as_made(tensor: Tensor, key: BankKey) -> bool:
+    there = tensor.device.type == key.device.type and tensor.dtype == key.dtype
+    return there and not tensor.is_inference()
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,6 @@ def bench(
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device, savers=savers or (), pairs=pairs,
-        to=to,
+        transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device, savers=savers or (),
+        pairs=pairs, to=to,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from components import State, random_lora, tiny_unet
-from composing import BOXED, StoppedError, compose, raise_at_step
+from composing import BOXED, UPDATES, StoppedError, compose, raise_at_step
 from lora_compose.pipelines.scene import Concept
 
 pytestmark = pytest.mark.parametrize("family", ["sd"])
@@ -156,6 +156,24 @@ def test_they_are_bounded_and_the_least_recently_used_goes(composer, load_concep
     assert composer.banks.bytes == 0
     assert torch.equal(latents_of(composer, **sets["cat"]), anew(composer, **sets["cat"]))
     assert len(composer.banks) == 0
+
+
+def test_what_is_cast_with_its_model_during_a_call_is_not_kept(composer):
+    def cast(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe.unet.to(torch.float64)
+        return tensors
+
+    latents_of(composer, method="regional", concepts=BOXED, callback_on_step_end=cast)
+    composer.unet.to(torch.float32)
+    assert len(composer.banks) == 0
+    arguments = {"method": "regional", "concepts": BOXED}
+    assert torch.equal(latents_of(composer, **arguments), anew(composer, **arguments))
+
+
+def test_after_a_call_in_inference_mode_gradients_can_be_taken(composer):
+    with torch.inference_mode():
+        latents_of(composer, method="regional", concepts=BOXED)
+    assert latents_of(composer, method=UPDATES, concepts=BOXED).isfinite().all()
 
 
 def test_an_adapter_of_the_user_is_read_anew_in_every_call(composer, write_lora):
