@@ -187,25 +187,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     family: str = ""
     """The model family, in words."""
 
-    @property
-    def own_size(self) -> tuple[int, int]:
-        """Width and height of the images that the model was made for, in pixels."""
-        sample, scale = self.unet.config.sample_size, self.vae_scale_factor
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        return width * scale, height * scale
-
-    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """Arguments of a call with classifier-free guidance.
-
-        Args:
-            scale: As the family means `guidance_scale`.
-            negative_prompt: What to avoid; None says nothing. SDXL gets zeros then, which an empty text does not give.
-
-        Raises:
-            ValueError: If the family takes no negative prompt.
-        """
-        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
-
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
         """Whether a model's configuration is of this family."""

@@ -97,6 +97,18 @@ class FlowMatchingPipeline(ComposePipeline):
         side = int(getattr(self.vae.config, "sample_size", None) or 1024)
         return side, side
 
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """Arguments of a call with classifier-free guidance.
+
+        Args:
+            scale: As the family means `guidance_scale`.
+            negative_prompt: What to avoid; None says nothing.
+
+        Raises:
+            ValueError: If the family takes no negative prompt.
+        """
+        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
+
     def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Further inputs of a forward pass that asks for no guidance, where guidance is an input."""
         return {}

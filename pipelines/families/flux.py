@@ -179,7 +179,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return output_of(outcome, result) if return_dict else (result,)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `ComposePipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
+        """As `FlowMatchingPipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
         if not self.transformer.config.guidance_embeds:
             return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or ""}
         if negative_prompt is not None:

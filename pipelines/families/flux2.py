@@ -151,7 +151,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         return output_of(outcome, result) if return_dict else (result,)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `ComposePipeline.guided`."""
+        """As `FlowMatchingPipeline.guided`."""
         if negative_prompt is not None:
             raise ValueError(f"{self.family} takes no negative prompt; leave it out")
         return {"guidance_scale": scale}
