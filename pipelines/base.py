@@ -276,7 +276,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
-            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
+            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling), task)
             opened = sessions(encode, sampler, {} if task is None else task.inputs)
             process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
