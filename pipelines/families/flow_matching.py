@@ -174,19 +174,24 @@ class TemplatePipeline(FlowMatchingPipeline):
         return render
 
 
-Encode = Callable[[list[str] | None, bool], tuple[Tensor, Mapping[str, Tensor]]]
-"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True. The text
-and further inputs of the model by row."""
+Encode = Callable[[list[str] | None, bool, torch.device], tuple[Tensor, Mapping[str, Tensor]]]
+"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True; on a
+device. The text and further inputs of the model by row."""
 
 
 def both_sides(
-    encode: Encode, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, *, guided: bool
+    encode: Encode,
+    prompts: Sequence[str] | None,
+    negative_prompts: Sequence[str] | None,
+    device: torch.device,
+    *,
+    guided: bool,
 ) -> EncodedText:
     """The text of all rows; unconditional ones are there with guidance only."""
-    text, added = encode(None if prompts is None else list(prompts), False)
+    text, added = encode(None if prompts is None else list(prompts), False, device)
     if not guided:
         return EncodedText(text, None, added)
-    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True)
+    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True, device)
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
 
 
