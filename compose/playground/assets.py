@@ -6,9 +6,8 @@ from lora_compose.compose.support.names import did_you_mean
 
 PLAYGROUND = "playground"
 PLAYGROUND_FLUX = "playground-flux"
-"""A transformer of the same world, which its recipe makes."""
-PLAYGROUNDS = (PLAYGROUND,)
-"""Models that come with lora-compose."""
+PLAYGROUNDS = (PLAYGROUND, PLAYGROUND_FLUX)
+"""Models that come with lora-compose: a UNet, and a transformer of the same world."""
 
 
 def playground_title(model: str) -> str:
