@@ -54,14 +54,14 @@ class BankLayer(nn.Module):
     """Stands in for one adapted layer while concepts are installed, and keeps it as its child.
 
     A replaced module rather than a forward hook, since `torch.compile` may reuse a graph that was compiled without the
-    hook and so lose the LoRA without a word. The child keeps `.to()` and offloading within reach of the layer.
+    hook, and so drop the LoRA silently. As a child, the layer is still reached by `.to()` and by offloading.
 
     Args:
         layer: The layer as found: linear, convolution, or a PEFT layer around one of them.
         factors: (index of the concept, its factors) of every concept that changes this layer.
-        site: What its input is.
+        site: Stream and grid of the layer.
         concepts: How many concepts there are in all.
-        state: Where the gates come from.
+        state: Holds the gates of the current pass.
         device: Where the model runs.
         dtype: The precision in which it runs.
     """
@@ -98,7 +98,7 @@ class BankLayer(nn.Module):
     def with_factors(
         self, factors: Sequence[tuple[int, LoraFactors]], *, device: torch.device, dtype: torch.dtype
     ) -> "BankLayer":
-        """The same with other factors in place of those it has."""
+        """A copy of this layer with other factors."""
         concepts = len(self.key.ranks)
         made = BankLayer(self.layer, factors, self.key.site, concepts, self._state, device=device, dtype=dtype)
         made.training = self.training
@@ -111,7 +111,7 @@ class BankLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """Its bias."""
+        """The bias of the layer as found."""
         return getattr(base_layer(self.layer), "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def smooth(maps: Tensor) -> Tensor:
     return flat.view(maps.shape)
 
 
-def bell(region: Tensor) -> Tensor:
+def gaussian_over(region: Tensor) -> Tensor:
     """A Gaussian over the bounding box of a region, sigma half of its sides, highest value 1, and 0 outside the region.
 
     Args:
@@ -71,7 +71,7 @@ def filling(maps: Tensor, region: Tensor) -> Tensor:
     return columns + rows
 
 
-def outlook(attention: Tensor, inside: Tensor, outside: Tensor, best: int) -> Tensor:
+def outside_attention(attention: Tensor, inside: Tensor, outside: Tensor, best: int) -> Tensor:
     """The strongest attention that the cells of a region pay to cells outside (LoRA-Composer, L_region).
 
     Args:

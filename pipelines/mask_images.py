@@ -199,7 +199,7 @@ def _mask_of_array(given: Any) -> Image.Image:
     elif values.dtype.kind != "f":
         raise ValueError(f"mask_image is of {values.dtype}; expected bool, 8 bits, or floats of 0 to 1")
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise ValueError("mask_image has values that are no numbers (NaN) or lie outside of 0 to 1")
+        raise ValueError("mask_image has values that are NaN or outside 0 to 1")
     # Whether a pixel is painted is decided at a half, which has to stay on its side.
     levels = np.where(values < 0.5, np.minimum(np.round(values * 255), 127), np.maximum(np.round(values * 255), 128))
     return Image.fromarray(levels.astype(np.uint8))

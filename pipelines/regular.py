@@ -20,7 +20,7 @@ def open_regular(path: Path) -> BufferedReader:
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (whoever asked for it closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "it is no regular file but a pipe or a device", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file but a pipe or a device", str(path))
     return file
 
 

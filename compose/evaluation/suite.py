@@ -238,7 +238,7 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     undefined = [name for name in scene.concepts if name not in known]
     if undefined:
         raise ValueError(
-            f"{where} names {_listed(undefined)}, which is no concept of the suite; there are {_listed(known)}"
+            f"{where} names {_listed(undefined)}, which is not a concept of the suite; there are {_listed(known)}"
         )
     if len(set(scene.concepts)) < len(scene.concepts):
         raise ValueError(f"{where} names a concept twice")

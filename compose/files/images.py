@@ -150,7 +150,7 @@ def read_pixels(path: str | Path) -> Image.Image:
 def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
     try:
         if file.seek(0, os.SEEK_END) > _IMAGE_LIMIT:
-            raise FileError(f"{where} is larger than {_IMAGE_LIMIT} bytes; that is no image of lora-compose")
+            raise FileError(f"{where} is larger than {_IMAGE_LIMIT} bytes; an image of lora-compose is smaller")
         file.seek(0)
         with Image.open(file, formats=("PNG",)) as image:
             if image.width * image.height > _PIXEL_LIMIT:

@@ -31,7 +31,7 @@ def parse_file(path: Path) -> Any:
     with open_file(path) as file:
         data = file.read(_TEXT_LIMIT + 1)
     if len(data) > _TEXT_LIMIT:
-        raise FileError(f"{path} is larger than {_TEXT_LIMIT} bytes; that is no scene or run")
+        raise FileError(f"{path} is larger than {_TEXT_LIMIT} bytes; a scene or run is smaller")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -165,12 +165,12 @@ def inspect(
         if alone:  # no model was named
             return _unmatched(known, file, str(error).replace("this model", f"{family} at full size")), None
         return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
-    gathered = by_layer(file)
-    layers, unmatched = assign(file, gathered, pipe)
+    grouped = by_layer(file)
+    layers, unmatched = assign(file, grouped, pipe)
     found = {
         "matched_with": model,
         "blocks": tuple(_blocks(file, layers, factors)),
-        "matched": len(file.tensors) - len(unmatched) - len(gathered.inexpressible),
+        "matched": len(file.tensors) - len(unmatched) - len(grouped.inexpressible),
         "unmatched": unmatched,
         "notes": factors.notes,
     }
@@ -180,17 +180,17 @@ def inspect(
 def _unmatched(known: Inspection, file: LoraFile, why: str | None = None) -> Inspection:
     """What a file changes, by its own keys alone; `why` says why it was not matched with its family's layers."""
     try:
-        gathered = by_layer(file)
+        grouped = by_layer(file)
         own = Alphas(file).own
         blocks: dict[tuple[str, str], list[Layer]] = {}
-        for layer in gathered.layers:
+        for layer in grouped.layers:
             blocks.setdefault((layer.part, _block_in_file(layer.module)), []).append(layer)
         found = tuple(_block_of_file(part, name, inside, own) for (part, name), inside in blocks.items())
     except (LoraError, ValueError) as error:
         return known.model_copy(update={"problem": str(error)})
-    kinds = {kind for layer in gathered.layers for slot, kind in UNSUPPORTED.items() if slot in layer.slots}
+    kinds = {kind for layer in grouped.layers for slot, kind in UNSUPPORTED.items() if slot in layer.slots}
     about = {"problem": f"it is {min(kinds)}"} if kinds else {"notes": () if why is None else (why,)}
-    return known.model_copy(update={"blocks": found, "unmatched": gathered.unknown, **about})
+    return known.model_copy(update={"blocks": found, "unmatched": grouped.unknown, **about})
 
 
 def _block_of_file(part: str, name: str, layers: Sequence[Layer], own: Callable[[str, Layer], float | None]) -> Block:

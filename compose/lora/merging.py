@@ -25,7 +25,7 @@ from lora_compose.pipelines.concepts.loading import match
 from lora_compose.pipelines.formats.by_name import by_name
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, Part, parse
-from lora_compose.pipelines.formats.lora_writer import Site, Spelling, stems, tensors
+from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, stems, tensors
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, settings_of
@@ -78,7 +78,7 @@ class Matched:
 
     given: Sequence[Given]
     changes: Mapping[Name, Changes]
-    sites: Mapping[Name, Site]
+    sites: Mapping[Name, FileLayer]
     spelling: Spelling
     notes: tuple[str, ...]
 
@@ -140,7 +140,7 @@ def match_files(
             notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
     names = dict.fromkeys(name for lora in loras for name in lora)
     called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
-    sites = {name: Site(called[name], _kernel(name, loras)) for name in names}
+    sites = {name: FileLayer(called[name], _kernel(name, loras)) for name in names}
     return Matched(given, _side_by_side(given, names, loras), sites, spelling, tuple(notes))
 
 
@@ -224,7 +224,7 @@ def check_free(path: Path, overwrite: bool) -> Path:
         ValueError: If there is a file that must not be overwritten, or it is no name of a safetensors file.
     """
     if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{str(path)!r} is no name of a LoRA file; expected one that ends with .safetensors")
+        raise ValueError(f"{str(path)!r} is not a LoRA file name; expected one that ends in .safetensors")
     if path.is_dir() or (path.exists() and not overwrite):
         raise ValueError(f"{str(path)!r} is there already; choose another name, or add --overwrite")
     return path
@@ -259,10 +259,10 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
                 f"{next(iter(layers.values())).stem} and {next(iter(named[0].values())).stem}; expected files for the "
                 "same model from the same kind of trainer"
             )
-    sites: dict[Name, Site] = {}
+    sites: dict[Name, FileLayer] = {}
     for layers in named:
         for name, layer in layers.items():
-            sites.setdefault(name, Site(layer.stem, tuple(layer.factors.down.shape[2:])))
+            sites.setdefault(name, FileLayer(layer.stem, tuple(layer.factors.down.shape[2:])))
     loras = [{name: layer.factors for name, layer in layers.items()} for layers in named]
     notes = [
         f"{one.source}: {len(left)} keys are left out: {', '.join(left[:3])}"

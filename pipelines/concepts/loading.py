@@ -24,7 +24,7 @@ from lora_compose.pipelines.formats.files import (
 )
 from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
-from lora_compose.pipelines.formats.names import older, spellings
+from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
@@ -97,8 +97,8 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
         LoraError: If no layer matches, a matching layer has another shape, or the file's kind is not supported.
     """
     _check_options(file, alpha, max_rank)
-    gathered = by_layer(file)
-    found, unmatched = assign(file, gathered, pipe)
+    grouped = by_layer(file)
+    found, unmatched = assign(file, grouped, pipe)
     alphas = Alphas(file, alpha)
     _check_embeddings(file, pipe)
     for part, layers in found.items():
@@ -114,7 +114,7 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
         part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()
     }
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
-    notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
+    notes = tuple(_notes(file, grouped, changes, alpha, max_rank))
     error = _error(made for found in changes.values() for made in found.values())
     model = model_part(pipe)
     return Factors(loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model)
@@ -125,7 +125,7 @@ def model_part(pipe: Any) -> Part:
     return "unet" if getattr(pipe, "transformer", None) is None else "transformer"
 
 
-def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
+def assign(file: LoraFile, grouped: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
     """Which layer of a pipeline's models each layer of a file means.
 
     Returns:
@@ -134,9 +134,9 @@ def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, M
     Raises:
         LoraError: If nothing matches, or two layers of the file mean one of the model.
     """
-    unmatched, found = list(gathered.unknown), {}
+    unmatched, found = list(grouped.unknown), {}
     for part in PARTS:
-        mine = [layer for layer in gathered.layers if _component(layer.part, pipe) == part]
+        mine = [layer for layer in grouped.layers if _component(layer.part, pipe) == part]
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
     if not any(found.values()):
@@ -174,7 +174,7 @@ def _matched(
     found: dict[str, Layer] = {}
     left_over: list[str] = []
     for layer in layers:
-        names = known.get(layer.module) or known.get(older(layer.module)) or ()
+        names = known.get(layer.module) or known.get(present_name(layer.module)) or ()
         if not names or (sites is not None and any(name not in sites for name in names)):
             left_over += layer.keys
             continue
@@ -285,12 +285,12 @@ def _check_embeddings(file: LoraFile, pipe: Any) -> None:
                 )
 
 
-def _notes(file: LoraFile, gathered: Layers, changes: Changes, alpha: float | None, max_rank: int) -> Iterable[str]:
+def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | None, max_rank: int) -> Iterable[str]:
     """What has to be said about a file that is not used whole and exactly as it was trained."""
-    if gathered.inexpressible:
+    if grouped.inexpressible:
         yield (
-            f"{len(gathered.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
-            f"express them: {', '.join(gathered.inexpressible[:3])}"
+            f"{len(grouped.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
+            f"express them: {', '.join(grouped.inexpressible[:3])}"
         )
     errors = {f"{part}.{name}": _error([made]) for part, found in changes.items() for name, made in found.items()}
     if cut := {name: error for name, error in errors.items() if error > _EXACT}:
@@ -319,7 +319,7 @@ def adapter_factors(pipe: Any, adapter: str) -> Factors:
     """The factors of an adapter that the user has loaded with `load_lora_weights`, at the scale PEFT gives it.
 
     Raises:
-        LoraError: If it is no plain LoRA or is fused into the weights.
+        LoraError: If it is not a plain LoRA or is fused into the weights.
     """
     model = model_part(pipe)
     parts: dict[Part, Lora] = {
@@ -336,7 +336,7 @@ def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:
             continue
         if not isinstance(module, LoraLayer) or adapter in module.lora_variant or module.lora_bias[adapter]:
             raise LoraError(
-                f"adapter {adapter!r} is no plain LoRA at {name} (DoRA, LoKr or with a bias), which is not supported"
+                f"adapter {adapter!r} is not a plain LoRA at {name} (DoRA, LoKr or with a bias), which is not supported"
             )
         if adapter in module.merged_adapters:
             raise LoraError(f"adapter {adapter!r} is fused into the weights; call `unfuse_lora()` first")

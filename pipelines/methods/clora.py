@@ -215,14 +215,14 @@ class Clora:
                 found |= {token: (found.get(token, (-1, False))[0], True) for token in masking[prompt]}
                 rows += [found] * canvas.images_per_prompt
         most, tokens = max(map(len, rows)), session.prompts.token_masks.phrase.shape[1]
-        readout, groups = torch.zeros(len(rows), tokens, most), torch.full((len(rows), most), -1)
+        token_weights, groups = torch.zeros(len(rows), tokens, most), torch.full((len(rows), most), -1)
         mine = torch.zeros(len(rows), most, dtype=torch.bool)
         for row, found in enumerate(rows):
             for column, (token, (concept, masks)) in enumerate(sorted(found.items())):
-                readout[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
+                token_weights[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
         by_branch = (len(branches), -1)
         return MappedTokens(
-            readout.to(canvas.device),
+            token_weights.to(canvas.device),
             groups.unflatten(0, by_branch).transpose(0, 1).flatten(1).to(canvas.device),
             mine.unflatten(0, by_branch)[1:].transpose(0, 1).to(canvas.device),
         )
@@ -258,12 +258,12 @@ class MappedTokens:
     """Which tokens get a map, and what for.
 
     Attributes:
-        readout: One token for every map, by branch and image. Shape: [branches * images, tokens, maps].
+        token_weights: One token for every map, by branch and image. Shape: [branches * images, tokens, maps].
         groups: The concept whose map it is; -1 for none. Shape: [images, branches * maps].
         mine: Whether it makes the mask of the branch. Shape: [images, subjects, maps].
     """
 
-    readout: Tensor
+    token_weights: Tensor
     groups: Tensor
     mine: Tensor
 
@@ -319,7 +319,7 @@ class Contrasting:
     def _update(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor | None, Prediction | None]:
         """All updates of a step, with the maps and the prediction of before the last one, if there are any."""
         settings, found = self.settings, None
-        request = self._all_rows(step) if settings.whole else MapRequest(self.words.readout)
+        request = self._all_rows(step) if settings.whole else MapRequest(self.words.token_weights)
         for _ in range(self._updates(step)):
             found = self.session.denoiser.gradient(
                 latents, step, self.branches, request, self.loss, whole=settings.whole
@@ -367,7 +367,7 @@ class Contrasting:
     def _by_regions(self, latents: Tensor, step: Step, maps: Tensor | None) -> Tensor:
         """One pass for every image, since every image has other regions."""
         if maps is None and self._masks_due(step):
-            request = MapRequest(self.words.readout)
+            request = MapRequest(self.words.token_weights)
             maps = self._by_branch(self.session.denoiser.maps(latents, step, self.branches, request))
         self._keep(maps, step)
         guided = []
@@ -436,12 +436,12 @@ class Contrasting:
 
     def _all_rows(self, step: Step) -> MapRequest:
         """The request for all rows: no maps of a shared unconditional branch, the branch's own of each of several."""
-        readout = self.words.readout
+        token_weights = self.words.token_weights
         if not step.guided:
-            return MapRequest(readout)
+            return MapRequest(token_weights)
         each = self.settings.uncond == "each"
-        unconds = readout if each else torch.zeros_like(readout[: self.session.canvas.images])
-        return MapRequest(torch.cat([unconds, readout]))
+        unconds = token_weights if each else torch.zeros_like(token_weights[: self.session.canvas.images])
+        return MapRequest(torch.cat([unconds, token_weights]))
 
     def _by_branch(self, maps: AttentionMaps) -> Tensor:
         """The maps of all branches; the mean of both halves of guidance where updates see both.

@@ -33,7 +33,7 @@ from torch import Tensor
 from lora_compose.attention import Partition, RegionAttention
 from lora_compose.attention.device import to_device
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.losses import bell, concentration, filling, outlook, smooth
+from lora_compose.pipelines.losses import concentration, filling, gaussian_over, outside_attention, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import Process, say_unread
@@ -293,7 +293,7 @@ class Target:
 
     Attributes:
         region: 1 inside. Shape: [height, width] of the map grid.
-        bell: The Gaussian in it.
+        gaussian: The Gaussian in it.
         inside: Indices of its cells.
         outside: Indices of the others.
         words: The concept's tokens in its own text, one map each, padded. Shape: [images, tokens, maps].
@@ -301,7 +301,7 @@ class Target:
     """
 
     region: Tensor
-    bell: Tensor
+    gaussian: Tensor
     inside: Tensor
     outside: Tensor
     words: Tensor
@@ -413,12 +413,14 @@ class Composing:
         for target, words in zip(self.targets, map(smooth, self._by_concept(maps)), strict=True):
             best = max(1, int(PART * len(target.inside)))
             attended = settings.ce_weight * concentration(
-                words, target.bell if settings.gaussian else target.region, best
+                words, target.gaussian if settings.gaussian else target.region, best
             )
             attended = attended + settings.fill_weight * filling(words, target.region)
             losses.append((attended * target.share).sum(dim=1))
             if maps.cells is not None:
-                losses.append(settings.region_weight * outlook(maps.cells, target.inside, target.outside, best))
+                losses.append(
+                    settings.region_weight * outside_attention(maps.cells, target.inside, target.outside, best)
+                )
         return torch.stack(losses).sum(dim=0)
 
     @cached_property
@@ -460,13 +462,15 @@ def _target(session: Session, concept: int, region: Tensor, prompts: Sequence[st
     words = words.repeat_interleave(canvas.images_per_prompt, dim=0)
     _check_words(mine, words)
     tokens = [row.nonzero()[:, 0] for row in words.cpu()]
-    readout = torch.zeros(*words.shape, max(len(found) for found in tokens))
-    share = torch.zeros(len(tokens), readout.shape[-1])
+    token_weights = torch.zeros(*words.shape, max(len(found) for found in tokens))
+    share = torch.zeros(len(tokens), token_weights.shape[-1])
     for image, found in enumerate(tokens):
-        readout[image, found, torch.arange(len(found))] = 1
+        token_weights[image, found, torch.arange(len(found))] = 1
         share[image, : len(found)] = 1 / len(found)
     inside, outside = region.flatten().nonzero()[:, 0], (~region).flatten().nonzero()[:, 0]
-    on_device = (x.to(canvas.device) for x in (region.float(), bell(region), inside, outside, readout, share))
+    on_device = (
+        x.to(canvas.device) for x in (region.float(), gaussian_over(region), inside, outside, token_weights, share)
+    )
     return Target(*on_device)
 
 

@@ -67,7 +67,7 @@ class Conditioning:
 
     @property
     def text_mask(self) -> Tensor:
-        """True at tokens that are no padding, as far as is known. Shape: [rows, tokens]."""
+        """True at tokens that are not padding, as far as is known. Shape: [rows, tokens]."""
         embeds, added = self.first_embeds, self.added or {}
         if "text_mask" in added:
             return added["text_mask"].bool()

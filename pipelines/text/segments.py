@@ -80,7 +80,7 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning]) -> Segmen
 
 
 def _real(text: Conditioning) -> Tensor:
-    """Indices of the tokens that are no padding in some conditional row."""
+    """Indices of the tokens that are not padding in some conditional row."""
     return text.text_mask[text.conditional_rows].any(dim=0).nonzero()[:, 0]
 
 

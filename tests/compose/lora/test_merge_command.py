@@ -400,7 +400,7 @@ def dora(path: Path) -> Path:
         (damaged, "no readable safetensors file"),
         (dora, "a DoRA, which rescales the model's own weights"),
         (lambda path: flux(path, 2), "is for FLUX.1 or FLUX.2"),
-        (lambda path: save_file({"weight": torch.ones(2)}, path) or path, "is no LoRA"),
+        (lambda path: save_file({"weight": torch.ones(2)}, path) or path, "is not a LoRA"),
     ],
     ids=["another family", "another shape", "damaged", "DoRA", "Flux", "no LoRA"],
 )  # fmt: skip

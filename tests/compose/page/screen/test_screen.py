@@ -418,7 +418,7 @@ def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> Non
         drop(at, tmp_path, {"concepts": (bear.model_copy(update=change), robot)})
         assert words in said(at)
     drop(at, tmp_path, {"concepts": (bear.model_copy(update={"alpha": 3.0}), robot)})
-    assert "the file says its alpha itself; leave alpha out" in said(at), "it is used"
+    assert "the file has its own alpha; leave alpha out" in said(at), "it is used"
 
 
 def test_an_ordinary_image_comes_back_without_a_word(at: AppTest, tmp_path: Path) -> None:
