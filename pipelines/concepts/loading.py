@@ -1,4 +1,4 @@
-"""Where a LoRA file meets a model: its layers are matched with those of a pipeline."""
+"""Matches the layers of a LoRA file with those of a pipeline's models."""
 
 import logging
 import math
@@ -44,10 +44,10 @@ class Factors:
     Attributes:
         model: For the UNet or transformer, by layer.
         text_encoders: For the text encoders, by component name and layer.
-        unmatched: Keys of the file that found no layer.
-        notes: What else one should know: what was cut, left out or guessed.
-        embeddings: Words that the file brings with it, as in `LoraFile`.
-        error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
+        unmatched: Keys of the file that match no layer.
+        notes: Notes for the user: what was cut, left out or guessed.
+        embeddings: Bundled words, as in `LoraFile`.
+        error: Relative Frobenius error of the changes that were cut to a lower rank; 0 if none was.
         part: The component that the model is: "unet" or "transformer".
     """
 
@@ -87,11 +87,11 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     """Matches a file against the models of a pipeline.
 
     Args:
-        file: What was read.
-        pipe: A diffusers pipeline, or anything with a UNet or transformer, and perhaps text encoders. Weights are not
-            looked at.
-        alpha: The alpha of a file that does not say its own; the change is scaled by alpha / rank.
-        max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
+        file: The file.
+        pipe: A diffusers pipeline, or anything with a UNet or transformer and perhaps text encoders. Weights are not
+            read.
+        alpha: Alpha for a file without one; the change is scaled by alpha / rank.
+        max_rank: LoHa, LoKr and full weight differences are exact up to this rank, and cut to it beyond.
 
     Raises:
         LoraError: If no layer matches, a matching layer has another shape, or the file's kind is not supported.
@@ -129,7 +129,7 @@ def assign(file: LoraFile, grouped: Layers, pipe: Any) -> tuple[Mapping[Part, Ma
     """Which layer of a pipeline's models each layer of a file means.
 
     Returns:
-        By part, the file's layers by the name of the model's; and the keys that mean none.
+        By part, the file's layers by the name of the model's layer; and the keys that match none.
 
     Raises:
         LoraError: If nothing matches, or two layers of the file mean one of the model.
@@ -159,9 +159,9 @@ def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
     if alpha is None and any(".lora_layer." in key for key in file.tensors):
         raise LoraError(
             f"{file.path.name} is a whole UNet with LoRA layers inside, as TARA's script for SD 1.5 saves it, and does "
-            "not say its alpha. That script trains with alpha 32 at rank 8, four times the strength at which its "
-            "inference script shows the LoRA. Say alpha=32 for what was trained, or the rank (alpha=8) for images as "
-            "the authors' script makes them"
+            "not contain its alpha. That script trains with alpha 32 at rank 8, and its inference script uses a "
+            "quarter of that. Give alpha=32 for the strength that was trained, or the rank (alpha=8) for the strength "
+            "of the authors' images"
         )
 
 
@@ -220,7 +220,7 @@ def _nothing(file: LoraFile) -> str:
 
 
 def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> None:
-    """Checks what a layer's change is, and that it is as large as the weight, before anything that large is built."""
+    """Checks the kind of a layer's change, and that its size is that of the weight, before it is computed."""
     for slot, why in UNSUPPORTED.items():
         if slot in layer.slots:
             raise LoraError(f"{file.path.name} is {why} (key {layer.keys[list(layer.slots).index(slot)]!r})")
@@ -238,7 +238,7 @@ def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> N
 
 
 def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: Alphas, max_rank: int) -> Change:
-    """What the file changes in one layer, in the shapes that the layer needs."""
+    """The file's change of one layer, in the shapes that the layer needs."""
     model = uncompiled(model)
     try:
         made = change(layer.parts, alphas.scale(name, layer), max_rank)
@@ -267,7 +267,7 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
 
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:
-    """Checks that words which come with the file fit the text encoders and the UNet that are to read them."""
+    """Checks that bundled words fit the text encoders and the UNet."""
     reading = backbone_of(getattr(pipe, model_part(pipe))).text_layers
     for word, by_part in file.embeddings.items():
         for part, vectors in by_part.items():
@@ -286,7 +286,7 @@ def _check_embeddings(file: LoraFile, pipe: Any) -> None:
 
 
 def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | None, max_rank: int) -> Iterable[str]:
-    """What has to be said about a file that is not used whole and exactly as it was trained."""
+    """Notes on a file that is not used completely and exactly as it was trained."""
     if grouped.inexpressible:
         yield (
             f"{len(grouped.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
@@ -350,6 +350,6 @@ def _adapter_names(module: BaseTunerLayer) -> set[str]:
 
 
 def _real_weight(module: nn.Module) -> Tensor:
-    """A weight, also under sequential offload, which keeps the numbers beside the module."""
+    """A weight, also under sequential offload, which keeps the data outside of the module."""
     weight = module.get_parameter("weight")
     return (getattr(module, "_hf_hook").weights_map["weight"] if weight.is_meta else weight).detach()  # noqa: B009

@@ -1,4 +1,4 @@
-"""Prompts -> text of all rows, with the text-encoder part of the LoRAs, and where the concepts' words are in them."""
+"""Encodes prompts with the text-encoder part of the LoRAs, and finds the concepts' words in them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,8 +25,8 @@ class EncodedText:
     """Output of a pipeline's text encoders, one row per image.
 
     Attributes:
-        prompt_embeds: Shape: [images, tokens, channels]; layers * channels where each cross-attention layer has a text
-            of its own.
+        prompt_embeds: Shape: [images, tokens, channels]; layers * channels if each cross-attention layer has a text of
+            its own.
         negative_prompt_embeds: The same for the negative prompts; None without guidance.
         added: Further inputs of the model by row, ordered (unconditional, conditional).
     """
@@ -45,14 +45,13 @@ class EncodedText:
 
 
 Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
-"""Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None means the
-call's own."""
+"""Encodes prompts and negative prompts with a pipeline's text encoders; None means the call's own."""
 
 Finder = Callable[
     [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks
 ]
-"""Finds the words of concepts in prompts: the triggers of those named in the third argument alone, and by prompt other
-words that name a concept. All have to be there."""
+"""Finds the words of concepts in prompts: the triggers of the concepts named in the third argument, and by prompt other
+words that name a concept. All must be present."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class PromptEncoder:
         components: The pipeline's components by name.
         encode: The pipeline's text encoders.
         canvas: Sizes of the call.
-        steps: How many steps there are; a weight schedule counts with its mean.
+        steps: Number of steps, for the mean of weight schedules.
     """
 
     concepts: ConceptSet
@@ -115,10 +114,10 @@ class Prompts:
 
     Attributes:
         texts: The prompts; None if the call was given embeddings.
-        token_masks: Where the words of the set's concepts are in them.
+        token_masks: Positions of the words of the set's concepts in the prompts.
         concepts: The concept set.
-        encoder: Encodes all prompts of the call (`PromptEncoder`).
-        finder: Finds words.
+        encoder: Encodes all prompts of the call.
+        finder: Finds words in prompts.
         indices: Indices of these prompts among those of the call.
         canvas: Sizes of the call.
     """
@@ -139,7 +138,7 @@ class Prompts:
         names: Collection[str] = (),
         mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> Conditioning:
-        """Encodes the prompts, or others in their place, one for each.
+        """Encodes the prompts, or others that replace them one by one.
 
         Args:
             weights: Weights of the text-encoder LoRAs; None leaves them out. Shape: [concepts].
@@ -165,7 +164,7 @@ class Prompts:
         names: Collection[str],
         mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> TokenMasks:
-        """Where the words of the named concepts, and of others only those mentioned, are in prompts.
+        """Positions of the named concepts' words in prompts, and of the mentioned words of others.
 
         Raises:
             ValueError: If one is missing.
@@ -178,7 +177,7 @@ class Prompts:
         return scatter_concepts(weights, self.concepts.columns, self.concepts.installed)
 
     def _for_all_prompts(self, texts: Sequence[str] | None) -> list[str] | None:
-        """These texts in a batch of the same size as the call's; the rows of other prompts are not used."""
+        """The texts in a batch of the call's size; rows of other prompts are not used."""
         if texts is None:
             return None
         found = dict(zip(self.indices, texts, strict=True))

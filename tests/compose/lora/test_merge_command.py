@@ -151,7 +151,7 @@ def test_a_file_that_does_not_say_its_alpha_is_told(tmp_path: Path) -> None:
     path = FORMATS["TARA, whole UNet"].write(loras, pipe, tmp_path)
     (tmp_path / "other").mkdir()
     other = FORMATS["kohya"].write({"unet": random_lora(pipe.unet, 5)}, pipe, tmp_path / "other")
-    with pytest.raises(LoraError, match="does not say its alpha"):
+    with pytest.raises(LoraError, match="does not contain its alpha"):
         match_files(given((path, 1.0), (other, 1.0)), pipe)
     out = tmp_path / "out.safetensors"
     matched = match_files(given((path, 1.0), (other, 1.0)), pipe, alpha=32.0)

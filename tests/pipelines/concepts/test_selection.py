@@ -65,7 +65,7 @@ def test_a_trigger_inside_a_longer_one_names_nothing() -> None:
 
 def test_words_spelled_like_a_trigger_are_noted() -> None:
     chosen = choose_concepts("a zwx dog and a skss animal", known(**WORDS))
-    assert chosen.notes == ("'skss' is spelled like 'sks', the trigger of cat, which was not taken",)
+    assert chosen.notes == ("'skss' is spelled like 'sks', the trigger of cat, which was not chosen",)
     with pytest.raises(ValueError, match="the prompt names no concept; there are cat") as caught:
         choose_concepts("a skss animal", known(**WORDS, plain=(None, None)))
     assert "1 have neither trigger nor class word" in str(caught.value)
