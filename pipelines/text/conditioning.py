@@ -298,7 +298,7 @@ def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMas
             names = ", ".join(repr(concept.name) for concept, differs in zip(concepts, apart, strict=True) if differs)
             raise ValueError(
                 f"the words of {names} have other token positions for the second tokenizer; write prompt_2 so that "
-                "they have the same ones as in the prompt, or leave it out (a textual inversion must be loaded into both)"
+                "they have the same ones as in the prompt, or leave it out (load textual inversions into both)"
             )
     return first
 

@@ -397,7 +397,7 @@ def dora(path: Path) -> Path:
     [
         (lambda path: one_layer(path, 2048), "only LoRAs for the same model are merged: "),
         (lambda path: one_layer(path, 768, 640), "its change is 640 x 768, the model's weight 1280 x 768"),
-        (damaged, "no readable safetensors file"),
+        (damaged, "not a readable safetensors file"),
         (dora, "a DoRA, which rescales the model's own weights"),
         (lambda path: flux(path, 2), "is for FLUX.1 or FLUX.2"),
         (lambda path: save_file({"weight": torch.ones(2)}, path) or path, "is not a LoRA"),
@@ -440,7 +440,7 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
     assert run(app, ["merge", *TWO, "--out", str(out), "--overwrite"]).exit_code == 0
     assert read_lora(out).tensors
     result = run(app, ["merge", *TWO, "--out", str(tmp_path / "out.bin")])
-    assert "expected one that ends with .safetensors" in text_of(result)
+    assert "expected one ending in .safetensors" in text_of(result)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits the size of files as Unix does")

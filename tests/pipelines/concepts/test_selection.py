@@ -40,8 +40,7 @@ def test_a_class_word_of_several_concepts_takes_none_and_says_so() -> None:
     chosen = choose_concepts("a zwx dog and a cat", known(**WORDS, tabby=("tby", "cat")))
     assert chosen.names == ("dog",)
     assert chosen.notes == (
-        "'cat' may be cat ('sks cat'), tabby ('tby cat'): write the trigger where a concept is meant; none was taken "
-        "for it",
+        "'cat' may be cat ('sks cat'), tabby ('tby cat'): write the trigger of the concept you mean; none was chosen",
     )
     chosen = choose_concepts("a zwx dog, a cat and a cat", known(**WORDS))
     assert chosen.names == ("dog",)

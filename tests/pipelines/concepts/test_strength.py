@@ -137,8 +137,8 @@ def test_any_text_is_a_weight_or_is_refused_in_words(text: str) -> None:
         ("1..0.5,0", "says where"),
         ("0.5:1,0.2:0", "one after the other"),
         ("-1:1,0.2:0", "begin at 0 or later"),
-        ("0.5:1,2:0", "parts of the steps from 0 to 1, or all at whole numbers"),
-        ("0:1,1e999:0", "parts of the steps from 0 to 1, or all at whole numbers"),
+        ("0.5:1,2:0", "fractions of the steps from 0 to 1, or all at whole step numbers"),
+        ("0:1,1e999:0", "fractions of the steps from 0 to 1, or all at whole step numbers"),
     ],
 )
 def test_weights_that_cannot_be_read_are_explained(given: Any, message: str) -> None:

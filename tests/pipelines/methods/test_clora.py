@@ -448,7 +448,7 @@ def test_nothing_is_left_behind_and_the_same_call_gives_the_same_bits(composer):
         ({"threshold": 1.0}, "threshold must be at least 0 and below 1"),
         ({"temperature": 0}, "temperature must be positive"),
         ({"morphology": ("shrink",)}, "morphology may be dilate, erode, open, close, not shrink"),
-        ({"refine_at": (-1,)}, "refine_at names parts of the steps"),
+        ({"refine_at": (-1,)}, "refine_at must be points of the steps"),
         ({"branch_batch_size": 0}, "branch_batch_size must be at least 1"),
         ({"whole": True}, 'are for fuse="branches"'),
     ],

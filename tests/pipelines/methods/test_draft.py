@@ -187,7 +187,7 @@ def test_a_given_region_is_kept_and_the_rest_is_found_around_it(composer, dividi
     assert dog.any()
     assert bear.any()
     assert output.masks.shape == (4, 1, 3, 4, 4)
-    with pytest.raises(ValueError, match="cover the whole canvas and leave nothing for dog"):
+    with pytest.raises(ValueError, match="cover the whole canvas and leave no room for dog"):
         call(composer, (Concept(name="cat", region=(0, 0, 128, 128)), "dog"))
 
 
@@ -232,7 +232,7 @@ def test_a_single_subject_is_merged_and_embeddings_are_refused(composer):
         call(composer, ("cat",), "a sks cat").images, call(composer, ("cat",), "a sks cat", method="merge").images
     )
     cond, _ = composer.encode_prompt(PROMPT, "cpu", 1, False)
-    with pytest.raises(ValueError, match="needs the prompt as text"):
+    with pytest.raises(ValueError, match="needs prompts, not prompt_embeds"):
         call(composer, prompt=None, prompt_embeds=cond, guidance_scale=1.0)
 
 
