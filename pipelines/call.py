@@ -35,7 +35,8 @@ class Composition:
 
     Attributes:
         concepts: A concept set for all prompts, or one for each.
-        method: x: Control images with their models.
+        method: The method; None chooses one.
+        controls: Control images with their models.
         token_positions: With embeddings: where each concept's trigger is.
         record_attention: Steps whose attention maps are recorded.
     """
@@ -132,15 +133,15 @@ class Call:
     """The arguments of a call with concepts.
 
     Attributes:
-    composition: Concepts and method.
-    prompts: The prompts.
-    size: Size of the images.
-    sampling: How latents are denoised.
-    callback: Function after every step.
-    started: When the call began, by `time.perf_counter()`.
-    inputs: Further arguments of every forward pass; tensors have one row per image.
-    properties: Attributes that diffusers' pipeline has during a call.
-    source: The image to start from; None means text-to-image.
+        composition: Concepts and method.
+        prompts: The prompts.
+        size: Size of the images.
+        sampling: How latents are denoised.
+        callback: Function after every step.
+        started: When the call began, by `time.perf_counter()`.
+        inputs: Further arguments of every forward pass; tensors have one row per image.
+        properties: Attributes that diffusers' pipeline has during a call.
+        source: The image to start from; None means text-to-image.
     """
 
     composition: Composition

@@ -1,4 +1,4 @@
-"""Images that a call starts from, as people have them: PIL images, arrays, tensors and paths."""
+"""Reads start images given as PIL images, arrays, tensors or paths."""
 
 from pathlib import Path
 from typing import Any

@@ -16,11 +16,11 @@ from lora_compose.pipelines.task import Task
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop tells others.
+    """Callbacks of the loop.
 
     Attributes:
         before_step: Called with each step.
-        after_step: Called with step and latents; returns the latents to go on with and the scale of guidance.
+        after_step: Called with step and latents; returns the latents and guidance scale to continue with.
         interrupted: Whether the user has stopped the call.
         progress_bar: A context manager of diffusers for so many steps.
     """
@@ -45,11 +45,11 @@ def denoise(
 
     Args:
         process: The method.
-        task: Where latents start, and what is put back.
+        task: The start latents, and what is restored after each step.
         sampler: The scheduler and its timesteps.
         cfg_scale: Classifier-free guidance.
         hooks: Callbacks.
-        cost: Takes the seconds of preparation.
+        cost: Receives the seconds of preparation.
         started: When the call began, by `time.perf_counter()`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is told of a finished call."""
+"""The outcome of a finished call."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,14 @@ from lora_compose.pipelines.output import ComposeOutput
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is told of a call: the denoiser that has run, with costs and recorded maps, and the choice of its method."""
+    """The outcome of a call: its denoiser, with costs and recorded maps, and the choice of its method."""
 
     denoiser: Denoiser
     choice: Choice
 
 
 def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
-    """What a call returns."""
+    """The output of a call."""
     denoiser, choice = outcome.denoiser, outcome.choice
     recorded_steps, maps = denoiser.log.attention_maps() or (None, None)
     return ComposeOutput(

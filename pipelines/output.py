@@ -1,4 +1,4 @@
-"""What a call with concepts returns."""
+"""The output of a call with concepts."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 @dataclass
 class Cost:
-    """What a call cost. The unit is a row: one latent of the whole canvas through the whole model.
+    """The cost of a call. The unit is a row: one latent of the whole canvas through the whole model.
 
     Attributes:
         rows_forward: Rows run forward to the end.
@@ -46,7 +46,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
             its maximum and above every other concept's share. Shape: as attention_maps, bool.
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
-        method_reason: Why it is this one.
+        method_reason: The reason for the choice.
     """
 
     cost: Cost | None = None

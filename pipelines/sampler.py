@@ -1,4 +1,4 @@
-"""The scheduler of a call: its steps, and copies of it for steps that are taken ahead."""
+"""The scheduler of a call, and copies of it for the steps of a draft."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ class Schedule:
     """The timesteps of a call.
 
     Attributes:
-        timesteps: Of all passes. A scheduler of second order has two per step, of which the last step lacks one.
-        steps: How many steps these are.
+        timesteps: Timesteps of all passes. A second-order scheduler has two per step, and one in the last step.
+        steps: Number of steps.
         order: The scheduler's order.
     """
 
@@ -51,7 +51,7 @@ class Sampler:
         return latents if scale is None else scale(latents, t)
 
     def step(self, model_output: Tensor, t: Tensor, latents: Tensor) -> Tensor:
-        """From model output, timestep and latents to the next latents."""
+        """The next latents, from model output, timestep and latents."""
         return self.scheduler.step(model_output, t, latents, **self.arguments, return_dict=False)[0]
 
     def of_images(self, images: Sequence[int]) -> "Sampler":
@@ -64,7 +64,7 @@ class Sampler:
 
     @contextmanager
     def ahead(self) -> Iterator["Sampler"]:
-        """A copy for steps that are taken ahead: they get the noise that comes next, and nothing of them is left.
+        """A copy for the steps of a draft: they use the same noise as the real steps, and leave no trace.
 
         Scheduler and generators stay as they are, and so does PyTorch's own generator, which some schedulers use.
         """
