@@ -223,7 +223,7 @@ def test_files_for_models_that_are_not_known_are_matched_by_their_own_names(tmp_
     out = tmp_path / "out.safetensors"
     result = run(app, ["merge", f"{one}:2", str(other), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert "the model is not known here" in text_of(result)
+    assert "the model is unknown" in text_of(result)
     assert "model.double_blocks_3" in text_of(result)
     a, b, found = load_file(one), load_file(other), load_file(out)
 
@@ -354,10 +354,10 @@ TWO = ["playground:cat", "playground:dog"]
         ([*TWO, "--method", "ties", "--set", "density=2"], "density is a share"),
         ([*TWO, "playground:bear", "--method", "np"], "np takes two files, a subject and then a style; 3 were given"),
         (["playground:cat", "--method", "k-lora"], "k-lora takes two files"),
-        ([*TWO, "--prompt", "a cat"], "cat looks at no image; leave --prompt out"),
+        ([*TWO, "--prompt", "a cat"], "cat generates no images; leave --prompt out"),
         ([*TWO, "--prompt", "a cat", "--method", "ssr"], "there are 1 prompts for 2 files"),
-        ([*TWO, "--keys", "peft"], "--keys is one of diffusers, kohya, not 'peft'"),
-        ([*TWO, "--dtype", "int8"], "--dtype is one of float32, float16, bfloat16, not 'int8'"),
+        ([*TWO, "--keys", "peft"], "--keys must be one of diffusers, kohya, not 'peft'"),
+        ([*TWO, "--dtype", "int8"], "--dtype must be one of float32, float16, bfloat16, not 'int8'"),
         (["playground:cat:nan", "playground:dog"], "the weight is nan; expected a number such as 0.8"),
         (["playground:cat:0", "playground:dog:0"], "every weight is 0; there is nothing to merge"),
         ([*TWO, "playground:cat:1e9", "--dtype", "float16"], "that torch.float16 cannot hold; write float32"),
@@ -427,7 +427,7 @@ def test_files_for_unknown_models_must_fit_each_other(other: dict[str, Any], mes
     assert result.exit_code == 2
     assert message in text_of(result)
     result = run(app, ["merge", str(files[0]), "--keys", "diffusers", "--out", str(tmp_path / "out.safetensors")])
-    assert "so its layers keep the names it gives them" in text_of(result)
+    assert "so its layers keep their names" in text_of(result)
 
 
 def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
