@@ -4,7 +4,7 @@ The simplest use of regions, for any LoRA and without optimisation. For concept 
 grid of each layer and token mask m_i, which is that of its trigger for a LoRA trained with TARA and 1 for any other,
 
     layers that see image cells:            y = W x + sum_i diag(M_i) Delta_i x
-    keys and values of cross-attention:     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
+    keys and values of cross-attention:     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        (the same for V)
 
 both on the rows of the prompt. The rows of the negative prompt stay those of the base model, so guidance points from
 the base model's prediction to that of the LoRAs, and strengthens identities. A style acts on all cells and tokens. The

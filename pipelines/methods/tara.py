@@ -3,7 +3,7 @@
 Token focus masking. In keys and values of cross-attention the delta of concept i acts only on the tokens of its own
 trigger, m_i in {0, 1}:
 
-    K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
+    K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        (the same for V)
 
 Every other adapted layer is summed without a mask. One forward pass per step whatever the number of concepts.
 
