@@ -9,6 +9,7 @@ from lora_compose.compose.page.screen.keep import restoring
 from lora_compose.compose.page.screen.method import method_part
 from lora_compose.compose.page.screen.prompt import prompt_part
 from lora_compose.compose.page.screen.stage import stage_part
+from lora_compose.compose.page.screen.start import start_part
 from lora_compose.compose.page.screen.style import style
 from lora_compose.compose.page.screen.top import top_part
 
@@ -23,6 +24,7 @@ with bench, st.container(key="bench"):
     prompt_part(session)
     concepts_part(session)
     method_part(session)
+    start_part(session)
     restoring(session)
 with stage, st.container(key="stage"):
     stage_part(session)

@@ -29,11 +29,12 @@ from lora_compose.pipelines.opening import checkpoint_keys
 from lora_compose.pipelines.outcome import Outcome
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
+from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
 from lora_compose.pipelines.task import ImageToImage, TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
-from lora_compose.pipelines.text.encoder import Encoder
+from lora_compose.pipelines.text.encoder import FamilyEncoder
 from lora_compose.pipelines.text.tokens import Tokenizer
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -55,6 +56,9 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
+
+    reads_weights: ClassVar[bool] = False
+    """Whether prompts may have weights, and be longer than a text encoder reads at once."""
     """The classes of all model families, as their modules register them."""
 
     # Components, and what the pipelines of all families have.
@@ -135,6 +139,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             return super().from_pipe(pipeline, **options)  # pyright: ignore[reportReturnType]
         family: Any = cls.family_of(pipeline.config)
         return family.from_pipe(pipeline, **options)
+
+    def to(self, *args: Any, **options: Any) -> Self:
+        """Moves or converts all models, as in diffusers; the LoRAs of earlier calls that were kept are dropped."""
+        self.banks.clear()
+        return super().to(*args, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         """Saves the model as diffusers does; plain diffusers opens it as well.
@@ -225,15 +234,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Settings:
         """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
-        return self._choose_method(method, concepts, prompts, concept_sets).method
+        return self.resolve_choice(method, concepts, prompts, concept_sets).method
 
-    def _choose_method(
+    def resolve_choice(
         self,
         method: str | Settings | None,
         concepts: Sequence[LoadedConcept],
         prompts: Sequence[str] | None,
         concept_sets: Sequence[ConceptSet] | None = None,
     ) -> Choice:
+        """The method of a call, and why it is this one; None chooses and logs why (`choose_method`)."""
         if method is not None:
             return Choice(make_method(method), "it was asked for")
         reads_regions = backbone_of(self.model).reads_regions
@@ -247,7 +257,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
-    def compose(self, call: Call, encode: Encoder) -> "tuple[Tensor, Process, Outcome]":
+    def compose(self, call: Call, encode: FamilyEncoder) -> "tuple[Tensor, Process, Outcome]":
         """A call with concepts up to its final latents, the same for every family and method.
 
         Args:
@@ -266,7 +276,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             self.__dict__.update(call.properties, _interrupt=False)
             schedule = self._schedule(call.sampling, plan)
             task = None if call.source is None else self._from_image(call, call.source, plan, schedule)
-            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling))
+            sampler = Sampler(self.scheduler, schedule, self._step_arguments(call.sampling), task)
             opened = sessions(encode, sampler, {} if task is None else task.inputs)
             process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
@@ -285,14 +295,19 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
                 cost=opened.denoiser.cost,
                 started=call.started,
             )
-            return latents, process, Outcome(opened.denoiser, plan.choice)
+            return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
     # Differences between families.
 
     @property
     def model(self) -> Any:
         """The UNet or transformer."""
-        return self.components.get("unet") or self.components["transformer"]
+        found = getattr(self, "unet", None)
+        return self.transformer if found is None else found  # a compiled model cannot be asked whether it is true
+
+    def _origin(self, call: Call, plan: Plan) -> Origin | None:
+        """What images are repainted with; None where that cannot be done."""
+        return None
 
     def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
         """The tokenizers of the prompt.

@@ -56,11 +56,13 @@ class GivenPrompts:
         texts: The prompts for each tokenizer; None with embeddings.
         embeds: Embeddings, instead of prompts. Shape: [prompts, tokens, channels].
         length: Tokens of an encoded text; None means as many as the tokenizer says.
+        negative: The negative prompts, as all tokenizers read them.
     """
 
     texts: Sequence[Sequence[str]] | None
     embeds: Tensor | None = None
     length: int | None = None
+    negative: Sequence[str] = ()
 
     @property
     def first(self) -> Sequence[str] | None:

@@ -113,7 +113,8 @@ def in_pixels(box: Sequence[float], width: int, height: int) -> Box:
     left, top, right, bottom = box
     if is_fractions(box):
         left, top, right, bottom = left * width, top * height, right * width, bottom * height
-        box = (round(left), round(top), max(round(left) + 1, round(right)), max(round(top) + 1, round(bottom)))
+        left, top = min(round(left), width - 1), min(round(top), height - 1)
+        box = (left, top, max(left + 1, round(right)), max(top + 1, round(bottom)))
     if any(side != side or side != int(side) for side in box):
         raise ValueError(f"a box is in whole pixels, or in fractions of 0 to 1 such as (0.0, 0.2, 0.5, 1.0), not {box}")
     left, top, right, bottom = (int(side) for side in box)

@@ -6,14 +6,16 @@ from typing import Any
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.methods import Choice, name_of
 from lora_compose.pipelines.output import ComposeOutput
+from lora_compose.pipelines.refine import Origin
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a call: its denoiser, with costs and recorded maps, and the choice of its method."""
+    """What is told of a call: its denoiser, with costs and recorded maps, its method, and what it was made of."""
 
     denoiser: Denoiser
     choice: Choice
+    origin: Origin | None = None
 
 
 def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
@@ -29,4 +31,5 @@ def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
         recorded_steps=recorded_steps,
         method=name_of(choice.method)[0],
         method_reason=choice.reason,
+        origin=outcome.origin,
     )

@@ -1,6 +1,7 @@
 """The output of a call with concepts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
@@ -46,7 +47,8 @@ class ComposeOutput(StableDiffusionPipelineOutput):
             its maximum and above every other concept's share. Shape: as attention_maps, bool.
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
-        method_reason: The reason for the choice.
+        method_reason: Why it is this one.
+        origin: What the images were made of, for `refine`; None where they cannot be repainted.
     """
 
     cost: Cost | None = None
@@ -55,3 +57,27 @@ class ComposeOutput(StableDiffusionPipelineOutput):
     recorded_steps: tuple[int, ...] | None = None
     method: str | None = None
     method_reason: str | None = None
+    origin: Any = field(default=None, repr=False)
+
+    def refine(self, how: Any = None, *, image: int = 0, **options: Any) -> Any:
+        """Repaints each subject of an image alone, enlarged, with its LoRA (`refine`).
+
+        Subjects are where their regions are, or where the masks of the middle step are, with `record_attention=True`.
+
+        Args:
+            how: A `Detailer`; None is its defaults.
+            image: Which of the images.
+            options: Of every call; steps, guidance and negative prompt are by default those of the image.
+
+        Returns:
+            A `Refined`: the image, the subjects, and the cost.
+
+        Raises:
+            ValueError: If the image cannot be repainted.
+        """
+        if self.origin is None:
+            raise ValueError(
+                "refine() repaints images that Stable Diffusion 1.x, 2.x or XL made of a prompt with concepts, not of "
+                "an image; for others there is lora_compose.refine(pipe, image, ...)"
+            )
+        return self.origin.refine(self, image, how, options)

@@ -14,6 +14,8 @@ from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
+from lora_compose.pipelines.concepts.loading import model_part
+from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import PreparedControl, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
@@ -24,8 +26,11 @@ from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
-from lora_compose.pipelines.text.encoder import Encoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.emphasis import has_weights, plain_text
+from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
 from lora_compose.pipelines.text.tokens import Tokenizer
 
 
@@ -57,6 +62,7 @@ class Plan:
         textual_inversions: Words bundled with LoRA files.
         finder: Finds words in prompts.
         controls: Prepared ControlNets and T2I-Adapters.
+        reading: How texts with weights, and long ones, are read; None if there are none.
     """
 
     call: Call
@@ -67,10 +73,11 @@ class Plan:
     textual_inversions: TextualInversions
     finder: Finder
     controls: Sequence[PreparedControl]
+    reading: Reading | None = None
 
     @contextmanager
-    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler, Mapping[str, Any]], "Sessions"]]:
-        """Installs the LoRAs in the model inside this block.
+    def installed(self, pipe: Any) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
+        """The LoRAs are in the model inside this block, and nowhere after it.
 
         Args:
             pipe: The pipeline.
@@ -87,18 +94,25 @@ class Plan:
             device=self.canvas.device,
             dtype=model.dtype,
             silence=names,
+            kept=self.concepts.kept(model_part(pipe), pipe.banks),
         ) as installation:
 
-            def sessions(encode: Encoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
+            def sessions(encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
                 steps = len(sampler.schedule.timesteps)
                 log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
                 denoiser = Denoiser(
                     self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
                     {**self.call.inputs, **inputs}, log,
                 )  # fmt: skip
+                reading = {} if self.reading is None else {"reading": self.reading}
+
+                def here(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+                    return encode(prompts, negative_prompts, self.canvas.device, **reading)
+
                 encoder = PromptEncoder(
-                    self.concepts, pipe.components, self.textual_inversions.read_by(pipe, encode), self.canvas, steps
-                )
+                    self.concepts, pipe.components, self.textual_inversions.read_by(pipe, here), self.canvas, steps,
+                    pipe.banks,
+                )  # fmt: skip
                 return Sessions(denoiser, [self._session(part, denoiser, encoder) for part in self.sets])
 
             yield sessions
@@ -134,6 +148,8 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     """
     loaded, concepts_of = resolve_sets(pipe, call)
     loaded = tuple(_region_in_pixels(call, found) for found in loaded)
+    raw = _other_texts(call, loaded)
+    loaded = tuple(map(_without_weights, loaded))
     check_call(call, loaded)
     if call.source is not None:
         loaded = tuple(map(call.source.placed, loaded))
@@ -142,11 +158,12 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     concepts = ConceptSet(loaded)
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
-    choice = pipe._choose_method(call.composition.method, loaded, call.prompts.first, sets)
+    choice = pipe.resolve_choice(call.composition.method, loaded, call.prompts.first, sets)
     backbone = backbone_of(pipe.model)
     if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
-            "this method needs region attention, which this model does not support yet; use merge, tara or regional"
+            "this method needs region attention and gradients, which work with UNets (SD 1.x, SD 2.x, SDXL) only; use "
+            "draft, which needs no layout, regional with a region for each subject, or tara"
         )
     if call.source is not None and call.source.strength < 1 and getattr(choice.method, "moves_noise", False):
         raise ValueError(
@@ -155,6 +172,12 @@ def make_plan(pipe: Any, call: Call) -> Plan:
         )
     textual_inversions = TextualInversions.of(loaded, pipe.components)
     tokenizers = pipe._prompt_tokenizers(textual_inversions, call.prompts.length)
+    reading = _reading(pipe, call, tokenizers, raw)
+    if reading is not None and reading.chunks > 1:
+        tokenizers = [LongTokenizer(tokenizer, reading.chunks) for tokenizer in tokenizers]
+    texts = call.prompts.texts
+    plain = None if texts is None else [[plain_text(text) for text in column] for column in texts]
+    call = replace(call, prompts=replace(call.prompts, texts=plain))
     prompts_of: dict[tuple[int, ...], list[int]] = {}
     for prompt, columns in enumerate(concepts_of):
         prompts_of.setdefault(tuple(columns), []).append(prompt)
@@ -175,9 +198,35 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
     controls = [control for control in ready if not control.control.is_off]
-    plan = Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls)
+    plan = Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, reading)
     steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
     return plan
+
+
+def _other_texts(call: Call, loaded: Sequence[LoadedConcept]) -> list[str]:
+    """Negative prompts and those of concepts, as they are written."""
+    own = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]
+    return [*call.prompts.negative, *own]
+
+
+def _without_weights(loaded: LoadedConcept) -> LoadedConcept:
+    """A concept whose own texts are plain."""
+    texts = {name: getattr(loaded.concept, name) for name in ("prompt", "negative_prompt")}
+    plain = {name: plain_text(text) for name, text in texts.items() if text}
+    return replace(loaded, concept=loaded.concept.model_copy(update=plain)) if plain else loaded
+
+
+def _reading(pipe: Any, call: Call, tokenizers: Sequence[Tokenizer], others: Sequence[str]) -> Reading | None:
+    prompts = call.prompts.texts or ()
+    check_no_tags([*others, *(text for column in prompts for text in column)])
+    if pipe.reads_weights and prompts:
+        return Reading.of(tokenizers, prompts, others)
+    every = (*(text for column in prompts for text in column), *others)
+    wrong = next(filter(has_weights, every), None)
+    if wrong is not None:
+        why = "go with a prompt, and this call has embeddings" if pipe.reads_weights else "work with SD 1.x, 2.x and XL"
+        raise ValueError(f"weights as in {shortened(wrong)} {why}; leave out the parentheses with a number")
+    return None
 
 
 def _region_in_pixels(call: Call, loaded: LoadedConcept) -> LoadedConcept:
@@ -289,6 +338,7 @@ def _find(
     mentions: Any,
 ) -> TokenMasks:
     """A `Finder` for texts that all tokenizers read."""
+    prompts = [plain_text(prompt) for prompt in prompts]
     return find_in(tokenizers, concepts, [prompts] * len(tokenizers), names=names, mentions=mentions)
 
 

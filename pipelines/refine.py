@@ -16,9 +16,10 @@ from torch import Tensor
 from lora_compose.attention.masks import bounds
 from lora_compose.pipelines.mask_images import greys, in_pixels, mask_of_box, read_mask_image
 from lora_compose.pipelines.methods import Settings
-from lora_compose.pipelines.output import Cost
+from lora_compose.pipelines.output import ComposeOutput, Cost
 from lora_compose.pipelines.regions import read_mask
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.emphasis import read_emphasis
 from lora_compose.pipelines.text.prompts import about
 
 
@@ -92,13 +93,13 @@ def refine(
         raise ValueError(f"masks name {sorted(unknown)}; the subjects are {', '.join(one.name for one in subjects)}")
     found = {one.name: _mask(one, masks or {}, image.size) for one in subjects}
     if not any(found.values()):
-        raise ValueError("it is not known where the subjects are: give masks={name: mask}, or concepts with regions")
-    cost, done = Cost(), []
+        raise ValueError("nothing says where the subjects are: give masks={name: mask}, or concepts with regions")
+    cost, done, whole = Cost(), [], read_emphasis(prompt)
     for subject in subjects:
         mask = found[subject.name]
         if mask is None:
             continue
-        text = about(subject, prompt, subjects)
+        text = whole.carried_to(about(subject, whole.text, subjects)).written()
         acting = [one.model_copy(update={"region": None, "prompt": None}) for one in (subject, *styles)]
         output = pipe(
             text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
@@ -109,6 +110,48 @@ def refine(
         cost.add(output.cost)
         done.append(subject.name)
     return Refined(image, tuple(done), cost)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the images of a call were made of, to repaint their subjects.
+
+    Attributes:
+        pipe: The pipeline.
+        prompts: The prompts, as they were written.
+        concepts: The concept set of each.
+        columns: Where the masks of those concepts are, for each prompt.
+        images_per_prompt: How many images each prompt has.
+        options: Of every call that repaints.
+    """
+
+    pipe: Any
+    prompts: Sequence[str]
+    concepts: Sequence[Sequence[Concept]]
+    columns: Sequence[Sequence[int]]
+    images_per_prompt: int
+    options: Mapping[str, Any]
+
+    def refine(self, output: ComposeOutput, index: int, how: Detailer | None, options: Mapping[str, Any]) -> Refined:
+        """Repaints the subjects of one image of an output, where its regions are, or its masks in the middle.
+
+        Raises:
+            ValueError: If it is no PIL image, or nothing says where the subjects are.
+        """
+        image = output.images[index]
+        if not isinstance(image, Image.Image):
+            raise ValueError("refine() repaints PIL images; leave output_type='pil'")
+        prompt = index % len(output.images) // self.images_per_prompt
+        concepts = self.concepts[prompt]
+        masks = None
+        if output.masks is not None and all(one.region is None for one in concepts):
+            steps = output.masks[len(output.masks) // 2, index]
+            masks = subject_masks(steps[list(self.columns[prompt])], concepts, image.size)
+        if not masks and all(one.region is None for one in concepts):
+            raise ValueError(
+                "nothing says where the subjects are: make the image with record_attention=True, or give regions"
+            )
+        return refine(self.pipe, image, self.prompts[prompt], concepts, masks, how, **{**self.options, **options})
 
 
 def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, int]) -> dict[str, Image.Image]:

@@ -1,21 +1,15 @@
-"""A small FLUX pipeline of real components, and a slow reference for LoRAs gated by text, region and row."""
+"""A small FLUX pipeline of real components."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
-from components import seeded, small_vae, text_config, tokenizer
-from lora_compose.attention import Lora, LoraFactors
+from components import small_vae, text_config, tokenizer
 from lora_compose.pipelines.families.flux import ComposeFluxPipeline
-
-TOKENS = 24
-CELLS = 8  # image tokens by side, of 128 pixels
+from transformer_families import TOKENS, Family, Places
 
 
 def flux_transformer(**changes: Any) -> FluxTransformer2DModel:
@@ -53,81 +47,21 @@ def flux_pipeline(cls: Any = ComposeFluxPipeline, **changes: Any) -> Any:
     return pipe
 
 
-def flux_lora(transformer: nn.Module, seed: int, size: float = 0.2) -> Lora:
-    """Random factors for every linear layer; another rank for every seed."""
-    generator, rank = torch.Generator().manual_seed(seed), 2 + seed % 3
-    return {
-        name: LoraFactors(
-            torch.randn(rank, module.in_features, generator=generator) * module.in_features**-0.5,
-            torch.randn(module.out_features, rank, generator=generator) * size,
-            0.7,
-        )
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+def gate(name: str, x: Tensor, places: Places) -> Tensor:
+    """Where a LoRA acts in a layer of FLUX."""
+    if ".norm" in name or name.startswith(("norm_out", "time_text_embed")):
+        return places.modulation
+    if name.startswith("single"):
+        return torch.cat([places.text, places.image], dim=1)
+    text = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
+    return places.text if any(part in name for part in text) else places.image
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where each concept's LoRA acts, without broadcasting.
-
-    Attributes:
-        text: Shape: [rows, tokens, concepts].
-        image: Shape: [rows, cells, concepts].
-        modulation: For the time embedding and modulation layers. Shape: [rows, concepts].
-    """
-
-    text: Tensor
-    image: Tensor
-    modulation: Tensor
-
-    def of(self, name: str) -> Tensor:
-        """The gate of a layer, by its name."""
-        if ".norm" in name or name.startswith(("norm_out", "time_text_embed")):
-            return self.modulation
-        if name.startswith("single_transformer_blocks"):
-            return torch.cat([self.text, self.image], dim=1)
-        text = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
-        return self.text if any(part in name for part in text) else self.image
-
-
-@contextmanager
-def dense_loras(transformer: nn.Module, loras: Sequence[Lora], places: Callable[[int], Places]) -> Iterator[None]:
-    """Adds dense deltas concept by concept in forward hooks; `places` gives the gates for so many rows."""
-    handles = []
-    for name, module in transformer.named_modules():
-        mine = [(i, lora[name].delta()) for i, lora in enumerate(loras) if name in lora]
-        if mine:
-            handles.append(module.register_forward_hook(_hook(name, mine, places)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hook(name: str, deltas: Sequence[tuple[int, Tensor]], places: Callable[[int], Places]) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        gate = places(len(given[0])).of(name)
-        for i, delta in deltas:
-            output = output + gate[..., i : i + 1] * nn.functional.linear(given[0], delta)
-        return output
-
-    return hook
-
-
-def as_file(lora: Lora) -> Mapping[str, Tensor]:
-    """A LoRA in diffusers' keys, alpha folded in."""
-    tensors = {}
-    for name, factors in lora.items():
-        tensors[f"transformer.{name}.lora_A.weight"] = factors.down
-        tensors[f"transformer.{name}.lora_B.weight"] = factors.up * factors.scale
-    return tensors
-
-
-def plain_latents(pipe: Any, **arguments: Any) -> Tensor:
-    """What diffusers' own pipeline gives, packed."""
-    plain = FluxPipeline(**pipe.components)
-    plain.set_progress_bar_config(disable=True)
-    output: Any = plain(**{"generator": seeded(3), "output_type": "latent", **arguments})
-    return output.images
+# "a", a space, "s", "k", "s", " cat", " and", " a", a space, "z", "w", "x": a space belongs to the word after it.
+FLUX = Family(
+    pipeline=flux_pipeline,
+    plain=FluxPipeline,
+    gate=gate,
+    words=((1, 2, 3, 4), (8, 9, 10, 11)),
+    guided={"negative_prompt": "the photo", "true_cfg_scale": 3.0},
+)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
-from lora_compose.compose.generate.making import load, rehearse, resolve_settings, size_of
+from lora_compose.compose.generate.making import load, rehearse, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
@@ -22,7 +22,10 @@ from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept, Run
-from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate
+from lora_compose.pipelines.text.emphasis import plain_text
+from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate, special_tokens
 
 _T = TypeVar("_T")
 
@@ -32,9 +35,9 @@ class RunCost:
     """What an image of a run costs.
 
     Attributes:
-        rows: UNet rows, as text.
-        flops: FLOPs; a multiplication and an addition count as two.
-        plain_flops: FLOPs of the same image without concepts.
+        rows: latent rows, in words.
+        flops: Operations, a multiplication and an addition being two.
+        plain_flops: Those of the same image without concepts.
     """
 
     rows: str
@@ -92,7 +95,11 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     loaded = [_attempt(problems, load, pipe, concept) for concept in run.scene.concepts]
     tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
-    facts = [("tokens", _tokens(tokenizer, run.scene.prompt))]
+    prompt = _attempt(problems, plain_text, run.scene.prompt) or run.scene.prompt
+    if run.scene.concepts and pipe.reads_weights:
+        chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
+        tokenizer = LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
+    facts = [("tokens", _tokens(tokenizer, prompt))]
     of_model = run.scene.model_copy(update={"image": None})
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
     places: list[tuple[Concept, Positions]] = []
@@ -102,19 +109,20 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         if run.scene.image is None:  # otherwise regions are in the coordinates of the image, which the rehearsal checks
             _attempt(problems, check_region, known, width, height)
         if found is not None:
-            _attempt(problems, check_blocks, found, pipe.unet)
-        place = _attempt(problems, locate, tokenizer, run.scene.prompt, known) if known.trigger else None
+            _attempt(problems, check_blocks, found, pipe.model)
+        place = _attempt(problems, locate, tokenizer, prompt, known) if known.trigger else None
         facts.append((f"{known.name}: words", _words(known, place)))
         places += [(known, place)] if place else []
-    _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], run.scene.prompt)
-    settings = None
+    _attempt(problems, check_disjoint, [c for c, _ in places], [place for _, place in places], prompt)
+    choice = None
     if all(loaded) or run.method is not None:
-        settings = _attempt(problems, resolve_settings, pipe, run, [found for found in loaded if found])
+        choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
     if not problems:
         _attempt(problems, rehearse, pipe, run)
-    cost = None if problems else _attempt(problems, _cost, pipe, run, settings, loaded)
+    priced = "unet" in pipe.components  # transformers are counted while they run
+    cost = None if problems or not priced else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
     facts += [
-        ("method", name_of(settings)[0] if settings else "none"),
+        ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
         ("cost", _cost_words(pipe, run, cost) if cost is not None else "not known"),
@@ -170,12 +178,23 @@ def _listed(positions: Sequence[int]) -> str:
     return ", ".join(map(str, positions))
 
 
-def _tokens(tokenizer: ExpandingTokenizer, prompt: str) -> str:
-    """The prompt as the model reads it, with positions; position 0 is the start token."""
+def _tokens(tokenizer: Any, prompt: str) -> str:
+    """The prompt as the model reads it, with positions; a start token is counted, in each chunk."""
+    if isinstance(tokenizer, LongTokenizer):
+        inner = tokenizer.tokenizer
+        texts = [prompt[slice(*span)] for span in chunks_of(inner, prompt)]
+        parts = [_tokens_from(inner, text, i * inner.model_max_length) for i, text in enumerate(texts)]
+        return f"{' | '.join(parts)} (in {len(parts)} chunks)"
+    return _tokens_from(tokenizer, prompt, 0)
+
+
+def _tokens_from(tokenizer: ExpandingTokenizer | TemplateTokenizer, prompt: str, first: int) -> str:
+    in_template = isinstance(tokenizer, TemplateTokenizer)
+    front, back = (tokenizer.positions(prompt, 0, 1)[0], 0) if in_template else special_tokens(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    limit = tokenizer.model_max_length - 2
-    pieces = [piece.removesuffix("</w>") for piece in tokenizer.tokenizer.convert_ids_to_tokens(ids)]
-    text = " ".join(f"{position}:{piece}" for position, piece in enumerate(pieces[:limit], start=1))
+    limit = tokenizer.model_max_length - front - back
+    words = [piece.removesuffix("</w>").lstrip("▁Ġ") for piece in tokenizer.tokenizer.convert_ids_to_tokens(ids)]
+    text = " ".join(f"{position}:{word}" for position, word in enumerate(words[:limit], start=first + front))
     return (
         text if len(ids) <= limit else f"{text} (the model reads {limit} tokens; {len(ids) - limit} more are cut off)"
     )
@@ -200,7 +219,7 @@ def _steps(pipe: Any, run: Run) -> int:
 def _cost_words(pipe: Any, run: Run, cost: RunCost) -> str:
     how = "with guidance" if run.guidance_scale > 1 else "without guidance"
     ratio = f"{cost.flops / cost.plain_flops:.2f} times the FLOPs of a plain image"
-    return f"{cost.rows} UNet rows ({_steps(pipe, run)} steps {how}), {ratio}"
+    return f"{cost.rows} latent rows ({_steps(pipe, run)} steps {how}), {ratio}"
 
 
 def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T | None:

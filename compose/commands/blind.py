@@ -8,7 +8,7 @@ import typer
 
 from lora_compose.compose.support.terminal import kindly, starting
 
-app = typer.Typer(help="Blind tests: vote on images without knowing which method made them.", no_args_is_help=True)
+app = typer.Typer(help="Blind tests: vote on images whose method is not shown.", no_args_is_help=True)
 
 
 @app.command()
@@ -17,7 +17,10 @@ def make(
     out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
     seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) per pair and method.", min=1)] = 20,
 ) -> None:
-    """Generate and shuffle the images; `regional` gives all LoRAs token masks. Vote before you open key.json."""
+    """Generate and shuffle the images. Vote before you open key.json.
+
+    `regional` gives all LoRAs token masks.
+    """
     with starting():
         from lora_compose.compose.evaluation import blind
     blind.make(out, seeds)
@@ -41,7 +44,10 @@ def judge(
     evaluation: Annotated[Path, typer.Option(help="A finished evaluation of the playground, for the thresholds.")],
     first: Annotated[int | None, typer.Option(help="Only this number of images, evenly spaced.", min=1)] = None,
 ) -> None:
-    """Reproduce the images, let the judge vote, and list where it disagrees with the human."""
+    """Let the judge vote too, and list where it disagrees with you.
+
+    The images are reproduced for that.
+    """
     with starting():
         from lora_compose.compose.evaluation import blind
     blind.judge(out, evaluation, first)

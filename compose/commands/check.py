@@ -30,7 +30,10 @@ def check(
     guidance: GuidanceOption = 5.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
 ) -> None:
-    """Check a scene against a model: what matches, what it costs, and all problems. Generates nothing."""
+    """Show what a scene matches, what it costs, and all its problems.
+
+    Generates nothing.
+    """
     asked = run_of(
         scene=read_scene(scene), model=model, method=method, settings=parse_settings(settings or []), steps=steps,
         guidance_scale=guidance, device=device,

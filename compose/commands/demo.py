@@ -31,7 +31,10 @@ def demo(
     seed: Annotated[list[int] | None, typer.Option(help="A seed, repeatable.", min=0, max=LAST_SEED)] = None,
     steps: StepsOption = 25,
 ) -> None:
-    """Compose four scenes of the playground, offline, on the CPU: a first sheet within a minute, then the rest."""
+    """Compose four scenes of the playground, offline, on the CPU.
+
+    A first sheet comes within a minute, then the rest.
+    """
     with starting():
         from lora_compose.compose.generate.demo import SEEDS, jobs, show
     todo = jobs(list(dict.fromkeys(seed or SEEDS)), steps)

@@ -25,7 +25,7 @@ class _Suites(TyperGroup):
 
 app = typer.Typer(
     cls=_Suites,
-    help="Score methods on many scenes and seeds: lora-compose evaluate SUITE.",
+    help="Score methods on many scenes: lora-compose evaluate SUITE.",
     no_args_is_help=True,
 )
 
@@ -41,7 +41,10 @@ def run(
         int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
     ] = None,
 ) -> None:
-    """Generate and score all images of a suite and write the report. A rerun resumes; further processes join in."""
+    """Generate and score all images of a suite and write the report.
+
+    A rerun resumes; further processes join in.
+    """
     find_suite(suite)
     _check_packages()
     with starting():
@@ -65,7 +68,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
     baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
 ) -> None:
-    """Write the report of an evaluation again, from its stored results."""
+    """Write the report of an evaluation again, from its results."""
     _check_packages()
     with starting():
         from lora_compose.compose.evaluation.command import say_report
@@ -78,7 +81,7 @@ def compare(
     first: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
     second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
 ) -> None:
-    """Show what is better in the second evaluation than in the first, with intervals."""
+    """Show what is better in a second evaluation, with intervals."""
     _check_packages()
     with starting():
         from lora_compose.compose.evaluation.command import compare_folders

@@ -32,7 +32,10 @@ def inspect(
     keys: Annotated[bool, typer.Option("--keys", help="List all keys that match no layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show LoRA files: format, base model, ranks, norms, triggers, what fits; for several files also their overlap."""
+    """Show LoRA files: format, base model, ranks, triggers, what fits.
+
+    For several files also how much they overlap.
+    """
     for file in files:
         check_lora(file)
     with starting():

@@ -58,7 +58,7 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, for machines.")] = False,
 ) -> None:
-    """Merges LoRA files into one, layer by layer, and shows how much of each was kept."""
+    """Merge LoRA files into one, and show how much of each was kept."""
     if method not in MERGERS:
         raise ValueError(unknown("method", method, MERGERS))
     given = [parse_lora(text) for text in files]

@@ -11,7 +11,7 @@ import typer
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
 from lora_compose.pipelines.complaints import FieldError
@@ -19,7 +19,7 @@ from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LAST_SEED = 2**63 - 1
 _EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
-_BOX = re.compile(rf"\(?{_EDGE},{_EDGE},{_EDGE},{_EDGE}\)?")
+_BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
@@ -37,11 +37,11 @@ LORAS_HELP = (
     "them has."
 )
 CONCEPT_HELP = (
-    "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat,weight=0.8,name=cat,region=64,32,128,96."
-    " Only path is required; region is left,top,right,bottom in pixels, or a mask image (white = inside); "
-    "role=style makes it act everywhere. weight may change over the steps: 0:1,0.5:0 (off in the second half), "
-    "1..0.4 (linear ramp), 1,0.5,0 (equal parts); blocks=down:0.5,up.1:0 are factors by block; prompt and negative "
-    "are its own; alpha is for files without one."
+    "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat. Further fields: weight=0.8, name=cat, "
+    "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as parts of the image "
+    "(0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. weight may change over "
+    "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
+    "blocks=down:0.5,up.1:0 are factors by block; prompt and negative are its own; alpha is for files without one."
 )
 
 
@@ -106,7 +106,7 @@ def starting_from(
     """The fields of a scene that say what it starts from, as options give them."""
     return {
         "image": image,
-        "mask_image": None if mask_image is None else _mask_or_box(mask_image),
+        "mask_image": None if mask_image is None else _mask_or_box(mask_image, "--mask-image"),
         "strength": strength,
         "padding_mask_crop": padding_mask_crop,
         "paste_original": paste_original,
@@ -137,7 +137,7 @@ def parse_concept(text: str) -> Concept:
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
     fields.setdefault("name", _name_of(fields["lora"]))
     if "region" in fields:
-        fields["region"] = _region(text, fields["region"])
+        fields["region"] = _mask_or_box(fields["region"], f"--concept {text}: region")
     try:
         return Concept(**fields)
     except FieldError as error:
@@ -161,14 +161,8 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-Shares = tuple[float, float, float, float]
-"""A box as parts of the image's width and height: left, top, right, bottom."""
-
-
-def concepts_of(
-    concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[str]
-) -> tuple[list[Concept], dict[str, Shares]]:
-    """The concepts of --concept, --lora and --box, and by name those boxes that are parts of the image.
+def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[str]) -> list[Concept]:
+    """The concepts of --concept, --lora and --box.
 
     Raises:
         ValueError: For texts that cannot be read, and for another number of boxes than of LoRAs.
@@ -179,19 +173,13 @@ def concepts_of(
             f"there are {len(boxes)} --box for {len(loras)} --lora; give one for each, in the same order, "
             "and --box none for a LoRA without a box"
         )
-    shares = {}
     for text, box in zip(loras, map(parse_box, boxes or ["none"] * len(loras)), strict=True):
         source, weight = parse_lora(text)
-        concept = {"name": _name_of(source), "lora": source, "weight": weight}
-        if box is not None and all(isinstance(edge, int) for edge in box):
-            concept["region"] = box
-        elif box is not None:
-            shares[concept["name"]] = box
         try:
-            found.append(Concept(**concept))
+            found.append(Concept(name=_name_of(source), lora=source, weight=weight, region=box))
         except FieldError as error:
             raise ValueError(f"--lora {text}: {'; '.join(error.complaints)}") from error
-    return found, shares
+    return found
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -214,11 +202,12 @@ def parse_lora(text: str) -> tuple[str, float]:
     return source, weight
 
 
-def parse_box(text: str) -> tuple[int, int, int, int] | Shares | None:
+def parse_box(text: str, option: str = "--box") -> tuple[float, float, float, float] | None:
     """A box as written on the command line: whole numbers are pixels, and with a point they are parts of the image.
 
     Args:
-        text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none".
+        text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none". Colons may stand for the commas.
+        option: What messages call it.
 
     Raises:
         ValueError: For anything else, and for boxes without an area or outside the image.
@@ -228,19 +217,16 @@ def parse_box(text: str) -> tuple[int, int, int, int] | Shares | None:
     found = _BOX.fullmatch(text.strip())
     if found is None:
         raise ValueError(
-            f"--box {text}: expected left,top,right,bottom in pixels (0,16,60,112), as parts of the image "
+            f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as parts of the image "
             "(0,0.1,0.5,0.9), or none"
         )
-    if not any("." in edge for edge in found.groups()):
-        left, top, right, bottom = map(int, found.groups())
-        if left >= right or top >= bottom:
-            raise ValueError(f"--box {text}: left has to be less than right, and top less than bottom")
-        return left, top, right, bottom
-    left, top, right, bottom = map(float, found.groups())
-    if not (left < right <= 1 and top < bottom <= 1):
-        raise ValueError(
-            f"--box {text}: parts of the image are from 0 to 1, left less than right, and top less than bottom"
-        )
+    edges = found.group(1, 3, 4, 5)
+    in_parts = any("." in edge for edge in edges)
+    left, top, right, bottom = map(float if in_parts else int, edges)
+    if left >= right or top >= bottom:
+        raise ValueError(f"{option} {text}: left has to be less than right, and top less than bottom")
+    if in_parts and not (right <= 1 and bottom <= 1):
+        raise ValueError(f"{option} {text}: with a point, a box is in parts of the image, which are from 0 to 1")
     return left, top, right, bottom
 
 
@@ -283,10 +269,10 @@ def check_names(asked: Run) -> None:
         check_lora(concept.lora or "")
 
 
-def _mask_or_box(value: str) -> tuple[float, ...] | str | None:
+def _mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
     """A mask image or a box, as written on the command line."""
     is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    return value if is_file else parse_box(value)
+    return value if is_file else parse_box(value, option)
 
 
 def check_folder(loras: Path, asked: Run) -> None:
@@ -301,14 +287,5 @@ def check_folder(loras: Path, asked: Run) -> None:
 
 def _name_of(source: str) -> str:
     """What a concept is called by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
-    return Path(source.removeprefix(f"{PLAYGROUND}:")).stem or source
-
-
-def _region(text: str, value: str) -> tuple[int, ...] | str:
-    if value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")):
-        return value
-    if not re.fullmatch(r"\d+([:,])\s*\d+(\1\s*\d+){2}", value):
-        raise ValueError(
-            f"--concept {text}: region must be left,top,right,bottom in whole pixels or a mask image, not {value!r}"
-        )
-    return tuple(map(int, re.split("[:,]", value)))
+    model, colon, name = source.partition(":")
+    return Path(name if colon and model in PLAYGROUNDS else source).stem or source

@@ -26,7 +26,9 @@ def refine(
     model: Annotated[str | None, typer.Option(help="The model's new location, if it has moved.")] = None,
     savers: SaversOption = None,
 ) -> None:
-    """Repaint each subject alone, enlarged to the model's own size, with its LoRA, and blend it back.
+    """Repaint each subject alone, enlarged, with its own LoRA.
+
+    Each is cut out, enlarged to the model's own size, repainted, and blended back.
 
     Subjects are where their regions are. Without regions the image is made once more, to see where they are.
     """

@@ -67,12 +67,12 @@ def run(
         bool, typer.Option("--maps", help="Also write a sheet of attention maps and masks for each image.")
     ] = False,
 ) -> None:
-    """Generate images: one per seed, and a contact sheet if there are several."""
+    """Generate images: one per seed, and a contact sheet of several."""
     given = {
         "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height,
         **starting_from(image, mask_image, strength, padding_mask_crop, paste_original),
     }  # fmt: skip
-    concepts, shares = concepts_of(concept or [], lora or [], box or [])
+    concepts = concepts_of(concept or [], lora or [], box or [])
     asked = run_of(
         scene=scene_of(scene, {name: value for name, value in given.items() if value is not None}, concepts),
         model=model, method=method, settings=parse_settings(settings or []), scheduler=scheduler, steps=steps,
@@ -84,4 +84,4 @@ def run(
     seeds = list(dict.fromkeys(seed or [0]))
     with starting():
         from lora_compose.compose.generate.images import make_images
-    make_images(asked, seeds, out, savers or (), shares=shares, loras=loras, maps=maps)
+    make_images(asked, seeds, out, savers or (), loras=loras, maps=maps)

@@ -118,7 +118,7 @@ def train(
 ) -> None:
     """Train a LoRA on a folder of images. Ctrl-C stops; the same command resumes.
 
-    On several GPUs: accelerate launch --module lora_compose train ...
+    On several GPUs: accelerate launch --module lora_compose train OPTIONS
     """
     if preset is not None and preset not in TRAINING_PRESETS:
         raise ValueError(unknown("preset", preset, TRAINING_PRESETS))

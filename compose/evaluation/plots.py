@@ -24,7 +24,7 @@ _LONGEST = 22  # characters of a label
 
 
 def against_cost(summary: pd.DataFrame, metric: Metric) -> str:
-    """A metric with its intervals against UNet rows relative to the row without LoRA, every row of the table a point.
+    """A metric with its intervals against latent rows relative to the row without LoRA, every row of the table a point.
 
     Points of the same cost stand side by side.
 
@@ -55,11 +55,11 @@ def against_cost(summary: pd.DataFrame, metric: Metric) -> str:
         figure.savefig(
             stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    return _for_page(stream.getvalue(), f"{metric.title} against UNet rows", metric.key)
+    return _for_page(stream.getvalue(), f"{metric.title} against latent rows", metric.key)
 
 
 def _style(axes: Axes, metric: Metric) -> None:
-    axes.set_xlabel("UNet rows, plain image = 1", color=_FAINT, fontsize=9)
+    axes.set_xlabel("latent rows, plain image = 1", color=_FAINT, fontsize=9)
     axes.set_title(metric.title, loc="left", color=_INK, fontsize=11)
     axes.tick_params(colors=_FAINT, labelsize=9, length=0)
     axes.grid(axis="y", color=_RULE, linewidth=0.6)

@@ -97,7 +97,7 @@ def summary(evaluation: Evaluation) -> pd.DataFrame:
     with `m_difference_low` and `m_difference_high`, `m_wins`, `m_ties`, `m_losses` in images, and `m_verdict`.
 
     Costs are medians over images (`peak_bytes` is the largest), and `*_ratio` those over the row without LoRA.
-    `rows` are UNet rows, forward and backward.
+    `rows` are latent rows, forward and backward.
     """
     suite = evaluation.suite
     baseline, plain = evaluation.arm(suite.baseline), _cost(evaluation.arm(SANITY[0]))

@@ -1,6 +1,6 @@
 """`lora-compose run`: writes images of a run, one for each seed."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,12 @@ from PIL import Image
 
 from lora_compose.compose.figures.sheets import maps_sheet, seeds_sheet
 from lora_compose.compose.files.images import save_image
-from lora_compose.compose.generate.making import make_batch, size_of
+from lora_compose.compose.generate.making import make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, err, say
 from lora_compose.pipelines.concepts.selection import choose_concepts
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene import Run, Scene
 
 
 def make_images(
@@ -22,7 +22,6 @@ def make_images(
     out: Path,
     savers: Collection[Saver] = (),
     *,
-    shares: Mapping[str, Sequence[float]] | None = None,
     loras: Path | None = None,
     maps: bool = False,
 ) -> None:
@@ -33,9 +32,8 @@ def make_images(
         seeds: One for each image.
         out: The folder for them.
         savers: Options that save memory.
-        shares: Boxes as fractions of the canvas, by concept; pixels are known once the model is open.
-        loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
-        maps: Whether attention maps are written.
+        loras: A folder of LoRAs, of which those act that the prompt names; None takes the concepts of the scene.
+        maps: Whether attention maps are written, too.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -44,8 +42,7 @@ def make_images(
         pipe = open_model(asked, savers)
     if loras is not None:
         asked = asked.model_copy(update={"scene": _named(pipe, asked.scene, loras)})
-    asked = asked.model_copy(update={"scene": _in_pixels(pipe, asked.scene, shares or {})})
-    images, records = {}, []
+    images, records, reason = {}, [], None
     with bar(f"composing into {out}", len(seeds)) as on_progress:
         for i, seed in enumerate(seeds):
             batch = make_batch(
@@ -58,10 +55,13 @@ def make_images(
                 say(save_image(maps_sheet(made.image, made.record.run, batch.attention), out / f"{seed}-maps.png"))
             images[seed] = made.image
             records.append((path, made.record))
+            reason = reason if asked.method else batch.method_reason
+            # Chosen once: the other seeds are made in the same way.
+            asked = asked.model_copy(update={name: getattr(made.record.run, name) for name in ("method", "settings")})
     path, record = records[-1]
     if len(images) > 1:
         say(save_image(_seeds_sheet(images, record.run), out / "sheet.png"))
-    say(f"{_how(record.run)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
+    say(f"{_how(record.run, reason)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
 
 
 def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
@@ -72,32 +72,18 @@ def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
         say(reason, style="dim", to=err)
     for note in choice.notes:
         say(f"note: {note}", style="yellow", to=err)
-    return scene.model_copy(
-        update={"prompt": choice.prompt, "concepts": tuple(known[name] for name in choice.names)}
-    )  # fmt: skip
+    concepts = tuple(
+        known[name].model_copy(update={"weight": choice.weights[name]} if name in choice.weights else {})
+        for name in choice.names
+    )
+    return scene.model_copy(update={"prompt": choice.prompt, "concepts": concepts})
 
 
-def box_in_pixels(share: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """A box given as fractions of the image, in whole pixels; at least one pixel wide and high."""
-    left, top = (min(round(share[i] * side), side - 1) for i, side in ((0, width), (1, height)))
-    return left, top, max(left + 1, round(share[2] * width)), max(top + 1, round(share[3] * height))
-
-
-def _in_pixels(pipe: Any, scene: Scene, shares: Mapping[str, Sequence[float]]) -> Scene:
-    size = size_of(pipe, scene)
-    boxes = {name: box_in_pixels(share, *size) for name, share in shares.items()}
-    concepts = (_with_box(concept, boxes) for concept in scene.concepts)
-    return scene.model_copy(update={"concepts": tuple(concepts)})
-
-
-def _with_box(concept: Concept, boxes: Mapping[str, tuple[int, int, int, int]]) -> Concept:
-    return concept.model_copy(update={"region": boxes[concept.name]}) if concept.name in boxes else concept
-
-
-def _how(made: Run) -> str:
+def _how(made: Run, reason: str | None) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in made.settings.items())
     method = made.method or "plain, without concepts"
-    return f"made by {method}{f' ({settings})' if settings else ''}, {made.steps} steps, {made.scheduler}"
+    why = f", because {reason}" if reason else ""
+    return f"made by {method}{f' ({settings})' if settings else ''}{why}, {made.steps} steps, {made.scheduler}"
 
 
 def _seeds_sheet(images: dict[int, Image.Image], made: Run) -> Image.Image:

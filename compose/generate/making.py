@@ -18,7 +18,7 @@ from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.mask_images import URI_PREFIX, open_image
-from lora_compose.pipelines.methods import METHODS, Process, Settings, make_method, name_of
+from lora_compose.pipelines.methods import METHODS, Choice, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
@@ -47,11 +47,13 @@ class MadeBatch:
         images: In the order of the seeds.
         cost: What the call cost; None without concepts.
         attention: Attention maps, if they were asked for and there are concepts.
+        method_reason: Why the method is this one; None without concepts.
     """
 
     images: tuple[Made, ...]
     cost: Cost | None
     attention: Attention | None = None
+    method_reason: str | None = None
 
 
 def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None) -> Made:
@@ -97,9 +99,9 @@ def make_batch(
         ValueError: For anything that does not fit together, before any work is done.
     """
     seeds = tuple(seeds)
-    with _prepared(pipe, run) as (loaded, settings, arguments):
+    with _prepared(pipe, run) as (loaded, choice, arguments):
         record = Record(
-            run=_as_used(pipe, run, settings),
+            run=_as_used(pipe, run, choice and choice.method),
             versions=versions(),
             sha256=_hashes(loaded),
             images=_image_hashes(run.scene),
@@ -123,7 +125,9 @@ def make_batch(
     ]
     maps, masks = getattr(output, "attention_maps", None), getattr(output, "masks", None)
     attention = None if maps is None or masks is None else Attention(output.recorded_steps, maps.cpu(), masks.cpu())
-    return MadeBatch(tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention)
+    return MadeBatch(
+        tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention, choice and choice.reason
+    )
 
 
 def rehearse(pipe: Any, run: Run) -> None:
@@ -132,11 +136,11 @@ def rehearse(pipe: Any, run: Run) -> None:
     Raises:
         ValueError: Whatever `make` would raise.
     """
-    with _prepared(pipe, run) as (loaded, settings, arguments):
+    with _prepared(pipe, run) as (loaded, choice, arguments):
         if not loaded:
             return
         try:
-            pipe(**{**arguments, "method": _Rehearsal(settings)})
+            pipe(**{**arguments, "method": _Rehearsal(choice and choice.method)})
         except _Rehearsed:
             return
 
@@ -166,15 +170,13 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     if scene.image is not None and scene.padding_mask_crop is None:
         given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
         return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
-    # Both are always passed: if one is missing, diffusers takes the model's own size for both.
-    sample = pipe.unet.config.sample_size
-    height, width = (sample, sample) if isinstance(sample, int) else sample
-    scale = pipe.vae_scale_factor
-    return scene.width or width * scale, scene.height or height * scale
+    # Both are always said: diffusers alone takes the model's own for both where one is missing.
+    width, height = pipe.own_size
+    return scene.width or width, scene.height or height
 
 
-def resolve_settings(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Settings | None:
-    """The settings of a run's method. Without a method one is chosen, and the reason is logged. None without concepts.
+def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choice | None:
+    """A run's method; without one it is chosen, and the log says why. None without concepts.
 
     Raises:
         ValueError: For unknown methods and settings, and for settings without a method.
@@ -185,9 +187,8 @@ def resolve_settings(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Se
         if run.method is not None:
             raise ValueError(f"the method {run.method} needs concepts, and the scene has none")
         return None
-    if run.method is None:
-        return pipe.resolve_method(None, loaded, [run.scene.prompt])
-    return make_method(run.method, run.settings)
+    method = None if run.method is None else make_method(run.method, run.settings)
+    return pipe.resolve_choice(method, loaded, [run.scene.prompt])
 
 
 @dataclass(frozen=True)
@@ -207,27 +208,25 @@ class _Rehearsed(Exception):  # noqa: N818 (nothing has gone wrong)
 
 
 @contextmanager
-def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Settings | None, dict[str, Any]]]:
+def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice | None, dict[str, Any]]]:
     """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
     if pipe.model.dtype != getattr(torch, run.dtype):
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.model.dtype}; open it again")
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
-    settings = resolve_settings(pipe, run, loaded)
+    choice = resolve_choice(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     arguments = {
         "prompt": run.scene.prompt,
-        # Without a negative prompt SDXL gets zeros, which differ from an empty text.
-        "negative_prompt": run.scene.negative_prompt or None,
         **dict(zip(("width", "height"), size_of(pipe, run.scene), strict=True)),
         "num_inference_steps": run.steps,
-        "guidance_scale": run.guidance_scale,
+        **pipe.guided(run.guidance_scale, run.scene.negative_prompt or None),
         "concepts": [concept.concept for concept in loaded],
-        "method": settings,
+        "method": choice and choice.method,
         **run.scene.start,
     }
     pipe.scheduler = scheduler
     try:
-        yield loaded, settings, arguments
+        yield loaded, choice, arguments
     finally:
         pipe.scheduler = before
 

@@ -64,7 +64,7 @@ def refine_and_save(
         negative_prompt=run.scene.negative_prompt or None, generator=torch.Generator().manual_seed(run.seed),
     )  # fmt: skip
     say(save_image(found.image, out))
-    say(f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} UNet rows")
+    say(f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} latent rows")
 
 
 def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str, Any]:

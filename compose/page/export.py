@@ -23,7 +23,7 @@ _SAVING = {
 
 
 def portable(run: Run, files: Mapping[str, str]) -> Run:
-    """The run with uploaded LoRAs named as their owner named them, not as this session stores them.
+    """The run with uploaded LoRAs and images named as their owner named them, not as this session stores them.
 
     Args:
         run: As it was made.
@@ -33,7 +33,8 @@ def portable(run: Run, files: Mapping[str, str]) -> Run:
         concept.model_copy(update={"lora": files.get(concept.lora or "", concept.lora)})
         for concept in run.scene.concepts
     )
-    return run.model_copy(update={"scene": run.scene.model_copy(update={"concepts": concepts})})
+    images = {name: files.get(path, path) for name, path in run.scene.start.items() if isinstance(path, str)}
+    return run.model_copy(update={"scene": run.scene.model_copy(update={"concepts": concepts, **images})})
 
 
 def scene_file(scene: Scene) -> str:
@@ -131,7 +132,10 @@ def _asked(run: Run, imports: dict[str, set[str]]) -> list[str]:
             lines.append(f"method={_call(kind, run.settings)}")
         elif run.method is not None:
             lines.append(f"method={_value(run.method)}")
-    lines += [f"{side}={value}" for side, value in (("width", scene.width), ("height", scene.height)) if value]
+    # Image-to-image has the size of its image.
+    sides = () if scene.image is not None and scene.mask_image is None else ("width", "height")
+    lines += [f"{side}={value}" for side in sides if (value := getattr(scene, side))]
+    lines += [f"{name}={_value(value)}" for name, value in scene.start.items()]
     lines += [f"num_inference_steps={run.steps}", f"guidance_scale={run.guidance_scale!r}"]
     return [*lines, f"generator=torch.Generator().manual_seed({run.seed})"]
 

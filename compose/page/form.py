@@ -47,6 +47,9 @@ class Form:
         steps: As in `Run`.
         guidance_scale: As in `Run`.
         seeds: One for each image.
+        image: As in `Scene`.
+        mask_image: As in `Scene`; the page paints nothing outside of it.
+        strength: As in `Scene`.
     """
 
     choice: Choice
@@ -61,6 +64,9 @@ class Form:
     steps: int = 25
     guidance_scale: float = 5.0
     seeds: tuple[int, ...] = (0,)
+    image: str | None = None
+    mask_image: str | None = None
+    strength: float | None = None
 
     def runs(self) -> list[Run]:
         """A run for every seed.
@@ -73,7 +79,8 @@ class Form:
         try:
             scene = Scene(
                 prompt=self.prompt, negative_prompt=self.negative_prompt, concepts=concepts,
-                width=self.size[0], height=self.size[1],
+                width=self.size[0], height=self.size[1], image=self.image, mask_image=self.mask_image,
+                strength=self.strength, paste_original=True if self.mask_image is not None else None,
             )  # fmt: skip
             return [
                 Run(
@@ -125,6 +132,9 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         steps=run.steps,
         guidance_scale=run.guidance_scale,
         seeds=(run.seed,),
+        image=run.scene.image,
+        mask_image=run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
+        strength=run.scene.strength,
     )
     check_limits(form)
     return form

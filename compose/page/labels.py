@@ -90,7 +90,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "isolate": "Boxes do not see each other",
     },
     "draft": {
-        "length": "Length of the form (share of the steps)",
+        "length": "Length of the draft (share of the steps)",
         "threshold": "How sure a cell of a subject has to be",
         "division": "How the image is divided",
         "reading": "What each place reads",
@@ -100,7 +100,7 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
     },
     "clora": {
         "fuse": "How concepts are joined",
-        "uncond": "The negative prompt is read",
+        "uncond": "Pass for the negative prompt",
         "step_size": "Strength of moving concepts apart",
         "step_rule": _RULE,
         "update_until": f"Move concepts until {_UNTIL}",
@@ -147,8 +147,8 @@ _CHOICES: Mapping[tuple[str, str], str] = {
     ("background", "scene"): "the scene in plain words",
     ("fuse", "regions"): "in one pass",
     ("fuse", "branches"): "a pass each",
-    ("uncond", "shared"): "once for all",
-    ("uncond", "each"): "for each concept",
+    ("uncond", "shared"): "one for all concepts",
+    ("uncond", "each"): "one for each concept",
 }
 
 

@@ -6,12 +6,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_compose.compose.figures.overlay import PALETTE
 from lora_compose.compose.files.images import Record, read_pixels, record_in
@@ -20,14 +20,15 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
-    PLAYGROUND_TITLE,
     playground_lora,
     playground_loras,
     playground_references,
+    playground_title,
 )
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
+from lora_compose.pipelines.mask_images import FORMATS, bounded, from_uri, greys
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept
 
@@ -36,6 +37,9 @@ UPLOAD_LIMIT = 2**30
 
 PNG_LIMIT = 64 * 2**20
 """Bytes of an image that is dropped in."""
+
+MASK_LIMIT = 4 * 2**20
+"""Characters of a painted mask."""
 
 MOST_FILES = 60
 """Images of a folder that are shown."""
@@ -78,17 +82,36 @@ class Lora:
         return Concept(name=name, lora=self.source, trigger=self.trigger, class_word=self.class_word, weight=1.0)
 
 
+@dataclass(frozen=True)
+class StartImage:
+    """An image to start from.
+
+    Attributes:
+        path: Where its copy is, a PNG in a size that the model works with.
+        shown: What its owner calls it.
+        size: Width and height of the copy.
+        mask: Where the mask is that was painted over it; None paints everywhere.
+    """
+
+    path: str
+    shown: str
+    size: tuple[int, int]
+    mask: str | None = None
+
+
 class Store:
     """The files of a session, in a folder of its own.
 
     Attributes:
         folder: Where they are.
         uploads: The LoRAs among them.
+        images: What images to start from are called, and their masks, by path.
     """
 
     def __init__(self) -> None:
         self.folder = new_folder()
         self.uploads: list[Lora] = []
+        self.images: dict[str, str] = {}
 
     @property
     def names(self) -> dict[str, str]:
@@ -130,6 +153,49 @@ class Store:
             return known
         self.uploads.append(lora)
         return lora
+
+    def add_image(self, name: str, data: BinaryIO, side: int) -> StartImage:
+        """Keeps a copy of an image to start from.
+
+        Args:
+            name: What its owner calls it; never a part of a path.
+            data: Its content.
+            side: Pixels of the longer side at most; both become multiples of 8.
+
+        Raises:
+            FileError: If it is too large or no image.
+        """
+        shown = _shown(name)
+        if data.seek(0, os.SEEK_END) > PNG_LIMIT:
+            raise FileError(f"{shown} is larger than {PNG_LIMIT // 2**20} MB, which is the maximum")
+        data.seek(0)
+        try:
+            with Image.open(data, formats=FORMATS) as found:
+                image = ImageOps.exif_transpose(bounded(found, "it")).convert("RGB")
+        except Exception as error:  # images come from strangers, and what Pillow raises for damaged ones has no end
+            raise FileError(f"{shown} cannot be read as an image; expected {', '.join(FORMATS)}") from error
+        share = min(1.0, side / max(image.size))
+        width, height = (max(8, int(length * share) // 8 * 8) for length in image.size)
+        path = self.folder / f"{secrets.token_hex(12)}.png"
+        image.resize((width, height), Image.Resampling.LANCZOS).save(path)
+        self.images[str(path)] = f"{Path(shown).stem}.png"
+        return StartImage(str(path), shown, (width, height))
+
+    def add_mask(self, start: StartImage, uri: str) -> StartImage:
+        """The image with a mask that was painted in the browser, opaque where it is painted.
+
+        Raises:
+            ValueError: For anything that is no such image.
+        """
+        if len(uri) > MASK_LIMIT:
+            raise ValueError("The mask is too large.")
+        mask = greys(from_uri(uri)).resize(start.size).point([255 if grey > 127 else 0 for grey in range(256)])
+        if mask.getbbox() is None:
+            return replace(start, mask=None)
+        path = self.folder / f"{secrets.token_hex(12)}.png"
+        mask.save(path)
+        self.images[str(path)] = "mask.png"
+        return replace(start, mask=str(path))
 
 
 def dropped(name: str, data: BinaryIO) -> Record:
@@ -245,7 +311,7 @@ def _shown(name: str) -> str:
 def _described(file: LoraFile, source: str, shown: str, result: Path | None = None) -> Lora:
     metadata = file.metadata
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
-    ours = metadata.get("base_model") == PLAYGROUND_TITLE
+    ours = metadata.get("base_model") == playground_title(PLAYGROUND)
     return Lora(
         source=source,
         shown=shown,

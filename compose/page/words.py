@@ -7,6 +7,8 @@ from typing import Any, Literal
 from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.text import markup
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.emphasis import plain_text
+from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate
 
 Part = Literal["trigger", "class word"]
@@ -42,8 +44,13 @@ class Reading:
 
 
 def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Reading:
-    """Finds every concept's words in a prompt, as the model's tokenizer reads it."""
+    """Finds every concept's words in a prompt, as the model's tokenizer reads it; with concepts, it reads all of it."""
     marks, flags, missing, unready = [], [], [], False
+    try:
+        text = plain_text(prompt)
+        tokenizer = LongTokenizer(tokenizer, len(chunks_of(tokenizer, text))) if concepts else tokenizer
+    except ValueError as error:
+        return Reading((), (str(error),), (), True, None)
     located: list[tuple[Concept, Positions]] = []
     for i, concept in enumerate(concepts):
         if not concept.trigger:
@@ -60,18 +67,16 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
             continue
         flags += _doubts(concept, found)
         try:
-            located.append((concept, locate(tokenizer, prompt, concept)))
+            located.append((concept, locate(tokenizer, text, concept)))
         except ValueError:
             unready = True
-            flags.append(
-                f"{concept.name} stands too late in the prompt: the model reads only {_limit(tokenizer)} tokens."
-            )
+            flags.append(f"The words of {concept.name} are joined to other signs: put spaces around them.")
     try:
         check_disjoint([concept for concept, _ in located], [place for _, place in located], prompt)
     except ValueError:
         unready = True
         flags.append("Triggers share words; each concept needs a trigger of its own.")
-    cut = cut_off(prompt, tokenizer)
+    cut = None if concepts else cut_off(prompt, tokenizer)
     if cut is not None:
         flags.append(f"The model reads {_limit(tokenizer)} tokens; it ignores “{_shortened(prompt[cut:])}”.")
     return Reading(_apart(marks), tuple(flags), tuple(missing), unready, cut)

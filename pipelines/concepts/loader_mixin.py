@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 
+from lora_compose.attention import BankCache
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
-from lora_compose.pipelines.concepts.library import ConceptLibrary
-from lora_compose.pipelines.concepts.selection import choose_concepts
+from lora_compose.pipelines.concepts.library import ConceptLibrary, adapters_of
+from lora_compose.pipelines.concepts.selection import choose_concepts, has_tags, take_tags
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.scene import Concept
@@ -36,6 +37,21 @@ class ConceptLoaderMixin:
     def library(self) -> ConceptLibrary:
         """The loaded and the added concepts, and the files read recently."""
         return self.__dict__.setdefault("_concept_library", ConceptLibrary())
+
+    @property
+    def banks(self) -> BankCache:
+        """LoRAs that calls have brought to where the model runs, kept for the next calls."""
+        return self.__dict__.setdefault("_banks", BankCache(limit=2**29))
+
+    @property
+    def bank_memory(self) -> int:
+        """Bytes of LoRAs that stay on the device between calls, so that the same concepts need not be copied again."""
+        return self.banks.limit
+
+    @bank_memory.setter
+    def bank_memory(self, limit: int) -> None:
+        self.banks.limit = limit
+        self.banks.trim()
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
@@ -124,7 +140,10 @@ class ConceptLoaderMixin:
         Raises:
             ValueError: If there is none of that name.
         """
+        loaded = self.library.loaded.get(name)
         self.library.unload(name)
+        if loaded is not None:
+            self.banks.forget(loaded.factors.handle)
 
     def resolve_concepts(self, concepts: Sequence[str | Concept] | Mapping[str, Weight]) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.
@@ -144,13 +163,13 @@ class ConceptLoaderMixin:
 
         Args:
             prompt: A text, or several.
-            concepts: As given to the call; anything but "auto" is returned as it is, and so is the prompt then.
+            concepts: As given to the call; they stay what they are, but for "auto" and for what tags of a prompt add.
 
         Raises:
             ValueError: If there is no prompt, a trigger means several concepts, or a prompt names none.
         """
         if concepts != AUTO:
-            return prompt, concepts
+            return self._with_tagged(prompt, concepts)
         if not prompt:
             raise ValueError(f"concepts={AUTO!r} reads the prompt, and there is none; name the concepts")
         choices = [choose_concepts(text, self.concepts) for text in ([prompt] if isinstance(prompt, str) else prompt)]
@@ -160,5 +179,24 @@ class ConceptLoaderMixin:
                 logger.warning("%s", note)
         prompts = [choice.prompt for choice in choices]
         if isinstance(prompt, str):
-            return prompts[0], list(choices[0].names)
-        return prompts, [list(choice.names) for choice in choices]
+            return prompts[0], choices[0].concepts
+        return prompts, [choice.concepts for choice in choices]
+
+    def _with_tagged(self, prompt: Any, concepts: Any) -> tuple[Any, Any]:
+        """Prompts without tags such as `<lora:cat:0.8>`, and the concepts with those that they name."""
+        texts = [prompt] if isinstance(prompt, str) else prompt or []
+        if not any(map(has_tags, texts)):
+            return prompt, concepts
+        taken = [take_tags(text, {*self.concepts, *adapters_of(self)}) for text in texts]
+        given: Any = [concepts] if isinstance(concepts, str | Concept) else concepts or []
+        each = given if any(isinstance(entry, list | tuple | Mapping) for entry in given) else [given] * len(texts)
+        sets = []
+        for (_, weights), one in zip(taken, each, strict=True):
+            one = one.items() if isinstance(one, Mapping) else [(entry, None) for entry in one]
+            named = [entry if isinstance(entry, Concept) else Concept(name=entry, weight=weight)
+                     for entry, weight in one]  # fmt: skip
+            if twice := weights.keys() & {concept.name for concept in named}:
+                raise ValueError(f"{sorted(twice)[0]!r} is in concepts and has a tag in the prompt; leave out one")
+            sets.append([*named, *(Concept(name=name, weight=weight) for name, weight in weights.items())])
+        plain = [text for text, _ in taken]
+        return (plain[0], sets[0]) if isinstance(prompt, str) else (plain, sets)

@@ -4,16 +4,19 @@ Nothing is guessed: an ambiguous word is an error or a note, and a word spelled 
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from unicodedata import normalize
 
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.spelling import did_you_mean, shortened
 from lora_compose.pipelines.text.tokens import Span, class_words, find_words
 
 _ALIKE = 0.75
 """Two words with at least this share of letters in common, in order, may be the same word mistyped."""
+
+_TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 
 _MOST = 200  # words of a prompt that are compared, and concepts that a message lists
 
@@ -23,16 +26,68 @@ class Choice:
     """The concepts that a prompt names.
 
     Attributes:
-        names: Names of the concepts, in the order of the prompt.
-        prompt: The prompt, with the triggers inserted of concepts that it names only by class word; methods need them.
-        reasons: A line for each concept: the word by which it was chosen.
-        notes: Words that may name a concept that was not chosen.
+        names: Of the concepts, in the order in which the prompt names them.
+        prompt: The prompt with the triggers of those that it names by class word alone, for which methods look.
+        reasons: A line for each concept: by which word it was taken.
+        notes: What was not taken although it may have been meant.
+        weights: Of those that a tag names, `<lora:cat:0.8>`.
     """
 
     names: tuple[str, ...]
     prompt: str
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def concepts(self) -> list[str | Concept]:
+        """Names, and concepts with the weights of tags."""
+        return [Concept(name=name, weight=self.weights[name]) if name in self.weights else name for name in self.names]
+
+
+def has_tags(text: str) -> bool:
+    """Whether a text names LoRAs as other programs do, `<lora:cat:0.8>`."""
+    return "<lora:" in text.lower()
+
+
+def check_no_tags(texts: Iterable[str]) -> None:
+    """Raises ValueError for tags where none is read: in negative prompts, and in those of concepts."""
+    if wrong := next(filter(has_tags, texts), None):
+        raise ValueError(f"tags such as <lora:cat:0.8> are read in prompt alone; take them out of {shortened(wrong)}")
+
+
+def take_tags(prompt: str, known: Collection[str]) -> tuple[str, dict[str, float]]:
+    """A prompt without its tags of LoRAs, as other programs have them, and their weights by name.
+
+    Args:
+        prompt: The text, such as "a cat <lora:cat:0.8>".
+        known: Names of concepts.
+
+    Raises:
+        ValueError: For tags of unknown names, weights that are no numbers, and names given twice.
+    """
+    weights: dict[str, float] = {}
+    if has_tags(_TAG.sub("", prompt)):
+        raise ValueError("the prompt has '<lora:' without '>'; write a tag as <lora:NAME:0.8>")
+    for tag in _TAG.finditer(prompt):
+        name, _, number = tag[1].strip().partition(":")
+        name = name.strip()
+        if name not in known:
+            loaded = ", ".join(sorted(known)[:_MOST]) or "none"
+            raise ValueError(
+                f"the prompt has {tag[0]!r}, but there is no concept {name!r}; there are {loaded}. Load it with "
+                f"load_concept or add_concepts, on the command line with --loras FOLDER{did_you_mean(name, known)}"
+            )
+        try:
+            weight = float(number or 1)
+        except ValueError:
+            raise ValueError(f"{tag[0]!r}: expected a name and one number, such as <lora:{name}:0.8>") from None
+        if name in weights:
+            raise ValueError(f"the prompt has a tag for {name!r} twice; leave out one")
+        weights[name] = weight
+    if not weights:
+        return prompt, {}
+    return re.sub(r"\s+([,.;:!?])", r"\1", re.sub(r"\s+", " ", _TAG.sub(" ", prompt))).strip(" ,"), weights
 
 
 def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
@@ -48,13 +103,13 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
     Raises:
         ValueError: If a trigger means several concepts, or the prompt names none.
     """
-    prompt = normalize("NFC", prompt)
+    prompt, weights = take_tags(normalize("NFC", prompt), known)
     words = {name: _words(concept) for name, concept in known.items()}
     by_trigger = _by_trigger(prompt, words)
     by_class, notes = _by_class_word(prompt, words, by_trigger)
     found = {**by_trigger, **by_class}
     notes += _near_misses(prompt, [concept for name, concept in words.items() if name not in found])
-    if not found:
+    if not found and not weights:
         raise ValueError("\n".join([_nothing(words), *notes]))
     names = sorted(found, key=lambda name: found[name])
     reasons = [
@@ -66,7 +121,9 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
             start = by_class[name][0]
             prompt = f"{prompt[:start]}{trigger} {prompt[start:]}"
             reasons[names.index(name)] += f", before which its trigger {trigger!r} is written"
-    return Choice(tuple(names), prompt, tuple(reasons), tuple(notes))
+    tagged = [name for name in weights if name not in names]
+    reasons += [f"{name}: by its tag" for name in tagged]
+    return Choice((*names, *tagged), prompt, tuple(reasons), tuple(notes), weights)
 
 
 def _words(concept: Concept) -> Concept:

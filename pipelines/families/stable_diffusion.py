@@ -38,6 +38,7 @@ from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
+from lora_compose.pipelines.text.long_prompts import Reading
 
 
 class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -46,6 +47,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
     image_to_image = StableDiffusionImg2ImgPipeline
     inpainting = StableDiffusionInpaintPipeline
     family = "Stable Diffusion 1.x and 2.x"
+    reads_penultimate = False
 
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
@@ -144,6 +146,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 "callback_on_step_end": callback_on_step_end,
                 "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
             }  # fmt: skip
+            arguments = self.with_weights(arguments)
             if given_image is not None:
                 return self._from_image_as_diffusers(given_image, arguments | kwargs)
             plain: Callable[..., Any] = StableDiffusionPipeline.__call__
@@ -155,7 +158,8 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         self.check_inputs(
             prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds, None, None, tensors
         )
-        given = GivenPrompts(None if prompt_embeds is not None else [listed(prompt)], prompt_embeds)
+        texts = None if prompt_embeds is not None else [listed(prompt)]
+        given = GivenPrompts(texts, prompt_embeds, negative=listed(negative_prompt))
         size = ImageSize(width, height, num_images_per_prompt or 1)
         guidance = Guidance(guidance_scale, guidance_rescale)
         sampling = Sampling(num_inference_steps, timesteps, sigmas, None, generator, latents, eta, guidance)
@@ -169,18 +173,30 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             source,
         )  # fmt: skip
 
-        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+        def encode(
+            prompts: Sequence[str] | None,
+            negative_prompts: Sequence[str] | None,
+            device: torch.device,
+            reading: Reading | None = None,
+        ) -> EncodedText:
             own, negative = prompt, negative_prompts or negative_prompt
             if negative_prompts is not None and prompt is not None:
                 own = listed(prompt)  # diffusers takes two lists, or two texts
             if prompts is not None:
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
-            embeds, uncond = self.encode_prompt(
-                own, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
-                prompt_embeds=prompt_embeds if prompts is None else None,
-                negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
-                lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
-            )  # fmt: skip
+            if reading is None:
+                embeds, uncond = self.encode_prompt(
+                    own, device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
+                    prompt_embeds=prompt_embeds if prompts is None else None,
+                    negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
+                    lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
+                )  # fmt: skip
+            else:
+                texts = {"prompt": own, "negative_prompt": negative}
+                embeds, uncond = self.read_texts(
+                    reading, texts, size.images_per_prompt, guided=self.do_classifier_free_guidance,
+                    scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
+                )  # fmt: skip
             return EncodedText(embeds, uncond if self.do_classifier_free_guidance else None)
 
         final, process, outcome = self.compose(call, encode)

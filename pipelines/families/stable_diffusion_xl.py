@@ -37,6 +37,7 @@ from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import EncodedText
+from lora_compose.pipelines.text.long_prompts import Reading
 
 _REFINER = (
     "this is SDXL's refiner, which improves finished images and does not read prompts as the base model does; open "
@@ -50,6 +51,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
     image_to_image = StableDiffusionXLImg2ImgPipeline
     inpainting = StableDiffusionXLInpaintPipeline
     family = "Stable Diffusion XL"
+    reads_penultimate = True
 
     @classmethod
     def opens(cls, config: Mapping[str, Any]) -> bool:
@@ -178,6 +180,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 "callback_on_step_end": callback_on_step_end,
                 "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
             }  # fmt: skip
+            arguments = self.with_weights(arguments)
             if given_image is not None:
                 return self._from_image_as_diffusers(given_image, arguments | kwargs)
             plain: Callable[..., Any] = StableDiffusionXLPipeline.__call__
@@ -191,7 +194,10 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None, tensors,
         )  # fmt: skip
         self._check_model()
-        given = GivenPrompts(None if prompt_embeds is not None else self._texts(prompt, prompt_2), prompt_embeds)
+        given = GivenPrompts(
+            None if prompt_embeds is not None else self._texts(prompt, prompt_2), prompt_embeds,
+            negative=[*listed(negative_prompt), *listed(negative_prompt_2)],
+        )  # fmt: skip
         size = ImageSize(width, height, num_images_per_prompt or 1)
         guidance = Guidance(guidance_scale, guidance_rescale)
         sampling = Sampling(num_inference_steps, timesteps, sigmas, denoising_end, generator, latents, eta, guidance)
@@ -209,23 +215,37 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         if negative_original_size is not None and negative_target_size is not None:
             negative_sizes = negative_original_size + negative_crops_coords_top_left + negative_target_size
 
-        def encode(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+        def encode(
+            prompts: Sequence[str] | None,
+            negative_prompts: Sequence[str] | None,
+            device: torch.device,
+            reading: Reading | None = None,
+        ) -> EncodedText:
             own, own_2, negative, negative_2 = prompt, prompt_2, negative_prompt, negative_prompt_2
             if negative_prompts is not None:
                 negative, negative_2 = list(negative_prompts), None
             if prompts is not None:
                 _check_one_text(given)
                 own, own_2 = list(prompts), None
-            encode_prompt: Any = self.encode_prompt  # its annotations know no lists
-            embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                own, own_2, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance,
-                negative, negative_2,
-                prompt_embeds=prompt_embeds if prompts is None else None,
-                negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
-                pooled_prompt_embeds=pooled_prompt_embeds if prompts is None else None,
-                negative_pooled_prompt_embeds=negative_pooled_prompt_embeds if negative_prompts is None else None,
-                lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
-            )  # fmt: skip
+            if reading is None:
+                encode_prompt: Any = self.encode_prompt  # its annotations know no lists
+                embeds, uncond, pooled, uncond_pooled = encode_prompt(
+                    own, own_2, device, size.images_per_prompt, self.do_classifier_free_guidance,
+                    negative, negative_2,
+                    prompt_embeds=prompt_embeds if prompts is None else None,
+                    negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
+                    pooled_prompt_embeds=pooled_prompt_embeds if prompts is None else None,
+                    negative_pooled_prompt_embeds=negative_pooled_prompt_embeds if negative_prompts is None else None,
+                    lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
+                )  # fmt: skip
+            else:
+                texts = {
+                    "prompt": own, "prompt_2": own_2, "negative_prompt": negative, "negative_prompt_2": negative_2,
+                }  # fmt: skip
+                embeds, uncond, pooled, uncond_pooled = self.read_texts(
+                    reading, texts, size.images_per_prompt, guided=self.do_classifier_free_guidance,
+                    scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
+                )  # fmt: skip
             uncond = uncond if self.do_classifier_free_guidance else None
             parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
             return EncodedText(embeds, uncond, self._added(parts, embeds))

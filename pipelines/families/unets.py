@@ -1,7 +1,7 @@
 """What the pipelines with a UNet have in common: sizes, start noise or image, inputs of distilled models."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,15 +10,25 @@ from diffusers import AsymmetricAutoencoderKL
 from torch import Tensor, nn
 
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents
+from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.concepts.selection import check_no_tags
+from lora_compose.pipelines.concepts.textual_inversion import TOKENIZERS
 from lora_compose.pipelines.from_image import FromImage, Source, check_steps
 from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.sampler import Schedule
 from lora_compose.pipelines.task import ImageToImage, Inpainting
+from lora_compose.pipelines.text.emphasis import Emphasis, has_weights
+from lora_compose.pipelines.text.long_prompts import Reading
+from lora_compose.pipelines.text.weighted import weighted_embeds
 
 _FOR_INPAINTING = 9
 """Input channels of UNets that were made for inpainting: latents, mask, and latents of the masked image."""
+
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+"""Arguments that are texts, and what the text encoders make of them."""
 
 OLD_CALLBACK = {"callback", "callback_steps"}
 """Arguments that diffusers takes beside those that it names."""
@@ -33,10 +43,16 @@ class UNetPipeline(ComposePipeline):
     inpainting: ClassVar[type]
     """diffusers' pipeline for inpainting, which shares all components."""
 
+    reads_weights: ClassVar[bool] = True
+    reads_penultimate: ClassVar[bool]
+    """Whether the UNet reads the text of the layer before the last, without its norm."""
+
     # What diffusers' pipelines of these families have.
     prepare_latents: Any
     prepare_extra_step_kwargs: Any
     get_guidance_scale_embedding: Any
+    encode_prompt: Any
+    maybe_convert_prompt: Any
 
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """Width and height in pixels; None means the model's own."""
@@ -44,6 +60,20 @@ class UNetPipeline(ComposePipeline):
         own_height, own_width = (sample, sample) if isinstance(sample, int) else sample
         scale = self.vae_scale_factor
         return own_width * scale if width is None else width, own_height * scale if height is None else height
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height of the images that the model was made for, in pixels."""
+        return self._size(None, None)
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """Arguments of a call with classifier-free guidance.
+
+        Args:
+            scale: As the family means `guidance_scale`.
+            negative_prompt: What to avoid; None says nothing. SDXL gets zeros then, which an empty text does not give.
+        """
+        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
     def _check_latents(self, call: Call, canvas: Canvas) -> None:
         given, source = call.sampling.latents, call.source
@@ -74,7 +104,97 @@ class UNetPipeline(ComposePipeline):
             inputs["timestep_cond"] = embedding.to(device=self._execution_device, dtype=self.unet.dtype)
         return inputs
 
+    # Texts with weights, and texts longer than a text encoder reads at once.
+
+    def read_texts(
+        self,
+        reading: Reading,
+        texts: Mapping[str, str | Sequence[str] | None],
+        images_per_prompt: int,
+        *,
+        guided: bool,
+        scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> list[Any]:
+        """Encodes texts chunk by chunk, with their weights.
+
+        Args:
+            reading: How they are read.
+            texts: By the names that `encode_prompt` of diffusers has for them: prompts, then negative prompts.
+            images_per_prompt: Rows of each prompt.
+            guided: Whether negative prompts are encoded, too.
+            scale: Of adapters in the text encoders.
+            clip_skip: As in diffusers.
+
+        Returns:
+            What `encode_prompt` returns.
+
+        Raises:
+            ValueError: For weights together with a scale or `clip_skip`, which compel does not know.
+        """
+        prompts = len(listed(texts["prompt"]))  # pyright: ignore[reportArgumentType]
+        columns = [[column] * prompts if isinstance(column, str) else column for column in texts.values()]
+
+        def encode(chunk: Sequence[Sequence[str] | None]) -> Sequence[Tensor]:
+            return self.encode_prompt(
+                **dict(zip(texts, chunk, strict=True)), device=self._execution_device,
+                num_images_per_prompt=images_per_prompt, do_classifier_free_guidance=guided, lora_scale=scale,
+                clip_skip=clip_skip,
+            )  # fmt: skip
+
+        def weighted(given: Sequence[Emphasis]) -> Tensor:
+            if clip_skip is not None or scale is not None:
+                raise ValueError(
+                    "weights in prompts do not go with clip_skip or with a scale in cross_attention_kwargs; leave out "
+                    "one of them"
+                )
+            found = []
+            for name, part in TOKENIZERS.items():
+                if self.components.get(part) is not None:
+                    text = given[min(len(found), len(given) - 1)]
+                    found.append(weighted_embeds(
+                        getattr(self, name), getattr(self, part), text, self._execution_device,
+                        penultimate=self.reads_penultimate, expand=self.maybe_convert_prompt,
+                    ))  # fmt: skip
+            return torch.cat(found, dim=-1)
+
+        return reading.encode(columns, encode, weighted, images_per_prompt)
+
+    def with_weights(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call without concepts; prompts with weights become embeddings, others stay as they are."""
+        names = [name for name in TEXTS if arguments.get(name)]
+        texts = {name: listed(arguments[name]) for name in names}
+        check_no_tags([text for column in texts.values() for text in column])
+        if not any(has_weights(text) for column in texts.values() for text in column):
+            return arguments
+        given = [name for name in EMBEDS if arguments.get(name) is not None]
+        if given or "prompt" not in texts:
+            raise ValueError(f"weights in prompts do not go with {', '.join(given) or 'embeddings'}; give the prompts")
+        prompts = [column for name, column in texts.items() if not name.startswith("negative")]
+        negative = [text for name, column in texts.items() if name.startswith("negative") for text in column]
+        reading = Reading.of(self.tokenizers_for([]), prompts, negative)
+        guided = arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
+        known = [name for name in TEXTS if name in arguments]
+        found = self.read_texts(
+            reading, {name: arguments[name] for name in known}, 1, guided=guided, clip_skip=arguments["clip_skip"],  # pyright: ignore[reportArgumentType]
+            scale=(arguments["cross_attention_kwargs"] or {}).get("scale"),
+        )  # fmt: skip
+        return {**arguments, **dict.fromkeys(known), **dict(zip(EMBEDS, found, strict=False))}
+
     # Calls that start from an image.
+
+    def _origin(self, call: Call, plan: Plan) -> Origin | None:
+        prompts, sampling = call.prompts.first, call.sampling
+        if prompts is None or call.source is not None or sampling.has_schedule:
+            return None
+        names = [concept.name for concept in plan.concepts.concepts]
+        sets = {index: found.concepts.concepts for found in plan.sets for index in found.indices}
+        each = [sets[index] for index in range(len(prompts))]
+        options = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance.scale}
+        if call.prompts.negative:
+            options["negative_prompt"] = call.prompts.negative[0]
+        columns = [[names.index(concept.name) for concept in one] for one in each]
+        return Origin(self, prompts, each, columns, call.size.images_per_prompt, options)
 
     def _task_pipeline(self, given: FromImage) -> Any:
         """The pipeline of diffusers for the task of a call, with the same components."""

@@ -130,8 +130,7 @@ def choose_method(
         concepts: Concepts of the call.
         prompts: Prompts of the call; None with `prompt_embeds`.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
-        region_attention: Whether the model supports region attention. lora-composer needs it, and so does draft if two
-            subjects share a class word.
+        region_attention: Whether the model supports region attention, which lora-composer needs.
     """
     given = [loaded for loaded in concepts if not loaded.concept.is_style]
     subjects = [loaded.concept for loaded in given]
@@ -146,9 +145,6 @@ def choose_method(
     if not several:
         few = "no prompt has several subjects" if len(subjects) > 1 else "there is one subject"
         return _chosen(Merge(), few if subjects else "styles act everywhere")
-    if not region_attention:
-        reason = "this model has none of draft, lora-composer and clora yet"
-        return _blending(reason, "unless each has a region (regional) or a LoRA trained with TARA (tara)")
     if prompts is None:
         return _blending("prompt_embeds are given instead of a prompt", "unless each has a region")
     missing = [

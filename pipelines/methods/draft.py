@@ -7,32 +7,32 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
     division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
-With subjects of different classes all cells read the scene's prompt, as in `regional`. One text cannot separate two
-cats, so with two subjects of one class every region reads its own text and is first denoised on a canvas of its own, as
-in `lora-composer` without updates. Regions that the user gives are kept, and the rest of the canvas is divided.
+With subjects of different classes all cells read the scene's prompt, as in `regional`. One text cannot tell two cats
+apart, so with two of one class every region reads a text of its own and is denoised apart at first, as in
+`lora-composer` without updates; on transformers it reads a text of its own, as in `regional`. Regions that the user
+gives are kept, and the rest of the canvas is divided.
 
 `docs/methods/draft.md` measures the contribution of each part.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_compose.attention import grid_at
+from lora_compose.attention import Site, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.canvas import Canvas, Step, steps_in
-from lora_compose.pipelines.losses import smooth
+from lora_compose.pipelines.methods.division import divided, nearest, strips
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates
-from lora_compose.pipelines.methods.regional import Regional, shared_text
+from lora_compose.pipelines.methods.regional import HALF, Regional, segment_texts, shared_text
 from lora_compose.pipelines.passes import MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions, region_mask
@@ -44,7 +44,8 @@ from lora_compose.pipelines.text.prompts import about
 
 Reading = Literal["auto", "scene", "regions"]
 Division = Literal["auto", "strips", "nearest"]
-_CHOICES = {"reading": Reading, "division": Division}
+Isolation = Literal["auto", "always", "never"]
+_CHOICES = {"reading": Reading, "division": Division, "isolate": Isolation}
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,16 @@ class Draft:
             step stops after the last attention map.
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
-            columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
-            their own texts.
-        reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region; "auto",
-            a text for each region if two subjects share a class word, one has a prompt of its own, or more than two
-            subjects fit side by side.
-        apart: With a text for each region: the fraction of the steps, from the first, in which every region is denoised
-            on a canvas of its own (`LoraComposer.apart`).
-        isolate: With a text for each region: whether the cells of a region see no other region in self-attention.
-        keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
+            columns or rows, whichever the subjects are further apart in; "auto", strips where regions have texts of
+            their own.
+        reading: What image cells read: "scene", the scene's prompt; "regions", each region a text of its own; "auto",
+            texts of their own if two subjects share a class word, one has a prompt of its own, or there are more than
+            two and all find room side by side.
+        apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
+            canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
+        isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
+            on UNets only, since it tears the images of transformers apart.
+        keep_regions: Whether regions that the user gives are kept; otherwise those of all subjects are found.
     """
 
     length: float = 0.12
@@ -72,7 +74,7 @@ class Draft:
     division: Division = "auto"
     reading: Reading = "auto"
     apart: float = 0.4
-    isolate: bool = True
+    isolate: Isolation = "auto"
     keep_regions: bool = True
 
     def __post_init__(self) -> None:
@@ -100,8 +102,13 @@ class Draft:
         words = words / words.sum(dim=1, keepdim=True)
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
-        painter = (_by_regions if self._reads_regions(session) else _by_scene)(self, session)
-        return Drafting(self, session, draft, words, painter)
+        return Drafting(self, session, draft, words, self._painter(session))
+
+    def _painter(self, session: Session) -> "Painter":
+        if not self._reads_regions(session):
+            return _by_scene(self, session)
+        joint = session.canvas.backbone.joint
+        return _by_regions(self, session) if joint is None else _by_segments(self, session, joint)
 
     def _reads_regions(self, session: Session) -> bool:
         if self.reading != "auto":
@@ -139,27 +146,42 @@ class Painter:
 
 def _by_scene(settings: Draft, session: Session) -> Painter:
     """All cells read the scene's prompt, and LoRAs are gated, as in `regional`."""
-    concepts, canvas, regional = session.concepts, session.canvas, Regional()
+    concepts, regional = session.concepts, Regional()
     texts = shared_text(session)
 
     def start(masks: Tensor) -> Sequence[Process]:
-        every = torch.ones(len(masks), len(concepts.loaded), *masks.shape[2:])
-        every[:, list(concepts.subjects)] = masks
-        by_level = {}
-        for level in canvas.levels:
-            coarse = torch.stack([coarse_mask(mask, level) for mask in every.flatten(0, 1)])
-            by_level[level] = coarse.flatten(1).unflatten(0, every.shape[:2]).transpose(1, 2).to(canvas.device)
+        by_level = _by_level(session, masks)
         everywhere = [concept.is_style for concept in concepts.concepts]
         return [FixedPasses(session, [[(regional.gated(session, texts, by_level, everywhere), 1.0)]])]
 
     return Painter(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
+def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
+    """The share of each concept in each cell; a style has all of them.
+
+    Args:
+        session: The call.
+        masks: Of the subjects. Shape: [images, subjects, height, width] on the latent grid.
+
+    Returns:
+        By level. Shape: [images, cells, concepts].
+    """
+    concepts, canvas = session.concepts, session.canvas
+    every = torch.ones(len(masks), len(concepts.loaded), *masks.shape[2:])
+    every[:, list(concepts.subjects)] = masks
+    by_level = {}
+    for level in canvas.levels:
+        coarse = torch.stack([coarse_mask(mask, level) for mask in every.flatten(0, 1)])
+        by_level[level] = coarse.flatten(1).unflatten(0, every.shape[:2]).transpose(1, 2).to(canvas.device)
+    return by_level
+
+
 def _by_regions(settings: Draft, session: Session) -> Painter:
     """Every region reads a text of its own, as in `lora-composer` without updates."""
     owners, composer = (
         session.concepts.subjects,
-        LoraComposer(step_size=0, apart=settings.apart, isolate=settings.isolate, threshold=0.5),
+        LoraComposer(step_size=0, apart=settings.apart, isolate=settings.isolate != "never", threshold=0.5),
     )
     subjects = [session.concepts.concepts[i] for i in owners]
     prompts = [[about(subject, prompt, subjects) for prompt in session.prompts.texts or ()] for subject in subjects]
@@ -176,6 +198,25 @@ def _by_regions(settings: Draft, session: Session) -> Painter:
     block, side = 2 ** max(session.canvas.levels), _side(session.canvas)
     blocks = partial(strips, block=block, side=side) if settings.apart > 0 else strips
     return Painter(texts.background, nearest if settings.division == "nearest" else blocks, start)
+
+
+def _by_segments(settings: Draft, session: Session, joint: Site) -> Painter:
+    """Every region of a transformer reads a text of its own, as in `regional`."""
+    owners, canvas, regional = session.concepts.subjects, session.canvas, Regional()
+    texts = segment_texts(session, owners)
+    everywhere, isolate = [concept.is_style for concept in session.concepts.concepts], settings.isolate == "always"
+
+    def start(masks: Tensor) -> Sequence[Process]:
+        by_level, processes = _by_level(session, masks), []
+        for image, mine in enumerate(masks):
+            cells = Regions.of_masks(owners, mine, [joint.level], HALF).cells[joint.level]
+            read = texts.of_image(image).read_in(cells, joint, isolate=isolate, device=canvas.device)
+            of_image = {level: every[image] for level, every in by_level.items()}
+            spec = replace(regional.gated(session, read, of_image, everywhere), image=image)
+            processes.append(FixedPasses(session, [[(spec, 1.0)]]))
+        return processes
+
+    return Painter(texts.base, strips if settings.division == "strips" else nearest, start)
 
 
 @dataclass
@@ -215,7 +256,10 @@ class Drafting:
         nothing = all(region.any() for region in given)
         maps = torch.zeros(canvas.images, len(given), *map_grid) if nothing else self._maps(latents, first).cpu()
         masks = torch.stack(
-            [divided(image, subjects, given, self.painter.divide, self.settings.threshold) for image in maps]
+            [
+                divided(image, subjects, given, self.painter.divide, self.settings.threshold, canvas.painted)
+                for image in maps
+            ]
         )
         self.processes = self.painter.start(masks)
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)
@@ -233,7 +277,7 @@ class Drafting:
             for step in every[:-1]:
                 prediction = denoiser.predict(latents, step, self.draft, MapRequest(rows))
                 found.append(prediction.maps)
-                latents = sampler.step(session.guider.combine(prediction, step), step.t, latents)
+                latents = sampler.step(session.guider.combine(prediction, step), step, latents)
             found.append(denoiser.maps(latents, every[-1], self.draft, MapRequest(self.words)))
         mean = torch.stack([maps.text[-len(self.words) :] for maps in found]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(session.canvas.latent_grid, session.canvas.map_level))
@@ -253,129 +297,3 @@ def _given(subject: Concept | None, canvas: Canvas) -> Tensor:
     if subject is None or subject.region is None:
         return torch.zeros(canvas.latent_grid, dtype=torch.bool)
     return cells_of(region_mask(subject.region, canvas.image_size, canvas.latent_grid, sharp=True), 0.5)
-
-
-def divided(
-    maps: Tensor,
-    subjects: Sequence[Concept],
-    given: Sequence[Tensor],
-    divide: Callable[[Tensor, Tensor], Tensor],
-    threshold: float,
-) -> Tensor:
-    """Divides the canvas of one image between its subjects.
-
-    Args:
-        maps: Attention to each subject. Shape: [subjects, map grid height, width].
-        subjects: The subjects.
-        given: The given region of each subject on the latent grid; empty if there is none. Shape: [height, width] each.
-        divide: Divides the free cells, as in `Painter`.
-        threshold: As for `centres_of`.
-
-    Returns:
-        1 in the region of a subject; a cell is in one region, or in several given ones. Shape: [subjects, height,
-        width], fp32.
-
-    Raises:
-        ValueError: If the given regions leave no cell for the other subjects.
-    """
-    masks = torch.stack(list(given)).float()
-    free = 1 - masks.amax(dim=0)
-    found = [n for n, region in enumerate(given) if not region.any()]
-    if not found:
-        return masks
-    if not free.any():
-        names = ", ".join(subjects[n].name for n in found)
-        raise ValueError(f"the given regions cover the whole canvas and leave no room for {names}")
-    here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
-    centres = centres_of(smooth(maps[found]) * here, [_class_of(subjects[n]) for n in found], threshold)
-    masks[found] = divide(centres, free)
-    return masks
-
-
-def centres_of(maps: Tensor, classes: Sequence[str], threshold: float) -> Tensor:
-    """The centre of each subject (y, x), as fractions of the canvas. Shape: [subjects, 2].
-
-    A subject's cells are those whose attention to it is above a share of its maximum, and higher than to any other
-    subject, each relative to its maximum. Subjects of one class share their cells, which are clustered; clusters go
-    from left to right in the order of the prompt.
-
-    Args:
-        maps: Attention to each subject. Shape: [subjects, height, width].
-        classes: Class word of each subject.
-        threshold: The share.
-    """
-    height, width = maps.shape[1:]
-    heights = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-20)
-    down, across = torch.meshgrid(
-        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
-    )
-    cells = torch.stack([down, across], dim=-1)
-    centres = torch.zeros(len(maps), 2)
-    words = list(dict.fromkeys(classes))
-    of_class = torch.stack([heights[[n for n, one in enumerate(classes) if one == word]].amax(dim=0) for word in words])
-    owner = of_class.argmax(dim=0)
-    for k, word in enumerate(words):
-        mine = (owner == k) & (of_class[k] > threshold)
-        if not mine.any():
-            mine = of_class[k] == of_class[k].max()
-        members = [n for n, one in enumerate(classes) if one == word]
-        centres[members] = clusters(cells[mine], of_class[k][mine], len(members))
-    return centres
-
-
-def clusters(points: Tensor, weights: Tensor, count: int) -> Tensor:
-    """The centres of clusters of weighted points by k-means, from left to right. Shape: [count, 2].
-
-    The first centre is the heaviest point, each further one the point with the largest weight times squared distance.
-    """
-    centres = points[weights.argmax()][None]
-    while len(centres) < count:
-        away = torch.cdist(points, centres).amin(dim=1).square() * weights
-        centres = torch.cat([centres, points[away.argmax()][None]])
-    for _ in range(10):
-        mine = F.one_hot(torch.cdist(points, centres).argmin(dim=1), count) * weights[:, None]
-        total = mine.sum(dim=0)
-        moved = mine.T @ points / total[:, None].clamp(min=1e-20)
-        centres = torch.where(total[:, None] > 0, moved, centres)
-    return centres[centres[:, 1].argsort(stable=True)]
-
-
-def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> Tensor:
-    """Columns or rows of free cells, one for each subject, with borders half-way between their centres.
-
-    The canvas is divided along the axis on which subjects are further apart. No strip is narrower than 0.7 of an equal
-    part.
-
-    Args:
-        centres: (y, x) as fractions of the canvas. Shape: [subjects, 2].
-        free: 1 at free cells. Shape: [height, width].
-        block: Borders lie on multiples of this number of cells, if every subject gets a block.
-        side: Least width of a strip in cells, if there is room.
-
-    Returns:
-        Shape: [subjects, height, width].
-    """
-    count, sides = len(centres), torch.tensor(free.shape)
-    spread = (centres.amax(dim=0) - centres.amin(dim=0)) * sides
-    axis = 1 if spread[1] >= 0.8 * spread[0] else 0
-    length = free.shape[axis]
-    block = block if length // count >= block else 1
-    least = min(math.ceil(max(0.7 * length / count, side) / block) * block, length // count // block * block)
-    order = centres[:, axis].argsort(stable=True).tolist()
-    borders = [0]
-    for j, (one, other) in enumerate(pairwise(order), start=1):
-        middle = float(centres[one, axis] + centres[other, axis]) / 2 * length
-        latest = (length - least * (count - j)) // block * block
-        borders.append(min(max(round(middle / block) * block, borders[-1] + least), latest))
-    masks = torch.zeros(count, *free.shape)
-    for n, (start, stop) in zip(order, pairwise([*borders, length]), strict=True):
-        masks[n].narrow(axis, start, stop - start).fill_(1)
-    return masks * free
-
-
-def nearest(centres: Tensor, free: Tensor) -> Tensor:
-    """Every free cell for the subject whose centre is nearest. Args and shape: as for `strips`."""
-    sides = torch.tensor(free.shape)
-    cells = torch.stack(torch.meshgrid(*(torch.arange(int(side)) + 0.5 for side in sides), indexing="ij"), dim=-1)
-    owner = torch.cdist(cells.flatten(0, 1), centres * sides).argmin(dim=1).unflatten(0, free.shape)
-    return F.one_hot(owner, len(centres)).movedim(-1, 0) * free

@@ -17,7 +17,7 @@ region has its own text, about its concept alone, and the image has a text witho
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -182,19 +182,59 @@ def shared_text(session: Session) -> TextsOfRegions:
     return TextsOfRegions(text, torch.ones_like(text.trigger_mask), None, text)
 
 
-def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions:
-    """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
+@dataclass(frozen=True, eq=False)
+class SegmentedTexts:
+    """A text for the image and one for each region, in one sequence.
+
+    Attributes:
+        text: All of them.
+        own: 1 at tokens that a concept may change. Shape: [rows, tokens, concepts].
+        lengths: Tokens of text 0, and of the text of each region.
+        hidden: True at padding inside them. Shape: [rows, tokens].
+        base: The text of the image as a whole.
+    """
+
+    text: Conditioning
+    own: Tensor
+    lengths: tuple[int, ...]
+    hidden: Tensor | None
+    base: Conditioning
+
+    def of_image(self, image: int) -> "SegmentedTexts":
+        """The rows of one image."""
+        rows = slice(image, None, self.text.images)
+        hidden = None if self.hidden is None else self.hidden[rows]
+        return replace(
+            self, text=self.text.of_image(image), own=self.own[rows], hidden=hidden, base=self.base.of_image(image)
+        )
+
+    def read_in(self, cells: Tensor, joint: Site, *, isolate: bool, device: torch.device) -> TextsOfRegions:
+        """The same, each text read by the cells of its region.
+
+        Args:
+            cells: True where a region covers a cell. Shape: [height, width, regions], on the CPU.
+            joint: How text and image lie in one sequence.
+            isolate: Whether cells of a region attend to no cells of others.
+            device: Where attention runs.
+        """
+        unconditional = [row < self.text.conditional_rows.start for row in range(self.text.rows)]
+        regions = JointRegions.of(
+            joint, cells.flatten(0, 1), self.lengths, unconditional, isolate=isolate, hidden=self.hidden, device=device
+        )
+        return TextsOfRegions(self.text, self.own, regions, self.base)
+
+
+def segment_texts(session: Session, owners: Sequence[int]) -> SegmentedTexts:
+    """A text for the image, without the triggers of regions, and one for each region; unconditional rows as ever.
 
     Args:
         session: The call.
-        joint: How text and image lie in one sequence.
-        isolate: Whether cells of a region attend to no cells of others.
+        owners: Indices of the concepts that have a region.
     """
-    concepts, canvas, encode = session.concepts, session.canvas, session.prompts.encode
+    concepts, encode = session.concepts, session.prompts.encode
     every, prompts = concepts.concepts, session.prompts.texts or ()
     say_unread([], every, "the negative prompt is the call's in all regions")
-    owners = [i for i, concept in enumerate(every) if concept.region is not None]
-    mine, others = [every[i] for i in owners], [concept for concept in every if concept.region is None]
+    mine, others = [every[i] for i in owners], [concept for i, concept in enumerate(every) if i not in owners]
     plain = [without_triggers(prompt, mine) for prompt in prompts]
     named = [other.name for other in others if other.trigger and other.prompt is None]
     base = encode(concepts.weights_of(concepts.styles), plain, names=named)
@@ -205,24 +245,26 @@ def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions
     segments = join_segments(base, texts)
     text = segments.text
     act = torch.zeros_like(text.trigger_mask)
-    act[: text.conditional_rows.start] = 1
     first = text.conditional_rows.start
+    act[:first] = 1
     for i, concept in enumerate(every):
         where = slice(None) if concept.is_style else segments.of(1 + owners.index(i) if i in owners else 0)
         act[first:, where, i] = 1
+    return SegmentedTexts(text, act, segments.lengths, segments.hidden, base)
+
+
+def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions:
+    """The texts of `segment_texts`, for the regions that the user gives."""
+    concepts, canvas = session.concepts.concepts, session.canvas
+    owners = [i for i, concept in enumerate(concepts) if concept.region is not None]
     cells = Regions.of(
-        [concept.region for concept in every], canvas.image_size, canvas.latent_grid, canvas.levels, _HALF
+        [concept.region for concept in concepts], canvas.image_size, canvas.latent_grid, canvas.levels, HALF
     ).cells[joint.level]
-    unconditional = [row < first for row in range(text.rows)]
-    regions = JointRegions.of(
-        joint, cells.flatten(0, 1), segments.lengths, unconditional, isolate=isolate, hidden=segments.hidden,
-        device=canvas.device,
-    )  # fmt: skip
-    return TextsOfRegions(text, act, regions, base)
+    return segment_texts(session, owners).read_in(cells, joint, isolate=isolate, device=canvas.device)
 
 
-_HALF = 0.5
-"""A cell reads the texts of regions that cover at least this share of it."""
+HALF = 0.5
+"""A cell reads the texts of regions that cover so much of it."""
 
 
 def _unnamed(session: Session) -> list[str]:

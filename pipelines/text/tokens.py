@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.text.long_prompts import LongTokenizer
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -136,6 +137,13 @@ def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], con
     """
     if isinstance(tokenizer, TemplateTokenizer):
         return tokenizer.positions(prompt, *span)
+    if isinstance(tokenizer, LongTokenizer):
+        parts = tokenizer.parts(prompt, *span)
+        return [
+            before + position
+            for text, part, before in parts
+            for position in span_positions(tokenizer.tokenizer, text, part, concept)
+        ]
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids

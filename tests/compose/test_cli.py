@@ -166,7 +166,10 @@ def test_names_lead_to_no_files(tmp_path: Path, name: str) -> None:
 
 MISTAKES = {
     "no prompt": (["playground"], "give --prompt TEXT or --scene FILE"),
-    "no model": (["nowhere", "--prompt", "a"], "there is no model 'nowhere'; expected playground, a folder"),
+    "no model": (
+        ["nowhere", "--prompt", "a"],
+        "there is no model 'nowhere'; expected playground, playground-flux, a folder",
+    ),
     "no hub": (["someone/nothing-here", "--prompt", "a"], "the model 'someone/nothing-here' cannot be opened"),
     "unknown method": (["playground", *PAIR, "--method", "blend"], "unknown method 'blend'; there are merge, tara"),
     "unknown setting": (
@@ -228,9 +231,10 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
         (
             "path=a.safetensors,region=1:2:3",
-            "region must be left,top,right,bottom in whole pixels or a mask image, not '1:2:3'",
+            "region 1:2:3: expected left,top,right,bottom in pixels (0,16,60,112), as parts",
         ),
-        ("path=a.safetensors,region=9:0:3:4", "0 <= left < right"),
+        ("path=a.safetensors,region=9:0:3:4", "left has to be less than right"),
+        ("path=a.safetensors,region=0,0,0.5,64", "with a point, a box is in parts of the image"),
     ],
 )
 def test_concepts_that_cannot_be_read(text: str, message: str) -> None:
@@ -456,13 +460,13 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "unet layers, rank 8" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
     assert "method tara, because every concept was trained for it size" in text
-    assert "40 UNet rows (20 steps with guidance), 0.99 times the FLOPs of a plain image" in text
+    assert "40 latent rows (20 steps with guidance), 0.99 times the FLOPs of a plain image" in text
     assert text.endswith("no problems")
     text = flat(call("check", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
-    assert "25 UNet rows (25 steps without guidance)" in text
+    assert "25 latent rows (25 steps without guidance)" in text
     assert "method merge" in text
     text = flat(call("check", SCENES / "bear-robot.yaml", "--steps", 20, "--method", "composite").stdout)
-    assert "80 UNet rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
+    assert "80 latent rows (20 steps with guidance), 2.02 times the FLOPs of a plain image" in text
 
 
 def test_check_lists_every_problem(tmp_path: Path) -> None:
@@ -522,6 +526,17 @@ def test_check_names_keys_that_fit_no_layer(tmp_path: Path) -> None:
 def test_check_tells_of_words_past_the_models_limit(tmp_path: Path) -> None:
     (tmp_path / "scene.yaml").write_text(f"prompt: {'a cat and ' * 12}\n")
     assert "(the model reads 30 tokens; 6 more are cut off)" in call("check", tmp_path / "scene.yaml").stdout
+
+
+def test_check_reads_long_prompts_and_weights(tmp_path: Path) -> None:
+    prompt = f"a (xlo bear:1.2), {'a cat and ' * 9}a qrt robot"
+    (tmp_path / "scene.yaml").write_text(
+        f"prompt: '{prompt}'\nconcepts:\n- {{name: bear, lora: 'playground:bear'}}\n"
+        "- {name: robot, lora: 'playground:robot'}\n"
+    )
+    found = call("check", tmp_path / "scene.yaml").stdout
+    assert "1:a 2:xlo 3:bear" in found
+    assert "(in 2 chunks)" in found
 
 
 def test_check_reports_a_broken_scene_file(tmp_path: Path) -> None:

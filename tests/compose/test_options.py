@@ -11,8 +11,8 @@ from commands import call, flat
 from lora_compose import Concept
 from lora_compose.compose.commands.options import concepts_of, parse_box, parse_concept, parse_lora
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.generate.images import box_in_pixels
 from lora_compose.compose.playground.assets import playground_lora
+from lora_compose.pipelines.mask_images import in_pixels
 
 
 @pytest.mark.parametrize(
@@ -81,22 +81,20 @@ def test_parts_of_an_image_are_boxes_inside_it(
     edges: tuple[float, float, float, float], width: int, height: int
 ) -> None:
     (left, right), (top, bottom) = sorted(edges[::2]), sorted(edges[1::2])
-    box = box_in_pixels((left, top, right, bottom), width, height)
+    box = in_pixels((left, top, right, bottom), width, height)
     assert 0 <= box[0] < box[2] <= width
     assert 0 <= box[1] < box[3] <= height
-    assert box_in_pixels((0, 0, 1, 1), width, height) == (0, 0, width, height)
+    assert in_pixels((0.0, 0, 1, 1), width, height) == (0, 0, width, height)
 
 
 def test_boxes_belong_to_the_loras_in_their_order() -> None:
-    found, shares = concepts_of(
-        [], ["a.safetensors:0.5", "b.safetensors", "c.safetensors"], ["0,0,8,8", "none", "0,0,.5,1"]
-    )
+    found = concepts_of([], ["a.safetensors:0.5", "b.safetensors", "c.safetensors"], ["0,0,8,8", "none", "0,0,.5,1"])
     assert found == [
         Concept(name="a", lora="a.safetensors", weight=0.5, region=(0, 0, 8, 8)),
         Concept(name="b", lora="b.safetensors", weight=1.0),
-        Concept(name="c", lora="c.safetensors", weight=1.0),
+        Concept(name="c", lora="c.safetensors", weight=1.0, region=(0.0, 0.0, 0.5, 1.0)),
     ]
-    assert shares == {"c": (0.0, 0.0, 0.5, 1.0)}
+    assert parse_concept("path=c.safetensors,region=0,0,.5,1").region == found[2].region
     with pytest.raises(ValueError, match="there are 1 --box for 2 --lora; give one for each"):
         concepts_of([], ["a.safetensors", "b.safetensors"], ["0,0,8,8"])
     with pytest.raises(ValueError, match="1 --box for 0 --lora"):
@@ -129,7 +127,7 @@ def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:
             in result.stderr
         )
     one, other = ((tmp_path / name / "0.png") for name in ("short", "long"))
-    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 16, 64, 112), (64, 0, 128, 128)]
+    assert [c.region for c in read_record(one).run.scene.concepts] == [(0, 0.125, 0.5, 0.875), (64, 0, 128, 128)]
     assert read_pixels(one).tobytes() == read_pixels(other).tobytes()
 
 

@@ -65,3 +65,18 @@ def test_what_cannot_be_repainted_is_refused():
         Detailer(strength=0)
     with pytest.raises(ValueError, match="padding is a share"):
         Detailer(padding=-1)
+
+
+def test_an_output_repaints_its_own_subjects():
+    pipe = composer_of("sd")
+    one = {"num_inference_steps": 1, "guidance_scale": 4.0}
+    how = Detailer(strength=1.0)
+    output = pipe(PROMPT, concepts=BOXED, method="merge", generator=seeded(1), **one)
+    expected = refine(pipe, output.images[0], PROMPT, BOXED, how=how, generator=seeded(3), **one)
+    found = output.refine(how, generator=seeded(3))
+    assert found.subjects == ("cat", "dog")
+    assert np.array_equal(pixels(found.image), pixels(expected.image))
+    with pytest.raises(ValueError, match="make the image with record_attention=True"):
+        pipe(PROMPT, concepts=["cat", "dog"], method="merge", **one).refine()
+    with pytest.raises(ValueError, match="not of an image"):
+        pipe(PROMPT, concepts=["cat", "dog"], method="merge", image=IMAGE, strength=1.0, **one).refine()

@@ -70,6 +70,64 @@ function separate(elements) {
   }
 }
 
+const BRUSH = 0.05; // radius as a share of the longer side
+const FINEST = 512; // pixels of the longer side of a mask
+
+// A layer over the image on which one paints what is to change; told as a PNG once the brush is lifted.
+function brushed(stage, { width, height, paint }, tell) {
+  let layer = stage.querySelector("canvas");
+  if (!paint) {
+    layer?.remove();
+    return false;
+  }
+  if (!layer) {
+    layer = document.createElement("canvas");
+    layer.setAttribute("role", "img");
+    layer.setAttribute("aria-label", "What you paint changes");
+    const scale = Math.min(1, FINEST / Math.max(width, height));
+    layer.width = Math.round(width * scale);
+    layer.height = Math.round(height * scale);
+    stage.append(layer);
+  }
+  const context = layer.getContext("2d");
+  if (layer.dataset.mask !== paint.key) {
+    layer.dataset.mask = paint.key;
+    const mask = new Image();
+    mask.onload = () => {
+      // Grey says where: white is painted, black is not.
+      context.clearRect(0, 0, layer.width, layer.height);
+      context.drawImage(mask, 0, 0, layer.width, layer.height);
+      const pixels = context.getImageData(0, 0, layer.width, layer.height);
+      for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i] > 127 ? 255 : 0;
+      context.putImageData(pixels, 0, 0);
+    };
+    if (paint.mask) mask.src = paint.mask;
+    else context.clearRect(0, 0, layer.width, layer.height);
+  }
+  const dot = (event) => {
+    const frame = layer.getBoundingClientRect();
+    const x = ((event.clientX - frame.left) / frame.width) * layer.width;
+    const y = ((event.clientY - frame.top) / frame.height) * layer.height;
+    context.lineTo(x, y);
+    context.stroke();
+  };
+  stage.onpointerdown = (event) => {
+    event.preventDefault();
+    stage.setPointerCapture(event.pointerId);
+    context.strokeStyle = "#fff";
+    context.lineCap = context.lineJoin = "round";
+    context.lineWidth = 2 * BRUSH * Math.max(layer.width, layer.height);
+    context.beginPath();
+    dot(event);
+    stage.onpointermove = dot;
+    stage.onpointerup = stage.onpointercancel = () => {
+      stage.onpointermove = stage.onpointerup = stage.onpointercancel = null;
+      tell(layer.toDataURL("image/png"));
+    };
+  };
+  return true;
+}
+
 export default function ({ parentElement, data, setTriggerValue }) {
   const stage = parentElement.querySelector(".stage");
   show(stage, data);
@@ -77,7 +135,8 @@ export default function ({ parentElement, data, setTriggerValue }) {
   const canvas = { width: data.width, height: data.height };
   const focused = stage.contains(parentElement.activeElement) ? parentElement.activeElement.dataset.id : null;
   for (const box of stage.querySelectorAll(".box")) box.remove();
-  stage.classList.toggle("drawable", data.boxes.length > 0);
+  stage.classList.toggle("drawable", data.boxes.length > 0 || data.paint !== null);
+  if (brushed(stage, data, (mask) => setTriggerValue("mask", mask))) return;
   if (!data.boxes.some(({ id }) => String(id) === stage.dataset.chosen)) {
     stage.dataset.chosen = data.boxes.length ? String(data.boxes[0].id) : "";
   }

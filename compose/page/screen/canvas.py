@@ -13,6 +13,7 @@ from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.boxes import TEMPLATES, fitted, template
 from lora_compose.compose.page.form import SIDES
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.start import keep_mask, painted, painting, paints, unpaint
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.text import markdown
 
@@ -23,10 +24,16 @@ _SIDE = 1024  # pixels of the longer side that are sent to the browser
 
 def position_part(session: PageSession) -> None:
     """Whether concepts have boxes, and ways to arrange them."""
-    if not session.rows:
+    if not session.rows and not paints(session):
         return
     st.session_state.setdefault(_SHOWN, True)
     with st.container(horizontal=True, vertical_alignment="center", key="position"):
+        if paints(session):
+            st.toggle("Brush", key=fields.BRUSH, help="Paint over the part of the image that is to change.")
+            st.button("Clear what you painted", key="do.unpaint", on_click=unpaint, args=(session,),
+                      disabled=session.start is None or session.start.mask is None)  # fmt: skip
+        if not session.rows:
+            return
         st.segmented_control("Position of the concepts", [fields.ANYWHERE, fields.IN_BOXES], key=fields.BOXED,
                              required=True, label_visibility="collapsed")  # fmt: skip
         if fields.boxed():
@@ -46,12 +53,13 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
     if st.session_state.pop(_DRAWN, False):
         st.rerun()  # all of the page, for this part may have been looked at alone
     width, height = fields.size()
-    shown = fields.boxed() and st.session_state[_SHOWN] if session.rows else False
+    shown = fields.boxed() and st.session_state[_SHOWN] if session.rows and not painting(session) else False
     data = {
         "width": width,
         "height": height,
         "image": None if image is None else as_uri(image),
         "alt": alt,
+        "paint": painted(session),
         "boxes": [
             {
                 "id": row.number,
@@ -62,7 +70,9 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
             for i, row in (_with_boxes(session) if shown else [])
         ],
     }
-    _component()(key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(session))
+    _component()(
+        key=_CANVAS, data=data, on_drawn_change=lambda: _drawn(session), on_mask_change=lambda: _masked(session)
+    )  # fmt: skip
 
 
 def _arranging(session: PageSession) -> None:
@@ -109,6 +119,11 @@ def _drawn(session: PageSession) -> None:
     if row is not None and _is_box(drawn.get("box")):
         fields.set_box(row, fitted(drawn["box"], *fields.size()))
         st.session_state[_DRAWN] = True
+
+
+def _masked(session: PageSession) -> None:
+    keep_mask(session, st.session_state[_CANVAS].get("mask"))
+    st.session_state[_DRAWN] = True
 
 
 def _is_box(value: Any) -> bool:

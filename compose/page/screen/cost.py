@@ -18,7 +18,7 @@ def cost_words(session: PageSession, cost: RunCost) -> str:
 
 def cost_help(cost: RunCost, steps: int) -> str:
     """The passes behind that."""
-    return f"{cost.rows} UNet rows in {steps} steps, {cost.flops / 1e12:.3g} TFLOPs. {_ROW}"
+    return f"{cost.rows} latent rows in {steps} steps, {cost.flops / 1e12:.3g} TFLOPs. {_ROW}"
 
 
 def result_cost(result: Result) -> str | None:
@@ -26,7 +26,7 @@ def result_cost(result: Result) -> str | None:
     cost = result.cost
     if cost is None:
         return None
-    kinds = ((cost.rows_forward, "UNet rows"), (cost.rows_stopped, "stopped early"), (cost.rows_backward, "backward"))
+    kinds = ((cost.rows_forward, "latent rows"), (cost.rows_stopped, "stopped early"), (cost.rows_backward, "backward"))
     return f"{' + '.join(f'{number:g} {what}' for number, what in kinds if number)}. {_ROW}"
 
 

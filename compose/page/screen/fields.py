@@ -26,8 +26,11 @@ PROMPT, NEGATIVE = "set.prompt", "set.negative"
 WIDTH, HEIGHT, BOXED = "set.width", "set.height", "set.boxed"
 METHOD, SCHEDULER, STEPS, GUIDANCE, SEEDS = "set.method", "set.scheduler", "set.steps", "set.guidance", "set.seeds"
 ATTENTION = "set.attention"
+STRENGTH, PAINTED, BRUSH = "set.strength", "set.painted", "set.brush"
 ANYWHERE, IN_BOXES = "Anywhere", "In boxes"
 AUTOMATIC = "automatic"
+ALL, PART = "All of it", "What you paint"
+DEFAULT_STRENGTH = 0.7
 EDGES = ("left", "top", "right", "bottom")
 
 MOST_WEIGHT, WEIGHT_STEP = 2.0, 0.05
@@ -80,6 +83,11 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
             values[of_setting(method, control.name)] = control.shown(value)
     st.session_state.update(values)
     st.session_state.setdefault(ATTENTION, True)
+    st.session_state[STRENGTH] = DEFAULT_STRENGTH if form.strength is None else form.strength
+    st.session_state[PAINTED] = PART if form.mask_image is not None else ALL
+    st.session_state[BRUSH] = False
+    known = session.start is not None and form.image == session.start.path
+    session.start = session.start if known else None
     session.rows = []
     for concept in form.concepts:
         mask = concept.region if isinstance(concept.region, str) else None
@@ -206,7 +214,18 @@ def form(session: PageSession) -> Form:
         raise ValueError(
             f"“{label_of(method).name}” needs boxes: choose “{IN_BOXES}” above the image, or another method."
         )
+    start, paints = session.start, st.session_state[PAINTED] == PART
+    if start is not None and start.size != size():
+        width, height = start.size
+        raise ValueError(
+            f"The image to start from has {width} x {height} pixels: choose that size, or remove the image."
+        )
+    if start is not None and paints and start.mask is None:
+        raise ValueError("Paint over the part that is to change: turn on “Brush” above the image.")
     return Form(
+        image=None if start is None else start.path,
+        mask_image=start.mask if start is not None and paints else None,
+        strength=None if start is None else round(st.session_state[STRENGTH], 4),
         choice=session.model.choice,
         prompt=st.session_state[PROMPT],
         negative_prompt=st.session_state[NEGATIVE],

@@ -86,6 +86,10 @@ def restore(session: PageSession, record: Record) -> None:
     if not is_open:
         said.append(f"It was made with the model {run.model} in {run.dtype}, which is not open. It is filled in under "
                     "“Model”: open it there if you trust it.")  # fmt: skip
+    if form.image is not None and session.start is None:
+        said.append("The image that it started from is not here: drop it under “Start from an image”.")
+    if run.scene.padding_mask_crop is not None:
+        said.append("It enlarged the part around its mask, which this page does not.")
     if run.device is not None and device is None:
         said.append(f"It was made on {run.device}, which this machine does not have.")
     if not session.options.local and any(row.mask is not None for row in session.rows):

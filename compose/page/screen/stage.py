@@ -1,6 +1,9 @@
 """The button, what is said before it is pressed, the work in hand, and the image."""
 
+from pathlib import Path
+
 import streamlit as st
+from PIL import Image
 
 from lora_compose.compose.check.report import Report
 from lora_compose.compose.page import export
@@ -14,6 +17,7 @@ from lora_compose.compose.page.screen.cost import cost_help, cost_words, result_
 from lora_compose.compose.page.screen.evaluate import evaluate_view
 from lora_compose.compose.page.screen.gallery import gallery_view
 from lora_compose.compose.page.screen.keep import keep_buttons
+from lora_compose.compose.page.screen.start import painting, start_image
 from lora_compose.compose.page.screen.state import MOST_WAITING, QUEUE, PageSession
 from lora_compose.compose.page.screen.understand import understand_view
 from lora_compose.compose.page.text import markdown
@@ -101,6 +105,7 @@ def _start(session: PageSession) -> None:
     flops = report.cost.flops if report is not None and report.cost is not None else None
     session.begin(runs, [flops] * len(runs), comparing=False, record_attention=st.session_state[fields.ATTENTION])
     st.session_state[_VIEW] = "Image"
+    st.session_state[fields.BRUSH] = False  # the image is looked at
 
 
 def _working(session: PageSession, on_canvas: bool) -> None:
@@ -111,10 +116,7 @@ def _working(session: PageSession, on_canvas: bool) -> None:
         _progress(session, job)
     if on_canvas:
         preview = job.preview if job is not None and working and not job.comparing else None
-        result = session.result
-        image = preview or (result.made.image if result is not None else None)
-        alt = "Preview of the image" if preview else result.run.scene.prompt if result is not None else ""
-        canvas(session, image, alt)
+        _on_canvas(session, preview)
     ended, session.was_working = session.was_working and not working, working
     if new or ended:
         st.rerun()  # the whole page, with the new images
@@ -125,6 +127,19 @@ def _working(session: PageSession, on_canvas: bool) -> None:
         st.error(markdown(spoken(error, files=session.store.names)), icon=":material/error:")
     if job is not None and job.state == "stopped":
         st.info("Stopped. Your settings are unchanged.", icon=":material/stop_circle:")
+
+
+def _on_canvas(session: PageSession, preview: Image.Image | None) -> None:
+    """What is looked at: the image in the making, the one to paint a mask over, the one that was made, or the start."""
+    result = session.result
+    if preview is not None:
+        canvas(session, preview, "Preview of the image")
+    elif session.start is not None and (painting(session) or result is None):
+        canvas(session, start_image(session.start), "The image to start from")
+    elif result is not None:
+        canvas(session, result.made.image, result.run.scene.prompt)
+    else:
+        canvas(session, None, "")
 
 
 def _progress(session: PageSession, job: Job) -> None:
@@ -192,7 +207,9 @@ def _about(result: Result) -> None:
 
 def _exports(session: PageSession, result: Result) -> None:
     with st.expander("Export: scene file, Python, command line", icon=":material/code:"):
-        run = export.portable(result.run, {lora.source: lora.shown for lora in session.store.uploads})
+        run = export.portable(
+            result.run, {lora.source: lora.shown for lora in session.store.uploads} | session.store.images
+        )
         scene = export.scene_file(run.scene)
         scene_tab, python_tab, command_tab = st.tabs(["Scene file", "Python", "Command line"])
         with scene_tab:
@@ -205,7 +222,12 @@ def _exports(session: PageSession, result: Result) -> None:
         command_tab.code(export.command(run, savers), language="bash")
         command_tab.caption("It reads scene.yaml, from the first tab.")
         if run != result.run:
-            st.caption("Uploaded LoRAs keep your file names; put the files beside the scene file.")
+            st.caption("Uploaded files keep your names; put them beside the scene file.")
+        for name in ("image", "mask_image"):
+            path, shown = getattr(result.run.scene, name), getattr(run.scene, name)
+            if path in session.store.images and Path(path).exists():
+                st.download_button(f"Save {shown}", Path(path).read_bytes(), shown, "image/png",
+                                   icon=":material/download:", on_click="ignore", key=f"do.save.{name}")  # fmt: skip
 
 
 _VIEWS = {

@@ -21,7 +21,7 @@ from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
-from lora_compose.compose.page.store import Lora, Store
+from lora_compose.compose.page.store import Lora, StartImage, Store
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
@@ -106,6 +106,7 @@ class PageSession:
         was_working: Whether images were being made when the page was last looked at.
         troubles: What went wrong, by place on the screen.
         uploads: How many times something was uploaded, which gives upload fields new names, and so empties them.
+        start: The image that images start from; None is text alone.
         unready: Whether the prompt has to be mended first, as is said there.
         closed: Whether it has ended: its browser was away for too long.
     """
@@ -122,6 +123,7 @@ class PageSession:
     was_working: bool = False
     troubles: dict[str, list[str]] = field(default_factory=dict)
     uploads: int = 0
+    start: StartImage | None = None
     unready: bool = False
     closed: bool = False
     _session_id: str = ""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import wrap
 from typing import Annotated, Any
 
 import diffusers.utils.logging
@@ -150,7 +151,7 @@ def _first(images: np.ndarray) -> Image.Image:
 
 def drawn(shown: Sequence[Sequence[Shown]]) -> Image.Image:
     """The sheet: a row for each method, three columns for each pair."""
-    columns = [(text,) for pair in PAIRS[: len(shown)] for text in (*pair.alone, pair.both)]
+    columns = [wrap(text, 12) for pair in PAIRS[: len(shown)] for text in (*pair.alone, pair.both)]
     rows = [
         Row((same[0].method,), [image for one in same for image in one.images], _captions(same))
         for same in zip(*shown, strict=True)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from components import seeded
-from flux import TOKENS, flux_transformer
+from flux import flux_transformer
 from lora_compose.attention import Recorder, backbone_of, frozen
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
+from transformer_families import TOKENS
 
 ROWS, GRID = 2, (8, 12)
 DOUBLE = ["transformer_blocks.0.attn", "transformer_blocks.1.attn", "transformer_blocks.2.attn"]

@@ -295,7 +295,7 @@ def test_large_images_are_embedded_smaller(tmp_path: Path) -> None:
 
 def test_many_images_are_embedded_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert MANY > 5
-    monkeypatch.setattr("lora_compose.compose.evaluation.report.MANY", 5)
+    monkeypatch.setattr("lora_compose.compose.evaluation.gallery.MANY", 5)
     store(tmp_path, suite(methods=["merge"]), known, draw=True)
     Image.new("RGB", (512, 512)).save(next(tmp_path.glob("batches/*/1.png")))
     write_report(tmp_path)

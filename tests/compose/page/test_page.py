@@ -320,15 +320,20 @@ def test_what_is_wrong_with_words_is_flagged(model: OpenModel) -> None:
 
 
 def test_what_the_model_does_not_read_is_struck_through(model: OpenModel) -> None:
-    prompt = "a xlo bear " + "cat " * 60 + "and a qrt robot"
+    prompt = "a bear " + "cat " * 60 + "and a robot"
     cut = cut_off(prompt, model.tokenizer)
-    reading = read_prompt(prompt, [BEAR, ROBOT], model.tokenizer)
+    reading = read_prompt(prompt, [], model.tokenizer)
     assert cut is not None
     assert prompt[:cut].count("cat") < 60
-    assert any("the model reads only" in flag for flag in reading.flags)
-    html = as_html(prompt, reading)
-    assert "<del>" in html
-    assert "<del>qrt</del>" in html
+    assert any("it ignores" in flag for flag in reading.flags)
+    assert "and a robot</del>" in as_html(prompt, reading)
+
+
+def test_with_concepts_long_prompts_and_weights_are_read(model: OpenModel) -> None:
+    prompt = "a (xlo bear:1.3) " + "cat " * 60 + "and a qrt robot"
+    reading = read_prompt(prompt, [BEAR, ROBOT], model.tokenizer)
+    assert (reading.flags, reading.cut, len(reading.marks)) == ((), None, 4)
+    assert "is 99; expected 0 to 10" in read_prompt("a (xlo bear:99)", [BEAR], model.tokenizer).flags[0]
 
 
 def test_a_prompt_is_text_in_html(model: OpenModel) -> None:

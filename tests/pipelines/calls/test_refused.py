@@ -13,11 +13,6 @@ from composing import BOTH, BOXED, POSITIONS, PROMPT, UPDATES, compose, composer
 from lora_compose.pipelines.methods import Tara
 from lora_compose.pipelines.scene import Concept
 
-
-def too_long(words: int) -> str:
-    return " ".join(["a"] * words) + " sks cat and zwx dog"
-
-
 # Embeddings of a prompt, for both families.
 EMBEDS = {"prompt_embeds": torch.zeros(1, 32, 24)}
 
@@ -27,9 +22,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
         r"the trigger 'sks' of concept 'cat' is not in the prompt 'a cat and a zwx dog'; write 'sks cat'",
     ),
     "trigger missing from the second prompt": ({"prompt": [PROMPT, "a sks cat"]}, "the trigger 'zwx' of concept 'dog'"),
-    "trigger past the limit": (
-        {"prompt": too_long(28)}, r"'zwx' of concept 'dog' stands at tokens 32 to 32.*reads only 30",
-    ),
+    "a word that is too long": ({"prompt": f"a sks cat and zwx dog {'0' * 99}"}, "has more tokens than"),
     "triggers that overlap": (
         {"concepts": ["cat", Concept(name="dog", trigger="sks")]}, "triggers of concepts 'cat'.*'dog'.*share words",
     ),

@@ -23,7 +23,7 @@ from components import EVERYTHING, random_lora, sd_unet, small_pipeline
 from lora_compose import ComposePipeline, Concept
 from lora_compose.attention import Lora
 from lora_compose.compose.playground.assets import playground_lora
-from lora_compose.pipelines.concepts import loading
+from lora_compose.pipelines.concepts import finding
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from reference import deltas
@@ -544,8 +544,8 @@ def test_hub_repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         asked.append((repo, name, options))
         return str(tmp_path / name)
 
-    monkeypatch.setattr(loading, "list_repo_files", list_repo_files)
-    monkeypatch.setattr(loading, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(finding, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(finding, "hf_hub_download", hf_hub_download)
     options = {"revision": "v2", "token": "secret", "local_files_only": False}
     assert find_file("user/cat-v1.5", **options) == tmp_path / "cat.safetensors"
     assert asked == [

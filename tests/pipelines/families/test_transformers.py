@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import seeded
+from flux import FLUX
 from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Composite, Concept, Merge, Regional, Switch, Tara
@@ -25,7 +26,7 @@ from transformer_families import (
 )
 from z_image import Z_IMAGE
 
-FAMILIES = {"krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
+FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 PROMPT = "a sks cat and a zwx dog on grass"
 LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
 BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]

@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from components import lora_tensors, random_lora, seeded, tiny_pipeline
+from flux import FLUX
 from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Concept, Regional
 from transformer_families import CELLS, TOKENS, Family, Places, as_file, dense_loras, random_lora_of_all
 from z_image import Z_IMAGE
 
-FAMILIES = {"krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
+FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 PROMPT = "a sks cat and a zwx dog on grass"
 TEXTS = ("a cat and a dog on grass", "a sks cat on grass", "a zwx dog on grass")
 LEFT, MIDDLE, RIGHT = (0, 0, 64, 160), (32, 0, 96, 160), (64, 0, 128, 160)
@@ -70,6 +71,8 @@ def observed(transformer: Any) -> Iterator[list[tuple[tuple, dict[str, Any], Any
 
 def texts_of(family: Family, pipe: Any) -> list[int]:
     """Tokens of each text, counted with the pipeline's own tokenizer; that of the image with its padding."""
+    if family is FLUX:
+        return [TOKENS, *(len(pipe.tokenizer_2(text).input_ids) for text in TEXTS[1:])]
     template = pipe._template(TOKENS)
     real = [len(pipe.tokenizer(template.render(text)).input_ids) - template.dropped for text in TEXTS]
     if family is KREA2:

@@ -6,10 +6,12 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +28,8 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, checking
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
-from lora_compose.pipelines.concepts import loading
+from lora_compose.pipelines.concepts import finding
+from lora_compose.pipelines.mask_images import as_uri
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
 
@@ -83,7 +86,7 @@ def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: App
     assert not at.button(key="do.make").disabled
     assert "Takes 1.4 times a plain image; how many seconds is known after the first one" in said(at)
     (cost,) = (caption for caption in at.caption if caption.value.startswith("Takes"))
-    assert "50 + 13 stopped + 13 backward UNet rows in 25 steps" in cost.help
+    assert "50 + 13 stopped + 13 backward latent rows in 25 steps" in cost.help
     made(at)
     assert re.search(r"Takes about \d+\.\d s, 1\.\d times a plain image", said(at))
 
@@ -141,7 +144,7 @@ def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
     assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
     assert at.button(key="do.make").disabled
     at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
-    assert "Method: By subjects · form, because" in said(at)
+    assert "Method: By subjects · draft, because" in said(at)
     assert not at.button(key="do.make").disabled
 
 
@@ -361,8 +364,8 @@ def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, network)
     monkeypatch.setattr(socket, "getaddrinfo", network)
-    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.list_repo_files", network)
-    monkeypatch.setattr("lora_compose.pipelines.concepts.loading.hf_hub_download", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.finding.list_repo_files", network)
+    monkeypatch.setattr("lora_compose.pipelines.concepts.finding.hf_hub_download", network)
     cat = Concept(name="cat", lora="stranger/cat-lora", trigger="sks", class_word="cat")
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat"}, model="stranger/model", sha256={"cat": "0" * 64})
     at.session_state["set.view"] = "Compare"
@@ -374,9 +377,9 @@ def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
     at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
     assert len(asked) == 1
     assert "nothing may be asked here" in said(at)
-    monkeypatch.setattr(loading, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
+    monkeypatch.setattr(finding, "list_repo_files", lambda *args, **kwargs: ["cat.safetensors"])
     monkeypatch.setattr(
-        "lora_compose.pipelines.concepts.loading.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
+        "lora_compose.pipelines.concepts.finding.hf_hub_download", lambda *args, **kwargs: str(playground_lora("cat"))
     )
     at.button(key=f"do.hub.{session(at).rows[0].number}").click().run()
     (row,) = session(at).rows
@@ -544,7 +547,7 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     assert {result.run.method for result in session(at).compared} == {"merge", "regional", "lora-composer"}
     costs = [caption.help for caption in at.caption if caption.value.startswith("**")]
     assert len(costs) == 3
-    assert all(cost.startswith("4 UNet rows") for cost in costs)  # two steps
+    assert all(cost.startswith("4 latent rows") for cost in costs)  # two steps
 
 
 def test_stop_and_waiting_are_said(at: AppTest) -> None:
@@ -631,3 +634,56 @@ def test_the_page_says_nothing_of_evaluations_that_are_not_there(at: AppTest) ->
     at.run()
     assert not at.exception
     assert "No reports yet" in said(at)
+
+
+# --- images to start from ---
+
+
+def start_from(at: AppTest, content: bytes) -> None:
+    at.file_uploader(key=f"do.start.{session(at).uploads}").set_value([("room.jpg", content, "image/jpeg")]).run()
+    assert not at.exception
+
+
+def test_a_part_of_an_image_is_repainted_and_the_rest_stays(at: AppTest) -> None:
+    given = Image.linear_gradient("L").resize((300, 280)).convert("RGB")
+    start_from(at, encoded_as(given, "JPEG"))
+    start = session(at).start
+    assert start is not None
+    assert start.size == fields_size(at) == (192, 176)  # as large as the model takes, in whole cells
+    at.segmented_control(key=fields.PAINTED).set_value(fields.PART).run()
+    assert "Paint over the part that is to change" in said(at)
+    assert at.button(key="do.make").disabled
+    mask = Image.new("L", (96, 88))
+    mask.paste(255, (0, 0, 96, 60))
+    session(at).start = session(at).store.add_mask(start, as_uri(mask))
+    at.run()
+    assert not at.button(key="do.make").disabled
+    made(at)
+    (result,) = session(at).results
+    before, after = (np.asarray(image).astype(int) for image in (Image.open(start.path), result.made.image))
+    assert not (before - after)[124:].any()
+    assert (before - after)[:116].any()
+    assert result.run.scene.strength == 0.7
+    assert 'mask_image="mask.png"' in "".join(code.value for code in at.code)
+    assert 'image="room.png"' in "".join(code.value for code in at.code)
+    at.button(key=f"do.reuse.{result.key}").click().run()
+    assert session(at).start is not None
+    at.button(key="do.unstart").click().run()
+    assert session(at).start is None
+
+
+def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
+    start_from(at, b"no image")
+    assert "room.jpg cannot be read as an image; expected PNG, JPEG, WEBP, BMP" in said(at)
+    assert session(at).start is None
+    assert not list(session(at).store.folder.iterdir())
+
+
+def fields_size(at: AppTest) -> tuple[int, int]:
+    return at.session_state[fields.WIDTH], at.session_state[fields.HEIGHT]
+
+
+def encoded_as(image: Image.Image, kind: str) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()

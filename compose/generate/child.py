@@ -1,4 +1,4 @@
-"""A worker process of an evaluation: runs `lora-compose` until its parent process ends.
+"""What a process runs that `launch` has started: `lora-compose`, until that one is gone.
 
 The system closes the other end of the standard input when the parent ends, even if it is killed. The source of this
 module is run with `python -c`, before any slow import.

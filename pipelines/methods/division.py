@@ -1,0 +1,156 @@
+"""How the draft of an image is read: where each subject is, and how the canvas is divided between them."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_compose.pipelines.losses import smooth
+from lora_compose.pipelines.scene import Concept
+
+
+def divided(
+    maps: Tensor,
+    subjects: Sequence[Concept],
+    given: Sequence[Tensor],
+    divide: Callable[[Tensor, Tensor], Tensor],
+    threshold: float,
+    painted: Tensor | None = None,
+) -> Tensor:
+    """Divides the canvas of one image between its subjects.
+
+    Args:
+        maps: Attention to each subject. Shape: [subjects, map grid height, width].
+        subjects: The subjects.
+        given: The region of each subject on the latent grid; empty where none is given. Shape: [height, width] each.
+        divide: Divides the free cells, given centres and 1 where a cell is free.
+        threshold: As for `centres_of`.
+        painted: 1 in the cells that may be divided (inpainting); None is all of them. Shape: [height, width].
+
+    Returns:
+        1 in the region of a subject; a cell is in one of them, or in several given ones. Shape: [subjects, height,
+        width], fp32.
+
+    Raises:
+        ValueError: If the given regions leave no cell to the others.
+    """
+    masks = torch.stack(list(given)).float()
+    free = (1 - masks.amax(dim=0)) * (1 if painted is None else painted)
+    found = [n for n, region in enumerate(given) if not region.any()]
+    if not found:
+        return masks
+    if not free.any():
+        names = ", ".join(subjects[n].name for n in found)
+        raise ValueError(f"the given regions leave no part of the canvas for {names}")
+    here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
+    centres = centres_of(smooth(maps[found]) * here, [(subjects[n].class_word or "").lower() for n in found], threshold)
+    masks[found] = divide(centres, free)
+    return masks
+
+
+def centres_of(maps: Tensor, classes: Sequence[str], threshold: float) -> Tensor:
+    """The centre of each subject, in parts of the canvas (down, across). Shape: [subjects, 2].
+
+    A subject's cells are those whose attention to it is above a share of its maximum, and higher than to any other
+    subject, each relative to its maximum. Subjects of one class share the cells of all of them: clusters, from left to
+    right in the order of the prompt.
+
+    Args:
+        maps: Attention to each subject. Shape: [subjects, height, width].
+        classes: Their class words.
+        threshold: That share.
+    """
+    height, width = maps.shape[1:]
+    heights = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-20)
+    down, across = torch.meshgrid(
+        (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+    )
+    cells = torch.stack([down, across], dim=-1)
+    centres = torch.zeros(len(maps), 2)
+    words = list(dict.fromkeys(classes))
+    of_class = torch.stack([heights[[n for n, one in enumerate(classes) if one == word]].amax(dim=0) for word in words])
+    owner = of_class.argmax(dim=0)
+    for k, word in enumerate(words):
+        mine = (owner == k) & (of_class[k] > threshold)
+        if not mine.any():
+            mine = of_class[k] == of_class[k].max()
+        members = [n for n, one in enumerate(classes) if one == word]
+        centres[members] = clusters(cells[mine], of_class[k][mine], len(members))
+    return centres
+
+
+def clusters(points: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The centres of clusters of weighted points by k-means, from left to right. Shape: [count, 2].
+
+    The first centre is the heaviest point, each further one the point with the largest weight times squared distance.
+    """
+    centres = points[weights.argmax()][None]
+    while len(centres) < count:
+        away = torch.cdist(points, centres).amin(dim=1).square() * weights
+        centres = torch.cat([centres, points[away.argmax()][None]])
+    for _ in range(10):
+        mine = F.one_hot(torch.cdist(points, centres).argmin(dim=1), count) * weights[:, None]
+        total = mine.sum(dim=0)
+        moved = mine.T @ points / total[:, None].clamp(min=1e-20)
+        centres = torch.where(total[:, None] > 0, moved, centres)
+    return centres[centres[:, 1].argsort(stable=True)]
+
+
+def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> Tensor:
+    """Columns or rows of free cells, one for each subject, with borders half-way between their centres.
+
+    Along the side on which the subjects are further apart. No strip is narrower than 0.7 of an equal part of the box
+    around the free cells.
+
+    Args:
+        centres: In parts of the canvas (down, across). Shape: [subjects, 2].
+        free: 1 where a cell may be used. Shape: [height, width].
+        block: Borders lie on multiples of so many cells, if every subject gets a block.
+        side: How wide a strip is at least, in cells, if there is room for it.
+
+    Returns:
+        Shape: [subjects, height, width].
+    """
+    rows, columns = (_extent(free.any(dim=axis)) for axis in (1, 0))
+    box = free[rows, columns]
+    start, inside = torch.tensor([rows.start, columns.start]), torch.tensor(box.shape)
+    masks = torch.zeros(len(centres), *free.shape)
+    masks[:, rows, columns] = _strips((centres * torch.tensor(free.shape) - start) / inside, box, block, side)
+    return masks * free
+
+
+def _extent(used: Tensor) -> slice:
+    """From the first to the last row or column that is used."""
+    found = used.nonzero()[:, 0]
+    return slice(int(found[0]), int(found[-1]) + 1)
+
+
+def _strips(centres: Tensor, free: Tensor, block: int, side: int) -> Tensor:
+    """Strips of a whole box; centres in parts of it, which may lie outside. Shape: [subjects, height, width]."""
+    count, sides = len(centres), torch.tensor(free.shape)
+    spread = (centres.amax(dim=0) - centres.amin(dim=0)) * sides
+    axis = 1 if spread[1] >= 0.8 * spread[0] else 0
+    length = free.shape[axis]
+    block = block if length // count >= block else 1
+    least = min(math.ceil(max(0.7 * length / count, side) / block) * block, length // count // block * block)
+    order = centres[:, axis].argsort(stable=True).tolist()
+    borders = [0]
+    for j, (one, other) in enumerate(pairwise(order), start=1):
+        middle = float(centres[one, axis] + centres[other, axis]) / 2 * length
+        latest = (length - least * (count - j)) // block * block
+        borders.append(min(max(round(middle / block) * block, borders[-1] + least), latest))
+    masks = torch.zeros(count, *free.shape)
+    for n, (start, stop) in zip(order, pairwise([*borders, length]), strict=True):
+        masks[n].narrow(axis, start, stop - start).fill_(1)
+    return masks
+
+
+def nearest(centres: Tensor, free: Tensor) -> Tensor:
+    """Every free cell for the subject whose centre is nearest. Args and shape: as for `strips`."""
+    sides = torch.tensor(free.shape)
+    cells = torch.stack(torch.meshgrid(*(torch.arange(int(side)) + 0.5 for side in sides), indexing="ij"), dim=-1)
+    owner = torch.cdist(cells.flatten(0, 1), centres * sides).argmin(dim=1).unflatten(0, free.shape)
+    return F.one_hot(owner, len(centres)).movedim(-1, 0) * free

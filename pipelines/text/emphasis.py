@@ -1,0 +1,117 @@
+"""Weights in prompts, as people write them: in "a (striped:1.3) cat" one word counts more.
+
+Everything else works with the plain text. What a method derives from a prompt keeps the weights of its words, which are
+found again by comparing the two texts word by word.
+"""
+
+import re
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import groupby
+
+MOST = 10.0
+"""The largest weight."""
+
+_TAIL = re.compile(r"(?<!\d)\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")  # "(16:9)" is no weight
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """A plain text and the weight of each of its characters."""
+
+    text: str
+    weights: tuple[float, ...]
+
+    @property
+    def is_even(self) -> bool:
+        """Whether nothing has a weight."""
+        return all(weight == 1 for weight in self.weights)
+
+    def part(self, start: int, end: int) -> "Emphasis":
+        """A span of it."""
+        return Emphasis(self.text[start:end], self.weights[start:end])
+
+    def carried_to(self, text: str) -> "Emphasis":
+        """The same weights on the same words of a text that was derived from this one."""
+        ours, theirs = (list(_WORD.finditer(one)) for one in (self.text, text))
+        weights = [1.0] * len(text)
+        matcher = SequenceMatcher(None, [one[0] for one in ours], [one[0] for one in theirs], autojunk=False)
+        for block in matcher.get_matching_blocks():
+            for i in range(block.size):
+                (a, b), (c, d) = ours[block.a + i].span(), theirs[block.b + i].span()
+                weights[c:d] = self.weights[a:b]
+        return Emphasis(text, tuple(weights))
+
+    def fragments(self) -> tuple[list[str], list[float]]:
+        """Texts in their order, each with one weight; blanks between two go with neither."""
+        found = []
+        for weight, group in groupby(range(len(self.text)), key=lambda i: self._weight_at(i)):
+            indices = list(group)
+            found.append((self.text[indices[0] : indices[-1] + 1].strip(), weight))
+        kept = [(text, weight) for text, weight in found if text]
+        return [text for text, _ in kept], [weight for _, weight in kept]
+
+    def written(self) -> str:
+        """As one writes it, with the signs of the weights."""
+        if self.is_even:
+            return self.text
+        escaped = [(re.sub(r"([()])", r"\\\1", text), weight) for text, weight in zip(*self.fragments(), strict=True)]
+        return " ".join(text if weight == 1 else f"({text}:{weight:g})" for text, weight in escaped)
+
+    def _weight_at(self, i: int) -> float:
+        """Of a character; a blank has that of the word before it."""
+        while i > 0 and self.text[i].isspace():
+            i -= 1
+        return self.weights[i]
+
+
+def read_emphasis(text: str) -> Emphasis:
+    r"""Reads weights: "(words:1.3)". They may be nested, and then multiply; "\(" is a parenthesis and no weight.
+
+    Raises:
+        ValueError: For weights outside of 0 to `MOST`.
+    """
+    written: list[tuple[str, float]] = []
+    opened: list[int] = []
+    found = False
+    characters = iter(text)
+    for character in characters:
+        if character == "\\":
+            written.append((character + next(characters, ""), 1.0))
+            continue
+        if character == "(":
+            opened.append(len(written))
+        elif character == ")" and opened:
+            start = opened.pop()
+            inside = "".join(part for part, _ in written[start + 1 :])
+            tail = _TAIL.search(inside)
+            if tail is not None:
+                weight, found = float(tail[1]), True
+                if not 0 <= weight <= MOST:
+                    raise ValueError(
+                        f"the weight in {('(' + inside + ')')[-60:]!r} is {tail[1]}; expected 0 to {MOST:g}, "
+                        "such as (word:1.3)"
+                    )
+                length, end = 0, start + 1
+                while length < tail.start():  # an escaped character has two letters
+                    length += len(written[end][0])
+                    end += 1
+                written[start:] = [(part, before * weight) for part, before in written[start + 1 : end]]
+                continue
+        written.append((character, 1.0))
+    if not found:
+        return Emphasis(text, (1.0,) * len(text))
+    plain = [(part[1:] if part[:2] in ("\\(", "\\)") else part, weight) for part, weight in written]
+    weights = tuple(weight for part, weight in plain for _ in part)
+    return Emphasis("".join(part for part, _ in plain), weights)
+
+
+def has_weights(text: str) -> bool:
+    """Whether a prompt has signs of weights, also of weight 1."""
+    return read_emphasis(text).text != text
+
+
+def plain_text(text: str) -> str:
+    """A prompt without the signs of its weights."""
+    return read_emphasis(text).text

@@ -1,0 +1,177 @@
+"""Prompts that are longer than a text encoder reads at once, in chunks; and weights in prompts.
+
+A chunk ends with a word, after punctuation where there is some. Each is encoded alone and the results stand one after
+the other, as in most tools; shorter texts of the call get empty chunks.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_compose.pipelines.spelling import shortened
+from lora_compose.pipelines.text.emphasis import Emphasis, read_emphasis
+
+_LATEST = 0.5
+"""A chunk ends after punctuation if that leaves more than this part of it."""
+
+Span = tuple[int, int]
+Texts = Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class LongTokenizer:
+    """A tokenizer whose model reads several chunks.
+
+    Attributes:
+        tokenizer: Reads one chunk.
+        chunks: How many there are in this call.
+    """
+
+    tokenizer: Any
+    chunks: int
+
+    @property
+    def model_max_length(self) -> int:
+        """Tokens of all chunks, special ones too."""
+        return self.chunks * self.tokenizer.model_max_length
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Tokenises a text as a whole."""
+        return self.tokenizer(text, **options)
+
+    def parts(self, text: str, start: int, end: int) -> list[tuple[str, Span, int]]:
+        """The parts of a span: the chunk that each is in, where it is in that, and the tokens of the chunks before."""
+        length = self.tokenizer.model_max_length
+        return [
+            (text[a:b], (max(start - a, 0), min(end, b) - a), i * length)
+            for i, (a, b) in enumerate(chunks_of(self.tokenizer, text))
+            if start < b and end > a
+        ]
+
+
+def chunks_of(tokenizer: Any, text: str) -> list[Span]:
+    """Spans of characters that a tokenizer's model reads at once, at least one.
+
+    Raises:
+        ValueError: For a word that alone is too long.
+    """
+    limit = tokenizer.model_max_length - 2
+
+    def tokens(start: int, end: int) -> int:
+        if len(text[start:end].split()) > limit:  # each has a token at least
+            return limit + 1
+        return len(tokenizer(text[start:end], add_special_tokens=False, truncation=False, verbose=False).input_ids)
+
+    found: list[Span] = []
+    start = len(text) - len(text.lstrip())
+    while tokens(start, len(text)) > limit:
+        ends = [start + word.end() for word in re.finditer(r"\S+", text[start:])]
+        low, high = 0, len(ends)  # so many words fit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if tokens(start, ends[middle - 1]) <= limit else (low, middle)
+        if low == 0:
+            word = text[start : ends[0]]
+            raise ValueError(f"the word {shortened(word)} has more tokens than the model reads at once, {limit}")
+        pauses = [i + 1 for i in range(low) if text[ends[i] - 1] in ".,;:!?" and i + 1 > _LATEST * low]
+        end = ends[(pauses[-1] if pauses else low) - 1]
+        found.append((start, end))
+        start = end + len(text[end:]) - len(text[end:].lstrip())
+    return [*found, (start, len(text))]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the texts of a call are read.
+
+    Attributes:
+        tokenizers: Of one chunk, one for each text encoder.
+        chunks: How many chunks every text has.
+        origins: The prompts, from which other texts are derived.
+        known: Further texts with weights, by their plain text.
+    """
+
+    tokenizers: Sequence[Any]
+    chunks: int
+    origins: Sequence[Emphasis]
+    known: Mapping[str, Emphasis]
+
+    @classmethod
+    def of(cls, tokenizers: Sequence[Any], prompts: Sequence[Sequence[str]], others: Sequence[str]) -> "Reading | None":
+        """How these texts are read; None if each is one chunk without weights.
+
+        Args:
+            tokenizers: One for each text encoder.
+            prompts: The prompts, for each of them.
+            others: Negative prompts and those of concepts.
+        """
+        read = [[read_emphasis(text) for text in texts] for texts in (*prompts, others)]
+        plain = {one.text for texts in read for one in texts}
+        chunks = max(len(chunks_of(tokenizer, text)) for tokenizer in tokenizers for text in plain)
+        if chunks == 1 and plain == {text for texts in (*prompts, others) for text in texts}:
+            return None
+        return cls(tokenizers, chunks, read[0], {one.text: one for one in read[-1] if not one.is_even})
+
+    def emphasis(self, text: str, prompt: int, *, derived: bool) -> Emphasis:
+        """The weights of a text that belongs to a prompt, from which it may have been derived."""
+        own = read_emphasis(text)
+        if not own.is_even or text in self.known:
+            return self.known.get(text, own)
+        origin = self.origins[prompt]
+        return origin.carried_to(text) if derived and not origin.is_even else own
+
+    def encode(
+        self,
+        columns: Sequence[Texts],
+        encode: Callable[[Sequence[Texts]], Sequence[Tensor]],
+        weighted: Callable[[Sequence[Emphasis]], Tensor],
+        images_per_prompt: int,
+    ) -> list[Tensor]:
+        """Encodes texts chunk by chunk.
+
+        Args:
+            columns: The prompts for each text encoder, then the negative prompts for each; None is none.
+            encode: Encodes one chunk of all of them: the prompts, the negative prompts, and what is pooled of each.
+            weighted: Encodes one chunk of one text, as each text encoder reads it. Shape: [1, tokens, channels].
+            images_per_prompt: Rows of each prompt.
+
+        Returns:
+            What `encode` gives, with the tokens of all chunks. What is pooled is of the first.
+        """
+        split = [
+            None if column is None else [self._split(text, i, derived=k == 0) for i, text in enumerate(column)]
+            for k, column in enumerate(columns)
+        ]
+        parts = [
+            encode([None if texts is None else [text[chunk].text for text in texts] for texts in split])
+            for chunk in range(self.chunks)
+        ]
+        half = len(columns) // 2
+        joined: list[Any] = [None, None]
+        for side, texts in ((0, split[:half]), (1, split[half:])):
+            if parts[0][side] is None:
+                continue
+            chunks = [part[side].clone() for part in parts]
+            read = [column or texts[0] for column in texts]
+            for row in range(len(read[0] or ())):
+                for i in range(self.chunks):
+                    asked = [column[row][i] for column in read if column is not None]
+                    if not all(one.is_even for one in asked):
+                        rows = slice(row * images_per_prompt, (row + 1) * images_per_prompt)
+                        chunks[i][rows] = weighted(asked).to(chunks[i])
+            joined[side] = torch.cat(chunks, dim=1)
+        return [*joined, *parts[0][2:]]
+
+    def _split(self, text: str, prompt: int, *, derived: bool) -> list[Emphasis]:
+        whole = self.emphasis(text, prompt, derived=derived)
+        spans = chunks_of(self.tokenizers[0], whole.text)
+        if len(spans) > self.chunks:
+            raise ValueError(
+                f"{shortened(whole.text)} is longer than the prompts of this call, which has {self.chunks} chunks of "
+                f"{self.tokenizers[0].model_max_length} tokens; shorten it, or lengthen the prompt"
+            )
+        return [*(whole.part(*span) for span in spans), *[Emphasis("", ())] * (self.chunks - len(spans))]

@@ -1,0 +1,89 @@
+"""`draft` on transformers: what the base model's maps say, and the image of `regional` with the regions found."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components import seeded
+from flux import FLUX
+from flux2 import FLUX2
+from krea2 import KREA2
+from lora_compose import Concept, Draft, Regional
+from lora_compose.pipelines.methods.division import divided
+from transformer_families import CELLS, TOKENS, Family, as_file, random_lora_of_all
+from z_image import Z_IMAGE
+
+FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
+CALL: dict[str, Any] = {
+    "prompt": "a sks cat and a zwx dog on grass", "width": 128, "height": 128, "num_inference_steps": 3,
+    "max_sequence_length": TOKENS, "output_type": "latent",
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pipe = family.pipeline()
+    folder = tmp_path_factory.mktemp("loras")
+    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
+        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
+        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
+    return pipe
+
+
+@pytest.fixture
+def division(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """Maps and masks of each image."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def kept(maps: Tensor, *arguments: Any) -> Tensor:
+        masks = divided(maps, *arguments)
+        found.append((maps, masks))
+        return masks
+
+    monkeypatch.setattr("lora_compose.pipelines.methods.draft.divided", kept)
+    return found
+
+
+def regions(masks: Tensor) -> list[Concept]:
+    """Concepts with masks of the latent grid as regions."""
+    images: Any = [np.kron(mask.numpy(), np.ones((8, 8))).astype(np.float32) for mask in masks]
+    return [Concept(name=name, region=mask) for name, mask in zip(("cat", "dog"), images, strict=True)]
+
+
+@pytest.mark.parametrize("reading", ["scene", "regions"])
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+def test_it_is_the_image_of_regional_with_the_regions_found(family, pipe, division, reading, guided):
+    guidance = family.guided if guided else family.unguided
+    noise = torch.randn(2, 4, 16, 16, generator=seeded(1))
+    method = Draft(length=1, reading=reading)
+    found = pipe(
+        **CALL, **guidance, concepts=["cat", "dog"], method=method, latents=noise, num_images_per_prompt=2
+    ).images
+    assert len(division) == 2, "each image is divided by its own maps"
+    for image, (maps, masks) in enumerate(division):
+        assert maps.shape == (2, CELLS, CELLS)
+        assert (masks.sum(dim=0) == 1).all()
+        expected = pipe(
+            **CALL, **guidance, concepts=regions(masks), latents=noise[image : image + 1],
+            method=Regional(texts="shared" if reading == "scene" else "regions"),
+        ).images  # fmt: skip
+        torch.testing.assert_close(found[image : image + 1], expected, atol=3e-5, rtol=0)
+
+
+def test_two_of_one_class_read_texts_of_their_own(family, pipe, division):
+    both = [Concept(name="cat", class_word="cat"), Concept(name="dog", class_word="cat")]
+    call = CALL | {"prompt": "a sks cat and a zwx cat on grass", "generator": seeded(3)}
+    auto = pipe(**call, **family.unguided, concepts=both, method="draft").images
+    own = pipe(
+        **call | {"generator": seeded(3)}, **family.unguided, concepts=both, method=Draft(reading="regions")
+    ).images
+    assert torch.equal(auto, own)

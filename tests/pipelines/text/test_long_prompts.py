@@ -1,0 +1,184 @@
+"""Calls with weights in prompts, and with prompts longer than a text encoder reads at once."""
+
+import pytest
+import torch
+from compel import Compel, ReturnedEmbeddingsType
+from safetensors.torch import save_file
+
+from components import FAMILIES
+from composing import (
+    BOXED,
+    EMBEDDINGS,
+    POSITIONS,
+    assert_close,
+    compose,
+    composer_of,
+    encoded,
+    same_bits,
+)
+from composing import run as two_steps
+from flux import flux_pipeline
+from lora_compose import Concept
+from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
+from transformer_families import as_file, random_lora_of_all
+
+
+def latents_of(pipe, **arguments):
+    return compose(pipe, **{"num_inference_steps": 1} | arguments).images
+
+
+def run(pipe, **arguments):
+    return two_steps(pipe, **{"num_inference_steps": 1} | arguments)
+
+
+EITHER = pytest.mark.parametrize("family", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+WEIGHTED, AS_COMPEL = "a (sks cat:1.5) and a (zwx dog:0.6)", "a (sks cat)1.5 and a (zwx dog)0.6"
+LONG = "a sks cat, " + "with trees and clouds and a river behind it, " * 9 + "and a zwx dog"
+
+
+def differ(one, other):
+    """By more than rounding."""
+    return bool((one - other).abs().max() > 5e-4)
+
+
+def compels(pipe, text):
+    """The embeddings of a prompt in compel's own notation, by its own parser."""
+    kind = ReturnedEmbeddingsType
+    if "text_encoder_2" not in pipe.components:
+        return Compel(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)(text)
+    return Compel(
+        tokenizer=[pipe.tokenizer, pipe.tokenizer_2], text_encoder=[pipe.text_encoder, pipe.text_encoder_2],
+        returned_embeddings_type=kind.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED, requires_pooled=[False, True],
+    )(text)[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_those_of_compel(family):
+    pipe = composer_of(family)
+    given = {**encoded(pipe), "prompt_embeds": compels(pipe, AS_COMPEL), "token_positions": POSITIONS}
+    found = latents_of(pipe, prompt=WEIGHTED, negative_prompt="dark")
+    assert_close(found, latents_of(pipe, **given))
+    assert differ(found, latents_of(pipe, negative_prompt="dark"))
+    # Pooled text, which SDXL reads too, has no weights.
+    given = {**encoded(pipe, negative="dark grey"), "negative_prompt_embeds": compels(pipe, "(dark)1.4 grey")}
+    assert_close(
+        latents_of(pipe, negative_prompt="(dark:1.4) grey"), latents_of(pipe, **given, token_positions=POSITIONS)
+    )
+
+
+@EITHER
+def test_a_weight_of_1_changes_nothing(family):
+    pipe = composer_of(family)
+    assert_close(latents_of(pipe, prompt="a (sks cat:1) and a zwx dog"), latents_of(pipe), 0)
+
+
+@EITHER
+def test_weights_without_concepts(family):
+    pipe = composer_of(family)
+    given = {**encoded(pipe), "prompt_embeds": compels(pipe, AS_COMPEL)}
+    found = run(pipe, prompt=WEIGHTED, negative_prompt="dark").images
+    assert_close(found, run(pipe, **given).images)
+    assert same_bits(run(pipe, prompt="a (cat) 16:9").images, run(pipe, prompt="a (cat) 16:9", concepts=[]).images)
+
+
+@EITHER
+def test_weights_of_one_prompt_do_not_reach_others(family):
+    pipe = composer_of(family)
+    two = latents_of(pipe, prompt=[WEIGHTED, "a sks cat and a zwx dog"], generator=None, latents=_noise(pipe, 2))
+    assert_close(two[1:], latents_of(pipe, generator=None, latents=_noise(pipe, 2)[1:]))
+    assert_close(two[:1], latents_of(pipe, prompt=WEIGHTED, generator=None, latents=_noise(pipe, 2)[:1]))
+
+
+def _noise(pipe, images):
+    side = pipe.unet.config.sample_size
+    return torch.randn(images, 4, side, side, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("method", ["regional", "lora-composer", "clora"])
+def test_methods_that_derive_texts_keep_the_weights(method):
+    pipe, how = composer_of("sd"), {"concepts": BOXED, "method": method}
+    found = latents_of(pipe, prompt=WEIGHTED, **how)
+    assert torch.isfinite(found).all()
+    assert differ(found, latents_of(pipe, **how))
+
+
+def test_prompts_of_concepts_may_have_weights():
+    pipe = composer_of("sd")
+
+    def of(text):
+        cat, dog = BOXED
+        concepts = [cat.model_copy(update={"prompt": text}), dog]
+        return latents_of(pipe, concepts=concepts, method="lora-composer")
+
+    assert differ(of("a (sks cat:1.8) asleep"), of("a sks cat asleep"))
+    assert_close(of("a (sks cat:1) asleep"), of("a sks cat asleep"), 0)
+
+
+@EITHER
+def test_a_long_prompt_is_read_in_chunks(family):
+    pipe = composer_of(family)
+    spans = chunks_of(pipe.tokenizer, LONG)
+    texts = [LONG[slice(*span)] for span in spans]
+    assert len(texts) > 1
+    assert all(text.endswith(",") for text in texts[:-1])
+    parts = [encoded(pipe, text, "dark" if i == 0 else "") for i, text in enumerate(texts)]
+    given = {name: torch.cat([part[name] for part in parts], dim=1) for name in EMBEDDINGS[:2]}
+    length = pipe.tokenizer.model_max_length
+    first, last = (pipe.tokenizer(text).input_ids for text in (texts[0], texts[-1]))
+    sks, zwx = (pipe.tokenizer(word).input_ids[1] for word in ("sks", "zwx"))
+    positions = {"cat": [first.index(sks)], "dog": [(len(texts) - 1) * length + last.index(zwx)]}
+    expected = latents_of(pipe, **{**parts[0], **given}, token_positions=positions)
+    assert_close(latents_of(pipe, prompt=LONG, negative_prompt="dark"), expected)
+
+
+def test_a_phrase_may_stand_in_two_chunks():
+    pipe = composer_of("sd")
+    tokenizer = LongTokenizer(pipe.tokenizer, 2)
+    text = "a " * (pipe.tokenizer.model_max_length - 3) + "sks cat"
+    start = text.index("sks")
+    (first, _, before), (second, _, after) = tokenizer.parts(text, start, len(text))
+    assert (first[-3:], second) == ("sks", "cat")
+    assert (before, after) == (0, pipe.tokenizer.model_max_length)
+
+
+REFUSED = [
+    ({"prompt": "a (sks cat:-1) and a zwx dog"}, "is -1; expected 0 to 10"),
+    ({"prompt": "a (sks cat:1.3)like and a zwx dog"}, "a weight ends inside a word"),
+    ({"prompt": WEIGHTED, "clip_skip": 1}, "do not go with clip_skip"),
+    ({"negative_prompt": "<lora:cat:1>"}, "tags such as <lora:cat:0.8> are read in prompt alone"),
+    ({"prompt": "a sks cat <lora:cat:1>"}, "'cat' is in concepts and has a tag in the prompt"),
+    ({"prompt": "a sks cat <lora:cart:1>"}, "there is no concept 'cart'; there are cat, dog.*did you mean 'cat'"),
+    ({"prompt": "a sks cat <lora:cat:high>"}, "expected a name and one number"),
+    ({"prompt": "a sks cat <lora:cat"}, "without '>'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_cannot_be_read_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        compose(composer_of("sd"), **arguments)
+
+
+def test_transformers_refuse_weights(tmp_path):
+    pipe = flux_pipeline()
+    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 0))), tmp_path / "cat.safetensors")
+    pipe.load_concept(tmp_path / "cat.safetensors", trigger="sks", class_word="cat")
+    with pytest.raises(ValueError, match=r"weights as in 'a \(cat:1.2\)' work with SD 1.x, 2.x and XL"):
+        pipe("a (cat:1.2)", concepts=[Concept(name="cat")], num_inference_steps=1)
+
+
+def test_tags_of_a_prompt_are_concepts_with_weights():
+    pipe = composer_of("sd")
+    expected = latents_of(pipe, concepts={"cat": 0.5, "dog": 1.2}, method=None)
+    assert same_bits(run(pipe, prompt="a sks cat and a zwx dog <lora:cat:0.5>, <lora:dog:1.2>").images, expected)
+    mixed = run(pipe, prompt="a sks cat and a zwx dog <lora:dog:1.2>", concepts=[Concept(name="cat", weight=0.5)])
+    assert same_bits(mixed.images, expected)
+
+
+def test_each_prompt_has_its_own_tags():
+    pipe = composer_of("sd")
+    prompts = ["a sks cat <lora:cat:0.5>", "a zwx dog <lora:dog>"]
+    found = run(pipe, prompt=prompts, generator=None, latents=_noise(pipe, 2)).images
+    sets = [{"cat": 0.5}, {"dog": 1.0}]
+    plain = ["a sks cat", "a zwx dog"]
+    assert same_bits(found, run(pipe, prompt=plain, concepts=sets, generator=None, latents=_noise(pipe, 2)).images)
