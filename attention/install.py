@@ -197,7 +197,7 @@ def installed_layers(
         where: The site of every layer that may be adapted.
         device: Where the model runs.
         dtype: The precision in which it runs.
-        silence: Names of PEFT adapters whose own contribution is off, because they are among the concepts.
+        silence: Names of PEFT adapters to switch off, because they take part as concepts.
         kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards.
 
     Raises:

@@ -64,9 +64,9 @@ class BankLayer(nn.Module):
 
     Args:
         parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
-        site: What its input is.
+        site: Stream and grid of the layer.
         concepts: How many concepts there are in all.
-        state: Where the gates come from.
+        state: Holds the gates of the current pass.
 
     Attributes:
         layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of

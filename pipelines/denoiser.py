@@ -192,8 +192,8 @@ class Denoiser:
 
         Args: as for `maps`, and
             loss: The loss.
-            whole: Whether the pass goes on to its end, with unconditional rows too, and gives a prediction. The request
-                is for all rows then.
+            whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
+                rows then.
             beside: What else the host wants of the maps. It comes with the losses, so that the host waits once.
 
         Raises:

@@ -47,7 +47,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
             its maximum and above every other concept's share. Shape: as attention_maps, bool.
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
-        method_reason: Why it is this one.
+        method_reason: The reason for the choice.
         origin: What the images were made of, for `refine`; None where they cannot be repainted.
     """
 

@@ -77,7 +77,7 @@ class Plan:
 
     @contextmanager
     def installed(self, pipe: Any) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
-        """The LoRAs are in the model inside this block, and nowhere after it.
+        """Installs the LoRAs in the model inside this block.
 
         Args:
             pipe: The pipeline.

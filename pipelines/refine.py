@@ -93,7 +93,7 @@ def refine(
         raise ValueError(f"masks name {sorted(unknown)}; the subjects are {', '.join(one.name for one in subjects)}")
     found = {one.name: _mask(one, masks or {}, image.size) for one in subjects}
     if not any(found.values()):
-        raise ValueError("nothing says where the subjects are: give masks={name: mask}, or concepts with regions")
+        raise ValueError("it is not known where the subjects are: give masks={name: mask}, or concepts with regions")
     cost, done, whole = Cost(), [], read_emphasis(prompt)
     for subject in subjects:
         mask = found[subject.name]

@@ -36,8 +36,8 @@ class RunCost:
 
     Attributes:
         rows: latent rows, in words.
-        flops: Operations, a multiplication and an addition being two.
-        plain_flops: Those of the same image without concepts.
+        flops: FLOPs; a multiplication and an addition count as two.
+        plain_flops: FLOPs of the same image without concepts.
     """
 
     rows: str

@@ -65,7 +65,7 @@ def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
 
 
 def fingerprint(source: str) -> Any:
-    """What a model is: hashes of its files where they are on this machine, its name where it is a hub repository."""
+    """Identifies a model: by hashes of its files, or by its name if it is a hub repository."""
     path = Path(source).expanduser()
     if source in PLAYGROUNDS:
         path = playground_model(source)

@@ -22,7 +22,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_file(path: Path, limit: int | None = None) -> Any:
-    """What a YAML or JSON file says.
+    """The content of a YAML or JSON file.
 
     Args:
         path: The file.

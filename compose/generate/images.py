@@ -32,8 +32,8 @@ def make_images(
         seeds: One for each image.
         out: The folder for them.
         savers: Options that save memory.
-        loras: A folder of LoRAs, of which those act that the prompt names; None takes the concepts of the scene.
-        maps: Whether attention maps are written, too.
+        loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
+        maps: Whether attention maps are written.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.

@@ -170,7 +170,7 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     if scene.image is not None and scene.padding_mask_crop is None:
         given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
         return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
-    # Both are always said: diffusers alone takes the model's own for both where one is missing.
+    # Both are always passed: if one is missing, diffusers takes the model's own size for both.
     width, height = pipe.own_size
     return scene.width or width, scene.height or height
 

@@ -143,8 +143,8 @@ def assign(file: LoraFile, grouped: Layers, pipe: Any) -> tuple[Mapping[Part, Ma
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
     fitting = sum(map(len, found.values()))
-    if fitting < _FITTING * len(gathered.layers) or not fitting:  # families share the names of a few layers
-        raise LoraError(_nothing(file, fitting, len(gathered.layers)))
+    if fitting < _FITTING * len(grouped.layers) or not fitting:  # families share the names of a few layers
+        raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return found, tuple(unmatched)
 
 

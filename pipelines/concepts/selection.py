@@ -26,10 +26,10 @@ class Choice:
     """The concepts that a prompt names.
 
     Attributes:
-        names: Of the concepts, in the order in which the prompt names them.
-        prompt: The prompt with the triggers of those that it names by class word alone, for which methods look.
-        reasons: A line for each concept: by which word it was taken.
-        notes: What was not taken although it may have been meant.
+        names: Names of the concepts, in the order of the prompt.
+        prompt: The prompt, with the triggers inserted of concepts that it names only by class word; methods need them.
+        reasons: A line for each concept: the word by which it was chosen.
+        notes: Words that may name a concept that was not chosen.
         weights: Of those that a tag names, `<lora:cat:0.8>`.
     """
 

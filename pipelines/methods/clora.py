@@ -313,7 +313,7 @@ class Contrasting:
         return latents
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Updates; masks from the maps of before the last of them; then the prediction."""
+        """Updates the latents, makes masks from the maps before the last update, and predicts."""
         latents, found = self._update(latents, step)
         if self.settings.fuse == "branches":
             return latents, self._by_branches(latents, step, found)
@@ -322,7 +322,7 @@ class Contrasting:
     def _update(self, latents: Tensor, step: Step) -> tuple[Tensor, Gradient | None]:
         """All updates of a step, with what was found before the last one, if there are any."""
         settings, found = self.settings, None
-        request = self._all_rows(step) if settings.whole else MapRequest(self.words.readout)
+        request = self._all_rows(step) if settings.whole else MapRequest(self.words.token_weights)
         updates, wants_masks = self._updates(step), settings.fuse == "regions" and self._masks_due(step)
         for left in reversed(range(updates)):
             found = self.session.denoiser.gradient(
@@ -347,7 +347,7 @@ class Contrasting:
         return contrast(by_image, self.words.groups, self.settings.temperature)
 
     def _by_branches(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
-        """The mean of the branches' predictions, each under its mask, for both halves of guidance."""
+        """The mean of the branches' predictions under their masks, with guidance."""
         prediction, maps = (None, None) if found is None else (found.prediction, found.maps)
         if prediction is None:
             request = self._all_rows(step) if maps is None and self._masks_due(step) else None
@@ -373,14 +373,14 @@ class Contrasting:
         return (masks / masks.sum(dim=1, keepdim=True)).transpose(0, 1)[:, :, None]
 
     def _by_regions(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
-        """One pass for every image, since every image has other regions.
+        """One pass per image, since each image has its own regions.
 
         New masks come to the host, which divides the grids by them; with those of an update it has not to wait again.
         """
         if self._masks_due(step):
             masks = None if found is None else found.beside
             if masks is None:
-                request = MapRequest(self.words.readout)
+                request = MapRequest(self.words.token_weights)
                 masks = self._masks_of(self.session.denoiser.maps(latents, step, self.branches, request)).cpu()
             self.masks = to_device(masks > 0, self.session.canvas.device)
             on_latents = F.interpolate(masks, self.session.canvas.latent_grid)

@@ -57,16 +57,16 @@ class Draft:
             step stops after the last attention map.
         threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
-            columns or rows, whichever the subjects are further apart in; "auto", strips where regions have texts of
-            their own.
-        reading: What image cells read: "scene", the scene's prompt; "regions", each region a text of its own; "auto",
-            texts of their own if two subjects share a class word, one has a prompt of its own, or there are more than
-            two and all find room side by side.
+            columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
+            their own texts.
+        reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region; "auto",
+            a text for each region if two subjects share a class word, one has a prompt of its own, or more than two
+            subjects fit side by side.
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
             on UNets only, since it tears the images of transformers apart.
-        keep_regions: Whether regions that the user gives are kept; otherwise those of all subjects are found.
+        keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 
     length: float = 0.12

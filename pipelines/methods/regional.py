@@ -188,10 +188,10 @@ class SegmentedTexts:
 
     Attributes:
         text: All of them.
-        own: 1 at tokens that a concept may change. Shape: [rows, tokens, concepts].
+        own: 1 at the tokens that a concept changes. Shape: [rows, tokens, concepts].
         lengths: Tokens of text 0, and of the text of each region.
         hidden: True at padding inside them. Shape: [rows, tokens].
-        base: The text of the image as a whole.
+        base: The text of the whole image.
     """
 
     text: Conditioning
@@ -225,7 +225,7 @@ class SegmentedTexts:
 
 
 def segment_texts(session: Session, owners: Sequence[int]) -> SegmentedTexts:
-    """A text for the image, without the triggers of regions, and one for each region; unconditional rows as ever.
+    """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
 
     Args:
         session: The call.
@@ -264,7 +264,7 @@ def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions
 
 
 HALF = 0.5
-"""A cell reads the texts of regions that cover so much of it."""
+"""A cell reads the texts of regions that cover at least this share of it."""
 
 
 def _unnamed(session: Session) -> list[str]:

@@ -65,7 +65,7 @@ class PromptEncoder:
         components: The pipeline's components by name.
         encode: The pipeline's text encoders.
         canvas: Sizes of the call.
-        steps: How many steps there are; a weight schedule counts with its mean.
+        steps: Number of steps, for the mean of weight schedules.
         banks: Keeps the LoRAs of text encoders between calls.
     """
 
