@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -50,6 +50,7 @@ class Factors:
         embeddings: Words that the file brings with it, as in `LoraFile`.
         error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
         part: The component that the model is: "unet" or "transformer".
+        handle: Stands for these factors where something is kept that was made of them; no others have it.
     """
 
     model: Lora
@@ -59,6 +60,7 @@ class Factors:
     embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
     error: float = 0.0
     part: Part = "unet"
+    handle: int = field(init=False, repr=False, compare=False, default_factory=count().__next__)
 
     @property
     def by_part(self) -> Mapping[Part, Lora]:

@@ -97,6 +97,18 @@ class FlowMatchingPipeline(ComposePipeline):
         side = int(getattr(self.vae.config, "sample_size", None) or 1024)
         return side, side
 
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """Arguments of a call with classifier-free guidance.
+
+        Args:
+            scale: As the family means `guidance_scale`.
+            negative_prompt: What to avoid; None says nothing.
+
+        Raises:
+            ValueError: If the family takes no negative prompt.
+        """
+        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
+
     def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
         """Further inputs of a forward pass that asks for no guidance, where guidance is an input."""
         return {}
@@ -162,19 +174,24 @@ class TemplatePipeline(FlowMatchingPipeline):
         return render
 
 
-Encode = Callable[[list[str] | None, bool], tuple[Tensor, Mapping[str, Tensor]]]
-"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True. The text
-and further inputs of the model by row."""
+Encode = Callable[[list[str] | None, bool, torch.device], tuple[Tensor, Mapping[str, Tensor]]]
+"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True; on a
+device. The text and further inputs of the model by row."""
 
 
 def both_sides(
-    encode: Encode, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, *, guided: bool
+    encode: Encode,
+    prompts: Sequence[str] | None,
+    negative_prompts: Sequence[str] | None,
+    device: torch.device,
+    *,
+    guided: bool,
 ) -> EncodedText:
     """The text of all rows; unconditional ones are there with guidance only."""
-    text, added = encode(None if prompts is None else list(prompts), False)
+    text, added = encode(None if prompts is None else list(prompts), False, device)
     if not guided:
         return EncodedText(text, None, added)
-    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True)
+    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True, device)
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
 
 

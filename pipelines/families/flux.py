@@ -155,7 +155,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             },
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = prompt, prompt_2, prompt_embeds, pooled_prompt_embeds
             if negative:
                 words = [_for_each(text, len(given)) for text in (negative_prompt, negative_prompt_2)]
@@ -163,7 +163,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             first, second, embeds, pooled = own if prompts is None else (prompts, None, None, None)
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
             text, pooled, _ = encode_prompt(
-                first, second, self._execution_device, per_prompt, embeds, pooled, max_sequence_length,
+                first, second, device, per_prompt, embeds, pooled, max_sequence_length,
                 (joint_attention_kwargs or {}).get("scale"),
             )  # fmt: skip
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
@@ -179,7 +179,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return output_of(outcome, result) if return_dict else (result,)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `ComposePipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
+        """As `FlowMatchingPipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
         if not self.transformer.config.guidance_embeds:
             return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or ""}
         if negative_prompt is not None:

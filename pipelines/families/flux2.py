@@ -130,12 +130,12 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = ([""] * len(given), negative_prompt_embeds) if negative else (prompt, prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self.encode_prompt
             text, _ = encode_prompt(
-                words, self._execution_device, num_images_per_prompt, embeds, max_sequence_length,
+                words, device, num_images_per_prompt, embeds, max_sequence_length,
                 text_encoder_out_layers,
             )  # fmt: skip
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
@@ -151,7 +151,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         return output_of(outcome, result) if return_dict else (result,)
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
-        """As `ComposePipeline.guided`."""
+        """As `FlowMatchingPipeline.guided`."""
         if negative_prompt is not None:
             raise ValueError(f"{self.family} takes no negative prompt; leave it out")
         return {"guidance_scale": scale}

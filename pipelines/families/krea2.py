@@ -130,16 +130,14 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = (prompt, prompt_embeds, prompt_embeds_mask)
             if negative:
                 words = None if negative_prompt_embeds is not None else for_each(negative_prompt, len(given))
                 own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
             words, embeds, mask = own if prompts is None else (prompts, None, None)
             encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-            text, mask = encode_prompt(
-                words, self._execution_device, num_images_per_prompt, embeds, mask, max_sequence_length
-            )
+            text, mask = encode_prompt(words, device, num_images_per_prompt, embeds, mask, max_sequence_length)
             return text.flatten(2), {"text_mask": mask}
 
         final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))

@@ -141,13 +141,13 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             {"_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs},
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = (listed(prompt), prompt_embeds)
             if negative:
                 own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self._encode_prompt
-            found = encode_prompt(list(words), self._execution_device, embeds, max_sequence_length)
+            found = encode_prompt(list(words), device, embeds, max_sequence_length)
             rows = [row for row in found for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 

@@ -277,7 +277,7 @@ class Drafting:
             for step in every[:-1]:
                 prediction = denoiser.predict(latents, step, self.draft, MapRequest(rows))
                 found.append(prediction.maps)
-                latents = sampler.step(session.guider.combine(prediction, step), step.t, latents)
+                latents = sampler.step(session.guider.combine(prediction, step), step, latents)
             found.append(denoiser.maps(latents, every[-1], self.draft, MapRequest(self.words)))
         mean = torch.stack([maps.text[-len(self.words) :] for maps in found]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(session.canvas.latent_grid, session.canvas.map_level))

@@ -1,17 +1,13 @@
 """The page in a real browser: Debian's chromium, driven by playwright. Asked for with `-m browser`."""
 
 import json
-import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,16 +20,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from commands import free_port
+from browsing import CHROMIUM, FLAGS, served, settled
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium")
-# As root and offline: no sandbox, and none of the connections that a browser makes by itself.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 MINUTE = 60_000
 expect.set_options(timeout=30_000)  # other tests may use the processor as well
 MAKE = re.compile("^Generate 1 image")
@@ -42,32 +34,6 @@ MAKE = re.compile("^Generate 1 image")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("out")
-
-
-@contextmanager
-def served(out: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A page of its own, with its temporary files in a folder that can be looked at."""
-    port = free_port()
-    command = [sys.executable, "-m", "lora_compose", "ui", "--port", str(port), "--no-browser", "--out", str(out)]
-    (out / "temporary").mkdir(parents=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(out / "temporary")}
-    said = out / "said.txt"
-    with said.open("w") as file:
-        server = subprocess.Popen(command, env=env, stdout=file, stderr=file)
-    try:
-        for _ in range(360):
-            try:
-                urllib.request.urlopen(f"http://localhost:{port}/_stcore/health")
-                break
-            except OSError:
-                time.sleep(0.5)
-        else:
-            pytest.fail(f"the page does not start: {said.read_text()}")
-        assert f"http://localhost:{port}" in said.read_text()
-        yield f"http://localhost:{port}", server
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture(scope="module")
@@ -119,12 +85,6 @@ def make(page: Page, name: Any = MAKE) -> None:
     settled(page)
     expect(page.get_by_role("button", name="Stop")).to_have_count(0, timeout=2 * MINUTE)
     expect(page.get_by_role("button", name="Download")).to_be_visible(timeout=2 * MINUTE)
-
-
-def settled(page: Page) -> None:
-    """Waits until the page's script has run to its end."""
-    page.wait_for_timeout(300)
-    expect(page.locator('[data-testid="stApp"][data-test-script-state="running"]')).to_have_count(0)
 
 
 def downloaded(page: Page, to: Path) -> Path:
@@ -556,3 +516,29 @@ def test_nobody_else_is_listened_to(address: str) -> None:
     socket.create_connection(("localhost", port)).close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port))
+
+
+# --- images to start from ---
+
+
+def test_an_image_is_dropped_painted_over_and_repainted_there_alone(page: Page, tmp_path: Path) -> None:
+    given = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+    given.save(tmp_path / "room.png")
+    page.get_by_text("Start from an image").click()
+    dropzones = page.locator('[data-testid="stFileUploaderDropzoneInput"][accept*=".webp"]')
+    dropzones.set_input_files(str(tmp_path / "room.png"))
+    settled(page)
+    page.get_by_role("radio", name="What you paint").click()
+    settled(page)
+    expect(page.get_by_text("Paint over the part that is to change")).to_be_visible()
+    layer = page.get_by_role("img", name="What you paint changes")
+    expect(layer).to_be_visible()
+    for y in (0.1, 0.2, 0.3, 0.4, 0.5):
+        drag(page, (0.05, y), (0.95, y))
+    expect(page.get_by_text("Paint over the part that is to change")).to_have_count(0)
+    make(page)
+    record = read_record(downloaded(page, tmp_path / "made.png"))
+    assert record.run.scene.mask_image is not None
+    before, after = (np.asarray(image).astype(int) for image in (given, read_pixels(tmp_path / "made.png")))
+    assert (before - after)[:60].any()
+    assert not (before - after)[90:].any()

@@ -318,6 +318,15 @@ def test_with_a_mask_image_what_is_painted_is_divided(composer, dividing, divisi
     assert output.masks.shape == (4, 1, 2, 4, 4)
 
 
+def test_what_stays_of_an_image_is_there_in_the_draft(composer, dividing):
+    """From pure noise only what is put back after a step tells the draft of the image."""
+    for colour in ("black", "white"):
+        image = Image.new("RGB", (128, 128), colour)
+        call(composer, image=image, mask_image=(64, 0, 128, 128), strength=1.0, method=Draft(length=3))
+    black, white = dividing.maps
+    assert (black - white).abs().max() > 1e-5
+
+
 def test_the_draft_does_not_depend_on_what_the_loras_do(composer, dividing):
     for weight in (1.0, 0.0):
         call(composer, [Concept(name=name, weight=weight) for name in ("cat", "dog")])

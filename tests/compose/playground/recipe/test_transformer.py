@@ -52,6 +52,7 @@ def test_every_word_and_trigger_is_one_token_that_begins_as_clips() -> None:
     assert torch.cosine_similarity(mine, other, dim=0) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_the_same_bits_and_what_is_saved_opens(pool: Pool, tmp_path: Path) -> None:
     def trainer() -> TransformerTrainer:
         torch.manual_seed(0)
