@@ -189,7 +189,7 @@ class Store:
         """
         if len(uri) > MASK_LIMIT:
             raise ValueError("The mask is too large.")
-        mask = greys(from_uri(uri)).resize(start.size).point(lambda grey: 255 if grey > 127 else 0)
+        mask = greys(from_uri(uri)).resize(start.size).point([0] * 128 + [255] * 128)
         if mask.getbbox() is None:
             return replace(start, mask=None)
         path = self.folder / f"{secrets.token_hex(12)}.png"

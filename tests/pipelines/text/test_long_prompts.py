@@ -17,9 +17,10 @@ from composing import (
     same_bits,
 )
 from composing import run as two_steps
-from flux import as_file, flux_lora, flux_pipeline
+from flux import flux_pipeline
 from lora_compose import Concept
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
+from transformer_families import as_file, random_lora_of_all
 
 
 def latents_of(pipe, **arguments):
@@ -93,7 +94,7 @@ def _noise(pipe, images):
     return torch.randn(images, 4, side, side, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("method", ["regional", "lora-composer", "clora"])
+@pytest.mark.parametrize("method", ["regional", "clora", pytest.param("lora-composer", marks=pytest.mark.slow)])
 def test_methods_that_derive_texts_keep_the_weights(method):
     pipe, how = composer_of("sd"), {"concepts": BOXED, "method": method}
     found = latents_of(pipe, prompt=WEIGHTED, **how)
@@ -101,6 +102,7 @@ def test_methods_that_derive_texts_keep_the_weights(method):
     assert differ(found, latents_of(pipe, **how))
 
 
+@pytest.mark.slow
 def test_prompts_of_concepts_may_have_weights():
     pipe = composer_of("sd")
 
@@ -160,7 +162,7 @@ def test_what_cannot_be_read_is_refused(arguments, message):
 
 def test_transformers_refuse_weights(tmp_path):
     pipe = flux_pipeline()
-    save_file(dict(as_file(flux_lora(pipe.transformer, 0))), tmp_path / "cat.safetensors")
+    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 0))), tmp_path / "cat.safetensors")
     pipe.load_concept(tmp_path / "cat.safetensors", trigger="sks", class_word="cat")
     with pytest.raises(ValueError, match=r"weights as in 'a \(cat:1.2\)' work with SD 1.x, 2.x and XL"):
         pipe("a (cat:1.2)", concepts=[Concept(name="cat")], num_inference_steps=1)
