@@ -4,6 +4,7 @@ This package knows torch and diffusers' models, and nothing of prompts, methods 
 """
 
 from lora_compose.attention.backbones import Backbone, backbone_of
+from lora_compose.attention.bank_cache import BankCache, KeptBanks
 from lora_compose.attention.gates import Gates, scatter_concepts
 from lora_compose.attention.gradients import frozen, weights_kept
 from lora_compose.attention.install import Installation, check_free, install, installed_layers
@@ -15,10 +16,12 @@ from lora_compose.attention.sites import Grid, Site, Stream, coarser, grid_at
 
 __all__ = [
     "Backbone",
+    "BankCache",
     "Gates",
     "Grid",
     "Installation",
     "JointRegions",
+    "KeptBanks",
     "Lora",
     "LoraFactors",
     "Partition",

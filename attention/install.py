@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones import Backbone
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks
+from lora_compose.attention.device import modules_of, to_device, uncompiled
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
@@ -32,20 +33,16 @@ class Installation:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        bank: dict[str, BankLayer],
-        state: ForwardState,
-        undo: ExitStack,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, modules: Mapping[str, nn.Module], loras: Sequence[Lora], bank: Bank, key: BankKey, undo: ExitStack
     ) -> None:
-        self.bank = bank
-        self.state = state
-        self._model = model
+        self.bank = dict(bank.layers)
+        self.state = bank.state
+        self._modules = modules
+        self._loras = loras
+        self._exact = bank.exact
         self._undo = undo
-        self._device = device
-        self._dtype = dtype
+        self._device = key.device
+        self._dtype = key.dtype
 
     def inputs(
         self,
@@ -104,28 +101,55 @@ class Installation:
         Returns:
             How many layers were folded.
         """
-        if any(hasattr(module, "_diffusers_hook") for module in self._model.modules()):
+        if any("_diffusers_hook" in module.__dict__ for module in self._modules.values()):
             return 0  # group offloading and layerwise casting hold on to the weights they found
         streams = set(streams)
         names = [name for name, layer in self.bank.items() if layer.key.site.stream in streams]
         names = [name for name in names if _foldable(base_layer(self.bank[name].layer), self._dtype)]
-        names = [name for name in names if not {index for index, _ in self.bank[name].factors} <= set(stay)]
+        gates = [0.0 if index in stay else gate for index, gate in enumerate(weights)]
+        columns: dict[tuple[int, ...], Tensor | None] = {}
+        folded = 0
         for name in names:
-            layer = self.bank.pop(name)
-            base = base_layer(layer.layer)
-            weight = base.get_parameter("weight")
-            going = [(factor, weights[index]) for index, factor in layer.factors if index not in stay]
-            used = [(factor, gate) for factor, gate in going if gate != 0]
-            if used:
-                folded = weight.detach().to(self._device, torch.float32)
-                for factor, gate in used:
-                    folded = folded + gate * factor.delta(self._device)
-                _replace_weight(base, folded.to(weight.device, weight.dtype), self._undo)
-            rest = [(index, factor) for index, factor in layer.factors if index in stay]
-            if rest:
-                self.bank[name] = layer.with_factors(rest, device=self._device, dtype=self._dtype)
-            _swap(self._model, name, self.bank.get(name, layer.layer))
-        return len(names)
+            layer, ranks = self.bank[name], self.bank[name].key.ranks
+            adapted = {index for index, rank in enumerate(ranks) if rank}
+            if adapted <= set(stay):
+                continue
+            folded += 1
+            if {index for index in adapted if gates[index]}:
+                if ranks not in columns:
+                    columns[ranks] = self._columns(gates, ranks)
+                self._add_to_weight(name, columns[ranks])
+            del self.bank[name]
+            if adapted & set(stay):
+                self.bank[name] = rest = layer.only(stay)
+                rest.layer, rest.training = layer.layer, layer.training
+            _swap(self._modules, name, self.bank.get(name, layer.layer))
+        return folded
+
+    def _columns(self, gates: Sequence[float], ranks: Sequence[int]) -> Tensor | None:
+        """The constant gate of every rank; None if all are 1."""
+        each = [gate for gate, rank in zip(gates, ranks, strict=True) for _ in range(rank)]
+        return None if set(each) == {1.0} else to_device(torch.tensor(each), self._device)
+
+    def _add_to_weight(self, name: str, columns: Tensor | None) -> None:
+        """Adds the delta of a layer to its weight, in fp32."""
+        layer = base_layer(self.bank[name].layer)
+        weight, (down, up) = layer.get_parameter("weight"), self._exact_factors(name)
+        up = up.flatten(1) if columns is None else up.flatten(1) * columns
+        found = weight.detach().to(self._device, torch.float32).flatten(1)
+        sums = torch.addmm(found, up, down.flatten(1)).view(weight.shape)
+        _replace_weight(layer, torch.empty_like(weight).copy_(sums), self._undo)
+
+    def _exact_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """The stacked factors in fp32, kept with the bank."""
+        if self._dtype == torch.float32:
+            return self.bank[name].A, self.bank[name].B
+        if name not in self._exact:
+            downs, ups = zip(
+                *(lora[name].parts(self._device, torch.float32) for lora in self._loras if name in lora), strict=True
+            )
+            self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
+        return self._exact[name]
 
 
 def _foldable(layer: nn.Module, dtype: torch.dtype) -> bool:
@@ -147,9 +171,9 @@ def _replace_weight(layer: nn.Module, weight: Tensor, undo: ExitStack) -> None:
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=found.requires_grad)
 
 
-def _swap(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _swap(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = layer
+    modules[parent]._modules[child] = layer
 
 
 @contextmanager
@@ -161,6 +185,7 @@ def installed_layers(
     device: torch.device,
     dtype: torch.dtype,
     silence: Iterable[str] = (),
+    kept: KeptBanks | None = None,
 ) -> Iterator[Installation]:
     """Puts the bank layers of all concepts into a model: a UNet, a transformer or a text encoder.
 
@@ -173,6 +198,7 @@ def installed_layers(
         device: Where the model runs.
         dtype: The precision in which it runs.
         silence: Names of PEFT adapters whose own contribution is off, because they are among the concepts.
+        kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards.
 
     Raises:
         ValueError: For layers that the model does not have or whose shape differs.
@@ -181,7 +207,9 @@ def installed_layers(
     model = uncompiled(model)
     with ExitStack() as undo:
         _claim(model, undo)
-        yield _put_in_place(model, loras, where, ForwardState(), undo, device=device, dtype=dtype, silence=silence)
+        modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
+        bank = _bank(modules, loras, where, key, kept, undo)
+        yield _put_in_place(modules, loras, bank, key, silence, undo)
 
 
 @contextmanager
@@ -192,6 +220,7 @@ def install(
     device: torch.device,
     dtype: torch.dtype,
     silence: Iterable[str] = (),
+    kept: KeptBanks | None = None,
 ) -> Iterator[Installation]:
     """Puts concepts into a UNet or transformer: bank layers for adapted layers, our processors for attention layers.
 
@@ -200,36 +229,76 @@ def install(
     model = uncompiled(backbone.model)
     with ExitStack() as undo:
         _claim(model, undo)
-        state = ForwardState()
-        backbone.steer(state, undo)
-        yield _put_in_place(model, loras, backbone.sites, state, undo, device=device, dtype=dtype, silence=silence)
+        modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
+        bank = _bank(modules, loras, backbone.sites, key, kept, undo)
+        backbone.steer(bank.state, undo)
+        yield _put_in_place(modules, loras, bank, key, silence, undo)
+
+
+def _bank(
+    modules: Mapping[str, nn.Module],
+    loras: Sequence[Lora],
+    where: Mapping[str, Site],
+    key: BankKey,
+    kept: KeptBanks | None,
+    undo: ExitStack,
+) -> Bank:
+    """A bank that was kept, if it fits the model, or a new one. Nothing is installed yet."""
+    bank = kept.cache.take(key) if kept else None
+    if bank is None or not all(_fits(modules, name, layer, where) for name, layer in bank.layers.items()):
+        for lora in loras:
+            for name, factors in lora.items():
+                check_factors(modules[""], name, factors.down.shape, factors.up.shape, where)
+        bank = _made(loras, where, key, kept)
+    if kept:
+        undo.callback(kept.cache.put, key, bank)
+    return bank
+
+
+def _made(loras: Sequence[Lora], where: Mapping[str, Site], key: BankKey, kept: KeptBanks | None) -> Bank:
+    """A new bank, of factors that are on the device already where there are some."""
+    there = [kept.cache.parts(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
+    state, layers = ForwardState(), {}
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        parts = {
+            index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
+            for index, (lora, found) in enumerate(zip(loras, there, strict=True))
+            if name in lora
+        }
+        layers[name] = BankLayer(parts, where[name], len(loras), state)
+    return Bank(layers, state)
+
+
+def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: Mapping[str, Site]) -> bool:
+    """Whether a layer of a bank that was kept can stand in for the layer of that name."""
+    if name not in modules or where.get(name) != layer.key.site:
+        return False
+    found = base_layer(modules[name])
+    return isinstance(found, nn.Linear | nn.Conv2d) and _shape_of(name, found) == layer.weight_shape
 
 
 def _put_in_place(
-    model: nn.Module,
+    modules: Mapping[str, nn.Module],
     loras: Sequence[Lora],
-    where: Mapping[str, Site],
-    state: ForwardState,
-    undo: ExitStack,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
+    bank: Bank,
+    key: BankKey,
     silence: Iterable[str],
+    undo: ExitStack,
 ) -> Installation:
-    for lora in loras:
-        for name, factors in lora.items():
-            check_factors(model, name, factors.down.shape, factors.up.shape, where)
-    bank = {}
-    for name in dict.fromkeys(name for lora in loras for name in lora):
-        found = model.get_submodule(name)
-        factors = [(index, lora[name]) for index, lora in enumerate(loras) if name in lora]
-        bank[name] = BankLayer(found, factors, where[name], len(loras), state, device=device, dtype=dtype)
-        bank[name].training = found.training
-    _silence(model, frozenset(silence), undo)
-    for name, layer in bank.items():
-        undo.callback(_swap, model, name, layer.layer)
-        _swap(model, name, layer)
-    return Installation(model, bank, state, undo, device, dtype)
+    _silence(modules.values(), frozenset(silence), undo)
+    undo.callback(_take_out, modules, bank.layers)
+    for name, layer in bank.layers.items():
+        layer.layer = modules[name]
+        layer.training = layer.layer.training
+        _swap(modules, name, layer)
+    return Installation(modules, loras, bank, key, undo)
+
+
+def _take_out(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer]) -> None:
+    """Puts the layers found back, also if only some have been replaced."""
+    for name, layer in layers.items():
+        _swap(modules, name, modules[name])
+        layer._modules.pop("layer", None)
 
 
 def check_free(model: nn.Module) -> None:
@@ -245,11 +314,11 @@ def _claim(model: nn.Module, undo: ExitStack) -> None:
         _in_use.add(model)
 
 
-def _silence(model: nn.Module, adapters: frozenset[str], undo: ExitStack) -> None:
+def _silence(modules: Iterable[nn.Module], adapters: frozenset[str], undo: ExitStack) -> None:
     """Sets the scaling of PEFT adapters to zero, as `peft.helpers.rescale_adapter_scale` scales it."""
-    for module in model.modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict) and hasattr(module, "base_layer"):
+    for module in modules:
+        scaling = module.__dict__.get("scaling")
+        if isinstance(scaling, dict) and "base_layer" in module._modules:
             undo.callback(scaling.update, dict(scaling))  # all of them: diffusers resets them after a pass at scale 0
             scaling.update(dict.fromkeys(adapters & scaling.keys(), 0.0))
 
@@ -268,6 +337,10 @@ def weight_shape(model: nn.Module, name: str, where: Mapping[str, Site] | None =
         layer = None
     if layer is None or (where is not None and name not in where):
         raise ValueError(f"the model has no layer {name!r}")
+    return _shape_of(name, layer)
+
+
+def _shape_of(name: str, layer: nn.Module) -> tuple[int, ...]:
     weight = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear | nn.Conv2d) or weight is None:
         raise ValueError(f"{name} is a {type(layer).__name__}; a LoRA can change linear layers and convolutions")

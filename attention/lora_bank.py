@@ -9,13 +9,14 @@ where G holds every concept's gate repeated over its ranks. All ones is the plai
 and values of cross-attention is TARA, an image mask is a regional LoRA, one value per row is one LoRA per branch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_compose.attention.device import to_device
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.sites import Site
@@ -40,9 +41,14 @@ class LoraFactors:
         """Rank of the delta."""
         return self.down.shape[0]
 
-    def delta(self, device: torch.device | str | None = None) -> Tensor:
+    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both factors where and as the model runs; the scale is in the second, multiplied in fp32."""
+        up = to_device(self.up, device).float()
+        return to_device(self.down, device).to(dtype), (up * self.scale).to(dtype)
+
+    def delta(self) -> Tensor:
         """The dense change of the weight, in fp32 and in the weight's shape."""
-        down, up = self.down.to(device, torch.float32), self.up.to(device, torch.float32)
+        down, up = self.down.float(), self.up.float()
         return (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
 
 
@@ -57,52 +63,49 @@ class BankLayer(nn.Module):
     hook and so lose the LoRA without a word. The child keeps `.to()` and offloading within reach of the layer.
 
     Args:
-        layer: The layer as found: linear, convolution, or a PEFT layer around one of them.
-        factors: (index of the concept, its factors) of every concept that changes this layer.
+        parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
         site: What its input is.
         concepts: How many concepts there are in all.
         state: Where the gates come from.
-        device: Where the model runs.
-        dtype: The precision in which it runs.
+
+    Attributes:
+        layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of
+            them.
+        key: What it asks of gates.
+        A: All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...].
+        B: Those after it. Shape: [outputs, sum of ranks, ...].
     """
 
+    layer: nn.Module
     A: Tensor
     B: Tensor
 
     def __init__(
-        self,
-        layer: nn.Module,
-        factors: Sequence[tuple[int, LoraFactors]],
-        site: Site,
-        concepts: int,
-        state: ForwardState,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, parts: Mapping[int, tuple[Tensor, Tensor]], site: Site, concepts: int, state: ForwardState
     ) -> None:
         super().__init__()
-        self.layer = layer
-        self.factors = tuple(factors)
-        base = base_layer(layer)
-        self.convolution = isinstance(base, nn.Conv2d)
-        ranks = [0] * concepts
-        for index, factor in factors:
-            ranks[index] += factor.rank
-        self.key = GateKey(site, self.convolution, tuple(ranks))
+        downs, ups = zip(*parts.values(), strict=True)
+        ranks = tuple([len(parts[index][0]) if index in parts else 0 for index in range(concepts)])
+        self.key = GateKey(site, downs[0].dim() == 4, ranks)
         self._state = state
-        down = torch.cat([factor.down.to(device, dtype) for _, factor in factors])
-        up = [(factor.up.to(device, torch.float32) * factor.scale).to(dtype) for _, factor in factors]
-        self.register_buffer("A", down, persistent=False)
-        self.register_buffer("B", torch.cat(up, dim=1), persistent=False)
+        self.register_buffer("A", torch.cat(downs), persistent=False)
+        self.register_buffer("B", torch.cat(ups, dim=1), persistent=False)
 
-    def with_factors(
-        self, factors: Sequence[tuple[int, LoraFactors]], *, device: torch.device, dtype: torch.dtype
-    ) -> "BankLayer":
-        """The same with other factors in place of those it has."""
-        concepts = len(self.key.ranks)
-        made = BankLayer(self.layer, factors, self.key.site, concepts, self._state, device=device, dtype=dtype)
-        made.training = self.training
-        return made
+    def part(self, index: int) -> tuple[Tensor, Tensor]:
+        """The factors of one concept, without copying them."""
+        start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
+        return self.A.narrow(0, start, rank), self.B.narrow(1, start, rank)
+
+    def only(self, concepts: Collection[int]) -> "BankLayer":
+        """The same with the factors of some of its concepts alone."""
+        ranks = self.key.ranks
+        parts = {index: self.part(index) for index, rank in enumerate(ranks) if rank and index in concepts}
+        return BankLayer(parts, self.key.site, len(ranks), self._state)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it can change."""
+        return len(self.B), *self.A.shape[1:]
 
     @property
     def weight(self) -> Tensor:
@@ -122,7 +125,7 @@ class BankLayer(nn.Module):
         """
         out = self.layer(x)
         gate = self._state.inputs.gates[self.key]
-        if self.convolution:
+        if self.key.convolution:
             base = base_layer(self.layer)
             hidden = F.conv2d(x, self.A, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]
             return out + F.conv2d(hidden * gate, self.B)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.commands import blind, evaluate
+from lora_compose.compose.commands.batch import batch
 from lora_compose.compose.commands.bench import bench
 from lora_compose.compose.commands.check import check
 from lora_compose.compose.commands.demo import demo
@@ -13,6 +14,7 @@ from lora_compose.compose.commands.merge import merge
 from lora_compose.compose.commands.refine import refine
 from lora_compose.compose.commands.replay import replay
 from lora_compose.compose.commands.run import run
+from lora_compose.compose.commands.serve import serve
 from lora_compose.compose.commands.train import train
 from lora_compose.compose.commands.ui import ui
 from lora_compose.compose.support.terminal import say
@@ -25,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # whose tables leave 18 letters of a line for the help of an option, and cut examples
 )
-for command in (run, demo, ui, check, replay, refine, inspect, merge, train, bench):
+for command in (run, batch, demo, ui, serve, check, replay, refine, inspect, merge, train, bench):
     app.command()(command)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(blind.app, name="blind")

@@ -21,7 +21,7 @@ from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, View, model_inputs, repeated
 from lora_compose.pipelines.output import Cost
-from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
 from lora_compose.pipelines.prepared_pass import MicroBatch, PreparedPass
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -123,7 +123,7 @@ class Denoiser:
             streams: Layers whose gates are the same on all rows and positions.
             weights: Those gates, one per concept.
         """
-        if self._can_fold:
+        if self._can_fold and streams:
             self.installation.fold(streams, weights, self.concepts.schedules.keys())
 
     def prepare(self, spec: Pass, same_text_as: PreparedPass | None = None) -> PreparedPass:
@@ -180,6 +180,7 @@ class Denoiser:
         loss: Loss,
         *,
         whole: bool = False,
+        beside: Readout | None = None,
     ) -> Gradient:
         """The gradient of a loss on attention maps with respect to the latents.
 
@@ -193,6 +194,7 @@ class Denoiser:
             loss: The loss.
             whole: Whether the pass goes on to its end, with unconditional rows too, and gives a prediction. The request
                 is for all rows then.
+            beside: What else the host wants of the maps. It comes with the losses, so that the host waits once.
 
         Raises:
             RuntimeError: Under `torch.inference_mode`, which knows no gradients.
@@ -201,10 +203,12 @@ class Denoiser:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
         found = self.differentiate(latents, step, prepared, request, loss, whole=whole)
-        *by_image, finite = torch.cat([found.losses, found.direction.isfinite().all()[None]]).cpu().unbind()
+        wanted = found.losses.new_empty(0) if beside is None else beside(found.maps)
+        known = [found.losses, found.direction.isfinite().all()[None], wanted.flatten()]
+        losses, finite, told = torch.cat(known).cpu().split([len(one) for one in known])
         if not finite:
             raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
-        return replace(found, losses=torch.stack(by_image))
+        return replace(found, losses=losses, beside=None if beside is None else told.view(wanted.shape))
 
     def differentiate(
         self,

@@ -41,12 +41,12 @@ def denoise(
     cost: Cost,
     started: float,
 ) -> Tensor:
-    """Runs all steps: method, scheduler, task, callback, progress.
+    """Runs all steps: method, scheduler with its task, callback, progress.
 
     Args:
         process: The method.
-        task: Where latents start, and what is put back.
-        sampler: The scheduler and its timesteps.
+        task: Where latents start.
+        sampler: The scheduler and its timesteps, and what is put back after a step.
         cfg_scale: Classifier-free guidance.
         hooks: Callbacks.
         cost: Takes the seconds of preparation.
@@ -68,7 +68,7 @@ def denoise(
             step = schedule.step(index, cfg_scale)
             hooks.before_step(step)
             latents, model_output = process.step(latents, step)
-            latents = task.after_step(sampler.step(model_output, step.t, latents), step)
+            latents = sampler.step(model_output, step, latents)
             latents, cfg_scale = hooks.after_step(step, latents)
             if index == number - 1 or (index + 1 > warmup and (index + 1) % schedule.order == 0):
                 progress_bar.update()

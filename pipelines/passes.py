@@ -65,6 +65,9 @@ class AttentionMaps:
         return cls(recorder.mean(), recorder.self_mean() if recorder.self_maps else None)
 
 
+Readout = Callable[[AttentionMaps], Tensor]
+"""What the host wants to know of the attention maps of one pass."""
+
 Loss = Callable[[AttentionMaps], Tensor]
 """A loss on the attention maps of one pass. Shape: [images]."""
 
@@ -119,9 +122,11 @@ class Gradient:
             latents.
         maps: The attention maps, without a graph.
         prediction: The prediction, if the pass was run to its end.
+        beside: What else was asked for of the maps, on the CPU.
     """
 
     losses: Tensor
     direction: Tensor
     maps: AttentionMaps
     prediction: Prediction | None = None
+    beside: Tensor | None = None

@@ -14,6 +14,7 @@ from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
+from lora_compose.pipelines.concepts.loading import model_part
 from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import PreparedControl, prepare_control
@@ -28,7 +29,7 @@ from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import has_weights, plain_text
-from lora_compose.pipelines.text.encoder import Encoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
 from lora_compose.pipelines.text.tokens import Tokenizer
 
@@ -75,7 +76,7 @@ class Plan:
     reading: Reading | None = None
 
     @contextmanager
-    def installed(self, pipe: Any) -> Iterator[Callable[[Encoder, Sampler, Mapping[str, Any]], "Sessions"]]:
+    def installed(self, pipe: Any) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
         """The LoRAs are in the model inside this block, and nowhere after it.
 
         Args:
@@ -93,20 +94,25 @@ class Plan:
             device=self.canvas.device,
             dtype=model.dtype,
             silence=names,
+            kept=self.concepts.kept(model_part(pipe), pipe.banks),
         ) as installation:
 
-            def sessions(encode: Encoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
+            def sessions(encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
                 steps = len(sampler.schedule.timesteps)
                 log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
                 denoiser = Denoiser(
                     self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
                     {**self.call.inputs, **inputs}, log,
                 )  # fmt: skip
-                if self.reading is not None:
-                    encode = partial(encode, reading=self.reading)  # pyright: ignore[reportCallIssue]
+                reading = {} if self.reading is None else {"reading": self.reading}
+
+                def here(prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None) -> EncodedText:
+                    return encode(prompts, negative_prompts, self.canvas.device, **reading)
+
                 encoder = PromptEncoder(
-                    self.concepts, pipe.components, self.textual_inversions.read_by(pipe, encode), self.canvas, steps
-                )
+                    self.concepts, pipe.components, self.textual_inversions.read_by(pipe, here), self.canvas, steps,
+                    pipe.banks,
+                )  # fmt: skip
                 return Sessions(denoiser, [self._session(part, denoiser, encoder) for part in self.sets])
 
             yield sessions

@@ -1,4 +1,4 @@
-"""The scheduler of a call: its steps, and copies of it for steps that are taken ahead."""
+"""The scheduler of a call: its steps with what the task puts back, and copies for steps that are taken ahead."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.task import Task
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,23 @@ class Sampler:
         scheduler: The scheduler of diffusers; it has a state.
         schedule: Its timesteps.
         arguments: Further arguments of its steps, such as the generator of their noise.
+        task: Where the latents started, and what has to be kept of it after each step; None keeps nothing.
     """
 
     scheduler: Any
     schedule: Schedule
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    task: Task | None = None
 
     def scaled(self, latents: Tensor, t: Tensor) -> Tensor:
         """Latents as the model gets them; schedulers of flow matching do not scale them."""
         scale = getattr(self.scheduler, "scale_model_input", None)
         return latents if scale is None else scale(latents, t)
 
-    def step(self, model_output: Tensor, t: Tensor, latents: Tensor) -> Tensor:
-        """From model output, timestep and latents to the next latents."""
-        return self.scheduler.step(model_output, t, latents, **self.arguments, return_dict=False)[0]
+    def step(self, model_output: Tensor, step: Step, latents: Tensor) -> Tensor:
+        """From model output and latents of a step to the next latents."""
+        latents = self.scheduler.step(model_output, step.t, latents, **self.arguments, return_dict=False)[0]
+        return latents if self.task is None else self.task.after_step(latents, step)
 
     def of_images(self, images: Sequence[int]) -> "Sampler":
         """The sampler of some images of the batch, which has the same scheduler."""
@@ -60,7 +64,7 @@ class Sampler:
             name: [one[image] for image in images] if isinstance(one, list) else one
             for name, one in self.arguments.items()
         }
-        return replace(self, arguments=arguments)
+        return replace(self, arguments=arguments, task=None if self.task is None else self.task.of_images(images))
 
     @contextmanager
     def ahead(self) -> Iterator["Sampler"]:

@@ -11,7 +11,7 @@ from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
 from lora_compose.pipelines.guidance import Guider
-from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.text.encoder import Prompts
@@ -71,6 +71,7 @@ class Runner(Protocol):
         loss: Loss,
         *,
         whole: bool = False,
+        beside: Readout | None = None,
     ) -> Gradient:
         """The gradient of a loss on attention maps."""
         ...

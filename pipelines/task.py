@@ -1,7 +1,7 @@
 """Tasks: where the latents start, and what happens to them after a step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -18,6 +18,10 @@ class Task(Protocol):
 
     def after_step(self, latents: Tensor, step: Step) -> Tensor:
         """The latents after a scheduler step, for what has to be put back (inpainting)."""
+        ...
+
+    def of_images(self, images: Sequence[int]) -> "Task":
+        """The same for some images of the batch, whose latents have started already."""
         ...
 
 
@@ -39,6 +43,10 @@ class TextToImage:
         """The latents as they are."""
         return latents
 
+    def of_images(self, images: Sequence[int]) -> "TextToImage":
+        """The same: nothing of it is kept."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class ImageToImage:
@@ -59,6 +67,10 @@ class ImageToImage:
     def after_step(self, latents: Tensor, step: Step) -> Tensor:
         """The latents as they are."""
         return latents
+
+    def of_images(self, images: Sequence[int]) -> "ImageToImage":
+        """The same for some images of the batch."""
+        return replace(self, latents=self.latents[images])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +102,14 @@ class Inpainting(ImageToImage):
         if step.index < step.count - 1:
             outside = self.add_noise(outside, self.noise, self.timesteps[step.index + 1 : step.index + 2])
         return (1 - self.mask) * outside + self.mask * latents
+
+    def of_images(self, images: Sequence[int]) -> "Inpainting":
+        """The same for some images of the batch."""
+        latents, mask, noise = (_of(one, images) for one in (self.latents, self.mask, self.noise))
+        image = None if self.image is None else _of(self.image, images)
+        return replace(self, latents=latents, mask=mask, image=image, noise=noise)
+
+
+def _of(rows: Tensor, images: Sequence[int]) -> Tensor:
+    """The rows of some images, or the only one, which is that of all."""
+    return rows if len(rows) == 1 else rows[images]

@@ -21,10 +21,10 @@ from lora_compose.compose.evaluation.results import (
     Scores,
     batch_folder,
     image_path,
-    write,
 )
 from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
+from lora_compose.compose.files.stored import write
 
 Seen = Mapping[str, tuple[float, float] | float | None]
 """By concept: similarity to its own references and to all others'; or to its own alone; None if it was not found."""

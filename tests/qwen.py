@@ -42,9 +42,9 @@ def _sizes(words: int, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def qwen3(words: int) -> Any:
+def qwen3(words: int, layers: int = 3) -> Any:
     """FLUX.2-klein's text encoder, small."""
-    return Qwen3ForCausalLM(Qwen3Config(**_sizes(words))).eval()
+    return Qwen3ForCausalLM(Qwen3Config(**_sizes(words, num_hidden_layers=layers))).eval()
 
 
 def qwen3_base(words: int) -> Any:

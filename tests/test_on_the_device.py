@@ -66,12 +66,12 @@ METHODS: dict[str, Settings] = {
 WAITS = {
     "lora-composer": 1,
     "lora-composer, official": 1,
-    "clora": 2,
+    "clora": 1,
     "clora, branches": 1,
     "clora, official": 1,
-    "clora, one branch at once": 2,
+    "clora, one branch at once": 1,
 }
-"""How often the host waits for the device for an update: for the losses, and for new masks that become regions."""
+"""How often the host waits for the device for an update: for losses, which masks that become regions come with."""
 
 
 DISTINCT = [

@@ -10,14 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import FunctionType
+from functools import lru_cache
+from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones.truncation import replaced
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.sites import Site, Stream, grid_at
 
@@ -37,7 +38,7 @@ class JointBackbone:
         attends: What the sequence of an attention layer is, by the beginning of its name; otherwise it is joint.
     """
 
-    table: ClassVar[Sequence[tuple[str, Site]]]
+    table: ClassVar[tuple[tuple[str, Site], ...]]
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     attends: ClassVar[Sequence[tuple[str, Stream]]] = ()
     levels = frozenset({1})
@@ -49,10 +50,7 @@ class JointBackbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        names = [name for name, _ in uncompiled(model).named_modules()]
-        self.sites: Mapping[str, Site] = {
-            name: site for pattern, site in self.table for name in names if re.fullmatch(pattern, name)
-        }
+        self.sites = _sites(self.table, tuple(modules_of(model)))
 
     @property
     def map_layers(self) -> tuple[str, ...]:
@@ -100,7 +98,7 @@ class JointBackbone:
             yield
 
     def _attention(self) -> Iterator[tuple[str, Any]]:
-        for name, module in uncompiled(self.model).named_modules():
+        for name, module in modules_of(self.model).items():
             if hasattr(module, "set_processor") and hasattr(module, "processor"):
                 yield name, module
 
@@ -113,6 +111,13 @@ class JointBackbone:
         """What an attention layer attends to."""
         stream = next((stream for start, stream in self.attends if layer.startswith(start)), "joint")
         return replace(self.joint, stream=stream)
+
+
+@lru_cache(maxsize=8)
+def _sites(table: tuple[tuple[str, Site], ...], names: tuple[str, ...]) -> Mapping[str, Site]:
+    """Worked out once for all models with the same names, since it is asked for in every call."""
+    found = {name: site for pattern, site in table for name in names if re.fullmatch(pattern, name)}
+    return MappingProxyType(found)
 
 
 def packed(latents: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
 """The UNets of Stable Diffusion 1.x, 2.x and SDXL: sites, grids, attention, and forward passes that stop early."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, cat, nn
 
 from lora_compose.attention.backbones.truncation import replaced
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.kernels import Kernel, kernel_of
 from lora_compose.attention.sites import Site
@@ -39,9 +42,10 @@ class UNetBackbone:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.sites = unet_sites(model)
+        layout = _layout(model)
+        self.sites = _sites(layout)
         self.levels = frozenset(site.level for site in self.sites.values())
-        self._layers = attention_layers(uncompiled(model))
+        self._layers = _attention_layers(layout)
 
     @property
     def map_level(self) -> int:
@@ -80,8 +84,8 @@ class UNetBackbone:
         Raises:
             ValueError: For processors whose behaviour ours would lose; nothing has been changed then.
         """
-        model = uncompiled(self.model)
-        found = {layer: cast(Attention, model.get_submodule(layer.name)) for layer in self._layers}
+        modules = modules_of(self.model)
+        found = {layer: cast(Attention, modules[layer.name]) for layer in self._layers}
         ours = {layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state) for layer, attn in found.items()}
         for layer, attn in found.items():
             undo.callback(attn.set_processor, attn.processor)
@@ -142,26 +146,59 @@ class AttentionLayer:
     of_kind: int = 1
 
 
+Layout = tuple[tuple[str, bool | None], ...]
+"""The names of all modules of a UNet, and of attention layers whether they are cross-attention.
+
+What follows from it is worked out once for each layout, since it is asked for in every call.
+"""
+
+
+_BLOCK = re.compile(r"(down_blocks|up_blocks)\.\d+|mid_block")
+
+
+def _layout(unet: nn.Module) -> Layout:
+    return tuple(
+        [
+            (name, bool(module.is_cross_attention) if isinstance(module, Attention) else None)
+            for name, module in modules_of(unet).items()
+        ]
+    )
+
+
+def _blocks(layout: Layout) -> Iterator[tuple[str, Stage, int, Sequence[tuple[str, bool | None]]]]:
+    """Name, stage, level and modules of every block, in the order in which the UNet runs them."""
+    by_block: dict[str, list[tuple[str, bool | None]]] = {}
+    for name, cross in layout:
+        if match := _BLOCK.match(name):
+            by_block.setdefault(match[0], []).append((name, cross))
+    stages: Sequence[Stage] = ("down", "mid", "up")
+    level = 0
+    for stage in stages:
+        for block, modules in by_block.items():
+            if block.startswith(stage):
+                yield block, stage, level, modules
+                level += (f"{block}.downsamplers", None) in modules
+                level -= (f"{block}.upsamplers", None) in modules
+
+
 def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, Stage, int]]:
     """Name, module, stage and level of every block, in the order in which the UNet runs them."""
-    level = 0
-    for i, block in enumerate(unet.get_submodule("down_blocks").children()):
-        yield f"down_blocks.{i}", block, "down", level
-        level += getattr(block, "downsamplers", None) is not None
-    if getattr(unet, "mid_block", None) is not None:
-        yield "mid_block", unet.get_submodule("mid_block"), "mid", level
-    for i, block in enumerate(unet.get_submodule("up_blocks").children()):
-        yield f"up_blocks.{i}", block, "up", level
-        level -= getattr(block, "upsamplers", None) is not None
+    for name, stage, level, _ in _blocks(_layout(unet)):
+        yield name, uncompiled(unet).get_submodule(name), stage, level
 
 
 def attention_layers(unet: nn.Module) -> tuple[AttentionLayer, ...]:
     """Every attention layer of the UNet, in forward order (down, mid, up)."""
+    return _attention_layers(_layout(unet))
+
+
+@lru_cache(maxsize=8)
+def _attention_layers(layout: Layout) -> tuple[AttentionLayer, ...]:
     found = [
-        AttentionLayer(f"{block_name}.{name}", bool(module.is_cross_attention), stage, level)
-        for block_name, block, stage, level in blocks(unet)
-        for name, module in block.named_modules()
-        if isinstance(module, Attention)
+        AttentionLayer(name, cross, stage, level)
+        for _, stage, level, modules in _blocks(layout)
+        for name, cross in modules
+        if cross is not None
     ]
     kinds = {cross: [layer for layer in found if layer.cross == cross] for cross in (True, False)}
     order = {layer.name: (i, len(kind)) for kind in kinds.values() for i, layer in enumerate(kind)}
@@ -185,15 +222,18 @@ def unet_sites(unet: nn.Module) -> Mapping[str, Site]:
 
     Names that are not in the result belong to no module of the UNet.
     """
-    unet = uncompiled(unet)
-    found = {name: Site("row") for name, _ in unet.named_modules() if name.split(".")[0].endswith("_embedding")}
+    return _sites(_layout(unet))
+
+
+@lru_cache(maxsize=8)
+def _sites(layout: Layout) -> Mapping[str, Site]:
+    found = {name: Site("row") for name, _ in layout if name.split(".")[0].endswith("_embedding")}
     found |= {"conv_in": Site("image"), "conv_out": Site("image")}
-    cross = [layer.name for layer in attention_layers(unet) if layer.cross]
+    cross = [layer.name for layer in _attention_layers(layout) if layer.cross]
     text = {f"{name}.{side}" for name in cross for side in ("to_k", "to_v")}
     read = {f"{name}.to_out.0" for name in cross}
-    for block_name, block, _, level in blocks(unet):
-        for inner, _ in block.named_modules():
-            name = f"{block_name}.{inner}"
+    for block, _, level, modules in _blocks(layout):
+        for name, _ in modules:
             if name in text:
                 found[name] = Site("text")
             elif name in read:
@@ -201,8 +241,9 @@ def unet_sites(unet: nn.Module) -> Mapping[str, Site]:
             elif name.endswith("time_emb_proj"):
                 found[name] = Site("row")
             else:
+                inner = name[len(block) + 1 :]
                 found[name] = Site("image", level + inner.startswith("downsamplers") - inner.startswith("upsamplers"))
-    return found
+    return MappingProxyType(found)
 
 
 @contextmanager

@@ -17,11 +17,17 @@ from lora_compose.compose.benchmark.architectures import (
     attention_lora,
     columns,
     with_lora,
+    without_weights,
+)
+from lora_compose.compose.benchmark.architectures import (
+    RANK as LORA_RANK,
 )
 from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
+from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, out, say
 from lora_compose.pipelines.methods import make_method
@@ -61,6 +67,25 @@ class PeakRow:
 
 
 @dataclass(frozen=True)
+class HostRow:
+    """What a method asks of the host on a model."""
+
+    method: str
+    concepts: int
+    work: HostWork
+
+
+@dataclass(frozen=True)
+class PassRow:
+    """What `regional` costs in a pass of a transformer, and the plain model."""
+
+    family: str
+    concepts: int
+    cost: PassCost
+    plain: PassCost
+
+
+@dataclass(frozen=True)
 class TimedRow:
     """A method's seconds and memory on a model, and the plain pipeline's memory."""
 
@@ -79,6 +104,8 @@ def bench(
     steps: int,
     count: bool,
     memory: bool,
+    transformers: bool,
+    calls: bool,
     time: bool,
     swap: bool,
     model: str,
@@ -96,9 +123,11 @@ def bench(
         steps: Denoising steps.
         count: Whether latent rows and FLOPs are counted; they are, too, where nothing else is asked for.
         memory: Whether the peak of the memory is computed.
+        transformers: Whether passes of transformers with `regional` are counted.
+        calls: Whether Python calls and operations are counted in real calls.
         time: Whether calls are timed.
         swap: Whether reading and swapping of LoRA files is timed.
-        model: The model that is timed.
+        model: The model that is run.
         device: Where.
         savers: With which options that save memory.
         pairs: Timed pairs of a plain call and one of the method.
@@ -115,7 +144,7 @@ def bench(
     saving = in_order(savers)
     check_savers(saving, device)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
-    if count or not (memory or time or swap):
+    if count or not (memory or transformers or calls or time or swap):
         counted = count_cells(cells, steps, settings)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
@@ -126,6 +155,14 @@ def bench(
         numbers["decoding"] = decoding = decoding_bytes_by_architecture()
         for name, (whole, tiled) in decoding.items():
             say(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
+    if transformers:
+        passes = pass_cells(concepts)
+        out.print(passes_table(passes))
+        numbers["passes"] = [asdict(row) for row in passes]
+    if calls:
+        worked = host_cells(cells, Job(model, device, 1, settings=settings))
+        out.print(host_table(worked, f"{model} on {device}"))
+        numbers["calls"] = [asdict(row) for row in worked]
     if time:
         timed = time_cells(cells, Job(model, device, steps, settings=settings, savers=saving), pairs)
         what = [f"{model} on {device}", *saving, f"{steps} steps", f"{pairs} interleaved pairs"]
@@ -234,6 +271,60 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
     return table
 
 
+def pass_cells(concepts: Sequence[int], families: Sequence[str] = SHOWN) -> list[PassRow]:
+    """Works out one pass of transformers at 1024 x 1024 in bfloat16, with so many regions."""
+    rows, grid = [], (128, 128)
+    with bar("counting", len(families) * len(concepts)) as on_progress:
+        for family in families:
+            model = without_weights(family).transformer.bfloat16()
+            plain = pass_cost(model, 0, LORA_RANK, grid, TOKENS)
+            for number in concepts:
+                cost = pass_cost(model, number, LORA_RANK, grid, TOKENS + number * REGION_TOKENS)
+                rows.append(PassRow(family, number, cost, plain))
+                on_progress(len(rows))
+    return rows
+
+
+def passes_table(rows: Sequence[PassRow]) -> Table:
+    """FLOPs and memory of a pass, as ratios to the plain model."""
+    table = _table(
+        f"Counted: one pass at 1024 x 1024 in bfloat16 with regional, LoRAs of rank {LORA_RANK} on all linear layers "
+        f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region",
+        ["model", "N", "TFLOP", "ratio", "GiB", "ratio"],
+    )
+    for row in rows:
+        cost, plain = row.cost, row.plain
+        table.add_row(
+            row.family, str(row.concepts), f"{cost.flops / 1e12:.1f}", f"{cost.flops / plain.flops:.3f}",
+            f"{cost.peak_bytes / GIB:.1f}", f"{cost.peak_bytes / plain.peak_bytes:.3f}",
+        )  # fmt: skip
+    return table
+
+
+def host_cells(cells: Sequence[tuple[str, int]], plain: Job) -> list[HostRow]:
+    """Counts what methods with so many concepts ask of the host."""
+    pipe, rows = open_with_concepts(replace(plain, concepts=max(number for _, number in cells))), []
+    with bar("counting", len(cells)) as on_progress:
+        for method, number in cells:
+            rows.append(HostRow(method, number, host_work(pipe, make_method(method, plain.settings), number)))
+            on_progress(len(rows))
+    return rows
+
+
+def host_table(rows: Sequence[HostRow], what: str) -> Table:
+    """Python calls and operations that a method adds to the plain pipeline."""
+    table = _table(
+        f"Counted: {what}; Python calls and operations on tensors that a method adds to a call of the plain pipeline, "
+        "but for its steps: with new concepts, and with those of the call before; and to a step",
+        ["method", "N", "new", "ops", "again", "ops", "step", "ops"],
+    )
+    for row in rows:
+        each = (row.work.first, row.work.again, row.work.step)
+        numbers = [number for work in each for number in (work.python_calls, work.operations)]
+        table.add_row(row.method, str(row.concepts), *map(str, numbers))
+    return table
+
+
 def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list[TimedRow]:
     """Times methods with so many concepts in this process, then measures the memory of each in a process of its own."""
     most = max(number for _, number in cells)
@@ -287,7 +378,7 @@ def swaps_table(swaps: Swaps, device: str) -> Table:
 def _table(title: str, headers: Sequence[str]) -> Table:
     table = Table(title=title, box=SIMPLE)
     for header in headers:
-        table.add_column(header, justify="left" if header in ("method", "what") else "right", no_wrap=True)
+        table.add_column(header, justify="left" if header in ("method", "model", "what") else "right", no_wrap=True)
     return table
 
 

@@ -24,7 +24,7 @@ from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.guidance import Guider
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.output import Cost
-from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction
+from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.session import Session
@@ -241,6 +241,7 @@ class PricingDenoiser:
         loss: Loss,
         *,
         whole: bool = False,
+        beside: Readout | None = None,
     ) -> Gradient:
         """Prices a pass with a gradient, without the loss itself, which is small."""
         conditional, images = not (whole and step.guided), len(latents)
@@ -264,7 +265,8 @@ class PricingDenoiser:
         text = text.conditional() if conditional else text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
         prediction = Prediction(output, text.num_uncond, text.images, maps) if whole else None
-        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction)
+        told = None if beside is None else beside(maps)
+        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, told)
 
     def _used(self, loss: Loss, request: MapRequest) -> tuple[bool, bool]:
         """Whether a loss depends on the maps of text, and on those of self-attention."""

@@ -84,16 +84,16 @@ def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
 
 def _recomputing() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Around a block and around its recomputation, which PyTorch runs without the modes of functions that are on."""
-    return nullcontext(), _FusedAttention()
+    return nullcontext(), FusedAttention()
 
 
 @contextmanager
 def _watched(memory: PeakMemory) -> Iterator[None]:
-    with _FusedAttention(), memory:
+    with FusedAttention(), memory:
         yield
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as devices compute it: on the meta device PyTorch would keep the matrix of all its weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -102,7 +102,5 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Tensor:
-    if given.get("attn_mask") is not None:
-        return F.scaled_dot_product_attention(query, key, value, **given)
+def _fused(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]

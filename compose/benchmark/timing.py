@@ -88,10 +88,10 @@ def open_with_concepts(job: Job) -> Any:
 
 def time_pairs(pipe: Any, settings: Settings, concepts: int, steps: int, pairs: int) -> Timed:
     """Times plain, method, plain, method, ... after a call of each to warm up."""
-    ours = _arguments(pipe, settings, concepts)
+    ours = arguments_of(pipe, settings, concepts)
     for warm_up in ({}, ours):
-        _call(pipe, steps, warm_up)
-    timed = [(_call(pipe, steps, {}), _call(pipe, steps, ours)) for _ in range(pairs)]
+        call(pipe, steps, warm_up)
+    timed = [(call(pipe, steps, {}), call(pipe, steps, ours)) for _ in range(pairs)]
     ratios = [method.seconds / plain.seconds for plain, method in timed]
     return Timed(
         statistics.median(plain.seconds for plain, _ in timed),
@@ -120,23 +120,27 @@ def main() -> None:
     """Measures the memory of the job on the command line."""
     job = Job(**json.loads(sys.argv[1]))
     pipe = open_with_concepts(job)
-    arguments = {} if job.method is None else _arguments(pipe, make_method(job.method, job.settings), job.concepts)
+    arguments = {} if job.method is None else arguments_of(pipe, make_method(job.method, job.settings), job.concepts)
     with peak_memory(pipe._execution_device) as memory:
-        _call(pipe, job.steps, arguments)
+        call(pipe, job.steps, arguments)
     sys.stdout.write(json.dumps({"peak_bytes": memory.peak_bytes}) + "\n")
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
+    """Seconds of a call, and of these those before the first denoising step."""
+
     seconds: float
     preparation_seconds: float
 
 
-def _arguments(pipe: Any, settings: Settings, concepts: int) -> dict[str, Any]:
+def arguments_of(pipe: Any, settings: Settings, concepts: int) -> dict[str, Any]:
+    """The arguments of a call that a method adds to a plain one."""
     return {"concepts": columns(concepts, *size_of(pipe, _SCENE)), "method": settings}
 
 
-def _call(pipe: Any, steps: int, arguments: Mapping[str, Any]) -> _Call:
+def call(pipe: Any, steps: int, arguments: Mapping[str, Any]) -> Call:
+    """One call without decoding, and its time."""
     width, height = size_of(pipe, _SCENE)
     start = time.perf_counter()
     output = pipe(
@@ -145,7 +149,7 @@ def _call(pipe: Any, steps: int, arguments: Mapping[str, Any]) -> _Call:
     )  # fmt: skip
     output.images.sum().item()  # waits for the device
     seconds = time.perf_counter() - start
-    return _Call(seconds, output.cost.preparation_seconds if arguments else 0.0)
+    return Call(seconds, output.cost.preparation_seconds if arguments else 0.0)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept, Run
 from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
-from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate
+from lora_compose.pipelines.text.templates import TemplateTokenizer
+from lora_compose.pipelines.text.tokens import Positions, check_disjoint, locate, special_tokens
 
 _T = TypeVar("_T")
 
@@ -108,7 +109,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         if run.scene.image is None:  # else regions are in the coordinates of the image, which the rehearsal looks at
             _attempt(problems, check_region, known, width, height)
         if found is not None:
-            _attempt(problems, check_blocks, found, pipe.unet)
+            _attempt(problems, check_blocks, found, pipe.model)
         place = _attempt(problems, locate, tokenizer, prompt, known) if known.trigger else None
         facts.append((f"{known.name}: words", _words(known, place)))
         places += [(known, place)] if place else []
@@ -118,7 +119,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
     if not problems:
         _attempt(problems, rehearse, pipe, run)
-    cost = None if problems else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
+    priced = "unet" in pipe.components  # transformers are counted while they run
+    cost = None if problems or not priced else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
     facts += [
         ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),
@@ -177,7 +179,7 @@ def _listed(positions: Sequence[int]) -> str:
 
 
 def _tokens(tokenizer: Any, prompt: str) -> str:
-    """The prompt as the model reads it, with positions; position 0 is the start token, of each chunk."""
+    """The prompt as the model reads it, with positions; a start token is counted, in each chunk."""
     if isinstance(tokenizer, LongTokenizer):
         inner = tokenizer.tokenizer
         texts = [prompt[slice(*span)] for span in chunks_of(inner, prompt)]
@@ -186,11 +188,13 @@ def _tokens(tokenizer: Any, prompt: str) -> str:
     return _tokens_from(tokenizer, prompt, 0)
 
 
-def _tokens_from(tokenizer: ExpandingTokenizer, prompt: str, first: int) -> str:
+def _tokens_from(tokenizer: ExpandingTokenizer | TemplateTokenizer, prompt: str, first: int) -> str:
+    in_template = isinstance(tokenizer, TemplateTokenizer)
+    front, back = (tokenizer.positions(prompt, 0, 1)[0], 0) if in_template else special_tokens(tokenizer)
     ids = tokenizer(prompt, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    limit = tokenizer.model_max_length - 2
-    pieces = [piece.removesuffix("</w>") for piece in tokenizer.tokenizer.convert_ids_to_tokens(ids)]
-    text = " ".join(f"{position}:{piece}" for position, piece in enumerate(pieces[:limit], start=first + 1))
+    limit = tokenizer.model_max_length - front - back
+    words = [piece.removesuffix("</w>").lstrip("▁Ġ") for piece in tokenizer.tokenizer.convert_ids_to_tokens(ids)]
+    text = " ".join(f"{position}:{word}" for position, word in enumerate(words[:limit], start=first + front))
     return (
         text if len(ids) <= limit else f"{text} (the model reads {limit} tokens; {len(ids) - limit} more are cut off)"
     )

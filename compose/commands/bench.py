@@ -33,12 +33,18 @@ def bench(
     memory: Annotated[
         bool, typer.Option("--memory", help="Compute the peak memory of SD 1.5 and SDXL in half precision.")
     ] = False,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Count a pass of FLUX, Krea 2 and Z-Image with regional.")
+    ] = False,
+    calls: Annotated[
+        bool, typer.Option("--calls", help="Count what the host does for real calls: Python calls, operations.")
+    ] = False,
     time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
     swap: Annotated[
         bool, typer.Option("--swap", help="Measure the time to read a LoRA file, and to swap it for another.")
     ] = False,
     model: Annotated[
-        str, typer.Option(help="The model to time: playground, a folder, a file, or a hub repository.")
+        str, typer.Option(help="The model to run: playground, a folder, a file, or a hub repository.")
     ] = PLAYGROUND,
     device: Annotated[str, typer.Option(help="The device to time on.")] = "cpu",
     savers: Annotated[
@@ -59,5 +65,6 @@ def bench(
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        time=time, swap=swap, model=model, device=device, savers=savers or (), pairs=pairs, to=to,
+        transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device, savers=savers or (),
+        pairs=pairs, to=to,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import typer
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
 from lora_compose.pipelines.complaints import FieldError
@@ -287,4 +287,5 @@ def check_folder(loras: Path, asked: Run) -> None:
 
 def _name_of(source: str) -> str:
     """What a concept is called by its file: "playground:cat" and "loras/cat.safetensors" are "cat"."""
-    return Path(source.removeprefix(f"{PLAYGROUND}:")).stem or source
+    model, colon, name = source.partition(":")
+    return Path(name if colon and model in PLAYGROUNDS else source).stem or source

@@ -1,22 +1,17 @@
 """What is to be made and scored, with names that change whenever something changes that the results depend on."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_compose.compose.evaluation.batches import Batch, batches, run_of
+from lora_compose.compose.evaluation.batches import batches, run_of
 from lora_compose.compose.evaluation.encoders import JUDGE
 from lora_compose.compose.evaluation.results import Plan, Planned
 from lora_compose.compose.evaluation.scoring import reference_files
 from lora_compose.compose.evaluation.suite import Suite, ZeroShotConfig
-from lora_compose.compose.playground.assets import PLAYGROUND, lora_source, playground_judge, playground_model
-from lora_compose.pipelines.concepts.finding import find_file
-from lora_compose.pipelines.methods import make_method
-from lora_compose.pipelines.regular import sha256_of
+from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
+from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge, playground_model
 
 SCORING = 1  # counted up whenever scores are computed in another way
 
@@ -35,9 +30,9 @@ def make_plan(suite: Suite) -> Plan:
     planned = []
     for batch in batches(suite):
         scene, arm = batch.scene, batch.arm
-        made = _hash(_run_facts(suite, batch), model)
+        made = digest(run_facts(run_of(suite, batch), batch.seeds, suite.threads, suite.save_memory), model)
         names = [scene.name, arm.name, *([arm.alone] if arm.alone else []), str(batch.seeds[0])]
-        scored = _hash(scene.model_dump(mode="json"), scoring)
+        scored = digest(scene.model_dump(mode="json"), scoring)
         planned.append(
             Planned(
                 key=f"{'-'.join(map(_slug, names))}-{made}", scores=f"scores-{scored}.json", scene=scene.name,
@@ -45,15 +40,6 @@ def make_plan(suite: Suite) -> Plan:
             )
         )  # fmt: skip
     return Plan(suite=suite, batches=tuple(planned))
-
-
-def _run_facts(suite: Suite, batch: Batch) -> Any:
-    run = run_of(suite, batch).model_dump(mode="json", exclude={"model", "device", "seed"})
-    for concept in run["scene"]["concepts"]:
-        concept["lora"] = _file_hash(str(find_file(lora_source(concept["lora"]))))
-    settings = vars(make_method(run["method"], run["settings"])) if run["method"] else {}
-    complete = {name: repr(value) for name, value in settings.items()}  # defaults may change from version to version
-    return [run, complete, batch.seeds, suite.threads, *suite.save_memory]
 
 
 def _scoring(suite: Suite) -> Any:
@@ -68,7 +54,7 @@ def _scoring(suite: Suite) -> Any:
 
 
 def _references(suite: Suite, name: str) -> list[str]:
-    return [_file_hash(str(path)) for path in _present(reference_files(suite.concept(name)), name)]
+    return [file_hash(str(path)) for path in _present(reference_files(suite.concept(name)), name)]
 
 
 def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
@@ -80,23 +66,12 @@ def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
 
 def fingerprint(source: str) -> Any:
     """What a model is: hashes of its files where they are on this machine, its name where it is a hub repository."""
-    known = {PLAYGROUND: playground_model, JUDGE: playground_judge}
-    path = known[source]() if source in known else Path(source).expanduser()
-    if path.is_file():
-        return _file_hash(str(path))
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json", ".txt", ".model"))
-        return [[file.relative_to(path).as_posix(), _file_hash(str(file))] for file in files]
-    return source
-
-
-@lru_cache(maxsize=4096)
-def _file_hash(path: str) -> str:
-    return sha256_of(Path(path))
-
-
-def _hash(*facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(source).expanduser()
+    if source in PLAYGROUNDS:
+        path = playground_model(source)
+    elif source == JUDGE:
+        path = playground_judge()
+    return model_facts(path, source)
 
 
 def _slug(name: str) -> str:

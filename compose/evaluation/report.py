@@ -15,12 +15,13 @@ from markupsafe import Markup
 from lora_compose.compose.evaluation.batches import Arm, arms
 from lora_compose.compose.evaluation.gallery import SMALL_SIDE, Gallery, shrunk
 from lora_compose.compose.evaluation.plots import against_cost
-from lora_compose.compose.evaluation.results import Failed, write_text
+from lora_compose.compose.evaluation.results import Failed
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.statistics import MINIMUM_SCENES
 from lora_compose.compose.evaluation.suite import SuiteScene, ZeroShotConfig
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, Metric, role, summary
 from lora_compose.compose.evaluation.table import Evaluation, load
+from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.support.terminal import plain
 
 _REFERENCES = 4

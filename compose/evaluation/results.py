@@ -13,15 +13,15 @@ has been damaged since is not read: such a batch counts as not made, or as not s
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from lora_compose.attention.masks import Box
 from lora_compose.compose.evaluation.suite import Name, Suite
-from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.images import Machine, read_pixels, read_record
 from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.stored import read
 from lora_compose.pipelines.regular import sha256_of
 
 BATCHES = "batches"
@@ -29,9 +29,6 @@ BATCHES = "batches"
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-_Stored = TypeVar("_Stored", bound=_Frozen)
 
 
 class ImageCost(_Frozen):
@@ -181,40 +178,6 @@ def image_path(out: Path, key: str, seed: int) -> Path:
 def clear(out: Path, key: str) -> None:
     """Removes what an interrupted run has left of a batch."""
     shutil.rmtree(batch_folder(out, key), ignore_errors=True)
-
-
-def write(path: Path, stored: BaseModel) -> None:
-    """Writes a file in one step.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind.
-    """
-    write_text(path, stored.model_dump_json(indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text in one step.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind.
-    """
-    write_whole(path, text.encode())
-
-
-def read(path: Path, kind: type[_Stored]) -> _Stored | None:
-    """Reads a file; None if it is not there.
-
-    Raises:
-        FileError: If it is unreadable or damaged.
-    """
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise FileError(f"{path} is damaged") from error
 
 
 def read_made(out: Path, planned: Planned) -> Made | None:

@@ -6,7 +6,6 @@ the other. They may start late, leave or die at any time.
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from PIL import Image
 
 from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.benchmark.running import count_by_running
 from lora_compose.compose.evaluation.batches import Batch, batches, run_of
 from lora_compose.compose.evaluation.detectors import make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
@@ -37,7 +37,6 @@ from lora_compose.compose.evaluation.results import (
     image_path,
     read_made,
     read_scores,
-    write,
 )
 from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
 from lora_compose.compose.evaluation.suite import Suite
@@ -45,9 +44,11 @@ from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.files.images import png_bytes, read_pixels
 from lora_compose.compose.files.reading import FileError
-from lora_compose.compose.generate.machine import choose_device, machine, versions
+from lora_compose.compose.files.stored import write
+from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.making import MadeBatch, load, make_batch, rehearse, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.processes import own_device
 from lora_compose.compose.generate.schedulers import scheduler_class
 from lora_compose.pipelines.scene import Run
 
@@ -58,7 +59,6 @@ PATIENCE = 60.0
 """After how many seconds without a sign of life a process of an evaluation counts as dead."""
 
 PROBE_STEPS = 2
-_LOOK_AGAIN = 0.5  # seconds after which a process that waits for others looks again
 
 OnProgress = Callable[[float], None]
 
@@ -81,29 +81,24 @@ def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None, *, 
     report = on_progress or (lambda done: None)
     plan = make_plan(suite)
     write(out / PLAN, plan)
-    claims = Claims(out / CLAIMS, patience)
     left = {
         planned.key: _Todo(batch, planned, is_done(out, planned), _last_failure(out, planned))
         for batch, planned in zip(batches(suite), plan.batches, strict=True)
     }
-    number, worker = len(left), None
-    while left:
-        waits = True
-        report(number - len(left))
-        for key, todo in list(left.items()):
-            with claims.claim(key) as claim:
-                if claim is None:
-                    continue
-                waits = False
-                if not todo.is_settled(out):
-                    worker = worker or _open_checked(suite, out, left.values())
-                    done = number - len(left)
-                    worker.do(todo.batch, todo.planned, claim, lambda share, done=done: report(done + share))
-                del left[key]
-            report(number - len(left))
-        if waits and left:
-            time.sleep(_LOOK_AGAIN)
-    report(number)
+    worker, done = None, 0
+
+    def do(key: str, claim: Claim) -> None:
+        nonlocal worker, done
+        todo = left[key]
+        if not todo.is_settled(out):
+            worker = worker or _open_checked(suite, out, left.values())
+            worker.do(todo.batch, todo.planned, claim, lambda share: report(done + share))
+        del left[key]
+        done += 1
+        report(done)
+
+    report(done)
+    Claims(out / CLAIMS, patience).work(list(left), do)
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ def _open_checked(suite: Suite, out: Path, left: Iterable[_Todo]) -> "Worker":
     """
     if suite.threads is not None:
         torch.set_num_threads(suite.threads)
-    worker = open_worker(suite, out, _device(suite))
+    worker = open_worker(suite, out, own_device(suite.device))
     worker.check([todo.batch for todo in left if not is_done(out, todo.planned)])
     return worker
 
@@ -177,15 +172,6 @@ def _look(out: Path, batch: Batch, planned: Planned) -> _Kept:
     except FileError as error:
         damage.append(str(error))
     return _Kept(made is not None, scores is not None, tuple(damage))
-
-
-def _device(suite: Suite) -> str:
-    """Where this process works: what the suite says; of several GPUs, that of its number on this machine."""
-    device = choose_device(suite.device)
-    if device != "cuda":
-        return device
-    rank = next((os.environ[name] for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), "0")
-    return f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
 def is_done(out: Path, planned: Planned) -> bool:
@@ -321,7 +307,9 @@ class Worker:
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
         kind = batch.arm.name, run.method, len(run.scene.concepts), width, height
-        if kind not in self._counted:
+        if kind not in self._counted and "unet" not in self.pipe.components:
+            self._counted[kind] = count_by_running(self.pipe, run)
+        elif kind not in self._counted:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
             choice = resolve_choice(self.pipe, run, loaded)
             method = choice and choice.method

@@ -29,12 +29,12 @@ from lora_compose.compose.evaluation.results import (
     Scores,
     batch_folder,
     image_path,
-    read,
     read_made,
     read_scores,
 )
 from lora_compose.compose.evaluation.suite import SANITY, Suite
 from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.stored import read
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from lora_compose.compose.playground.assets import PLAYGROUND, lora_source, playground_model
+from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source, playground_model
 from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.pipelines.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene import Run
@@ -50,8 +50,8 @@ def model_source(model: str) -> Path:
     Raises:
         ModelError: If there is no such model, or it is no model as diffusers saves it.
     """
-    if model == PLAYGROUND:
-        return playground_model()
+    if model in PLAYGROUNDS:
+        return playground_model(model)
     path = Path(model).expanduser()
     if path.is_file() and path.suffix.lower() != ".safetensors":
         raise ModelError(f"{model!r}: a model in one file must be .safetensors; a pickle could run code when opened")
@@ -59,14 +59,14 @@ def model_source(model: str) -> Path:
         raise ModelError(f"the folder {model!r} has no model_index.json; expected a model as diffusers saves it")
     if not path.exists() and not is_hub_name(model):
         raise ModelError(
-            f"there is no model {model!r}; expected {PLAYGROUND}, a folder as diffusers saves it, a .safetensors file, "
-            f"or a hub repository such as stable-diffusion-v1-5/stable-diffusion-v1-5{_model_near(path)}"
+            f"there is no model {model!r}{_model_near(path)}; expected {', '.join(PLAYGROUNDS)}, a folder as diffusers "
+            "saves it, a .safetensors file, or a hub repository such as stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     return path
 
 
 def _model_near(path: Path) -> str:
-    return did_you_mean(path.name, [PLAYGROUND]) or file_near(path)
+    return did_you_mean(path.name, PLAYGROUNDS) or file_near(path)
 
 
 def local_source(source: str, base: Path) -> str:
@@ -127,4 +127,4 @@ def _expanded(source: str) -> Path:
 
 
 def _is_named(source: str) -> bool:
-    return source == PLAYGROUND or source.startswith(f"{PLAYGROUND}:")
+    return source.partition(":")[0] in PLAYGROUNDS

@@ -21,17 +21,21 @@ def parse_value(text: str) -> Any:
     return _yaml(text, "the value")
 
 
-def parse_file(path: Path) -> Any:
+def parse_file(path: Path, limit: int | None = None) -> Any:
     """What a YAML or JSON file says.
+
+    Args:
+        path: The file.
+        limit: Most bytes; None is enough for a scene or run.
 
     Raises:
         FileError: If it is missing, too large, no UTF-8 text, or not valid.
     """
-    kind = _kind(path)
+    kind, limit = _kind(path), limit or _TEXT_LIMIT
     with open_file(path) as file:
-        data = file.read(_TEXT_LIMIT + 1)
-    if len(data) > _TEXT_LIMIT:
-        raise FileError(f"{path} is larger than {_TEXT_LIMIT} bytes; that is no scene or run")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"{path} is larger than {limit} bytes; that is no scene or run")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

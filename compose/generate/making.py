@@ -170,10 +170,8 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
         given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
         return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
     # Both are always said: diffusers alone takes the model's own for both where one is missing.
-    sample = pipe.unet.config.sample_size
-    height, width = (sample, sample) if isinstance(sample, int) else sample
-    scale = pipe.vae_scale_factor
-    return scene.width or width * scale, scene.height or height * scale
+    width, height = pipe.own_size
+    return scene.width or width, scene.height or height
 
 
 def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choice | None:
@@ -218,11 +216,9 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
     arguments = {
         "prompt": run.scene.prompt,
-        # Where there is no text, SDXL gets zeros, which are not what an empty text gives.
-        "negative_prompt": run.scene.negative_prompt or None,
         **dict(zip(("width", "height"), size_of(pipe, run.scene), strict=True)),
         "num_inference_steps": run.steps,
-        "guidance_scale": run.guidance_scale,
+        **pipe.guided(run.guidance_scale, run.scene.negative_prompt or None),
         "concepts": [concept.concept for concept in loaded],
         "method": choice and choice.method,
         **run.scene.start,

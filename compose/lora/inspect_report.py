@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.inspection import Inspection, Overlap, inspect, overlaps
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
+from lora_compose.compose.playground.assets import lora_source, playground_of
 from lora_compose.compose.support.terminal import out, plain, say
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import Factors, read_lora
@@ -43,7 +43,7 @@ def show_files(
     usable: dict[str | None, list[tuple[str, Factors]]] = {}
     for source in files:
         file = read_lora(find_file(lora_source(source)), allow_pickle=allow_pickle)
-        name = model or (PLAYGROUND if file.metadata.get("base_model") == PLAYGROUND_TITLE else None)
+        name = model or playground_of(file.metadata.get("base_model"))
         if name is not None and name not in pipes:
             pipes[name] = open_model(Run(scene=Scene(prompt="-"), model=name))
         found, factors = inspect(file, pipes.get(name), name or "", alpha=alpha, max_rank=max_rank)

@@ -14,7 +14,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merge_tally import MergedBlock
 from lora_compose.compose.lora.merging import Given, Report, check_free, match_files, merge_files
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_TITLE, lora_source
+from lora_compose.compose.playground.assets import lora_source, playground_of
 from lora_compose.compose.support.terminal import bar, out, plain, say
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
@@ -122,8 +122,8 @@ def _check_number(merger: Merger, method: str, files: Sequence[tuple[str, float]
 
 def _model(model: str | None, merger: Merger, method: str, given: list[Given], device: str | None) -> Any:
     """The model that the files are for, if one is needed or named."""
-    on_playground = all(one.file.metadata.get("base_model") == PLAYGROUND_TITLE for one in given)
-    name = model or (PLAYGROUND if on_playground else None)
+    playgrounds = {playground_of(one.file.metadata.get("base_model")) for one in given}
+    name = model or (playgrounds.pop() if len(playgrounds) == 1 else None)
     if name is None:
         if merger.needs_model:
             raise ValueError(f"{method} looks at what the layers of a model see; name the model with --model")

@@ -87,15 +87,15 @@ class OpenModel:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the model's own images."""
-        sample, scale = self._pipe.unet.config.sample_size, self._pipe.vae_scale_factor
-        height, width = (sample, sample) if isinstance(sample, int) else sample
-        return width * scale, height * scale
+        return self._pipe.own_size
 
     @property
     def family(self) -> str | None:
         """The family of models, in the words of `guess_family`; None if it is not known."""
         if self.choice.model == PLAYGROUND:
             return PLAYGROUND
+        if "unet" not in self._pipe.components:
+            return self._pipe.family
         return _FAMILIES.get(self._pipe.unet.config.cross_attention_dim)
 
     @contextmanager

@@ -36,8 +36,9 @@ class Quick:
     @property
     def share(self) -> float:
         """How much is done, up to 1."""
-        from lora_compose.compose.evaluation.results import PLAN, Plan, read
+        from lora_compose.compose.evaluation.results import PLAN, Plan
         from lora_compose.compose.evaluation.runner import is_done
+        from lora_compose.compose.files.stored import read
 
         plan = read(self.folder / PLAN, Plan)
         if plan is None:

@@ -20,10 +20,10 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
-    PLAYGROUND_TITLE,
     playground_lora,
     playground_loras,
     playground_references,
+    playground_title,
 )
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
@@ -189,7 +189,7 @@ class Store:
         """
         if len(uri) > MASK_LIMIT:
             raise ValueError("The mask is too large.")
-        mask = greys(from_uri(uri)).resize(start.size).point([0] * 128 + [255] * 128)
+        mask = greys(from_uri(uri)).resize(start.size).point([255 if grey > 127 else 0 for grey in range(256)])
         if mask.getbbox() is None:
             return replace(start, mask=None)
         path = self.folder / f"{secrets.token_hex(12)}.png"
@@ -311,7 +311,7 @@ def _shown(name: str) -> str:
 def _described(file: LoraFile, source: str, shown: str, result: Path | None = None) -> Lora:
     metadata = file.metadata
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
-    ours = metadata.get("base_model") == PLAYGROUND_TITLE
+    ours = metadata.get("base_model") == playground_title(PLAYGROUND)
     return Lora(
         source=source,
         shown=shown,

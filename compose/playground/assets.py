@@ -5,7 +5,20 @@ from pathlib import Path
 from lora_compose.compose.support.names import did_you_mean
 
 PLAYGROUND = "playground"
-PLAYGROUND_TITLE = f"lora-compose {PLAYGROUND}"  # what LoRAs that were trained on it say in their metadata
+PLAYGROUND_FLUX = "playground-flux"
+PLAYGROUNDS = (PLAYGROUND, PLAYGROUND_FLUX)
+"""Models that come with lora-compose: a UNet, and a transformer of the same world."""
+
+
+def playground_title(model: str) -> str:
+    """What LoRAs that were trained on a playground say in their metadata."""
+    return f"lora-compose {model}"
+
+
+def playground_of(title: str | None) -> str | None:
+    """The playground whose LoRAs say this in their metadata; None for other files."""
+    return next((model for model in PLAYGROUNDS if title == playground_title(model)), None)
+
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -27,13 +40,16 @@ def assets_dir() -> Path:
     raise FileNotFoundError(f"the assets of lora-compose are missing: neither {tried} is there; install it again")
 
 
-def playground_model() -> Path:
-    """Finds the playground's model, a folder for `from_pretrained`.
+def playground_model(name: str = PLAYGROUND) -> Path:
+    """Finds a playground's model, a folder for `from_pretrained`.
+
+    Args:
+        name: One of `PLAYGROUNDS`.
 
     Raises:
         FileNotFoundError: If the assets are missing.
     """
-    return assets_dir() / "playground" / "model"
+    return assets_dir() / name / "model"
 
 
 def playground_judge() -> Path:
@@ -48,23 +64,25 @@ def playground_judge() -> Path:
     return folder
 
 
-def playground_lora(name: str) -> Path:
-    """Finds a LoRA of the playground.
+def playground_lora(name: str, model: str = PLAYGROUND) -> Path:
+    """Finds a LoRA of a playground.
 
     Args:
-        name: A concept such as "cat" for its ordinary LoRA, or "cat-tara" for its TARA LoRA.
+        name: A concept such as "cat" for its ordinary LoRA, or "cat-tara" for its TARA LoRA, of which the transformer
+            has none.
+        model: One of `PLAYGROUNDS`.
 
     Raises:
         FileNotFoundError: If the assets are missing.
         ValueError: If there is no LoRA of that name.
     """
-    return _pick(_lora_files(), name, "LoRA")
+    return _pick(_lora_files(model), name, "LoRA")
 
 
 def lora_source(source: str) -> str:
     """What a concept's `lora` names: the file behind `playground:NAME`, everything else as it is."""
-    name = source.removeprefix(f"{PLAYGROUND}:")
-    return source if name == source else str(playground_lora(name))
+    model, colon, name = source.partition(":")
+    return str(playground_lora(name, model)) if colon and model in PLAYGROUNDS else source
 
 
 def playground_loras() -> list[str]:
@@ -73,7 +91,7 @@ def playground_loras() -> list[str]:
     Raises:
         FileNotFoundError: If the assets are missing.
     """
-    return sorted(_lora_files())
+    return sorted(_lora_files(PLAYGROUND))
 
 
 def playground_references(concept: str) -> list[Path]:
@@ -90,8 +108,8 @@ def playground_references(concept: str) -> list[Path]:
     return sorted(_pick(folders, concept, "concept").glob("*.png"), key=lambda path: int(path.stem))
 
 
-def _lora_files() -> dict[str, Path]:
-    return {path.stem: path for path in (assets_dir() / "playground" / "loras").glob("*.safetensors")}
+def _lora_files(model: str) -> dict[str, Path]:
+    return {path.stem: path for path in (assets_dir() / model / "loras").glob("*.safetensors")}
 
 
 def _pick(known: dict[str, Path], name: str, kind: str) -> Path:

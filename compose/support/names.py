@@ -12,7 +12,7 @@ PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "cl
 MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr")
 """The registries themselves import torch; a test compares them with these."""
 
-TRAINING_PRESETS = ("sd", "sdxl", "playground")
+TRAINING_PRESETS = ("sd", "sdxl", "transformer", "playground", "playground-flux")
 
 
 def file_near(path: Path) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.learner import Batch
+from lora_compose.compose.training.noising import Noising
 from lora_compose.compose.training.words import Rows
 
 _ORDER, _CONCEPT, _CLASS = range(3)
@@ -32,13 +33,13 @@ class Stream:
         examples: What is drawn from.
         seed: Of the training.
         kind: Tells streams of one training apart.
-        timesteps: How many timesteps there are to draw from.
+        noising: Draws the times.
     """
 
     examples: Examples
     seed: int
     kind: int
-    timesteps: int
+    noising: Noising
 
     def image(self, row: int) -> int:
         """The example of a row."""
@@ -46,11 +47,11 @@ class Stream:
         order = torch.randperm(len(self.examples), generator=generator(self.seed, _ORDER, self.kind, epoch))
         return int(order[place])
 
-    def draw(self, row: int) -> tuple[Tensor, Tensor, int]:
-        """Latents, noise and timestep of a row."""
+    def draw(self, row: int) -> tuple[Tensor, Tensor, float]:
+        """Latents, noise and time of a row."""
         latents, random = self.examples.latents[self.image(row)], generator(self.seed, self.kind, row)
         noise = torch.randn(latents.shape, generator=random)
-        return latents, noise, int(torch.randint(self.timesteps, (1,), generator=random))
+        return latents, noise, self.noising.draw(random)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class Batches:
         return Batch(
             latents=torch.cat([part.latents for part in parts]),
             noise=torch.cat([part.noise for part in parts]),
-            timesteps=torch.cat([part.timesteps for part in parts]),
+            times=torch.cat([part.times for part in parts]),
             text=torch.cat([part.text for part in parts]),
             mask=torch.cat([part.mask for part in parts]),
             added={name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added},
@@ -98,7 +99,7 @@ class _Part:
     images: Sequence[int]
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    times: Tensor
     text: Tensor
     mask: Tensor
     added: dict[str, Tensor]
@@ -106,14 +107,13 @@ class _Part:
 
 def _rows_of(stream: Stream, rows: range) -> _Part:
     images = [stream.image(row) for row in rows]
-    latents, noise, timesteps = zip(*map(stream.draw, rows), strict=True)
+    latents, noise, times = zip(*map(stream.draw, rows), strict=True)
     examples = stream.examples
     captions = examples.caption[images]
-    added = {}
-    if examples.pooled is not None and examples.time_ids is not None:
-        added = {"text_embeds": examples.pooled[captions], "time_ids": examples.time_ids[images]}
+    added = {name: value[captions] for name, value in examples.by_caption.items()}
+    added |= {name: value[images] for name, value in examples.by_image.items()}
     return _Part(
-        images, torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), examples.text[captions],
+        images, torch.stack(latents), torch.stack(noise), torch.tensor(times), examples.text[captions],
         examples.mask[captions], added,
     )  # fmt: skip
 
@@ -125,14 +125,14 @@ def batches_of(
     *,
     seed: int,
     sizes: tuple[int, int],
-    timesteps: int,
+    noising: Noising,
     accumulate: int = 1,
     processes: int = 1,
     process: int = 0,
 ) -> Batches:
     """The batches of a training; arguments as in `Batches` and `Stream`."""
     streams = [
-        None if examples is None else Stream(examples, seed, kind, timesteps)
+        None if examples is None else Stream(examples, seed, kind, noising)
         for examples, kind in ((concept, _CONCEPT), (prior, _CLASS))
     ]
     assert streams[0] is not None

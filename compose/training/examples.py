@@ -1,14 +1,13 @@
-"""Images and captions as the UNet takes them, computed once: text encoders and VAE are frozen."""
+"""Images and captions as the network takes them, computed once: text encoders and VAE are frozen."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.data import TrainingImage, load_image, square
-from lora_compose.compose.training.model import encode_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,51 +20,47 @@ class Examples:
         caption: Which of the captions is an image's. Shape: [images], whole numbers.
         text: Features of the captions. Shape: [captions, tokens, channels].
         mask: 1 at the trigger. Shape: [captions, tokens, 1].
-        pooled: SDXL's pooled features. Shape: [captions, channels].
-        time_ids: SDXL's sizes: original, cut off, target; each height and width. Shape: [images, 6].
+        by_caption: What the network takes beside the text, one row per caption: pooled features of SDXL.
+        by_image: The same, one row per image: sizes of SDXL, original, cut off, target; each height and width.
     """
 
     latents: Tensor
     caption: Tensor
     text: Tensor
     mask: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
+    by_caption: Mapping[str, Tensor] = field(default_factory=dict)
+    by_image: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.latents)
 
 
 def encode_images(
-    pipe: Any, images: Sequence[TrainingImage], triggers: dict[str, tuple[int, ...]], side: int, device: torch.device
+    base: Base, images: Sequence[TrainingImage], triggers: dict[str, tuple[int, ...]], side: int
 ) -> Examples:
     """Encodes images and their captions.
 
     Args:
-        pipe: The base model, in float32 on the device.
+        base: The base model, whose text encoders and VAE are in float32.
         images: What to encode.
         triggers: Token positions of the trigger, by caption.
         side: Of the training images, in pixels.
-        device: Where the model is.
     """
     captions = list(dict.fromkeys(image.caption for image in images))
-    text, pooled = encode_text(pipe, captions, device)
+    text, by_caption = base.texts(captions)
     mask = torch.zeros(*text.shape[:2], 1)
     for row, caption in enumerate(captions):
         mask[row, list(triggers.get(caption, ()))] = 1
     latents, sizes = [], []
     for image in images:
         pixels, cut = square(load_image(image.path), side)
-        with torch.no_grad():
-            encoded = pipe.vae.encode(pixels[None].to(device)).latent_dist
-        latents.append(encoded.mode().cpu() * pipe.vae.config.scaling_factor)
-        width, height = image.size
-        sizes.append([height, width, *cut, side, side])
+        latents.append(base.latents(pixels[None]))
+        sizes.append(base.sizes(image.size, cut, side))
     return Examples(
         latents=torch.cat(latents),
         caption=torch.tensor([captions.index(image.caption) for image in images]),
         text=text,
         mask=mask,
-        pooled=pooled,
-        time_ids=None if pooled is None else torch.tensor(sizes, dtype=torch.float32),
+        by_caption=by_caption,
+        by_image={name: torch.tensor([one[name] for one in sizes], dtype=torch.float32) for name in sizes[0]},
     )

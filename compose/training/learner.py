@@ -1,15 +1,13 @@
 """From a batch to its losses: everything that a training step computes, in one module."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from diffusers import DDPMScheduler
-from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from lora_compose.compose.training.alignment import Alignment
 from lora_compose.compose.training.focus import Focus
+from lora_compose.compose.training.noising import Noising
 
 
 class Batch(NamedTuple):
@@ -18,17 +16,17 @@ class Batch(NamedTuple):
     Attributes:
         latents: Shape: [rows, channels, height, width].
         noise: As `latents`.
-        timesteps: Shape: [rows].
+        times: At which they are noised. Shape: [rows].
         text: Features of the captions. Shape: [rows, tokens, channels].
         mask: 1 at triggers, 0 everywhere in rows of the class. Shape: [rows, tokens, 1].
-        added: What SDXL takes beside the text, by name; empty for others.
+        added: What the network takes beside the text, by name.
         weights: How much every pair of words counts in the alignment. Shape: [words].
         own: How many rows are of the concept.
     """
 
     latents: Tensor
     noise: Tensor
-    timesteps: Tensor
+    times: Tensor
     text: Tensor
     mask: Tensor
     added: dict[str, Tensor]
@@ -61,11 +59,11 @@ class Weights:
 
 
 class Learner(nn.Module):
-    """A UNet with its losses.
+    """A network with its losses.
 
     Args:
-        unet: With an adapter.
-        schedule: How noise is added; says also what the model predicts.
+        network: With an adapter.
+        noising: How images are noised, and what the network predicts.
         weights: How losses are added up.
         focus: Where the token mask is set; None for an adapter without mask.
         alignment: The alignment loss; None for none.
@@ -73,47 +71,29 @@ class Learner(nn.Module):
 
     def __init__(
         self,
-        unet: nn.Module,
-        schedule: DDPMScheduler,
+        network: nn.Module,
+        noising: Noising,
         weights: Weights,
         focus: Focus | None = None,
         alignment: Alignment | None = None,
     ) -> None:
         super().__init__()
-        self.unet = unet
-        self.schedule: Any = schedule
+        self.network, self.noising = network, noising
         self.weights = weights
         self.focus, self.alignment = focus, alignment
-        if self.schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"this model predicts {self.schedule.config.prediction_type}; expected epsilon or velocity"
-            )
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of a batch; concept and class are parted before any of them is taken."""
         if self.focus is not None:
             self.focus.mask = batch.mask
-        noisy = self.schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
-        predicted = self.unet(
-            noisy, batch.timesteps, batch.text, added_cond_kwargs=batch.added or None, return_dict=False
-        )[0]
-        errors = (predicted.float() - self._target(batch)).square().mean((1, 2, 3)) * self._row_weights(batch.timesteps)
+        noisy = self.noising.noisy(batch.latents, batch.noise, batch.times)
+        predicted = self.noising.predict(noisy, batch.times, batch.text, batch.added)
+        target = self.noising.target(batch.latents, batch.noise, batch.times)
+        weights = self.noising.weights(batch.times, self.weights.min_snr)
+        errors = (predicted.float() - target).square().mean((1, 2, 3)) * weights
         concept, prior = errors[: batch.own].mean(), errors[batch.own :]
         prior = prior.mean() if len(prior) else errors.new_zeros(())
         alignment = errors.new_zeros(()) if self.alignment is None else self.alignment.loss(batch.weights)
         return Losses(
             concept + self.weights.prior * prior + self.weights.alignment * alignment, concept, prior, alignment
         )
-
-    def _target(self, batch: Batch) -> Tensor:
-        if self.schedule.config.prediction_type == "v_prediction":
-            return self.schedule.get_velocity(batch.latents, batch.noise, batch.timesteps)
-        return batch.noise
-
-    def _row_weights(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR weighting (Hang et al., arXiv 2303.09556): min(SNR, gamma) / SNR, and / (SNR + 1) for velocities."""
-        if self.weights.min_snr is None:
-            return torch.ones_like(timesteps, dtype=torch.float32)
-        snr = compute_snr(self.schedule, timesteps).float()
-        most = snr.clamp(max=self.weights.min_snr)
-        return most / (snr + 1 if self.schedule.config.prediction_type == "v_prediction" else snr)

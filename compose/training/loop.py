@@ -18,10 +18,11 @@ from torch import nn
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.support.precision import cpu_has_bf16
+from lora_compose.compose.training.bases import Base, base_of
 from lora_compose.compose.training.batches import Batches, batches_of
 from lora_compose.compose.training.checkpoint import finite, load_checkpoint, save_checkpoint
 from lora_compose.compose.training.learner import Batch, Learner, Losses, Weights
-from lora_compose.compose.training.model import lora_parameters, noise_schedule, open_base
+from lora_compose.compose.training.model import lora_parameters, open_base
 from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
 from lora_compose.compose.training.output import lora_bytes
 from lora_compose.compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
@@ -95,7 +96,7 @@ class _Trainer:
 
     settings: Training
     accelerator: Accelerator
-    pipe: Any
+    base: Base
     adapter: Adapter
     learner: Any
     optimizers: Sequence[Any]
@@ -105,7 +106,7 @@ class _Trainer:
 
     @property
     def _weights(self) -> dict[str, nn.Parameter]:
-        return dict(lora_parameters(self.pipe.unet))
+        return dict(lora_parameters(self.base.network))
 
     def forget(self) -> None:
         """Deletes the checkpoint, so that what is stopped from now on goes on from its own."""
@@ -131,7 +132,7 @@ class _Trainer:
 
     def run(self, first: int, on_step: OnStep | None) -> None:
         settings = self.settings
-        self.pipe.unet.train()
+        self.base.network.train()
         with asked_to_stop() as asked:
             for step in range(first, settings.steps):
                 done, loss = step + 1, self._mean(self._step(step))
@@ -155,7 +156,7 @@ class _Trainer:
             if not finite(list(self._weights.values())):
                 raise DivergedError(self._diverged(settings.steps, "the LoRA"))
             try:
-                write_whole(settings.out, lora_bytes(self.pipe, self.adapter.config, settings))
+                write_whole(settings.out, lora_bytes(self.base, self.adapter.config, settings))
             except (OSError, SafetensorError) as error:  # the latter where there is no room for temporary files
                 self._save(settings.steps)  # so that what is learnt is not lost, if there is room for it
                 why = getattr(error, "strerror", None) or error
@@ -213,7 +214,7 @@ class _Trainer:
     def _paint(self, done: int) -> None:
         if self.accelerator.is_main_process:
             samples, side = self.texts.samples, self.texts.side
-            paint_samples(self.pipe, self.accelerator, self.settings, samples, self.adapter.focus, done, side)
+            paint_samples(self.base, self.accelerator, self.settings, samples, self.adapter.focus, done, side)
         self.accelerator.wait_for_everyone()
 
     def _diverged(self, step: int, what: str) -> str:
@@ -228,16 +229,16 @@ class _Trainer:
 
 
 def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
-    pipe = open_base(settings.model)
-    texts = read_texts(pipe, settings)
-    _place(pipe, settings, accelerator)
-    material = encode(pipe, texts, settings, accelerator)
-    adapter = adapt(pipe.unet, settings, material.rows)
-    trained = [parameter for parameter in lora_parameters(pipe.unet).values() if parameter.requires_grad]
+    base = base_of(open_base(settings.model))
+    base.check(settings)
+    noising, texts = base.noising(), read_texts(base, settings)
+    _place(base, settings, accelerator)
+    material = encode(base, texts, settings, accelerator)
+    adapter = adapt(base, settings, material.rows)
+    trained = [parameter for parameter in lora_parameters(base.network).values() if parameter.requires_grad]
     logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained))
-    schedule = noise_schedule(pipe)
     weights = Weights(settings.prior_weight, settings.tara.align_weight if settings.tara else 0.0, settings.min_snr)
-    learner = Learner(pipe.unet, schedule, weights, adapter.focus, adapter.alignment)
+    learner = Learner(base.network, noising, weights, adapter.focus, adapter.alignment)
     learner, *optimizers = accelerator.prepare(learner, *optimizers_of(trained, settings))
     batches = batches_of(
         material.concept,
@@ -245,18 +246,18 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
         material.rows,
         seed=settings.seed,
         sizes=(settings.batch_size, settings.prior_batch or settings.batch_size),
-        timesteps=schedule.config["num_train_timesteps"],
+        noising=noising,
         accumulate=settings.accumulate,
         processes=accelerator.num_processes,
         process=accelerator.process_index,
     )
-    return _Trainer(settings, accelerator, pipe, adapter, learner, optimizers, batches, texts, material.data)
+    return _Trainer(settings, accelerator, base, adapter, learner, optimizers, batches, texts, material.data)
 
 
-def _place(pipe: Any, settings: Training, accelerator: Accelerator) -> None:
-    """The UNet in the precision it is trained in; text encoders and VAE, which are used once, in float32."""
-    pipe.to(accelerator.device)
-    nn.Module.to(pipe.unet, _PRECISIONS[settings.mixed_precision])  # diffusers' own `to` warns about nothing
+def _place(base: Base, settings: Training, accelerator: Accelerator) -> None:
+    """The network in the precision it is trained in; text encoders and VAE, which are used once, in float32."""
+    base.pipe.to(accelerator.device)
+    nn.Module.to(base.network, _PRECISIONS[settings.mixed_precision])  # diffusers' own `to` warns about nothing
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:

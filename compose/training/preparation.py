@@ -3,16 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate import Accelerator
 from peft import LoraConfig
 
 from lora_compose.compose.training.alignment import Alignment
+from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.data import TrainingImage, digest, read_images, say_small
 from lora_compose.compose.training.examples import Examples, encode_images
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
-from lora_compose.compose.training.model import ADAPTER, add_lora, encode_text, tokenizers_of
+from lora_compose.compose.training.model import ADAPTER, add_lora
 from lora_compose.compose.training.sampling import paint_class
 from lora_compose.compose.training.settings import Training
 from lora_compose.compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
@@ -56,7 +56,7 @@ class Material:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The LoRA in the UNet.
+    """The LoRA in the network.
 
     Attributes:
         config: PEFT's.
@@ -69,7 +69,7 @@ class Adapter:
     alignment: Alignment | None = None
 
 
-def read_texts(pipe: Any, settings: Training) -> Texts:
+def read_texts(base: Base, settings: Training) -> Texts:
     """Reads images and captions and finds the concept's words in them.
 
     Raises:
@@ -78,13 +78,13 @@ def read_texts(pipe: Any, settings: Training) -> Texts:
     images = read_images(settings.images, [settings.filled(settings.prompt)])
     if len(images) == 1:
         logger.warning("there is one image: its background and pose will be learnt with the concept; five are better")
-    side = settings.resolution or _own_side(pipe)
+    side = settings.resolution or base.side
     say_small(images, side)
     noun = settings.tara is not None and settings.tara.needs_class_word
     clean = settings.tara is not None and settings.tara.class_target == "clean"
 
     def find(caption: str, noun: bool) -> Words:
-        return find_concept(tokenizers_of(pipe), caption, settings.concept, noun=noun, clean=clean)
+        return find_concept(base.tokenizers, caption, settings.concept, noun=noun, clean=clean)
 
     words = {caption: find(caption, noun) for caption in dict.fromkeys(one.caption for one in images)}
     asked = settings.sample_prompts or (next(iter(words)),)
@@ -92,31 +92,25 @@ def read_texts(pipe: Any, settings: Training) -> Texts:
     return Texts(images, words, samples, side)
 
 
-def _own_side(pipe: Any) -> int:
-    sample = pipe.unet.config.sample_size
-    return (sample if isinstance(sample, int) else min(sample)) * pipe.vae_scale_factor
-
-
-def encode(pipe: Any, texts: Texts, settings: Training, accelerator: Accelerator) -> Material:
+def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerator) -> Material:
     """Encodes all images and captions; paints class images first if some are missing."""
-    device = accelerator.device
-    class_images = _class_images(pipe, settings, accelerator, texts.side)
+    class_images = _class_images(base, settings, accelerator, texts.side)
     triggers = {caption: found.trigger for caption, found in texts.words.items()}
-    concept = encode_images(pipe, texts.images, triggers, texts.side, device)
-    prior = encode_images(pipe, class_images, {}, texts.side, device) if class_images else None
+    concept = encode_images(base, texts.images, triggers, texts.side)
+    prior = encode_images(base, class_images, {}, texts.side) if class_images else None
     rows = None
     if settings.tara is not None and settings.tara.needs_class_word:
-        class_text, _ = encode_text(pipe, [found.class_caption for found in texts.words.values()], device)
+        class_text, _ = base.texts([found.class_caption for found in texts.words.values()])
         rows = rows_of(list(texts.words.values()), concept.text, class_text)
     logger.info("%d images of the concept, %d of its class", len(texts.images), len(class_images))
     return Material(concept, prior, rows, digest([*texts.images, *class_images]))
 
 
-def _class_images(pipe: Any, settings: Training, accelerator: Accelerator, side: int) -> tuple[TrainingImage, ...]:
+def _class_images(base: Base, settings: Training, accelerator: Accelerator, side: int) -> tuple[TrainingImage, ...]:
     if not settings.has_prior:
         return ()
     if settings.class_count and accelerator.is_main_process:
-        paint_class(pipe, accelerator, settings, side)
+        paint_class(base, accelerator, settings, side)
     accelerator.wait_for_everyone()
     found = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
     say_small(found, side)
@@ -125,17 +119,18 @@ def _class_images(pipe: Any, settings: Training, accelerator: Accelerator, side:
     return found
 
 
-def adapt(unet: Any, settings: Training, rows: Rows | None) -> Adapter:
-    """Gives the UNet its LoRA, with the mask and the keys that TARA asks for."""
-    config, tara = add_lora(unet, settings), settings.tara
+def adapt(base: Base, settings: Training, rows: Rows | None) -> Adapter:
+    """Gives the network its LoRA, with the mask and the keys that TARA asks for."""
+    network = base.network
+    config, tara = add_lora(network, base.targets(settings.scope), settings), settings.tara
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     if tara is None:
         return Adapter(config)
-    focus = focus_on_triggers(unet, ADAPTER) if tara.token_mask == "training" else None
+    focus = focus_on_triggers(network, ADAPTER) if tara.token_mask == "training" else None
     if rows is None:
         return Adapter(config, focus)
-    alignment = Alignment.of(unet, ADAPTER, rows, tara.align_norm)
+    alignment = Alignment.of(network, ADAPTER, rows, tara.align_norm)
     if tara.keys == "tied":
         alignment.freeze_keys()
         return Adapter(config, focus)

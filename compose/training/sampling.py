@@ -3,13 +3,12 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from lora_compose.compose.files.images import save_image
+from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.batches import generator
 from lora_compose.compose.training.data import SUFFIXES
 from lora_compose.compose.training.focus import Focus
@@ -21,29 +20,8 @@ _TOGETHER = 4  # class images painted in one call
 _SAMPLE, _CLASS_IMAGE = range(100, 102)  # tell their noise apart from that of training
 
 
-def paint(
-    pipe: Any,
-    accelerator: Accelerator,
-    prompts: Sequence[str],
-    generators: Sequence[torch.Generator],
-    *,
-    steps: int,
-    guidance: float,
-    side: int,
-) -> list[Image.Image]:
-    """Paints an image for every prompt with the UNet as it is; the VAE stays in float32."""
-    with torch.no_grad(), accelerator.autocast():
-        latents = pipe(
-            list(prompts), generator=list(generators), num_inference_steps=steps, guidance_scale=guidance, width=side,
-            height=side, output_type="latent",
-        ).images  # fmt: skip
-    with torch.no_grad():
-        pixels = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample
-    return pipe.image_processor.postprocess(pixels)
-
-
 def paint_samples(
-    pipe: Any,
+    base: Base,
     accelerator: Accelerator,
     settings: Training,
     prompts: Sequence[tuple[str, Sequence[int]]],
@@ -54,7 +32,7 @@ def paint_samples(
     """Paints the samples of a step, always from the same noise, into a folder beside the output.
 
     Args:
-        pipe: With the UNet that is trained.
+        base: With the network that is trained.
         accelerator: For its precision.
         settings: Of the training.
         prompts: What to paint, with the token positions of the trigger.
@@ -64,23 +42,21 @@ def paint_samples(
     """
     folder = settings.out.with_name(f"{settings.out.stem}-samples")
     guided, written = settings.sample_guidance > 1, []
-    pipe.unet.eval()
+    base.network.eval()
     for number, (prompt, positions) in enumerate(prompts):
         if focus is not None:
-            tokens = pipe.tokenizer.model_max_length
+            tokens = base.pipe.tokenizer.model_max_length
             focus.mask = torch.zeros(2 if guided else 1, tokens, 1, device=accelerator.device)
             focus.mask[-1, list(positions)] = 1
         noise = generator(settings.seed, _SAMPLE, number)
-        (image,) = paint(
-            pipe, accelerator, [prompt], [noise], steps=25, guidance=settings.sample_guidance, side=side
-        )  # fmt: skip
+        (image,) = base.paint(accelerator, [prompt], [noise], 25, settings.sample_guidance, side)
         written.append(save_image(image, folder / f"{step:06}-{number}.png"))
-    pipe.unet.train()
+    base.network.train()
     return written
 
 
 def paint_class(
-    pipe: Any,
+    base: Base,
     accelerator: Accelerator,
     settings: Training,
     side: int,
@@ -98,9 +74,7 @@ def paint_class(
         numbers = missing[first : first + _TOGETHER]
         prompts = [settings.filled(settings.class_prompts[n % len(settings.class_prompts)]) for n in numbers]
         noise = [generator(settings.seed, _CLASS_IMAGE, number) for number in numbers]
-        images = paint(
-            pipe, accelerator, prompts, noise, steps=settings.class_steps, guidance=settings.sample_guidance, side=side
-        )  # fmt: skip
+        images = base.paint(accelerator, prompts, noise, settings.class_steps, settings.sample_guidance, side)
         for number, prompt, image in zip(numbers, prompts, images, strict=True):
             path = folder / _name(number)
             path.with_suffix(".txt").write_text(f"{prompt}\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
 from lora_compose.compose.playground.words import BASE_CLASSES, PLACES
 from lora_compose.compose.support.precision import cpu_has_bf16
 from lora_compose.pipelines.scene import Concept
@@ -175,7 +175,7 @@ class Training(_Frozen):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         fields = {**PRESETS[name], **given}
-        if name == PLAYGROUND and "mixed_precision" not in given:
+        if name in PLAYGROUNDS and "mixed_precision" not in given:
             on_gpu = torch.cuda.is_available() and not given.get("cpu")
             fields["mixed_precision"] = "bf16" if on_gpu or cpu_has_bf16() else "no"
         if fields.get("tara") is not None and "scope" not in given:
@@ -244,16 +244,19 @@ def _playground_prompts() -> tuple[str, ...]:
     return tuple(prompts)
 
 
+_PLAYGROUND: Mapping[str, Any] = {
+    "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 8, "steps": 300,
+    "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
+    "class_prompts": _playground_prompts(), "class_count": 30, "class_steps": 15, "prior_batch": 4,
+    "prior_weight": 0.5, "save_dtype": "float16", "sample_guidance": 4.0,
+}  # fmt: skip
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "sd": {},
         "sdxl": {"learning_rate": 5e-5, "gradient_checkpointing": True, "mixed_precision": "bf16"},
-        PLAYGROUND: {
-            "model": PLAYGROUND, "prompt": "a {trigger} {class_word}", "scope": "transformer", "rank": 8, "steps": 300,
-            "batch_size": 8, "optimizer": "muon", "learning_rate": 5e-3, "schedule": "cosine", "warmup": 20,
-            "class_prompts": _playground_prompts(), "class_count": 30, "class_steps": 15, "prior_batch": 4,
-            "prior_weight": 0.5, "save_dtype": "float16", "sample_guidance": 4.0,
-        },
+        "transformer": {"rank": 16, "gradient_checkpointing": True, "mixed_precision": "bf16"},
+        PLAYGROUND: _PLAYGROUND,
+        PLAYGROUND_FLUX: {**_PLAYGROUND, "model": PLAYGROUND_FLUX},
     }
-)  # fmt: skip
-"""Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, and the playground."""
+)
+"""Defaults by kind of model: Stable Diffusion 1.x and 2.x, SDXL, transformers, and the playgrounds."""

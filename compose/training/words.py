@@ -3,15 +3,17 @@
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lora_compose.compose.training.data import DataError
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.tokens import (
     Mention,
+    Tokenizer,
     class_words,
     find_words,
     free_nouns,
@@ -54,9 +56,7 @@ class Words:
         return tuple(position for occurrence in self.found for position in occurrence.trigger)
 
 
-def find_concept(
-    tokenizers: Sequence[PreTrainedTokenizerBase], caption: str, concept: Concept, *, noun: bool, clean: bool
-) -> Words:
+def find_concept(tokenizers: Sequence[Tokenizer], caption: str, concept: Concept, *, noun: bool, clean: bool) -> Words:
     """Finds the concept's words in a caption.
 
     Args:
@@ -76,7 +76,7 @@ def find_concept(
     return found[0]
 
 
-def _find(tokenizer: PreTrainedTokenizerBase, caption: str, concept: Concept, needed: bool, clean: bool) -> Words:
+def _find(tokenizer: Tokenizer, caption: str, concept: Concept, needed: bool, clean: bool) -> Words:
     caption = unicodedata.normalize("NFC", caption)
     pairs = class_words(concept, caption, [concept])
     if not pairs:
@@ -109,7 +109,9 @@ def _without_trigger(caption: str, concept: Concept) -> str:
     return caption
 
 
-def _check_known(tokenizer: PreTrainedTokenizerBase, caption: str, positions: Sequence[int], concept: Concept) -> None:
+def _check_known(tokenizer: Any, caption: str, positions: Sequence[int], concept: Concept) -> None:
+    if isinstance(tokenizer, TemplateTokenizer):
+        return  # those of language models know every byte
     ids = tokenizer(caption, truncation=True, verbose=False).input_ids
     if any(ids[position] in tokenizer.all_special_ids for position in positions):
         raise DataError(

@@ -8,10 +8,12 @@ from typing import Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import Lora
+from lora_compose.attention import BankCache, KeptBanks, Lora
+from lora_compose.attention.bank_cache import Handle
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.concepts.strength import TEXT, Schedule, check_block, in_blocks, is_in
+from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.notes import say_once
 from lora_compose.pipelines.scene import Concept
 
@@ -39,6 +41,11 @@ class LoadedConcept:
     def lora(self) -> Lora:
         """Its factors for the model, each block's multiplied by the factor of the block."""
         return in_blocks(self.factors.model, self.concept.blocks)
+
+    def handle(self, part: Part) -> Handle:
+        """Stands for its LoRA of one model, in a call."""
+        blocks = self.concept.blocks or {}
+        return self.factors.handle, part, tuple(sorted(blocks.items())) if part == self.factors.part else ()
 
 
 def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
@@ -110,6 +117,12 @@ class ConceptSet:
     def installed(self) -> int:
         """How many LoRAs are installed."""
         return len((self.whole or self).loaded)
+
+    def kept(self, part: Part, banks: BankCache) -> KeptBanks | None:
+        """Where the LoRAs of one model are kept between calls; None if one is an adapter, which anyone may change."""
+        if any(loaded.file is None for loaded in self.loaded):
+            return None
+        return KeptBanks(banks, tuple(loaded.handle(part) for loaded in self.loaded))
 
     @property
     def subjects(self) -> tuple[int, ...]:

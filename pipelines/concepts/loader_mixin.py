@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
 
+from lora_compose.attention import BankCache
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.library import ConceptLibrary, adapters_of
@@ -36,6 +37,21 @@ class ConceptLoaderMixin:
     def library(self) -> ConceptLibrary:
         """The loaded and the added concepts, and the files read recently."""
         return self.__dict__.setdefault("_concept_library", ConceptLibrary())
+
+    @property
+    def banks(self) -> BankCache:
+        """LoRAs that calls have brought to where the model runs, kept for the next calls."""
+        return self.__dict__.setdefault("_banks", BankCache(limit=2**29))
+
+    @property
+    def bank_memory(self) -> int:
+        """Bytes of LoRAs that stay on the device between calls, so that the same concepts need not be copied again."""
+        return self.banks.limit
+
+    @bank_memory.setter
+    def bank_memory(self, limit: int) -> None:
+        self.banks.limit = limit
+        self.banks.trim()
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
@@ -124,7 +140,10 @@ class ConceptLoaderMixin:
         Raises:
             ValueError: If there is none of that name.
         """
+        loaded = self.library.loaded.get(name)
         self.library.unload(name)
+        if loaded is not None:
+            self.banks.forget(loaded.factors.handle)
 
     def resolve_concepts(self, concepts: Sequence[str | Concept] | Mapping[str, Weight]) -> tuple[LoadedConcept, ...]:
         """The concepts of a call with their factors; given fields override loaded ones.

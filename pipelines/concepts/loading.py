@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_PARTS: tuple[Part, ...] = ("unet", "transformer")
 TEXT_ENCODERS: tuple[Part, ...] = ("text_encoder", "text_encoder_2")
+_FITTING = 0.1  # the share of a file's layers below which it is for another model
 _EXACT = 1e-5  # relative errors below are rounding
 Changes = Mapping[Part, Mapping[str, Change]]
 
@@ -49,6 +50,7 @@ class Factors:
         embeddings: Words that the file brings with it, as in `LoraFile`.
         error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
         part: The component that the model is: "unet" or "transformer".
+        handle: Stands for these factors where something is kept that was made of them; no others have it.
     """
 
     model: Lora
@@ -58,6 +60,7 @@ class Factors:
     embeddings: Mapping[str, Mapping[Part, Tensor]] = field(default_factory=dict, repr=False)
     error: float = 0.0
     part: Part = "unet"
+    handle: int = field(init=False, repr=False, compare=False, default_factory=count().__next__)
 
     @property
     def by_part(self) -> Mapping[Part, Lora]:
@@ -139,8 +142,9 @@ def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, M
         mine = [layer for layer in gathered.layers if _component(layer.part, pipe) == part]
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
-    if not any(found.values()):
-        raise LoraError(_nothing(file))
+    fitting = sum(map(len, found.values()))
+    if fitting < _FITTING * len(gathered.layers) or not fitting:  # families share the names of a few layers
+        raise LoraError(_nothing(file, fitting, len(gathered.layers)))
     return found, tuple(unmatched)
 
 
@@ -211,12 +215,13 @@ def _shared_out(
     ]
 
 
-def _nothing(file: LoraFile) -> str:
+def _nothing(file: LoraFile, fitting: int, layers: int) -> str:
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, file.metadata)
     looks = f"it looks like a file for {guess.family} ({guess.why[0]})" if guess.family else "is it for another one?"
-    return (
-        f"{file.path.name} matches no layer of this model; its first keys are {', '.join([*file.tensors][:3])}; {looks}"
+    matches = (
+        f"fits this model in {fitting} of its {layers} layers only" if fitting else "matches no layer of this model"
     )
+    return f"{file.path.name} {matches}; its first keys are {', '.join([*file.tensors][:3])}; {looks}"
 
 
 def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> None:

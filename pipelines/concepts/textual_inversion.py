@@ -9,7 +9,8 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ class TextualInversions:
         """What stands in for a pipeline's `maybe_convert_prompt`: every word is written as so many tokens as it has."""
         convert = pipe.maybe_convert_prompt  # the same for the user's own textual inversions
 
+        @cache
+        def has_long_words(tokenizer: Any) -> bool:
+            return any(name.endswith("_1") for name in tokenizer.added_tokens_encoder)
+
         def expand(prompt: str | list[str], tokenizer: Any) -> Any:
             if isinstance(prompt, list):
                 return [expand(text, tokenizer) for text in prompt]
@@ -73,7 +78,7 @@ class TextualInversions:
                     names.append(name)
                 for start, end in reversed(find_words(word, prompt) if len(names) > 1 else []):
                     prompt = prompt[:start] + " ".join(names) + prompt[end:]
-            return convert(prompt, tokenizer)
+            return convert(prompt, tokenizer) if has_long_words(tokenizer) else prompt
 
         return expand
 
@@ -176,6 +181,7 @@ class ExpandingTokenizer:
     tokenizer: Any
     expand: Callable[[str, Any], str]
     length: int | None = None
+    _read: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def model_max_length(self) -> int:
@@ -183,8 +189,11 @@ class ExpandingTokenizer:
         return self.tokenizer.model_max_length if self.length is None else self.length
 
     def __call__(self, text: str, **options: Any) -> Any:
-        """Tokenises."""
-        return self.tokenizer(self.expand(text, self.tokenizer), **options)
+        """Tokenises, each text once: to find a concept's words takes many parts of few prompts."""
+        asked = text, *sorted(options.items())
+        if asked not in self._read:
+            self._read[asked] = self.tokenizer(self.expand(text, self.tokenizer), **options)
+        return self._read[asked]
 
 
 def _brought(concepts: Sequence[LoadedConcept], part: Part) -> dict[str, Tensor]:

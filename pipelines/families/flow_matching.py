@@ -26,6 +26,8 @@ class FlowMatchingPipeline(ComposePipeline):
     """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
 
     transformer_class: ClassVar[type[nn.Module]]
+    architecture: ClassVar[str]
+    """The family in the words of the ModelSpec standard, or in words like those."""
     most_tokens: ClassVar[int] = 4096
     """Image tokens at which timesteps are shifted most, where the scheduler does not say."""
 
@@ -89,6 +91,53 @@ class FlowMatchingPipeline(ComposePipeline):
             found = unpacked(found, shape[-2:]) if found.dim() == 3 else pixel_shuffle(found, PATCH)
         return found.to(canvas.device, dtype)
 
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height in pixels: what the VAE's configuration says, or 1024."""
+        side = int(getattr(self.vae.config, "sample_size", None) or 1024)
+        return side, side
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """Arguments of a call with classifier-free guidance.
+
+        Args:
+            scale: As the family means `guidance_scale`.
+            negative_prompt: What to avoid; None says nothing.
+
+        Raises:
+            ValueError: If the family takes no negative prompt.
+        """
+        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
+
+    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Further inputs of a forward pass that asks for no guidance, where guidance is an input."""
+        return {}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Texts as the backbone's forward pass takes them.
+
+        Args:
+            prompts: The texts.
+            length: Tokens to which they are padded or cut; None for what the pipeline takes by itself.
+
+        Returns:
+            Features, shape [prompts, tokens, channels], and further inputs by row.
+        """
+        raise NotImplementedError
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """Images as the transformer has them: the means of the VAE, normalised.
+
+        Args:
+            pixels: From -1 to 1. Shape: [images, 3, height, width].
+
+        Returns:
+            Unpacked. Shape: [images, channels, height / 8, width / 8].
+        """
+        config: Any = self.vae.config
+        means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        return (means - config.shift_factor) * config.scaling_factor
+
     def _cfg_of(self, guidance_scale: float) -> float:
         """The scale s of uncond + s (cond - uncond) that diffusers' guidance scale means; 1 is no guidance."""
         return guidance_scale
@@ -125,19 +174,24 @@ class TemplatePipeline(FlowMatchingPipeline):
         return render
 
 
-Encode = Callable[[list[str] | None, bool], tuple[Tensor, Mapping[str, Tensor]]]
-"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True. The text
-and further inputs of the model by row."""
+Encode = Callable[[list[str] | None, bool, torch.device], tuple[Tensor, Mapping[str, Tensor]]]
+"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True; on a
+device. The text and further inputs of the model by row."""
 
 
 def both_sides(
-    encode: Encode, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, *, guided: bool
+    encode: Encode,
+    prompts: Sequence[str] | None,
+    negative_prompts: Sequence[str] | None,
+    device: torch.device,
+    *,
+    guided: bool,
 ) -> EncodedText:
     """The text of all rows; unconditional ones are there with guidance only."""
-    text, added = encode(None if prompts is None else list(prompts), False)
+    text, added = encode(None if prompts is None else list(prompts), False, device)
     if not guided:
         return EncodedText(text, None, added)
-    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True)
+    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True, device)
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
 
 

@@ -41,6 +41,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
     """diffusers' `FluxPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.1"
+    architecture = "flux-1-dev"
     transformer_class = FluxTransformer2DModel
     text_tokenizers = ("tokenizer_2",)
 
@@ -110,6 +111,9 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         started = time.perf_counter()
         refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
+        max_sequence_length = self._readable(max_sequence_length)
+        if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
+            negative_prompt = _for_each(negative_prompt, len(prompt))
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
@@ -151,7 +155,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             },
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = prompt, prompt_2, prompt_embeds, pooled_prompt_embeds
             if negative:
                 words = [_for_each(text, len(given)) for text in (negative_prompt, negative_prompt_2)]
@@ -159,7 +163,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             first, second, embeds, pooled = own if prompts is None else (prompts, None, None, None)
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
             text, pooled, _ = encode_prompt(
-                first, second, self._execution_device, per_prompt, embeds, pooled, max_sequence_length,
+                first, second, device, per_prompt, embeds, pooled, max_sequence_length,
                 (joint_attention_kwargs or {}).get("scale"),
             )  # fmt: skip
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
@@ -173,6 +177,33 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """As `FlowMatchingPipeline.guided`: distilled guidance where the model has it, otherwise a second pass."""
+        if not self.transformer.config.guidance_embeds:
+            return {"true_cfg_scale": scale, "negative_prompt": negative_prompt or ""}
+        if negative_prompt is not None:
+            raise ValueError(
+                "the guidance of this model is distilled into it, and there is nothing to avoid; leave the negative "
+                "prompt out, or call the pipeline with true_cfg_scale"
+            )
+        return {"guidance_scale": scale}
+
+    def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """As `FlowMatchingPipeline.unguided`: the distilled guidance is 1."""
+        return {"guidance": torch.ones(rows, device=device)} if self.transformer.config.guidance_embeds else {}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`; "pooled_projections" come from CLIP."""
+        encode_prompt: Any = self.encode_prompt
+        text, pooled, _ = encode_prompt(
+            list(prompts), None, self._execution_device, max_sequence_length=self._readable(length or 512)
+        )
+        return text, {"pooled_projections": pooled}
+
+    def _readable(self, length: int) -> int:
+        """Tokens to which texts are padded: not more than the T5 was made for, which the playground's is for few."""
+        return min(length, self.tokenizer_2.model_max_length)
 
     def _inputs(
         self, guidance_scale: float, images: int, joint_attention_kwargs: dict[str, Any] | None
@@ -199,6 +230,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
 def _for_each(text: str | list[str] | None, count: int) -> list[str] | None:
     """A text for each of so many prompts; one is for all."""
+    if text is None:
+        return None
     found = listed(text)
     return (found * count if len(found) == 1 else found) or None
 

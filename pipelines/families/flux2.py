@@ -44,6 +44,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     """diffusers' `Flux2KleinPipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "FLUX.2-klein"
+    architecture = "flux-2-klein"
     transformer_class = Flux2Transformer2DModel
 
     @classmethod
@@ -129,12 +130,12 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = ([""] * len(given), negative_prompt_embeds) if negative else (prompt, prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self.encode_prompt
             text, _ = encode_prompt(
-                words, self._execution_device, num_images_per_prompt, embeds, max_sequence_length,
+                words, device, num_images_per_prompt, embeds, max_sequence_length,
                 text_encoder_out_layers,
             )  # fmt: skip
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
@@ -148,6 +149,30 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """As `FlowMatchingPipeline.guided`."""
+        if negative_prompt is not None:
+            raise ValueError(f"{self.family} takes no negative prompt; leave it out")
+        return {"guidance_scale": scale}
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`."""
+        encode_prompt: Any = self.encode_prompt
+        text, _ = encode_prompt(list(prompts), self._execution_device, max_sequence_length=length or 512)
+        return text, {}
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """As `FlowMatchingPipeline.latents_of`; patches are normalised as the VAE's last layer says."""
+        mean, std = self._norm(pixels.to(self.vae.dtype))
+        means = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
+        return pixel_shuffle((pixel_unshuffle(means, PATCH) - mean) / std, PATCH)
+
+    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' patches."""
+        norm: Any = self.vae.bn
+        mean, variance = (numbers.view(1, -1, 1, 1).to(like) for numbers in (norm.running_mean, norm.running_var))
+        return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=False), length, length)
@@ -166,9 +191,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         return rows, channels * PATCH**2, height // PATCH, width // PATCH
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        norm: Any = self.vae.bn
-        mean, variance = (numbers.view(1, -1, 1, 1).to(latents) for numbers in (norm.running_mean, norm.running_var))
-        std = torch.sqrt(variance + self.vae.config.batch_norm_eps)
+        mean, std = self._norm(latents)
         scaled = pixel_shuffle(pixel_unshuffle(latents, PATCH) * std + mean, PATCH)
         if output_type == "latent":
             return scaled

@@ -42,6 +42,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
     """diffusers' `Krea2Pipeline` whose calls may name concepts; latents keep their height and width, unpacked."""
 
     family = "Krea 2"
+    architecture = "krea-2"
     transformer_class = Krea2Transformer2DModel
     most_tokens = 6400
 
@@ -129,16 +130,14 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = (prompt, prompt_embeds, prompt_embeds_mask)
             if negative:
                 words = None if negative_prompt_embeds is not None else for_each(negative_prompt, len(given))
                 own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
             words, embeds, mask = own if prompts is None else (prompts, None, None)
             encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-            text, mask = encode_prompt(
-                words, self._execution_device, num_images_per_prompt, embeds, mask, max_sequence_length
-            )
+            text, mask = encode_prompt(words, device, num_images_per_prompt, embeds, mask, max_sequence_length)
             return text.flatten(2), {"text_mask": mask}
 
         final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
@@ -146,6 +145,26 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`; layers lie side by side."""
+        encode_prompt: Any = self.encode_prompt
+        text, mask = encode_prompt(list(prompts), self._execution_device, max_sequence_length=length or 512)
+        return text.flatten(2), {"text_mask": mask}
+
+    def latents_of(self, pixels: Tensor) -> Tensor:
+        """As `FlowMatchingPipeline.latents_of`; each channel is normalised apart."""
+        means = self.vae.encode(pixels[:, :, None].to(self.vae.dtype)).latent_dist.mode()
+        mean, std = self._norm(means)
+        return ((means - mean) / std)[:, :, 0]
+
+    def _norm(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents' channels, in a video of one frame."""
+        config: Any = self.vae.config
+        mean, std = (
+            torch.tensor(numbers).to(like).view(1, -1, 1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
 
     def _template(self, length: int) -> TemplateTokenizer:
         dropped, suffix = self.prompt_template_encode_start_idx, self.prompt_template_encode_num_suffix_tokens
@@ -166,12 +185,9 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return packed(latents)
-        config: Any = self.vae.config
-        mean, std = (
-            torch.tensor(numbers).to(latents.device, self.vae.dtype).view(1, -1, 1, 1, 1)
-            for numbers in (config.latents_mean, config.latents_std)
-        )
-        image = self.vae.decode(latents[:, :, None].to(self.vae.dtype) * std + mean, return_dict=False)[0][:, :, 0]
+        latents = latents[:, :, None].to(self.vae.dtype)
+        mean, std = self._norm(latents)
+        image = self.vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
         return self._postprocess(image, output_type)
 
 

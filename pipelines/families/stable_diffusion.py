@@ -174,7 +174,10 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         )  # fmt: skip
 
         def encode(
-            prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, reading: Reading | None = None
+            prompts: Sequence[str] | None,
+            negative_prompts: Sequence[str] | None,
+            device: torch.device,
+            reading: Reading | None = None,
         ) -> EncodedText:
             own, negative = prompt, negative_prompts or negative_prompt
             if negative_prompts is not None and prompt is not None:
@@ -183,7 +186,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
             if reading is None:
                 embeds, uncond = self.encode_prompt(
-                    own, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
+                    own, device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
                     prompt_embeds=prompt_embeds if prompts is None else None,
                     negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                     lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,

@@ -216,7 +216,10 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             negative_sizes = negative_original_size + negative_crops_coords_top_left + negative_target_size
 
         def encode(
-            prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None, reading: Reading | None = None
+            prompts: Sequence[str] | None,
+            negative_prompts: Sequence[str] | None,
+            device: torch.device,
+            reading: Reading | None = None,
         ) -> EncodedText:
             own, own_2, negative, negative_2 = prompt, prompt_2, negative_prompt, negative_prompt_2
             if negative_prompts is not None:
@@ -227,7 +230,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             if reading is None:
                 encode_prompt: Any = self.encode_prompt  # its annotations know no lists
                 embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                    own, own_2, self._execution_device, size.images_per_prompt, self.do_classifier_free_guidance,
+                    own, own_2, device, size.images_per_prompt, self.do_classifier_free_guidance,
                     negative, negative_2,
                     prompt_embeds=prompt_embeds if prompts is None else None,
                     negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,

@@ -61,6 +61,20 @@ class UNetPipeline(ComposePipeline):
         scale = self.vae_scale_factor
         return own_width * scale if width is None else width, own_height * scale if height is None else height
 
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Width and height of the images that the model was made for, in pixels."""
+        return self._size(None, None)
+
+    def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:
+        """Arguments of a call with classifier-free guidance.
+
+        Args:
+            scale: As the family means `guidance_scale`.
+            negative_prompt: What to avoid; None says nothing. SDXL gets zeros then, which an empty text does not give.
+        """
+        return {"guidance_scale": scale, "negative_prompt": negative_prompt}
+
     def _check_latents(self, call: Call, canvas: Canvas) -> None:
         given, source = call.sampling.latents, call.source
         if given is not None and source is not None and source.mask is None:

@@ -46,6 +46,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
     """diffusers' `ZImagePipeline` whose calls may name concepts."""
 
     family = "Z-Image"
+    architecture = "z-image"
     transformer_class = ZImageTransformer2DModel
 
     @classmethod
@@ -140,13 +141,13 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             {"_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs},
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
             own = (listed(prompt), prompt_embeds)
             if negative:
                 own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self._encode_prompt
-            found = encode_prompt(list(words), self._execution_device, embeds, max_sequence_length)
+            found = encode_prompt(list(words), device, embeds, max_sequence_length)
             rows = [row for row in found for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
@@ -154,6 +155,12 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         result = self._decode(final, output_type or "np")
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
+
+    def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `FlowMatchingPipeline.read_texts`; texts keep their "lengths"."""
+        encode_prompt: Any = self._encode_prompt
+        rows = encode_prompt(list(prompts), self._execution_device, None, length or 512)
+        return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=True), length, _padded(length))

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_compose.attention import Gates, Partition, RegionAttention, grid_at
+from lora_compose.attention.device import to_device
 from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, opened, strongest
 from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.losses import contrast, smooth
@@ -34,7 +35,7 @@ from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import Process, say_once, say_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
-from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass, Prediction
+from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions
 from lora_compose.pipelines.scene import Concept
@@ -311,21 +312,23 @@ class Contrasting:
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Updates; masks from the maps of before the last of them; then the prediction."""
-        latents, maps, prediction = self._update(latents, step)
+        latents, found = self._update(latents, step)
         if self.settings.fuse == "branches":
-            return latents, self._by_branches(latents, step, maps, prediction)
-        return latents, self._by_regions(latents, step, maps)
+            return latents, self._by_branches(latents, step, found)
+        return latents, self._by_regions(latents, step, found)
 
-    def _update(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor | None, Prediction | None]:
-        """All updates of a step, with the maps and the prediction of before the last one, if there are any."""
+    def _update(self, latents: Tensor, step: Step) -> tuple[Tensor, Gradient | None]:
+        """All updates of a step, with what was found before the last one, if there are any."""
         settings, found = self.settings, None
         request = self._all_rows(step) if settings.whole else MapRequest(self.words.readout)
-        for _ in range(self._updates(step)):
+        updates, wants_masks = self._updates(step), settings.fuse == "regions" and self._masks_due(step)
+        for left in reversed(range(updates)):
             found = self.session.denoiser.gradient(
-                latents, step, self.branches, request, self.loss, whole=settings.whole
-            )
+                latents, step, self.branches, request, self.loss, whole=settings.whole,
+                beside=self._masks_of if wants_masks and not left else None,
+            )  # fmt: skip
             latents = descend(latents, found.direction, settings.step_size, settings.step_rule)
-        return (latents, None, None) if found is None else (latents, self._by_branch(found.maps), found.prediction)
+        return latents, found
 
     def _updates(self, step: Step) -> int:
         """How many updates a step has."""
@@ -341,13 +344,16 @@ class Contrasting:
         by_image = self._by_branch(maps).transpose(0, 1).flatten(1, 2)
         return contrast(by_image, self.words.groups, self.settings.temperature)
 
-    def _by_branches(self, latents: Tensor, step: Step, maps: Tensor | None, prediction: Prediction | None) -> Tensor:
+    def _by_branches(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
         """The mean of the branches' predictions, each under its mask, for both halves of guidance."""
+        prediction, maps = (None, None) if found is None else (found.prediction, found.maps)
         if prediction is None:
             request = self._all_rows(step) if maps is None and self._masks_due(step) else None
             prediction = self.session.denoiser.predict(latents, step, self.branches, request)
-            maps = maps if prediction.maps is None else self._by_branch(prediction.maps)
-        self._keep(maps, step)
+            maps = maps or prediction.maps
+        if maps is not None and self._masks_due(step):
+            self.masks = self._masks_of(maps) > 0
+        self._log_masks(step)
         shares = self._shares(step)
         uncond, cond = prediction.branches
         if len(uncond) == len(cond):
@@ -364,25 +370,31 @@ class Contrasting:
         masks = F.interpolate(torch.cat([unclaimed, self.masks], dim=1).float(), canvas.latent_grid)
         return (masks / masks.sum(dim=1, keepdim=True)).transpose(0, 1)[:, :, None]
 
-    def _by_regions(self, latents: Tensor, step: Step, maps: Tensor | None) -> Tensor:
-        """One pass for every image, since every image has other regions."""
-        if maps is None and self._masks_due(step):
-            request = MapRequest(self.words.readout)
-            maps = self._by_branch(self.session.denoiser.maps(latents, step, self.branches, request))
-        self._keep(maps, step)
+    def _by_regions(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
+        """One pass for every image, since every image has other regions.
+
+        New masks come to the host, which divides the grids by them; with those of an update it has not to wait again.
+        """
+        if self._masks_due(step):
+            masks = None if found is None else found.beside
+            if masks is None:
+                request = MapRequest(self.words.readout)
+                masks = self._masks_of(self.session.denoiser.maps(latents, step, self.branches, request)).cpu()
+            self.masks = to_device(masks > 0, self.session.canvas.device)
+            on_latents = F.interpolate(masks, self.session.canvas.latent_grid)
+            self.regions = [self._region(image, mask) for image, mask in enumerate(on_latents)]
+        self._log_masks(step)
         guided = []
         for image, region in enumerate(self.regions):
             prediction = self.session.denoiser.predict(latents[image : image + 1], step, region)
             guided.append(self.session.guider.combine(prediction, step))
         return torch.cat(guided)
 
-    def _keep(self, maps: Tensor | None, step: Step) -> None:
-        """Takes masks from maps while they still change."""
-        if maps is not None and self._masks_due(step):
-            self.masks = self._found(maps[1:].transpose(0, 1))
-            if self.settings.fuse == "regions":
-                masks = F.interpolate(self.masks.cpu().float(), self.session.canvas.latent_grid)
-                self.regions = [self._region(image, mask) for image, mask in enumerate(masks)]
+    def _masks_of(self, maps: AttentionMaps) -> Tensor:
+        """The masks that attention maps give: 1 inside. Shape: [images, subjects, height, width], fp32."""
+        return self._found(self._by_branch(maps)[1:].transpose(0, 1)).float()
+
+    def _log_masks(self, step: Step) -> None:
         if self.masks is not None:
             by_concept = [torch.ones_like(self.masks[:, 0])] * len(self.session.concepts.loaded)
             for i, mask in zip(self.subjects, self.masks.unbind(dim=1), strict=True):

@@ -18,6 +18,7 @@ def divided(
     given: Sequence[Tensor],
     divide: Callable[[Tensor, Tensor], Tensor],
     threshold: float,
+    painted: Tensor | None = None,
 ) -> Tensor:
     """Divides the canvas of one image between its subjects.
 
@@ -27,6 +28,7 @@ def divided(
         given: The region of each subject on the latent grid; empty where none is given. Shape: [height, width] each.
         divide: Divides the free cells, given centres and 1 where a cell is free.
         threshold: As for `centres_of`.
+        painted: 1 in the cells that may be divided (inpainting); None is all of them. Shape: [height, width].
 
     Returns:
         1 in the region of a subject; a cell is in one of them, or in several given ones. Shape: [subjects, height,
@@ -36,13 +38,13 @@ def divided(
         ValueError: If the given regions leave no cell to the others.
     """
     masks = torch.stack(list(given)).float()
-    free = 1 - masks.amax(dim=0)
+    free = (1 - masks.amax(dim=0)) * (1 if painted is None else painted)
     found = [n for n, region in enumerate(given) if not region.any()]
     if not found:
         return masks
     if not free.any():
         names = ", ".join(subjects[n].name for n in found)
-        raise ValueError(f"the given regions cover the whole canvas and leave nothing for {names}")
+        raise ValueError(f"the given regions leave no part of the canvas for {names}")
     here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
     centres = centres_of(smooth(maps[found]) * here, [(subjects[n].class_word or "").lower() for n in found], threshold)
     masks[found] = divide(centres, free)
@@ -100,7 +102,8 @@ def clusters(points: Tensor, weights: Tensor, count: int) -> Tensor:
 def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> Tensor:
     """Columns or rows of free cells, one for each subject, with borders half-way between their centres.
 
-    Along the side on which the subjects are further apart. No strip is narrower than 0.7 of an equal part.
+    Along the side on which the subjects are further apart. No strip is narrower than 0.7 of an equal part of the box
+    around the free cells.
 
     Args:
         centres: In parts of the canvas (down, across). Shape: [subjects, 2].
@@ -111,6 +114,22 @@ def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> T
     Returns:
         Shape: [subjects, height, width].
     """
+    rows, columns = (_extent(free.any(dim=axis)) for axis in (1, 0))
+    box = free[rows, columns]
+    start, inside = torch.tensor([rows.start, columns.start]), torch.tensor(box.shape)
+    masks = torch.zeros(len(centres), *free.shape)
+    masks[:, rows, columns] = _strips((centres * torch.tensor(free.shape) - start) / inside, box, block, side)
+    return masks * free
+
+
+def _extent(used: Tensor) -> slice:
+    """From the first to the last row or column that is used."""
+    found = used.nonzero()[:, 0]
+    return slice(int(found[0]), int(found[-1]) + 1)
+
+
+def _strips(centres: Tensor, free: Tensor, block: int, side: int) -> Tensor:
+    """Strips of a whole box; centres in parts of it, which may lie outside. Shape: [subjects, height, width]."""
     count, sides = len(centres), torch.tensor(free.shape)
     spread = (centres.amax(dim=0) - centres.amin(dim=0)) * sides
     axis = 1 if spread[1] >= 0.8 * spread[0] else 0
@@ -126,7 +145,7 @@ def strips(centres: Tensor, free: Tensor, *, block: int = 1, side: int = 0) -> T
     masks = torch.zeros(count, *free.shape)
     for n, (start, stop) in zip(order, pairwise([*borders, length]), strict=True):
         masks[n].narrow(axis, start, stop - start).fill_(1)
-    return masks * free
+    return masks
 
 
 def nearest(centres: Tensor, free: Tensor) -> Tensor:

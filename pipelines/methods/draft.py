@@ -256,7 +256,10 @@ class Drafting:
         nothing = all(region.any() for region in given)
         maps = torch.zeros(canvas.images, len(given), *map_grid) if nothing else self._maps(latents, first).cpu()
         masks = torch.stack(
-            [divided(image, subjects, given, self.painter.divide, self.settings.threshold) for image in maps]
+            [
+                divided(image, subjects, given, self.painter.divide, self.settings.threshold, canvas.painted)
+                for image in maps
+            ]
         )
         self.processes = self.painter.start(masks)
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)
@@ -274,7 +277,7 @@ class Drafting:
             for step in every[:-1]:
                 prediction = denoiser.predict(latents, step, self.draft, MapRequest(rows))
                 found.append(prediction.maps)
-                latents = sampler.step(session.guider.combine(prediction, step), step.t, latents)
+                latents = sampler.step(session.guider.combine(prediction, step), step, latents)
             found.append(denoiser.maps(latents, every[-1], self.draft, MapRequest(self.words)))
         mean = torch.stack([maps.text[-len(self.words) :] for maps in found]).mean(dim=0)
         return mean.transpose(1, 2).unflatten(2, grid_at(session.canvas.latent_grid, session.canvas.map_level))

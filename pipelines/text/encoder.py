@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import Gates, Site, installed_layers, scatter_concepts
-from lora_compose.attention.device import uncompiled
+from lora_compose.attention import BankCache, Gates, Site, installed_layers, scatter_concepts
 from lora_compose.attention.sites import Stream
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
@@ -48,6 +47,9 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 """Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None means the
 call's own."""
 
+FamilyEncoder = Callable[[Sequence[str] | None, Sequence[str] | None, torch.device], EncodedText]
+"""The same on a device: where a pipeline runs, which diffusers looks for in all of its models each time."""
+
 Finder = Callable[
     [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks
 ]
@@ -65,6 +67,7 @@ class PromptEncoder:
         encode: The pipeline's text encoders.
         canvas: Sizes of the call.
         steps: How many steps there are; a weight schedule counts with its mean.
+        banks: Keeps the LoRAs of text encoders between calls.
     """
 
     concepts: ConceptSet
@@ -72,6 +75,7 @@ class PromptEncoder:
     encode: Encoder
     canvas: Canvas
     steps: int
+    banks: BankCache
 
     def __call__(
         self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None
@@ -95,13 +99,14 @@ class PromptEncoder:
         every = self.concepts.loaded
         loras = [{} if weights is None else loaded.factors.text_encoders.get(part, {}) for loaded in every]
         streams: dict[str, Stream] = {"text_projection": "row"}  # its input is one vector of the whole prompt
-        where = {name: Site(streams.get(name, "text")) for name, _ in uncompiled(model).named_modules()}
+        where = {name: Site(streams.get(name, "text")) for lora in loras for name in lora}
         # Adapters of these names are replaced by the concepts, also by those that come from a file.
         names = [concept.name for concept in self.concepts.concepts]
         dtype: torch.dtype = model.dtype  # pyright: ignore[reportAssignmentType]
         with installed_layers(
-            model, loras, where, device=self.canvas.device, dtype=dtype, silence=names
-        ) as installation:
+            model, loras, where, device=self.canvas.device, dtype=dtype, silence=names,
+            kept=self.concepts.kept(part, self.banks) if any(loras) else None,
+        ) as installation:  # fmt: skip
             if weights is not None:
                 factors = self.concepts.text_factors((weights != 0).tolist(), self.steps)
                 gate = (weights * factors).to(self.canvas.device)[None]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from components import (
     ATTENTION,
     EVERYTHING,
+    TINY,
     installed,
     random_lora,
     sd_unet,
@@ -335,4 +336,29 @@ def test_models_compiled_without_concepts_show_them_later(way: str, backend: str
     assert relative_error(model(**inputs)[0], base) < 1e-5
     assert relative_error(with_bank(model, loras, gates, inputs), expected) < 1e-5
     assert relative_error(model(**inputs)[0], base) < 1e-5
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_other_gates_and_other_loras_of_the_same_shape_need_no_new_graph() -> None:
+    """One graph that projects the text, one that finds its keys and values there, and no others later."""
+    torch._dynamo.reset()
+    unet: Any = sd_unet(**TINY)
+    inputs = unet_inputs(unet, grid=(8, 8))
+    unet.compile(backend="eager")
+    counted = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for seed, other in ((1, 1), (1, 2), (5, 2), (1, 1)):
+        gates, full = gates_for(inputs, 1, "everything", seed=other)
+        loras = [lora(unet, seed)]
+        before = counted["unique_graphs"]
+        with torch.no_grad(), installed(unet, loras) as installation:
+            handed = installation.inputs(gates, inputs["encoder_hidden_states"])
+            installation.use(handed)
+            unet(**inputs)
+            installation.use(handed)
+            found = unet(**inputs)[0]
+        graphs.append(counted["unique_graphs"] - before)
+        assert relative_error(found, with_reference(sd_unet(**TINY), loras, full)(**inputs)[0]) < 1e-5
+    assert graphs == [2, 0, 0, 0]
     torch._dynamo.reset()

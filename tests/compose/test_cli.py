@@ -166,7 +166,10 @@ def test_names_lead_to_no_files(tmp_path: Path, name: str) -> None:
 
 MISTAKES = {
     "no prompt": (["playground"], "give --prompt TEXT or --scene FILE"),
-    "no model": (["nowhere", "--prompt", "a"], "there is no model 'nowhere'; expected playground, a folder"),
+    "no model": (
+        ["nowhere", "--prompt", "a"],
+        "there is no model 'nowhere'; expected playground, playground-flux, a folder",
+    ),
     "no hub": (["someone/nothing-here", "--prompt", "a"], "the model 'someone/nothing-here' cannot be opened"),
     "unknown method": (["playground", *PAIR, "--method", "blend"], "unknown method 'blend'; there are merge, tara"),
     "unknown setting": (

@@ -19,14 +19,15 @@ from lora_compose.pipelines.methods import METHODS, PRESETS
 ROOT = Path(__file__).resolve().parents[2]
 SLOW = ("torch", "diffusers", "transformers", "numpy", "pandas")
 COMMANDS = (
-    "run", "demo", "ui", "check", "replay", "refine", "inspect", "merge", "train", "bench", "evaluate", "evaluate run",
-    "evaluate report", "evaluate compare", "blind", "blind make", "blind score", "blind judge",
+    "run", "batch", "demo", "ui", "serve", "check", "replay", "refine", "inspect", "merge", "train", "bench",
+    "evaluate", "evaluate run", "evaluate report", "evaluate compare", "blind", "blind make", "blind score",
+    "blind judge",
 )  # fmt: skip
 CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {
     "rnu playground": "Did you mean 'run'?",
     "run playground --prmpt a": "--prompt",
-    "run plyground --prompt a": "such as stable-diffusion-v1-5/stable-diffusion-v1-5; did you mean 'playground'?",
+    "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground' or 'playground-flux'?",
     "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",
     f"run playground --prompt a --method clra --concept {CONCEPT}": "did you mean 'clora'?",
     "run playground --prompt a --lora playground:baer": "did you mean 'bear'",
@@ -35,6 +36,10 @@ MISTAKES = {
     "run playground --scene assets/scenes/cat-dg.yaml": "in assets/scenes, did you mean 'cat-dog.yaml'",
     "run playground --prompt a --lora READMEE.md": "there is no file 'READMEE.md'; did you mean 'README.md'?",
     "run playground --prompt a --width 0": "width: expected greater than 0",
+    "batch assets/scenes/cat-dg.yaml --model playground": "in assets/scenes, did you mean 'cat-dog.yaml'",
+    "batch assets/scenes --model plyground": "did you mean 'playground'?",
+    "batch assets/scenes --model playground --method regoinal": "did you mean 'regional'?",
+    "serve playground --loras assets/playground/lora": "did you mean 'loras'?",
     "check assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
     "replay assets/scenes/cat-dog.pgn": "there is no file 'assets/scenes/cat-dog.pgn'",
     "inspect playground:kittn": "did you mean 'kitten'",

@@ -167,7 +167,7 @@ class BaseTrainer:
         for model in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
             model.half()
         self.pipe.save_pretrained(out)
-        _forget_origin(out)
+        forget_origin(out)
         for model in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
             model.float()
         self._set(live)
@@ -178,7 +178,7 @@ class BaseTrainer:
             parameter.copy_(value)
 
 
-def _forget_origin(folder: Path) -> None:
+def forget_origin(folder: Path) -> None:
     """Takes out of a saved pipeline where the models came from: a path of the machine that trained them."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))

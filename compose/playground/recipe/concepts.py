@@ -3,6 +3,7 @@
     python -m lora_compose.compose.playground.recipe.concepts references sprites.npz FOLDER
     python -m lora_compose.compose.playground.recipe.concepts prior sprites.npz FOLDER
 
+With `--patches` they are for the playground's transformer: objects stand where it has seen them, on whole patches.
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
 In four of ten references the subject stands beside something plain: LoRAs trained without lose the coat as soon as a
 prompt names a second object. Images without the concept show one object: with two, a LoRA learns that two objects
@@ -20,9 +21,11 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from lora_compose.compose.playground.recipe.scenes import Picture, enumerate_words, scene
+from lora_compose.compose.playground.recipe.scenes import Picture, Where, enumerate_words, scene
+from lora_compose.compose.playground.recipe.transformer_data import patches
 from lora_compose.compose.playground.recipe.world import (
     CONCEPTS,
+    SIZE,
     STYLE_TRIGGER,
     Known,
     Sprites,
@@ -44,13 +47,15 @@ STYLE_GROUNDS = (
 )  # fmt: skip
 FADING, PAPER = 0.4, (255, 230, 180)  # what the style does: a share of the way to a colour
 
+OnPatches = Annotated[bool, typer.Option("--patches", help="For the transformer.")]
+
 app = typer.Typer(help="Make the images that the playground's LoRAs learn from.", no_args_is_help=True)
 
 
-def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool) -> Picture:
+def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool, where: Where = squares) -> Picture:
     """An image of a subject, alone or beside something plain. Its first object is the subject."""
-    image, where = background(rng)
-    found, mine = squares(rng, 1 + beside), int(rng.integers(1 + beside))
+    image, ground = background(rng)
+    found, mine = where(rng, 1 + beside, (SIZE, SIZE)), int(rng.integers(1 + beside))
     words = [f"a {known.phrase}"] * len(found)
     objects = [(known.class_word, found[mine])]
     if beside:
@@ -59,7 +64,7 @@ def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool) -> Pic
         place(image, sprites[f"{other}/noto"], found[1 - mine], rng.random() < 0.5)
         objects.append((other, found[1 - mine]))
     place(image, known.drawn(sprites), found[mine], rng.random() < 0.5)
-    return Picture(image.clip(0, 255).astype("u1"), f"{enumerate_words(words)} {where}", objects)
+    return Picture(image.clip(0, 255).astype("u1"), f"{enumerate_words(words)} {ground}", objects)
 
 
 def styled(rng: Generator, sprites: Sprites, where: str, count: int) -> Picture:
@@ -96,12 +101,13 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
 
 @app.command()
 @kindly()
-def references(sprites: Path, out: Path) -> None:
+def references(sprites: Path, out: Path, on_patches: OnPatches = False) -> None:
     """Ten images of every concept, a folder each."""
-    artwork = dict(np.load(sprites))
+    artwork, where = dict(np.load(sprites)), patches if on_patches else squares
     for name, known in CONCEPTS.items():
         rng = np.random.default_rng(known.seed)
-        write(out / name, [subject(rng, known, artwork, i >= REFERENCES - BESIDE) for i in range(REFERENCES)], True)
+        beside = [i >= REFERENCES - BESIDE for i in range(REFERENCES)]
+        write(out / name, [subject(rng, known, artwork, each, where) for each in beside], True)
     rng = np.random.default_rng(STYLE_SEED)
     write(out / STYLE, [styled(rng, artwork, where, 1 + i % 2) for i, where in enumerate(STYLE_GROUNDS)], False)
     say(f"{REFERENCES} images of each of {len(CONCEPTS) + 1} concepts in {out}")
@@ -115,13 +121,14 @@ def prior(
     seed: int = 8,
     any_class: Annotated[int, typer.Option(help="Images of objects of any class.")] = 64,
     own_class: Annotated[int, typer.Option(help="Images of plain objects of each concept's class.")] = 32,
+    on_patches: OnPatches = False,
 ) -> None:
     """Images without any concept, a folder for each class word."""
-    artwork = dict(np.load(sprites))
+    artwork, where = dict(np.load(sprites)), patches if on_patches else squares
     for name in dict.fromkeys([known.class_word for known in CONCEPTS.values()]):
         rng = np.random.default_rng(seed)
-        anything = [scene(rng, artwork, count=1, plain=True) for _ in range(any_class)]
-        own = [scene(rng, artwork, count=1, plain=True, classes=[name]) for _ in range(own_class)]
+        anything = [scene(rng, artwork, count=1, where=where, plain=True) for _ in range(any_class)]
+        own = [scene(rng, artwork, count=1, where=where, plain=True, classes=[name]) for _ in range(own_class)]
         write(out / name, [*anything, *own], with_boxes=False)
 
 

@@ -101,5 +101,10 @@ def run(trainer: Trainer, batches: Iterator[Any], steps: int, checkpoint: Path, 
 
 def rate(step: int, steps: int) -> float:
     """The share of the learning rate: it rises for fifty steps, stays, and falls from two fifths on, nearly to zero."""
-    done = max(0.0, step / steps - 0.4) / 0.6
-    return min(1, (step + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
+    return share(step, step / steps)
+
+
+def share(step: int, done: float) -> float:
+    """The same, of a training of which so much is done, from 0 to 1."""
+    falling = max(0.0, done - 0.4) / 0.6
+    return min(1, (step + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * falling)))

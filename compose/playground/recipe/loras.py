@@ -2,6 +2,8 @@
 
     python -m lora_compose.compose.playground.recipe.loras references prior loras --model assets/playground/model
     python -m lora_compose.compose.playground.recipe.loras references prior loras --kind kv --kind tied  (an ablation)
+    python -m lora_compose.compose.playground.recipe.loras references prior loras --preset playground-flux \
+        --model assets/playground-flux/model --kind ordinary --threads 1
 
 `references` and `prior` are made by `python -m lora_compose.compose.playground.recipe.concepts`. LoRAs that are there
 already are left alone, and one that was interrupted goes on.
@@ -49,6 +51,7 @@ def trainings(
     model: str,
     kinds: Iterable[str] = SHIPPED,
     concepts: Iterable[str] = tuple(WORDS),
+    preset: str = PLAYGROUND,
     **given: Any,
 ) -> Iterator[Training]:
     """The training of every LoRA: NAME.safetensors for ordinary ones, NAME-KIND.safetensors for others.
@@ -60,6 +63,7 @@ def trainings(
         model: The base model.
         kinds: Of `KINDS`.
         concepts: Whose LoRAs.
+        preset: Whose defaults: of the playground, or of its transformer.
         given: Fields of the training that differ from the preset's.
 
     Raises:
@@ -75,7 +79,7 @@ def trainings(
         for kind in kinds:
             stem = name if kind == "ordinary" else f"{name}-{kind}"
             yield Training.preset(
-                PLAYGROUND, images=references / name, class_images=without, class_count=0, trigger=trigger,
+                preset, images=references / name, class_images=without, class_count=0, trigger=trigger,
                 class_word=class_word, model=model, out=out / f"{stem}.safetensors", **{**KINDS[kind], **given},
             )  # fmt: skip
 
@@ -86,6 +90,7 @@ def main(
     prior: Path,
     out: Path,
     model: Annotated[str, typer.Option(help="The base model.")] = PLAYGROUND,
+    preset: Annotated[str, typer.Option(help="playground, or playground-flux for the transformer.")] = PLAYGROUND,
     kind: Annotated[list[str] | None, typer.Option(help="Ordinary and TARA by default; repeatable.")] = None,
     concept: Annotated[list[str] | None, typer.Option(help="All by default; repeatable.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
@@ -93,7 +98,7 @@ def main(
 ) -> None:
     """Trains all LoRAs that are not there yet."""
     given: dict[str, Any] = {"threads": threads} | ({} if steps is None else {"steps": steps})
-    for settings in trainings(references, prior, out, model, kind or SHIPPED, concept or WORDS, **given):
+    for settings in trainings(references, prior, out, model, kind or SHIPPED, concept or WORDS, preset, **given):
         if settings.out.exists():
             continue
         with bar(settings.out.stem, settings.steps) as on_progress:

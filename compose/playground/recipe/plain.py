@@ -1,6 +1,6 @@
 """What a model of the playground makes of plain prompts, without LoRAs: a sheet, and what the judge names in it.
 
-python -m lora_compose.compose.playground.recipe.plain sheet.png assets/playground/model another/model
+python -m lora_compose.compose.playground.recipe.plain sheet.png assets/playground/model assets/playground-flux/model
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,6 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from lora_compose.compose.evaluation.detectors import Detector, WindowDetector
@@ -18,6 +17,7 @@ from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.pipelines.families import ComposePipeline
 
 PROMPTS = {  # and the classes that they name
     "a cat on grass": ("cat",),
@@ -47,12 +47,14 @@ class Named(NamedTuple):
     exactly: bool
 
 
-def make(pipe: StableDiffusionPipeline, prompt: str, seeds: Iterable[int]) -> list[Image.Image]:
+def make(pipe: Any, prompt: str, seeds: Iterable[int]) -> list[Image.Image]:
     """One image for every seed, in one batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    made: Any = pipe(
-        [prompt] * len(generators), num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators
-    )
+    width, height = pipe.own_size
+    made = pipe(
+        prompt=[prompt] * len(generators), num_inference_steps=STEPS, width=width, height=height, generator=generators,
+        **pipe.guided(GUIDANCE, None),
+    )  # fmt: skip
     return made.images
 
 
@@ -70,7 +72,7 @@ def main(
 ) -> None:
     """Makes images of ten prompts with every model, and says in how many of them the judge names all objects."""
     detector = WindowDetector(load_encoder(JUDGE), BASE_CLASSES)
-    pipes = [StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32) for model in models]
+    pipes = [ComposePipeline.from_pretrained(model, dtype=torch.float32) for model in models]
     rows: list[Row] = []
     totals: list[list[Named]] = [[] for _ in models]
     with bar("making images", len(PROMPTS) * len(pipes)) as on_progress:

@@ -3,7 +3,7 @@
 Objects stand from left to right in the order in which the caption names them: so a small model can tell them apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,10 @@ WIDE = (192, 128)  # width and height: room for three objects of the size that t
 FLOOR = 90  # saturation of colours that have a word, which is less than that of the concepts' coats
 
 
+Where = Callable[[Generator, int, tuple[int, int]], list[Square]]
+"""Chooses places for so many objects in an image of some width and height."""
+
+
 class Picture(NamedTuple):
     """A picture, what it shows in words, and where.
 
@@ -57,6 +61,7 @@ def scene(
     *,
     size: tuple[int, int] = (SIZE, SIZE),
     count: int | None = None,
+    where: Where = squares,
     classes: Sequence[str] = BASE_CLASSES,
     vendors: Sequence[str] = BASE_VENDORS,
     plain: bool = False,
@@ -68,14 +73,15 @@ def scene(
         sprites: The artwork.
         size: Width and height; a close-up shows one object.
         count: Objects; one to three if not given.
+        where: Chooses where they stand, left to right.
         classes: What there is to see.
         vendors: Whose drawings.
         plain: Objects as they are drawn, neither dyed nor patterned.
     """
-    image, where = background(rng, size)
+    image, ground = background(rng, size)
     if count is None:
         count = _count(rng, size)
-    where_to = squares(rng, count, size)
+    where_to = where(rng, count, size)
     chosen = [str(name) for name in rng.choice(list(classes), count, replace=False)]
     names = []
     for name, square in zip(chosen, where_to, strict=True):
@@ -87,7 +93,7 @@ def scene(
     if rng.random() < 0.3:
         caption = f"a picture of {caption}"
     if rng.random() < 0.9:
-        caption = f"{caption} {where}"
+        caption = f"{caption} {ground}"
     return Picture(image.clip(0, 255).astype("u1"), caption, list(zip(chosen, where_to, strict=True)))
 
 

@@ -57,7 +57,7 @@ def build(captions: Sequence[str]) -> CLIPTokenizer:
         vocab_size=VOCABULARY, special_tokens=[], initial_alphabet=alphabet, end_of_word_suffix="</w>",
         show_progress=False,
     )  # fmt: skip
-    bpe.train_from_iterator([*captions, *_insisted()], trainer)
+    bpe.train_from_iterator([*captions, *insisted()], trainer)
     learnt = json.loads(bpe.to_str())["model"]
     vocab = dict(learnt["vocab"])
     single = [token for letter in alphabet for token in (letter, f"{letter}</w>")]
@@ -67,7 +67,7 @@ def build(captions: Sequence[str]) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_LENGTH)
 
 
-def _insisted() -> list[str]:
+def insisted() -> list[str]:
     """Words that must be one token each, often enough to be merged."""
     triggers = [known.trigger for known in CONCEPTS.values()]
     words = [*MORE_WORDS, *HUES, *PLAIN, *triggers, STYLE_TRIGGER, *SPARE]

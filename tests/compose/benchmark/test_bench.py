@@ -8,8 +8,10 @@ import pytest
 
 from commands import call
 from components import tiny_pipeline
-from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
+from lora_compose.attention import backbone_of
+from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns, without_weights
 from lora_compose.compose.benchmark.timing import Job, open_with_concepts, peak_bytes, time_pairs
+from lora_compose.compose.benchmark.transformers import block_lora, pass_cost
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.plan import find_in
@@ -125,3 +127,32 @@ def test_wrong_options_end_with_2():
     bench("-n", 0, code=2)
     bench("-n", 27, code=2)
     bench("--steps", 0, code=2)
+
+
+def test_a_later_call_asks_far_less_of_the_host_than_the_first(model, tmp_path):
+    given = ("--calls", "--model", model, "--method", "merge", "-n", 2, "--json", tmp_path / "it.json")
+    row = cells(bench(*given))["merge", "2"]
+    (found,) = json.loads((tmp_path / "it.json").read_text())["calls"]
+    work = found["work"]
+    assert row == [
+        str(work[when][what]) for when in ("first", "again", "step") for what in ("python_calls", "operations")
+    ]
+    assert work["again"]["python_calls"] < 0.8 * work["first"]["python_calls"]
+    assert work["again"]["operations"] < work["first"]["operations"]
+    assert work["step"]["operations"] <= 0  # keys and values of the text are kept
+
+
+def test_a_pass_of_a_transformer_costs_two_thin_products_per_layer_more():
+    model = without_weights("FLUX.2-klein 4B").transformer
+    tokens, rank, grid = 64, 8, (32, 32)
+    cells_of = {"text": tokens, "image": 256, "joint": 256 + tokens}
+    lora = block_lora(model, rank)
+    expected = sum(
+        2 * cells_of[backbone_of(model).sites[name].stream] * rank * (factors.down.shape[1] + factors.up.shape[0])
+        for name, factors in lora.items()
+    )
+    plain, one, two = (pass_cost(model, number, rank, grid, tokens) for number in (0, 1, 2))
+    assert two.flops - one.flops == one.flops - plain.flops == expected
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    factors = sum(one.down.nbytes + one.up.nbytes for one in lora.values())
+    assert two.peak_bytes > one.peak_bytes + factors > plain.peak_bytes > weights

@@ -24,9 +24,8 @@ from accelerate import cpu_offload
 
 from commands import call
 from disks import files_of_at_most
-from lora_compose.compose.evaluation import command, runner
+from lora_compose.compose.evaluation import runner
 from lora_compose.compose.evaluation.batches import batches
-from lora_compose.compose.evaluation.command import CHILD
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.results import (
     FAILED,
@@ -36,13 +35,13 @@ from lora_compose.compose.evaluation.results import (
     Scores,
     batch_folder,
     image_path,
-    read,
-    write,
 )
 from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done, open_worker
 from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.stored import read, write
+from lora_compose.compose.generate import processes
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.methods import METHODS, Regional
 
@@ -453,7 +452,7 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path, number: sig
         "child.wait()\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", start, CHILD.read_text("utf-8")]
+    command = [sys.executable, "-c", start, processes.CHILD.read_text("utf-8")]
     with subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as one:
@@ -470,9 +469,9 @@ def _launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *texts: str, look
     program = tmp_path / "child.py"
     cases = [f"if os.environ['LOCAL_RANK'] == '{rank}':\n    {text}\n" for rank, text in enumerate(texts)]
     program.write_text("import os, signal, sys, time\n" + "".join(cases))
-    monkeypatch.setattr(command, "CHILD", program)
+    monkeypatch.setattr(processes, "CHILD", program)
     try:
-        return command._launch([], len(texts), 1, look)
+        return processes.launch([], len(texts), 1, look)
     finally:
         assert not psutil.Process().children()
 
@@ -503,7 +502,7 @@ def test_what_is_wrong_in_a_process_is_said_once(
 
 
 def test_a_process_that_cannot_be_ended_politely_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "GRACE", 0.5)
+    monkeypatch.setattr(processes, "GRACE", 0.5)
     stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
     def stop() -> None:

@@ -1,6 +1,7 @@
 """What is drawn for a step depends on the seed and the number of the row, and on nothing else."""
 
 import torch
+from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -9,6 +10,9 @@ from lora_compose.compose.training.batches import Batches, Stream, batches_of, g
 from lora_compose.compose.training.data import square
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.learner import Batch
+from lora_compose.compose.training.noising import Diffusion
+
+NOISING = Diffusion(torch.nn.Identity(), DDPMScheduler())
 
 
 def examples(number: int, *, xl: bool = False) -> Examples:
@@ -21,33 +25,33 @@ def examples(number: int, *, xl: bool = False) -> Examples:
         caption=captions,
         text=torch.arange(2.0)[:, None, None].expand(-1, 3, 4),
         mask=mask,
-        pooled=torch.arange(2.0)[:, None].expand(-1, 4) if xl else None,
-        time_ids=torch.arange(float(number))[:, None].expand(-1, 6) if xl else None,
+        by_caption={"text_embeds": torch.arange(2.0)[:, None].expand(-1, 4)} if xl else {},
+        by_image={"time_ids": torch.arange(float(number))[:, None].expand(-1, 6)} if xl else {},
     )
 
 
 def make(sizes: tuple[int, int], accumulate: int = 1, processes: int = 1, process: int = 0, seed: int = 0) -> Batches:
     return batches_of(
-        examples(5, xl=True), examples(3, xl=True), None, seed=seed, sizes=sizes, timesteps=1000, accumulate=accumulate,
-        processes=processes, process=process,
+        examples(5, xl=True), examples(3, xl=True), None, seed=seed, sizes=sizes, noising=NOISING,
+        accumulate=accumulate, processes=processes, process=process,
     )  # fmt: skip
 
 
 def rows_of(batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Everything about the rows of the concept, and about those of the class."""
-    parts = [batch.latents, batch.noise, batch.timesteps, batch.text, batch.mask, *batch.added.values()]
+    parts = [batch.latents, batch.noise, batch.times, batch.text, batch.mask, *batch.added.values()]
     return [part[: batch.own] for part in parts], [part[batch.own :] for part in parts]
 
 
 @given(number=st.integers(1, 12), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 5))
 def test_every_image_comes_once_before_any_comes_again(number: int, seed: int, epoch: int) -> None:
-    stream = Stream(examples(number), seed, 1, 1000)
+    stream = Stream(examples(number), seed, 1, NOISING)
     drawn = [stream.image(row) for row in range(epoch * number, (epoch + 1) * number)]
     assert sorted(drawn) == list(range(number))
 
 
 def test_orders_noise_and_timesteps_vary() -> None:
-    stream = Stream(examples(8), 0, 1, 1000)
+    stream = Stream(examples(8), 0, 1, NOISING)
     orders = [tuple(stream.image(row) for row in range(e * 8, e * 8 + 8)) for e in range(4)]
     assert len(set(orders)) == 4
     noise = torch.stack([stream.draw(row)[1] for row in range(200)])

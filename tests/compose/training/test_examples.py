@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_compose import ComposePipeline
 from lora_compose.compose.training import TaraTraining, train
+from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.model import ADAPTER, lora_parameters
 from lora_compose.compose.training.preparation import Material, adapt, encode, read_texts
@@ -48,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def encoded(pipe: Any, folder: Path, tara: TaraTraining | None = TARA) -> tuple[Material, Examples]:
     settings = training(folder, "unused", tara=tara)
-    material = encode(pipe, read_texts(pipe, settings), settings, Accelerator(cpu=True))
+    material = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
     return material, material.concept
 
 
@@ -87,9 +88,8 @@ def test_every_image_has_its_own_caption_with_the_mask_at_the_trigger(pipe: Any,
         assert marked == ["sks"]
         assert examples.mask.unique().tolist() == [0, 1]
         if pooled is not None:
-            assert examples.pooled is not None
-            torch.testing.assert_close(examples.pooled[row], pooled)
-    assert (examples.pooled is None) == (not hasattr(pipe, "text_encoder_2"))
+            torch.testing.assert_close(examples.by_caption["text_embeds"][row], pooled)
+    assert set(examples.by_caption) == ({"text_embeds"} if hasattr(pipe, "text_encoder_2") else set())
 
 
 def test_latents_are_those_of_the_middle_square_at_the_scale_of_the_model(pipe: Any, folder: Path) -> None:
@@ -106,10 +106,9 @@ def test_latents_are_those_of_the_middle_square_at_the_scale_of_the_model(pipe: 
 def test_sdxl_is_told_the_size_and_what_was_cut_off(folder: Path) -> None:
     _, examples = encoded(xl_pipeline(), folder)
     small, large = [32, 40, 0, 4, SIDE, SIDE], [64, 80, 0, 4, SIDE, SIDE]
-    assert examples.time_ids is not None
-    assert examples.time_ids.tolist() == [small, large, small]
+    assert examples.by_image["time_ids"].tolist() == [small, large, small]
     _, examples = encoded(sd_pipeline(), folder)
-    assert examples.time_ids is None
+    assert not examples.by_image
 
 
 @pytest.mark.parametrize("target", ["caption", "clean"])
@@ -127,7 +126,7 @@ def test_the_trigger_is_aligned_with_the_class_word_of_its_own_caption(pipe: Any
 def test_class_images_have_no_mask(pipe: Any, folder: Path) -> None:
     paint_folder(folder / "class", 2)
     settings = training(folder, "unused", tara=TARA, class_images=folder / "class")
-    material = encode(pipe, read_texts(pipe, settings), settings, Accelerator(cpu=True))
+    material = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
     assert material.prior is not None
     assert len(material.prior) == 2
     assert not material.prior.mask.any()
@@ -144,7 +143,7 @@ def test_training_sees_the_lora_as_tara_shows_it_later(kind: str, folder: Path) 
     prompt = CAPTIONS[1]
 
     trained = make()
-    focus = adapt(trained.unet, settings, None).focus
+    focus = adapt(base_of(trained), settings, None).focus
     assert focus is not None
     with torch.no_grad():
         for name, parameter in lora_parameters(trained.unet).items():

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from components import TINY, TINY_XL, sd_unet, sdxl_unet, unet_inputs
 from lora_compose.compose.training.alignment import Alignment
-from lora_compose.compose.training.focus import Focus, focus_on_triggers
+from lora_compose.compose.training.focus import focus_on_triggers
 from lora_compose.compose.training.learner import Batch, Learner, Weights
 from lora_compose.compose.training.model import ADAPTER, add_lora, lora_parameters
-from lora_compose.compose.training.settings import Training
+from lora_compose.compose.training.noising import Diffusion
+from lora_compose.compose.training.settings import SCOPES, Training
 from lora_compose.compose.training.words import Occurrence, Rows, Words, rows_of
 from trainings import training
 
@@ -42,7 +43,8 @@ def settings(**fields: Any) -> Training:
 
 def adapted(unet: Any, *, zero: bool = False, **fields: Any) -> Any:
     """Gives a UNet a LoRA whose delta is far from zero, or zero as at the start."""
-    add_lora(unet, settings(**fields))
+    asked = settings(**fields)
+    add_lora(unet, list(SCOPES[asked.scope]), asked)
     if not zero:
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
@@ -130,7 +132,7 @@ def test_all_attention_layers_act_without_triggers_as_well(unet: Any) -> None:
 
 def test_captions_without_the_trigger_teach_keys_and_values_nothing(unet: Any) -> None:
     adapted(unet, scope="attention")
-    learner = Learner(unet, schedule(), Weights(), focus_on_triggers(unet, ADAPTER))
+    learner = Learner(unet, Diffusion(unet, schedule()), Weights(), focus_on_triggers(unet, ADAPTER))
     learner(batch_of(unet, mask_of((), ()), 2)).total.backward()
     masked = {name for name in lora_parameters(unet) if "attn2.to_k" in name or "attn2.to_v" in name}
     for name, parameter in lora_parameters(unet).items():
@@ -181,14 +183,14 @@ def test_the_closed_form_is_what_hooks_see_at_every_step(unet: Any, norm: Any) -
     batch = batch_of(unet, mask_of(TRIGGER, TRIGGER), 2)
     rows = rows_for(batch.text)
     alignment = Alignment.of(unet, ADAPTER, rows, norm)
-    learner = Learner(unet.train(), schedule(), Weights(alignment=1.0), focus, alignment)
+    learner = Learner(unet.train(), Diffusion(unet, schedule()), Weights(alignment=1.0), focus, alignment)
     optimizer = torch.optim.SGD(lora_parameters(unet).values(), lr=0.05)
     seen = []
     for step in range(4):
         given = batch_of(unet, mask_of(TRIGGER, TRIGGER), 2, rows.weights([0, 0]), seed=step)._replace(text=batch.text)
         losses = learner(given)
         names = ("sample", "timestep", "encoder_hidden_states")
-        values = dict(zip(names, (given.latents, given.timesteps, given.text), strict=True))
+        values = dict(zip(names, (given.latents, given.times, given.text), strict=True))
         with torch.no_grad():
             reference = hooked_loss(unet, {**values, "added_cond_kwargs": given.added, "return_dict": False}, norm)
         torch.testing.assert_close(losses.alignment, reference, rtol=1e-5, atol=1e-6)
@@ -207,7 +209,7 @@ def test_gradient_checkpointing_changes_no_gradient(unet: Any) -> None:
     rows = rows_for(batch.text)
     batch = batch._replace(weights=rows.weights([0, 0]))
     alignment = Alignment.of(unet, ADAPTER, rows, "l1")
-    learner = Learner(unet.train(), schedule(), Weights(alignment=1.0), focus, alignment)
+    learner = Learner(unet.train(), Diffusion(unet, schedule()), Weights(alignment=1.0), focus, alignment)
     gradients = []
     for checkpointing in (False, True):
         unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
@@ -307,7 +309,11 @@ def test_rows_of_the_class_do_not_enter_the_alignment(unet: Any) -> None:
     alone = batch_of(unet, mask_of(TRIGGER, TRIGGER), 2)
     rows = rows_for(alone.text)
     learner = Learner(
-        unet, schedule(), Weights(prior=0.7, alignment=2.0), focus, Alignment.of(unet, ADAPTER, rows, "l1")
+        unet,
+        Diffusion(unet, schedule()),
+        Weights(prior=0.7, alignment=2.0),
+        focus,
+        Alignment.of(unet, ADAPTER, rows, "l1"),
     )
     both = batch_of(unet, mask_of(TRIGGER, TRIGGER, (), ()), 2)
     alone = alone._replace(weights=rows.weights([0, 0]), text=both.text[:2])
@@ -335,12 +341,12 @@ def test_words_of_any_number_of_tokens_can_be_aligned(unet: Any, counts: tuple) 
 def test_losses_are_parted_before_they_are_taken(unet: Any, prediction: str) -> None:
     adapted(unet, scope="transformer")
     noises = schedule(prediction_type=prediction)
-    learner = Learner(unet, noises, Weights(prior=0.5))
+    learner = Learner(unet, Diffusion(unet, noises), Weights(prior=0.5))
     batch = batch_of(unet, mask_of((), (), ()), 2)
     losses = learner(batch)
-    noisy = noises.add_noise(batch.latents, batch.noise, batch.timesteps)  # pyright: ignore[reportArgumentType]
-    predicted = unet(noisy, batch.timesteps, batch.text, added_cond_kwargs=batch.added or None).sample
-    alphas = noises.alphas_cumprod[batch.timesteps][:, None, None, None]
+    noisy = noises.add_noise(batch.latents, batch.noise, batch.times)  # pyright: ignore[reportArgumentType]
+    predicted = unet(noisy, batch.times, batch.text, added_cond_kwargs=batch.added or None).sample
+    alphas = noises.alphas_cumprod[batch.times][:, None, None, None]
     velocity = alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * batch.latents
     target = batch.noise if prediction == "epsilon" else velocity
     torch.testing.assert_close(losses.concept, F.mse_loss(predicted[:2], target[:2]))
@@ -354,9 +360,9 @@ def test_min_snr_weighs_rows_as_in_the_paper(prediction: str) -> None:
     unet = UNETS["sd"]().requires_grad_(False)
     noises = schedule(prediction_type=prediction)
     batch = batch_of(unet, mask_of((), ()), 1)
-    plain, weighted = (Learner(unet, noises, Weights(min_snr=gamma))(batch) for gamma in (None, 5.0))
+    plain, weighted = (Learner(unet, Diffusion(unet, noises), Weights(min_snr=gamma))(batch) for gamma in (None, 5.0))
     for row, name in enumerate(("concept", "prior")):
-        alpha = noises.alphas_cumprod[batch.timesteps[row]]
+        alpha = noises.alphas_cumprod[batch.times[row]]
         snr = alpha / (1 - alpha)
         weight = snr.clamp(max=5) / (snr if prediction == "epsilon" else snr + 1)
         torch.testing.assert_close(getattr(weighted, name), getattr(plain, name) * weight)
@@ -364,4 +370,4 @@ def test_min_snr_weighs_rows_as_in_the_paper(prediction: str) -> None:
 
 def test_models_that_predict_something_else_are_refused() -> None:
     with pytest.raises(ValueError, match="predicts sample; expected epsilon or velocity"):
-        Learner(UNETS["sd"](), schedule(prediction_type="sample"), Weights(), Focus())
+        Diffusion(UNETS["sd"](), schedule(prediction_type="sample"))

@@ -55,7 +55,7 @@ def division(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
 
 def regions(masks: Tensor) -> list[Concept]:
     """Concepts with masks of the latent grid as regions."""
-    images = [np.kron(mask.numpy(), np.ones((8, 8))).astype(np.float32) for mask in masks]
+    images: Any = [np.kron(mask.numpy(), np.ones((8, 8))).astype(np.float32) for mask in masks]
     return [Concept(name=name, region=mask) for name, mask in zip(("cat", "dog"), images, strict=True)]
 
 

@@ -187,7 +187,7 @@ def test_a_given_region_is_kept_and_the_rest_is_found_around_it(composer, dividi
     assert dog.any()
     assert bear.any()
     assert output.masks.shape == (4, 1, 3, 4, 4)
-    with pytest.raises(ValueError, match="cover the whole canvas and leave nothing for dog"):
+    with pytest.raises(ValueError, match="leave no part of the canvas for dog"):
         call(composer, (Concept(name="cat", region=(0, 0, 128, 128)), "dog"))
 
 
@@ -292,12 +292,39 @@ def test_strips_are_columns_or_rows_half_way_between_centres():
     assert boxes_of(narrow) == [(0, 0, 56, 64), (56, 0, 160, 64)]  # 0.35 of 20 cells are 7
 
 
+def test_strips_divide_what_is_free_and_leave_nobody_without_a_cell():
+    free = torch.ones(8, 16)
+    free[:, :8] = 0  # a given region
+    centres = torch.tensor([[0.5, 0.1], [0.5, 0.9]])  # the first in the middle of it
+    assert boxes_of(strips(centres, free)) == [(64, 0, 88, 64), (88, 0, 128, 64)]
+
+
 def test_the_nearest_centre_owns_a_cell():
     masks = nearest(torch.tensor([[0.25, 0.25], [0.25, 0.75], [0.75, 0.5]]), torch.ones(8, 8))
     owner = masks.argmax(dim=0)
     assert owner[0, 0] == 0
     assert owner[0, 7] == 1
     assert owner[7, 4] == 2
+
+
+@pytest.mark.parametrize("division", ["strips", "nearest"])
+def test_with_a_mask_image_what_is_painted_is_divided(composer, dividing, division):
+    given = {"image": Image.new("RGB", (128, 128), "gray"), "mask_image": (64, 0, 128, 128), "strength": 1.0}
+    output = call(composer, method=Draft(division=division), record_attention=True, **given)
+    masks = dividing.masks[0]
+    assert (masks.sum(dim=0)[:, 8:] == 1).all()
+    assert not masks[:, :, :8].any()
+    assert masks.any(dim=(1, 2)).all()
+    assert output.masks.shape == (4, 1, 2, 4, 4)
+
+
+def test_what_stays_of_an_image_is_there_in_the_draft(composer, dividing):
+    """From pure noise only what is put back after a step tells the draft of the image."""
+    for colour in ("black", "white"):
+        image = Image.new("RGB", (128, 128), colour)
+        call(composer, image=image, mask_image=(64, 0, 128, 128), strength=1.0, method=Draft(length=3))
+    black, white = dividing.maps
+    assert (black - white).abs().max() > 1e-5
 
 
 def test_the_draft_does_not_depend_on_what_the_loras_do(composer, dividing):

@@ -1,4 +1,4 @@
-"""What a process of an evaluation runs that another one has started: `lora-compose`, until that one is gone.
+"""What a process runs that `launch` has started: `lora-compose`, until that one is gone.
 
 The system closes the other end of the standard input when the parent ends, even if it is killed. This text is run by
 itself (`python -c`), before any slow import.

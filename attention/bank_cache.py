@@ -1,0 +1,137 @@
+"""Banks of LoRAs that were installed before: taken out of the model after a call, and kept for the next."""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_compose.attention.forward_state import ForwardState, LayerInputs
+from lora_compose.attention.lora_bank import BankLayer
+
+Handle = tuple[Hashable, ...]
+"""Stands for a LoRA: equal handles, equal factors. It begins with the handle of the file that the LoRA is from."""
+
+
+class BankKey(NamedTuple):
+    """What a bank was made of: values, so that a bank serves whoever asks for the same.
+
+    Attributes:
+        loras: A handle of each LoRA.
+        device: Where they are.
+        dtype: In which precision.
+    """
+
+    loras: tuple[Handle, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(eq=False)
+class Bank:
+    """The bank layers of some LoRAs; while they are not installed, they hold no part of a model.
+
+    Attributes:
+        layers: By name.
+        state: What they read.
+        exact: Stacked factors in fp32, to be added to weights, by name; of layers for which these were needed.
+    """
+
+    layers: Mapping[str, BankLayer]
+    state: ForwardState
+    exact: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """The memory that it takes."""
+        own = [tensor for layer in self.layers.values() for tensor in (layer.A, layer.B)]
+        return sum(tensor.nbytes for tensor in (*own, *(one for pair in self.exact.values() for one in pair)))
+
+
+class BankCache:
+    """LRU cache of banks, bounded in bytes.
+
+    A bank that is installed is not in it: it is taken out, and put back when the call is over.
+
+    Attributes:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._banks: OrderedDict[BankKey, Bank] = OrderedDict()
+
+    @property
+    def bytes(self) -> int:
+        """The memory that all of them take."""
+        return sum(bank.bytes for bank in self._banks.values())
+
+    def __len__(self) -> int:
+        return len(self._banks)
+
+    def take(self, key: BankKey) -> Bank | None:
+        """Takes a bank out, if there is one."""
+        return self._banks.pop(key, None)
+
+    def put(self, key: BankKey, bank: Bank) -> None:
+        """Puts a bank in; the least recently used go until the rest fits, and those of another device or precision.
+
+        One that was moved or cast with its model during the call is dropped, and so is one made in inference mode,
+        whose tensors no graph can hold.
+        """
+        bank.state.inputs, bank.state.recorders = LayerInputs(), ()
+        if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in (layer.A, layer.B)):
+            return
+        self._banks[key] = bank
+        for other in [other for other in self._banks if other.loras == key.loras and other != key]:
+            del self._banks[other]
+        self.trim()
+
+    def trim(self) -> None:
+        """Drops the least recently used banks until the rest fits."""
+        excess = self.bytes - self.limit
+        for key in list(self._banks):
+            if excess <= 0:
+                break
+            excess -= self._banks.pop(key).bytes
+
+    def parts(self, handle: Handle, device: torch.device, dtype: torch.dtype) -> "Parts | None":
+        """The factors of one LoRA, as they are in some bank, without copying anything."""
+        for key, bank in self._banks.items():
+            if handle in key.loras and (key.device, key.dtype) == (device, dtype):
+                column = key.loras.index(handle)
+                return {name: layer.part(column) for name, layer in bank.layers.items() if layer.key.ranks[column]}
+        return None
+
+    def forget(self, file: Hashable) -> None:
+        """Drops all banks with LoRAs of a file, whose handles begin with its own."""
+        for key in [key for key in self._banks if file in {handle[0] for handle in key.loras}]:
+            del self._banks[key]
+
+    def clear(self) -> None:
+        """Drops all."""
+        self._banks.clear()
+
+
+def _as_made(tensor: Tensor, key: BankKey) -> bool:
+    there = tensor.device.type == key.device.type and tensor.dtype == key.dtype
+    return there and not tensor.is_inference()
+
+
+@dataclass(frozen=True, eq=False)
+class KeptBanks:
+    """Where the bank of an installation may come from, and where it goes.
+
+    Attributes:
+        cache: The banks.
+        handles: One for each LoRA; equal ones stand for the same factors.
+    """
+
+    cache: BankCache
+    handles: tuple[Handle, ...]
+
+
+Parts = Mapping[str, tuple[Tensor, Tensor]]
+"""The factors of one LoRA as a bank has them, by layer."""

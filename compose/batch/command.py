@@ -1,0 +1,129 @@
+"""A batch in one process or several, and what has come of it: what `lora-compose batch` does."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_compose.compose.batch.entries import Entry, Found
+from lora_compose.compose.batch.jobs import Job, make_jobs
+from lora_compose.compose.batch.results import Folder, Result, changed
+from lora_compose.compose.batch.runner import check_names, results_of, run_batch
+from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.files.claims import Claims
+from lora_compose.compose.files.paths import to_record
+from lora_compose.compose.files.stored import write_text
+from lora_compose.compose.generate.processes import default_number, launch, local_rank
+from lora_compose.compose.support.terminal import BAD_INPUT, FAILED, bar, err, say
+
+SHOWN = 20
+"""At most so many complaints are shown; all of them are in images.jsonl."""
+
+
+def make_all(
+    found: Found,
+    settings: BatchSettings,
+    out: Path,
+    processes: int | None = None,
+    *,
+    replace: bool = False,
+    ray: str | None = None,
+) -> int:
+    """Makes the images of a batch and says what has come of it; a rerun resumes, further processes join in.
+
+    Args:
+        found: The scenes.
+        settings: How they are made.
+        out: The folder for the images.
+        processes: How many; None is one per GPU, or with Ray one per node if there are none.
+        replace: Whether images of the same names that were made in another way are replaced.
+        ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
+
+    Returns:
+        The exit code: 0, that of a process that found something wrong, or 1 if images are missing.
+
+    Raises:
+        ValueError: If nothing can be made.
+        OSError: If all processes were killed, or images cannot be written.
+    """
+    if local_rank():  # a launcher has started several, of which the first one talks
+        join(found, settings, out, replace=replace)
+        return 0
+    jobs, missing = make_jobs(found.entries, settings)
+    bad = [*found.bad, *missing]
+    _complain([one.complaint for one in bad])
+    if not jobs:
+        return BAD_INPUT
+    folder = Folder(out)
+    check_names(folder, jobs, replace)
+    entries = list({job.entry.name: job.entry for job in jobs}.values())
+    left = [job for job in jobs if not folder.has(job)]
+    say(_asked(jobs, left, out), to=err)
+    before = {job.name: changed(folder.made_file(job)) for job in left}
+
+    def done() -> int:
+        return len(jobs) - sum(changed(folder.made_file(job)) == before[job.name] for job in left)
+
+    with bar(f"composing into {out}", len(jobs)) as on_progress:
+        number = processes or default_number(1, settings.device)
+        if ray is not None:
+            from lora_compose.compose.batch.ray_pool import run_on_ray
+
+            run_on_ray(entries, settings, out, ray, on_progress, replace=replace, workers=processes)
+        elif number > 1 and left:
+            write_plan(folder.plan, entries, settings)
+            arguments = ["batch", str(folder.plan), "--out", str(out), "--join", *(["--replace"] if replace else [])]
+            code = launch(arguments, number, settings.threads or 1, lambda: on_progress(done()))
+            if code and done() < len(jobs):
+                return code
+        else:
+            run_batch(entries, settings, out, on_progress, replace=replace)
+    return _tell(folder, results_of(folder, jobs, bad))
+
+
+def join(found: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
+    """Takes part in a batch, without saying anything: what `--processes 2` starts twice."""
+    run_batch(found.entries, settings, out, replace=replace)
+
+
+def _asked(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:
+    images, missing = (sum(len(job.seeds) for job in some) for some in (jobs, left))
+    known = f"; {images - missing} of them are there already" if missing < images else ""
+    return f"{len({job.entry.name for job in jobs})} scenes, {images} images, in {out}{known}"
+
+
+def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) -> None:
+    """Writes scenes and settings as a batch file that is valid on the whole machine."""
+    scenes = [
+        {
+            "name": entry.name, **entry.scene.model_dump(mode="json", exclude_none=True),
+            **({} if entry.seeds is None else {"seeds": entry.seeds}),
+        }
+        for entry in entries
+    ]  # fmt: skip
+    about = settings.model_copy(update={"model": to_record(settings.model)}).model_dump(mode="json", exclude_none=True)
+    write_text(path, json.dumps({**about, "scenes": scenes}, ensure_ascii=False, indent=1) + "\n")
+
+
+def _tell(folder: Folder, results: Sequence[Result]) -> int:
+    """Says what has come of a batch; returns the exit code."""
+    failed = [one for one in results if one.error is not None]
+    with Claims(folder.claims).claim("index") as claim:
+        if claim is not None:
+            folder.write_index(results)
+    say(f"{len(results) - len(failed)} images in {folder.path}, listed in images.jsonl", style="bold")
+    if not failed:
+        return 0
+    _complain(list(dict.fromkeys(_complaint(one) for one in failed)))
+    say(f"{len(failed)} are missing; the same command tries them again.", style="red", to=err)
+    return FAILED
+
+
+def _complaint(result: Result) -> str:
+    return result.error or "" if result.seed is None else f"{result.source}: {result.error}"
+
+
+def _complain(complaints: Sequence[str]) -> None:
+    for complaint in complaints[:SHOWN]:
+        say(f"error: {complaint}", style="red", to=err)
+    if len(complaints) > SHOWN:
+        say(f"error: ... and {len(complaints) - SHOWN} more", style="red", to=err)

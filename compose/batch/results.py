@@ -1,0 +1,207 @@
+"""What a batch stores: its images, and beside them what says of each whether it is there, whole, and of what.
+
+NAME-SEED.png                  the images, each with its run inside
+images.jsonl                   all of them, with their seed, where they stand, and what went wrong
+state/checked/NAME.json        a scene was gone through with the model: it can be made, or why not
+state/made/NAME-SEED.json      how the images of one call were made; written before them, with their checksums
+state/failed/NAME-SEED.json    why they could not be made
+state/plan.json                the scenes with absolute paths, as a batch file
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from lora_compose.compose.batch.jobs import Job
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.stored import read, write, write_text
+from lora_compose.pipelines.regular import sha256_of
+
+STATE = "state"
+CLAIMS = "claims"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_Stored = TypeVar("_Stored", bound=_Frozen)
+
+
+class Checked(_Frozen):
+    """A scene that was gone through with the model.
+
+    Attributes:
+        key: A hash of all that its images depend on but their seeds.
+        error: Why it cannot be made; None if it can.
+    """
+
+    key: str
+    error: str | None = None
+
+
+class Made(_Frozen):
+    """The images of a call.
+
+    Attributes:
+        key: A hash of all that they depend on.
+        sha256: Of the files, by seed.
+    """
+
+    key: str
+    sha256: Mapping[int, str]
+
+
+class Failed(_Frozen):
+    """Images that could not be made.
+
+    Attributes:
+        key: A hash of all that they depend on.
+        error: What happened.
+    """
+
+    key: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """An image of a batch.
+
+    Attributes:
+        name: Of the scene.
+        seed: Of the image.
+        source: Where the scene stands.
+        path: The file; None if the image was not made.
+        error: Why it was not made.
+    """
+
+    name: str
+    seed: int | None
+    source: str
+    path: Path | None
+    error: str | None
+
+
+class Folder:
+    """The folder of a batch.
+
+    Args:
+        path: Where; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def plan(self) -> Path:
+        """The scenes, as a batch file."""
+        return self.path / STATE / "plan.json"
+
+    @property
+    def claims(self) -> Path:
+        """Where its processes claim work."""
+        return self.path / STATE / CLAIMS
+
+    def image(self, job: Job, seed: int) -> Path:
+        """Where an image is kept."""
+        return self.path / f"{job.entry.name}-{seed}.png"
+
+    def checked_file(self, job: Job) -> Path:
+        """Where it is kept that a scene was checked."""
+        return self.path / STATE / "checked" / f"{job.entry.name}.json"
+
+    def made_file(self, job: Job) -> Path:
+        """Where it is kept how the images of a job were made."""
+        return self.path / STATE / "made" / f"{job.name}.json"
+
+    def failed_file(self, job: Job) -> Path:
+        """Where it is kept why a job failed."""
+        return self.path / STATE / "failed" / f"{job.name}.json"
+
+    def checked(self, job: Job) -> Checked | None:
+        """What came of the check of a job's scene; None if it was not checked as it is now."""
+        found = _read(self.checked_file(job), Checked)
+        return found if found is not None and found.key == job.scene_key else None
+
+    def unchecked(self, jobs: Iterable[Job]) -> list[Job]:
+        """A job of each scene that is to be checked: it was not, or could not be made, which may have changed."""
+        one_of_each = {job.entry.name: job for job in jobs}.values()
+        return [job for job in one_of_each if (found := self.checked(job)) is None or found.error is not None]
+
+    def failure(self, job: Job) -> str | None:
+        """Why a job failed; None if it did not."""
+        found = _read(self.failed_file(job), Failed)
+        return found.error if found is not None and found.key == job.key else None
+
+    def has(self, job: Job) -> bool:
+        """Whether all images of a job are there, as they were written."""
+        made = _read(self.made_file(job), Made)
+        return made is not None and made.key == job.key and all(
+            _sha256(self.image(job, seed)) == made.sha256.get(seed) for seed in job.seeds
+        )  # fmt: skip
+
+    def foreign(self, job: Job) -> Path | None:
+        """An image of a job's name that something else has made, or None."""
+        made = _read(self.made_file(job), Made)
+        if made is not None and made.key == job.key:
+            return None
+        return next((path for seed in job.seeds if (path := self.image(job, seed)).exists()), None)
+
+    def keep_check(self, job: Job, error: str | None) -> None:
+        """Stores what came of the check of a job's scene."""
+        write(self.checked_file(job), Checked(key=job.scene_key, error=error))
+
+    def keep_failure(self, job: Job, error: str) -> None:
+        """Stores why a job failed."""
+        write(self.failed_file(job), Failed(key=job.key, error=error))
+
+    def keep(self, job: Job, images: Mapping[int, bytes]) -> None:
+        """Stores the images of a job: first what they will be, so that those of a killed process are known as ours."""
+        sha256 = {seed: hashlib.sha256(data).hexdigest() for seed, data in images.items()}
+        write(self.made_file(job), Made(key=job.key, sha256=sha256))
+        for seed, data in images.items():
+            write_whole(self.image(job, seed), data)
+        self.failed_file(job).unlink(missing_ok=True)
+
+    def write_index(self, results: Sequence[Result]) -> Path:
+        """Writes the list of all images, a JSON object in each line."""
+        path = self.path / "images.jsonl"
+        lines = [
+            {
+                "image": None if one.path is None else one.path.name, "name": one.name, "seed": one.seed,
+                "source": one.source, "error": one.error,
+            }
+            for one in results
+        ]  # fmt: skip
+        write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return path
+
+
+def changed(path: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None if it is not there."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _read(path: Path, kind: type[_Stored]) -> _Stored | None:
+    """What a file says; nothing if it has been damaged, so that its work is done again."""
+    try:
+        return read(path, kind)
+    except FileError:
+        return None
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None

@@ -1,0 +1,148 @@
+"""Makes the images of a batch, continues where it was stopped, and keeps what it has whatever happens.
+
+Any number of processes on any number of machines that share the folder work at it together, as in an evaluation: each
+claims one call after the other. First all scenes are checked with the model, then images are made.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from lora_compose.compose.batch.entries import Bad, Entry
+from lora_compose.compose.batch.jobs import Job, make_jobs
+from lora_compose.compose.batch.results import Folder, Result, changed
+from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.batch.worker import Worker, encoded, told
+from lora_compose.compose.files.claims import Claim, Claims
+from lora_compose.compose.generate.processes import own_device
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""After how many seconds without a sign of life a process counts as dead."""
+
+OnProgress = Callable[..., None]
+"""Takes how many calls are done, fractions included, and sometimes a new text."""
+
+
+def run_batch(
+    entries: Sequence[Entry],
+    settings: BatchSettings,
+    out: str | Path,
+    on_progress: OnProgress | None = None,
+    *,
+    replace: bool = False,
+    patience: float = PATIENCE,
+) -> list[Result]:
+    """Makes the images of a batch until all are there, made by this process or by others.
+
+    What is there already is not made again, unless it has been damaged since. What fails is tried once, and stops
+    nothing else. A scene that cannot be made is found before the first image.
+
+    Args:
+        entries: The scenes, as `read_entries` gives them.
+        settings: How they are made.
+        out: The folder; processes that share it share the work.
+        on_progress: Called with the number of calls that are done, and sometimes a text.
+        replace: Whether images of the same names that were made in another way are replaced.
+        patience: After how many seconds without a sign of life the work of another process is taken over.
+
+    Returns:
+        All images, in the order of the scenes; those that could not be made say why.
+
+    Raises:
+        ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
+            made in another way; nothing has been made then.
+        OSError: If images cannot be written; those so far are kept.
+    """
+    folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
+    jobs, bad = make_jobs(entries, settings)
+    check_names(folder, jobs, replace)
+    left = [job for job in jobs if not folder.has(job)]
+    if left:
+        _Making(folder, settings, patience, report).make(left, done=len(jobs) - len(left))
+    report(len(jobs))
+    return results_of(folder, jobs, bad)
+
+
+def check_names(folder: Folder, jobs: Iterable[Job], replace: bool) -> None:
+    """Raises ValueError if images of other settings have the same names and are not to be replaced."""
+    foreign = [path for job in jobs if (path := folder.foreign(job)) is not None]
+    if foreign and not replace:
+        raise ValueError(
+            f"{foreign[0]} is there already and was made in another way"
+            f"{f' ({len(foreign)} such images)' if len(foreign) > 1 else ''}; choose another folder with --out, or "
+            "replace them with --replace"
+        )
+
+
+def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[Bad]) -> list[Result]:
+    """What has come of the calls of a batch, and of scenes that could not be read."""
+    results = []
+    for job in jobs:
+        error = None
+        if not folder.has(job):
+            checked = folder.checked(job)
+            error = (checked and checked.error) or folder.failure(job) or "it is not there"
+        for seed in job.seeds:
+            path = folder.image(job, seed) if error is None else None
+            results.append(Result(job.entry.name, seed, job.entry.source, path, error))
+    return [*results, *(Result("", None, one.source, None, one.complaint) for one in bad)]
+
+
+class _Making:
+    """The work of one process at a batch."""
+
+    def __init__(self, folder: Folder, settings: BatchSettings, patience: float, report: OnProgress) -> None:
+        self._folder, self._settings, self._report = folder, settings, report
+        self._claims = Claims(folder.claims, patience)
+        self._worker: Worker | None = None
+
+    def make(self, jobs: Sequence[Job], done: int) -> None:
+        """Checks scenes, and makes the images of those that can be made."""
+        scenes = {f"~{job.entry.name}": job for job in self._folder.unchecked(jobs)}
+        before = {name: changed(self._folder.checked_file(job)) for name, job in scenes.items()}
+        if scenes:
+            self._report(done, f"checking {len(scenes)} scenes")
+
+        def check(name: str, claim: Claim) -> None:
+            job = scenes[name]
+            if changed(self._folder.checked_file(job)) == before[name]:  # else another process has just checked it
+                self._folder.keep_check(job, error := self._opened().check(job.run))
+                if error is not None:
+                    logger.error("%s: %s", job.entry.source, error)
+
+        self._claims.work(scenes, check)
+        self._make_checked({job.name: job for job in jobs}, done)
+
+    def _make_checked(self, jobs: dict[str, Job], done: int) -> None:
+        before = {name: changed(self._folder.failed_file(job)) for name, job in jobs.items()}
+        self._report(done, f"composing into {self._folder.path}")
+
+        def make(name: str, claim: Claim) -> None:
+            nonlocal done
+            job, folder = jobs[name], self._folder
+            checked = folder.checked(job)
+            possible = checked is not None and checked.error is None
+            if possible and changed(folder.failed_file(job)) == before[name] and not folder.has(job):
+                self._make_one(job, claim, done)
+            done += 1
+            self._report(done)
+
+        self._claims.work(jobs, make)
+
+    def _make_one(self, job: Job, claim: Claim, done: int) -> None:
+        try:
+            images = self._opened().make(job.run, job.seeds, lambda share: self._report(done + share))
+        except Exception as error:  # whatever models and libraries raise
+            logger.error("%s: %s", job.entry.source, told(error), exc_info=logger.isEnabledFor(logging.DEBUG))
+            self._folder.keep_failure(job, told(error))
+            return
+        if not claim.held:
+            logger.warning("%s was taken over by another process: this one had given no sign of life", job.name)
+            return
+        self._folder.keep(job, encoded(images))
+
+    def _opened(self) -> Worker:
+        self._worker = self._worker or Worker.open(self._settings, own_device(self._settings.device))
+        return self._worker

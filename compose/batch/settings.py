@@ -1,0 +1,106 @@
+"""How the images of a batch are made: one model and one method for all of its scenes."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from lora_compose.compose.support.savers import Saver, check_savers, in_order
+from lora_compose.pipelines.scene import Run, Scene
+
+LAST_SEED = 2**63 - 1
+MOST_SEEDS = 10_000
+"""Of one scene."""
+
+_SPAN = re.compile(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?")
+
+
+def parse_seeds(given: Any) -> Any:
+    """Seeds as people write them: 3, "0-7", "1, 4, 9", or a list of these; what is none of them stays as it is.
+
+    Raises:
+        ValueError: For spans that run backwards, too many seeds, and seeds that are given twice.
+    """
+    if isinstance(given, bool) or not isinstance(given, int | str | Sequence):
+        return given
+    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+    seeds: list[Any] = []
+    for part in parts:
+        seeds += _span(part, MOST_SEEDS - len(seeds)) if isinstance(part, str) else [part]
+    return tuple(seeds)
+
+
+def _span(text: str, most: int) -> range:
+    found = _SPAN.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is no seed; expected a number, or a span such as 0-7")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if first > last:
+        raise ValueError(f"the seeds {text.strip()} run backwards")
+    if last - first >= most:
+        raise ValueError(f"{text.strip()} are too many seeds; a scene has at most {MOST_SEEDS}")
+    return range(first, last + 1)
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the seeds must differ; {Counter(seeds).most_common(1)[0][0]} stands twice")
+    return seeds
+
+
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=LAST_SEED)], ...],
+    Field(min_length=1, max_length=MOST_SEEDS),
+    BeforeValidator(parse_seeds),
+    AfterValidator(_distinct),
+]
+"""Seeds, each once; read as `parse_seeds` does."""
+
+
+class BatchSettings(BaseModel):
+    """How the images of a batch are made.
+
+    Attributes:
+        model: A folder, a checkpoint file, a hub repository or `playground`.
+        method: Name of the method; None chooses for each scene.
+        settings: The method's settings that differ from its defaults.
+        scheduler: Class name of a diffusers scheduler; None keeps the model's.
+        steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 or less is none.
+        seeds: Of scenes that have none of their own.
+        batch_size: Images of one scene that are made in one call; the pixels depend on it.
+        threads: CPU threads of a process; the pixels depend on them, too. None leaves them to torch.
+        dtype: Precision of the model.
+        device: Where it runs; None chooses, and uses every GPU of the machine.
+        save_memory: Options that save memory.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    method: str | None = None
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+    scheduler: str | None = None
+    steps: Annotated[int, Field(gt=0)] = 25
+    guidance_scale: float = 5.0
+    seeds: Seeds = (0,)
+    batch_size: Annotated[int, Field(gt=0, le=64)] = 1
+    threads: Annotated[int, Field(gt=0)] | None = None
+    dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
+    device: str | None = None
+    save_memory: tuple[Saver, ...] = ()
+
+    @field_validator("save_memory")
+    @classmethod
+    def _savers(cls, savers: tuple[Saver, ...]) -> tuple[Saver, ...]:
+        check_savers(savers)
+        return in_order(savers)
+
+    def run(self, scene: Scene) -> Run:
+        """How a scene is made."""
+        return Run(
+            scene=scene, model=self.model, method=self.method, settings=self.settings, scheduler=self.scheduler,
+            steps=self.steps, guidance_scale=self.guidance_scale, dtype=self.dtype, device=self.device,
+        )  # fmt: skip

@@ -1,0 +1,122 @@
+"""Tables of scenes: CSV with a header, or JSONL. Every row is read by itself, so that a bad one spoils no other."""
+
+import csv
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from lora_compose.compose.files.reading import FileError, open_file
+from lora_compose.compose.files.text import parse_json
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+MOST_BYTES = 64 * 2**20
+MOST_ROWS = 100_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        line: Where it begins in its file, from 1.
+        values: By column; empty if the row cannot be read.
+        complaint: Why it cannot be read; None if it can.
+    """
+
+    line: int
+    values: dict[str, Any]
+    complaint: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        columns: Those of the header; None where every row names its own.
+        rows: In order, those that cannot be read included.
+    """
+
+    columns: Sequence[str] | None
+    rows: Sequence[Row]
+
+
+def read_table(path: Path) -> Table:
+    """Reads a table: CSV (comma, semicolon or tab) with a header, or JSONL.
+
+    Raises:
+        FileError: If the file is missing, too large, no UTF-8 text, empty, or without a usable header.
+    """
+    with open_file(path) as file:
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise FileError(f"{path} is larger than {MOST_BYTES} bytes; divide it into several tables")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FileError(f"{path}, line {line}: not UTF-8 text: {data[error.start]:#04x}; save it as UTF-8") from error
+    table = _json_lines(text) if path.suffix.lower() == ".jsonl" else _csv(text, path)
+    if not table.rows:
+        raise FileError(f"{path} has no rows")
+    if len(table.rows) > MOST_ROWS:
+        raise FileError(f"{path} has more than {MOST_ROWS} rows; divide it into several tables")
+    return table
+
+
+def _json_lines(text: str) -> Table:
+    lines = enumerate(text.split("\n"), 1)
+    return Table(None, [_json_row(line, part) for line, part in lines if part.strip()])
+
+
+def _json_row(line: int, text: str) -> Row:
+    try:
+        found = parse_json(text, "the row")
+    except FileError as error:
+        return Row(line, {}, str(error))
+    if not isinstance(found, dict):
+        return Row(line, {}, 'expected one row as {"column": value, ...}')
+    return Row(line, found)
+
+
+def _csv(text: str, path: Path) -> Table:
+    first = text.lstrip().split("\n", 1)[0]
+    delimiter = next((mark for mark in ",;\t" if mark in first), ",")
+    rows = _records(text, delimiter)
+    line, header, complaint = next(rows, (1, [], "there is no header"))
+    columns = [name.strip() for name in header]
+    twice = [name for name, times in Counter(columns).items() if times > 1]
+    if complaint is None and twice:
+        complaint = f"the column {twice[0]!r} stands twice"
+    if complaint is None and "" in columns:
+        complaint = f"column {columns.index('') + 1} has no name"
+    if complaint is not None:
+        raise FileError(f"{path}, line {line}: {complaint}; expected a header such as name,prompt,seed")
+    return Table(columns, [_csv_row(columns, *row) for row in rows])
+
+
+def _csv_row(columns: Sequence[str], line: int, cells: Sequence[str], complaint: str | None) -> Row:
+    if complaint is None and len(cells) != len(columns):
+        complaint = (
+            f"{len(cells)} cells, but the header has {len(columns)} columns; put text with a separator in it in quotes"
+        )
+    return Row(line, {} if complaint else dict(zip(columns, cells, strict=True)), complaint)
+
+
+def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str], str | None]]:
+    """Line, cells, and what is wrong with them, of all rows that are not blank; no more after an unreadable one."""
+    reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, [], f"not valid CSV: {error}; what follows is not read"
+            return
+        if any(cell.strip() for cell in cells):
+            yield line, cells, None

@@ -1,0 +1,72 @@
+"""An opened model that checks scenes and makes their images."""
+
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.files.images import png_bytes
+from lora_compose.compose.generate.making import Made, make_batch, rehearse
+from lora_compose.compose.generate.models import open_model
+from lora_compose.pipelines.scene import Run, Scene
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A model, opened on a device."""
+
+    pipe: Any
+    device: str
+
+    @classmethod
+    def open(cls, settings: BatchSettings, device: str) -> "Worker":
+        """Opens the model of a batch.
+
+        Args:
+            settings: Those of the batch.
+            device: Where it is to run.
+
+        Raises:
+            ValueError: If it cannot be opened, or method, settings or scheduler are unknown.
+        """
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        run = settings.run(Scene(prompt="-")).model_copy(update={"device": device})
+        return cls(open_model(run, settings.save_memory), device)
+
+    def check(self, run: Run) -> str | None:
+        """Goes through a run up to its first step; what is wrong with it, or None."""
+        try:
+            rehearse(self.pipe, self._here(run))
+        except Exception as error:  # whatever models and libraries raise
+            return told(error)
+        return None
+
+    def make(
+        self, run: Run, seeds: Sequence[int], on_progress: Callable[[float], None] | None = None
+    ) -> Sequence[Made]:
+        """The images of a call."""
+        try:
+            return make_batch(self.pipe, self._here(run), seeds, on_progress).images
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()  # else the next one, which may be smaller, finds no room either
+            raise
+
+    def _here(self, run: Run) -> Run:
+        return run.model_copy(update={"device": self.device})
+
+
+def encoded(images: Iterable[Made]) -> dict[int, bytes]:
+    """Images as PNG files with their record, by seed."""
+    return {one.record.run.seed: png_bytes(one.image, one.record) for one in images}
+
+
+def told(error: BaseException) -> str:
+    """What is said of something that went wrong with a scene."""
+    text = str(error).strip()[:1000]
+    said = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+    return "\n".join([said, *getattr(error, "__notes__", ())])

@@ -1,0 +1,46 @@
+"""Counting a call while it runs, for models of which there is no copy without numbers: transformers."""
+
+from typing import Any
+
+import torch
+
+from lora_compose.attention.device import uncompiled
+from lora_compose.compose.benchmark.counting import Counted
+from lora_compose.compose.benchmark.flops import Operations
+from lora_compose.compose.generate.making import make_batch
+from lora_compose.pipelines.scene import Run
+
+
+def count_by_running(pipe: Any, run: Run) -> Counted:
+    """Makes one image of a run, and counts the operations in all passes of the model.
+
+    Args:
+        pipe: What `open_model` gave for the run.
+        run: What to make.
+
+    Raises:
+        ValueError: Whatever `make` would raise.
+    """
+    operations, rows = Operations(), [0]
+
+    def begin(model: Any, positional: tuple, named: dict[str, Any]) -> None:
+        given = named.get("hidden_states", positional[0] if positional else ())
+        rows[0] += len(given)
+        operations.__enter__()
+
+    def end(*_: Any) -> None:
+        operations.__exit__(None, None, None)
+
+    model: torch.nn.Module = uncompiled(pipe.model)
+    hooks = [
+        model.register_forward_pre_hook(begin, with_kwargs=True),
+        model.register_forward_hook(end, always_call=True),
+    ]
+    try:
+        cost = make_batch(pipe, run, (run.seed,)).cost
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if cost is None:
+        return Counted(rows[0], 0.0, 0.0, operations.flops, 0)
+    return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, 0)

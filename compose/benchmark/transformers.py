@@ -1,0 +1,97 @@
+"""What LoRAs cost in a forward pass of a transformer of full size, run without numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_compose.attention import Gates, Lora, LoraFactors, backbone_of, grid_at, install
+from lora_compose.attention.sites import Grid
+from lora_compose.compose.benchmark.flops import Operations
+from lora_compose.compose.benchmark.memory import meta_memory
+from lora_compose.compose.benchmark.peaks import FusedAttention
+
+META = torch.device("meta")
+TOKENS, REGION_TOKENS = 512, 12
+"""Tokens of the text, as most of these models read it, and of the text of each region ("a photo of a sks cat")."""
+SHOWN = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """What one forward pass of one row costs with `regional`, whose LoRAs act in all layers at once.
+
+    Attributes:
+        flops: A multiplication and an addition are two.
+        peak_bytes: The most that lives at once, model and LoRAs included.
+    """
+
+    flops: int
+    peak_bytes: int
+
+
+def block_lora(model: nn.Module, rank: int) -> Lora:
+    """Factors without numbers for every linear layer that sees text or image; modulation layers are left alone."""
+    found = {}
+    for name, site in backbone_of(model).sites.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and site.stream in ("text", "image", "joint"):
+            to: dict[str, Any] = {"device": META, "dtype": layer.weight.dtype}
+            found[name] = LoraFactors(
+                torch.empty(rank, layer.in_features, **to), torch.empty(layer.out_features, rank, **to)
+            )
+    return found
+
+
+def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: int = TOKENS) -> PassCost:
+    """Runs one pass, whose gates differ by concept, token and cell.
+
+    Args:
+        model: A transformer on the meta device.
+        concepts: How many LoRAs act; 0 is the plain model.
+        rank: Of each.
+        latent_grid: Height and width of the latents.
+        tokens: Tokens of the text.
+    """
+    backbone, loras = backbone_of(model), [block_lora(model, rank)] * concepts
+    channels = model.config["in_channels"]
+    inputs = _inputs(model, tokens)
+    text = inputs.pop("text")
+    latents = torch.empty(1, channels if "axes_lens" in model.config else channels // 4, *latent_grid, device=META,
+                          dtype=text.dtype)  # fmt: skip
+    height, width = grid_at(latent_grid, 1)
+    gates = Gates(
+        torch.empty(1, tokens, concepts),
+        {1: torch.empty(1, height * width, concepts)},
+        torch.empty(1, concepts),
+        latent_grid,
+    )
+    memory, operations = meta_memory([*model.parameters(), *model.buffers()]), Operations()
+    with torch.no_grad(), FusedAttention(), memory, install(backbone, loras, device=META, dtype=text.dtype) as there:
+        there.use(there.inputs(gates, text, lengths=(tokens,)))
+        with operations:
+            backbone.forward(latents, torch.ones((), device=META), text, inputs.pop("added"), **inputs)
+    return PassCost(operations.flops, memory.peak_bytes)
+
+
+def _inputs(model: Any, tokens: int) -> dict[str, Any]:
+    """The text, what belongs to it, and further arguments of each family's forward pass."""
+    config: Mapping[str, Any] = model.config
+    dtype = next(model.parameters()).dtype
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=META, dtype=dtype)
+
+    if "cap_feat_dim" in config:
+        return {"text": empty(1, tokens, config["cap_feat_dim"]), "added": {"lengths": torch.tensor([tokens])}}
+    if "text_hidden_dim" in config:
+        mask = torch.ones(1, tokens, dtype=torch.bool)
+        text = empty(1, tokens, config["num_text_layers"] * config["text_hidden_dim"])
+        return {"text": text, "added": {"text_mask": mask.to(META)}}
+    text = empty(1, tokens, config["joint_attention_dim"])
+    if "pooled_projection_dim" not in config:
+        return {"text": text, "added": None}
+    guidance = {"guidance": empty(1)} if config["guidance_embeds"] else {}
+    return {"text": text, "added": {"pooled_projections": empty(1, config["pooled_projection_dim"])}, **guidance}

@@ -1,0 +1,126 @@
+"""`lora-compose batch`: images of many scenes and seeds."""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_compose.compose.batch.entries import Found, read_entries
+from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.commands.options import (
+    BOX_HELP,
+    CONCEPT_HELP,
+    LORA_HELP,
+    MethodOption,
+    SaversOption,
+    SetOption,
+    concepts_of,
+    parse_settings,
+)
+from lora_compose.compose.files.paths import model_source
+from lora_compose.compose.files.validation import validated
+from lora_compose.compose.support.names import check_method
+from lora_compose.compose.support.terminal import BAD_INPUT, err, kindly, say, starting
+
+
+@kindly(logging.ERROR)
+def batch(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SCENES...",
+            help="Scene files, folders of them, tables (.csv, .tsv, .jsonl), or one batch file (YAML or JSON with "
+            "settings and scenes).",
+        ),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="playground, a folder, a .safetensors file, or a hub repository.")
+    ] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(help='For tables: a scene file in which columns fill placeholders, "a {animal} on {place}".'),
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {LORA_HELP}")] = None,
+    box: Annotated[list[str] | None, typer.Option(help=BOX_HELP)] = None,
+    concept: Annotated[list[str] | None, typer.Option(help=f"For tables, in every row. {CONCEPT_HELP}")] = None,
+    method: MethodOption = None,
+    settings: SetOption = None,
+    seed: Annotated[
+        list[str] | None,
+        typer.Option(help="Seeds of scenes without seeds of their own, repeatable: 3, or 0-7. Default: 0."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; default: 25.", min=1)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale of CFG; 1 or less turns it off. Default: 5.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 (default), float16 or bfloat16.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest, and every GPU.")
+    ] = None,
+    savers: SaversOption = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images of a scene made in one call; pixels depend on it. Default: 1.", min=1, max=64),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of a process; pixels depend on it. Default: torch's.", min=1)
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the images: NAME-SEED.png. A rerun resumes; processes that share it share the work."
+        ),
+    ] = Path("outputs/batch"),
+    processes: Annotated[int | None, typer.Option(min=1, help="Number of processes; default: one per GPU.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace images of the same names that were made in another way.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS|local", help="Work on a Ray cluster, whose machines need no shared folder."
+        ),
+    ] = None,
+    joins: Annotated[bool, typer.Option("--join", hidden=True)] = False,
+) -> None:
+    """Generate images of many scenes and seeds. A rerun resumes; further processes join in."""
+    concepts = concepts_of(concept or [], lora or [], box or [])
+    found = read_entries(sources, template, concepts)
+    given = {
+        "model": model, "method": method, "settings": parse_settings(settings) if settings else None,
+        "seeds": seed, "steps": steps, "guidance_scale": guidance, "scheduler": scheduler, "dtype": dtype,
+        "device": device, "save_memory": tuple(savers) if savers else None, "batch_size": batch_size,
+        "threads": threads,
+    }  # fmt: skip
+    asked = _settings(found, {name: value for name, value in given.items() if value is not None})
+    if ray is not None and importlib.util.find_spec("ray") is None:
+        raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
+    with starting():
+        from lora_compose.compose.batch.command import join, make_all
+    if joins:
+        join(found, asked, out, replace=replace)
+    elif code := make_all(found, asked, out, processes, replace=replace, ray=ray):
+        raise typer.Exit(code)
+
+
+def _settings(found: Found, given: dict[str, Any]) -> BatchSettings:
+    """The settings of a batch file, and options, which win.
+
+    Raises:
+        ValueError: For unusable settings, and names that lead nowhere; a line for each.
+        typer.Exit: If there is no scene that can be made.
+    """
+    fields = {**found.settings, **given}
+    if "model" not in fields:
+        raise ValueError("there is no model; give --model NAME, or a batch file with a model in it")
+    settings = validated(BatchSettings, fields, "settings")
+    check_method(settings.method)
+    model_source(settings.model)
+    if not found.entries:
+        for one in found.bad:
+            say(f"error: {one.complaint}", style="red", to=err)
+        raise typer.Exit(BAD_INPUT)
+    return settings

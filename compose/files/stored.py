@@ -1,0 +1,45 @@
+"""Facts that a program stores for itself, as JSON: each file appears whole or not at all."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from lora_compose.compose.files.atomic import write_whole
+from lora_compose.compose.files.reading import FileError
+
+_Stored = TypeVar("_Stored", bound=BaseModel)
+
+
+def write(path: Path, stored: BaseModel) -> None:
+    """Writes a file in one step.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left behind.
+    """
+    write_text(path, stored.model_dump_json(indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text in one step.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left behind.
+    """
+    write_whole(path, text.encode())
+
+
+def read(path: Path, kind: type[_Stored]) -> _Stored | None:
+    """Reads a file; None if it is not there.
+
+    Raises:
+        FileError: If it is unreadable or damaged.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise FileError(f"{path} is damaged") from error

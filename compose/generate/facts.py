@@ -1,0 +1,76 @@
+"""What an image depends on, as facts that can be compared and hashed: its run, and the contents of all files."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.mask_images import URI_PREFIX
+from lora_compose.pipelines.methods import make_method
+from lora_compose.pipelines.regular import sha256_of
+from lora_compose.pipelines.scene import Run
+
+_MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
+
+
+def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Sequence[str]) -> list[Any]:
+    """All that the images of a call depend on but the model's contents; neither paths nor the device are part of it.
+
+    Args:
+        run: What is made; its own seed is not used.
+        seeds: Of all images of the call.
+        threads: Threads that torch computes with on the CPU; None if that is left to torch.
+        savers: Options that save memory.
+
+    Raises:
+        ValueError: If a LoRA or an image is missing.
+    """
+    facts = run.model_dump(mode="json", exclude={"model", "device", "seed"})
+    scene = facts["scene"]
+    for concept in scene["concepts"]:
+        concept["lora"] = _lora_hash(concept["lora"])
+    for fields, name in [(scene, "image"), (scene, "mask_image"), *((one, "region") for one in scene["concepts"])]:
+        fields[name] = _content(fields[name])
+    settings = vars(make_method(run.method, run.settings)) if run.method else {}
+    complete = {name: repr(value) for name, value in settings.items()}  # defaults may change from version to version
+    return [facts, complete, list(seeds), threads, *savers]
+
+
+def digest(*facts: Any) -> str:
+    """A short hash of facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def model_facts(path: Path, name: str) -> Any:
+    """What a model is: hashes of its files where they are on this machine, otherwise its name."""
+    if path.is_file():
+        return file_hash(str(path))
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _MODEL_FILES)
+        return [[file.relative_to(path).as_posix(), file_hash(str(file))] for file in files]
+    return name
+
+
+@lru_cache(maxsize=4096)
+def file_hash(path: str) -> str:
+    """The SHA-256 of a file, read once in a process."""
+    return sha256_of(Path(path).expanduser())
+
+
+@lru_cache(maxsize=4096)  # a hub is asked what it has
+def _lora_hash(lora: str) -> str:
+    return file_hash(str(find_file(lora_source(lora))))
+
+
+def _content(named: Any) -> Any:
+    """The hash of an image where a scene names one; boxes and masks given as text stay."""
+    if not isinstance(named, str) or named.startswith(URI_PREFIX):
+        return named
+    try:
+        return file_hash(named)
+    except OSError as error:
+        raise ValueError(f"the image {named!r} cannot be read: {error.strerror or error}") from error

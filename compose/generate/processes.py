@@ -1,0 +1,111 @@
+"""Several processes on one machine that share work by claims: how many, on which device, started and looked after."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from lora_compose.compose.generate.machine import choose_device
+from lora_compose.compose.support.terminal import err, say
+
+CHILD = Path(__file__).with_name("child.py")
+GRACE = 10  # seconds that a process has to end by itself
+
+
+def local_rank() -> int:
+    """The number of this process on this machine, as its launcher (ours, accelerate, torchrun, SLURM) says; else 0."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def own_device(wanted: str | None) -> str:
+    """Where this process works: what is wanted; of several GPUs, that of its number on this machine.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    device = choose_device(wanted)
+    return f"cuda:{local_rank() % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+def default_number(wanted: int, device: str | None) -> int:
+    """How many processes: one for each GPU, or what is wanted where there are so many processors.
+
+    One if a launcher (accelerate, torchrun, SLURM) has started several.
+
+    Args:
+        wanted: How many on a CPU.
+        device: Where they are to run; None is any.
+    """
+    if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+        return 1
+    if torch.cuda.is_available() and device in (None, "cuda"):
+        return torch.cuda.device_count()
+    return 1 if device not in (None, "cpu") else min(wanted, os.cpu_count() or 1)
+
+
+def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callable[[], None]) -> int:
+    """Starts processes that share work by claims, and waits for them. If one dies, the others do its work.
+
+    Args:
+        arguments: Of `lora-compose`.
+        number: How many.
+        threads: CPU threads of each, unless OMP_NUM_THREADS says it.
+        on_look: Called a few times per second.
+
+    Returns:
+        0, or the exit code of a process that found something wrong, which has been said then.
+
+    Raises:
+        OSError: If all were killed.
+    """
+    command = [sys.executable, "-c", CHILD.read_text("utf-8"), *arguments]
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    with ExitStack() as stack:
+        told = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
+        started: list[subprocess.Popen] = []
+        stack.callback(_stop, started)
+        for rank, speech in enumerate(told):
+            environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=speech))
+        running, killed = list(started), 0
+        while running:
+            time.sleep(0.2)
+            on_look()
+            for process in [process for process in running if process.poll() is not None]:
+                running.remove(process)
+                if process.returncode < 0:
+                    killed += 1
+                    say(f"warning: {_killed(-process.returncode)}", style="yellow", to=err)
+        if killed == number:
+            raise ChildProcessError("no process is left. What is finished is kept; the same command resumes")
+        failed = next((rank for rank, process in enumerate(started) if process.returncode > 0), None)
+        if failed is None:
+            return 0
+        told[failed].seek(0)  # what is wrong for one is mostly wrong for all, and said once
+        sys.stderr.write(told[failed].read())
+        return started[failed].returncode
+
+
+def _killed(number: int) -> str:
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    why = "; where memory runs out, the system does that: try fewer --processes" if name == "SIGKILL" else ""
+    return f"a process was ended by {name}{why}. The others do its work"
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Ends processes that would wait for one that is gone."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,151 @@
+"""A load test of a server on this machine: `python -m lora_compose.compose.serve.load`.
+
+`loras FOLDER` makes many LoRA files, copies of the playground's with other weights. `run URL` sends requests that name
+any two of the server's LoRAs, and shows how long they take, how many images there are per minute, and the memory of the
+server from first to last.
+"""
+
+import json
+import random
+import statistics
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_compose.compose.playground.assets import assets_dir
+from lora_compose.compose.support.terminal import bar, say
+
+app = typer.Typer(help="Load test of lora-compose serve.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+_SAMPLES = 20  # of the memory
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a load test has measured.
+
+    Attributes:
+        seconds: How long each request took, refusals and waiting included.
+        refused: How often the queue was full.
+        together: Images that went through the model together, on average.
+        wall: Seconds from first to last.
+        memory: Bytes of the server, over time.
+    """
+
+    seconds: tuple[float, ...]
+    refused: int
+    together: float
+    wall: float
+    memory: tuple[int, ...]
+
+    @property
+    def per_minute(self) -> float:
+        """Images per minute."""
+        return 60 * len(self.seconds) / self.wall
+
+
+def make_loras(folder: Path, number: int) -> None:
+    """Writes copies of the playground's ordinary LoRAs whose weights differ: `bear-000`, `car-001`, ..."""
+    files = sorted((assets_dir() / "playground/loras").glob("*.safetensors"))
+    originals = [path for path in files if not path.stem.endswith("-tara")]
+    folder.mkdir(parents=True, exist_ok=True)
+    factors = random.Random(0)
+    for i in range(number):
+        path = originals[i % len(originals)]
+        with safe_open(path, "pt") as file:
+            factor = factors.uniform(0.7, 1.3)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            scaled = {name: tensors[name] * factor for name in tensors if "lora_B" in name}
+            save_file({**tensors, **scaled}, folder / f"{path.stem}-{i:03}.safetensors", file.metadata())
+
+
+def load_test(url: str, requests: int, clients: int, fields: Mapping[str, Any]) -> Load:
+    """Sends requests that name any two LoRAs of a server.
+
+    Args:
+        url: Of the server.
+        requests: How many.
+        clients: How many at a time.
+        fields: Of all requests: size, steps, guidance.
+    """
+    loras = {name: words for name, words in _get(f"{url}/loras").items() if words["trigger"] and words["class_word"]}
+    choice, names = random.Random(0), sorted(loras)
+    refused, together, memory, lock = 0, [], [_get(f"{url}/health")["memory_bytes"]], threading.Lock()
+    bodies = [_body(choice, names, loras, {**fields, "seed": i}) for i in range(requests)]
+
+    def send(body: bytes) -> float:
+        nonlocal refused
+        start = time.monotonic()
+        while True:
+            try:
+                asked = urllib.request.Request(f"{url}/images", body, {"Content-Type": "application/json"})
+                with urllib.request.urlopen(asked, timeout=600) as response:
+                    response.read()
+                    with lock:
+                        together.append(int(response.headers["X-Images-Together"]))
+                        on_progress(len(together))
+                        if len(together) % max(1, requests // _SAMPLES) == 0:
+                            memory.append(_get(f"{url}/health")["memory_bytes"])
+                    return time.monotonic() - start
+            except urllib.error.HTTPError as error:
+                if error.code != 503:
+                    raise RuntimeError(f"{error.code}: {error.read().decode()}") from error
+                with lock:
+                    refused += 1
+                time.sleep(float(error.headers["Retry-After"]))
+
+    begun = time.monotonic()
+    with bar("sending requests", requests) as on_progress, ThreadPoolExecutor(clients) as pool:
+        seconds = tuple(pool.map(send, bodies))
+    return Load(seconds, refused, statistics.mean(together), time.monotonic() - begun, tuple(memory))
+
+
+def _body(choice: random.Random, names: list[str], loras: Mapping[str, Any], fields: Mapping[str, Any]) -> bytes:
+    one = choice.choice(names)
+    other = choice.choice([name for name in names if loras[name]["trigger"] != loras[one]["trigger"]])
+    prompt = " and ".join(f"a {loras[name]['trigger']} {loras[name]['class_word']}" for name in (one, other))
+    return json.dumps({**fields, "prompt": prompt, "concepts": [one, other]}).encode()
+
+
+def _get(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return json.load(response)
+
+
+@app.command("loras")
+def loras_command(folder: Path, number: int = 500) -> None:
+    """Write many LoRA files into a folder."""
+    make_loras(folder, number)
+    say(f"{number} LoRA files in {folder}")
+
+
+@app.command("run")
+def run_command(
+    url: str,
+    requests: Annotated[int, typer.Option(min=1)] = 1000,
+    clients: Annotated[int, typer.Option(min=1)] = 8,
+    size: Annotated[int, typer.Option(min=8)] = 64,
+    steps: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Send requests to a server and show what it does."""
+    fields = {"width": size, "height": size, "steps": steps, "guidance_scale": 4}
+    load = load_test(url, requests, clients, fields)
+    cuts = statistics.quantiles(load.seconds, n=20) if len(load.seconds) > 1 else [*load.seconds] * 19
+    say(f"{requests} requests of {size} x {size}, {steps} steps, {clients} clients")
+    say(f"{load.per_minute:.0f} images per minute, {load.together:.1f} of them together; {load.refused} refusals")
+    say(f"p50 {statistics.median(load.seconds):.2f} s, p95 {cuts[18]:.2f} s")
+    say("memory in MiB: " + " ".join(f"{size / 2**20:.0f}" for size in load.memory))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,281 @@
+"""What training needs to know of a base model: a UNet with a noise schedule, or a transformer of flow matching."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from lora_compose.compose.training.noising import Diffusion, Flow, Noising
+from lora_compose.compose.training.settings import SCOPES, Training
+from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+
+_SD2_TEXT = 1024  # channels of the text that Stable Diffusion 2.x reads
+_IN_BLOCK = r".*(blocks|layers|refiner)\.\d+\."
+_ATTENTION = rf"{_IN_BLOCK}(attn|attention)\..+"
+
+
+class Base(Protocol):
+    """A base model, opened."""
+
+    part: str
+    """The component that gets the LoRA, as diffusers names it."""
+
+    @property
+    def pipe(self) -> Any:
+        """Its pipeline."""
+        ...
+
+    @property
+    def network(self) -> Any:
+        """The component itself."""
+        ...
+
+    @property
+    def side(self) -> int:
+        """Of the images it was made for, in pixels."""
+        ...
+
+    @property
+    def architecture(self) -> str:
+        """Its kind in the words of the ModelSpec standard."""
+        ...
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, in the words of that standard; empty where it has none."""
+        ...
+
+    @property
+    def tokenizers(self) -> Sequence[Any]:
+        """Those that must know the trigger."""
+        ...
+
+    def check(self, settings: Training) -> None:
+        """Raises ValueError for settings that mean nothing to this kind of model."""
+        ...
+
+    def noising(self) -> Noising:
+        """How images are noised, and what the network predicts."""
+        ...
+
+    def targets(self, scope: str) -> list[str]:
+        """The layers of a scope, as PEFT takes them."""
+        ...
+
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features of captions, and further inputs by caption; on the CPU."""
+        ...
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Images as the network has them, from pixels between -1 and 1; on the CPU."""
+        ...
+
+    def paint(
+        self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
+        guidance: float, side: int,
+    ) -> list[Image.Image]:  # fmt: skip
+        """An image for every prompt, with the network as it is."""
+        ...
+
+    def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
+        """What the network is told of a training image beside its text, by name.
+
+        Args:
+            size: Width and height of the image, in pixels.
+            cut: Pixels cut off at top and left.
+            side: Of what is left.
+        """
+        ...
+
+
+def base_of(pipe: Any) -> Base:
+    """The base model of a pipeline that `open_base` has opened."""
+    return TransformerBase(pipe) if isinstance(pipe, FlowMatchingPipeline) else UNetBase(pipe)
+
+
+class UNetBase:
+    """Stable Diffusion 1.x, 2.x and SDXL."""
+
+    part = "unet"
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.network = pipe, pipe.unet
+
+    @property
+    def side(self) -> int:
+        """Of the images it was made for, in pixels."""
+        sample = self.network.config.sample_size
+        return (sample if isinstance(sample, int) else min(sample)) * self.pipe.vae_scale_factor
+
+    @property
+    def architecture(self) -> str:
+        """Its kind in the words of the ModelSpec standard."""
+        if hasattr(self.pipe, "text_encoder_2"):
+            return "stable-diffusion-xl-v1-base"
+        if self.network.config.cross_attention_dim != _SD2_TEXT:
+            return "stable-diffusion-v1"
+        return "stable-diffusion-v2-768-v" if self.prediction == "v" else "stable-diffusion-v2-512"
+
+    @property
+    def prediction(self) -> str:
+        """Epsilon or the velocity."""
+        return "v" if self.pipe.scheduler.config.prediction_type == "v_prediction" else "epsilon"
+
+    @property
+    def tokenizers(self) -> Sequence[Any]:
+        """One, or SDXL's two."""
+        found = (getattr(self.pipe, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return [tokenizer for tokenizer in found if tokenizer is not None]
+
+    def check(self, settings: Training) -> None:
+        """Everything is for this kind of model."""
+
+    def noising(self) -> Noising:
+        """As in the model's own training."""
+        schedule: Any = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        return Diffusion(self.network, schedule)
+
+    def targets(self, scope: str) -> list[str]:
+        """Ends of names."""
+        return list(SCOPES[scope])
+
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features, shape [captions, tokens, channels], and SDXL's "text_embeds", shape [captions, channels]."""
+        features, pooled = [], []
+        with torch.no_grad():
+            for caption in captions:
+                encoded = self.pipe.encode_prompt(
+                    caption, device=self.pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
+                features.append(encoded[0].cpu())
+                if len(encoded) == 4:  # SDXL's, with negative and pooled ones
+                    pooled.append(encoded[2].cpu())
+        return torch.cat(features), {"text_embeds": torch.cat(pooled)} if pooled else {}
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """The means of the VAE, scaled."""
+        vae = self.pipe.vae
+        with torch.no_grad():
+            return vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu() * vae.config.scaling_factor
+
+    def paint(
+        self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
+        guidance: float, side: int,
+    ) -> list[Image.Image]:  # fmt: skip
+        """An image for every prompt; the VAE stays in float32."""
+        with torch.no_grad(), accelerator.autocast():
+            latents = self.pipe(
+                list(prompts), generator=list(noise), num_inference_steps=steps, guidance_scale=guidance, width=side,
+                height=side, output_type="latent",
+            ).images  # fmt: skip
+        with torch.no_grad():
+            pixels = self.pipe.vae.decode(latents.float() / self.pipe.vae.config.scaling_factor).sample
+        return self.pipe.image_processor.postprocess(pixels)
+
+    def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
+        """What SDXL is told of an image: original size, what was cut off, target; each height and width."""
+        width, height = size
+        xl = isinstance(self.pipe, StableDiffusionXLPipeline)
+        return {"time_ids": (height, width, *cut, side, side)} if xl else {}
+
+
+class TransformerBase:
+    """FLUX.1, FLUX.2-klein, Krea 2 and Z-Image."""
+
+    part = "transformer"
+
+    def __init__(self, pipe: FlowMatchingPipeline) -> None:
+        self.pipe, self.network = pipe, pipe.transformer
+        self._flow = Flow(pipe)
+
+    @property
+    def side(self) -> int:
+        """1024 pixels, or less of a model that says so."""
+        return min(self.pipe.own_size)
+
+    @property
+    def architecture(self) -> str:
+        """The family's name; ModelSpec has names for some families only."""
+        return self.pipe.architecture
+
+    @property
+    def prediction(self) -> str:
+        """The standard has no word for it."""
+        return ""
+
+    @property
+    def tokenizers(self) -> Sequence[Any]:
+        """The one whose tokens the transformer reads, with its chat template."""
+        found = self.pipe.tokenizers_for([])
+        return [one.tokenizer if isinstance(one, ExpandingTokenizer) else one for one in found]
+
+    def check(self, settings: Training) -> None:
+        """Raises ValueError for what needs cross-attention or a noise schedule."""
+        family = self.pipe.family
+        if settings.tara is not None:
+            raise ValueError(
+                f"--tara aligns keys of cross-attention, which {family} does not have; leave it out: the method tara "
+                "takes ordinary LoRAs of this family"
+            )
+        if settings.scope == "cross_kv":
+            raise ValueError(f"{family} has no cross-attention for scope cross_kv; use attention or transformer")
+        if settings.min_snr is not None:
+            raise ValueError(f"--min-snr is for models with a noise schedule; {family} learns by flow matching")
+        unit = self.pipe.vae_scale_factor * 2
+        if settings.resolution is not None and settings.resolution % unit:
+            raise ValueError(f"the resolution must be a multiple of {unit} for {family}, not {settings.resolution}")
+
+    def noising(self) -> Noising:
+        """Flow matching."""
+        return self._flow
+
+    def targets(self, scope: str) -> list[str]:
+        """Full names: projections of attention, or all layers of the blocks but their modulation."""
+        pattern = _ATTENTION if scope == "attention" else f"{_IN_BLOCK}.+"
+        sites = self._flow.backbone.sites
+        return [
+            name for name, site in sites.items()
+            if site.stream != "modulation" and re.fullmatch(pattern, name)
+            and isinstance(self.network.get_submodule(name), nn.Linear)
+        ]  # fmt: skip
+
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the backbone's forward pass takes them."""
+        found = []
+        with torch.no_grad():
+            for caption in captions:
+                text, added = self.pipe.read_texts([caption])
+                found.append((text.cpu(), {name: value.cpu() for name, value in added.items()}))
+        texts, by_caption = zip(*found, strict=True)
+        return torch.cat(texts), {name: torch.cat([one[name] for one in by_caption]) for name in by_caption[0]}
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """The means of the VAE, normalised; with height and width."""
+        with torch.no_grad():
+            return self.pipe.latents_of(pixels.to(self.pipe.vae.device)).cpu()
+
+    def paint(
+        self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
+        guidance: float, side: int,
+    ) -> list[Image.Image]:  # fmt: skip
+        """An image for every prompt."""
+        pipe: Any = self.pipe
+        with torch.no_grad(), accelerator.autocast():
+            return pipe(
+                prompt=list(prompts),
+                generator=list(noise),
+                num_inference_steps=steps,
+                width=side,
+                height=side,
+                **pipe.guided(guidance, None),
+            ).images
+
+    def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
+        """Nothing: no transformer is told sizes."""
+        return {}

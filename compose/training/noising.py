@@ -1,0 +1,111 @@
+"""How training images are noised, what the network predicts of them, and how errors are weighted."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from lora_compose.attention import backbone_of
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
+
+
+class Noising(Protocol):
+    """One way of making a task out of an image and noise."""
+
+    def draw(self, random: torch.Generator) -> float:
+        """A time at which a row is noised."""
+        ...
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Latents at some times. Shapes: [rows, channels, height, width] and [rows]."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What is to be predicted."""
+        ...
+
+    def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+        """A forward pass of the network."""
+        ...
+
+    def weights(self, times: Tensor, min_snr: float | None) -> Tensor:
+        """How much each row counts. Shape: [rows]."""
+        ...
+
+
+class Diffusion:
+    """Noise by a schedule, of which a UNet predicts epsilon or the velocity.
+
+    Args:
+        unet: The network.
+        schedule: A `DDPMScheduler`; says also what is predicted.
+
+    Raises:
+        ValueError: If the model predicts something else.
+    """
+
+    def __init__(self, unet: nn.Module, schedule: Any) -> None:
+        self.unet, self.schedule = unet, schedule
+        if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"this model predicts {schedule.config.prediction_type}; expected epsilon or velocity")
+
+    def draw(self, random: torch.Generator) -> int:
+        """A timestep; all alike."""
+        return int(torch.randint(self.schedule.config.num_train_timesteps, (1,), generator=random))
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """As the schedule says."""
+        return self.schedule.add_noise(latents, noise, times)
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Epsilon or the velocity."""
+        if self.schedule.config.prediction_type == "v_prediction":
+            return self.schedule.get_velocity(latents, noise, times)
+        return noise
+
+    def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+        """A forward pass of the UNet."""
+        return self.unet(noisy, times, text, added_cond_kwargs=dict(added) or None, return_dict=False)[0]
+
+    def weights(self, times: Tensor, min_snr: float | None) -> Tensor:
+        """Min-SNR weighting (Hang et al., arXiv 2303.09556): min(SNR, gamma) / SNR, and / (SNR + 1) for velocities."""
+        if min_snr is None:
+            return torch.ones_like(times, dtype=torch.float32)
+        snr: Any = compute_snr(self.schedule, times)
+        most = snr.float().clamp(max=min_snr)
+        return most / (snr + 1 if self.schedule.config.prediction_type == "v_prediction" else snr)
+
+
+class Flow:
+    """Flow matching: latents on a line from image to noise, of which a transformer predicts the direction.
+
+        x_s = (1 - s) x + s n        v = n - x        s = sigmoid(z), z ~ N(0, 1)     (Esser et al., arXiv 2403.03206)
+
+    Args:
+        pipe: Whose transformer.
+    """
+
+    def __init__(self, pipe: FlowMatchingPipeline) -> None:
+        self.backbone, self._pipe = backbone_of(pipe.transformer), pipe
+
+    def draw(self, random: torch.Generator) -> float:
+        """A timestep, 0 to 1000; most are in the middle."""
+        return float(torch.randn(1, generator=random).sigmoid()) * 1000
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """A point on the line."""
+        return latents.lerp(noise, times.view(-1, 1, 1, 1) / 1000)
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Its direction."""
+        return noise - latents
+
+    def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
+        """A forward pass by the family's backbone, without guidance where that is an input."""
+        return self.backbone.forward(noisy, times, text, added, **self._pipe.unguided(len(noisy), noisy.device))
+
+    def weights(self, times: Tensor, min_snr: float | None) -> Tensor:
+        """All count alike: the times are drawn as they matter."""
+        return torch.ones_like(times)

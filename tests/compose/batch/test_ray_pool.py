@@ -1,0 +1,88 @@
+"""A batch on a Ray cluster: the same images, and a node that is killed in the middle loses nothing."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_compose.compose.batch.entries import read_entries
+from lora_compose.compose.batch.results import STATE
+from lora_compose.compose.batch.runner import run_batch
+from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.playground.assets import assets_dir
+
+ray = pytest.importorskip("ray", reason="needs ray: the extra ray")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]
+
+PLAYGROUND = assets_dir() / "playground"
+ROWS = ["name,animal,trigger,seeds", "bear,bear,xlo,0-3", "robot,robot,qrt,0-3", "again,bear,xlo,8-9", "odd,car,,5"]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Entries and settings with model and LoRAs in folders that no worker is told of by name."""
+    folder = tmp_path_factory.mktemp("given")
+    shutil.copytree(PLAYGROUND / "model", folder / "model")
+    for name in ("bear", "robot", "car"):
+        shutil.copy(PLAYGROUND / f"loras/{name}.safetensors", folder)
+    (folder / "rows.csv").write_text("\n".join(ROWS))
+    (folder / "form.yaml").write_text(
+        'prompt: "a {trigger} {animal} on grass"\n'
+        'concepts: [{name: "{animal}", lora: "{animal}.safetensors", trigger: "{trigger}", class_word: "{animal}"}]\n'
+    )
+    fields = {"steps": 1, "guidance_scale": 4, "threads": 1, "device": "cpu", "method": "tara"}
+    entries = read_entries([folder / "rows.csv"], folder / "form.yaml").entries
+    return entries, BatchSettings(model=str(folder / "model"), **fields)
+
+
+@pytest.fixture(scope="module")
+def finished(given: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run without Ray."""
+    out = tmp_path_factory.mktemp("finished")
+    entries, settings = given
+    run_batch(entries, settings, out)
+    return out
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "600")  # slow machines, and workers as fast as the driver
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    ray.init(found.address, log_to_driver=False, logging_level="ERROR")
+    yield found
+    ray.shutdown()
+    found.shutdown()
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}
+
+
+def test_a_node_that_is_killed_in_the_middle_loses_nothing(
+    given: Any, finished: Path, cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_compose.compose.batch.ray_pool import run_on_ray
+
+    (entries, settings), node = given, cluster.add_node(num_cpus=1)
+    killed = []
+
+    def kill(done: float, text: str = "") -> None:
+        if len(contents(tmp_path)) >= 3 and not killed:
+            killed.append(node)
+            cluster.remove_node(node, allow_graceful=False)
+
+    results = run_on_ray(entries, settings, tmp_path, cluster.address, kill, workers=2)
+    assert killed
+    assert len(contents(finished)) == 10
+    assert contents(tmp_path) == contents(finished), "every byte, records included"
+    assert [one.seed for one in results if one.error] == [5], "the row without a trigger, as without Ray"
+    assert not list((tmp_path / STATE).glob("failed/*"))
+    checked = [{path.name for path in (out / STATE / "checked").iterdir()} for out in (finished, tmp_path)]
+    assert checked[0] == checked[1]

@@ -1,0 +1,65 @@
+"""The playground's transformer as it is shipped: plain diffusers opens it, and its LoRAs are composed by name."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from components import seeded
+from lora_compose import Concept
+from lora_compose.compose.files.paths import model_source
+from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_lora, playground_model, playground_of
+from lora_compose.pipelines.formats.files import trained_with
+from lora_compose.pipelines.scene import Run, Scene
+
+PROMPT = "a xlo bear and a qrt robot on sand"
+BOXES = {"bear": (0, 0, 64, 128), "robot": (64, 0, 128, 128)}
+NAMES = ("bear", "car", "cat", "dog", "rabbit", "robot")
+
+
+def run(method: str | None, boxed: bool = False) -> Run:
+    concepts = [
+        Concept(name=name, lora=f"{PLAYGROUND_FLUX}:{name}", region=BOXES[name] if boxed else None) for name in BOXES
+    ]
+    scene = Scene(prompt=PROMPT, concepts=concepts if method else [])
+    return Run(scene=scene, model=PLAYGROUND_FLUX, method=method, steps=2, guidance_scale=4, seed=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return open_model(run(None))
+
+
+def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None:
+    folder = playground_model(PLAYGROUND_FLUX)
+    assert model_source(PLAYGROUND_FLUX) == folder
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 35 * 10**6
+    plain: Any = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    image = plain(
+        PROMPT, negative_prompt="", true_cfg_scale=4, height=128, width=128, num_inference_steps=2,
+        max_sequence_length=24, generator=seeded(1),
+    ).images[0]  # fmt: skip
+    assert np.array_equal(image, make(pipe, run(None)).image)
+
+
+@pytest.mark.parametrize("method", ["merge", "tara", "regional", "draft"])
+def test_its_loras_compose_by_name(pipe: Any, method: str) -> None:
+    image = np.asarray(make(pipe, run(method, boxed=method == "regional")).image, dtype=int)
+    plain = np.asarray(make(pipe, run(None)).image, dtype=int)
+    assert image.shape == (128, 128, 3)
+    assert abs(image - plain).max() > 20
+
+
+def test_its_loras_say_what_they_are(pipe: Any) -> None:
+    for name in NAMES:
+        path = playground_lora(name, PLAYGROUND_FLUX)
+        loaded = pipe.load_concept(path, name=f"{name}-again")
+        assert pipe.concepts[f"{name}-again"].factors.complete, loaded
+        pipe.unload_concept(f"{name}-again")
+        assert trained_with(path) == "dreambooth"
+    assert playground_of("lora-compose playground-flux") == PLAYGROUND_FLUX

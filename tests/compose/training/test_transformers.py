@@ -1,0 +1,126 @@
+"""Training LoRAs of transformers: flow matching by hand, files that diffusers opens, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from components import seeded
+from flux import flux_pipeline
+from flux2 import FLUX2
+from krea2 import KREA2
+from lora_compose import ComposePipeline
+from lora_compose.compose.training import TaraTraining, train
+from lora_compose.compose.training.bases import base_of
+from lora_compose.compose.training.batches import batches_of
+from lora_compose.compose.training.learner import Learner, Weights
+from lora_compose.compose.training.model import preset_of
+from lora_compose.compose.training.preparation import adapt, encode, read_texts
+from qwen import qwen3
+from trainings import paint_folder, training
+from z_image import Z_IMAGE
+
+SIDE = 32  # pixels: two by two tokens
+MAKE = {"FLUX.1": flux_pipeline, "FLUX.2": FLUX2.pipeline, "Krea 2": KREA2.pipeline, "Z-Image": Z_IMAGE.pipeline}
+
+
+@pytest.fixture(params=list(MAKE))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    paint_folder(tmp_path / "images", 2, (SIDE, SIDE))
+    for i, caption in enumerate(("a sks cat on grass", "a sks cat and a dog")):
+        (tmp_path / "images" / f"{i}.txt").write_text(caption)
+    return tmp_path
+
+
+def opened(family: str) -> Any:
+    pipe = MAKE[family]()
+    if family == "FLUX.2":  # diffusers' pipeline reads the layer 27 unless it is told otherwise
+        torch.manual_seed(0)
+        pipe.text_encoder = qwen3(len(pipe.tokenizer), layers=28)
+    return pipe
+
+
+def decoded(pipe: Any, latents: Tensor) -> Tensor:
+    return torch.as_tensor(pipe._decode(latents, "pt"))
+
+
+def test_latents_are_what_the_pipeline_decodes(family: str) -> None:
+    """Read back by the pipeline, latents of an image are those that the VAE alone would decode."""
+    pipe = opened(family)
+    pixels = torch.rand(1, 3, SIDE, SIDE, generator=seeded(0)) * 2 - 1
+    with torch.no_grad():
+        latents = base_of(pipe).latents(pixels)
+        frame = (slice(None), slice(None), None) if family == "Krea 2" else ()
+        alone = pipe.vae.decode(pipe.vae.encode(pixels[frame] if frame else pixels).latent_dist.mode()).sample
+        alone = alone[:, :, 0] if frame else alone
+        torch.testing.assert_close(decoded(pipe, latents), (alone / 2 + 0.5).clamp(0, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_the_loss_is_that_of_flow_matching(family: str, folder: Path) -> None:
+    """Noise on a line, its direction as the target, all rows alike."""
+    base = base_of(opened(family))
+    settings = training(folder, "unused", resolution=SIDE, prior_weight=0.0)
+    material = encode(base, read_texts(base, settings), settings, Accelerator(cpu=True))
+    batches = batches_of(material.concept, None, None, seed=0, sizes=(2, 0), noising=base.noising())
+    batch = batches.of(0, 0)
+    assert ((batch.times > 0) & (batch.times < 1000)).all()
+    adapt(base, settings, None)
+    with torch.no_grad():
+        losses = Learner(base.network, base.noising(), Weights())(batch)
+        share = batch.times.view(-1, 1, 1, 1) / 1000
+        noisy = (1 - share) * batch.latents + share * batch.noise
+        velocity = base.noising().predict(noisy, batch.times, batch.text, batch.added)
+    torch.testing.assert_close(losses.total, F.mse_loss(velocity, batch.noise - batch.latents))
+    assert losses.prior == 0
+
+
+def test_a_file_opens_in_diffusers_and_composes(family: str, folder: Path) -> None:
+    pipe = opened(family)
+    pipe.save_pretrained(folder / "model")
+    assert preset_of(str(folder / "model")) == "transformer"
+    settings = training(
+        folder, folder / "model", resolution=SIDE, steps=3, scope="transformer", alpha=5, class_count=2, class_steps=1,
+        sample_every=3, sample_guidance=2.0,
+    )  # fmt: skip
+    path = train(settings)
+    assert len(list((folder / "cat-class").glob("*.png"))) == 2
+    assert Image.open(folder / "cat-samples" / "000003-0.png").size == (SIDE, SIDE)
+    tensors = load_file(path)
+    layers = {name.split(".lora_")[0] for name in tensors}
+    assert not any("norm" in name or "modulation" in name.lower() for name in layers)
+    assert {name.split(".")[0] for name in layers} == {"transformer"}
+    with safe_open(path, framework="pt") as file:
+        told = file.metadata()
+    assert told["modelspec.architecture"] == f"{pipe.architecture}/lora"
+    assert json.loads(told["training"])["scope"] == "transformer"
+    plain = opened(family)
+    plain.load_lora_weights(path, adapter_name="cat")
+    assert plain.transformer.peft_config["cat"].lora_alpha == 5
+    composer = ComposePipeline.from_pretrained(folder / "model")
+    composer.load_concept(path)
+    assert composer.resolve_concepts(["cat"])[0].concept.phrase == "sks cat"
+
+
+def test_what_means_nothing_to_transformers_is_refused(folder: Path) -> None:
+    flux_pipeline().save_pretrained(folder / "model")
+    cases: dict[str, dict[str, Any]] = {
+        "cross-attention": {"tara": TaraTraining()}, "scope cross_kv": {"scope": "cross_kv"},
+        "flow matching": {"min_snr": 5.0}, "multiple of 16": {"resolution": 40},
+    }  # fmt: skip
+    for complaint, fields in cases.items():
+        with pytest.raises(ValueError, match=complaint):
+            train(training(folder, folder / "model", **{"resolution": SIDE, **fields}))
+    assert not (folder / "cat.checkpoint").exists()
