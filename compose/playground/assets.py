@@ -6,8 +6,9 @@ from lora_compose.compose.support.names import did_you_mean
 
 PLAYGROUND = "playground"
 PLAYGROUND_FLUX = "playground-flux"
-PLAYGROUNDS = (PLAYGROUND, PLAYGROUND_FLUX)
-"""Models that come with lora-compose: a UNet, and a transformer of the same world."""
+"""A transformer of the same world, which its recipe makes."""
+PLAYGROUNDS = (PLAYGROUND,)
+"""Models that come with lora-compose."""
 
 
 def playground_title(model: str) -> str:

@@ -168,7 +168,7 @@ MISTAKES = {
     "no prompt": (["playground"], "give --prompt TEXT or --scene FILE"),
     "no model": (
         ["nowhere", "--prompt", "a"],
-        "there is no model 'nowhere'; expected playground, playground-flux, a folder",
+        "there is no model 'nowhere'; expected playground, a folder",
     ),
     "no hub": (["someone/nothing-here", "--prompt", "a"], "the model 'someone/nothing-here' cannot be opened"),
     "unknown method": (["playground", *PAIR, "--method", "blend"], "unknown method 'blend'; there are merge, tara"),

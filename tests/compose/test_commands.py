@@ -27,7 +27,7 @@ CONCEPT = "path=playground:bear,trigger=xlo,class=bear"
 MISTAKES = {
     "rnu playground": "Did you mean 'run'?",
     "run playground --prmpt a": "--prompt",
-    "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground' or 'playground-flux'?",
+    "run plyground --prompt a": "there is no model 'plyground'; did you mean 'playground'?",
     "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",
     f"run playground --prompt a --method clra --concept {CONCEPT}": "did you mean 'clora'?",
     "run playground --prompt a --lora playground:baer": "did you mean 'bear'",

@@ -3,7 +3,7 @@
     python -m lora_compose.compose.playground.recipe.loras references prior loras --model assets/playground/model
     python -m lora_compose.compose.playground.recipe.loras references prior loras --kind kv --kind tied  (an ablation)
     python -m lora_compose.compose.playground.recipe.loras references prior loras --preset playground-flux \
-        --model assets/playground-flux/model --kind ordinary --threads 1
+        --model MODEL --kind ordinary --threads 1
 
 `references` and `prior` are made by `python -m lora_compose.compose.playground.recipe.concepts`. LoRAs that are there
 already are left alone, and one that was interrupted goes on.

@@ -1,6 +1,6 @@
 """What a model of the playground makes of plain prompts, without LoRAs: a sheet, and what the judge names in it.
 
-python -m lora_compose.compose.playground.recipe.plain sheet.png assets/playground/model assets/playground-flux/model
+python -m lora_compose.compose.playground.recipe.plain sheet.png assets/playground/model another/model
 """
 
 from collections.abc import Iterable, Sequence
