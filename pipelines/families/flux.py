@@ -203,7 +203,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
     def _readable(self, length: int) -> int:
         """Tokens to which texts are padded: not more than the T5 was made for, which the playground's is for few."""
-        return min(length, self.tokenizer_2.model_max_length)
+        return length if self.tokenizer_2 is None else min(length, self.tokenizer_2.model_max_length)
 
     def _inputs(
         self, guidance_scale: float, images: int, joint_attention_kwargs: dict[str, Any] | None

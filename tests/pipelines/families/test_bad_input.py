@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from components import seeded
 from flux import flux_pipeline
 from flux2 import FLUX2
 from krea2 import KREA2
@@ -63,3 +64,17 @@ def test_models_of_other_families_are_refused_with_those_that_are_supported(tmp_
     (tmp_path / "model_index.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"a model for ChromaPipeline; supported are FLUX\.1, .*Z-Image"):
         ComposePipeline.from_pretrained(tmp_path)
+
+
+def test_texts_are_not_padded_past_what_the_t5_was_made_for() -> None:
+    pipe = flux_pipeline()
+    pipe.tokenizer_2.model_max_length = 24
+    images = [pipe("a cat", num_inference_steps=1, height=64, width=64, generator=seeded(0), max_sequence_length=length,
+        output_type="np").images for length in (24, 512)]  # fmt: skip
+    assert (images[0] == images[1]).all()
+    text, added = pipe.read_texts(["a cat"])
+    assert text.shape[1] == 24
+    embeds = {"prompt_embeds": text, "pooled_prompt_embeds": added["pooled_projections"]}
+    pipe.tokenizer_2 = None
+    alone = pipe(num_inference_steps=1, height=64, width=64, generator=seeded(0), output_type="np", **embeds).images
+    assert abs(alone - images[0]).max() < 1e-4
