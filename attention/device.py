@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 
 def to_device(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """Copies a tensor to a device without a host wait.
+    """Copies a tensor to a device without making the host wait (`non_blocking`), except on MPS.
 
-    Safe from ordinary memory on CUDA, which takes the numbers over at once, but not on MPS.
+    CUDA stages pageable memory before the call returns, so the source may be changed afterwards. MPS does not.
     """
     return tensor.to(device, non_blocking=device is not None and device.type != "mps")
 

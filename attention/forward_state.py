@@ -1,4 +1,4 @@
-"""The one channel through which the layers of a model are told what the current forward pass needs."""
+"""The state from which the layers of a model read what the current forward pass needs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ class LayerInputs:
     Attributes:
         gates: Expanded gates by kind of layer; a missing key is an error.
         text_kv: Keys and values of cross-attention, kept between steps.
-        regions: What attention does differently in regions, if there are any.
-        texts: What cross-attention reads instead of the text that the model was given, with regions. Shape: [texts,
+        regions: Region attention; None without regions.
+        texts: With regions: the texts that cross-attention reads instead of `encoder_hidden_states`. Shape: [texts,
             rows, tokens, channels].
-        joint_regions: The same for text and image in one sequence.
-        lengths: Tokens of the text by row.
+        joint_regions: Region attention for text and image in one sequence.
+        lengths: Number of text tokens in each row.
         latent_grid: Height and width of the latents.
     """
 
@@ -41,12 +41,12 @@ class LayerInputs:
 class ForwardState:
     """What the bank layers and attention processors of one model read during a pass.
 
-    Only `Installation.use` writes it. What it holds stays until the next pass, because gradient checkpointing enters
-    the forward again during backward.
+    Only `Installation.use` writes it. It keeps its content until the next pass, because gradient checkpointing runs the
+    forward again during backward.
 
     Attributes:
         inputs: Gates, texts and regions of the pass.
-        recorders: Take attention maps, if any are wanted.
+        recorders: Recorders of attention maps; empty if none are wanted.
     """
 
     inputs: LayerInputs = field(default_factory=LayerInputs)

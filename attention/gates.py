@@ -26,8 +26,8 @@ class GateKey(NamedTuple):
 class Gates:
     """Factors on the LoRA deltas of `concepts` concepts during one forward pass, weights included.
 
-    Every dimension may be 1 and is then broadcast. Rows are ordered (unconditional, conditional), and a tensor that
-    treats them differently has all of them.
+    Every dimension may be 1 and is then broadcast. Rows are ordered (unconditional, conditional); a tensor whose values
+    differ by row has all rows.
 
     Attributes:
         text: For text tokens. Shape: [rows, tokens, concepts], or [texts, rows, tokens, concepts] with several texts.
@@ -91,7 +91,7 @@ class Gates:
             KeyError: If there is no gate for the level: a missing gate is an error, never "ungated".
         """
         gate, grid = self._of(key.site, lengths), grid_at(self.latent_grid, key.site.level)
-        # Not by an index of ranks, which would have to be copied to the device.
+        # No indexing by rank: the index would have to be copied to the device.
         each = [gate[..., i, None].expand(*gate.shape[:-1], rank) for i, rank in enumerate(key.ranks)]
         gate = torch.cat(each, dim=-1)
         if not key.convolution:
@@ -114,7 +114,7 @@ class Gates:
         if site.stream == "modulation":
             return self.row if self.modulation is None else self.modulation
         tokens = site.padded(max(lengths))
-        # Rows with longer texts may run apart from these.
+        # Rows with longer texts may be in another micro-batch.
         text = self.text if site.multiple == 1 else self.text[..., :tokens, :]
         if site.stream == "text":
             return text
@@ -131,7 +131,7 @@ def _joint(site: Site, text: Tensor, tokens: int, image: Tensor, cells: int) -> 
 
 
 def _padded(image: Tensor, positions: int) -> Tensor:
-    """With padding, where a LoRA acts only if it acts on every cell."""
+    """Adds padding positions; a LoRA acts there only if it acts on every cell."""
     missing = positions - image.shape[1]
     if image.shape[1] == 1 or missing <= 0:
         return image

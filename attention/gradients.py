@@ -1,4 +1,4 @@
-"""What a forward pass with a gradient needs of a model's weights."""
+"""Which weights the graph of a forward pass with gradients may hold."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside this block no parameter asks for a gradient, so a graph holds on to no inputs of weights."""
+    """Inside this block no parameter requires a gradient, so the graph stores no inputs for weight gradients."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in asking:
@@ -25,15 +25,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def weights_kept(model: nn.Module) -> Iterator[None]:
-    """Inside this block a graph keeps the weights that its backward needs, whatever hooks do after each layer.
+    """Inside this block the graph keeps the weights that its backward needs, even if hooks replace them.
 
-    diffusers' layerwise casting and group offloading put other numbers into a parameter once its layer has run, those
-    of the storage precision or of the CPU, and the graph of that layer would find these.
+    diffusers' layerwise casting and group offloading replace a parameter's data once its layer has run: by the storage
+    precision, or by the copy on the CPU. Backward would then use the replaced data.
     """
     hooked: list[Any] = [module for module in model.modules() if hasattr(module, "_diffusers_hook")]
     with ExitStack() as undo:
         if hooked:
-            # Checkpointing would end a recomputed block by an exception, and leave out the hook after its last layer.
+            # Early stop ends a recomputed block with an exception, and the hook after its last layer would not run.
             undo.enter_context(set_checkpoint_early_stop(False))
         for module in hooked:  # the hooks have made `forward` an attribute of each
             undo.callback(setattr, module, "forward", module.forward)
@@ -51,7 +51,7 @@ def _with_aliases(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Aliases(TorchFunctionMode):
-    """Operations are given aliases of parameters, which keep their numbers when the parameter gets others."""
+    """Passes aliases of parameters to operations; an alias keeps its data when the parameter's data is replaced."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.__name__ != "__set__":

@@ -1,4 +1,4 @@
-"""One scoped installation of concepts in a model; everything is taken out again, also after an exception."""
+"""Installs concepts in a model for the length of a `with` block; all is removed again, also after an exception."""
 
 import threading
 import weakref
@@ -28,7 +28,7 @@ class Installation:
     """Concepts installed in a model, for as long as the `with` block of `install` or `installed_layers` lasts.
 
     Attributes:
-        bank: The bank layers in place, by name. Layers that are folded as a whole are no longer among them.
+        bank: The bank layers in place, by name. Fully folded layers are removed from it.
         state: What the current pass needs.
     """
 
@@ -53,16 +53,16 @@ class Installation:
         lengths: Sequence[int] | None = None,
         joint_regions: JointRegions | None = None,
     ) -> LayerInputs:
-        """The inputs of layers in a pass: made once and used in every step. After `fold`, new ones are needed.
+        """Makes the inputs of the layers for one pass. They serve every step, until `fold` is called.
 
         Args:
             gates: How strongly each concept acts where.
             text: The text of the pass. Shape: [rows, tokens, channels], or [texts, rows, tokens, channels] with regions
                 that read different texts; layers * channels if each cross-attention layer has a text of its own.
-            regions: What attention does differently in regions.
-            text_kv: Keys and values of the same text under the same text gates, of another pass.
-            lengths: Tokens of each row, where they are fewer than the text has.
-            joint_regions: What attention does differently in regions, for text and image in one sequence.
+            regions: Region attention of cross- and self-attention layers.
+            text_kv: Keys and values to share with another pass that has the same text and the same text gates.
+            lengths: Number of tokens in each row, if rows have fewer than `text`.
+            joint_regions: Region attention for text and image in one sequence.
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
         keys = {layer.key for layer in self.bank.values()}
@@ -78,8 +78,8 @@ class Installation:
 
         Args:
             inputs: What `inputs` has made.
-            recorders: Take attention maps of the next pass, and forget those of others. From a second pass without
-                another `use` they take nothing.
+            recorders: Record the attention maps of the next pass; earlier maps are cleared. They record nothing in a
+                second pass unless `use` is called again.
         """
         for recorder in recorders:
             recorder.clear()
@@ -87,7 +87,7 @@ class Installation:
         self.state.recorders = recorders
 
     def fold(self, streams: Iterable[Stream], weights: Sequence[float], stay: Collection[int] = ()) -> int:
-        """Adds the deltas of some layers to the weights until the installation ends: base speed for any N.
+        """Adds the deltas of some layers to the weights until the installation ends; they then run at base speed.
 
         Only for gates that are constant over rows and positions during the whole call. Layers whose weights cannot be
         replaced (offloaded layer by layer, quantised, stored in another precision) stay in the bank, and so still need
@@ -193,11 +193,11 @@ def installed_layers(
 
     Args:
         model: The model.
-        loras: The factors of every concept for this model; empty where a concept leaves it alone.
+        loras: The factors of every concept for this model; empty for a concept that does not change it.
         where: The site of every layer that may be adapted.
         device: Where the model runs.
         dtype: The precision in which it runs.
-        silence: Names of PEFT adapters whose own contribution is off, because they are among the concepts.
+        silence: Names of PEFT adapters to switch off, because they take part as concepts.
         kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards.
 
     Raises:
@@ -224,7 +224,8 @@ def install(
 ) -> Iterator[Installation]:
     """Puts concepts into a UNet or transformer: bank layers for adapted layers, our processors for attention layers.
 
-    Args, errors: as for `installed_layers`; a model with attention that ours would change is refused too.
+    Args and errors as for `installed_layers`; also raises ValueError for attention processors that ours cannot replace
+    without changing what they do.
     """
     model = uncompiled(backbone.model)
     with ExitStack() as undo:
@@ -302,7 +303,7 @@ def _take_out(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer])
 
 
 def check_free(model: nn.Module) -> None:
-    """Raises RuntimeError if concepts are installed in a model, which would act on whoever runs it."""
+    """Raises RuntimeError if concepts are installed in a model: they would act on every other use of it."""
     if uncompiled(model) in _in_use:
         raise RuntimeError("this model is composing another image right now; wait for it or use a second pipeline")
 

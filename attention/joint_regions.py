@@ -1,14 +1,15 @@
 """Region attention of transformers, which attend to text and image in one sequence.
 
-The text is text 0, that of the image as a whole, and after it one for each region. With R(x) the regions of a cell x,
+Text 0 describes the whole image, and text n region n. With R(x) the regions of a cell x,
 
     a cell x          attends to text 0, to the texts of R(x), and to all cells (isolated: to cells x' with R(x) & R(x')
                       not empty, or R(x) or R(x') empty)
     text 0            to itself and to all cells
     text n, n > 0     to itself and to the cells of region n
 
-so texts never attend to each other. Positions that attend to the same ones are a group, and each group is one call of
-the attention that is found: there is no mask of positions x positions. Padding belongs to text 0, or to no region.
+so texts never attend to each other. Positions that attend to the same positions form a group, and each group is one
+call of the model's own attention: no mask of positions x positions is needed. Padding belongs to text 0, or to no
+region.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +27,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Kind(NamedTuple):
-    """What a position is.
+    """Stream and texts of a position.
 
     Attributes:
         stream: Text or image.
-        texts: Which text it is, or those of the regions that contain it.
+        texts: Index of the text that a token belongs to, or of the texts of the regions that contain a cell.
     """
 
     stream: Stream
@@ -52,12 +53,13 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class JointRegions:
-    """Who attends to whom in one forward pass.
+    """Region attention of one forward pass: which positions attend to which.
 
     Attributes:
-        groups: By what a layer's sequence is: text, image, or both. Layers of other sequences attend as ever.
-        unconditional: Which rows are; they come first, and attend as in the base model.
-        base: What these attend to: text 0 and the image; None if all of their sequence is that.
+        groups: Groups by stream of the attention layer (text, image or joint). Layers of other streams attend as in the
+            base model.
+        unconditional: True for unconditional rows. They come first and attend as in the base model.
+        base: What unconditional rows attend to: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
     """
 
@@ -78,13 +80,13 @@ class JointRegions:
         hidden: Tensor | None = None,
         device: torch.device | None = None,
     ) -> "JointRegions":
-        """Divides the sequences of a model.
+        """Groups the positions of a model's sequences.
 
         Args:
             site: How text and image lie in its joint sequence.
             membership: True where a region covers a cell. Shape: [cells, regions], on the CPU.
             lengths: Tokens of text 0, and of the text of each region.
-            unconditional: By row.
+            unconditional: True for unconditional rows, by row.
             isolate: Whether cells do not attend to cells of other regions.
             hidden: True at padding inside the texts. Shape: [rows, tokens].
             device: Where attention runs.
@@ -122,11 +124,11 @@ class JointRegions:
 
         Args:
             attend: Computes attention.
-            stream: What the layer's sequence is.
+            stream: Stream of the layer.
             query: Of all positions.
             key: Of all positions.
             value: Of all positions.
-            mask: True where keys are no padding; None is everywhere.
+            mask: True where keys are not padding; None means no padding.
         """
         groups = self.groups.get(stream)
         if groups is None:
@@ -149,7 +151,7 @@ class JointRegions:
         return out
 
     def allowed(self, stream: Stream, positions: int) -> Tensor:
-        """True where a position attends to another, to look at maps. Shape: [rows, positions, positions]."""
+        """True where a position attends to another, for recording maps. Shape: [rows, positions, positions]."""
         device = self.groups[stream][0].queries.device
         found = torch.zeros(len(self.unconditional), positions, positions, dtype=torch.bool, device=device)
         first = sum(self.unconditional)

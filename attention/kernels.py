@@ -1,4 +1,4 @@
-"""How attention is computed: the kernel of the processor that a layer has, kept while ours stands in for it."""
+"""Attention kernels. Our processor computes attention with the kernel of the processor that it replaces."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,10 +67,10 @@ class XFormersKernel:
 
 
 def kernel_of(name: str, attn: Attention) -> Kernel:
-    """The kernel of the processor that a layer has, to be kept while ours stands in for it.
+    """The kernel of a layer's attention processor, for ours to use.
 
     Raises:
-        ValueError: For a processor or a part of the layer whose behaviour ours would lose.
+        ValueError: If ours would lose something that the processor or the layer does.
     """
     for part in ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj"):
         if getattr(attn, part, None) is not None:

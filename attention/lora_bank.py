@@ -60,13 +60,13 @@ class BankLayer(nn.Module):
     """Stands in for one adapted layer while concepts are installed, and keeps it as its child.
 
     A replaced module rather than a forward hook, since `torch.compile` may reuse a graph that was compiled without the
-    hook and so lose the LoRA without a word. The child keeps `.to()` and offloading within reach of the layer.
+    hook, and so drop the LoRA silently. As a child, the layer is still reached by `.to()` and by offloading.
 
     Args:
         parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
-        site: What its input is.
+        site: Stream and grid of the layer.
         concepts: How many concepts there are in all.
-        state: Where the gates come from.
+        state: Holds the gates of the current pass.
 
     Attributes:
         layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of
@@ -114,7 +114,7 @@ class BankLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """Its bias."""
+        """The bias of the layer as found."""
         return getattr(base_layer(self.layer), "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:

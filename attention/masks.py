@@ -18,7 +18,7 @@ def box_mask(box: Box, image_size: Grid, grid: Grid) -> Tensor:
     Args:
         box: The box in pixels.
         image_size: Height and width of the image in pixels.
-        grid: The grid wanted.
+        grid: Height and width of the result.
 
     Returns:
         Values in 0..1. Shape: [grid height, grid width], fp32.
@@ -44,7 +44,7 @@ def resize_mask(mask: Tensor, grid: Grid) -> Tensor:
 
     Args:
         mask: Values in 0..1. Shape: [height, width].
-        grid: The grid wanted.
+        grid: Height and width of the result.
     """
     small = F.adaptive_avg_pool2d(mask.float()[None, None], grid)[0, 0]
     return small / small.max().clamp(min=torch.finfo(small.dtype).tiny)
@@ -67,11 +67,11 @@ def coarse_mask(mask: Tensor, level: int) -> Tensor:
 
 
 def cells_of(mask: Tensor, threshold: float) -> Tensor:
-    """Which cells belong to a region, from the share that it covers of each; at least the best covered one does.
+    """The cells of a region: those of which it covers at least a share. The best covered cell always belongs to it.
 
     Args:
-        mask: What `box_mask` or `resize_mask` gives: values in 0..1, of which one is 1.
-        threshold: The share from which on a cell belongs to the region; 1 takes cells that lie inside altogether.
+        mask: From `box_mask` or `resize_mask`: values in 0..1 with maximum 1.
+        threshold: The smallest share that counts; 1 takes only cells that lie inside completely.
 
     Returns:
         The same shape, bool.
@@ -86,14 +86,14 @@ def bounds(region: Tensor) -> tuple[slice, slice]:
 
 
 def strongest(maps: Tensor, threshold: float) -> Tensor:
-    """Which cells of a map are above a share of its maximum.
+    """The cells of a map whose value is above a share of its maximum.
 
     Args:
         maps: Not negative. Shape: [..., height, width].
         threshold: The share, below 1.
 
     Returns:
-        The same shape, bool; at least the highest cell of a map that is not 0 all over.
+        The same shape, bool. The highest cell is always included, unless the map is 0 everywhere.
     """
     return maps > threshold * maps.amax(dim=(-2, -1), keepdim=True)
 
@@ -105,15 +105,15 @@ def dilated(mask: Tensor) -> Tensor:
 
 
 def eroded(mask: Tensor) -> Tensor:
-    """The cells of a mask of which no neighbour is outside; what lies beyond the border counts for nothing."""
+    """The cells of a mask whose neighbours are all inside it; positions beyond the border are ignored."""
     return ~dilated(~mask)
 
 
 def opened(mask: Tensor) -> Tensor:
-    """A mask without what is thinner than three cells."""
+    """A mask without parts thinner than three cells (morphological opening)."""
     return dilated(eroded(mask))
 
 
 def closed(mask: Tensor) -> Tensor:
-    """A mask in which holes and gaps thinner than three cells are filled."""
+    """A mask with holes and gaps thinner than three cells filled (morphological closing)."""
     return eroded(dilated(mask))

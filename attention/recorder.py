@@ -7,27 +7,27 @@ from torch import Tensor
 
 
 class Recorder:
-    """Takes, during one pass, the attention that image cells pay to groups of tokens, and to each other.
+    """Records the attention that image cells pay to groups of tokens, and to each other, during one pass.
 
-    In a pass the first map of a layer stays: gradient checkpointing enters layers again during backward, and the graph
-    of what it recomputes there must not outlive its block. It is computed all the same, since autograd wants to see the
-    same tensors again.
+    Only the first map of a layer counts. Gradient checkpointing runs layers again during backward, and the graph of a
+    recomputed map must not outlive its block; the map is still computed, since checkpointing expects the same saved
+    tensors.
 
     Args:
-        layers: Names of the cross-attention layers wanted.
-        readout: Weight of every token in every map. Shape: [rows, tokens, maps], or [texts, rows, tokens, maps] where
-            cells choose among several texts; then there is a map for every text, over all cells. Fewer texts than
-            there are mean the last ones.
-        self_layers: Names of the self-attention layers wanted.
+        layers: Names of the cross-attention layers to record.
+        token_weights: Weight of every token in every map. Shape: [rows, tokens, maps] or [texts, rows, tokens, maps]
+            where cells read one of several texts; then there is a map for every text, over all cells. If it has fewer
+            texts than the pass, they are the last ones.
+        self_layers: Names of the self-attention layers to record.
 
     Attributes:
         maps: Mean over heads, by cross-attention layer, in fp32. Shape: [(texts,) rows, cells, maps] each.
         self_maps: Mean over heads, by self-attention layer, in fp32. Shape: [rows, cells, cells seen] each.
     """
 
-    def __init__(self, layers: Iterable[str], readout: Tensor, self_layers: Iterable[str] = ()) -> None:
+    def __init__(self, layers: Iterable[str], token_weights: Tensor, self_layers: Iterable[str] = ()) -> None:
         self.layers = frozenset(layers)
-        self.readout = readout.float()
+        self.token_weights = token_weights.float()
         self.self_layers = frozenset(self_layers)
         self.maps: dict[str, Tensor] = {}
         self.self_maps: dict[str, Tensor] = {}
@@ -41,38 +41,38 @@ class Recorder:
         allowed: Tensor | None = None,
         tokens: int | None = None,
     ) -> None:
-        """Records a layer if it is wanted.
+        """Records a layer if it was asked for.
 
         Args:
             layer: Its name.
             query: Shape: [rows, heads, cells, channels].
             key: Shape: [(texts,) rows, heads, tokens or cells, channels].
             scale: Factor on the logits.
-            allowed: Which cells see which cells, or which tokens; None is all. Shape: [cells, cells], or broadcast
+            allowed: True where a cell sees a cell or token; None means everywhere. Shape: [cells, cells], or broadcast
                 against [rows, heads, cells, tokens].
-            tokens: How many of the keys are tokens of the text, where cells follow; None is as many as the readout has.
+            tokens: How many leading keys are text tokens, if cells follow; None means as many as `token_weights` has.
         """
         if layer in self.layers:
-            if self.readout.dim() == 4:
-                key = key[-len(self.readout) :]
-            readout = self.readout[..., :tokens, :]  # a batch of shorter texts has fewer
-            found = _attention(query, key, scale, allowed)[..., : readout.shape[-2]]
-            self.maps.setdefault(layer, found @ readout)
+            if self.token_weights.dim() == 4:
+                key = key[-len(self.token_weights) :]
+            token_weights = self.token_weights[..., :tokens, :]  # a micro-batch of shorter texts has fewer tokens
+            found = _attention(query, key, scale, allowed)[..., : token_weights.shape[-2]]
+            self.maps.setdefault(layer, found @ token_weights)
         elif layer in self.self_layers:
             self.self_maps.setdefault(layer, _attention(query, key, scale, allowed))
 
     def clear(self) -> None:
-        """Forgets what the pass before has left, for a new one."""
+        """Discards the maps of the previous pass."""
         self.maps.clear()
         self.self_maps.clear()
 
     def of_rows(self, rows: slice) -> "Recorder":
-        """One that takes the maps of some of the rows."""
-        readout = self.readout if self.readout.shape[-3] == 1 else self.readout[..., rows, :, :]
-        return Recorder(self.layers, readout, self.self_layers)
+        """A recorder for a slice of the rows."""
+        token_weights = self.token_weights if self.token_weights.shape[-3] == 1 else self.token_weights[..., rows, :, :]
+        return Recorder(self.layers, token_weights, self.self_layers)
 
     def join(self, parts: Sequence["Recorder"]) -> None:
-        """Takes over what recorders of consecutive rows have taken."""
+        """Joins the maps of recorders of consecutive rows into this one."""
         first = parts[0]
         self.maps = {layer: torch.cat([part.maps[layer] for part in parts], dim=-3) for layer in first.maps}
         self.self_maps = {layer: torch.cat([part.self_maps[layer] for part in parts]) for layer in first.self_maps}

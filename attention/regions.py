@@ -41,7 +41,7 @@ class RegionQueries:
     They are ordered by cell, then by text, so without overlapping regions there is one per cell.
 
     Attributes:
-        by_text: Every text that is read, and the cells that query it.
+        by_text: Each text that is read, with the cells that query it.
         order: Indices from the concatenation over texts to the order by cell.
         of_cell: The queries of each cell, padded, and the share of each; None with one query per cell. Shape: [cells,
             most queries of a cell] each.
@@ -79,7 +79,7 @@ class Partition:
 
     @classmethod
     def of(cls, membership: Tensor, device: torch.device | None = None) -> "Partition":
-        """Divides a grid.
+        """Groups the cells of a grid by their regions.
 
         Cells of a region see their region and the background, and the background sees everything, as in LoRA-Composer
         (arXiv 2403.11627, section 3.4). Where regions overlap, cells see each other if they share a region, so a cell
@@ -101,12 +101,12 @@ class Partition:
 
     @cached_property
     def restore(self) -> Tensor:
-        """Indices that put the cells of all groups, one after the other, into their own order."""
+        """Indices that bring the concatenated cells of all groups back into grid order."""
         return torch.cat([group.cells for group in self.groups]).argsort()
 
     @cached_property
     def allowed(self) -> Tensor:
-        """True where a cell sees another. Shape: [cells, cells seen]."""
+        """True where a cell sees another in isolated self-attention. Shape: [cells, cells seen]."""
         cells = len(self.restore)
         allowed = torch.ones(cells, cells, dtype=torch.bool, device=self.restore.device)
         for group in self.groups:
@@ -118,12 +118,12 @@ class Partition:
 
 @dataclass(frozen=True, eq=False)
 class RegionAttention:
-    """What attention does differently in the regions of one forward pass.
+    """Region attention of one forward pass: which text every cell reads, and which cells it sees.
 
     Attributes:
         partitions: The cells of every grid, by level.
         inject: In cross-attention, whether the cells of region n read text 1 + n and the background text 0, instead of
-            text 0 everywhere. Where regions overlap, their mean counts.
+            text 0 everywhere. Where regions overlap, a cell gets the mean.
         isolate: Whether the cells of a region see no other region in self-attention.
     """
 
@@ -150,7 +150,7 @@ class RegionAttention:
         parts = [kernel(query[:, :, cells], keys[text], values[text]) for text, cells in queries.by_text]
         return torch.cat(parts, dim=2)[:, :, queries.order]
 
-    def gathered(self, level: int, out: Tensor) -> Tensor:
+    def mean_over_queries(self, level: int, out: Tensor) -> Tensor:
         """The mean over the queries of each cell. Shape: [rows, queries, channels] -> [rows, cells, channels].
 
         After the output projection, where each text has its own LoRA.

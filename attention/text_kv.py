@@ -1,4 +1,4 @@
-"""Keys and values of cross-attention: they depend on the text alone, so one image needs them once."""
+"""Cache of cross-attention keys and values: they depend on the text alone, so a call computes them once."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ class TextKV:
     """Keys and values by layer, for one text under one set of text gates.
 
     Attributes:
-        kept: Key and value by layer.
+        kept: The cached (key, value) of each layer.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class TextKV:
     def get(self, layer: str, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Key and value of a layer, projected on first use. Shape: [rows, tokens, inner channels] each.
 
-        Made without a graph: neither text nor weights are ever optimised.
+        Computed without gradients: neither text nor weights are ever optimised.
         """
         if layer not in self.kept:
             with torch.no_grad():

@@ -12,11 +12,11 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 
 class AttentionLog:
-    """Attention to each concept's words, by step.
+    """Attention maps and masks of each concept, by step.
 
     Args:
         canvas: Sizes of the call.
-        steps: Which steps are recorded.
+        steps: The steps to record.
     """
 
     def __init__(self, canvas: Canvas, steps: Collection[int]) -> None:
@@ -26,7 +26,7 @@ class AttentionLog:
         self._masks: dict[int, list[tuple[list[int], Tensor]]] = {}
 
     def of_set(self, columns: Sequence[int], concepts: int, images: Sequence[int]) -> "LogOfSet":
-        """The part of one concept set.
+        """The log of one concept set.
 
         Args:
             columns: Indices of its concepts among all.
@@ -36,7 +36,7 @@ class AttentionLog:
         return LogOfSet(self, columns, concepts, images)
 
     def request(self, step: int, text: Conditioning) -> MapRequest | None:
-        """The maps to take from a pass; None if the step is not recorded."""
+        """The maps to record in a pass; None if the step is not recorded."""
         if step not in self.steps or not text.phrase_mask.shape[-1]:
             return None
         words = text.phrase_mask
@@ -79,7 +79,7 @@ class AttentionLog:
         self._maps.setdefault(step, []).append((maps, seen))
 
     def keep_masks(self, step: int, masks: Tensor, images: Sequence[int] | None = None) -> None:
-        """Masks of a method, returned instead of those derived from the maps if the step is recorded.
+        """Records a method's own masks, which replace those derived from the maps.
 
         Args:
             step: The step.

@@ -1,4 +1,4 @@
-"""What every composing pipeline has in common: models are opened by family, and a call runs to its final latents."""
+"""The base class of all composing pipelines: opens models by family, and runs a call up to its final latents."""
 
 import math
 import os
@@ -75,8 +75,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def __init_subclass__(cls, **options: Any) -> None:
         """Gives a family's class the name of the class of diffusers that it extends.
 
-        diffusers goes by that name: a saved pipeline opens in plain diffusers, and `AutoPipelineFor...from_pipe` finds
-        the pipelines for other tasks. `__qualname__` stays our own.
+        diffusers looks classes up by that name: a saved pipeline opens in plain diffusers, and
+        `AutoPipelineFor...from_pipe` finds the pipelines for other tasks. `__qualname__` stays our own.
         """
         super().__init_subclass__(**options)
         cls.__name__ = next(
@@ -122,7 +122,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
         """A composing pipeline that shares all components with another pipeline.
 
-        The precision stays what it is; diffusers alone would turn the shared models to float32.
+        The precision is kept; diffusers alone would convert the shared models to float32.
 
         Raises:
             ValueError: If the components differ in precision and no `dtype` is given, which would change some of them.
@@ -182,7 +182,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         for family in cls.families:
             if family.opens_keys(found):
                 return family
-        raise ValueError(f"this checkpoint is for no supported model: its first tensors are {', '.join(found[:3])}")
+        raise ValueError(f"this checkpoint is not of a supported model: its first tensors are {', '.join(found[:3])}")
 
     family: str = ""
     """The model family, in words."""
@@ -214,7 +214,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             prompt: Names each concept by its trigger.
             concepts: Names of loaded concepts or adapters, or `Concept` objects, whose given fields override loaded
                 ones. None or empty: exactly what diffusers does. A list of such lists is a concept set per prompt.
-                "auto": those loaded and added ones that the prompt names.
+                "auto": the loaded and added concepts that the prompt names.
             method: How they are fused: a name or a settings object such as `Tara(scope="cross_kv")`; None chooses.
             control: Control images for ControlNets and T2I-Adapters; only with concepts.
             token_positions: With `prompt_embeds`: where each concept's trigger is, by concept name.
@@ -250,10 +250,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return choose_method(concepts, prompts, concept_sets, region_attention=reads_regions)
 
     def tokenizers_for(self, concepts: Sequence[LoadedConcept]) -> Sequence[Tokenizer]:
-        """The tokenizers as they read prompts in a call with these concepts, with the words that their files bring.
+        """The tokenizers of a call with these concepts, including the words bundled with their files.
 
         Raises:
-            ValueError: If two files bring one word.
+            ValueError: If two files have the same word.
         """
         return self._prompt_tokenizers(TextualInversions.of(concepts, self.components), None)
 
@@ -261,11 +261,11 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """A call with concepts up to its final latents, the same for every family and method.
 
         Args:
-            call: What is asked.
+            call: The call.
             encode: Encodes prompts with the text encoders of the family.
 
         Returns:
-            The final latents, the method's process, and what is told of the call.
+            The final latents, the method's process, and the outcome of the call.
 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
@@ -297,7 +297,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )
             return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
-    # What differs between families.
+    # Differences between families.
 
     @property
     def model(self) -> Any:
@@ -310,10 +310,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return None
 
     def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:
-        """The tokenizers of the model's text as they read prompts.
+        """The tokenizers of the prompt.
 
         Args:
-            textual_inversions: Words that LoRA files bring.
+            textual_inversions: Words bundled with LoRA files.
             length: Tokens of an encoded text; None means as many as the tokenizer says.
         """
         return expanding_tokenizers(self, textual_inversions, length)
@@ -330,7 +330,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         raise NotImplementedError
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
-        """Tensors of the text that callbacks are offered, by diffusers' names."""
+        """Text tensors for callbacks, by diffusers' names."""
         return {"prompt_embeds": text.prompt_embeds}
 
     def _count_steps(self, plan: Plan) -> int:
@@ -369,7 +369,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return {}
 
     def _before_step(self, step: Step) -> None:
-        """Sets what diffusers' pipelines say of themselves during a call; those of transformers have the timestep."""
+        """Sets the properties that diffusers' pipelines have during a call, such as the timestep of transformers."""
         if hasattr(self, "_current_timestep"):
             self._current_timestep = step.t
 
@@ -387,7 +387,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         if changed and not (changed <= _CUT_WITH_GUIDANCE and step.guided and cfg_scale <= 1):
             raise ValueError(
                 f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
-                "guidance off, since the places of the concepts' words in other embeddings are unknown"
+                "guidance off, since the positions of the concepts' words in other embeddings are unknown"
             )
         return returned.get("latents", latents), cfg_scale
 
@@ -400,4 +400,4 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
 
 _CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids"}
-"""What diffusers' own callbacks cut off when they switch guidance off."""
+"""Tensors from which diffusers' own callbacks remove the unconditional rows when they switch guidance off."""

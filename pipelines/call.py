@@ -1,4 +1,4 @@
-"""What is asked of a call with concepts, whatever the model family, and what is refused."""
+"""The arguments of a call with concepts, the same for all model families, and their checks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,14 +31,14 @@ Concepts = ConceptNames | Sequence[ConceptNames]
 
 @dataclass(frozen=True)
 class Composition:
-    """Which concepts are composed, and how.
+    """The concepts of a call, and how they are fused.
 
     Attributes:
         concepts: A concept set for all prompts, or one for each.
-        method: How they are fused; None chooses.
+        method: The method; None chooses one.
         controls: Control images with their models.
         token_positions: With embeddings: where each concept's trigger is.
-        record_attention: Steps of which attention maps are kept.
+        record_attention: Steps whose attention maps are recorded.
     """
 
     concepts: Concepts
@@ -53,8 +53,8 @@ class GivenPrompts:
     """The prompts of a call.
 
     Attributes:
-        texts: As each of the tokenizers reads them; None with embeddings.
-        embeds: Instead of prompts. Shape: [prompts, tokens, channels].
+        texts: The prompts for each tokenizer; None with embeddings.
+        embeds: Embeddings, instead of prompts. Shape: [prompts, tokens, channels].
         length: Tokens of an encoded text; None means as many as the tokenizer says.
         negative: The negative prompts, as all tokenizers read them.
     """
@@ -66,11 +66,11 @@ class GivenPrompts:
 
     @property
     def first(self) -> Sequence[str] | None:
-        """As the first tokenizer reads them; None with embeddings."""
+        """The prompts for the first tokenizer; None with embeddings."""
         return None if self.texts is None else self.texts[0]
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of prompts."""
         given = self.first if self.embeds is None else self.embeds
         return 0 if given is None else len(given)
 
@@ -100,10 +100,10 @@ class Sampling:
         num_inference_steps: Denoising steps; unused where `timesteps` or `sigmas` are given.
         timesteps: Timesteps of the steps.
         sigmas: Noise levels of the steps.
-        denoising_end: The part of the denoising after which the call ends.
+        denoising_end: Fraction of the denoising after which the call ends.
         generator: Source of randomness.
         latents: The start noise.
-        eta: Of the DDIM scheduler.
+        eta: Of schedulers like DDIM.
         guidance: Classifier-free guidance.
     """
 
@@ -132,18 +132,18 @@ class Callback:
 
 @dataclass(frozen=True)
 class Call:
-    """What is asked of a call with concepts.
+    """The arguments of a call with concepts.
 
     Attributes:
         composition: Concepts and method.
         prompts: The prompts.
-        size: Of the images.
-        sampling: Of the latents.
-        callback: After every step.
+        size: Size of the images.
+        sampling: How latents are denoised.
+        callback: Function after every step.
         started: When the call began, by `time.perf_counter()`.
         inputs: Further arguments of every forward pass; tensors have one row per image.
         properties: Attributes that diffusers' pipeline has during a call.
-        source: The image that it starts from; None is text-to-image.
+        source: The image to start from; None means text-to-image.
     """
 
     composition: Composition
@@ -165,7 +165,7 @@ def no_concepts(concepts: Concepts | None) -> bool:
 def of_prompt(
     positions: TokenPositions | None, concepts: Sequence[Concept], prompt: int, prompts: int
 ) -> TokenPositions | None:
-    """The token positions in one prompt, of its own concepts."""
+    """The token positions of one prompt's concepts."""
     if positions is None:
         return None
     found: dict[str, Sequence[int]] = {}
@@ -198,10 +198,10 @@ def check_plain(model: nn.Module, composition: Composition) -> None:
 
 
 def refuse_unknown(given: Iterable[str], call: Callable[..., Any]) -> None:
-    """Refuses arguments that a call does not have, and names those that may be meant.
+    """Refuses unknown arguments, and suggests similar ones.
 
     Raises:
-        TypeError: For the first of them.
+        TypeError: For the first unknown argument.
     """
     known = [name for name, one in signature(call).parameters.items() if one.kind is not one.VAR_KEYWORD]
     for name in given:
@@ -214,7 +214,7 @@ def check_arguments(
     attention_kwargs: Mapping[str, Any] | None,
     name: str = "cross_attention_kwargs",
 ) -> None:
-    """Refuses what cannot be combined with concepts.
+    """Refuses arguments that cannot be combined with concepts.
 
     Raises:
         TypeError: For unknown arguments.
@@ -234,7 +234,7 @@ def check_arguments(
 
 
 def tensors_for(callback: object, tensors: Sequence[str]) -> list[str]:
-    """The tensors that a callback is given: diffusers' own callbacks name them themselves."""
+    """Names of the tensors for a callback; diffusers' own callbacks have a list."""
     return list(callback.tensor_inputs if isinstance(callback, PipelineCallback | MultiPipelineCallbacks) else tensors)
 
 
@@ -244,7 +244,7 @@ def listed(prompt: str | list[str] | None) -> list[str]:
 
 
 def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
-    """Checks what diffusers does not.
+    """Checks sizes, steps, generators, images and regions, which diffusers does not check.
 
     Raises:
         ValueError: For sizes and step numbers below 1, another number of generators than images, and regions outside
@@ -294,10 +294,10 @@ def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:
-    """The steps of which attention maps are kept: True is all, a list names some, negative ones count from the end.
+    """The steps whose attention maps are recorded: True means all; negative numbers count from the end.
 
     Raises:
-        ValueError: For steps that there are not.
+        ValueError: For step numbers out of range.
     """
     if isinstance(record_attention, bool):
         return frozenset(range(steps)) if record_attention else frozenset()

@@ -19,9 +19,9 @@ class Canvas:
         prompts: How many prompts there are.
         images_per_prompt: How many images each prompt gets.
         device: Where the model runs.
-        backbone: Knows the grids of the model.
-        painted: 1 in the cells of the latents that are painted (inpainting), on the CPU. Shape: [height, width]; None
-            is everywhere.
+        backbone: The backbone, which has the grids.
+        painted: For inpainting: 1 at latent cells that are repainted, on the CPU. Shape: [height, width]; None means
+            all.
     """
 
     image_size: Grid
@@ -49,7 +49,7 @@ class Canvas:
 
     @property
     def map_level(self) -> int:
-        """The level whose attention maps say where concepts are."""
+        """The level whose attention maps show where concepts are."""
         return self.backbone.map_level
 
     def of_prompts(self, prompts: int) -> "Canvas":
@@ -62,12 +62,12 @@ class Step:
     """One pass of the denoising loop.
 
     Attributes:
-        index: Which one, from 0.
-        count: How many there are.
+        index: Number of the pass, from 0.
+        count: Number of passes.
         t: The timestep.
         cfg_scale: Classifier-free guidance in this step; 1 or less is none.
-        second_order: Whether the scheduler goes back to the latents of the pass before, as in Heun's second pass. What
-            a method does to the latents before such a pass is lost.
+        second_order: Whether the scheduler returns to the latents of the previous pass, as in Heun's second pass.
+            Updates of the latents before such a pass would be lost.
     """
 
     index: int
@@ -83,7 +83,7 @@ class Step:
 
 
 def steps_in(part: float, count: int) -> float:
-    """How many steps a part of all steps is; above 1 it is a number of steps itself.
+    """A fraction of all steps as a number of steps; a value above 1 is already one.
 
     Rounded, so that 0.28 of 25 steps are 7.
     """

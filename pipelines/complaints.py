@@ -1,4 +1,4 @@
-"""What pydantic finds wrong, in the words of this project: where, what was expected, what was found."""
+"""Validation errors of pydantic as readable messages: where, what was expected, what was found."""
 
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -12,7 +12,7 @@ class FieldError(ValueError):
     """Fields that do not fit a `Concept`, `Scene` or `Run`.
 
     Attributes:
-        complaints: What is wrong, one for each place.
+        complaints: Messages, one for each field.
     """
 
     def __init__(self, kind: type[BaseModel], error: ValidationError) -> None:
@@ -21,17 +21,17 @@ class FieldError(ValueError):
 
 
 def complaints(kind: type[BaseModel], error: ValidationError) -> list[str]:
-    """What is wrong, a line for every place, with what was expected and what was found.
+    """A line for every wrong field: where, what was expected, what was found.
 
     Args:
-        kind: What was validated.
-        error: What came of it.
+        kind: The validated model.
+        error: The error.
     """
     return [f"{_place(found['loc'])}{_complaint(kind, found)}" for found in error.errors(include_url=False)]
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    # Which kind of region it was taken for is no place in a file.
+    # The variant of a region (box, mask) is not part of its position in a file.
     named = [step for i, step in enumerate(location) if i == 0 or location[i - 1] not in ("region", "mask_image")]
     steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in named)
     place = "".join(steps).removeprefix(".")
@@ -62,7 +62,7 @@ def _fields(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]
 
 
 def field_names(kind: type[BaseModel]) -> list[str]:
-    """The fields of a model, its own before those that it shares with others."""
+    """The fields of a model, its own before inherited ones."""
     own = kind.__annotations__
     return sorted(kind.model_fields, key=lambda name: name not in own)
 

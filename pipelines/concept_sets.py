@@ -1,8 +1,8 @@
 """Prompts with different concept sets in one call.
 
 A method sees one concept set, and starts a process for each. Methods with fixed passes then go through the model
-together: the passes of all sets are joined row by row, so that a step costs what it costs for one set. Other methods
-have regions and maps of their own for each set, and run set by set; the images are those of separate calls.
+together: the passes of all sets are joined row by row, so that a step costs the same as with one set. Other methods
+need regions and maps for each set, and run set by set; the images equal those of separate calls.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -83,7 +83,7 @@ class Joined:
     _prepared: dict[tuple[int, ...], Sequence[tuple[PreparedPass, Tensor]]] = field(default_factory=dict)
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Nothing is folded: what is constant for one set is not for the others."""
+        """Folds nothing: gates that are constant in one set are not in the others."""
         return latents
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:

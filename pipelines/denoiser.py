@@ -29,7 +29,7 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 @dataclass(frozen=True, eq=False)
 class _Differentiated:
-    """A pass whose gradient is wanted; latents are scaled for the model."""
+    """A pass to differentiate; latents are scaled for the model."""
 
     scaled: Tensor
     step: Step
@@ -51,10 +51,10 @@ class Denoiser:
         controls: Prepared ControlNets and T2I-Adapters.
         inputs: Further arguments of every forward pass; tensors have one row per image, those of four dimensions are on
             the grid of the latents.
-        log: Keeps the attention maps of recorded steps.
+        log: Records the attention maps of some steps.
 
     Attributes:
-        cost: What has been run so far.
+        cost: Rows that have been run so far.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Denoiser:
         return part
 
     def ahead(self, sampler: Sampler) -> "Denoiser":
-        """The denoiser of steps that are taken ahead: they count, but they are not recorded.
+        """The denoiser for steps of a draft: their rows count, but they are not recorded.
 
         Args:
             sampler: The copy that takes them (`Sampler.ahead`).
@@ -110,18 +110,18 @@ class Denoiser:
 
     @property
     def has_controlnet(self) -> bool:
-        """Whether there is a ControlNet, which reads a text for the image as a whole."""
+        """Whether there is a ControlNet, which reads a text for the whole image."""
         return any(isinstance(control, PreparedControlNet) for control in self.controls)
 
     def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
-        """Adds LoRAs with constant gates to the weights for the rest of the call: base speed for any number of them.
+        """Adds LoRAs with constant gates to the weights for the rest of the call; they then run at base speed.
 
-        To be called before the first pass. Concepts with a weight schedule stay in the bank, and with several concept
-        sets all do: what is constant for one set is not for the others.
+        Call it before the first pass. Concepts with a weight schedule stay in the bank, and with several concept sets
+        all do: gates that are constant in one set are not in the others.
 
         Args:
-            streams: Layers whose gates are the same on all rows and positions.
-            weights: Those gates, one per concept.
+            streams: Streams whose gates are the same on all rows and positions.
+            weights: The gate of each concept.
         """
         if self._can_fold and streams:
             self.installation.fold(streams, weights, self.concepts.schedules.keys())
@@ -149,7 +149,7 @@ class Denoiser:
             latents: Shape: [images, channels, height, width].
             step: The step.
             prepared: The pass.
-            request: Attention maps that are wanted as well, for the rows that are run.
+            request: Attention maps to record as well, for the rows that are run.
         """
         batches = self.micro_batches(prepared, step, conditional=not step.guided)
         text = self._text(prepared, conditional=not step.guided)
@@ -184,20 +184,20 @@ class Denoiser:
     ) -> Gradient:
         """The gradient of a loss on attention maps with respect to the latents.
 
-        Taken with respect to the scaled latents that the model gets, and returned in the scale of `latents`, so that
-        one step size serves all schedulers: those that scale the input down (Euler) would take steps too small.
+        It is taken with respect to the scaled latents that the model gets, and returned in the scale of `latents`. So
+        one step size fits all schedulers; with those that scale the input down (Euler), steps would be too small.
 
-        One graph exists at a time, in which no weight asks for a gradient: of all rows, or of one micro-batch, which is
-        then run a second time. The host waits for the device once.
+        One graph exists at a time, without gradients of weights: of all rows, or of one micro-batch, which then runs
+        twice. The host waits for the device once.
 
         Args: as for `maps`, and
             loss: The loss.
-            whole: Whether the pass goes on to its end, with unconditional rows too, and gives a prediction. The request
-                is for all rows then.
+            whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
+                rows then.
             beside: What else the host wants of the maps. It comes with the losses, so that the host waits once.
 
         Raises:
-            RuntimeError: Under `torch.inference_mode`, which knows no gradients.
+            RuntimeError: Under `torch.inference_mode`, which has no gradients.
             ValueError: If the gradient is not finite.
         """
         if torch.is_inference_mode_enabled():
@@ -220,7 +220,7 @@ class Denoiser:
         *,
         whole: bool = False,
     ) -> Gradient:
-        """The same without a check and without a host wait: losses stay where the denoiser runs."""
+        """`gradient` without the check and without a host wait; losses stay on the denoiser's device."""
         conditional = not (whole and step.guided)
         batches = self.micro_batches(prepared, step, conditional=conditional)
         text, scaled = self._text(prepared, conditional), self.sampler.scaled(latents, step.t)
@@ -238,7 +238,7 @@ class Denoiser:
         return Gradient(losses.detach() / lift, gradient, maps, prediction)
 
     def micro_batches(self, prepared: PreparedPass, step: Step, *, conditional: bool) -> Sequence[MicroBatch]:
-        """A pass at the weights of a step, by micro-batches; only its conditional rows, or all."""
+        """The micro-batches of a pass at the weights of a step; only conditional rows, or all."""
         return prepared.micro_batches(self.installation, self.concepts, step, conditional=conditional)
 
     def _text(self, prepared: PreparedPass, conditional: bool) -> Conditioning:
@@ -250,7 +250,7 @@ class Denoiser:
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """Inside this block no weight that a pass uses asks for a gradient, and a graph keeps those it needs."""
+        """Inside this block no weight requires a gradient, and the graph keeps the weights that it needs."""
         nets = [control.control.model for control in self.controls if isinstance(control, PreparedControlNet)]
         with ExitStack() as stack:
             for model in (self.backbone.model, *nets):
@@ -260,7 +260,7 @@ class Denoiser:
 
     @contextmanager
     def _advice(self) -> Iterator[None]:
-        """Adds to an out-of-memory error what would need less."""
+        """Adds advice to an out-of-memory error."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -282,7 +282,7 @@ class Denoiser:
         return losses, gradient, output, maps
 
     def _in_turn(self, spec: Pass, wanted: _Differentiated) -> tuple[Tensor, Tensor, Tensor, AttentionMaps]:
-        """The same with one graph per micro-batch: maps first, without a graph, then once more for each."""
+        """The same with one graph per micro-batch: first all maps without a graph, then each micro-batch again."""
         recorder = wanted.recorder
         with torch.no_grad():
             output = self._run(wanted.scaled, wanted.step, spec, wanted.batches, [recorder], whole=wanted.whole)
@@ -339,7 +339,7 @@ class Denoiser:
     def _control_inputs(
         self, latents: Tensor, step: Step, text: Conditioning, view: View, fraction: float
     ) -> Mapping[str, Any]:
-        """What the controls of this step add to the denoiser's arguments."""
+        """Arguments of the denoiser from ControlNets and T2I-Adapters in this step."""
         acting = [control for control in self.controls if control.control.acts(step.index, step.count)]
         firsts = [control.first_row(text) for control in acting if isinstance(control, PreparedControlNet)]
         self.cost.control_rows += sum(text.rows - first for first in firsts) * fraction
@@ -347,7 +347,7 @@ class Denoiser:
 
 
 def _by_row(given: Any, view: View, rows: int) -> Any:
-    """A further argument for all rows: what every image has, or a grid of its latents, of which a pass sees a part."""
+    """A further argument, repeated for all rows; a grid is cut to the part of the canvas that the pass sees."""
     if not isinstance(given, Tensor):
         return given
     return repeated(view.of_cells(given, 0) if given.dim() == 4 else view.of_images(given), rows)

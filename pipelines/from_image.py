@@ -1,4 +1,4 @@
-"""What image-to-image and inpainting start from: what a call gives, and the same made ready for a model."""
+"""The start image of image-to-image and inpainting: as given, and prepared for a model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ from lora_compose.pipelines.regions import read_mask
 
 @dataclass(frozen=True, eq=False)
 class FromImage:
-    """What a call gives: an image, and with a mask only a part of it is painted.
+    """The start image of a call; with a mask, only a part of it is repainted.
 
     Attributes:
         images: PIL images in RGB, or a tensor. Shape: [images, channels, height, width].
-        mask: White where the image is painted; None is image-to-image.
-        strength: The share of the steps that are run; None is diffusers' default for the model.
+        mask: White where the image is repainted; None means image-to-image.
+        strength: The fraction of the steps that are run; None means diffusers' default for the model.
         padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to the size of the call.
         paste_original: Whether the pixels outside of the mask are the image's own.
     """
@@ -40,7 +40,7 @@ class FromImage:
     def of(
         cls, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
     ) -> "FromImage | None":
-        """What the arguments of a call say; None is text-to-image.
+        """The start image from the arguments of a call; None means text-to-image.
 
         Raises:
             ValueError: For images, masks and numbers that cannot be used.
@@ -99,7 +99,7 @@ class FromImage:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The same as arguments of diffusers' pipelines."""
+        """The fields as arguments of diffusers' pipelines."""
         given: dict[str, Any] = {"image": self.images}
         if isinstance(self.images, list) and len(self.images) == 1:
             given["image"] = self.images[0]
@@ -110,12 +110,12 @@ class FromImage:
         return given
 
     def pasted(self, images: Sequence[Image.Image], processor: Any, crop: Box | None = None) -> list[Image.Image]:
-        """Results with the pixels that the image has outside of its mask; greys of the mask blend.
+        """Pastes the original pixels outside of the mask into results; grey mask values blend.
 
         Args:
-            images: What has been painted.
+            images: The results.
             processor: diffusers' image processor.
-            crop: Which part of the image it is, in its pixels; None is all of it.
+            crop: The part of the image that was worked on, in pixels; None means all.
         """
         originals: Any = self.images if len(self.images) == len(images) else [self.images[0]] * len(images)
         width, height = self.size
@@ -128,7 +128,7 @@ class FromImage:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """An image made ready for a model.
+    """A start image prepared for a model.
 
     Attributes:
         given: What the call gave.
@@ -137,7 +137,7 @@ class Source:
         pixels: The part of the image that is worked on, as the VAE reads it, or latents. Shape: [images, channels,
             height, width].
         mask: 1 where it is painted. Shape: [1, 1, height, width]; None is image-to-image.
-        size: Width and height of what is worked on, in pixels.
+        size: Width and height of the part that is worked on, in pixels.
         crop: The part of the image that is worked on, in its pixels; None is all of it.
     """
 
@@ -181,18 +181,18 @@ class Source:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Width and height of the image in pixels, in whose coordinates regions are."""
+        """Width and height of the image in pixels; regions are in its coordinates."""
         return self.size if self.given.is_latents else self.given.size
 
     def painted(self, latent_grid: Grid) -> Tensor | None:
-        """1 in the cells that are painted, as diffusers has them; None is everywhere. Shape: [height, width]."""
+        """1 at the cells that are repainted, as in diffusers; None means everywhere. Shape: [height, width]."""
         return None if self.mask is None else F.interpolate(self.mask, latent_grid)[0, 0]
 
     def placed(self, loaded: LoadedConcept) -> LoadedConcept:
-        """A concept whose region, in coordinates of the image, is in those of what is worked on.
+        """The concept with its region moved from image coordinates to those of the part that is worked on.
 
         Raises:
-            ValueError: If nothing of it is there.
+            ValueError: If the region lies outside of that part.
         """
         region = loaded.concept.region
         if region is None or (self.crop is None and self.image_size == self.size):
@@ -229,7 +229,7 @@ def check_steps(steps: int, strength: float) -> None:
 
 
 def region_in_pixels(loaded: LoadedConcept, width: int, height: int) -> LoadedConcept:
-    """A concept whose region, if it is a box in fractions, is one in pixels."""
+    """The concept with a box in fractions converted to pixels."""
     region = loaded.concept.region
     if region is None or isinstance(region, str) or not is_fractions(region):
         return loaded

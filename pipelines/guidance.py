@@ -1,4 +1,4 @@
-"""How the predictions of a pass become the one that the scheduler takes."""
+"""Guidance: combines the predictions of a pass into the one for the scheduler."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The model hub: whether it can be reached, said at once and with what to do."""
+"""Checks early whether the model hub can be reached, with advice if not."""
 
 import logging
 import re
@@ -15,12 +15,12 @@ PATIENCE = 5.0
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a name can only be a repository of the hub: "owner/name", and no such folder is there."""
+    """Whether a name can only be a hub repository: "owner/name", and no folder of that name exists."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
 
 
 def reachable(repository: str, file: str, **options: Any) -> dict[str, Any]:
-    """The options with which a repository can be read: its copy in the cache alone, where the hub is out of reach.
+    """The options for reading a repository; if the hub is out of reach, those that read the cache only.
 
     `huggingface_hub` asks six times for each file, for half a minute, before it looks into its cache or gives up.
 
@@ -36,7 +36,7 @@ def reachable(repository: str, file: str, **options: Any) -> dict[str, Any]:
         return options
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception as error:  # whatever the HTTP library of huggingface_hub calls it
+    except Exception as error:  # the type depends on huggingface_hub's HTTP library
         where = {name: options[name] for name in ("cache_dir", "revision") if options.get(name) is not None}
         if isinstance(try_to_load_from_cache(repository, file, **where), str):
             logger.warning("the model hub is out of reach (%s): %s is read from the cache", error, repository)

@@ -1,4 +1,4 @@
-"""Images that a call starts from, as people have them: PIL images, arrays, tensors and paths."""
+"""Reads start images given as PIL images, arrays, tensors or paths."""
 
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def _of_tensor(given: Tensor) -> Tensor:
     if not 0 < tensor.numel() <= 3 * PIXEL_LIMIT:
         raise ValueError(f"image has the shape {list(given.shape)}; expected at most {PIXEL_LIMIT} pixels in all")
     if not tensor.isfinite().all():
-        raise ValueError("image has values that are no numbers (NaN) or infinite")
+        raise ValueError("image has values that are NaN or infinite")
     low, high = tensor.min(), tensor.max()
     if tensor.shape[1] == 3 and (low < 0 or high > 1):
         raise ValueError(f"image has values from {low:.3g} to {high:.3g}; floats are expected between 0 and 1")

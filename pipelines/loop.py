@@ -16,11 +16,11 @@ from lora_compose.pipelines.task import Task
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop tells others.
+    """Callbacks of the loop.
 
     Attributes:
         before_step: Called with each step.
-        after_step: Called with step and latents; returns the latents to go on with and the scale of guidance.
+        after_step: Called with step and latents; returns the latents and guidance scale to continue with.
         interrupted: Whether the user has stopped the call.
         progress_bar: A context manager of diffusers for so many steps.
     """
@@ -49,7 +49,7 @@ def denoise(
         sampler: The scheduler and its timesteps, and what is put back after a step.
         cfg_scale: Classifier-free guidance.
         hooks: Callbacks.
-        cost: Takes the seconds of preparation.
+        cost: Receives the seconds of preparation.
         started: When the call began, by `time.perf_counter()`.
 
     Returns:

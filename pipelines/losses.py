@@ -23,7 +23,7 @@ def smooth(maps: Tensor) -> Tensor:
     return flat.view(maps.shape)
 
 
-def bell(region: Tensor) -> Tensor:
+def gaussian_over(region: Tensor) -> Tensor:
     """A Gaussian over the bounding box of a region, sigma half of its sides, highest value 1, and 0 outside the region.
 
     Args:
@@ -40,12 +40,12 @@ def bell(region: Tensor) -> Tensor:
 
 
 def concentration(maps: Tensor, weight: Tensor, best: int) -> Tensor:
-    """How far the strongest attention inside a region is from 1 (LoRA-Composer, L_ce).
+    """1 minus the mean of the strongest attention inside a region (LoRA-Composer, L_ce).
 
     Args:
         maps: Attention to one token. Shape: [..., height, width].
         weight: Factor on the attention, 0 outside the region. Shape: [height, width].
-        best: Over how many cells the mean is taken.
+        best: Number of cells in the mean.
 
     Returns:
         Shape: [...].
@@ -54,7 +54,7 @@ def concentration(maps: Tensor, weight: Tensor, best: int) -> Tensor:
 
 
 def filling(maps: Tensor, region: Tensor) -> Tensor:
-    """How far the profiles of the attention inside a region are from those of the region (LoRA-Composer, L_fill).
+    """Distance of the attention profiles inside a region from the profiles of the region (LoRA-Composer, L_fill).
 
     A profile is the highest value of every column, or row; the deviation is averaged over the whole axis.
 
@@ -71,14 +71,14 @@ def filling(maps: Tensor, region: Tensor) -> Tensor:
     return columns + rows
 
 
-def outlook(attention: Tensor, inside: Tensor, outside: Tensor, best: int) -> Tensor:
+def outside_attention(attention: Tensor, inside: Tensor, outside: Tensor, best: int) -> Tensor:
     """The strongest attention that the cells of a region pay to cells outside (LoRA-Composer, L_region).
 
     Args:
         attention: Self-attention. Shape: [..., cells, cells seen].
         inside: Indices of the region's cells.
         outside: Indices of all others.
-        best: Over how many values the mean is taken.
+        best: Number of values in the mean.
 
     Returns:
         Shape: [...].
@@ -90,7 +90,7 @@ def outlook(attention: Tensor, inside: Tensor, outside: Tensor, best: int) -> Te
 
 
 def contrast(maps: Tensor, groups: Tensor, temperature: float) -> Tensor:
-    """How much the maps of one group differ from each other and resemble those of other groups (CLoRA; InfoNCE).
+    """Contrastive loss (CLoRA; InfoNCE): low if maps are like those of their own group and unlike those of others.
 
     With s the cosine of two maps after subtracting each one's minimum, the mean over all ordered pairs (a, b) of a
     group of -log(e^(s_ab/t) / (e^(s_ab/t) + sum e^(s_an/t) over the maps n of all other groups)).
@@ -101,18 +101,18 @@ def contrast(maps: Tensor, groups: Tensor, temperature: float) -> Tensor:
         temperature: t.
 
     Returns:
-        0 where no map has a partner or there is one group only. Shape: [...].
+        0 if no map has a partner, or there is only one group. Shape: [...].
     """
     flat = maps.flatten(-2)
     flat = flat - flat.amin(dim=-1, keepdim=True)
     length = flat.norm(dim=-1, keepdim=True)
-    # A map that is the same everywhere has no direction, nor a gradient.
+    # A constant map has no direction and no gradient.
     unit = torch.where(length > 1e-8, flat / length.clamp(min=1e-8), 0)
     scores = unit @ unit.transpose(-1, -2) / temperature
     same = groups[..., :, None] == groups[..., None, :]
     there = (groups[..., :, None] >= 0) & (groups[..., None, :] >= 0)
     pairs = same & there & ~torch.eye(groups.shape[-1], dtype=torch.bool, device=groups.device)
-    # Not -inf where there is no other group: the gradient of that is not a number.
+    # Not -inf where there is no other group: its gradient would be NaN.
     against = scores.masked_fill(same | ~there, -1e4).logsumexp(dim=-1, keepdim=True)
     losses = torch.where(pairs, F.softplus(against - scores), 0)
     return losses.sum(dim=(-2, -1)) / pairs.sum(dim=(-2, -1)).clamp(min=1)

@@ -1,6 +1,6 @@
-"""Mask images (white = inside) as people have them: PIL images, arrays, tensors, paths, boxes, and text.
+"""Reads mask images (white = inside) given as PIL images, arrays, tensors, paths, boxes, or text (data URIs).
 
-Nothing here needs torch, and only arrays and tensors need numpy: fields of concepts are checked before either is there.
+No torch is needed, and numpy only for arrays and tensors: fields of concepts are checked before either is imported.
 """
 
 import base64
@@ -49,7 +49,7 @@ def read_mask_image(given: Any, size: tuple[int, int]) -> Image.Image:
     else:
         mask = _mask_of_array(given)
     if mask.getextrema()[1] == 0:  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        raise ValueError("mask_image is black all over; it has to be white where the image is painted")
+        raise ValueError("mask_image is all black; it must be white where the image is painted")
     return mask
 
 
@@ -70,7 +70,7 @@ def open_image(path: str | Path, what: str) -> Image.Image:
             return image.copy()
     except FileNotFoundError as error:
         raise ValueError(f"there is no {what} {str(path)!r}; expected a {', '.join(FORMATS)} file") from error
-    except Exception as error:  # images come from strangers, and what Pillow raises for damaged ones has no end
+    except Exception as error:  # images are not trusted, and Pillow raises many kinds of errors for damaged ones
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise ValueError(f"the {what} {str(path)!r} cannot be read: {reason}") from error
 
@@ -85,12 +85,12 @@ def greys(image: Image.Image) -> Image.Image:
 
 
 def mask_name(path: str) -> str:
-    """What messages call a mask: its path, if it has one."""
+    """The name of a mask in messages: its path, if it has one."""
     return "image that was given" if path.startswith(URI_PREFIX) else repr(path)
 
 
 def region_of(given: Any) -> Any:
-    """A region as people have it, for a `Concept`: paths and images become text, and all else stays what it is."""
+    """Converts a region for a `Concept`: paths and images become text, everything else is unchanged."""
     if isinstance(given, Path):
         return str(given)
     if isinstance(given, Image.Image) or hasattr(given, "__array__"):
@@ -140,7 +140,7 @@ def mask_of_box(box: Box, width: int, height: int) -> Image.Image:
 
 
 def as_uri(mask: Image.Image) -> str:
-    """A mask image as text, which stands where a path may stand: a data URI."""
+    """A mask image as a data URI, which is accepted wherever a path is."""
     buffer = BytesIO()
     mask.save(buffer, "PNG")
     return URI_PREFIX + base64.b64encode(buffer.getvalue()).decode()
@@ -165,7 +165,7 @@ def from_uri(text: str) -> Image.Image:
 
 
 def bounded(image: Image.Image, what: str) -> Image.Image:
-    """The image, if it has a size that can be worked with and a mode with a fixed range.
+    """Checks an image's size, and that its mode has a fixed range.
 
     Raises:
         ValueError: If not.
@@ -200,7 +200,7 @@ def _mask_of_array(given: Any) -> Image.Image:
     elif values.dtype.kind != "f":
         raise ValueError(f"mask_image is of {values.dtype}; expected bool, 8 bits, or floats of 0 to 1")
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-        raise ValueError("mask_image has values that are no numbers (NaN) or lie outside of 0 to 1")
-    # Whether a pixel is painted is decided at a half, which has to stay on its side.
+        raise ValueError("mask_image has values that are NaN or outside 0 to 1")
+    # Pixels are painted from one half on, so rounding must not move a value across it.
     levels = np.where(values < 0.5, np.minimum(np.round(values * 255), 127), np.maximum(np.round(values * 255), 128))
     return Image.fromarray(levels.astype(np.uint8))

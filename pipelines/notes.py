@@ -1,4 +1,4 @@
-"""Warnings about a call that is no mistake."""
+"""Warnings about calls that are allowed but may surprise."""
 
 import logging
 from functools import lru_cache
@@ -8,5 +8,5 @@ logger = logging.getLogger(__name__)
 
 @lru_cache(maxsize=1024)
 def say_once(message: str) -> None:
-    """Logs a warning the first time it comes up in this process."""
+    """Logs a warning once per process."""
     logger.warning(message)

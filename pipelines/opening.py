@@ -1,4 +1,4 @@
-"""What a model is, before it is opened: its configuration, or the names of a checkpoint's tensors."""
+"""Looks into a checkpoint before the model is opened."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is told of a finished call."""
+"""The outcome of a finished call."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ class Outcome:
 
 
 def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
-    """What a call returns."""
+    """The output of a call."""
     denoiser, choice = outcome.denoiser, outcome.choice
     recorded_steps, maps = denoiser.log.attention_maps() or (None, None)
     return ComposeOutput(

@@ -1,4 +1,4 @@
-"""What a call with concepts returns."""
+"""The output of a call with concepts."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 @dataclass
 class Cost:
-    """What a call cost. The unit is a row: one latent of the whole canvas through the whole model.
+    """The cost of a call. The unit is a row: one latent of the whole canvas through the whole model.
 
     Attributes:
         rows_forward: Rows run forward to the end.
@@ -47,7 +47,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
             its maximum and above every other concept's share. Shape: as attention_maps, bool.
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
-        method_reason: Why it is this one.
+        method_reason: The reason for the choice.
         origin: What the images were made of, for `refine`; None where they cannot be repainted.
     """
 

@@ -1,4 +1,4 @@
-"""One forward pass of the model as a value: what goes in, which attention maps are wanted, what comes out."""
+"""One forward pass of the model as values: its inputs, the attention maps to record, and its results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +13,16 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """All that one forward pass needs beside latents and timestep.
+    """The inputs of one forward pass besides latents and timestep.
 
     Attributes:
         text: The text of all rows.
         gates: How strongly each concept acts where.
-        regions: What attention does differently in regions; needed if there are several texts.
+        regions: Region attention; required with several texts.
         window: Rows and columns of the latents, for a part of the canvas; None is all of it.
-        image: The image of the batch, for a pass of one image; None is all of them.
-        branch_batch_size: How many branches are run together, to save memory; None is all of them.
-        joint_regions: What attention does differently in regions, for text and image in one sequence.
+        image: Index of the image, for a pass of one image; None means all.
+        branch_batch_size: Number of branches that are run together, to save memory; None means all.
+        joint_regions: Region attention for text and image in one sequence.
     """
 
     text: Conditioning
@@ -36,11 +36,11 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class MapRequest:
-    """Which attention maps of a pass are wanted.
+    """The attention maps to record in a pass.
 
     Attributes:
         tokens: Weight of every token in every map. Shape: [(texts,) rows, tokens, maps].
-        self_attention: Whether maps of self-attention are wanted too.
+        self_attention: Whether to record maps of self-attention, too.
     """
 
     tokens: Tensor
@@ -61,7 +61,7 @@ class AttentionMaps:
 
     @classmethod
     def of(cls, recorder: Recorder) -> "AttentionMaps":
-        """What a recorder has taken."""
+        """The means of a recorder's maps."""
         return cls(recorder.mean(), recorder.self_mean() if recorder.self_maps else None)
 
 

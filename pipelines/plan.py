@@ -1,4 +1,4 @@
-"""A call, checked and resolved: everything that can be checked before something is changed."""
+"""A call, checked and resolved: everything that can be checked before anything is changed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ class PromptsOfSet:
     Attributes:
         concepts: The concept set.
         indices: Which prompts of the call.
-        token_masks: Where the words of the set's concepts are in them.
+        token_masks: Positions of the words of the set's concepts in the prompts.
     """
 
     concepts: ConceptSet
@@ -54,12 +54,12 @@ class Plan:
     """A call that can be run.
 
     Attributes:
-        call: What was asked.
-        choice: The method, and why it is this one.
+        call: The call.
+        choice: The method, and the reason for the choice.
         concepts: All concepts.
         sets: The concept sets, each with its prompts.
         canvas: Sizes.
-        textual_inversions: Words that LoRA files bring with them.
+        textual_inversions: Words bundled with LoRA files.
         finder: Finds words in prompts.
         controls: Prepared ControlNets and T2I-Adapters.
         reading: How texts with weights, and long ones, are read; None if there are none.
@@ -77,7 +77,7 @@ class Plan:
 
     @contextmanager
     def installed(self, pipe: Any) -> Iterator[Callable[[FamilyEncoder, Sampler, Mapping[str, Any]], "Sessions"]]:
-        """The LoRAs are in the model inside this block, and nowhere after it.
+        """Installs the LoRAs in the model inside this block.
 
         Args:
             pipe: The pipeline.
@@ -141,7 +141,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
 
     Args:
         pipe: The pipeline.
-        call: What is asked.
+        call: The call.
 
     Raises:
         ValueError: For anything that does not fit together.
@@ -235,7 +235,7 @@ def _region_in_pixels(call: Call, loaded: LoadedConcept) -> LoadedConcept:
 
 
 def _check_painted(loaded: Sequence[LoadedConcept], canvas: Canvas, painted: Tensor) -> None:
-    """Raises ValueError for regions of which nothing is painted."""
+    """Raises ValueError for regions that lie outside of the painted cells."""
     for found in loaded:
         region = found.concept.region
         if region is None:
@@ -256,7 +256,7 @@ def _check_positions(call: Call, concepts: ConceptSet) -> None:
 def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list[list[int]]]:
     """All concepts of a call, and by prompt the indices of its own.
 
-    A concept that is the same in several prompts is one; with another weight or region it is another.
+    A concept that is equal in several prompts counts once; with another weight or region it counts separately.
 
     Raises:
         ValueError: For mixtures of concepts and lists of them, and another number of lists than prompts.
@@ -268,7 +268,9 @@ def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list
         loaded = pipe.resolve_concepts(call.composition.concepts)
         return loaded, [list(range(len(loaded)))] * prompts
     if not all(isinstance(entry, list | tuple | Mapping) for entry in given):
-        raise ValueError("concepts are those of all prompts, or a list for each prompt, but not a mixture of both")
+        raise ValueError(
+            "concepts must be names and Concepts for all prompts, or a list for each prompt, but not a mixture of both"
+        )
     if len(given) != prompts:
         raise ValueError(f"there are concepts for {len(given)} prompts, but {prompts} prompts")
     found: dict[Concept, LoadedConcept] = {}
@@ -283,7 +285,7 @@ def resolve_sets(pipe: Any, call: Call) -> tuple[tuple[LoadedConcept, ...], list
 def expanding_tokenizers(
     pipe: Any, words: TextualInversions, length: int | None = None
 ) -> Sequence[ExpandingTokenizer]:
-    """The tokenizers of the model's text as they read prompts, with the words that LoRA files bring.
+    """The tokenizers of the prompt, with the words bundled with LoRA files.
 
     Args:
         pipe: The pipeline.
@@ -301,7 +303,7 @@ def expanding_tokenizers(
 def _token_masks(
     call: Call, tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], indices: Sequence[int]
 ) -> TokenMasks:
-    """Where the words of a concept set are in its prompts."""
+    """Token masks of a concept set's words in its prompts."""
     if len(indices) == len(call.prompts):
         return _masks_of(call, tokenizers, concepts)
     parts, prompts = [], call.prompts
@@ -343,7 +345,7 @@ def _find(
 def find_in(
     tokenizers: Sequence[Tokenizer], concepts: Sequence[Concept], texts: Sequence[Sequence[str]], **how: Any
 ) -> TokenMasks:
-    """Where words are, which has to be the same for all tokenizers, since their features are put side by side."""
+    """Token masks of words; they must be equal for all tokenizers, whose features are concatenated."""
     found = [
         TokenMasks.of_prompts(tokenizer, prompts, concepts, **how)
         for tokenizer, prompts in zip(tokenizers, texts, strict=True)

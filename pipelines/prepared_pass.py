@@ -1,4 +1,4 @@
-"""A pass made ready to be run in every step: what is the same in all steps is made once, and kept."""
+"""A pass prepared for all steps: whatever does not change between steps is computed once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ class MicroBatch:
 
     Attributes:
         text: Their text.
-        inputs: What layers need for them.
+        inputs: Inputs of the layers for these rows.
         rows: Their slice of all rows.
     """
 
@@ -33,7 +33,7 @@ class MicroBatch:
 class KeptText:
     """Keys and values of the text of a pass, and of all passes with the same text under the same text gates.
 
-    Those of the last weights are kept: those of all steps of a schedule would take too much memory.
+    Only those for the latest weights are kept: all steps of a schedule would take too much memory.
     """
 
     def __init__(self) -> None:
@@ -44,8 +44,8 @@ class KeptText:
 
         Args:
             conditional: Whether there are conditional rows only.
-            batch: Which micro-batch.
-            weights: Of the concepts, in this step.
+            batch: Index of the micro-batch.
+            weights: Weights of the concepts in this step.
         """
         key = conditional, batch
         if key not in self._kept or self._kept[key][0] != weights:
@@ -55,7 +55,7 @@ class KeptText:
 
 @dataclass(frozen=True, eq=False)
 class PreparedPass:
-    """A pass, and what is made of it once and used in every step: gates by layer, keys and values of its text.
+    """A pass with everything that is computed once for all steps: gates by layer, keys and values of its text.
 
     Attributes:
         spec: The pass.
@@ -69,7 +69,7 @@ class PreparedPass:
     def micro_batches(
         self, installation: Installation, concepts: ConceptSet, step: Step, *, conditional: bool
     ) -> Sequence[MicroBatch]:
-        """The pass at the weights of a step, by micro-batches; made again only for other weights.
+        """The micro-batches of the pass at the weights of a step; computed again only if the weights change.
 
         Args:
             installation: The layers.

@@ -1,8 +1,8 @@
 """Repaints each subject of a finished image alone, at the model's own resolution, with its LoRA (a detailer).
 
 For each subject: the part of the image around its mask is cut out and enlarged to the size that the model was made for,
-image-to-image with the subject's own text and LoRA, and blended back under the mask. These are diffusers' steps of
-inpainting with `padding_mask_crop`; the other subjects' LoRAs are not there.
+image-to-image with the subject's own text and LoRA, and blended back under the mask. This is diffusers' inpainting with
+`padding_mask_crop`; the other subjects' LoRAs do not act.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ class Detailer:
     """How subjects are repainted.
 
     Attributes:
-        strength: The share of the steps that are run; more changes more.
-        padding: Around the mask, as a share of the longer side of its bounding box; what is there is seen, not changed.
+        strength: The fraction of the steps that are run; higher values change more.
+        padding: Context around the mask that is not changed, as a fraction of the longer side of its bounding box.
         blur: Radius of the blend at the border of the mask, as a share of that side.
         method: How the LoRA acts; None is `tara` for LoRAs that were trained for it and `merge` for others.
     """
@@ -54,7 +54,7 @@ class Refined:
     Attributes:
         image: The image.
         subjects: Names of the concepts that have been repainted, in this order.
-        cost: Of all calls together.
+        cost: Cost of all calls together.
     """
 
     image: Image.Image
@@ -76,11 +76,12 @@ def refine(
     Args:
         pipe: The pipeline.
         image: A finished image.
-        prompt: What it was made with; each subject's text is derived from it.
+        prompt: Prompt of the image; each subject's text is derived from it.
         concepts: As for a call. Styles act on every subject.
         masks: Where subjects are, by name (`subject_masks` of an output's masks); a concept's own region otherwise.
         how: Settings.
-        options: Of every call, such as `num_inference_steps`, `guidance_scale`, `negative_prompt` and `generator`.
+        options: Arguments of every call, such as `num_inference_steps`, `guidance_scale`, `negative_prompt` and
+            `generator`.
 
     Raises:
         ValueError: If no concept has a mask or a region, or a mask is for no concept.
@@ -92,7 +93,7 @@ def refine(
         raise ValueError(f"masks name {sorted(unknown)}; the subjects are {', '.join(one.name for one in subjects)}")
     found = {one.name: _mask(one, masks or {}, image.size) for one in subjects}
     if not any(found.values()):
-        raise ValueError("nothing says where the subjects are: give masks={name: mask}, or concepts with regions")
+        raise ValueError("it is not known where the subjects are: give masks={name: mask}, or concepts with regions")
     cost, done, whole = Cost(), [], read_emphasis(prompt)
     for subject in subjects:
         mask = found[subject.name]

@@ -74,7 +74,8 @@ Window = tuple[slice, slice]
 """Rows and columns of the latents that are a part of the canvas."""
 
 _MOST = 0.75
-"""A part that takes so much of a side of the canvas takes all of it, which often spares running the whole one."""
+"""A window that covers this share of a side covers all of it, which often makes a pass of the whole canvas
+unnecessary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class Regions:
     """Which cells lie in which regions, on all grids of a canvas or of a part of it.
 
     Attributes:
-        owners: Whose regions they are: indices of concepts.
+        owners: Indices of the concepts that have the regions.
         cells: By level, the latents' own (0) among them. Shape: [height, width, regions], bool, on the CPU.
     """
 
@@ -102,13 +103,12 @@ class Regions:
         """The regions of all concepts that have one; masks are sharp here, so that grey dots do not thin out cells.
 
         Args:
-            regions: What the concepts say.
+            regions: Regions of the concepts; None without one.
             image_size: Height and width of the canvas in pixels.
             latent_grid: Height and width of the latents.
             levels: Which grids are wanted.
-            threshold: The share of a cell that a region covers, from which on the cell belongs to it.
-            painted: 1 in the cells that are painted, outside of which no region is. Shape: [height, width]; None is
-                everywhere.
+            threshold: A cell belongs to a region that covers at least this share of it.
+            painted: 1 at painted cells; regions are cut to these. Shape: [height, width]; None means everywhere.
         """
         owners = tuple(i for i, region in enumerate(regions) if region is not None)
         masks = [region_mask(regions[i], image_size, latent_grid, sharp=True) for i in owners]
@@ -123,7 +123,7 @@ class Regions:
         """Regions from masks on the latent grid.
 
         Args:
-            owners: Whose they are: indices of concepts.
+            owners: Indices of the concepts that have the masks.
             masks: Values in 0..1. Shape: [height, width] each.
             levels: Which grids are wanted.
             threshold: The share of a cell that a region covers, from which on the cell belongs to it.
@@ -185,7 +185,7 @@ class Regions:
         return Regions(self.owners, {level: cells & only for level, cells in cut.items()})
 
     def shares(self, level: int, concepts: int) -> Tensor:
-        """How much of a cell is whose; cells of several regions are theirs in equal parts. Shape: [cells, concepts]."""
+        """Each concept's share of each cell; overlapping regions share a cell equally. Shape: [cells, concepts]."""
         cells = self.cells[level].flatten(0, 1)
         shares = torch.zeros(len(cells), concepts)
         shares[:, list(self.owners)] = cells / cells.sum(dim=1, keepdim=True).clamp(min=1)

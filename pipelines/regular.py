@@ -1,4 +1,4 @@
-"""Files that strangers name: opened only if they are files, and without waiting for what is none."""
+"""Opens files at untrusted paths: only regular files, and without waiting on pipes or devices."""
 
 import errno
 import hashlib
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file to read its bytes, at once whatever the path names.
+    """Opens a regular file for reading, without blocking on anything else.
 
-    Opening a pipe to read waits for somebody who writes, and a device may never end. What was opened is looked at, not
-    the path, which could lead elsewhere a moment later.
+    Opening a pipe waits for a writer, and a device may never end. The open file is checked, not the path, which could
+    change in between.
 
     Raises:
         OSError: If it cannot be opened, or is a folder, pipe, socket or device, also behind a link.
@@ -20,7 +20,7 @@ def open_regular(path: Path) -> BufferedReader:
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (whoever asked for it closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise OSError(errno.EINVAL, "it is no regular file but a pipe or a device", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file but a pipe or a device", str(path))
     return file
 
 

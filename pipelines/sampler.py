@@ -18,8 +18,8 @@ class Schedule:
     """The timesteps of a call.
 
     Attributes:
-        timesteps: Of all passes. A scheduler of second order has two per step, of which the last step lacks one.
-        steps: How many steps these are.
+        timesteps: Timesteps of all passes. A second-order scheduler has two per step, and one in the last step.
+        steps: Number of steps.
         order: The scheduler's order.
     """
 
@@ -68,7 +68,7 @@ class Sampler:
 
     @contextmanager
     def ahead(self) -> Iterator["Sampler"]:
-        """A copy for steps that are taken ahead: they get the noise that comes next, and nothing of them is left.
+        """A copy for the steps of a draft: they use the same noise as the real steps, and leave no trace.
 
         Scheduler and generators stay as they are, and so does PyTorch's own generator, which some schedulers use.
         """

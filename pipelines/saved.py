@@ -1,4 +1,4 @@
-"""What stands beside a saved model: how to open it again, and how to load the concepts, which are not saved with it."""
+"""The README of a saved model: how to open it, and how to load its concepts, which are not saved with it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ def how_to_open(concepts: Iterable[Concept]) -> str:
     """A README for the folder of a saved model.
 
     Args:
-        concepts: Those that the pipeline had when it was saved. Their files are named without folders.
+        concepts: Concepts of the pipeline. Their files are named without folders.
     """
     lines = "\n".join(_load(concept) for concept in concepts)
     return f"""# Saved by lora-compose

@@ -1,6 +1,6 @@
-"""What is to be seen and how it is made: `Concept`, `Scene` and `Run`, frozen and validated.
+"""`Concept`, `Scene` and `Run`: what an image shows and how it is made, frozen and validated.
 
-Nothing here needs torch: the command line reads and checks all of it before anything slow is imported.
+No torch is needed: the command line validates everything before slow imports.
 """
 
 from collections.abc import Mapping
@@ -78,14 +78,15 @@ BoxOrMask = Annotated[
 
 
 class Start(_Frozen):
-    """What an image starts from; nothing is text-to-image.
+    """The image that a scene starts from; without one it is text-to-image.
 
     Attributes:
         image: Path of the image that it starts from.
-        mask_image: Where it is painted: the path of a mask image (white = painted), or a box; None is everywhere.
+        mask_image: Where the image is repainted: the path of a mask image (white = repainted), or a box; None means
+            everywhere.
         strength: The share of the steps that are run; None is diffusers' default for the model.
         padding_mask_crop: Pixels around the mask; only that part is painted, at the size of the scene.
-        paste_original: Whether pixels outside of the mask are the image's own; None is no.
+        paste_original: Whether pixels outside of the mask are copied from the image; None means no.
     """
 
     image: ImageFile | None = None
@@ -121,17 +122,16 @@ class Concept(_Frozen):
         class_word: The noun after the trigger: "cat".
         weight: Factor on the whole LoRA; 1 by default. It may change over the steps: a list of numbers for equal parts
             of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
-            0.4 until the middle, "1..0.4" to the last step. Points are at parts of the steps, or at steps where one is
-            above 1.
+            0.4 until the middle, "1..0.4" to the last step. Points are fractions of the steps, or step numbers if one
+            is above 1.
         blocks: Further factors by block of the UNet or transformer, {"down": 0.5, "up.1": 0}; the longest name counts,
             and "text" means the text encoders.
         region: Where the concept may appear: a box in pixels or in fractions of the image, or a mask (white = inside):
             a path, a PIL image, an array or a tensor; None leaves it to the method.
         prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
             derives it from the scene's prompt.
-        negative_prompt: What to avoid there; None is the scene's.
-        role: A subject, which has a place, or a style, which acts everywhere and has no region; None is a
-            subject.
+        negative_prompt: What to avoid in the region; None means the scene's.
+        role: "subject", or "style" for a concept that acts everywhere and has no region; None means a subject.
         alpha: The alpha that the LoRA was trained with, for files that do not contain it; the change is scaled by
             alpha / rank.
     """
@@ -152,13 +152,13 @@ class Concept(_Frozen):
     def _styles_are_everywhere(self) -> Self:
         if self.is_style and self.region is not None:
             raise ValueError(
-                f"the concept {self.name!r} is a style, which is everywhere: leave out its region, or its role"
+                f"the concept {self.name!r} is a style, which acts everywhere: leave out its region or its role"
             )
         return self
 
     @property
     def is_style(self) -> bool:
-        """Whether it is everywhere."""
+        """Whether the concept is a style."""
         return self.role == "style"
 
     @property
@@ -198,7 +198,7 @@ class Run(_Frozen):
     """All that reproduces an image: scene, model, method with settings, scheduler, steps, guidance and seed.
 
     Attributes:
-        scene: What is to be seen.
+        scene: The scene.
         model: A folder, a checkpoint file, a hub repository or `playground`.
         method: Name of the method; None chooses.
         settings: The method's settings that differ from its defaults.
@@ -207,7 +207,7 @@ class Run(_Frozen):
         guidance_scale: Classifier-free guidance; 1 or less is none.
         seed: Seed of the start noise.
         dtype: Precision of the model.
-        device: Where it runs; None chooses. A seed gives the same start noise on every device.
+        device: Device; None chooses one. A seed gives the same start noise on every device.
     """
 
     scene: Scene

@@ -1,4 +1,4 @@
-"""What a method works with during one call."""
+"""The session of a method: one concept set, its prompts and the denoiser."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lora_compose.pipelines.text.encoder import Prompts
 
 
 class Runner(Protocol):
-    """What methods need of `Denoiser`, which runs passes; the benchmark only prices them."""
+    """The interface of `Denoiser` for methods; the benchmark has one that only counts costs."""
 
     @property
     def canvas(self) -> Canvas:
@@ -36,12 +36,12 @@ class Runner(Protocol):
         ...
 
     def ahead(self, sampler: Sampler) -> "Runner":
-        """The denoiser of steps that are taken ahead with a copy of the sampler; they are not recorded."""
+        """The denoiser for steps of a draft, with a copy of the sampler; they are not recorded."""
         ...
 
     @property
     def has_controlnet(self) -> bool:
-        """Whether there is a ControlNet, which reads a text for the image as a whole."""
+        """Whether there is a ControlNet, which reads a text for the whole image."""
         ...
 
     def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""What messages say of names and texts that somebody has written."""
+"""Parts of error messages: suggestions for mistyped names, and shortened texts."""
 
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -9,7 +9,7 @@ _LEAST_LETTERS = 4  # of the beginning of a name
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The end of a message about a name: "; did you mean 'clora'?", or nothing if none is alike or begins so."""
+    """The end of a message about an unknown name: "; did you mean 'clora'?", or nothing if none is similar."""
     # Letters of either case, since get_close_matches takes "CLoRA" and "clora" for different words.
     by_lower = {one.lower(): one for one in list(known)[:_MOST_NAMES]}
     begun = [one for one in by_lower if len(name) >= _LEAST_LETTERS and one.startswith(name.lower())]
@@ -18,5 +18,5 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
 
 
 def shortened(text: str) -> str:
-    """A text in quotes, of which a message shows the beginning."""
+    """The beginning of a text, in quotes."""
     return repr(text) if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]!r}..."

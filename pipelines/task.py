@@ -10,14 +10,14 @@ from lora_compose.pipelines.canvas import Step
 
 
 class Task(Protocol):
-    """What an image starts from and has to keep."""
+    """The start latents of a call, and what is restored after each step."""
 
     def start(self) -> Tensor:
         """The latents before the first step. Shape: [images, channels, height, width]."""
         ...
 
     def after_step(self, latents: Tensor, step: Step) -> Tensor:
-        """The latents after a scheduler step, for what has to be put back (inpainting)."""
+        """The latents after a scheduler step, with restored parts (inpainting)."""
         ...
 
     def of_images(self, images: Sequence[int]) -> "Task":
@@ -27,7 +27,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class TextToImage:
-    """Starts from noise and keeps nothing.
+    """Starts from noise and restores nothing.
 
     Attributes:
         noise: The start noise, scaled for the scheduler.
@@ -50,7 +50,7 @@ class TextToImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageToImage:
-    """Starts from an image with noise on it and keeps nothing.
+    """Starts from a noised image and restores nothing.
 
     Attributes:
         latents: Those of the image with the noise of the first step. Shape: [images, channels, height, width].
@@ -75,15 +75,15 @@ class ImageToImage:
 
 @dataclass(frozen=True, eq=False)
 class Inpainting(ImageToImage):
-    """Starts from an image and paints a part of it.
+    """Starts from an image and repaints a part of it.
 
-    UNets that were made for it are given mask and image as further channels. For others, what is outside of the mask is
-    put back after every step, with the noise of the next one.
+    Inpainting UNets get mask and image as further channels. For other models, the latents outside of the mask are
+    restored after every step, with the noise of the next one.
 
     Attributes:
         mask: 1 where the image is painted. Shape: [images, 1, height, width].
         image: Latents of the image; None for UNets that are given it. Shape: as the latents.
-        noise: Which noise lies on them. Shape: as the latents.
+        noise: The noise on these latents. Shape: as the latents.
         timesteps: Of all passes.
         add_noise: The scheduler's, from latents, noise and timesteps to noisy latents.
     """

@@ -1,4 +1,4 @@
-"""Backbones: what each model class knows of itself. One model family, one file."""
+"""Backbones: what has to be known of each model class. One model family, one file."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -24,7 +24,7 @@ from lora_compose.attention.sites import Site
 
 
 class Backbone(Protocol):
-    """What is known of a model (UNet or transformer) by its class; it holds no state of a call."""
+    """Layers, grids, attention and forward pass of one model class (UNet or transformer). Holds no state of a call."""
 
     @property
     def model(self) -> nn.Module:
@@ -43,27 +43,27 @@ class Backbone(Protocol):
 
     @property
     def map_level(self) -> int:
-        """The level whose attention maps say where concepts are."""
+        """The level whose attention maps show where concepts are."""
         ...
 
     @property
     def map_layers(self) -> tuple[str, ...]:
-        """Attention layers whose maps, image cells to text tokens, say where concepts are."""
+        """Attention layers whose maps (image cells to text tokens) show where concepts are."""
         ...
 
     @property
     def self_map_layers(self) -> tuple[str, ...]:
-        """Layers whose maps say which cells attend to each other."""
+        """Self-attention layers whose maps show which cells attend to each other."""
         ...
 
     @property
     def text_layers(self) -> int:
-        """How many layers may read a text of their own."""
+        """Number of layers that can each read a text of their own."""
         ...
 
     @property
     def native_side(self) -> int:
-        """Side of the latents for which the model was made."""
+        """Side of the latents at the model's native resolution, in cells."""
         ...
 
     @property
@@ -73,7 +73,7 @@ class Backbone(Protocol):
 
     @property
     def reads_regions(self) -> bool:
-        """Whether cross-attention can read another text in each region (`RegionAttention`)."""
+        """Whether cross-attention can read a different text in each region (`RegionAttention`)."""
         ...
 
     @property
@@ -82,7 +82,7 @@ class Backbone(Protocol):
         ...
 
     def steer(self, state: ForwardState, undo: ExitStack) -> None:
-        """Puts our attention in the place of what is found, told by a state what to do; `undo` puts it back."""
+        """Replaces the model's attention by ours, which reads the state in every pass; `undo` restores it."""
         ...
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:

@@ -36,7 +36,8 @@ class Flux2Backbone(JointBackbone):
         Args:
             latents: Shape: [rows, channels, height, width].
             t: The timestep, 0 to 1000.
-            text: Layers of the text encoder, side by side. Shape: [rows, tokens, layers * channels].
+            text: Hidden states of several layers of the text encoder, concatenated. Shape: [rows, tokens, layers *
+                channels].
             added: "text_positions" of the tokens, with several texts in one sequence. Shape: [rows, tokens].
             inputs: "joint_attention_kwargs".
 
@@ -47,7 +48,7 @@ class Flux2Backbone(JointBackbone):
         image = torch.nn.functional.pad(image_positions(latents, torch.int64), (0, 1))
         words = torch.arange(text.shape[1], device=text.device)
         if added is not None and "text_positions" in added:
-            words = added["text_positions"][-1]  # several texts, each of which begins at 0
+            words = added["text_positions"][-1]  # with several texts, each starts at 0
         velocity = self.model(
             hidden_states=packed(latents).to(text.dtype),
             encoder_hidden_states=text,

@@ -1,8 +1,8 @@
 """Transformers that attend to text and image in one sequence: what their families have in common.
 
 diffusers' processors share no signature, but end in one call, `dispatch_attention_fn` of queries, keys and values after
-the rotary embedding. That call is where attention is recorded and where regions come in: all that a processor does
-before and after it stays diffusers'.
+the rotary embedding. That call is replaced by ours, which adds recording and regions; everything that a processor does
+before and after it stays diffusers' own.
 """
 
 import copy
@@ -27,15 +27,15 @@ PATCH = 2
 
 
 class JointBackbone:
-    """A transformer whose families differ in a table of layers, and in the arguments of a forward pass.
+    """Base class of transformers; a family adds a table of its layers and its forward pass.
 
     Args:
         model: The transformer, compiled or not.
 
     Attributes:
-        table: Sites by patterns of layer names. A layer that no pattern names has none, and no LoRA can change it.
-        blocks: The blocks in the order in which they run, of which a pass may leave out the last.
-        attends: What the sequence of an attention layer is, by the beginning of its name; otherwise it is joint.
+        table: Sites by patterns of layer names. A LoRA cannot change a layer that no pattern matches.
+        blocks: The blocks in the order in which they run; a truncated pass leaves out the last ones.
+        attends: Stream of an attention layer, by the beginning of its name; all others are joint.
     """
 
     table: ClassVar[tuple[tuple[str, Site], ...]]
@@ -54,13 +54,13 @@ class JointBackbone:
 
     @property
     def map_layers(self) -> tuple[str, ...]:
-        """The attention layers of the last third of the first kind of blocks, where words and image have met."""
+        """Attention layers in the last third of the first kind of blocks, where image features have mixed with text."""
         names = [name for name, _ in self._attention() if name.startswith(f"{self.blocks[0]}.")]
         return tuple(names[-max(1, len(names) // 3) :])
 
     @property
     def native_side(self) -> int:
-        """Side of the latents for which the model was made: 1024 pixels."""
+        """Side of the latents at the native resolution of 1024 pixels, in cells."""
         return 128
 
     def steer(self, state: ForwardState, undo: ExitStack) -> None:
@@ -81,9 +81,9 @@ class JointBackbone:
 
     @contextmanager
     def truncated_after(self, layers: Iterable[str]) -> Iterator[None]:
-        """Inside this block the transformer runs no block after the last that holds one of some layers.
+        """Inside this block the transformer stops after the last block that holds one of some layers.
 
-        Its last norm and projection, which are small, run on what there is then; the output is meaningless.
+        The small final norm and projection still run; the output is meaningless.
         """
         model: Any = uncompiled(self.model)
         layers = tuple(layers)
@@ -108,7 +108,7 @@ class JointBackbone:
         return next(site for _, site in self.table if site.stream == "joint")
 
     def _sequence(self, layer: str) -> Site:
-        """What an attention layer attends to."""
+        """The site that describes an attention layer's sequence."""
         stream = next((stream for start, stream in self.attends if layer.startswith(start)), "joint")
         return replace(self.joint, stream=stream)
 
@@ -126,7 +126,7 @@ def packed(latents: Tensor) -> Tensor:
 
 
 def unpacked(tokens: Tensor, grid: Sequence[int]) -> Tensor:
-    """Tokens as latents again, of a height and width."""
+    """Tokens back to latents of a height and width."""
     height, width = grid
     cells = tokens.transpose(1, 2).unflatten(2, (height // PATCH, width // PATCH))
     return nn.functional.pixel_shuffle(cells, PATCH)
@@ -142,11 +142,11 @@ def image_positions(latents: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 @dataclass(frozen=True)
 class JointKernel:
-    """diffusers' attention, of which the maps are recorded.
+    """diffusers' attention with recording of maps and with regions.
 
     Attributes:
         layer: Name of the layer.
-        site: What its sequence is: text, image, or both.
+        site: Its sequence: text, image, or both.
         state: What the current pass needs.
         attend: diffusers' `dispatch_attention_fn`.
     """
@@ -177,7 +177,7 @@ class JointKernel:
         if regions is not None:
             allowed = regions.allowed("joint", key.shape[1])[:, None, image]
             mask = allowed if mask is None else mask & allowed
-        keys = torch.cat([key[:, text], key[:, image]], dim=1).transpose(1, 2)  # words first, as the readout has them
+        keys = torch.cat([key[:, text], key[:, image]], dim=1).transpose(1, 2)  # text first, as in `token_weights`
         seen = None if mask is None else torch.cat([mask[..., text], mask[..., image]], dim=-1)
         tokens, scale = text.stop - text.start, query.shape[-1] ** -0.5
         for recorder in self.state.recorders:
@@ -195,10 +195,10 @@ class JointKernel:
 
 
 def with_kernel(processor: Any, layer: str, site: Site, state: ForwardState) -> Any:
-    """The processor found, with our kernel in the place of the function that it calls for attention.
+    """A copy of a processor that calls our kernel instead of diffusers' attention function.
 
     Raises:
-        ValueError: If the processor does not call it.
+        ValueError: If the processor does not call that function.
     """
     kind = type(processor)
     call = kind.__call__

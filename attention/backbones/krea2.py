@@ -18,7 +18,7 @@ class Krea2Backbone(JointBackbone):
     """A `Krea2Transformer2DModel`."""
 
     table = (
-        # One vector per row, with a dimension of one position.
+        # One vector per row, with an extra position dimension of length 1.
         (r"time_embed\.linear_[12]|time_mod_proj", Site("modulation", extra_axis=True)),
         # Attention among the layers of the text encoder, for each token apart.
         (rf"text_fusion\.layerwise_blocks\.\d+\.{_LAYER}", Site("text", flat=True, extra_axis=True)),
@@ -37,7 +37,8 @@ class Krea2Backbone(JointBackbone):
         Args:
             latents: Shape: [rows, channels, height, width].
             t: The timestep, 0 to 1000.
-            text: Layers of the text encoder, side by side. Shape: [rows, tokens, layers * channels].
+            text: Hidden states of several layers of the text encoder, concatenated. Shape: [rows, tokens, layers *
+                channels].
             added: "text_mask", True where tokens are not padding. Shape: [rows, tokens].
             inputs: "attention_kwargs".
 

@@ -1,6 +1,6 @@
-"""Models that are cut for a forward pass, whose last layers are not needed.
+"""Removes the last layers of a model for a forward pass that does not need them.
 
-The model is cut rather than left by an exception, which would make `torch.compile` and offloading hooks stumble.
+Leaving the pass by an exception instead would break `torch.compile` and offloading hooks.
 """
 
 from collections.abc import Iterator
@@ -11,10 +11,11 @@ from torch import nn
 
 @contextmanager
 def replaced(module: nn.Module, **children: nn.Module | None) -> Iterator[None]:
-    """Inside this block a module has other children under some names, and None where there is to be none.
+    """Replaces some children of a module inside this block; None removes one.
 
-    What is replaced stays a part of it, under the name `cut_off`: an offloaded model may be brought to its device just
-    then, and is not brought there again while its first parameter is there.
+    The original children stay registered, under the name `cut_off`. An offloading hook may move the model to its device
+    inside this block, and it does not move it again while its first parameter is there: children that were missing
+    would stay behind.
     """
     children = {name: child for name, child in children.items() if name in module._modules}
     found = {name: module._modules[name] for name in children}

@@ -132,10 +132,10 @@ class AttentionLayer:
     Attributes:
         name: Module name, for example "down_blocks.0.attentions.0.transformer_blocks.0.attn2".
         cross: True where keys and values come from the text.
-        stage: The part of the UNet that holds it.
-        level: How often the latent grid has been halved where it works.
-        order: How many layers of its kind, self- or cross-attention, come before it.
-        of_kind: How many layers of its kind there are.
+        stage: Down, mid or up part of the UNet.
+        level: Number of halvings of the latent grid at this layer.
+        order: Number of layers of the same kind (self- or cross-attention) before it.
+        of_kind: Number of layers of the same kind in all.
     """
 
     name: str
@@ -220,7 +220,7 @@ def map_level(layers: tuple[AttentionLayer, ...]) -> int:
 def unet_sites(unet: nn.Module) -> Mapping[str, Site]:
     """The site of every module of the UNet that a LoRA may adapt, by module name.
 
-    Names that are not in the result belong to no module of the UNet.
+    A name that is missing here is not a module of the UNet.
     """
     return _sites(_layout(unet))
 
@@ -248,11 +248,11 @@ def _sites(layout: Layout) -> Mapping[str, Site]:
 
 @contextmanager
 def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
-    """Inside this block the UNet ends with the up block that holds the last of some layers; its output is meaningless.
+    """Inside this block the UNet stops after the up block with the last of some layers; its output is meaningless.
 
     Args:
         unet: The model.
-        layers: Names of layers; without one in an up block the whole up path is left out.
+        layers: Names of layers; if none is in an up block, the whole up path is left out.
     """
     model: Any = uncompiled(unet)
     layers = tuple(layers)
@@ -270,10 +270,10 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
 
 
 class ComposeAttnProcessor:
-    """Attention with kept text keys and values and with recording; the kernel is the one found.
+    """Attention with cached text keys and values, regions and recording; it uses the replaced processor's kernel.
 
-    LoRA deltas need nothing here: the projections are bank layers. Facts of the layer are given when it is built,
-    what a pass needs is read from the state, and nothing of a call is kept on the processor.
+    LoRA deltas need no code here, since the projections are bank layers. What a pass needs is read from the state; the
+    processor keeps nothing of a call.
 
     Args:
         layer: The attention layer it serves.
@@ -316,7 +316,7 @@ class ComposeAttnProcessor:
         project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
         hidden_states = dropout(project(hidden_states))
         if self._layer.cross and self._state.inputs.regions is not None:
-            hidden_states = self._state.inputs.regions.gathered(self._layer.level, hidden_states)
+            hidden_states = self._state.inputs.regions.mean_over_queries(self._layer.level, hidden_states)
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
@@ -353,7 +353,7 @@ class ComposeAttnProcessor:
         return text_kv.get(self._layer.name, project)
 
     def _own(self, text: Tensor, width: int) -> Tensor:
-        """This layer's part of the text, where all layers have texts of their own side by side in its channels."""
+        """This layer's part of the text, if the texts of all layers are concatenated along the channels."""
         if text.shape[-1] == width or text.shape[-1] != width * self._layer.of_kind:
             return text
         return text[..., self._layer.order * width : (self._layer.order + 1) * width]

@@ -1,4 +1,4 @@
-"""Z-Image: the image before the text in one sequence, both refined apart first; rows of different lengths."""
+"""Z-Image: image before text in one sequence, after separate refiner blocks for each; rows of different lengths."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,11 +44,11 @@ class ZImageBackbone(JointBackbone):
             latents: Shape: [rows, channels, height, width].
             t: The timestep, 0 to 1000.
             text: Features of the text encoder, padded. Shape: [rows, tokens, channels].
-            added: "lengths", on the CPU: how many tokens of each row are no padding. Shape: [rows].
+            added: "lengths", on the CPU: number of tokens in each row that are not padding. Shape: [rows].
             inputs: "joint_attention_kwargs".
 
         Returns:
-            The velocity, fp32; the model gives its opposite. Shape: as the latents.
+            The velocity, fp32; the model itself returns its negative. Shape: as the latents.
         """
         model: Any = uncompiled(self.model)
         lengths = (added or {})["lengths"].tolist()

@@ -56,7 +56,8 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
         tokens: Tokens of the text.
     """
     backbone, loras = backbone_of(model), [block_lora(model, rank)] * concepts
-    channels = model.config["in_channels"]
+    channels, site = model.config["in_channels"], backbone.joint
+    tokens = tokens if site is None else site.padded(tokens)
     inputs = _inputs(model, tokens)
     text = inputs.pop("text")
     latents = torch.empty(1, channels if "axes_lens" in model.config else channels // 4, *latent_grid, device=META,

@@ -1,4 +1,4 @@
-"""What a run would do, without denoising: which words and layers match, what it costs, and everything that is wrong."""
+"""Checks a run without denoising: matched words and layers, costs, and all problems."""
 
 import logging
 import threading
@@ -36,8 +36,8 @@ class RunCost:
 
     Attributes:
         rows: latent rows, in words.
-        flops: Operations, a multiplication and an addition being two.
-        plain_flops: Those of the same image without concepts.
+        flops: FLOPs; a multiplication and an addition count as two.
+        plain_flops: FLOPs of the same image without concepts.
     """
 
     rows: str
@@ -47,13 +47,13 @@ class RunCost:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         facts: Label and text, in the order to be shown.
-        notes: What one should know, although it is no mistake.
-        problems: What would make the run fail; empty if it can run.
-        cost: What an image costs; None if that is not known.
+        notes: Warnings that are not errors.
+        problems: Errors that would make the run fail; empty if it can run.
+        cost: Cost of an image; None if unknown.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -63,17 +63,17 @@ class Report:
 
 
 def check(run: Run, pipe: Any = None) -> Report:
-    """Looks at everything that a run needs and collects all problems, not only the first.
+    """Checks everything that a run needs, and collects all problems, not only the first.
 
     Args:
-        run: What is to be made.
+        run: The run.
         pipe: The run's model, if it is open already.
     """
     facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
     problems: list[str] = []
     cost: RunCost | None = None
     with _heard() as heard:
-        # An unknown method does not keep the rest from being looked at.
+        # The rest is checked even if the method is unknown.
         if pipe is None:
             pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
         if pipe is None:
@@ -106,7 +106,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     for concept, found in zip(run.scene.concepts, loaded, strict=True):
         facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)
         known = concept if found is None else found.concept
-        if run.scene.image is None:  # else regions are in the coordinates of the image, which the rehearsal looks at
+        if run.scene.image is None:  # otherwise regions are in the coordinates of the image, which the rehearsal checks
             _attempt(problems, check_region, known, width, height)
         if found is not None:
             _attempt(problems, check_blocks, found, pipe.model)
@@ -132,7 +132,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
 
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:
     if concept.lora is None:
-        raise ValueError(f"concept {concept.name!r} names no LoRA; give it `lora`, a file or a hub repository")
+        raise ValueError(f"concept {concept.name!r} has no LoRA; give `lora`, a file or a hub repository")
     file = read_lora(find_file(lora_source(concept.lora)))
     return [(f"{concept.name}: file", f"{concept.lora}, SHA-256 {file.sha256}")]
 
@@ -210,7 +210,7 @@ def _cost(pipe: Any, run: Run, settings: Settings | None, loaded: Sequence[Loade
 
 
 def _steps(pipe: Any, run: Run) -> int:
-    """How many steps are run."""
+    """Number of steps that are run."""
     if run.scene.image is None:
         return run.steps
     return pipe.steps_from_image(run.steps, run.scene.strength, run.scene.mask_image is not None)
@@ -243,12 +243,12 @@ class _Listener(logging.Handler):
 
 @contextmanager
 def _heard() -> Iterator[list[logging.LogRecord]]:
-    """What the pipelines log meanwhile: the reason for a method, and warnings."""
+    """Collects what the pipelines log: the reason for a method, and warnings."""
     logger, listener = logging.getLogger("lora_compose.pipelines"), _Listener()
     before = logger.level
     logger.addHandler(listener)
     logger.setLevel(logging.INFO)
-    say_once.cache_clear()  # what was said about an earlier run is news about this one
+    say_once.cache_clear()  # a warning of an earlier run is new for this one
     try:
         yield listener.records
     finally:

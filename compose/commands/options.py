@@ -186,7 +186,7 @@ def parse_lora(text: str) -> tuple[str, float]:
     """A LoRA and its weight, as written on the command line: "cat.safetensors:0.8".
 
     Raises:
-        ValueError: If the weight is not finite, or there is no LoRA.
+        ValueError: If the weight is not finite, or there is not a LoRA.
     """
     source, colon, number = text.rpartition(":")
     try:

@@ -1,4 +1,4 @@
-"""What follows from a suite: the rows of its tables, and the calls that make their images."""
+"""The rows of a suite's tables (arms), and the batches of images to generate."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from lora_compose.pipelines.text.tokens import find_words
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the tables: a method, or one of the sanity rows.
+    """A row of the tables: a method, or one of the reference rows.
 
     Attributes:
         name: What tables call it.
-        method: None without LoRAs, and for LoRAs alone, whose files decide (`method_alone`).
+        method: None without LoRAs, and for LoRAs alone (`method_alone`).
         alone: The only concept whose LoRA acts.
         lora: The kind of LoRAs.
     """
@@ -64,7 +64,7 @@ def batches(suite: Suite) -> Iterator[Batch]:
 
 
 def run_of(suite: Suite, batch: Batch) -> Run:
-    """How a batch is made; the seed is that of its first image.
+    """The run of a batch; its seed is that of the first image.
 
     Raises:
         LoraError: If a LoRA that acts alone has no file.
@@ -122,7 +122,7 @@ def method_alone(lora: str | None) -> str:
 
 
 def without_triggers(prompt: str, concepts: Sequence[SuiteConcept]) -> str:
-    """A prompt in which some concepts are called by their class words alone: "a sks cat" becomes "a cat"."""
+    """The prompt with the triggers of some concepts removed: "a sks cat" becomes "a cat"."""
     for concept in concepts:
         for start, end in reversed(find_words(concept.trigger, prompt)):
             prompt = prompt[:start] + prompt[end:].lstrip()

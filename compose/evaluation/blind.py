@@ -1,7 +1,7 @@
-"""Looking at images without knowing which method made them.
+"""Blind comparison of methods: people vote on images without knowing which method made them.
 
 `lora-compose blind make` paints pairs of playground concepts in several ways, shuffles the images and writes numbered
-sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and says which way they were for.
+sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and counts them by method.
 """
 
 import csv
@@ -117,7 +117,7 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
     Args:
         out: A folder with `votes.csv` and `key.json`.
         evaluation: A finished evaluation of the playground, for the thresholds.
-        first: Only so many images, evenly spaced; None is all.
+        first: Number of images, evenly spaced; None means all.
 
     Raises:
         ValueError: If the images are generated differently today.
@@ -158,10 +158,10 @@ def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, 
 
 
 def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Way and verdict by number.
+    """Method and verdict by image number.
 
     Raises:
-        ValueError: For verdicts that there are not.
+        ValueError: For unknown verdicts.
     """
     key = json.loads((out / "key.json").read_text(encoding="utf-8"))
     with (out / "votes.csv").open(encoding="utf-8", newline="") as file:

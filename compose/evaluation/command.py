@@ -1,4 +1,4 @@
-"""A suite run in one process or several, and its report: what `lora-compose evaluate` does."""
+"""`lora-compose evaluate`: runs a suite in one process or several, and writes its report."""
 
 from pathlib import Path
 
@@ -17,11 +17,11 @@ def run_suite(suite: str, folder: Path | None = None, processes: int | None = No
 
     Args:
         suite: A suite file, or the name of a shipped suite.
-        folder: Where to; None is outputs/evaluation/NAME.
-        processes: How many; None is one per GPU, or as in the suite.
+        folder: Output folder; None means outputs/evaluation/NAME.
+        processes: Number of processes; None means one per GPU, or as in the suite.
 
     Returns:
-        The exit code: 0, that of a process that found something wrong, or 1 if images are missing.
+        The exit code: 0; that of a process that found an error; or 1 if images are missing.
 
     Raises:
         ValueError: For suites that cannot be read.
@@ -62,12 +62,12 @@ def work_on(suite: str, folder: Path) -> None:
 
 
 def compare_folders(first: Path, second: Path) -> None:
-    """Shows what is better in the second evaluation than in the first."""
+    """Compares two evaluations and shows the differences."""
     out.print(compare_runs(first, second))
 
 
 def say_report(folder: Path, baseline: str | None = None) -> None:
-    """Writes the report of an evaluation and says where it is."""
+    """Writes the report of an evaluation and prints its path."""
     written = write_report(folder, baseline)
     say(f"The report: {written.html}", style="bold")
     say(f"As a table: {written.markdown}; for pandas: {written.images}, {written.concepts}, {written.summary}")

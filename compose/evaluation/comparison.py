@@ -1,4 +1,4 @@
-"""Two runs of an evaluation beside each other: what differs between them, and what that does to the metrics."""
+"""Comparison of two runs of an evaluation: their differences, and the effect on the metrics."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
 from lora_compose.compose.support.terminal import plain
 
 COMPARED = ("success", "region_min", "region", "leak", "swap", "clip_t")
-"""What is compared between runs that measure in the same way."""
+"""Metrics that are compared if both runs measure in the same way."""
 
 RELATIVE = ("success", "swap")
-"""What is compared between runs that measure in different ways: similarities are then on different scales, but whether
-a concept is nearest to its own references, and above a threshold that comes from the same run, means the same."""
+"""Metrics that are compared if runs measure in different ways. Similarities are then on different scales, but these
+metrics only ask whether a concept is nearest to its own references, and above its run's own threshold."""
 
 _SIMILARITIES_FROM = ("encoder", "detector")
 _LISTS = ("concepts", "scenes", "methods")
@@ -34,12 +34,12 @@ _HEADER = ("", "metric", "A", "B", "B - A", "won / tied / lost", "")
 
 @dataclass(frozen=True, eq=False)
 class RunComparison:
-    """Two runs beside each other; a console of rich prints it, what differs first.
+    """A comparison of two runs; a rich console prints it, differences first.
 
     Attributes:
         a: Folder of the first run.
         b: Folder of the second run.
-        notes: What differs between them, and what follows from it.
+        notes: Differences between the runs, and their consequences.
         table: A row per arm and metric: means in `a` and `b` over the images that both have, their `difference`
             (b - a) with its interval (`low`, `high`), `wins`, `ties` and `losses` of b, and the `verdict` on b.
             Without common images the means are those of each run, and there is no difference.
@@ -158,7 +158,7 @@ def _same_scale(a: Suite, b: Suite) -> bool:
 
 
 def _shared_scenes(a: Suite, b: Suite) -> list[str]:
-    """Scenes that are the same in both; where the boxes lie makes no other scene."""
+    """Scenes that are equal in both, ignoring their boxes."""
     fields = ("prompt", "negative_prompt", "concepts", "width", "height")
     others = {scene.name: scene for scene in b.scenes}
     return [
@@ -181,7 +181,7 @@ def _differences(a: Evaluation, b: Evaluation) -> Iterator[str]:
 
 
 def _changed_entries(kind: str, a: Iterable[Any], b: Iterable[Any]) -> Iterator[str]:
-    """What differs between lists of named things."""
+    """Differences between two lists of named entries."""
     first, second = ({entry.name: entry for entry in entries} for entries in (a, b))
     for run, own, other in (("A", first, second), ("B", second, first)):
         if only := [name for name in own if name not in other]:

@@ -1,4 +1,4 @@
-"""Where concepts are in an image: detectors that take nouns."""
+"""Detectors that find concepts in an image by nouns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Detection:
     Attributes:
         word: The noun it was found by.
         box: Where it is, in pixels.
-        score: How sure the detector is, 0 to 1.
+        score: Confidence of the detector, 0 to 1.
     """
 
     word: str
@@ -37,12 +37,12 @@ class Detector(Protocol):
     """Finds objects by nouns."""
 
     def detect(self, image: Image.Image, words: Sequence[str]) -> list[Detection]:
-        """The objects called by any of the words, surest first; no two of them are at the same place."""
+        """Objects that match any of the words, most confident first; no two of them overlap strongly."""
         ...
 
 
 class WindowDetector:
-    """Names square windows of an image with an encoder that knows words.
+    """Classifies square windows of an image with a text-image encoder.
 
     A window is a finding if "a WORD" fits it better than all of: the same of every other noun, "a part of a WORD" of
     every noun, and "nothing". Windows of three sizes are tried on a coarse grid; around the best ones for every word,
@@ -50,9 +50,9 @@ class WindowDetector:
 
     Args:
         encoder: Must read text.
-        vocabulary: Nouns that may be there besides those asked for.
+        vocabulary: Further nouns that may be in the image.
         threshold: Least probability of a finding.
-        temperature: What similarities are divided by before they become probabilities.
+        temperature: Similarities are divided by it before the softmax.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class ZeroShotDetector:
 
 
 def make_detector(config: WindowsConfig | ZeroShotConfig, encoder: Encoder, device: str) -> Detector:
-    """The detector that a suite asks for."""
+    """The detector of a suite."""
     if isinstance(config, WindowsConfig):
         return WindowDetector(encoder, config.vocabulary, config.threshold)
     return ZeroShotDetector(config.model, config.threshold, device)
@@ -164,7 +164,7 @@ def _around(boxes: Sequence[Box], shares: Tensor, size: tuple[int, int], best: i
 
 
 def distinct(found: Sequence[Detection]) -> list[Detection]:
-    """The surest of findings that lie on each other, whatever their words."""
+    """Keeps the most confident of overlapping findings, whatever their words."""
     kept: list[Detection] = []
     for one in sorted(found, key=lambda one: -one.score):
         if all(shared(one.box, other.box) <= SHARED for other in kept):
@@ -179,7 +179,7 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def shared(a: Box, b: Box) -> float:
-    """How much of the smaller box lies in the larger one, 0 to 1."""
+    """Fraction of the smaller box that lies in the larger one, 0 to 1."""
     return _common(a, b) / min(_area(a), _area(b))
 
 

@@ -23,17 +23,17 @@ IMAGES_ONLY = ("dinov2", "dinov2_with_registers")
 
 
 class Encoder:
-    """Turns images, and texts if it has any use for them, into embeddings; `load_encoder` makes one.
+    """Encodes images, and with some models texts; `load_encoder` makes one.
 
     Images are resized and normalised by the model's own processor, computed with Pillow and numpy whether or not
     torchvision is there. The processors of CLIP and DINOv2 usually cut off what is not square.
 
     Args:
-        name: What error messages and tables call it.
+        name: Its name in error messages and tables.
         model: From transformers.
         processor: Of images.
         tokenizer: None for a model of images only.
-        batch_size: How many images or texts are encoded at once; the embeddings do not depend on it.
+        batch_size: Number of images or texts per batch; embeddings do not depend on it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Encoder:
         return self._in_batches(self._encode_images, images, Image.new("RGB", (1, 1)))
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Encodes texts. What is too long for the model is cut off, which the log says once.
+        """Encodes texts. Texts that are too long are cut off, with one warning.
 
         Returns:
             Embeddings [n, channels] of length 1, float32 on the CPU.
@@ -148,7 +148,7 @@ def load_encoder(source: str, device: str = "cpu") -> Encoder:
 
 
 def _locate(source: str) -> str:
-    """What `from_pretrained` is to open."""
+    """The source for `from_pretrained`."""
     if source == JUDGE:
         try:
             return str(playground_judge())
@@ -173,7 +173,7 @@ def _opened(what: str, kind: Any, where: str, **options: Any) -> Any:
             return kind.from_pretrained(where, trust_remote_code=False, **options)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # files come from strangers, and libraries raise whatever they meet
+    except Exception as error:  # files are not trusted, and libraries raise many kinds of errors
         reason = str(error).strip() or type(error).__name__
         raise ValueError(f"{what} cannot be opened; {_expected()}. What went wrong: {reason[:600]}") from error
 
@@ -185,7 +185,7 @@ def _expected() -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines and bars of transformers inside this block."""
+    """Switches off log lines and progress bars of transformers inside this block."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What images are scored by: pure functions of embeddings and similarities.
+"""Metrics as pure functions of embeddings and similarities.
 
 Embeddings are torch tensors [n, channels] of length 1 (see `encoders.py`); everything else is numpy, float64.
 
@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 def clip_t(images: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
     """How well images fit their texts: 100 max(cos, 0), CLIPScore with the factor 100 of torchmetrics.
 
-    0 to 100; higher is better. Detection plays no part: the whole image is compared.
+    0 to 100; higher is better. No detection: the whole image is compared.
 
     Hessel et al. 2021, "CLIPScore", https://arxiv.org/abs/2104.08718, who use the factor 2.5.
 
@@ -33,8 +33,8 @@ def clip_t(images: torch.Tensor, texts: torch.Tensor) -> np.ndarray:
 def clip_i(images: torch.Tensor, references: torch.Tensor) -> np.ndarray:
     """How alike images and references are: the mean cosine similarity to all references.
 
-    -1 to 1; higher is better. Detection plays no part: what is in `images` is compared. With embeddings of CLIP this is
-    CLIP-I, with those of DINO it is DINO-I, of Ruiz et al. 2022, "DreamBooth", https://arxiv.org/abs/2208.12242.
+    -1 to 1; higher is better. No detection: all of `images` is compared. With embeddings of CLIP this is CLIP-I, with
+    those of DINO it is DINO-I, of Ruiz et al. 2022, "DreamBooth", https://arxiv.org/abs/2208.12242.
 
     Args:
         images: Embeddings [n, channels].
@@ -143,8 +143,8 @@ def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
 
     Args:
         similarity: S [concepts, concepts].
-        thresholds: What the similarity to the own references is to reach [concepts], see `presence_threshold`; NaN
-            leaves that check out.
+        thresholds: Least similarity to the own references [concepts], from `presence_threshold`; NaN means no
+            threshold.
     """
     own, others = _own_and_others(similarity)
     if len(own) < len(similarity):
@@ -153,13 +153,13 @@ def success(similarity: np.ndarray, thresholds: np.ndarray) -> bool:
 
 
 def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
-    """From which similarity to its references on a concept counts as there.
+    """The similarity to its references from which on a concept counts as present.
 
     That the own references are the nearest is not enough: a plain cat is the nearest thing to the references of "my
     cat" among cat and dog. So two kinds of images are made: of the plain object, without any LoRA, and with the
     concept's LoRA alone. The threshold is halfway between the mean similarity of the former and what the latter reach
-    at their best (`reached`; a LoRA alone often fails, too). Measured with the encoder that is used, it calibrates
-    itself for every encoder.
+    at their best (`reached`; a LoRA alone often fails, too). Since it is measured with the same encoder, it is
+    calibrated for every encoder.
 
     -1 to 1; neither direction is better. NaN if images with the LoRA are not more alike to the references than
     images without: then this encoder cannot tell the identity.
@@ -173,7 +173,7 @@ def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
 
 
 def reached(alone: np.ndarray) -> float:
-    """What a LoRA reaches alone, when it works: the similarity that one image in ten exceeds.
+    """The similarity that a LoRA reaches alone in its best images: one image in ten exceeds it.
 
     Args:
         alone: Similarities with the LoRA alone [m]; NaN (not detected) is left out. NaN if nothing is left.

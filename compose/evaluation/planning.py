@@ -1,4 +1,4 @@
-"""What is to be made and scored, with names that change whenever something changes that the results depend on."""
+"""The plan of an evaluation: all batches, under names that change whenever an input of their results changes."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ from lora_compose.compose.evaluation.suite import Suite, ZeroShotConfig
 from lora_compose.compose.generate.facts import digest, file_hash, model_facts, run_facts
 from lora_compose.compose.playground.assets import PLAYGROUNDS, playground_judge, playground_model
 
-SCORING = 1  # counted up whenever scores are computed in another way
+SCORING = 1  # incremented whenever the computation of scores changes
 
 
 def make_plan(suite: Suite) -> Plan:
@@ -21,7 +21,7 @@ def make_plan(suite: Suite) -> Plan:
 
     Images are kept under a hash of the run, the threads and the contents of model and LoRAs; scores under a hash of
     the scene and the contents of encoder, detector and references. So a rerun continues where it stopped, a changed
-    suite keeps what is still valid, and nothing old is taken for something new.
+    suite keeps what is still valid, and outdated results are never used.
 
     Raises:
         ValueError: If files are missing.
@@ -65,7 +65,7 @@ def _present(paths: Iterable[Path], concept: str) -> Iterator[Path]:
 
 
 def fingerprint(source: str) -> Any:
-    """What a model is: hashes of its files where they are on this machine, its name where it is a hub repository."""
+    """Identifies a model: by hashes of its files, or by its name if it is a hub repository."""
     path = Path(source).expanduser()
     if source in PLAYGROUNDS:
         path = playground_model(source)

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page that needs nothing else, Markdown, and tables for pandas."""
+"""The report of an evaluation: a self-contained HTML page, Markdown, and tables for pandas."""
 
 import html
 import re
@@ -54,7 +54,7 @@ class Report:
 
 
 def write_report(out: Path, baseline: str | None = None) -> Report:
-    """Writes what an evaluation has found so far into its folder.
+    """Writes the report of an evaluation, as far as it is finished, into its folder.
 
     report.html (images inside), report.md, images.csv, concepts.csv and summary.json; each appears whole or not at
     all. The same results give the same files.
@@ -126,7 +126,7 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
 
 
 def facts(evaluation: Evaluation) -> dict[str, str]:
-    """What a reader has to know about the circumstances."""
+    """The circumstances of the evaluation, for the reader."""
     suite = evaluation.suite
     detector = suite.detector
     found_by = "none, the scenes' regions are cut out" if detector is None else detector.kind
@@ -154,7 +154,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
 
 
 def warnings(evaluation: Evaluation) -> list[str]:
-    """What a reader must not overlook."""
+    """Warnings about the results, for the reader."""
     found = [
         f"This metric cannot tell {name}: with its LoRA alone, images are no more alike to its references than "
         "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "

@@ -1,4 +1,4 @@
-"""What an evaluation stores: a folder per batch, with its images, how they were made, and how they were scored.
+"""Stored results of an evaluation: a folder per batch, with images, their costs, and scores.
 
     plan.json                      all batches of the evaluation
     batches/KEY/SEED.png           the images, each with its run inside
@@ -6,8 +6,8 @@
     batches/KEY/scores-HASH.json   scores by one way of scoring
     batches/KEY/failed.json        why it failed, in place of the others
 
-Every file appears whole or not at all. Scores hold what was measured; all that tables say is computed from them. What
-has been damaged since is not read: such a batch counts as not made, or as not scored.
+Every file appears whole or not at all. Scores hold raw measurements; tables are computed from them. A damaged file is
+not used: its batch counts as not made, or as not scored.
 """
 
 import shutil
@@ -39,10 +39,10 @@ class ImageCost(_Frozen):
         rows_stopped: latent rows run forward in truncated passes.
         rows_backward: latent rows run backward.
         flops: FLOPs of all UNet passes, counted.
-        seconds: By the clock, decoding included.
-        preparation_seconds: Of those, until the first step.
-        peak_bytes: Largest memory that tensors took during the call, for the whole batch; None where PyTorch does not
-            tell, on mps.
+        seconds: Wall time, including decoding.
+        preparation_seconds: Part of it until the first step.
+        peak_bytes: Largest memory that tensors took during the call, for the whole batch; None on mps, where PyTorch
+            does not report it.
     """
 
     rows_forward: float
@@ -83,7 +83,7 @@ class ConceptScore(_Frozen):
 
     Attributes:
         box: Where it was found, or its region without a detector; None if it was not found.
-        detection: How sure the detector was, 0 to 1; None without a detector, or if it was not found.
+        detection: Confidence of the detector, 0 to 1; None without a detector, or if it was not found.
         similarity: Of what is in the box to the references of every concept of the scene; empty if it was not found.
         whole: Similarity of the whole image to the concept's references.
         placed: Whether the middle of the box lies in the concept's region; None without a region or a detector, or if
@@ -98,7 +98,7 @@ class ConceptScore(_Frozen):
 
 
 class ImageScores(_Frozen):
-    """What was measured on one image.
+    """Measurements of one image.
 
     Attributes:
         clip_t: 100 x similarity to the prompt without triggers; None if the encoder reads no text.
@@ -112,7 +112,7 @@ class ImageScores(_Frozen):
 
 
 class Scores(_Frozen):
-    """What was measured on a batch, by seed."""
+    """Measurements of a batch, by seed."""
 
     images: Mapping[int, ImageScores]
 
@@ -176,7 +176,7 @@ def image_path(out: Path, key: str, seed: int) -> Path:
 
 
 def clear(out: Path, key: str) -> None:
-    """Removes what an interrupted run has left of a batch."""
+    """Removes the incomplete files of a batch."""
     shutil.rmtree(batch_folder(out, key), ignore_errors=True)
 
 

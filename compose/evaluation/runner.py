@@ -1,7 +1,7 @@
-"""Makes and scores the batches of a plan, continues where it was stopped, and keeps what it has whatever happens.
+"""Generates and scores the batches of a plan; resumes after an interruption and keeps finished results.
 
-Any number of processes on any number of machines that share the folder work at it together: each claims one batch after
-the other. They may start late, leave or die at any time.
+Any number of processes, on any machines that share the folder, can work on it: each claims one batch at a time. They
+may start late, or end at any time.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 CLAIMS = "claims"
 PATIENCE = 60.0
-"""After how many seconds without a sign of life a process of an evaluation counts as dead."""
+"""Seconds without a heartbeat after which a process of an evaluation counts as dead."""
 
 PROBE_STEPS = 2
 
@@ -64,15 +64,15 @@ OnProgress = Callable[[float], None]
 
 
 def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None, *, patience: float = PATIENCE) -> None:
-    """Makes and scores what is left of a suite, until all of it is done, by this process or by others.
+    """Generates and scores the remaining batches of a suite, until this or other processes have finished all.
 
-    What is there already is not done again, unless it has been damaged since. A batch that fails is tried once.
+    Finished batches are not repeated unless they are damaged. A batch that fails is tried once.
 
     Args:
         suite: What to evaluate.
         out: The evaluation's folder.
         on_progress: Called with the number of finished batches of all processes.
-        patience: After how many seconds without a sign of life the batch of another process is taken over.
+        patience: Seconds without a heartbeat after which the batch of another process is taken over.
 
     Raises:
         ValueError: If something in the suite cannot work; nothing has been made then.
@@ -214,11 +214,11 @@ class Worker:
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs, wherever an offloaded one waits meanwhile."""
+        """The device that the model runs on, even if it is offloaded."""
         return self.pipe._execution_device
 
     def check(self, todo: Iterable[Batch]) -> None:
-        """Goes through everything that is to be made, up to the first denoising step.
+        """Rehearses all batches up to the first denoising step.
 
         Raises:
             ValueError: With all problems, each with its scene and arm.
@@ -233,7 +233,7 @@ class Worker:
             raise ValueError("\n".join(["the suite cannot be evaluated:", *problems]))
 
     def do(self, batch: Batch, planned: Planned, claim: Claim, on_progress: OnProgress) -> None:
-        """Makes and scores one batch. What goes wrong in it is written down and stops nothing else.
+        """Generates and scores one batch. An error is stored and does not stop other batches.
 
         If another process has taken the batch over meanwhile, its results stand.
 
@@ -245,7 +245,7 @@ class Worker:
         if not _look(self.out, batch, planned).made:
             try:
                 made, cost = self._make(batch, on_progress)
-            except Exception as error:  # whatever models and libraries raise
+            except Exception as error:  # models and libraries may raise anything
                 clear(self.out, planned.key)  # else what is damaged would pass for made
                 _write_down(folder, planned, error)
                 return

@@ -38,7 +38,7 @@ class Scorer:
     references: Mapping[str, Tensor]
 
     def score(self, image: Image.Image, scene: SuiteScene) -> ImageScores:
-        """What can be measured on an image of a scene."""
+        """Measures an image of a scene."""
         concepts = [self.suite.concept(name) for name in scene.concepts]
         references = [self.references[concept.name] for concept in concepts]
         whole = self.encoder.images([image])
@@ -62,7 +62,7 @@ class Scorer:
         return _rounded(clip_t(whole, self.encoder.texts([without_triggers(scene.prompt, concepts)]))[0])
 
     def _found(self, image: Image.Image, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> list[Detection]:
-        """What the detector finds; without one, each concept's region, in the order of the concepts."""
+        """Findings of the detector; without one, each concept's region, in the order of the concepts."""
         if self.detector is not None:
             return self.detector.detect(image, [concept.class_word for concept in concepts])
         return [Detection(concept.class_word, scene.regions[concept.name], 1.0) for concept in concepts]
@@ -90,7 +90,7 @@ class Scorer:
 
 
 def squared(image: Image.Image) -> Image.Image:
-    """An image as it is, with grey beside it up to a square: encoders would cut off or bend what is not square."""
+    """Pads an image with grey to a square, since encoders would crop or stretch it."""
     side = max(image.size)
     return ImageOps.pad(image, (side, side), color=(128, 128, 128))
 

@@ -1,4 +1,4 @@
-"""Suites by name: those that come along."""
+"""The suites that are shipped with the package."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from lora_compose.compose.support.names import did_you_mean, file_near
 
 
 def suites_dir() -> Path:
-    """The folder with the suites that come along."""
+    """The folder of shipped suites."""
     return assets_dir() / "suites"
 
 
 def find_suite(name: str) -> Path:
-    """The file of a suite: a path, or the name of one that comes along.
+    """The file of a suite, given by path or by the name of a shipped suite.
 
     Raises:
         FileError: If there is neither; the message lists the names.

@@ -1,7 +1,7 @@
 """Means with intervals, and whether one method is better than another.
 
-Images of one scene are alike, whatever their seeds: many seeds of few scenes say little about other scenes. So
-scenes, not images, are what is averaged and resampled.
+Images of one scene are alike, whatever their seeds: many seeds of few scenes tell little about other scenes. So the
+mean and the bootstrap are over scenes, not images.
 """
 
 from collections.abc import Sequence
@@ -81,10 +81,10 @@ def bootstrap(
 def compare(method: pd.Series, baseline: pd.Series, higher_is_better: bool, tie: float = 1e-6) -> Comparison:
     """Compares a method with a baseline on the images that both made.
 
-    The verdict is "better" or "worse" if the 95 % interval of the difference leaves 0 out, and "undecided" otherwise.
-    It is "undecided" as well with fewer than 10 scenes (`MINIMUM_SCENES`), because the interval is then too narrow:
-    with 10 scenes it is wrong about twice as often as it says (see `bootstrap`), with fewer more often. With 5, even
-    the same sign in all, which chance gives in 6 % of cases, would be a verdict.
+    The verdict is "better" or "worse" if the 95 % interval of the difference excludes 0, and "undecided" otherwise. It
+    is "undecided" as well with fewer than 10 scenes (`MINIMUM_SCENES`), because the interval is then too narrow: with
+    10 scenes it is wrong about twice as often as it says (see `bootstrap`), with fewer more often. With 5, even the
+    same sign in all, which chance gives in 6 % of cases, would be a verdict.
 
     Args:
         method: Values with an index of scene and seed.

@@ -1,4 +1,4 @@
-"""What is to be evaluated: a suite of concepts, scenes and methods."""
+"""A suite: the concepts, scenes and methods of an evaluation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -15,7 +15,7 @@ from lora_compose.pipelines.scene import Region, Start
 from lora_compose.pipelines.text.tokens import find_words
 
 SANITY = ("no LoRA", "alone", "merge")
-"""What every evaluation contains: the model as it is, each LoRA alone (`method_alone`), and all of them added up."""
+"""Reference rows of every evaluation: no LoRA, each LoRA alone (`method_alone`), and the sum of all."""
 
 
 class _Frozen(BaseModel):
@@ -26,7 +26,7 @@ Name = Annotated[str, Field(pattern=r"^[\w][\w .,+-]{0,59}$")]
 
 
 class SuiteConcept(_Frozen):
-    """A concept and what it should look like.
+    """A concept with its reference images.
 
     Attributes:
         name: What it is called.
@@ -147,8 +147,8 @@ class Suite(_Frozen):
         encoder: What measures similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
         detector: How concepts are found in images; None crops the regions of the scenes.
         concepts: The concepts.
-        scenes: What is to be seen.
-        methods: What is compared; `merge` is added where it is missing.
+        scenes: The scenes.
+        methods: The methods to compare; `merge` is added if it is missing.
         baseline: The method that the others are compared with.
         seeds: Of the start noise, for every scene and method.
         batch_size: Images made in one call. It is part of the suite because the pixels depend on it.
@@ -238,7 +238,7 @@ def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     undefined = [name for name in scene.concepts if name not in known]
     if undefined:
         raise ValueError(
-            f"{where} names {_listed(undefined)}, which is no concept of the suite; there are {_listed(known)}"
+            f"{where} names {_listed(undefined)}, which is not a concept of the suite; there are {_listed(known)}"
         )
     if len(set(scene.concepts)) < len(scene.concepts):
         raise ValueError(f"{where} names a concept twice")
@@ -260,7 +260,7 @@ def read_suite(name: str) -> Suite:
     """Reads and checks a suite. Relative paths in it are relative to its file.
 
     Raises:
-        FileError: If it is missing, unreadable or wrong; every complaint names its place.
+        FileError: If it is missing, unreadable or wrong; the message names the field.
     """
     path = find_suite(name)
     suite = read_as(Suite, path)

@@ -1,4 +1,4 @@
-"""What images are judged by, and a row per arm with intervals."""
+"""The metrics, and a summary with a row per arm and intervals."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +13,15 @@ from lora_compose.compose.evaluation.table import COSTS, Evaluation, arm_names
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that images are judged by.
+    """A metric of images.
 
     Attributes:
         key: Its column in the tables.
-        title: What people call it.
+        title: Its name in tables.
         higher_is_better: Its direction.
         digits: How many are shown after the point.
-        span: From where to where it goes.
-        meaning: What it says, in a sentence or two.
+        span: Its range.
+        meaning: An explanation, in a sentence or two.
     """
 
     key: str

@@ -60,7 +60,7 @@ _NUMBERS = (
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What an evaluation has measured so far.
+    """The results of an evaluation so far.
 
     Attributes:
         plan: What is to be made.
@@ -69,7 +69,7 @@ class Evaluation:
         thresholds: A row per concept: mean similarity without any LoRA, what its LoRA reaches alone, and the threshold.
         bounds: A row per arm and concept: mean similarity, and its ratio to that with the LoRA alone.
         made: How the batches with scores were made.
-        failed: What went wrong.
+        failed: Batches that failed.
         missing: Batches that are not made yet.
         unscored: Images that are made, but not scored yet.
     """
@@ -210,7 +210,7 @@ def _stored(out: Path, plan: Plan) -> tuple[list[_Image], list[Failed], int, int
 
 
 def _sound(reading: Callable[[], _Read | None]) -> _Read | None:
-    """What is read, as if it were not there if it is damaged: one batch is no reason to show nothing of the others."""
+    """Reads results; a damaged batch is logged and left out, so that the others are still shown."""
     try:
         return reading()
     except FileError as error:
@@ -293,7 +293,7 @@ def _image_row(shot: _Image, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]
 
 
 def _thresholds(suite: Suite, concepts: pd.DataFrame) -> pd.DataFrame:
-    """From which similarity on a concept counts as there, for the concepts that scenes use."""
+    """The presence thresholds of the concepts that scenes use."""
     used = {name for scene in suite.scenes for name in scene.concepts}
     rows = []
     for name in (concept.name for concept in suite.concepts if concept.name in used):

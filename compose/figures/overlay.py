@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 PALETTE = ("#1f9e89", "#e07a1f", "#7a5cd6", "#c9427d", "#3b82c4", "#8a9a1b", "#b5553c", "#5c6b8a")
-"""Colours of concepts, in their order; seen well on light and on dark ground."""
+"""Colours of concepts, in order; readable on light and dark backgrounds."""
 
 _GREY = 0.35  # how much of the image's light stays under a map
 _TINT = 0.45  # of a mask
@@ -41,7 +41,7 @@ def heat(image: Image.Image, attention: Attention, concept: int, step: int | Non
     Args:
         image: The image.
         attention: Of its call.
-        concept: Whose map.
+        concept: Index of the concept.
         step: Index of a recorded step; None is the mean over all.
         index: Which image of the call.
     """

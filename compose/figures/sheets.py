@@ -21,9 +21,9 @@ class Row:
     """A row of images.
 
     Attributes:
-        label: What stands to the left of it, by line; the first line is the larger one.
+        label: Lines of text to the left of the row; the first line is larger.
         images: One for every column.
-        captions: What stands above each image.
+        captions: Text above each image.
         parted: Whether a line sets it apart from the row above.
     """
 
@@ -44,10 +44,10 @@ def sheet(
     """Draws a sheet.
 
     Args:
-        columns: What stands above each column, by line; the first line is the larger one.
+        columns: Lines of text above each column; the first line is larger.
         rows: The images.
-        title: What stands above everything.
-        lines: What stands below the title.
+        title: Title of the sheet.
+        lines: Lines below the title.
         side: Longer side of an image on the sheet, in pixels. Small images are enlarged without blur.
     """
     labels = max((_width(text, i) for row in rows for i, text in enumerate(row.label)), default=0)
@@ -142,7 +142,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int = 5) -> Image.Image:
-    """An image, and how the maps and masks of its concepts came about.
+    """An image with the maps and masks of its concepts over the steps.
 
     Args:
         image: The image.

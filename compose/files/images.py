@@ -1,7 +1,6 @@
-"""Images that say how they were made: PNGs with a record in them.
+"""Images with a record of how they were made, in PNG metadata.
 
-Images come from strangers: sizes are limited, nothing is executed, and every complaint names the file and what was
-found.
+Images are not trusted: sizes are limited, nothing is executed, and every error names the file and what was found.
 """
 
 import json
@@ -26,7 +25,7 @@ from lora_compose.pipelines.scene import Run
 RECORD_KEY = "lora-compose"
 
 _MIB = 2**20
-_RECORD_LIMIT = 8 * _MIB  # characters; a scene file of the largest size fits, whatever its letters
+_RECORD_LIMIT = 8 * _MIB  # characters; the largest scene file fits, whatever its characters
 _IMAGE_LIMIT = 256 * _MIB  # bytes of an image file
 _PIXEL_LIMIT = 64 * _MIB
 
@@ -36,7 +35,7 @@ class Machine(BaseModel):
 
     Attributes:
         device: As torch names it: "cpu", "cuda:0".
-        name: Which processor that is.
+        name: Name of the processor.
         threads: Threads that torch computed with on the CPU.
     """
 
@@ -51,9 +50,9 @@ class Record(BaseModel):
     """The metadata of an image: how it was made.
 
     Attributes:
-        run: What was asked for, with the method, scheduler and device that were used.
+        run: The run, with the method, scheduler and device that were used.
         versions: Of lora-compose, python, torch, diffusers and transformers.
-        sha256: Of the LoRA files, by concept.
+        sha256: SHA-256 of the LoRA files, by concept.
         images: SHA-256 of the image that it starts from and of its mask, by the name of the field.
         machine: Where it was made.
         batch: The seeds of all images that were made in one call with this one, in order; empty if it was made alone.
@@ -118,7 +117,7 @@ def record_in(file: BinaryIO, where: str) -> Record:
 
     Args:
         file: The image.
-        where: What complaints call it.
+        where: Its name in error messages.
 
     Raises:
         FileError: If it is no PNG, has no record, or one that is broken.
@@ -150,7 +149,7 @@ def read_pixels(path: str | Path) -> Image.Image:
 def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
     try:
         if file.seek(0, os.SEEK_END) > _IMAGE_LIMIT:
-            raise FileError(f"{where} is larger than {_IMAGE_LIMIT} bytes; that is no image of lora-compose")
+            raise FileError(f"{where} is larger than {_IMAGE_LIMIT} bytes; an image of lora-compose is smaller")
         file.seek(0)
         with Image.open(file, formats=("PNG",)) as image:
             if image.width * image.height > _PIXEL_LIMIT:

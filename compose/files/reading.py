@@ -1,4 +1,4 @@
-"""Opening files that come from strangers; what is wrong with them is a `FileError`."""
+"""Opens files that are not trusted; errors become `FileError`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ class FileError(ValueError):
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to be read, and no pipe or device, which would keep us waiting."""
+    """Opens a regular file; a pipe or device would block."""
     try:
         with open_regular(path) as file:
             yield file

@@ -1,7 +1,7 @@
 """Scene and run files, YAML or JSON.
 
-They come from strangers: sizes are limited, nothing is executed, and every complaint names the file, the place in it,
-what was expected and what was found.
+Files are not trusted: sizes are limited, nothing is executed, and every error names the file, the position in it, what
+was expected and what was found.
 """
 
 import json

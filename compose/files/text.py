@@ -1,4 +1,4 @@
-"""YAML and JSON files, read strictly: nothing given twice, no aliases, and every complaint names the place."""
+"""Strict reading of YAML and JSON: no duplicate fields, no aliases, and every error names its position."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ _TEXT_LIMIT = 2**20  # bytes of a scene or run file
 
 
 def parse_value(text: str) -> Any:
-    """A value as YAML writes it: a number, true, a list, otherwise text.
+    """A value in YAML: a number, true, a list, otherwise text.
 
     Raises:
         FileError: If it is not valid YAML.
@@ -22,14 +22,14 @@ def parse_value(text: str) -> Any:
 
 
 def parse_file(path: Path, limit: int | None = None) -> Any:
-    """What a YAML or JSON file says.
+    """The content of a YAML or JSON file.
 
     Args:
         path: The file.
         limit: Most bytes; None is enough for a scene or run.
 
     Raises:
-        FileError: If it is missing, too large, no UTF-8 text, or not valid.
+        FileError: If it is missing, too large, not UTF-8, or not valid.
     """
     kind, limit = _kind(path), limit or _TEXT_LIMIT
     with open_file(path) as file:
@@ -44,14 +44,14 @@ def parse_file(path: Path, limit: int | None = None) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """What a JSON text says.
+    """The content of a JSON text.
 
     Args:
         text: The text.
-        where: What complaints call it.
+        where: Its name in error messages.
 
     Raises:
-        FileError: If it is not valid, or says a field twice.
+        FileError: If it is not valid, or has a field twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=_no_constant)

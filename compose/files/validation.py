@@ -1,4 +1,4 @@
-"""Complaints about what a file, a command or a field of the page says: where, what was expected, what was found."""
+"""Validation of files, commands and fields of the page, with errors that say what was expected and found."""
 
 from typing import Any, TypeVar
 
@@ -13,15 +13,15 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def validated(kind: type[_Model], data: Any, where: str) -> _Model:
-    """Data as a model.
+    """Validates data as a model.
 
     Args:
         kind: The model.
-        data: What a file says.
-        where: What complaints call it.
+        data: The content of a file.
+        where: Its name in error messages.
 
     Raises:
-        FileError: If it does not fit; a line for every place.
+        FileError: If it does not fit; a line for every wrong field.
     """
     if not isinstance(data, dict):
         raise FileError(f"{where}: expected {', '.join(field_names(kind))}, found {shown_value(data)}")

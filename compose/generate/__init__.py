@@ -1,4 +1,4 @@
-"""From a run to an image: opening models, making images, making them again."""
+"""From a run to an image: opens models, generates images, and reproduces them."""
 
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model

@@ -1,7 +1,7 @@
 """What a process runs that `launch` has started: `lora-compose`, until that one is gone.
 
-The system closes the other end of the standard input when the parent ends, even if it is killed. This text is run by
-itself (`python -c`), before any slow import.
+The system closes the other end of the standard input when the parent ends, even if it is killed. The source of this
+module is run with `python -c`, before any slow import.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Images of a run, one for each seed, as files: what `lora-compose run` does."""
+"""`lora-compose run`: writes images of a run, one for each seed."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -25,15 +25,15 @@ def make_images(
     loras: Path | None = None,
     maps: bool = False,
 ) -> None:
-    """Makes images and says where they are; several also on a contact sheet.
+    """Generates images and prints their paths; several also go on a contact sheet.
 
     Args:
-        asked: What to make; its own seed is not used.
+        asked: The run; its own seed is not used.
         seeds: One for each image.
         out: The folder for them.
         savers: Options that save memory.
-        loras: A folder of LoRAs, of which those act that the prompt names; None takes the concepts of the scene.
-        maps: Whether attention maps are written, too.
+        loras: A folder of LoRAs; those that the prompt names take part. None means the concepts of the scene.
+        maps: Whether attention maps are written.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -65,7 +65,7 @@ def make_images(
 
 
 def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
-    """A scene with those LoRAs of a folder that its prompt names; says which, and which may have been meant."""
+    """The scene with the LoRAs of a folder that its prompt names; prints them, and similar ones."""
     known = {concept.name: concept for concept in pipe.add_concepts(loras)}
     choice = choose_concepts(scene.prompt, known)
     for reason in choice.reasons:

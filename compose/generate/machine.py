@@ -1,4 +1,4 @@
-"""The machine: its devices, threads and versions, as far as images depend on them."""
+"""Devices, threads and versions on which images depend."""
 
 import os
 import platform
@@ -18,10 +18,10 @@ _DEVICES = re.compile(r"(cpu|mps|(cuda|xpu)(:\d+)?)")
 
 
 def choose_device(name: str | None) -> str:
-    """A device that is there; None chooses an accelerator if there is one.
+    """Checks a device; None chooses an accelerator if there is one.
 
     Raises:
-        ValueError: If the device is unknown or not there.
+        ValueError: If the device is unknown or missing.
     """
     there = devices()
     if name is None:
@@ -29,7 +29,7 @@ def choose_device(name: str | None) -> str:
     if not _DEVICES.fullmatch(name):
         raise ValueError(f"unknown device {name!r}; expected cpu, cuda, cuda:0, mps or xpu")
     if name not in there:
-        raise ValueError(f"the device {name!r} is not there; there are {', '.join(there)}")
+        raise ValueError(f"this machine has no device {name!r}; it has {', '.join(there)}")
     return name
 
 
@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device | str) -> Machine:
-    """The facts about a device that an image may depend on."""
+    """Facts about a device on which an image may depend."""
     device = torch.device(device)
     if device.type in ("cuda", "xpu"):
         name = getattr(torch, device.type).get_device_name(device)

@@ -1,4 +1,4 @@
-"""From a run to an image, in one way for all: `open_model` opens its model, `make` makes it."""
+"""Generates the image of a run, the same way for command line, page and evaluation."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,8 @@ from lora_compose.pipelines.session import Session
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, Tensor], None]
-"""Called after every step with the number of steps done, of how many, and the latents; what it raises ends the call."""
+"""Called after every step with the number of finished steps, the number of all steps, and the latents. Raising ends the
+call."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ def make(pipe: Any, run: Run, on_progress: Callable[[float], None] | None = None
     The concepts stay loaded in the pipeline, so that the next run with them does not read their files again.
 
     Args:
-        pipe: What `open_model` gave for this run, or for one that differs only in scene, method, scheduler, steps,
+        pipe: A pipeline from `open_model`, for this run or one that differs only in scene, method, scheduler, steps,
             guidance or seed.
-        run: What to make.
-        on_progress: Called after every step with the share that is done, up to 1.
+        run: The run.
+        on_progress: Called after every step with the finished fraction, up to 1.
 
     Returns:
         The image, and its record with the method, scheduler and device that were used.
@@ -91,8 +92,8 @@ def make_batch(
         run: What to make; its own seed is not used.
         seeds: One for each image.
         on_progress: As for `make`.
-        on_step: Sees every step, and may end the call by raising.
-        record_attention: Whether attention maps of all steps are kept; they change nothing in the images.
+        on_step: Called after every step; may end the call by raising.
+        record_attention: Whether to record attention maps of all steps; images do not change.
 
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
@@ -104,7 +105,7 @@ def make_batch(
             versions=versions(),
             sha256=_hashes(loaded),
             images=_image_hashes(run.scene),
-            machine=machine(pipe._execution_device),  # where an offloaded model is meanwhile says nothing
+            machine=machine(pipe._execution_device),  # an offloaded model may be on another device now
         )
         output = pipe(
             **arguments,
@@ -130,7 +131,7 @@ def make_batch(
 
 
 def rehearse(pipe: Any, run: Run) -> None:
-    """Does what `make` does until the first denoising step, without it.
+    """Runs `make` up to the first denoising step, for its checks.
 
     Raises:
         ValueError: Whatever `make` would raise.
@@ -164,12 +165,12 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
 def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     """Width and height of a scene's images in pixels.
 
-    What the scene leaves open is that of the image it starts from, unless a part of it is enlarged, or the model's own.
+    By default the size of the start image, unless a part of it is enlarged, otherwise the model's own.
     """
     if scene.image is not None and scene.padding_mask_crop is None:
         given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
         return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
-    # Both are always said: diffusers alone takes the model's own for both where one is missing.
+    # Both are always passed: if one is missing, diffusers takes the model's own size for both.
     width, height = pipe.own_size
     return scene.width or width, scene.height or height
 
@@ -192,7 +193,7 @@ def resolve_choice(pipe: Any, run: Run, loaded: Sequence[LoadedConcept]) -> Choi
 
 @dataclass(frozen=True)
 class _Rehearsal:
-    """A method that starts, and then goes no further."""
+    """A method that stops before the first step."""
 
     settings: Settings | None
 

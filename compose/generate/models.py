@@ -20,16 +20,16 @@ def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
     """Opens the model of a run: weights from safetensors only, in the run's precision, on the run's device.
 
     Args:
-        run: Whose model.
+        run: The run.
         savers: Options that save memory.
 
     Returns:
         A pipeline for `make`.
 
     Raises:
-        ModelError: If there is no such model, it is of another kind, or it has pickled weights only.
-        ValueError: If the device, method, settings or scheduler are unknown, or ways to save memory do not go together,
-            before anything is opened.
+        ModelError: If the model is missing, not supported, or has pickled weights only.
+        ValueError: If the device, method, settings or scheduler are unknown, or options that save memory cannot be
+            combined, before anything is opened.
     """
     if run.method is not None:
         make_method(run.method, run.settings)
@@ -43,14 +43,14 @@ def open_model(run: Run, savers: Collection[Saver] = ()) -> Any:
             if source.is_file():
                 pipe = ComposePipeline.from_single_file(source, dtype=dtype)
             else:
-                # A path would turn the slash of a hub name around on Windows.
+                # On Windows a path would change the slash of a hub name.
                 name = str(source) if source.is_dir() else run.model
                 pipe = ComposePipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except torch.OutOfMemoryError:
         raise
     except ConnectionError as error:
         raise ModelError(f"{error}; {PLAYGROUND} is a small model that comes with lora-compose") from error
-    except Exception as error:  # model files come from strangers, and libraries raise whatever they meet
+    except Exception as error:  # model files are not trusted, and libraries raise many kinds of errors
         reason = str(error).strip() or type(error).__name__
         raise ModelError(f"the model {run.model!r} cannot be opened: {reason[:600]}") from error
     pipe.set_progress_bar_config(disable=True)

@@ -1,4 +1,4 @@
-"""Repainting each subject of an image that says how it was made: what `lora-compose refine` does."""
+"""`lora-compose refine`: repaints each subject of an image that has a record."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -33,11 +33,11 @@ def refine_and_save(
     """Repaints the subjects of an image and writes the result.
 
     Args:
-        record: What the image says.
+        record: The record in the image.
         image: The image.
-        out: Where to; no file is overwritten.
+        out: The file to write; no file is overwritten.
         strength: The share of the steps that are run.
-        subjects: Names of concepts; none is all.
+        subjects: Names of concepts; empty means all.
         method: How a LoRA acts.
         loras: A folder in which moved LoRAs are found by content.
         model: The model's new location.
@@ -68,7 +68,7 @@ def refine_and_save(
 
 
 def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str, Any]:
-    """Where the subjects are: their regions, or what the same run finds once more."""
+    """Masks of the subjects: their regions, or the masks of the same run, which is repeated."""
     regions = {concept.name: concept.region for concept in run.scene.concepts if concept.region is not None}
     if regions:
         return regions

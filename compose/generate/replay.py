@@ -29,14 +29,14 @@ def replay_and_compare(
     model: str | None = None,
     savers: Collection[Saver] = (),
 ) -> bool:
-    """Reproduces an image, says what has changed since, and returns whether every pixel is the same.
+    """Reproduces an image, prints what has changed since, and returns whether all pixels are equal.
 
     Args:
-        record: What the image says.
+        record: The record in the image.
         given: Its pixels.
-        out: Where to write the new image; None is nowhere.
+        out: Where to write the new image; None means not at all.
         loras: A folder in which LoRA files are looked for, by content.
-        model: Where the model is now, if it has moved.
+        model: The model's new location, if it has moved.
         savers: Options that save memory.
 
     Raises:
@@ -58,10 +58,10 @@ def replay_and_compare(
 
 
 def runnable(record: Record, loras: Path | None = None) -> Run:
-    """The recorded run with LoRA files that are there, on a device that is there.
+    """The recorded run with LoRA files and a device that exist on this machine.
 
-    A file counts as the recorded one if its SHA-256 is the same. Where a path holds nothing or something else, the file
-    is looked for in `loras`; where that has none, a changed file is kept, and `changes` tells of it afterwards.
+    A file counts as the recorded one if its SHA-256 is the same. If a path has no file or another one, the file is
+    looked for in `loras`; if it is not there, a changed file is used, and `changes` reports it afterwards.
 
     Args:
         record: What an image says.
@@ -105,7 +105,7 @@ def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], N
 
 
 def changes(before: Record, now: Record) -> list[str]:
-    """What differs between two records that an image may depend on."""
+    """Differences between two records on which an image may depend."""
     pairs = [(name, before.versions.get(name), now.versions.get(name)) for name in {**before.versions, **now.versions}]
     pairs += [
         (f"LoRA of {name}", before.sha256.get(name), now.sha256.get(name)) for name in {**before.sha256, **now.sha256}
@@ -137,7 +137,7 @@ def _recorded_file(record: Record, concept: Concept) -> bool:
     file = _local(concept)
     try:
         return file is not None and sha256_of(file) == record.sha256.get(concept.name)
-    except OSError:  # it cannot be read, which the run will tell
+    except OSError:  # it cannot be read; the run will report that
         return False
 
 
@@ -149,7 +149,7 @@ def _local(concept: Concept) -> Path | None:
     try:
         path = Path(lora_source(concept.lora or "")).expanduser()
         return find_file(path) if concept.lora and path.exists() else None
-    except (ValueError, RuntimeError):  # nothing there that could be used
+    except (ValueError, RuntimeError):  # nothing usable
         return None
 
 

@@ -1,1 +1,1 @@
-"""What LoRA files are."""
+"""Inspecting and merging LoRA files."""

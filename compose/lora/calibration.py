@@ -1,4 +1,4 @@
-"""What the layers of a model see while one LoRA alone acts: for mergers that fit the result to it."""
+"""Measures the inputs of a model's layers while one LoRA alone acts, for mergers that need them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,10 +14,10 @@ from lora_compose.compose.lora.merging import Given, Matched, Name
 
 
 def prompt_of(given: Given) -> str:
-    """A text that shows what a LoRA has learned, by its trigger and class word.
+    """A prompt for a LoRA from its trigger and class word.
 
     Raises:
-        ValueError: If the file does not say its trigger.
+        ValueError: If the file does not contain its trigger.
     """
     file = given.file
     if not file.trigger:
@@ -37,15 +37,15 @@ def calibrate(
     seed: int = 0,
     on_progress: Callable[[float], None] | None = None,
 ) -> Mapping[Name, Tensor]:
-    """Makes one image with each LoRA alone, without guidance, and measures what the layers see.
+    """Generates one image with each LoRA alone, without guidance, and measures the inputs of the layers.
 
     Args:
         pipe: The model. It is left as it was found.
         matched: The files, matched with it.
-        prompts: What the images show, one for each file.
-        steps: Of each image.
+        prompts: Prompts of the images, one for each file.
+        steps: Denoising steps of each image.
         seed: Of the start noise, the same for all.
-        on_progress: Called with the share of the work that is done.
+        on_progress: Called with the finished fraction.
 
     Returns:
         By layer, the moments that `MergeLayer` describes, in fp64 on the CPU.

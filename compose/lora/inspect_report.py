@@ -1,4 +1,4 @@
-"""What LoRA files are, in tables or as JSON: what `lora-compose inspect` shows."""
+"""`lora-compose inspect`: shows what LoRA files contain, as tables or JSON."""
 
 import json
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ def show_files(
     every_key: bool,
     as_json: bool,
 ) -> bool:
-    """Shows what files are, and what several have in common; returns whether none has a problem.
+    """Shows the content of files and the overlap of several; returns whether none has a problem.
 
     Args:
         files: LoRA files, folders, hub repositories, or `playground:NAME`.
-        model: What they are matched with; None chooses by file.
-        alpha: For files without one.
-        max_rank: At which LoHa, LoKr and full differences are approximated.
+        model: The model to match them with; None chooses one for each file.
+        alpha: Alpha for files without one.
+        max_rank: Rank to which LoHa, LoKr and full differences are cut.
         allow_pickle: Whether pickled tensors are read, too.
         every_key: Whether all keys are listed that match no layer.
         as_json: Whether everything is printed as JSON.
@@ -117,7 +117,7 @@ def _show_overlaps(shared: Sequence[Overlap]) -> None:
 
 
 def _cells(*values: Any) -> list[Text]:
-    """Strangers' strings as they are, without markup and control characters."""
+    """Untrusted strings, without markup and control characters."""
     return [Text(plain(value)) for value in values]
 
 

@@ -1,4 +1,4 @@
-"""What a LoRA file is, without making an image: format, base model, ranks, norms, and what of it fits a model."""
+"""Inspects a LoRA file: format, base model, ranks, norms, and which of its layers fit a model."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from lora_compose.pipelines.formats.files import LoraFile
 from lora_compose.pipelines.formats.layers import Layer, by_layer
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED, form, guess_family
 
-# What trainers write about their work, and how we call it.
+# Metadata of trainers, and our labels for them.
 _FACTS = {
     "modelspec.title": "title",
     "modelspec.author": "author",
@@ -43,7 +43,7 @@ _FACTS = {
     "ss_clip_skip": "clip skip",
     "ss_training_comment": "comment",
 }
-_MANY = 200  # letters of a fact, and merged files, that are shown
+_MANY = 200  # the most characters of a fact, and the most merged files, that are shown
 
 RECORD = "lora_compose.merge"
 """The metadata key of the record of a merge: sources and settings, as JSON."""
@@ -54,14 +54,14 @@ class _Frozen(BaseModel):
 
 
 class Block(_Frozen):
-    """One block of a model, and what a file changes there.
+    """A file's changes of one block of a model.
 
     Attributes:
         part: "unet", "text_encoder" or "text_encoder_2".
         name: Such as "down_blocks.1"; "layers" for all of a text encoder.
         layers: How many layers are changed.
-        ranks: The ranks the file says.
-        alphas: The alphas that scale the change over the rank; empty where the file says none.
+        ranks: Ranks in the file.
+        alphas: Alphas of the changes; empty if the file has none.
         norm: Frobenius norm of the change, as it is applied; None if it was matched with no model.
     """
 
@@ -74,21 +74,21 @@ class Block(_Frozen):
 
 
 class Inspection(_Frozen):
-    """What is known of one file.
+    """The result of inspecting one file.
 
     Attributes:
         file: Its path.
         sha256: Of its content.
         size: In bytes.
-        form: What kind of adapter it is, in whose spelling.
-        family: For which models it is: "SD 1.x", "SD 2.x", "SDXL", another name, or None.
-        why: What that was seen from.
-        matched_with: The model that it was matched with; None if with none.
-        triggers: Words that may call the concept, each with where they stand.
-        facts: What the metadata say of the training.
-        blocks: What it changes, by block.
-        matched: How many keys found a layer.
-        unmatched: Keys that found none.
+        form: The kind of adapter, and the tool whose key names it has.
+        family: Model family: "SD 1.x", "SD 2.x", "SDXL", another name, or None.
+        why: The evidence for the family.
+        matched_with: The model that it was matched with; None without one.
+        triggers: Words that may be the trigger, each with where they were found.
+        facts: Facts about the training, from the metadata.
+        blocks: Changes by block.
+        matched: Number of keys that match a layer.
+        unmatched: Keys that match none.
         notes: What is cut, left out or guessed.
         problem: Why it cannot be used; None if it can.
     """
@@ -113,10 +113,10 @@ class Overlap(_Frozen):
     """How much the changes of two files have in common.
 
     Attributes:
-        files: The two.
+        files: The two files.
         blocks: By part and block, <A, B>^2 / (|A|^2 |B|^2), Frobenius, over the layers that both change; 0 to 1.
         whole: The same over all layers; None if they change no layer in common.
-        meaning: What that says, in words.
+        meaning: An explanation.
     """
 
     files: tuple[str, str]
@@ -128,20 +128,20 @@ class Overlap(_Frozen):
 def inspect(
     file: LoraFile, pipe: Any = None, model: str = "", *, alpha: float | None = None, max_rank: int = MAX_RANK
 ) -> tuple[Inspection, Factors | None]:
-    """Looks at a file, and matches it with a model.
+    """Inspects a file, and matches it with a model.
 
-    Without a model, nothing is a problem that only a model could tell: what does not match the family's own layers is
-    listed under the names that the file has for them.
+    Without a model, a mismatch is not a problem: layers that the family does not have are listed under their names in
+    the file.
 
     Args:
-        file: What was read.
+        file: The file.
         pipe: The model; by default that of the file's family, at full size and without weights, if there is one.
-        model: What the model is called.
-        alpha: For files that do not say theirs.
+        model: Name of the model.
+        alpha: Alpha for files without one.
         max_rank: As in `lora_compose.pipelines.concepts.loading.match`.
 
     Returns:
-        What was found; and the factors, or None if the file cannot be used.
+        The inspection; and the factors, or None if the file cannot be used.
     """
     shapes = {key: tensor.shape for key, tensor in file.tensors.items()}
     guess = guess_family(shapes, file.metadata)
@@ -165,12 +165,12 @@ def inspect(
         if alone:  # no model was named
             return _unmatched(known, file, str(error).replace("this model", f"{family} at full size")), None
         return known.model_copy(update={"matched_with": model, "problem": str(error)}), None
-    gathered = by_layer(file)
-    layers, unmatched = assign(file, gathered, pipe)
+    grouped = by_layer(file)
+    layers, unmatched = assign(file, grouped, pipe)
     found = {
         "matched_with": model,
         "blocks": tuple(_blocks(file, layers, factors)),
-        "matched": len(file.tensors) - len(unmatched) - len(gathered.inexpressible),
+        "matched": len(file.tensors) - len(unmatched) - len(grouped.inexpressible),
         "unmatched": unmatched,
         "notes": factors.notes,
     }
@@ -180,17 +180,17 @@ def inspect(
 def _unmatched(known: Inspection, file: LoraFile, why: str | None = None) -> Inspection:
     """What a file changes, by its own keys alone; `why` says why it was not matched with its family's layers."""
     try:
-        gathered = by_layer(file)
+        grouped = by_layer(file)
         own = Alphas(file).own
         blocks: dict[tuple[str, str], list[Layer]] = {}
-        for layer in gathered.layers:
+        for layer in grouped.layers:
             blocks.setdefault((layer.part, _block_in_file(layer.module)), []).append(layer)
         found = tuple(_block_of_file(part, name, inside, own) for (part, name), inside in blocks.items())
     except (LoraError, ValueError) as error:
         return known.model_copy(update={"problem": str(error)})
-    kinds = {kind for layer in gathered.layers for slot, kind in UNSUPPORTED.items() if slot in layer.slots}
+    kinds = {kind for layer in grouped.layers for slot, kind in UNSUPPORTED.items() if slot in layer.slots}
     about = {"problem": f"it is {min(kinds)}"} if kinds else {"notes": () if why is None else (why,)}
-    return known.model_copy(update={"blocks": found, "unmatched": gathered.unknown, **about})
+    return known.model_copy(update={"blocks": found, "unmatched": grouped.unknown, **about})
 
 
 def _block_of_file(part: str, name: str, layers: Sequence[Layer], own: Callable[[str, Layer], float | None]) -> Block:
@@ -239,9 +239,9 @@ def _triggers(file: LoraFile) -> Iterator[tuple[str, str]]:
 
 
 def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """What a file that `lora-compose merge` wrote says of its making: the method, and each of its inputs.
+    """Method and inputs from the metadata of a file that `lora-compose merge` wrote.
 
-    Anyone can write such metadata, so nothing is believed about its form.
+    The metadata are not trusted.
     """
     record = _parsed(metadata.get(RECORD))
     files = record.get("files")
@@ -278,7 +278,7 @@ def _parsed(text: str | None) -> dict[str, Any]:
 
 
 def block_of(part: str, layer: str) -> str:
-    """The block that a layer is reckoned with: "unet.down_blocks.1", "unet.mid_block"; a text encoder is one."""
+    """The block of a layer: "unet.down_blocks.1", "unet.mid_block"; a text encoder is one block."""
     if part != "unet":
         return f"{part}.layers"
     found = re.match(r"\w+_blocks\.\d+|[^.]+", layer)

@@ -1,4 +1,4 @@
-"""Several LoRA files into one, and a table of what was kept: what `lora-compose merge` does."""
+"""`lora-compose merge`: merges LoRA files into one, and shows how much of each was kept."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,18 +50,18 @@ def merge_and_show(
         files: Each with its weight.
         to: The file to write.
         method: A name of `MERGERS`.
-        rank: To which every layer is cut; None is the method's.
-        model: What the files are for; None is what they say.
-        settings: Of the method.
-        keys: How names of layers are written; None is as in the first file.
-        dtype: Of the file; None is as the files.
-        alpha: For files without one.
-        prompts: For methods that look at images, one for each file; none makes them of the triggers.
+        rank: Rank to which every layer is cut; None means the method's.
+        model: The model that the files are for; None reads it from the files.
+        settings: Settings of the method.
+        keys: Spelling of layer names; None means that of the first file.
+        dtype: Precision of the new file; None means that of the files.
+        alpha: Alpha for files without one.
+        prompts: For methods that generate images, one for each file; without them, they are made from the triggers.
         steps: Denoising steps of those images.
-        seed: Of their start noise.
-        device: Where they are made.
+        seed: Seed of their start noise.
+        device: Device for these images.
         allow_pickle: Whether pickled tensors are read, too.
-        overwrite: Whether a file that is there is replaced.
+        overwrite: Whether an existing file is replaced.
         as_json: Whether the report is printed as JSON.
 
     Raises:
@@ -101,13 +101,13 @@ def _given(source: str, weight: float, allow_pickle: bool) -> Given:
 
 def _spelling(keys: str | None) -> Spelling | None:
     if keys is not None and keys not in SPELLINGS:
-        raise ValueError(f"--keys is one of {', '.join(SPELLINGS)}, not {keys!r}")
+        raise ValueError(f"--keys must be one of {', '.join(SPELLINGS)}, not {keys!r}")
     return next((spelling for spelling in get_args(Spelling) if spelling == keys), None)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {name!r}")
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
     return None if name is None else getattr(torch, name)
 
 
@@ -115,7 +115,7 @@ def _check_number(merger: Merger, method: str, files: Sequence[tuple[str, float]
     if merger.pair and len(files) != 2:
         raise ValueError(f"{method} takes two files, a subject and then a style; {len(files)} were given")
     if prompts and not merger.needs_model:
-        raise ValueError(f"{method} looks at no image; leave --prompt out")
+        raise ValueError(f"{method} generates no images; leave --prompt out")
     if prompts and len(prompts) != len(files):
         raise ValueError(f"there are {len(prompts)} prompts for {len(files)} files; expected one for each")
 
@@ -126,7 +126,7 @@ def _model(model: str | None, merger: Merger, method: str, given: list[Given], d
     name = model or (playgrounds.pop() if len(playgrounds) == 1 else None)
     if name is None:
         if merger.needs_model:
-            raise ValueError(f"{method} looks at what the layers of a model see; name the model with --model")
+            raise ValueError(f"{method} needs the inputs of the model's layers; name the model with --model")
         return None
     return open_model(Run(scene=Scene(prompt="-"), model=name, device=device if merger.needs_model else "cpu"))
 

@@ -1,4 +1,4 @@
-"""What a merge keeps of each file, block by block."""
+"""How much of each file a merge keeps, block by block."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from lora_compose.pipelines.merging.factors import gram
 
 
 class MergedBlock(BaseModel, frozen=True):
-    """What became of one block of a model.
+    """The merge of one block of a model.
 
     Attributes:
         name: Such as "unet.down_blocks.1"; "all" for the whole file.
@@ -22,10 +22,10 @@ class MergedBlock(BaseModel, frozen=True):
         ranks_before: Smallest and largest sum of ranks of a layer.
         ranks_after: The same of the ranks that were written.
         norm: Frobenius norm of what was written.
-        energy: Its square over that of the weighted sum of the changes; None where that is 0.
-        kept: By file, how much of its weighted change D is in the result M: <M, D> / |D|^2. 1 is all of it; more where
-            others add to it, None where the file changes nothing.
-        cut: The share of the energy that the cut to a rank kept; 1 if there was none.
+        energy: Squared norm, divided by that of the weighted sum of the changes; None if that is 0.
+        kept: By file, how much of its weighted change D is in the result M: <M, D> / |D|^2. 1 means all of it, and more
+            that other files add to it; None if the file changes nothing.
+        cut: The fraction of the energy that is left after the cut to a rank; 1 without a cut.
         overlaps: By pair of files, <A, B>^2 / (|A|^2 |B|^2).
     """
 

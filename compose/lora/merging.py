@@ -1,4 +1,4 @@
-"""Several LoRA files -> one: layers are matched by name, merged one after the other, and written as they come."""
+"""Merges LoRA files: layers are matched by name, merged one after the other, and written at once."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from lora_compose.pipelines.concepts.loading import match
 from lora_compose.pipelines.formats.by_name import by_name
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import PARTS, Part, parse
-from lora_compose.pipelines.formats.lora_writer import Site, Spelling, stems, tensors
+from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, stems, tensors
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, settings_of
@@ -39,7 +39,7 @@ except ImportError:  # Windows
 
 Name = tuple[Part, str]
 
-# What the header of a file says of its base model; kept where all files that are merged agree.
+# Header entries about the base model; kept if all merged files agree.
 _BASE = (
     "base_model",
     "ss_base_model_version",
@@ -54,8 +54,8 @@ class Given:
     """One of the files that are merged.
 
     Attributes:
-        source: What the user called it.
-        file: What was read.
+        source: The source as given by the user.
+        file: The file.
         weight: Factor on its change.
     """
 
@@ -71,20 +71,20 @@ class Matched:
     Attributes:
         given: The files.
         changes: By layer, the change by every file, weights in the scales; rank 0 where a file does not change it.
-        sites: What the layers are called in the file to come.
-        spelling: Whose keys that has.
+        sites: Names of the layers in the new file.
+        spelling: Spelling of its keys.
         notes: What is cut, left out or guessed.
     """
 
     given: Sequence[Given]
     changes: Mapping[Name, Changes]
-    sites: Mapping[Name, Site]
+    sites: Mapping[Name, FileLayer]
     spelling: Spelling
     notes: tuple[str, ...]
 
 
 class Report(BaseModel, frozen=True):
-    """What was merged and how it went.
+    """The result of a merge.
 
     Attributes:
         out: The file that was written.
@@ -92,8 +92,8 @@ class Report(BaseModel, frozen=True):
         files: Source and weight of each.
         blocks: By block, the whole last.
         notes: What is cut, left out or guessed.
-        seconds: For matching, merging and writing.
-        peak_bytes: The most memory that this process has had, libraries included; None where the system does not tell.
+        seconds: Time for matching, merging and writing.
+        peak_bytes: Peak memory of this process, including libraries; None if the system does not report it.
     """
 
     out: str
@@ -112,14 +112,14 @@ def match_files(
 
     Args:
         given: The files.
-        pipe: The model that they are for. Without one, the full architecture of their family gives the names of its
-            layers; files of a family that is not known here are matched by the names that they give themselves.
-        spelling: Whose keys the result gets; those of the first file by default.
-        alpha: For files that do not say theirs.
+        pipe: The model that they are for. Without one, the full architecture of their family gives the layer names;
+            files of an unknown family are matched by their own names.
+        spelling: Spelling of the result's keys; that of the first file by default.
+        alpha: Alpha for files without one.
 
     Raises:
         LoraError: If files are damaged, not supported, for different models, or do not fit the model.
-        ValueError: If their names cannot be spelled so.
+        ValueError: If the layer names have no such spelling.
     """
     pipe = pipe or _family(given)
     if pipe is None:
@@ -140,7 +140,7 @@ def match_files(
             notes.append(f"{one.source}: its words are left out ({words}); the result changes weights alone")
     names = dict.fromkeys(name for lora in loras for name in lora)
     called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
-    sites = {name: Site(called[name], _kernel(name, loras)) for name in names}
+    sites = {name: FileLayer(called[name], _kernel(name, loras)) for name in names}
     return Matched(given, _side_by_side(given, names, loras), sites, spelling, tuple(notes))
 
 
@@ -160,20 +160,20 @@ def merge_files(
 
     Args:
         matched: The files.
-        merger: How.
-        out: Where to.
-        rank: Layers of more are cut to it, by singular values.
+        merger: The merger.
+        out: The new file.
+        rank: Layers of a higher rank are cut to it, by singular values.
         dtype: Of the result; by default fp16 or bf16 if all of the files have it, otherwise fp32.
         moments: For mergers that need a model, as in `MergeLayer`, by layer.
-        method: What the merger is called in the metadata.
-        overwrite: Whether the file may be there already.
-        on_progress: Called with the share of the layers that is done.
+        method: Name of the merger in the metadata.
+        overwrite: Whether an existing file is replaced.
+        on_progress: Called with the finished fraction of the layers.
 
     Returns:
-        What became of the files.
+        A report of the merge.
 
     Raises:
-        ValueError: If nothing is left, or numbers do not fit the precision.
+        ValueError: If the result is zero, or values do not fit the precision.
         OSError: If the result cannot be written.
     """
     began = time.perf_counter()
@@ -224,14 +224,14 @@ def check_free(path: Path, overwrite: bool) -> Path:
         ValueError: If there is a file that must not be overwritten, or it is no name of a safetensors file.
     """
     if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"{str(path)!r} is no name of a LoRA file; expected one that ends with .safetensors")
+        raise ValueError(f"{str(path)!r} is not a LoRA file name; expected one that ends in .safetensors")
     if path.is_dir() or (path.exists() and not overwrite):
         raise ValueError(f"{str(path)!r} is there already; choose another name, or add --overwrite")
     return path
 
 
 def _family(given: Sequence[Given]) -> Any:
-    """Names and shapes of the family of models that files are for; None if it is not known here."""
+    """Names and shapes of the model family of the files; None if it is unknown."""
     families = {}
     for one in given:
         shapes = {key: tensor.shape for key, tensor in one.file.tensors.items()}
@@ -247,7 +247,7 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
     own = _spelling(given[0].file)
     if spelling not in (None, own):
         raise ValueError(
-            f"{given[0].source} is for a model that is not known here, so its layers keep the names it gives them; "
+            f"{given[0].source} is for an unknown model, so its layers keep their names; "
             "leave --keys out, or give --model"
         )
     found = [by_name(one.file, alpha=_needed(alpha, one.file)) for one in given]
@@ -259,17 +259,17 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
                 f"{next(iter(layers.values())).stem} and {next(iter(named[0].values())).stem}; expected files for the "
                 "same model from the same kind of trainer"
             )
-    sites: dict[Name, Site] = {}
+    sites: dict[Name, FileLayer] = {}
     for layers in named:
         for name, layer in layers.items():
-            sites.setdefault(name, Site(layer.stem, tuple(layer.factors.down.shape[2:])))
+            sites.setdefault(name, FileLayer(layer.stem, tuple(layer.factors.down.shape[2:])))
     loras = [{name: layer.factors for name, layer in layers.items()} for layers in named]
     notes = [
         f"{one.source}: {len(left)} keys are left out: {', '.join(left[:3])}"
         for one, (_, left) in zip(given, found, strict=True)
         if left
     ]
-    notes.append("the model is not known here: layers were matched by the names that the files give them")
+    notes.append("the model is unknown: layers were matched by their names in the files")
     return Matched(given, _side_by_side(given, sites, loras), sites, own, tuple(notes))
 
 

@@ -1,1 +1,1 @@
-"""What all the other folders share."""
+"""Helpers that all other folders share."""

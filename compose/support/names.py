@@ -1,4 +1,4 @@
-"""Names that the command line knows without torch, and what somebody may have meant who mistyped one."""
+"""Names of methods that the command line needs without importing torch, and suggestions for mistyped ones."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -16,7 +16,7 @@ TRAINING_PRESETS = ("sd", "sdxl", "transformer", "playground", "playground-flux"
 
 
 def file_near(path: Path) -> str:
-    """The end of a complaint about a path that leads nowhere: what is beside it and spelled alike, or nothing."""
+    """The end of a message about a missing path: a file with a similar name, or nothing."""
     try:
         beside = {found.name for found in path.parent.iterdir()}
     except OSError:  # there is no such folder, or it is not ours to read
@@ -26,11 +26,11 @@ def file_near(path: Path) -> str:
 
 
 def check_method(method: str | None) -> None:
-    """Raises ValueError for a method that there is not; None is a choice of the program's."""
+    """Raises ValueError for an unknown method; None means that one is chosen."""
     if method is not None and method not in (*METHODS, *PRESETS):
         raise ValueError(unknown("method", method, (*METHODS, *PRESETS)))
 
 
 def unknown(kind: str, name: str, known: Collection[str]) -> str:
-    """A complaint about a name that is not known, with those that are."""
+    """A message about an unknown name, with the known ones."""
     return f"unknown {kind} {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}"

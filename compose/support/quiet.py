@@ -1,4 +1,4 @@
-"""The bars of diffusers and transformers kept away, where ours are shown."""
+"""Switches off the progress bars of diffusers and transformers while ours are shown."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

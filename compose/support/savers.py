@@ -23,7 +23,7 @@ SAVERS = {
 """What they do."""
 
 OFFLOADS = frozenset({Saver.MODEL_OFFLOAD, Saver.SEQUENTIAL_OFFLOAD})
-"""Those with which parts of the model move between devices during a call."""
+"""Options that move parts of the model between devices during a call."""
 
 
 TILE = 512
@@ -31,13 +31,13 @@ TILE = 512
 
 
 def in_order(savers: Iterable[Saver]) -> tuple[Saver, ...]:
-    """Each once, in the order in which they are listed, however they were given."""
+    """The options without duplicates, in the order of the enum."""
     given = frozenset(savers)
     return tuple(saver for saver in Saver if saver in given)
 
 
 def check_savers(savers: Collection[Saver], device: str | None = None) -> None:
-    """Raises ValueError where ways to save memory do not go together, or not with a device that is known already."""
+    """Raises ValueError for options that cannot be combined, with each other or with a known device."""
     offloads = sorted(OFFLOADS & set(savers))
     if len(offloads) > 1:
         raise ValueError(f"{' and '.join(offloads)} do not go together; choose one")
@@ -53,7 +53,7 @@ def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:
     Args:
         pipe: The pipeline.
         device: Where it is to run.
-        savers: How it needs less memory there.
+        savers: Options that save memory.
 
     Raises:
         ValueError: As `check_savers`, before anything is changed.

@@ -1,4 +1,4 @@
-"""What the commands share: saying things, progress, and errors without tracebacks."""
+"""Terminal output of the commands: messages, progress, and errors without tracebacks."""
 
 import functools
 import logging
@@ -22,9 +22,9 @@ BAD_INPUT, FAILED = 2, 1
 
 
 def plain(text: object) -> str:
-    """Text as one may show it: characters that steer a terminal or reverse the writing are spelled out.
+    """Text that is safe to print: control characters, and those that reverse the writing direction, are escaped.
 
-    Names and prompts are the user's data, and those in images a stranger's.
+    Names and prompts are the user's data; those in images are not trusted.
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
@@ -67,12 +67,12 @@ def bar(text: str, total: float | None = None) -> Iterator[Callable[..., None]]:
 
     Args:
         text: What is being done.
-        total: How much there is to do; None if nobody knows.
+        total: Amount of work; None if it is unknown.
 
     Yields:
-        What takes how much is done, fractions included, and a new text if there is one.
+        A function that takes the amount that is done, and optionally a new text.
     """
-    with (_drawn if err.is_terminal else _told)(plain(text), total) as update:
+    with (_drawn if err.is_terminal else _printed)(plain(text), total) as update:
         yield update
 
 
@@ -99,7 +99,7 @@ def _drawn(text: str, total: float | None) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def _told(text: str, total: float | None) -> Iterator[Callable[..., None]]:
+def _printed(text: str, total: float | None) -> Iterator[Callable[..., None]]:
     begun, ended = time.monotonic(), threading.Event()
     state: tuple[float, str] = (0.0, text)
 
@@ -137,7 +137,7 @@ def _clock(seconds: float) -> str:
 
 
 def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Makes a command answer mistakes with a message and exit code 2, failures with a message and exit code 1.
+    """Makes a command report usage errors with exit code 2, and failures with exit code 1, without a traceback.
 
     Args:
         level: From which level on the log is shown.

@@ -1,1 +1,1 @@
-"""Concepts and their LoRAs: files, weights, words of their own, and what a pipeline knows of them."""
+"""Concepts and their LoRAs: finding and loading files, weights, bundled words, and a pipeline's library."""

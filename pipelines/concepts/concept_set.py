@@ -39,7 +39,7 @@ class LoadedConcept:
 
     @property
     def lora(self) -> Lora:
-        """Its factors for the model, each block's multiplied by the factor of the block."""
+        """Its factors for the model, with the factors on blocks applied."""
         return in_blocks(self.factors.model, self.concept.blocks)
 
     def handle(self, part: Part) -> Handle:
@@ -49,7 +49,7 @@ class LoadedConcept:
 
 
 def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
-    """Checks the blocks for which a concept has factors, and warns of those that its LoRA does not change.
+    """Checks a concept's factors on blocks, and warns of blocks that its LoRA does not change.
 
     Raises:
         ValueError: If the model has no such block.
@@ -66,10 +66,10 @@ def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
 
 
 class ByConcept(Protocol):
-    """Something with one value for each concept: gates, text with its token masks."""
+    """Values by concept: gates, or text with its token masks."""
 
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> Self:
-        """The same as columns of a larger concept set; the other columns are 0."""
+        """The values as columns of a larger concept set; the other columns are 0."""
         ...
 
 
@@ -98,7 +98,7 @@ class ConceptSet:
 
     @cached_property
     def concepts(self) -> tuple[Concept, ...]:
-        """What is known of each."""
+        """The `Concept` of each."""
         return tuple(loaded.concept for loaded in self.loaded)
 
     @cached_property
@@ -109,7 +109,7 @@ class ConceptSet:
 
     @cached_property
     def weights(self) -> tuple[float, ...]:
-        """The weight of each; 1 where there is a schedule, by which the denoiser multiplies gates in every pass."""
+        """The weight of each; 1 with a schedule, which the denoiser multiplies into the gates in every step."""
         every = [Schedule.of(0.0 if c.weight is None else c.weight).constant for c in self.concepts]
         return tuple(1.0 if fixed is None else fixed for fixed in every)
 
@@ -126,12 +126,12 @@ class ConceptSet:
 
     @property
     def subjects(self) -> tuple[int, ...]:
-        """Indices of concepts that are no styles."""
+        """Indices of subjects."""
         return tuple(i for i, concept in enumerate(self.concepts) if not concept.is_style)
 
     @property
     def styles(self) -> tuple[int, ...]:
-        """Indices of concepts that are styles."""
+        """Indices of styles."""
         return tuple(i for i, concept in enumerate(self.concepts) if concept.is_style)
 
     def weights_of(self, chosen: Collection[int]) -> Tensor:
@@ -147,10 +147,10 @@ class ConceptSet:
         return tuple(self.schedules[i].at(step, steps) if i in self.schedules else 1.0 for i in range(len(self.loaded)))
 
     def text_factors(self, acting: Sequence[bool], steps: int) -> Tensor:
-        """Factors on the text encoders' LoRAs: text is encoded once, so a schedule counts with its mean.
+        """Factors on the text encoders' LoRAs. Text is encoded once, so a schedule is replaced by its mean.
 
         Args:
-            acting: Which concepts act.
+            acting: True for concepts that take part.
             steps: How many steps there are.
 
         Returns:
@@ -162,8 +162,8 @@ class ConceptSet:
             mean = 1.0 if schedule is None else schedule.mean(max(1, steps))
             if schedule is not None and acts and loaded.factors.text_encoders:
                 say_once(
-                    f"the text is encoded once, so the text-encoder part of {loaded.concept.name!r} has the mean of "
-                    f"its weights over the steps, {mean:.3g}, in all of them"
+                    f"the text is encoded once, so the text-encoder part of {loaded.concept.name!r} has the mean "
+                    f"weight of its schedule, {mean:.3g}, in all steps"
                 )
             factors.append(mean * blocks.get(TEXT, 1.0))
         return torch.tensor(factors)

@@ -16,7 +16,7 @@ def local_path(source: str | os.PathLike[str]) -> Path:
     """A path as written, with the home folder for "~".
 
     Raises:
-        LoraError: If it is no path.
+        LoraError: If it cannot be a path.
     """
     if not isinstance(source, str | os.PathLike) or not str(source):
         raise LoraError(
@@ -61,7 +61,7 @@ def find_file(source: str | os.PathLike[str], weight_name: str | None = None, **
     name = _only(names, weight_name, source)
     path = Path(hf_hub_download(str(source), name, **hub))
     if path.stem == PEFT_FILE:
-        with suppress(EntryNotFoundError):  # its absence is told when the file is matched
+        with suppress(EntryNotFoundError):  # if it is missing, matching the file reports it
             hf_hub_download(str(source), str(PurePosixPath(name).with_name(PEFT_CONFIG)), **hub)
     return path
 
@@ -72,5 +72,5 @@ def _only(names: list[str], wanted: str | None, place: object) -> str:
             return wanted
         raise LoraError(f"{place} has no {wanted!r}; it has {', '.join(names) or 'no safetensors files'}")
     if len(names) != 1:
-        raise LoraError(f"{place} has {len(names)} safetensors files; say which with weight_name: {', '.join(names)}")
+        raise LoraError(f"{place} has {len(names)} safetensors files; choose one with weight_name: {', '.join(names)}")
     return names[0]

@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Added:
-    """A file that is known but need not have been read.
+    """A concept that was added; its file may not have been read yet.
 
     Attributes:
-        given: The fields given when it was added.
-        concept: The same, completed from the file's header.
+        given: The concept as it was added.
+        concept: The concept with trigger and class word from the file's header.
     """
 
     given: Concept
@@ -172,7 +172,7 @@ def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[C
 
 
 def _by_header(given: Concept) -> Concept:
-    """Words from the header of a file; none if it cannot be read, which the call that needs it will report."""
+    """Adds the words in the header of the concept's file. The call that needs an unreadable file reports it."""
     path, words = local_path(given.lora or ""), (None, None)
     try:
         words = read_words(path)

@@ -1,4 +1,4 @@
-"""What a pipeline offers for concepts: they are loaded or added once, and named in calls."""
+"""Concepts of a pipeline: load or add them once, then name them in calls."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,19 +19,19 @@ from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.spelling import did_you_mean
 
 HUB_OPTIONS = frozenset(signature(hf_hub_download).parameters) - {"repo_id", "filename"}
-"""What `huggingface_hub` takes beside the names of repository and file."""
+"""Arguments of `hf_hub_download` besides the names of repository and file."""
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-"""Instead of a call's concepts: those that its prompts name."""
+"""`concepts="auto"`: the concepts that the prompts name."""
 
 
 class ConceptLoaderMixin:
     """Loads concepts' LoRAs into a pipeline."""
 
     concept_memory: int = 2 * 2**30
-    """Bytes of LoRAs that stay in memory between calls, of those that calls have read; `load_concept` comes on top."""
+    """Bytes of added LoRAs that stay in memory between calls. Those of `load_concept` always stay and do not count."""
 
     @property
     def library(self) -> ConceptLibrary:
@@ -86,14 +86,14 @@ class ConceptLoaderMixin:
             class_word: The noun after the trigger; taken from the file's metadata if it has it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
             blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
-            region: Where it may appear in calls that say nothing else (`Concept.region`).
+            region: Where it may appear, unless a call gives another region (`Concept.region`).
             prompt: The text of its region (`Concept.prompt`).
             negative_prompt: What to avoid there (`Concept.negative_prompt`).
             role: "subject", or "style" for a concept that acts everywhere.
-            alpha: The alpha of a file that does not say its own; the LoRA is scaled by alpha / rank.
+            alpha: Alpha for a file without one; the LoRA is scaled by alpha / rank.
             weight_name: The file inside a folder or repository that has several.
-            max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
-            allow_pickle: Opens files of `torch.save` as well: their tensors are read, no code is run.
+            max_rank: LoHa, LoKr and full weight differences are exact up to this rank, and cut to it beyond.
+            allow_pickle: Also opens files of `torch.save`: their tensors are read, no code is run.
             hub: Passed on to `huggingface_hub` (token, revision, cache_dir, ...).
 
         Raises:
@@ -115,18 +115,18 @@ class ConceptLoaderMixin:
         return self.library.load(self, concept, path, max_rank=max_rank, allow_pickle=allow_pickle)
 
     def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
-        """Makes LoRA files known as concepts without reading them: a call that names one reads and checks it then.
+        """Adds LoRA files as concepts without reading their weights; the first call that names one reads and checks it.
 
-        Only headers are read, for triggers and class words. What is wrong with a file is said by the call that needs
-        it. Files that calls have read stay in memory up to `concept_memory` bytes; those not used for longest go first.
-        A file that has changed on disk is read again. A folder may be added again for the files that are new.
+        Only headers are read, for triggers and class words; a damaged file is reported by the call that needs it. Files
+        stay in memory up to `concept_memory` bytes, and the least recently used are dropped first. A file that changed
+        on disk is read again. Adding a folder again adds its new files.
 
         Args:
-            source: A folder, of which every safetensors file is added under its own name; or files, or `Concept`
-                objects with a file and whatever else is known.
+            source: A folder, whose safetensors files are added under their own names; or files; or `Concept` objects
+                with a file.
 
         Returns:
-            What has been added.
+            The added concepts.
 
         Raises:
             LoraError: If there is no such file or folder, or none in it.
@@ -159,7 +159,7 @@ class ConceptLoaderMixin:
     def named_concepts(self, prompt: Any, concepts: Any) -> tuple[Any, Any]:
         """Prompts and concepts of a call: "auto" becomes the loaded and added concepts that the prompts name.
 
-        Where a prompt names one by its class word alone, its trigger is written before that (`choose_concepts`).
+        If a prompt names one only by its class word, its trigger is inserted before that (`choose_concepts`).
 
         Args:
             prompt: A text, or several.

@@ -1,4 +1,4 @@
-"""Where a LoRA file meets a model: its layers are matched with those of a pipeline."""
+"""Matches the layers of a LoRA file with those of a pipeline's models."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ from lora_compose.pipelines.formats.files import (
 )
 from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
-from lora_compose.pipelines.formats.names import older, spellings
+from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
@@ -45,10 +45,10 @@ class Factors:
     Attributes:
         model: For the UNet or transformer, by layer.
         text_encoders: For the text encoders, by component name and layer.
-        unmatched: Keys of the file that found no layer.
-        notes: What else one should know: what was cut, left out or guessed.
-        embeddings: Words that the file brings with it, as in `LoraFile`.
-        error: The relative error, in the Frobenius norm, of a change that was cut to fewer ranks; 0 if none was.
+        unmatched: Keys of the file that match no layer.
+        notes: Notes for the user: what was cut, left out or guessed.
+        embeddings: Bundled words, as in `LoraFile`.
+        error: Relative Frobenius error of the changes that were cut to a lower rank; 0 if none was.
         part: The component that the model is: "unet" or "transformer".
         handle: Stands for these factors where something is kept that was made of them; no others have it.
     """
@@ -90,18 +90,18 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
     """Matches a file against the models of a pipeline.
 
     Args:
-        file: What was read.
-        pipe: A diffusers pipeline, or anything with a UNet or transformer, and perhaps text encoders. Weights are not
-            looked at.
-        alpha: The alpha of a file that does not say its own; the change is scaled by alpha / rank.
-        max_rank: LoHa, LoKr and whole differences are kept exactly up to this rank, and cut to it beyond.
+        file: The file.
+        pipe: A diffusers pipeline, or anything with a UNet or transformer and perhaps text encoders. Weights are not
+            read.
+        alpha: Alpha for a file without one; the change is scaled by alpha / rank.
+        max_rank: LoHa, LoKr and full weight differences are exact up to this rank, and cut to it beyond.
 
     Raises:
         LoraError: If no layer matches, a matching layer has another shape, or the file's kind is not supported.
     """
     _check_options(file, alpha, max_rank)
-    gathered = by_layer(file)
-    found, unmatched = assign(file, gathered, pipe)
+    grouped = by_layer(file)
+    found, unmatched = assign(file, grouped, pipe)
     alphas = Alphas(file, alpha)
     _check_embeddings(file, pipe)
     for part, layers in found.items():
@@ -117,7 +117,7 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
         part: {name: made.factors for name, made in changed.items()} for part, changed in changes.items()
     }
     text: dict[Part, Lora] = {part: loras[part] for part in TEXT_ENCODERS if loras[part]}
-    notes = tuple(_notes(file, gathered, changes, alpha, max_rank))
+    notes = tuple(_notes(file, grouped, changes, alpha, max_rank))
     error = _error(made for found in changes.values() for made in found.values())
     model = model_part(pipe)
     return Factors(loras[model], text, unmatched, notes, file.embeddings, error if error > _EXACT else 0.0, model)
@@ -128,23 +128,23 @@ def model_part(pipe: Any) -> Part:
     return "unet" if getattr(pipe, "transformer", None) is None else "transformer"
 
 
-def assign(file: LoraFile, gathered: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
+def assign(file: LoraFile, grouped: Layers, pipe: Any) -> tuple[Mapping[Part, Mapping[str, Layer]], tuple[str, ...]]:
     """Which layer of a pipeline's models each layer of a file means.
 
     Returns:
-        By part, the file's layers by the name of the model's; and the keys that mean none.
+        By part, the file's layers by the name of the model's layer; and the keys that match none.
 
     Raises:
         LoraError: If nothing matches, or two layers of the file mean one of the model.
     """
-    unmatched, found = list(gathered.unknown), {}
+    unmatched, found = list(grouped.unknown), {}
     for part in PARTS:
-        mine = [layer for layer in gathered.layers if _component(layer.part, pipe) == part]
+        mine = [layer for layer in grouped.layers if _component(layer.part, pipe) == part]
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
     fitting = sum(map(len, found.values()))
-    if fitting < _FITTING * len(gathered.layers) or not fitting:  # families share the names of a few layers
-        raise LoraError(_nothing(file, fitting, len(gathered.layers)))
+    if fitting < _FITTING * len(grouped.layers) or not fitting:  # families share the names of a few layers
+        raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return found, tuple(unmatched)
 
 
@@ -163,9 +163,9 @@ def _check_options(file: LoraFile, alpha: float | None, max_rank: int) -> None:
     if alpha is None and any(".lora_layer." in key for key in file.tensors):
         raise LoraError(
             f"{file.path.name} is a whole UNet with LoRA layers inside, as TARA's script for SD 1.5 saves it, and does "
-            "not say its alpha. That script trains with alpha 32 at rank 8, four times the strength at which its "
-            "inference script shows the LoRA. Say alpha=32 for what was trained, or the rank (alpha=8) for images as "
-            "the authors' script makes them"
+            "not contain its alpha. That script trains with alpha 32 at rank 8, and its inference script uses a "
+            "quarter of that. Give alpha=32 for the strength that was trained, or the rank (alpha=8) for the strength "
+            "of the authors' images"
         )
 
 
@@ -178,7 +178,7 @@ def _matched(
     found: dict[str, Layer] = {}
     left_over: list[str] = []
     for layer in layers:
-        names = known.get(layer.module) or known.get(older(layer.module)) or ()
+        names = known.get(layer.module) or known.get(present_name(layer.module)) or ()
         if not names or (sites is not None and any(name not in sites for name in names)):
             left_over += layer.keys
             continue
@@ -225,7 +225,7 @@ def _nothing(file: LoraFile, fitting: int, layers: int) -> str:
 
 
 def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> None:
-    """Checks what a layer's change is, and that it is as large as the weight, before anything that large is built."""
+    """Checks the kind of a layer's change, and that its size is that of the weight, before it is computed."""
     for slot, why in UNSUPPORTED.items():
         if slot in layer.slots:
             raise LoraError(f"{file.path.name} is {why} (key {layer.keys[list(layer.slots).index(slot)]!r})")
@@ -243,7 +243,7 @@ def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> N
 
 
 def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: Alphas, max_rank: int) -> Change:
-    """What the file changes in one layer, in the shapes that the layer needs."""
+    """The file's change of one layer, in the shapes that the layer needs."""
     model = uncompiled(model)
     try:
         made = change(layer.parts, alphas.scale(name, layer), max_rank)
@@ -272,7 +272,7 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
 
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:
-    """Checks that words which come with the file fit the text encoders and the UNet that are to read them."""
+    """Checks that bundled words fit the text encoders and the UNet."""
     reading = backbone_of(getattr(pipe, model_part(pipe))).text_layers
     for word, by_part in file.embeddings.items():
         for part, vectors in by_part.items():
@@ -290,12 +290,12 @@ def _check_embeddings(file: LoraFile, pipe: Any) -> None:
                 )
 
 
-def _notes(file: LoraFile, gathered: Layers, changes: Changes, alpha: float | None, max_rank: int) -> Iterable[str]:
-    """What has to be said about a file that is not used whole and exactly as it was trained."""
-    if gathered.inexpressible:
+def _notes(file: LoraFile, grouped: Layers, changes: Changes, alpha: float | None, max_rank: int) -> Iterable[str]:
+    """Notes on a file that is not used completely and exactly as it was trained."""
+    if grouped.inexpressible:
         yield (
-            f"{len(gathered.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
-            f"express them: {', '.join(gathered.inexpressible[:3])}"
+            f"{len(grouped.inexpressible)} keys with biases or norms are left out, since no low-rank change can "
+            f"express them: {', '.join(grouped.inexpressible[:3])}"
         )
     errors = {f"{part}.{name}": _error([made]) for part, found in changes.items() for name, made in found.items()}
     if cut := {name: error for name, error in errors.items() if error > _EXACT}:
@@ -324,7 +324,7 @@ def adapter_factors(pipe: Any, adapter: str) -> Factors:
     """The factors of an adapter that the user has loaded with `load_lora_weights`, at the scale PEFT gives it.
 
     Raises:
-        LoraError: If it is no plain LoRA or is fused into the weights.
+        LoraError: If it is not a plain LoRA or is fused into the weights.
     """
     model = model_part(pipe)
     parts: dict[Part, Lora] = {
@@ -341,7 +341,7 @@ def _adapter_layers(model: nn.Module | None, adapter: str) -> Lora:
             continue
         if not isinstance(module, LoraLayer) or adapter in module.lora_variant or module.lora_bias[adapter]:
             raise LoraError(
-                f"adapter {adapter!r} is no plain LoRA at {name} (DoRA, LoKr or with a bias), which is not supported"
+                f"adapter {adapter!r} is not a plain LoRA at {name} (DoRA, LoKr or with a bias), which is not supported"
             )
         if adapter in module.merged_adapters:
             raise LoraError(f"adapter {adapter!r} is fused into the weights; call `unfuse_lora()` first")
@@ -355,6 +355,6 @@ def _adapter_names(module: BaseTunerLayer) -> set[str]:
 
 
 def _real_weight(module: nn.Module) -> Tensor:
-    """A weight, also under sequential offload, which keeps the numbers beside the module."""
+    """A weight, also under sequential offload, which keeps the data outside of the module."""
     weight = module.get_parameter("weight")
     return (getattr(module, "_hf_hook").weights_map["weight"] if weight.is_meta else weight).detach()  # noqa: B009

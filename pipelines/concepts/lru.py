@@ -41,7 +41,7 @@ class Read:
 
 
 class Recent:
-    """The files in memory, the most recently used at the end."""
+    """Cache of read files, ordered by use with the most recent at the end."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Read] = OrderedDict()
@@ -56,8 +56,8 @@ class Recent:
 
         Args:
             path: The file.
-            options: How it is read.
-            read: Reads it. If that fails, all is as before.
+            options: Options of reading; a file is cached for each combination.
+            read: Reads it. If that fails, the cache is unchanged.
         """
         facts = path.stat()
         key = path, facts.st_ino, facts.st_mtime_ns, facts.st_size, options

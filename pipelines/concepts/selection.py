@@ -1,7 +1,6 @@
 """Which of many concepts a prompt names: by their triggers, or by class words that only one of them has.
 
-Nothing is guessed: what may be meant in two ways is an error or a note, and a word that is spelled like a trigger is
-noted.
+Nothing is guessed: an ambiguous word is an error or a note, and a word spelled almost like a trigger is a note.
 """
 
 import re
@@ -15,7 +14,7 @@ from lora_compose.pipelines.spelling import did_you_mean, shortened
 from lora_compose.pipelines.text.tokens import Span, class_words, find_words
 
 _ALIKE = 0.75
-"""Share of letters that two words have in common, in order, from which one may be the other mistyped."""
+"""Two words with at least this share of letters in common, in order, may be the same word mistyped."""
 
 _TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 
@@ -27,10 +26,10 @@ class Choice:
     """The concepts that a prompt names.
 
     Attributes:
-        names: Of the concepts, in the order in which the prompt names them.
-        prompt: The prompt with the triggers of those that it names by class word alone, for which methods look.
-        reasons: A line for each concept: by which word it was taken.
-        notes: What was not taken although it may have been meant.
+        names: Names of the concepts, in the order of the prompt.
+        prompt: The prompt, with the triggers inserted of concepts that it names only by class word; methods need them.
+        reasons: A line for each concept: the word by which it was chosen.
+        notes: Words that may name a concept that was not chosen.
         weights: Of those that a tag names, `<lora:cat:0.8>`.
     """
 
@@ -128,13 +127,13 @@ def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:
 
 
 def _words(concept: Concept) -> Concept:
-    """With words in composed letters, and None for those that are blank."""
+    """The concept with NFC-normalised words; blank ones become None."""
     words = {name: normalize("NFC", getattr(concept, name) or "").strip() or None for name in ("trigger", "class_word")}
     return concept.model_copy(update=words)
 
 
 def _by_trigger(prompt: str, known: Mapping[str, Concept]) -> dict[str, Span]:
-    """Where the prompt has the triggers of concepts, the first time, but not inside a longer trigger."""
+    """The first occurrence of each trigger in the prompt that is not inside a longer trigger."""
     spans = {name: find_words(concept.trigger or "", prompt) for name, concept in known.items()}
     every = [span for found in spans.values() for span in found]
     own = {name: [span for span in found if not _inside(span, every)] for name, found in spans.items()}
@@ -157,8 +156,8 @@ def _only(prompt: str, group: Sequence[str], known: Mapping[str, Concept]) -> st
         trigger = known[group[0]].trigger
         listed = ", ".join(f"{name} ({known[name].phrase!r})" for name in group[:_MOST])
         raise ValueError(
-            f"{trigger!r} in the prompt may be each of {len(group)} concepts: {listed}. Name the one that is meant "
-            "instead of having it chosen, or leave the others out"
+            f"{trigger!r} in the prompt may be each of {len(group)} concepts: {listed}. Name the one you mean instead "
+            "of 'auto', or leave the others out"
         )
     return one[0]
 
@@ -185,14 +184,14 @@ def _by_class_word(
             continue
         listed = ", ".join(f"{name} ({known[name].phrase!r})" for name in group[:_MOST])
         why = f"may be {listed}" if len(group) > 1 else f"stands {len(free)} times, and may be {listed}"
-        notes.append(f"{word!r} {why}: write the trigger where a concept is meant; none was taken for it")
+        notes.append(f"{word!r} {why}: write the trigger of the concept you mean; none was chosen")
     return found, notes
 
 
 def _near_misses(prompt: str, others: Sequence[Concept]) -> list[str]:
     words = list(dict.fromkeys(re.findall(r"[^\s,.;:!?()]+", prompt)))[:_MOST]
     return [
-        f"{word!r} is spelled like {concept.trigger!r}, the trigger of {concept.name}, which was not taken"
+        f"{word!r} is spelled like {concept.trigger!r}, the trigger of {concept.name}, which was not chosen"
         for concept in others[:_MOST]
         for word in words
         if concept.trigger and _alike(word.lower(), concept.trigger.lower())
@@ -208,6 +207,6 @@ def _nothing(known: Mapping[str, Concept]) -> str:
     listed = [f"{name} ({concept.phrase!r})" for name, concept in known.items() if concept.phrase]
     more = f" and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
     without = len(known) - len(listed)
-    silent = f"; {without} have neither trigger nor class word and have to be named" if without else ""
+    silent = f"; {without} have neither trigger nor class word and must be named" if without else ""
     there = f"there are {', '.join(listed[:_MOST])}{more}" if listed else "no concept that could be named is known"
     return f"the prompt names no concept; {there}{silent}"

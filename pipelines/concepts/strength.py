@@ -15,7 +15,7 @@ Weight = float | Sequence[float] | str
 """A number; a list of numbers, for equal parts of the steps; or a schedule in text, "0:1..0.5:0.4"."""
 
 TEXT = "text"
-"""What stands for the text encoders among the blocks."""
+"""Name of the text encoders among the blocks."""
 
 _MOST = 1000  # numbers in a schedule
 _NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
@@ -30,7 +30,7 @@ class Point:
     """A keyframe of a weight schedule.
 
     Attributes:
-        at: A part of the steps, or the number of a step.
+        at: A fraction of the steps, or a step number.
         weight: The weight there.
         ramp: Whether the weight changes evenly to that of the next point; otherwise it stays until there.
     """
@@ -42,11 +42,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The weight of every step, from points in their order.
+    """The weight of every step, from keyframes in order.
 
-    Points are at parts of the steps, or, if one is above 1, all at numbers of steps, the first of which is 0. A part
-    counts at the latest in the last step, so that a ramp to 1 arrives. Before its first point and after its last one a
-    schedule is constant.
+    Points are at fractions of the steps or, if any is above 1, all at step numbers, counted from 0. A fraction takes
+    effect in the last step at the latest, so that a ramp to 1 reaches its end. Before its first and after its last
+    point a schedule is constant.
 
     Attributes:
         points: At least one.
@@ -85,12 +85,12 @@ class Schedule:
     def _start(self, point: Point, steps: int) -> float:
         if self.points[-1].at > 1:
             return point.at
-        # Free of what floating point adds to 0.28 * 25. A single step is the first.
+        # Rounded, since 0.28 * 25 is more than 7 in floating point. A single step is the first.
         return min(round(point.at * steps, 6), max(steps - 1, 1))
 
 
 def read_weight(given: Any) -> Weight:
-    """Checks a weight, as Python, YAML, JSON or the command line give it.
+    """Checks a weight given in Python, YAML, JSON or on the command line.
 
     Text may be a number ("0.8"), numbers for equal parts of the steps ("1,0.5,0"), points at which weights begin
     ("0:1,0.5:0"), or ramps between points ("0:1..0.5:0.4", or "1..0.4" from the first step to the last).
@@ -143,24 +143,24 @@ def _parse(text: str) -> Schedule:
     weights = [_finite(float(weight)) for _, weight in pairs]
     if all(at is None for at, _ in pairs):
         if any(ramps) and not all(ramps):
-            raise ValueError(f"a schedule with both .. and , says where: 0:1..0.5:0.4,0.8:0; found {text[:80]!r}")
+            raise ValueError(f"a schedule with both .. and , needs positions: 0:1..0.5:0.4,0.8:0; found {text[:80]!r}")
         ends = max(len(pairs) - 1, 1) if any(ramps) else len(pairs)
         places = [i / ends for i in range(len(pairs))]
     else:
-        places = _places([at for at, _ in pairs], text)
+        places = _positions([at for at, _ in pairs], text)
     return Schedule(tuple(map(Point, places, weights, [*ramps, False])))
 
 
-def _places(given: Iterable[str | None], text: str) -> list[float]:
-    """Where the points are, in their order."""
+def _positions(given: Iterable[str | None], text: str) -> list[float]:
+    """The positions of the points, in order."""
     places = [math.nan if at is None else float(at) for at in given]
     if any(math.isnan(place) for place in places):
-        raise ValueError(f"say of every point of a schedule where it is, as 0:1,0.5:0, or of none; found {text[:80]!r}")
+        raise ValueError(f"give every point of a schedule a position, as in 0:1,0.5:0, or none; found {text[:80]!r}")
     if places[0] < 0 or any(a >= b for a, b in pairwise(places)):
         raise ValueError(f"the points of a schedule begin at 0 or later, one after the other; found {text[:80]!r}")
     if places[-1] > 1 and any(place % 1 for place in places):  # also where one is infinite
         raise ValueError(
-            "points of a schedule are at parts of the steps from 0 to 1, or all at whole numbers of steps; "
+            "points of a schedule are at fractions of the steps from 0 to 1, or all at whole step numbers; "
             f"found {text[:80]!r}"
         )
     return places
@@ -184,7 +184,7 @@ def read_blocks(given: Any) -> dict[str, float] | None:
     """Checks factors on blocks: a mapping, or text such as "down:0.5,up.1:0".
 
     Raises:
-        ValueError: For names that no UNet has, names given twice and values that are no numbers.
+        ValueError: For names that no UNet has, names given twice and values that are not numbers.
     """
     pairs = _pairs(given) if isinstance(given, str) else given
     if pairs is None:
@@ -195,7 +195,7 @@ def read_blocks(given: Any) -> dict[str, float] | None:
     for name in pairs:
         if not isinstance(name, str) or not _BLOCK.fullmatch(name):
             raise ValueError(
-                f"there is no block {str(name)[:80]!r}; expected down, mid, up, down.0, up.1, ..., a longer name of "
+                f"there is no block {str(name)[:80]!r}; expected down, mid, up, down.0, up.1, ..., a full name in "
                 "diffusers such as up_blocks.1.attentions.0, or text for the text encoders"
             )
         if (long := long_name(name)) in seen:
@@ -227,7 +227,7 @@ def long_name(block: str) -> str:
 
 
 def in_blocks(lora: "Lora", blocks: Mapping[str, float] | None) -> "Lora":
-    """The factors of a UNet, each times that of its block, for which the longest name counts; 0 leaves a layer out."""
+    """A UNet's factors, each times the factor of its block (the longest name that matches); 0 leaves a layer out."""
     if not blocks:
         return lora
     long = {long_name(block): factor for block, factor in blocks.items()}
@@ -240,7 +240,7 @@ def _block_of(layer: str, blocks: Iterable[str]) -> str | None:
 
 
 def is_in(layer: str, block: str) -> bool:
-    """Whether a layer of the UNet lies in a block, or is it."""
+    """Whether a layer of the UNet is inside a block, or is the block."""
     return f"{layer}.".startswith(f"{long_name(block)}.")
 
 

@@ -1,4 +1,4 @@
-"""Words that LoRA files bring with them, as the text encoders read them during one call.
+"""Words bundled with LoRA files (textual inversions), added to the text encoders during one call.
 
 Every word gets tokens of its own in copies of the tokenizers, and these get the file's vectors in place of the text
 encoder's. A word may have one vector for each cross-attention layer of the UNet (P+, arXiv 2303.09522; ED-LoRA, arXiv
@@ -28,13 +28,13 @@ TOKENIZERS: Mapping[str, Part] = {"tokenizer": "text_encoder", "tokenizer_2": "t
 
 @dataclass(frozen=True, eq=False)
 class TextualInversions:
-    """The words that the LoRA files of a call bring with them, with their vectors.
+    """The words bundled with the LoRA files of a call, and their vectors.
 
     Attributes:
         words: All of them.
-        tokenizers: By component name; where there are words, copies that know them.
+        tokenizers: By component name; with words, copies that have tokens for them.
         vectors: By text encoder, in the order of the tokens. Shape: [layers, tokens, width].
-        layers: How many layers read texts of their own; 1 if all read the same.
+        layers: Number of layers that read a text of their own; 1 if all read the same.
     """
 
     words: tuple[str, ...]
@@ -44,10 +44,10 @@ class TextualInversions:
 
     @classmethod
     def of(cls, concepts: Sequence[LoadedConcept], components: Mapping[str, Any]) -> "TextualInversions":
-        """The words that these concepts' files bring to a pipeline with these components.
+        """The words in these concepts' files, for a pipeline with these components.
 
         Raises:
-            ValueError: If two concepts bring different vectors for a word, or a tokenizer knows it already.
+            ValueError: If two concepts have different vectors for a word, or a tokenizer has the word already.
         """
         tokenizers = {name: components[name] for name in TOKENIZERS if components.get(name) is not None}
         parts: list[Part] = [part for part in TOKENIZERS.values() if components.get(part) is not None]
@@ -62,7 +62,7 @@ class TextualInversions:
         return cls(tuple({word: None for words in brought.values() for word in words}), tokenizers, found, layers)
 
     def expander(self, pipe: Any) -> Callable[[Any, Any], Any]:
-        """What stands in for a pipeline's `maybe_convert_prompt`: every word is written as so many tokens as it has."""
+        """Replacement of a pipeline's `maybe_convert_prompt`, which writes every word as all its tokens."""
         convert = pipe.maybe_convert_prompt  # the same for the user's own textual inversions
 
         @cache
@@ -83,9 +83,9 @@ class TextualInversions:
         return expand
 
     def read_by(self, pipe: Any, encode: Encoder) -> Encoder:
-        """The same encoder, for which these are words.
+        """Wraps an encoder so that it reads these words.
 
-        Where layers read texts of their own, these stand side by side in the channels, [images, tokens, layers *
+        If layers read texts of their own, these are concatenated along the channels: [images, tokens, layers *
         channels]. Pooled text is that of the first layer.
 
         Args:
@@ -110,7 +110,7 @@ class TextualInversions:
 
     @contextmanager
     def _known_to(self, pipe: Any) -> Iterator[list["WordEmbedding"]]:
-        """The pipeline's tokenizers and text encoders know the words inside this block, and not after it."""
+        """Inside this block the pipeline's tokenizers and text encoders have the words."""
         embeddings = []
         with ExitStack() as undo:
             expand = self.expander(pipe)
@@ -137,10 +137,10 @@ class WordEmbedding(nn.Module):
     Args:
         layer: The embedding as found.
         vectors: Of the tokens that it does not know. Shape: [layers, tokens, width].
-        tokens: How many tokens there are in all, those at the end.
+        tokens: Size of the vocabulary; the new tokens come last.
 
     Attributes:
-        read_layer: For which layer words are read just now.
+        read_layer: The layer whose vectors are being read.
         met: Whether any of them has been read.
     """
 
@@ -174,7 +174,7 @@ class ExpandingTokenizer:
 
     Attributes:
         tokenizer: The tokenizer, which has a token for every vector.
-        expand: Writes such words as all their tokens.
+        expand: Writes every word as all its tokens.
         length: How many tokens the model reads; None means as many as the tokenizer says.
     """
 
@@ -208,7 +208,7 @@ def _brought(concepts: Sequence[LoadedConcept], part: Part) -> dict[str, Tensor]
             if word in words and not torch.equal(words[word], vectors):
                 raise ValueError(
                     f"the files of concepts {owner[word]!r} and {loaded.concept.name!r} both bring the word {word!r}, "
-                    "each with vectors of its own; one of them has to be renamed in its file"
+                    "with different vectors; rename it in one of the files"
                 )
             words[word], owner[word] = vectors, loaded.concept.name
     return words
@@ -224,8 +224,8 @@ def _with_words(tokenizer: Any, words: Mapping[str, int]) -> Any:
         known += count
         if copied.add_tokens([AddedToken(name, single_word=alone) for name in names]) != count or len(copied) != known:
             raise ValueError(
-                f"the tokenizer knows {word!r} already, so a LoRA file cannot bring it as a word of its own; if a "
-                f"textual inversion has brought it, call `unload_textual_inversion({word!r})`"
+                f"the tokenizer knows {word!r} already, so a LoRA file cannot add it; if it comes from a "
+                f"textual inversion, call `unload_textual_inversion({word!r})`"
             )
     return copied
 
@@ -236,10 +236,9 @@ def _further(word: str, i: int) -> str:
 
 
 def _find_end(model: nn.Module, end: int, undo: ExitStack) -> None:
-    """Lets a CLIP text model take its pooled text from the end token also if that has not the highest number.
+    """Makes a CLIP text model take its pooled text from the end token, even if a word has a higher token id.
 
-    With an `eos_token_id` of 2, as SDXL's configurations have it, transformers looks for the highest one, which is
-    that of a word here.
+    With an `eos_token_id` of 2, as in SDXL's configurations, transformers takes the highest token id instead.
     """
     for module in model.modules():
         if getattr(module, "eos_token_id", None) == 2:

@@ -204,6 +204,6 @@ def for_each(text: str | list[str] | None, count: int) -> list[str]:
 def real_tokens(
     tokenizer: Any, texts: Sequence[str], length: int, images_per_prompt: int, device: torch.device
 ) -> Tensor:
-    """True at tokens that are no padding. Shape: [images, tokens]."""
+    """True at tokens that are not padding. Shape: [images, tokens]."""
     found = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return found.attention_mask.bool().to(device).repeat_interleave(images_per_prompt, dim=0)

@@ -1,4 +1,4 @@
-"""How strongly a file's factors act: alpha / rank, from the file's keys, from PEFT's settings, or as given."""
+"""The scale of a file's factors: alpha / rank, from the file's keys, from PEFT's settings, or as given."""
 
 import math
 import re
@@ -11,10 +11,10 @@ from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer
 
 MAX_SCALE = 1000.0
-"""The largest factor on a change, alpha / rank, that is believed; trainers write up to some tens."""
+"""The largest alpha / rank that is accepted; trainers write at most a few tens."""
 
-# PEFT takes patterns for regular expressions that match a layer's name, or its end after a dot. Those of strangers are
-# not run: trainers write names, or ends of names, with dots escaped or not.
+# PEFT reads patterns as regular expressions that match a layer's name, or its end after a dot. A regular expression
+# from an unknown file is never run: trainers write names, or ends of names, with dots escaped or not.
 _NAME = re.compile(r"(?P<whole>\^)?(?P<inside>\.\*\\\.)?(?P<name>[\w-]+(?:\\?\.[\w-]+)*)\$?")
 _SHOWN = 80
 _CONFIGURED = "lora_adapter_metadata or adapter_config.json"
@@ -24,11 +24,11 @@ class Alphas:
     """The alphas of one file.
 
     Args:
-        file: As read.
-        given: The alpha of a file that does not have its own; None if none was given.
+        file: The file.
+        given: Alpha for a file without one; None if the caller gave none.
 
     Raises:
-        LoraError: If a pattern in PEFT's configuration is more than a name.
+        LoraError: If a pattern in PEFT's configuration is a regular expression.
     """
 
     def __init__(self, file: LoraFile, given: float | None = None) -> None:
@@ -47,7 +47,7 @@ class Alphas:
         """The alpha that the file has for a layer: in a key, or in PEFT's configuration; None if it has none.
 
         Raises:
-            LoraError: If it is no positive number.
+            LoraError: If it is not a positive number.
         """
         try:
             if "alpha" in layer.slots:
@@ -58,18 +58,18 @@ class Alphas:
             raise LoraError(f"{self._name}: {where} gives {layer.part}.{name} no usable alpha: {error}") from error
 
     def scale(self, name: str, layer: Layer) -> float:
-        """Factor on the change of a layer: alpha / rank; alpha as the file has it, else as given, else the rank.
+        """The scale of a layer, alpha / rank. Alpha is the file's, otherwise the given one, otherwise the rank.
 
         Raises:
-            ValueError: If there is no usable alpha, one is given beside the file's own, or the factor is out of all
-                proportion.
+            ValueError: If alpha is unusable, the caller gave one although the file has its own, or the scale is above
+                `MAX_SCALE`.
         """
         scalar = float(layer.slots["scalar"]) if "scalar" in layer.slots else 1.0
         scale = scalar * self._over_rank(name, layer)
         if not abs(scale) <= MAX_SCALE:
             raise ValueError(
-                f"its change would be multiplied by {scale:.3g} (alpha / rank); trainers write up to some tens, and "
-                f"more than {MAX_SCALE:g} is taken for damage"
+                f"its change would be multiplied by {scale:.3g} (alpha / rank); expected at most {MAX_SCALE:g}, since "
+                "trainers write at most a few tens: the file looks damaged"
             )
         return scale
 
@@ -78,7 +78,7 @@ class Alphas:
         if rank is None:  # a whole weight: alpha counts only where PEFT gives the rank as well
             return own / _positive(config["r"]) if own is not None and "r" in config else 1.0
         if own is not None and self._given is not None:
-            raise ValueError("the file says its alpha itself; leave alpha out")
+            raise ValueError("the file has its own alpha; leave alpha out")
         rescaled = config.get("use_rslora") and "alpha" not in layer.slots
         return (own or self._given or rank) / (rank**0.5 if rescaled else rank)
 
@@ -109,7 +109,7 @@ def _patterns(given: Any) -> dict[str, tuple[int, Any]]:
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """What `_patterns` calls those that match a layer."""
+    """Keys of `_patterns` that match a layer."""
     pieces = name.split(".")
     yield f"^{name}"
     yield name

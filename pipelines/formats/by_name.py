@@ -1,4 +1,4 @@
-"""A file's changes by its own names of layers: for models of which nothing is known here but those names."""
+"""A LoRA file by its own layer names, for models that have no backbone here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from lora_compose.pipelines.formats.alphas import Alphas
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
 from lora_compose.pipelines.formats.keys import Part, parse
 from lora_compose.pipelines.formats.layers import Layer, by_layer
-from lora_compose.pipelines.formats.names import older
+from lora_compose.pipelines.formats.names import present_name
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED
 
 
@@ -17,7 +17,7 @@ class Named:
     """A layer's change under the name that a file gives it.
 
     Attributes:
-        stem: What its keys begin with, as written.
+        stem: Common beginning of its keys, as written.
         factors: The change.
     """
 
@@ -28,24 +28,25 @@ class Named:
 def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tuple[Part, str], Named], tuple[str, ...]]:
     """A file's changes by part and name, with underscores for dots; and the keys that cannot be used.
 
-    Only pairs of factors are read: how large the product of other adapters may be, a model's layer has to tell.
+    Only plain LoRAs are read. The product of another adapter's tensors would have to be checked against the size of the
+    model's layer, which is unknown.
 
     Args:
-        file: What was read.
-        alpha: The alpha of a file that does not have its own.
+        file: The file.
+        alpha: Alpha for a file without one.
 
     Raises:
-        LoraError: If it is no plain LoRA, or a layer is incomplete or damaged.
+        LoraError: If it is not a plain LoRA, or a layer is incomplete or damaged.
     """
-    gathered = by_layer(file)
+    grouped = by_layer(file)
     alphas = Alphas(file, alpha)
     found: dict[tuple[Part, str], Named] = {}
-    for layer in gathered.layers:
+    for layer in grouped.layers:
         for slot, why in UNSUPPORTED.items():
             if slot in layer.slots:
                 raise LoraError(f"{file.path.name} is {why} (key {layer.keys[0]!r})")
         stem, name = _spelled(layer.keys[0])
-        where = layer.part, older(layer.module)
+        where = layer.part, present_name(layer.module)
         if where in found:
             raise LoraError(f"{file.path.name} has more than one LoRA for {name}; expected one adapter")
         try:
@@ -54,14 +55,14 @@ def by_name(file: LoraFile, *, alpha: float | None = None) -> tuple[Mapping[tupl
             raise
         except (ValueError, ZeroDivisionError) as error:
             raise LoraError(f"{file.path.name}: {name}: {error}") from error
-    return found, (*gathered.unknown, *gathered.inexpressible)
+    return found, (*grouped.unknown, *grouped.inexpressible)
 
 
 def _factors(layer: Layer, scale: float) -> LoraFactors:
     if layer.parts.keys() != {"down", "up"}:
         raise ValueError(
-            f"it has {', '.join(sorted(layer.parts))}; of models that are not known here only plain LoRAs are read, "
-            "with lora_A and lora_B or lora_down and lora_up"
+            f"it has {', '.join(sorted(layer.parts))}; for a model that lora-compose does not know, only plain LoRAs "
+            "(lora_A and lora_B, or lora_down and lora_up) can be read"
         )
     down, up = layer.parts["down"], layer.parts["up"]
     pointwise = up.shape[2:].numel() == 1
@@ -75,6 +76,6 @@ def _spelled(text: str) -> tuple[str, str]:
     """Prefix and name, and the name alone, of a key of a layer."""
     key = parse(text)
     if key is None:
-        raise ValueError(f"{text!r} is no key of an adapter")
+        raise ValueError(f"{text!r} is not a key of an adapter")
     stem = text.removesuffix(key.suffix)
     return stem, stem.removeprefix(key.prefix)

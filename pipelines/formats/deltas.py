@@ -1,11 +1,12 @@
-"""The tensors of one layer -> low-rank factors of the change they make: exactly, or with an error that is known.
+"""The tensors of one layer -> low-rank factors of the change they make, exactly or with a known error.
 
 The bank needs factors, `scale * up @ down`, since gates act between the two. Plain LoRA and LoCon are factors already.
-The others have more rank than parameters (LyCORIS, arXiv 2309.14859): products of their parts are rewritten as factors,
-and where those have more rank than wanted, the best approximation of that rank is taken (Eckart-Young).
+Other adapters reach a higher rank with as many parameters (LyCORIS, arXiv 2309.14859): products of their parts are
+rewritten as factors, and where those have more rank than wanted, the best approximation of that rank is taken
+(Eckart-Young).
 
-Small parts can have huge products, and files come from strangers: `size` tells from shapes alone what a change would
-be, so that nothing is multiplied that does not fit the layer.
+Small tensors can have a huge product, and files are not trusted. `size` computes the size of a change from shapes
+alone, so that nothing is multiplied that does not fit the layer.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 from lora_compose.attention.lora_bank import LoraFactors
 
 MAX_RANK = 128
-"""The rank up to which changes of other kinds than LoRA are kept exactly."""
+"""Changes of adapters other than LoRA are kept exactly up to this rank."""
 
 _TINY = 1e-6
 """Singular values below this share of the largest are rounding."""
@@ -29,8 +30,8 @@ class Change:
     """A layer's change as factors.
 
     Attributes:
-        factors: What is applied.
-        lost: Squared Frobenius norm of what the factors leave out; 0 where they are exact.
+        factors: The low-rank factors.
+        lost: Squared Frobenius norm of the part that the factors leave out; 0 if they are exact.
     """
 
     factors: LoraFactors
@@ -48,7 +49,7 @@ def inner(one: LoraFactors, other: LoraFactors) -> float:
 
 
 def rank_of(slots: Mapping[str, Tensor]) -> int | None:
-    """The rank by which a layer's alpha is divided; None where alpha does not count: there the scale is 1.
+    """The rank that divides a layer's alpha; None if alpha has no effect and the scale is 1.
 
     Raises:
         ValueError: If tensors are missing or have too few dimensions to tell.
@@ -83,17 +84,18 @@ def size(slots: Mapping[str, Tensor]) -> tuple[int, int]:
         return outputs * more_outputs, inputs * more_inputs
     if names & {"down", "up"}:
         raise ValueError(f"it has only one of its two factors ({', '.join(sorted(names))}); the file is incomplete")
-    raise ValueError(f"{', '.join(sorted(names))} is not enough to know the change; the file is incomplete")
+    raise ValueError(f"{', '.join(sorted(names))} is not enough to compute the change; the file is incomplete")
 
 
 def change(slots: Mapping[str, Tensor], scale: float, max_rank: int = MAX_RANK) -> Change:
-    """What the tensors of one layer change.
+    """The change of one layer as factors.
 
     Args:
         slots: The layer's tensors: "down" and "up", with "mid" for a Tucker decomposition; "hada_*" (LoHa); "lokr_*"
-            (LoKr); or "diff", a whole difference. Products as large as `size` may be built; compare it with the layer.
-        scale: Factor on the whole.
-        max_rank: Changes that are no factors yet are kept exactly up to this rank, and cut to it beyond.
+            (LoKr); or "diff", a whole difference. May build a product as large as `size` says; compare that with the
+            layer first.
+        scale: Factor on the change.
+        max_rank: Changes of other adapters are kept exactly up to this rank, and cut to it beyond.
 
     Raises:
         ValueError: As for `size`, and if the numbers are too large.
@@ -120,7 +122,7 @@ def _inputs(slots: Mapping[str, Tensor], name: str) -> int:
 
 
 def _check_rank(rank: int, outputs: int, inputs: int) -> None:
-    """A product of factors is as costly as its rank, which a tiny side of the layer lets grow with the file."""
+    """Bounds the rank: the cost of a product grows with it, and a layer with one tiny side would not limit it."""
     limit = max(outputs, inputs, MAX_RANK)
     if rank > limit:
         raise ValueError(f"its factors have rank {rank}, more than the {limit} that a change of this size can need")
@@ -168,7 +170,7 @@ def _loha_half_sides(slots: Mapping[str, Tensor], number: int) -> tuple[int, ...
     except KeyError as error:
         raise ValueError(f"the LoHa has no {error}; the file is incomplete") from error
     if set(slots) - allowed or up.ndim != 2 or down.ndim != 2:
-        raise ValueError(f"{', '.join(sorted(slots))} with matrices of {up.ndim} and {down.ndim} sides are no LoHa")
+        raise ValueError(f"{', '.join(sorted(slots))} with matrices of {up.ndim} and {down.ndim} sides are not a LoHa")
     if core is not None:
         return _tucker_sides(core, up, down)
     if up.shape[1] != down.shape[0]:
@@ -228,10 +230,10 @@ def _lokr_half_sides(slots: Mapping[str, Tensor], number: int) -> tuple[int, ...
     core = slots.get("lokr_t2") if number == 2 else None
     if whole is not None and up is None and down is None and core is None:
         if whole.ndim < 2:
-            raise ValueError(f"a weight of shape {list(whole.shape)} is no matrix")
+            raise ValueError(f"a weight of shape {list(whole.shape)} is not a matrix")
         return tuple(whole.shape)
     if whole is not None or up is None or down is None or "lokr_t1" in slots:
-        raise ValueError(f"{', '.join(sorted(slots))} are no LoKr; the file is incomplete")
+        raise ValueError(f"{', '.join(sorted(slots))} are not a LoKr; the file is incomplete")
     if core is not None and up.ndim == down.ndim == 2:
         return _tucker_sides(core, up, down)
     if up.ndim != 2 or down.ndim < 2 or up.shape[1] != down.shape[0]:
@@ -275,7 +277,7 @@ def _lokr_half(slots: Mapping[str, Tensor], number: int) -> Tensor:
 
 
 def _cut(matrix: Tensor, max_rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best factors of at most a rank, and the squared norm of what they leave out."""
+    """The best factors of at most a rank, and the squared norm of the part that they leave out."""
     u, s, v = _leading(matrix, max_rank)
     rank = min(max_rank, _numerical_rank(s))
     root = s[:rank].sqrt()
@@ -309,7 +311,7 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _numerical_rank(values: Tensor) -> int:
-    """How many singular values, sorted, are more than rounding; 1 at least, since factors need a rank."""
+    """Number of sorted singular values above rounding; at least 1, since factors need a rank."""
     return max(1, int((values > values[0] * _TINY).sum())) if len(values) else 1
 
 

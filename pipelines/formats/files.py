@@ -1,4 +1,4 @@
-"""A LoRA file on disk -> checked tensors with their metadata. Files come from strangers."""
+"""A LoRA file on disk -> checked tensors with their metadata. Files are not trusted."""
 
 import hashlib
 import json
@@ -28,8 +28,8 @@ from lora_compose.pipelines.regular import open_regular
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SCALARS = (".alpha", ".scalar")
-_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers write alphas so
-_MAX_KEY = 256  # letters; as for `MAX_TENSORS`
+_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers store alphas as integers
+_MAX_KEY = 256  # characters; bounded for the same reason as `MAX_TENSORS`
 # Configurations that PEFT writes beside its file, not into it.
 PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 
@@ -40,18 +40,18 @@ class LoraError(ValueError):
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as read, before it meets a model.
+    """A LoRA file as read, not yet matched with a model.
 
     Attributes:
         path: The file.
-        sha256: Of its content.
+        sha256: Digest of its content.
         metadata: The strings in its header.
         tensors: Its weights by key.
         config: PEFT's settings (alpha, patterns of alphas, ...) by part of the pipeline, or under "" for every part;
             from the header or from `adapter_config.json` beside the file.
-        embeddings: Words that the file brings with it, and their vectors by text encoder. Textual inversions may have
-            several tokens; an ED-LoRA (Mix-of-Show, arXiv 2305.18292) has a vector for each of the 16 cross-attention
-            layers of SD 1.x, in forward order. Shape: [tokens, layers, width].
+        embeddings: Bundled words (textual inversions), with their vectors by text encoder. A word may have several
+            tokens; an ED-LoRA (Mix-of-Show, arXiv 2305.18292) has a vector for each of the 16 cross-attention layers of
+            SD 1.x, in forward order. Shape: [tokens, layers, width].
     """
 
     path: Path
@@ -77,7 +77,7 @@ def _trigger(metadata: Mapping[str, str], words: Iterable[str]) -> str | None:
 
 
 def read_words(path: Path) -> tuple[str | None, str | None]:
-    """Trigger and class word, as in `LoraFile`, by the header of a safetensors file alone; no tensor is read.
+    """Reads trigger and class word from the header of a safetensors file; no tensor is read.
 
     Raises:
         LoraError: If it has no readable header.
@@ -89,7 +89,7 @@ def read_words(path: Path) -> tuple[str | None, str | None]:
 
 
 def trained_with(path: Path) -> str | None:
-    """How a LoRA says it was trained ("tara"), by the header of a safetensors file alone.
+    """Reads from the header of a safetensors file how the LoRA was trained ("tara").
 
     Raises:
         LoraError: If it has no readable header.
@@ -99,11 +99,11 @@ def trained_with(path: Path) -> str | None:
 
 
 def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
-    """Reads and checks a file, which is opened once: the digest is that of the bytes that the tensors came from.
+    """Reads and checks a file. It is opened once, so the digest is of the same bytes as the tensors.
 
     Args:
         path: A safetensors file, or with `allow_pickle` one that `torch.save` has written.
-        allow_pickle: Opens pickles, with `weights_only=True`: tensors are read, no code is run.
+        allow_pickle: Also opens pickles, with `weights_only=True`: tensors are read, no code is run.
 
     Raises:
         LoraError: If it cannot be opened, is a pickle and those are not allowed, is truncated or corrupt, holds no
@@ -126,7 +126,7 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
 
 
 def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], found: Mapping[str, Tensor]) -> LoraFile:
-    """Checks what was read, and sorts it.
+    """Checks the tensors of a file and makes a `LoraFile` of them.
 
     Raises:
         LoraError: As for `read_lora`.
@@ -138,7 +138,7 @@ def lora_file(path: Path, sha256: str, metadata: Mapping[str, str], found: Mappi
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises LoraError for files that are pickles by name."""
+    """Raises LoraError for files with the extension of a pickle."""
     if path.suffix.lower() in PICKLES:
         raise LoraError(
             f"{path.name} is a pickle, which could run code when opened; convert it to safetensors first, or load it "
@@ -148,7 +148,7 @@ def refuse_pickle(path: Path) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """A file that is open; what goes wrong with it inside is a LoraError."""
+    """Opens a file; errors while it is read become LoraErrors."""
     try:
         with open_regular(path) as file:
             try:
@@ -156,7 +156,7 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
             except DamagedError as error:
                 file.seek(0)
                 looks = _other_format(file.read(2))
-                raise LoraError(f"{path.name} is no readable safetensors file ({looks}): {error}") from error
+                raise LoraError(f"{path.name} is not a readable safetensors file ({looks}): {error}") from error
             except LoraError:
                 raise
             except ValueError as error:
@@ -166,7 +166,7 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def wanted_keys(path: Path, keys: list[str]) -> list[str]:
-    """The keys to be read: of a whole model with LoRA layers inside, only those; nothing of a plain model.
+    """The keys to read; from a whole model with LoRA layers inside, only those of the LoRA.
 
     Raises:
         LoraError: If there is no key of a LoRA.
@@ -174,8 +174,8 @@ def wanted_keys(path: Path, keys: list[str]) -> list[str]:
     longest = max(map(len, keys), default=0)
     if len(keys) > MAX_TENSORS or longest > _MAX_KEY:
         raise LoraError(
-            f"{path.name} has {len(keys)} keys of up to {longest} letters; a LoRA has at most {MAX_TENSORS} keys of "
-            f"{_MAX_KEY} letters"
+            f"{path.name} has {len(keys)} keys of up to {longest} characters; a LoRA has at most {MAX_TENSORS} keys of "
+            f"{_MAX_KEY} characters"
         )
     inside = [key for key in keys if ".lora_layer." in key]
     if inside:
@@ -189,7 +189,8 @@ def wanted_keys(path: Path, keys: list[str]) -> list[str]:
     if not any(parse(key) is not None for key in keys):
         shown = ", ".join(keys[:3]) or "none"
         raise LoraError(
-            f"{path.name} is no LoRA: expected keys with lora_A/lora_B, lora_down/lora_up, hada or lokr, found {shown}"
+            f"{path.name} is not a LoRA: expected keys with lora_A/lora_B, lora_down/lora_up, hada or lokr, "
+            f"found {shown}"
         )
     return keys
 
@@ -204,7 +205,7 @@ def _unpickled(path: Path, content: bytes) -> dict[str, Tensor]:
         first = str(error).splitlines()[0] if str(error) else "damaged"
         raise LoraError(f"{path.name} holds more than tensors, or is damaged; it was not opened: {first}") from error
     except Exception as error:  # torch raises nearly anything for damaged archives
-        raise LoraError(f"{path.name} is no readable file of torch.save: {type(error).__name__}: {error}") from error
+        raise LoraError(f"{path.name} is not a readable torch.save file: {type(error).__name__}: {error}") from error
     found = dict(_flat(path, loaded))
     for outer in ("params.", "params_ema.", "state_dict."):
         if any(key.startswith(outer) for key in found):
@@ -214,7 +215,7 @@ def _unpickled(path: Path, content: bytes) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path, content: bytes) -> None:
-    """An archive that unpacks to more than its size is no file of torch.save, which does not compress."""
+    """Refuses archives that unpack to more than their size: torch.save does not compress."""
     if zipfile.is_zipfile(BytesIO(content)):
         try:
             with zipfile.ZipFile(BytesIO(content)) as archive:
@@ -235,7 +236,7 @@ def _flat(path: Path, content: Any, prefix: str = "", depth: int = 0) -> Iterato
                 value.layout is not torch.strided
                 or value.numel() * value.element_size() > value.untyped_storage().nbytes()
             ):
-                raise LoraError(f"{path.name}: {prefix}{key} is no plain tensor")
+                raise LoraError(f"{path.name}: {prefix}{key} is not a plain tensor")
             yield f"{prefix}{key}", value.detach().contiguous()
         elif isinstance(value, Mapping):
             yield from _flat(path, value, f"{prefix}{key}.", depth + 1)
@@ -253,7 +254,7 @@ def _check_keys(path: Path, found: Mapping[str, Tensor]) -> None:
 
 
 def _other_format(start: bytes) -> str:
-    pickled = start[:1] == b"\x80" or start == b"PK"  # a guess: sound safetensors files may begin so as well
+    pickled = start[:1] == b"\x80" or start == b"PK"  # a guess: valid safetensors files may begin with these bytes too
     return "a pickle or an archive under another name" if pickled else "truncated or corrupt"
 
 
@@ -287,14 +288,14 @@ def _json(path: Path, what: str, text: str | bytes) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise LoraError(f"{path.name}: {what} is no JSON: {error}") from error
+        raise LoraError(f"{path.name}: {what} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise LoraError(f"{path.name}: {what} is {str(config)[:80]!r}; expected settings by name")
     return config
 
 
 def _embeddings(path: Path, found: Mapping[str, Tensor]) -> dict[str, dict[Part, Tensor]]:
-    """Words with vectors of their own: those of an ED-LoRA, and textual inversions bundled with a LoRA."""
+    """Bundled words and their vectors: those of an ED-LoRA, and textual inversions."""
     words: dict[str, dict[Part, Tensor]] = {}
     for key, tensor in found.items():
         if (known := bundled_embedding(key)) is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 Part = Literal["unet", "transformer", "text_encoder", "text_encoder_2"]
 PARTS: tuple[Part, ...] = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
-# How files begin the names of a part's layers. Order matters: the first that fits is taken.
+# Prefixes of the layer names of each part. Order matters: the first match counts.
 _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"lora_te2_", "text_encoder_2"),
     (r"lora_te1?_", "text_encoder"),
@@ -24,8 +24,8 @@ _PREFIXES: tuple[tuple[str, Part], ...] = (
     (r"base_model\.model\.|", "unet"),
 )
 
-# What stands after the layer's name and a dot. A group of a pattern, if there is one, is the slot. Repetitions are
-# possessive and few, so that no key takes much longer than others of its length.
+# Suffixes after the layer's name and a dot. If a pattern has a group, that is the slot. Repetitions are possessive and
+# few, so that no crafted key is slow to match.
 _SIDES = {"A": "down", "B": "up"}
 _SLOTS: tuple[tuple[str, str | None], ...] = (
     (r"lora_(down|up|mid)\.weight", None),
@@ -59,7 +59,7 @@ _EMBEDDING = re.compile(r"new_concept_embedding\.(.+)|bundle_emb\.(.+?)(?:\.(str
 
 @dataclass(frozen=True)
 class Key:
-    """What one key of a file says.
+    """One key of a file, taken apart.
 
     Attributes:
         part: The component of the pipeline whose layer is changed.
@@ -77,7 +77,7 @@ class Key:
 
 
 def parse(key: str) -> Key | None:
-    """Takes a key apart; None where it is no key of an adapter."""
+    """Takes a key apart; None if it is not a key of an adapter."""
     found = _KEY.search(key)
     if found is None or found.lastgroup is None or found.lastindex is None:
         return None

@@ -1,4 +1,4 @@
-"""The keys of a file gathered by layer."""
+"""The keys of a file grouped by layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Layer:
         part: The component of the pipeline.
         module: The layer as the file spells it, with underscores for dots.
         slots: Its tensors by what they are (`Key.slot`).
-        keys: Where they stand in the file.
-        outputs: Which outputs of its change are meant; None is all.
-        shares: Of how many layers of the model it is the change.
+        keys: Their keys in the file.
+        outputs: Slice of the change's outputs that this layer has; None means all.
+        shares: Number of layers of the model that it changes.
     """
 
     part: Part
@@ -52,7 +52,7 @@ class Layers:
     Attributes:
         layers: Those that change weights, by layer.
         inexpressible: Keys with biases and norms, which no low-rank change of a weight can express.
-        unknown: Keys that are no adapter's.
+        unknown: Keys that belong to no known adapter.
     """
 
     layers: Sequence[Layer]

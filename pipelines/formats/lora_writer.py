@@ -1,7 +1,7 @@
 """Low-rank factors -> the keys and tensors of an ordinary LoRA file, in diffusers' spelling or in kohya's.
 
-What scales a change is in its factors. diffusers' files have no alphas. kohya's have the same one in all layers, also
-where ranks differ: diffusers 0.42 loses those that differ from the most common one.
+Scales are multiplied into the factors. diffusers' files have no alphas. kohya's have the same alpha in all layers, even
+where ranks differ: diffusers 0.42 drops alphas that differ from the most common one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,12 +20,12 @@ SPELLINGS: tuple[Spelling, ...] = get_args(Spelling)
 
 
 @dataclass(frozen=True)
-class Site:
+class FileLayer:
     """A layer as a file names it.
 
     Attributes:
-        stem: What its keys begin with, part and prefix included.
-        kernel: What follows rank and inputs in the shape of `down`; () for a linear layer.
+        stem: Common beginning of its keys, including part and prefix.
+        kernel: Kernel height and width of a convolution; () for a linear layer.
     """
 
     stem: str
@@ -33,12 +33,12 @@ class Site:
 
 
 def stems(spelling: Spelling, pipe: Any, names: Mapping[Part, list[str]]) -> dict[tuple[Part, str], str]:
-    """What the keys of a pipeline's layers begin with.
+    """The beginning of the keys of each layer of a pipeline.
 
     kohya's scripts use diffusers' names of a UNet's blocks for SD 1.x and 2.x, and the original checkpoint's for SDXL.
 
     Args:
-        spelling: Whose keys.
+        spelling: "diffusers" or "kohya".
         pipe: A pipeline, or anything with such a UNet and text encoders.
         names: The layers, as the models have them, by part.
     """
@@ -49,7 +49,7 @@ def stems(spelling: Spelling, pipe: Any, names: Mapping[Part, list[str]]) -> dic
     found = {}
     for part, layers in names.items():
         for name in layers:
-            # transformers 5 has lost the outer name that all files have
+            # transformers 5 removed the outer name that all files have
             own = name if part == "unet" else f"text_model.{name.removeprefix('text_model.')}"
             own = blocks.get(name, own) if part == "unet" else own
             found[part, name] = f"{kohya[part]}{own.replace('.', '_')}" if spelling == "kohya" else f"{part}.{own}"
@@ -57,16 +57,16 @@ def stems(spelling: Spelling, pipe: Any, names: Mapping[Part, list[str]]) -> dic
 
 
 def tensors(
-    spelling: Spelling, site: Site, change: LoraFactors, dtype: torch.dtype, alpha: float
+    spelling: Spelling, site: FileLayer, change: LoraFactors, dtype: torch.dtype, alpha: float
 ) -> Iterator[tuple[str, Tensor]]:
     """Keys and tensors of one layer.
 
     Args:
-        spelling: Whose keys.
+        spelling: "diffusers" or "kohya".
         site: The layer.
         change: Matrices at scale 1; with rank 0 there is nothing to write.
-        dtype: Of the factors.
-        alpha: That of all layers, for kohya's files; where it is the rank, the factors are written as they are.
+        dtype: Precision of the factors.
+        alpha: Alpha of all layers, for kohya's files; where it equals the rank, the factors are written unchanged.
     """
     if not change.rank:
         return

@@ -1,4 +1,4 @@
-"""The names under which files know the layers of a model: diffusers' own, the original checkpoints', and older ones."""
+"""Layer names in files: diffusers' own, those of original checkpoints, and older ones."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,8 @@ from lora_compose.attention.lora_bank import base_layer
 from lora_compose.pipelines.formats.keys import Part
 from lora_compose.pipelines.formats.transformer_names import original_layers
 
-# What diffusers names and the original checkpoints ("LDM" for SD, "SGM" for SDXL) number, with underscores for dots.
+# Modules that diffusers names and original checkpoints ("LDM" for SD, "SGM" for SDXL) number, with underscores for
+# dots.
 _RESNET = {
     "conv1": "in_layers_2",
     "time_emb_proj": "emb_layers_1",
@@ -26,7 +27,7 @@ _OUTSIDE = {
     "conv_in": "input_blocks_0_0",
     "conv_out": "out_2",
 }
-# Attention processors and old text encoders name the projection apart.
+# Attention processors and old text encoders have other names for the projections.
 _OLDER = (
     (r"_self_attn_to_([qkv])$", r"_self_attn_\1_proj"),
     (r"_self_attn_to_out(?:_0)?$", "_self_attn_out_proj"),
@@ -35,8 +36,8 @@ _OLDER = (
 )
 
 
-def older(module: str) -> str:
-    """The present spelling of a layer, with underscores, for one that older trainers spelled otherwise."""
+def present_name(module: str) -> str:
+    """The present name of a layer, with underscores for dots, for a name that older trainers use."""
     for pattern, present in _OLDER:
         module, changed = re.subn(pattern, present, module)
         if changed:
@@ -45,13 +46,13 @@ def older(module: str) -> str:
 
 
 def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
-    """The layers that a LoRA may change, by every spelling of their names with underscores for dots.
+    """The layers that a LoRA may change, by every name that files use for them, with underscores for dots.
 
-    Several layers of a transformer may be one of its original checkpoint; they are in the order of its outputs.
+    One layer of an original checkpoint may be several of diffusers'; they are in the order of its outputs.
 
     Args:
         model: A UNet, a transformer or a text encoder.
-        part: Which.
+        part: The component that it is.
     """
     model = uncompiled(model)
     layers = [name for name, module in model.named_modules() if isinstance(base_layer(module), nn.Linear | nn.Conv2d)]
@@ -61,7 +62,7 @@ def spellings(model: nn.Module, part: Part) -> Mapping[str, tuple[str, ...]]:
         return {spelled.replace(".", "_"): found for spelled, found in fused.items()} | _each(own)
     if part == "unet":
         return _each(_original(model, own) | own)
-    # Text models have been wrapped in a `text_model`, and have lost it again in transformers 5.
+    # Text encoders had an outer `text_model` module until transformers 5.
     bare = {name.removeprefix("text_model.").replace(".", "_"): name for name in layers}
     return _each(bare | {f"text_model_{spelled}": name for spelled, name in bare.items()})
 
@@ -77,7 +78,7 @@ def original_names(unet: nn.Module) -> Mapping[str, str]:
 
 
 def _original(unet: nn.Module, own: Mapping[str, str]) -> dict[str, str]:
-    """Layers by the spelling of the original checkpoints, which number all blocks of one direction through."""
+    """Layers by their names in original checkpoints, which number all down blocks, and all up blocks, consecutively."""
     found = {theirs: own[ours] for ours, theirs in _OUTSIDE.items() if ours in own}
     for theirs, ours in _original_blocks(unet):
         if ours in own:

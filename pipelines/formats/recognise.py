@@ -1,4 +1,4 @@
-"""All keys of a file together: who writes such files, and for which family of models."""
+"""Recognises from all keys of a file which tool wrote it, and which model family it is for."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ from torch import Size
 
 from lora_compose.pipelines.formats.keys import Key, parse
 
-# What the tensors are, by the first slot that is found.
+# The kind of adapter, by the first slot that is found.
 _KINDS = (
     ("magnitude", "DoRA"),
     ("oft", "OFT"),
@@ -24,24 +24,24 @@ _KINDS = (
     ("diff", "whole differences"),
 )
 
-_WITH_FACTORS = {"DoRA"}  # what has the factors of a LoRA besides its own tensors
+_WITH_FACTORS = {"DoRA"}  # has the factors of a LoRA besides its own tensors
 UNSUPPORTED: Mapping[str, str] = {
-    "magnitude": "a DoRA, which rescales the model's own weights: no low-rank change does that, and gates need one",
-    "oft": "an OFT, which rotates the model's own weights: no low-rank change does that, and gates need one",
-    "glora": "a GLoRA, which changes the model's own weights by a product with them, so that it is no low-rank change",
-    "ia3": "an IA3, which rescales activations: no low-rank change does that, and gates need one",
-    "other": "an adapter of a kind that is not known here",
+    "magnitude": "a DoRA, which rescales the model's own weights; only low-rank changes can be gated",
+    "oft": "an OFT, which rotates the model's own weights; only low-rank changes can be gated",
+    "glora": "a GLoRA, which multiplies the model's own weights; only low-rank changes can be gated",
+    "ia3": "an IA3, which rescales activations; only low-rank changes can be gated",
+    "other": "an adapter of an unknown kind",
 }
 """Why files with such tensors are refused, by slot."""
 
-# Other families by words that only their layers' names have, and some that tell only where no UNet's blocks are named.
+# Other families, by words that only their layer names have; the last ones count only if no UNet block is named.
 _FOREIGN = (
     (r"motion_modules|temporal_transformer", "AnimateDiff"),
     (r"lora_prior_|clip_txt_pooled_mapper", "Stable Cascade"),
     (r"lora_te3_|joint_blocks", "SD3"),
 )
 _UNET_BLOCKS = r"(?:down|up|input|output)_blocks|mid_block|middle_block"
-# Transformers that are composed here, by names that only they have; the width of the first layers tells their size.
+# Supported transformers, by names that only they have; the width of the first layers gives their size.
 _TRANSFORMERS: Sequence[tuple[str, str]] = (
     (r"to_qkv_mlp_proj|(?:single|double)_stream_modulation|ff(?:_context)?[._]linear_in", "FLUX.2-klein"),
     (r"txtfusion|text_fusion|(?<![a-z])blocks[._]\d+[._](?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))|attn[._]to_gate",
@@ -78,12 +78,12 @@ _WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
 
 @dataclass(frozen=True)
 class Guess:
-    """For which models a file is.
+    """The model family that a file is for.
 
     Attributes:
-        family: "SD 1.x", "SD 2.x", "SDXL", the name of another one, or None if nothing tells.
-        supported: Whether such models are composed here.
-        why: What it was seen from.
+        family: "SD 1.x", "SD 2.x", "SDXL", the name of another one, or None if it is unknown.
+        supported: Whether lora-compose supports that family.
+        why: The evidence.
     """
 
     family: str | None
@@ -92,7 +92,7 @@ class Guess:
 
 
 def form(keys: Sequence[str]) -> str:
-    """One line: what kind of adapter it is, and in whose spelling."""
+    """One line: the kind of adapter, and the tool whose key names it has."""
     parsed = [found for key in keys if (found := parse(key))]
     slots = {key.slot for key in parsed}
     kinds = list(dict.fromkeys(kind for slot, kind in _KINDS if slot in slots))
@@ -135,17 +135,17 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
         metadata: The strings in the file's header.
     """
     text = "\n".join(shapes)
-    said = _said(metadata)
+    said = _reasons(metadata)
     if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, said)):
         return guess
     foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
     for pattern, name in foreign:
         if found := re.search(pattern, text, re.MULTILINE):
             return Guess(name, False, (f"layers called {found[0]!r}", *said))
-    seen = _seen(shapes)
+    seen = _from_shapes(shapes)
     families = list(dict.fromkeys(family for family, _ in seen))
     why = tuple(dict.fromkeys(reason for _, reason in seen))
-    told = next((family for family, _ in _told(metadata)), None)
+    told = next((family for family, _ in _named(metadata)), None)
     if len(families) == 1:
         contrary = told is not None and told != families[0]
         return Guess(families[0], True, (*why, *((f"although {said[0]}",) if contrary else said)))
@@ -153,11 +153,11 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
         return Guess(None, False, ("signs of several families: " + "; ".join(why), *said))
     if told is not None:
         return Guess(told, told in _WIDTHS.values(), said)
-    return Guess(None, False, ("nothing in its keys or metadata tells",))
+    return Guess(None, False, ("neither its keys nor its metadata tell",))
 
 
 def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], said: tuple[str, ...]) -> Guess | None:
-    """One of the transformers that are composed here."""
+    """The family if it is a supported transformer."""
     seen = next(((found[0], name) for pattern, name in _TRANSFORMERS if (found := re.search(pattern, text))), None)
     if seen is None:
         return None
@@ -169,7 +169,7 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], said: tu
         name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
         if name == "FLUX":
             return Guess("FLUX.1 or FLUX.2", False, (*why, *said))
-        why.append("by how many outputs its MLPs have for each input")
+        why.append("by the ratio of outputs to inputs in its MLPs")
     if name in _SIZES:
         why.append(f"its layers have width {width}")
         name = _SIZES[name].get(width, f"{name} of another size")
@@ -191,7 +191,7 @@ def _main_width(shapes: Mapping[str, Size | Sequence[int]]) -> tuple[int, set[in
 
 
 def _outputs(slots: Mapping[str, Sequence[int]]) -> int:
-    """How many outputs a layer has, as far as the shapes of its tensors tell; 0 where they do not."""
+    """Number of outputs of a layer according to its tensors; 0 if unknown."""
     for slot in ("up", "hada_w1_a", "diff"):
         if len(slots.get(slot, ())) >= 2:
             return int(slots[slot][0])
@@ -199,8 +199,8 @@ def _outputs(slots: Mapping[str, Sequence[int]]) -> int:
     return int(sides[0][0]) * int(sides[1][0]) if all(len(side) >= 2 for side in sides) else 0
 
 
-def _told(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Families named in the metadata, each with the words."""
+def _named(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Families named in the metadata, each with the text that names it."""
     found = []
     for key in ("modelspec.architecture", "ss_base_model_version", "base_model"):
         value = metadata.get(key) or ""
@@ -211,12 +211,12 @@ def _told(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
     return found
 
 
-def _said(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(reason for _, reason in _told(metadata))
+def _reasons(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(reason for _, reason in _named(metadata))
 
 
-def _seen(shapes: Mapping[str, Size | Sequence[int]]) -> list[tuple[str, str]]:
-    """Families that layers and their widths speak for, each with the reason."""
+def _from_shapes(shapes: Mapping[str, Size | Sequence[int]]) -> list[tuple[str, str]]:
+    """Families that layers and their widths point to, each with the reason."""
     layers: dict[tuple[str, str], dict[str, Sequence[int]]] = {}
     for key, shape in shapes.items():
         if found := parse(key):
@@ -236,7 +236,7 @@ def _seen(shapes: Mapping[str, Size | Sequence[int]]) -> list[tuple[str, str]]:
 
 
 def _inputs(slots: Mapping[str, Sequence[int]]) -> int:
-    """How many inputs a layer has, as far as the shapes of its tensors tell; 0 where they do not."""
+    """Number of inputs of a layer according to its tensors; 0 if unknown."""
     for slot in ("down", "hada_w1_b", "diff"):
         if len(slots.get(slot, ())) >= 2:
             return int(slots[slot][1])

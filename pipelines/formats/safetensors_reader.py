@@ -1,8 +1,8 @@
 """A safetensors file from one open descriptor: header first, then tensors and the digest of the file in a single pass.
 
 The safetensors library opens files by path only. A digest then needs a second open, and a file that is replaced in
-between gives tensors of one file and the digest of another. Reading in one pass also keeps memory at the tensors that
-are wanted, and lets sizes, shapes and types be checked before anything is built. The format:
+between gives the tensors of one file and the digest of another. Reading in one pass also keeps only the wanted tensors
+in memory, and lets sizes, shapes and types be checked before anything is built. The format:
 https://github.com/huggingface/safetensors#format
 """
 
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 MAX_HEADER = 8 << 20
-"""Bytes of the longest header that is read."""
+"""The longest header that is read, in bytes."""
 
 MAX_TENSORS = 20_000
-"""Tensors of the largest file that is read; names are searched for patterns, which takes time."""
+"""The most tensors that a file may have: every name is searched for patterns, which takes time."""
 
 MAX_DIMENSIONS = 8
-"""Dimensions of a tensor; convolutions have four or five."""
+"""The most dimensions of a tensor; convolutions have four or five."""
 
 _CHUNK = 1 << 20
 _DTYPES = {
@@ -34,11 +34,11 @@ _DTYPES = {
 
 
 class DamagedError(ValueError):
-    """The bytes are no safetensors file, or not all of one."""
+    """The bytes are not a complete safetensors file."""
 
 
 class Digest(Protocol):
-    """What `hashlib` makes."""
+    """A hash object of `hashlib`."""
 
     def update(self, data: Any, /) -> None:
         """Takes the next bytes of the file."""
@@ -66,7 +66,7 @@ class Header:
     """The header of a file.
 
     Attributes:
-        metadata: Its strings.
+        metadata: Its metadata strings.
         entries: Its tensors by key, in the order of their bytes, which follow each other without a gap.
         raw: The bytes of the file up to the first tensor.
     """
@@ -83,7 +83,7 @@ def read_header(file: BufferedReader) -> Header:
         file: At its first byte.
 
     Raises:
-        DamagedError: If it is no safetensors file, or is truncated or damaged.
+        DamagedError: If it is not a safetensors file, or is truncated or damaged.
         ValueError: If the header is longer than `MAX_HEADER`, or lists more than `MAX_TENSORS`.
     """
     size = os.fstat(file.fileno()).st_size
@@ -92,9 +92,9 @@ def read_header(file: BufferedReader) -> Header:
     if size < 8 or length > size - 8:
         raise DamagedError("the header is longer than the file")
     if length > MAX_HEADER:
-        raise ValueError(f"it has a header of {length / 2**20:.1f} MiB; a LoRA's has at most {MAX_HEADER >> 20}")
+        raise ValueError(f"it has a header of {length / 2**20:.1f} MiB; a LoRA's has at most {MAX_HEADER >> 20} MiB")
     text = file.read(length)
-    tensors = text.count(b'"dtype"')  # which is cheaper than to parse as many
+    tensors = text.count(b'"dtype"')  # cheaper than parsing that many
     if tensors > MAX_TENSORS:
         raise ValueError(f"it has {tensors} keys; a LoRA has at most {MAX_TENSORS}")
     try:
@@ -102,14 +102,14 @@ def read_header(file: BufferedReader) -> Header:
     except RecursionError as error:
         raise DamagedError("the header is nested too deeply") from error
     except ValueError as error:
-        raise DamagedError(f"the header is no JSON: {error}") from error
+        raise DamagedError(f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise DamagedError("the header does not list tensors")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedError("the metadata in the header are not strings")
     entries = {key: _entry(key, value) for key, value in header.items()}
-    # Tensors without numbers come before the one that begins at the same byte.
+    # An empty tensor comes before the one that begins at the same byte.
     found = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     position = 0
     for key, entry in found:
@@ -128,7 +128,7 @@ def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], 
         file: As `read_header` left it.
         header: What that returned.
         wanted: The keys whose tensors are kept.
-        digest: Is given every byte of the file.
+        digest: Updated with every byte of the file.
 
     Raises:
         DamagedError: If the file has become shorter.

@@ -1,8 +1,8 @@
 """Tensors -> a safetensors file, one at a time: memory never holds more than one of them.
 
-The format has its header in front, which lists every tensor's place. So tensors are collected in a scratch file, and
-copied behind the header once all of them are known. Wider types come first, so that each tensor begins at a multiple of
-its type's size, whatever the others are. The format: https://github.com/huggingface/safetensors#format
+The header comes first and lists the offset of every tensor. So tensors are collected in a scratch file, and copied
+behind the header once all are known. Wider types come first, so that each tensor begins at a multiple of its type's
+size, whatever the others are. The format: https://github.com/huggingface/safetensors#format
 """
 
 import json
@@ -34,7 +34,7 @@ class SafetensorsWriter:
     """Collects tensors, and writes them as one file.
 
     Args:
-        scratch: An empty file that is opened for writing and reading; it holds what was collected.
+        scratch: An empty file, opened for writing and reading, that holds the collected tensors.
     """
 
     def __init__(self, scratch: BinaryIO) -> None:
@@ -46,8 +46,7 @@ class SafetensorsWriter:
         """Takes a tensor.
 
         Raises:
-            ValueError: If there is one of this name, its type is not floating point, or it has values that are NaN or
-                infinite.
+            ValueError: If the name is taken, its type is not floating point, or it has values that are NaN or infinite.
         """
         if key in self._entries or tensor.dtype not in _NAMES:
             raise ValueError(f"{key} is there already, or of type {tensor.dtype}; expected floating point")
@@ -64,7 +63,7 @@ class SafetensorsWriter:
         """Writes a whole file.
 
         Args:
-            file: Where to, from its position on.
+            file: The file to write to, from its current position.
             metadata: Strings for the header.
         """
         ordered = sorted(self._entries.items(), key=lambda item: -item[1].dtype.itemsize)

@@ -1,4 +1,4 @@
-"""The names of a transformer's layers in its original checkpoint, which trainers and ComfyUI use in LoRA files.
+"""Names of a transformer's layers in its original checkpoint; trainers and ComfyUI use them in LoRA files.
 
 One layer of a checkpoint may be several of diffusers' (queries, keys and values), whose outputs follow one another in
 the order of the table. Facts: the model's public code, and diffusers' converters of checkpoints.
@@ -14,7 +14,7 @@ _Table = Sequence[tuple[str, str]]
 
 
 def _double(image: str, text: str) -> _Table:
-    """A double block: what its parts are called on the side of the image and of the text."""
+    """Names of the layers of a double-stream block, on the image side and on the text side."""
     return [
         (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
         (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
@@ -96,7 +96,7 @@ _TABLES: Mapping[str, _Table] = {
 
 
 def original_layers(model: nn.Module, names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-    """The layers that each layer of the original checkpoint is, in the order of its outputs.
+    """For each layer of the original checkpoint, the model's layers that it is, in the order of its outputs.
 
     Args:
         model: The transformer.

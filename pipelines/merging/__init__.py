@@ -1,6 +1,6 @@
-"""Several LoRAs -> one, layer by layer and on the changes themselves: one paper, one file. `MERGERS` is the registry.
+"""Merges several LoRAs into one, layer by layer: one paper, one file. `MERGERS` is the registry.
 
-`factors.py` has what all share, `merger.py` what a merger is.
+`merger.py` defines a merger; `factors.py` has the algebra that all share.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def make_merger(name: str, settings: Mapping[str, Any] | None = None) -> Merger:
 
 
 def settings_of(merger: Merger) -> dict[str, Any]:
-    """All settings of a merger, for records."""
+    """All settings of a merger, for the metadata of its file."""
     return _fields(merger)
 
 

@@ -1,4 +1,4 @@
-"""Concatenation, the exact sum; and the best approximation of it by fewer ranks."""
+"""Concatenation, the exact sum; and SVD, its best approximation of a lower rank."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger
 
 @dataclass(frozen=True)
 class Cat(Merger):
-    """The exact sum of the changes: all ranks side by side. There are no settings."""
+    """The exact sum of the changes: all ranks concatenated. No settings."""
 
     resolves = False
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
         return lambda changes, moments: concatenated(changes)
 
 
 @dataclass(frozen=True)
 class Svd(Merger):
-    """The sum by its singular values, without ranks that add nothing, to be cut. There are no settings."""
+    """The sum as a singular value decomposition without empty ranks, so that it can be cut. No settings."""
 
     resolves = False
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
         return _compact
 
 

@@ -1,8 +1,8 @@
 """DARE (arXiv 2311.03099): drops entries of each change at random, and divides the rest by the share that is kept.
 
-The sum of the changes is what is expected of it, entry by entry. The entries are those of the changes in a common basis
-of their outputs, as in `ties`, so that the result has no more rank than all LoRAs together; on whole weights it would
-have full rank.
+The expected value of each entry is the sum of the changes. The entries are those of the changes in a common basis of
+their outputs, as in `ties`, so that the result has no more rank than all LoRAs together; on whole weights it would have
+full rank.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class Dare(Merger):
 
     Attributes:
         density: The share of the entries that is kept.
-        seed: Of what is dropped.
+        seed: Seed of the random choice.
     """
 
     density: float = 0.5
@@ -31,16 +31,16 @@ class Dare(Merger):
         """Checks the settings."""
         check_share("density", self.density)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed is a whole number from 0 on, not {self.seed!r}")
+            raise ValueError(f"seed must be a whole number of at least 0, not {self.seed!r}")
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Draws for the layers in their order."""
+        """Merges the layers in order, with one random generator."""
         generator = torch.Generator().manual_seed(self.seed)
         return lambda changes, moments: dare(changes, self.density, generator)
 
 
 def dare(changes: Changes, density: float, generator: torch.Generator) -> LoraFactors:
-    """The sum of the changes, of each of which a random share of the entries is left, larger accordingly."""
+    """The sum of the changes, each with a random share of its entries, scaled up by 1 / density."""
     spectra = [spectrum(change) for change in changes]
     space = left_space(spectra)
     merged = 0.0

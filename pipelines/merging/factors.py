@@ -1,8 +1,8 @@
 """What all mergers share: a change of one layer as a product of two thin matrices, and its singular values.
 
-A LoRA's factors are not unique: (B M)(M^-1 A) is the same change for every invertible M. Whatever is done entry by
-entry to A or B alone depends on M, and is no operation on the change. All mergers here give the same result for all
-factors of the same changes. They work in fp64 on the CPU and build no change whole, unless their docstring says so.
+A LoRA's factors are not unique: (B M)(M^-1 A) is the same change for every invertible M. An entry-wise operation on A
+or B alone depends on M, so it is not an operation on the change. All mergers here give the same result for all factors
+of the same changes. They work in fp64 on the CPU and build no change whole, unless their docstring says so.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ TINY = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """The singular value decomposition of a change without values that are rounding: U diag(values) V^T.
+    """The singular value decomposition of a change, U diag(values) V^T, without values that are rounding.
 
     Attributes:
         u: Shape: [outputs, rank], orthonormal columns.
-        values: Shape: [rank], falling.
+        values: Shape: [rank], descending.
         v: Shape: [inputs, rank], orthonormal columns.
     """
 
@@ -33,7 +33,7 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """How many singular values there are."""
+        """Number of singular values."""
         return len(self.values)
 
     def factors(self, rank: int | None = None) -> LoraFactors:
@@ -53,7 +53,7 @@ def scaled(change: LoraFactors, number: float) -> LoraFactors:
 
 
 def absent(change: LoraFactors) -> LoraFactors:
-    """No change, for a layer as large as that of another one: factors of rank 0."""
+    """Factors of rank 0, in the shape of another change: no change."""
     up, down = change.up.flatten(1), change.down.flatten(1)
     return LoraFactors(down.new_zeros(0, down.shape[1]), up.new_zeros(up.shape[0], 0))
 

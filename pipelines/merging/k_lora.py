@@ -2,8 +2,8 @@
 
 In every step the paper compares S_subject / g with S_style (1.5 t + 0.5), where S is the sum of the K = r_subject
 r_style largest absolute entries of the change, t runs from 0 to 1 over the steps, and g is the mean ratio of the two
-LoRAs' absolute sums over all layers; the larger wins the layer. So a layer that takes the subject does so up to some
-step, and the style afterwards.
+LoRAs' absolute sums over all layers; the larger wins the layer. So a layer may take the subject up to some step, and
+the style afterwards.
 
 A file has no steps. Each layer here gets the mean over them: the subject by the share of the steps that it wins, the
 style by the rest. Deviations from the authors' code: alpha counts, all layers of the files take part, and layers whose
@@ -75,7 +75,7 @@ def subject_share(subject: LoraFactors, style: LoraFactors, level: float) -> flo
     Args:
         subject: Its change.
         style: Its change.
-        level: By which the subject's entries are divided.
+        level: Divisor of the subject's entries, g.
     """
     if not subject.rank or not style.rank:
         return float(subject.rank > 0)

@@ -31,8 +31,8 @@ class Lego(Merger):
     Attributes:
         k: How many ranks the result has; None is the largest rank of the LoRAs, layer by layer. "auto" joins only units
             of different LoRAs that are alike, and multiplies nothing: without such units it is `cat`.
-        alike: How large the cosine of two units must be for "auto".
-        output: Whether there is output reweighting; "auto" needs none.
+        alike: Least cosine at which "auto" joins two units.
+        output: Whether to apply output reweighting; "auto" needs none.
     """
 
     k: int | Literal["auto"] | None = None
@@ -45,10 +45,10 @@ class Lego(Merger):
             check_positive("k", self.k, int)
         check_share("alike", self.alike)
         if not isinstance(self.output, bool):
-            raise ValueError(f"output is true or false, not {self.output!r}")
+            raise ValueError(f"output must be true or false, not {self.output!r}")
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
         return lambda changes, moments: lego(changes, self.k, self.alike, self.output)
 
 

@@ -1,4 +1,4 @@
-"""NP-LoRA (arXiv 2511.11051): the subject leaves the directions that the style reads.
+"""NP-LoRA (arXiv 2511.11051): removes from the subject the input directions that the style uses.
 
     dW = dW_subject (I - m / (1 + m) V V^T) + dW_style
 
@@ -21,8 +21,8 @@ class NpLora(Merger):
     """NP-LoRA, for a subject and a style in this order.
 
     Attributes:
-        strength: How much of the subject goes: m / (1 + m) of what lies in the style's directions.
-        energy: The style's main directions are as many as carry this share of its energy, layer by layer.
+        strength: m; the subject loses m / (1 + m) of its part in the style's directions.
+        energy: The style's main directions are those that carry this share of its energy, layer by layer.
     """
 
     pair = True
@@ -35,7 +35,7 @@ class NpLora(Merger):
         check_share("energy", self.energy)
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
 
         def merge(changes: Changes, moments: torch.Tensor | None) -> LoraFactors:
             subject, style = changes
@@ -45,7 +45,7 @@ class NpLora(Merger):
 
 
 def np_lora(subject: LoraFactors, style: LoraFactors, strength: float, energy: float) -> LoraFactors:
-    """The subject without a part of what it reads in the style's main directions, plus the style."""
+    """The subject, projected away from the style's main input directions, plus the style."""
     found = spectrum(style)
     v = found.v[:, : main_directions(found.values, energy)]
     up, down = matrices(subject)

@@ -6,8 +6,8 @@ does what that LoRA alone would do:
 
     (H + l I) a = g + l,   H_ij = sum_k <dW_i X_k, dW_j X_k>,   g_i = sum_k <dW_i X_k, dW_k X_k>
 
-l pulls to 1, the plain sum, where the inputs tell nothing. The products need small matrices alone (`MergeLayer`):
-<dW_i X, dW_j X> = sum((B_i^T B_j) * (A_i X)(A_j X)^T).
+l pulls to 1, the plain sum, where the inputs carry no information. The products need small matrices only
+(`MergeLayer`): <dW_i X, dW_j X> = sum((B_i^T B_j) * (A_i X)(A_j X)^T).
 """
 
 from collections.abc import Iterable
@@ -26,8 +26,8 @@ class Soups(Merger):
     """LoRA Soups with weights by least squares.
 
     Attributes:
-        ridge: The pull to the plain sum, as a share of the mean of H's diagonal.
-        largest: No number is above this one, or below 0.
+        ridge: l, the pull to the plain sum, as a fraction of the mean of H's diagonal.
+        largest: Upper bound of the numbers; the lower bound is 0.
     """
 
     needs_model = True
@@ -40,7 +40,7 @@ class Soups(Merger):
         check_positive("largest", self.largest)
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
 
         def merge(changes: Changes, moments: Tensor | None) -> LoraFactors:
             if moments is None:
@@ -60,7 +60,7 @@ def best_numbers(changes: Changes, moments: Tensor, ridge: float) -> Tensor:
     whose = torch.repeat_interleave(torch.arange(len(changes)), ranks)
     owner = torch.nn.functional.one_hot(whose, len(changes)).double()
     up = torch.cat([matrices(change)[0] for change in changes], dim=1)
-    # By run, the inner products of what the LoRAs add to the layer's output. Shape: [runs, LoRAs, LoRAs].
+    # For each run, the inner products of the LoRAs' contributions to the layer's output. Shape: [runs, LoRAs, LoRAs].
     products = owner.T @ ((up.T @ up) * moments.double()) @ owner
     taking_part = ranks > 0
     products = products * taking_part[:, None, None]

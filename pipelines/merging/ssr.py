@@ -1,16 +1,16 @@
-"""SSR-Merge (arXiv 2606.10617): a small matrix between A's and B's sends what each LoRA reads to its own B.
+"""SSR-Merge (arXiv 2606.10617): a small matrix between the A's and B's routes each LoRA's inputs to its own B.
 
 With A = [A_1; A_2; ...], B = [B_1 | B_2 | ...] and Z_k = A X_k for the inputs X_k of a layer while LoRA k alone acts,
 
     R = Q (G + l I)^-1,   G = mean_k Z_k Z_k^T,   Q = mean_k E_k (A_k X_k) Z_k^T   (E_k: the rows of LoRA k)
 
-minimises sum_k |R Z_k - E_k A_k X_k|^2, and the result is (B R) A: an ordinary LoRA of all ranks. It tells LoRAs
-apart by what their inputs look like, not by where in the image they are.
+minimises sum_k |R Z_k - E_k A_k X_k|^2, and the result is (B R) A: an ordinary LoRA of all ranks. It separates LoRAs by
+their inputs, not by positions in the image.
 
 Two deviations. The A_i are replaced by orthonormal rows first (and the B_i changed accordingly), so that l weighs all
 directions alike whatever the factors; and l pulls to the plain sum (Q + l I) and not to nothing, so that directions
-which the inputs never show are left alone, and one LoRA stays exactly what it is. As in the authors' code, only LoRAs
-that change a layer take part there.
+that no input has are left alone, and a single LoRA stays exactly as it is. As in the authors' code, only LoRAs that
+change a layer take part there.
 """
 
 from collections.abc import Iterable
@@ -31,8 +31,8 @@ class Ssr(Merger):
     """SSR-Merge.
 
     Attributes:
-        ridge: l, the pull to the plain sum. The authors' code has 1e-4, for rows of A as they are, which are short;
-            for orthonormal rows that is so little that the router grows until images break.
+        ridge: l, the pull to the plain sum. The authors' code has 1e-4 for the short rows of the A's. For orthonormal
+            rows that is too little: the matrix R grows until images break.
     """
 
     needs_model = True
@@ -43,12 +43,12 @@ class Ssr(Merger):
         check_positive("ridge", self.ridge)
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
         return lambda changes, moments: concatenated(changes) if moments is None else ssr(changes, moments, self.ridge)
 
 
 def ssr(changes: Changes, moments: Tensor, ridge: float) -> LoraFactors:
-    """The changes with the router between their factors.
+    """The changes with R between their factors.
 
     Args:
         changes: Of all LoRAs.

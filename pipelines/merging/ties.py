@@ -22,7 +22,7 @@ class Ties(Merger):
     """KnOTS-TIES.
 
     Attributes:
-        density: The share of each LoRA's coefficients that is kept, the largest. 0.2 is that of the TIES paper.
+        density: The share of each LoRA's largest coefficients that is kept; 0.2 in the TIES paper.
     """
 
     density: float = 0.2
@@ -32,12 +32,12 @@ class Ties(Merger):
         check_share("density", self.density)
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
         return lambda changes, moments: ties(changes, self.density)
 
 
 def ties(changes: Changes, density: float) -> LoraFactors:
-    """Trims each change, elects signs and averages those who agree, in the changes' common basis.
+    """Trims each change, elects signs and averages the entries that agree, in the changes' common basis.
 
     A LoRA that does not change the layer has zeros, which have no sign and do not count in the mean.
     """

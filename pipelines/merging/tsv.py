@@ -5,7 +5,7 @@ interfere. With U = [U_1 | U_2 | ...], V = [V_1 | V_2 | ...] and S all singular 
 U' and V' are the nearest matrices with orthonormal columns: P Q^T of the decomposition P D Q^T (Procrustes). The paper
 keeps 1/n of the ranks of each of n whole differences; LoRAs have few, and all are kept.
 
-Where two LoRAs have the same vectors, the nearest such matrix is not unique; what is not determined is left out (a
+Where two LoRAs have the same vectors, the nearest such matrix is not unique; the undetermined part is left out (a
 partial isometry). The same LoRA twice then gives that LoRA once.
 """
 
@@ -22,10 +22,10 @@ from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger
 
 @dataclass(frozen=True)
 class Tsv(Merger):
-    """TSV-Merge. There are no settings."""
+    """TSV-Merge. No settings."""
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Takes each layer for itself."""
+        """Merges each layer independently."""
         return lambda changes, moments: tsv(changes)
 
 

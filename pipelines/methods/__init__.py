@@ -1,4 +1,4 @@
-"""How concepts are fused: one paper, one file. `METHODS` is the registry; nothing else asks for a method by name."""
+"""The methods that fuse concepts: one paper, one file. `METHODS` is the registry."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ PRESETS: Mapping[str, Callable[[], Settings]] = {
     "lora-composer:paper": LoraComposer.paper,
     "clora:official": Clora.official,
 }
-"""Settings of the authors, by name."""
+"""The authors' settings, by preset name."""
 
 
 def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = None) -> Settings:
@@ -89,9 +89,9 @@ def make_method(method: "str | Settings", settings: Mapping[str, Any] | None = N
 
 
 def name_of(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """A method's name, and the fields that differ from its defaults: what `make_method` makes it of again.
+    """A method's name and the fields that differ from its defaults; `make_method` reverses it.
 
-    Settings of a class that is not in `METHODS` have its name, and all their fields.
+    For a class that is not in `METHODS`: its class name and all fields.
     """
     name = next((name for name, kind in METHODS.items() if type(settings) is kind), type(settings).__name__)
     if name not in METHODS:
@@ -106,7 +106,7 @@ def _fields(settings: Settings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The method of a call, and why it is this one."""
+    """The method of a call, and the reason for the choice."""
 
     method: Settings
     reason: str
@@ -119,16 +119,16 @@ def choose_method(
     *,
     region_attention: bool = True,
 ) -> Choice:
-    """The method for a call that names none; logs the reason, as a warning where subjects blend.
+    """Chooses the method of a call that names none. Logs the reason, as a warning if subjects will blend.
 
-    With a region for every subject LoRA-Composer works best, and without regions a draft finds them; both need words,
-    to write texts of their own. Token masks serve LoRAs that were trained with them; on ordinary ones they lose more
-    identities than they separate (`docs/methods` has the figures). Styles do not count beside subjects; alone they get
-    token masks if all of them were trained with them.
+    With a region for every subject it is LoRA-Composer, and without regions Draft; both need triggers and class words.
+    Token masks (TARA) are for LoRAs that were trained with them; with ordinary ones they lose more identities than they
+    separate (figures in `docs/methods`). Styles do not count beside subjects; styles alone get token masks if all were
+    trained with them.
 
     Args:
-        concepts: Those of the call.
-        prompts: Its prompts; None if it was given embeddings.
+        concepts: Concepts of the call.
+        prompts: Prompts of the call; None with `prompt_embeds`.
         concept_sets: The concept set of each prompt; None means all concepts for every prompt.
         region_attention: Whether the model supports region attention, which lora-composer needs.
     """
@@ -136,7 +136,7 @@ def choose_method(
     subjects = [loaded.concept for loaded in given]
     if any(subject.region for subject in subjects):
         return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
-    asked = given or (concepts if prompts is not None else ())  # styles alone decide for themselves
+    asked = given or (concepts if prompts is not None else ())  # with styles alone, they decide
     if asked and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
         return _chosen(Tara(), "every concept was trained for it")
     sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
@@ -146,7 +146,7 @@ def choose_method(
         few = "no prompt has several subjects" if len(subjects) > 1 else "there is one subject"
         return _chosen(Merge(), few if subjects else "styles act everywhere")
     if prompts is None:
-        return _blending("there are embeddings instead of a prompt", "unless each has a region")
+        return _blending("prompt_embeds are given instead of a prompt", "unless each has a region")
     missing = [
         _missing_words(subject, prompt)
         for prompt, subjects in zip(prompts, subjects_of, strict=True)
@@ -171,13 +171,13 @@ def _blending(reason: str, unless: str) -> Choice:
 def _for_regions(
     subjects: Sequence[Concept], prompts: Sequence[str] | None, kind: str, region_attention: bool
 ) -> Choice:
-    """The method for subjects of which some have a region, or all."""
+    """The method for subjects of which some or all have a region."""
     boxed = [subject for subject in subjects if subject.region]
     others = ", ".join(subject.name for subject in subjects if not subject.region)
     reason = f"{', '.join(subject.name for subject in boxed)} has a region" if others else f"every {kind} has a region"
     if region_attention and prompts is not None and all(subject.trigger for subject in boxed):
         return _chosen(LoraComposer(), f"{reason}, and {others} stays outside of it" if others else reason)
-    why = "there are embeddings instead of a prompt" if prompts is None else "not every one a trigger"
+    why = "prompt_embeds are given instead of a prompt" if prompts is None else "not every one has a trigger"
     why = why if region_attention else "this model does not support region attention yet"
     if others:
         logger.warning("without a region, %s acts on the whole image, also inside the regions of others", others)
@@ -185,7 +185,7 @@ def _for_regions(
 
 
 def _missing_words(subject: Concept, prompt: str) -> str:
-    """What a prompt or a concept lacks, of which the prompt does not have the trigger followed by the class word."""
+    """What is missing if the prompt does not have the concept's trigger followed by its class word."""
     name, trigger, noun = subject.name, subject.trigger, subject.class_word
     if not trigger:
         return f"{name} has no trigger: give it one, such as trigger='sks', and write it in the prompt"

@@ -1,4 +1,4 @@
-"""CLoRA: every concept's LoRA where the attention to its words is; no layout is needed.
+"""CLoRA: every LoRA acts where the attention to its concept's words is; no regions are needed.
 
 Meral et al., "CLoRA: A Contrastive Approach to Compose Multiple LoRA Models", arXiv 2403.19776. N concepts make N + 1
 branches of the same latents z. Branch 0 has no concept's LoRA and reads the prompt without triggers; branch n has the
@@ -11,9 +11,9 @@ LoRA and the trigger of concept n. All branches name all concepts by their class
     fusion:      e = sum_n M_n e_n / sum_n M_n, of what the branches predict ("branches")
 
 Beyond the paper, the masks can be the regions of one pass ("regions"): cells of M_n read the text of branch n and have
-its LoRA, as in LoRA-Composer. That costs two rows, whatever the number of concepts, and lets concepts see each other.
-
-`Clora.official` is what the authors' code does. `docs/methods/clora.md` shows what each part contributes.
+its LoRA, as in LoRA-Composer. That costs two rows per step, whatever the number of concepts, and concepts attend to
+each other. `Clora.official` has the settings of the authors' code. `docs/methods/clora.md` measures the contribution of
+each part.
 """
 
 import math
@@ -54,35 +54,35 @@ _CHANGES = {"dilate": dilated, "erode": eroded, "open": opened, "close": closed}
 
 @dataclass(frozen=True)
 class Clora:
-    """Every LoRA acts where the model looks for its concept, and concepts are moved apart; no layout is needed.
+    """Every LoRA acts where the model attends to its concept, and updates of the latents move concepts apart.
 
-    Schedules are parts of the steps, or numbers of steps where they are above 1.
+    `update_until`, `refine_at`, `mask_from` and `mask_until` are fractions of the steps, or step numbers if above 1.
 
     Attributes:
         fuse: "branches" takes the predictions of all branches, each under its mask, as published; "regions" runs one
             pass, in which every mask is a region with the text and the LoRA of its branch.
-        uncond: The uncond rows: "shared", one for all branches, without concepts; "each", one for each branch with its
-            LoRA, as published. "regions" has no use for it.
+        uncond: Unconditional branches: "shared", one for all branches, without concepts; "each", one for each branch
+            with its LoRA, as published. Has no effect with "regions".
         step_size: Size alpha of an update of the latents; 0 switches updates off.
         step_rule: "raw" multiplies the gradient, as published; "rms" a gradient of root mean square 1.
-        update_until: Latents are updated before this part of the steps.
+        update_until: Latents are updated before this point of the steps.
         refine_at: Steps with further updates.
-        refinements: How many more these are.
+        refinements: Number of further updates at those steps.
         temperature: t of the loss.
-        threshold: theta, the share of a map's maximum from which on a cell belongs to the mask.
-        smoothed: Whether maps are smoothed before that.
-        exclusive: Whether a cell that several concepts claim goes to the one whose map is highest there, relative to
-            its maximum; otherwise it is theirs in equal parts.
+        threshold: theta; a cell belongs to the mask if the map is above this share of its maximum.
+        smoothed: Whether maps are smoothed before the threshold.
+        exclusive: Whether a cell in several masks goes to the concept whose map is highest there relative to its
+            maximum; otherwise it is shared equally.
         morphology: Changes of the masks, in this order: "dilate", "erode", "open", "close", each by one cell.
-        mask_from: Before this part of the steps all branches are averaged everywhere. For "branches".
-        mask_until: After this part of the steps masks stay as they are.
+        mask_from: Before this point of the steps all branches are averaged everywhere. For "branches".
+        mask_until: After this point of the steps masks no longer change.
         isolate: Whether the cells of a mask see no other mask in self-attention. For "regions".
-        whole: Updates as in the authors' code: full passes on both halves of guidance, whose maps are averaged, and the
-            prediction from before the last update is reused. For "branches".
-        branch_batch_size: How many rows per image are run together; fewer need less memory and give the same numbers,
-            and updates run twice. None is all.
-        base_prompt: What branch 0 reads, instead of the prompt without triggers. `Concept.prompt` is what a concept's
-            own branch reads, and `Concept.negative_prompt` its negative prompt where each branch has uncond rows.
+        whole: Updates as in the authors' code: full passes with conditional and unconditional branches, whose maps are
+            averaged; the prediction from before the last update is reused. For "branches".
+        branch_batch_size: Number of branches that are run together; None means all. Fewer need less memory and give the
+            same result, but updates run every micro-batch twice.
+        base_prompt: Prompt of branch 0, instead of the prompt without triggers. `Concept.prompt` is the prompt of a
+            concept's own branch, and with uncond="each" `Concept.negative_prompt` is its negative prompt.
         words: By name of a concept, the words that name it in all branches, instead of its trigger and class word.
         mask_words: By name of a concept, the words in its own branch that make its mask, instead of those.
     """
@@ -120,7 +120,9 @@ class Clora:
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if any(not 0 <= part < math.inf for part in self.refine_at):
-            raise ValueError(f"refine_at names parts of the steps, none of them negative, not {list(self.refine_at)}")
+            raise ValueError(
+                f"refine_at must be points of the steps, none of them negative, not {list(self.refine_at)}"
+            )
         if unknown := [change for change in self.morphology if change not in _CHANGES]:
             raise ValueError(f"morphology may be {', '.join(_CHANGES)}, not {', '.join(map(str, unknown))}")
         if self.branch_batch_size is not None and self.branch_batch_size < 1:
@@ -130,9 +132,9 @@ class Clora:
 
     @classmethod
     def official(cls) -> "Clora":
-        """What the authors' code does in their notebook, in parts of the steps, without its mistakes.
+        """The settings of the authors' notebook, as fractions of the steps, without its mistakes.
 
-        The step at which updates end and those with refinement are the paper's 25, 0, 10 and 20 of 50.
+        Updates end at step 25 of 50, and steps 0, 10 and 20 have refinements, as in the paper.
         """
         return cls(
             fuse="branches",
@@ -151,18 +153,18 @@ class Clora:
 
     @property
     def needs_region_attention(self) -> bool:
-        """Whether the model has to support region attention: masks are the regions of one pass."""
+        """Whether the model must support region attention (fuse="regions")."""
         return self.fuse == "regions"
 
     def start(self, session: Session) -> Process:
-        """Encodes a text for every branch. With a single subject there is nothing to tell apart: it is merged."""
+        """Encodes a text for every branch. A single subject is merged."""
         concepts, subjects = session.concepts, session.concepts.subjects
-        every = concepts.whole or concepts  # words may be for concepts of other prompts
+        every = concepts.whole or concepts  # `words` may name concepts of other prompts
         self._check_words([every.concepts[i].name for i in every.subjects])
         if len(subjects) < 2:
             return Merge().start(session)
         if session.prompts.texts is None:
-            raise ValueError("clora makes a text for each branch, so it needs the prompt as text, not embeddings")
+            raise ValueError("clora makes a text for each branch, so it needs prompts, not prompt_embeds")
         if any(concept.region for concept in concepts.concepts):
             say_once("clora ignores regions and finds concepts by itself; method='lora-composer' uses regions")
         styles = [concepts.concepts[i] for i in concepts.styles]
@@ -195,7 +197,7 @@ class Clora:
         return session.prompts.encode(weights, branch.prompts, negatives, branch.names, branch.mentions)
 
     def _gates(self, session: Session, branches: Sequence[Branch], text: Conditioning) -> Gates:
-        """On every branch's rows its own LoRA and the styles, on all tokens and cells."""
+        """Gates for all tokens and cells: on the rows of each branch its own LoRA and the styles."""
         canvas = session.canvas
         live = torch.stack([_weights(session, branch) for branch in branches])
         unconds = live if self.uncond == "each" else torch.zeros(1, live.shape[1])
@@ -216,14 +218,14 @@ class Clora:
                 found |= {token: (found.get(token, (-1, False))[0], True) for token in masking[prompt]}
                 rows += [found] * canvas.images_per_prompt
         most, tokens = max(map(len, rows)), session.prompts.token_masks.phrase.shape[1]
-        readout, groups = torch.zeros(len(rows), tokens, most), torch.full((len(rows), most), -1)
+        token_weights, groups = torch.zeros(len(rows), tokens, most), torch.full((len(rows), most), -1)
         mine = torch.zeros(len(rows), most, dtype=torch.bool)
         for row, found in enumerate(rows):
             for column, (token, (concept, masks)) in enumerate(sorted(found.items())):
-                readout[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
+                token_weights[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
         by_branch = (len(branches), -1)
         return MappedTokens(
-            readout.to(canvas.device),
+            token_weights.to(canvas.device),
             groups.unflatten(0, by_branch).transpose(0, 1).flatten(1).to(canvas.device),
             mine.unflatten(0, by_branch)[1:].transpose(0, 1).to(canvas.device),
         )
@@ -256,15 +258,15 @@ def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> Non
 
 @dataclass(frozen=True, eq=False)
 class MappedTokens:
-    """Which tokens get a map, and what for.
+    """The tokens whose attention maps are recorded, and what the maps are for.
 
     Attributes:
-        readout: One token for every map, by branch and image. Shape: [branches * images, tokens, maps].
-        groups: The concept whose map it is; -1 for none. Shape: [images, branches * maps].
-        mine: Whether it makes the mask of the branch. Shape: [images, subjects, maps].
+        token_weights: One token for every map, by branch and image. Shape: [branches * images, tokens, maps].
+        groups: Index of the concept of each map; -1 for none. Shape: [images, branches * maps].
+        mine: True if the map is a part of the branch's mask. Shape: [images, subjects, maps].
     """
 
-    readout: Tensor
+    token_weights: Tensor
     groups: Tensor
     mine: Tensor
 
@@ -278,8 +280,8 @@ class Contrasting:
         session: Concept set, prompts and denoiser.
         text: The text of the base branch.
         branches: The pass of all branches.
-        words: Which maps are whose.
-        texts: By image, the branches' texts for region attention; none for fusing branches.
+        words: The mapped tokens, and the concept of each map.
+        texts: By image, the branches' texts for region attention; empty with fuse="branches".
         masks: The mask of each subject, on the map grid; None before the first. Shape: [images, subjects, height,
             width].
         regions: By image, the pass with the masks as regions.
@@ -311,7 +313,7 @@ class Contrasting:
         return latents
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Updates; masks from the maps of before the last of them; then the prediction."""
+        """Updates the latents, makes masks from the maps before the last update, and predicts."""
         latents, found = self._update(latents, step)
         if self.settings.fuse == "branches":
             return latents, self._by_branches(latents, step, found)
@@ -320,7 +322,7 @@ class Contrasting:
     def _update(self, latents: Tensor, step: Step) -> tuple[Tensor, Gradient | None]:
         """All updates of a step, with what was found before the last one, if there are any."""
         settings, found = self.settings, None
-        request = self._all_rows(step) if settings.whole else MapRequest(self.words.readout)
+        request = self._all_rows(step) if settings.whole else MapRequest(self.words.token_weights)
         updates, wants_masks = self._updates(step), settings.fuse == "regions" and self._masks_due(step)
         for left in reversed(range(updates)):
             found = self.session.denoiser.gradient(
@@ -331,7 +333,7 @@ class Contrasting:
         return latents, found
 
     def _updates(self, step: Step) -> int:
-        """How many updates a step has."""
+        """Number of updates in a step."""
         settings = self.settings
         last = math.ceil(steps_in(settings.update_until, step.count))
         if settings.step_size == 0 or step.index >= last or step.second_order:
@@ -345,7 +347,7 @@ class Contrasting:
         return contrast(by_image, self.words.groups, self.settings.temperature)
 
     def _by_branches(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
-        """The mean of the branches' predictions, each under its mask, for both halves of guidance."""
+        """The mean of the branches' predictions under their masks, with guidance."""
         prediction, maps = (None, None) if found is None else (found.prediction, found.maps)
         if prediction is None:
             request = self._all_rows(step) if maps is None and self._masks_due(step) else None
@@ -371,14 +373,14 @@ class Contrasting:
         return (masks / masks.sum(dim=1, keepdim=True)).transpose(0, 1)[:, :, None]
 
     def _by_regions(self, latents: Tensor, step: Step, found: Gradient | None) -> Tensor:
-        """One pass for every image, since every image has other regions.
+        """One pass per image, since each image has its own regions.
 
         New masks come to the host, which divides the grids by them; with those of an update it has not to wait again.
         """
         if self._masks_due(step):
             masks = None if found is None else found.beside
             if masks is None:
-                request = MapRequest(self.words.readout)
+                request = MapRequest(self.words.token_weights)
                 masks = self._masks_of(self.session.denoiser.maps(latents, step, self.branches, request)).cpu()
             self.masks = to_device(masks > 0, self.session.canvas.device)
             on_latents = F.interpolate(masks, self.session.canvas.latent_grid)
@@ -405,13 +407,13 @@ class Contrasting:
         """Masks of all subjects.
 
         Args:
-            maps: Of the subjects' own branches. Shape: [images, subjects, maps, height, width].
+            maps: Maps of the subjects' own branches. Shape: [images, subjects, maps, height, width].
 
         Returns:
             Shape: [images, subjects, height, width], bool.
         """
         maps, painted = smooth(maps) if self.settings.smoothed else maps, self._painted
-        maps = maps if painted is None else maps * painted  # the maximum, too, has to be where something is painted
+        maps = maps if painted is None else maps * painted  # the maximum must be in the painted part, too
         mine = self.words.mine[..., None, None]
         masks = (strongest(maps, self.settings.threshold) & mine).any(dim=2)
         for change in self.settings.morphology:
@@ -425,7 +427,7 @@ class Contrasting:
 
     @cached_property
     def _painted(self) -> Tensor | None:
-        """Cells of the map grid of which a part is painted; None is all of them. Shape: [height, width], bool."""
+        """Cells of the map grid that are at least partly painted; None means all. Shape: [height, width], bool."""
         canvas = self.session.canvas
         if canvas.painted is None:
             return None
@@ -440,23 +442,23 @@ class Contrasting:
         }
         attention = RegionAttention(partitions, inject=True, isolate=self.settings.isolate)
         spec = Pass(text, region_gates(session, text, regions), attention, image=image)
-        # Text and text gates stay the same when masks change, and with them keys and values.
+        # Text and text gates do not change with the masks, so keys and values are shared.
         return session.denoiser.prepare(spec, same_text_as=self.regions[image] if self.regions else None)
 
     def _masks_due(self, step: Step) -> bool:
         return self.masks is None or step.index < math.ceil(steps_in(self.settings.mask_until, step.count))
 
     def _all_rows(self, step: Step) -> MapRequest:
-        """The request for all rows: no maps of a shared unconditional branch, the branch's own of each of several."""
-        readout = self.words.readout
+        """The request for all rows. A shared unconditional branch has no maps; others have those of their branch."""
+        token_weights = self.words.token_weights
         if not step.guided:
-            return MapRequest(readout)
+            return MapRequest(token_weights)
         each = self.settings.uncond == "each"
-        unconds = readout if each else torch.zeros_like(readout[: self.session.canvas.images])
-        return MapRequest(torch.cat([unconds, readout]))
+        unconds = token_weights if each else torch.zeros_like(token_weights[: self.session.canvas.images])
+        return MapRequest(torch.cat([unconds, token_weights]))
 
     def _by_branch(self, maps: AttentionMaps) -> Tensor:
-        """The maps of all branches; the mean of both halves of guidance where updates see both.
+        """The maps of all branches; with `whole`, the mean of unconditional and conditional rows.
 
         Returns:
             Shape: [branches, images, maps, height, width].

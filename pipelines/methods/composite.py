@@ -7,9 +7,10 @@ are averaged. With theta_j for the model with LoRA j, guidance scale s and promp
 
 Styles have no passes of their own: they act in those of every subject.
 
-Guidance is linear, so averaging first and guiding once gives the same, and `guidance_rescale` then sees the averages.
+Guidance is linear, so averaging first and applying guidance once gives the same; `guidance_rescale` then uses the
+averages.
 
-`docs/methods/composite.md` says what differs from the authors' code and why.
+`docs/methods/composite.md` lists the differences from the authors' code.
 """
 
 import math
@@ -22,18 +23,18 @@ from lora_compose.pipelines.session import Session
 
 @dataclass(frozen=True)
 class Composite:
-    """The average of what the model predicts with each LoRA alone.
+    """The average of the predictions with each LoRA alone.
 
     Attributes:
-        shares: How much each subject's prediction counts, in the order of the concepts; the paper's w_j up to a common
-            factor, as only ratios matter. None: all the same, w_j = 1.
+        shares: Weight of each subject's prediction, in the order of the concepts: the paper's w_j; only ratios matter.
+            None means equal weights.
     """
 
     shares: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.shares is not None and not _proper(self.shares):
-            raise ValueError(f"shares must be numbers of which none is negative and not all are 0, not {self.shares!r}")
+            raise ValueError(f"shares must be non-negative numbers, not all 0, not {self.shares!r}")
 
     def start(self, session: Session) -> FixedPasses:
         """A pass for each subject; text encoders take part."""

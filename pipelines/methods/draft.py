@@ -1,18 +1,18 @@
-"""Draft: the base model lays the image out, and every LoRA acts where its subject is; no boxes and no gradients.
+"""Draft: the base model lays out the image, and every LoRA acts where its subject is; no boxes and no gradients.
 
-A method of our own. Without any LoRA the base model knows how to lay a scene out, and it does so in the first steps.
+A method of this project. The base model, without any LoRA, lays out a scene in the first steps.
 
-    draft       the first steps without LoRAs, from the prompt without triggers. The attention of image cells to the
-                class word of each subject, its mean over these steps, tells where the subject is
+    draft       the first steps without LoRAs, from the prompt without triggers. The mean attention of image cells to
+                the class word of each subject over these steps shows where the subject is
     division    the whole canvas is divided between the subjects, half-way between their centres
-    start again from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
+    restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
 With subjects of different classes all cells read the scene's prompt, as in `regional`. One text cannot tell two cats
 apart, so with two of one class every region reads a text of its own and is denoised apart at first, as in
 `lora-composer` without updates; on transformers it reads a text of its own, as in `regional`. Regions that the user
 gives are kept, and the rest of the canvas is divided.
 
-`docs/methods/draft.md` shows what each part contributes.
+`docs/methods/draft.md` measures the contribution of each part.
 """
 
 import math
@@ -50,23 +50,23 @@ _CHOICES = {"reading": Reading, "division": Division, "isolate": Isolation}
 
 @dataclass(frozen=True)
 class Draft:
-    """Every LoRA acts where the base model puts its subject; no layout is needed.
+    """Every LoRA acts where the base model puts its subject; no regions are needed.
 
     Attributes:
-        length: The part of the steps that is drafted, at least one step; above 1 it is a number of steps. The last of
-            them stops after the last attention map.
-        threshold: The share of its map's maximum from which on a cell counts for the centre of a subject.
+        length: Fraction of the steps that is drafted, at least one step; above 1 a number of steps. The last drafted
+            step stops after the last attention map.
+        threshold: A cell counts for a subject's centre if the map is above this share of its maximum.
         division: "nearest" gives every cell to the subject whose centre is nearest; "strips" divides the canvas into
-            columns or rows, whichever the subjects are further apart in; "auto", strips where regions have texts of
-            their own.
-        reading: What image cells read: "scene", the scene's prompt; "regions", each region a text of its own; "auto",
-            texts of their own if two subjects share a class word, one has a prompt of its own, or there are more than
-            two and all find room side by side.
+            columns or rows, along the axis on which subjects are further apart; "auto" uses strips where regions have
+            their own texts.
+        reading: The text that image cells read: "scene", the scene's prompt; "regions", a text for each region; "auto",
+            a text for each region if two subjects share a class word, one has a prompt of its own, or more than two
+            subjects fit side by side.
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
             on UNets only, since it tears the images of transformers apart.
-        keep_regions: Whether regions that the user gives are kept; otherwise those of all subjects are found.
+        keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 
     length: float = 0.12
@@ -89,12 +89,12 @@ class Draft:
             raise ValueError(f"apart must lie between 0 and 1, not {self.apart}")
 
     def start(self, session: Session) -> Process:
-        """Encodes the draft's text and those of the regions. With a single subject there is nothing to tell apart."""
+        """Encodes the texts of the draft and of the regions. A single subject is merged."""
         concepts, canvas, prompts = session.concepts, session.canvas, session.prompts
         if len(concepts.subjects) < 2:
             return Merge().start(session)
         if prompts.texts is None:
-            raise ValueError("draft reads the prompt without triggers, so it needs the prompt as text, not embeddings")
+            raise ValueError("draft reads the prompt without triggers, so it needs prompts, not prompt_embeds")
         base = branch_of(None, prompts.texts, concepts.concepts, concepts.subjects)
         styles = concepts.with_styles(())
         text = prompts.encode(styles, base.prompts, None, base.names, base.mentions)
@@ -120,7 +120,7 @@ class Draft:
 
 
 def _side(canvas: Canvas) -> int:
-    """The least side of a canvas on which a region is denoised apart, in cells of the latents."""
+    """Least side of a region's own canvas, in latent cells."""
     return math.ceil(canvas.backbone.native_side * LoraComposer.apart_side)
 
 
@@ -130,12 +130,12 @@ def _class_of(concept: Concept) -> str:
 
 @dataclass(frozen=True)
 class Painter:
-    """How the image is made once it is divided.
+    """How the image is denoised once the canvas is divided.
 
     Attributes:
         text: The text that callbacks see.
-        divide: How to divide the free cells between subjects, given their centres and 1 where a cell is free.
-        start: Starts it, given masks: one process for all images, or one for each. Shape of the masks: [images,
+        divide: Divides the free cells between subjects, given their centres and a mask with 1 at free cells.
+        start: Starts the process, given masks: one for all images, or one for each. Shape of the masks: [images,
             subjects, height, width] on the latent grid.
     """
 
@@ -194,7 +194,7 @@ def _by_regions(settings: Draft, session: Session) -> Painter:
             for image, regions in enumerate(every)
         ]
 
-    # Borders for which the canvases of the first steps do not overlap.
+    # Borders at which the canvases of the first steps do not overlap.
     block, side = 2 ** max(session.canvas.levels), _side(session.canvas)
     blocks = partial(strips, block=block, side=side) if settings.apart > 0 else strips
     return Painter(texts.background, nearest if settings.division == "nearest" else blocks, start)
@@ -228,9 +228,9 @@ class Drafting:
         session: The call.
         draft: The pass of the draft.
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
-        painter: How the image is made.
+        painter: How the image is denoised.
         masks: The masks of all concepts on the map grid. Shape: [images, concepts, height, width], bool.
-        processes: What makes the images.
+        processes: The processes that denoise the images.
     """
 
     settings: Draft
@@ -252,7 +252,7 @@ class Drafting:
         subjects = [concepts.concepts[i] for i in concepts.subjects]
         given = [_given(subject if self.settings.keep_regions else None, canvas) for subject in subjects]
         map_grid = grid_at(canvas.latent_grid, canvas.map_level)
-        # With a region for each subject nothing is to be found.
+        # With a given region for each subject there is nothing to find.
         nothing = all(region.any() for region in given)
         maps = torch.zeros(canvas.images, len(given), *map_grid) if nothing else self._maps(latents, first).cpu()
         masks = torch.stack(
@@ -283,7 +283,7 @@ class Drafting:
         return mean.transpose(1, 2).unflatten(2, grid_at(session.canvas.latent_grid, session.canvas.map_level))
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """A step of the process of all images, or of each."""
+        """One step of the process of all images, or of the process of each."""
         assert self.masks is not None, "prepare comes before the first step"
         self.session.log.keep_masks(step.index, self.masks)
         if len(self.processes) == 1:
@@ -293,7 +293,7 @@ class Drafting:
 
 
 def _given(subject: Concept | None, canvas: Canvas) -> Tensor:
-    """The region that the user gave, empty if there is none. Shape: [height, width] of the latents, bool."""
+    """The given region; empty if there is none. Shape: [height, width] of the latents, bool."""
     if subject is None or subject.region is None:
         return torch.zeros(canvas.latent_grid, dtype=torch.bool)
     return cells_of(region_mask(subject.region, canvas.image_size, canvas.latent_grid, sharp=True), 0.5)

@@ -1,4 +1,4 @@
-"""What methods share that move latents along the gradient of a loss on attention maps."""
+"""Updates of latents along the gradient of a loss on attention maps."""
 
 from typing import Literal
 
@@ -13,10 +13,10 @@ def descend(latents: Tensor, gradient: Tensor, size: float, rule: StepRule, acti
 
     Args:
         latents: Shape: [images, channels, height, width].
-        gradient: Of the loss, fp32. Shape: as the latents.
+        gradient: Gradient of the loss, fp32. Shape: as the latents.
         size: Step size.
         rule: How the gradient becomes a direction.
-        active: Which images are updated; None is all. Shape: [images].
+        active: True for images to update; None means all. Shape: [images].
     """
     if rule == "rms":
         gradient = gradient / gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)

@@ -11,14 +11,13 @@ Models", arXiv 2403.11627. What happens in the regions M_n of the concepts, on e
                                     concept's words attend inside its region (L_ce) and fill it (L_fill), and its cells
                                     do not look outside (L_region)
 
-Beyond the paper, every region can be denoised on a canvas of its own at first (`apart`). Attention is all that the
-paper isolates, but convolutions mix regions as well, and the layout of an image is decided in the first steps: cells
-that each read of one object then agree on one, across the border. Where regions cover the canvas this costs nothing.
+Beyond the paper, every region can be denoised on a canvas of its own at first (`apart`). The paper isolates attention
+only, but convolutions mix regions too, and the layout of an image is decided in the first steps: two neighbouring
+regions may then agree on a single object across their border. Where regions cover the canvas this costs nothing.
 
-A concept without a region acts on the whole canvas, except in what the regions read: the background. A style acts there
-as well, and is not looked for: it has no region, no loss, and takes no part in isolation.
-Where paper and code disagree, `LoraComposer.paper` and `LoraComposer.official` say how. `docs/methods/lora-composer.md`
-shows what each mechanism contributes.
+A concept without a region acts in the background text and on the whole canvas. So does a style, which has no region and
+no loss, and takes no part in isolation. Where paper and code disagree, `LoraComposer.paper` and `LoraComposer.official`
+have the settings of each. `docs/methods/lora-composer.md` measures the contribution of each mechanism.
 """
 
 import math
@@ -33,7 +32,7 @@ from torch import Tensor
 from lora_compose.attention import Partition, RegionAttention
 from lora_compose.attention.device import to_device
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.losses import bell, concentration, filling, outlook, smooth
+from lora_compose.pipelines.losses import concentration, filling, gaussian_over, outside_attention, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import Process, say_unread
@@ -61,31 +60,31 @@ class LoraComposer:
 
     Attributes:
         inject: Where a concept's LoRA acts in its region: "attn2", on keys, values and output of cross-attention, as
-            the paper has it; "full", in every layer that it adapts, for LoRAs of other trainers keep most of a
-            subject's looks there (those without cells, for the time, see the whole canvas); "off", nowhere: all cells
-            read what the background reads, and no words of concepts move anything.
-        rows: Where LoRAs act under guidance: "all", also on the negative prompt's rows, as the authors' code does, or
-            "cond_only", the prompt's rows.
+            the paper has it; "full", in every layer that it adapts, since LoRAs of most trainers keep much of a
+            subject's appearance outside of cross-attention (time layers have no cells, so a LoRA there acts on the
+            whole canvas); "off", nowhere: all cells read the background text, and there are no losses.
+        rows: Where LoRAs act under guidance: "all", also on unconditional rows, as in the authors' code; "cond_only",
+            on conditional rows.
         isolate: Whether the cells of a region see no other region in self-attention.
-        threshold: The share of a cell that a region covers, from which on the cell belongs to it; 1 takes cells that
-            lie inside altogether, as the authors' code does.
+        threshold: A cell belongs to a region that covers at least this share of it; 1 takes only cells that lie inside
+            completely, as in the authors' code.
         step_size: Size of an update of the latents; 0 switches updates off.
         step_rule: "raw" multiplies the gradient, as published; "rms" a gradient of root mean square 1.
-        step_decay: The step size falls from 1 to (1 - 0.5)^decay times itself over all steps: 0.5 in the code
-            (a square root), 1 in the paper (linear).
-        least_updates: Every image is updated in this part of the steps, and then until its loss rises.
-        most_updates: No image is updated in steps that begin after this part of the steps; 0 switches updates off.
+        step_decay: The step size is multiplied by (1 - i / (2 (n - 1)))^decay in step i of n: 0.5 in the code (a square
+            root), 1 in the paper (linear).
+        least_updates: Every image is updated in this fraction of the steps, and then until its loss rises.
+        most_updates: No image is updated after this fraction of the steps; 0 switches updates off.
         ce_weight: Weight of L_ce, the mean over a concept's words; 0 switches it off.
-        fill_weight: Weight of L_fill, the sum of both profiles' deviations, the mean over its words.
+        fill_weight: Weight of L_fill, the sum of the deviations of both profiles, averaged over a concept's words.
         region_weight: Weight of L_region.
         gaussian: Whether L_ce counts the middle of a region more than its borders.
-        apart: In this part of the steps, from the first, every region is denoised on a canvas of its own.
-        apart_side: Sides of those canvases at least, as a share of the size that the model was made for; around a
-            smaller region there is background.
-        background: What cells outside all regions read: "surroundings", the prompt without the concepts, or "scene",
-            all of it in plain words, as the authors do.
-        reinit: Whether the noise in which a concept's words find most is copied to its region, or exchanged with the
-            noise there, before the first step; "swap" keeps the noise white.
+        apart: In this fraction of the steps, from the first, every region is denoised on a canvas of its own.
+        apart_side: Least side of those canvases, as a fraction of the model's native resolution; a smaller region is
+            surrounded by background.
+        background: Text of the cells outside all regions: "surroundings", the prompt without the concepts, or "scene",
+            the whole prompt without triggers, as in the authors' code.
+        reinit: Moves the most attended patch of noise into the region before the first step: "copy", as in the authors'
+            code, or "swap", which exchanges the two patches and keeps the noise white.
     """
 
     inject: Inject = "full"
@@ -119,7 +118,7 @@ class LoraComposer:
 
     @classmethod
     def official(cls) -> "LoraComposer":
-        """What the authors' code does, without its mistakes (words looked for at wrong tokens, maps of the last image).
+        """The settings of the authors' code, without its mistakes (wrong token positions, maps of the last image only).
 
         With its 50 steps of DPM-Solver++ and guidance 7.5: updates in steps 0 to 5 at least, 25 at most. It sums 8 L_ce
         + 2 L_fill over the two tokens of a concept, which is 16 and 4 times their mean here, and adds 10 L_region.
@@ -146,7 +145,7 @@ class LoraComposer:
 
     @property
     def needs_region_attention(self) -> bool:
-        """Whether the model has to support region attention: each region reads its own text."""
+        """Whether the model must support region attention: each region reads its own text."""
         return True
 
     @property
@@ -193,14 +192,14 @@ class LoraComposer:
         targets: Sequence["Target"] = (),
         image: int | None = None,
     ) -> "Composing":
-        """The process of some regions.
+        """The process for given regions.
 
         Args:
             session: The call.
             regions: On all grids.
-            texts: What they read.
-            targets: What the losses look at; none without updates.
-            image: The image of the batch whose regions these are, if each has others.
+            texts: The texts of background and regions.
+            targets: Regions and tokens of the losses; empty without updates.
+            image: Index of the image, if each image has its own regions.
         """
         gates = region_gates(session, texts.together, regions, rows=self.rows, inject=self.inject)
         whole = session.denoiser.prepare(Pass(texts.together, gates, self._attention(session, regions), image=image))
@@ -269,7 +268,7 @@ class LoraComposer:
 
 @dataclass(frozen=True, eq=False)
 class RegionTexts:
-    """What the canvas and its regions read.
+    """The texts of the canvas and its regions.
 
     Attributes:
         background: Text 0, of the cells outside all regions.
@@ -289,11 +288,11 @@ class RegionTexts:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What the losses look at in one region.
+    """Region and tokens of the losses of one concept.
 
     Attributes:
         region: 1 inside. Shape: [height, width] of the map grid.
-        bell: The Gaussian in it.
+        gaussian: Gaussian weights in the region.
         inside: Indices of its cells.
         outside: Indices of the others.
         words: The concept's tokens in its own text, one map each, padded. Shape: [images, tokens, maps].
@@ -301,7 +300,7 @@ class Target:
     """
 
     region: Tensor
-    bell: Tensor
+    gaussian: Tensor
     inside: Tensor
     outside: Tensor
     words: Tensor
@@ -310,11 +309,11 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A canvas on which one region is denoised, a part of the whole one.
+    """A part of the canvas on which one region is denoised alone.
 
     Attributes:
         window: Its rows and columns of the latents.
-        shown: True where its result counts: in the region, and where no region is. Shape: [rows, columns].
+        shown: True where its result is used: in the region, and outside all regions. Shape: [rows, columns].
         prepared: Its pass.
     """
 
@@ -325,7 +324,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The canvases of all regions, and whether they leave nothing of the whole canvas out."""
+    """The canvases of all regions, and whether they cover the whole canvas."""
 
     each: Sequence[Part]
     complete: bool
@@ -335,7 +334,7 @@ class Parts:
 class Composing:
     """The process of LoRA-Composer for one call.
 
-    On a GPU the host waits once for each update, to know the losses and whether the gradient is finite, and otherwise
+    On a GPU the host waits once per update, for the losses and to check that the gradient is finite, and otherwise
     never.
 
     Attributes:
@@ -343,9 +342,9 @@ class Composing:
         session: Concept set, prompts and denoiser.
         text: Text 0, of the canvas.
         whole: The pass of the whole canvas.
-        targets: What the losses look at, one for each region.
+        targets: Regions and tokens of the losses, one for each region.
         parts: The canvases on which regions are denoised apart; None if they are not.
-        refining: Which images still need updates, on the CPU; None before the first step. Shape: [images].
+        refining: True for images that still need updates, on the CPU; None before the first step. Shape: [images].
         losses: Their losses before the last update, on the CPU. Shape: [images].
     """
 
@@ -370,7 +369,7 @@ class Composing:
         return reinitialised(latents, scores, regions, 2**self.session.canvas.map_level, swap=swap)
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """An update while there is something to gain (eq. 10), then a pass with guidance."""
+        """Updates images until their loss rises (eq. 10), then predicts with guidance."""
         if self.settings.updates and not step.second_order:
             latents = self._update(latents, step)
         if self.parts is not None and step.index < math.ceil(steps_in(self.settings.apart, step.count)):
@@ -381,7 +380,7 @@ class Composing:
         return self.session.guider.combine(self.session.denoiser.predict(latents, step, self.whole), step)
 
     def _apart(self, latents: Tensor, step: Step, parts: Parts) -> Tensor:
-        """Every region, and what is around it, from a canvas of its own; the rest, if any, from the whole canvas."""
+        """Predicts every region and its surroundings on its own canvas, and the rest, if any, on the whole canvas."""
         total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
         for part in parts.each:
             here = (..., *part.window)
@@ -413,12 +412,14 @@ class Composing:
         for target, words in zip(self.targets, map(smooth, self._by_concept(maps)), strict=True):
             best = max(1, int(PART * len(target.inside)))
             attended = settings.ce_weight * concentration(
-                words, target.bell if settings.gaussian else target.region, best
+                words, target.gaussian if settings.gaussian else target.region, best
             )
             attended = attended + settings.fill_weight * filling(words, target.region)
             losses.append((attended * target.share).sum(dim=1))
             if maps.cells is not None:
-                losses.append(settings.region_weight * outlook(maps.cells, target.inside, target.outside, best))
+                losses.append(
+                    settings.region_weight * outside_attention(maps.cells, target.inside, target.outside, best)
+                )
         return torch.stack(losses).sum(dim=0)
 
     @cached_property
@@ -437,14 +438,14 @@ class Composing:
 
 
 PART = 0.2
-"""The part of a region's cells that L_ce and L_region take their mean over."""
+"""L_ce and L_region are means over this fraction of a region's cells."""
 
 
 def _own_prompts(session: Session, owners: Sequence[int]) -> list[list[str]]:
     """The text of each region, by prompt."""
     texts = session.prompts.texts
     if texts is None:
-        raise ValueError("lora-composer makes a text for each region, so it needs the prompt as text, not embeddings")
+        raise ValueError("lora-composer makes a text for each region, so it needs prompts, not prompt_embeds")
     concepts = [session.concepts.concepts[i] for i in owners]
     return [[about(concept, prompt, concepts) for prompt in texts] for concept in concepts]
 
@@ -460,13 +461,15 @@ def _target(session: Session, concept: int, region: Tensor, prompts: Sequence[st
     words = words.repeat_interleave(canvas.images_per_prompt, dim=0)
     _check_words(mine, words)
     tokens = [row.nonzero()[:, 0] for row in words.cpu()]
-    readout = torch.zeros(*words.shape, max(len(found) for found in tokens))
-    share = torch.zeros(len(tokens), readout.shape[-1])
+    token_weights = torch.zeros(*words.shape, max(len(found) for found in tokens))
+    share = torch.zeros(len(tokens), token_weights.shape[-1])
     for image, found in enumerate(tokens):
-        readout[image, found, torch.arange(len(found))] = 1
+        token_weights[image, found, torch.arange(len(found))] = 1
         share[image, : len(found)] = 1 / len(found)
     inside, outside = region.flatten().nonzero()[:, 0], (~region).flatten().nonzero()[:, 0]
-    on_device = (x.to(canvas.device) for x in (region.float(), bell(region), inside, outside, readout, share))
+    on_device = (
+        x.to(canvas.device) for x in (region.float(), gaussian_over(region), inside, outside, token_weights, share)
+    )
     return Target(*on_device)
 
 

@@ -1,4 +1,4 @@
-"""Merge: add the LoRAs up, the common baseline.
+"""Merge: the sum of all LoRAs, the common baseline.
 
 Every layer becomes W + sum_i w_i s_i B_i A_i, for all tokens, cells and rows, text encoders included. With several
 subjects the deltas act on each other's tokens and cells, so identities blend or one of them wins. Styles act
@@ -18,7 +18,7 @@ EVERYWHERE: Sequence[Stream] = ("text", "image", "joint", "row", "modulation")
 
 @dataclass(frozen=True)
 class Merge:
-    """All LoRAs are added up, as every tool does it; there are no settings."""
+    """The sum of all LoRAs, as most tools do it. No settings."""
 
     def start(self, session: Session) -> FixedPasses:
         """Constant gates for everything; text encoders take part."""

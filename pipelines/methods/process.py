@@ -1,4 +1,4 @@
-"""What a method is: settings that start a process, and a process that lives for one call."""
+"""The interface of a method: settings that start a process, which lives for one call."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,7 @@ WeightedPass = tuple[Pass, float]
 
 @dataclass(frozen=True)
 class FixedPasses:
-    """The process of methods that move no latents and know all passes before the first step.
+    """The process of methods whose passes are known before the first step, and that do not update latents.
 
     The prediction of a step is the weighted mean over the passes of one turn.
 
@@ -78,7 +78,7 @@ class FixedPasses:
         turns: The passes of every turn; their weights add up to 1.
         interval: Steps per turn, after which the next one begins.
         constant: Layers whose gates are the same on all rows and positions, to be folded into the model.
-        constant_weights: Those gates, one per concept.
+        constant_weights: The gate of each concept in those layers.
         text_for_callbacks: The text that callbacks see; None means that of the first pass.
     """
 
@@ -95,11 +95,11 @@ class FixedPasses:
         return self.turns[0][0][0].text if self.text_for_callbacks is None else self.text_for_callbacks
 
     def turn(self, step: Step) -> int:
-        """Which turn a step belongs to."""
+        """Index of the turn that a step belongs to."""
         return step.index // self.interval % len(self.turns)
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
-        """Folds what is constant."""
+        """Folds layers with constant gates."""
         self.session.denoiser.fold(self.constant, self.constant_weights)
         return latents
 
@@ -133,18 +133,18 @@ def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
 
 
 def say_unread_by_passes(session: Session) -> None:
-    """Warns of prompts of their own that methods with a pass for each subject do not read."""
+    """Warns of concepts' own prompts that methods with a pass for each subject do not use."""
     styles = [session.concepts.concepts[i] for i in session.concepts.styles]
     why = "each pass has the scene's prompt and its subject's negative prompt"
     say_unread(session.concepts.concepts, styles, why)
 
 
 def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
-    """The scene's prompts, one text for all concepts; warns of prompts of their own.
+    """The scene's prompts, one text for all concepts; warns of concepts' own prompts, which are not used.
 
     Args:
         session: Concept set, prompts and denoiser.
-        weights: Of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
+        weights: Weights of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
     every = session.concepts.concepts
     say_unread(every, every, "this method has one text for all; method='lora-composer' has one for each region")
@@ -152,12 +152,12 @@ def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
 
 
 def say_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: str) -> None:
-    """Warns of prompts of their own that a method does not read.
+    """Warns of concepts' own prompts that a method does not use.
 
     Args:
-        prompts: Concepts whose own prompt is not read.
-        negatives: Concepts whose own negative prompt is not read.
-        why: What is read instead.
+        prompts: Concepts whose own prompt is not used.
+        negatives: Concepts whose own negative prompt is not used.
+        why: The prompt that is used instead.
     """
     unread = [c.name for c in prompts if c.prompt is not None]
     unread += [c.name for c in negatives if c.negative_prompt is not None]

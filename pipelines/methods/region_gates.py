@@ -1,4 +1,4 @@
-"""Gates of LoRAs that act in regions, each region reading a text of its own."""
+"""Gates of LoRAs that act in regions, each of which reads its own text."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ Inject = Literal["attn2", "full", "off"]
 """Where a LoRA acts in its region: on keys, values and output of cross-attention, in every layer, or nowhere."""
 
 Rows = Literal["cond_only", "all"]
-"""Where LoRAs act under guidance: on the conditional rows, or on all."""
+"""Where LoRAs act under guidance: on conditional rows, or on all rows."""
 
 
 def region_gates(

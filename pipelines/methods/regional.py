@@ -1,18 +1,18 @@
 """Regional: every LoRA acts inside its region, and on the prompt only.
 
-The plain way to use a layout, for any LoRA and without optimisation. For concept i with region mask M_i [cells] on the
+The simplest use of regions, for any LoRA and without optimisation. For concept i with region mask M_i [cells] on the
 grid of each layer and token mask m_i, which is that of its trigger for a LoRA trained with TARA and 1 for any other,
 
     layers that see image cells:            y = W x + sum_i diag(M_i) Delta_i x
-    keys and values of cross-attention:     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
+    keys and values of cross-attention:     K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        (the same for V)
 
 both on the rows of the prompt. The rows of the negative prompt stay those of the base model, so guidance points from
-what the base model paints to what the LoRAs paint, and strengthens the identities. A style acts on all cells and
-tokens. It gates LoRAs; it does not move objects into their regions. `docs/methods/regional.md` shows what each part
-contributes.
+the base model's prediction to that of the LoRAs, and strengthens identities. A style acts on all cells and tokens. The
+method gates LoRAs; it does not move objects into their regions. `docs/methods/regional.md` measures the contribution of
+each part.
 
 Transformers attend to text and image in one sequence, and their encoders mix the concepts of one prompt. There each
-region has a text of its own, about its concept alone, beside that of the image, which leaves the triggers out
+region has its own text, about its concept alone, and the image has a text without triggers
 (`attention/joint_regions.py`); the LoRA changes its own text and its own cells.
 """
 
@@ -45,16 +45,15 @@ class Regional:
     """Every LoRA acts in its own region; nothing moves objects into their regions.
 
     Attributes:
-        rows: Where LoRAs act under guidance: "cond_only", the prompt's rows, or "all", the negative prompt's as well,
-            as LoRAs usually do.
-        token_mask: Whose keys and values of cross-attention change only at the concept's own trigger. "tara": those of
-            LoRAs whose files say that they were trained with TARA; others have a part of their subject in the keys and
-            values of other words. "all" or "none": of all, of none. A concept without a trigger changes them at all
-            tokens, and so does a style.
-        texts: Whether each region has a text of its own, "regions", or all read the prompt, "shared". "auto": regions
-            on transformers, if a text can be made for each concept that has a region, and otherwise shared.
-        isolate: Whether cells of a region attend to no cells of others. It keeps identities apart best, and makes
-            images that do not hang together; only with texts of regions.
+        rows: Where LoRAs act under guidance: "cond_only", on conditional rows; "all", also on unconditional rows, as
+            LoRAs usually do.
+        token_mask: Which LoRAs change keys and values of cross-attention only at their own trigger: "tara", LoRAs whose
+            files say that they were trained with TARA (others keep a part of their subject in the keys and values of
+            other words); "all"; or "none". A style, or a concept without a trigger, changes them at all tokens.
+        texts: "regions", each region has its own text; "shared", all read the prompt; "auto", regions on transformers,
+            if a text can be made for each concept with a region, otherwise shared.
+        isolate: Whether cells of a region do not attend to cells of other regions. It separates identities best but
+            makes incoherent images. Needs a text for each region.
     """
 
     rows: Rows = "cond_only"
@@ -87,14 +86,14 @@ class Regional:
     def gated(
         self, session: Session, texts: "TextsOfRegions", masks: Mapping[int, Tensor], everywhere: Sequence[bool]
     ) -> Pass:
-        """The pass in which LoRAs act under masks.
+        """A pass in which LoRAs act under masks.
 
         Args:
             session: The call.
-            texts: What is read.
+            texts: The texts of the regions.
             masks: By level, the share of each concept in each cell, the same for all images or by image. Shape:
                 [(images,) cells, concepts].
-            everywhere: Which concepts act on the whole canvas.
+            everywhere: True for concepts that act on the whole canvas.
         """
         concepts, canvas, text = session.concepts, session.canvas, texts.text
         weights = concepts.weights_of(range(len(concepts.loaded))).to(canvas.device)[None]
@@ -142,7 +141,7 @@ class Regional:
         return shared_text(session)
 
     def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
-        """Whether a concept has a token mask, if it has a trigger."""
+        """Whether a concept with a trigger gets a token mask."""
         if loaded.concept.is_style or self.token_mask == "none":
             return False
         return self.token_mask == "all" or loaded.trained_with == "tara"
@@ -158,13 +157,13 @@ def region_masks(session: Session, level: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TextsOfRegions:
-    """What regions read.
+    """The texts of the regions.
 
     Attributes:
         text: The text, or all texts in one sequence.
-        own: 1 at tokens that a concept may change. Shape: [rows, tokens, concepts].
-        regions: Who attends to whom; None is all to all.
-        base: The text of the image as a whole.
+        own: 1 at the tokens that a concept changes. Shape: [rows, tokens, concepts].
+        regions: Region attention; None means that everything attends to everything.
+        base: The text of the whole image.
     """
 
     text: Conditioning
@@ -189,10 +188,10 @@ class SegmentedTexts:
 
     Attributes:
         text: All of them.
-        own: 1 at tokens that a concept may change. Shape: [rows, tokens, concepts].
+        own: 1 at the tokens that a concept changes. Shape: [rows, tokens, concepts].
         lengths: Tokens of text 0, and of the text of each region.
         hidden: True at padding inside them. Shape: [rows, tokens].
-        base: The text of the image as a whole.
+        base: The text of the whole image.
     """
 
     text: Conditioning
@@ -226,7 +225,7 @@ class SegmentedTexts:
 
 
 def segment_texts(session: Session, owners: Sequence[int]) -> SegmentedTexts:
-    """A text for the image, without the triggers of regions, and one for each region; unconditional rows as ever.
+    """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
 
     Args:
         session: The call.
@@ -265,11 +264,11 @@ def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions
 
 
 HALF = 0.5
-"""A cell reads the texts of regions that cover so much of it."""
+"""A cell reads the texts of regions that cover at least this share of it."""
 
 
 def _unnamed(session: Session) -> list[str]:
-    """Concepts with a region about which no text can be made."""
+    """Concepts with a region for which no text can be made."""
     mine = [concept for concept in session.concepts.concepts if concept.region is not None]
     texts = session.prompts.texts
     if texts is None:

@@ -10,17 +10,17 @@ from lora_compose.attention.masks import bounds
 
 
 def reinitialised(latents: Tensor, scores: Tensor, regions: Sequence[Tensor], factor: int, *, swap: bool) -> Tensor:
-    """Moves into every region the noise in which its concept finds most to look at.
+    """Moves the most attended patch of noise into every region.
 
-    For each image and region the place is sought where the region, moved over the canvas, covers most attention.
+    For each image and region it is the patch where the region, moved over the canvas, covers the most attention.
 
     Args:
         latents: Shape: [images, channels, height, width].
         scores: Attention to each concept's words. Shape: [images, regions, grid height, grid width].
         regions: True inside. Shape: [grid height, grid width] each, on any device.
         factor: Latent cells per grid cell and side.
-        swap: Exchanges the noise of both places, and leaves noise alone that has been moved already. Otherwise the
-            noise is copied, and the latents get back the mean and standard deviation that they had, as in the code.
+        swap: Exchanges the two patches, and does not move noise twice. Otherwise the noise is copied, and the latents
+            are scaled back to their mean and standard deviation, as in the authors' code.
 
     Returns:
         Shape: as latents.

@@ -1,13 +1,13 @@
 """LoRA Switch, from Multi-LoRA Composition for Image Generation (arXiv 2402.16843).
 
-One LoRA at a time, in the order of the concepts and round again. In step t = 1, 2, ... every adapted layer is
+One LoRA at a time, cycling through the concepts in order. In step t = 1, 2, ... every adapted layer is
 
     W + w_i s_i B_i A_i        i = floor(((t - 1) mod (k tau)) / tau) + 1
 
-for k concepts and the interval tau. One forward pass per step whatever the number of concepts. Styles have no
-turn: they act in all of them.
+for k concepts and the interval tau. One forward pass per step whatever the number of concepts. Styles have no turn;
+they act in every step.
 
-`docs/methods/switch.md` says what differs from the authors' code and why.
+`docs/methods/switch.md` lists the differences from the authors' code.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from lora_compose.pipelines.session import Session
 
 @dataclass(frozen=True)
 class Switch:
-    """One LoRA at a time, the next one every few steps.
+    """One LoRA at a time, in turn.
 
     Attributes:
-        interval: For how many steps a LoRA acts before the next one takes over; the paper's tau.
+        interval: Number of steps until the next LoRA takes over; the paper's tau.
     """
 
     interval: int = 5

@@ -3,14 +3,14 @@
 Token focus masking. In keys and values of cross-attention the delta of concept i acts only on the tokens of its own
 trigger, m_i in {0, 1}:
 
-    K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        V likewise
+    K = X W_K^T + sum_i diag(m_i) X Delta_{i,K}^T        (the same for V)
 
 Every other adapted layer is summed without a mask. One forward pass per step whatever the number of concepts.
 
-Beyond the paper: a weight per concept, the negative prompt left alone, and styles (`role="style"`), which act
-everywhere, without a mask. One that was trained with TARA knows its own words only, so it keeps its mask, as all do in
-the paper.
-`docs/methods/tara.md` says what differs from the authors' code and why.
+Beyond the paper: a weight per concept, no change of the negative prompt, and styles (`role="style"`), which act
+everywhere, without a mask. A style that was trained with TARA has learned from its own words only, so it keeps its
+mask.
+`token_mask` makes the masks. `docs/methods/tara.md` lists the differences from the authors' code.
 """
 
 from collections.abc import Sequence
@@ -36,11 +36,10 @@ class Tara:
     """Every LoRA acts on its own words: token masks on its deltas of cross-attention keys and values.
 
     Attributes:
-        cfg_mask: Where the masked deltas act under guidance. "cond_only": on the prompt's rows, which is what training
-            saw. "broadcast": also at the same positions of the negative prompt, whatever stands there, as the authors'
-            code does.
-        scope: Which layers a LoRA changes. "all": every layer it has factors for. "cross_kv": keys and values of
-            cross-attention alone, as the paper's figure draws it; complete isolation, less of the identity.
+        cfg_mask: Where the masked deltas act under guidance. "cond_only": on conditional rows, as in training.
+            "broadcast": also at the same positions of the negative prompt, whatever its words, as in the authors' code.
+        scope: Which layers a LoRA changes. "all": every layer it has factors for. "cross_kv": only keys and values of
+            cross-attention, as in the paper's figure; complete isolation, but less of the identity.
     """
 
     cfg_mask: CfgMask = "cond_only"
@@ -53,11 +52,11 @@ class Tara:
 
     @classmethod
     def official(cls) -> "Tara":
-        """What the authors' inference code does."""
+        """The settings of the authors' inference code."""
         return cls(cfg_mask="broadcast")
 
     def start(self, session: Session) -> FixedPasses:
-        """Token masks on text, constant gates for everything else."""
+        """Makes one pass with token masks on the text and constant gates elsewhere."""
         concepts, canvas = session.concepts, session.canvas
         _check(session)
         unmasked = [i for i, loaded in enumerate(concepts.loaded) if _everywhere(loaded)]
@@ -83,7 +82,7 @@ def token_mask(text: Conditioning, unmasked: Sequence[int], *, broadcast: bool) 
     Args:
         text: The text of all rows.
         unmasked: Concepts without a mask.
-        broadcast: Whether unconditional rows get the mask of their conditional ones, and not zeros.
+        broadcast: Whether unconditional rows get the masks of conditional rows instead of zeros.
 
     Returns:
         Shape: [rows, tokens, concepts].
@@ -107,11 +106,11 @@ def _check(session: Session) -> None:
 
 
 def _check_masked(loaded: LoadedConcept, found: bool) -> None:
-    """Checks a concept that acts on its own words; found is whether they stand in every prompt."""
+    """Checks a concept with a token mask; `found` is whether its words are in every prompt."""
     name = loaded.concept.name
     if not found:
         raise ValueError(
-            f"tara needs to know the words of concept {name!r}: give it a trigger that stands in every prompt"
+            f"tara needs to know the words of concept {name!r}: give it a trigger that is in every prompt"
             " (with prompt_embeds: its token_positions)"
         )
     if not loaded.factors.model:

@@ -42,13 +42,13 @@ def branches_of(
 
     Args:
         prompts: Of the call.
-        concepts: All of it.
-        subjects: Indices of those that have a branch; the words of the others stay in every branch.
+        concepts: All concepts of the call.
+        subjects: Indices of the concepts that have a branch; the words of the others stay in every branch.
         base_prompt: What the base branch reads, instead of the prompt without triggers.
         words: By name of a concept, the words that name it, instead of its trigger and class word.
 
     Raises:
-        ValueError: If a concept is not named in a prompt, or it cannot be known by which word.
+        ValueError: If a concept is not named in a prompt, or the word that names it is ambiguous.
     """
     return [
         branch_of(owner, prompts, concepts, subjects, base_prompt=base_prompt, words=words)
@@ -94,8 +94,8 @@ def _mention(
             f"write {concept.phrase!r} in the prompt" if concept.class_word else "give it a class_word, such as 'cat'"
         )
         raise ValueError(
-            f"the concept {concept.name!r} has to be named in the branches of the others too, which do without its "
-            f"trigger {concept.trigger!r}: {missing}, or say which words name it, words={{{concept.name!r}: [...]}}"
+            f"the concept {concept.name!r} has to be named in the branches of the others too, which lack its trigger "
+            f"{concept.trigger!r}: {missing}, or give the words that name it, words={{{concept.name!r}: [...]}}"
         )
     there = len(free_nouns(concept, text, subjects))
     if there == len(free_nouns(concept, prompt, subjects)):
@@ -104,6 +104,6 @@ def _mention(
     if not there or len(twins) > 1:
         raise ValueError(
             f"the prompt {shortened(text)} has to name every concept as the prompt of the scene does, but "
-            f"{concept.class_word!r} stands there {there} times; it names {' and '.join(twins)}"
+            f"{concept.class_word!r} occurs {there} times; it names {' and '.join(twins)}"
         )
     return Mention((concept.class_word,), tuple(range(there)))

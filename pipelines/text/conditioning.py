@@ -1,4 +1,4 @@
-"""Prompts of all branches -> the text side of one forward pass."""
+"""The text of one forward pass: embeddings and token masks of all rows."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,21 +23,21 @@ from lora_compose.pipelines.text.tokens import (
 class Conditioning:
     """The text of all rows of one forward pass.
 
-    Rows are ordered (unconditional, branch 0, branch 1, ...), each with one row per image; unconditional branches are
-    there with guidance only, one for all branches or one for each. Images of one prompt are adjacent. With region
-    attention among several texts, all tensors have the texts as a leading dimension (`stack_texts`).
+    Rows are ordered (unconditional, branch 0, branch 1, ...), each with one row per image; unconditional branches exist
+    only with guidance, one for all branches or one for each. Images of one prompt are adjacent. With region attention
+    among several texts, all tensors have the texts as a leading dimension (`stack_texts`).
 
     Attributes:
-        prompt_embeds: Shape: [(texts,) rows, tokens, channels]; layers * channels where each cross-attention layer has
-            a text of its own.
+        prompt_embeds: Shape: [(texts,) rows, tokens, channels]; layers * channels if each cross-attention layer has a
+            text of its own.
         trigger_mask: 1 at the tokens of each concept's trigger; unconditional rows are 0. Shape: [(texts,) rows,
             tokens, concepts].
         phrase_mask: The same for trigger and class word together.
         num_uncond: Number of leading unconditional branches; 0 without guidance.
         images: Images in the batch.
         added: Further inputs of the model by row (SDXL's pooled text and sizes).
-        canvas_embeds: A text for the image as a whole, for a ControlNet; None means the only or the first text. Shape:
-            [rows, tokens, channels].
+        canvas_embeds: A text for the whole image, read by ControlNets; None means the first text. Shape: [rows, tokens,
+            channels].
     """
 
     prompt_embeds: Tensor
@@ -60,14 +60,14 @@ class Conditioning:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of the text by row, where rows have texts of different lengths; otherwise those of all."""
+        """Number of tokens in each row."""
         if self.added is not None and "lengths" in self.added:
             return tuple(self.added["lengths"].tolist())
         return (self.prompt_embeds.shape[-2],) * self.rows
 
     @property
     def text_mask(self) -> Tensor:
-        """True at tokens that are no padding, as far as is known. Shape: [rows, tokens]."""
+        """True at tokens that are not padding; everywhere if the pipeline gives no mask. Shape: [rows, tokens]."""
         embeds, added = self.first_embeds, self.added or {}
         if "text_mask" in added:
             return added["text_mask"].bool()
@@ -78,7 +78,7 @@ class Conditioning:
 
     @property
     def first_embeds(self) -> Tensor:
-        """The embeddings of the only or of the first text. Shape: [rows, tokens, channels]."""
+        """The embeddings of the first text. Shape: [rows, tokens, channels]."""
         return self.prompt_embeds if self.prompt_embeds.dim() == 3 else self.prompt_embeds[0]
 
     @property
@@ -100,7 +100,7 @@ class Conditioning:
         return replace(self.select(slice(image, None, self.images)), images=1)
 
     def described_by(self, other: "Conditioning") -> "Conditioning":
-        """The same texts for the cells, and another for the image as a whole (SDXL's pooled text, ControlNets)."""
+        """The same texts for the cells, with another text for the whole image (SDXL's pooled text, ControlNets)."""
         return replace(self, added=other.added, canvas_embeds=other.canvas_text)
 
     def scatter_concepts(self, columns: Sequence[int], concepts: int) -> "Conditioning":
@@ -114,7 +114,7 @@ class Conditioning:
         return replace(self.select(rows), num_uncond=len(range(self.num_uncond)[branches]))
 
     def on_part(self, height: float, width: float) -> "Conditioning":
-        """The same for a part of the canvas, given as shares: SDXL takes the size of its image as an input."""
+        """The text for a part of the canvas, given as fractions: SDXL takes the image size as an input."""
         if self.added is None or "time_ids" not in self.added:
             return self
         sizes = self.added["time_ids"]  # target height and width are the last two
@@ -150,8 +150,8 @@ def join_branches(branches: Sequence[Conditioning], unconds: Sequence[Conditioni
     """Several texts of the same images as branches of one batch: rows (unconditional, branch 0, branch 1, ...).
 
     Args:
-        branches: One text each, without branches of their own.
-        unconds: Those of them whose unconditional rows are kept: one, or each.
+        branches: Texts with one branch each.
+        unconds: The texts whose unconditional rows are kept: one, or all.
     """
 
     def join(rows_of: Callable[[Conditioning], Tensor]) -> Tensor:
@@ -224,10 +224,10 @@ class TokenMasks:
         Args:
             tokenizer: The tokenizer.
             prompts: The texts.
-            concepts: Whose words are looked for.
-            names: Looked for are these concepts alone; None is all.
-            optional: Concepts whose trigger need not be there.
-            mentions: By prompt, words that name a concept there; they are its phrase, whatever else would be.
+            concepts: Concepts whose words are looked for.
+            names: Only these concepts are looked for; None means all.
+            optional: Concepts whose trigger may be missing.
+            mentions: By prompt, words that name a concept; they replace trigger and class word as its phrase.
 
         Raises:
             ValueError: For triggers that are missing, truncated or shared, and mentions that are missing or truncated.
@@ -253,7 +253,7 @@ class TokenMasks:
     def of_positions(
         cls, positions: TokenPositions, prompts: int, tokens: int, concepts: Sequence[Concept]
     ) -> "TokenMasks":
-        """Takes positions that the caller of `prompt_embeds` gives.
+        """Masks from the `token_positions` given with `prompt_embeds`.
 
         Raises:
             ValueError: For unknown concepts, positions outside the embeddings or shared ones.
@@ -281,12 +281,12 @@ class TokenMasks:
 
 
 def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMasks:
-    """The masks of one prompt for several tokenizers, which have to be the same.
+    """The masks of one prompt; those of all tokenizers must be equal.
 
-    Their encoders' features of one position stand side by side in one vector, which a token gate cannot take apart.
+    The features of both encoders are concatenated per token, and a token gate cannot separate them.
 
     Raises:
-        ValueError: If a concept's words stand at different positions.
+        ValueError: If a concept's words have different positions.
     """
     first, *others = masks
     for other in others:
@@ -297,8 +297,8 @@ def agreed(masks: Sequence[TokenMasks], concepts: Sequence[Concept]) -> TokenMas
         if apart.any():
             names = ", ".join(repr(concept.name) for concept, differs in zip(concepts, apart, strict=True) if differs)
             raise ValueError(
-                f"the words of {names} stand at other tokens for the second tokenizer; write prompt_2 so that they "
-                "stand where they stand in the prompt, or leave it out (or give a textual inversion to both encoders)"
+                f"the words of {names} have other token positions for the second tokenizer; write prompt_2 so that "
+                "they have the same ones as in the prompt, or leave it out (load textual inversions into both)"
             )
     return first
 

@@ -1,4 +1,4 @@
-"""Prompts -> text of all rows, with the text-encoder part of the LoRAs, and where the concepts' words are in them."""
+"""Encodes prompts with the text-encoder part of the LoRAs, and finds the concepts' words in them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,8 +24,8 @@ class EncodedText:
     """Output of a pipeline's text encoders, one row per image.
 
     Attributes:
-        prompt_embeds: Shape: [images, tokens, channels]; layers * channels where each cross-attention layer has a text
-            of its own.
+        prompt_embeds: Shape: [images, tokens, channels]; layers * channels if each cross-attention layer has a text of
+            its own.
         negative_prompt_embeds: The same for the negative prompts; None without guidance.
         added: Further inputs of the model by row, ordered (unconditional, conditional).
     """
@@ -44,8 +44,7 @@ class EncodedText:
 
 
 Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
-"""Encodes prompts and negative prompts with a pipeline's text encoders, in whatever state they are; None means the
-call's own."""
+"""Encodes prompts and negative prompts with a pipeline's text encoders; None means the call's own."""
 
 FamilyEncoder = Callable[[Sequence[str] | None, Sequence[str] | None, torch.device], EncodedText]
 """The same on a device: where a pipeline runs, which diffusers looks for in all of its models each time."""
@@ -53,8 +52,8 @@ FamilyEncoder = Callable[[Sequence[str] | None, Sequence[str] | None, torch.devi
 Finder = Callable[
     [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks
 ]
-"""Finds the words of concepts in prompts: the triggers of those named in the third argument alone, and by prompt other
-words that name a concept. All have to be there."""
+"""Finds the words of concepts in prompts: the triggers of the concepts named in the third argument, and by prompt other
+words that name a concept. All must be present."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PromptEncoder:
         components: The pipeline's components by name.
         encode: The pipeline's text encoders.
         canvas: Sizes of the call.
-        steps: How many steps there are; a weight schedule counts with its mean.
+        steps: Number of steps, for the mean of weight schedules.
         banks: Keeps the LoRAs of text encoders between calls.
     """
 
@@ -120,10 +119,10 @@ class Prompts:
 
     Attributes:
         texts: The prompts; None if the call was given embeddings.
-        token_masks: Where the words of the set's concepts are in them.
+        token_masks: Positions of the words of the set's concepts in the prompts.
         concepts: The concept set.
-        encoder: Encodes all prompts of the call (`PromptEncoder`).
-        finder: Finds words.
+        encoder: Encodes all prompts of the call.
+        finder: Finds words in prompts.
         indices: Indices of these prompts among those of the call.
         canvas: Sizes of the call.
     """
@@ -144,7 +143,7 @@ class Prompts:
         names: Collection[str] = (),
         mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> Conditioning:
-        """Encodes the prompts, or others in their place, one for each.
+        """Encodes the prompts, or others that replace them one by one.
 
         Args:
             weights: Weights of the text-encoder LoRAs; None leaves them out. Shape: [concepts].
@@ -170,7 +169,7 @@ class Prompts:
         names: Collection[str],
         mentions: Sequence[Mapping[str, Mention]] | None = None,
     ) -> TokenMasks:
-        """Where the words of the named concepts, and of others only those mentioned, are in prompts.
+        """Positions of the named concepts' words in prompts, and of the mentioned words of others.
 
         Raises:
             ValueError: If one is missing.
@@ -183,7 +182,7 @@ class Prompts:
         return scatter_concepts(weights, self.concepts.columns, self.concepts.installed)
 
     def _for_all_prompts(self, texts: Sequence[str] | None) -> list[str] | None:
-        """These texts in a batch of the same size as the call's; the rows of other prompts are not used."""
+        """The texts in a batch of the call's size; rows of other prompts are not used."""
         if texts is None:
             return None
         found = dict(zip(self.indices, texts, strict=True))

@@ -26,13 +26,13 @@ def surroundings(prompt: str, concepts: Sequence[Concept]) -> str:
 
 
 def about(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> str:
-    """A prompt about one concept: the scene's, in which its words stand for the list of all concepts.
+    """A prompt about one concept: the scene's prompt with the list of concepts replaced by its words.
 
-    "a photo of a sks cat and a zwx dog on grass" is "a photo of a zwx dog on grass" for the dog. What stands between
-    the first and the last concept is left out.
+    For the dog, "a photo of a sks cat and a zwx dog on grass" becomes "a photo of a zwx dog on grass". Everything
+    between the first and the last concept is left out.
 
     Args:
-        concept: Whose prompt is wanted; its own prompt wins.
+        concept: The concept; if it has a prompt of its own, that is the result.
         prompt: The scene's prompt.
         concepts: All concepts that the prompt may name.
 
@@ -66,7 +66,7 @@ def _named(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[S
 
 
 def _tidy(prompt: str) -> str:
-    """Single spaces, and no punctuation that has lost its words."""
+    """Removes double spaces, and punctuation that has lost its words."""
     prompt = re.sub(r"\s*([,;:])[\s,;:]*(?=[,.;:!?]|$)", "", prompt)
     prompt = re.sub(r"\s+(?=[,.;:!?])", "", prompt)
     return re.sub(r"\s+", " ", prompt).lstrip(" ,.;:!?").rstrip(" ,;:")

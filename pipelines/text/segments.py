@@ -1,6 +1,6 @@
 """Several texts one after the other in one sequence, as transformers read them: one for the image, one for each region.
 
-The texts of regions are without padding, which would cost as much as words; in a batch, with that up to the longest.
+Padding of region texts is removed, since it would cost as much as words; a batch is padded to the longest text.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Segments:
     Attributes:
         text: All of them, of all rows.
         lengths: Tokens of each on the conditional rows; the rest are padding.
-        hidden: True at padding inside them; None if no row has a shorter text than another. Shape: [rows, tokens].
+        hidden: True at padding inside the texts; None if all rows have texts of equal length. Shape: [rows, tokens].
     """
 
     text: Conditioning
@@ -33,10 +33,10 @@ class Segments:
 
 
 def join_segments(base: Conditioning, regions: Sequence[Conditioning]) -> Segments:
-    """Joins texts of the same rows; unconditional rows keep that of the base.
+    """Joins texts of the same rows; unconditional rows have the base text only.
 
     Args:
-        base: Text 0, with the inputs that count for the image as a whole (pooled text).
+        base: Text 0, with the inputs for the whole image (pooled text).
         regions: The text of each region.
     """
     ragged = base.added is not None and "lengths" in base.added
@@ -80,7 +80,7 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning]) -> Segmen
 
 
 def _real(text: Conditioning) -> Tensor:
-    """Indices of the tokens that are no padding in some conditional row."""
+    """Indices of the tokens that are not padding in at least one conditional row."""
     return text.text_mask[text.conditional_rows].any(dim=0).nonzero()[:, 0]
 
 

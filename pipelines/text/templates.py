@@ -1,4 +1,4 @@
-"""Tokenizers of pipelines that write a prompt into a chat template, of which the model may not read everything.
+"""Tokenizers of pipelines that put the prompt into a chat template; the model may read only a part of the result.
 
 Language models read a prompt as the message of a user: `<|im_start|>user ... <|im_end|>`. The template's tokens move
 all words of the prompt, so words are found in the text that the pipeline tokenises, by the characters of each token.
@@ -14,14 +14,14 @@ _MARK = "\ufffc"
 
 @dataclass(frozen=True)
 class TemplateTokenizer:
-    """A tokenizer as a pipeline uses it.
+    """A tokenizer with a pipeline's chat template.
 
     Attributes:
         tokenizer: A fast tokenizer, which knows the characters of each token.
         render: Writes a prompt into the template.
-        length: Tokens to which the pipeline cuts or pads the text.
-        model_max_length: Tokens of the text that the model reads.
-        dropped: How many tokens at the start it does not read.
+        length: Number of tokens to which the pipeline cuts or pads the text.
+        model_max_length: Number of tokens that the model reads.
+        dropped: Number of tokens at the start that it does not read.
     """
 
     tokenizer: Any
@@ -35,7 +35,7 @@ class TemplateTokenizer:
         return self.tokenizer(text, **options)
 
     def positions(self, prompt: str, start: int, end: int) -> tuple[int, ...]:
-        """Positions of the tokens that have characters of a span of a prompt, the template's counted.
+        """Positions of the tokens of a span of the prompt; tokens of the template count.
 
         Args:
             prompt: The prompt.
@@ -51,11 +51,11 @@ class TemplateTokenizer:
         if not text.startswith(before + prompt):
             raise ValueError(
                 f"{words!r} is lost in this model's chat template, which does not keep the prompt {prompt!r} as it is; "
-                "leave out what means something to templates, or give prompt_embeds with token_positions"
+                "remove template markup from it, or give prompt_embeds with token_positions"
             )
         if not getattr(self.tokenizer, "is_fast", False):
             kind = type(self.tokenizer).__name__
-            raise ValueError(f"a {kind} does not tell which characters its tokens have; expected a fast tokenizer")
+            raise ValueError(f"a {kind} does not give the characters of its tokens; expected a fast tokenizer")
 
         def of(**cut: Any) -> tuple[int, ...]:
             spans = self.tokenizer(text, return_offsets_mapping=True, verbose=False, **cut)["offset_mapping"]

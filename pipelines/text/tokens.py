@@ -1,7 +1,7 @@
 """From the words of a prompt to token positions, per tokenizer.
 
-TARA (arXiv 2508.08812) masks LoRA deltas by the positions of each concept's trigger, so a wrong position ruins the
-image without a sign. Words are found as whole words in the text and every position is checked against the token ids.
+TARA (arXiv 2508.08812) masks LoRA deltas by the positions of each concept's trigger, so a wrong position silently ruins
+the image. Words are found as whole words in the text, and every position is checked against the token ids.
 """
 
 import re
@@ -20,7 +20,7 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer here; it tokenises words one by one, as CLIP's does, fast or slow."""
+    """The required interface of a tokenizer; it must tokenise word by word, as CLIP's does, fast or slow."""
 
     @property
     def model_max_length(self) -> int:
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Positions:
-    """Where a concept stands in one tokenised prompt; special tokens count.
+    """Token positions of a concept in one prompt; special tokens count.
 
     Attributes:
         trigger: Positions of all tokens of all occurrences of the trigger.
@@ -51,7 +51,7 @@ class Positions:
 
 
 def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
-    """Spans of characters where words stand as whole words in a prompt, whatever their case and spacing."""
+    """Character spans of whole words in a prompt, ignoring case and spacing."""
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     # A boundary is needed only beside letters, digits and underscores: "<V1>" has its own.
     before = r"(?<!\w)" if re.match(r"\w", words.strip()) else ""
@@ -62,14 +62,14 @@ def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
 
 
 Span = tuple[int, int]
-"""First character, and the one after the last."""
+"""First character, and the character after the last."""
 
 
 def class_words(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[tuple[Span, Span | None]]:
-    """Where a prompt has a concept's trigger, and the class word that belongs to each occurrence.
+    """The occurrences of a concept's trigger in a prompt, each with the class word that belongs to it.
 
-    That is the first one after it, unless another concept's trigger comes before its end: in "a sks beside a zwx cat"
-    the cat is zwx.
+    That is the first class word after the trigger, unless another trigger comes between: in "a sks beside a zwx cat"
+    the cat belongs to zwx.
 
     Args:
         concept: Whose words are looked for.
@@ -97,8 +97,8 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
         concepts: All concepts that it may name.
 
     Raises:
-        ValueError: If the trigger is missing from the prompt, stands past the tokenizer's limit, or is glued to
-            punctuation in a way that gives it other tokens.
+        ValueError: If the trigger is missing from the prompt, lies beyond the tokenizer's limit, or is joined to
+            punctuation in a way that changes its tokens.
     """
     prompt = unicodedata.normalize("NFC", prompt)
     found = class_words(_composed(concept), prompt, list(map(_composed, concepts)))
@@ -116,13 +116,13 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
 
 
 def _composed(concept: Concept) -> Concept:
-    """With composed letters, as the tokenizer reads them: an accent of its own would look like the end of a word."""
+    """The concept in NFC, as tokenizers read text: a combining accent would look like the end of a word."""
     words = {name: unicodedata.normalize("NFC", getattr(concept, name) or "") for name in ("trigger", "class_word")}
     return concept.model_copy(update=words)
 
 
 def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], concept: Concept) -> Sequence[int]:
-    """The positions of a span of whole words: those after the tokens of everything before it.
+    """Token positions of a span of whole words, counted after the tokens of everything before it.
 
     In a chat template, by the characters of each token (`TemplateTokenizer`).
 
@@ -182,8 +182,8 @@ class Mention:
     """Words that name a concept in a text, which need not have its trigger.
 
     Attributes:
-        words: Looked for as whole words.
-        which: Which of their occurrences name the concept, those inside triggers not counted; None is every one.
+        words: The words, matched as whole words.
+        which: Indices of the occurrences (outside triggers) that name the concept; None means all.
     """
 
     words: tuple[str, ...]
@@ -191,14 +191,14 @@ class Mention:
 
 
 def free_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> list[Span]:
-    """Spans of a concept's class word in a prompt, but for those that are a part of somebody's trigger."""
+    """Spans of a concept's class word in a prompt, except those inside a trigger."""
     taken = [span for other in concepts for span in find_words(other.trigger or "", prompt)]
     nouns = find_words(concept.class_word or "", prompt)
     return [(start, end) for start, end in nouns if not any(a <= start and end <= b for a, b in taken)]
 
 
 def own_nouns(concept: Concept, prompt: str, concepts: Sequence[Concept]) -> tuple[int, ...]:
-    """Which of the free nouns are the concept's own (`class_words`).
+    """Indices of the free nouns that belong to the concept (`class_words`).
 
     In "a sks cat and a zwx cat" it is (0,) for sks, and (1,) for zwx.
     """

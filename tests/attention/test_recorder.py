@@ -68,10 +68,10 @@ def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> Non
     loras = [random_lora(unet, seed, size=0.2) for seed in range(2)]
     gates = gates_for(2, (8, 16))
     layers = cross_layers(unet)
-    readout = torch.zeros(ROWS, TOKENS, 3)
-    readout[0, 1, 0] = 1.0  # one token of row 0
-    readout[1, 4, 0] = 1.0  # another one of row 1
-    readout[:, 2:5, 1] = 1 / 3  # the mean of three
+    token_weights = torch.zeros(ROWS, TOKENS, 3)
+    token_weights[0, 1, 0] = 1.0  # one token of row 0
+    token_weights[1, 4, 0] = 1.0  # another one of row 1
+    token_weights[:, 2:5, 1] = 1 / 3  # the mean of three
     seen: dict[str, Tensor] = {}
 
     def listen(name: str) -> None:
@@ -80,7 +80,7 @@ def test_maps_equal_the_softmax_of_the_true_queries_and_keys(family: Any) -> Non
 
         unet.get_submodule(name).register_forward_hook(hook)
 
-    recorder = Recorder(layers, readout)
+    recorder = Recorder(layers, token_weights)
     with installed(unet, loras) as installation:
         for layer in layers:
             listen(f"{layer}.to_q")
@@ -177,11 +177,11 @@ def test_gradients_through_maps_are_the_same_with_gradient_checkpointing() -> No
     assert torch.equal(found[0], found[1])
 
 
-def test_a_readout_of_fewer_texts_is_for_the_last_ones() -> None:
+def test_token_weights_of_fewer_texts_is_for_the_last_ones() -> None:
     generator = torch.Generator().manual_seed(0)
     query, keys = (torch.randn(*shape, generator=generator) for shape in ((ROWS, 2, 6, 4), (3, ROWS, 2, TOKENS, 4)))
-    readout = torch.rand(3, ROWS, TOKENS, 2, generator=generator)
-    every, last = Recorder(["layer"], readout), Recorder(["layer"], readout[1:])
+    token_weights = torch.rand(3, ROWS, TOKENS, 2, generator=generator)
+    every, last = Recorder(["layer"], token_weights), Recorder(["layer"], token_weights[1:])
     for recorder in (every, last):
         recorder.take("layer", query, keys, 0.5)
     assert torch.equal(last.mean(), every.mean()[1:])

@@ -117,7 +117,7 @@ def test_isolated_self_attention_equals_masked_attention(membership: Tensor) -> 
 def read_cells(attention: RegionAttention, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """What cells read, without a projection. Shape: as query."""
     read = attention.cross(sdpa, LEVEL, query, keys, values)
-    together = attention.gathered(LEVEL, read.transpose(1, 2).flatten(2))
+    together = attention.mean_over_queries(LEVEL, read.transpose(1, 2).flatten(2))
     return together.unflatten(2, (HEADS, CHANNELS)).transpose(1, 2)
 
 
@@ -143,7 +143,7 @@ def test_what_is_read_is_projected_for_every_text_before_the_mean(membership: Te
     assert text_of_query.tolist() == [number for mine in regions for number in ([1 + n for n in mine] or [0])]
     read = attention.cross(sdpa, LEVEL, query, keys, values)[:, 0]
     projected = torch.einsum("rpc,pdc->rpd", read, projections[text_of_query])
-    found = attention.gathered(LEVEL, projected)
+    found = attention.mean_over_queries(LEVEL, projected)
     for p, mine in enumerate(regions):
         numbers = [1 + n for n in mine] or [0]
         parts = [

@@ -190,7 +190,7 @@ MISTAKES = {
     "device": (["playground", "--prompt", "a", "--device", "toaster"], "unknown device 'toaster'; expected cpu, cuda"),
     "no device": (
         ["playground", "--prompt", "a", "--device", "cuda:77"],
-        "the device 'cuda:77' is not there; there are",
+        "this machine has no device 'cuda:77'; it has",
     ),
     "no size": (["playground", "--prompt", "a", "--width", "0"], "width: expected greater than 0"),
     "no lora": (

@@ -329,7 +329,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an empty list": ({"image": []}, "image is an empty list"),
     "a mode without a range": ({"image": Image.new("F", (128, 128))}, "mode 'F', whose values have no fixed range"),
     "one pixel": ({"image": IMAGE.resize((1, 1))}, "1 x 1 pixels; this model needs at least 8"),
-    "no numbers": ({"image": NAN}, "no numbers"),
+    "no numbers": ({"image": NAN}, "NaN or infinite"),
     "values beyond 1": ({"image": torch.full((3, 128, 128), 2.0)}, "values from 2 to 2"),
     "two channels": ({"image": torch.rand(2, 128, 128)}, r"the shape \[2, 128, 128\]"),
     "whole numbers": ({"image": np.zeros((128, 128, 3), np.int64)}, "an array of int64"),
@@ -345,7 +345,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a small mask and a crop": (
         {"mask_image": MASK.resize((64, 64)), "padding_mask_crop": 2, "output_type": "pil"}, "expected the same size",
     ),
-    "a mask of no numbers": ({"mask_image": torch.full((128, 128), float("nan"))}, "no numbers"),
+    "a mask of no numbers": ({"mask_image": torch.full((128, 128), float("nan"))}, "NaN or outside"),
     "two masks": ({"mask_image": [MASK, MASK]}, "a list of 2"),
     "a box outside": ({"mask_image": (0, 0, 300, 20)}, "does not lie in the image of 128 x 128 pixels"),
     "a negative padding": ({"mask_image": MASK, "padding_mask_crop": -1}, "at least 0, not -1"),

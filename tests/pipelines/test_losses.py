@@ -18,7 +18,7 @@ from torch import Tensor
 
 from components import seeded
 from lora_compose.attention.masks import bounds
-from lora_compose.pipelines.losses import bell, concentration, contrast, filling, outlook, smooth
+from lora_compose.pipelines.losses import concentration, contrast, filling, gaussian_over, outside_attention, smooth
 
 SMOOTHING = (0.2119, 0.5761, 0.2119)
 """The published kernel, rounded."""
@@ -63,7 +63,7 @@ def test_smoothing_equals_scipy_with_mirrored_borders(height: int, width: int, s
 
 
 def test_bells_fall_from_one_in_the_middle_to_e_to_the_minus_one_in_the_corners() -> None:
-    weight = bell(boxed((2, 3, 9, 8), (12, 10)))
+    weight = gaussian_over(boxed((2, 3, 9, 8), (12, 10)))
     assert weight.max() == 1
     assert weight[5, 5] == 1
     for row, column in ((2, 3), (2, 7), (8, 3), (8, 7)):
@@ -75,7 +75,7 @@ def test_bells_fall_from_one_in_the_middle_to_e_to_the_minus_one_in_the_corners(
 
 def test_the_bell_of_a_tall_box_has_the_published_values() -> None:
     region = boxed(SCENE)
-    weight = bell(region)
+    weight = gaussian_over(region)
     best = int(0.2 * int(region.sum()))
     assert best == 39
     assert weight[1, 20].item() == pytest.approx(0.3683, abs=5e-5)
@@ -86,7 +86,7 @@ def test_the_bell_of_a_tall_box_has_the_published_values() -> None:
 def test_bells_of_free_regions_are_zero_in_the_gaps_and_reach_one() -> None:
     region = boxed((1, 1, 6, 6), (8, 8))
     region[2:5, 2:5] = False
-    weight = bell(region)
+    weight = gaussian_over(region)
     assert torch.equal(weight > 0, region)
     assert weight.max() == 1
     assert weight[1, 3] == 1
@@ -118,11 +118,13 @@ def test_concentration_is_the_distance_of_the_strongest_cells_from_one() -> None
 
 
 @given(st.integers(2, 8), st.integers(1, 7), st.integers(1, 12), st.integers(0, 2**16))
-def test_outlook_is_the_mean_of_the_strongest_looks_outside(cells: int, size: int, best: int, seed: int) -> None:
+def test_outside_attention_is_the_mean_of_the_strongest_looks_outside(
+    cells: int, size: int, best: int, seed: int
+) -> None:
     attention = random(2, cells, cells, seed=seed).softmax(dim=-1)
     order = torch.randperm(cells, generator=seeded(seed))
     inside, outside = order[: min(size, cells - 1)].sort().values, order[min(size, cells - 1) :].sort().values
-    found = outlook(attention, inside, outside, best)
+    found = outside_attention(attention, inside, outside, best)
     assert found.shape == (2,)
     for image in range(2):
         looks = [attention[image, p, q].item() for p in inside.tolist() for q in outside.tolist()]
@@ -130,20 +132,20 @@ def test_outlook_is_the_mean_of_the_strongest_looks_outside(cells: int, size: in
         assert found[image].item() == pytest.approx(sum(strongest) / len(strongest), abs=1e-6)
 
 
-def test_outlook_is_zero_only_where_no_cell_looks_outside() -> None:
+def test_outside_attention_is_zero_only_where_no_cell_looks_outside() -> None:
     inside, outside = torch.tensor([0, 2]), torch.tensor([1, 3])
     attention = torch.zeros(2, 4, 4)
     attention[:, inside[:, None], inside] = 0.5
     attention[:, outside] = 0.25  # what the others look at does not count
-    assert torch.equal(outlook(attention, inside, outside, 3), torch.zeros(2))
+    assert torch.equal(outside_attention(attention, inside, outside, 3), torch.zeros(2))
     attention[1, 2, 3] = 0.3
-    torch.testing.assert_close(outlook(attention, inside, outside, 3), torch.tensor([0, 0.1]))
+    torch.testing.assert_close(outside_attention(attention, inside, outside, 3), torch.tensor([0, 0.1]))
 
 
 def test_a_region_of_the_whole_canvas_has_no_outside() -> None:
     attention = random(3, 4, 4)
     nothing = torch.tensor([], dtype=torch.long)
-    assert torch.equal(outlook(attention, torch.arange(4), nothing, 2), torch.zeros(3))
+    assert torch.equal(outside_attention(attention, torch.arange(4), nothing, 2), torch.zeros(3))
 
 
 def distinct(*shape: int, seed: int = 0) -> Tensor:
@@ -154,8 +156,8 @@ def distinct(*shape: int, seed: int = 0) -> Tensor:
 
 REGION = boxed((1, 1, 4, 5), (5, 7))
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
-    "concentration": lambda maps: concentration(maps, bell(REGION).double(), 3),
-    "concentration without a bell": lambda maps: concentration(maps, REGION.double(), 3),
+    "concentration": lambda maps: concentration(maps, gaussian_over(REGION).double(), 3),
+    "concentration without a Gaussian": lambda maps: concentration(maps, REGION.double(), 3),
     "filling": lambda maps: filling(maps, REGION.double()),
 }
 
@@ -165,18 +167,20 @@ def test_gradients_of_cross_attention_losses_equal_finite_differences(name: str)
     assert torch.autograd.gradcheck(LOSSES[name], distinct(2, 5, 7))
 
 
-def test_the_gradient_of_outlook_equals_finite_differences() -> None:
+def test_the_gradient_of_outside_attention_equals_finite_differences() -> None:
     inside, outside = torch.tensor([0, 2, 3]), torch.tensor([1, 4])
-    assert torch.autograd.gradcheck(lambda attention: outlook(attention, inside, outside, 3), distinct(2, 5, 5))
+    assert torch.autograd.gradcheck(
+        lambda attention: outside_attention(attention, inside, outside, 3), distinct(2, 5, 5)
+    )
 
 
 def test_losses_of_images_and_tokens_are_independent() -> None:
     maps, attention = random(3, 2, 5, 7), random(3, 35, 35)
     inside, outside = REGION.flatten().nonzero()[:, 0], (~REGION).flatten().nonzero()[:, 0]
     for loss, seen in (
-        (lambda a: concentration(smooth(a), bell(REGION), 3), maps),
+        (lambda a: concentration(smooth(a), gaussian_over(REGION), 3), maps),
         (lambda a: filling(smooth(a), REGION.float()), maps),
-        (lambda a: outlook(a, inside, outside, 3), attention),
+        (lambda a: outside_attention(a, inside, outside, 3), attention),
     ):
         torch.testing.assert_close(loss(seen), torch.stack([loss(image) for image in seen]))
 

@@ -57,7 +57,7 @@ def test_masks_of_a_run_become_the_boxes_around_them():
 
 def test_what_cannot_be_repainted_is_refused():
     pipe = composer_of("sd")
-    with pytest.raises(ValueError, match="nothing says where the subjects are"):
+    with pytest.raises(ValueError, match="it is not known where the subjects are"):
         refine(pipe, IMAGE, PROMPT, ["cat", "dog"])
     with pytest.raises(ValueError, match=r"masks name \['bear'\]; the subjects are cat, dog"):
         refine(pipe, IMAGE, PROMPT, ["cat", "dog"], {"bear": (0, 0, 64, 64)})

@@ -69,7 +69,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
 
 def test_a_device_is_no_mask(tmp_path: Path) -> None:
     (tmp_path / "mask.png").symlink_to("/dev/zero")
-    with pytest.raises(ValueError, match="cannot be read: it is no regular file"):
+    with pytest.raises(ValueError, match="cannot be read: it is not a regular file"):
         read_mask(str(tmp_path / "mask.png"))
 
 

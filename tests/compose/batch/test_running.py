@@ -13,12 +13,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 
 from commands import call
+from killing import kill_at_work
 from lora_compose.compose.batch import worker
 from lora_compose.compose.batch.entries import Entry, read_entries
 from lora_compose.compose.batch.results import STATE
@@ -251,24 +251,12 @@ def test_two_processes_of_which_one_is_killed_twice_give_the_images_of_one(
         process.start()
         return process
 
-    def has_a_claim(process: BaseProcess) -> bool:
-        found = (path.read_text().split() for path in (out / STATE / "claims").glob("*") if path.exists())
-        return any(words[-1:] == [str(process.pid)] for words in found)
-
     steady = joins()
     for number in (1, 4):
         while len(contents(out)) < number:
             assert steady.exitcode is None
             time.sleep(0.01)
-        psutil.Process(steady.pid).suspend()  # else it might be done before the other one has begun
-        victim = joins()
-        while not has_a_claim(victim):
-            assert victim.exitcode is None
-            time.sleep(0.01)
-        psutil.Process(steady.pid).resume()
-        victim.kill()
-        victim.join()
-        assert victim.exitcode == -signal.SIGKILL
+        kill_at_work(joins, out / STATE / "claims", steady)
     steady.join()
     assert steady.exitcode == 0
     assert len(contents(out)) == 3 + 4 + 4

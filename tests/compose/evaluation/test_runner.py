@@ -24,6 +24,7 @@ from accelerate import cpu_offload
 
 from commands import call
 from disks import files_of_at_most
+from killing import kill_at_work
 from lora_compose.compose.evaluation import runner
 from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.planning import make_plan
@@ -219,7 +220,7 @@ def test_results_are_the_same_after_kills_at_random_moments(suite: Suite, finish
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_processes_join_at_any_time_and_do_the_work_of_one_that_was_killed(
+def test_processes_join_at_any_time_and_do_the_work_of_one_that_was_killed_twice(
     suite: Suite, finished: Path, tmp_path: Path
 ) -> None:
     out, fork = tmp_path / "out", multiprocessing.get_context("fork")
@@ -232,16 +233,16 @@ def test_processes_join_at_any_time_and_do_the_work_of_one_that_was_killed(
     def made() -> int:
         return len(list(out.rglob(MADE)))
 
-    one = joins()
-    while made() < 2:
-        time.sleep(0.05)
-    other = joins()
-    while len(list((out / CLAIMS).iterdir())) < 2 and made() < 8:
-        time.sleep(0.01)
-    one.kill()
-    one.join()
-    other.join()
-    assert other.exitcode == 0
+    steady = joins()
+    for number in (2, 5):
+        while made() < number:
+            assert steady.exitcode is None
+            time.sleep(0.01)
+        kill_at_work(joins, out / CLAIMS, steady)
+    steady.join()
+    assert steady.exitcode == 0
+    assert contents(out) == contents(finished)
+    evaluate(suite, out, patience=PATIENCE)  # takes over what the killed one had claimed of what was done already
     assert contents(out) == contents(finished)
     assert not list((out / CLAIMS).iterdir())
 

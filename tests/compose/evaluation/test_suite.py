@@ -188,7 +188,7 @@ def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
         ({"baseline": "clora"}, "the baseline 'clora' is not among the methods; there are merge, tara, regional"),
         (
             {"scenes": [{**SCENE, "concepts": ["cat", "fox"]}]},
-            "scene 'both' names fox, which is no concept of the suite",
+            "scene 'both' names fox, which is not a concept of the suite",
         ),
         ({"scenes": [{**SCENE, "concepts": ["cat", "cat"]}]}, "names a concept twice"),
         ({"scenes": [{**SCENE, "prompt": "a sks cat and a dog"}]}, "does not name 'dog' by its trigger 'zwx'"),

@@ -446,7 +446,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path, read: Any, m
     thread.start()
     thread.join(5)
     assert said, "it waits"
-    assert "no regular file" in said[0]
+    assert "not a regular file" in said[0]
 
 
 def test_a_truncated_image_is_refused(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_file_that_does_not_say_its_alpha_is_told(tmp_path: Path) -> None:
     path = FORMATS["TARA, whole UNet"].write(loras, pipe, tmp_path)
     (tmp_path / "other").mkdir()
     other = FORMATS["kohya"].write({"unet": random_lora(pipe.unet, 5)}, pipe, tmp_path / "other")
-    with pytest.raises(LoraError, match="does not say its alpha"):
+    with pytest.raises(LoraError, match="does not contain its alpha"):
         match_files(given((path, 1.0), (other, 1.0)), pipe)
     out = tmp_path / "out.safetensors"
     matched = match_files(given((path, 1.0), (other, 1.0)), pipe, alpha=32.0)
@@ -223,7 +223,7 @@ def test_files_for_models_that_are_not_known_are_matched_by_their_own_names(tmp_
     out = tmp_path / "out.safetensors"
     result = run(app, ["merge", f"{one}:2", str(other), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert "the model is not known here" in text_of(result)
+    assert "the model is unknown" in text_of(result)
     assert "model.double_blocks_3" in text_of(result)
     a, b, found = load_file(one), load_file(other), load_file(out)
 
@@ -354,10 +354,10 @@ TWO = ["playground:cat", "playground:dog"]
         ([*TWO, "--method", "ties", "--set", "density=2"], "density is a share"),
         ([*TWO, "playground:bear", "--method", "np"], "np takes two files, a subject and then a style; 3 were given"),
         (["playground:cat", "--method", "k-lora"], "k-lora takes two files"),
-        ([*TWO, "--prompt", "a cat"], "cat looks at no image; leave --prompt out"),
+        ([*TWO, "--prompt", "a cat"], "cat generates no images; leave --prompt out"),
         ([*TWO, "--prompt", "a cat", "--method", "ssr"], "there are 1 prompts for 2 files"),
-        ([*TWO, "--keys", "peft"], "--keys is one of diffusers, kohya, not 'peft'"),
-        ([*TWO, "--dtype", "int8"], "--dtype is one of float32, float16, bfloat16, not 'int8'"),
+        ([*TWO, "--keys", "peft"], "--keys must be one of diffusers, kohya, not 'peft'"),
+        ([*TWO, "--dtype", "int8"], "--dtype must be one of float32, float16, bfloat16, not 'int8'"),
         (["playground:cat:nan", "playground:dog"], "the weight is nan; expected a number such as 0.8"),
         (["playground:cat:0", "playground:dog:0"], "every weight is 0; there is nothing to merge"),
         ([*TWO, "playground:cat:1e9", "--dtype", "float16"], "that torch.float16 cannot hold; write float32"),
@@ -397,10 +397,10 @@ def dora(path: Path) -> Path:
     [
         (lambda path: one_layer(path, 2048), "only LoRAs for the same model are merged: "),
         (lambda path: one_layer(path, 768, 640), "its change is 640 x 768, the model's weight 1280 x 768"),
-        (damaged, "no readable safetensors file"),
+        (damaged, "not a readable safetensors file"),
         (dora, "a DoRA, which rescales the model's own weights"),
         (lambda path: flux(path, 2), "is for FLUX.1 or FLUX.2"),
-        (lambda path: save_file({"weight": torch.ones(2)}, path) or path, "is no LoRA"),
+        (lambda path: save_file({"weight": torch.ones(2)}, path) or path, "is not a LoRA"),
     ],
     ids=["another family", "another shape", "damaged", "DoRA", "Flux", "no LoRA"],
 )  # fmt: skip
@@ -427,7 +427,7 @@ def test_files_for_unknown_models_must_fit_each_other(other: dict[str, Any], mes
     assert result.exit_code == 2
     assert message in text_of(result)
     result = run(app, ["merge", str(files[0]), "--keys", "diffusers", "--out", str(tmp_path / "out.safetensors")])
-    assert "so its layers keep the names it gives them" in text_of(result)
+    assert "so its layers keep their names" in text_of(result)
 
 
 def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
@@ -440,7 +440,7 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
     assert run(app, ["merge", *TWO, "--out", str(out), "--overwrite"]).exit_code == 0
     assert read_lora(out).tensors
     result = run(app, ["merge", *TWO, "--out", str(tmp_path / "out.bin")])
-    assert "expected one that ends with .safetensors" in text_of(result)
+    assert "expected one ending in .safetensors" in text_of(result)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits the size of files as Unix does")

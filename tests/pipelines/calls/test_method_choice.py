@@ -44,7 +44,7 @@ MISSING = {
     "any class word": ("a sks cat and a zwx dog", {"cat": {"class_word": ""}},
         "cat has no class word: give it one, such as class_word='cat', and write it after 'sks'"),
     "two class words": ("a sks and a zwx", {}, "write 'sks cat'; the prompt has 'zwx' without"),
-    "a prompt": (None, {}, "there are embeddings instead of a prompt"),
+    "a prompt": (None, {}, "prompt_embeds are given instead of a prompt"),
 }  # fmt: skip
 
 
@@ -103,4 +103,4 @@ def test_with_a_region_for_every_concept_the_choice_depends_on_words(composer, c
     nameless = [BOXED[0].model_copy(update={"trigger": ""}), BOXED[1]]
     chosen = latents_of(composer, method=None, concepts=nameless)
     assert torch.equal(chosen, latents_of(composer, method="regional", concepts=nameless))
-    assert "method: regional, because every concept has a region, and not every one a trigger" in caplog.text
+    assert "method: regional, because every concept has a region, and not every one has a trigger" in caplog.text

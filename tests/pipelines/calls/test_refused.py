@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     "timesteps and sigmas": ({"timesteps": [9], "sigmas": [1.0]}, "Only one of `timesteps` or `sigmas`"),
     "embeddings for a method that writes texts": (
         {"method": UPDATES, "concepts": BOXED, "prompt": None, **EMBEDS, "guidance_scale": 1.0},
-        "needs the prompt as text, not embeddings",
+        "needs prompts, not prompt_embeds",
     ),
 }  # fmt: skip
 TYPE_ERRORS = ("the old callback", "unknown arguments", "a mistyped method", "mistyped concepts")

@@ -149,7 +149,7 @@ def test_a_damaged_file_is_an_error_of_the_call_that_names_it(pipe: Any, folder:
     (folder / "dog.safetensors").write_bytes(whole[: len(whole) // 2])
     pipe.add_concepts(folder)
     expected, before, in_memory = latents_of(pipe, "cat"), State(pipe), pipe.library.recent.bytes
-    with pytest.raises(LoraError, match=r"dog\.safetensors is no readable safetensors file"):
+    with pytest.raises(LoraError, match=r"dog\.safetensors is not a readable safetensors file"):
         latents_of(pipe, "cat", "dog")
     before.assert_unchanged()
     assert pipe.library.recent.bytes == in_memory

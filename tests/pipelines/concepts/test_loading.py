@@ -396,7 +396,7 @@ def test_weights_that_are_no_ordinary_floats_are_refused(tmp_path: Path, dtype: 
 def test_files_without_lora_keys_are_refused(tmp_path: Path, keys: Sequence[str]) -> None:
     path = write(tmp_path / "cat.safetensors", {key: torch.ones(2) for key in keys})
     found = re.escape(", ".join(sorted(keys)) or "none")
-    with pytest.raises(LoraError, match=f"cat.safetensors is no LoRA: expected keys .* found {found}$"):
+    with pytest.raises(LoraError, match=f"cat.safetensors is not a LoRA: expected keys .* found {found}$"):
         read_lora(path)
 
 
@@ -460,7 +460,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_files_for_other_architectures_are_refused(pipe: Any, tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / "cat.safetensors", {key: torch.ones(2, 2) for key in FOREIGN[kind]})
-    with pytest.raises(LoraError, match=r"matches no layer of this model|is no LoRA"):
+    with pytest.raises(LoraError, match=r"matches no layer of this model|is not a LoRA"):
         loaded(pipe, path)
 
 
@@ -504,7 +504,7 @@ def test_a_file_or_a_folder_with_one_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_with_two_files_asks_which(tmp_path: Path) -> None:
     paths = [concept_file(tmp_path / f"{name}.safetensors") for name in ("cat", "dog")]
     with pytest.raises(
-        LoraError, match=r"has 2 safetensors files; say which with weight_name: cat.safetensors, dog.safetensors"
+        LoraError, match=r"has 2 safetensors files; choose one with weight_name: cat.safetensors, dog.safetensors"
     ):
         find_file(tmp_path)
     assert [find_file(tmp_path, path.name) for path in paths] == paths
@@ -609,5 +609,5 @@ def test_other_kinds_of_loaded_adapters_are_refused(config: Any) -> None:
         pipe.unet.add_adapter(config, "cat")
     else:
         inject_adapter_in_model(config, pipe.unet, "cat")
-    with pytest.raises(LoraError, match=r"adapter 'cat' is no plain LoRA at .*to_out\.0"):
+    with pytest.raises(LoraError, match=r"adapter 'cat' is not a plain LoRA at .*to_out\.0"):
         adapter_factors(pipe, "cat")

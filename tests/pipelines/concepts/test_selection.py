@@ -40,8 +40,7 @@ def test_a_class_word_of_several_concepts_takes_none_and_says_so() -> None:
     chosen = choose_concepts("a zwx dog and a cat", known(**WORDS, tabby=("tby", "cat")))
     assert chosen.names == ("dog",)
     assert chosen.notes == (
-        "'cat' may be cat ('sks cat'), tabby ('tby cat'): write the trigger where a concept is meant; none was taken "
-        "for it",
+        "'cat' may be cat ('sks cat'), tabby ('tby cat'): write the trigger of the concept you mean; none was chosen",
     )
     chosen = choose_concepts("a zwx dog, a cat and a cat", known(**WORDS))
     assert chosen.names == ("dog",)
@@ -65,7 +64,7 @@ def test_a_trigger_inside_a_longer_one_names_nothing() -> None:
 
 def test_words_spelled_like_a_trigger_are_noted() -> None:
     chosen = choose_concepts("a zwx dog and a skss animal", known(**WORDS))
-    assert chosen.notes == ("'skss' is spelled like 'sks', the trigger of cat, which was not taken",)
+    assert chosen.notes == ("'skss' is spelled like 'sks', the trigger of cat, which was not chosen",)
     with pytest.raises(ValueError, match="the prompt names no concept; there are cat") as caught:
         choose_concepts("a skss animal", known(**WORDS, plain=(None, None)))
     assert "1 have neither trigger nor class word" in str(caught.value)

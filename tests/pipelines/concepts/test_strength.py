@@ -133,12 +133,12 @@ def test_any_text_is_a_weight_or_is_refused_in_words(text: str) -> None:
         ("1e999..0", "expected a finite number"),
         ("1...4..", "expected a valid number"),
         ("0:1,", "expected a valid number"),
-        ("0:1,0.5", "say of every point of a schedule where it is"),
+        ("0:1,0.5", "give every point of a schedule a position"),
         ("1..0.5,0", "says where"),
         ("0.5:1,0.2:0", "one after the other"),
         ("-1:1,0.2:0", "begin at 0 or later"),
-        ("0.5:1,2:0", "parts of the steps from 0 to 1, or all at whole numbers"),
-        ("0:1,1e999:0", "parts of the steps from 0 to 1, or all at whole numbers"),
+        ("0.5:1,2:0", "fractions of the steps from 0 to 1, or all at whole step numbers"),
+        ("0:1,1e999:0", "fractions of the steps from 0 to 1, or all at whole step numbers"),
     ],
 )
 def test_weights_that_cannot_be_read_are_explained(given: Any, message: str) -> None:
@@ -435,8 +435,8 @@ def test_the_text_has_the_mean_of_the_weights(load, family, caplog):
         pipe.library.loaded[concept] = replace(loaded, factors=replace(loaded.factors, model={}))
     found = latents_of(pipe, "merge", ["0:1,0.25:0.2", 0.6])
     said = [record.getMessage() for record in caplog.records if "text is encoded once" in record.getMessage()]
-    assert said == ["the text is encoded once, so the text-encoder part of 'cat' has the mean of its weights over the "
-                    "steps, 0.4, in all of them"]  # fmt: skip
+    assert said == ["the text is encoded once, so the text-encoder part of 'cat' has the mean weight of its schedule, "
+                    "0.4, in all steps"]  # fmt: skip
     assert_close(found, latents_of(pipe, "merge", [0.4, 0.6]))
     assert far_apart(found, latents_of(pipe, "merge", [1.0, 0.6]))
 

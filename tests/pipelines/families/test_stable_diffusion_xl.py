@@ -268,7 +268,7 @@ def test_another_second_prompt_is_read_if_the_words_stand_at_the_same_place(comp
 @pytest.mark.parametrize("prompt_2", ["a zwx dog and a sks cat on grass", "the nice sks cat and a zwx dog"])
 def test_words_at_other_places_in_the_second_prompt_are_refused(composer, prompt_2):
     before = State(composer)
-    with pytest.raises(ValueError, match=r"words of 'cat', 'dog' stand at other tokens for the second tokenizer"):
+    with pytest.raises(ValueError, match=r"words of 'cat', 'dog' have other token positions for the second tokenizer"):
         compose(composer, "tara", prompt_2=prompt_2)
     before.assert_unchanged()
 

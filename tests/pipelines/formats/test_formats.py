@@ -281,11 +281,11 @@ def test_one_layer_under_two_names_must_be_the_same(tmp_path: Path) -> None:
 
 
 def test_concepts_with_another_alpha_are_another_strength(tmp_path: Path) -> None:
-    """Through scenes as well, where the file does not say its alpha."""
+    """Through scenes as well, where the file does not contain its alpha."""
     pipe: Any = tiny_pipeline()
     lora = {"unet": random_lora(pipe.unet, 1, rank=RANK)}
     path = Format(bare, pair(".lora_layer.down.weight", ".lora_layer.up.weight")).write(lora, pipe, tmp_path)
-    with pytest.raises(LoraError, match="does not say its alpha"):
+    with pytest.raises(LoraError, match="does not contain its alpha"):
         pipe.load_concept(path, name="cat")
     concept = Concept(name="cat", lora=str(path), alpha=RANK)
     for alpha in (1.0, 4.0, 4.0, 1.0):

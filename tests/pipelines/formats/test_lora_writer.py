@@ -16,7 +16,7 @@ from components import EVERYTHING, FAMILIES, random_lora, text_loras
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.keys import PARTS
-from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Site, Spelling, stems, tensors
+from lora_compose.pipelines.formats.lora_writer import SPELLINGS, FileLayer, Spelling, stems, tensors
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from reference import dense
 
@@ -86,7 +86,9 @@ def write(path: Path, pipe: Any, loras: dict[str, Lora], spelling: Spelling) -> 
     found: dict[str, Tensor] = {}
     for part, lora in loras.items():
         for name, factors in lora.items():
-            site = Site(next(stem for (p, n), stem in called.items() if (p, n) == (part, name)), factors.down.shape[2:])
+            site = FileLayer(
+                next(stem for (p, n), stem in called.items() if (p, n) == (part, name)), factors.down.shape[2:]
+            )
             change = LoraFactors(factors.down.flatten(1), factors.up.flatten(1))
             found |= tensors(spelling, site, change, torch.float32, 3)
     path.write_bytes(written(found))
@@ -118,4 +120,4 @@ def test_kohyas_keys_of_sdxl_have_the_original_names_of_blocks() -> None:
 
 
 def test_a_change_of_rank_0_is_not_written() -> None:
-    assert [*tensors("kohya", Site("it"), LoraFactors(torch.ones(0, 3), torch.ones(4, 0)), torch.float32, 3)] == []
+    assert [*tensors("kohya", FileLayer("it"), LoraFactors(torch.ones(0, 3), torch.ones(4, 0)), torch.float32, 3)] == []

@@ -343,7 +343,7 @@ def test_the_map_of_a_cell_stays_where_the_cell_is(composer):
     """Rows are rows and columns are columns, on a canvas that is not square."""
     process = started(composer, replace(MASKS_ONLY, threshold=0.0), width=192, height=128)
     cells = torch.arange(24.0)[None, :, None]  # counted along the rows of 4 x 6 cells
-    found = process._by_branch(AttentionMaps(cells.expand(3, 24, process.words.readout.shape[2])))
+    found = process._by_branch(AttentionMaps(cells.expand(3, 24, process.words.token_weights.shape[2])))
     assert torch.equal(found[0, 0, 0], torch.arange(24.0).view(4, 6))
 
 
@@ -404,7 +404,7 @@ def test_words_that_make_the_mask_can_be_named(composer):
     assert far_apart(latents_of(composer, method=triggers), latents_of(composer, method=MASKS_ONLY))
     words = started(composer, replace(MASKS_ONLY, mask_words={"cat": ["grass"]})).words
     (column,) = words.mine[0, 0].nonzero()[:, 0].tolist()
-    assert words.readout[1, :, column].nonzero().tolist() == [[8]]  # a1 sks2 cat3 and4 a5 dog6 on7 grass8
+    assert words.token_weights[1, :, column].nonzero().tolist() == [[8]]  # a1 sks2 cat3 and4 a5 dog6 on7 grass8
     assert words.groups[0].unflatten(0, (3, -1))[1, column] == -1  # it belongs to no group
 
 
@@ -413,7 +413,7 @@ def test_words_that_make_the_mask_can_be_named(composer):
 
 def test_the_gradient_is_the_slope_of_the_loss(composer):
     def look(process: Any, latents: Tensor, step: Step) -> None:
-        denoiser, request = process.session.denoiser, MapRequest(process.words.readout)
+        denoiser, request = process.session.denoiser, MapRequest(process.words.token_weights)
 
         def loss(latents: Tensor) -> Tensor:
             return process.loss(denoiser.maps(latents, step, process.branches, request))
@@ -448,7 +448,7 @@ def test_nothing_is_left_behind_and_the_same_call_gives_the_same_bits(composer):
         ({"threshold": 1.0}, "threshold must be at least 0 and below 1"),
         ({"temperature": 0}, "temperature must be positive"),
         ({"morphology": ("shrink",)}, "morphology may be dilate, erode, open, close, not shrink"),
-        ({"refine_at": (-1,)}, "refine_at names parts of the steps"),
+        ({"refine_at": (-1,)}, "refine_at must be points of the steps"),
         ({"branch_batch_size": 0}, "branch_batch_size must be at least 1"),
         ({"whole": True}, 'are for fuse="branches"'),
     ],

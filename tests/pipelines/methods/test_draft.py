@@ -232,7 +232,7 @@ def test_a_single_subject_is_merged_and_embeddings_are_refused(composer):
         call(composer, ("cat",), "a sks cat").images, call(composer, ("cat",), "a sks cat", method="merge").images
     )
     cond, _ = composer.encode_prompt(PROMPT, "cpu", 1, False)
-    with pytest.raises(ValueError, match="needs the prompt as text"):
+    with pytest.raises(ValueError, match="needs prompts, not prompt_embeds"):
         call(composer, prompt=None, prompt_embeds=cond, guidance_scale=1.0)
 
 

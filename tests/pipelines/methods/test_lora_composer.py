@@ -544,7 +544,7 @@ def test_embeddings_in_place_of_a_prompt_are_refused(composer):
     positive, negative = composer.encode_prompt(PROMPT, torch.device("cpu"), 1, True)
     given = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
     before = State(composer)
-    with pytest.raises(ValueError, match="it needs the prompt as text, not embeddings"):
+    with pytest.raises(ValueError, match="it needs prompts, not prompt_embeds"):
         compose(composer, token_positions={"cat": [2], "dog": [6]}, **given)
     before.assert_unchanged()
 

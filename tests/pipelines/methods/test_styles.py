@@ -164,7 +164,7 @@ def test_a_style_has_no_turn_and_no_pass(load, method):
 
 
 def test_a_style_has_no_region():
-    with pytest.raises(FieldError, match="'ink' is a style, which is everywhere: leave out its region, or its role"):
+    with pytest.raises(FieldError, match="'ink' is a style, which acts everywhere: leave out its region or its role"):
         Concept(name="ink", role="style", region=(0, 0, 8, 8))
 
 

@@ -307,7 +307,7 @@ def test_an_interval_must_be_a_whole_number_of_steps(interval):
 
 @pytest.mark.parametrize("shares", [[], [0, 0], [1, -1], [1, float("nan")], [1, float("inf")], [True, 1], "12", 1])
 def test_shares_must_be_numbers_that_make_an_average(shares):
-    with pytest.raises(ValueError, match="shares must be numbers of which none is negative and not all are 0, not"):
+    with pytest.raises(ValueError, match="shares must be non-negative numbers, not all 0, not"):
         Composite(shares=shares)
 
 

@@ -94,7 +94,7 @@ def _noise(pipe, images):
     return torch.randn(images, 4, side, side, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("method", ["regional", "lora-composer", "clora"])
+@pytest.mark.parametrize("method", ["regional", "clora", pytest.param("lora-composer", marks=pytest.mark.slow)])
 def test_methods_that_derive_texts_keep_the_weights(method):
     pipe, how = composer_of("sd"), {"concepts": BOXED, "method": method}
     found = latents_of(pipe, prompt=WEIGHTED, **how)
@@ -102,6 +102,7 @@ def test_methods_that_derive_texts_keep_the_weights(method):
     assert differ(found, latents_of(pipe, **how))
 
 
+@pytest.mark.slow
 def test_prompts_of_concepts_may_have_weights():
     pipe = composer_of("sd")
 

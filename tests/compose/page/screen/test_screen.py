@@ -217,7 +217,7 @@ def test_concepts_are_chosen_from_a_folder_and_trouble_is_said_at_the_file(at: A
     at.text_input(key="set.folder").set_value(str(folder)).run()
     at.multiselect(key="do.pick.folder.0").set_value(["broken.safetensors", "mine.safetensors"]).run()
     at.button(key="do.add.folder").click().run()
-    assert "broken.safetensors is no readable safetensors file" in said(at)
+    assert "broken.safetensors is not a readable safetensors file" in said(at)
     assert [row.lora.shown for row in session(at).rows if row.lora] == ["bear", "robot", "mine.safetensors"]
     assert at.text_input(key=row_key(at, 2, "trigger")).value == "sks"
     at.button(key=f"do.remove.{session(at).rows[2].number}").click().run()
@@ -421,7 +421,7 @@ def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> Non
         drop(at, tmp_path, {"concepts": (bear.model_copy(update=change), robot)})
         assert words in said(at)
     drop(at, tmp_path, {"concepts": (bear.model_copy(update={"alpha": 3.0}), robot)})
-    assert "the file says its alpha itself; leave alpha out" in said(at), "it is used"
+    assert "the file has its own alpha; leave alpha out" in said(at), "it is used"
 
 
 def test_an_ordinary_image_comes_back_without_a_word(at: AppTest, tmp_path: Path) -> None:
