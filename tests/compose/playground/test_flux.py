@@ -13,6 +13,7 @@ from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND_FLUX, playground_lora, playground_model, playground_of
+from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.formats.files import trained_with
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -58,8 +59,6 @@ def test_its_loras_compose_by_name(pipe: Any, method: str) -> None:
 def test_its_loras_say_what_they_are(pipe: Any) -> None:
     for name in NAMES:
         path = playground_lora(name, PLAYGROUND_FLUX)
-        loaded = pipe.load_concept(path, name=f"{name}-again")
-        assert pipe.concepts[f"{name}-again"].factors.complete, loaded
-        pipe.unload_concept(f"{name}-again")
+        assert match(read_lora(path), pipe).complete
         assert trained_with(path) == "dreambooth"
     assert playground_of("lora-compose playground-flux") == PLAYGROUND_FLUX
