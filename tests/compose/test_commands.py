@@ -37,7 +37,7 @@ MISTAKES = {
     "run playground --prompt a --lora READMEE.md": "there is no file 'READMEE.md'; did you mean 'README.md'?",
     "run playground --prompt a --width 0": "width: expected greater than 0",
     "batch assets/scenes/cat-dg.yaml --model playground": "in assets/scenes, did you mean 'cat-dog.yaml'",
-    "batch assets/scenes --model plyground": "did you mean 'playground'?",
+    "batch assets/scenes --model plyground": "did you mean 'playground' or 'playground-flux'?",
     "batch assets/scenes --model playground --method regoinal": "did you mean 'regional'?",
     "serve playground --loras assets/playground/lora": "did you mean 'loras'?",
     "check assets/scenes/cat-dg.yaml": "did you mean 'cat-dog.yaml'",
