@@ -202,12 +202,13 @@ def parse_lora(text: str) -> tuple[str, float]:
     return source, weight
 
 
-def parse_box(text: str, option: str = "--box") -> tuple[float, float, float, float] | None:
+def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tuple[float, float, float, float] | None:
     """A box as written on the command line: whole numbers are pixels, and with a point they are parts of the image.
 
     Args:
         text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none". Colons may stand for the commas.
         option: What messages call it.
+        otherwise: What may be written instead of a box.
 
     Raises:
         ValueError: For anything else, and for boxes without an area or outside the image.
@@ -218,7 +219,7 @@ def parse_box(text: str, option: str = "--box") -> tuple[float, float, float, fl
     if found is None:
         raise ValueError(
             f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as parts of the image "
-            "(0,0.1,0.5,0.9), or none"
+            f"(0,0.1,0.5,0.9), or {otherwise}"
         )
     edges = found.group(1, 3, 4, 5)
     in_parts = any("." in edge for edge in edges)
@@ -272,7 +273,7 @@ def check_names(asked: Run) -> None:
 def _mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:
     """A mask image or a box, as written on the command line."""
     is_file = value.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    return value if is_file else parse_box(value, option)
+    return value if is_file else parse_box(value, option, "a mask image (.png, .jpg, .webp, .bmp)")
 
 
 def check_folder(loras: Path, asked: Run) -> None:

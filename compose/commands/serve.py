@@ -39,7 +39,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
 ) -> None:
-    """Serve images over HTTP: one model, any number of LoRA files, requests batched."""
+    """Serve images over HTTP: one model, many LoRAs, in batches."""
     asked = run_of(scene=Scene(prompt="-"), model=model, dtype=dtype, device=device)
     model_source(model)
     if not loras.is_dir():

@@ -184,7 +184,7 @@ class ConceptLoaderMixin:
 
     def _with_tagged(self, prompt: Any, concepts: Any) -> tuple[Any, Any]:
         """Prompts without tags such as `<lora:cat:0.8>`, and the concepts with those that they name."""
-        texts = [prompt] if isinstance(prompt, str) else prompt or []
+        texts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, list | tuple) else []
         if not any(map(has_tags, texts)):
             return prompt, concepts
         taken = [take_tags(text, {*self.concepts, *adapters_of(self)}) for text in texts]

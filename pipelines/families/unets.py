@@ -162,7 +162,7 @@ class UNetPipeline(ComposePipeline):
 
     def with_weights(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call without concepts; prompts with weights become embeddings, others stay as they are."""
-        names = [name for name in TEXTS if arguments.get(name)]
+        names = [name for name in TEXTS if isinstance(arguments.get(name), str | list)]  # others are for diffusers
         texts = {name: listed(arguments[name]) for name in names}
         check_no_tags([text for column in texts.values() for text in column])
         if not any(has_weights(text) for column in texts.values() for text in column):

@@ -339,7 +339,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a small strength": ({"strength": 0.2}, "strength=0.2 leaves none of the 4 steps"),
     "strength 2": ({"strength": 2.0}, "strength must lie between 0 and 1, not 2"),
     "strength nan": ({"strength": float("nan")}, "strength must lie between 0 and 1, not nan"),
-    "an empty mask": ({"mask_image": Image.new("L", (128, 128))}, "black all over"),
+    "an empty mask": ({"mask_image": Image.new("L", (128, 128))}, "is all black"),
     "a pale mask": ({"mask_image": Image.new("L", (128, 128), 100)}, "no pixel above half of white"),
     "a mask of other proportions": ({"mask_image": MASK.resize((64, 128))}, "expected the same proportions"),
     "a small mask and a crop": (

@@ -351,7 +351,7 @@ TWO = ["playground:cat", "playground:dog"]
     [
         ([*TWO, "--method", "sum"], "unknown method 'sum'; there are cat, svd"),
         ([*TWO, "--set", "density=1"], "cat has no settings ['density']; it has none"),
-        ([*TWO, "--method", "ties", "--set", "density=2"], "density is a share"),
+        ([*TWO, "--method", "ties", "--set", "density=2"], "density must be above 0 and at most 1"),
         ([*TWO, "playground:bear", "--method", "np"], "np takes two files, a subject and then a style; 3 were given"),
         (["playground:cat", "--method", "k-lora"], "k-lora takes two files"),
         ([*TWO, "--prompt", "a cat"], "cat generates no images; leave --prompt out"),
@@ -440,7 +440,7 @@ def test_a_file_that_is_there_is_replaced_only_if_asked(tmp_path: Path) -> None:
     assert run(app, ["merge", *TWO, "--out", str(out), "--overwrite"]).exit_code == 0
     assert read_lora(out).tensors
     result = run(app, ["merge", *TWO, "--out", str(tmp_path / "out.bin")])
-    assert "expected one ending in .safetensors" in text_of(result)
+    assert "expected one that ends in .safetensors" in text_of(result)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits the size of files as Unix does")

@@ -422,7 +422,7 @@ def test_names_lead_nowhere(files: store.Store, name: str, tmp_path: Path) -> No
         (b"PK\x03\x04" + bytes(1000), "a pickle or an archive under another name"),
         (b"", "truncated or corrupt"),
         ((2**40).to_bytes(8, "little") + b"{}", "truncated or corrupt"),
-        ((2).to_bytes(8, "little") + b"{}", "is no LoRA"),
+        ((2).to_bytes(8, "little") + b"{}", "is not a LoRA"),
     ],
 )
 def test_what_is_no_lora_is_refused_at_the_file_and_not_kept(files: store.Store, data: bytes, words: str) -> None:

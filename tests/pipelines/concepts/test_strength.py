@@ -134,7 +134,7 @@ def test_any_text_is_a_weight_or_is_refused_in_words(text: str) -> None:
         ("1...4..", "expected a valid number"),
         ("0:1,", "expected a valid number"),
         ("0:1,0.5", "give every point of a schedule a position"),
-        ("1..0.5,0", "says where"),
+        ("1..0.5,0", "needs positions"),
         ("0.5:1,0.2:0", "one after the other"),
         ("-1:1,0.2:0", "begin at 0 or later"),
         ("0.5:1,2:0", "fractions of the steps from 0 to 1, or all at whole step numbers"),

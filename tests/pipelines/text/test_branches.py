@@ -113,7 +113,7 @@ def test_words_of_ones_own_name_a_concept_everywhere(tokenizer: CLIPTokenizer) -
         ("a sks and a zwx dog", [Concept(name="cat", trigger="sks"), DOG], {}, "give it a class_word"),
         ("a sks and a zwx dog", [CAT, DOG], {}, "write 'sks cat' in the prompt"),
         ("a cat, a sks and a zwx dog", [CAT, DOG], {}, "write 'sks cat' in the prompt"),
-        (PROMPT, [CAT, DOG], {"base_prompt": "a dog on grass"}, "'cat' stands there 0 times"),
+        (PROMPT, [CAT, DOG], {"base_prompt": "a dog on grass"}, "'cat' occurs 0 times"),
         ("a sks cat and a vbn cat", [CAT, KITTEN], {"base_prompt": "one cat"}, "names cat and kitten"),
     ],
 )
