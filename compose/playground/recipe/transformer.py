@@ -177,6 +177,10 @@ class TransformerTrainer:
             model.half()
         self.pipe.save_pretrained(out)
         forget_origin(out)
+        for path in out.glob(
+            "text_encoder*/config.json"
+        ):  # otherwise they alone are opened in the precision of the file
+            path.write_text(path.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
         for model in parts:
             model.float()
         self._set(live)
