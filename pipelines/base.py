@@ -226,16 +226,6 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """
         raise TypeError("open a model first: ComposePipeline.from_pretrained(...)")
 
-    def resolve_method(
-        self,
-        method: str | Settings | None,
-        concepts: Sequence[LoadedConcept],
-        prompts: Sequence[str] | None,
-        concept_sets: Sequence[ConceptSet] | None = None,
-    ) -> Settings:
-        """The settings behind a method's name; None chooses and logs why (`choose_method`)."""
-        return self.resolve_choice(method, concepts, prompts, concept_sets).method
-
     def resolve_choice(
         self,
         method: str | Settings | None,

@@ -182,4 +182,4 @@ def test_every_linear_layer_has_a_site(pipe):
 
 def test_without_a_method_one_that_works_is_chosen(pipe):
     for concepts, method in ((BOXES, Regional), (["cat", "dog"], Draft), (["cat"], Merge)):
-        assert isinstance(pipe.resolve_method(None, pipe.resolve_concepts(concepts), [PROMPT]), method)
+        assert isinstance(pipe.resolve_choice(None, pipe.resolve_concepts(concepts), [PROMPT]).method, method)
