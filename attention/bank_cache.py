@@ -78,8 +78,8 @@ class BankCache:
     def put(self, key: BankKey, bank: Bank) -> None:
         """Puts a bank in; the least recently used go until the rest fits, and those of another device or precision.
 
-        One that was moved or cast with its model during the call is dropped, and so is one made in inference mode,
-        whose tensors no graph can hold.
+        A bank that was moved or converted with its model during the call, or made in inference mode, is dropped:
+        autograd cannot use its tensors.
         """
         bank.state.inputs, bank.state.recorders = LayerInputs(), ()
         if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in (layer.A, layer.B)):

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components import seeded
@@ -78,6 +80,15 @@ def as_file(lora: Lora) -> Mapping[str, Tensor]:
         tensors[f"transformer.{name}.lora_A.weight"] = factors.down
         tensors[f"transformer.{name}.lora_B.weight"] = factors.up * factors.scale
     return tensors
+
+
+def pipeline_with_concepts(family: Family, folder: Path) -> Any:
+    """A small pipeline with a cat and a dog, whose LoRAs are on every linear layer."""
+    pipe = family.pipeline()
+    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
+        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
+        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
+    return pipe
 
 
 def plain_latents(family: Family, pipe: Any, **arguments: Any) -> Tensor:

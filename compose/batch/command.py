@@ -28,7 +28,7 @@ def make_all(
     replace: bool = False,
     ray: str | None = None,
 ) -> int:
-    """Makes the images of a batch and says what has come of it; a rerun resumes, further processes join in.
+    """Generates the images of a batch and reports the outcome; a rerun resumes, further processes join in.
 
     Args:
         found: The scenes.
@@ -105,7 +105,7 @@ def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) ->
 
 
 def _tell(folder: Folder, results: Sequence[Result]) -> int:
-    """Says what has come of a batch; returns the exit code."""
+    """Reports the outcome of a batch; returns the exit code."""
     failed = [one for one in results if one.error is not None]
     with Claims(folder.claims).claim("index") as claim:
         if claim is not None:

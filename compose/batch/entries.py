@@ -42,7 +42,7 @@ class Entry:
 
     Attributes:
         name: Names its images: `NAME-SEED.png`.
-        scene: What is to be seen; paths in it are absolute.
+        scene: Prompt, concepts and size; its paths are absolute.
         seeds: Of its images; None takes those of the batch.
         source: The file, and the line where it is a table.
     """

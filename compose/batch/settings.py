@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from lora_compose.compose.support.savers import Saver, check_savers, in_order
+from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.scene import Run, Scene
 
 LAST_SEED = 2**63 - 1
@@ -90,13 +90,7 @@ class BatchSettings(BaseModel):
     threads: Annotated[int, Field(gt=0)] | None = None
     dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
     device: str | None = None
-    save_memory: tuple[Saver, ...] = ()
-
-    @field_validator("save_memory")
-    @classmethod
-    def _savers(cls, savers: tuple[Saver, ...]) -> tuple[Saver, ...]:
-        check_savers(savers)
-        return in_order(savers)
+    save_memory: Savers = ()
 
     def run(self, scene: Scene) -> Run:
         """How a scene is made."""

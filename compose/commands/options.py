@@ -103,7 +103,7 @@ def starting_from(
     padding_mask_crop: int | None,
     paste_original: bool | None,
 ) -> dict[str, Any]:
-    """The fields of a scene that say what it starts from, as options give them."""
+    """The start image, mask image and strength of a scene, from options."""
     return {
         "image": image,
         "mask_image": None if mask_image is None else _mask_or_box(mask_image, "--mask-image"),

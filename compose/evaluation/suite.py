@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source
 from lora_compose.compose.files.scenes import read_as
-from lora_compose.compose.support.savers import Saver, check_savers, in_order
+from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene import Region, Start
@@ -179,13 +179,7 @@ class Suite(_Frozen):
     scheduler: str | None = None
     dtype: Annotated[str, Field(pattern="^(float32|float16|bfloat16)$")] = "float32"
     device: str | None = None
-    save_memory: tuple[Saver, ...] = ()
-
-    @field_validator("save_memory")
-    @classmethod
-    def _savers(cls, savers: tuple[Saver, ...]) -> tuple[Saver, ...]:
-        check_savers(savers)
-        return in_order(savers)
+    save_memory: Savers = ()
 
     @field_validator("concepts", "scenes", "methods")
     @classmethod

@@ -1,4 +1,4 @@
-"""Validation of files, commands and fields of the page, with errors that say what was expected and found."""
+"""Validation of files, commands and fields of the page, with errors that name the expected and the actual value."""
 
 from typing import Any, TypeVar
 

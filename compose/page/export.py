@@ -23,7 +23,7 @@ _SAVING = {
 
 
 def portable(run: Run, files: Mapping[str, str]) -> Run:
-    """The run with uploaded LoRAs and images named as their owner named them, not as this session stores them.
+    """The run with uploaded LoRAs and images under the names that the user gave them, not the page's paths.
 
     Args:
         run: As it was made.

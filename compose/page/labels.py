@@ -147,7 +147,7 @@ _CHOICES: Mapping[tuple[str, str], str] = {
     ("background", "scene"): "the scene in plain words",
     ("fuse", "regions"): "in one pass",
     ("fuse", "branches"): "a pass each",
-    ("uncond", "shared"): "one for all concepts",
+    ("uncond", "shared"): "shared by all concepts",
     ("uncond", "each"): "one for each concept",
 }
 

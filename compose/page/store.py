@@ -257,7 +257,7 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
 
     Args:
         record: What an image says.
-        uploads: What was uploaded in this session.
+        uploads: The user's uploads.
         folder: Where else to look.
         local: Whether the page belongs to who looks at it, so that paths may be followed.
     """

@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Iterable
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 
 class Saver(StrEnum):
@@ -45,6 +47,15 @@ def check_savers(savers: Collection[Saver], device: str | None = None) -> None:
         raise ValueError(
             f"{offloads[0]} keeps on the CPU what an accelerator does not need yet, and there is no other device"
         )
+
+
+def _combined(savers: tuple[Saver, ...]) -> tuple[Saver, ...]:
+    check_savers(savers)
+    return in_order(savers)
+
+
+Savers = Annotated[tuple[Saver, ...], AfterValidator(_combined)]
+"""A field of options that can be combined, without duplicates and in the order of the enum."""
 
 
 def place(pipe: Any, device: str, savers: Collection[Saver]) -> None:

@@ -15,7 +15,7 @@ from lora_compose.compose.page.store import Store, named
 
 
 def page_session() -> PageSession:
-    """This session; a new one begins with the example."""
+    """The user's session; a new one begins with the example."""
     before: PageSession | None = st.session_state.get("session")
     if before is None or before.closed:
         form, session_id = example(), _session_id()

@@ -48,7 +48,7 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
     Args:
         session: The user's session.
         image: What to show under the boxes; None is an empty canvas.
-        alt: What is to be seen, for those who cannot see it.
+        alt: Text alternative of the image.
     """
     if st.session_state.pop(_DRAWN, False):
         st.rerun()  # all of the page, for this part may have been looked at alone

@@ -1,4 +1,4 @@
-"""The images of this session and those of the shared folder; two of them can be compared by wiping."""
+"""The images of a user's session and those of the shared folder; two of them can be compared by wiping."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ _LEFT, _RIGHT = "do.wipe.left", "do.wipe.right"
 
 
 def gallery_view(session: PageSession) -> None:
-    """The images of this session, and those in the folder."""
+    """The images of the user's session, and those in the folder."""
     if len(session.results) > 1:
         _wiping(session)
-    st.markdown("**This session**")
+    st.markdown("**Your images**")
     if not session.results:
         st.caption("None yet.")
     for start in range(0, len(session.results), _ACROSS):

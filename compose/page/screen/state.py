@@ -71,7 +71,7 @@ class Row:
     """A concept on the screen; its fields are in Streamlit's state under its number.
 
     Attributes:
-        number: Of this session; never used again.
+        number: Unique in the user's session; never used again.
         lora: Its LoRA; None if an image named one that is not here.
         wanted: What it was called, if it is not here.
         mask: The path of a mask that an image named as its region.
@@ -134,7 +134,7 @@ class PageSession:
 
     @property
     def working(self) -> bool:
-        """Whether images are being made for this session."""
+        """Whether images are being generated for the user's session."""
         return self.job is not None and self.job.running
 
     @property
@@ -267,7 +267,7 @@ def _forget(session_id: str) -> None:
 
 
 def choose_model(session: PageSession, choice: Choice) -> None:
-    """Opens another model for this session.
+    """Opens another model for the user's session.
 
     Raises:
         ValueError: If it cannot be opened; the session keeps its model then.

@@ -1,4 +1,4 @@
-"""What transformers cannot use is refused in words that say what was expected: files, prompts, models."""
+"""What transformers cannot use is refused with the expected value named: files, prompts, models."""
 
 import json
 from pathlib import Path

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from components import seeded
@@ -14,7 +13,7 @@ from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Concept, Draft, Regional
 from lora_compose.pipelines.methods.division import divided
-from transformer_families import CELLS, TOKENS, Family, as_file, random_lora_of_all
+from transformer_families import CELLS, TOKENS, Family, pipeline_with_concepts
 from z_image import Z_IMAGE
 
 FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
@@ -31,12 +30,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pipe = family.pipeline()
-    folder = tmp_path_factory.mktemp("loras")
-    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
-        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
-        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
-    return pipe
+    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
 
 
 @pytest.fixture

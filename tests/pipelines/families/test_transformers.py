@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from components import seeded
@@ -21,6 +20,7 @@ from transformer_families import (
     Places,
     as_file,
     dense_loras,
+    pipeline_with_concepts,
     plain_latents,
     random_lora_of_all,
 )
@@ -43,12 +43,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="module")
 def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two concepts with LoRAs on every linear layer."""
-    pipe = family.pipeline()
-    folder = tmp_path_factory.mktemp("loras")
-    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
-        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
-        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
-    return pipe
+    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
 
 
 def latents_of(pipe: Any, **arguments: Any) -> Tensor:

@@ -14,7 +14,16 @@ from flux import FLUX
 from flux2 import FLUX2
 from krea2 import KREA2
 from lora_compose import Concept, Regional
-from transformer_families import CELLS, TOKENS, Family, Places, as_file, dense_loras, random_lora_of_all
+from transformer_families import (
+    CELLS,
+    TOKENS,
+    Family,
+    Places,
+    as_file,
+    dense_loras,
+    pipeline_with_concepts,
+    random_lora_of_all,
+)
 from z_image import Z_IMAGE
 
 FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
@@ -37,12 +46,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 @pytest.fixture(scope="module")
 def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pipe = family.pipeline()
-    folder = tmp_path_factory.mktemp("loras")
-    for seed, (name, trigger) in enumerate((("cat", "sks"), ("dog", "zwx"))):
-        save_file(dict(as_file(random_lora_of_all(pipe.transformer, seed))), folder / f"{name}.safetensors")
-        pipe.load_concept(folder / f"{name}.safetensors", trigger=trigger, class_word=name)
-    return pipe
+    return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
 
 
 def concepts(boxes: str) -> list[Concept]:
