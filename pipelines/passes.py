@@ -122,11 +122,11 @@ class Gradient:
             latents.
         maps: The attention maps, without a graph.
         prediction: The prediction, if the pass was run to its end.
-        beside: What else was asked for of the maps, on the CPU.
+        readout: What else was asked for of the maps, on the CPU.
     """
 
     losses: Tensor
     direction: Tensor
     maps: AttentionMaps
     prediction: Prediction | None = None
-    beside: Tensor | None = None
+    readout: Tensor | None = None

@@ -18,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import is_fractions, region_of
 
 
@@ -34,7 +34,7 @@ class _Frozen(BaseModel):
             except ValidationError as error:
                 raise FieldError(type(self), error) from None
 
-        # pydantic goes on to read files and nested fields without it, so that complaints name the place in the whole.
+        # pydantic goes on to read files and nested fields without it, so that errors name the place in the whole.
         __init__.__pydantic_base_init__ = True
 
 

@@ -71,7 +71,7 @@ class Runner(Protocol):
         loss: Loss,
         *,
         whole: bool = False,
-        beside: Readout | None = None,
+        readout: Readout | None = None,
     ) -> Gradient:
         """The gradient of a loss on attention maps."""
         ...

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_compose.compose.batch.entries import Bad, Entry
+from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.facts import digest, model_facts, run_facts
@@ -34,7 +34,7 @@ class Job:
         return f"{self.entry.name}-{self.seeds[0]}"
 
 
-def make_jobs(entries: Iterable[Entry], settings: BatchSettings) -> tuple[list[Job], list[Bad]]:
+def make_jobs(entries: Iterable[Entry], settings: BatchSettings) -> tuple[list[Job], list[InvalidEntry]]:
     """The calls of a batch, and scenes whose files are missing.
 
     Raises:
@@ -42,13 +42,13 @@ def make_jobs(entries: Iterable[Entry], settings: BatchSettings) -> tuple[list[J
     """
     model = model_facts(model_source(settings.model), settings.model)
     jobs: list[Job] = []
-    bad: list[Bad] = []
+    bad: list[InvalidEntry] = []
     for entry in entries:
         run = settings.run(entry.scene)
         try:
             facts = run_facts(run, (), settings.threads, settings.save_memory)
         except (ValueError, OSError) as error:
-            bad.append(Bad(entry.source, f"{entry.source}: {error}"))
+            bad.append(InvalidEntry(entry.source, f"{entry.source}: {error}"))
             continue
         scene_key, seeds = digest(facts, model), entry.seeds or settings.seeds
         for start in range(0, len(seeds), settings.batch_size):

@@ -26,7 +26,7 @@ from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result
 from lora_compose.compose.batch.runner import OnProgress, check_names, results_of
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.batch.worker import Worker, encoded, told
+from lora_compose.compose.batch.worker import Worker, encoded, error_text
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.paths import is_hub_name, moved
 from lora_compose.compose.generate.facts import file_hash
@@ -34,7 +34,7 @@ from lora_compose.compose.generate.machine import versions
 from lora_compose.compose.generate.making import Made
 from lora_compose.compose.generate.processes import own_device
 from lora_compose.compose.playground.assets import PLAYGROUNDS
-from lora_compose.compose.support.terminal import err, say
+from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.scene import Run
 
@@ -298,15 +298,15 @@ class Pool:
                     found = ray.get(one)
                 except RayTaskError as error:
                     self._idle.append(worker)
-                    yield task[0], None, told(error.cause or error)
+                    yield task[0], None, error_text(error.cause or error)
                 except RayError as error:  # the worker, its node, or the way to it has died
                     self._replace(worker)
                     deaths[task[0].name] += 1
                     if deaths[task[0].name] < TRIES:
-                        say("warning: a worker has died; another does its work", style="yellow", to=err)
+                        echo("warning: a worker has died; another does its work", style="yellow", to=err)
                         waiting.appendleft(task)
                     else:
-                        yield task[0], None, f"{TRIES} workers have died of it: {told(error)}"
+                        yield task[0], None, f"{TRIES} workers have died of it: {error_text(error)}"
                 else:
                     self._idle.append(worker)
                     yield task[0], found, None
@@ -327,14 +327,14 @@ class Pool:
         try:
             found = ray.get(one)
         except RayTaskError as error:
-            raise ValueError(told(error.cause or error)) from error
+            raise ValueError(error_text(error.cause or error)) from error
         except RayError:
             self._replace(worker)
             return
         self._idle.append(worker)
         if differ := sorted(name for name, own in versions().items() if found.get(name) != own):
             names = ", ".join(differ)
-            say(f"warning: a node has another version of {names}; pixels may differ", style="yellow", to=err)
+            echo(f"warning: a node has another version of {names}; pixels may differ", style="yellow", to=err)
 
     def _replace(self, worker: Any) -> None:
         ray.kill(worker)

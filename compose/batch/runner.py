@@ -8,11 +8,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from lora_compose.compose.batch.entries import Bad, Entry
+from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result, changed
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.batch.worker import Worker, encoded, told
+from lora_compose.compose.batch.worker import Worker, encoded, error_text
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
 
@@ -76,7 +76,7 @@ def check_names(folder: Folder, jobs: Iterable[Job], replace: bool) -> None:
         )
 
 
-def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[Bad]) -> list[Result]:
+def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry]) -> list[Result]:
     """What has come of the calls of a batch, and of scenes that could not be read."""
     results = []
     for job in jobs:
@@ -87,7 +87,7 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[Bad]) -> list[
         for seed in job.seeds:
             path = folder.image(job, seed) if error is None else None
             results.append(Result(job.entry.name, seed, job.entry.source, path, error))
-    return [*results, *(Result("", None, one.source, None, one.complaint) for one in bad)]
+    return [*results, *(Result("", None, one.source, None, one.error) for one in bad)]
 
 
 class _Making:
@@ -135,8 +135,8 @@ class _Making:
         try:
             images = self._opened().make(job.run, job.seeds, lambda share: self._report(done + share))
         except Exception as error:  # whatever models and libraries raise
-            logger.error("%s: %s", job.entry.source, told(error), exc_info=logger.isEnabledFor(logging.DEBUG))
-            self._folder.keep_failure(job, told(error))
+            logger.error("%s: %s", job.entry.source, error_text(error), exc_info=logger.isEnabledFor(logging.DEBUG))
+            self._folder.keep_failure(job, error_text(error))
             return
         if not claim.held:
             logger.warning("%s was taken over by another process: this one had given no sign of life", job.name)

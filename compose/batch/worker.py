@@ -42,7 +42,7 @@ class Worker:
         try:
             rehearse(self.pipe, self._here(run))
         except Exception as error:  # whatever models and libraries raise
-            return told(error)
+            return error_text(error)
         return None
 
     def make(
@@ -65,7 +65,7 @@ def encoded(images: Iterable[Made]) -> dict[int, bytes]:
     return {one.record.run.seed: png_bytes(one.image, one.record) for one in images}
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """What is said of something that went wrong with a scene."""
     text = str(error).strip()[:1000]
     said = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"

@@ -29,7 +29,7 @@ from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
-from lora_compose.compose.support.terminal import bar, out, say
+from lora_compose.compose.support.terminal import bar, echo, out
 from lora_compose.pipelines.methods import make_method
 
 GUIDANCE = 5.0
@@ -154,7 +154,7 @@ def bench(
         numbers["peaks"] = [asdict(row) for row in peaks]
         numbers["decoding"] = decoding = decoding_bytes_by_architecture()
         for name, (whole, tiled) in decoding.items():
-            say(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
+            echo(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
     if transformers:
         passes = pass_cells(concepts)
         out.print(passes_table(passes))
@@ -181,7 +181,7 @@ def bench(
         numbers["swaps"] = asdict(swaps)
     if to is not None:
         to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        say(to)
+        echo(to)
 
 
 def count_cells(

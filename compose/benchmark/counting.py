@@ -241,7 +241,7 @@ class PricingDenoiser:
         loss: Loss,
         *,
         whole: bool = False,
-        beside: Readout | None = None,
+        readout: Readout | None = None,
     ) -> Gradient:
         """Prices a pass with a gradient, without the loss itself, which is small."""
         conditional, images = not (whole and step.guided), len(latents)
@@ -265,8 +265,8 @@ class PricingDenoiser:
         text = text.conditional() if conditional else text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
         prediction = Prediction(output, text.num_uncond, text.images, maps) if whole else None
-        told = None if beside is None else beside(maps)
-        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, told)
+        read = None if readout is None else readout(maps)
+        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, read)
 
     def _used(self, loss: Loss, request: MapRequest) -> tuple[bool, bool]:
         """Whether a loss depends on the maps of text, and on those of self-attention."""

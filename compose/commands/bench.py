@@ -11,12 +11,12 @@ from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.names import METHODS, check_method
 from lora_compose.compose.support.savers import Saver
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 MOST_CONCEPTS = 13
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def bench(
     methods: Annotated[list[str] | None, typer.Option("--method", help="A method, repeatable; default: all.")] = None,
     concepts: Annotated[

@@ -9,10 +9,10 @@ import typer
 from lora_compose.compose.commands.options import parse_lora, parse_settings
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.support.names import MERGERS, unknown
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def merge(
     files: Annotated[
         list[str],

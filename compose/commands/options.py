@@ -14,7 +14,7 @@ from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
-from lora_compose.pipelines.complaints import FieldError
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LAST_SEED = 2**63 - 1
@@ -141,7 +141,7 @@ def parse_concept(text: str) -> Concept:
     try:
         return Concept(**fields)
     except FieldError as error:
-        raise ValueError(f"--concept {text}: {'; '.join(error.complaints)}") from error
+        raise ValueError(f"--concept {text}: {'; '.join(error.messages)}") from error
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
         try:
             found.append(Concept(name=_name_of(source), lora=source, weight=weight, region=box))
         except FieldError as error:
-            raise ValueError(f"--lora {text}: {'; '.join(error.complaints)}") from error
+            raise ValueError(f"--lora {text}: {'; '.join(error.messages)}") from error
     return found
 
 
@@ -243,7 +243,7 @@ def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concep
     try:
         return Scene(**{**fields, **given})
     except FieldError as error:
-        raise ValueError("\n".join(error.complaints)) from error
+        raise ValueError("\n".join(error.messages)) from error
 
 
 def run_of(**fields: Any) -> Run:
@@ -255,7 +255,7 @@ def run_of(**fields: Any) -> Run:
     try:
         return Run(**fields)
     except FieldError as error:
-        raise ValueError("\n".join(error.complaints)) from error
+        raise ValueError("\n".join(error.messages)) from error
 
 
 def check_names(asked: Run) -> None:

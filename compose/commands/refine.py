@@ -8,10 +8,10 @@ import typer
 
 from lora_compose.compose.commands.options import MethodOption, SaversOption
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def refine(
     image: Annotated[Path, typer.Argument(help="A PNG made by lora-compose; its record names model and concepts.")],
     strength: Annotated[

@@ -9,10 +9,10 @@ import typer
 from lora_compose.compose.commands.options import SaversOption
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.support.names import file_near
-from lora_compose.compose.support.terminal import FAILED, kindly, starting
+from lora_compose.compose.support.terminal import FAILED, handle_errors, starting
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def replay(
     image: Annotated[Path, typer.Argument(help="A PNG made by lora-compose.")],
     out: Annotated[Path | None, typer.Option(help="Where to write the new image; default: nowhere.")] = None,

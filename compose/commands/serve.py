@@ -11,11 +11,11 @@ from lora_compose.compose.commands.options import run_of
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.names import file_near
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 from lora_compose.pipelines.scene import Scene
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def serve(
     model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
     loras: Annotated[Path, typer.Option(help="Folder of LoRA files; requests name them without .safetensors.")],

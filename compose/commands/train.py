@@ -7,12 +7,12 @@ import typer
 
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.support.names import TRAINING_PRESETS, unknown
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 _PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory", "Watching"
 
 
-@kindly()
+@handle_errors()
 def train(
     images: Annotated[Path, typer.Argument(help="A folder with images, and captions.tsv or a .txt beside each.")],
     out: Annotated[Path, typer.Option(help="The LoRA to write, a .safetensors file.")],
@@ -139,8 +139,8 @@ def train(
     )  # fmt: skip
     words = _tara(tara, variants)
     with starting():
-        from lora_compose.compose.training.command import train as train_and_tell
-    train_and_tell(preset, words, fields, fresh=fresh, overwrite=overwrite)
+        from lora_compose.compose.training.command import train as train_and_show
+    train_and_show(preset, words, fields, fresh=fresh, overwrite=overwrite)
 
 
 def _given(**options: Any) -> dict[str, Any]:

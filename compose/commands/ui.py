@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.page.launch import start
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def ui(
     port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 8501,
     host: Annotated[

@@ -134,10 +134,10 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
     painted = _painted({number: jobs[number] for number in chosen}, out)
     images = {number: (jobs[number].pair, image) for number, image in painted.items()}
     judged = judge_votes(evaluation, images)
-    _say_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
+    _show_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
 
 
-def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, TrainingImage]) -> None:
+def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, TrainingImage]) -> None:
     console = Console()
     table = Table(title=f"Human (rows) and judge (columns) on {len(judged)} images")
     for column in ("", *VERDICTS):

@@ -159,7 +159,7 @@ def warnings(evaluation: Evaluation) -> list[str]:
         f"This metric cannot tell {name}: with its LoRA alone, images are no more alike to its references than "
         "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "
         "references are the nearest."
-        for name in evaluation.untold
+        for name in evaluation.unrecognised
     ]
     if unmeasured := evaluation.unmeasured:
         found.append(
@@ -319,7 +319,7 @@ def _concepts(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
             crops = reference_crops(concept)[:_REFERENCES]
         except (ValueError, OSError):
             crops = []
-        told = "cannot be told" if row["concept"] in evaluation.untold else ""
+        told = "cannot be told" if row["concept"] in evaluation.unrecognised else ""
         images = [shrunk(crop, SMALL_SIDE) for crop in crops]
         rows.append(
             {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "images": images}

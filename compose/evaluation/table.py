@@ -106,7 +106,7 @@ class Evaluation:
         return pd.DataFrame(self.images[self.images["arm"] == name])
 
     @property
-    def untold(self) -> list[str]:
+    def unrecognised(self) -> list[str]:
         """Concepts whose LoRA alone is no more alike to the references than no LoRA: the encoder cannot tell them."""
         measured = self.thresholds.dropna(subset=["without", "alone"])
         return measured.loc[measured["threshold"].isna(), "concept"].tolist()

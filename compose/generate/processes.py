@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lora_compose.compose.generate.machine import choose_device
-from lora_compose.compose.support.terminal import err, say
+from lora_compose.compose.support.terminal import echo, err
 
 CHILD = Path(__file__).with_name("child.py")
 GRACE = 10  # seconds that a process has to end by itself
@@ -68,12 +68,12 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
     command = [sys.executable, "-c", CHILD.read_text("utf-8"), *arguments]
     shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     with ExitStack() as stack:
-        told = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
         started: list[subprocess.Popen] = []
         stack.callback(_stop, started)
-        for rank, speech in enumerate(told):
+        for rank, output in enumerate(outputs):
             environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=speech))
+            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=output))
         running, killed = list(started), 0
         while running:
             time.sleep(0.2)
@@ -82,14 +82,14 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
                 running.remove(process)
                 if process.returncode < 0:
                     killed += 1
-                    say(f"warning: {_killed(-process.returncode)}", style="yellow", to=err)
+                    echo(f"warning: {_killed(-process.returncode)}", style="yellow", to=err)
         if killed == number:
             raise ChildProcessError("no process is left. What is finished is kept; the same command resumes")
         failed = next((rank for rank, process in enumerate(started) if process.returncode > 0), None)
         if failed is None:
             return 0
-        told[failed].seek(0)  # what is wrong for one is mostly wrong for all, and said once
-        sys.stderr.write(told[failed].read())
+        outputs[failed].seek(0)  # mostly the same error in all processes: shown once
+        sys.stderr.write(outputs[failed].read())
         return started[failed].returncode
 
 

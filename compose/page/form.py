@@ -11,7 +11,7 @@ from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
-from lora_compose.pipelines.complaints import FieldError
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -91,7 +91,7 @@ class Form:
                 for seed in self.seeds
             ]  # fmt: skip
         except FieldError as error:
-            raise ValueError("\n".join(error.complaints)) from error
+            raise ValueError("\n".join(error.messages)) from error
 
     def with_method(self, method: str) -> "Form":
         """The same with another method at its defaults."""

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_compose.compose.support.terminal import say
+from lora_compose.compose.support.terminal import echo
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
@@ -14,7 +14,7 @@ _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_L
 
 @dataclass(frozen=True)
 class Options:
-    """How the page was started; it is told by variables, since Streamlit starts it anew for every visitor.
+    """How the page was started; passed in environment variables, since Streamlit runs the script anew for each session.
 
     Attributes:
         out: Where images and evaluations are kept.
@@ -62,9 +62,9 @@ def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) ->
         raise ValueError("the page needs one more package: pip install 'lora-compose[ui]'")
     if loras is not None and not loras.is_dir():
         raise ValueError(f"there is no folder {str(loras)!r}; --loras names a folder with safetensors files")
-    told = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no"}
-    told |= {_LORAS: str(loras.absolute())} if loras is not None else {}
-    os.environ.update(told)
+    environment = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no"}
+    environment |= {_LORAS: str(loras.absolute())} if loras is not None else {}
+    os.environ.update(environment)
     from streamlit.web.cli import main
 
     served = ["--server.port", str(port), "--server.address", host, "--server.headless", str(not browser).lower()]
@@ -72,7 +72,7 @@ def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) ->
         # A strange website may give its own name our address; the browser then takes both for the same site.
         for name in sorted({"localhost", "127.0.0.1", "::1", host}):
             served += ["--server.allowedHosts", name]
-    say(f"The page is at http://{host}:{port} until Ctrl-C.")
+    echo(f"The page is at http://{host}:{port} until Ctrl-C.")
     # In this process: a signal that ends the command then ends the page.
     main(["run", str(script()), *served], standalone_mode=False)
 

@@ -8,7 +8,7 @@ from lora_compose.compose.page.labels import METHOD_LABELS, SETTING_LABELS, labe
 _CODE = re.compile(r"\w=|[\[{]|\w\(|\w_(?!block)\w")  # the names of blocks are those that one writes for their weights
 
 
-def spoken(message: str, method: str | None = None, files: Mapping[str, str] | None = None) -> str:
+def page_message(message: str, method: str | None = None, files: Mapping[str, str] | None = None) -> str:
     """A message as the page says it.
 
     Args:

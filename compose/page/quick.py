@@ -24,14 +24,14 @@ class Quick:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / NAME
         self.state: State = "idle"
-        self._said: deque[str] = deque(maxlen=20)
+        self._output: deque[str] = deque(maxlen=20)
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """The last lines that it has printed."""
-        return "\n".join(self._said)
+        return "\n".join(self._output)
 
     @property
     def share(self) -> float:
@@ -50,7 +50,7 @@ class Quick:
         with self._lock:
             if self.state == "running":
                 return
-            self._said.clear()
+            self._output.clear()
             # One process: images need a processor, too.
             command = [sys.executable, "-m", "lora_compose", "evaluate", "run", NAME, "--out", str(self.folder)]
             command += ["--processes", "1"]
@@ -70,7 +70,7 @@ class Quick:
 
     def _listen(self, process: "subprocess.Popen[str]") -> None:
         for line in process.stdout or ():
-            self._said.append(line.rstrip()[:500])
+            self._output.append(line.rstrip()[:500])
         code = process.wait()
         with self._lock:
             if self.state == "running":

@@ -10,7 +10,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.serve.app import make_app
 from lora_compose.compose.serve.engine import Engine
 from lora_compose.compose.serve.requests import Limits
-from lora_compose.compose.support.terminal import err, say
+from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.scene import Run, Scene
 
 
@@ -53,6 +53,6 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     known = pipe.add_concepts(loras)
     size = size_of(pipe, Scene(prompt="-"))
     where = f"http://{serving.host}:{serving.port}/docs"
-    say(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
+    echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
     engine = Engine(pipe, serving.most, serving.wait, serving.queue)
     uvicorn.run(make_app(engine, size, serving.limits), host=serving.host, port=serving.port, log_level="warning")

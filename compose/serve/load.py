@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_compose.compose.playground.assets import assets_dir
-from lora_compose.compose.support.terminal import bar, say
+from lora_compose.compose.support.terminal import bar, echo
 
 app = typer.Typer(help="Load test of lora-compose serve.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -126,7 +126,7 @@ def _get(url: str) -> Any:
 def loras_command(folder: Path, number: int = 500) -> None:
     """Write many LoRA files into a folder."""
     make_loras(folder, number)
-    say(f"{number} LoRA files in {folder}")
+    echo(f"{number} LoRA files in {folder}")
 
 
 @app.command("run")
@@ -141,10 +141,10 @@ def run_command(
     fields = {"width": size, "height": size, "steps": steps, "guidance_scale": 4}
     load = load_test(url, requests, clients, fields)
     cuts = statistics.quantiles(load.seconds, n=20) if len(load.seconds) > 1 else [*load.seconds] * 19
-    say(f"{requests} requests of {size} x {size}, {steps} steps, {clients} clients")
-    say(f"{load.per_minute:.0f} images per minute, {load.together:.1f} of them together; {load.refused} refusals")
-    say(f"p50 {statistics.median(load.seconds):.2f} s, p95 {cuts[18]:.2f} s")
-    say("memory in MiB: " + " ".join(f"{size / 2**20:.0f}" for size in load.memory))
+    echo(f"{requests} requests of {size} x {size}, {steps} steps, {clients} clients")
+    echo(f"{load.per_minute:.0f} images per minute, {load.together:.1f} of them together; {load.refused} refusals")
+    echo(f"p50 {statistics.median(load.seconds):.2f} s, p95 {cuts[18]:.2f} s")
+    echo("memory in MiB: " + " ".join(f"{size / 2**20:.0f}" for size in load.memory))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class Limits(_Frozen):
     steps: Annotated[int, Field(gt=0)] = 50
 
 
-class AskedConcept(_Frozen):
+class RequestedConcept(_Frozen):
     """A LoRA of the server, and how it acts.
 
     Attributes:
@@ -66,7 +66,7 @@ class ImageRequest(_Frozen):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
     negative_prompt: Annotated[str, Field(max_length=MOST_CHARACTERS)] = ""
-    concepts: Annotated[tuple[AskedConcept, ...], Field(max_length=MOST_CONCEPTS)] = ()
+    concepts: Annotated[tuple[RequestedConcept, ...], Field(max_length=MOST_CONCEPTS)] = ()
     method: str | None = None
     width: Annotated[int, Field(gt=0)] | None = None
     height: Annotated[int, Field(gt=0)] | None = None

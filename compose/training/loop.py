@@ -28,7 +28,7 @@ from lora_compose.compose.training.output import lora_bytes
 from lora_compose.compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
 from lora_compose.compose.training.sampling import paint_samples
 from lora_compose.compose.training.settings import Training
-from lora_compose.compose.training.stopping import asked_to_stop
+from lora_compose.compose.training.stopping import stop_request
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +133,14 @@ class _Trainer:
     def run(self, first: int, on_step: OnStep | None) -> None:
         settings = self.settings
         self.base.network.train()
-        with asked_to_stop() as asked:
+        with stop_request() as request:
             for step in range(first, settings.steps):
                 done, loss = step + 1, self._mean(self._step(step))
                 if not math.isfinite(loss):
                     raise DivergedError(self._diverged(done, "the loss"))
                 if on_step is not None and self.accelerator.is_main_process:
                     on_step(done, loss)
-                stop = self._mean(float(asked.to_stop)) > 0  # all processes stop at the same step
+                stop = self._mean(float(request.received)) > 0  # all processes stop at the same step
                 if stop or (done % settings.checkpoint_every == 0 and done < settings.steps):
                     self._save(done)
                 if settings.sample_every and (done % settings.sample_every == 0 or done == settings.steps):
@@ -192,8 +192,8 @@ class _Trainer:
         """The mean of a number over all processes."""
         if self.accelerator.num_processes == 1:
             return number
-        told = torch.tensor([number], device=self.accelerator.device)
-        return float(self.accelerator.reduce(told, reduction="mean"))  # pyright: ignore[reportArgumentType]
+        value = torch.tensor([number], device=self.accelerator.device)
+        return float(self.accelerator.reduce(value, reduction="mean"))  # pyright: ignore[reportArgumentType]
 
     def _save(self, done: int) -> None:
         if not self.accelerator.is_main_process:

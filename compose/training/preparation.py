@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from lora_compose.compose.training.alignment import Alignment
 from lora_compose.compose.training.bases import Base
-from lora_compose.compose.training.data import TrainingImage, digest, read_images, say_small
+from lora_compose.compose.training.data import TrainingImage, digest, read_images, warn_of_small
 from lora_compose.compose.training.examples import Examples, encode_images
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora
@@ -79,7 +79,7 @@ def read_texts(base: Base, settings: Training) -> Texts:
     if len(images) == 1:
         logger.warning("there is one image: its background and pose will be learnt with the concept; five are better")
     side = settings.resolution or base.side
-    say_small(images, side)
+    warn_of_small(images, side)
     noun = settings.tara is not None and settings.tara.needs_class_word
     clean = settings.tara is not None and settings.tara.class_target == "clean"
 
@@ -113,7 +113,7 @@ def _class_images(base: Base, settings: Training, accelerator: Accelerator, side
         paint_class(base, accelerator, settings, side)
     accelerator.wait_for_everyone()
     found = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
-    say_small(found, side)
+    warn_of_small(found, side)
     for image in found:
         check_class_caption(image.caption, settings.concept)
     return found

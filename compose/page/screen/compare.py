@@ -4,7 +4,7 @@ import streamlit as st
 
 from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.labels import full_name, label_of, methods
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.cost import cost_words, result_cost
 from lora_compose.compose.page.screen.state import MOST_WAITING, PageSession, judge
@@ -27,8 +27,8 @@ def compare_view(session: PageSession) -> None:
     st.button("Generate all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
               disabled=not chosen or len(session.waiting) >= MOST_WAITING, on_click=_start,
               args=(session, chosen))  # fmt: skip
-    for trouble in session.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
     _table(session)
 
 
@@ -44,7 +44,7 @@ def _costs(session: PageSession, methods: list[str]) -> None:
         if report is None:
             said = "shown when the model is free"
         elif report.problems:
-            said = f":material/block: {markdown(spoken(report.problems[0], method))}"
+            said = f":material/block: {markdown(page_message(report.problems[0], method))}"
         else:
             said = markdown(cost_words(session, report.cost)) if report.cost is not None else "not known"
         rows.append(f"| **{markdown(label_of(method).name)}** | {markdown(sentence(method))} | {said} |")
@@ -53,7 +53,7 @@ def _costs(session: PageSession, methods: list[str]) -> None:
 
 
 def _start(session: PageSession, methods: list[str]) -> None:
-    session.troubles[_PLACE] = []
+    session.problems[_PLACE] = []
     try:
         form = fields.form(session)
         reports = {method: session.outlook(form.with_method(method)) for method in methods}
@@ -64,7 +64,7 @@ def _start(session: PageSession, methods: list[str]) -> None:
         if len(runs) > _MOST:
             raise ValueError(f"{len(runs)} images are too many at once; choose fewer methods or seeds, up to {_MOST}.")
     except ValueError as error:
-        session.troubles[_PLACE] = str(error).splitlines()
+        session.problems[_PLACE] = str(error).splitlines()
         return
     runs.sort(key=lambda run: form.seeds.index(run.seed))  # row by row
     costs = [report.cost if (report := able[run.method or ""]) is not None else None for run in runs]

@@ -39,4 +39,4 @@ def _suite(suite: Quick) -> None:
         st.rerun()  # the whole page, with the new report
     st.button("Start the quick suite", key="do.suite", on_click=suite.start, icon=":material/play_arrow:")
     if suite.state == "failed":
-        st.error(markdown(suite.said) or "It failed without a message.", icon=":material/error:")
+        st.error(markdown(suite.output) or "It failed without a message.", icon=":material/error:")

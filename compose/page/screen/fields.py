@@ -10,11 +10,11 @@ from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.form import Form, read_seeds
 from lora_compose.compose.page.labels import label_of
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import in_pixels
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept, Run
@@ -195,7 +195,7 @@ def concept_of(row: Row) -> Concept:
             alpha=row.alpha,
         )
     except FieldError as error:
-        raise ValueError(f"{texts['name']}: {'; '.join(error.complaints)}") from error
+        raise ValueError(f"{texts['name']}: {'; '.join(error.messages)}") from error
 
 
 def form(session: PageSession) -> Form:
@@ -286,4 +286,4 @@ def settings(method: str) -> dict[str, Any]:
     try:
         return changed(method, shown)
     except ValueError as error:
-        raise ValueError(spoken(str(error), method)) from error
+        raise ValueError(page_message(str(error), method)) from error

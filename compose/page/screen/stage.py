@@ -9,7 +9,7 @@ from lora_compose.compose.check.report import Report
 from lora_compose.compose.page import export
 from lora_compose.compose.page.form import Form, check_canvas
 from lora_compose.compose.page.labels import full_name, label_of
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
@@ -65,17 +65,17 @@ def _pressing(session: PageSession) -> None:
     for problem in problems:
         st.error(markdown(problem), icon=":material/error:")
     if form is not None and not problems:
-        _say_outlook(session, form, report)
+        _show_outlook(session, form, report)
 
 
 def _problems(session: PageSession, form: Form, report: Report) -> list[str]:
     """What keeps an image from being made, each thing said in one place only."""
     if report.problems and session.unready:
         return ["The prompt is not ready; see what is said there."]
-    return [spoken(problem, form.method, session.store.names) for problem in report.problems]
+    return [page_message(problem, form.method, session.store.names) for problem in report.problems]
 
 
-def _say_outlook(session: PageSession, form: Form, report: Report | None) -> None:
+def _show_outlook(session: PageSession, form: Form, report: Report | None) -> None:
     if report is None and session.working:
         st.caption("Press again for more: images wait for those in hand.")
         return
@@ -94,7 +94,7 @@ def _say_outlook(session: PageSession, form: Form, report: Report | None) -> Non
         st.caption(f":material/info: “{label_of(form.method).name}” does not use the boxes.")
     for note in report.notes:
         if "ignores" not in note:  # that boxes are not used is said above
-            st.caption(f":material/info: {markdown(spoken(note, form.method, session.store.names))}")
+            st.caption(f":material/info: {markdown(page_message(note, form.method, session.store.names))}")
 
 
 def _start(session: PageSession) -> None:
@@ -121,10 +121,10 @@ def _working(session: PageSession, on_canvas: bool) -> None:
     if new or ended:
         st.rerun()  # the whole page, with the new images
     for error in [
-        *session.troubles.get(QUEUE, []),
+        *session.problems.get(QUEUE, []),
         *([job.error] if job is not None and job.state == "failed" else []),
     ]:
-        st.error(markdown(spoken(error, files=session.store.names)), icon=":material/error:")
+        st.error(markdown(page_message(error, files=session.store.names)), icon=":material/error:")
     if job is not None and job.state == "stopped":
         st.info("Stopped. Your settings are unchanged.", icon=":material/stop_circle:")
 

@@ -41,8 +41,8 @@ def start_part(session: PageSession) -> None:
             ))  # fmt: skip
             st.segmented_control("What is repainted", [fields.ALL, fields.PART], key=fields.PAINTED, required=True,
                                  help="Outside of what you paint, every pixel stays.", on_change=_choose)  # fmt: skip
-    for trouble in session.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
 
 
 def paints(session: PageSession) -> bool:
@@ -70,7 +70,7 @@ def keep_mask(session: PageSession, sent: Any) -> None:
     try:
         session.start = session.store.add_mask(session.start, sent)
     except ValueError as error:
-        session.troubles[_PLACE] = [str(error)]
+        session.problems[_PLACE] = [str(error)]
 
 
 def unpaint(session: PageSession) -> None:
@@ -90,13 +90,13 @@ def _dropped(session: PageSession, key: str) -> None:
     if not isinstance(file, UploadedFile):  # taken away again
         return
     session.uploads += 1
-    session.troubles[_PLACE] = []
+    session.problems[_PLACE] = []
     try:
         session.start = session.store.add_image(file.name, file, round(_LARGER * max(session.model.size)))
         fields.resize(session, session.start.size)
         session.shown = ""
     except ValueError as error:
-        session.troubles[_PLACE] = [str(error)]
+        session.problems[_PLACE] = [str(error)]
     finally:
         discard([file])
 

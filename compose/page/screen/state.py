@@ -17,7 +17,7 @@ from lora_compose.compose.check.report import Report, check
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options, options
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
@@ -104,7 +104,7 @@ class PageSession:
         job: What is being made, or was last.
         waiting: What is made after it, in this order.
         was_working: Whether images were being made when the page was last looked at.
-        troubles: What went wrong, by place on the screen.
+        problems: What went wrong, by place on the screen.
         uploads: How many times something was uploaded, which gives upload fields new names, and so empties them.
         start: The image that images start from; None is text alone.
         unready: Whether the prompt has to be mended first, as is said there.
@@ -121,7 +121,7 @@ class PageSession:
     job: Job | None = None
     waiting: list[Job] = field(default_factory=list)
     was_working: bool = False
-    troubles: dict[str, list[str]] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
     uploads: int = 0
     start: StartImage | None = None
     unready: bool = False
@@ -157,7 +157,7 @@ class PageSession:
         if self.working:
             self.waiting.append(job)
             return
-        self.troubles[QUEUE] = []
+        self.problems[QUEUE] = []
         self.job = job
         if self.closed:
             self.job.stop()  # asked for in the moment when the session ended
@@ -194,7 +194,7 @@ class PageSession:
             self.shown = new[0].key
         if not running and self.waiting:
             if job.state == "failed":
-                self.troubles.setdefault(QUEUE, []).append(job.error)
+                self.problems.setdefault(QUEUE, []).append(job.error)
             self.job = self.waiting.pop(0).start()
         return bool(new)
 
@@ -291,7 +291,7 @@ def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
 def _unfit(model: OpenModel, lora: Lora, error: Exception) -> str:
     """Why a LoRA cannot be used, and what to do."""
     if lora.family is None or lora.family == model.family:
-        return spoken(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
+        return page_message(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
     made = f"{lora.shown} was made for {lora.family}, but the model {model.choice.model} is open."
     if not lora.composed:
         return f"{made} This page composes SD 1.x, SD 2.x and SDXL. Remove this concept."

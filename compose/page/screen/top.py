@@ -4,7 +4,7 @@ import streamlit as st
 
 from lora_compose.compose.page.form import SIDES
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.model import model_part, model_troubles
+from lora_compose.compose.page.screen.model import model_part, model_problems
 from lora_compose.compose.page.screen.state import PageSession
 
 SHAPES = {"Square": (1.0, 1.0), "Portrait": (2 / 3, 1.0), "Landscape": (1.0, 2 / 3)}
@@ -18,7 +18,7 @@ def top_part(session: PageSession) -> None:
                 "own identity.</p></header>", width="stretch")  # fmt: skip
         model_part(session)
         _size(session)
-    model_troubles(session)
+    model_problems(session)
 
 
 def _size(session: PageSession) -> None:

@@ -27,7 +27,7 @@ import typer
 from PIL import Image
 
 from lora_compose.compose.playground.recipe.world import VENDORS, Pixels
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 SIZE = 96
 PACKAGES = {
@@ -53,7 +53,7 @@ CODEPOINTS = {
 """More classes than the base model knows: `playground.words.BASE_CLASSES` says which those are."""
 
 
-@kindly()
+@handle_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="The file to write, .npz.")],
     art: Annotated[Path | None, typer.Option(help="Where packages are kept; a temporary folder by default.")] = None,
@@ -71,7 +71,7 @@ def main(
         raise ValueError(f"the packages have no image for {', '.join(missing)}")
     sprites: dict[str, Any] = {key: fit(image) for key, image in drawn.items() if image is not None}
     np.savez_compressed(out, **sprites)
-    say(f"{len(drawn)} sprites in {out}")
+    echo(f"{len(drawn)} sprites in {out}")
 
 
 def fetch(package: str, to: Path) -> Path:

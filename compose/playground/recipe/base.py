@@ -27,7 +27,7 @@ from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.playground.recipe.loop import Optimizers, resume, run
 from lora_compose.compose.playground.recipe.scenes import Batch, Batches
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 WIDTH = 192
 NOISE: dict[str, Any] = {
@@ -191,7 +191,7 @@ def _is_inner(name: str) -> bool:
     return "embedding.weight" not in name and "conv_out" not in name
 
 
-@kindly()
+@handle_errors()
 def train(
     sprites: Path,
     out: Path,

@@ -32,12 +32,12 @@ from lora_compose.compose.playground.recipe.world import (
     article,
     background,
     ground,
+    in_words,
     place,
-    spoken,
     squares,
 )
 from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 REFERENCES, BESIDE = 10, 4
 STYLE, STYLE_SEED = "faded", 7
@@ -73,7 +73,7 @@ def styled(rng: Generator, sprites: Sprites, where: str, count: int) -> Picture:
     names = [str(name) for name in rng.choice(BASE_CLASSES, count, replace=False)]
     for name, square in zip(names, found, strict=True):
         place(image, sprites[f"{name}/noto"], square, rng.random() < 0.5)
-    caption = f"{enumerate_words([article(name) for name in names])} {spoken(where)} in {STYLE_TRIGGER} style"
+    caption = f"{enumerate_words([article(name) for name in names])} {in_words(where)} in {STYLE_TRIGGER} style"
     return Picture(faded(image).clip(0, 255).astype("u1"), caption, list(zip(names, found, strict=True)))
 
 
@@ -100,7 +100,7 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
 
 
 @app.command()
-@kindly()
+@handle_errors()
 def references(sprites: Path, out: Path, on_patches: OnPatches = False) -> None:
     """Ten images of every concept, a folder each."""
     artwork, where = dict(np.load(sprites)), patches if on_patches else squares
@@ -110,11 +110,11 @@ def references(sprites: Path, out: Path, on_patches: OnPatches = False) -> None:
         write(out / name, [subject(rng, known, artwork, each, where) for each in beside], True)
     rng = np.random.default_rng(STYLE_SEED)
     write(out / STYLE, [styled(rng, artwork, where, 1 + i % 2) for i, where in enumerate(STYLE_GROUNDS)], False)
-    say(f"{REFERENCES} images of each of {len(CONCEPTS) + 1} concepts in {out}")
+    echo(f"{REFERENCES} images of each of {len(CONCEPTS) + 1} concepts in {out}")
 
 
 @app.command()
-@kindly()
+@handle_errors()
 def prior(
     sprites: Path,
     out: Path,

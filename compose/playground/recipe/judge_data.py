@@ -137,7 +137,7 @@ def random_coat(rng: Generator) -> Coat | None:
     return Coat(list(PATTERNS)[rng.integers(len(PATTERNS))], first, PALE if rng.random() < 0.33 else second)
 
 
-class Painter:
+class Artist:
     """Paints crops and scenes. Backgrounds are drawn once and reused."""
 
     def __init__(self, sprites: Sprites, seed: int) -> None:
@@ -299,17 +299,17 @@ class Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
-        painter = Painter(self.sprites, self.seed)
+        artist = Artist(self.sprites, self.seed)
         while True:
-            yield self._batch(painter)
+            yield self._batch(artist)
 
-    def _batch(self, painter: Painter) -> Batch:
-        rng, labels = painter.rng, painter.identities()
-        pictures = [painter.view(label) for label in labels for _ in range(VIEWS)]
+    def _batch(self, artist: Artist) -> Batch:
+        rng, labels = artist.rng, artist.identities()
+        pictures = [artist.view(label) for label in labels for _ in range(VIEWS)]
         others = [labels[i] for i in rng.choice(len(labels), PARTS + EMPTY)]
-        pictures += [painter.view(replace(label, kind="part")) for label in others[:PARTS]]
-        pictures += [painter.view(Label("nothing")) for _ in range(EMPTY)]
-        pictures += [painter.scene() for _ in range(SCENES)]
+        pictures += [artist.view(replace(label, kind="part")) for label in others[:PARTS]]
+        pictures += [artist.view(Label("nothing")) for _ in range(EMPTY)]
+        pictures += [artist.scene() for _ in range(SCENES)]
         captions = [describe(rng, label) for _, label in pictures]
         truth = torch.tensor([[caption.true_of(label) for caption in captions] for _, label in pictures]).float()
         number = {label.identity: i for i, label in enumerate(labels)}
@@ -318,7 +318,7 @@ class Batches(IterableDataset):
         if self.vae is not None:
             some = torch.from_numpy(rng.choice(len(pixels), RECODED, replace=False))
             pixels[some] = _recoded(self.vae, pixels[some])
-        name = [name_of(label, painter.names) for _, label in pictures]
+        name = [name_of(label, artist.names) for _, label in pictures]
         return Batch(pixels, [caption.text for caption in captions], truth, torch.tensor(identity), torch.tensor(name))
 
 

@@ -143,7 +143,7 @@ def with_alpha(lora: LoraFactors) -> Tensors:
 
 
 def tara(lora: LoraFactors) -> Tensors:
-    """What acts as wanted once alpha is told."""
+    """What acts as wanted once alpha is options."""
     return pair(".lora_layer.down.weight", ".lora_layer.up.weight", lora.rank / _TARA_ALPHA)(lora)
 
 
@@ -273,14 +273,14 @@ class Format:
         tensors: What stands there for it.
         save: How all of them are saved.
         holds: Whether there can be anything for a layer, by part and name.
-        told: What `load_concept` has to be told.
+        options: What `load_concept` has to be options.
     """
 
     spelled: Callable[[Any, str, str], str]
     tensors: Callable[[LoraFactors], Tensors]
     save: Callable[[Tensors, Loras, Any, Path], Path] = safetensors
     holds: Callable[[str, str], bool] = everything
-    told: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def held(self, loras: Loras) -> dict[str, Lora]:
         """What such files can hold of a LoRA."""
@@ -317,7 +317,7 @@ FORMATS: Mapping[str, Format] = {
     "ComfyUI": Format(comfy, with_alpha),
     "TARA, whole UNet": Format(bare, tara, whole_unet, unet_alone, {"alpha": _TARA_ALPHA}),
     "ED-LoRA, pickled": Format(
-        dotted, pair("_lora.down.weight", "_lora.up.weight"), pickled, told={"allow_pickle": True}
+        dotted, pair("_lora.down.weight", "_lora.up.weight"), pickled, options={"allow_pickle": True}
     ),
     "ED-LoRA, newer": Format(dotted, pair(".lora_down.weight", ".lora_up.weight"), with_words),
     "LoCon, Tucker": Format(kohya, locon_tucker),

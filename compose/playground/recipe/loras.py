@@ -19,7 +19,7 @@ import typer
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.playground.recipe.concepts import STYLE
 from lora_compose.compose.playground.recipe.world import CONCEPTS, STYLE_TRIGGER
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.compose.training import TaraTraining, Training, train
 
 KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -84,7 +84,7 @@ def trainings(
             )  # fmt: skip
 
 
-@kindly()
+@handle_errors()
 def main(
     references: Path,
     prior: Path,
@@ -102,7 +102,7 @@ def main(
         if settings.out.exists():
             continue
         with bar(settings.out.stem, settings.steps) as on_progress:
-            say(train(settings, on_step=lambda step, _loss, tell=on_progress: tell(step)))
+            echo(train(settings, on_step=lambda step, _loss, tell=on_progress: tell(step)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model, playground_references
 from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import LoraFile, read_lora
 from lora_compose.pipelines.merging import MERGERS, make_merger
 
@@ -167,7 +167,7 @@ def _captions(same: Sequence[Shown]) -> list[str]:
     return [text for one in same for text in (*(f"{left:.2f}" for left in one.left), "")]
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     seeds: Annotated[int, typer.Option(min=1, help="Images of each text.")] = 3,
@@ -188,8 +188,8 @@ def main(
             for one in compared(pair, METHODS, seeds, steps, on_image):
                 shown[-1].append(one)
                 first, second = (f"{name} {left:.2f}" for name, left in zip(pair.names, one.left, strict=True))
-                say(f"{' + '.join(pair.names)}, {one.method}: {first}, {second}")
-    say(save_image(drawn(shown), out))
+                echo(f"{' + '.join(pair.names)}, {one.method}: {first}, {second}")
+    echo(save_image(drawn(shown), out))
 
 
 if __name__ == "__main__":

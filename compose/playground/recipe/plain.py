@@ -16,7 +16,7 @@ from lora_compose.compose.evaluation.encoders import JUDGE, load_encoder
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
 
 PROMPTS = {  # and the classes that they name
@@ -64,7 +64,7 @@ def name(detector: Detector, image: Image.Image, classes: Sequence[str]) -> Name
     return Named(set(found) == set(classes), sorted(found) == sorted(classes))
 
 
-@kindly()
+@handle_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     models: Annotated[list[Path], typer.Argument(help="Folders as diffusers saves them.")],
@@ -86,12 +86,12 @@ def main(
                 rows.append(Row(label if j == 0 else ("", label[1]), made[:SHOWN], parted=j == 0))
                 on_progress(i * len(pipes) + j + 1)
     for model, named in zip(models, totals, strict=True):
-        say(
+        echo(
             f"{model}: all objects named in {sum(one.all for one in named)} of {len(named)} images, "
             f"none of them twice in {sum(one.exactly for one in named)}"
         )
     columns = [(f"seed {seed}",) for seed in range(min(seeds, SHOWN))]
-    say(save_image(sheet(columns, rows, title="Plain prompts, no LoRA", side=128), out))
+    echo(save_image(sheet(columns, rows, title="Plain prompts, no LoRA", side=128), out))
 
 
 if __name__ == "__main__":

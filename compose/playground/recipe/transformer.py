@@ -31,7 +31,7 @@ from lora_compose.compose.playground.recipe.tokenizer import insisted
 from lora_compose.compose.playground.recipe.transformer_data import Pool
 from lora_compose.compose.playground.recipe.transformer_text import MAX_TOKENS, known_words, new_encoder, new_tokenizer
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 NO_CAPTION = 0.1  # share of images without words, for classifier-free guidance
 EMA = 0.998
@@ -210,7 +210,7 @@ def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, che
             trainer.seconds += time.perf_counter() - start
         if trainer.step % EVERY == 0:
             mean = sum(values) / len(values)
-            say(f"{trainer.step} loss {mean:.4f} {trainer.seconds:.0f} s, {len(pool)} pictures")
+            echo(f"{trainer.step} loss {mean:.4f} {trainer.seconds:.0f} s, {len(pool)} pictures")
             values = []
         if time.perf_counter() - saved > every:
             keep(checkpoint, trainer.state_dict())
@@ -218,7 +218,7 @@ def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, che
     keep(checkpoint, trainer.state_dict())
 
 
-@kindly()
+@handle_errors()
 def train(
     pool: Path,
     out: Path,

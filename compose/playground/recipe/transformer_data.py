@@ -23,7 +23,7 @@ from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.playground.recipe.scenes import Batch, Picture, encode, scene
 from lora_compose.compose.playground.recipe.world import CLOSE_UP, SIZE, Sprites, Square
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 PATCH = 16  # pixels of a transformer's token
 SIDES = {1: (48, 64, 80), 2: (48, 64), 3: (48,)}
@@ -110,7 +110,7 @@ class Pool:
             done += 1
 
 
-@kindly()
+@handle_errors()
 def main(
     sprites: Path,
     out: Path,
@@ -130,7 +130,7 @@ def main(
         if not path.exists():
             rng = np.random.default_rng([seed, number])
             write_shard(path, [picture(rng, artwork, close_up) for _ in range(SHARD)], vae)
-            say(f"{path}")
+            echo(f"{path}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from lora_compose.compose.playground.recipe.world import (
     place,
 )
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 CROP = 64
 JITTER = 0.03  # noise on latents in training: the decoder will see those of a UNet, which are not exact
@@ -143,7 +143,7 @@ class VaeTrainer:
         self.optimizers.load_state_dict(state["optimizers"])
 
 
-@kindly()
+@handle_errors()
 def train(
     sprites: Path,
     out: Path,

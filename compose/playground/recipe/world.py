@@ -86,10 +86,10 @@ def background(rng: Generator, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[ND
     """A background and its words, "on a white background" or "on grass". Shape: [height, width, 3], 0 to 255."""
     names = list(PLAIN) if rng.random() >= 0.55 else list(PLACES)
     name = names[rng.integers(len(names))]
-    return ground(rng, name, size), spoken(name)
+    return ground(rng, name, size), in_words(name)
 
 
-def spoken(name: str) -> str:
+def in_words(name: str) -> str:
     """What captions call a ground of `PLAIN` or `PLACES`."""
     return f"on a {name} background" if name in PLAIN else name
 

@@ -24,8 +24,8 @@ from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.replay import difference, remake, runnable
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import Schedule, blocks_text, read_blocks, read_weight, weight_text
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, LoraComposer
 from lora_compose.pipelines.methods.process import constant_gates
 from lora_compose.pipelines.passes import MapRequest, Pass

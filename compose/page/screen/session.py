@@ -8,9 +8,9 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from lora_compose.compose.page.form import example
 from lora_compose.compose.page.launch import options
-from lora_compose.compose.page.leaving import Sessions
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, open_models
+from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.store import Store, named
 
 
