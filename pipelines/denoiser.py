@@ -194,7 +194,7 @@ class Denoiser:
             loss: The loss.
             whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
                 rows then.
-            beside: What else the host wants of the maps. It comes with the losses, so that the host waits once.
+            readout: Further values of the maps for the host. They come with the losses, so that the host waits once.
 
         Raises:
             RuntimeError: Under `torch.inference_mode`, which has no gradients.

@@ -57,7 +57,8 @@ def region_mask(region: BoxOrMask | None, image_size: Grid, grid: Grid, *, sharp
         region: A box, or the path of a mask.
         image_size: Height and width of the canvas in pixels.
         grid: The grid wanted.
-        sharp: Whether every dot of a mask is inside or outside, from half of its maximum on; else greys are parts.
+        sharp: Whether each pixel of a mask is inside or outside, split at half of the maximum; otherwise greys count in
+            part.
 
     Returns:
         Values in 0..1, of which one is 1. Shape: [grid height, grid width], fp32.
@@ -100,7 +101,7 @@ class Regions:
         threshold: float,
         painted: Tensor | None = None,
     ) -> "Regions":
-        """The regions of all concepts that have one; masks are sharp here, so that grey dots do not thin out cells.
+        """The regions of all concepts that have one; masks are sharp here, so that grey pixels do not thin out cells.
 
         Args:
             regions: Regions of the concepts; None without one.
@@ -165,7 +166,7 @@ class Regions:
         return rows, columns
 
     def _reached(self, region: int) -> Window:
-        """The cells of the latents that a region has on any grid; those of a coarse one may reach further."""
+        """The latent cells that a region covers on any grid; a coarse cell may reach beyond the region."""
         found = [
             [(part.start * 2**level, part.stop * 2**level) for part in bounds(cells[..., region])]
             for level, cells in self.cells.items()

@@ -18,7 +18,7 @@ from lora_compose.pipelines.text.encoder import Prompts
 
 
 class Runner(Protocol):
-    """The interface of `Denoiser` for methods; the benchmark has one that only counts costs."""
+    """The interface of `Denoiser` for methods; the benchmark has another one, which only counts costs."""
 
     @property
     def canvas(self) -> Canvas:
