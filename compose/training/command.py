@@ -1,4 +1,4 @@
-"""A training with progress and plain endings: what `lora-compose train` does."""
+"""`lora-compose train`: trains with progress and clear errors."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -27,14 +27,14 @@ def train(
     fresh: bool,
     overwrite: bool,
 ) -> None:
-    """Trains a LoRA and says where it is. Ctrl-C stops; the same call resumes.
+    """Trains a LoRA and prints its path. Ctrl-C stops; the same call resumes.
 
     Args:
-        preset: Whose defaults; None chooses by the model.
+        preset: The preset; None chooses by the model.
         tara: Fields of `TaraTraining`; None trains without it.
         fields: Fields of `Training`.
         fresh: Whether a checkpoint is deleted first.
-        overwrite: Whether a LoRA that is there is replaced.
+        overwrite: Whether an existing LoRA is replaced.
 
     Raises:
         ValueError: For unusable settings.

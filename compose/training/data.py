@@ -1,4 +1,4 @@
-"""Images and captions for training. They are the user's, or a stranger's: everything is checked first."""
+"""Images and captions for training. Files are not trusted: everything is checked first."""
 
 import hashlib
 import logging
@@ -27,11 +27,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """An image and what it shows.
+    """A training image with its caption.
 
     Attributes:
         path: Its file.
-        caption: In words.
+        caption: Its caption.
         size: Width and height in pixels, upright.
         sha256: Of the file.
     """
@@ -94,7 +94,7 @@ def load_image(path: Path) -> Image.Image:
 
 
 def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """The middle of an image, so that its shorter side is whole.
+    """The centre square of an image, resized.
 
     Args:
         image: RGB.
@@ -113,7 +113,7 @@ def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
 
 
 def warn_of_small(images: Sequence[TrainingImage], side: int) -> None:
-    """Says which images have to be enlarged."""
+    """Warns of images that have to be enlarged."""
     small = [image.path.name for image in images if min(image.size) < side]
     if small:
         logger.warning(

@@ -1,4 +1,4 @@
-"""Ctrl-C in a training: it stops after the step that is being made, so that the checkpoint is a whole one."""
+"""Ctrl-C in a training: it stops after the current step, so that the checkpoint is complete."""
 
 import signal
 import threading
@@ -17,9 +17,9 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Takes note of Ctrl-C and of a polite kill inside this block; the second time they do what they always do.
+    """Records Ctrl-C and SIGTERM in this block; a second signal has its usual effect.
 
-    Outside the main thread signals cannot be caught, and nothing is.
+    Outside the main thread signals cannot be caught, so nothing is recorded.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
