@@ -32,7 +32,7 @@ EXAMPLE = ("bear-robot", "lora-composer", 2)
 
 @dataclass(frozen=True)
 class Form:
-    """Everything that is set.
+    """All settings of the page.
 
     Attributes:
         choice: The model.
@@ -99,11 +99,11 @@ class Form:
 
 
 def form_of(run: Run, size: tuple[int, int]) -> Form:
-    """What makes a run again, on the page.
+    """The form that reproduces a run on the page.
 
     Args:
         run: From a record or an example; its model is the page's from now on.
-        size: The model's own, for what the scene leaves open.
+        size: The model's own, for sizes that the scene leaves open.
 
     Raises:
         ValueError: If it is beyond the page's limits, or its method, settings or scheduler are unknown.
@@ -141,7 +141,7 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
 
 
 def check_limits(form: Form) -> None:
-    """Raises ValueError, in words, for what is too much for a page that others use as well."""
+    """Raises ValueError for settings that are too much for a page that several people use."""
     width, height = form.size
     texts = [form.prompt, form.negative_prompt]
     texts += [text or "" for concept in form.concepts for text in (concept.prompt, concept.negative_prompt)]
@@ -215,7 +215,7 @@ def _is_number(weight: Any) -> TypeGuard[float]:
 
 
 def free_name(wanted: str, taken: Sequence[str]) -> str:
-    """A name like this one that nobody has yet."""
+    """A similar name that is not taken."""
     wanted = wanted.strip()[: MOST_NAME - 4] or "concept"
     names = [wanted, *(f"{wanted} {number}" for number in range(2, len(taken) + 3))]
     return next(name for name in names if name not in taken)

@@ -17,9 +17,9 @@ class Options:
     """How the page was started; passed in environment variables, since Streamlit runs the script anew for each session.
 
     Attributes:
-        out: Where images and evaluations are kept.
+        out: The folder for images and evaluations.
         loras: A folder whose LoRAs can be chosen; None if none was named.
-        local: Whether only this machine can open the page, so that its visitors may name files.
+        local: Whether only this machine can open the page; files may then be named by path.
     """
 
     out: Path = Path("outputs")
@@ -28,7 +28,7 @@ class Options:
 
     @property
     def images(self) -> Path:
-        """The folder for images that somebody keeps."""
+        """The folder for saved images."""
         return self.out / "page"
 
     @property
@@ -49,8 +49,8 @@ def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) ->
     """Starts the page in this process, until a signal ends it.
 
     Args:
-        port: Where it listens.
-        host: On which address.
+        port: The port to listen on.
+        host: The address to listen on.
         out: The folder for images and evaluations.
         loras: A folder whose LoRAs the page offers.
         browser: Whether a browser is opened.
@@ -69,7 +69,7 @@ def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) ->
 
     served = ["--server.port", str(port), "--server.address", host, "--server.headless", str(not browser).lower()]
     if is_local(host):
-        # A strange website may give its own name our address; the browser then takes both for the same site.
+        # Another website may resolve its name to our address (DNS rebinding); the browser then takes both for one site.
         for name in sorted({"localhost", "127.0.0.1", "::1", host}):
             served += ["--server.allowedHosts", name]
     echo(f"The page is at http://{host}:{port} until Ctrl-C.")

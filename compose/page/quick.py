@@ -1,4 +1,4 @@
-"""The quick suite, started from the page: a process of its own, as `lora-compose evaluate` makes it."""
+"""The quick suite, started from the page: `lora-compose evaluate` in a process of its own."""
 
 import atexit
 import subprocess
@@ -15,7 +15,7 @@ State = Literal["idle", "running", "done", "failed", "stopped"]
 
 
 class Quick:
-    """The quick suite; one at a time for everybody who has the page open.
+    """The quick suite; one at a time for all sessions.
 
     Args:
         folder: The folder of all evaluations.
@@ -35,7 +35,7 @@ class Quick:
 
     @property
     def share(self) -> float:
-        """How much is done, up to 1."""
+        """The finished fraction, up to 1."""
         from lora_compose.compose.evaluation.results import PLAN, Plan
         from lora_compose.compose.evaluation.runner import is_done
         from lora_compose.compose.files.stored import read
@@ -46,7 +46,7 @@ class Quick:
         return sum(is_done(self.folder, planned) for planned in plan.batches) / len(plan.batches)
 
     def start(self) -> None:
-        """Starts, or goes on where it was stopped. Does nothing while it runs."""
+        """Starts or resumes it. Does nothing while it runs."""
         with self._lock:
             if self.state == "running":
                 return

@@ -1,4 +1,4 @@
-"""The same scene and seeds across methods, side by side, with what each costs and how alike the concepts are."""
+"""The same scene and seeds with several methods, side by side, with their costs and likeness."""
 
 import streamlit as st
 
@@ -17,7 +17,7 @@ _MOST = 24  # images at once
 
 
 def compare_view(session: PageSession) -> None:
-    """Which methods, what each costs, and their images."""
+    """The choice of methods, their costs, and their images."""
     if not session.rows:
         st.info("Add concepts first.", icon=":material/view_column:")
         return
@@ -33,12 +33,12 @@ def compare_view(session: PageSession) -> None:
 
 
 def _costs(session: PageSession, methods: list[str]) -> None:
-    """Before anything is made: what each does, needs and costs in this scene."""
+    """Before anything is generated: what each method does, needs and costs in this scene."""
     try:
         form = fields.form(session)
         reports = [session.outlook(form.with_method(method)) for method in methods]
     except ValueError:
-        return  # said at the button above
+        return  # shown at the button above
     rows = []
     for method, report in zip(methods, reports, strict=True):
         if report is None:

@@ -1,4 +1,4 @@
-"""What one does with an image: keep it, look closely, vary it, and have it set everything as when it was made."""
+"""What can be done with an image: save it, enlarge it, vary it, and load its settings."""
 
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
@@ -19,7 +19,7 @@ _PLACE = "restore"
 
 
 def keep_buttons(session: PageSession, result: Result) -> None:
-    """What one can do with an image."""
+    """The buttons of an image."""
     with st.container(horizontal=True, gap="xsmall"):
         st.download_button("Download", session.png(result), f"{result.run.seed}.png", "image/png",
                            key=f"do.download.{result.key}", icon=":material/download:", on_click="ignore",
@@ -51,7 +51,7 @@ def _vary(session: PageSession, runs: list[Run]) -> None:
 
 
 def restoring(session: PageSession) -> None:
-    """A place to drop an image that sets everything."""
+    """The upload field for an image whose settings are loaded."""
     with st.expander("Load settings from a PNG", icon=":material/image_search:"):
         key = f"do.restore.{session.uploads}"
         st.file_uploader("Drop a PNG made by lora-compose", type=["png"], key=key, on_change=_dropped,
@@ -100,7 +100,7 @@ def restore(session: PageSession, record: Record) -> None:
 
 
 def _same_device(session: PageSession, device: str | None) -> str | None:
-    """The open model's own word for its device, so that the same model is not opened twice."""
+    """The device as the open model names it, so that the same model is not opened twice."""
     chosen = session.model.choice.device
     return chosen if chosen is None and (device is None or device == devices()[0]) else device
 
@@ -119,7 +119,7 @@ def _dropped(session: PageSession, key: str) -> None:
 
 
 def reuse(session: PageSession, record: Record) -> None:
-    """Sets every field as an image's record says, or says why not."""
+    """Sets every field from an image's record, or shows why it cannot."""
     try:
         restore(session, record)
     except Busy:

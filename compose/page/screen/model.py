@@ -1,4 +1,4 @@
-"""Which model, and how it is opened."""
+"""The model, and how it is opened."""
 
 from pathlib import Path
 
@@ -67,8 +67,8 @@ def show_choice(choice: Choice) -> None:
 def take_over(session: PageSession, choice: Choice) -> bool:
     """Shows a model that an image names in the fields, and opens it if it is known here.
 
-    A stranger's image may name anything: another model, or the same in another precision, is opened, and perhaps
-    downloaded, only when somebody says so.
+    Images are not trusted: another model, or the same one in another precision, is opened, and perhaps downloaded, only
+    when the user asks for it.
 
     Returns:
         Whether it is open.

@@ -20,7 +20,7 @@ _LARGER = 1.5  # times the side that a model was made for
 
 
 def start_part(session: PageSession) -> None:
-    """A place to drop an image to start from, and what is done with it."""
+    """The upload field for a start image, and its settings."""
     start = session.start
     with st.expander("Start from an image", icon=":material/add_photo_alternate:", expanded=start is not None):
         if start is None:
@@ -46,17 +46,17 @@ def start_part(session: PageSession) -> None:
 
 
 def paints(session: PageSession) -> bool:
-    """Whether only a part of an image is repainted, which is painted with the brush."""
+    """Whether only the part of an image is repainted that was painted with the brush."""
     return session.start is not None and st.session_state[fields.PAINTED] == fields.PART
 
 
 def painting(session: PageSession) -> bool:
-    """Whether the brush is in hand."""
+    """Whether the brush is on."""
     return paints(session) and bool(st.session_state[fields.BRUSH])
 
 
 def painted(session: PageSession) -> dict[str, Any] | None:
-    """What the canvas shows of a mask while one paints; None while one does not."""
+    """The mask that the canvas shows while the brush is on; None while it is off."""
     if session.start is None or not painting(session):
         return None
     mask = session.start.mask
