@@ -1,4 +1,4 @@
-"""A batch in one process or several, and what has come of it: what `lora-compose batch` does."""
+"""`lora-compose batch`: runs a batch in one process or several, and shows the results."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lora_compose.compose.generate.processes import default_number, launch, loca
 from lora_compose.compose.support.terminal import BAD_INPUT, FAILED, bar, echo, err
 
 SHOWN = 20
-"""At most so many errors are shown; all of them are in images.jsonl."""
+"""Most errors that are shown; all of them are in images.jsonl."""
 
 
 def make_all(
@@ -39,13 +39,13 @@ def make_all(
         ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
 
     Returns:
-        The exit code: 0, that of a process that found something wrong, or 1 if images are missing.
+        The exit code: 0, that of a failed process, or 1 if images are missing.
 
     Raises:
         ValueError: If nothing can be made.
         OSError: If all processes were killed, or images cannot be written.
     """
-    if local_rank():  # a launcher has started several, of which the first one talks
+    if local_rank():  # a launcher has started several; only the first one prints
         join(found, settings, out, replace=replace)
         return 0
     jobs, missing = make_jobs(found.entries, settings)
@@ -81,7 +81,7 @@ def make_all(
 
 
 def join(found: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
-    """Takes part in a batch, without saying anything: what `--processes 2` starts twice."""
+    """Takes part in a batch without printing: what `--processes 2` starts twice."""
     run_batch(found.entries, settings, out, replace=replace)
 
 

@@ -1,7 +1,7 @@
 """The scenes of a batch: from scene files, folders of them, batch files, and tables with a template.
 
-What is wrong with one scene is kept beside the others; what is wrong with a whole file is raised. Nothing here needs
-torch.
+An error in one scene is kept with its entry, so that the others can be made; an error in a whole file is raised.
+Nothing here needs torch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ _OWN = ("name", "seed", "seeds")
 
 
 class _Named(BaseModel):
-    """What an entry has besides its scene."""
+    """The fields of an entry besides its scene."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,7 +41,7 @@ class Entry:
     """A scene of a batch.
 
     Attributes:
-        name: Names its images: `NAME-SEED.png`.
+        name: Its images are `NAME-SEED.png`.
         scene: Prompt, concepts and size; its paths are absolute.
         seeds: Of its images; None takes those of the batch.
         source: The file, and the line where it is a table.
@@ -68,7 +68,7 @@ class InvalidEntry:
 
 @dataclass(frozen=True)
 class Found:
-    """What sources say.
+    """The scenes of all sources.
 
     Attributes:
         entries: The scenes that can be made.
@@ -129,7 +129,7 @@ def _existing(source: str | Path) -> Path:
 
 
 def _parsed(path: Path) -> Any:
-    """What a YAML or JSON file says; as an error if it is no YAML or JSON, because that spoils no other file."""
+    """The content of a YAML or JSON file; a `FileError` is returned, so that other files are still read."""
     try:
         return parse_file(path, _MOST_BYTES if path.suffix.lower() == ".json" else None)
     except FileError as error:
@@ -146,7 +146,7 @@ def _entry(
         scene: Its fields.
         seeds: Its seeds; None if it has none.
         path: The file.
-        source: What errors call the place.
+        source: The file and position, for errors.
         base: The file that paths are relative to; None is the same.
     """
     try:
@@ -204,10 +204,10 @@ def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | InvalidEntry]:
 
 @dataclass(frozen=True)
 class _Template:
-    """What the rows of tables fill.
+    """A template of scenes, filled by the rows of tables.
 
     Attributes:
-        fields: Of a scene, with placeholders.
+        fields: Fields of a scene, with placeholders.
         path: The template's file; None if there is none, and paths are relative to the table.
     """
 
@@ -216,12 +216,12 @@ class _Template:
 
     @property
     def given(self) -> bool:
-        """Whether there is anything in it."""
+        """Whether it has any field."""
         return bool(self.fields)
 
     @classmethod
     def read(cls, path: Path | None, concepts: Sequence[Concept]) -> "_Template":
-        """From a file, and with the concepts of all rows."""
+        """Reads a template from a file, and adds the concepts of all rows."""
         fields = {} if path is None else parse_file(path)
         if not isinstance(fields, dict) or (path is not None and not fields):
             raise FileError(f"{path}: expected the fields of a scene, such as prompt: a {{animal}} on grass")
@@ -238,7 +238,7 @@ class _Template:
         return cls(fields, path)
 
     def uses(self, columns: Iterable[str]) -> str | None:
-        """What is wrong with these columns; None if all of them are read, and no placeholder is left."""
+        """What is wrong with these columns; None if all of them are used, and no placeholder is left."""
         names, columns = placeholders(self.fields), list(columns)
         if lost := sorted(names - set(columns)):
             return f"no column for the template's {{{lost[0]}}}; columns are {', '.join(columns)}"
@@ -259,7 +259,7 @@ class _Template:
 
 
 def _literal(data: Any) -> Any:
-    """Data in which braces stand for themselves."""
+    """Data with escaped braces."""
     if isinstance(data, dict):
         return {name: _literal(value) for name, value in data.items()}
     if isinstance(data, list):
@@ -289,13 +289,13 @@ def _of_row(path: Path, table: Table, row: Row, template: _Template) -> Entry | 
 
 
 def _distinct(read: Iterable[Entry | InvalidEntry]) -> tuple[list[Entry], list[InvalidEntry]]:
-    """Those that can be made, and the others, with names that stand twice among them."""
+    """Valid and invalid entries; those with a name that is taken are invalid."""
     entries: dict[str, Entry] = {}
     bad: list[InvalidEntry] = []
     for one in read:
         if isinstance(one, InvalidEntry):
             bad.append(one)
-        elif (known := entries.get(one.name.casefold())) is not None:  # names of files may not tell letters apart
+        elif (known := entries.get(one.name.casefold())) is not None:  # file systems may ignore case
             bad.append(InvalidEntry(one.source, f"{one.source}: the name {one.name!r} is taken by {known.source}"))
         else:
             entries[one.name.casefold()] = one

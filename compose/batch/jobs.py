@@ -1,4 +1,4 @@
-"""The calls that a batch consists of, with keys that change with everything that their images depend on."""
+"""The calls of a batch, with keys that change with everything that their images depend on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Job:
     Attributes:
         entry: The scene.
         run: How it is made; its own seed is not used.
-        seeds: Of the images.
-        scene_key: A hash of all that they depend on but the seeds.
-        key: A hash of all that they depend on.
+        seeds: Seeds of the images.
+        scene_key: A hash of everything that they depend on, except the seeds.
+        key: A hash of everything that they depend on.
     """
 
     entry: Entry
@@ -30,7 +30,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Its name, which no other job of the batch has."""
+        """Its name, unique in the batch."""
         return f"{self.entry.name}-{self.seeds[0]}"
 
 

@@ -1,4 +1,4 @@
-"""Makes the images of a batch, continues where it was stopped, and keeps what it has whatever happens.
+"""Generates the images of a batch; resumes after an interruption and keeps finished images.
 
 Any number of processes on any number of machines that share the folder work at it together, as in an evaluation: each
 claims one call after the other. First all scenes are checked with the model, then images are made.
@@ -19,10 +19,10 @@ from lora_compose.compose.generate.processes import own_device
 logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0
-"""After how many seconds without a sign of life a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 OnProgress = Callable[..., None]
-"""Takes how many calls are done, fractions included, and sometimes a new text."""
+"""Called with the number of finished calls, fractions included, and sometimes a new text."""
 
 
 def run_batch(
@@ -36,19 +36,19 @@ def run_batch(
 ) -> list[Result]:
     """Makes the images of a batch until all are there, made by this process or by others.
 
-    What is there already is not made again, unless it has been damaged since. What fails is tried once, and stops
-    nothing else. A scene that cannot be made is found before the first image.
+    Existing images are not made again, unless they are damaged. A call that fails is tried once, and does not stop the
+    others. Invalid scenes are found before the first image.
 
     Args:
         entries: The scenes, as `read_entries` gives them.
         settings: How they are made.
         out: The folder; processes that share it share the work.
-        on_progress: Called with the number of calls that are done, and sometimes a text.
+        on_progress: Called with the number of finished calls, and sometimes a text.
         replace: Whether images of the same names that were made in another way are replaced.
-        patience: After how many seconds without a sign of life the work of another process is taken over.
+        patience: Seconds without a heartbeat after which the work of another process is taken over.
 
     Returns:
-        All images, in the order of the scenes; those that could not be made say why.
+        All images, in the order of the scenes; those that could not be made have an error.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
@@ -77,7 +77,7 @@ def check_names(folder: Folder, jobs: Iterable[Job], replace: bool) -> None:
 
 
 def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry]) -> list[Result]:
-    """What has come of the calls of a batch, and of scenes that could not be read."""
+    """The results of a batch, scenes that could not be read included."""
     results = []
     for job in jobs:
         error = None

@@ -1,4 +1,4 @@
-"""Tables of scenes: CSV with a header, or JSONL. Every row is read by itself, so that a bad one spoils no other."""
+"""Tables of scenes: CSV with a header, or JSONL. Every row is read by itself: a bad one does not affect others."""
 
 import csv
 from collections import Counter
@@ -36,8 +36,8 @@ class Table:
     """A table.
 
     Attributes:
-        columns: Those of the header; None where every row names its own.
-        rows: In order, those that cannot be read included.
+        columns: Columns of the header; None if every row names its own (JSONL).
+        rows: All rows in order, unreadable ones included.
     """
 
     columns: Sequence[str] | None
@@ -107,7 +107,7 @@ def _csv_row(columns: Sequence[str], line: int, cells: Sequence[str], error: str
 
 
 def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str], str | None]]:
-    """Line, cells, and what is wrong with them, of all rows that are not blank; no more after an unreadable one."""
+    """Line, cells and error of all rows that are not blank, up to the first one that is not CSV."""
     reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     while True:
         line = reader.line_num + 1

@@ -1,4 +1,4 @@
-"""Counting a call while it runs, for models of which there is no copy without numbers: transformers."""
+"""Counts a call while it runs, for transformers, which have no copy on the meta device."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def count_by_running(pipe: Any, run: Run) -> Counted:
         run: What to make.
 
     Raises:
-        ValueError: Whatever `make` would raise.
+        ValueError: As `make`.
     """
     operations, rows = Operations(), [0]
 

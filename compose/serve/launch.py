@@ -16,15 +16,15 @@ from lora_compose.pipelines.scene import Run, Scene
 
 @dataclass(frozen=True)
 class Serving:
-    """How a server works.
+    """Settings of a server.
 
     Attributes:
         host: The address to listen on.
         port: The port to listen on.
-        most: Images that go through the model together.
+        most: Most images in a batch.
         wait: Seconds that a request waits for others of its shape.
-        queue: Requests that may wait.
-        lora_memory: Bytes of LoRA files that stay in memory.
+        queue: Most requests in the queue.
+        lora_memory: Bytes of LoRA files kept in memory.
         limits: The most that a request may ask for.
     """
 
@@ -43,7 +43,7 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     Args:
         run: Its model, dtype and device.
         loras: A folder of LoRA files; requests name them by the file without its suffix.
-        serving: How it works.
+        serving: Its settings.
 
     Raises:
         ValueError: If the model or the folder cannot be opened.
