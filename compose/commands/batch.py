@@ -107,10 +107,10 @@ def batch(
 
 
 def _settings(found: Found, given: dict[str, Any]) -> BatchSettings:
-    """The settings of a batch file, and options, which win.
+    """The settings of a batch file, overridden by options.
 
     Raises:
-        ValueError: For unusable settings, and names that lead nowhere; a line for each.
+        ValueError: For unusable settings and unknown names, one line each.
         typer.Exit: If there is no scene that can be made.
     """
     fields = {**found.settings, **given}

@@ -1,4 +1,4 @@
-"""`lora-compose blind`: looking at images without knowing which method made them."""
+"""`lora-compose blind`: votes on images whose method is hidden."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`lora-compose check`: what a scene would do, without making an image."""
+"""`lora-compose check`: checks a scene without generating an image."""
 
 import logging
 from pathlib import Path

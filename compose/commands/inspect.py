@@ -1,4 +1,4 @@
-"""`lora-compose inspect`: what LoRA files are."""
+"""`lora-compose inspect`: shows what LoRA files contain."""
 
 import logging
 from typing import Annotated

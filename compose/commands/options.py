@@ -65,7 +65,7 @@ SaversOption = Annotated[
     list[Saver] | None,
     typer.Option(
         "--save-memory",
-        help=f"Less memory, but slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
+        help=f"Save memory; slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
@@ -77,12 +77,13 @@ MaskImageOption = Annotated[
     str | None,
     typer.Option(
         "--mask-image",
-        help="Paint only there (inpainting): a mask image (white = painted), or left,top,right,bottom in pixels or "
+        help="Inpaint only there: a mask image (white = painted), or left,top,right,bottom in pixels or "
         "as parts of the image.",
     ),
 ]
 StrengthOption = Annotated[
-    float | None, typer.Option("--strength", help="Share of the steps that are run, above 0 to 1. More changes more.")
+    float | None,
+    typer.Option("--strength", help="Fraction of the steps that are run, 0 to 1: higher changes more."),
 ]
 PaddingOption = Annotated[
     int | None,
@@ -92,7 +93,7 @@ PaddingOption = Annotated[
 ]
 PasteOption = Annotated[
     bool | None,
-    typer.Option("--paste-original/--no-paste-original", help="Outside of the mask, keep the pixels of the image."),
+    typer.Option("--paste-original/--no-paste-original", help="Keep the image's own pixels outside of the mask."),
 ]
 
 
@@ -232,7 +233,7 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
 
 
 def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concept]) -> Scene:
-    """A scene from a file, from options, or from a file with options that win."""
+    """A scene from a file, from options, or from a file overridden by options."""
     if path is None and "prompt" not in given:
         raise ValueError("there is no prompt: give --prompt TEXT or --scene FILE")
     if path is not None and concepts:
@@ -259,10 +260,10 @@ def run_of(**fields: Any) -> Run:
 
 
 def check_names(asked: Run) -> None:
-    """Looks for the method, the model and the LoRAs of a run by their names alone, which takes no time.
+    """Checks the names of method, model and LoRAs of a run, without opening anything.
 
     Raises:
-        ValueError: For a name that leads nowhere, with those that are spelled alike.
+        ValueError: For an unknown name, with similar ones.
     """
     check_method(asked.method)
     model_source(asked.model)

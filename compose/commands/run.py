@@ -1,4 +1,4 @@
-"""`lora-compose run`: makes images of a scene."""
+"""`lora-compose run`: generates images of a scene."""
 
 from pathlib import Path
 from typing import Annotated

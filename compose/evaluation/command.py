@@ -30,7 +30,7 @@ def run_suite(suite: str, folder: Path | None = None, processes: int | None = No
     asked = read_suite(suite)
     to = folder or Path("outputs/evaluation") / asked.name
     if local_rank():
-        evaluate(asked, to)  # the first process of the machine is the one that talks
+        evaluate(asked, to)  # only the first process of the machine prints
         return 0
     plan = make_plan(asked)
     echo(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)

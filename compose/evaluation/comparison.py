@@ -51,7 +51,7 @@ class RunComparison:
     table: pd.DataFrame
 
     def markdown(self) -> str:
-        """Everything as Markdown."""
+        """The comparison as Markdown."""
         lines = [
             "# Comparison of two evaluations",
             "",

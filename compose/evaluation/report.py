@@ -190,11 +190,11 @@ def number(value: Any, metric: Metric | None = None, digits: int = 2, sign: bool
 
 
 def verdict(row: Mapping[str, Any], key: str, baseline: str) -> str:
-    """How a row compares with the baseline, in words; empty for rows that are not compared."""
-    said = row.get(f"{key}_verdict")
-    if not isinstance(said, str):
+    """The verdict on a row against the baseline; empty for rows that are not compared."""
+    found = row.get(f"{key}_verdict")
+    if not isinstance(found, str):
         return ""
-    return said if said == "undecided" else f"{said} than {baseline}"
+    return found if found == "undecided" else f"{found} than {baseline}"
 
 
 def _bytes(value: float) -> str:
@@ -273,7 +273,7 @@ def _whose(failed: Failed) -> str:
     return f"{failed.scene}, {failed.arm}{alone}, seeds {', '.join(map(str, failed.seeds))}"
 
 
-# --- images and what stands below them ---
+# --- images with captions ---
 
 
 def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[str, Any]:

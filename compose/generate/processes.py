@@ -20,12 +20,12 @@ GRACE = 10  # seconds that a process has to end by itself
 
 
 def local_rank() -> int:
-    """The number of this process on this machine, as its launcher (ours, accelerate, torchrun, SLURM) says; else 0."""
+    """Index of this process on this machine, set by its launcher (ours, accelerate, torchrun, SLURM); otherwise 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def own_device(wanted: str | None) -> str:
-    """Where this process works: what is wanted; of several GPUs, that of its number on this machine.
+    """The device of this process: the wanted one, or with several GPUs the one of its index.
 
     Raises:
         ValueError: If the device is unknown or not there.
@@ -35,13 +35,13 @@ def own_device(wanted: str | None) -> str:
 
 
 def default_number(wanted: int, device: str | None) -> int:
-    """How many processes: one for each GPU, or what is wanted where there are so many processors.
+    """The number of processes: one per GPU; on the CPU the wanted number, at most one per processor.
 
     One if a launcher (accelerate, torchrun, SLURM) has started several.
 
     Args:
-        wanted: How many on a CPU.
-        device: Where they are to run; None is any.
+        wanted: Number on a CPU.
+        device: Their device; None is any.
     """
     if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
         return 1
@@ -60,7 +60,7 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
         on_look: Called a few times per second.
 
     Returns:
-        0, or the exit code of a process that found something wrong, which has been said then.
+        0, or the exit code of a process that failed, whose error output is shown.
 
     Raises:
         OSError: If all were killed.

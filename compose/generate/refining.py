@@ -73,7 +73,7 @@ def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str,
     if regions:
         return regions
     seeds = record.batch or (run.seed,)
-    with bar("looking where the subjects are", 1) as on_progress:
+    with bar("finding the subjects", 1) as on_progress:
         batch = make_batch(pipe, run, seeds, on_progress, record_attention=True)
     if batch.attention is None:
         raise ValueError("this image has no concepts, so there is nothing to repaint")

@@ -64,7 +64,7 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
     looked for in `loras`; if it is not there, a changed file is used, and `changes` reports it afterwards.
 
     Args:
-        record: What an image says.
+        record: The record in the image.
         loras: A folder in which LoRA files are looked for, by content, whatever their names.
 
     Raises:
@@ -96,7 +96,7 @@ def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], N
 
     Args:
         pipe: What `open_model` gave for the run.
-        record: What the image says.
+        record: The record in the image.
         run: The recorded run, as `runnable` gave it.
         on_progress: As for `make`.
     """

@@ -42,7 +42,7 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def logged(level: int) -> Iterator[None]:
-    """Shows what our own packages log."""
+    """Shows the log of our own packages in this block."""
     logger = logging.getLogger("lora_compose")
     handler, before = _Handler(), logger.level
     handler.setLevel(level)
@@ -107,18 +107,18 @@ def _printed(text: str, total: float | None) -> Iterator[Callable[..., None]]:
         nonlocal state
         state = done, state[1] if text is None else plain(text)
 
-    def tell() -> None:
+    def report() -> None:
         while not ended.wait(min(max(EVERY, (time.monotonic() - begun) / 20), MOST)):
             done, text = state
             echo(progress_line(text, done, total, time.monotonic() - begun), style="dim", to=err)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
     try:
         yield update
     finally:
         ended.set()
-        teller.join()
+        reporter.join()
 
 
 def progress_line(text: str, done: float, total: float | None, seconds: float) -> str:

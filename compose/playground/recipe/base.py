@@ -3,11 +3,11 @@
     python -m lora_compose.compose.playground.recipe.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up \
         --batch 64 --steps 2500
     python -m lora_compose.compose.playground.recipe.base sprites.npz MODEL --init CLOSE --steps 7500
-    python -m lora_compose.compose.playground.recipe.base sprites.npz BETTER --init MODEL --lr 0.006  (goes on)
+    python -m lora_compose.compose.playground.recipe.base sprites.npz BETTER --init MODEL --lr 0.006  (resumes)
 
-About a second a step on two cores. A checkpoint every 100 steps lies beside OUT and is continued from. Close-ups come
+About a second a step on two cores. A checkpoint next to OUT is written every 100 steps, and resumed. Close-ups come
 first: the same time spent on whole scenes alone gives blobs. The UNet predicts v (Salimans & Ho 2022); the loss is
-weighted by the signal-to-noise ratio (Hang et al. 2023); what is saved is the average of the last weights.
+weighted by the signal-to-noise ratio (Hang et al. 2023); the average of the last weights is saved.
 """
 
 import json
@@ -78,7 +78,7 @@ def new_unet() -> UNet2DConditionModel:
 def pipeline(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The parts as what diffusers opens."""
+    """The parts as a pipeline of diffusers."""
     scheduler = DDIMScheduler(
         **NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"
     )
@@ -92,9 +92,9 @@ class BaseTrainer:
     """Text encoder and UNet with their optimizers and the running average of their weights.
 
     Args:
-        pipe: What is trained, in place.
-        lr: Of Muon, which moves matrices and convolutions; AdamW moves the rest with a tenth of it.
-        seed: Of noise, times and captions left out.
+        pipe: The pipeline, trained in place.
+        lr: Learning rate of Muon, for matrices and convolutions; AdamW has a tenth of it for the rest.
+        seed: Seed of noise, times and dropped captions.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int) -> None:
@@ -144,7 +144,7 @@ class BaseTrainer:
         return loss.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
+        """Everything that is needed to resume."""
         return {
             "step": self.step,
             "models": self.models.state_dict(),
@@ -154,14 +154,14 @@ class BaseTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
+        """Resumes."""
         self.step, self.average = state["step"], state["average"]
         self.models.load_state_dict(state["models"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.generator.set_state(state["generator"])
 
     def save(self, out: Path) -> None:
-        """Writes the pipeline with averaged weights in fp16; training may go on afterwards."""
+        """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         live = [p.detach().clone() for p in self.parameters]
         self._set(self.average)
         for model in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
@@ -179,7 +179,7 @@ class BaseTrainer:
 
 
 def forget_origin(folder: Path) -> None:
-    """Takes out of a saved pipeline where the models came from: a path of the machine that trained them."""
+    """Removes the paths of the original models from a saved pipeline."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
@@ -205,7 +205,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1)] = 32,
     lr: float = 0.01,
     uses: Annotated[
-        int, typer.Option(min=1, help="Steps with the same images, each with noise of its own: encoding costs, too.")
+        int, typer.Option(min=1, help="Steps with the same images, each with new noise, which saves encoding.")
     ] = 2,
     seed: int = 0,
     threads: int = 2,

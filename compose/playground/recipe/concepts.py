@@ -3,12 +3,12 @@
     python -m lora_compose.compose.playground.recipe.concepts references sprites.npz FOLDER
     python -m lora_compose.compose.playground.recipe.concepts prior sprites.npz FOLDER
 
-With `--patches` they are for the playground's transformer: objects stand where it has seen them, on whole patches.
+With `--patches` they are for the playground's transformer: objects lie on whole patches, as in its training.
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
-In four of ten references the subject stands beside something plain: LoRAs trained without lose the coat as soon as a
+In four of ten references the subject is next to a plain object: LoRAs trained without lose the coat as soon as a
 prompt names a second object. Images without the concept show one object: with two, a LoRA learns that two objects
-mean no concept. A style has none of them: it is to act on everything, and with them it is learnt for the grounds of its
-references alone.
+mean no concept. A style has none: it should act on everything, and with them it is learnt only for the backgrounds of
+its references.
 """
 
 from collections.abc import Iterable
@@ -53,7 +53,7 @@ app = typer.Typer(help="Make the images that the playground's LoRAs learn from."
 
 
 def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool, where: Where = squares) -> Picture:
-    """An image of a subject, alone or beside something plain. Its first object is the subject."""
+    """An image of a subject, alone or next to a plain object. Its first object is the subject."""
     image, ground = background(rng)
     found, mine = where(rng, 1 + beside, (SIZE, SIZE)), int(rng.integers(1 + beside))
     words = [f"a {known.phrase}"] * len(found)
@@ -86,7 +86,7 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
     """Writes numbered PNGs and their captions.
 
     Raises:
-        ValueError: If the folder is there already.
+        ValueError: If the folder exists.
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already; remove it or choose another folder")

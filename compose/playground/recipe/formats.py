@@ -1,4 +1,4 @@
-"""One scene of the playground with the cat's LoRA in the files of every trainer: a sheet, and how far images differ.
+"""One scene of the playground with the cat's LoRA in the format of every trainer: a sheet, and pixel differences.
 
 python -m lora_compose.compose.playground.recipe.formats docs/images/formats.png
 """
@@ -39,8 +39,8 @@ class Shown(NamedTuple):
     Attributes:
         name: The format.
         image: The image.
-        difference: Of the pixel that differs most from the image of the same layers as they are shipped, of 255; None
-            where it is that image.
+        difference: Largest difference of a pixel from the image of the same layers as shipped, of 255; None for that
+            image itself.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Shown(NamedTuple):
 
 
 def pictures(forms: Sequence[str], steps: int = STEPS) -> Iterator[Shown]:
-    """The scene with the LoRA as it is shipped, and from files of these formats."""
+    """The scene with the LoRA as shipped, and from files of these formats."""
     pipe = ComposePipeline.from_pretrained(playground_model(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_concept(playground_lora("dog"), "dog")
@@ -113,7 +113,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
 ) -> None:
-    """Makes the same image with one LoRA in every format, and says how far the images differ."""
+    """Makes the same image with one LoRA in every format, and prints how much the images differ."""
     shown: list[Shown] = []
     with bar("making images", len(FORMS) + 2) as on_progress, threads(THREADS):
         for one in pictures(FORMS, steps):

@@ -1,4 +1,4 @@
-"""The loop by which the playground's networks are trained: rates, checkpoints, progress."""
+"""The training loop of the playground's networks: learning rates, checkpoints, progress."""
 
 import io
 import math
@@ -48,17 +48,17 @@ class Optimizers:
             optimizer.zero_grad()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return [optimizer.state_dict() for optimizer, _ in self._pairs]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Goes on from a checkpoint."""
+        """Resumes from a checkpoint."""
         for (optimizer, _), known in zip(self._pairs, state, strict=True):
             optimizer.load_state_dict(known)
 
 
 class Trainer(Protocol):
-    """Something that learns from batches."""
+    """A network in training."""
 
     step: int
 
@@ -67,16 +67,16 @@ class Trainer(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
+        """Everything that is needed to resume."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
+        """Resumes."""
         ...
 
 
 def resume(trainer: Trainer, checkpoint: Path) -> None:
-    """Goes on from a checkpoint, if there is one."""
+    """Resumes from a checkpoint, if there is one."""
     if checkpoint.exists():
         trainer.load_state_dict(torch.load(checkpoint, weights_only=True))
 

@@ -1,12 +1,12 @@
-"""Trains the LoRAs of the playground's concepts, ordinary ones and by TARA, as `lora-compose train` does.
+"""Trains the LoRAs of the playground's concepts, ordinary and TARA, as `lora-compose train` does.
 
     python -m lora_compose.compose.playground.recipe.loras references prior loras --model assets/playground/model
     python -m lora_compose.compose.playground.recipe.loras references prior loras --kind kv --kind tied  (an ablation)
     python -m lora_compose.compose.playground.recipe.loras references prior loras --preset playground-flux \
         --model assets/playground-flux/model --kind ordinary --threads 1
 
-`references` and `prior` are made by `python -m lora_compose.compose.playground.recipe.concepts`. LoRAs that are there
-already are left alone, and one that was interrupted goes on.
+`references` and `prior` are made by `python -m lora_compose.compose.playground.recipe.concepts`. Existing LoRAs are
+left alone, and an interrupted one is resumed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +36,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "clean": {"tara": TaraTraining(class_target="clean")},
     }
 )
-"""What differs in a training. The first two come with the playground, the others show what each part of it does."""
+"""Kinds of training. The first two come with the playground; the others show the effect of each part."""
 
 SHIPPED = ("ordinary", "tara")
 WORDS = {name: (known.trigger, known.class_word) for name, known in CONCEPTS.items()} | {
@@ -59,11 +59,11 @@ def trainings(
     Args:
         references: A folder for each concept.
         prior: A folder for each class word. Styles are trained without.
-        out: Where LoRAs are written.
+        out: The folder for LoRAs.
         model: The base model.
         kinds: Of `KINDS`.
-        concepts: Whose LoRAs.
-        preset: Whose defaults: of the playground, or of its transformer.
+        concepts: The concepts.
+        preset: "playground", or "playground-flux" for the transformer.
         given: Fields of the training that differ from the preset's.
 
     Raises:
@@ -96,7 +96,7 @@ def main(
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Trains all LoRAs that are not there yet."""
+    """Trains all LoRAs that do not exist yet."""
     given: dict[str, Any] = {"threads": threads} | ({} if steps is None else {"steps": steps})
     for settings in trainings(references, prior, out, model, kind or SHIPPED, concept or WORDS, preset, **given):
         if settings.out.exists():

@@ -1,4 +1,4 @@
-"""What a model of the playground makes of plain prompts, without LoRAs: a sheet, and what the judge names in it.
+"""Plain prompts on a model of the playground, without LoRAs: a sheet, and a count of objects that the judge names.
 
 python -m lora_compose.compose.playground.recipe.plain sheet.png assets/playground/model assets/playground-flux/model
 """
@@ -39,8 +39,8 @@ class Named(NamedTuple):
     """What the judge found in an image.
 
     Attributes:
-        all: Every object of the prompt is there.
-        exactly: And none of them twice.
+        all: Whether every object of the prompt is found.
+        exactly: Whether also none is found twice.
     """
 
     all: bool
@@ -70,7 +70,7 @@ def main(
     models: Annotated[list[Path], typer.Argument(help="Folders as diffusers saves them.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
 ) -> None:
-    """Makes images of ten prompts with every model, and says in how many of them the judge names all objects."""
+    """Makes images of ten prompts with every model, and counts those in which the judge names all objects."""
     detector = WindowDetector(load_encoder(JUDGE), BASE_CLASSES)
     pipes = [ComposePipeline.from_pretrained(model, dtype=torch.float32) for model in models]
     rows: list[Row] = []

@@ -76,7 +76,7 @@ def main(
     loras: Annotated[list[Path], typer.Argument(help="LoRAs of the style.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
 ) -> None:
-    """Makes images of ten prompts without and with LoRAs, and says in how many of them the style is recognised."""
+    """Makes images of ten prompts without and with LoRAs, and counts those in which the style is recognised."""
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for lora in loras:

@@ -75,7 +75,7 @@ def insisted() -> list[str]:
 
 
 def captions(sprites: Sprites, number: int, seed: int = 5) -> list[str]:
-    """What images of the world are called."""
+    """Captions of the world's images."""
     rng = np.random.default_rng(seed)
     return [scene(rng, sprites).caption for _ in range(number)]
 

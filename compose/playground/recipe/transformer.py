@@ -6,7 +6,7 @@
 
 `transformer_data` makes the pools. VAE, CLIP and its words are the playground's and stay as they are; the transformer
 and a small T5 learn together. Close-ups come first. Flow matching with logit-normal times (Esser et al. 2024), Muon for
-the matrices of the blocks, an average of the last weights; guidance is classifier-free, by captions left out.
+the matrices of the blocks, an average of the last weights; classifier-free guidance by dropped captions.
 """
 
 import time
@@ -88,9 +88,9 @@ class TransformerTrainer:
     """Transformer and T5 with their optimizers and the running average of their weights.
 
     Args:
-        pipe: What is trained, in place.
-        lr: Of Muon.
-        seed: Of noise, times and captions left out.
+        pipe: The pipeline, trained in place.
+        lr: Learning rate of Muon.
+        seed: Seed of noise, times and dropped captions.
         fast: Compiles the forward pass.
     """
 
@@ -111,7 +111,7 @@ class TransformerTrainer:
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def read(self, captions: Sequence[str]) -> None:
-        """T5's tokens and CLIP's summary of captions that were not met before; together it costs less."""
+        """T5's tokens and CLIP's pooled features of new captions, computed in one batch."""
         new = sorted(set(captions) - set(self._texts))
         for at in range(0, len(new), 256):
             part = new[at : at + 256]
@@ -151,7 +151,7 @@ class TransformerTrainer:
         return loss.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
+        """Everything that is needed to resume."""
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -162,14 +162,14 @@ class TransformerTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
+        """Resumes."""
         self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
         self.models.load_state_dict(state["models"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.generator.set_state(state["generator"])
 
     def save(self, out: Path) -> None:
-        """Writes the pipeline with averaged weights in fp16; training may go on afterwards."""
+        """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         live = [p.detach().clone() for p in self.parameters]
         self._set(self.average)
         parts = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae)
@@ -179,7 +179,7 @@ class TransformerTrainer:
         forget_origin(out)
         for path in out.glob(
             "text_encoder*/config.json"
-        ):  # otherwise they alone are opened in the precision of the file
+        ):  # otherwise only these are opened in the precision of the file
             path.write_text(path.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
         for model in parts:
             model.float()
@@ -197,7 +197,7 @@ def _is_inner(name: str) -> bool:
 
 
 def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, checkpoint: Path, every: float) -> None:
-    """Trains for so many minutes in all; the learning rate follows the clock."""
+    """Trains for `minutes` in all; the learning rate follows the clock."""
     values: list[float] = []
     trainer.read(["", *pool.captions])
     saved = time.perf_counter()
@@ -230,7 +230,7 @@ def train(
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Trains the transformer; a checkpoint beside OUT is continued from."""
+    """Trains the transformer; a checkpoint next to OUT is resumed."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     pipe: Any = FluxPipeline.from_pretrained(init, dtype=torch.float32) if init else new_pipeline()

@@ -1,10 +1,10 @@
-"""Pictures for the playground's transformer, painted and encoded in advance: shards of latents and captions.
+"""Pictures for the playground's transformer, drawn and encoded in advance: shards of latents and captions.
 
     python -m lora_compose.compose.playground.recipe.transformer_data sprites.npz POOL/close --close-up --shards 24
     python -m lora_compose.compose.playground.recipe.transformer_data sprites.npz POOL/scenes --shards 100
 
-Training may begin with the first shards: it takes in those that come later. Objects stand on whole patches of two
-latent cells, so that a transformer, which has to learn what a shift is, meets every sprite in few forms.
+Training may begin with the first shards; later ones are added. Objects lie on whole patches of two latent cells, so
+that a transformer, which has to learn translations, sees every sprite in few forms.
 """
 
 import io
@@ -69,14 +69,14 @@ def write_shard(path: Path, pictures: list[Picture], vae: AutoencoderKL) -> None
 
 
 class Pool:
-    """Pictures of all shards that are there; looked for anew now and then.
+    """Pictures of all existing shards; new ones are added now and then.
 
     Args:
-        folder: Where shards are or will be.
-        seed: Of what is drawn.
+        folder: The folder of the shards.
+        seed: Seed of the order.
     """
 
-    LOOK = 50  # batches between two looks
+    LOOK = 50  # batches between two checks for new shards
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng = folder, np.random.default_rng(seed)
@@ -88,7 +88,7 @@ class Pool:
         return len(self.captions)
 
     def look(self) -> None:
-        """Takes in new shards."""
+        """Adds new shards."""
         for path in sorted(self.folder.glob("*.pt")):
             if path not in self._read:
                 shard = torch.load(path, weights_only=True)
@@ -119,7 +119,7 @@ def main(
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Paints and encodes."""
+    """Draws and encodes pictures."""
     torch.set_num_threads(threads)
     artwork = dict(np.load(sprites))
     vae: Any = AutoencoderKL.from_pretrained(playground_model() / "vae", dtype=torch.float32)
