@@ -8,6 +8,7 @@ import csv
 import json
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -90,6 +91,16 @@ def make(out: Path, seeds: int) -> None:
         for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
             chosen = {number: images[number] for number in mine[start : start + COLUMNS * ROWS]}
             _sheet(pair, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
+    write_key(out, key)
+
+
+def write_key(out: Path, key: Mapping[int, str]) -> None:
+    """Writes `key.json`, and `votes.csv` to be filled in unless there is one.
+
+    Args:
+        out: The folder.
+        key: What made each image, by number.
+    """
     (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     votes = out / "votes.csv"
     if not votes.exists():
