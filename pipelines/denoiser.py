@@ -137,7 +137,7 @@ class Denoiser:
             ValueError: If the denoiser does not support region attention.
         """
         if spec.regions is not None and not self.backbone.reads_regions:
-            raise ValueError("this pass needs region attention of UNets, which this model does not have")
+            raise ValueError("this pass needs region attention, which this model does not support")
         return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
 
     def predict(

@@ -11,6 +11,11 @@ from lora_compose.compose.generate.making import make_batch
 from lora_compose.pipelines.scene import Run
 
 
+def needs_running(pipe: Any) -> bool:
+    """Whether the calls of a pipeline are counted by running one: `count_run` supports UNets only."""
+    return "unet" not in pipe.components
+
+
 def count_by_running(pipe: Any, run: Run) -> Counted:
     """Makes one image of a run, and counts the operations in all passes of the model.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
+from lora_compose.compose.benchmark.running import needs_running
 from lora_compose.compose.generate.making import load, rehearse, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
@@ -119,8 +120,11 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
     if not problems:
         _attempt(problems, rehearse, pipe, run)
-    priced = "unet" in pipe.components  # transformers are counted while they run
-    cost = None if problems or not priced else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
+    cost = (
+        None
+        if problems or needs_running(pipe)
+        else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
+    )
     facts += [
         ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),

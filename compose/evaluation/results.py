@@ -38,7 +38,7 @@ class ImageCost(_Frozen):
         rows_forward: latent rows run forward.
         rows_stopped: latent rows run forward in truncated passes.
         rows_backward: latent rows run backward.
-        flops: FLOPs of all UNet passes, counted.
+        flops: FLOPs of all passes of the model, counted.
         seconds: Wall time, including decoding.
         preparation_seconds: Part of it until the first step.
         peak_bytes: Peak memory of tensors during the call, for the whole batch; None on mps, where PyTorch

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.memory import peak_memory
-from lora_compose.compose.benchmark.running import count_by_running
+from lora_compose.compose.benchmark.running import count_by_running, needs_running
 from lora_compose.compose.evaluation.batches import Batch, batches, run_of
 from lora_compose.compose.evaluation.detectors import make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
@@ -307,7 +307,7 @@ class Worker:
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
         kind = batch.arm.name, run.method, len(run.scene.concepts), width, height
-        if kind not in self._counted and "unet" not in self.pipe.components:
+        if kind not in self._counted and needs_running(self.pipe):
             self._counted[kind] = count_by_running(self.pipe, run)
         elif kind not in self._counted:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]

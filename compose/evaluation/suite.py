@@ -35,7 +35,7 @@ class SuiteConcept(_Frozen):
         class_word: The noun after it.
         references: Reference images: a folder, a list of files, or `playground:NAME`.
         weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
-        blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
+        blocks: Further factors, by block of the model (`Concept.blocks`).
         negative_prompt: Negative prompt of its region, for methods that read a text per concept.
     """
 

@@ -42,10 +42,10 @@ class FocusedLinear(nn.Linear):
         return output * mask.to(output.dtype)
 
 
-def focus_on_triggers(unet: nn.Module, adapter: str) -> Focus:
+def focus_on_triggers(network: nn.Module, adapter: str) -> Focus:
     """Puts a mask on an adapter's keys and values of cross-attention, and returns where to set it."""
     focus = Focus()
-    for name, layer in unet.named_modules():
+    for name, layer in network.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")) and isinstance(layer, LoraLayer) and adapter in layer.lora_B:
             second = layer.lora_B[adapter]
             assert isinstance(second, nn.Linear)

@@ -36,18 +36,18 @@ class Noising(Protocol):
 
 
 class Diffusion:
-    """Noise by a schedule, of which a UNet predicts epsilon or the velocity.
+    """Noise by a schedule, of which the network predicts epsilon or the velocity.
 
     Args:
-        unet: The network.
+        network: The network.
         schedule: A `DDPMScheduler`, whose configuration has the prediction type.
 
     Raises:
         ValueError: If the model predicts something else.
     """
 
-    def __init__(self, unet: nn.Module, schedule: Any) -> None:
-        self.unet, self.schedule = unet, schedule
+    def __init__(self, network: nn.Module, schedule: Any) -> None:
+        self.network, self.schedule = network, schedule
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"this model predicts {schedule.config.prediction_type}; expected epsilon or velocity")
 
@@ -66,8 +66,8 @@ class Diffusion:
         return noise
 
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
-        """A forward pass of the UNet."""
-        return self.unet(noisy, times, text, added_cond_kwargs=dict(added) or None, return_dict=False)[0]
+        """A forward pass of the network."""
+        return self.network(noisy, times, text, added_cond_kwargs=dict(added) or None, return_dict=False)[0]
 
     def weights(self, times: Tensor, min_snr: float | None) -> Tensor:
         """Min-SNR weighting (Hang et al., arXiv 2303.09556): min(SNR, gamma) / SNR, and / (SNR + 1) for velocities."""

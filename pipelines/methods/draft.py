@@ -65,7 +65,7 @@ class Draft:
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
-            on UNets only, since it tears the images of transformers apart.
+            where text and image are not one sequence, since it tears the images of transformers apart.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 

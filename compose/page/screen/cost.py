@@ -4,7 +4,7 @@ from lora_compose.compose.check.report import RunCost
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.work import Result
 
-_ROW = "A row is one image through the whole UNet, once; a plain image with guidance takes two per step."
+_ROW = "A row is one image through the whole model, once; a plain image with guidance takes two per step."
 
 
 def cost_words(session: PageSession, cost: RunCost) -> str:

@@ -4,7 +4,7 @@
     python -m lora_compose.compose.playground.recipe.vae sprites.npz OUT --init VAE --decoder-only
 
 About a second a step on two cores. A checkpoint next to OUT is written every 100 steps, and resumed. Training the
-decoder alone leaves the latents as they are, so that a UNet that was trained on them stays valid.
+decoder alone leaves the latents as they are, so that a denoiser that was trained on them stays valid.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ from lora_compose.compose.support.precision import cpu_autocast
 from lora_compose.compose.support.terminal import handle_errors
 
 CROP = 64
-JITTER = 0.03  # noise on latents in training: the decoder will see those of a UNet, which are not exact
+JITTER = 0.03  # noise on latents in training: the decoder will see those of a denoiser, which are not exact
 EDGES = 0.4  # weight of errors in the gradients of the image
 COLOURS_FIRST = 400  # steps of a new VAE before edges count
 

@@ -499,7 +499,7 @@ def test_a_factor_on_the_text_encoders(load):
 def test_blocks_that_a_unet_does_not_have_are_named_before_anything_happens(load):
     pipe = load("sd")
     with pytest.raises(
-        ValueError, match=r"'cat' has a factor for 'up.7', but this UNet has down_blocks.0, down_blocks"
+        ValueError, match=r"'cat' has a factor for 'up.7', but this model has down_blocks.0, down_blocks"
     ):
         compose(pipe, "merge", (1, 1), concepts=[Concept(name="cat", blocks={"up.7": 0.5})])
 
