@@ -212,7 +212,7 @@ def _consequences(a: Evaluation, b: Evaluation, comparable: bool, shared: Sequen
     if len(shared) < MINIMUM_SCENES:
         yield f"scenes in both: {len(shared)}; there is no verdict with fewer than {MINIMUM_SCENES}"
     if unrecognised := sorted({*a.unrecognised, *b.unrecognised}):
-        yield f"the metric cannot tell {', '.join(unrecognised)} in at least one of the runs"
+        yield f"the encoder cannot recognise {', '.join(unrecognised)} in at least one of the runs"
 
 
 def _metric(key: str) -> Metric:

@@ -156,7 +156,7 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
 def warnings(evaluation: Evaluation) -> list[str]:
     """Warnings about the results, for the reader."""
     found = [
-        f"This metric cannot tell {name}: with its LoRA alone, images are no more alike to its references than "
+        f"The encoder cannot recognise {name}: with its LoRA alone, images are no more alike to its references than "
         "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "
         "references are the nearest."
         for name in evaluation.unrecognised
@@ -319,10 +319,10 @@ def _concepts(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
             crops = reference_crops(concept)[:_REFERENCES]
         except (ValueError, OSError):
             crops = []
-        told = "cannot be told" if row["concept"] in evaluation.unrecognised else ""
+        note = "not recognised" if row["concept"] in evaluation.unrecognised else ""
         images = [shrunk(crop, SMALL_SIDE) for crop in crops]
         rows.append(
-            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "images": images}
+            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "note": note, "images": images}
         )
     return rows
 

@@ -42,7 +42,7 @@ class View:
         return self.of_images(pixels)[..., rows, columns]
 
     def of_images(self, batch: Tensor) -> Tensor:
-        """The images of that part, of a batch with one entry per image, or one for all."""
+        """The images of that part, of a batch with one entry per image, or a single one."""
         return batch if self.image is None or len(batch) == 1 else batch[self.image : self.image + 1]
 
 
@@ -192,7 +192,7 @@ def _scale(control: Control, weights: Mapping[int, Tensor] | None, level: int, v
 
 
 def _of_images(weights: Mapping[int, Tensor] | None, images: Sequence[int]) -> Mapping[int, Tensor] | None:
-    """Scales by cell of some images; those that have one for all keep it."""
+    """Scales by cell of some images; a single one is shared."""
     if weights is None:
         return None
     return {level: cells if len(cells) == 1 else cells[images] for level, cells in weights.items()}

@@ -196,7 +196,7 @@ def both_sides(
 
 
 def for_each(text: str | list[str] | None, count: int) -> list[str]:
-    """A text for each of `count` prompts: one for all, or the empty text."""
+    """A text for each of `count` prompts: a single text is repeated, None is the empty text."""
     found = listed(text) or [""]
     return found * count if len(found) == 1 else found
 

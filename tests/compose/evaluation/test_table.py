@@ -115,7 +115,7 @@ def test_ratios_are_over_the_same_kind_of_lora_alone(evaluation: Evaluation) -> 
     assert np.mean(evaluation.arm("merge")["ratio"].to_numpy()) == pytest.approx((0.3 / 0.7 + 0.4 / 0.6) / 2)
 
 
-def test_a_concept_that_cannot_be_told(tmp_path: Path) -> None:
+def test_a_concept_that_the_encoder_does_not_recognise(tmp_path: Path) -> None:
     def measured(batch: Batch, seed: int) -> Seen:
         found = dict(known(batch, seed))
         return found | {"dog": (0.65, 0.1)} if batch.arm.name == "no LoRA" else found
