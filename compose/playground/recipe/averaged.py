@@ -22,8 +22,8 @@ class AveragedTrainer(ABC):
     Args:
         models: What is trained, in place.
         is_inner: Whether a weight, by its name in `nn.ModuleList(models)`, is one for Muon; AdamW moves the rest.
-        lr: Of Muon; AdamW has a tenth of it.
-        seed: Of noise, times and captions left out.
+        lr: Learning rate of Muon; AdamW has a tenth of it.
+        seed: Seed of noise, times and dropped captions.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AveragedTrainer(ABC):
         return loss.item()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
+        """The state of a checkpoint."""
         return {
             "step": self.step,
             "models": self.models.state_dict(),
@@ -64,14 +64,14 @@ class AveragedTrainer(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
+        """Resumes."""
         self.step, self.average = state["step"], state["average"]
         self.models.load_state_dict(state["models"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.generator.set_state(state["generator"])
 
     def write(self, pipe: Any, parts: Iterable[nn.Module], out: Path) -> None:
-        """Writes a pipeline with averaged weights in fp16; training may go on afterwards.
+        """Writes a pipeline with averaged weights in fp16; training may continue afterwards.
 
         Args:
             pipe: The pipeline around the models.
@@ -95,7 +95,7 @@ class AveragedTrainer(ABC):
 
 
 def _forget_origin(folder: Path) -> None:
-    """Takes out of a saved pipeline where the models came from: a path of the machine that trained them."""
+    """Removes the paths of the original models from a saved pipeline."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:

@@ -3,11 +3,11 @@
     python -m lora_compose.compose.playground.recipe.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up \
         --batch 64 --steps 2500
     python -m lora_compose.compose.playground.recipe.base sprites.npz MODEL --init CLOSE --steps 7500
-    python -m lora_compose.compose.playground.recipe.base sprites.npz BETTER --init MODEL --lr 0.006  (goes on)
+    python -m lora_compose.compose.playground.recipe.base sprites.npz BETTER --init MODEL --lr 0.006  (resumes)
 
-About a second a step on two cores. A checkpoint every 100 steps lies beside OUT and is continued from. Close-ups come
+About a second a step on two cores. A checkpoint next to OUT is written every 100 steps, and resumed. Close-ups come
 first: the same time spent on whole scenes alone gives blobs. The UNet predicts v (Salimans & Ho 2022); the loss is
-weighted by the signal-to-noise ratio (Hang et al. 2023); what is saved is the average of the last weights.
+weighted by the signal-to-noise ratio (Hang et al. 2023); the average of the last weights is saved.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, Averaged
 from lora_compose.compose.playground.recipe.loop import resume, run
 from lora_compose.compose.playground.recipe.scenes import Batch, Batches
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 WIDTH = 192
 NOISE: dict[str, Any] = {
@@ -76,7 +76,7 @@ def new_unet() -> UNet2DConditionModel:
 def pipeline(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The parts as what diffusers opens."""
+    """The parts as a pipeline of diffusers."""
     scheduler = DDIMScheduler(
         **NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"
     )
@@ -90,9 +90,9 @@ class BaseTrainer(AveragedTrainer):
     """Trains text encoder and UNet.
 
     Args:
-        pipe: What is trained, in place.
-        lr: Of Muon, which moves matrices and convolutions; AdamW moves the rest with a tenth of it.
-        seed: Of noise, times and captions left out.
+        pipe: The pipeline, trained in place.
+        lr: Learning rate of Muon, for matrices and convolutions; AdamW has a tenth of it for the rest.
+        seed: Seed of noise, times and dropped captions.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int) -> None:
@@ -124,7 +124,7 @@ class BaseTrainer(AveragedTrainer):
         return ((predicted.float() - velocity).pow(2) * weight.view(-1, 1, 1, 1)).mean()
 
     def save(self, out: Path) -> None:
-        """Writes the pipeline with averaged weights in fp16; training may go on afterwards."""
+        """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         self.write(self.pipe, (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae), out)
 
 
@@ -133,7 +133,7 @@ def _is_inner(name: str, weight: Tensor) -> bool:
     return weight.ndim > 1 and "embedding.weight" not in name and "conv_out" not in name
 
 
-@kindly()
+@handle_errors()
 def train(
     sprites: Path,
     out: Path,
@@ -147,7 +147,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1)] = 32,
     lr: float = 0.01,
     uses: Annotated[
-        int, typer.Option(min=1, help="Steps with the same images, each with noise of its own: encoding costs, too.")
+        int, typer.Option(min=1, help="Steps with the same images, each with new noise, which saves encoding.")
     ] = 2,
     seed: int = 0,
     threads: int = 2,

@@ -6,7 +6,7 @@
 
 `transformer_data` makes the pools. VAE, CLIP and its words are the playground's and stay as they are; the transformer
 and a small T5 learn together. Close-ups come first. Flow matching with logit-normal times (Esser et al. 2024), Muon for
-the matrices of the blocks, an average of the last weights; guidance is classifier-free, by captions left out.
+the matrices of the blocks, an average of the last weights; classifier-free guidance by dropped captions.
 """
 
 import time
@@ -31,7 +31,7 @@ from lora_compose.compose.playground.recipe.tokenizer import insisted
 from lora_compose.compose.playground.recipe.transformer_data import Pool
 from lora_compose.compose.playground.recipe.transformer_text import MAX_TOKENS, known_words, new_encoder, new_tokenizer
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 EVERY = 50  # steps between two lines of progress
 SHIFT = 1.0  # of the timesteps, when images are made
@@ -86,9 +86,9 @@ class TransformerTrainer(AveragedTrainer):
     """Trains transformer and T5.
 
     Args:
-        pipe: What is trained, in place.
-        lr: Of Muon.
-        seed: Of noise, times and captions left out.
+        pipe: The pipeline, trained in place.
+        lr: Learning rate of Muon.
+        seed: Seed of noise, times and dropped captions.
         fast: Compiles the forward pass.
     """
 
@@ -101,7 +101,7 @@ class TransformerTrainer(AveragedTrainer):
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def read(self, captions: Sequence[str]) -> None:
-        """T5's tokens and CLIP's summary of captions that were not met before; together it costs less."""
+        """T5's tokens and CLIP's pooled features of new captions, computed in one batch."""
         new = sorted(set(captions) - set(self._texts))
         for at in range(0, len(new), 256):
             part = new[at : at + 256]
@@ -131,16 +131,16 @@ class TransformerTrainer(AveragedTrainer):
         return (predicted.float() - (noise - clean)).pow(2).mean()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
+        """The state of a checkpoint."""
         return super().state_dict() | {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
+        """Resumes."""
         super().load_state_dict(state)
         self.seconds = state["seconds"]
 
     def save(self, out: Path) -> None:
-        """Writes the pipeline with averaged weights in fp16; training may go on afterwards."""
+        """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         parts = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae)
         self.write(self.pipe, parts, out)
         # Otherwise text encoders alone are opened in the precision of the file.
@@ -154,7 +154,7 @@ def _is_inner(name: str, weight: Tensor) -> bool:
 
 
 def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, checkpoint: Path, every: float) -> None:
-    """Trains for so many minutes in all; the learning rate follows the clock."""
+    """Trains for `minutes` in all; the learning rate follows the clock."""
     values: list[float] = []
     trainer.read(["", *pool.captions])
     saved = time.perf_counter()
@@ -167,7 +167,7 @@ def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, che
             trainer.seconds += time.perf_counter() - start
         if trainer.step % EVERY == 0:
             mean = sum(values) / len(values)
-            say(f"{trainer.step} loss {mean:.4f} {trainer.seconds:.0f} s, {len(pool)} pictures")
+            echo(f"{trainer.step} loss {mean:.4f} {trainer.seconds:.0f} s, {len(pool)} pictures")
             values = []
         if time.perf_counter() - saved > every:
             keep(checkpoint, trainer.state_dict())
@@ -175,7 +175,7 @@ def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, che
     keep(checkpoint, trainer.state_dict())
 
 
-@kindly()
+@handle_errors()
 def train(
     pool: Path,
     out: Path,
@@ -187,7 +187,7 @@ def train(
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Trains the transformer; a checkpoint beside OUT is continued from."""
+    """Trains the transformer; a checkpoint next to OUT is resumed."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     pipe: Any = FluxPipeline.from_pretrained(init, dtype=torch.float32) if init else new_pipeline()
