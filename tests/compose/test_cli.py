@@ -349,7 +349,7 @@ def test_all_missing_loras_are_listed(saved: dict[str, Path], tmp_path: Path) ->
     assert "robot-tara.safetensors" in result.stderr
 
 
-def test_a_lora_that_has_changed_is_told_and_the_right_one_preferred(moved: Path, tmp_path: Path) -> None:
+def test_a_lora_that_has_changed_is_reported_and_the_right_one_preferred(moved: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     shutil.copy(tmp_path / "loras/my,bear.safetensors", tmp_path / "kept")
     shutil.copy(playground_lora("robot"), tmp_path / "loras/my,bear.safetensors")

@@ -703,7 +703,7 @@ def test_the_command_trains_as_python_does(begin: Callable[..., Training], tmp_p
     assert same(expected, settings.out)
 
 
-def test_the_command_answers_mistakes_kindly(begin: Callable[..., Training]) -> None:
+def test_the_command_reports_mistakes_without_a_traceback(begin: Callable[..., Training]) -> None:
     settings = begin()
     error = call(*arguments(settings, "--keys", "tied"), code=BAD_INPUT).stderr
     assert "--keys: these are options of --tara, which is not given" in error

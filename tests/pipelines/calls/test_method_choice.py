@@ -60,7 +60,7 @@ def test_what_clora_lacks_is_named_with_what_to_write(composer, caplog, case):
     assert "subjects blend" in said.getMessage()
 
 
-def test_ordinary_loras_without_regions_are_told_apart_by_their_words(composer, caplog):
+def test_ordinary_loras_without_regions_are_distinguished_by_their_words(composer, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
     assert isinstance(choose_method(ordinary(composer), ["a sks cat, a zwx dog"]).method, Draft)
     assert "method: draft, because the prompt names every concept" in caplog.text
