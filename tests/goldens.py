@@ -1,4 +1,4 @@
-"""Runs whose latents must not change unless somebody means it: every method, and what else changes what is computed.
+"""Runs whose latents must not change by accident: every method, and what else changes what is computed.
 
     PYTHONPATH=tests python -m goldens make before.pt       # all of them, whole, of the code as it is
     PYTHONPATH=tests python -m goldens compare before.pt    # bit for bit: on the same machine with the same libraries

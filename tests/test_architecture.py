@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md says what is so: the rings, where the central types are, and how a call goes through the files."""
+"""ARCHITECTURE.md is true: the rings, where the central types are, and how a call goes through the files."""
 
 import ast
 import re

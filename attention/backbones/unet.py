@@ -30,7 +30,7 @@ class UNetBackbone:
         model: As given.
         sites: Every layer that a LoRA may adapt, by name.
         levels: Levels on which there are layers.
-        map_level: The level whose attention maps say where concepts are.
+        map_level: The level whose attention maps show where concepts are.
         map_layers: The cross-attention layers on it.
         self_map_layers: The self-attention layers on it.
         text_layers: How many layers read the text; each may have a text of its own.
@@ -49,7 +49,7 @@ class UNetBackbone:
 
     @property
     def map_level(self) -> int:
-        """The level whose attention maps say where concepts are."""
+        """The level whose attention maps show where concepts are."""
         return map_level(self._layers)
 
     @property
@@ -149,7 +149,7 @@ class AttentionLayer:
 Layout = tuple[tuple[str, bool | None], ...]
 """The names of all modules of a UNet, and of attention layers whether they are cross-attention.
 
-What follows from it is worked out once for each layout, since it is asked for in every call.
+What follows from it is computed once for each layout, since every call needs it.
 """
 
 

@@ -136,8 +136,8 @@ def choose_method(
     subjects = [loaded.concept for loaded in given]
     if any(subject.region for subject in subjects):
         return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
-    asked = given or (concepts if prompts is not None else ())  # with styles alone, they decide
-    if asked and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
+    relevant = given or (concepts if prompts is not None else ())  # with styles alone, they decide
+    if relevant and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant):
         return _chosen(Tara(), "every concept was trained for it")
     sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
     subjects_of = [[one.concepts[i] for i in one.subjects] for one in sets]

@@ -1,4 +1,4 @@
-"""Opening what strangers name: regular files alone, and never waiting."""
+"""Opening untrusted paths: regular files only, and never waiting."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""What the methods cost, as the command says it."""
+"""The costs of methods, as the command prints them."""
 
 import json
 from pathlib import Path

@@ -52,7 +52,7 @@ DINO: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attentio
 
 
 def tokenizer_of(family: str) -> Any:
-    """The playground's tokenizer; for SigLIP 2 its own kind, which transformers takes whatever a folder says."""
+    """The playground's tokenizer; for SigLIP 2 its own kind, which transformers uses for any folder."""
     if family != "siglip2":
         return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
     letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]

@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it says, and that it needs nothing else."""
+"""The report of an evaluation: its content, in one file."""
 
 import base64
 import io

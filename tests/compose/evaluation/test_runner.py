@@ -430,7 +430,7 @@ def test_a_rerun_makes_nothing_again(suite: Suite, finished: Path, tmp_path: Pat
 
 
 def _ends(pid: int) -> bool:
-    """Whether a process ends soon; it may wait for somebody to take note of that."""
+    """Whether a process ends soon; a zombie counts."""
     for _ in range(100):
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return True

@@ -86,7 +86,7 @@ def test_without_a_detector_the_regions_are_cut_out(suite: Suite, scorer: Scorer
 
 
 def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Encoder) -> None:
-    """A detector that calls both of them animals; likeness says which is which."""
+    """A detector that calls both of them animals; likeness distinguishes them."""
 
     class Animals:
         def detect(self, image: Image.Image, words: Any) -> list[Detection]:

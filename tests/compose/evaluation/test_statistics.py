@@ -1,4 +1,4 @@
-"""Intervals by scene, against scipy and by simulation; verdicts that say no more than the scenes do."""
+"""Intervals by scene, against scipy and by simulation; verdicts need enough scenes."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""`lora-compose inspect` says what files are, what fits a model, and what several files share."""
+"""`lora-compose inspect` shows what files contain, what fits a model, and what several files share."""
 
 import json
 from collections.abc import Callable

@@ -478,7 +478,7 @@ def test_the_files_of_a_visit_are_gone_with_it(files: store.Store) -> None:
 
 
 def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    """Another process is killed with its folder; one that lives keeps its own."""
+    """The folder of a killed process is removed; a running one keeps its own."""
     # By its path alone: a whole page takes seconds to start.
     code = f"import runpy; print(runpy.run_path({folders.__file__!r})['new_folder'](), flush=True); input()"
     env = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -789,7 +789,7 @@ def test_one_call_at_a_time_in_the_order_of_arrival(model: OpenModel) -> None:
 
 
 def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> None:
-    """Two visitors call different LoRAs by the same name."""
+    """Two sessions give different LoRAs the same name."""
     first = short(concepts=(BEAR.model_copy(update={"name": "it"}),), prompt="a xlo bear", method="merge")
     second = short(concepts=(ROBOT.model_copy(update={"name": "it"}),), prompt="a qrt robot", method="merge")
     alone = [np.asarray(make(open_model(one.runs()[0]), one.runs()[0]).image) for one in (first, second)]
@@ -924,7 +924,7 @@ def test_compose_needs_no_streamlit_but_for_the_screen() -> None:
 
 
 def test_settings_of_constructors_can_be_shown() -> None:
-    """What a record of `Tara.official()` or `LoraComposer.official()` says can be set on the page."""
+    """The settings of `Tara.official()` and `LoraComposer.official()` can be set on the page."""
     for method, settings in (("tara", Tara.official()), ("lora-composer", LoraComposer.official())):
         shown = {control.name: control.shown(getattr(settings, control.name)) for control in controls.controls(method)}
         assert METHODS[method](**controls.changed(method, shown)) == settings

@@ -12,7 +12,7 @@ from lora_compose.compose.support.terminal import bar, progress_line, starting
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What is said on stderr, where that is no terminal, with hardly any time between two lines."""
+    """The output on stderr without a terminal, with hardly any time between two lines."""
     stream = io.StringIO()
     monkeypatch.setattr(terminal, "err", Console(file=stream, width=200))
     monkeypatch.setattr(terminal, "EVERY", 0.01)

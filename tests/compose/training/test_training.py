@@ -337,7 +337,7 @@ except Stopped:
 
 
 def by_two(*arguments: object) -> list[tuple[int, str, str]]:
-    """Runs Python in two processes that know of each other; returns how they ended and what they said."""
+    """Runs Python in two processes of one group; returns exit codes and output."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

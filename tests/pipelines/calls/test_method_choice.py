@@ -1,4 +1,4 @@
-"""Without a method one is chosen, and the log says why."""
+"""Without a method one is chosen, and the log names the reason."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from lora_compose.pipelines.scene import Concept
 
 
 def ordinary(composer: Any, **changes: Any) -> list[Any]:
-    """The cat and the dog, as if their files did not say how they were trained."""
+    """The cat and the dog, without the training method in their metadata."""
     concepts = [Concept(name=name, **{"class_word": name, **changes.get(name, {})}) for name in ("cat", "dog")]
     return [replace(concept, file=None) for concept in composer.resolve_concepts(concepts)]
 
