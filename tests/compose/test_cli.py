@@ -231,7 +231,7 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
         (
             "path=a.safetensors,region=1:2:3",
-            "region 1:2:3: expected left,top,right,bottom in pixels (0,16,60,112), as parts",
+            "region 1:2:3: expected left,top,right,bottom in pixels (0,16,60,112), as fractions",
         ),
         ("path=a.safetensors,region=9:0:3:4", "left has to be less than right"),
         ("path=a.safetensors,region=0,0,0.5,64", "with a point, a box is in fractions of the image"),
