@@ -88,6 +88,22 @@ def compare(
     compare_folders(first, second)
 
 
+@app.command()
+@handle_errors(logging.ERROR)
+def failures(
+    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
+    method: Annotated[str, typer.Option(help="A row of its table.")],
+    to: Annotated[
+        Path | None, typer.Option("--out", help="File for the sheet; default: failures-METHOD.png in the folder.")
+    ] = None,
+) -> None:
+    """Show how a method fails: counts by kind, and a sheet of examples."""
+    _check_packages()
+    with starting():
+        from lora_compose.compose.evaluation.failures import show_failures
+    show_failures(folder, method, to)
+
+
 def _check_packages() -> None:
     missing = [name for name in ("scipy", "pandas", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
