@@ -80,7 +80,7 @@ def test_kernels_have_the_bits_of_diffusers_processors(
 @pytest.mark.parametrize("processor", PROCESSORS.values())
 @torch.no_grad()
 def test_a_bias_on_the_text_is_diffusers_attention_mask(processor: Any, dtype: torch.dtype) -> None:
-    attn = attention(processor=processor(), cross_attention_dim=12).to(dtype)
+    attn: Any = attention(processor=processor(), cross_attention_dim=12).to(dtype)
     generator = torch.Generator().manual_seed(1)
     hidden, text, bias = (torch.randn(2, *size, generator=generator).to(dtype) for size in ((24, 16), (7, 12), (24, 7)))
     expected = attn(hidden, text, attention_mask=bias)
