@@ -24,7 +24,7 @@ from torch import Tensor
 from lora_compose.attention import Backbone, Gates, grid_at
 from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates, one_text, say_once
+from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates, one_text, warn_once
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.session import Session
@@ -87,7 +87,7 @@ class FreeFuse:
         if len(concepts.subjects) < 2:
             return Merge().start(session)
         if any(concept.region for concept in concepts.concepts):
-            say_once("freefuse ignores regions and finds subjects by itself; method='regional' uses regions")
+            warn_once("freefuse ignores regions and finds subjects by itself; method='regional' uses regions")
         text = one_text(session, concepts.weights_of(range(len(concepts.loaded))))
         mine = text.conditional_rows, slice(None), list(concepts.subjects)
         phrases, triggers = text.phrase_mask[mine], text.trigger_mask[mine]
@@ -260,12 +260,12 @@ def balanced(maps: Tensor) -> Tensor:
         soft = (1 - _MOMENTUM) * _relative(scores - handicap, 1) + _MOMENTUM * soft
         mass = soft.sum(dim=(2, 3), keepdim=True) + 1e-6
         y, x = ((soft * axis).sum(dim=(2, 3), keepdim=True) / mass for axis in (down, across))
-        count = _owners(scores - handicap).sum(dim=(2, 3), keepdim=True)
+        count = _one_hot(scores - handicap).sum(dim=(2, 3), keepdim=True)
         pace = 0.01 * 0.95**i * span[:, None, None, None]
         handicap = handicap + pace * torch.sign(count - height * width / subjects)
         votes = F.conv2d(soft, neighbours, padding=1, groups=subjects)
         scores = maps - handicap + _VOTES * votes - _NEARNESS * ((down - y).square() + (across - x).square())
-    return _owners(scores)
+    return _one_hot(scores)
 
 
 def _relative(scores: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -273,5 +273,5 @@ def _relative(scores: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return (scores - low) / (high - low + 1e-8 * _SDXL_CELLS)
 
 
-def _owners(scores: Tensor) -> Tensor:
+def _one_hot(scores: Tensor) -> Tensor:
     return F.one_hot(scores.argmax(dim=1), scores.shape[1]).movedim(-1, 1).to(scores.dtype)
