@@ -185,6 +185,7 @@ def _by_family() -> dict[str, Golden]:
             "clora branches": Golden(family, "clora", {"fuse": "branches"}),
             "clora branches in turn": Golden(family, "clora", {"fuse": "branches", "branch_batch_size": 1}),
             "draft": Golden(family, "draft", cheap=True),
+            "freefuse": Golden(family, "freefuse", cheap=True),
             "default": Golden(family, None),
         }
         found |= {f"{family}: {name}": run for name, run in runs.items()}
@@ -290,6 +291,7 @@ def _others() -> dict[str, Golden]:
         "playground: lora-composer": Golden("playground", "lora-composer", fields=boxed()),
         "playground: clora": Golden("playground", "clora"),
         "playground: draft": Golden("playground", "draft", arguments={"num_inference_steps": 8}),
+        "playground: freefuse": Golden("playground", "freefuse", {"words": "phrase", "rows": "cond_only"}),
         "playground: clora official": Golden("playground", "clora:official", {"refinements": 2}),
     }
 

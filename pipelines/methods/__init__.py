@@ -9,6 +9,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.draft import Draft
+from lora_compose.pipelines.methods.freefuse import FreeFuse
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings
@@ -27,6 +28,7 @@ __all__ = [
     "Composite",
     "Draft",
     "FixedPasses",
+    "FreeFuse",
     "LoraComposer",
     "Merge",
     "Process",
@@ -50,6 +52,7 @@ METHODS: Mapping[str, type[Settings]] = {
     "lora-composer": LoraComposer,
     "clora": Clora,
     "draft": Draft,
+    "freefuse": FreeFuse,
 }
 
 PRESETS: Mapping[str, Callable[[], Settings]] = {
@@ -57,6 +60,7 @@ PRESETS: Mapping[str, Callable[[], Settings]] = {
     "lora-composer:official": LoraComposer.official,
     "lora-composer:paper": LoraComposer.paper,
     "clora:official": Clora.official,
+    "freefuse:official": FreeFuse.official,
 }
 """The authors' settings, by preset name."""
 
