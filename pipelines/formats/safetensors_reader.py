@@ -149,7 +149,7 @@ def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], 
             _skip(file, entry.stop - entry.start, digest)
             continue
         part = whole.narrow(0, inside[key], entry.stop - entry.start)
-        data = part.numpy()
+        data = part.numpy().data
         if file.readinto(data) != len(data):
             raise DamagedError("the file became shorter while it was read")
         digest.update(data)
