@@ -149,7 +149,7 @@ def _call_with_peft(pipe: Any, job: Job) -> "Call":
     tensors = {f"unet.{n}.lora_{side}.weight": t for n, f in lora for side, t in (("A", f.down), ("B", f.up))}
     start = time.perf_counter()
     for name in names:
-        pipe.load_lora_weights(dict(tensors), adapter_name=name)
+        pipe.unet.load_lora_adapter(dict(tensors), adapter_name=name, prefix="unet")
     try:
         pipe.set_adapters(names)
         if job.method == "fuse_lora":
