@@ -1,4 +1,4 @@
-"""What the host does for a call: Python calls and the operations that it launches, counted; and its CPU time."""
+"""The work of the host for a call: Python calls, launched tensor operations, and CPU time."""
 
 import sys
 import time
@@ -23,20 +23,20 @@ class Work:
     operations: int
 
     def __sub__(self, other: "Work") -> "Work":
-        """What is more in one than in the other."""
+        """The difference of two counts."""
         return Work(self.python_calls - other.python_calls, self.operations - other.operations)
 
 
 @dataclass(frozen=True)
 class HostWork:
-    """What a method adds to the plain pipeline.
+    """The work that a method adds to the plain pipeline.
 
     Attributes:
-        first: In a call, but for its steps, if its concepts have not been used before.
+        first: In a first call with its concepts, without its steps.
         again: The same in later calls.
         step: In a step.
-        first_ms: CPU time of a call of one step, but for the model's forward passes, with new concepts. Of methods
-            with updates it has the backward passes.
+        first_ms: CPU time of a first call of one step, without forward passes of the model; with updates, backward
+            passes are in it.
         again_ms: The same in later calls.
     """
 
@@ -66,7 +66,7 @@ def host_work(pipe: Any, job: Job) -> HostWork:
         return Work(_python_calls(function), _operations(function))
 
     plain, ours = way(None), way(job.method)
-    plain()  # what is made once
+    plain()  # what is computed once
     one, two = work(plain), work(way(None, 2))
     new = work(anew)
     later, more = work(ours), work(way(job.method, 2))

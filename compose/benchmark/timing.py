@@ -37,7 +37,7 @@ class Job:
 
     Attributes:
         model: A folder, a checkpoint file, a hub repository, `playground`, or one of `STRUCTURES`.
-        device: Where it runs.
+        device: The device.
         steps: Denoising steps.
         method: Name of the method, or one of `PEFT_WAYS`; None is the plain pipeline.
         concepts: Number of concepts.
@@ -69,8 +69,8 @@ class Timed:
         change_seconds: Beside these, to put the LoRAs into the model and to take them out; 0 for methods, which do that
             in the call.
         ratio: Method to plain, the median.
-        ratio_min: The least.
-        ratio_max: The most.
+        ratio_min: The smallest ratio.
+        ratio_max: The largest ratio.
     """
 
     plain_seconds: float
@@ -165,10 +165,10 @@ def _call_with_peft(pipe: Any, job: Job) -> "Call":
 
 
 def peak_bytes(job: Job) -> int:
-    """The peak of the memory of one call, model and LoRAs included, in a process of its own.
+    """Peak memory of one call, model and LoRAs included, in a process of its own.
 
     Raises:
-        ChildProcessError: If that fails; the message carries what it said.
+        ChildProcessError: If that process fails; the message has its error output.
     """
     command = [sys.executable, "-m", "lora_compose.compose.benchmark.timing", json.dumps(asdict(job))]
     ran = subprocess.run(command, capture_output=True, text=True)

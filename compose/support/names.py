@@ -18,8 +18,8 @@ __all__ = [
     "unknown",
 ]
 
-METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft")
-PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official")
+METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft", "freefuse")
+PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official", "freefuse:official")
 MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr")
 """The registries themselves import torch; a test compares them with these."""
 
