@@ -103,6 +103,7 @@ def bench(
     size: int | None,
     savers: Collection[Saver],
     pairs: int,
+    peaks: bool,
     to: Path | None,
 ) -> None:
     """Shows the costs of methods relative to the plain pipeline.
@@ -124,6 +125,7 @@ def bench(
         size: Width and height of images; None is the model's own.
         savers: Options that save memory.
         pairs: Timed rounds: a plain call, one of each method, and PEFT's.
+        peaks: Whether the memory of what is timed is measured.
         to: A file for the numbers, JSON.
 
     Raises:
@@ -143,9 +145,9 @@ def bench(
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
     if memory:
-        peaks = peak_cells(cells, steps, settings)
-        out.print(peaks_table(peaks, steps))
-        numbers["peaks"] = [asdict(row) for row in peaks]
+        computed = peak_cells(cells, steps, settings)
+        out.print(peaks_table(computed, steps))
+        numbers["peaks"] = [asdict(row) for row in computed]
         numbers["decoding"] = decoding = decoding_bytes_by_architecture()
         for name, (whole, tiled) in decoding.items():
             echo(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
@@ -158,7 +160,7 @@ def bench(
         out.print(host_table(worked, f"{model} on {device}"))
         numbers["calls"] = [asdict(row) for row in worked]
     if time:
-        timed = time_rows(methods, concepts, replace(real, steps=steps, savers=saving), pairs)
+        timed = time_rows(methods, concepts, replace(real, steps=steps, savers=saving), pairs, peaks=peaks)
         shown = [] if size is None else [f"{size} x {size}"]
         what = [f"{model} on {device}", dtype, *saving, *shown, f"{steps} steps", f"{pairs} interleaved rounds"]
         out.print(times_table(timed, ", ".join(what)))

@@ -24,11 +24,13 @@ class TimedRow:
     method: str
     concepts: int
     time: Timed
-    peak_bytes: int
-    plain_peak_bytes: int
+    peak_bytes: int | None
+    plain_peak_bytes: int | None
 
 
-def time_rows(methods: Sequence[str], concepts: Sequence[int], plain: Job, rounds: int) -> list[TimedRow]:
+def time_rows(
+    methods: Sequence[str], concepts: Sequence[int], plain: Job, rounds: int, *, peaks: bool = True
+) -> list[TimedRow]:
     """Times methods with so many concepts in this process, then measures the memory of each in a process of its own.
 
     In every round the plain pipeline, all methods and PEFT make one image each, one after the other.
@@ -38,6 +40,7 @@ def time_rows(methods: Sequence[str], concepts: Sequence[int], plain: Job, round
         concepts: Numbers of concepts.
         plain: A job of the plain pipeline, with the settings of all methods.
         rounds: How many.
+        peaks: Whether the memory is measured.
     """
     jobs = [[replace(plain, method=name, concepts=n) for name in (*methods, *PEFT_WAYS)] for n in concepts]
     pipe, times = open_with_concepts(replace(plain, concepts=max(concepts))), []
@@ -47,12 +50,14 @@ def time_rows(methods: Sequence[str], concepts: Sequence[int], plain: Job, round
             on_progress(i, f"timing {concepts[i]} concepts")
             times += time_ways(pipe, some, rounds)
         del pipe
-        peaks = []
+        found: list[int | None] = []
         for job in (plain, *each):
-            on_progress(len(jobs) + len(peaks), f"memory of {job.method or 'plain'} with {job.concepts} concepts")
-            peaks.append(peak_bytes(job))
-    found = zip(each, times, peaks[1:], strict=True)
-    return [TimedRow(job.method or "", job.concepts, time, peak, peaks[0]) for job, time, peak in found]
+            on_progress(len(jobs) + len(found), f"memory of {job.method or 'plain'} with {job.concepts} concepts")
+            found.append(peak_bytes(job) if peaks else None)
+    return [
+        TimedRow(job.method or "", job.concepts, time, peak, found[0])
+        for job, time, peak in zip(each, times, found[1:], strict=True)
+    ]
 
 
 def times_table(rows: Sequence[TimedRow], what: str) -> Table:
@@ -63,12 +68,18 @@ def times_table(rows: Sequence[TimedRow], what: str) -> Table:
         "set_adapters and fuse_lora are plain diffusers with PEFT",
         ["method", "N", "plain s", "s", "before", "beside", "ratio", "min..max", "MiB", "ratio"],
     )
-    table.add_row("plain", "0", *"------", f"{rows[0].plain_peak_bytes / MIB:.0f}", "1.000")
+    plain = rows[0].plain_peak_bytes
+    table.add_row("plain", "0", *"------", *_peak(plain, plain))
     for row in rows:
-        time, memory = row.time, row.peak_bytes / row.plain_peak_bytes
+        time = row.time
         table.add_row(
             row.method, str(row.concepts), f"{time.plain_seconds:.2f}", f"{time.seconds:.2f}",
             f"{time.preparation_seconds:.2f}", f"{time.change_seconds:.2f}", f"{time.ratio:.3f}",
-            f"{time.ratio_min:.2f}..{time.ratio_max:.2f}", f"{row.peak_bytes / MIB:.0f}", f"{memory:.3f}",
+            f"{time.ratio_min:.2f}..{time.ratio_max:.2f}", *_peak(row.peak_bytes, plain),
         )  # fmt: skip
     return table
+
+
+def _peak(peak: int | None, plain: int | None) -> tuple[str, str]:
+    """MiB, and the ratio to the plain pipeline."""
+    return ("-", "-") if peak is None or plain is None else (f"{peak / MIB:.0f}", f"{peak / plain:.3f}")

@@ -61,6 +61,7 @@ def bench(
         list[Saver] | None, typer.Option("--save-memory", help="Time with less memory, repeatable.")
     ] = None,
     pairs: Annotated[int, typer.Option(help="Number of interleaved rounds of timed runs.", min=1)] = 7,
+    peaks: Annotated[bool, typer.Option(help="With --time, measure memory too, each in a process of its own.")] = True,
     to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
     """Show the costs of methods, relative to a plain image.
@@ -80,5 +81,5 @@ def bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
         transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device,
         dtype=dtype, size=size, savers=savers or (),
-        pairs=pairs, to=to,
+        pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip
