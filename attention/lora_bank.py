@@ -129,9 +129,10 @@ class BankLayer(nn.Module):
             base = base_layer(self.layer)
             hidden = F.conv2d(x, self.A, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]
             return out + F.conv2d(hidden * gate, self.B)
-        hidden = F.linear(x, self.A) * gate
-        if out.dtype != self.B.dtype:  # autocast
-            return out + F.linear(hidden, self.B)
+        # Quantised layers take inputs of any precision, so these may differ from that of the model.
+        hidden = F.linear(x.to(self.A.dtype), self.A) * gate
+        if out.dtype != self.B.dtype:  # the same, or autocast
+            return out + F.linear(hidden, self.B).to(out.dtype)
         # In place: a third less time than a separate addition.
         out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.B.t())
         return out
