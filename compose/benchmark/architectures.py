@@ -81,7 +81,9 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
     "Krea 2": (Krea2Transformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
 }  # fmt: skip
-"""By the classes' own defaults, which are the published models', but for what is said here."""
+"""By the classes' own defaults, which for FLUX.1, Krea 2 and Z-Image are the `transformer/config.json` of FLUX.1-dev,
+Krea-2-Turbo and Z-Image-Turbo (whose `axes_lens` of 1536 is only the length of a table). FLUX.2-klein: `Klein4BParams`
+and `Klein9BParams` in `src/flux2/model.py` of github.com/black-forest-labs/flux2."""
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
 RANK = 8
