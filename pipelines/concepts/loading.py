@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
+from lora_compose.pipelines.formats.transformer_names import swaps_halves
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
 
@@ -197,7 +199,7 @@ def _shared_out(
 ) -> Iterable[tuple[str, Layer]]:
     """The part of a file's layer that belongs to each of the model's, whose outputs follow one another in it."""
     if len(names) == 1 or model is None:
-        return [(name, layer) for name in names]
+        return [(name, replace(layer, swapped=swaps_halves(name, layer.module))) for name in names]
     sizes = [weight_shape(uncompiled(model), name)[0] for name in names]
     try:
         outputs, _ = size(layer.parts) if not layer.slots.keys() & UNSUPPORTED.keys() else (sum(sizes), 0)
@@ -249,6 +251,8 @@ def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: A
         made = change(layer.parts, alphas.scale(name, layer), max_rank)
         if layer.outputs is not None:
             made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / layer.shares)
+        if layer.swapped:
+            made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
         factors = _reshaped(made.factors, base_layer(model.get_submodule(name)))
         check_factors(model, name, factors.down.shape, factors.up.shape)
     except LoraError:
