@@ -1,4 +1,4 @@
-"""Models by their configuration, and LoRAs for any UNet: to measure what needs no trained files."""
+"""Models from configurations, and random LoRAs for any UNet: benchmarks need no trained files."""
 
 import string
 from collections.abc import Callable, Mapping
@@ -81,9 +81,12 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
     "Krea 2": (Krea2Transformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
 }  # fmt: skip
-"""By the classes' own defaults, which for FLUX.1, Krea 2 and Z-Image are the `transformer/config.json` of FLUX.1-dev,
-Krea-2-Turbo and Z-Image-Turbo (whose `axes_lens` of 1536 is only the length of a table). FLUX.2-klein: `Klein4BParams`
-and `Klein9BParams` in `src/flux2/model.py` of github.com/black-forest-labs/flux2."""
+"""Configurations of transformers: the defaults of their classes, with changes.
+
+The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo and Z-Image-Turbo (whose `axes_lens` of
+1536 is the length of a table). FLUX.2-klein: `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
+github.com/black-forest-labs/flux2.
+"""
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
 RANK = 8
@@ -94,7 +97,7 @@ PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS, NOUNS, 
 
 @cache
 def without_weights(family: str) -> SimpleNamespace:
-    """The models of a family at full size, on the meta device: names and shapes, but no numbers.
+    """The models of a family at full size, on the meta device: names and shapes, but no values.
 
     Args:
         family: One of `FAMILIES`.

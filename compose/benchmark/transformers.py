@@ -1,4 +1,4 @@
-"""What LoRAs cost in a forward pass of a transformer of full size, run without numbers."""
+"""Costs of LoRAs in a forward pass of a transformer of full size, run without values on the meta device."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ SHOWN = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
 
 @dataclass(frozen=True)
 class PassCost:
-    """What one forward pass of one row costs with `regional`, whose LoRAs act in all layers at once.
+    """The costs of one forward pass of one row with `regional`, whose LoRAs act in all layers at once.
 
     Attributes:
-        flops: A multiplication and an addition are two.
-        peak_bytes: The most that lives at once, model and LoRAs included.
-        offloaded_bytes: The same where only one block at a time is on the device (group offloading by blocks).
+        flops: FLOPs; a multiplication and an addition count as two.
+        peak_bytes: Peak memory, model and LoRAs included.
+        offloaded_bytes: The same if only one block at a time is on the device (group offloading by blocks).
     """
 
     flops: int
@@ -35,7 +35,7 @@ class PassCost:
 
 
 def block_lora(model: nn.Module, rank: int) -> Lora:
-    """Factors without numbers for every linear layer that sees text or image; modulation layers are left alone."""
+    """Factors without values for every linear layer that sees text or image; modulation layers are left alone."""
     found = {}
     for name, site in backbone_of(model).sites.items():
         layer = model.get_submodule(name)
@@ -52,8 +52,8 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
 
     Args:
         model: A transformer on the meta device.
-        concepts: How many LoRAs act, each in a column of the image; 0 is the plain model.
-        rank: Of each.
+        concepts: Number of LoRAs, each in a column of the image; 0 is the plain model.
+        rank: Rank of each.
         latent_grid: Height and width of the latents.
         tokens: Tokens of the text of the whole image.
     """
@@ -96,7 +96,7 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _inputs(model: Any, tokens: int) -> dict[str, Any]:
-    """The text, what belongs to it, and further arguments of each family's forward pass."""
+    """The text, and the further arguments of each family's forward pass."""
     config: Mapping[str, Any] = model.config
     dtype = next(model.parameters()).dtype
 

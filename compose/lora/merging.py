@@ -316,7 +316,7 @@ def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
 
 
 def _spelling(file: LoraFile) -> Spelling:
-    """Whose keys a file has, of the two that are written."""
+    """The spelling of a file's keys, of the two that are written."""
     for key in map(parse, file.tensors):
         if key is not None and key.slot in ("down", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"):
             return "kohya" if key.prefix.endswith("_") or key.suffix == ".lora_down.weight" else "diffusers"
@@ -324,7 +324,7 @@ def _spelling(file: LoraFile) -> Spelling:
 
 
 def _needed(alpha: float | None, file: LoraFile) -> float | None:
-    """The alpha that was given, for files that do not say theirs."""
+    """The given alpha, if the file has none."""
     settings = (key for config in file.config.values() for key in config)
     own = any(key.endswith(".alpha") for key in file.tensors) or not {"lora_alpha", "alpha"}.isdisjoint(settings)
     return None if own else alpha

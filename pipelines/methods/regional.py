@@ -27,7 +27,7 @@ from torch import Tensor
 from lora_compose.attention import Gates, JointRegions, Site, grid_at
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import ByImage, FixedPasses, Process, one_text, say_once, say_unread
+from lora_compose.pipelines.methods.process import ByImage, FixedPasses, Process, one_text, warn_once, warn_unread
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.regions import Regions, region_mask
 from lora_compose.pipelines.session import Session
@@ -152,7 +152,7 @@ class Regional:
         if self.isolate:
             raise ValueError("isolate needs texts of regions (texts='regions'), which only transformers have")
         if joint is not None and unnamed:
-            say_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
+            warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
         return None
 
     def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
@@ -192,7 +192,7 @@ def shared_text(session: Session) -> TextsOfRegions:
     concepts = session.concepts
     for loaded in concepts.loaded:
         if loaded.factors.text_encoders and not loaded.concept.is_style:
-            say_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
+            warn_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
     text = one_text(session, concepts.weights_of(concepts.styles))
     return TextsOfRegions(text, torch.ones_like(text.trigger_mask), None, text)
 
@@ -246,25 +246,25 @@ class SegmentedTexts:
         return TextsOfRegions(text, own, regions, self.base)
 
 
-def segment_texts(session: Session, owners: Sequence[int]) -> SegmentedTexts:
+def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
     """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
 
     Args:
         session: The call.
-        owners: Indices of the concepts that have a region.
+        indices: Indices of the concepts that have a region.
     """
     concepts, encode = session.concepts, session.prompts.encode
     every, prompts = concepts.concepts, session.prompts.texts or ()
-    say_unread([], every, "the negative prompt is the call's in all regions")
-    mine, others = [every[i] for i in owners], [concept for i, concept in enumerate(every) if i not in owners]
+    warn_unread([], every, "the negative prompt is the call's in all regions")
+    mine, others = [every[i] for i in indices], [concept for i, concept in enumerate(every) if i not in indices]
     plain = [without_triggers(prompt, mine) for prompt in prompts]
     named = [other.name for other in others if other.trigger and other.prompt is None]
     base = encode(concepts.weights_of(concepts.styles), plain, names=named)
     texts = []
-    for i in owners:
+    for i in indices:
         own = [about(every[i], prompt, mine) for prompt in prompts]
         texts.append(encode(concepts.with_styles([i]), own, names=[every[i].name] if every[i].trigger else []))
-    of = [None if concept.is_style else 1 + owners.index(i) if i in owners else 0 for i, concept in enumerate(every)]
+    of = [None if concept.is_style else 1 + indices.index(i) if i in indices else 0 for i, concept in enumerate(every)]
     return SegmentedTexts(base, tuple(texts), tuple(of))
 
 
