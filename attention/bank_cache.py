@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.lora_bank import BankLayer
+from lora_compose.attention.lora_bank import BankLayer, Part
 
 Handle = tuple[Hashable, ...]
 """Stands for a LoRA: equal handles, equal factors. It begins with the handle of the file that the LoRA is from."""
@@ -46,7 +46,7 @@ class Bank:
     @property
     def bytes(self) -> int:
         """The memory that it takes."""
-        own = [tensor for layer in self.layers.values() for tensor in (layer.A, layer.B)]
+        own = [tensor for layer in self.layers.values() for tensor in layer.tensors]
         return sum(tensor.nbytes for tensor in (*own, *(one for pair in self.exact.values() for one in pair)))
 
 
@@ -82,7 +82,7 @@ class BankCache:
         autograd cannot use its tensors.
         """
         bank.state.inputs, bank.state.recorders = LayerInputs(), ()
-        if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in (layer.A, layer.B)):
+        if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in layer.tensors):
             return
         self._banks[key] = bank
         for other in [other for other in self._banks if other.loras == key.loras and other != key]:
@@ -102,7 +102,7 @@ class BankCache:
         for key, bank in self._banks.items():
             if handle in key.loras and (key.device, key.dtype) == (device, dtype):
                 column = key.loras.index(handle)
-                return {name: layer.part(column) for name, layer in bank.layers.items() if layer.key.ranks[column]}
+                return {name: layer.part(column) for name, layer in bank.layers.items() if column in layer.concepts}
         return None
 
     def forget(self, file: Hashable) -> None:
@@ -133,5 +133,5 @@ class KeptBanks:
     handles: tuple[Handle, ...]
 
 
-Parts = Mapping[str, tuple[Tensor, Tensor]]
+Parts = Mapping[str, Part]
 """The factors of one LoRA as a bank has them, by layer."""

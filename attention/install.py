@@ -14,7 +14,7 @@ from lora_compose.attention.device import modules_of, to_device, uncompiled
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
-from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
+from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, base_layer
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Site, Stream
@@ -65,7 +65,7 @@ class Installation:
             joint_regions: Region attention for text and image in one sequence.
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
-        keys = {layer.key for layer in self.bank.values()}
+        keys = {key for layer in self.bank.values() for key in layer.keys}
         expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
         kept = text_kv or (None if text is None else TextKV())
         return LayerInputs(
@@ -111,14 +111,14 @@ class Installation:
         folded = 0
         for name in names:
             layer, ranks = self.bank[name], self.bank[name].key.ranks
-            adapted = {index for index, rank in enumerate(ranks) if rank}
+            adapted = layer.concepts
             if adapted <= set(stay):
                 continue
             folded += 1
             if {index for index in adapted if gates[index]}:
                 if ranks not in columns:
                     columns[ranks] = self._columns(gates, ranks)
-                self._add_to_weight(name, columns[ranks])
+                self._add_to_weight(name, columns[ranks], gates)
             del self.bank[name]
             if adapted & set(stay):
                 self.bank[name] = rest = layer.only(stay)
@@ -131,24 +131,29 @@ class Installation:
         each = [gate for gate, rank in zip(gates, ranks, strict=True) for _ in range(rank)]
         return None if set(each) == {1.0} else to_device(torch.tensor(each), self._device)
 
-    def _add_to_weight(self, name: str, columns: Tensor | None) -> None:
+    def _add_to_weight(self, name: str, columns: Tensor | None, gates: Sequence[float]) -> None:
         """Adds the delta of a layer to its weight, in fp32."""
-        layer = base_layer(self.bank[name].layer)
-        weight, (down, up) = layer.get_parameter("weight"), self._exact_factors(name)
-        up = up.flatten(1) if columns is None else up.flatten(1) * columns
-        found = weight.detach().to(self._device, torch.float32).flatten(1)
-        sums = torch.addmm(found, up, down.flatten(1)).view(weight.shape)
-        _replace_weight(layer, torch.empty_like(weight).copy_(sums), self._undo)
+        bank = self.bank[name]
+        layer = base_layer(bank.layer)
+        weight = layer.get_parameter("weight")
+        sums = weight.detach().to(self._device, torch.float32).flatten(1)
+        if any(bank.key.ranks):
+            down, up = self._exact_factors(name)
+            up = up.flatten(1) if columns is None else up.flatten(1) * columns
+            sums = torch.addmm(sums, up, down.flatten(1))
+        for index in bank.products:
+            if gates[index]:
+                sums = sums + gates[index] * to_device(self._loras[index][name].delta(), self._device)
+        _replace_weight(layer, torch.empty_like(weight).copy_(sums.view(weight.shape)), self._undo)
 
     def _exact_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The stacked factors in fp32, kept with the bank."""
         if self._dtype == torch.float32:
             return self.bank[name].A, self.bank[name].B
         if name not in self._exact:
-            downs, ups = zip(
-                *(lora[name].parts(self._device, torch.float32) for lora in self._loras if name in lora), strict=True
-            )
-            self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
+            thin = [lora[name] for lora in self._loras if name in lora and lora[name].left is None]
+            parts = [factors.parts(self._device, torch.float32) for factors in thin]
+            self._exact[name] = torch.cat([part.down for part in parts]), torch.cat([part.up for part in parts], dim=1)
         return self._exact[name]
 
 
@@ -249,7 +254,7 @@ def _bank(
     if bank is None or not all(_fits(modules, name, layer, where) for name, layer in bank.layers.items()):
         for lora in loras:
             for name, factors in lora.items():
-                check_factors(modules[""], name, factors.down.shape, factors.up.shape, where)
+                check_factors(modules[""], name, factors, where)
         bank = _made(loras, where, key, kept)
     if kept:
         undo.callback(kept.cache.put, key, bank)
@@ -352,15 +357,24 @@ def _shape_of(name: str, layer: nn.Module) -> tuple[int, ...]:
     return layer.out_channels, layer.in_channels, *layer.kernel_size
 
 
-def check_factors(
-    model: nn.Module, name: str, down: torch.Size, up: torch.Size, where: Mapping[str, Site] | None = None
-) -> None:
-    """Checks that factors of these shapes fit a layer.
+def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapping[str, Site] | None = None) -> None:
+    """Checks that factors fit a layer.
 
     Raises:
         ValueError: Naming the layer and both shapes.
     """
     outputs, *inputs = weight_shape(model, name, where)
+    down, up, left = factors.down.shape, factors.up.shape, factors.left
+    if left is not None:
+        shapes = down, up, left.shape
+        if any(len(shape) != 2 or 0 in shape for shape in shapes) or down[0] != up[1]:
+            raise ValueError(f"{name}: the factors of a Kronecker product have shapes {', '.join(map(str, shapes))}")
+        if [left.shape[0] * up[0], left.shape[1] * down[1]] != [outputs, *inputs]:
+            found = left.shape[0] * up[0], left.shape[1] * down[1]
+            raise ValueError(
+                f"{name}: the Kronecker product is {found[0]} x {found[1]}, the weight {outputs} x {inputs}"
+            )
+        return
     ones = (1,) * (len(inputs) - 1)
     if down[1:] != (*inputs,) or up != (outputs, *down[:1], *ones) or 0 in down:
         wanted = f"{_shape('rank', *inputs)} and {_shape(outputs, 'rank', *ones)}"

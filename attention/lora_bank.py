@@ -7,10 +7,14 @@ s = alpha / rank,
 
 where G holds every concept's gate repeated over its ranks. All ones is the plain sum of LoRAs, a token mask on the keys
 and values of cross-attention is TARA, an image mask is a regional LoRA, one value per row is one LoRA per branch.
+
+A Kronecker product K (x) (up down) (LoKr) has too much rank for that. It is applied as its small factors, one concept
+after the other.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,36 +28,94 @@ from lora_compose.attention.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """A concept's low-rank change of one layer: `scale * up @ down`.
+    """A concept's low-rank change of one layer, `scale * up @ down`, or its Kronecker product with a small matrix.
 
     Attributes:
         down: Shape: [rank, inputs], or [rank, inputs, kernel height, kernel width] for a convolution.
         up: Shape: [outputs, rank], or [outputs, rank, 1, 1] for a convolution.
         scale: alpha / rank.
+        left: The change is kron(left, scale * up @ down), of a linear layer; None means a left of [[1]]. Shape: [outer
+            outputs, outer inputs].
     """
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
+    left: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        """Rank of the delta."""
-        return self.down.shape[0]
+        """Rank of the delta, or a bound on it."""
+        return self.down.shape[0] * (1 if self.left is None else min(self.left.shape))
 
-    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both factors where and as the model runs; the scale is in the second, multiplied in fp32."""
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All factors."""
+        return (self.down, self.up) if self.left is None else (self.down, self.up, self.left)
+
+    def parts(self, device: torch.device, dtype: torch.dtype) -> "Part":
+        """The factors where and as the model runs; the scale is in `up`, multiplied in fp32."""
         up = to_device(self.up, device).float()
-        return to_device(self.down, device).to(dtype), (up * self.scale).to(dtype)
+        left = None if self.left is None else to_device(self.left, device).to(dtype)
+        return Part(to_device(self.down, device).to(dtype), (up * self.scale).to(dtype), left)
 
     def delta(self) -> Tensor:
         """The dense change of the weight, in fp32 and in the weight's shape."""
         down, up = self.down.float(), self.up.float()
-        return (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+        product = (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+        return product if self.left is None else torch.kron(self.left.float(), product)
+
+
+class Part(NamedTuple):
+    """The factors of one concept in one layer, as they are in the model.
+
+    Attributes:
+        down: As in `LoraFactors`.
+        up: The same, with the scale.
+        left: As in `LoraFactors`.
+    """
+
+    down: Tensor
+    up: Tensor
+    left: Tensor | None = None
 
 
 Lora = Mapping[str, LoraFactors]
 """A concept's factors by name of the layer they change."""
+
+
+class Kronecker(nn.Module):
+    """The change of one concept that is a Kronecker product.
+
+    Args:
+        part: Its factors.
+        key: Asks for the gate of this concept alone.
+
+    Attributes:
+        down: Shape: [rank, inner inputs].
+        up: Shape: [inner outputs, rank].
+        left: Shape: [outer outputs, outer inputs].
+    """
+
+    down: Tensor
+    up: Tensor
+    left: Tensor
+
+    def __init__(self, part: Part, key: GateKey) -> None:
+        super().__init__()
+        self.key = key
+        for name, tensor in part._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def part(self) -> Part:
+        """Its factors."""
+        return Part(self.down, self.up, self.left)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """The gated change. Shape: [..., inputs] -> [..., outputs]."""
+        inner = F.linear(x.unflatten(-1, (-1, self.down.shape[1])), self.down) * gate.unsqueeze(-2)
+        return F.linear(self.left @ inner, self.up).flatten(-2)
 
 
 class BankLayer(nn.Module):
@@ -71,36 +133,69 @@ class BankLayer(nn.Module):
     Attributes:
         layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of
             them.
-        key: What it asks of gates.
+        key: What the thin products ask of gates.
         A: All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...].
         B: Those after it. Shape: [outputs, sum of ranks, ...].
+        kronecker: Changes that are Kronecker products, by index of the concept.
     """
 
     layer: nn.Module
     A: Tensor
     B: Tensor
 
-    def __init__(
-        self, parts: Mapping[int, tuple[Tensor, Tensor]], site: Site, concepts: int, state: ForwardState
-    ) -> None:
+    def __init__(self, parts: Mapping[int, Part], site: Site, concepts: int, state: ForwardState) -> None:
         super().__init__()
-        downs, ups = zip(*parts.values(), strict=True)
-        ranks = tuple([len(parts[index][0]) if index in parts else 0 for index in range(concepts)])
-        self.key = GateKey(site, downs[0].dim() == 4, ranks)
+        thin = {index: part for index, part in parts.items() if part.left is None}
+        one = next(iter((thin or parts).values()))
+        if not thin:  # of the right size, for what looks at it
+            sides = [a * b for a, b in zip(one.left.shape, (len(one.up), one.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+            one = Part(one.down.new_empty(0, sides[1]), one.up.new_empty(sides[0], 0))
+        ranks = _ranks(thin, concepts)
+        self.key = GateKey(site, one.down.dim() == 4, ranks)
         self._state = state
-        self.register_buffer("A", torch.cat(downs), persistent=False)
-        self.register_buffer("B", torch.cat(ups, dim=1), persistent=False)
+        downs, ups = [part.down for part in thin.values()], [part.up for part in thin.values()]
+        self.register_buffer("A", torch.cat(downs or [one.down]), persistent=False)
+        self.register_buffer("B", torch.cat(ups or [one.up], dim=1), persistent=False)
+        products = {index: part for index, part in parts.items() if part.left is not None}
+        self.kronecker = nn.ModuleDict(
+            {str(i): Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts))) for i, part in products.items()}
+        )
 
-    def part(self, index: int) -> tuple[Tensor, Tensor]:
+    @property
+    def keys(self) -> tuple[GateKey, ...]:
+        """All that it asks of gates."""
+        return (*((self.key,) if any(self.key.ranks) else ()), *(one.key for one in self._products))
+
+    @property
+    def products(self) -> tuple[int, ...]:
+        """The concepts whose change of this layer is a Kronecker product."""
+        return tuple(map(int, self.kronecker))
+
+    @property
+    def concepts(self) -> frozenset[int]:
+        """The concepts that change this layer."""
+        return frozenset(i for i, rank in enumerate(self.key.ranks) if rank).union(self.products)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All factors."""
+        return self.A, self.B, *(tensor for one in self._products for tensor in one.buffers())
+
+    @property
+    def _products(self) -> "Iterable[Kronecker]":
+        return self.kronecker.values()  # pyright: ignore[reportReturnType]
+
+    def part(self, index: int) -> Part:
         """The factors of one concept, without copying them."""
+        if str(index) in self.kronecker:
+            return self.kronecker[str(index)].part  # pyright: ignore[reportReturnType]
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
-        return self.A.narrow(0, start, rank), self.B.narrow(1, start, rank)
+        return Part(self.A.narrow(0, start, rank), self.B.narrow(1, start, rank))
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
         """The same with the factors of some of its concepts alone."""
-        ranks = self.key.ranks
-        parts = {index: self.part(index) for index, rank in enumerate(ranks) if rank and index in concepts}
-        return BankLayer(parts, self.key.site, len(ranks), self._state)
+        parts = {index: self.part(index) for index in sorted(self.concepts & set(concepts))}
+        return BankLayer(parts, self.key.site, len(self.key.ranks), self._state)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -123,8 +218,12 @@ class BankLayer(nn.Module):
         Raises:
             KeyError: If no gate was set for this kind of layer.
         """
-        out = self.layer(x)
-        gate = self._state.inputs.gates[self.key]
+        out, gates = self.layer(x), self._state.inputs.gates
+        for one in self._products:
+            out = out + one(x.to(self.A.dtype), gates[one.key]).to(out.dtype)
+        if not any(self.key.ranks):
+            return out
+        gate = gates[self.key]
         if self.key.convolution:
             base = base_layer(self.layer)
             hidden = F.conv2d(x, self.A, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -138,6 +237,10 @@ class BankLayer(nn.Module):
             return torch.addmm(flat, hidden, self.B.t()).view(out.shape)
         flat.addmm_(hidden, self.B.t())  # a third less time than a separate addition
         return out
+
+
+def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:
+    return tuple([len(parts[index].down) if index in parts else 0 for index in range(concepts)])
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from components import seeded
@@ -60,6 +61,28 @@ def test_one_merged_lora_equals_diffusers_with_the_lora_loaded(family, pipe):
     other.load_lora_weights(as_file(random_lora_of_all(pipe.transformer, 0)))
     expected = plain_latents(family, other, **CALL, **family.guided)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_a_lokr_of_any_rank_is_applied_exactly(name, tmp_path):
+    family = FAMILIES[name]
+    pipe = pipeline_with_concepts(family, tmp_path)
+    pipe.unload_concept("cat")
+    tensors = {}
+    for layer, module in pipe.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features % 2 == module.in_features % 2 == 0:
+            generator, sides = seeded(len(layer)), (module.out_features // 2, module.in_features // 2)
+            tensors[f"transformer.{layer}.lokr_w1"] = torch.randn(2, 2, generator=generator) * 0.2
+            tensors[f"transformer.{layer}.lokr_w2"] = torch.randn(sides, generator=generator) * sides[1] ** -0.5
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    pipe.load_concept(tmp_path / "lokr.safetensors", name="cat", trigger="sks", class_word="cat", max_rank=4)
+    changed = pipe.resolve_concepts(["cat"])[0].factors
+    for layer, factors in changed.model.items():
+        whole = torch.kron(tensors[f"transformer.{layer}.lokr_w1"], tensors[f"transformer.{layer}.lokr_w2"])
+        torch.testing.assert_close(factors.delta(), whole)
+    assert changed.error == 0
+    for method in METHODS:
+        assert_equals_dense_deltas(family, pipe, method)
 
 
 def test_switch_and_composite_take_one_lora_at_a_time(family, pipe):

@@ -110,6 +110,20 @@ def test_a_lokr_of_a_fused_layer_is_its_kronecker_product(tmp_path: Path) -> Non
     torch.testing.assert_close(whole, torch.kron(first, second), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("outer", "exact"), [(6, True), (4, False)], ids=["whole rows", "parts of rows"])
+def test_a_lokr_of_more_rank_stays_a_product_where_layers_have_whole_rows_of_it(
+    tmp_path: Path, outer: int, exact: bool
+) -> None:
+    transformer, names = flux2_transformer(), [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    first, second = torch.randn(outer, 4), torch.randn(96 // outer, 8)
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file({f"{stem}.lokr_w1": first, f"{stem}.lokr_w2": second}, tmp_path / "it.safetensors")
+    found = match(read_lora(tmp_path / "it.safetensors"), Parts(transformer), max_rank=8, products=True)
+    whole = torch.cat([found.model[name].delta() for name in names])
+    assert torch.allclose(whole, torch.kron(first, second), atol=1e-4) == exact
+    assert ("cut to it" in found.report) != exact
+
+
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     stem = "diffusion_model.double_blocks.0.img_attn.qkv"
     wrong = {f"{stem}.lora_A.weight": torch.ones(2, 32), f"{stem}.lora_B.weight": torch.ones(64, 2)}
