@@ -82,14 +82,14 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
             source = f"playground_lora({', '.join(map(_value, [name, *_further(model)]))})"
         loaded = concept.model_dump(include={"name", "trigger", "class_word", "alpha"}, exclude_none=True)
         lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
-    asked = _asked(run, imports)
+    arguments = _arguments_of(run, imports)
     return (
         "import torch\n"
         + "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items()))
         + "\n"
         + "\n".join(lines)
         + "\n\nimage = pipe(\n"
-        + "".join(f"    {line},\n" for line in asked)
+        + "".join(f"    {line},\n" for line in arguments)
         + ').images[0]\nimage.save("result.png")\n'
     )
 
@@ -115,7 +115,7 @@ def _further(playground: str) -> list[str]:
     return [] if playground == PLAYGROUND else [playground]
 
 
-def _asked(run: Run, imports: dict[str, set[str]]) -> list[str]:
+def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     """The arguments of the call."""
     scene = run.scene
     lines = [_value(scene.prompt)]
@@ -123,17 +123,19 @@ def _asked(run: Run, imports: dict[str, set[str]]) -> list[str]:
     given = scene.negative_prompt or ("" if guidance == "true_cfg_scale" else None)
     lines += [] if given is None else [f"negative_prompt={_value(given)}"]
     if scene.concepts:
-        told = [
+        listed = [
             concept.model_dump(exclude={"lora", "trigger", "class_word", "alpha"}, exclude_none=True)
             for concept in scene.concepts
         ]
-        told = [{name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in told]
-        if any(len(fields) > 1 for fields in told):
+        listed = [
+            {name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in listed
+        ]
+        if any(len(fields) > 1 for fields in listed):
             imports["lora_compose"].add("Concept")
-            concepts = "".join(f"        {_call('Concept', fields)},\n" for fields in told)
+            concepts = "".join(f"        {_call('Concept', fields)},\n" for fields in listed)
             lines.append(f"concepts=[\n{concepts}    ]")
         else:
-            lines.append(f"concepts=[{', '.join(_value(fields['name']) for fields in told)}]")
+            lines.append(f"concepts=[{', '.join(_value(fields['name']) for fields in listed)}]")
         if run.method is not None and run.settings:
             kind = METHODS[run.method].__name__
             imports["lora_compose"].add(kind)

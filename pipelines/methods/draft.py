@@ -135,7 +135,7 @@ class Restart:
     Attributes:
         text: The text that callbacks see.
         divide: Divides the free cells between subjects, given their centres and a mask with 1 at free cells.
-        start: Starts the process, given masks: one for all images, or one for each. Shape of the masks: [images,
+        start: Starts the process, given masks, shared or one for each image. Shape of the masks: [images,
             subjects, height, width] on the latent grid.
     """
 

@@ -85,7 +85,7 @@ def test_the_same_change_in_every_format_is_the_same(parts: SimpleNamespace, tmp
     assert_close(deltas(factors), expected)
 
 
-def test_a_whole_unet_is_as_strong_as_its_alpha_is_told(parts: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_whole_unet_is_as_strong_as_the_given_alpha(parts: SimpleNamespace, tmp_path: Path) -> None:
     file = read_lora(FORMATS["TARA, whole UNet"].write(loras_for(parts, ATTENTION), parts, tmp_path))
     once, fourfold = (deltas(match(file, parts, alpha=alpha)) for alpha in (8, 32))
     assert_close(fourfold, {name: 4 * delta for name, delta in once.items()})

@@ -124,7 +124,7 @@ def test_a_lokr_of_more_rank_stays_a_product_where_layers_have_whole_rows_of_it(
     assert ("cut to it" in found.report) != exact
 
 
-def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_reported(tmp_path: Path) -> None:
     stem = "diffusion_model.double_blocks.0.img_attn.qkv"
     wrong = {f"{stem}.lora_A.weight": torch.ones(2, 32), f"{stem}.lora_B.weight": torch.ones(64, 2)}
     with pytest.raises(LoraError, match=r"double_blocks_0_img_attn_qkv has 64 outputs; expected 96, those of .*to_q"):

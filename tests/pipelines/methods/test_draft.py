@@ -312,7 +312,7 @@ def test_strips_are_columns_or_rows_half_way_between_centres():
     assert boxes_of(narrow) == [(0, 0, 56, 64), (56, 0, 160, 64)]  # 0.35 of 20 cells are 7
 
 
-def test_strips_divide_what_is_free_and_leave_nobody_without_a_cell():
+def test_strips_divide_what_is_free_and_leave_no_subject_without_a_cell():
     free = torch.ones(8, 16)
     free[:, :8] = 0  # a given region
     centres = torch.tensor([[0.5, 0.1], [0.5, 0.9]])  # the first in the middle of it
