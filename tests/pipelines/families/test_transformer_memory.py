@@ -123,7 +123,7 @@ def by_blocks(pipe: Any) -> None:
 
 
 @each("z-image")
-@pytest.mark.parametrize("offload", [by_models, by_layers, by_blocks])
+@pytest.mark.parametrize("offload", [pytest.param(by_models, marks=pytest.mark.slow), by_layers, by_blocks])
 def test_an_offloaded_transformer_gives_the_same_images(name, offload, tmp_path):
     family = FAMILIES[name]
     pipe = pipeline_with_concepts(family, tmp_path)
