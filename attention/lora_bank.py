@@ -12,7 +12,7 @@ A Kronecker product K (x) (up down) (LoKr) has too much rank for that. It is app
 after the other.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -136,7 +136,10 @@ class BankLayer(nn.Module):
         key: What the thin products ask of gates.
         A: All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...].
         B: Those after it. Shape: [outputs, sum of ranks, ...].
-        kronecker: Changes that are Kronecker products, by index of the concept.
+        keys: All that it asks of gates, Kronecker products included.
+        concepts: The concepts that change this layer.
+        products: Changes that are Kronecker products, by concept.
+        weight_shape: The shape of the weight that it can change.
     """
 
     layer: nn.Module
@@ -156,39 +159,31 @@ class BankLayer(nn.Module):
         downs, ups = [part.down for part in thin.values()], [part.up for part in thin.values()]
         self.register_buffer("A", torch.cat(downs or [one.down]), persistent=False)
         self.register_buffer("B", torch.cat(ups or [one.up], dim=1), persistent=False)
-        products = {index: part for index, part in parts.items() if part.left is not None}
-        self.kronecker = nn.ModuleDict(
-            {str(i): Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts))) for i, part in products.items()}
-        )
+        self.products = {
+            i: Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts)))
+            for i, part in parts.items()
+            if part.left is not None
+        }
+        if self.products:
+            self.kronecker = nn.ModuleList(self.products.values())  # so that `.to()` reaches them
+        self.keys = (*((self.key,) if thin else ()), *(product.key for product in self.products.values()))
+        self.concepts = frozenset(parts)
+        self.weight_shape = (one.up.shape[0], *one.down.shape[1:])
 
-    @property
-    def keys(self) -> tuple[GateKey, ...]:
-        """All that it asks of gates."""
-        return (*((self.key,) if any(self.key.ranks) else ()), *(one.key for one in self._products))
-
-    @property
-    def products(self) -> tuple[int, ...]:
-        """The concepts whose change of this layer is a Kronecker product."""
-        return tuple(map(int, self.kronecker))
-
-    @property
-    def concepts(self) -> frozenset[int]:
-        """The concepts that change this layer."""
-        return frozenset(i for i, rank in enumerate(self.key.ranks) if rank).union(self.products)
+    def stand_in_for(self, layer: nn.Module) -> None:
+        """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest."""
+        self._modules["layer"] = layer
+        self.__dict__["training"] = layer.training
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All factors."""
-        return self.A, self.B, *(tensor for one in self._products for tensor in one.buffers())
-
-    @property
-    def _products(self) -> "Iterable[Kronecker]":
-        return self.kronecker.values()  # pyright: ignore[reportReturnType]
+        return self.A, self.B, *(tensor for product in self.products.values() for tensor in product.buffers())
 
     def part(self, index: int) -> Part:
         """The factors of one concept, without copying them."""
-        if str(index) in self.kronecker:
-            return self.kronecker[str(index)].part  # pyright: ignore[reportReturnType]
+        if index in self.products:
+            return self.products[index].part
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
         return Part(self.A.narrow(0, start, rank), self.B.narrow(1, start, rank))
 
@@ -196,11 +191,6 @@ class BankLayer(nn.Module):
         """The same with the factors of some of its concepts alone."""
         parts = {index: self.part(index) for index in sorted(self.concepts & set(concepts))}
         return BankLayer(parts, self.key.site, len(self.key.ranks), self._state)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it can change."""
-        return len(self.B), *self.A.shape[1:]
 
     @property
     def weight(self) -> Tensor:
@@ -219,9 +209,9 @@ class BankLayer(nn.Module):
             KeyError: If no gate was set for this kind of layer.
         """
         out, gates = self.layer(x), self._state.inputs.gates
-        for one in self._products:
-            out = out + one(x.to(self.A.dtype), gates[one.key]).to(out.dtype)
-        if not any(self.key.ranks):
+        for product in self.products.values():
+            out = out + product(x.to(self.A.dtype), gates[product.key]).to(out.dtype)
+        if len(self.keys) == len(self.products):
             return out
         gate = gates[self.key]
         if self.key.convolution:

@@ -39,7 +39,7 @@ class Counted:
     """The costs of one call.
 
     Attributes:
-        rows_forward: Latent rows through the whole UNet.
+        rows_forward: Latent rows through the whole model.
         rows_stopped: Rows forward through passes that stop early.
         rows_backward: Rows run backward.
         flops: FLOPs of the whole call; a multiplication and an addition count as two.
