@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.lora_bank import BankLayer
+from lora_compose.attention.lora_bank import BankLayer, Part
 
 Handle = tuple[Hashable, ...]
 """Stands for a LoRA: equal handles, equal factors. It begins with the handle of the file that the LoRA is from, or with
@@ -50,7 +50,7 @@ class Bank:
     @property
     def bytes(self) -> int:
         """The memory that it takes."""
-        own = [tensor for layer in self.layers.values() for tensor in (layer.A, layer.B)]
+        own = [tensor for layer in self.layers.values() for tensor in layer.tensors]
         return sum(tensor.nbytes for tensor in (*own, *(one for pair in self.exact.values() for one in pair)))
 
 
@@ -86,7 +86,7 @@ class BankCache:
         call alone. A bank that was moved or converted with its model during the call is dropped.
         """
         bank.state.inputs, bank.state.recorders = LayerInputs(), ()
-        if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in (layer.A, layer.B)):
+        if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in layer.tensors):
             return
         lasting = _lasting(key)
         for other in [
@@ -109,7 +109,7 @@ class BankCache:
         for key, bank in self._banks.items():
             if handle in key.loras and (key.device, key.dtype) == (device, dtype):
                 column = key.loras.index(handle)
-                return {name: layer.part(column) for name, layer in bank.layers.items() if layer.key.ranks[column]}
+                return {name: layer.part(column) for name, layer in bank.layers.items() if column in layer.concepts}
         return None
 
     def forget(self, file: Hashable) -> None:
@@ -144,5 +144,5 @@ class KeptBanks:
     handles: tuple[Handle, ...]
 
 
-Parts = Mapping[str, tuple[Tensor, Tensor]]
+Parts = Mapping[str, Part]
 """The factors of one LoRA as a bank has them, by layer."""

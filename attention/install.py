@@ -14,7 +14,7 @@ from lora_compose.attention.device import as_outside_of_inference_mode, modules_
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
-from lora_compose.attention.lora_bank import BankLayer, Lora, base_layer
+from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, base_layer
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Site, Stream
@@ -67,7 +67,7 @@ class Installation:
             text_bias: Added to the scores of cross-attention without regions, by level. Shape: [rows, cells, tokens].
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
-        keys = {layer.key for layer in self.bank.values()}
+        keys = {key for layer in self.bank.values() for key in layer.keys}
         expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
         kept = text_kv or (None if text is None else TextKV())
         bias = {level: one.to(self._device, self._dtype)[:, None] for level, one in (text_bias or {}).items()}
@@ -114,14 +114,14 @@ class Installation:
         folded = 0
         for name in names:
             layer, ranks = self.bank[name], self.bank[name].key.ranks
-            adapted = {index for index, rank in enumerate(ranks) if rank}
+            adapted = layer.concepts
             if adapted <= set(stay):
                 continue
             folded += 1
             if {index for index in adapted if gates[index]}:
                 if ranks not in columns:
                     columns[ranks] = self._columns(gates, ranks)
-                self._add_to_weight(name, columns[ranks])
+                self._add_to_weight(name, columns[ranks], gates)
             del self.bank[name]
             if adapted & set(stay):
                 self.bank[name] = rest = layer.only(stay)
@@ -134,23 +134,28 @@ class Installation:
         each = [gate for gate, rank in zip(gates, ranks, strict=True) for _ in range(rank)]
         return None if set(each) == {1.0} else to_device(torch.tensor(each), self._device)
 
-    def _add_to_weight(self, name: str, columns: Tensor | None) -> None:
+    def _add_to_weight(self, name: str, columns: Tensor | None, gates: Sequence[float]) -> None:
         """Adds the delta of a layer to its weight, in fp32."""
-        layer = base_layer(self.bank[name].layer)
-        weight, (down, up) = layer.get_parameter("weight"), self._exact_factors(name)
-        up = up.flatten(1) if columns is None else up.flatten(1) * columns
-        found = weight.detach().to(self._device, torch.float32).flatten(1)
-        sums = torch.addmm(found, up, down.flatten(1)).view(weight.shape)
-        _replace_weight(layer, torch.empty_like(weight).copy_(sums), self._undo)
+        bank = self.bank[name]
+        layer = base_layer(bank.layer)
+        weight = layer.get_parameter("weight")
+        sums = weight.detach().to(self._device, torch.float32).flatten(1)
+        if bank.key in bank.keys:
+            down, up = self._exact_factors(name)
+            up = up.flatten(1) if columns is None else up.flatten(1) * columns
+            sums = torch.addmm(sums, up, down.flatten(1))
+        for index in bank.products:
+            if gates[index]:
+                sums = sums + gates[index] * to_device(self._loras[index][name].delta(), self._device)
+        _replace_weight(layer, torch.empty_like(weight).copy_(sums.view(weight.shape)), self._undo)
 
     def _exact_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The stacked factors in fp32, kept with the bank."""
         if self._dtype == torch.float32:
             return self.bank[name].A, self.bank[name].B
         if name not in self._exact:
-            downs, ups = zip(
-                *(lora[name].parts(self._device, torch.float32) for lora in self._loras if name in lora), strict=True
-            )
+            thin = [lora[name] for lora in self._loras if name in lora and lora[name].left is None]
+            downs, ups, _ = zip(*(factors.parts(self._device, torch.float32) for factors in thin), strict=True)
             with as_outside_of_inference_mode():
                 self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
         return self._exact[name]
@@ -253,7 +258,7 @@ def _bank(
     if bank is None or not all(_fits(modules, name, layer, where) for name, layer in bank.layers.items()):
         for lora in loras:
             for name, factors in lora.items():
-                check_factors(modules[""], name, factors.down.shape, factors.up.shape, where)
+                check_factors(modules[""], name, factors, where)
         bank = _made(loras, where, key, kept)
     if kept:
         undo.callback(kept.cache.put, key, bank)
@@ -357,15 +362,24 @@ def _shape_of(name: str, layer: nn.Module) -> tuple[int, ...]:
     return layer.out_channels, layer.in_channels, *layer.kernel_size
 
 
-def check_factors(
-    model: nn.Module, name: str, down: torch.Size, up: torch.Size, where: Mapping[str, Site] | None = None
-) -> None:
-    """Checks that factors of these shapes fit a layer.
+def check_factors(model: nn.Module, name: str, factors: LoraFactors, where: Mapping[str, Site] | None = None) -> None:
+    """Checks that factors fit a layer.
 
     Raises:
         ValueError: Naming the layer and both shapes.
     """
     outputs, *inputs = weight_shape(model, name, where)
+    down, up, left = factors.down.shape, factors.up.shape, factors.left
+    if left is not None:
+        shapes = down, up, left.shape
+        if any(len(shape) != 2 or 0 in shape for shape in shapes) or down[0] != up[1]:
+            raise ValueError(f"{name}: the factors of a Kronecker product have shapes {', '.join(map(str, shapes))}")
+        if [left.shape[0] * up[0], left.shape[1] * down[1]] != [outputs, *inputs]:
+            found = left.shape[0] * up[0], left.shape[1] * down[1]
+            raise ValueError(
+                f"{name}: the Kronecker product is {found[0]} x {found[1]}, the weight {outputs} x {inputs}"
+            )
+        return
     ones = (1,) * (len(inputs) - 1)
     if down[1:] != (*inputs,) or up != (outputs, *down[:1], *ones) or 0 in down:
         wanted = f"{_shape('rank', *inputs)} and {_shape(outputs, 'rank', *ones)}"

@@ -7,10 +7,14 @@ s = alpha / rank,
 
 where G holds every concept's gate repeated over its ranks. All ones is the plain sum of LoRAs, a token mask on the keys
 and values of cross-attention is TARA, an image mask is a regional LoRA, one value per row is one LoRA per branch.
+
+A Kronecker product K (x) (up down) (LoKr) has too much rank for that. It is applied as its small factors, one concept
+after the other.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,36 +28,94 @@ from lora_compose.attention.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
-    """A concept's low-rank change of one layer: `scale * up @ down`.
+    """A concept's low-rank change of one layer, `scale * up @ down`, or its Kronecker product with a small matrix.
 
     Attributes:
         down: Shape: [rank, inputs], or [rank, inputs, kernel height, kernel width] for a convolution.
         up: Shape: [outputs, rank], or [outputs, rank, 1, 1] for a convolution.
         scale: alpha / rank.
+        left: The change is kron(left, scale * up @ down), of a linear layer; None means a left of [[1]]. Shape: [outer
+            outputs, outer inputs].
     """
 
     down: Tensor
     up: Tensor
     scale: float = 1.0
+    left: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        """Rank of the delta."""
-        return self.down.shape[0]
+        """Rank of the delta, or a bound on it."""
+        return self.down.shape[0] * (1 if self.left is None else min(self.left.shape))
 
-    def parts(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both factors where and as the model runs; the scale is in the second, multiplied in fp32."""
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All factors."""
+        return (self.down, self.up) if self.left is None else (self.down, self.up, self.left)
+
+    def parts(self, device: torch.device, dtype: torch.dtype) -> "Part":
+        """The factors where and as the model runs; the scale is in `up`, multiplied in fp32."""
         up = to_device(self.up, device).float()
-        return to_device(self.down, device).to(dtype), (up * self.scale).to(dtype)
+        left = None if self.left is None else to_device(self.left, device).to(dtype)
+        return Part(to_device(self.down, device).to(dtype), (up * self.scale).to(dtype), left)
 
     def delta(self) -> Tensor:
         """The dense change of the weight, in fp32 and in the weight's shape."""
         down, up = self.down.float(), self.up.float()
-        return (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+        product = (self.scale * up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+        return product if self.left is None else torch.kron(self.left.float(), product)
+
+
+class Part(NamedTuple):
+    """The factors of one concept in one layer, as they are in the model.
+
+    Attributes:
+        down: As in `LoraFactors`.
+        up: The same, with the scale.
+        left: As in `LoraFactors`.
+    """
+
+    down: Tensor
+    up: Tensor
+    left: Tensor | None = None
 
 
 Lora = Mapping[str, LoraFactors]
 """A concept's factors by name of the layer they change."""
+
+
+class Kronecker(nn.Module):
+    """The change of one concept that is a Kronecker product.
+
+    Args:
+        part: Its factors.
+        key: Asks for the gate of this concept alone.
+
+    Attributes:
+        down: Shape: [rank, inner inputs].
+        up: Shape: [inner outputs, rank].
+        left: Shape: [outer outputs, outer inputs].
+    """
+
+    down: Tensor
+    up: Tensor
+    left: Tensor
+
+    def __init__(self, part: Part, key: GateKey) -> None:
+        super().__init__()
+        self.key = key
+        for name, tensor in part._asdict().items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def part(self) -> Part:
+        """Its factors."""
+        return Part(self.down, self.up, self.left)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """The gated change. Shape: [..., inputs] -> [..., outputs]."""
+        inner = F.linear(x.unflatten(-1, (-1, self.down.shape[1])), self.down) * gate.unsqueeze(-2)
+        return F.linear(self.left @ inner, self.up).flatten(-2)
 
 
 class BankLayer(nn.Module):
@@ -71,9 +133,12 @@ class BankLayer(nn.Module):
     Attributes:
         layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of
             them.
-        key: What it asks of gates.
+        key: What the thin products ask of gates.
         A: All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...].
         B: Those after it. Shape: [outputs, sum of ranks, ...].
+        keys: All that it asks of gates, Kronecker products included.
+        concepts: The concepts that change this layer.
+        products: Changes that are Kronecker products, by concept.
         weight_shape: The shape of the weight that it can change.
     """
 
@@ -81,33 +146,51 @@ class BankLayer(nn.Module):
     A: Tensor
     B: Tensor
 
-    def __init__(
-        self, parts: Mapping[int, tuple[Tensor, Tensor]], site: Site, concepts: int, state: ForwardState
-    ) -> None:
+    def __init__(self, parts: Mapping[int, Part], site: Site, concepts: int, state: ForwardState) -> None:
         super().__init__()
-        downs, ups = zip(*parts.values(), strict=True)
-        ranks = tuple([len(parts[index][0]) if index in parts else 0 for index in range(concepts)])
-        self.key = GateKey(site, downs[0].dim() == 4, ranks)
+        thin = {index: part for index, part in parts.items() if part.left is None}
+        one = next(iter((thin or parts).values()))
+        if not thin:  # of the right size, for what looks at it
+            sides = [a * b for a, b in zip(one.left.shape, (len(one.up), one.down.shape[1]), strict=True)]  # pyright: ignore[reportOptionalMemberAccess]
+            one = Part(one.down.new_empty(0, sides[1]), one.up.new_empty(sides[0], 0))
+        ranks = _ranks(thin, concepts)
+        self.key = GateKey(site, one.down.dim() == 4, ranks)
         self._state = state
-        self.register_buffer("A", torch.cat(downs), persistent=False)
-        self.register_buffer("B", torch.cat(ups, dim=1), persistent=False)
-        self.weight_shape = (ups[0].shape[0], *downs[0].shape[1:])
+        downs, ups = [part.down for part in thin.values()], [part.up for part in thin.values()]
+        self.register_buffer("A", torch.cat(downs or [one.down]), persistent=False)
+        self.register_buffer("B", torch.cat(ups or [one.up], dim=1), persistent=False)
+        self.products = {
+            i: Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts)))
+            for i, part in parts.items()
+            if part.left is not None
+        }
+        if self.products:
+            self.kronecker = nn.ModuleList(self.products.values())  # so that `.to()` reaches them
+        self.keys = (*((self.key,) if thin else ()), *(product.key for product in self.products.values()))
+        self.concepts = frozenset(parts)
+        self.weight_shape = (one.up.shape[0], *one.down.shape[1:])
 
     def stand_in_for(self, layer: nn.Module) -> None:
         """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest."""
         self._modules["layer"] = layer
         self.__dict__["training"] = layer.training
 
-    def part(self, index: int) -> tuple[Tensor, Tensor]:
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All factors."""
+        return self.A, self.B, *(tensor for product in self.products.values() for tensor in product.buffers())
+
+    def part(self, index: int) -> Part:
         """The factors of one concept, without copying them."""
+        if index in self.products:
+            return self.products[index].part
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
-        return self.A.narrow(0, start, rank), self.B.narrow(1, start, rank)
+        return Part(self.A.narrow(0, start, rank), self.B.narrow(1, start, rank))
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
         """The same with the factors of some of its concepts alone."""
-        ranks = self.key.ranks
-        parts = {index: self.part(index) for index, rank in enumerate(ranks) if rank and index in concepts}
-        return BankLayer(parts, self.key.site, len(ranks), self._state)
+        parts = {index: self.part(index) for index in sorted(self.concepts & set(concepts))}
+        return BankLayer(parts, self.key.site, len(self.key.ranks), self._state)
 
     @property
     def weight(self) -> Tensor:
@@ -125,18 +208,29 @@ class BankLayer(nn.Module):
         Raises:
             KeyError: If no gate was set for this kind of layer.
         """
-        out = self.layer(x)
-        gate = self._state.inputs.gates[self.key]
+        out, gates = self.layer(x), self._state.inputs.gates
+        for product in self.products.values():
+            out = out + product(x.to(self.A.dtype), gates[product.key]).to(out.dtype)
+        if len(self.keys) == len(self.products):
+            return out
+        gate = gates[self.key]
         if self.key.convolution:
             base = base_layer(self.layer)
             hidden = F.conv2d(x, self.A, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]
             return out + F.conv2d(hidden * gate, self.B)
-        hidden = F.linear(x, self.A) * gate
-        if out.dtype != self.B.dtype:  # autocast
-            return out + F.linear(hidden, self.B)
-        # In place: a third less time than a separate addition.
-        out.view(-1, out.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.B.t())
+        # Quantised layers take inputs of any precision, so these may differ from that of the model.
+        hidden = F.linear(x.to(self.A.dtype), self.A) * gate
+        if out.dtype != self.B.dtype:  # the same, or autocast
+            return out + F.linear(hidden, self.B).to(out.dtype)
+        flat, hidden = out.view(-1, out.shape[-1]), hidden.view(-1, hidden.shape[-1])
+        if out.requires_grad:  # autograd refuses changes of what quantised layers give
+            return torch.addmm(flat, hidden, self.B.t()).view(out.shape)
+        flat.addmm_(hidden, self.B.t())  # a third less time than a separate addition
         return out
+
+
+def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:
+    return tuple([len(parts[index].down) if index in parts else 0 for index in range(concepts)])
 
 
 def base_layer(layer: nn.Module) -> nn.Module:

@@ -139,7 +139,10 @@ class Denoiser:
         if spec.text_bias is not None and spec.regions is not None:
             raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
         if (spec.regions is not None or spec.text_bias is not None) and not self.backbone.reads_regions:
-            raise ValueError("this pass needs region attention, which this model does not support")
+            raise ValueError(
+                "this method needs cross-attention that reads a text for each region, and only UNets have it; use "
+                "draft, regional, tara or merge with this model"
+            )
         return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
 
     def predict(

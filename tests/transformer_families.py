@@ -11,10 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from components import seeded
+from lora_compose import Concept, Merge, Regional, Tara
 from lora_compose.attention import Lora, LoraFactors
 
 CELLS = 8  # image tokens by side, of 128 pixels
 TOKENS = 48  # of the text
+PROMPT = "a sks cat and a zwx dog on grass"
+BOXES = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
+CALL: dict[str, Any] = {
+    "prompt": PROMPT, "width": 128, "height": 128, "num_inference_steps": 2, "max_sequence_length": TOKENS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,3 +149,53 @@ def dense_loras(
         del transformer.forward
         for handle in handles:
             handle.remove()
+
+
+def merged(family: Family, unconditional: Sequence[bool]) -> Places:
+    """Everywhere."""
+    ones = torch.ones(len(unconditional), 1, 2)
+    return Places(ones.expand(-1, TOKENS, 2), ones.expand(-1, CELLS**2, 2), ones[:, 0])
+
+
+def own_words(family: Family, unconditional: Sequence[bool]) -> Places:
+    """On their own words, of conditional rows alone, and on all cells."""
+    everywhere = merged(family, unconditional)
+    text = torch.zeros(len(unconditional), TOKENS, 2)
+    for row, uncond in zip(text, unconditional, strict=True):
+        for concept, words in enumerate(family.words):
+            row[list(words), concept] = float(not uncond)
+    return Places(text, everywhere.image, everywhere.modulation)
+
+
+def regions(family: Family, unconditional: Sequence[bool]) -> Places:
+    """In the left and in the right half, and on all words, of conditional rows alone."""
+    live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
+    image = torch.zeros(len(unconditional), CELLS, CELLS, 2)
+    image[:, :, : CELLS // 2, 0] = image[:, :, CELLS // 2 :, 1] = 1
+    text = live.expand(-1, TOKENS, 2)
+    return Places(text, live * image.flatten(1, 2), torch.zeros(len(unconditional), 2))
+
+
+METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
+    "merge": (Merge(), ["cat", "dog"], merged),
+    "tara": (Tara(), ["cat", "dog"], own_words),
+    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
+}
+"""Settings, concepts, and where their LoRAs then act."""
+
+
+def latents_of(pipe: Any, **arguments: Any) -> Tensor:
+    """The latents of a call."""
+    return pipe(**{**CALL, "generator": seeded(3), "output_type": "latent", **arguments}).images
+
+
+def assert_equals_dense_deltas(family: Family, pipe: Any, method: str, *, guided: bool = True) -> None:
+    """A method gives what diffusers' pipeline gives with dense deltas, added concept by concept."""
+    settings, concepts, places = METHODS[method]
+    guidance = family.guided if guided else family.unguided
+    found = latents_of(pipe, concepts=concepts, method=settings, **guidance)
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    with dense_loras(family, pipe.transformer, loras, lambda rows: places(family, rows), guided=guided):
+        expected = plain_latents(family, pipe, **CALL, **guidance)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+    assert (found - plain_latents(family, pipe, **CALL, **guidance)).abs().max() > 0.01

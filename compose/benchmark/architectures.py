@@ -81,7 +81,12 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
     "Krea 2": (Krea2Transformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
 }  # fmt: skip
-"""Configurations of transformers: the defaults of their classes, which are the published models', with changes."""
+"""Configurations of transformers: the defaults of their classes, with changes.
+
+The defaults are those of `transformer/config.json` of FLUX.1-dev, Krea-2-Turbo and Z-Image-Turbo (whose `axes_lens` of
+1536 is the length of a table). FLUX.2-klein: `Klein4BParams` and `Klein9BParams` in `src/flux2/model.py` of
+github.com/black-forest-labs/flux2.
+"""
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
 RANK = 8

@@ -276,9 +276,9 @@ def pass_cells(concepts: Sequence[int], families: Sequence[str] = SHOWN) -> list
     with bar("counting", len(families) * len(concepts)) as on_progress:
         for family in families:
             model = without_weights(family).transformer.bfloat16()
-            plain = pass_cost(model, 0, LORA_RANK, grid, TOKENS)
+            plain = pass_cost(model, 0, LORA_RANK, grid)
             for number in concepts:
-                cost = pass_cost(model, number, LORA_RANK, grid, TOKENS + number * REGION_TOKENS)
+                cost = pass_cost(model, number, LORA_RANK, grid)
                 rows.append(PassRow(family, number, cost, plain))
                 on_progress(len(rows))
     return rows
@@ -289,13 +289,14 @@ def passes_table(rows: Sequence[PassRow]) -> Table:
     table = new_table(
         f"Counted: one pass at 1024 x 1024 in bfloat16 with regional, LoRAs of rank {LORA_RANK} on all linear layers "
         f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region",
-        ["model", "N", "TFLOP", "ratio", "GiB", "ratio"],
+        ["model", "N", "TFLOP", "ratio", "GiB", "ratio", "GiB by blocks", "plain"],
     )
     for row in rows:
         cost, plain = row.cost, row.plain
         table.add_row(
             row.family, str(row.concepts), f"{cost.flops / 1e12:.1f}", f"{cost.flops / plain.flops:.3f}",
             f"{cost.peak_bytes / GIB:.1f}", f"{cost.peak_bytes / plain.peak_bytes:.3f}",
+            f"{cost.offloaded_bytes / GIB:.2f}", f"{plain.offloaded_bytes / GIB:.2f}",
         )  # fmt: skip
     return table
 

@@ -396,4 +396,12 @@ def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
 
 
 def _shapes(lora: Lora) -> Lora:
-    return {name: replace(one, down=one.down.to(META), up=one.up.to(META)) for name, one in lora.items()}
+    return {
+        name: replace(
+            factors,
+            down=factors.down.to(META),
+            up=factors.up.to(META),
+            left=None if factors.left is None else factors.left.to(META),
+        )
+        for name, factors in lora.items()
+    }

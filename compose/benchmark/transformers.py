@@ -1,13 +1,13 @@
 """Costs of LoRAs in a forward pass of a transformer of full size, run without values on the meta device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention import Gates, Lora, LoraFactors, backbone_of, grid_at, install
+from lora_compose.attention import Gates, JointRegions, Lora, LoraFactors, backbone_of, grid_at, install
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
 from lora_compose.compose.benchmark.memory import meta_memory
@@ -26,10 +26,12 @@ class PassCost:
     Attributes:
         flops: FLOPs; a multiplication and an addition count as two.
         peak_bytes: Peak memory, model and LoRAs included.
+        offloaded_bytes: The same if only one block at a time is on the device (group offloading by blocks).
     """
 
     flops: int
     peak_bytes: int
+    offloaded_bytes: int
 
 
 def block_lora(model: nn.Module, rank: int) -> Lora:
@@ -46,18 +48,21 @@ def block_lora(model: nn.Module, rank: int) -> Lora:
 
 
 def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: int = TOKENS) -> PassCost:
-    """Runs one pass, whose gates differ by concept, token and cell.
+    """Runs one pass of `regional`: a text for each region, and gates that differ by concept, token and cell.
 
     Args:
         model: A transformer on the meta device.
-        concepts: Number of LoRAs; 0 is the plain model.
+        concepts: Number of LoRAs, each in a column of the image; 0 is the plain model.
         rank: Rank of each.
         latent_grid: Height and width of the latents.
-        tokens: Tokens of the text.
+        tokens: Tokens of the text of the whole image.
     """
     backbone, loras = backbone_of(model), [block_lora(model, rank)] * concepts
     channels, site = model.config["in_channels"], backbone.joint
-    tokens = tokens if site is None else site.padded(tokens)
+    if site is None:
+        raise ValueError(f"a {type(model).__name__} does not attend to text and image in one sequence")
+    texts = (tokens, *[REGION_TOKENS] * concepts)
+    tokens = site.padded(sum(texts))
     inputs = _inputs(model, tokens)
     text = inputs.pop("text")
     latents = torch.empty(1, channels if "axes_lens" in model.config else channels // 4, *latent_grid, device=META,
@@ -69,12 +74,25 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
         torch.empty(1, concepts),
         latent_grid,
     )
+    regions = None
+    if concepts:
+        columns = torch.arange(width) * concepts // width
+        cells = (columns[:, None] == torch.arange(concepts)).expand(height, -1, -1).flatten(0, 1)
+        regions = JointRegions.of(site, cells, texts, [False], isolate=False, device=META)
     memory, operations = meta_memory([*model.parameters(), *model.buffers()]), Operations()
     with torch.no_grad(), FusedAttention(), memory, install(backbone, loras, device=META, dtype=text.dtype) as there:
-        there.use(there.inputs(gates, text, lengths=(tokens,)))
+        there.use(there.inputs(gates, text, lengths=(tokens,), joint_regions=regions))
         with operations:
             backbone.forward(latents, torch.ones((), device=META), text, inputs.pop("added"), **inputs)
-    return PassCost(operations.flops, memory.peak_bytes)
+    blocks = [sum(weight.nbytes for weight in block.parameters()) for block in _blocks(model)]
+    return PassCost(operations.flops, memory.peak_bytes, memory.peak_bytes - sum(blocks) + max(blocks))
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that group offloading brings to the device one after the other."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
 
 
 def _inputs(model: Any, tokens: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers.schedulers
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 from lora_compose.pipelines.scene import Run
 
 
@@ -32,18 +33,32 @@ def scheduler_of(pipe: Any, run: Run) -> Any:
     """A run's scheduler; a new one, so that nothing of another run is left in it.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or it is for other models.
     """
-    kind = type(pipe.scheduler) if run.scheduler is None else scheduler_class(run.scheduler)
+    own: Any = type(pipe.scheduler)
+    if run.scheduler in (None, own.__name__):
+        return own.from_config(pipe.scheduler.config)
+    kind, flow = scheduler_class(run.scheduler), isinstance(pipe, FlowMatchingPipeline)
+    if _is_for_flow(kind) != flow:
+        fitting = [name for name in scheduler_names() if _is_for_flow(scheduler_class(name)) == flow]
+        raise ValueError(f"{run.scheduler} does not fit {pipe.family}; expected one of {', '.join(fitting)}")
     return kind.from_config(pipe.scheduler.config)
 
 
 def _is_scheduler(kind: Any) -> bool:
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin) and hasattr(kind, "step")):
         return False
-    # Those for flows, audio, inpainting and the like have another interface than Stable Diffusion's loop.
+    # Those for audio, inpainting and the like have another interface than the loop.
     parameters = inspect.signature(getattr(kind, "step")).parameters.values()  # noqa: B009 (not in the mixin's type)
     needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
-    return needed[1:] == ["model_output", "timestep", "sample"] and all(
-        hasattr(kind, name) for name in ("scale_model_input", "set_timesteps", "add_noise", "order")
+    return needed[1:] == ["model_output", "timestep", "sample"] and (
+        _is_for_flow(kind)
+        or all(hasattr(kind, name) for name in ("scale_model_input", "set_timesteps", "add_noise", "order"))
     )
+
+
+def _is_for_flow(kind: Any) -> bool:
+    """Whether a scheduler is for models of flow matching, whose timesteps are shifted by the size of the image."""
+    if not hasattr(kind, "scale_noise") or hasattr(kind, "scale_model_input"):
+        return False
+    return {"sigmas", "mu"} <= inspect.signature(kind.set_timesteps).parameters.keys()

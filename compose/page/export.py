@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_compose.compose.files.scenes import write_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Run, Scene
@@ -76,9 +76,10 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
     for concept in run.scene.concepts:
         lora = concept.lora or ""
         source = _value(lora)
-        if lora.startswith(f"{PLAYGROUND}:"):
+        model, colon, name = lora.partition(":")
+        if colon and model in PLAYGROUNDS:
             imports.setdefault(_ASSETS, set()).add("playground_lora")
-            source = f"playground_lora({_value(lora.removeprefix(f'{PLAYGROUND}:'))})"
+            source = f"playground_lora({', '.join(map(_value, [name, *_further(model)]))})"
         loaded = concept.model_dump(include={"name", "trigger", "class_word", "alpha"}, exclude_none=True)
         lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
     arguments = _arguments_of(run, imports)
@@ -96,9 +97,9 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
 def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) -> list[str]:
     """The lines that open the model; their imports are added."""
     source, maker = _value(run.model), "from_pretrained"
-    if run.model == PLAYGROUND:
+    if run.model in PLAYGROUNDS:
         imports.setdefault(_ASSETS, set()).add("playground_model")
-        source = "playground_model()"
+        source = f"playground_model({', '.join(map(_value, _further(run.model)))})"
     elif run.model.endswith(".safetensors"):
         maker = "from_single_file"
     dtype = f", dtype=torch.{run.dtype}" if run.dtype != "float32" else ""
@@ -109,11 +110,18 @@ def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) ->
     return lines + [_SAVING[saver] for saver in savers]
 
 
+def _further(playground: str) -> list[str]:
+    """The argument that names a playground, which is left out for the first."""
+    return [] if playground == PLAYGROUND else [playground]
+
+
 def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     """The arguments of the call."""
     scene = run.scene
     lines = [_value(scene.prompt)]
-    lines += [f"negative_prompt={_value(scene.negative_prompt)}"] if scene.negative_prompt else []
+    guidance = "guidance_scale" if run.model != PLAYGROUND_FLUX else "true_cfg_scale"  # which needs a negative prompt
+    given = scene.negative_prompt or ("" if guidance == "true_cfg_scale" else None)
+    lines += [] if given is None else [f"negative_prompt={_value(given)}"]
     if scene.concepts:
         listed = [
             concept.model_dump(exclude={"lora", "trigger", "class_word", "alpha"}, exclude_none=True)
@@ -138,7 +146,7 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     sides = () if scene.image is not None and scene.mask_image is None else ("width", "height")
     lines += [f"{side}={value}" for side in sides if (value := getattr(scene, side))]
     lines += [f"{name}={_value(value)}" for name, value in scene.start.items()]
-    lines += [f"num_inference_steps={run.steps}", f"guidance_scale={run.guidance_scale!r}"]
+    lines += [f"num_inference_steps={run.steps}", f"{guidance}={run.guidance_scale!r}"]
     return [*lines, f"generator=torch.Generator().manual_seed({run.seed})"]
 
 

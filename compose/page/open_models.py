@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.playground.assets import PLAYGROUND, lora_source
+from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -76,8 +76,8 @@ class OpenModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, which may be used without a turn."""
-        return self._pipe.tokenizer
+        """The tokenizer that reads prompts, which may be used without a turn."""
+        return self._pipe.tokenizer if "unet" in self._pipe.components else self._pipe.tokenizers_for(())[0]
 
     @property
     def busy(self) -> bool:
@@ -92,8 +92,8 @@ class OpenModel:
     @property
     def family(self) -> str | None:
         """The model family, named as by `guess_family`; None if it is unknown."""
-        if self.choice.model == PLAYGROUND:
-            return PLAYGROUND
+        if self.choice.model in PLAYGROUNDS:
+            return self.choice.model
         if "unet" not in self._pipe.components:
             return self._pipe.family
         return _FAMILIES.get(self._pipe.unet.config.cross_attention_dim)
@@ -173,11 +173,7 @@ class OpenModels:
 
 def _opened(choice: Choice) -> Any:
     scene = Scene(prompt="-")  # opening looks at the model's part of a run only
-    pipe = open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
-    if "unet" not in pipe.components:
-        kind = type(pipe).__name__
-        raise ValueError(f"{choice.model} is a {kind}; the page opens Stable Diffusion 1.x, 2.x and XL.")
-    return pipe
+    return open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
 
 
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:

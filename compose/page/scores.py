@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.pipelines.scene import Run, Scene
 
 SUITE = "playground-quick"
@@ -42,7 +42,7 @@ class Judge:
 
     def judges(self, run: Run) -> bool:
         """Whether there are reference images for every concept of a run."""
-        return run.model == PLAYGROUND and bool(run.scene.concepts) and self._names(run.scene) is not None
+        return run.model in PLAYGROUNDS and bool(run.scene.concepts) and self._names(run.scene) is not None
 
     def score(self, image: Image.Image, scene: Scene) -> dict[str, Likeness]:
         """Scores an image of the playground.
@@ -79,11 +79,17 @@ class Judge:
     def _names(self, scene: Scene) -> Mapping[str, str] | None:
         """The suite's concepts by ours; None if one of ours has no counterpart, or two have the same."""
         theirs = {lora: concept.name for concept in self._suite.concepts for lora in concept.loras.values()}
-        names = {concept.name: theirs.get(concept.lora or "") for concept in scene.concepts}
+        names = {concept.name: theirs.get(_of_unet(concept.lora or "")) for concept in scene.concepts}
         found = [name for name in names.values() if name is not None]
         if len(found) < len(names) or len(set(found)) < len(found):
             return None
         return {ours: name for ours, name in names.items() if name is not None}
+
+
+def _of_unet(lora: str) -> str:
+    """The LoRA of the same concept for the playground's UNet, whose reference images serve both."""
+    model, colon, name = lora.partition(":")
+    return f"{PLAYGROUND}:{name}" if colon and model in PLAYGROUNDS else lora
 
 
 def _likeness(score: Any, name: str) -> Likeness:

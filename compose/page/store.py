@@ -20,10 +20,11 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
 from lora_compose.compose.playground.assets import (
     PLAYGROUND,
+    PLAYGROUNDS,
     playground_lora,
     playground_loras,
+    playground_of,
     playground_references,
-    playground_title,
 )
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
@@ -209,9 +210,9 @@ def dropped(name: str, data: BinaryIO) -> Record:
     return record_in(data, _shown(name))
 
 
-def playground() -> list[Lora]:
-    """The LoRAs of the playground."""
-    return [named(f"{PLAYGROUND}:{name}") for name in playground_loras()]
+def playground(model: str = PLAYGROUND) -> list[Lora]:
+    """The LoRAs of a playground."""
+    return [named(f"{model}:{name}") for name in playground_loras(model)]
 
 
 def in_folder(folder: Path) -> list[Path]:
@@ -235,9 +236,9 @@ def named(source: str) -> Lora:
         ValueError: If the playground has none of that name.
         OSError: If it cannot be read.
     """
-    if source.startswith(f"{PLAYGROUND}:"):
-        name = source.removeprefix(f"{PLAYGROUND}:")
-        return _described(read_lora(playground_lora(name)), source, name, _reference(name))
+    model, colon, name = source.partition(":")
+    if colon and model in PLAYGROUNDS:
+        return _described(read_lora(playground_lora(name, model)), source, name, _reference(name))
     path = find_file(source)
     if is_on_hub(source):
         return _described(read_lora(path), source, source)
@@ -271,7 +272,7 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
 def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
     if sha256 in known:
         return known[sha256]
-    if source in {f"{PLAYGROUND}:{name}" for name in playground_loras()}:
+    if source in {f"{model}:{name}" for model in PLAYGROUNDS for name in playground_loras(model)}:
         return named(source)
     nearby = in_folder(folder) if folder is not None and folder.is_dir() else []
     for path in [*([Path(source).expanduser()] if local and source else []), *nearby]:
@@ -311,7 +312,7 @@ def _shown(name: str) -> str:
 def _described(file: LoraFile, source: str, shown: str, result: Path | None = None) -> Lora:
     metadata = file.metadata
     guess = guess_family({key: tensor.shape for key, tensor in file.tensors.items()}, metadata)
-    ours = metadata.get("base_model") == playground_title(PLAYGROUND)
+    ours = playground_of(metadata.get("base_model"))
     return Lora(
         source=source,
         shown=shown,
@@ -320,8 +321,8 @@ def _described(file: LoraFile, source: str, shown: str, result: Path | None = No
         class_word=(file.class_word or "").strip(),
         trained_with=(metadata.get("method") or "").strip(),
         thumbnail=_thumbnail(result) if result else _embedded(metadata.get("modelspec.thumbnail")),
-        family=PLAYGROUND if ours else guess.family,
-        composed=ours or guess.supported,
+        family=ours or guess.family,
+        composed=ours is not None or guess.supported,
     )
 
 

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from lora_compose.compose.figures.overlay import colour
 from lora_compose.compose.page.text import markup
+from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.text.emphasis import plain_text
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
+from lora_compose.pipelines.text.templates import TemplateTokenizer
 from lora_compose.pipelines.text.tokens import Positions, check_disjoint, find_words, locate
 
 Part = Literal["trigger", "class word"]
@@ -48,7 +50,8 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
     marks, flags, missing, unready = [], [], [], False
     try:
         text = plain_text(prompt)
-        tokenizer = LongTokenizer(tokenizer, len(chunks_of(tokenizer, text))) if concepts else tokenizer
+        if concepts and not isinstance(tokenizer, ExpandingTokenizer | TemplateTokenizer):  # those of UNets
+            tokenizer = LongTokenizer(tokenizer, len(chunks_of(tokenizer, text)))
     except ValueError as error:
         return Reading((), (str(error),), (), True, None)
     located: list[tuple[Concept, Positions]] = []

@@ -85,13 +85,13 @@ def lora_source(source: str) -> str:
     return str(playground_lora(name, model)) if colon and model in PLAYGROUNDS else source
 
 
-def playground_loras() -> list[str]:
-    """Names of the playground's LoRAs.
+def playground_loras(model: str = PLAYGROUND) -> list[str]:
+    """Names of a playground's LoRAs.
 
     Raises:
         FileNotFoundError: If the assets are missing.
     """
-    return sorted(_lora_files(PLAYGROUND))
+    return sorted(_lora_files(model))
 
 
 def playground_references(concept: str) -> list[Path]:

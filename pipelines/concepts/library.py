@@ -148,7 +148,7 @@ def adapters_of(pipe: Any) -> set[str]:
 
 def _read(pipe: Any, path: Path, *, alpha: float | None, max_rank: int = MAX_RANK, allow_pickle: bool = False) -> Read:
     file = read_lora(path, allow_pickle=allow_pickle)
-    factors = match(file, pipe, alpha=alpha, max_rank=max_rank)
+    factors = match(file, pipe, alpha=alpha, max_rank=max_rank, products=True)
     if not factors.complete:
         logger.warning("%s: %s", file.path.name, factors.report)
     return Read(file, factors)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lora_compose.pipelines.formats.keys import PARTS, Part
 from lora_compose.pipelines.formats.layers import Layer, Layers, by_layer
 from lora_compose.pipelines.formats.names import present_name, spellings
 from lora_compose.pipelines.formats.recognise import UNSUPPORTED, guess_family
+from lora_compose.pipelines.formats.transformer_names import swaps_halves
 
 __all__ = ["Factors", "LoraError", "LoraFile", "adapter_factors", "match", "read_lora"]
 
@@ -86,7 +88,9 @@ class Factors:
         return "; ".join([*facts, *self.notes])
 
 
-def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: int = MAX_RANK) -> Factors:
+def match(
+    file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: int = MAX_RANK, products: bool = False
+) -> Factors:
     """Matches a file against the models of a pipeline.
 
     Args:
@@ -95,6 +99,7 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
             read.
         alpha: Alpha for a file without one; the change is scaled by alpha / rank.
         max_rank: LoHa, LoKr and full weight differences are exact up to this rank, and cut to it beyond.
+        products: Whether a LoKr of more rank may stay a Kronecker product, which is exact (`LoraFactors.left`).
 
     Raises:
         LoraError: If no layer matches, a matching layer has another shape, or the file's kind is not supported.
@@ -109,7 +114,8 @@ def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: in
             _check_layer(file, getattr(pipe, part), name, layer)
     changes: Changes = {
         part: {
-            name: _change(file, getattr(pipe, part), name, layer, alphas, max_rank) for name, layer in layers.items()
+            name: _change(file, getattr(pipe, part), name, layer, alphas, max_rank, products)
+            for name, layer in layers.items()
         }
         for part, layers in found.items()
     }
@@ -197,7 +203,7 @@ def _shared_out(
 ) -> Iterable[tuple[str, Layer]]:
     """The part of a file's layer that belongs to each of the model's, whose outputs follow one another in it."""
     if len(names) == 1 or model is None:
-        return [(name, layer) for name in names]
+        return [(name, replace(layer, swapped=swaps_halves(name, layer.module))) for name in names]
     sizes = [weight_shape(uncompiled(model), name)[0] for name in names]
     try:
         outputs, _ = size(layer.parts) if not layer.slots.keys() & UNSUPPORTED.keys() else (sum(sizes), 0)
@@ -242,20 +248,38 @@ def _check_layer(file: LoraFile, model: nn.Module, name: str, layer: Layer) -> N
         )
 
 
-def _change(file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: Alphas, max_rank: int) -> Change:
+def _change(
+    file: LoraFile, model: nn.Module, name: str, layer: Layer, alphas: Alphas, max_rank: int, products: bool
+) -> Change:
     """The file's change of one layer, in the shapes that the layer needs."""
     model = uncompiled(model)
     try:
-        made = change(layer.parts, alphas.scale(name, layer), max_rank)
-        if layer.outputs is not None:
+        scale, target = alphas.scale(name, layer), base_layer(model.get_submodule(name))
+        products = products and isinstance(target, nn.Linear) and not layer.swapped
+        made = change(layer.parts, scale, max_rank, products=products)
+        if made.factors.left is not None and layer.outputs is not None:
+            part = _rows(made.factors, layer.outputs)
+            made = change(layer.parts, scale, max_rank) if part is None else Change(part)
+        if made.factors.left is None and layer.outputs is not None:
             made = Change(replace(made.factors, up=made.factors.up[layer.outputs]), made.lost / layer.shares)
-        factors = _reshaped(made.factors, base_layer(model.get_submodule(name)))
-        check_factors(model, name, factors.down.shape, factors.up.shape)
+        if layer.swapped:
+            made = replace(made, factors=replace(made.factors, up=torch.cat(made.factors.up.chunk(2)[::-1])))
+        factors = _reshaped(made.factors, target)
+        check_factors(model, name, factors)
     except LoraError:
         raise
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise LoraError(f"{file.path.name}: {layer.part}.{name}: {error}") from error
     return Change(factors, made.lost)
+
+
+def _rows(factors: LoraFactors, outputs: slice) -> LoraFactors | None:
+    """Some outputs of a Kronecker product; None if they are no whole rows of its left matrix."""
+    assert factors.left is not None
+    inner = len(factors.up)
+    if outputs.start % inner or outputs.stop % inner:
+        return None
+    return replace(factors, left=factors.left[outputs.start // inner : outputs.stop // inner])
 
 
 def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
@@ -268,7 +292,7 @@ def _reshaped(factors: LoraFactors, layer: nn.Module) -> LoraFactors:
         up = up[:, :, None, None] if up.ndim == 2 else up
     elif down.shape[2:] == up.shape[2:] == (1, 1):
         down, up = down.flatten(1), up.flatten(1)
-    return LoraFactors(down, up, factors.scale)
+    return LoraFactors(down, up, factors.scale, factors.left)
 
 
 def _check_embeddings(file: LoraFile, pipe: Any) -> None:

@@ -37,7 +37,7 @@ class Read:
             yield from by_part.values()
         for lora in (self.factors.model, *self.factors.text_encoders.values()):
             for factors in lora.values():
-                yield from (factors.down, factors.up)
+                yield from factors.tensors
 
 
 class Recent:

@@ -11,7 +11,7 @@ alone, so that nothing is multiplied that does not fit the layer.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,9 +43,20 @@ def inner(one: LoraFactors, other: LoraFactors) -> float:
 
     tr((B1 A1)^T B2 A2) = sum((B1^T B2) * (A1 A2^T)).
     """
+    if one.left is not None or other.left is not None:
+        return _inner_of_products(one, other)
     ups = one.up.flatten(1).double().T @ other.up.flatten(1).double()
     downs = one.down.flatten(1).double() @ other.down.flatten(1).double().T
     return float((ups * downs).sum()) * one.scale * other.scale
+
+
+def _inner_of_products(one: LoraFactors, other: LoraFactors) -> float:
+    """<K1 (x) D1, K2 (x) D2> = <K1, K2> <D1, D2>, of products of equal shapes."""
+    if one.left is None or other.left is None or one.left.shape != other.left.shape:
+        return float((one.delta().double() * other.delta().double()).sum())
+    return float((one.left.double() * other.left.double()).sum()) * inner(
+        replace(one, left=None), replace(other, left=None)
+    )
 
 
 def rank_of(slots: Mapping[str, Tensor]) -> int | None:
@@ -87,7 +98,7 @@ def size(slots: Mapping[str, Tensor]) -> tuple[int, int]:
     raise ValueError(f"{', '.join(sorted(names))} is not enough to compute the change; the file is incomplete")
 
 
-def change(slots: Mapping[str, Tensor], scale: float, max_rank: int = MAX_RANK) -> Change:
+def change(slots: Mapping[str, Tensor], scale: float, max_rank: int = MAX_RANK, *, products: bool = False) -> Change:
     """The change of one layer as factors.
 
     Args:
@@ -96,6 +107,7 @@ def change(slots: Mapping[str, Tensor], scale: float, max_rank: int = MAX_RANK) 
             layer first.
         scale: Factor on the change.
         max_rank: Changes of other adapters are kept exactly up to this rank, and cut to it beyond.
+        products: Whether a LoKr of more rank may stay a Kronecker product, which is exact.
 
     Raises:
         ValueError: As for `size`, and if the numbers are too large.
@@ -107,7 +119,9 @@ def change(slots: Mapping[str, Tensor], scale: float, max_rank: int = MAX_RANK) 
         return Change(LoraFactors(_folded(slots["down"], slots["mid"]), slots["up"], scale))
     if "down" in slots:
         return Change(LoraFactors(slots["down"], slots["up"], scale))
-    return (_loha if "hada_w1_a" in slots else _lokr)(slots, scale, max_rank)
+    if "hada_w1_a" in slots:
+        return _loha(slots, scale, max_rank)
+    return (_product(slots, scale, max_rank) if products else None) or _lokr(slots, scale, max_rank)
 
 
 def _side(slots: Mapping[str, Tensor], name: str) -> int:
@@ -262,6 +276,24 @@ def _lokr(slots: Mapping[str, Tensor], scale: float, max_rank: int) -> Change:
     (_, *inner), (_, *outer) = _lokr_half_sides(slots, 1), _lokr_half_sides(slots, 2)
     inputs = (math.prod(inner) * outer[0], *outer[1:])
     return _shaped(up.float(), down.float(), lost, inputs, scale)
+
+
+def _product(slots: Mapping[str, Tensor], scale: float, max_rank: int) -> Change | None:
+    """A LoKr of matrices as the Kronecker product that it is; None if factors of a low rank do."""
+    if "lokr_t2" in slots or any(len(_lokr_half_sides(slots, number)) != 2 for number in (1, 2)):
+        return None
+    left = _lokr_half(slots, 1)
+    if "lokr_w2" in slots:
+        whole = _wide(slots["lokr_w2"])
+        one = torch.eye(min(whole.shape))
+        up, down = (whole, one) if whole.shape[0] >= whole.shape[1] else (one, whole)
+    else:
+        up, down = slots["lokr_w2_a"].float(), slots["lokr_w2_b"].float()
+    if min(left.shape) * len(down) <= max_rank:
+        return None
+    if not all(torch.isfinite(tensor).all() for tensor in (left, up, down)):
+        raise ValueError("its numbers are too large to be multiplied")
+    return Change(LoraFactors(down.contiguous(), up.contiguous(), scale, left.contiguous()))
 
 
 def _lokr_half(slots: Mapping[str, Tensor], number: int) -> Tensor:

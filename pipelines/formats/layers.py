@@ -24,6 +24,7 @@ class Layer:
         keys: Their keys in the file.
         outputs: Slice of the change's outputs that this layer has; None means all.
         shares: Number of layers of the model that it changes.
+        swapped: Whether the halves of the change's outputs are the other way round in the model.
     """
 
     part: Part
@@ -32,6 +33,7 @@ class Layer:
     keys: tuple[str, ...]
     outputs: slice | None = None
     shares: int = 1
+    swapped: bool = False
 
     @property
     def parts(self) -> Mapping[str, Tensor]:

@@ -12,6 +12,9 @@ from torch import nn
 _Table = Sequence[tuple[str, str]]
 """Patterns of diffusers' names, and the original name."""
 
+_SCALE_AND_SHIFT = (r"norm_out\.linear", "final_layer.adaLN_modulation.1")
+"""The modulation of the last layer: the original gives shift and scale, diffusers' layer scale and shift."""
+
 
 def _double(image: str, text: str) -> _Table:
     """Names of the layers of a double-stream block, on the image side and on the text side."""
@@ -44,6 +47,7 @@ _FLUX: _Table = [
     (r"time_text_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
     (r"time_text_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
     (r"proj_out", "final_layer.linear"),
+    _SCALE_AND_SHIFT,
 ]
 _FLUX2: _Table = [
     *_double("linear_in", "linear_out"),
@@ -57,6 +61,7 @@ _FLUX2: _Table = [
     (r"time_guidance_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
     (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
     (r"proj_out", "final_layer.linear"),
+    _SCALE_AND_SHIFT,
 ]
 _KREA2: _Table = [
     *(
@@ -86,6 +91,7 @@ _Z_IMAGE: _Table = [
     (r"(layers|noise_refiner|context_refiner)\.(\d+)\.attention\.to_out\.0", r"\1.\2.attention.out"),
     (r"all_x_embedder\.2-1", "x_embedder"),
     (r"all_final_layer\.2-1\.linear", "final_layer.linear"),
+    (r"all_final_layer\.2-1\.adaLN_modulation\.1", "final_layer.adaLN_modulation.1"),
 ]
 _TABLES: Mapping[str, _Table] = {
     "FluxTransformer2DModel": _FLUX,
@@ -108,6 +114,16 @@ def original_layers(model: nn.Module, names: Iterable[str]) -> Mapping[str, tupl
             if match := re.fullmatch(pattern, name):
                 found.setdefault(match.expand(original), []).append((number, name))
     return {original: tuple(name for _, name in sorted(layers, key=_order)) for original, layers in found.items()}
+
+
+def swaps_halves(name: str, spelled: str) -> bool:
+    """Whether the halves of a layer's outputs are the other way round in the original checkpoint.
+
+    Args:
+        name: The model's layer.
+        spelled: The layer in a file, with underscores for dots.
+    """
+    return name == "norm_out.linear" and spelled == _SCALE_AND_SHIFT[1].replace(".", "_")
 
 
 def _order(layer: tuple[int, str]) -> tuple[int, int]:

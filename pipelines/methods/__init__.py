@@ -182,7 +182,7 @@ def _for_regions(
     if region_attention and prompts is not None and all(subject.trigger for subject in boxed):
         return _chosen(LoraComposer(), f"{reason}, and {others} stays outside of it" if others else reason)
     why = "prompt_embeds are given instead of a prompt" if prompts is None else "not every one has a trigger"
-    why = why if region_attention else "this model does not support region attention yet"
+    why = why if region_attention else "lora-composer needs a UNet"
     if others:
         logger.warning("without a region, %s acts on the whole image, also inside the regions of others", others)
     return _chosen(Regional(), f"{reason}, and {why}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lora_compose.attention import Gates, Stream
@@ -114,6 +115,29 @@ class FixedPasses:
     def _prepared(self) -> Mapping[int, Sequence[tuple[PreparedPass, float]]]:
         prepare = self.session.denoiser.prepare
         return {i: [(prepare(one), weight) for one, weight in turn] for i, turn in enumerate(self.turns)}
+
+
+@dataclass(frozen=True)
+class ByImage:
+    """Images that cannot go through the model together, one after the other.
+
+    Attributes:
+        processes: One for each image.
+        text: The text that callbacks see.
+    """
+
+    processes: Sequence[Process]
+    text: Conditioning
+
+    def prepare(self, latents: Tensor, first: Step) -> Tensor:
+        """Prepares each."""
+        return torch.cat([one.prepare(latents[i : i + 1], first) for i, one in enumerate(self.processes)])
+
+    def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """A step of each."""
+        steps = [one.step(latents[i : i + 1], step) for i, one in enumerate(self.processes)]
+        moved, outputs = zip(*steps, strict=True)
+        return torch.cat(moved), torch.cat(outputs)
 
 
 def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:

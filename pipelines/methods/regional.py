@@ -18,6 +18,7 @@ region has its own text, about its concept alone, and the image has a text witho
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from lora_compose.attention import Gates, JointRegions, Site, grid_at
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, one_text, warn_once, warn_unread
+from lora_compose.pipelines.methods.process import ByImage, FixedPasses, Process, one_text, warn_once, warn_unread
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.regions import Regions, region_mask
 from lora_compose.pipelines.session import Session
@@ -67,7 +68,7 @@ class Regional:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
 
-    def start(self, session: Session) -> FixedPasses:
+    def start(self, session: Session) -> Process:
         """Gates by region, token and row. A concept without a region acts everywhere. Styles alone are merged."""
         concepts, canvas = session.concepts, session.canvas
         if not concepts.subjects:
@@ -79,9 +80,22 @@ class Regional:
             )
         masks = {level: region_masks(session, level) for level in canvas.levels}
         everywhere = [concept.region is None for concept in concepts.concepts]
-        texts = self._texts(session)
-        spec = self.gated(session, texts, masks, everywhere)
-        return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=texts.base)
+
+        def passes(texts: TextsOfRegions, image: int | None = None) -> FixedPasses:
+            spec = replace(self.gated(session, texts, masks, everywhere), image=image)
+            return FixedPasses(session, [[(spec, 1.0)]], text_for_callbacks=texts.base)
+
+        joint = self._reads_regions(session)
+        if joint is None:
+            return passes(shared_text(session))
+        owners = [i for i, whole in enumerate(everywhere) if not whole]
+        texts, cells = segment_texts(session, owners), given_cells(session, joint)
+        read = partial(SegmentedTexts.read_in, cells=cells, joint=joint, isolate=self.isolate, device=canvas.device)
+        if joint.multiple == 1 or texts.alike:
+            return passes(read(texts))
+        # Where a text is not padded, the positions of all that follows depend on its length.
+        each = [passes(read(texts.of_image(image)), image) for image in range(canvas.images)]
+        return ByImage(each, texts.base)
 
     def gated(
         self, session: Session, texts: "TextsOfRegions", masks: Mapping[int, Tensor], everywhere: Sequence[bool]
@@ -119,7 +133,8 @@ class Regional:
         )
         return Pass(text, gates, joint_regions=texts.regions)
 
-    def _texts(self, session: Session) -> "TextsOfRegions":
+    def _reads_regions(self, session: Session) -> Site | None:
+        """How text and image lie in one sequence, if each region reads its own text; None if all read one."""
         joint = session.canvas.backbone.joint
         unnamed = _unnamed(session)
         if self.texts == "regions" and joint is None:
@@ -133,12 +148,12 @@ class Regional:
                 "named in every prompt: write its trigger there, or give it a prompt of its own"
             )
         if joint is not None and self.texts != "shared" and not unnamed:
-            return segmented(session, joint, isolate=self.isolate)
+            return joint
         if self.isolate:
             raise ValueError("isolate needs texts of regions (texts='regions'), which only transformers have")
         if joint is not None and unnamed:
             warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
-        return shared_text(session)
+        return None
 
     def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
         """Whether a concept with a trigger gets a token mask."""
@@ -184,32 +199,32 @@ def shared_text(session: Session) -> TextsOfRegions:
 
 @dataclass(frozen=True, eq=False)
 class SegmentedTexts:
-    """A text for the image and one for each region, in one sequence.
+    """A text for the image and one for each region, to be read in one sequence.
 
     Attributes:
-        text: All of them.
-        own: 1 at the tokens that a concept changes. Shape: [rows, tokens, concepts].
-        lengths: Tokens of text 0, and of the text of each region.
-        hidden: True at padding inside them. Shape: [rows, tokens].
         base: The text of the whole image.
+        regions: The text of each region.
+        owners: By concept, the text that it changes: 0 is that of the whole image; None stands for all of them.
     """
 
-    text: Conditioning
-    own: Tensor
-    lengths: tuple[int, ...]
-    hidden: Tensor | None
     base: Conditioning
+    regions: tuple[Conditioning, ...]
+    owners: tuple[int | None, ...]
+
+    @property
+    def alike(self) -> bool:
+        """Whether each text has as many tokens in all images."""
+        lengths = [text.lengths[text.conditional_rows] for text in (self.base, *self.regions)]
+        return all(len(set(of_text)) == 1 for of_text in lengths)
 
     def of_image(self, image: int) -> "SegmentedTexts":
         """The rows of one image."""
-        rows = slice(image, None, self.text.images)
-        hidden = None if self.hidden is None else self.hidden[rows]
         return replace(
-            self, text=self.text.of_image(image), own=self.own[rows], hidden=hidden, base=self.base.of_image(image)
+            self, base=self.base.of_image(image), regions=tuple(text.of_image(image) for text in self.regions)
         )
 
     def read_in(self, cells: Tensor, joint: Site, *, isolate: bool, device: torch.device) -> TextsOfRegions:
-        """The same, each text read by the cells of its region.
+        """The texts in one sequence, each read by the cells of its region.
 
         Args:
             cells: True where a region covers a cell. Shape: [height, width, regions], on the CPU.
@@ -217,11 +232,18 @@ class SegmentedTexts:
             isolate: Whether cells of a region attend to no cells of others.
             device: Where attention runs.
         """
-        unconditional = [row < self.text.conditional_rows.start for row in range(self.text.rows)]
+        segments = join_segments(self.base, self.regions, joint.multiple)
+        text, first = segments.text, segments.text.conditional_rows.start
+        own = torch.zeros_like(text.trigger_mask)
+        own[:first] = 1
+        for i, owner in enumerate(self.owners):
+            own[first:, slice(None) if owner is None else segments.of(owner), i] = 1
+        unconditional = [row < first for row in range(text.rows)]
         regions = JointRegions.of(
-            joint, cells.flatten(0, 1), self.lengths, unconditional, isolate=isolate, hidden=self.hidden, device=device
-        )
-        return TextsOfRegions(self.text, self.own, regions, self.base)
+            joint, cells.flatten(0, 1), segments.lengths, unconditional, isolate=isolate, hidden=segments.hidden,
+            device=device,
+        )  # fmt: skip
+        return TextsOfRegions(text, own, regions, self.base)
 
 
 def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
@@ -242,25 +264,15 @@ def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
     for i in indices:
         own = [about(every[i], prompt, mine) for prompt in prompts]
         texts.append(encode(concepts.with_styles([i]), own, names=[every[i].name] if every[i].trigger else []))
-    segments = join_segments(base, texts)
-    text = segments.text
-    act = torch.zeros_like(text.trigger_mask)
-    first = text.conditional_rows.start
-    act[:first] = 1
-    for i, concept in enumerate(every):
-        where = slice(None) if concept.is_style else segments.of(1 + indices.index(i) if i in indices else 0)
-        act[first:, where, i] = 1
-    return SegmentedTexts(text, act, segments.lengths, segments.hidden, base)
+    of = [None if concept.is_style else 1 + indices.index(i) if i in indices else 0 for i, concept in enumerate(every)]
+    return SegmentedTexts(base, tuple(texts), tuple(of))
 
 
-def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions:
-    """The texts of `segment_texts`, for the regions that the user gives."""
-    concepts, canvas = session.concepts.concepts, session.canvas
-    indices = [i for i, concept in enumerate(concepts) if concept.region is not None]
-    cells = Regions.of(
-        [concept.region for concept in concepts], canvas.image_size, canvas.latent_grid, canvas.levels, HALF
-    ).cells[joint.level]
-    return segment_texts(session, indices).read_in(cells, joint, isolate=isolate, device=canvas.device)
+def given_cells(session: Session, joint: Site) -> Tensor:
+    """The cells of the regions that the user gives. Shape: [height, width, regions], bool, on the CPU."""
+    canvas = session.canvas
+    given = [concept.region for concept in session.concepts.concepts]
+    return Regions.of(given, canvas.image_size, canvas.latent_grid, canvas.levels, HALF).cells[joint.level]
 
 
 HALF = 0.5

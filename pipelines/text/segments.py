@@ -32,12 +32,13 @@ class Segments:
         return slice(start, start + self.lengths[n])
 
 
-def join_segments(base: Conditioning, regions: Sequence[Conditioning]) -> Segments:
+def join_segments(base: Conditioning, regions: Sequence[Conditioning], multiple: int = 1) -> Segments:
     """Joins texts of the same rows; unconditional rows have the base text only.
 
     Args:
         base: Text 0, with the inputs for the whole image (pooled text).
         regions: The text of each region.
+        multiple: The model pads a text to a multiple of so many tokens.
     """
     ragged = base.added is not None and "lengths" in base.added
     first = base.conditional_rows.start
@@ -48,7 +49,7 @@ def join_segments(base: Conditioning, regions: Sequence[Conditioning]) -> Segmen
     ]
     texts = [base, *regions]
     lengths = tuple(map(len, kept))
-    width = max(sum(lengths), base.prompt_embeds.shape[1])
+    width = max(-(-sum(lengths) // multiple) * multiple, base.prompt_embeds.shape[1])
 
     def joined(of: Sequence[Tensor]) -> Tensor:
         """Rows of all texts. Shape: [rows, tokens, ...]."""

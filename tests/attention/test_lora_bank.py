@@ -20,7 +20,7 @@ from components import (
     unet_inputs,
     with_bank,
 )
-from lora_compose.attention import Gates, Lora, LoraFactors
+from lora_compose.attention import Gates, Lora, LoraFactors, Site, installed_layers
 from reference import STYLES, FullGates, Style, constant_gates, random_gates, relative_error, with_reference
 
 UNETS: dict[str, Callable[..., Any]] = {"sd": sd_unet, "sdxl": shallow_sdxl_unet}
@@ -209,6 +209,41 @@ def test_gradient_to_the_latents_equals_that_of_the_slow_sum_with_and_without_ch
         assert len(passes) == 1 + 2
     assert relative_error(found[0], expected) < 2e-5
     assert torch.equal(found[0], found[1])
+
+
+class Stored(nn.Linear):
+    """A layer whose product is a function of its own, with a gradient of its own, as that of quantised layers."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return x @ weight.t()
+
+        @staticmethod
+        def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None]:
+            return grad[0] @ ctx.saved_tensors[0], None
+
+    def forward(self, input: Tensor) -> Any:
+        return self.Product.apply(input, self.weight)
+
+
+def test_a_gradient_goes_through_layers_that_compute_their_own_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = Stored(6, 4, bias=False)
+    model = nn.ModuleDict({"layer": layer}).requires_grad_(False)
+    factors = LoraFactors(torch.randn(2, 6, generator=generator), torch.randn(4, 2, generator=generator))
+    x = torch.randn(1, 5, 6, generator=generator, requires_grad=True)
+    gate = constant_gates((0.5,))[0]
+    with installed_layers(
+        model, [{"layer": factors}], {"layer": Site("text")}, device=x.device, dtype=x.dtype
+    ) as there:
+        there.use(there.inputs(gate))
+        found = model["layer"](x)
+        (gradient,) = torch.autograd.grad(found.square().sum(), x)
+    weight = layer.weight + 0.5 * factors.delta()
+    torch.testing.assert_close(found, x @ weight.t())
+    torch.testing.assert_close(gradient, 2 * found @ weight)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from commands import call, flat
+from components import tiny_pipeline
+from flux import flux_pipeline
 from lora_compose import Concept, Run, Scene, __version__
 from lora_compose.compose.commands.options import parse_concept, parse_settings
 from lora_compose.compose.files.images import read_pixels, read_record
@@ -25,7 +27,7 @@ from lora_compose.compose.generate.machine import choose_device, devices
 from lora_compose.compose.generate.making import make, make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import difference
-from lora_compose.compose.generate.schedulers import scheduler_names
+from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_of
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 
 PROMPT = "a xlo bear and a qrt robot on grass"
@@ -649,9 +651,22 @@ def test_a_concept_of_the_same_name_with_another_lora_is_loaded_anew() -> None:
 def test_schedulers_are_those_of_diffusers_that_fit() -> None:
     names = scheduler_names()
     assert {"DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"} <= set(names)
-    assert not {"SchedulerMixin", "FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler", "RePaintScheduler"} & set(
+    assert "FlowMatchEulerDiscreteScheduler" in names
+    assert not {"SchedulerMixin", "KarrasVeScheduler", "RePaintScheduler", "FlowMatchHeunDiscreteScheduler"} & set(
         names
     )
+
+
+def test_a_scheduler_for_other_models_is_refused_with_those_that_fit() -> None:
+    of = Run(scene=Scene(prompt="a bear"), model="any", steps=1)
+    unet, transformer = (of.model_copy(update={"scheduler": f"{name}Scheduler"}) for name in ("DDIM", "FlowMatchLCM"))
+    assert scheduler_of(tiny_pipeline(), unet).order == scheduler_of(flux_pipeline(), transformer).order == 1
+    with pytest.raises(ValueError, match=r"FlowMatchLCMScheduler does not fit Stable Diffusion 1.*DDIMScheduler"):
+        scheduler_of(tiny_pipeline(), transformer)
+    with pytest.raises(
+        ValueError, match=r"DDIMScheduler does not fit FLUX.1; expected one of FlowMatchEuler\w+, FlowM\w+$"
+    ):
+        scheduler_of(flux_pipeline(), unet)
 
 
 def test_devices_are_named_or_chosen() -> None:

@@ -14,6 +14,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, Row, checking, discard
 from lora_compose.compose.page.store import UPLOAD_LIMIT, Lora, in_folder, is_on_hub, named, playground, tile
 from lora_compose.compose.page.text import markdown, markup
+from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.pipelines.concepts.finding import find_file
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def _adding(session: PageSession) -> None:
 
 
 def _choosing(session: PageSession) -> None:
-    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in _playground()}
+    model = session.model.choice.model if session.model.choice.model in PLAYGROUNDS else PLAYGROUND
+    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in _playground(model)}
     ready |= {f"{lora.shown} (uploaded)": lora.source for lora in session.store.uploads}
     _picker(session, "From the playground, and uploaded before", ready, "ready")
     folder = session.options.loras
@@ -141,8 +143,8 @@ def _picker(session: PageSession, label: str, sources: dict[str, str], key: str)
 
 
 @st.cache_data(show_spinner=False)
-def _playground() -> list[Lora]:
-    return playground()
+def _playground(model: str) -> list[Lora]:
+    return playground(model)
 
 
 def _uploaded(session: PageSession, key: str) -> None:

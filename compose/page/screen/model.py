@@ -10,7 +10,7 @@ from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, choose_model
 from lora_compose.compose.page.text import markdown
-from lora_compose.compose.playground.assets import PLAYGROUND
+from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.savers import SAVERS, Saver, in_order
 
 _KIND, _NAME, _DTYPE, _DEVICE, _MEMORY = "set.model.kind", "set.model.name", "set.dtype", "set.device", "set.memory"
@@ -24,8 +24,9 @@ def model_part(session: PageSession) -> None:
     choice = session.model.choice
     show_choice(choice)
     with st.popover(f"Model: **{markdown(_short(choice.model))}**", icon=":material/deployed_code:"):
-        kind = st.segmented_control("Model", [PLAYGROUND, _OWN], key=_KIND, required=True, help=(
-            "The playground is a small built-in model: it draws blurry little images, quickly and offline."
+        kind = st.segmented_control("Model", [*PLAYGROUNDS, _OWN], key=_KIND, required=True, help=(
+            "The playgrounds are small built-in models, a UNet and a transformer like FLUX.1: they draw blurry little "
+            "images, quickly and offline. Each has LoRAs of its own."
         ))  # fmt: skip
         if kind == _OWN:
             st.text_input(
@@ -33,8 +34,8 @@ def model_part(session: PageSession) -> None:
                 key=_NAME,
                 placeholder="stable-diffusion-v1-5/stable-diffusion-v1-5",
             )
-            st.caption("Stable Diffusion 1.x, 2.x and XL. Weights are read from safetensors only. A hub repository is "
-                       "downloaded first.")  # fmt: skip
+            st.caption("Stable Diffusion 1.x, 2.x and XL, FLUX.1, FLUX.2-klein, Krea 2 and Z-Image. Weights are read "
+                       "from safetensors only. A hub repository is downloaded first.")  # fmt: skip
         left, right = st.columns(2)
         left.selectbox("Precision", ["float32", "float16", "bfloat16"], key=_DTYPE)
         right.selectbox("Device", [fields.AUTOMATIC, *devices()], key=_DEVICE)
@@ -57,8 +58,8 @@ def model_problems(session: PageSession) -> None:
 
 def show_choice(choice: Choice) -> None:
     """Fills the fields with the open model, where they are empty."""
-    st.session_state.setdefault(_KIND, PLAYGROUND if choice.model == PLAYGROUND else _OWN)
-    st.session_state.setdefault(_NAME, "" if choice.model == PLAYGROUND else choice.model)
+    st.session_state.setdefault(_KIND, choice.model if choice.model in PLAYGROUNDS else _OWN)
+    st.session_state.setdefault(_NAME, "" if choice.model in PLAYGROUNDS else choice.model)
     st.session_state.setdefault(_DTYPE, choice.dtype)
     st.session_state.setdefault(_DEVICE, choice.device or fields.AUTOMATIC)
     st.session_state.setdefault(_MEMORY, list(choice.memory))
@@ -76,7 +77,7 @@ def take_over(session: PageSession, choice: Choice) -> bool:
     Raises:
         ValueError: If it cannot be opened.
     """
-    known = choice.model == PLAYGROUND or choice == session.model.choice
+    known = choice.model in PLAYGROUNDS or choice == session.model.choice
     if known and choice != session.model.choice:
         choose_model(session, choice)
     for name in (_KIND, _NAME, _DTYPE, _DEVICE, _MEMORY):
@@ -96,9 +97,9 @@ def _what_it_does(saver: Saver) -> str:
 
 
 def _chosen() -> Choice:
-    own, device = st.session_state[_KIND] == _OWN, st.session_state[_DEVICE]
+    kind, device = st.session_state[_KIND], st.session_state[_DEVICE]
     return Choice(
-        st.session_state[_NAME].strip() if own else PLAYGROUND,
+        st.session_state[_NAME].strip() if kind == _OWN else kind,
         st.session_state[_DTYPE],
         None if device == fields.AUTOMATIC else device,
         in_order(st.session_state[_MEMORY]),
@@ -121,7 +122,7 @@ def _open(session: PageSession, choice: Choice) -> None:
 
 
 def _check_allowed(session: PageSession, model: str) -> None:
-    if session.options.local or model == PLAYGROUND or (is_hub_name(model) and not Path(model).expanduser().exists()):
+    if session.options.local or model in PLAYGROUNDS or (is_hub_name(model) and not Path(model).expanduser().exists()):
         return
     raise ValueError("This page is open to other machines, so files on this one cannot be opened from here; use a hub "
                      "repository.")  # fmt: skip

@@ -294,5 +294,5 @@ def _unfit(model: OpenModel, lora: Lora, error: Exception) -> str:
         return page_message(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
     made = f"{lora.shown} was made for {lora.family}, but the model {model.choice.model} is open."
     if not lora.composed:
-        return f"{made} This page composes SD 1.x, SD 2.x and SDXL. Remove this concept."
+        return f"{made} This page composes other families. Remove this concept."
     return f"{made} Open such a model with “Model” at the top, or remove this concept."

@@ -11,7 +11,7 @@ from components import tiny_pipeline
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns, without_weights
 from lora_compose.compose.benchmark.timing import PEFT_WAYS, Job, open_with_concepts, peak_bytes, time_ways
-from lora_compose.compose.benchmark.transformers import block_lora, pass_cost
+from lora_compose.compose.benchmark.transformers import REGION_TOKENS, block_lora, pass_cost
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Regional
 from lora_compose.pipelines.plan import find_in
@@ -149,17 +149,33 @@ def test_a_later_call_needs_far_less_of_the_host_than_the_first(model, tmp_path)
     assert work["step"]["operations"] <= 0  # keys and values of the text are kept
 
 
-def test_a_pass_of_a_transformer_costs_two_thin_products_per_layer_more():
+def test_a_pass_of_a_transformer_costs_two_thin_products_per_layer_more_and_attends_by_regions():
     model = without_weights("FLUX.2-klein 4B").transformer
-    tokens, rank, grid = 64, 8, (32, 32)
-    cells_of = {"text": tokens, "image": 256, "joint": 256 + tokens}
+    text, cells, rank, concepts = 64, 256, 8, 2
+    tokens = text + concepts * REGION_TOKENS
+    plain, same = (pass_cost(model, 0, rank, (32, 32), length) for length in (text, tokens))
+    found = pass_cost(model, concepts, rank, (32, 32), text)
+
     lora = block_lora(model, rank)
-    expected = sum(
-        2 * cells_of[backbone_of(model).sites[name].stream] * rank * (factors.down.shape[1] + factors.up.shape[0])
+    sees = {"text": tokens, "image": cells, "joint": cells + tokens}
+    thin = sum(
+        2 * sees[backbone_of(model).sites[name].stream] * rank * (factors.down.shape[1] + factors.up.shape[0])
         for name, factors in lora.items()
     )
-    plain, one, two = (pass_cost(model, number, rank, grid, tokens) for number in (0, 1, 2))
-    assert two.flops - one.flops == one.flops - plain.flops == expected
+    half = cells // concepts  # of the cells are in each region; they attend to two texts of the three
+    pairs = text * (text + cells) + concepts * REGION_TOKENS * (REGION_TOKENS + half)
+    pairs += cells * (text + REGION_TOKENS + cells)
+    width, layers = 24 * 128, 5 + 20
+    unseen = 4 * layers * width * ((cells + tokens) ** 2 - pairs)
+    assert found.flops == same.flops + concepts * thin - unseen
+
     weights = sum(parameter.nbytes for parameter in model.parameters())
     factors = sum(one.down.nbytes + one.up.nbytes for one in lora.values())
-    assert two.peak_bytes > one.peak_bytes + factors > plain.peak_bytes > weights
+    assert found.peak_bytes > plain.peak_bytes + concepts * factors > weights
+    away = [
+        sum(p.nbytes for name, p in model.named_parameters() if f"transformer_blocks.{i}." in name) for i in range(20)
+    ]
+    single = model.single_transformer_blocks[0]
+    assert found.offloaded_bytes == found.peak_bytes - sum(away) + max(
+        sum(p.nbytes for p in block.parameters()) for block in (single, model.transformer_blocks[0])
+    )

@@ -126,7 +126,9 @@ class Updates:
     """A method that follows gradients of attention maps in the first steps and records maps in all of them."""
 
     def start(self, session: Session) -> "Updating":
-        return Updating(session, Regional().start(session).turns)
+        regional = Regional().start(session)
+        assert isinstance(regional, FixedPasses)
+        return Updating(session, regional.turns)
 
 
 class Updating(FixedPasses):

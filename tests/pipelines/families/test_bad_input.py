@@ -59,10 +59,12 @@ def test_words_that_a_template_loses_are_refused(pipe: Any) -> None:
         pipe(prompt="a sks cat", **pipe.arguments)
 
 
-def test_models_of_other_families_are_refused_with_those_that_are_supported(tmp_path: Path) -> None:
-    config = {"_class_name": "ChromaPipeline", "transformer": ["diffusers", "ChromaTransformer2DModel"]}
+@pytest.mark.parametrize("family", ["Chroma", "StableDiffusion3", "QwenImage", "FluxFill", "FluxKontext"])
+def test_models_of_other_families_are_refused_with_those_that_are_supported(tmp_path: Path, family: str) -> None:
+    kind = "FluxTransformer2DModel" if family.startswith("Flux") else f"{family}Transformer2DModel"
+    config = {"_class_name": f"{family}Pipeline", "transformer": ["diffusers", kind]}
     (tmp_path / "model_index.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"a model for ChromaPipeline; supported are FLUX\.1, .*Z-Image"):
+    with pytest.raises(ValueError, match=rf"a model for {family}Pipeline; supported are FLUX\.1, .*Z-Image"):
         ComposePipeline.from_pretrained(tmp_path)
 
 

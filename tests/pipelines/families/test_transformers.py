@@ -1,25 +1,28 @@
 """Every transformer family through the same seam: equal to a slow reference, and to diffusers where LoRAs are plain."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from components import seeded
 from flux import FLUX
 from flux2 import FLUX2
 from krea2 import KREA2
-from lora_compose import Composite, Concept, Merge, Regional, Switch, Tara
+from lora_compose import Composite, Concept, Switch
 from transformer_families import (
+    BOXES,
+    CALL,
     CELLS,
-    TOKENS,
+    METHODS,
+    PROMPT,
     Family,
-    Places,
     as_file,
-    dense_loras,
+    assert_equals_dense_deltas,
+    latents_of,
     pipeline_with_concepts,
     plain_latents,
     random_lora_of_all,
@@ -27,12 +30,6 @@ from transformer_families import (
 from z_image import Z_IMAGE
 
 FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
-PROMPT = "a sks cat and a zwx dog on grass"
-LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
-BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
-CALL: dict[str, Any] = {
-    "prompt": PROMPT, "width": 128, "height": 128, "num_inference_steps": 2, "max_sequence_length": TOKENS,
-}  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -46,50 +43,10 @@ def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pipeline_with_concepts(family, tmp_path_factory.mktemp("loras"))
 
 
-def latents_of(pipe: Any, **arguments: Any) -> Tensor:
-    return pipe(**{**CALL, "generator": seeded(3), "output_type": "latent", **arguments}).images
-
-
-def merged(family: Family, unconditional: Sequence[bool]) -> Places:
-    ones = torch.ones(len(unconditional), 1, 2)
-    return Places(ones.expand(-1, TOKENS, 2), ones.expand(-1, CELLS**2, 2), ones[:, 0])
-
-
-def own_words(family: Family, unconditional: Sequence[bool]) -> Places:
-    everywhere = merged(family, unconditional)
-    text = torch.zeros(len(unconditional), TOKENS, 2)
-    for row, uncond in zip(text, unconditional, strict=True):
-        for concept, words in enumerate(family.words):
-            row[list(words), concept] = float(not uncond)
-    return Places(text, everywhere.image, everywhere.modulation)
-
-
-def regions(family: Family, unconditional: Sequence[bool]) -> Places:
-    live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
-    image = torch.zeros(len(unconditional), CELLS, CELLS, 2)
-    image[:, :, : CELLS // 2, 0] = image[:, :, CELLS // 2 :, 1] = 1
-    text = live.expand(-1, TOKENS, 2)
-    return Places(text, live * image.flatten(1, 2), torch.zeros(len(unconditional), 2))
-
-
-METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
-    "merge": (Merge(), ["cat", "dog"], merged),
-    "tara": (Tara(), ["cat", "dog"], own_words),
-    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
-}
-
-
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(family, pipe, method, guided):
-    settings, concepts, places = METHODS[method]
-    guidance = family.guided if guided else family.unguided
-    found = latents_of(pipe, concepts=concepts, method=settings, **guidance)
-    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
-    with dense_loras(family, pipe.transformer, loras, lambda rows: places(family, rows), guided=guided):
-        expected = plain_latents(family, pipe, **CALL, **guidance)
-    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
-    assert (found - plain_latents(family, pipe, **CALL, **guidance)).abs().max() > 0.01
+    assert_equals_dense_deltas(family, pipe, method, guided=guided)
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
@@ -104,6 +61,28 @@ def test_one_merged_lora_equals_diffusers_with_the_lora_loaded(family, pipe):
     other.load_lora_weights(as_file(random_lora_of_all(pipe.transformer, 0)))
     expected = plain_latents(family, other, **CALL, **family.guided)
     torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["flux", "z-image"])
+def test_a_lokr_of_any_rank_is_applied_exactly(name, tmp_path):
+    family = FAMILIES[name]
+    pipe = pipeline_with_concepts(family, tmp_path)
+    pipe.unload_concept("cat")
+    tensors = {}
+    for layer, module in pipe.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.out_features % 2 == module.in_features % 2 == 0:
+            generator, sides = seeded(len(layer)), (module.out_features // 2, module.in_features // 2)
+            tensors[f"transformer.{layer}.lokr_w1"] = torch.randn(2, 2, generator=generator) * 0.2
+            tensors[f"transformer.{layer}.lokr_w2"] = torch.randn(sides, generator=generator) * sides[1] ** -0.5
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    pipe.load_concept(tmp_path / "lokr.safetensors", name="cat", trigger="sks", class_word="cat", max_rank=4)
+    changed = pipe.resolve_concepts(["cat"])[0].factors
+    for layer, factors in changed.model.items():
+        whole = torch.kron(tensors[f"transformer.{layer}.lokr_w1"], tensors[f"transformer.{layer}.lokr_w2"])
+        torch.testing.assert_close(factors.delta(), whole)
+    assert changed.error == 0
+    for method in METHODS:
+        assert_equals_dense_deltas(family, pipe, method)
 
 
 def test_switch_and_composite_take_one_lora_at_a_time(family, pipe):

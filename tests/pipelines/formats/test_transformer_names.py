@@ -70,6 +70,37 @@ def test_a_layer_of_the_original_checkpoint_is_shared_out_in_order(tmp_path: Pat
     torch.testing.assert_close(whole, LoraFactors(down, up, 0.5).delta())
 
 
+BUILDS = {
+    "flux": flux_transformer, "flux2": flux2_transformer, "krea2": krea2_transformer, "z-image": z_image_transformer,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BUILDS)
+def test_a_file_may_change_every_linear_layer_of_a_model(tmp_path: Path, family: str) -> None:
+    transformer = BUILDS[family]()
+    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, torch.nn.Linear)}
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[f"transformer.{name}.lora_A.weight"] = torch.ones(2, layer.in_features)
+        tensors[f"transformer.{name}.lora_B.weight"] = torch.ones(layer.out_features, 2)
+    assert read(tmp_path, tensors, transformer).keys() == layers.keys()
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "z-image"])
+@pytest.mark.parametrize("stem", ["diffusion_model.final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.1"])
+def test_scale_and_shift_of_the_last_layer_are_in_the_order_of_the_model(
+    tmp_path: Path, family: str, stem: str
+) -> None:
+    transformer = BUILDS[family]()
+    name = "all_final_layer.2-1.adaLN_modulation.1" if family == "z-image" else "norm_out.linear"
+    layer = transformer.get_submodule(name)
+    down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+    found = read(tmp_path, {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, transformer)
+    half = layer.out_features // 2
+    rows = up if family == "z-image" else torch.cat([up[half:], up[:half]])  # Z-Image has no shift
+    torch.testing.assert_close(found[name].delta(), rows @ down)
+
+
 def test_a_lokr_of_a_fused_layer_is_its_kronecker_product(tmp_path: Path) -> None:
     transformer, names = flux2_transformer(), [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
     first, second = torch.randn(4, 4), torch.randn(24, 8)
@@ -77,6 +108,20 @@ def test_a_lokr_of_a_fused_layer_is_its_kronecker_product(tmp_path: Path) -> Non
     found = read(tmp_path, {f"{stem}.lokr_w1": first, f"{stem}.lokr_w2": second}, transformer)
     whole = torch.cat([found[name].delta() for name in names])
     torch.testing.assert_close(whole, torch.kron(first, second), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("outer", "exact"), [(6, True), (4, False)], ids=["whole rows", "parts of rows"])
+def test_a_lokr_of_more_rank_stays_a_product_where_layers_have_whole_rows_of_it(
+    tmp_path: Path, outer: int, exact: bool
+) -> None:
+    transformer, names = flux2_transformer(), [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    first, second = torch.randn(outer, 4), torch.randn(96 // outer, 8)
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file({f"{stem}.lokr_w1": first, f"{stem}.lokr_w2": second}, tmp_path / "it.safetensors")
+    found = match(read_lora(tmp_path / "it.safetensors"), Parts(transformer), max_rank=8, products=True)
+    whole = torch.cat([found.model[name].delta() for name in names])
+    assert torch.allclose(whole, torch.kron(first, second), atol=1e-4) == exact
+    assert ("cut to it" in found.report) != exact
 
 
 def test_what_does_not_fit_is_reported(tmp_path: Path) -> None:

@@ -189,8 +189,6 @@ def test_unconditional_rows_are_those_of_the_base_model(family, pipe):
 
 
 def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, pipe):
-    if family is Z_IMAGE:
-        pytest.skip("positions of the texts that follow a padded one differ")
     prompts = [PROMPT, "a sks cat in the photo of a zwx dog and a cat on the grass"]
     noise = torch.randn(2, 4, 20, 16, generator=seeded(1))
     given = {**CALL, **family.guided, "concepts": concepts("apart"), "method": "regional"}
@@ -198,6 +196,13 @@ def test_prompts_of_different_lengths_give_the_images_of_separate_calls(family, 
     for i, prompt in enumerate(prompts):
         alone = pipe(**{**given, "prompt": prompt, "latents": noise[i : i + 1]}).images
         torch.testing.assert_close(both[i : i + 1], alone, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["z-image"], indirect=True)
+def test_texts_of_regions_may_be_longer_together_than_the_text_of_the_image_may_be(family, pipe):
+    given = {**CALL, **family.unguided, "concepts": concepts("apart"), "method": "regional"}
+    short, long = (pipe(**given | {"max_sequence_length": n, "generator": seeded(3)}).images for n in (32, 96))
+    assert torch.equal(short, long)
 
 
 def test_maps_of_words_are_recorded_in_the_regions_own_texts(family, pipe):

@@ -514,6 +514,28 @@ def test_another_model_is_opened_from_a_folder(at: AppTest) -> None:
     assert session(at).results[0].run.model == str(playground_model())
 
 
+def test_the_playgrounds_transformer_composes_with_loras_of_its_own(at: AppTest) -> None:
+    for row in list(session(at).rows):
+        at.button(key=f"do.remove.{row.number}").click().run()
+    at.session_state["set.model.kind"] = "playground-flux"
+    at.run()
+    next(button for button in at.button if button.label == "Open this model").click().run()
+    names = at.multiselect(key="do.pick.ready.0").options
+    assert len(names) == 6
+    at.multiselect(key="do.pick.ready.0").set_value([name for name in names if name[:3] in ("cat", "dog")]).run()
+    at.button(key="do.add.ready").click().run()
+    at.text_area(key=fields.PROMPT).set_value("a sks cat and a zwx dog on grass").run()
+    assert "only UNets have it; use draft, regional, tara or merge" in said(at)  # By boxes, as in the example
+    at.selectbox(key=fields.METHOD).set_value(fields.AUTOMATIC).run()
+    made(at)
+    (result,) = session(at).results
+    assert [concept.lora for concept in result.run.scene.concepts] == ["playground-flux:cat", "playground-flux:dog"]
+    assert result.made.record.run.method == "regional"
+    for view in ("Understand", "Compare", "Export"):
+        at.session_state["set.view"] = view
+        assert not at.run().exception
+
+
 def test_trouble_with_a_model_keeps_the_old_one(at: AppTest) -> None:
     at.session_state["set.model.kind"] = "A folder or a hub repository"
     at.run()
