@@ -336,6 +336,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def _schedule(self, sampling: Sampling, plan: Plan) -> Schedule:
         """The timesteps until `denoising_end`."""
         timesteps, steps = self._timesteps(sampling, plan)
+        if plan.call.source is not None:
+            timesteps, steps = plan.call.source.timesteps(self, steps, plan.canvas.device)
         ends = isinstance(sampling.denoising_end, float) and 0 < sampling.denoising_end < 1
         if ends:
             trained = self.scheduler.config.num_train_timesteps

@@ -144,6 +144,7 @@ class Call:
         inputs: Further arguments of every forward pass; tensors have one row per image.
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
+        repaint: Further arguments of calls that repaint the subjects of the images (`refine`).
     """
 
     composition: Composition
@@ -155,6 +156,7 @@ class Call:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     properties: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = None
+    repaint: Mapping[str, Any] = field(default_factory=dict)
 
 
 def no_concepts(concepts: Concepts | None) -> bool:
@@ -218,13 +220,8 @@ def check_arguments(
 
     Raises:
         TypeError: For unknown arguments.
-        ValueError: For images to start from, IP-Adapter images, and attention arguments other than "scale".
+        ValueError: For IP-Adapter images, and attention arguments other than "scale".
     """
-    if {"image", "mask_image"} & unknown.keys():
-        raise ValueError(
-            "with concepts, this model family makes images from text only; image-to-image and inpainting work with "
-            "Stable Diffusion 1.x, 2.x and XL"
-        )
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(unknown)}")
     if any(given is not None for given in ip_adapter):

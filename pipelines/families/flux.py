@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from lora_compose.pipelines.call import (
 from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, real_tokens
+from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -43,6 +44,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
     family = "FLUX.1"
     architecture = "flux-1-dev"
     transformer_class = FluxTransformer2DModel
+    image_to_image = ImageTask(FluxImg2ImgPipeline, resizes=True)
+    inpainting = ImageTask(FluxInpaintPipeline, resizes=True)
     text_tokenizers = ("tokenizer_2",)
 
     @classmethod
@@ -88,6 +91,11 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> ComposeOutput | FluxPipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -101,6 +109,11 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
+            image: What image-to-image and inpainting start from, as in the Stable Diffusion families.
+            mask_image: White where the image is painted, or a box.
+            strength: The share of the steps that are run; None is diffusers' default for the task.
+            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
+            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -115,23 +128,36 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
             negative_prompt = _for_each(negative_prompt, len(prompt))
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            arguments = {
+                "prompt": prompt, "prompt_2": prompt_2, "negative_prompt": negative_prompt,
+                "negative_prompt_2": negative_prompt_2, "true_cfg_scale": true_cfg_scale, "height": height,
+                "width": width, "num_inference_steps": num_inference_steps, "sigmas": sigmas,
+                "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,
+                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
+                "pooled_prompt_embeds": pooled_prompt_embeds, "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds,
+                "negative_ip_adapter_image": negative_ip_adapter_image,
+                "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds, "output_type": output_type,
+                "return_dict": return_dict, "joint_attention_kwargs": joint_attention_kwargs,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "max_sequence_length": max_sequence_length,
+            }  # fmt: skip
+            if given_image is not None:
+                return self._from_image_as_diffusers(given_image, arguments)
             plain: Callable[..., Any] = FluxPipeline.__call__
-            return plain(
-                self, prompt, prompt_2, negative_prompt, negative_prompt_2, true_cfg_scale, height, width,
-                num_inference_steps, sigmas, guidance_scale, num_images_per_prompt, generator, latents, prompt_embeds,
-                pooled_prompt_embeds, ip_adapter_image, ip_adapter_image_embeds, negative_ip_adapter_image,
-                negative_ip_adapter_image_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds, output_type,
-                return_dict, joint_attention_kwargs, callback_on_step_end, list(callback_on_step_end_tensor_inputs),
-                max_sequence_length,
-            )  # fmt: skip
+            return plain(self, **arguments)
         ip_adapters = ip_adapter_image, ip_adapter_image_embeds
         negative_ip_adapters = negative_ip_adapter_image, negative_ip_adapter_image_embeds
         check_arguments(kwargs, (*ip_adapters, *negative_ip_adapters), joint_attention_kwargs, "joint_attention_kwargs")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        native = self.default_sample_size * self.vae_scale_factor
-        height, width = (self._rounded(side or native) for side in (height, width))
+        source = self._source(given_image, width, height, output_type or "np")
+        width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, prompt_2, height, width, negative_prompt, negative_prompt_2, prompt_embeds, negative_prompt_embeds,
             pooled_prompt_embeds, negative_pooled_prompt_embeds, tensors, max_sequence_length,
@@ -152,6 +178,12 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             {
                 "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
                 "_current_timestep": None,
+            },
+            source,
+            {
+                "guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale,
+                "negative_prompt": None if negative_prompt is None else listed(negative_prompt)[0],
+                "max_sequence_length": max_sequence_length,
             },
         )  # fmt: skip
 
@@ -174,7 +206,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
         final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         self._current_timestep = None
-        result = self._decode(final, output_type or "np")
+        result = self._finished(self._decode(final, output_type or "np"), source)
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
 
@@ -200,6 +232,10 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             list(prompts), None, self._execution_device, max_sequence_length=self._readable(length or 512)
         )
         return text, {"pooled_projections": pooled}
+
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        native = self.default_sample_size * self.vae_scale_factor
+        return self._rounded(width or native), self._rounded(height or native)
 
     def _readable(self, length: int) -> int:
         """Tokens to which texts are padded: not more than the T5 was made for, which the playground's is for few."""

@@ -80,6 +80,11 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> ComposeOutput | Krea2PipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -93,6 +98,11 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
+            image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
+            mask_image: Refused.
+            strength: Refused.
+            padding_mask_crop: Refused.
+            paste_original: Refused.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -104,6 +114,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
             plain: Callable[..., Any] = Krea2Pipeline.__call__

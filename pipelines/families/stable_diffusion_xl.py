@@ -30,8 +30,8 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -48,8 +48,8 @@ _REFINER = (
 class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionXLPipeline` whose calls may name concepts."""
 
-    image_to_image = StableDiffusionXLImg2ImgPipeline
-    inpainting = StableDiffusionXLInpaintPipeline
+    image_to_image = ImageTask(StableDiffusionXLImg2ImgPipeline, resizes=False)
+    inpainting = ImageTask(StableDiffusionXLInpaintPipeline, resizes=True)
     family = "Stable Diffusion XL"
     reads_penultimate = True
 
@@ -159,7 +159,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         refuse_unknown([name for name in kwargs if name not in allowed], type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        given_image = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original)
+        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.unet, composition)
             arguments = {
@@ -208,7 +208,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
                 "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": denoising_end,
             },
-            source,
+            source, self._repaint(guidance, given.negative),
         )  # fmt: skip
         sizes = (original_size or (height, width)) + crops_coords_top_left + (target_size or (height, width))
         negative_sizes = sizes

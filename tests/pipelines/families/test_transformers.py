@@ -1,7 +1,6 @@
 """Every transformer family through the same seam: equal to a slow reference, and to diffusers where LoRAs are plain."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,12 +11,13 @@ from components import seeded
 from flux import FLUX
 from flux2 import FLUX2
 from krea2 import KREA2
-from lora_compose import Composite, Concept, Merge, Regional, Switch, Tara
+from lora_compose import Composite, Concept, Switch
 from transformer_families import (
+    BOXES,
     CELLS,
+    METHODS,
     TOKENS,
     Family,
-    Places,
     as_file,
     dense_loras,
     pipeline_with_concepts,
@@ -28,8 +28,6 @@ from z_image import Z_IMAGE
 
 FAMILIES = {"flux": FLUX, "krea2": KREA2, "flux2": FLUX2, "z-image": Z_IMAGE}
 PROMPT = "a sks cat and a zwx dog on grass"
-LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
-BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
 CALL: dict[str, Any] = {
     "prompt": PROMPT, "width": 128, "height": 128, "num_inference_steps": 2, "max_sequence_length": TOKENS,
 }  # fmt: skip
@@ -48,35 +46,6 @@ def pipe(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def latents_of(pipe: Any, **arguments: Any) -> Tensor:
     return pipe(**{**CALL, "generator": seeded(3), "output_type": "latent", **arguments}).images
-
-
-def merged(family: Family, unconditional: Sequence[bool]) -> Places:
-    ones = torch.ones(len(unconditional), 1, 2)
-    return Places(ones.expand(-1, TOKENS, 2), ones.expand(-1, CELLS**2, 2), ones[:, 0])
-
-
-def own_words(family: Family, unconditional: Sequence[bool]) -> Places:
-    everywhere = merged(family, unconditional)
-    text = torch.zeros(len(unconditional), TOKENS, 2)
-    for row, uncond in zip(text, unconditional, strict=True):
-        for concept, words in enumerate(family.words):
-            row[list(words), concept] = float(not uncond)
-    return Places(text, everywhere.image, everywhere.modulation)
-
-
-def regions(family: Family, unconditional: Sequence[bool]) -> Places:
-    live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
-    image = torch.zeros(len(unconditional), CELLS, CELLS, 2)
-    image[:, :, : CELLS // 2, 0] = image[:, :, CELLS // 2 :, 1] = 1
-    text = live.expand(-1, TOKENS, 2)
-    return Places(text, live * image.flatten(1, 2), torch.zeros(len(unconditional), 2))
-
-
-METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
-    "merge": (Merge(), ["cat", "dog"], merged),
-    "tara": (Tara(), ["cat", "dog"], own_words),
-    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
-}
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
