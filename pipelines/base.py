@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
-from lora_compose.attention import backbone_of
+from lora_compose.attention import Backbone, backbone_of
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling
 from lora_compose.pipelines.canvas import Canvas, Step
@@ -294,6 +294,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The UNet or transformer."""
         found = getattr(self, "unet", None)
         return self.transformer if found is None else found  # a compiled model cannot be asked whether it is true
+
+    def backbone_of(self, call: Call) -> Backbone:
+        """The backbone of a call."""
+        return backbone_of(self.model)
 
     def _origin(self, call: Call, plan: Plan) -> Origin | None:
         """What images are repainted with; None where that cannot be done."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import backbone_of, install
+from lora_compose.attention import install
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.canvas import Canvas, images_of
@@ -159,7 +159,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
     choice = pipe.resolve_choice(call.composition.method, loaded, call.prompts.first, sets)
-    backbone = backbone_of(pipe.model)
+    backbone = pipe.backbone_of(call)
     if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
             "this method needs region attention and gradients, which work with UNets (SD 1.x, SD 2.x, SDXL) only; use "

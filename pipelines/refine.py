@@ -103,7 +103,7 @@ def refine(
         text = whole.carried_to(about(subject, whole.text, subjects)).written()
         acting = [one.model_copy(update={"region": None, "prompt": None}) for one in (subject, *styles)]
         output = pipe(
-            text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
+            prompt=text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
             mask_image=_softened(mask, how.blur), strength=how.strength,
             padding_mask_crop=round(how.padding * _side(mask)), output_type="pil",
             **{"width": width, "height": height, **options},

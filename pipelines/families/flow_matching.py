@@ -120,7 +120,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas))
         latents, noise, image = (_unpacked(one, canvas) for one in found[:3])
         mask = self._latent_mask(source.mask, canvas).to(canvas.device, encoder.dtype)
-        return Inpainting(latents, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
+        inputs = self._inputs_from_image(image)
+        return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
+
+    def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
+        """Further arguments of every forward pass of inpainting, from the latents of the image."""
+        return {}
 
     def _latent_mask(self, mask: Tensor, canvas: Canvas) -> Tensor:
         """A mask on the latent grid, as diffusers' inpainting has it."""

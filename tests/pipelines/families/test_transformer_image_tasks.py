@@ -123,12 +123,13 @@ def test_each_subject_is_repainted_alone(pipes, name):
     pipe, how = pipes[name], Detailer(strength=0.5, blur=0, padding=0.25)
     options = {"num_inference_steps": 2, "max_sequence_length": TOKENS, **FAMILIES[name].unguided}
     size, own = {"width": 128, "height": 128}, pipe.own_size
-    output = pipe(PROMPT, concepts=[*BOXES[:1], "dog"], method="merge", generator=seeded(1), **size, **options)
+    output = pipe(prompt=PROMPT, concepts=[*BOXES[:1], "dog"], method="merge", generator=seeded(1), **size, **options)
     found = output.refine(how, generator=seeded(3))
     again = refine(pipe, output.images[0], PROMPT, [*BOXES[:1], "dog"], how=how, generator=seeded(3), **options)
     (alone,) = pipe(
-        "a sks cat on grass", concepts=["cat"], method="merge", image=output.images[0], mask_image=BOXES[0].region,
-        strength=0.5, padding_mask_crop=32, generator=seeded(3), width=own[0], height=own[1], **options,
+        prompt="a sks cat on grass", concepts=["cat"], method="merge", image=output.images[0],
+        mask_image=BOXES[0].region, strength=0.5, padding_mask_crop=32, generator=seeded(3), width=own[0],
+        height=own[1], **options,
     ).images  # fmt: skip
     assert found.subjects == ("cat",)
     for one in (found.image, again.image):
