@@ -17,7 +17,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.loading import model_part
 from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
-from lora_compose.pipelines.control import PreparedControl, prepare_control
+from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
@@ -61,7 +61,7 @@ class Plan:
         canvas: Sizes.
         textual_inversions: Words bundled with LoRA files.
         finder: Finds words in prompts.
-        controls: Prepared ControlNets and T2I-Adapters.
+        controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         reading: How texts with weights, and long ones, are read; None if there are none.
     """
 
@@ -72,7 +72,7 @@ class Plan:
     canvas: Canvas
     textual_inversions: TextualInversions
     finder: Finder
-    controls: Sequence[PreparedControl]
+    controls: Sequence[PreparedControl | PreparedImagePrompts]
     reading: Reading | None = None
 
     @contextmanager
@@ -197,7 +197,9 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
     ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
-    controls = [control for control in ready if not control.control.is_off]
+    controls: list[Any] = [control for control in ready if not control.control.is_off]
+    if call.image_prompts is not None:
+        controls.append(call.image_prompts)
     plan = Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, reading)
     steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
     return plan

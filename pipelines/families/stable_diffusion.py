@@ -151,7 +151,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 return self._from_image_as_diffusers(given_image, arguments | kwargs)
             plain: Callable[..., Any] = StableDiffusionPipeline.__call__
             return plain(self, **arguments, **kwargs)
-        check_arguments(kwargs, (ip_adapter_image, ip_adapter_image_embeds), cross_attention_kwargs)
+        check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         source = self._source(given_image, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
@@ -170,7 +170,11 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
                 "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": None,
             },
-            source, self._repaint(guidance, given.negative),
+            source, self._repaint(guidance, given.negative, ip_adapter_image, ip_adapter_image_embeds),
+            self._image_prompts(
+                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guidance,
+                len(given) * size.images_per_prompt, (width, height),
+            ),
         )  # fmt: skip
 
         def encode(

@@ -11,6 +11,7 @@ from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents,
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TOKENIZERS
+from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_prompts
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.from_image import FromImage, Source
 from lora_compose.pipelines.plan import Plan
@@ -86,7 +87,8 @@ class UNetPipeline(ImageTasksPipeline):
         self, guidance: Guidance, images: int, cross_attention_kwargs: dict[str, Any] | None
     ) -> Mapping[str, Any]:
         """Further arguments of every forward pass."""
-        inputs: dict[str, Any] = {"cross_attention_kwargs": cross_attention_kwargs}
+        given = {name: it for name, it in (cross_attention_kwargs or {}).items() if name != "ip_adapter_masks"}
+        inputs: dict[str, Any] = {"cross_attention_kwargs": given or None}
         width = self.unet.config.time_cond_proj_dim
         if width is not None:  # distilled models take the guidance scale as an input
             embedding = self.get_guidance_scale_embedding(
@@ -94,6 +96,20 @@ class UNetPipeline(ImageTasksPipeline):
             )
             inputs["timestep_cond"] = embedding.to(device=self._execution_device, dtype=self.unet.dtype)
         return inputs
+
+    def _image_prompts(
+        self,
+        image: Any,
+        embeds: list[Tensor] | None,
+        cross_attention_kwargs: Mapping[str, Any] | None,
+        guidance: Guidance,
+        images: int,
+        size: tuple[int, int],
+    ) -> PreparedImagePrompts | None:
+        """The images of a call for the IP-Adapters of the UNet."""
+        guided = guidance.scale > 1 and self.unet.config.time_cond_proj_dim is None
+        masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
+        return prepare_image_prompts(self, image, embeds, masks, guided=guided, images=images, size=size)
 
     # Texts with weights, and texts longer than a text encoder reads at once.
 
@@ -174,9 +190,14 @@ class UNetPipeline(ImageTasksPipeline):
 
     # Calls that start from an image.
 
-    def _repaint(self, guidance: Guidance, negative: Sequence[str]) -> Mapping[str, Any]:
+    def _repaint(
+        self, guidance: Guidance, negative: Sequence[str], ip_adapter_image: Any, ip_adapter_image_embeds: Any
+    ) -> Mapping[str, Any]:
         """Arguments of calls that repaint the subjects of images."""
-        return {"guidance_scale": guidance.scale, **({"negative_prompt": negative[0]} if negative else {})}
+        return {
+            "guidance_scale": guidance.scale, "negative_prompt": negative[0] if negative else None,
+            "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
+        }  # fmt: skip
 
     def _check_start(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask."""
