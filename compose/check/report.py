@@ -125,6 +125,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
+        *(("control", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.controls),
+        *(("IP-Adapter", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.ip_adapters),
         ("cost", _cost_words(pipe, run, cost) if cost is not None else "not known"),
     ]
     return facts, cost
