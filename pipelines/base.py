@@ -56,10 +56,13 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
+    """The classes of all model families, as their modules register them."""
 
     reads_weights: ClassVar[bool] = False
-    """Whether prompts may have weights, and be longer than a text encoder reads at once."""
-    """The classes of all model families, as their modules register them."""
+    """Whether prompts may have weights."""
+
+    reads_in_chunks: ClassVar[bool] = False
+    """Whether prompts may be longer than a text encoder reads at once."""
 
     # Components, and what the pipelines of all families have.
     unet: Any

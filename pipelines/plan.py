@@ -26,9 +26,8 @@ from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
-from lora_compose.pipelines.text.emphasis import has_weights, plain_text
+from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -222,12 +221,9 @@ def _reading(pipe: Any, call: Call, tokenizers: Sequence[Tokenizer], others: Seq
     prompts = call.prompts.texts or ()
     check_no_tags([*others, *(text for column in prompts for text in column)])
     if pipe.reads_weights and prompts:
-        return Reading.of(tokenizers, prompts, others)
+        return Reading.of(tokenizers, prompts, others, in_chunks=pipe.reads_in_chunks)
     every = (*(text for column in prompts for text in column), *others)
-    wrong = next(filter(has_weights, every), None)
-    if wrong is not None:
-        why = "go with a prompt, and this call has embeddings" if pipe.reads_weights else "work with SD 1.x, 2.x and XL"
-        raise ValueError(f"weights as in {shortened(wrong)} {why}; leave out the parentheses with a number")
+    refuse_weights(every, "go with a prompt, and this call has embeddings" if pipe.reads_weights else None)
     return None
 
 

@@ -96,7 +96,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
     prompt = _attempt(problems, plain_text, run.scene.prompt) or run.scene.prompt
-    if run.scene.concepts and pipe.reads_weights:
+    if run.scene.concepts and pipe.reads_in_chunks:
         chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
         tokenizer = LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
     facts = [("tokens", _tokens(tokenizer, prompt))]

@@ -13,13 +13,16 @@ from torch.nn.functional import interpolate, pixel_shuffle
 from lora_compose.attention.backbones.joint import PATCH, unpacked
 from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.from_image import FromImage, Source
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.sampler import Schedule
 from lora_compose.pipelines.task import ImageToImage, Inpainting
+from lora_compose.pipelines.text.emphasis import refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText
+from lora_compose.pipelines.text.long_prompts import Reading
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 Shape = tuple[int, ...]
@@ -99,6 +102,20 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
         native_width, native_height = self.own_size
         return self._rounded(width or native_width), self._rounded(height or native_height)
+
+    def _check_plain_texts(self, *given: Any) -> None:
+        """Checks the texts of a call without concepts, which the model would read as they are written.
+
+        Args:
+            given: A text, several, or something else, which is left to diffusers.
+
+        Raises:
+            ValueError: For weights and names of LoRAs in them.
+        """
+        texts = [text for column in given if isinstance(column, str | list) for text in listed(column)]
+        texts = [text for text in texts if isinstance(text, str)]
+        check_no_tags(texts)
+        refuse_weights(texts)
 
     def _check_start(self, given: FromImage | None) -> None:
         if given is not None and not hasattr(self.scheduler, "scale_noise"):
@@ -221,7 +238,7 @@ class TemplatePipeline(FlowMatchingPipeline):
         return render
 
 
-Encode = Callable[[list[str] | None, bool, torch.device], tuple[Tensor, Mapping[str, Tensor]]]
+Encode = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 """Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True; on a
 device. The text and further inputs of the model by row."""
 
@@ -233,12 +250,14 @@ def both_sides(
     device: torch.device,
     *,
     guided: bool,
+    **reading: Reading,
 ) -> EncodedText:
-    """The text of all rows; unconditional ones are there with guidance only."""
-    text, added = encode(None if prompts is None else list(prompts), False, device)
+    """The text of all rows; unconditional ones are there with guidance only. `reading` is for texts with weights."""
+    text, added = encode(None if prompts is None else list(prompts), False, device, **reading)
     if not guided:
         return EncodedText(text, None, added)
-    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True, device)
+    negatives = None if negative_prompts is None else list(negative_prompts)
+    negative, negative_added = encode(negatives, True, device, **reading)
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
 
 

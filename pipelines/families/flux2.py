@@ -126,6 +126,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             given_image, image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original), None
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            self._check_plain_texts(prompt)
             arguments = {
                 "prompt": prompt, "height": height, "width": width, "num_inference_steps": num_inference_steps,
                 "sigmas": sigmas, "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,

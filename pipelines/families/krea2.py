@@ -117,6 +117,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            self._check_plain_texts(prompt, negative_prompt)
             plain: Callable[..., Any] = Krea2Pipeline.__call__
             return plain(
                 self, prompt, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale,
@@ -133,7 +134,8 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         )  # fmt: skip
         cfg_scale = self._cfg_of(guidance_scale)
         embeds = None if prompt_embeds is None else prompt_embeds.flatten(2)
-        given = GivenPrompts(None if prompt is None else [listed(prompt)], embeds, max_sequence_length)
+        texts = None if prompt is None else [listed(prompt)]
+        given = GivenPrompts(texts, embeds, max_sequence_length, listed(negative_prompt))
         call = Call(
             composition, given, ImageSize(width, height, num_images_per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),

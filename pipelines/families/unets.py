@@ -36,6 +36,7 @@ class UNetPipeline(ImageTasksPipeline):
     """A composing pipeline of the Stable Diffusion families."""
 
     reads_weights: ClassVar[bool] = True
+    reads_in_chunks: ClassVar[bool] = True
     reads_penultimate: ClassVar[bool]
     """Whether the UNet reads the text of the layer before the last, without its norm."""
 

@@ -123,6 +123,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            self._check_plain_texts(prompt, negative_prompt)
             arguments = {
                 "prompt": list(prompt) if isinstance(prompt, list) else prompt,  # diffusers writes into the list
                 "height": height, "width": width, "num_inference_steps": num_inference_steps, "sigmas": sigmas,
@@ -157,7 +158,8 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             raise ValueError(f"with concepts, callbacks are given latents, not {', '.join(sorted(unknown))}")
         per_prompt, tokens = num_images_per_prompt or 1, _padded(max_sequence_length)
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
-        given = GivenPrompts(None if prompt is None else [listed(prompt)], embeds, max_sequence_length)
+        texts = None if prompt is None else [listed(prompt)]
+        given = GivenPrompts(texts, embeds, max_sequence_length, listed(negative_prompt))
         call = Call(
             composition, given, ImageSize(width, height, per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
