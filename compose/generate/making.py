@@ -173,8 +173,8 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     By default the size of the start image, unless a part of it is enlarged, otherwise the model's own.
     """
     if scene.image is not None and scene.padding_mask_crop is None:
-        given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
-        return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
+        given, cell = open_image(scene.image, "image"), pipe.image_processor.config.vae_scale_factor
+        return scene.width or given.width // cell * cell, scene.height or given.height // cell * cell
     # Both are always passed: if one is missing, diffusers takes the model's own size for both.
     width, height = pipe.own_size
     return scene.width or width, scene.height or height
