@@ -1,12 +1,19 @@
 """Small IP-Adapters of random numbers, with a real CLIP image encoder, in the layout of published files."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers import ControlNetModel
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from components import seeded
+from components import activated, seeded
+from lora_compose import ComposePipeline
+from lora_compose.compose.playground.assets import playground_model
 
 TOKENS, WIDTH = 4, 12  # of an image
 
@@ -50,3 +57,19 @@ def with_ip_adapters(pipe: Any, count: int = 1, scale: Any = 0.7) -> Any:
     pipe.load_ip_adapter(files, subfolder=[""] * count, weight_name=[""] * count)
     pipe.set_ip_adapter_scale([scale] * count)
     return pipe
+
+
+def playground_guides(folder: Path) -> Path:
+    """A folder with a ControlNet, an IP-Adapter and images, for the playground."""
+    unet = ComposePipeline.from_pretrained(playground_model()).unet
+    torch.manual_seed(0)
+    activated(ControlNetModel.from_unet(unet), size=0.3).save_pretrained(folder / "pose")
+    parts = ip_adapter(unet)
+    tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
+    (folder / "faces").mkdir()
+    save_file(tensors, folder / "faces" / "adapter.safetensors")
+    image_encoder().save_pretrained(folder / "faces" / "image_encoder")
+    for seed, name in enumerate(("pose", "face")):
+        pixels = (np.random.default_rng(seed).random((128, 128, 3)) * 255).astype("u1")
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder

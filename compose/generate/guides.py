@@ -24,8 +24,13 @@ from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Scene
 _KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
 
 
-def controls_of(pipe: Any, given: Sequence[ControlFile]) -> list[Control]:
+def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) -> list[Control]:
     """Opens the models and images of a scene's controls.
+
+    Args:
+        pipe: The pipeline.
+        given: The controls.
+        size: Width and height of the image that is made; control images of its proportions are resized to it.
 
     Raises:
         ValueError: If a model or an image is missing or of another kind.
@@ -33,11 +38,17 @@ def controls_of(pipe: Any, given: Sequence[ControlFile]) -> list[Control]:
     return [
         Control(
             model=_open(one.model, pipe.model.dtype, str(pipe._execution_device)),
-            image=open_image(one.image, "control image").convert("RGB"),
+            image=_resized(open_image(one.image, "control image").convert("RGB"), size),
             scale=one.scale, start=one.start, end=one.end, regions=dict(one.regions),
         )
         for one in given
     ]  # fmt: skip
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image in a size; one of other proportions as it is, which is refused when it is used."""
+    same = abs(image.width * size[1] - image.height * size[0]) <= 0.02 * image.height * size[0]
+    return image.resize(size, Image.Resampling.LANCZOS) if same else image
 
 
 @lru_cache(maxsize=2)  # the next image of a run has the same ones

@@ -233,7 +233,7 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
         **ip_adapter_arguments(run.scene.ip_adapters, size),
     }
     if run.scene.controls:
-        arguments["control"] = controls_of(pipe, run.scene.controls)
+        arguments["control"] = controls_of(pipe, run.scene.controls, size)
     pipe.scheduler = scheduler
     try:
         yield loaded, choice, arguments

@@ -90,6 +90,11 @@ class OpenModel:
         return self._pipe.own_size
 
     @property
+    def cell(self) -> int:
+        """Sides of images are multiples of so many pixels."""
+        return self._pipe.image_processor.config.vae_scale_factor
+
+    @property
     def family(self) -> str | None:
         """The family of models, in the words of `guess_family`; None if it is not known."""
         if self.choice.model == PLAYGROUND:

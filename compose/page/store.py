@@ -154,13 +154,14 @@ class Store:
         self.uploads.append(lora)
         return lora
 
-    def add_image(self, name: str, data: BinaryIO, side: int) -> StartImage:
+    def add_image(self, name: str, data: BinaryIO, side: int, cell: int = 8) -> StartImage:
         """Keeps a copy of an image to start from.
 
         Args:
             name: What its owner calls it; never a part of a path.
             data: Its content.
-            side: Pixels of the longer side at most; both become multiples of 8.
+            side: Pixels of the longer side at most.
+            cell: Both sides become multiples of so many pixels.
 
         Raises:
             FileError: If it is too large or no image.
@@ -175,7 +176,7 @@ class Store:
         except Exception as error:  # images come from strangers, and what Pillow raises for damaged ones has no end
             raise FileError(f"{shown} cannot be read as an image; expected {', '.join(FORMATS)}") from error
         share = min(1.0, side / max(image.size))
-        width, height = (max(8, int(length * share) // 8 * 8) for length in image.size)
+        width, height = (max(cell, int(length * share) // cell * cell) for length in image.size)
         path = self.folder / f"{secrets.token_hex(12)}.png"
         image.resize((width, height), Image.Resampling.LANCZOS).save(path)
         self.images[str(path)] = f"{Path(shown).stem}.png"

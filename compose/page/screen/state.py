@@ -25,7 +25,7 @@ from lora_compose.compose.page.store import Lora, StartImage, Store
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Run
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class PageSession:
         troubles: What went wrong, by place on the screen.
         uploads: How many times something was uploaded, which gives upload fields new names, and so empties them.
         start: The image that images start from; None is text alone.
+        guides: Control images and IP-Adapters.
         unready: Whether the prompt has to be mended first, as is said there.
         closed: Whether it has ended: its browser was away for too long.
     """
@@ -124,6 +125,7 @@ class PageSession:
     troubles: dict[str, list[str]] = field(default_factory=dict)
     uploads: int = 0
     start: StartImage | None = None
+    guides: list[ControlFile | IPAdapterFile] = field(default_factory=list)
     unready: bool = False
     closed: bool = False
     _session_id: str = ""

@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
-from safetensors.torch import save_file
 
 from commands import call, flat
-from components import activated, seeded
-from ip_adapters import image_encoder, ip_adapter
+from components import seeded
+from ip_adapters import playground_guides
 from lora_compose import ComposePipeline, Concept, Run, Scene
 from lora_compose.compose.evaluation.suite import SuiteScene
 from lora_compose.compose.files.images import read_record
@@ -27,19 +25,7 @@ RUN: dict[str, Any] = {"model": "playground", "steps": 2, "seed": 1}
 @pytest.fixture(scope="module")
 def guides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a ControlNet, an IP-Adapter and images, for the playground."""
-    folder = tmp_path_factory.mktemp("guides")
-    unet = ComposePipeline.from_pretrained(playground_model()).unet
-    torch.manual_seed(0)
-    activated(ControlNetModel.from_unet(unet), size=0.3).save_pretrained(folder / "pose")
-    parts = ip_adapter(unet)
-    tensors = {f"{part}.{name}": tensor for part, found in parts.items() for name, tensor in found.items()}
-    (folder / "faces").mkdir()
-    save_file(tensors, folder / "faces" / "adapter.safetensors")
-    image_encoder().save_pretrained(folder / "faces" / "image_encoder")
-    for seed, name in enumerate(("pose", "face")):
-        pixels = (np.random.default_rng(seed).random((128, 128, 3)) * 255).astype("u1")
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-    return folder
+    return playground_guides(tmp_path_factory.mktemp("guides"))
 
 
 def scene_of(folder: Path, **changes: Any) -> Scene:
