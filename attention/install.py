@@ -52,6 +52,7 @@ class Installation:
         text_kv: TextKV | None = None,
         lengths: Sequence[int] | None = None,
         joint_regions: JointRegions | None = None,
+        text_bias: Mapping[int, Tensor] | None = None,
     ) -> LayerInputs:
         """Makes the inputs of the layers for one pass. They serve every step, until `fold` is called.
 
@@ -63,14 +64,16 @@ class Installation:
             text_kv: Keys and values to share with another pass that has the same text and the same text gates.
             lengths: Number of tokens in each row, if rows have fewer than `text`.
             joint_regions: Region attention for text and image in one sequence.
+            text_bias: Added to the scores of cross-attention without regions, by level. Shape: [rows, cells, tokens].
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
         keys = {layer.key for layer in self.bank.values()}
         expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
         kept = text_kv or (None if text is None else TextKV())
+        bias = {level: one.to(self._device, self._dtype)[:, None] for level, one in (text_bias or {}).items()}
         return LayerInputs(
             expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
-            gates.latent_grid,
+            gates.latent_grid, bias or None,
         )  # fmt: skip
 
     def use(self, inputs: LayerInputs, *recorders: Recorder) -> None:
@@ -187,7 +190,7 @@ def installed_layers(
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
 ) -> Iterator[Installation]:
-    """Puts the bank layers of all concepts into a model: a UNet, a transformer or a text encoder.
+    """Puts the bank layers of all concepts into a model: a denoiser or a text encoder.
 
     Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
 
@@ -222,7 +225,7 @@ def install(
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
 ) -> Iterator[Installation]:
-    """Puts concepts into a UNet or transformer: bank layers for adapted layers, our processors for attention layers.
+    """Puts concepts into a denoiser: bank layers for adapted layers, our processors for attention layers.
 
     Args and errors as for `installed_layers`; also raises ValueError for attention processors that ours cannot replace
     without changing what they do.

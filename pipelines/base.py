@@ -303,7 +303,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return backbone_of(self.model)
 
     def _origin(self, call: Call, plan: Plan) -> Origin | None:
-        """What images are repainted with; None where that cannot be done."""
+        """What `refine` needs of the call; None where its images cannot be repainted."""
         return None
 
     def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:

@@ -141,10 +141,12 @@ class Denoiser:
             same_text_as: A pass with the same text under the same text gates, whose keys and values are shared.
 
         Raises:
-            ValueError: If the denoiser does not support region attention.
+            ValueError: If the denoiser does not support region attention, or for a bias beside it.
         """
-        if spec.regions is not None and not self.backbone.reads_regions:
-            raise ValueError("this pass needs region attention of UNets, which this model does not have")
+        if spec.text_bias is not None and spec.regions is not None:
+            raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
+        if (spec.regions is not None or spec.text_bias is not None) and not self.backbone.reads_regions:
+            raise ValueError("this pass needs region attention, which this model does not support")
         return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
 
     def predict(
@@ -187,7 +189,7 @@ class Denoiser:
         loss: Loss,
         *,
         whole: bool = False,
-        beside: Readout | None = None,
+        readout: Readout | None = None,
     ) -> Gradient:
         """The gradient of a loss on attention maps with respect to the latents.
 
@@ -201,7 +203,7 @@ class Denoiser:
             loss: The loss.
             whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
                 rows then.
-            beside: What else the host wants of the maps. It comes with the losses, so that the host waits once.
+            readout: Further values of the maps for the host. They come with the losses, so that the host waits once.
 
         Raises:
             RuntimeError: Under `torch.inference_mode`, which has no gradients.
@@ -210,12 +212,12 @@ class Denoiser:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
         found = self.differentiate(latents, step, prepared, request, loss, whole=whole)
-        wanted = found.losses.new_empty(0) if beside is None else beside(found.maps)
+        wanted = found.losses.new_empty(0) if readout is None else readout(found.maps)
         known = [found.losses, found.direction.isfinite().all()[None], wanted.flatten()]
-        losses, finite, told = torch.cat(known).cpu().split([len(one) for one in known])
+        losses, finite, read = torch.cat(known).cpu().split([len(one) for one in known])
         if not finite:
             raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
-        return replace(found, losses=losses, beside=None if beside is None else told.view(wanted.shape))
+        return replace(found, losses=losses, readout=None if readout is None else read.view(wanted.shape))
 
     def differentiate(
         self,
@@ -240,7 +242,7 @@ class Denoiser:
             losses, gradient, output, maps = differentiate(prepared.spec, wanted)
         self.cost.rows_backward += text.rows
         gradient = gradient.float() / lift / per_latent
-        maps = AttentionMaps(maps.text.detach(), None if maps.cells is None else maps.cells.detach())
+        maps = maps.detached()
         prediction = Prediction(output.detach(), text.num_uncond, text.images, maps) if whole else None
         return Gradient(losses.detach() / lift, gradient, maps, prediction)
 
@@ -253,7 +255,8 @@ class Denoiser:
 
     def _recorder(self, request: MapRequest) -> Recorder:
         self_layers = self.backbone.self_map_layers if request.self_attention else ()
-        return Recorder(self.backbone.map_layers, request.tokens, self_layers)
+        layers = self.backbone.map_layers if request.layer is None else (request.layer,)
+        return Recorder(layers, request.tokens, self_layers, request.output_layer)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -319,7 +322,7 @@ class Denoiser:
         whole: bool,
     ) -> Tensor:
         """All rows, through the denoiser to its end, or to the last layer that is recorded."""
-        wanted = [layer for recorder in recorders for layer in recorder.layers | recorder.self_layers]
+        wanted = [layer for recorder in recorders for layer in recorder.all_layers]
         parts = [[r.of_rows(one.rows) for r in recorders] for one in batches] if len(batches) > 1 else [recorders]
         outputs, view = [], View(spec.window, spec.image)
         # Rows are counted in latents of the whole canvas.

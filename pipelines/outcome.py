@@ -11,7 +11,7 @@ from lora_compose.pipelines.refine import Origin
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is told of a call: its denoiser, with costs and recorded maps, its method, and what it was made of."""
+    """The denoiser of a finished call, with costs and recorded maps; its method; and what `refine` needs."""
 
     denoiser: Denoiser
     choice: Choice
@@ -28,6 +28,7 @@ def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
         cost=denoiser.cost,
         attention_maps=maps,
         masks=denoiser.log.masks(),
+        draft_maps=denoiser.log.draft_maps(),
         recorded_steps=recorded_steps,
         method=name_of(choice.method)[0],
         method_reason=choice.reason,

@@ -115,7 +115,7 @@ class JointBackbone:
 
 @lru_cache(maxsize=8)
 def _sites(table: tuple[tuple[str, Site], ...], names: tuple[str, ...]) -> Mapping[str, Site]:
-    """Worked out once for all models with the same names, since it is asked for in every call."""
+    """Computed once for all models with the same names, since every call needs it."""
     found = {name: site for pattern, site in table for name in names if re.fullmatch(pattern, name)}
     return MappingProxyType(found)
 

@@ -31,7 +31,7 @@ class UNetBackbone:
         model: As given.
         sites: Every layer that a LoRA may adapt, by name.
         levels: Levels on which there are layers.
-        map_level: The level whose attention maps say where concepts are.
+        map_level: The level whose attention maps show where concepts are.
         map_layers: The cross-attention layers on it.
         self_map_layers: The self-attention layers on it.
         text_layers: How many layers read the text; each may have a text of its own.
@@ -50,7 +50,7 @@ class UNetBackbone:
 
     @property
     def map_level(self) -> int:
-        """The level whose attention maps say where concepts are."""
+        """The level whose attention maps show where concepts are."""
         return map_level(self._layers)
 
     @property
@@ -162,7 +162,7 @@ class AttentionLayer:
 Layout = tuple[tuple[str, bool | None], ...]
 """The names of all modules of a UNet, and of attention layers whether they are cross-attention.
 
-What follows from it is worked out once for each layout, since it is asked for in every call.
+What follows from it is computed once for each layout, since every call needs it.
 """
 
 
@@ -328,9 +328,8 @@ class ComposeAttnProcessor:
             raise ValueError("attention masks of the caller cannot be combined with concepts")
         residual = hidden_states
         query = attn.to_q(hidden_states)
-        text, images = encoder_hidden_states, ()
-        if isinstance(text, tuple):
-            text, images = text
+        given = encoder_hidden_states
+        text, images = given if isinstance(given, tuple) else (given, ())
         key, value = self._key_value(attn, hidden_states, text)
         query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
         self._record(query, key, attn.scale)
@@ -343,6 +342,9 @@ class ComposeAttnProcessor:
                 hidden_states = hidden_states + one
         project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
         hidden_states = dropout(project(hidden_states))
+        if not self._layer.cross:
+            for recorder in self._state.recorders:
+                recorder.take_output(self._layer.name, hidden_states)
         if self._layer.cross and self._state.inputs.regions is not None:
             hidden_states = self._state.inputs.regions.mean_over_queries(self._layer.level, hidden_states)
         if attn.residual_connection:
@@ -352,7 +354,7 @@ class ComposeAttnProcessor:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         regions = self._state.inputs.regions
         if regions is None:
-            return self._kernel(query, key, value)
+            return self._kernel(query, key, value, self._bias)
         attend = regions.cross if self._layer.cross else regions.self_attention
         return attend(self._kernel, self._layer.level, query, key, value)
 
@@ -361,7 +363,12 @@ class ComposeAttnProcessor:
         for recorder in self._state.recorders:
             isolated = regions is not None and regions.isolate and name in recorder.self_layers
             allowed = regions.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-            recorder.take(name, query, key, scale, allowed)
+            recorder.take(name, query, key, scale, allowed, bias=self._bias)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        biases = self._state.inputs.text_bias
+        return biases[self._layer.level] if biases is not None and self._layer.cross else None
 
     def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         if text is not None:

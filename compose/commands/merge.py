@@ -9,10 +9,10 @@ import typer
 from lora_compose.compose.commands.options import parse_lora, parse_settings
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.support.names import MERGERS, unknown
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def merge(
     files: Annotated[
         list[str],
@@ -28,8 +28,8 @@ def merge(
         str | None,
         typer.Option(
             "--model",
-            help="playground, a folder, a file or a hub repository. soups and ssr need it; otherwise only its names of "
-            "layers are used, and the files' family has them as well.",
+            help="playground, a folder, a file or a hub repository. soups and ssr need it; the other methods only read "
+            "its layer names, which are known for SD 1.x, 2.x and SDXL.",
         ),
     ] = None,
     settings: Annotated[
@@ -37,26 +37,24 @@ def merge(
     ] = None,
     keys: Annotated[
         str | None,
-        typer.Option("--keys", help="Names of layers as diffusers or kohya write them; as the first file."),
+        typer.Option("--keys", help="Spelling of layer names: diffusers or kohya; default: the first file's."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; as the files if they agree, else float32.")
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: the files' own, else float32.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="The alpha of files that do not say theirs.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha for files without one.")] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            help="For soups and ssr: a text that shows a LoRA, once for each file; made of their triggers otherwise."
-        ),
+        typer.Option(help="For soups and ssr: a prompt for each file, in order; default: made from their triggers."),
     ] = None,
     steps: Annotated[int, typer.Option(help="For soups and ssr: denoising steps of each image.", min=1)] = 10,
-    seed: Annotated[int, typer.Option(help="For soups and ssr: of the start noise.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="For soups and ssr: seed of the start noise.", min=0, max=2**63 - 1)] = 0,
     device: Annotated[str | None, typer.Option(help="For soups and ssr: cpu, cuda, cuda:1, mps.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt as well: tensors are read, no code is run.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, for machines.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge LoRA files into one, and show how much of each was kept."""
     if method not in MERGERS:

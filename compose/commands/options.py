@@ -14,7 +14,7 @@ from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
-from lora_compose.pipelines.complaints import FieldError
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 
 LAST_SEED = 2**63 - 1
@@ -30,17 +30,17 @@ LORA_HELP = (
 )
 BOX_HELP = (
     "The box of a LoRA, repeatable: the first for the first --lora, and so on; none for one without. left,top,right,"
-    "bottom, in pixels (0,16,60,112) or as parts of the image (0,0.1,0.5,0.9)."
+    "bottom, in pixels (0,16,60,112) or as fractions of the image (0,0.1,0.5,0.9)."
 )
 LORAS_HELP = (
-    "A folder of LoRAs, of which those act that the prompt names: by trigger, or by a class word that only one of "
-    "them has."
+    "A folder of LoRAs. The prompt selects those that it names: by trigger, or by a class word that only one of them "
+    "has."
 )
 CONCEPT_HELP = (
     "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat. Further fields: weight=0.8, name=cat, "
-    "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as parts of the image "
-    "(0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. weight may change over "
-    "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
+    "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as fractions of the "
+    "image (0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. weight may change "
+    "over the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
     "blocks=down:0.5,up.1:0 are factors by block; prompt and negative are its own; alpha is for files without one."
 )
 
@@ -65,7 +65,7 @@ SaversOption = Annotated[
     list[Saver] | None,
     typer.Option(
         "--save-memory",
-        help=f"Less memory, but slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
+        help=f"Save memory; slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
@@ -77,12 +77,13 @@ MaskImageOption = Annotated[
     str | None,
     typer.Option(
         "--mask-image",
-        help="Paint only there (inpainting): a mask image (white = painted), or left,top,right,bottom in pixels or "
-        "as parts of the image.",
+        help="Inpaint only there: a mask image (white = painted), or left,top,right,bottom in pixels or "
+        "as fractions of the image.",
     ),
 ]
 StrengthOption = Annotated[
-    float | None, typer.Option("--strength", help="Share of the steps that are run, above 0 to 1. More changes more.")
+    float | None,
+    typer.Option("--strength", help="Fraction of the steps that are run, 0 to 1: higher changes more."),
 ]
 PaddingOption = Annotated[
     int | None,
@@ -92,7 +93,7 @@ PaddingOption = Annotated[
 ]
 PasteOption = Annotated[
     bool | None,
-    typer.Option("--paste-original/--no-paste-original", help="Outside of the mask, keep the pixels of the image."),
+    typer.Option("--paste-original/--no-paste-original", help="Keep the image's own pixels outside of the mask."),
 ]
 
 
@@ -149,7 +150,7 @@ def parse_concept(text: str) -> Concept:
     try:
         return Concept(**fields)
     except FieldError as error:
-        raise ValueError(f"--concept {text}: {'; '.join(error.complaints)}") from error
+        raise ValueError(f"--concept {text}: {'; '.join(error.messages)}") from error
 
 
 def _fields(option: str, text: str, known: Mapping[str, str]) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def _guide(option: str, kind: Any, text: str) -> Any:
     try:
         return kind(**fields)
     except FieldError as error:
-        raise ValueError(f"{option} {text}: {'; '.join(error.complaints)}") from error
+        raise ValueError(f"{option} {text}: {'; '.join(error.messages)}") from error
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
         try:
             found.append(Concept(name=_name_of(source), lora=source, weight=weight, region=box))
         except FieldError as error:
-            raise ValueError(f"--lora {text}: {'; '.join(error.complaints)}") from error
+            raise ValueError(f"--lora {text}: {'; '.join(error.messages)}") from error
     return found
 
 
@@ -253,7 +254,7 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tuple[float, float, float, float] | None:
-    """A box as written on the command line: whole numbers are pixels, and with a point they are parts of the image.
+    """A box as written on the command line: whole numbers are pixels, and with a point they are fractions of the image.
 
     Args:
         text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none". Colons may stand for the commas.
@@ -268,7 +269,7 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
     found = _BOX.fullmatch(text.strip())
     if found is None:
         raise ValueError(
-            f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as parts of the image "
+            f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as fractions of the image "
             f"(0,0.1,0.5,0.9), or {otherwise}"
         )
     edges = found.group(1, 3, 4, 5)
@@ -277,12 +278,12 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
     if left >= right or top >= bottom:
         raise ValueError(f"{option} {text}: left has to be less than right, and top less than bottom")
     if in_parts and not (right <= 1 and bottom <= 1):
-        raise ValueError(f"{option} {text}: with a point, a box is in parts of the image, which are from 0 to 1")
+        raise ValueError(f"{option} {text}: with a point, a box is in fractions of the image, from 0 to 1")
     return left, top, right, bottom
 
 
 def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concept]) -> Scene:
-    """A scene from a file, from options, or from a file with options that win."""
+    """A scene from a file, from options, or from a file overridden by options."""
     if path is None and "prompt" not in given:
         raise ValueError("there is no prompt: give --prompt TEXT or --scene FILE")
     if path is not None and concepts:
@@ -293,7 +294,7 @@ def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concep
     try:
         return Scene(**{**fields, **given})
     except FieldError as error:
-        raise ValueError("\n".join(error.complaints)) from error
+        raise ValueError("\n".join(error.messages)) from error
 
 
 def run_of(**fields: Any) -> Run:
@@ -305,14 +306,14 @@ def run_of(**fields: Any) -> Run:
     try:
         return Run(**fields)
     except FieldError as error:
-        raise ValueError("\n".join(error.complaints)) from error
+        raise ValueError("\n".join(error.messages)) from error
 
 
 def check_names(asked: Run) -> None:
-    """Looks for the method, the model and the LoRAs of a run by their names alone, which takes no time.
+    """Checks the names of method, model and LoRAs of a run, without opening anything.
 
     Raises:
-        ValueError: For a name that leads nowhere, with those that are spelled alike.
+        ValueError: For an unknown name, with similar ones.
     """
     check_method(asked.method)
     model_source(asked.model)

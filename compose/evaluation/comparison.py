@@ -51,7 +51,7 @@ class RunComparison:
     table: pd.DataFrame
 
     def markdown(self) -> str:
-        """Everything as Markdown."""
+        """The comparison as Markdown."""
         lines = [
             "# Comparison of two evaluations",
             "",
@@ -73,9 +73,9 @@ class RunComparison:
             column.justify = "right"
         colours = {"B is better": "green", "B is worse": "red"}
         for row in self._cells():
-            *cells, said = (Text(plain(cell)) for cell in row)
-            said.stylize(colours.get(said.plain, "dim"))
-            table.add_row(*cells, said)
+            *cells, outcome = (Text(plain(cell)) for cell in row)
+            outcome.stylize(colours.get(outcome.plain, "dim"))
+            table.add_row(*cells, outcome)
         return table
 
     def _cells(self) -> Iterator[list[str]]:
@@ -211,8 +211,8 @@ def _consequences(a: Evaluation, b: Evaluation, comparable: bool, shared: Sequen
         yield f"not the same scene in spite of the name, and left out: {', '.join(map(repr, changed))}"
     if len(shared) < MINIMUM_SCENES:
         yield f"scenes in both: {len(shared)}; there is no verdict with fewer than {MINIMUM_SCENES}"
-    if untold := sorted({*a.untold, *b.untold}):
-        yield f"the metric cannot tell {', '.join(untold)} in at least one of the runs"
+    if unrecognised := sorted({*a.unrecognised, *b.unrecognised}):
+        yield f"the encoder cannot recognise {', '.join(unrecognised)} in at least one of the runs"
 
 
 def _metric(key: str) -> Metric:

@@ -156,10 +156,10 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
 def warnings(evaluation: Evaluation) -> list[str]:
     """Warnings about the results, for the reader."""
     found = [
-        f"This metric cannot tell {name}: with its LoRA alone, images are no more alike to its references than "
+        f"The encoder cannot recognise {name}: with its LoRA alone, images are no more alike to its references than "
         "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "
         "references are the nearest."
-        for name in evaluation.untold
+        for name in evaluation.unrecognised
     ]
     if unmeasured := evaluation.unmeasured:
         found.append(
@@ -190,11 +190,11 @@ def number(value: Any, metric: Metric | None = None, digits: int = 2, sign: bool
 
 
 def verdict(row: Mapping[str, Any], key: str, baseline: str) -> str:
-    """How a row compares with the baseline, in words; empty for rows that are not compared."""
-    said = row.get(f"{key}_verdict")
-    if not isinstance(said, str):
+    """The verdict on a row against the baseline; empty for rows that are not compared."""
+    found = row.get(f"{key}_verdict")
+    if not isinstance(found, str):
         return ""
-    return said if said == "undecided" else f"{said} than {baseline}"
+    return found if found == "undecided" else f"{found} than {baseline}"
 
 
 def _bytes(value: float) -> str:
@@ -252,8 +252,8 @@ def _cells(row: Mapping[str, Any], shown: Iterable[Metric], baseline: str) -> li
     for metric in shown:
         low, high = row[f"{metric.key}_low"], row[f"{metric.key}_high"]
         interval = "" if pd.isna(low) else f" ({number(low, metric)} … {number(high, metric)})"
-        said = verdict(row, metric.key, baseline)
-        cells.append(number(row[metric.key], metric) + interval + (f"<br>{marked(said)}" if said else ""))
+        words = verdict(row, metric.key, baseline)
+        cells.append(number(row[metric.key], metric) + interval + (f"<br>{marked(words)}" if words else ""))
     costs = [f"{number(row['rows'], digits=0)} (x{number(row['rows_ratio'])})"]
     costs += [f"{_amount(row['flops'])} (x{number(row['flops_ratio'])})"]
     return [*cells, *costs, f"{number(row['seconds'])} (x{number(row['seconds_ratio'])})"]
@@ -273,7 +273,7 @@ def _whose(failed: Failed) -> str:
     return f"{failed.scene}, {failed.arm}{alone}, seeds {', '.join(map(str, failed.seeds))}"
 
 
-# --- images and what stands below them ---
+# --- images with captions ---
 
 
 def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[str, Any]:
@@ -319,10 +319,10 @@ def _concepts(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
             crops = reference_crops(concept)[:_REFERENCES]
         except (ValueError, OSError):
             crops = []
-        told = "cannot be told" if row["concept"] in evaluation.untold else ""
+        note = "not recognised" if row["concept"] in evaluation.unrecognised else ""
         images = [shrunk(crop, SMALL_SIDE) for crop in crops]
         rows.append(
-            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "images": images}
+            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "note": note, "images": images}
         )
     return rows
 

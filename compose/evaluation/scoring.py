@@ -1,4 +1,4 @@
-"""From an image to its raw scores: find the concepts, cut them out, compare them with their references."""
+"""Raw scores of an image: finds the concepts, crops them, and compares them with their references."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Scorer:
     """Scores images of a suite.
 
     Attributes:
-        suite: What is evaluated.
+        suite: The suite.
         encoder: Measures similarity.
         detector: Finds concepts; None takes the regions of the scenes.
         references: Embedded reference images by concept. Shape: [images, channels] each.
@@ -70,7 +70,7 @@ class Scorer:
     def _chosen(
         self, similarity: np.ndarray, found: Sequence[Detection], concepts: Sequence[SuiteConcept]
     ) -> list[int | None]:
-        """Which finding belongs to which concept: one each, of its own class, by likeness to its references."""
+        """The finding of each concept: at most one, of its own class, by likeness to its references."""
         if self.detector is None:
             return list(range(len(concepts)))
         allowed = [[one.word == concept.class_word for one in found] for concept in concepts]
@@ -133,7 +133,7 @@ def reference_crops(concept: SuiteConcept) -> list[Image.Image]:
     return [reference_crop(path, f"concept {concept.name!r}") for path in reference_files(concept)]
 
 
-def reference_crop(path: Path, whose: str = "") -> Image.Image:
+def reference_crop(path: Path, concept: str = "") -> Image.Image:
     """A reference image, cut to what it is a reference of.
 
     A file `captions.tsv` in its folder may say where that is, a line for every image: its name, a caption, and
@@ -142,7 +142,7 @@ def reference_crop(path: Path, whose: str = "") -> Image.Image:
     Raises:
         ValueError: If it is missing or unreadable.
     """
-    image = _opened(path, f"{whose}: the reference image {str(path)!r}".removeprefix(": "))
+    image = _opened(path, f"{concept}: the reference image {str(path)!r}".removeprefix(": "))
     box = _recorded_boxes(path.parent).get(path.name)
     return squared(image if box is None else image.crop(box))
 

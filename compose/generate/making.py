@@ -129,7 +129,9 @@ def make_batch(
         for seed in seeds
     ]
     maps, masks = getattr(output, "attention_maps", None), getattr(output, "masks", None)
-    attention = None if maps is None or masks is None else Attention(output.recorded_steps, maps.cpu(), masks.cpu())
+    attention = None
+    if maps is not None and masks is not None:
+        attention = Attention(output.recorded_steps, maps.cpu(), masks.cpu(), output.draft_maps)
     return MadeBatch(
         tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention, choice and choice.reason
     )
@@ -267,11 +269,11 @@ def _image_hashes(scene: Scene) -> dict[str, str]:
 
 
 def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | None) -> Callable[..., dict]:
-    def tell(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         if on_progress is not None:
             on_progress((step + 1) / pipe.num_timesteps)
         if on_step is not None:
             on_step(step + 1, pipe.num_timesteps, tensors["latents"])
         return {}
 
-    return tell
+    return after_step

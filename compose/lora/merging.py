@@ -237,8 +237,8 @@ def _family(given: Sequence[Given]) -> Any:
         shapes = {key: tensor.shape for key, tensor in one.file.tensors.items()}
         families[one.source] = guess_family(shapes, one.file.metadata).family
     if len(set(families.values())) > 1:
-        told = "; ".join(f"{source} is for {family or 'an unknown family'}" for source, family in families.items())
-        raise LoraError(f"only LoRAs for the same model are merged: {told}; give --model if you know better")
+        listed = "; ".join(f"{source} is for {family or 'an unknown family'}" for source, family in families.items())
+        raise LoraError(f"only LoRAs for the same model are merged: {listed}; give --model if you know better")
     (family,) = set(families.values())
     return without_weights(family) if family in FAMILIES else None
 
@@ -286,8 +286,8 @@ def _side_by_side(
         here = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
         sizes = {i: (len(f.up), math.prod(f.down.shape[1:])) for i, f in here.items()}
         if len(set(sizes.values())) > 1:
-            told = "; ".join(f"{given[i].source} {a} x {b}" for i, (a, b) in sizes.items())
-            raise LoraError(f"the files do not fit each other: {'.'.join(name)} is changed by {told}")
+            listed = "; ".join(f"{given[i].source} {a} x {b}" for i, (a, b) in sizes.items())
+            raise LoraError(f"the files do not fit each other: {'.'.join(name)} is changed by {listed}")
         some = next(iter(here.values()))
         found[name] = [
             scaled(_compact(here[i]), one.weight) if i in here and one.weight else absent(some)
@@ -316,7 +316,7 @@ def _cut(change: LoraFactors, rank: int) -> tuple[LoraFactors, float]:
 
 
 def _spelling(file: LoraFile) -> Spelling:
-    """Whose keys a file has, of the two that are written."""
+    """The spelling of a file's keys, of the two that are written."""
     for key in map(parse, file.tensors):
         if key is not None and key.slot in ("down", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"):
             return "kohya" if key.prefix.endswith("_") or key.suffix == ".lora_down.weight" else "diffusers"
@@ -324,7 +324,7 @@ def _spelling(file: LoraFile) -> Spelling:
 
 
 def _needed(alpha: float | None, file: LoraFile) -> float | None:
-    """The alpha that was given, for files that do not say theirs."""
+    """The given alpha, if the file has none."""
     settings = (key for config in file.config.values() for key in config)
     own = any(key.endswith(".alpha") for key in file.tensors) or not {"lora_alpha", "alpha"}.isdisjoint(settings)
     return None if own else alpha

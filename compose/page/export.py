@@ -63,12 +63,12 @@ def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -
 
 
 def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None) -> str:
-    """A program that makes the run and saves its image, as one would write it by hand.
+    """A short program that makes the run and saves its image.
 
     Args:
         run: As it was made.
         savers: Options that save memory.
-        scheduler: The model's own, which need not be said; None if it is not known.
+        scheduler: The model's own, which is left out; None if it is not known.
     """
     imports = {"lora_compose": {"ComposePipeline"}}
     lines = _opening(run, savers, imports)
@@ -86,20 +86,20 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
     if run.scene.ip_adapters:
         imports.setdefault(_GUIDES, set()).add("fit_ip_adapters")
         lines.append(f"fit_ip_adapters(pipe, [{_files(run.scene.ip_adapters)}])")
-    asked = _asked(run, imports)
+    arguments = _arguments_of(run, imports)
     return (
         "import torch\n"
         + "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items()))
         + "\n"
         + "\n".join(lines)
         + "\n\nimage = pipe(\n"
-        + "".join(f"    {line},\n" for line in asked)
+        + "".join(f"    {line},\n" for line in arguments)
         + ').images[0]\nimage.save("result.png")\n'
     )
 
 
 def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) -> list[str]:
-    """The lines that open the model; what they need is added to the imports."""
+    """The lines that open the model; their imports are added."""
     source, maker = _value(run.model), "from_pretrained"
     if run.model == PLAYGROUND:
         imports.setdefault(_ASSETS, set()).add("playground_model")
@@ -114,23 +114,25 @@ def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) ->
     return lines + [_SAVING[saver] for saver in savers]
 
 
-def _asked(run: Run, imports: dict[str, set[str]]) -> list[str]:
+def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     """The arguments of the call."""
     scene = run.scene
     lines = [_value(scene.prompt)]
     lines += [f"negative_prompt={_value(scene.negative_prompt)}"] if scene.negative_prompt else []
     if scene.concepts:
-        told = [
+        listed = [
             concept.model_dump(exclude={"lora", "trigger", "class_word", "alpha"}, exclude_none=True)
             for concept in scene.concepts
         ]
-        told = [{name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in told]
-        if any(len(fields) > 1 for fields in told):
+        listed = [
+            {name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in listed
+        ]
+        if any(len(fields) > 1 for fields in listed):
             imports["lora_compose"].add("Concept")
-            concepts = "".join(f"        {_call('Concept', fields)},\n" for fields in told)
+            concepts = "".join(f"        {_call('Concept', fields)},\n" for fields in listed)
             lines.append(f"concepts=[\n{concepts}    ]")
         else:
-            lines.append(f"concepts=[{', '.join(_value(fields['name']) for fields in told)}]")
+            lines.append(f"concepts=[{', '.join(_value(fields['name']) for fields in listed)}]")
         if run.method is not None and run.settings:
             kind = METHODS[run.method].__name__
             imports["lora_compose"].add(kind)
@@ -168,7 +170,7 @@ def _arguments(fields: Mapping[str, object]) -> str:
 
 
 def _value(value: object) -> str:
-    """As it is written in Python, text between double quotes, for which JSON has the same rules."""
+    """A value as Python code; text is in double quotes, for which JSON has the same rules."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 

@@ -1,4 +1,4 @@
-"""What methods and their settings are called on the page: by what they do; the paper's names come second."""
+"""Labels of methods and settings on the page: by what they do; the paper's names come second."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Decides = Literal["boxes", "found areas", "words", "nothing"]
 
 @dataclass(frozen=True)
 class MethodLabel:
-    """A method in the page's words.
+    """The labels of a method.
 
     Attributes:
         name: By what it does.
@@ -55,6 +55,11 @@ METHOD_LABELS: Mapping[str, MethodLabel] = {
     ),
     "switch": MethodLabel(
         "Taking turns", "LoRA Switch", "One LoRA at a time, the next one every few steps.", "nothing",
+    ),
+    "freefuse": MethodLabel(
+        "By subjects, as published", "FreeFuse",
+        "A third of the steps shows where the model puts each subject, and each LoRA acts there. Needs no boxes.",
+        "found areas",
     ),
     "composite": MethodLabel(
         "Averaged", "LoRA Composite", "The average of what the model predicts with each LoRA alone.", "nothing",
@@ -120,6 +125,15 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "words": "Words that name each concept",
         "mask_words": "Words that find each concept's area",
     },
+    "freefuse": {
+        "length": "Steps without LoRAs (share of the steps)",
+        "words": "Words that show where a subject is",
+        "share": "Cells that stand for a subject (share)",
+        "temperature": "Softness of the areas; empty fits the model",
+        "own_bias": "Draw areas to their own words",
+        "other_bias": "Draw areas to the words of others",
+        "rows": "LoRAs act on",
+    },
     "tara": {"cfg_mask": "LoRAs act on", "scope": "What a LoRA changes"},
     "switch": {"interval": "Steps of a turn"},
     "composite": {"shares": "Share of each LoRA"},
@@ -145,6 +159,8 @@ _CHOICES: Mapping[tuple[str, str], str] = {
     ("reinit", "swap"): "swap",
     ("background", "surroundings"): "all but the concepts",
     ("background", "scene"): "the scene in plain words",
+    ("words", "class_word"): "class word",
+    ("words", "phrase"): "trigger and class word",
     ("fuse", "regions"): "in one pass",
     ("fuse", "branches"): "a pass each",
     ("uncond", "shared"): "shared by all concepts",
@@ -158,21 +174,21 @@ def label_of(method: str) -> MethodLabel:
 
 
 def full_name(method: str) -> str:
-    """What a method does and what its paper calls it."""
+    """The label of a method, with its name in the paper."""
     label = label_of(method)
     return f"{label.name} · {label.paper}" if label.paper else label.name
 
 
 def methods() -> list[str]:
-    """All methods, those first that one needs most."""
+    """All methods, the most useful first."""
     return [*METHOD_LABELS, *(method for method in METHODS if method not in METHOD_LABELS)]
 
 
 def setting_label(method: str, name: str) -> str:
-    """What a setting is called on the page."""
+    """The label of a setting."""
     return SETTING_LABELS.get(method, {}).get(name) or name.replace("_", " ")
 
 
 def choice_label(setting: str, value: Any) -> str:
-    """What a value of a setting is called on the page."""
+    """The label of a value of a setting."""
     return _CHOICES.get((setting, value)) or str(value)

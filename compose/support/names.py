@@ -7,8 +7,8 @@ from lora_compose.pipelines.spelling import did_you_mean
 
 __all__ = ["MERGERS", "METHODS", "PRESETS", "TRAINING_PRESETS", "check_method", "did_you_mean", "file_near", "unknown"]
 
-METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft")
-PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official")
+METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft", "freefuse")
+PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official", "freefuse:official")
 MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr")
 """The registries themselves import torch; a test compares them with these."""
 

@@ -1,7 +1,7 @@
 """Words bundled with LoRA files (textual inversions), added to the text encoders during one call.
 
 Every word gets tokens of its own in copies of the tokenizers, and these get the file's vectors in place of the text
-encoder's. A word may have one vector for each cross-attention layer of the UNet (P+, arXiv 2303.09522; ED-LoRA, arXiv
+encoder's. A word may have one vector for each cross-attention layer of the model (P+, arXiv 2303.09522; ED-LoRA, arXiv
 2305.18292): the text is encoded once for each, and every layer reads its own.
 """
 
@@ -190,10 +190,10 @@ class ExpandingTokenizer:
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Tokenises, each text once: to find a concept's words takes many parts of few prompts."""
-        asked = text, *sorted(options.items())
-        if asked not in self._read:
-            self._read[asked] = self.tokenizer(self.expand(text, self.tokenizer), **options)
-        return self._read[asked]
+        key = text, *sorted(options.items())
+        if key not in self._read:
+            self._read[key] = self.tokenizer(self.expand(text, self.tokenizer), **options)
+        return self._read[key]
 
 
 def _brought(concepts: Sequence[LoadedConcept], part: Part) -> dict[str, Tensor]:

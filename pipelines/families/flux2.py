@@ -102,7 +102,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
                 a reference image, too. Without a mask, reference images, which cannot be combined with concepts yet.
             concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: merge, tara, regional, switch or composite, or settings of them.
+            method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.

@@ -64,7 +64,7 @@ class UNetPipeline(ImageTasksPipeline):
 
         Args:
             scale: As the family means `guidance_scale`.
-            negative_prompt: What to avoid; None says nothing. SDXL gets zeros then, which an empty text does not give.
+            negative_prompt: What to avoid; None means nothing, for which SDXL gets zeros instead of an empty text.
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 

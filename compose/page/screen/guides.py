@@ -9,7 +9,7 @@ from lora_compose.compose.page.screen.start import TYPES
 from lora_compose.compose.page.screen.state import PageSession, discard
 from lora_compose.compose.page.store import PNG_LIMIT
 from lora_compose.compose.page.text import markdown
-from lora_compose.pipelines.complaints import FieldError
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.scene import ControlFile, IPAdapterFile
 
 _PLACE = "guides"
@@ -31,8 +31,8 @@ def guides_part(session: PageSession) -> None:
             _more(session)
         else:
             st.caption("Only who opens the page on its own machine can name models for this.")
-    for trouble in session.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
 
 
 def _more(session: PageSession) -> None:
@@ -51,7 +51,7 @@ def _dropped(session: PageSession, key: str) -> None:
     if not isinstance(file, UploadedFile):  # taken away again
         return
     session.uploads += 1
-    session.troubles[_PLACE] = []
+    session.problems[_PLACE] = []
     given = {"model": st.session_state[_MODEL].strip(), "scale": st.session_state[_SCALE]}
     try:
         image = session.store.add_image(file.name, file, max(session.model.size))
@@ -61,9 +61,9 @@ def _dropped(session: PageSession, key: str) -> None:
             weights = st.session_state[_WEIGHTS].strip()
             session.guides.append(IPAdapterFile(image=image.path, weight_name=weights, **given))
     except FieldError as error:
-        session.troubles[_PLACE] = list(error.complaints)
+        session.problems[_PLACE] = list(error.messages)
     except ValueError as error:
-        session.troubles[_PLACE] = [str(error)]
+        session.problems[_PLACE] = [str(error)]
     finally:
         discard([file])
 

@@ -1,4 +1,4 @@
-"""Pairs of the playground's LoRAs merged in every way: a sheet, and how much of each is left when it is called alone.
+"""Pairs of the playground's LoRAs merged by every method: a sheet, and how much of each is left in its own prompt.
 
 python -m lora_compose.compose.playground.recipe.merging docs/images/merging.png
 """
@@ -29,7 +29,7 @@ from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model, playground_references
 from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import LoraFile, read_lora
 from lora_compose.pipelines.merging import MERGERS, make_merger
 
@@ -39,12 +39,12 @@ METHODS = (*(name for name in MERGERS if name != "svd"), "ties, density 0.5")  #
 
 @dataclass(frozen=True)
 class Pair:
-    """Two LoRAs, and what they are asked for.
+    """Two LoRAs and their prompts.
 
     Attributes:
-        names: Of the playground's LoRAs.
-        alone: What shows each of them.
-        both: What shows both.
+        names: Names of the playground's LoRAs.
+        alone: A prompt for each of them.
+        both: A prompt for both.
     """
 
     names: tuple[str, str]
@@ -60,12 +60,12 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Shown:
-    """What a merged file gives.
+    """The results of a merged file.
 
     Attributes:
-        method: How it was merged.
-        images: For the two texts that show one, and the one that shows both; the first seed.
-        left: For each LoRA, how much of it is seen: 1 as with that LoRA alone, 0 as without a LoRA.
+        method: Method of the merge.
+        images: For the prompts of one LoRA each, and the prompt of both; the first seed.
+        left: For each LoRA, how much of it is left: 1 as with that LoRA alone, 0 as without a LoRA.
     """
 
     method: str
@@ -76,7 +76,7 @@ class Shown:
 def compared(
     pair: Pair, methods: Sequence[str], seeds: int, steps: int, on_image: Callable[[], None] = lambda: None
 ) -> Iterator[Shown]:
-    """Merges a pair in several ways and makes images with plain diffusers."""
+    """Merges a pair by several methods and makes images with plain diffusers."""
     pipe: Any = StableDiffusionPipeline.from_pretrained(playground_model(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
@@ -107,7 +107,7 @@ def compared(
 
 
 def _measure(file: LoraFile) -> Callable[[np.ndarray], np.ndarray]:
-    """What to look at to see a LoRA: a subject's likeness to its references, or the colours of a style."""
+    """The measure of a LoRA in an image: a subject's likeness to its references, or the colours of a style."""
     if file.class_word == "style":
         return lambda images: np.concatenate([images.mean((0, 1, 2)), images.std((0, 1, 2))])
     encoder = load_encoder(f"{PLAYGROUND}:judge")
@@ -126,7 +126,7 @@ def _measure(file: LoraFile) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _share(found: np.ndarray, without: np.ndarray, alone: np.ndarray) -> float:
-    """How far it is on the way from without a LoRA to that LoRA alone."""
+    """A measurement on the scale from no LoRA (0) to that LoRA alone (1)."""
     way = alone - without
     return float((found - without) @ way / (way @ way))
 
@@ -167,7 +167,7 @@ def _captions(same: Sequence[Shown]) -> list[str]:
     return [text for one in same for text in (*(f"{left:.2f}" for left in one.left), "")]
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     seeds: Annotated[int, typer.Option(min=1, help="Images of each text.")] = 3,
@@ -188,8 +188,8 @@ def main(
             for one in compared(pair, METHODS, seeds, steps, on_image):
                 shown[-1].append(one)
                 first, second = (f"{name} {left:.2f}" for name, left in zip(pair.names, one.left, strict=True))
-                say(f"{' + '.join(pair.names)}, {one.method}: {first}, {second}")
-    say(save_image(drawn(shown), out))
+                echo(f"{' + '.join(pair.names)}, {one.method}: {first}, {second}")
+    echo(save_image(drawn(shown), out))
 
 
 if __name__ == "__main__":

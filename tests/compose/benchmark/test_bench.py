@@ -1,4 +1,4 @@
-"""What the methods cost, as the command says it."""
+"""The costs of methods, as the command prints them."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_counting_is_what_it_does_if_nothing_is_said(tmp_path):
+def test_counting_is_the_default(tmp_path):
     output = bench("--method", "tara", "--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
     rows = cells(output)
     assert rows["plain", "0"] == ["6", "-", "-", "1.000", "-", "1.000", "-"]
@@ -117,7 +117,7 @@ def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_in_the_other_process_is_told():
+def test_a_failure_in_the_other_process_is_reported():
     with pytest.raises(ChildProcessError, match="there is no model 'nowhere'"):
         peak_bytes(Job("nowhere", "cpu", 1))
 
@@ -129,7 +129,7 @@ def test_wrong_options_end_with_2():
     bench("--steps", 0, code=2)
 
 
-def test_a_later_call_asks_far_less_of_the_host_than_the_first(model, tmp_path):
+def test_a_later_call_needs_far_less_of_the_host_than_the_first(model, tmp_path):
     given = ("--calls", "--model", model, "--method", "merge", "-n", 2, "--json", tmp_path / "it.json")
     row = cells(bench(*given))["merge", "2"]
     (found,) = json.loads((tmp_path / "it.json").read_text())["calls"]

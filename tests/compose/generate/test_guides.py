@@ -63,6 +63,7 @@ def test_an_image_is_made_from_a_scene_file_checked_and_reproduced(guides, tmp_p
     assert "repainted cat" in flat(call("refine", tmp_path / "0.png").output)
 
 
+@pytest.mark.slow
 def test_each_guide_changes_the_image_and_none_stays_in_the_pipeline(guides):
     pipe = ComposePipeline.from_pretrained(playground_model())
     pipe.set_progress_bar_config(disable=True)

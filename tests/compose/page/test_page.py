@@ -41,7 +41,6 @@ from lora_compose.compose.page import (
     form,
     labels,
     launch,
-    leaving,
     messages,
     quick,
     store,
@@ -50,6 +49,7 @@ from lora_compose.compose.page import (
 )
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels, Stopped
 from lora_compose.compose.page.scores import Judge
+from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
 from lora_compose.compose.support.savers import Saver
@@ -129,7 +129,7 @@ def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> No
         ({"concepts": (BEAR.model_copy(update={"trigger": "x" * 100}),)}, {}, "60 letters each"),
     ],
 )
-def test_what_an_image_says_and_the_page_cannot_is_refused(
+def test_settings_of_an_image_that_the_page_does_not_support_are_refused(
     scene: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     (run,) = short(method="merge").runs()
@@ -223,7 +223,7 @@ def test_controls_are_made_from_types(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_settings_that_a_method_does_not_take_are_said() -> None:
+def test_settings_that_a_method_does_not_take_are_reported() -> None:
     with pytest.raises(ValueError, match="interval must be a whole number"):
         controls.changed("switch", {"interval": 0})
     assert controls.changed("composite", {"shares": "[1, 2]"}) == {"shares": [1, 2]}
@@ -252,11 +252,11 @@ def problems_of(model: OpenModel, method: str | None, **changes: Any) -> Iterato
     """All that is wrong with, and to be known of, a form, in the page's words."""
     with model.turn(()) as pipe:
         report = check(replace(short(**changes), method=method, settings={}).runs()[0], pipe)
-    yield from (messages.spoken(said, method) for said in (*report.problems, *report.notes))
+    yield from (messages.page_message(said, method) for said in (*report.problems, *report.notes))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_wrong_is_said_without_python(model: OpenModel, method: str) -> None:
+def test_errors_are_reported_without_python(model: OpenModel, method: str) -> None:
     robot = ROBOT.model_copy(update={"trigger": ""})
     wrong = [
         {"boxed": False},
@@ -274,13 +274,15 @@ def test_what_is_wrong_is_said_without_python(model: OpenModel, method: str) -> 
 
 
 def test_messages_keep_what_they_are_about() -> None:
-    assert messages.spoken("interval must be a whole number of steps, at least 1, not 0", "switch") == (
+    assert messages.page_message("interval must be a whole number of steps, at least 1, not 0", "switch") == (
         "“Steps of a turn” must be a whole number of steps, at least 1, not 0"
     )
-    assert messages.spoken("x9.safetensors is no LoRA", files={"x9.safetensors": "cat.safetensors"}) == (
+    assert messages.page_message("x9.safetensors is no LoRA", files={"x9.safetensors": "cat.safetensors"}) == (
         "cat.safetensors is no LoRA"
     )
-    found = messages.spoken("merge needs it: give one, for example Concept(name='a', region=(1, 2)) in pixels; or not")
+    found = messages.page_message(
+        "merge needs it: give one, for example Concept(name='a', region=(1, 2)) in pixels; or not"
+    )
     assert found == "“Added up” needs it: give one, or not"
 
 
@@ -476,7 +478,7 @@ def test_the_files_of_a_visit_are_gone_with_it(files: store.Store) -> None:
 
 
 def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    """Another process is killed with its folder; one that lives keeps its own."""
+    """The folder of a killed process is removed; a running one keeps its own."""
     # By its path alone: a whole page takes seconds to start.
     code = f"import runpy; print(runpy.run_path({folders.__file__!r})['new_folder'](), flush=True); input()"
     env = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -504,7 +506,7 @@ def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path)
     assert not used.parent.exists(), "a page that ends removes its folder"
 
 
-# --- leaving ---
+# --- sessions ---
 
 
 class Visiting:
@@ -521,8 +523,8 @@ class Visiting:
 def test_a_visit_ends_when_its_browser_has_been_away_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     there = {"a", "b"}
-    monkeypatch.setattr(leaving.time, "monotonic", lambda: now)
-    sessions = leaving.Sessions(there.__contains__, grace=20, every=1e9)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    sessions = Sessions(there.__contains__, grace=20, every=1e9)
     first, second = Visiting(), Visiting()
     sessions.add("a", first)
     sessions.add("b", second)
@@ -544,12 +546,12 @@ def test_a_visit_ends_when_its_browser_has_been_away_for_too_long(monkeypatch: p
     assert later(30) == (2, 1)
 
 
-def test_one_visit_that_cannot_be_closed_keeps_nobody_else_open() -> None:
+def test_a_session_that_cannot_be_closed_keeps_no_other_open() -> None:
     class Stubborn:
         def close(self) -> bool:
             raise RuntimeError("not now")
 
-    sessions = leaving.Sessions(lambda session: False, grace=0, every=1e9)
+    sessions = Sessions(lambda session: False, grace=0, every=1e9)
     visiting = Visiting()
     sessions.add("a", Stubborn())
     sessions.add("b", visiting)
@@ -557,7 +559,7 @@ def test_one_visit_that_cannot_be_closed_keeps_nobody_else_open() -> None:
 
 
 def test_a_session_has_one_visit() -> None:
-    sessions = leaving.Sessions(lambda session: True, grace=1e9, every=0.01)
+    sessions = Sessions(lambda session: True, grace=1e9, every=0.01)
     first, second = Visiting(), Visiting()
     sessions.add("a", first)
     sessions.add("a", second)
@@ -787,7 +789,7 @@ def test_one_call_at_a_time_in_the_order_of_arrival(model: OpenModel) -> None:
 
 
 def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> None:
-    """Two visitors call different LoRAs by the same name."""
+    """Two sessions give different LoRAs the same name."""
     first = short(concepts=(BEAR.model_copy(update={"name": "it"}),), prompt="a xlo bear", method="merge")
     second = short(concepts=(ROBOT.model_copy(update={"name": "it"}),), prompt="a qrt robot", method="merge")
     alone = [np.asarray(make(open_model(one.runs()[0]), one.runs()[0]).image) for one in (first, second)]
@@ -800,7 +802,7 @@ def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> N
         assert dict(pipe.concepts) == {}
 
 
-def test_failures_are_said_in_words(model: OpenModel) -> None:
+def test_failures_are_reported_in_words(model: OpenModel) -> None:
     job = finished(model, short(prompt="nobody is named here", method="tara"))
     assert job.state == "failed"
     assert "is not in the prompt" in job.error
@@ -873,7 +875,7 @@ def test_reports_are_found_newest_first(tmp_path: Path) -> None:
     assert [path.parent.name for path in quick.reports(tmp_path)] == ["a", "b"]
 
 
-def test_the_quick_suite_stops_when_it_is_told(tmp_path: Path) -> None:
+def test_the_quick_suite_can_be_stopped(tmp_path: Path) -> None:
     suite = quick.Quick(tmp_path)
     suite.start()
     assert suite.state == "running"
@@ -922,7 +924,7 @@ def test_compose_needs_no_streamlit_but_for_the_screen() -> None:
 
 
 def test_settings_of_constructors_can_be_shown() -> None:
-    """What a record of `Tara.official()` or `LoraComposer.official()` says can be set on the page."""
+    """The settings of `Tara.official()` and `LoraComposer.official()` can be set on the page."""
     for method, settings in (("tara", Tara.official()), ("lora-composer", LoraComposer.official())):
         shown = {control.name: control.shown(getattr(settings, control.name)) for control in controls.controls(method)}
         assert METHODS[method](**controls.changed(method, shown)) == settings

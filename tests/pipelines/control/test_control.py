@@ -466,7 +466,7 @@ def _net() -> ControlNetModel:
     return net_of(composer_of("sd"))
 
 
-def test_a_part_of_an_odd_canvas_is_told_its_own_scales_and_features(composer):
+def test_a_part_of_an_odd_canvas_has_its_own_scales_and_features(composer):
     net, adapter = (
         prepared(composer, model_of(composer), {"cat": (0, 0, 40, 120)}, width=88, height=120, regions={"cat": 0.0})
         for model_of in (net_of, adapter_of)

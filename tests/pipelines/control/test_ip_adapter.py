@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from components import FAMILIES, State, seeded
-from composing import BOTH, BOXED, PLAIN, assert_close, composer_of, far_apart, lora_file, run
+from composing import BOXED, PLAIN, assert_close, composer_of, far_apart, lora_file, run
 from ip_adapters import with_ip_adapters
 from lora_compose.attention.backbones.ip_adapter import image_attention
 from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
@@ -63,11 +63,13 @@ def latents_of(pipe: Any, **arguments: Any) -> Tensor:
     return run(pipe, **GUIDED | arguments).images
 
 
-@BOTH
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [("sd", case) for case in CASES]
+    + [("sdxl", "one")]
+    + [pytest.param("sdxl", case, marks=pytest.mark.slow) for case in CASES if case not in ("one", "by layer")],
+)
 def test_one_merged_concept_is_a_lora_that_diffusers_loads(family, case):
-    if family == "sdxl" and case == "by layer":
-        pytest.skip("its blocks have other names")
     (ours, theirs), (scale, given) = pipes(family), CASES[case]
     for pipe in (ours, theirs):
         pipe.set_ip_adapter_scale(scale)
@@ -84,7 +86,13 @@ def test_two_adapters_and_given_embeddings_do_what_they_do_in_diffusers():
     assert_close(latents_of(ours, concepts=["cat"], method="merge", **given), latents_of(theirs, **given))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        method if method in ("tara", "lora-composer", "clora") else pytest.param(method, marks=pytest.mark.slow)
+        for method in METHODS
+    ],
+)
 def test_with_scale_0_every_method_does_what_it_does_without_an_adapter(method):
     pipe, _ = pipes("sd")
     given = {"concepts": BOXED, "method": method, "height": 128, "width": 128}

@@ -79,7 +79,7 @@ def test_without_concepts_it_is_diffusers_own(pipes, name, inpaints, several):
     assert torch.equal(ours, plain(name, pipes[name], inpaints, **copy.deepcopy(given)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["merge", "regional", pytest.param("tara", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "inpaints"), TASKS)
 def test_a_method_equals_dense_deltas_one_concept_after_the_other(pipes, name, inpaints, method):
     settings, concepts, places = METHODS[method]
