@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks
-from lora_compose.attention.device import modules_of, to_device, uncompiled
+from lora_compose.attention.device import as_outside_of_inference_mode, modules_of, to_device, uncompiled
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
@@ -125,7 +125,7 @@ class Installation:
             del self.bank[name]
             if adapted & set(stay):
                 self.bank[name] = rest = layer.only(stay)
-                rest.layer, rest.training = layer.layer, layer.training
+                rest.stand_in_for(layer.layer)
             _swap(self._modules, name, self.bank.get(name, layer.layer))
         return folded
 
@@ -151,7 +151,8 @@ class Installation:
             downs, ups = zip(
                 *(lora[name].parts(self._device, torch.float32) for lora in self._loras if name in lora), strict=True
             )
-            self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
+            with as_outside_of_inference_mode():
+                self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
         return self._exact[name]
 
 
@@ -235,7 +236,7 @@ def install(
         _claim(model, undo)
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, backbone.sites, key, kept, undo)
-        backbone.steer(bank.state, undo)
+        backbone.steer(modules, bank.state, undo)
         yield _put_in_place(modules, loras, bank, key, silence, undo)
 
 
@@ -263,19 +264,21 @@ def _made(loras: Sequence[Lora], where: Mapping[str, Site], key: BankKey, kept: 
     """A new bank, of factors that are on the device already where there are some."""
     there = [kept.cache.parts(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
     state, layers = ForwardState(), {}
-    for name in dict.fromkeys(name for lora in loras for name in lora):
-        parts = {
-            index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
-            for index, (lora, found) in enumerate(zip(loras, there, strict=True))
-            if name in lora
-        }
-        layers[name] = BankLayer(parts, where[name], len(loras), state)
+    with as_outside_of_inference_mode():
+        for name in dict.fromkeys(name for lora in loras for name in lora):
+            parts = {
+                index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
+                for index, (lora, found) in enumerate(zip(loras, there, strict=True))
+                if name in lora
+            }
+            layers[name] = BankLayer(parts, where[name], len(loras), state)
     return Bank(layers, state)
 
 
 def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: Mapping[str, Site]) -> bool:
     """Whether a layer of a bank that was kept can stand in for the layer of that name."""
-    if name not in modules or where.get(name) != layer.key.site:
+    site, mine = where.get(name), layer.key.site
+    if name not in modules or not (site is mine or site == mine):  # comparing fields takes longer
         return False
     found = base_layer(modules[name])
     return isinstance(found, nn.Linear | nn.Conv2d) and _shape_of(name, found) == layer.weight_shape
@@ -292,8 +295,7 @@ def _put_in_place(
     _silence(modules.values(), frozenset(silence), undo)
     undo.callback(_take_out, modules, bank.layers)
     for name, layer in bank.layers.items():
-        layer.layer = modules[name]
-        layer.training = layer.layer.training
+        layer.stand_in_for(modules[name])
         _swap(modules, name, layer)
     return Installation(modules, loras, bank, key, undo)
 

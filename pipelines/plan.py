@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import install
+from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.canvas import Canvas, images_of
@@ -91,7 +92,7 @@ class Plan:
             self.canvas.backbone,
             [loaded.lora for loaded in self.concepts.loaded],
             device=self.canvas.device,
-            dtype=model.dtype,
+            dtype=dtype_of(model),
             silence=names,
             kept=self.concepts.kept(model_part(pipe), pipe.banks),
         ) as installation:

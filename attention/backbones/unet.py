@@ -79,13 +79,12 @@ class UNetBackbone:
         """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
         return uncompiled(self.model).config["time_cond_proj_dim"] is not None  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
-    def steer(self, state: ForwardState, undo: ExitStack) -> None:
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: ExitStack) -> None:
         """Replaces every attention processor by ours, with the kernel found; `undo` puts them back.
 
         Raises:
             ValueError: For processors whose behaviour ours would lose; nothing has been changed then.
         """
-        modules = modules_of(self.model)
         found = {layer: cast(Attention, modules[layer.name]) for layer in self._layers}
         ours = {
             layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state, image_attention(attn.processor))

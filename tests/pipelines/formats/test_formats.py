@@ -295,3 +295,22 @@ def test_concepts_with_another_alpha_are_another_strength(tmp_path: Path) -> Non
         pipe.resolve_concepts([Concept(name="cat", alpha=7)])
     (given,) = pipe.resolve_concepts([concept.model_copy(update={"alpha": 2.0 * RANK})])
     assert {factors.scale for factors in given.factors.model.values()} == {2.0}
+
+
+def test_a_file_takes_one_block_of_memory_also_where_its_tensors_lie_at_odd_bytes(tmp_path: Path) -> None:
+    """Hundreds of small blocks for each of many files fragment the memory of a server."""
+    path = tmp_path / "odd.safetensors"
+    stored = {"to_q.alpha": torch.tensor([3], dtype=torch.int8), "to_q.lora_down.weight": torch.randn(2, 8),
+              "to_q.lora_up.weight": torch.randn(8, 2).half()}  # fmt: skip
+    raw, header = b"", {}
+    kinds = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
+    for name, tensor in stored.items():
+        data = tensor.numpy().tobytes()
+        places = [len(raw), len(raw) + len(data)]
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": [*tensor.shape], "data_offsets": places}
+        raw += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw)
+    found = read_lora(path).tensors
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
