@@ -4,6 +4,7 @@ import streamlit as st
 
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.concepts import concepts_part
+from lora_compose.compose.page.screen.guides import guides_part
 from lora_compose.compose.page.screen.keep import restoring
 from lora_compose.compose.page.screen.method import method_part
 from lora_compose.compose.page.screen.prompt import prompt_part
@@ -25,6 +26,7 @@ with bench, st.container(key="bench"):
     concepts_part(session)
     method_part(session)
     start_part(session)
+    guides_part(session)
     restoring(session)
 with stage, st.container(key="stage"):
     stage_part(session)

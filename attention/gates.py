@@ -120,8 +120,11 @@ class Gates:
             return text
         image = (self.read if site.reads_text and self.read is not None else self.image)[site.level]
         height, width = grid_at(self.latent_grid, site.level)
-        image = _padded(image, site.padded(height * width))
-        return image if site.stream == "image" else _joint(site, text, tokens, image, site.padded(height * width))
+        image, cells = _padded(image, site.padded(height * width)), site.padded(height * width)
+        if site.references:  # a LoRA acts in a cell of a reference image as in that of the image
+            cells *= 1 + site.references
+            image = image if image.shape[1] == 1 else torch.cat([image] * (1 + site.references), dim=1)
+        return image if site.stream == "image" else _joint(site, text, tokens, image, cells)
 
 
 def _joint(site: Site, text: Tensor, tokens: int, image: Tensor, cells: int) -> Tensor:

@@ -95,6 +95,7 @@ class JointRegions:
         text += [Kind("text", frozenset({0}))] * (site.padded(len(text)) - len(text))
         image: list[Kind] = [Kind("image", frozenset((row.nonzero()[:, 0] + 1).tolist())) for row in membership]
         image += [Kind("image", frozenset())] * (site.padded(len(image)) - len(image))
+        image *= 1 + site.references
         joint = image + text if site.image_first else text + image
         groups: dict[Stream, Sequence[Group]] = {
             "text": _groups(text, isolate, device),

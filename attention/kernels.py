@@ -11,6 +11,9 @@ from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
     XFormersAttnProcessor,
 )
 from torch import Tensor
@@ -90,16 +93,16 @@ def kernel_of(name: str, attn: Attention) -> Kernel:
         if getattr(attn, part, None) is not None:
             raise ValueError(f"{name} has {part}, which cannot be combined with concepts")
     processor = attn.processor
-    if type(processor) is AttnProcessor2_0:
+    if type(processor) in (AttnProcessor2_0, IPAdapterAttnProcessor2_0):
         return sdpa
-    if type(processor) is XFormersAttnProcessor:
+    if isinstance(processor, IPAdapterXFormersAttnProcessor) or type(processor) is XFormersAttnProcessor:
         return XFormersKernel(attn.scale, processor.attention_op)
-    if type(processor) is AttnProcessor:
+    if type(processor) in (AttnProcessor, IPAdapterAttnProcessor):
         return PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
     if type(processor) is FusedAttnProcessor2_0:
         raise ValueError(f"{name} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`")
     raise ValueError(
         f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: "
-        "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor. Undo what installed it (for example "
-        "`unload_ip_adapter()` or `disable_attention_slicing()`; attention needs no more memory without slicing)."
+        "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor, and those of IP-Adapters. Undo what installed it "
+        "(for example `disable_attention_slicing()`; attention needs no more memory without slicing)."
     )

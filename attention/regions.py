@@ -51,6 +51,11 @@ class RegionQueries:
     order: Tensor
     of_cell: tuple[Tensor, Tensor] | None
 
+    @cached_property
+    def cells(self) -> Tensor:
+        """The cell of each query."""
+        return torch.cat([cells for _, cells in self.by_text])[self.order]
+
     @classmethod
     def of(cls, membership: Tensor, device: torch.device | None = None) -> "RegionQueries":
         """Args: as for `Partition.of`."""
@@ -149,6 +154,11 @@ class RegionAttention:
         queries = self.partitions[level].queries
         parts = [kernel(query[:, :, cells], keys[text], values[text]) for text, cells in queries.by_text]
         return torch.cat(parts, dim=2)[:, :, queries.order]
+
+    def at_queries(self, level: int, by_cell: Tensor) -> Tensor:
+        """What all region queries of a cell have in common. Shape: [rows, cells, channels] -> [rows, queries, ...]."""
+        queries = self.partitions[level].queries if self.inject else None
+        return by_cell if queries is None or queries.of_cell is None else by_cell[:, queries.cells]
 
     def mean_over_queries(self, level: int, out: Tensor) -> Tensor:
         """The mean over the queries of each cell. Shape: [rows, queries, channels] -> [rows, cells, channels].

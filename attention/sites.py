@@ -24,6 +24,7 @@ class Site:
         multiple: Text and image are each padded to a multiple of so many positions.
         flat: Whether rows and positions are one dimension of the input, row after row.
         extra_axis: Whether the input has a dimension more before its channels (Krea 2: layers of the text encoder).
+        references: Number of reference images of the size of the image; their cells follow those of the image.
     """
 
     stream: Stream
@@ -33,6 +34,7 @@ class Site:
     multiple: int = 1
     flat: bool = False
     extra_axis: bool = False
+    references: int = 0
 
     def padded(self, positions: int) -> int:
         """How long a part of the sequence is with its padding."""

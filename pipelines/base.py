@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from torch import Tensor, nn
 
-from lora_compose.attention import backbone_of
+from lora_compose.attention import Backbone, backbone_of
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling
 from lora_compose.pipelines.canvas import Canvas, Step
@@ -59,7 +59,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The classes of all model families, as their modules register them."""
 
     reads_weights: ClassVar[bool] = False
-    """Whether prompts may have weights, and be longer than a text encoder reads at once."""
+    """Whether prompts may have weights."""
+
+    reads_in_chunks: ClassVar[bool] = False
+    """Whether prompts may be longer than a text encoder reads at once."""
 
     # Components, and what the pipelines of all families have.
     unet: Any
@@ -295,6 +298,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         found = getattr(self, "unet", None)
         return self.transformer if found is None else found  # a compiled model cannot be asked whether it is true
 
+    def backbone_of(self, call: Call) -> Backbone:
+        """The backbone of a call."""
+        return backbone_of(self.model)
+
     def _origin(self, call: Call, plan: Plan) -> Origin | None:
         """What `refine` needs of the call; None where its images cannot be repainted."""
         return None
@@ -336,6 +343,8 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def _schedule(self, sampling: Sampling, plan: Plan) -> Schedule:
         """The timesteps until `denoising_end`."""
         timesteps, steps = self._timesteps(sampling, plan)
+        if plan.call.source is not None:
+            timesteps, steps = plan.call.source.timesteps(self, steps, plan.canvas.device)
         ends = isinstance(sampling.denoising_end, float) and 0 < sampling.denoising_end < 1
         if ends:
             trained = self.scheduler.config.num_train_timesteps

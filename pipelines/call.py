@@ -1,6 +1,6 @@
 """The arguments of a call with concepts, the same for all model families, and their checks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_compose.attention import check_free
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.strength import Weight
-from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.control import Control, PreparedImagePrompts
 from lora_compose.pipelines.from_image import Source, check_steps
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.regions import check_region
@@ -144,6 +144,8 @@ class Call:
         inputs: Further arguments of every forward pass; tensors have one row per image.
         properties: Attributes that diffusers' pipeline has during a call.
         source: The image to start from; None means text-to-image.
+        repaint: Further arguments of calls that repaint the subjects of the images (`refine`).
+        image_prompts: Images for IP-Adapters.
     """
 
     composition: Composition
@@ -155,6 +157,8 @@ class Call:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     properties: Mapping[str, Any] = field(default_factory=dict)
     source: Source | None = None
+    repaint: Mapping[str, Any] = field(default_factory=dict)
+    image_prompts: PreparedImagePrompts | None = None
 
 
 def no_concepts(concepts: Concepts | None) -> bool:
@@ -213,24 +217,22 @@ def check_arguments(
     ip_adapter: Sequence[object],
     attention_kwargs: Mapping[str, Any] | None,
     name: str = "cross_attention_kwargs",
+    allowed: Collection[str] = ("scale",),
 ) -> None:
     """Refuses arguments that cannot be combined with concepts.
 
     Raises:
         TypeError: For unknown arguments.
-        ValueError: For images to start from, IP-Adapter images, and attention arguments other than "scale".
+        ValueError: For IP-Adapter images, and attention arguments other than those that are allowed.
     """
-    if {"image", "mask_image"} & unknown.keys():
-        raise ValueError(
-            "with concepts, this model family makes images from text only; image-to-image and inpainting work with "
-            "Stable Diffusion 1.x, 2.x and XL"
-        )
     if unknown:
         raise TypeError(f"unknown arguments: {', '.join(unknown)}")
     if any(given is not None for given in ip_adapter):
-        raise ValueError("IP-Adapter images cannot be combined with concepts yet")
-    if others := (attention_kwargs or {}).keys() - {"scale"}:
-        raise ValueError(f"{name} {sorted(others)} cannot be combined with concepts; only 'scale' can")
+        raise ValueError("IP-Adapter images can be combined with concepts on Stable Diffusion 1.x, 2.x and XL only")
+    if others := (attention_kwargs or {}).keys() - set(allowed):
+        raise ValueError(
+            f"{name} {sorted(others)} cannot be combined with concepts; only {' and '.join(map(repr, allowed))} can"
+        )
 
 
 def tensors_for(callback: object, tensors: Sequence[str]) -> list[str]:

@@ -19,7 +19,14 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
-from lora_compose.pipelines.control import PreparedControl, PreparedControlNet, View, model_inputs, repeated
+from lora_compose.pipelines.control import (
+    PreparedControl,
+    PreparedControlNet,
+    PreparedImagePrompts,
+    View,
+    model_inputs,
+    repeated,
+)
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, Loss, MapRequest, Pass, Prediction, Readout
 from lora_compose.pipelines.prepared_pass import MicroBatch, PreparedPass
@@ -48,7 +55,7 @@ class Denoiser:
         sampler: The scheduler, which scales latents for the model.
         canvas: Sizes of the call.
         concepts: The concept set.
-        controls: Prepared ControlNets and T2I-Adapters.
+        controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         inputs: Further arguments of every forward pass; tensors have one row per image, those of four dimensions are on
             the grid of the latents.
         log: Records the attention maps of some steps.
@@ -64,7 +71,7 @@ class Denoiser:
         sampler: Sampler,
         canvas: Canvas,
         concepts: ConceptSet,
-        controls: Sequence[PreparedControl],
+        controls: Sequence[PreparedControl | PreparedImagePrompts],
         inputs: Mapping[str, Any],
         log: AttentionLog,
     ) -> None:
@@ -345,11 +352,13 @@ class Denoiser:
     def _control_inputs(
         self, latents: Tensor, step: Step, text: Conditioning, view: View, fraction: float
     ) -> Mapping[str, Any]:
-        """Arguments of the denoiser from ControlNets and T2I-Adapters in this step."""
-        acting = [control for control in self.controls if control.control.acts(step.index, step.count)]
-        firsts = [control.first_row(text) for control in acting if isinstance(control, PreparedControlNet)]
+        """Arguments of the denoiser from ControlNets, T2I-Adapters and IP-Adapters in this step."""
+        acting = [control for control in self.controls if control.acts(step.index, step.count)]
+        guides = [control for control in acting if not isinstance(control, PreparedImagePrompts)]
+        prompts = [control.inputs(text, view) for control in acting if isinstance(control, PreparedImagePrompts)]
+        firsts = [control.first_row(text) for control in guides if isinstance(control, PreparedControlNet)]
         self.cost.control_rows += sum(text.rows - first for first in firsts) * fraction
-        return model_inputs(acting, latents, step.t, text, view)
+        return {**model_inputs(guides, latents, step.t, text, view), **dict(*prompts)}
 
 
 def _by_row(given: Any, view: View, rows: int) -> Any:

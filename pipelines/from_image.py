@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
@@ -38,9 +39,23 @@ class FromImage:
 
     @classmethod
     def of(
-        cls, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
+        cls,
+        image: Any,
+        mask_image: Any,
+        strength: float | None,
+        padding_mask_crop: int | None,
+        paste_original: bool,
+        latent_channels: int | None = None,
     ) -> "FromImage | None":
         """The start image from the arguments of a call; None means text-to-image.
+
+        Args:
+            image: As for `read_images`.
+            mask_image: As for `read_mask_image`.
+            strength: The fraction of the steps that are run.
+            padding_mask_crop: Pixels around the mask.
+            paste_original: Whether the pixels outside of the mask are the image's own.
+            latent_channels: Channels of latents of the model; None takes no latents.
 
         Raises:
             ValueError: For images, masks and numbers that cannot be used.
@@ -53,7 +68,7 @@ class FromImage:
             if without := [name for name, given in others.items() if given]:
                 raise ValueError(f"{' and '.join(without)} needs an image: give image=... as well")
             return None
-        images = read_images(image)
+        images = read_images(image, latent_channels)
         if strength is not None and not 0 <= strength <= 1:
             raise ValueError(
                 f"strength must lie between 0 and 1, not {strength}: 1 ignores the image, 0 changes nothing"
@@ -106,7 +121,9 @@ class FromImage:
         if self.strength is not None:
             given["strength"] = self.strength
         if self.mask is not None:
-            given |= {"mask_image": self.mask, "padding_mask_crop": self.padding_mask_crop}
+            given["mask_image"] = self.mask
+        if self.padding_mask_crop is not None:
+            given["padding_mask_crop"] = self.padding_mask_crop
         return given
 
     def pasted(self, images: Sequence[Image.Image], processor: Any, crop: Box | None = None) -> list[Image.Image]:
@@ -150,21 +167,19 @@ class Source:
     crop: Box | None
 
     @classmethod
-    def of(cls, given: FromImage, pipeline: Any, strength: float, size: tuple[int, int] | None) -> "Source":
+    def of(cls, given: FromImage, pipeline: Any, strength: float, size: tuple[int, int]) -> "Source":
         """Prepares an image with diffusers' processors.
 
         Args:
             given: What the call gave.
             pipeline: diffusers' pipeline for the task.
             strength: The share of the steps that are run.
-            size: Width and height of what is worked on; None is the image's own, rounded down to whole latent cells.
+            size: Width and height of what is worked on, in pixels.
 
         Raises:
-            ValueError: If the image is smaller than a latent cell.
+            ValueError: If latents are for another size, or nothing would be painted.
         """
-        scale = pipeline.vae_scale_factor
-        given.check_size(scale)
-        width, height = (None, None) if size is None else size
+        scale, (width, height) = pipeline.vae_scale_factor, size
         crop, mode = None, "default"
         if given.padding_mask_crop is not None:
             crop = pipeline.mask_processor.get_crop_region(given.mask, width, height, pad=given.padding_mask_crop)
@@ -172,7 +187,7 @@ class Source:
         how = {"height": height, "width": width, "crops_coords": crop, "resize_mode": mode}
         pixels = pipeline.image_processor.preprocess(given.images, **how)
         rows, columns = (side * scale if given.is_latents else side for side in pixels.shape[-2:])
-        if size is not None and given.is_latents and (columns, rows) != size:
+        if given.is_latents and (columns, rows) != size:
             raise ValueError(f"these latents are for {columns} x {rows} pixels, and the call for {width} x {height}")
         mask = None if given.mask is None else pipeline.mask_processor.preprocess(given.mask, **how)
         if mask is not None and not (mask > 0).any():
@@ -187,6 +202,10 @@ class Source:
     def painted(self, latent_grid: Grid) -> Tensor | None:
         """1 at the cells that are repainted, as in diffusers; None means everywhere. Shape: [height, width]."""
         return None if self.mask is None else F.interpolate(self.mask, latent_grid)[0, 0]
+
+    def timesteps(self, pipe: Any, steps: int, device: torch.device) -> tuple[Tensor, int]:
+        """The timesteps that the strength leaves of a pipeline's scheduler, and the number of their steps."""
+        return type(self.pipeline).get_timesteps(pipe, steps, self.strength, device)
 
     def placed(self, loaded: LoadedConcept) -> LoadedConcept:
         """The concept with its region moved from image coordinates to those of the part that is worked on.

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from lora_compose.pipelines.mask_images import PIXEL_LIMIT, bounded, open_image
 
-LATENT_CHANNELS = 4
 
-
-def read_images(given: Any) -> list[Image.Image] | Tensor:
+def read_images(given: Any, latent_channels: int | None = None) -> list[Image.Image] | Tensor:
     """The images that a call starts from.
 
     Args:
         given: A PIL image, a path, an array of 8 bits [height, width, 3] or of 0 to 1, a tensor of 0 to 1 [3, height,
-            width], latents [images, 4, height, width], or a list of these; also batches of arrays and tensors.
+            width], latents [images, channels, height, width], or a list of these; also batches of arrays and tensors.
+        latent_channels: Channels of latents; None takes no latents.
 
     Returns:
         PIL images in RGB, all of one size, or a tensor. Shape: [images, channels, height, width].
@@ -27,11 +26,11 @@ def read_images(given: Any) -> list[Image.Image] | Tensor:
         ValueError: For what cannot be an image, and images of several sizes.
     """
     if not isinstance(given, list | tuple):
-        found = _image(given)
+        found = _image(given, latent_channels)
         return [found] if isinstance(found, Image.Image) else found
     if not given:
         raise ValueError("image is an empty list; give one image, or one for each prompt")
-    every = [_image(one) for one in given]
+    every = [_image(one, latent_channels) for one in given]
     images = [one for one in every if isinstance(one, Image.Image)]
     tensors = [one for one in every if isinstance(one, Tensor)]
     if images and tensors:
@@ -43,7 +42,7 @@ def read_images(given: Any) -> list[Image.Image] | Tensor:
     return images or torch.cat(tensors)
 
 
-def _image(given: Any) -> Image.Image | Tensor:
+def _image(given: Any, latent_channels: int | None) -> Image.Image | Tensor:
     if isinstance(given, str | Path):
         return _rgb(open_image(given, "image"))
     if isinstance(given, Image.Image):
@@ -51,7 +50,7 @@ def _image(given: Any) -> Image.Image | Tensor:
     if isinstance(given, np.ndarray):
         return _of_array(given)
     if isinstance(given, Tensor):
-        return _of_tensor(given)
+        return _of_tensor(given, latent_channels)
     raise ValueError(
         f"image is a {type(given).__name__}; expected a PIL image, a path, an array, a tensor, or a list of these"
     )
@@ -75,12 +74,13 @@ def _of_array(given: np.ndarray) -> Image.Image | Tensor:
     return _of_tensor(torch.from_numpy(np.moveaxis(given, -1, -3).astype(np.float32)))
 
 
-def _of_tensor(given: Tensor) -> Tensor:
+def _of_tensor(given: Tensor, latent_channels: int | None = None) -> Tensor:
     tensor = given[None] if given.dim() == 3 else given
-    if not given.is_floating_point() or tensor.dim() != 4 or tensor.shape[1] not in (3, LATENT_CHANNELS):
+    if not given.is_floating_point() or tensor.dim() != 4 or tensor.shape[1] not in (3, latent_channels):
+        latents = "" if latent_channels is None else f", or latents [images, {latent_channels}, height, width]"
         raise ValueError(
             f"image is a tensor of {given.dtype} with the shape {list(given.shape)}; expected floats of 0 to 1 [3, "
-            "height, width] or [images, 3, height, width], or latents [images, 4, height, width]"
+            f"height, width] or [images, 3, height, width]{latents}"
         )
     if not 0 < tensor.numel() <= 3 * PIXEL_LIMIT:
         raise ValueError(f"image has the shape {list(given.shape)}; expected at most {PIXEL_LIMIT} pixels in all")

@@ -80,7 +80,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
         """
         if self.origin is None:
             raise ValueError(
-                "refine() repaints images that Stable Diffusion 1.x, 2.x or XL made of a prompt with concepts, not of "
-                "an image; for others there is lora_compose.refine(pipe, image, ...)"
+                "refine() repaints images that a model with inpainting made of a prompt with concepts, not of an "
+                "image, nor with ip_adapter_masks; for your own images there is lora_compose.refine(pipe, image, ...)"
             )
         return self.origin.refine(self, image, how, options)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import backbone_of, install
+from lora_compose.attention import install
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
@@ -18,7 +18,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.loading import model_part
 from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
-from lora_compose.pipelines.control import PreparedControl, prepare_control
+from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
@@ -27,9 +27,8 @@ from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
-from lora_compose.pipelines.text.emphasis import has_weights, plain_text
+from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -62,7 +61,7 @@ class Plan:
         canvas: Sizes.
         textual_inversions: Words bundled with LoRA files.
         finder: Finds words in prompts.
-        controls: Prepared ControlNets and T2I-Adapters.
+        controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
         reading: How texts with weights, and long ones, are read; None if there are none.
     """
 
@@ -73,7 +72,7 @@ class Plan:
     canvas: Canvas
     textual_inversions: TextualInversions
     finder: Finder
-    controls: Sequence[PreparedControl]
+    controls: Sequence[PreparedControl | PreparedImagePrompts]
     reading: Reading | None = None
 
     @contextmanager
@@ -160,7 +159,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     _check_positions(call, concepts)
     sets = [concepts.subset(columns) for columns in concepts_of]
     choice = pipe.resolve_choice(call.composition.method, loaded, call.prompts.first, sets)
-    backbone = backbone_of(pipe.model)
+    backbone = pipe.backbone_of(call)
     if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
             "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
@@ -198,7 +197,9 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     regions = [{concept.name: concept.region for concept in found.concepts} for found in sets]
     ready = [prepare_control(control, pipe.model, canvas, regions) for control in call.composition.controls]
     finder = partial(_find, tokenizers)
-    controls = [control for control in ready if not control.control.is_off]
+    controls: list[Any] = [control for control in ready if not control.control.is_off]
+    if call.image_prompts is not None:
+        controls.append(call.image_prompts)
     plan = Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, reading)
     steps_to_record(call.composition.record_attention, pipe._count_steps(plan))
     return plan
@@ -221,12 +222,9 @@ def _reading(pipe: Any, call: Call, tokenizers: Sequence[Tokenizer], others: Seq
     prompts = call.prompts.texts or ()
     check_no_tags([*others, *(text for column in prompts for text in column)])
     if pipe.reads_weights and prompts:
-        return Reading.of(tokenizers, prompts, others)
+        return Reading.of(tokenizers, prompts, others, in_chunks=pipe.reads_in_chunks)
     every = (*(text for column in prompts for text in column), *others)
-    wrong = next(filter(has_weights, every), None)
-    if wrong is not None:
-        why = "go with a prompt, and this call has embeddings" if pipe.reads_weights else "work with SD 1.x, 2.x and XL"
-        raise ValueError(f"weights as in {shortened(wrong)} {why}; leave out the parentheses with a number")
+    refuse_weights(every, "go with a prompt, and this call has embeddings" if pipe.reads_weights else None)
     return None
 
 

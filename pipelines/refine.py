@@ -95,6 +95,7 @@ def refine(
     if not any(found.values()):
         raise ValueError("it is not known where the subjects are: give masks={name: mask}, or concepts with regions")
     cost, done, whole = Cost(), [], read_emphasis(prompt)
+    width, height = pipe.own_size
     for subject in subjects:
         mask = found[subject.name]
         if mask is None:
@@ -102,9 +103,10 @@ def refine(
         text = whole.carried_to(about(subject, whole.text, subjects)).written()
         acting = [one.model_copy(update={"region": None, "prompt": None}) for one in (subject, *styles)]
         output = pipe(
-            text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
+            prompt=text, concepts=acting, method=how.method or _method_for(pipe, acting), image=image,
             mask_image=_softened(mask, how.blur), strength=how.strength,
-            padding_mask_crop=round(how.padding * _side(mask)), output_type="pil", **options,
+            padding_mask_crop=round(how.padding * _side(mask)), output_type="pil",
+            **{"width": width, "height": height, **options},
         )  # fmt: skip
         image = output.images[0]
         cost.add(output.cost)

@@ -56,7 +56,7 @@ class Sampler:
     def step(self, model_output: Tensor, step: Step, latents: Tensor) -> Tensor:
         """From model output and latents of a step to the next latents."""
         latents = self.scheduler.step(model_output, step.t, latents, **self.arguments, return_dict=False)[0]
-        return latents if self.task is None else self.task.after_step(latents, step)
+        return latents if self.task is None else self.task.after_step(latents, step, self.scheduler)
 
     def of_images(self, images: Sequence[int]) -> "Sampler":
         """The sampler of some images of the batch, which has the same scheduler."""

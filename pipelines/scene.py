@@ -20,7 +20,7 @@ from pydantic import (
 
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.field_errors import FieldError
-from lora_compose.pipelines.mask_images import is_fractions, region_of
+from lora_compose.pipelines.mask_images import URI_PREFIX, is_fractions, region_of
 
 
 class _Frozen(BaseModel):
@@ -77,8 +77,58 @@ BoxOrMask = Annotated[
 ]
 
 
+def _scales(given: Any) -> Any:
+    """Scales by name: a mapping, or text such as "cat:1,dog:0.5"."""
+    if not isinstance(given, str):
+        return given
+    pairs = [part.rpartition(":") for part in given.split(",")]
+    return {name.strip(): scale for name, _, scale in pairs}
+
+
+class ControlFile(_Frozen):
+    """A control image and the model that reads it (`Control`).
+
+    Attributes:
+        model: A ControlNet or T2I-Adapter: a folder as diffusers saves it, or a hub repository.
+        image: Path of the control image, as large as the image that is made.
+        scale: Factor on its output.
+        start: It acts from this part of the steps on.
+        end: It acts until this part of the steps.
+        regions: By name of a concept, the scale inside its region.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    image: ImageFile
+    scale: float = 1.0
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    end: Annotated[float, Field(gt=0, le=1)] = 1.0
+    regions: Annotated[Mapping[str, float], BeforeValidator(_scales)] = Field(default_factory=dict)
+
+
+class IPAdapterFile(_Frozen):
+    """An IP-Adapter and the image that it reads.
+
+    Attributes:
+        model: A folder or hub repository.
+        subfolder: Where the weights are in it.
+        weight_name: The file of the weights.
+        image_encoder: The folder of the image encoder, in the subfolder; a path with "/" begins at `model`.
+        image: Path of the image.
+        scale: Factor on what is read of the image.
+        region: Where it acts: a box or a mask; None is everywhere.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    subfolder: str = ""
+    weight_name: Annotated[str, Field(pattern=r"\.safetensors$")]
+    image_encoder: str = "image_encoder"
+    image: ImageFile
+    scale: float = 1.0
+    region: BoxOrMask | None = None
+
+
 class Start(_Frozen):
-    """The image that a scene starts from; without one it is text-to-image.
+    """The image that a scene starts from, without one it is text-to-image; and further images that guide it.
 
     Attributes:
         image: Path of the image that it starts from.
@@ -87,6 +137,8 @@ class Start(_Frozen):
         strength: The share of the steps that are run; None is diffusers' default for the model.
         padding_mask_crop: Pixels around the mask; only that part is painted, at the size of the scene.
         paste_original: Whether pixels outside of the mask are copied from the image; None means no.
+        controls: Control images with their models.
+        ip_adapters: IP-Adapters with their images.
     """
 
     image: ImageFile | None = None
@@ -94,6 +146,8 @@ class Start(_Frozen):
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     padding_mask_crop: Annotated[int, Field(ge=0)] | None = None
     paste_original: bool | None = None
+    controls: tuple[ControlFile, ...] = ()
+    ip_adapters: tuple[IPAdapterFile, ...] = ()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -105,8 +159,19 @@ class Start(_Frozen):
 
     @property
     def start(self) -> dict[str, Any]:
-        """The fields that are given, as arguments of a call."""
-        return {name: value for name in Start.model_fields if (value := getattr(self, name)) is not None}
+        """The fields of the start image that are given, as arguments of a call."""
+        names = [name for name in Start.model_fields if name not in ("controls", "ip_adapters")]
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def image_files(self) -> dict[str, str]:
+        """The paths of all images, by the name of their field."""
+        found = {name: value for name, value in self.start.items() if name in ("image", "mask_image")}
+        for field in ("controls", "ip_adapters"):
+            for number, one in enumerate(getattr(self, field)):
+                found[f"{field}.{number}.image"] = one.image
+                found[f"{field}.{number}.region"] = getattr(one, "region", None)
+        return {name: path for name, path in found.items() if isinstance(path, str) and not path.startswith(URI_PREFIX)}
 
 
 class Concept(_Frozen):

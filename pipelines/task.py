@@ -16,8 +16,8 @@ class Task(Protocol):
         """The latents before the first step. Shape: [images, channels, height, width]."""
         ...
 
-    def after_step(self, latents: Tensor, step: Step) -> Tensor:
-        """The latents after a scheduler step, with restored parts (inpainting)."""
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
+        """The latents after a step of a scheduler, with restored parts (inpainting)."""
         ...
 
     def of_images(self, images: Sequence[int]) -> "Task":
@@ -39,7 +39,7 @@ class TextToImage:
         """The start noise."""
         return self.noise()
 
-    def after_step(self, latents: Tensor, step: Step) -> Tensor:
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
         """The latents as they are."""
         return latents
 
@@ -64,7 +64,7 @@ class ImageToImage:
         """The image with noise on it."""
         return self.latents
 
-    def after_step(self, latents: Tensor, step: Step) -> Tensor:
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
         """The latents as they are."""
         return latents
 
@@ -85,22 +85,24 @@ class Inpainting(ImageToImage):
         image: Latents of the image; None for models made for inpainting. Shape: as the latents.
         noise: The noise on these latents. Shape: as the latents.
         timesteps: Of all passes.
-        add_noise: The scheduler's, from latents, noise and timesteps to noisy latents.
     """
 
     mask: Tensor = field(kw_only=True)
     image: Tensor | None = field(kw_only=True)
     noise: Tensor = field(kw_only=True)
-    timesteps: Sequence[Tensor] | Tensor = field(kw_only=True)
-    add_noise: Callable[[Tensor, Tensor, Any], Tensor] = field(kw_only=True)
+    timesteps: Any = field(kw_only=True)
 
-    def after_step(self, latents: Tensor, step: Step) -> Tensor:
-        """The latents with the image outside of the mask."""
+    def after_step(self, latents: Tensor, step: Step, scheduler: Any) -> Tensor:
+        """The latents with the image outside of the mask, at the noise level at which the scheduler is now."""
         if self.image is None:
             return latents
         outside = self.image
         if step.index < step.count - 1:
-            outside = self.add_noise(outside, self.noise, self.timesteps[step.index + 1 : step.index + 2])
+            following = self.timesteps[step.index + 1 : step.index + 2]
+            if hasattr(scheduler, "scale_noise"):
+                outside = scheduler.scale_noise(outside, following, self.noise)
+            else:
+                outside = scheduler.add_noise(outside, self.noise, following)
         return (1 - self.mask) * outside + self.mask * latents
 
     def of_images(self, images: Sequence[int]) -> "Inpainting":

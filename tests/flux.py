@@ -3,7 +3,13 @@
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch import Tensor
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -64,4 +70,5 @@ FLUX = Family(
     gate=gate,
     words=((1, 2, 3, 4), (8, 9, 10, 11)),
     guided={"negative_prompt": "the photo", "true_cfg_scale": 3.0},
+    image_tasks={False: FluxImg2ImgPipeline, True: FluxInpaintPipeline},
 )

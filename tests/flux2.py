@@ -3,7 +3,13 @@
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinInpaintPipeline,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
 from torch import Tensor
 
 from lora_compose.pipelines.families.flux2 import ComposeFlux2KleinPipeline
@@ -48,10 +54,12 @@ def gate(name: str, x: Tensor, places: Places) -> Tensor:
     """Where a LoRA acts in a layer of FLUX.2."""
     if "modulation" in name or name.startswith(("time", "norm_out")):
         return places.modulation
-    if name.startswith("single"):
-        return torch.cat([places.text, places.image], dim=1)
     text = ("context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context")
-    return places.text if any(part in name for part in text) else places.image
+    if any(part in name for part in text):
+        return places.text
+    joint, (tokens, cells) = name.startswith("single"), (places.text.shape[1], places.image.shape[1])
+    image = places.image.repeat(1, (x.shape[1] - joint * tokens) // cells, 1)  # with a reference image, twice
+    return torch.cat([places.text, image], dim=1) if joint else image
 
 
 # After "<|im_start|>", "user" and a line break: "a", " ", "s", "k", "s", " cat", " and", " a", " ", "z", "w", "x", ...
@@ -62,4 +70,5 @@ FLUX2 = Family(
     words=((5, 6, 7), (12, 13, 14)),
     guided={"guidance_scale": 2.0, "text_encoder_out_layers": LAYERS},
     unguided={"guidance_scale": 1.0, "text_encoder_out_layers": LAYERS},
+    image_tasks={True: Flux2KleinInpaintPipeline},
 )

@@ -54,6 +54,7 @@ class Family:
         guided: Arguments with which there are unconditional rows.
         unguided: Arguments without.
         in_one_batch: Whether diffusers runs both halves of guidance in one batch, the conditional one first.
+        image_tasks: diffusers' pipelines for image-to-image (False) and inpainting (True), where it has them.
     """
 
     pipeline: Callable[..., Any]
@@ -63,6 +64,7 @@ class Family:
     guided: Mapping[str, Any]
     unguided: Mapping[str, Any] = field(default_factory=dict)
     in_one_batch: bool = False
+    image_tasks: Mapping[bool, Any] = field(default_factory=dict)
 
 
 def random_lora_of_all(transformer: nn.Module, seed: int, size: float = 0.2) -> Lora:
@@ -97,12 +99,45 @@ def pipeline_with_concepts(family: Family, folder: Path) -> Any:
     return pipe
 
 
-def plain_latents(family: Family, pipe: Any, **arguments: Any) -> Tensor:
-    """What diffusers' own pipeline gives."""
+def plain_latents(family: Family, pipe: Any, kind: Any = None, **arguments: Any) -> Tensor:
+    """What diffusers' own pipeline gives, or that of another kind."""
     options = {name: pipe.config[name] for name in ("text_encoder_select_layers",) if name in pipe.config}
-    plain = family.plain(**pipe.components, **options)
+    plain = (kind or family.plain)(**pipe.components, **options)
     plain.set_progress_bar_config(disable=True)
     return plain(**{"generator": seeded(3), "output_type": "latent", **arguments}).images
+
+
+LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
+BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
+
+
+def merged(family: Family, unconditional: Sequence[bool]) -> Places:
+    ones = torch.ones(len(unconditional), 1, 2)
+    return Places(ones.expand(-1, TOKENS, 2), ones.expand(-1, CELLS**2, 2), ones[:, 0])
+
+
+def own_words(family: Family, unconditional: Sequence[bool]) -> Places:
+    everywhere = merged(family, unconditional)
+    text = torch.zeros(len(unconditional), TOKENS, 2)
+    for row, uncond in zip(text, unconditional, strict=True):
+        for concept, words in enumerate(family.words):
+            row[list(words), concept] = float(not uncond)
+    return Places(text, everywhere.image, everywhere.modulation)
+
+
+def regions(family: Family, unconditional: Sequence[bool]) -> Places:
+    live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
+    image = torch.zeros(len(unconditional), CELLS, CELLS, 2)
+    image[:, :, : CELLS // 2, 0] = image[:, :, CELLS // 2 :, 1] = 1
+    text = live.expand(-1, TOKENS, 2)
+    return Places(text, live * image.flatten(1, 2), torch.zeros(len(unconditional), 2))
+
+
+METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
+    "merge": (Merge(), ["cat", "dog"], merged),
+    "tara": (Tara(), ["cat", "dog"], own_words),
+    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
+}
 
 
 @contextmanager

@@ -3,7 +3,13 @@
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor
 
 from components import small_vae
@@ -57,4 +63,5 @@ Z_IMAGE = Family(
     guided={"negative_prompt": "the photo", "guidance_scale": 2.0},
     unguided={"guidance_scale": 0.0},
     in_one_batch=True,
+    image_tasks={False: ZImageImg2ImgPipeline, True: ZImageInpaintPipeline},
 )

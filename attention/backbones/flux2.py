@@ -1,17 +1,40 @@
 """FLUX.2: double-stream, then single-stream blocks whose queries, keys, values and first MLP layer are one layer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_compose.attention.backbones.joint import JointBackbone, image_positions, packed, unpacked
 from lora_compose.attention.sites import Site
 
+REFERENCE = 10
+"""The first of the four position ids of the first reference image; that of the image is 0."""
+
 
 class Flux2Backbone(JointBackbone):
-    """A `Flux2Transformer2DModel`."""
+    """A `Flux2Transformer2DModel`.
+
+    Args:
+        model: The transformer, compiled or not.
+        references: Number of reference images that it reads beside the image, of the same size.
+    """
+
+    def __init__(self, model: nn.Module, references: int = 0) -> None:
+        super().__init__(model)
+        self._references = references
+        if references:
+            self.sites = {name: self._with_references(site) for name, site in self.sites.items()}
+
+    @property
+    def joint(self) -> Site:
+        """How text and image lie in one sequence."""
+        return self._with_references(super().joint)
+
+    def _with_references(self, site: Site) -> Site:
+        return replace(site, references=self._references) if site.stream in ("image", "joint") else site
 
     table = (
         # All blocks share three modulation layers.
@@ -29,7 +52,13 @@ class Flux2Backbone(JointBackbone):
     blocks = ("transformer_blocks", "single_transformer_blocks")
 
     def forward(
-        self, latents: Tensor, t: Tensor, text: Tensor, added: Mapping[str, Tensor] | None, **inputs: Any
+        self,
+        latents: Tensor,
+        t: Tensor,
+        text: Tensor,
+        added: Mapping[str, Tensor] | None,
+        reference: Tensor | None = None,
+        **inputs: Any,
     ) -> Tensor:
         """One forward pass.
 
@@ -39,6 +68,7 @@ class Flux2Backbone(JointBackbone):
             text: Hidden states of several layers of the text encoder, concatenated. Shape: [rows, tokens, layers *
                 channels].
             added: "text_positions" of the tokens, with several texts in one sequence. Shape: [rows, tokens].
+            reference: Latents of a reference image. Shape: as the latents.
             inputs: "joint_attention_kwargs".
 
         Returns:
@@ -46,11 +76,15 @@ class Flux2Backbone(JointBackbone):
         """
         # Ids are (image, row, column, word), and the same in all rows.
         image = torch.nn.functional.pad(image_positions(latents, torch.int64), (0, 1))
+        tokens, cells = packed(latents), len(image)
+        if reference is not None:
+            tokens = torch.cat([tokens, packed(reference).to(tokens.dtype)], dim=1)
+            image = torch.cat([image, image + image.new_tensor([REFERENCE, 0, 0, 0])])
         words = torch.arange(text.shape[1], device=text.device)
         if added is not None and "text_positions" in added:
             words = added["text_positions"][-1]  # with several texts, each starts at 0
         velocity = self.model(
-            hidden_states=packed(latents).to(text.dtype),
+            hidden_states=tokens.to(text.dtype),
             encoder_hidden_states=text,
             timestep=t.expand(len(latents)).to(latents.dtype) / 1000,
             img_ids=image,
@@ -59,4 +93,4 @@ class Flux2Backbone(JointBackbone):
             return_dict=False,
             **inputs,
         )[0]
-        return unpacked(velocity, latents.shape[-2:])
+        return unpacked(velocity[:, :cells], latents.shape[-2:])

@@ -173,26 +173,27 @@ class JointKernel:
         return regions.attend(attend, self.site.stream, query, key, value, attn_mask)
 
     def _record(self, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-        text, image = self._parts()
+        text, image, images = self._parts()
         regions = self.state.inputs.joint_regions
         if regions is not None:
             allowed = regions.allowed("joint", key.shape[1])[:, None, image]
             mask = allowed if mask is None else mask & allowed
-        keys = torch.cat([key[:, text], key[:, image]], dim=1).transpose(1, 2)  # text first, as in `token_weights`
-        seen = None if mask is None else torch.cat([mask[..., text], mask[..., image]], dim=-1)
+        keys = torch.cat([key[:, text], key[:, images]], dim=1).transpose(1, 2)  # text first, as in `token_weights`
+        seen = None if mask is None else torch.cat([mask[..., text], mask[..., images]], dim=-1)
         tokens, scale = text.stop - text.start, query.shape[-1] ** -0.5
         for recorder in self.state.recorders:
             recorder.take(self.layer, query[:, image].transpose(1, 2), keys, scale, seen, tokens)
 
-    def _parts(self) -> tuple[slice, slice]:
-        """Where text and image are in a joint sequence."""
+    def _parts(self) -> tuple[slice, slice, slice]:
+        """Where text, image, and image with its reference images are in a joint sequence."""
         inputs = self.state.inputs
         height, width = grid_at(inputs.latent_grid, self.site.level)
         tokens, cells = self.site.padded(max(inputs.lengths)), height * width
         if self.site.image_first:
             start = self.site.padded(cells)
-            return slice(start, start + tokens), slice(0, cells)
-        return slice(0, tokens), slice(tokens, tokens + cells)
+            return slice(start, start + tokens), slice(0, cells), slice(0, cells)
+        every = slice(tokens, tokens + cells * (1 + self.site.references))
+        return slice(0, tokens), slice(tokens, tokens + cells), every
 
 
 def with_kernel(processor: Any, layer: str, site: Site, state: ForwardState) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, cat, nn
 
+from lora_compose.attention.backbones.ip_adapter import ImageAttention, image_attention
 from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
@@ -85,7 +86,10 @@ class UNetBackbone:
             ValueError: For processors whose behaviour ours would lose; nothing has been changed then.
         """
         found = {layer: cast(Attention, modules[layer.name]) for layer in self._layers}
-        ours = {layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state) for layer, attn in found.items()}
+        ours = {
+            layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state, image_attention(attn.processor))
+            for layer, attn in found.items()
+        }
         for layer, attn in found.items():
             undo.callback(attn.set_processor, attn.processor)
             attn.set_processor(ours[layer])  # pyright: ignore[reportArgumentType]
@@ -101,6 +105,8 @@ class UNetBackbone:
         text: Tensor,
         added: Mapping[str, Tensor] | None,
         channels: Tensor | None = None,
+        image_embeds: Sequence[Tensor] | None = None,
+        ip_adapter_masks: Sequence[Tensor] | None = None,
         **inputs: Any,
     ) -> Tensor:
         """One forward pass.
@@ -112,12 +118,19 @@ class UNetBackbone:
             added: Further inputs by row (SDXL's pooled text and sizes).
             channels: Further channels beside the latents: mask and masked image, for UNets made for inpainting. Shape:
                 [rows, channels, height, width].
+            image_embeds: The images of each IP-Adapter. Shape: [rows, images, ...] each.
+            ip_adapter_masks: Where they act. Shape: [1, images, height, width] each.
             inputs: Further arguments of the model.
 
         Returns:
             Shape: as the latents.
         """
         conditions = None if added is None else dict(added)
+        if image_embeds is not None:
+            conditions = {**(conditions or {}), "image_embeds": list(image_embeds)}
+        if ip_adapter_masks is not None:
+            given = inputs.get("cross_attention_kwargs") or {}
+            inputs["cross_attention_kwargs"] = {**given, "ip_adapter_masks": list(ip_adapter_masks)}
         latents = latents if channels is None else cat([latents, channels], dim=1)
         return self.model(
             latents, t, encoder_hidden_states=text, added_cond_kwargs=conditions, return_dict=False, **inputs
@@ -278,20 +291,25 @@ class ComposeAttnProcessor:
         layer: The attention layer it serves.
         kernel: How attention is computed.
         state: What the current pass needs.
+        images: The images that the layer reads besides the text; None if it reads none.
     """
 
-    def __init__(self, layer: AttentionLayer, kernel: Kernel, state: ForwardState) -> None:
+    def __init__(
+        self, layer: AttentionLayer, kernel: Kernel, state: ForwardState, images: ImageAttention | None = None
+    ) -> None:
         self._layer = layer
         self._kernel = kernel
         self._state = state
+        self._images = images
 
     def __call__(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | tuple[Tensor, Sequence[Tensor]] | None = None,
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
+        ip_adapter_masks: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Attends. The frame around the kernel follows diffusers' AttnProcessor2_0 (0.42).
 
@@ -299,19 +317,28 @@ class ComposeAttnProcessor:
             attn: The module, which owns the projections.
             hidden_states: Shape: [rows, cells, channels].
             encoder_hidden_states: The text; None for self-attention. Shape: [rows, tokens, channels], or [rows, tokens,
-                layers * channels] with a text for each cross-attention layer, in forward order.
+                layers * channels] with a text for each cross-attention layer, in forward order. With IP-Adapters, the
+                text and their images.
             attention_mask: Not supported, must be None.
             temb: Unused, part of the interface.
+            ip_adapter_masks: Where the images of IP-Adapters act.
         """
         if attention_mask is not None:
             raise ValueError("attention masks of the caller cannot be combined with concepts")
         residual = hidden_states
         query = attn.to_q(hidden_states)
-        key, value = self._key_value(attn, hidden_states, encoder_hidden_states)
+        given = encoder_hidden_states
+        text, images = given if isinstance(given, tuple) else (given, ())
+        key, value = self._key_value(attn, hidden_states, text)
         query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
         self._record(query, key, attn.scale)
         hidden_states = self._attend(query, key, value)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        if self._images is not None:
+            regions = self._state.inputs.regions
+            read = self._images.read(self._kernel, query, images, ip_adapter_masks)
+            for one in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
+                hidden_states = hidden_states + one
         project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
         hidden_states = dropout(project(hidden_states))
         if not self._layer.cross:

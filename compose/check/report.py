@@ -97,7 +97,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     tokenizers = _attempt(problems, pipe.tokenizers_for, [found for found in loaded if found])
     tokenizer = (tokenizers or pipe.tokenizers_for([]))[0]
     prompt = _attempt(problems, plain_text, run.scene.prompt) or run.scene.prompt
-    if run.scene.concepts and pipe.reads_weights:
+    if run.scene.concepts and pipe.reads_in_chunks:
         chunks = _attempt(problems, chunks_of, tokenizer, prompt) or [(0, len(prompt))]
         tokenizer = LongTokenizer(tokenizer, len(chunks)) if len(chunks) > 1 else tokenizer
     facts = [("tokens", _tokens(tokenizer, prompt))]
@@ -129,6 +129,8 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),
         *((name, str(value)) for name, value in run.scene.start.items()),
+        *(("control", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.controls),
+        *(("IP-Adapter", f"{one.model}, {one.image}, scale {one.scale:g}") for one in run.scene.ip_adapters),
         ("cost", _cost_words(pipe, run, cost) if cost is not None else "not known"),
     ]
     return facts, cost

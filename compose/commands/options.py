@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
 from lora_compose.compose.support.names import check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
 from lora_compose.pipelines.field_errors import FieldError
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 
 LAST_SEED = 2**63 - 1
 _EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
@@ -97,6 +97,24 @@ PasteOption = Annotated[
 ]
 
 
+ControlOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--control",
+        help="A control image with its ControlNet or T2I-Adapter, repeatable: model=FOLDER,image=pose.png,scale=0.8. "
+        "Further fields: start and end (parts of the steps), regions=cat:1,dog:0 (scales inside their regions).",
+    ),
+]
+IPAdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ip-adapter",
+        help="An IP-Adapter with its image, repeatable: model=FOLDER,weight_name=FILE.safetensors,image=face.png. "
+        "Further fields: subfolder, image_encoder, scale, region (a mask image, or left,top,right,bottom).",
+    ),
+]
+
+
 def starting_from(
     image: str | None,
     mask_image: str | None,
@@ -123,17 +141,7 @@ def parse_concept(text: str) -> Concept:
     Raises:
         ValueError: For unknown and missing fields and unusable values.
     """
-    known = ", ".join(_CONCEPT_FIELDS)
-    # A comma parts two fields only where a name and "=" follow.
-    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
-    fields: dict[str, Any] = {}
-    for name, equals, value in ((name.strip(), equals, value.strip()) for name, equals, value in pairs):
-        if not equals or name not in _CONCEPT_FIELDS:
-            near = did_you_mean(name, _CONCEPT_FIELDS)
-            raise ValueError(f"--concept {text}: unknown field {name!r}; fields are {known}, each with ={near}")
-        if _CONCEPT_FIELDS[name] in fields:
-            raise ValueError(f"--concept {text}: {name} is given twice")
-        fields[_CONCEPT_FIELDS[name]] = value
+    fields = _fields("--concept", text, _CONCEPT_FIELDS)
     if not fields.get("lora"):
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
     fields.setdefault("name", _name_of(fields["lora"]))
@@ -143,6 +151,48 @@ def parse_concept(text: str) -> Concept:
         return Concept(**fields)
     except FieldError as error:
         raise ValueError(f"--concept {text}: {'; '.join(error.messages)}") from error
+
+
+def _fields(option: str, text: str, known: Mapping[str, str]) -> dict[str, Any]:
+    """Fields as an option writes them, "name=value,...": what they are called in it, and in the model."""
+    # A comma parts two fields only where a name and "=" follow.
+    pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
+    fields: dict[str, Any] = {}
+    for name, equals, value in ((name.strip(), equals, value.strip()) for name, equals, value in pairs):
+        if not equals or name not in known:
+            near = did_you_mean(name, known)
+            raise ValueError(
+                f"{option} {text}: unknown field {name!r}; fields are {', '.join(known)}, each with ={near}"
+            )
+        if known[name] in fields:
+            raise ValueError(f"{option} {text}: {name} is given twice")
+        fields[known[name]] = value
+    return fields
+
+
+def guided_by(controls: Sequence[str] | None, ip_adapters: Sequence[str] | None) -> dict[str, Any]:
+    """Control images and IP-Adapters of a scene, from options.
+
+    Raises:
+        ValueError: For unknown and missing fields and unusable values.
+    """
+    found: dict[str, Any] = {}
+    for name, option, kind, texts in (
+        ("controls", "--control", ControlFile, controls), ("ip_adapters", "--ip-adapter", IPAdapterFile, ip_adapters),
+    ):  # fmt: skip
+        if texts:
+            found[name] = tuple(_guide(option, kind, text) for text in texts)
+    return found
+
+
+def _guide(option: str, kind: Any, text: str) -> Any:
+    fields = _fields(option, text, {name: name for name in kind.model_fields})
+    if "region" in fields:
+        fields["region"] = _mask_or_box(fields["region"], f"{option} {text}: region")
+    try:
+        return kind(**fields)
+    except FieldError as error:
+        raise ValueError(f"{option} {text}: {'; '.join(error.messages)}") from error
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from lora_compose.compose.commands.options import (
     LAST_SEED,
     LORA_HELP,
     LORAS_HELP,
+    ControlOption,
     GuidanceOption,
     ImageOption,
+    IPAdapterOption,
     MaskImageOption,
     MethodOption,
     PaddingOption,
@@ -24,6 +26,7 @@ from lora_compose.compose.commands.options import (
     check_folder,
     check_names,
     concepts_of,
+    guided_by,
     parse_settings,
     run_of,
     scene_of,
@@ -56,6 +59,8 @@ def run(
     strength: StrengthOption = None,
     padding_mask_crop: PaddingOption = None,
     paste_original: PasteOption = None,
+    control: ControlOption = None,
+    ip_adapter: IPAdapterOption = None,
     scheduler: Annotated[str | None, typer.Option(help="Class name of a diffusers scheduler.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; default: the fastest.")] = None,
@@ -71,6 +76,7 @@ def run(
     given = {
         "prompt": prompt, "negative_prompt": negative_prompt, "width": width, "height": height,
         **starting_from(image, mask_image, strength, padding_mask_crop, paste_original),
+        **guided_by(control, ip_adapter),
     }  # fmt: skip
     concepts = concepts_of(concept or [], lora or [], box or [])
     asked = run_of(

@@ -80,6 +80,8 @@ def run_of(suite: Suite, batch: Batch) -> Run:
             concepts=tuple(concepts),
             width=scene.width,
             height=scene.height,
+            controls=scene.controls,
+            ip_adapters=scene.ip_adapters,
             **scene.start,
         ),
         model=suite.model,

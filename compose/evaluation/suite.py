@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lora_compose.compose.evaluation.shipped import find_suite
-from lora_compose.compose.files.paths import local_source
+from lora_compose.compose.files.paths import local_source, moved_start
 from lora_compose.compose.files.scenes import read_as
 from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
@@ -276,13 +276,7 @@ def read_suite(name: str) -> Suite:
         )
         for concept in suite.concepts
     )
-    scenes = tuple(
-        scene.model_copy(
-            update={name: here(path) for name, path in scene.start.items() if name in ("image", "mask_image")
-                    and isinstance(path, str)}
-        )
-        for scene in suite.scenes
-    )  # fmt: skip
+    scenes = tuple(moved_start(scene, here) for scene in suite.scenes)
     moved: dict[str, Any] = {
         "scenes": scenes,
         "concepts": concepts,

@@ -11,13 +11,14 @@ from pydantic import BaseModel
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source, playground_model
 from lora_compose.compose.support.names import did_you_mean, file_near
 from lora_compose.pipelines.mask_images import URI_PREFIX
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene import Run, Start
 
 _PICKLES = (".ckpt", ".bin", ".pt")
 _FILES = (".safetensors", *_PICKLES, ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_Start = TypeVar("_Start", bound=Start)
 
 
 def free_path(path: Path) -> Path:
@@ -88,7 +89,15 @@ def moved(model: Any, move: Any) -> Any:
     if isinstance(model, Run):
         return model.model_copy(update={"model": move(model.model), "scene": moved(model.scene, move)})
     concepts = tuple(_moved(concept, ("lora", "region"), move) for concept in model.concepts)
-    return _moved(model, ("image", "mask_image"), move).model_copy(update={"concepts": concepts})
+    return moved_start(model, move).model_copy(update={"concepts": concepts})
+
+
+def moved_start(model: _Start, move: Any) -> _Start:
+    """The same scene, of any kind, with the paths of its images and of the models that read them moved."""
+    controls = tuple(_moved(one, ("model", "image"), move) for one in model.controls)
+    adapters = tuple(_moved(one, ("model", "image", "region"), move) for one in model.ip_adapters)
+    start = _moved(model, ("image", "mask_image"), move)
+    return start.model_copy(update={"controls": controls, "ip_adapters": adapters})
 
 
 def _moved(model: _Model, names: tuple[str, ...], move: Any) -> _Model:

@@ -13,11 +13,17 @@ from torch import Tensor
 
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.files.images import Record
+from lora_compose.compose.generate.guides import (
+    controls_of,
+    fit_ip_adapters,
+    ip_adapter_arguments,
+    pipeline_without_concepts,
+)
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.mask_images import URI_PREFIX, open_image
+from lora_compose.pipelines.mask_images import open_image
 from lora_compose.pipelines.methods import METHODS, Choice, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.regular import sha256_of
@@ -107,13 +113,12 @@ def make_batch(
             images=_image_hashes(run.scene),
             machine=machine(pipe._execution_device),  # an offloaded model may be on another device now
         )
-        output = pipe(
-            **arguments,
-            num_images_per_prompt=len(seeds),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            callback_on_step_end=_callback(on_progress, on_step) if on_progress or on_step else None,
-            record_attention=record_attention and bool(loaded),
-        )
+        arguments |= {
+            "num_images_per_prompt": len(seeds),
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "callback_on_step_end": _callback(on_progress, on_step) if on_progress or on_step else None,
+        }
+        output = pipe(**arguments, record_attention=record_attention) if loaded else _plain(pipe, run.scene, arguments)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(seeds)
     for seed, flagged in zip(seeds, flags, strict=True):
         if flagged:
@@ -170,8 +175,8 @@ def size_of(pipe: Any, scene: Scene) -> tuple[int, int]:
     By default the size of the start image, unless a part of it is enlarged, otherwise the model's own.
     """
     if scene.image is not None and scene.padding_mask_crop is None:
-        given, scale = open_image(scene.image, "image"), pipe.vae_scale_factor
-        return scene.width or given.width // scale * scale, scene.height or given.height // scale * scale
+        given, cell = open_image(scene.image, "image"), pipe.image_processor.config.vae_scale_factor
+        return scene.width or given.width // cell * cell, scene.height or given.height // cell * cell
     # Both are always passed: if one is missing, diffusers takes the model's own size for both.
     width, height = pipe.own_size
     return scene.width or width, scene.height or height
@@ -217,20 +222,34 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     choice = resolve_choice(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
+    size = size_of(pipe, run.scene)
+    fit_ip_adapters(pipe, run.scene.ip_adapters)
     arguments = {
         "prompt": run.scene.prompt,
-        **dict(zip(("width", "height"), size_of(pipe, run.scene), strict=True)),
+        **dict(zip(("width", "height"), size, strict=True)),
         "num_inference_steps": run.steps,
         **pipe.guided(run.guidance_scale, run.scene.negative_prompt or None),
         "concepts": [concept.concept for concept in loaded],
         "method": choice and choice.method,
         **run.scene.start,
+        **ip_adapter_arguments(run.scene.ip_adapters, size),
     }
+    if run.scene.controls:
+        arguments["control"] = controls_of(pipe, run.scene.controls, size)
     pipe.scheduler = scheduler
     try:
         yield loaded, choice, arguments
     finally:
         pipe.scheduler = before
+
+
+def _plain(pipe: Any, scene: Scene, arguments: dict[str, Any]) -> Any:
+    """A call without concepts, as diffusers does it."""
+    controls = arguments.pop("control", None)
+    if controls is None:
+        return pipe(**arguments)
+    plain, more = pipeline_without_concepts(pipe, scene, controls)
+    return plain(**{name: it for name, it in arguments.items() if name not in ("concepts", "method")}, **more)
 
 
 def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
@@ -245,13 +264,8 @@ def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, str]:
 
 
 def _image_hashes(scene: Scene) -> dict[str, str]:
-    """The SHA-256 of the files that an image starts from."""
-    files = {name: path for name, path in scene.start.items() if name in ("image", "mask_image")}
-    return {
-        name: sha256_of(Path(path).expanduser())
-        for name, path in files.items()
-        if isinstance(path, str) and not path.startswith(URI_PREFIX)
-    }
+    """The SHA-256 of the images that a scene reads."""
+    return {name: sha256_of(Path(path).expanduser()) for name, path in scene.image_files.items()}
 
 
 def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | None) -> Callable[..., dict]:

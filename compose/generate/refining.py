@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lora_compose.compose.files.images import Record, save_image
+from lora_compose.compose.generate.guides import fit_ip_adapters, ip_adapter_arguments
 from lora_compose.compose.generate.making import load, make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import runnable
@@ -58,10 +59,13 @@ def refine_and_save(
     concepts = [load(pipe, concept).concept for concept in run.scene.concepts]
     without = [concept.model_copy(update={"region": None}) for concept in concepts]
     pipe.scheduler = scheduler_of(pipe, run)
+    # A part of the image is repainted, which the masks of the others are not made for.
+    everywhere = [one for one in run.scene.ip_adapters if one.region is None]
+    fit_ip_adapters(pipe, everywhere)
     found = refine(
         pipe, image, run.scene.prompt, without, chosen, Detailer(strength=strength, method=method),
-        num_inference_steps=run.steps, guidance_scale=run.guidance_scale,
-        negative_prompt=run.scene.negative_prompt or None, generator=torch.Generator().manual_seed(run.seed),
+        num_inference_steps=run.steps, **pipe.guided(run.guidance_scale, run.scene.negative_prompt or None),
+        generator=torch.Generator().manual_seed(run.seed), **ip_adapter_arguments(everywhere, image.size),
     )  # fmt: skip
     echo(save_image(found.image, out))
     echo(f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} latent rows")

@@ -6,14 +6,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lora_compose.compose.files.paths import moved_start
 from lora_compose.compose.files.scenes import write_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
 from lora_compose.compose.support.savers import OFFLOADS, Saver
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import Run, Scene
+from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Run, Scene
 
 _ASSETS = "lora_compose.compose.playground.assets"
+_GUIDES = "lora_compose.compose.generate.guides"
 _SAVING = {
     Saver.TILING: "enable_tiling(pipe.vae)",
     Saver.MODEL_OFFLOAD: "pipe.enable_model_cpu_offload()",
@@ -33,8 +35,8 @@ def portable(run: Run, files: Mapping[str, str]) -> Run:
         concept.model_copy(update={"lora": files.get(concept.lora or "", concept.lora)})
         for concept in run.scene.concepts
     )
-    images = {name: files.get(path, path) for name, path in run.scene.start.items() if isinstance(path, str)}
-    return run.model_copy(update={"scene": run.scene.model_copy(update={"concepts": concepts, **images})})
+    scene = moved_start(run.scene, lambda path: files.get(path, path))
+    return run.model_copy(update={"scene": scene.model_copy(update={"concepts": concepts})})
 
 
 def scene_file(scene: Scene) -> str:
@@ -82,6 +84,9 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
             source = f"playground_lora({', '.join(map(_value, [name, *_further(model)]))})"
         loaded = concept.model_dump(include={"name", "trigger", "class_word", "alpha"}, exclude_none=True)
         lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
+    if run.scene.ip_adapters:
+        imports.setdefault(_GUIDES, set()).add("fit_ip_adapters")
+        lines.append(f"fit_ip_adapters(pipe, [{_files(run.scene.ip_adapters)}])")
     arguments = _arguments_of(run, imports)
     return (
         "import torch\n"
@@ -146,8 +151,22 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     sides = () if scene.image is not None and scene.mask_image is None else ("width", "height")
     lines += [f"{side}={value}" for side in sides if (value := getattr(scene, side))]
     lines += [f"{name}={_value(value)}" for name, value in scene.start.items()]
+    size = f"({scene.width}, {scene.height})"
+    for kind, given in (("ControlFile", scene.controls), ("IPAdapterFile", scene.ip_adapters)):
+        if given:
+            imports.setdefault("lora_compose.pipelines.scene", set()).add(kind)
+    if scene.controls:
+        imports.setdefault(_GUIDES, set()).add("controls_of")
+        lines.append(f"control=controls_of(pipe, [{_files(scene.controls)}], {size})")
+    if scene.ip_adapters:
+        imports.setdefault(_GUIDES, set()).add("ip_adapter_arguments")
+        lines.append(f"**ip_adapter_arguments([{_files(scene.ip_adapters)}], {size})")
     lines += [f"num_inference_steps={run.steps}", f"{guidance}={run.guidance_scale!r}"]
     return [*lines, f"generator=torch.Generator().manual_seed({run.seed})"]
+
+
+def _files(given: Sequence[ControlFile | IPAdapterFile]) -> str:
+    return ", ".join(_call(type(one).__name__, one.model_dump(exclude_defaults=True)) for one in given)
 
 
 def _call(kind: str, fields: Mapping[str, object]) -> str:

@@ -13,7 +13,7 @@ from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
-from lora_compose.pipelines.scene import Concept, Run, Scene
+from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 
 MOST_CONCEPTS = 12
 MOST_SEEDS = 16
@@ -50,6 +50,8 @@ class Form:
         image: As in `Scene`.
         mask_image: As in `Scene`; the page paints nothing outside of it.
         strength: As in `Scene`.
+        controls: As in `Scene`.
+        ip_adapters: As in `Scene`.
     """
 
     choice: Choice
@@ -67,6 +69,8 @@ class Form:
     image: str | None = None
     mask_image: str | None = None
     strength: float | None = None
+    controls: tuple[ControlFile, ...] = ()
+    ip_adapters: tuple[IPAdapterFile, ...] = ()
 
     def runs(self) -> list[Run]:
         """A run for every seed.
@@ -81,6 +85,7 @@ class Form:
                 prompt=self.prompt, negative_prompt=self.negative_prompt, concepts=concepts,
                 width=self.size[0], height=self.size[1], image=self.image, mask_image=self.mask_image,
                 strength=self.strength, paste_original=True if self.mask_image is not None else None,
+                controls=self.controls, ip_adapters=self.ip_adapters,
             )  # fmt: skip
             return [
                 Run(
@@ -135,6 +140,8 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
         image=run.scene.image,
         mask_image=run.scene.mask_image if isinstance(run.scene.mask_image, str) else None,
         strength=run.scene.strength,
+        controls=run.scene.controls,
+        ip_adapters=run.scene.ip_adapters,
     )
     check_limits(form)
     return form

@@ -90,6 +90,11 @@ class OpenModel:
         return self._pipe.own_size
 
     @property
+    def cell(self) -> int:
+        """Sides of images are multiples of so many pixels."""
+        return self._pipe.image_processor.config.vae_scale_factor
+
+    @property
     def family(self) -> str | None:
         """The model family, named as by `guess_family`; None if it is unknown."""
         if self.choice.model in PLAYGROUNDS:

@@ -155,13 +155,14 @@ class Store:
         self.uploads.append(lora)
         return lora
 
-    def add_image(self, name: str, data: BinaryIO, side: int) -> StartImage:
+    def add_image(self, name: str, data: BinaryIO, side: int, cell: int = 8) -> StartImage:
         """Keeps a copy of an image to start from.
 
         Args:
             name: The user's name for it; never a part of a path.
             data: Its content.
-            side: Most pixels of the longer side; both sides become multiples of 8.
+            side: Most pixels of the longer side.
+            cell: Both sides become multiples of so many pixels.
 
         Raises:
             FileError: If it is too large or no image.
@@ -176,7 +177,7 @@ class Store:
         except Exception as error:  # images are not trusted, and Pillow raises many kinds of errors for damaged ones
             raise FileError(f"{shown} cannot be read as an image; expected {', '.join(FORMATS)}") from error
         share = min(1.0, side / max(image.size))
-        width, height = (max(8, int(length * share) // 8 * 8) for length in image.size)
+        width, height = (max(cell, int(length * share) // cell * cell) for length in image.size)
         path = self.folder / f"{secrets.token_hex(12)}.png"
         image.resize((width, height), Image.Resampling.LANCZOS).save(path)
         self.images[str(path)] = f"{Path(shown).stem}.png"

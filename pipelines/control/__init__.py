@@ -9,6 +9,7 @@ Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", ar
 "T2I-Adapter", arXiv 2302.08453. `docs/control.md` explains how both combine with concepts.
 """
 
+from lora_compose.pipelines.control.image_prompts import PreparedImagePrompts, prepare_image_prompts
 from lora_compose.pipelines.control.prepare import RegionsByPrompt, prepare_control
 from lora_compose.pipelines.control.prepared import (
     PreparedAdapter,
@@ -25,10 +26,12 @@ __all__ = [
     "PreparedAdapter",
     "PreparedControl",
     "PreparedControlNet",
+    "PreparedImagePrompts",
     "RegionsByPrompt",
     "View",
     "controls_of",
     "model_inputs",
     "prepare_control",
+    "prepare_image_prompts",
     "repeated",
 ]

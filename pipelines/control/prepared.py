@@ -65,6 +65,10 @@ class PreparedControlNet:
     levels: Sequence[int]
     weights: Mapping[int, Tensor] | None
 
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in a step."""
+        return self.control.acts(step, steps)
+
     def of_images(self, images: Sequence[int]) -> "PreparedControlNet":
         """The same for some of the images."""
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
@@ -122,6 +126,10 @@ class PreparedAdapter:
     weights: Mapping[int, Tensor] | None
     dtype: torch.dtype
     _read: dict[tuple[int, ...], list[Tensor]] = field(default_factory=dict)
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in a step."""
+        return self.control.acts(step, steps)
 
     def of_images(self, images: Sequence[int]) -> "PreparedAdapter":
         """The same for some of the images."""

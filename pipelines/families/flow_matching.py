@@ -8,21 +8,27 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle
+from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, unpacked
-from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas, Step
+from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
+from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
+from lora_compose.pipelines.from_image import FromImage, Source
 from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.sampler import Schedule
+from lora_compose.pipelines.task import ImageToImage, Inpainting
+from lora_compose.pipelines.text.emphasis import refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText
+from lora_compose.pipelines.text.long_prompts import Reading
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 Shape = tuple[int, ...]
 
 
-class FlowMatchingPipeline(ComposePipeline):
+class FlowMatchingPipeline(ImageTasksPipeline):
     """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
 
     transformer_class: ClassVar[type[nn.Module]]
@@ -35,7 +41,9 @@ class FlowMatchingPipeline(ComposePipeline):
     def opens(cls, config: Mapping[str, Any]) -> bool:
         """Whether a model's configuration is of this family."""
         kind = tuple(config.get("transformer") or ())
-        return kind[1:] == (cls.transformer_class.__name__,) and config.get("_class_name") in (None, cls.__name__)
+        names = [task.pipeline.__name__ for task in (cls.image_to_image, cls.inpainting) if task is not None]
+        known = (None, cls.__name__, *names)
+        return kind[1:] == (cls.transformer_class.__name__,) and config.get("_class_name") in known
 
     def _rounded(self, side: int) -> int:
         """A side in pixels that makes whole patches, rounded down."""
@@ -78,6 +86,8 @@ class FlowMatchingPipeline(ComposePipeline):
         return shape
 
     def _check_latents(self, call: Call, canvas: Canvas) -> None:
+        if call.source is not None and call.sampling.latents is not None:
+            raise ValueError("latents cannot be given with an image, whose own latents are the start")
         shape = self._latent_shape(canvas)
         check_latents(call.sampling.latents, shape, *self._other_shapes(shape))
 
@@ -87,9 +97,56 @@ class FlowMatchingPipeline(ComposePipeline):
         if found is None:
             generator = call.sampling.generator
             found = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
-        if found.shape != shape:
-            found = unpacked(found, shape[-2:]) if found.dim() == 3 else pixel_shuffle(found, PATCH)
-        return found.to(canvas.device, dtype)
+        return _unpacked(found, canvas).to(canvas.device, dtype)
+
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        native_width, native_height = self.own_size
+        return self._rounded(width or native_width), self._rounded(height or native_height)
+
+    def _check_plain_texts(self, *given: Any) -> None:
+        """Checks the texts of a call without concepts, which the model would read as they are written.
+
+        Args:
+            given: A text, several, or something else, which is left to diffusers.
+
+        Raises:
+            ValueError: For weights and names of LoRAs in them.
+        """
+        texts = [text for column in given if isinstance(column, str | list) for text in listed(column)]
+        texts = [text for text in texts if isinstance(text, str)]
+        check_no_tags(texts)
+        refuse_weights(texts)
+
+    def _check_start(self, given: FromImage | None) -> None:
+        if given is not None and not hasattr(self.scheduler, "scale_noise"):
+            raise ValueError(
+                f"with a {type(self.scheduler).__name__}, {self.family} cannot start from an image; use diffusers' "
+                "FlowMatchEulerDiscreteScheduler"
+            )
+
+    def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
+        canvas, generator, pixels = plan.canvas, call.sampling.generator, self._pixels_by_image(call, source)
+        encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
+        first: Any = schedule.timesteps[:1]
+        with precision_kept(self.vae):
+            found = source.pipeline.prepare_latents(
+                pixels.float(), first.repeat(canvas.images), canvas.images, self._latent_shape(canvas)[1],
+                *canvas.image_size, encoder.dtype, canvas.device, generator,
+            )  # fmt: skip
+        if source.mask is None:
+            return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas))
+        latents, noise, image = (_unpacked(one, canvas) for one in found[:3])
+        mask = self._latent_mask(source.mask, canvas).to(canvas.device, encoder.dtype)
+        inputs = self._inputs_from_image(image)
+        return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
+
+    def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
+        """Further arguments of every forward pass of inpainting, from the latents of the image."""
+        return {}
+
+    def _latent_mask(self, mask: Tensor, canvas: Canvas) -> Tensor:
+        """A mask on the latent grid, as diffusers' inpainting has it."""
+        return interpolate(mask, canvas.latent_grid)
 
     @property
     def own_size(self) -> tuple[int, int]:
@@ -146,6 +203,13 @@ class FlowMatchingPipeline(ComposePipeline):
         return self._cfg_of(self.guidance_scale)
 
 
+def _unpacked(latents: Tensor, canvas: Canvas) -> Tensor:
+    """Latents with patches as tokens, or as channels, in their own height and width."""
+    if latents.shape[-2:] == canvas.latent_grid and latents.dim() == 4:
+        return latents
+    return unpacked(latents, canvas.latent_grid) if latents.dim() == 3 else pixel_shuffle(latents, PATCH)
+
+
 class TemplatePipeline(FlowMatchingPipeline):
     """A composing pipeline that writes prompts into a chat template."""
 
@@ -174,7 +238,7 @@ class TemplatePipeline(FlowMatchingPipeline):
         return render
 
 
-Encode = Callable[[list[str] | None, bool, torch.device], tuple[Tensor, Mapping[str, Tensor]]]
+Encode = Callable[..., tuple[Tensor, Mapping[str, Tensor]]]
 """Encodes prompts on a device: the given ones, or the call's own if they are None; as negative prompts if the second
 argument is True. Returns the text, and further inputs of the model by row."""
 
@@ -186,12 +250,14 @@ def both_sides(
     device: torch.device,
     *,
     guided: bool,
+    **reading: Reading,
 ) -> EncodedText:
-    """The text of all rows; there are unconditional ones with guidance only."""
-    text, added = encode(None if prompts is None else list(prompts), False, device)
+    """The text of all rows; there are unconditional ones with guidance only. `reading` is for texts with weights."""
+    text, added = encode(None if prompts is None else list(prompts), False, device, **reading)
     if not guided:
         return EncodedText(text, None, added)
-    negative, negative_added = encode(None if negative_prompts is None else list(negative_prompts), True, device)
+    negatives = None if negative_prompts is None else list(negative_prompts)
+    negative, negative_added = encode(negatives, True, device, **reading)
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
 
 

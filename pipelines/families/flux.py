@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from torch import Tensor
 
@@ -29,12 +29,17 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, real_tokens
+from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.emphasis import Emphasis, has_weights, plain_text, read_emphasis
+from lora_compose.pipelines.text.long_prompts import Reading
+from lora_compose.pipelines.text.weighted import weighted_embeds
 
 
 class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -43,7 +48,10 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
     family = "FLUX.1"
     architecture = "flux-1-dev"
     transformer_class = FluxTransformer2DModel
+    image_to_image = ImageTask(FluxImg2ImgPipeline, resizes=True)
+    inpainting = ImageTask(FluxInpaintPipeline, resizes=True)
     text_tokenizers = ("tokenizer_2",)
+    reads_weights = True
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -88,6 +96,11 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> ComposeOutput | FluxPipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -101,6 +114,11 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
+            image: What image-to-image and inpainting start from, as in the Stable Diffusion families.
+            mask_image: White where the image is painted, or a box.
+            strength: The share of the steps that are run; None is diffusers' default for the task.
+            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
+            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -115,23 +133,37 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         if isinstance(prompt, list):  # one for all, which diffusers' pipeline does not take
             negative_prompt = _for_each(negative_prompt, len(prompt))
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            arguments = {
+                "prompt": prompt, "prompt_2": prompt_2, "negative_prompt": negative_prompt,
+                "negative_prompt_2": negative_prompt_2, "true_cfg_scale": true_cfg_scale, "height": height,
+                "width": width, "num_inference_steps": num_inference_steps, "sigmas": sigmas,
+                "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,
+                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
+                "pooled_prompt_embeds": pooled_prompt_embeds, "ip_adapter_image": ip_adapter_image,
+                "ip_adapter_image_embeds": ip_adapter_image_embeds,
+                "negative_ip_adapter_image": negative_ip_adapter_image,
+                "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds, "output_type": output_type,
+                "return_dict": return_dict, "joint_attention_kwargs": joint_attention_kwargs,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "max_sequence_length": max_sequence_length,
+            }  # fmt: skip
+            arguments = self._with_weights(arguments)
+            if given_image is not None:
+                return self._from_image_as_diffusers(given_image, arguments)
             plain: Callable[..., Any] = FluxPipeline.__call__
-            return plain(
-                self, prompt, prompt_2, negative_prompt, negative_prompt_2, true_cfg_scale, height, width,
-                num_inference_steps, sigmas, guidance_scale, num_images_per_prompt, generator, latents, prompt_embeds,
-                pooled_prompt_embeds, ip_adapter_image, ip_adapter_image_embeds, negative_ip_adapter_image,
-                negative_ip_adapter_image_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds, output_type,
-                return_dict, joint_attention_kwargs, callback_on_step_end, list(callback_on_step_end_tensor_inputs),
-                max_sequence_length,
-            )  # fmt: skip
+            return plain(self, **arguments)
         ip_adapters = ip_adapter_image, ip_adapter_image_embeds
         negative_ip_adapters = negative_ip_adapter_image, negative_ip_adapter_image_embeds
         check_arguments(kwargs, (*ip_adapters, *negative_ip_adapters), joint_attention_kwargs, "joint_attention_kwargs")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        native = self.default_sample_size * self.vae_scale_factor
-        height, width = (self._rounded(side or native) for side in (height, width))
+        source = self._source(given_image, width, height, output_type or "np")
+        width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, prompt_2, height, width, negative_prompt, negative_prompt_2, prompt_embeds, negative_prompt_embeds,
             pooled_prompt_embeds, negative_pooled_prompt_embeds, tensors, max_sequence_length,
@@ -143,7 +175,8 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         cfg_scale = true_cfg_scale if has_negative else 1.0
         per_prompt = num_images_per_prompt or 1
         sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale))
-        given = GivenPrompts(texts, prompt_embeds, max_sequence_length)
+        negatives = [*listed(negative_prompt), *listed(negative_prompt_2)]
+        given = GivenPrompts(texts, prompt_embeds, max_sequence_length, negatives)
         images = len(given) * per_prompt
         call = Call(
             composition, given,
@@ -153,19 +186,33 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 "_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs,
                 "_current_timestep": None,
             },
+            source,
+            {
+                "guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale,
+                "negative_prompt": None if negative_prompt is None else listed(negative_prompt)[0],
+                "max_sequence_length": max_sequence_length,
+            },
         )  # fmt: skip
 
-        def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        def encode(
+            prompts: list[str] | None, negative: bool, device: torch.device, reading: Reading | None = None
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             own = prompt, prompt_2, prompt_embeds, pooled_prompt_embeds
             if negative:
                 words = [_for_each(text, len(given)) for text in (negative_prompt, negative_prompt_2)]
                 own = *words, negative_prompt_embeds, negative_pooled_prompt_embeds
             first, second, embeds, pooled = own if prompts is None else (prompts, None, None, None)
+            read = None
+            if reading is not None and embeds is None:
+                asked = enumerate(listed(second or first))
+                read = [reading.emphasis(one, i, derived=not negative) for i, one in asked]
+                first, second = list(map(plain_text, listed(first))), [one.text for one in read]
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
             text, pooled, _ = encode_prompt(
                 first, second, device, per_prompt, embeds, pooled, max_sequence_length,
                 (joint_attention_kwargs or {}).get("scale"),
             )  # fmt: skip
+            text = text if read is None else self._weighted(text, read, per_prompt)
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
             if embeds is None:
                 read = self.maybe_convert_prompt(listed(second or first), self.tokenizer_2)
@@ -174,7 +221,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
         final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         self._current_timestep = None
-        result = self._decode(final, output_type or "np")
+        result = self._finished(self._decode(final, output_type or "np"), source)
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
 
@@ -200,6 +247,53 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             list(prompts), None, self._execution_device, max_sequence_length=self._readable(length or 512)
         )
         return text, {"pooled_projections": pooled}
+
+    def _with_weights(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call without concepts; prompts with weights become embeddings, others stay as they are."""
+        names = [f"{side}prompt{number}" for side in ("", "negative_") for number in ("", "_2")]
+        texts = [text for name in names if isinstance(arguments[name], str | list) for text in listed(arguments[name])]
+        check_no_tags(texts)
+        if not any(map(has_weights, texts)):
+            return arguments
+        embeds = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+        if given := [name for name in embeds if arguments[name] is not None]:
+            raise ValueError(f"weights in prompts do not go with {', '.join(given)}; give the prompts")
+        length, count = arguments["max_sequence_length"], arguments["num_images_per_prompt"] or 1
+        found: dict[str, Any] = {}
+        for side in ("", "negative_"):
+            first, second = (listed(arguments[f"{side}prompt{number}"]) for number in ("", "_2"))
+            if not first:
+                continue
+            read = list(map(read_emphasis, second or first))
+            encode_prompt: Any = self.encode_prompt
+            text, pooled, _ = encode_prompt(
+                list(map(plain_text, first)), [one.text for one in read], self._execution_device, count,
+                max_sequence_length=length, lora_scale=(arguments["joint_attention_kwargs"] or {}).get("scale"),
+            )  # fmt: skip
+            found[f"{side}prompt_embeds"] = self._weighted(text, read, count)
+            found[f"{side}pooled_prompt_embeds"] = pooled
+        return {**arguments, **dict.fromkeys(names), **found, "num_images_per_prompt": 1}
+
+    def _weighted(self, text: Tensor, read: Sequence[Emphasis], images_per_prompt: int) -> Tensor:
+        """Features of the T5 encoder with those texts encoded anew that have weights; CLIP's pooled text has none.
+
+        Args:
+            text: Shape: [images, tokens, channels].
+            read: The text of each prompt.
+            images_per_prompt: Rows of each.
+        """
+        found = text.clone()
+        for i, one in enumerate(read):
+            if not one.is_even:
+                found[i * images_per_prompt : (i + 1) * images_per_prompt] = weighted_embeds(
+                    self.tokenizer_2, self.text_encoder_2, one, text.device, penultimate=False,
+                    expand=self.maybe_convert_prompt, length=text.shape[1],
+                ).to(text)  # fmt: skip
+        return found
+
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        native = self.default_sample_size * self.vae_scale_factor
+        return self._rounded(width or native), self._rounded(height or native)
 
     def _readable(self, length: int) -> int:
         """Tokens to which texts are padded, at most the T5's own maximum; that of the playground is short."""

@@ -1,17 +1,19 @@
 """FLUX.2-klein with concepts: the prompt in Qwen3's chat template, three layers of it side by side as the text."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers import Flux2KleinInpaintPipeline, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
+from lora_compose.attention import Backbone
+from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.joint import PATCH
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
@@ -31,8 +33,11 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
+from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, real_tokens
+from lora_compose.pipelines.families.image_tasks import ImageTask
+from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -46,6 +51,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     family = "FLUX.2-klein"
     architecture = "flux-2-klein"
     transformer_class = Flux2Transformer2DModel
+    inpainting = ImageTask(Flux2KleinInpaintPipeline, resizes=False)
+    starts_from_latents = False  # diffusers reads them with patches as channels
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -80,6 +87,10 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> ComposeOutput | Flux2PipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -88,12 +99,17 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         taken too.
 
         Args:
-            image: Reference images cannot be combined with concepts yet.
+            image: With a mask, what inpainting starts from, as in the Stable Diffusion families; the model reads it as
+                a reference image, too. Without a mask, reference images, which cannot be combined with concepts yet.
             concepts: As for `ComposePipeline.__call__`.
             method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
+            mask_image: White where the image is painted, or a box.
+            strength: The share of the steps that are run; None is diffusers' default.
+            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
+            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -105,21 +121,35 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        given_image = None
+        if paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop)):
+            given_image, image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original), None
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            self._check_plain_texts(prompt)
+            arguments = {
+                "prompt": prompt, "height": height, "width": width, "num_inference_steps": num_inference_steps,
+                "sigmas": sigmas, "guidance_scale": guidance_scale, "num_images_per_prompt": num_images_per_prompt,
+                "generator": generator, "latents": latents, "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds, "output_type": output_type,
+                "return_dict": return_dict, "attention_kwargs": attention_kwargs,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "max_sequence_length": max_sequence_length, "text_encoder_out_layers": text_encoder_out_layers,
+            }  # fmt: skip
+            if given_image is not None:
+                return self._from_image_as_diffusers(given_image, arguments)
             plain: Callable[..., Any] = Flux2KleinPipeline.__call__
-            return plain(
-                self, image, prompt, height, width, num_inference_steps, sigmas, guidance_scale, num_images_per_prompt,
-                generator, latents, prompt_embeds, negative_prompt_embeds, output_type, return_dict, attention_kwargs,
-                callback_on_step_end, list(callback_on_step_end_tensor_inputs), max_sequence_length,
-                text_encoder_out_layers,
-            )  # fmt: skip
+            return plain(self, image, **arguments)
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
         if image is not None:
-            raise ValueError("reference images cannot be combined with concepts yet; leave out image, or concepts")
+            raise ValueError(
+                "reference images cannot be combined with concepts yet; leave out image, or give mask_image to repaint "
+                "a part of it"
+            )
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        native = self.default_sample_size * self.vae_scale_factor
-        height, width = (self._rounded(side or native) for side in (height, width))
+        source = self._source(given_image, width, height, output_type)
+        width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(prompt, height, width, prompt_embeds, tensors, guidance_scale)
         cfg_scale = self._cfg_of(guidance_scale)
         given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
@@ -128,6 +158,11 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
             Callback(callback_on_step_end, tensors), started, {"joint_attention_kwargs": attention_kwargs},
             {"_guidance_scale": guidance_scale, "_attention_kwargs": attention_kwargs, "_current_timestep": None},
+            source,
+            {
+                "guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length,
+                "text_encoder_out_layers": text_encoder_out_layers,
+            },
         )  # fmt: skip
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,7 +181,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
 
         final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
         self._current_timestep = None
-        result = self._decode(final, output_type or "np")
+        result = self._finished(self._decode(final, output_type or "np"), source)
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
 
@@ -173,6 +208,28 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         norm: Any = self.vae.bn
         mean, variance = (numbers.view(1, -1, 1, 1).to(like) for numbers in (norm.running_mean, norm.running_var))
         return mean, torch.sqrt(variance + self.vae.config.batch_norm_eps)
+
+    def backbone_of(self, call: Call) -> Backbone:
+        """The backbone of a call; with a start image it reads that as a reference image, too."""
+        return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, references=1)
+
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        native = self.default_sample_size * self.vae_scale_factor
+        return self._rounded(width or native), self._rounded(height or native)
+
+    def _check_composed(self, given: FromImage) -> None:
+        if given.size[0] * given.size[1] > 1024 * 1024:
+            raise ValueError(
+                f"image has {given.size[0]} x {given.size[1]} pixels; {self.family} inpaints at most 1024 x 1024 in "
+                "all: resize image and mask"
+            )
+
+    def _inputs_from_image(self, image: Tensor) -> Mapping[str, Any]:
+        return {"reference": image}
+
+    def _latent_mask(self, mask: Tensor, canvas: Canvas) -> Tensor:
+        height, width = (side // PATCH for side in canvas.latent_grid)
+        return interpolate(interpolate(mask, (height, width), mode="bilinear"), scale_factor=PATCH)
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=False), length, length)

@@ -80,6 +80,11 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> ComposeOutput | Krea2PipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -93,6 +98,11 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
             control: Not supported yet.
             token_positions: Positions among the tokens that the model reads, those after the dropped beginning.
             record_attention: Maps come from the last third of the blocks.
+            image: Refused, as are the four arguments after it: diffusers has no image-to-image for this family.
+            mask_image: Refused.
+            strength: Refused.
+            padding_mask_crop: Refused.
+            paste_original: Refused.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -104,8 +114,10 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            self._check_plain_texts(prompt, negative_prompt)
             plain: Callable[..., Any] = Krea2Pipeline.__call__
             return plain(
                 self, prompt, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale,
@@ -122,7 +134,8 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         )  # fmt: skip
         cfg_scale = self._cfg_of(guidance_scale)
         embeds = None if prompt_embeds is None else prompt_embeds.flatten(2)
-        given = GivenPrompts(None if prompt is None else [listed(prompt)], embeds, max_sequence_length)
+        texts = None if prompt is None else [listed(prompt)]
+        given = GivenPrompts(texts, embeds, max_sequence_length, listed(negative_prompt))
         call = Call(
             composition, given, ImageSize(width, height, num_images_per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),

@@ -30,8 +30,8 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.control import Control, controls_of
+from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
-from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -48,8 +48,8 @@ _REFINER = (
 class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):  # pyright: ignore[reportIncompatibleMethodOverride]
     """diffusers' `StableDiffusionXLPipeline` whose calls may name concepts."""
 
-    image_to_image = StableDiffusionXLImg2ImgPipeline
-    inpainting = StableDiffusionXLInpaintPipeline
+    image_to_image = ImageTask(StableDiffusionXLImg2ImgPipeline, resizes=False)
+    inpainting = ImageTask(StableDiffusionXLInpaintPipeline, resizes=True)
     family = "Stable Diffusion XL"
     reads_penultimate = True
 
@@ -159,7 +159,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         refuse_unknown([name for name in kwargs if name not in allowed], type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
-        given_image = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original)
+        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.unet, composition)
             arguments = {
@@ -185,7 +185,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 return self._from_image_as_diffusers(given_image, arguments | kwargs)
             plain: Callable[..., Any] = StableDiffusionXLPipeline.__call__
             return plain(self, **arguments, **kwargs)
-        check_arguments(kwargs, (ip_adapter_image, ip_adapter_image_embeds), cross_attention_kwargs)
+        check_arguments(kwargs, (), cross_attention_kwargs, allowed=("scale", "ip_adapter_masks"))
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         source = self._source(given_image, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
@@ -208,7 +208,11 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 "_guidance_scale": guidance_scale, "_guidance_rescale": guidance_rescale, "_clip_skip": clip_skip,
                 "_cross_attention_kwargs": cross_attention_kwargs, "_denoising_end": denoising_end,
             },
-            source,
+            source, self._repaint(guidance, given.negative, ip_adapter_image, ip_adapter_image_embeds),
+            self._image_prompts(
+                ip_adapter_image, ip_adapter_image_embeds, cross_attention_kwargs, guidance,
+                len(given) * size.images_per_prompt, (width, height),
+            ),
         )  # fmt: skip
         sizes = (original_size or (height, width)) + crops_coords_top_left + (target_size or (height, width))
         negative_sizes = sizes

@@ -1,22 +1,20 @@
 """What the pipelines with a UNet have in common: sizes, start noise or image, inputs of distilled models."""
 
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AsymmetricAutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TOKENIZERS
-from lora_compose.pipelines.from_image import FromImage, Source, check_steps
+from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_prompts
+from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
+from lora_compose.pipelines.from_image import FromImage, Source
 from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.sampler import Schedule
 from lora_compose.pipelines.task import ImageToImage, Inpainting
 from lora_compose.pipelines.text.emphasis import Emphasis, has_weights
@@ -34,16 +32,11 @@ OLD_CALLBACK = {"callback", "callback_steps"}
 """Arguments that diffusers takes beside those that it names."""
 
 
-class UNetPipeline(ComposePipeline):
+class UNetPipeline(ImageTasksPipeline):
     """A composing pipeline of the Stable Diffusion families."""
 
-    image_to_image: ClassVar[type]
-    """diffusers' pipeline for image-to-image, which shares all components."""
-
-    inpainting: ClassVar[type]
-    """diffusers' pipeline for inpainting, which shares all components."""
-
     reads_weights: ClassVar[bool] = True
+    reads_in_chunks: ClassVar[bool] = True
     reads_penultimate: ClassVar[bool]
     """Whether the UNet reads the text of the layer before the last, without its norm."""
 
@@ -95,7 +88,8 @@ class UNetPipeline(ComposePipeline):
         self, guidance: Guidance, images: int, cross_attention_kwargs: dict[str, Any] | None
     ) -> Mapping[str, Any]:
         """Further arguments of every forward pass."""
-        inputs: dict[str, Any] = {"cross_attention_kwargs": cross_attention_kwargs}
+        given = {name: it for name, it in (cross_attention_kwargs or {}).items() if name != "ip_adapter_masks"}
+        inputs: dict[str, Any] = {"cross_attention_kwargs": given or None}
         width = self.unet.config.time_cond_proj_dim
         if width is not None:  # distilled models take the guidance scale as an input
             embedding = self.get_guidance_scale_embedding(
@@ -103,6 +97,20 @@ class UNetPipeline(ComposePipeline):
             )
             inputs["timestep_cond"] = embedding.to(device=self._execution_device, dtype=self.unet.dtype)
         return inputs
+
+    def _image_prompts(
+        self,
+        image: Any,
+        embeds: list[Tensor] | None,
+        cross_attention_kwargs: Mapping[str, Any] | None,
+        guidance: Guidance,
+        images: int,
+        size: tuple[int, int],
+    ) -> PreparedImagePrompts | None:
+        """The images of a call for the IP-Adapters of the UNet."""
+        guided = guidance.scale > 1 and self.unet.config.time_cond_proj_dim is None
+        masks = (cross_attention_kwargs or {}).get("ip_adapter_masks")
+        return prepare_image_prompts(self, image, embeds, masks, guided=guided, images=images, size=size)
 
     # Texts with weights, and texts longer than a text encoder reads at once.
 
@@ -183,110 +191,23 @@ class UNetPipeline(ComposePipeline):
 
     # Calls that start from an image.
 
-    def _origin(self, call: Call, plan: Plan) -> Origin | None:
-        prompts, sampling = call.prompts.first, call.sampling
-        if prompts is None or call.source is not None or sampling.has_schedule:
-            return None
-        names = [concept.name for concept in plan.concepts.concepts]
-        sets = {index: found.concepts.concepts for found in plan.sets for index in found.indices}
-        each = [sets[index] for index in range(len(prompts))]
-        options = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance.scale}
-        if call.prompts.negative:
-            options["negative_prompt"] = call.prompts.negative[0]
-        columns = [[names.index(concept.name) for concept in one] for one in each]
-        return Origin(self, prompts, each, columns, call.size.images_per_prompt, options)
+    def _repaint(
+        self, guidance: Guidance, negative: Sequence[str], ip_adapter_image: Any, ip_adapter_image_embeds: Any
+    ) -> Mapping[str, Any]:
+        """Arguments of calls that repaint the subjects of images."""
+        return {
+            "guidance_scale": guidance.scale, "negative_prompt": negative[0] if negative else None,
+            "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
+        }  # fmt: skip
 
-    def _task_pipeline(self, given: FromImage) -> Any:
-        """The pipeline of diffusers for the task of a call, with the same components."""
-        kind: Any = self.image_to_image if given.mask is None else self.inpainting
-        names = inspect.signature(kind.__init__).parameters
-        options = {name: self.config[name] for name in ("requires_safety_checker", "force_zeros_for_empty_prompt")
-                   if name in names and name in self.config}  # fmt: skip
-        if "add_watermarker" in names:
-            options["add_watermarker"] = False
-        pipe = kind(**{name: part for name, part in self.components.items() if name in names}, **options)
-        pipe.__dict__.update({name: self.__dict__[name] for name in ("watermark", "_progress_bar_config")
-                              if name in self.__dict__})  # fmt: skip
-        return pipe
-
-    def _from_image_as_diffusers(self, given: FromImage, arguments: Mapping[str, Any]) -> Any:
-        """A call without concepts that starts from an image: exactly what diffusers' pipeline for the task does.
-
-        Args:
-            given: The image.
-            arguments: All other arguments of the call; those that have their default value may be unknown to it.
-
-        Raises:
-            ValueError: For arguments that it does not take.
-        """
-        self._check_model_for(given)
-        pipe = self._task_pipeline(given)
-        given.check_size(self.vae_scale_factor)
-        if given.mask is None:
-            self._check_size(given.cells(self.vae_scale_factor), arguments["width"], arguments["height"])
-            arguments = {**arguments, "width": None, "height": None}
-        check_steps(_steps(arguments), self._strength(given.strength, given.mask is not None))
-        taken = inspect.signature(type(pipe).__call__).parameters
-        own = inspect.signature(type(self).__call__).parameters
-        left_out = [name for name in arguments if name not in taken and name in own]
-        if unread := [name for name in left_out if arguments[name] != own[name].default]:
-            task = "image-to-image" if given.mask is None else "inpainting"
-            raise ValueError(f"{', '.join(unread)} cannot be given for {task}")
-        if given.paste_original and arguments["output_type"] != "pil":
-            raise ValueError(_PIL_ONLY)
-        with _precision_kept(self.vae):
-            output = pipe(**given.arguments, **{name: value for name, value in arguments.items() if name in taken})
-        self.maybe_free_model_hooks()
-        if not given.paste_original or given.padding_mask_crop is not None:  # which diffusers has pasted
-            return output
-        images = output.images if arguments["return_dict"] else output[0]
-        images[:] = given.pasted(images, pipe.image_processor)
-        return output
-
-    def steps_from_image(self, steps: int, strength: float | None, inpaints: bool) -> int:
-        """How many of the steps are run in a call that starts from an image.
-
-        Args:
-            steps: Denoising steps that are asked for.
-            strength: The share of them; None is diffusers' default for the task.
-            inpaints: Whether there is a mask.
-        """
-        return min(int(steps * self._strength(strength, inpaints)), steps)
-
-    def _strength(self, given: float | None, inpaints: bool) -> float:
-        kind: Any = self.inpainting if inpaints else self.image_to_image
-        return inspect.signature(kind.__call__).parameters["strength"].default if given is None else given
-
-    def _check_size(self, size: tuple[int, int], width: int | None, height: int | None) -> None:
-        """Raises ValueError if a call of image-to-image asks for another size than the image has."""
-        if (width or size[0], height or size[1]) != size:
-            raise ValueError(
-                f"width and height are those of the image, {size[0]} x {size[1]} in whole latent cells; resize the "
-                "image, or leave them out"
-            )
-
-    def _check_model_for(self, given: FromImage | None) -> None:
+    def _check_start(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask."""
         if self.unet.config.in_channels == _FOR_INPAINTING and (given is None or given.mask is None):
             raise ValueError("this UNet was made for inpainting: give image=... and mask_image=...")
 
-    def _source(
-        self, given: FromImage | None, width: int | None, height: int | None, output_type: str
-    ) -> Source | None:
-        """The image that a call with concepts starts from, made ready.
-
-        Raises:
-            ValueError: For models and outputs that do not go with it.
-        """
-        self._check_model_for(given)
-        if given is None:
-            return None
-        pipe = self._task_pipeline(given)
-        strength = self._strength(given.strength, given.mask is not None)
+    def _check_composed(self, given: FromImage) -> None:
         if given.mask is None:
-            source = Source.of(given, pipe, strength, None)
-            self._check_size(source.size, width, height)
-            return source
+            return
         if isinstance(self.vae, AsymmetricAutoencoderKL):
             raise ValueError(
                 "inpainting with concepts does not support AsymmetricAutoencoderKL; use the model's own VAE"
@@ -296,31 +217,17 @@ class UNetPipeline(ComposePipeline):
                 "a UNet made for inpainting reads the image without its masked part, and latents do not give that; "
                 "give the image in pixels"
             )
-        if (given.paste_original or given.padding_mask_crop is not None) and output_type != "pil":
-            raise ValueError(_PIL_ONLY)
-        width, height = self._size(width, height)
-        scale = self.vae_scale_factor
-        if width % scale or height % scale or min(width, height) < 1:
-            raise ValueError(f"width and height must be multiples of {scale}, not {width} x {height}")
-        return Source.of(given, pipe, strength, (width, height))
-
-    def _timesteps(self, sampling: Sampling, plan: Plan) -> tuple[Tensor, int]:
-        timesteps, steps = super()._timesteps(sampling, plan)
-        source = plan.call.source
-        if source is None:
-            return timesteps, steps
-        return type(source.pipeline).get_timesteps(self, steps, source.strength, plan.canvas.device)
 
     def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
-        canvas, generator, per_prompt = plan.canvas, call.sampling.generator, call.size.images_per_prompt
+        canvas, generator = plan.canvas, call.sampling.generator
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.unet
         dtype, device = encoder.dtype, canvas.device  # as diffusers' text
         first = schedule.timesteps[:1].repeat(canvas.images)  # pyright: ignore[reportAttributeAccessIssue]
-        pixels = source.pixels if len(source.pixels) == 1 else source.pixels.repeat_interleave(per_prompt, dim=0)
-        with _precision_kept(self.vae):
+        pixels = self._pixels_by_image(call, source)
+        with precision_kept(self.vae):
             if source.mask is None:
                 latents = source.pipeline.prepare_latents(
-                    pixels, first, canvas.prompts, per_prompt, dtype, device, generator
+                    pixels, first, canvas.prompts, canvas.images_per_prompt, dtype, device, generator
                 )
                 return ImageToImage(latents)
             size = call.size.height, call.size.width
@@ -339,33 +246,4 @@ class UNetPipeline(ComposePipeline):
         return Inpainting(
             latents, channels,
             mask=mask, image=image[0] if image else None, noise=noise, timesteps=schedule.timesteps,
-            add_noise=self.scheduler.add_noise,
         )  # fmt: skip
-
-    def _finished(self, images: Any, source: Source | None) -> Any:
-        """Images with what is outside of the mask pasted in, where that is asked for."""
-        if source is None or source.mask is None:
-            return images
-        if source.crop is None and not source.given.paste_original:
-            return images
-        return source.given.pasted(images, source.pipeline.image_processor, source.crop)
-
-
-_PIL_ONLY = "padding_mask_crop and paste_original give PIL images; leave output_type='pil'"
-
-
-def _steps(arguments: Mapping[str, Any]) -> int:
-    """How many steps a call asks for."""
-    schedule = arguments["timesteps"] if arguments["timesteps"] is not None else arguments["sigmas"]
-    return arguments["num_inference_steps"] if schedule is None else len(schedule)
-
-
-@contextmanager
-def _precision_kept(model: nn.Module) -> Iterator[None]:
-    """Restores the precision of a model afterwards: diffusers casts a VAE to encode with it."""
-    before: Any = model.dtype
-    try:
-        yield
-    finally:
-        if model.dtype != before:
-            model.to(dtype=before)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from diffusers.pipelines.z_image.pipeline_output import ZImagePipelineOutput
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
@@ -34,6 +34,7 @@ from lora_compose.pipelines.call import (
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
+from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -48,6 +49,9 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
     family = "Z-Image"
     architecture = "z-image"
     transformer_class = ZImageTransformer2DModel
+    image_to_image = ImageTask(ZImageImg2ImgPipeline, resizes=False)
+    inpainting = ImageTask(ZImageInpaintPipeline, resizes=False)
+    starts_from_latents = False  # diffusers' image processor of this family knows no latents
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
@@ -83,6 +87,11 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         control: Control | Sequence[Control] | None = None,
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        paste_original: bool = False,
         **kwargs: Any,
     ) -> ComposeOutput | ZImagePipelineOutput | tuple:
         """Generates images; all arguments of diffusers' pipeline keep their meaning.
@@ -95,6 +104,11 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.
+            image: What image-to-image and inpainting start from, as in the Stable Diffusion families.
+            mask_image: White where the image is painted, or a box.
+            strength: The share of the steps that are run; None is diffusers' default for the task.
+            padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
+            paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
 
         Returns:
             A `ComposeOutput`, or `(images,)` if `return_dict` is False.
@@ -106,16 +120,26 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         refuse_unknown(kwargs, type(self).__call__)
         prompt, concepts = self.named_concepts(prompt, concepts)
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
+        given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
+            self._check_plain_texts(prompt, negative_prompt)
+            arguments = {
+                "prompt": list(prompt) if isinstance(prompt, list) else prompt,  # diffusers writes into the list
+                "height": height, "width": width, "num_inference_steps": num_inference_steps, "sigmas": sigmas,
+                "guidance_scale": guidance_scale, "cfg_normalization": cfg_normalization,
+                "cfg_truncation": cfg_truncation, "negative_prompt": negative_prompt,
+                "num_images_per_prompt": num_images_per_prompt, "generator": generator, "latents": latents,
+                "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": output_type, "return_dict": return_dict,
+                "joint_attention_kwargs": joint_attention_kwargs, "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "max_sequence_length": max_sequence_length,
+            }  # fmt: skip
+            if given_image is not None:
+                return self._from_image_as_diffusers(given_image, arguments)
             plain: Callable[..., Any] = ZImagePipeline.__call__
-            words = list(prompt) if isinstance(prompt, list) else prompt  # diffusers writes into the list
-            return plain(
-                self, words, height, width, num_inference_steps, sigmas, guidance_scale, cfg_normalization,
-                cfg_truncation, negative_prompt, num_images_per_prompt, generator, latents, prompt_embeds,
-                negative_prompt_embeds, output_type, return_dict, joint_attention_kwargs, callback_on_step_end,
-                list(callback_on_step_end_tensor_inputs), max_sequence_length,
-            )  # fmt: skip
+            return plain(self, **arguments)
         check_arguments(kwargs, (), joint_attention_kwargs, "joint_attention_kwargs")
         cfg_scale = self._cfg_of(guidance_scale)
         if cfg_scale > 1 and (cfg_normalization or cfg_truncation < 1):
@@ -124,7 +148,8 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             raise ValueError("give a prompt or prompt_embeds, one of the two")
         if prompt_embeds is not None and cfg_scale > 1 and negative_prompt_embeds is None:
             raise ValueError("with prompt_embeds, guidance needs negative_prompt_embeds as well")
-        height, width = height or 1024, width or 1024
+        source = self._source(given_image, width, height, output_type or "np")
+        width, height = (width or 1024, height or 1024) if source is None else source.size
         for name, side in (("height", height), ("width", width)):
             if side != self._rounded(side):
                 raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor * 2}, not {side}")
@@ -133,12 +158,18 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             raise ValueError(f"with concepts, callbacks are given latents, not {', '.join(sorted(unknown))}")
         per_prompt, tokens = num_images_per_prompt or 1, _padded(max_sequence_length)
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
-        given = GivenPrompts(None if prompt is None else [listed(prompt)], embeds, max_sequence_length)
+        texts = None if prompt is None else [listed(prompt)]
+        given = GivenPrompts(texts, embeds, max_sequence_length, listed(negative_prompt))
         call = Call(
             composition, given, ImageSize(width, height, per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
             Callback(callback_on_step_end, tensors), started, {"joint_attention_kwargs": joint_attention_kwargs},
             {"_guidance_scale": guidance_scale, "_joint_attention_kwargs": joint_attention_kwargs},
+            source,
+            {
+                "guidance_scale": guidance_scale, "negative_prompt": (listed(negative_prompt) or [None])[0],
+                "max_sequence_length": max_sequence_length,
+            },
         )  # fmt: skip
 
         def encode(prompts: list[str] | None, negative: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,7 +183,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
         final, _, outcome = self.compose(call, partial(both_sides, encode, guided=cfg_scale > 1))
-        result = self._decode(final, output_type or "np")
+        result = self._finished(self._decode(final, output_type or "np"), source)
         self.maybe_free_model_hooks()
         return output_of(outcome, result) if return_dict else (result,)
 

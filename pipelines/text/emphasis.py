@@ -5,9 +5,12 @@ found again by comparing the two texts word by word.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import groupby
+
+from lora_compose.pipelines.spelling import shortened
 
 MOST = 10.0
 """The largest weight."""
@@ -115,3 +118,16 @@ def has_weights(text: str) -> bool:
 def plain_text(text: str) -> str:
     """A prompt without the signs of its weights."""
     return read_emphasis(text).text
+
+
+def refuse_weights(texts: Iterable[str], why: str | None = None) -> None:
+    """Raises ValueError if a text has weights.
+
+    Args:
+        texts: The texts.
+        why: The reason; None is a model of which only plain texts are read.
+    """
+    wrong = next(filter(has_weights, texts), None)
+    if wrong is not None:
+        why = why or "work with SD 1.x, 2.x, XL and FLUX.1"
+        raise ValueError(f"weights as in {shortened(wrong)} {why}; leave out the parentheses with a number")

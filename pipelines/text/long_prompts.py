@@ -101,17 +101,26 @@ class Reading:
     known: Mapping[str, Emphasis]
 
     @classmethod
-    def of(cls, tokenizers: Sequence[Any], prompts: Sequence[Sequence[str]], others: Sequence[str]) -> "Reading | None":
+    def of(
+        cls,
+        tokenizers: Sequence[Any],
+        prompts: Sequence[Sequence[str]],
+        others: Sequence[str],
+        *,
+        in_chunks: bool = True,
+    ) -> "Reading | None":
         """How these texts are read; None if each is one chunk without weights.
 
         Args:
             tokenizers: One for each text encoder.
             prompts: The prompts, for each of them.
             others: Negative prompts and those of concepts.
+            in_chunks: Whether a text may have several chunks; otherwise it is cut off.
         """
         read = [[read_emphasis(text) for text in texts] for texts in (*prompts, others)]
         plain = {one.text for texts in read for one in texts}
-        chunks = max(len(chunks_of(tokenizer, text)) for tokenizer in tokenizers for text in plain)
+        lengths = (len(chunks_of(tokenizer, text)) for tokenizer in tokenizers for text in plain)
+        chunks = max(lengths) if in_chunks else 1
         if chunks == 1 and plain == {text for texts in (*prompts, others) for text in texts}:
             return None
         return cls(tokenizers, chunks, read[0], {one.text: one for one in read[-1] if not one.is_even})

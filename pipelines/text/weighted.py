@@ -18,6 +18,7 @@ def weighted_embeds(
     *,
     penultimate: bool,
     expand: Callable[[str, Any], str],
+    length: int | None = None,
 ) -> Tensor:
     """Encodes one chunk of a text with weights.
 
@@ -28,6 +29,7 @@ def weighted_embeds(
         device: Where the text encoder runs.
         penultimate: Whether the model reads the layer before the last, without its norm, as SDXL does.
         expand: Writes words of several vectors as all their tokens.
+        length: Tokens to which the text is padded or cut; None is what the tokenizer says.
 
     Returns:
         Shape: [1, tokens, channels].
@@ -55,6 +57,7 @@ def weighted_embeds(
         returned_embeddings_type=(
             kind.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED if penultimate else kind.LAST_HIDDEN_STATES_NORMALIZED
         ),
+        model_max_length=length,
         device=device,  # pyright: ignore[reportArgumentType]
     )
     found: Any = provider.get_embeddings_for_weighted_prompt_fragments([fragments], [weights], device=device)  # pyright: ignore[reportArgumentType]

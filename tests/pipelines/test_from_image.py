@@ -26,6 +26,8 @@ from components import FAMILIES, TINY, sd_unet, seeded, small_pipeline
 from composing import BOTH, PROMPT, TRIGGERS, assert_close, composer_of, lora_file, run, same_bits
 from lora_compose import ComposePipeline, Concept
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer
+from lora_compose.pipelines.sampler import Sampler, Schedule
+from lora_compose.pipelines.task import Inpainting
 
 DIFFUSERS = {
     ("sd", False): StableDiffusionImg2ImgPipeline,
@@ -228,6 +230,20 @@ def test_greys_of_a_mask_blend_the_image_and_what_is_painted():
     inside = np.asarray(MASK) > 0
     mixed = 0.8 * np.asarray(painted, float) + 0.2 * np.asarray(IMAGE, float)
     assert np.abs(np.asarray(found, float) - mixed)[inside].max() <= 2
+
+
+def test_steps_that_are_taken_ahead_put_back_the_image_at_their_own_noise_level():
+    scheduler: Any = EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    scheduler.set_begin_index(0)
+    schedule = Schedule(scheduler.timesteps, 4, 1)
+    latents, image, noise = torch.randn(3, 1, 4, 8, 8, generator=seeded(0)).unbind()
+    mask = torch.zeros(1, 1, 8, 8)
+    task = Inpainting(latents, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
+    with Sampler(scheduler, schedule, task=task).ahead() as ahead:
+        for index in range(2):
+            latents = ahead.step(torch.zeros_like(latents), schedule.step(index, 1.0), latents)
+    torch.testing.assert_close(latents, image + noise * scheduler.sigmas[2])
 
 
 # --- where concepts are ---

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -17,7 +18,7 @@ from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import in_pixels
 from lora_compose.pipelines.methods import METHODS
-from lora_compose.pipelines.scene import Concept, Run
+from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run
 
 SET = "set."
 """Prefix of the names of all fields."""
@@ -88,6 +89,8 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
     st.session_state[BRUSH] = False
     known = session.start is not None and form.image == session.start.path
     session.start = session.start if known else None
+    given = [*form.controls, *form.ip_adapters]
+    session.guides = [guide for guide in given if session.options.local and Path(guide.image).expanduser().is_file()]
     session.rows = []
     for concept in form.concepts:
         mask = concept.region if isinstance(concept.region, str) else None
@@ -226,6 +229,8 @@ def form(session: PageSession) -> Form:
         image=None if start is None else start.path,
         mask_image=start.mask if start is not None and paints else None,
         strength=None if start is None else round(st.session_state[STRENGTH], 4),
+        controls=tuple(guide for guide in session.guides if isinstance(guide, ControlFile)),
+        ip_adapters=tuple(guide for guide in session.guides if isinstance(guide, IPAdapterFile)),
         choice=session.model.choice,
         prompt=st.session_state[PROMPT],
         negative_prompt=st.session_state[NEGATIVE],

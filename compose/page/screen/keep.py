@@ -88,6 +88,8 @@ def restore(session: PageSession, record: Record) -> None:
                      "“Model”: open it there if you trust it.")  # fmt: skip
     if form.image is not None and session.start is None:
         notes.append("The image that it started from is not here: drop it under “Start from an image”.")
+    if len(session.guides) < len(form.controls) + len(form.ip_adapters):
+        notes.append("Control images or images of IP-Adapters are not here: add them under “Guide with another image”.")
     if run.scene.padding_mask_crop is not None:
         notes.append("It enlarged the part around its mask, which this page does not.")
     if run.device is not None and device is None:

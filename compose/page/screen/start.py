@@ -92,7 +92,9 @@ def _dropped(session: PageSession, key: str) -> None:
     session.uploads += 1
     session.problems[_PLACE] = []
     try:
-        session.start = session.store.add_image(file.name, file, round(_LARGER * max(session.model.size)))
+        session.start = session.store.add_image(
+            file.name, file, round(_LARGER * max(session.model.size)), session.model.cell
+        )
         fields.resize(session, session.start.size)
         session.shown = ""
     except ValueError as error:

@@ -25,7 +25,7 @@ from lora_compose.compose.page.store import Lora, StartImage, Store
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.loading import LoraError
-from lora_compose.pipelines.scene import Run
+from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Run
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class PageSession:
         problems: What went wrong, by place on the screen.
         uploads: Number of uploads so far; upload fields have it in their names, so that a new number empties them.
         start: The start image; None is text-to-image.
+        guides: Control images and IP-Adapters.
         unready: Whether the prompt has to be fixed first; the reason is shown there.
         closed: Whether it has ended: its browser was away for too long.
     """
@@ -125,6 +126,7 @@ class PageSession:
     problems: dict[str, list[str]] = field(default_factory=dict, init=False)
     uploads: int = field(default=0, init=False)
     start: StartImage | None = field(default=None, init=False)
+    guides: list[ControlFile | IPAdapterFile] = field(default_factory=list, init=False)
     unready: bool = field(default=False, init=False)
     closed: bool = field(default=False, init=False)
     _numbers: int = field(default=0, init=False)

@@ -67,15 +67,12 @@ REFUSED: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "fewer negative prompts": ({"prompt": [PROMPT] * 2, "negative_prompt": ["dark"]}, "has batch size 1, but `prompt`"),
     "timesteps for a scheduler that takes none": ({"timesteps": [900, 1]}, "does not support custom timestep"),
-    "IP-Adapter images": (
-        {"ip_adapter_image": Image.new("RGB", (8, 8))}, "IP-Adapter images cannot be combined with concepts",
-    ),
-    "IP-Adapter embeddings": (
-        {"ip_adapter_image_embeds": [torch.zeros(2, 1, 8)]}, "IP-Adapter images cannot be combined with concepts",
+    "IP-Adapter images without an adapter": (
+        {"ip_adapter_image": Image.new("RGB", (8, 8))}, "ip_adapter_image needs an IP-Adapter in the model",
     ),
     "arguments of attention": (
         {"cross_attention_kwargs": {"gligen": {}, "scale": 1.0}},
-        r"cross_attention_kwargs \['gligen'\] cannot be combined.*only 'scale' can",
+        r"cross_attention_kwargs \['gligen'\] cannot be combined.*only 'scale' and 'ip_adapter_masks' can",
     ),
     "the old callback": (
         {"callback": print, "callback_steps": 1}, "unknown argument 'callback.*did you mean 'callback_on_step_end",

@@ -92,7 +92,7 @@ def padding_of(family: Family, positions: int) -> int:
 def sees(family: Family, boxes: Sequence[Tensor], lengths: Sequence[int], *, isolate: bool) -> Tensor:
     """Which position attends to which. Shape: [positions, positions]."""
     text = [("text", {n}) for n, length in enumerate(lengths) for _ in range(length)]
-    image = [("image", {n for n, box in enumerate(boxes, 1) if box[cell]}) for cell in range(IMAGE)]
+    image = [("image", {n for n, box in enumerate(boxes, 1) if box[cell]}) for cell in range(len(boxes[0]))]
     text += [("text", {0})] * padding_of(family, len(text))
     image += [("image", set())] * padding_of(family, len(image))
     positions = image + text if family is Z_IMAGE else text + image
@@ -129,8 +129,9 @@ def placed(family: Family, boxes: Sequence[Tensor], lengths: Sequence[int]) -> P
     """The second and the third text and their cells are the concepts' own."""
     text = torch.zeros(1, sum(lengths) + padding_of(family, sum(lengths)), 2)
     text[:, lengths[0] : sum(lengths[:2]), 0] = text[:, sum(lengths[:2]) : sum(lengths), 1] = 1
-    image = torch.zeros(1, IMAGE + padding_of(family, IMAGE), 2)
-    image[0, :IMAGE] = torch.stack(list(boxes), dim=-1).float()
+    cells = len(boxes[0])
+    image = torch.zeros(1, cells + padding_of(family, cells), 2)
+    image[0, :cells] = torch.stack(list(boxes), dim=-1).float()
     return Places(text, image, torch.zeros(1, 2))
 
 
@@ -140,8 +141,23 @@ def test_a_pass_equals_dense_masks_and_dense_deltas(family, pipe, boxes, isolate
     method = Regional(texts="regions", isolate=isolate)
     with observed(pipe.transformer) as calls:
         pipe(**CALL, **family.unguided, concepts=concepts(boxes), method=method, generator=seeded(3))
-    (given, named, found), lengths = calls[0], texts_of(family, pipe)
-    mine = [inside(box) for box in BOXES[boxes]]
+    check_pass(family, pipe, calls[0], [inside(box) for box in BOXES[boxes]], isolate=isolate)
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_reference_image_has_the_regions_of_the_image(tmp_path, isolate):
+    pipe, image = pipeline_with_concepts(FLUX2, tmp_path), torch.rand(3, 160, 128, generator=seeded(0))
+    start = {"image": image, "mask_image": (0, 0, 128, 160), "strength": 1.0}
+    method = Regional(texts="regions", isolate=isolate)
+    with observed(pipe.transformer) as calls:
+        pipe(**CALL, **FLUX2.unguided, **start, concepts=concepts("overlapping"), method=method)
+    twice = [inside(box).repeat(2) for box in BOXES["overlapping"]]
+    check_pass(FLUX2, pipe, calls[0], twice, isolate=isolate)
+
+
+def check_pass(family: Family, pipe: Any, call: tuple, mine: Sequence[Tensor], *, isolate: bool) -> None:
+    """A pass equals one with dense masks and dense deltas; whose cells are whose is told for each region."""
+    (given, named, found), lengths = call, texts_of(family, pipe)
     whole = sees(family, mine, lengths, isolate=isolate)
     tokens = sum(lengths) + padding_of(family, sum(lengths))
     masks = {len(whole): whole}

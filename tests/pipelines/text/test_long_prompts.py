@@ -1,11 +1,14 @@
 """Calls with weights in prompts, and with prompts longer than a text encoder reads at once."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from compel import Compel, ReturnedEmbeddingsType
 from safetensors.torch import save_file
 
-from components import FAMILIES
+from components import FAMILIES, seeded
 from composing import (
     BOXED,
     EMBEDDINGS,
@@ -18,9 +21,12 @@ from composing import (
 )
 from composing import run as two_steps
 from flux import flux_pipeline
+from flux2 import FLUX2
+from krea2 import KREA2
 from lora_compose import Concept
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
-from transformer_families import as_file, random_lora_of_all
+from transformer_families import TOKENS, as_file, pipeline_with_concepts, random_lora_of_all
+from z_image import Z_IMAGE
 
 
 def latents_of(pipe, **arguments):
@@ -160,12 +166,47 @@ def test_what_cannot_be_read_is_refused(arguments, message):
         compose(composer_of("sd"), **arguments)
 
 
-def test_transformers_refuse_weights(tmp_path):
+def flux_with_cat(folder: Path) -> Any:
     pipe = flux_pipeline()
-    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 0))), tmp_path / "cat.safetensors")
-    pipe.load_concept(tmp_path / "cat.safetensors", trigger="sks", class_word="cat")
-    with pytest.raises(ValueError, match=r"weights as in 'a \(cat:1.2\)' work with SD 1.x, 2.x and XL"):
-        pipe("a (cat:1.2)", concepts=[Concept(name="cat")], num_inference_steps=1)
+    save_file(dict(as_file(random_lora_of_all(pipe.transformer, 0))), folder / "cat.safetensors")
+    pipe.load_concept(folder / "cat.safetensors", trigger="sks", class_word="cat")
+    return pipe
+
+
+FLUX_CALL: dict[str, Any] = {"num_inference_steps": 1, "width": 128, "height": 128, "max_sequence_length": TOKENS}
+
+
+@pytest.mark.parametrize("concepts", [[], ["cat"]], ids=["plain", "concepts"])
+def test_weights_of_flux_are_those_of_compel(tmp_path, concepts):
+    pipe = flux_with_cat(tmp_path)
+    compel = Compel(tokenizer=pipe.tokenizer_2, text_encoder=pipe.text_encoder_2)
+    given = {**FLUX_CALL, "concepts": concepts, "method": "merge" if concepts else None}
+    expected = {
+        "prompt_embeds": compel.build_conditioning_tensor("a sks cat on (grass)1.5"),
+        "negative_prompt_embeds": compel.build_conditioning_tensor("(the)0.5 photo"),
+    }
+    pooled = [pipe.encode_prompt(text, None)[1] for text in ("a sks cat on grass", "the photo")]
+    pools = {"pooled_prompt_embeds": pooled[0], "negative_pooled_prompt_embeds": pooled[1]}
+    words = {"prompt": "a sks cat on (grass:1.5)", "negative_prompt": "(the:0.5) photo", "true_cfg_scale": 2.0}
+    found = run(pipe, **given, **words, num_images_per_prompt=2, generator=[seeded(1), seeded(2)]).images
+    for i in range(2):
+        alone = run(pipe, **given, prompt=None, **expected, **pools, true_cfg_scale=2.0, generator=seeded(i + 1))
+        assert_close(found[i : i + 1], alone.images)
+    plain = run(pipe, **given, prompt="a sks cat on grass", negative_prompt="the photo", true_cfg_scale=2.0)
+    assert (plain.images - found[:1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("concepts", [[], ["cat"]], ids=["plain", "concepts"])
+@pytest.mark.parametrize("family", [FLUX2, KREA2, Z_IMAGE])
+def test_transformers_with_a_chat_template_refuse_weights_and_tags(family, concepts, tmp_path):
+    pipe = pipeline_with_concepts(family, tmp_path)
+    texts = [("a sks cat (on:1.2) grass", None), ("a sks cat", "a (dark:1.2) cat")]
+    for prompt, negative in texts[: 1 if family is FLUX2 else 2]:
+        given = {} if negative is None else {"negative_prompt": negative}
+        with pytest.raises(ValueError, match=r"weights as in .* work with SD 1.x, 2.x, XL and FLUX.1"):
+            pipe(prompt=prompt, concepts=concepts, num_inference_steps=1, **given)
+    with pytest.raises(ValueError, match="there is no concept 'bear'"):
+        pipe(prompt="a sks cat <lora:bear:1>", concepts=concepts, num_inference_steps=1)
 
 
 def test_tags_of_a_prompt_are_concepts_with_weights():

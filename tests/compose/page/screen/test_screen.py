@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from streamlit.testing.v1 import AppTest
 
+from ip_adapters import playground_guides
 from layouts import layout, shapes_of
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
 from lora_compose.compose.page.form import example
@@ -699,6 +700,36 @@ def test_what_is_no_image_to_start_from_is_refused(at: AppTest) -> None:
     assert "room.jpg cannot be read as an image; expected PNG, JPEG, WEBP, BMP" in said(at)
     assert session(at).start is None
     assert not list(session(at).store.folder.iterdir())
+
+
+# --- images that guide ---
+
+
+@pytest.mark.slow
+def test_a_control_image_and_an_ip_adapter_guide_the_image(at: AppTest, tmp_path: Path) -> None:
+    folder = playground_guides(tmp_path)
+    at.selectbox(key=fields.METHOD).set_value("merge").run()
+    for kind, model, weights in (("ControlNet or T2I-Adapter", "pose", ""), ("IP-Adapter", "faces", "adapter.bin"),
+                                 ("IP-Adapter", "faces", "adapter.safetensors")):  # fmt: skip
+        at.selectbox(key="new.guide.kind").set_value(kind).run()
+        at.text_input(key="new.guide.model").set_value(str(folder / model))
+        if weights:
+            at.text_input(key="new.guide.weights").set_value(weights)
+        content = (folder / "face.png").read_bytes()
+        at.file_uploader(key=f"do.guide.{session(at).uploads}").set_value([("face.png", content, "image/png")]).run()
+        assert not at.exception
+        assert ("weight_name" in said(at)) == weights.endswith(".bin")
+    assert len(session(at).guides) == 2
+    made(at)
+    (result,) = session(at).results
+    assert result.made.record.images.keys() == {"controls.0.image", "ip_adapters.0.image"}
+    code = "".join(code.value for code in at.code)
+    assert 'image="face.png"' in code
+    assert "fit_ip_adapters(pipe, [IPAdapterFile(" in code
+    at.button(key="do.unguide.0").click().run()
+    assert [type(guide).__name__ for guide in session(at).guides] == ["IPAdapterFile"]
+    at.button(key=f"do.reuse.{result.key}").click().run()
+    assert len(session(at).guides) == 2
 
 
 def fields_size(at: AppTest) -> tuple[int, int]:

@@ -1,0 +1,173 @@
+"""What guides an image beside its text, as scene files name it: control images and IP-Adapters with their models."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+    T2IAdapter,
+)
+from diffusers.image_processor import IPAdapterMaskProcessor
+from PIL import Image
+
+from lora_compose.compose.files.paths import ModelError, is_hub_name
+from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.mask_images import from_uri, greys, in_pixels, mask_of_box, open_image
+from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Scene
+
+_KINDS = {"ControlNetModel": ControlNetModel, "T2IAdapter": T2IAdapter}
+
+
+def controls_of(pipe: Any, given: Sequence[ControlFile], size: tuple[int, int]) -> list[Control]:
+    """Opens the models and images of a scene's controls.
+
+    Args:
+        pipe: The pipeline.
+        given: The controls.
+        size: Width and height of the image that is made; control images of its proportions are resized to it.
+
+    Raises:
+        ValueError: If a model or an image is missing or of another kind.
+    """
+    return [
+        Control(
+            model=_open(one.model, pipe.model.dtype, str(pipe._execution_device)),
+            image=_resized(open_image(one.image, "control image").convert("RGB"), size),
+            scale=one.scale, start=one.start, end=one.end, regions=dict(one.regions),
+        )
+        for one in given
+    ]  # fmt: skip
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image in a size; one of other proportions as it is, which is refused when it is used."""
+    same = abs(image.width * size[1] - image.height * size[0]) <= 0.02 * image.height * size[0]
+    return image.resize(size, Image.Resampling.LANCZOS) if same else image
+
+
+@lru_cache(maxsize=2)  # the next image of a run has the same ones
+def _open(source: str, dtype: torch.dtype, device: str) -> Any:
+    name = _source(source, "control model")
+    try:
+        config: Any = ControlNetModel.load_config(name)
+        kind = _KINDS.get(config.get("_class_name"))
+        if kind is not None:
+            return kind.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"the control model {source!r} cannot be opened: {str(error)[:300]}") from error
+    raise ModelError(
+        f"{source!r} is a {config.get('_class_name')}; a control is a ControlNetModel or a T2IAdapter of diffusers"
+    )
+
+
+def _source(model: str, what: str) -> str:
+    """A folder, or the name of a hub repository."""
+    path = Path(model).expanduser()
+    if not path.exists() and not is_hub_name(model):
+        raise ModelError(f"there is no {what} {model!r}; expected a folder or a hub repository")
+    return str(path) if path.exists() else model
+
+
+def fit_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
+    """Loads the IP-Adapters of a scene into a pipeline, and unloads those of an earlier one.
+
+    They stay loaded, as concepts do, so that the next image with them does not read their files again.
+
+    Raises:
+        ValueError: If they cannot be loaded, or the model is of a family without them.
+    """
+    wanted = tuple((one.model, one.subfolder, one.weight_name, one.image_encoder) for one in given)
+    there = pipe.__dict__.get("scene_ip_adapters", ())
+    if wanted != there:
+        if there:
+            pipe.unload_ip_adapter()
+        pipe.__dict__["scene_ip_adapters"] = ()
+        if wanted:
+            _load_ip_adapters(pipe, given)
+            pipe.__dict__["scene_ip_adapters"] = wanted
+    if wanted:
+        pipe.set_ip_adapter_scale([one.scale for one in given])
+
+
+def _load_ip_adapters(pipe: Any, given: Sequence[IPAdapterFile]) -> None:
+    if "unet" not in pipe.components or not hasattr(pipe, "load_ip_adapter"):
+        raise ValueError(f"IP-Adapters work with Stable Diffusion 1.x, 2.x and XL, not with {pipe.family}")
+    try:
+        pipe.load_ip_adapter(
+            [_source(one.model, "IP-Adapter") for one in given],
+            subfolder=[one.subfolder for one in given],
+            weight_name=[one.weight_name for one in given],
+            image_encoder_folder=given[0].image_encoder,
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # files of strangers, for which libraries raise many kinds of errors
+        raise ModelError(f"the IP-Adapter {given[0].model!r} cannot be loaded: {str(error)[:300]}") from error
+
+
+def ip_adapter_arguments(given: Sequence[IPAdapterFile], size: tuple[int, int]) -> dict[str, Any]:
+    """The images of a scene's IP-Adapters, and where they act, as arguments of a call.
+
+    Args:
+        given: The IP-Adapters.
+        size: Width and height of the image in pixels.
+
+    Raises:
+        ValueError: For images that cannot be read, and boxes outside of the image.
+    """
+    if not given:
+        return {}
+    images = [open_image(one.image, "IP-Adapter image").convert("RGB") for one in given]
+    found: dict[str, Any] = {"ip_adapter_image": images}
+    if any(one.region is not None for one in given):
+        processor = IPAdapterMaskProcessor()
+        masks = [processor.preprocess(_mask(one.region, size), height=size[1], width=size[0]) for one in given]
+        found["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
+    return found
+
+
+def _mask(region: Any, size: tuple[int, int]) -> Image.Image:
+    if region is None:
+        return Image.new("L", size, 255)
+    if not isinstance(region, str):
+        return mask_of_box(in_pixels(region, *size), *size)
+    return greys(from_uri(region) if region.startswith("data:") else open_image(region, "mask"))
+
+
+def pipeline_without_concepts(pipe: Any, scene: Scene, controls: Sequence[Control]) -> tuple[Any, dict[str, Any]]:
+    """Diffusers' pipeline for a scene with ControlNets and without concepts, and its further arguments.
+
+    Raises:
+        ValueError: For controls that it does not take.
+    """
+    if scene.image is not None or not all(isinstance(one.model, ControlNetModel) for one in controls):
+        raise ValueError(
+            "without concepts, controls are ControlNets and the image is made from text; leave out the start image and "
+            "T2I-Adapters, or name concepts"
+        )
+    if any(one.regions for one in controls):
+        raise ValueError("without concepts, a control has no scales by region; leave out its regions")
+    kinds: dict[str, Any] = {
+        "StableDiffusionPipeline": StableDiffusionControlNetPipeline,
+        "StableDiffusionXLPipeline": StableDiffusionXLControlNetPipeline,
+    }
+    kind = kinds.get(type(pipe).__name__)
+    if kind is None:
+        raise ValueError(f"controls work with Stable Diffusion 1.x, 2.x and XL, not with {pipe.family}")
+    options: dict[str, Any] = {"add_watermarker": False} if "XL" in type(pipe).__name__ else {}
+    if "requires_safety_checker" in pipe.config:
+        options["requires_safety_checker"] = pipe.config["requires_safety_checker"]
+    plain = kind(**pipe.components, controlnet=[one.model for one in controls], **options)
+    plain.__dict__["_progress_bar_config"] = pipe.__dict__.get("_progress_bar_config", {})
+    return plain, {
+        "image": [one.image for one in controls],
+        "controlnet_conditioning_scale": [one.scale for one in controls],
+        "control_guidance_start": [one.start for one in controls],
+        "control_guidance_end": [one.end for one in controls],
+    }

@@ -1,0 +1,72 @@
+"""Further images that guide an image: control images and IP-Adapters, with the models that read them."""
+
+from pathlib import Path
+
+import streamlit as st
+from streamlit.runtime.uploaded_file_manager import UploadedFile
+
+from lora_compose.compose.page.screen.start import TYPES
+from lora_compose.compose.page.screen.state import PageSession, discard
+from lora_compose.compose.page.store import PNG_LIMIT
+from lora_compose.compose.page.text import markdown
+from lora_compose.pipelines.field_errors import FieldError
+from lora_compose.pipelines.scene import ControlFile, IPAdapterFile
+
+_PLACE = "guides"
+_CONTROL, _ADAPTER = "ControlNet or T2I-Adapter", "IP-Adapter"
+_KIND, _MODEL, _WEIGHTS, _SCALE = "new.guide.kind", "new.guide.model", "new.guide.weights", "new.guide.scale"
+
+
+def guides_part(session: PageSession) -> None:
+    """What guides the image, and a form for more; models are named on the machine itself."""
+    with st.expander("Guide with another image", icon=":material/route:", expanded=bool(session.guides)):
+        for number, guide in enumerate(session.guides):
+            kind = _CONTROL if isinstance(guide, ControlFile) else _ADAPTER
+            left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
+            left.image(guide.image, width="stretch", alt=f"The image of the {kind}")
+            right.caption(markdown(f"{kind} {Path(guide.model).name}, scale {guide.scale:g}"))
+            right.button("Remove", key=f"do.unguide.{number}", on_click=_remove, args=(session, number),
+                         icon=":material/delete:")  # fmt: skip
+        if session.options.local:
+            _more(session)
+        else:
+            st.caption("Only who opens the page on its own machine can name models for this.")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
+
+
+def _more(session: PageSession) -> None:
+    kind = st.selectbox("What reads the image", [_CONTROL, _ADAPTER], key=_KIND)
+    st.text_input("Its model: a folder, or a repository on the hub", key=_MODEL)
+    if kind == _ADAPTER:
+        st.text_input("The file of its weights, in that folder", key=_WEIGHTS, placeholder="ip-adapter.safetensors")
+    st.slider("How strongly it guides", 0.0, 2.0, 1.0, step=0.05, key=_SCALE)
+    key = f"do.guide.{session.uploads}"
+    st.file_uploader("Drop its image to add it", type=TYPES, key=key, on_change=_dropped, args=(session, key),
+                     max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
+
+
+def _dropped(session: PageSession, key: str) -> None:
+    file = st.session_state[key]
+    if not isinstance(file, UploadedFile):  # taken away again
+        return
+    session.uploads += 1
+    session.problems[_PLACE] = []
+    given = {"model": st.session_state[_MODEL].strip(), "scale": st.session_state[_SCALE]}
+    try:
+        image = session.store.add_image(file.name, file, max(session.model.size))
+        if st.session_state[_KIND] == _CONTROL:
+            session.guides.append(ControlFile(image=image.path, **given))
+        else:
+            weights = st.session_state[_WEIGHTS].strip()
+            session.guides.append(IPAdapterFile(image=image.path, weight_name=weights, **given))
+    except FieldError as error:
+        session.problems[_PLACE] = list(error.messages)
+    except ValueError as error:
+        session.problems[_PLACE] = [str(error)]
+    finally:
+        discard([file])
+
+
+def _remove(session: PageSession, number: int) -> None:
+    del session.guides[number]

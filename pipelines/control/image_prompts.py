@@ -1,0 +1,141 @@
+"""Images that IP-Adapters read beside the text, made ready for a call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from lora_compose.attention.sites import Grid
+from lora_compose.pipelines.control.prepared import View
+from lora_compose.pipelines.text.conditioning import Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImagePrompts:
+    """The images of all IP-Adapters of a model.
+
+    Attributes:
+        positive: For conditional rows, by adapter. Shape: [images of the batch or 1, images, ...] each.
+        negative: For unconditional rows; empty without guidance.
+        masks: Where the images act, by adapter; None is everywhere. Shape: [1, images, height, width] each.
+        latent_grid: Height and width of the latents.
+    """
+
+    positive: Sequence[Tensor]
+    negative: Sequence[Tensor]
+    masks: Sequence[Tensor] | None
+    latent_grid: Grid
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether they act in a step; they do in all."""
+        return True
+
+    @property
+    def for_any_part(self) -> bool:
+        """Whether they are the same for all images and all parts of them."""
+        return self.masks is None and all(len(one) == 1 for one in self.positive)
+
+    def of_images(self, images: Sequence[int]) -> "PreparedImagePrompts":
+        """The same for some images of the batch."""
+        positive, negative = (
+            [one if len(one) == 1 else one[images] for one in given] for given in (self.positive, self.negative)
+        )
+        return replace(self, positive=positive, negative=negative)
+
+    def inputs(self, text: Conditioning, view: View) -> Mapping[str, Any]:
+        """Arguments of the model for one pass.
+
+        Args:
+            text: The text of all rows.
+            view: What the pass sees.
+        """
+        branches = text.rows // text.images
+        given: list[Tensor] = []
+        for index, positive in enumerate(self.positive):
+            negative = [self.negative[index]] * text.num_uncond if self.negative else []
+            each = [view.of_images(one) for one in (*negative, *[positive] * (branches - text.num_uncond))]
+            given.append(torch.cat([one.expand(text.images, *one.shape[1:]) for one in each]))
+        masks = None if self.masks is None else [self._seen(mask, view) for mask in self.masks]
+        return {"image_embeds": given, "ip_adapter_masks": masks}
+
+    def _seen(self, mask: Tensor, view: View) -> Tensor:
+        if view.window is None:
+            return mask
+        return view.of_cells(interpolate(mask.float(), self.latent_grid, mode="area"), 0)
+
+
+def prepare_image_prompts(
+    pipe: Any,
+    image: Any,
+    embeds: Sequence[Tensor] | None,
+    masks: Any,
+    *,
+    guided: bool,
+    images: int,
+    size: tuple[int, int],
+) -> PreparedImagePrompts | None:
+    """The images of a call for IP-Adapters; None for a model without one.
+
+    Args:
+        pipe: The pipeline.
+        image: `ip_adapter_image` of diffusers.
+        embeds: `ip_adapter_image_embeds` of diffusers.
+        masks: `ip_adapter_masks` of diffusers.
+        guided: Whether there are unconditional rows.
+        images: Images in the batch.
+        size: Width and height of the canvas in pixels.
+
+    Raises:
+        ValueError: If images and adapters do not go together.
+    """
+    there = pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
+    given = image is not None or embeds is not None
+    if not there and (given or masks is not None):
+        raise ValueError("ip_adapter_image needs an IP-Adapter in the model: call pipe.load_ip_adapter(...) first")
+    if there and not given:
+        raise ValueError(
+            "the model has an IP-Adapter, which needs an image: give ip_adapter_image=..., or call "
+            "pipe.unload_ip_adapter()"
+        )
+    if not there:
+        return None
+    if image is not None and embeds is not None:
+        raise ValueError("give ip_adapter_image or ip_adapter_image_embeds, one of the two")
+    adapters = len(pipe.unet.encoder_hid_proj.image_projection_layers)
+    for name, one in (("ip_adapter_image", image), ("ip_adapter_image_embeds", embeds), ("ip_adapter_masks", masks)):
+        count = 1 if isinstance(one, Tensor) or not isinstance(one, list | tuple) else len(one)
+        if one is not None and count != adapters:
+            raise ValueError(f"{name} has {count} entries; the model has {adapters} IP-Adapters, which need one each")
+    if image is not None and pipe.image_encoder is None:
+        raise ValueError(
+            "ip_adapter_image needs the image encoder of the IP-Adapter, which was not loaded; load it, or give "
+            "ip_adapter_image_embeds"
+        )
+    found = pipe.prepare_ip_adapter_image_embeds(image, embeds, pipe._execution_device, 1, guided)
+    halves = [one.chunk(2) if guided else (one[:0], one) for one in found]
+    for _, positive in halves:
+        if len(positive) not in (1, images):
+            raise ValueError(
+                f"ip_adapter_image_embeds are for {len(positive)} images, and the call makes {images}; give one for "
+                "all, or one for each (with guidance, the negative ones first)"
+            )
+    read = None if masks is None else _masks(masks, [positive.shape[1] for _, positive in halves], pipe)
+    scale = pipe.vae_scale_factor
+    negative = [half for half, _ in halves] if guided else []
+    return PreparedImagePrompts([half for _, half in halves], negative, read, (size[1] // scale, size[0] // scale))
+
+
+def _masks(given: Any, images: Sequence[int], pipe: Any) -> list[Tensor]:
+    """Masks of each adapter, in the form that diffusers' processors take."""
+    every = [given] if isinstance(given, Tensor) else list(given)
+    for mask, count in zip(every, images, strict=True):
+        if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[:2] != (1, count):
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"each of ip_adapter_masks is a tensor [1, {count}, height, width] as IPAdapterMaskProcessor prepares "
+                f"it, not {shape}"
+            )
+    return [mask.to(pipe._execution_device) for mask in every]

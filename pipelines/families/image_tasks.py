@@ -1,0 +1,228 @@
+"""Image-to-image and inpainting, the same for all model families; diffusers' pipelines prepare the image."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lora_compose.pipelines.base import ComposePipeline
+from lora_compose.pipelines.call import Call
+from lora_compose.pipelines.from_image import FromImage, Source, check_steps
+from lora_compose.pipelines.plan import Plan
+from lora_compose.pipelines.refine import Origin
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """A task that starts from an image.
+
+    Attributes:
+        pipeline: diffusers' pipeline for it, which takes the components of the family.
+        resizes: Whether the image is resized to width and height; otherwise it keeps its own size.
+    """
+
+    pipeline: Any
+    resizes: bool
+
+
+class ImageTasksPipeline(ComposePipeline):
+    """A composing pipeline whose calls may start from an image."""
+
+    image_to_image: ClassVar[ImageTask | None] = None
+    """diffusers' image-to-image for the family; None if there is none."""
+
+    inpainting: ClassVar[ImageTask | None] = None
+    """diffusers' inpainting for the family; None if there is none."""
+
+    starts_from_latents: ClassVar[bool] = True
+    """Whether latents may be given in place of an image."""
+
+    def start_image(
+        self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
+    ) -> FromImage | None:
+        """The image of a call that starts from one.
+
+        Raises:
+            ValueError: For what cannot be used, and tasks that the family does not have.
+        """
+        channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
+        given = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original, channels)
+        if given is not None:
+            self._task(given.mask is not None)
+        return given
+
+    def steps_from_image(self, steps: int, strength: float | None, inpaints: bool) -> int:
+        """How many of the steps are run in a call that starts from an image.
+
+        Args:
+            steps: Denoising steps that are asked for.
+            strength: The share of them; None is diffusers' default for the task.
+            inpaints: Whether there is a mask.
+
+        Raises:
+            ValueError: If the family does not have the task.
+        """
+        return min(int(steps * self._strength(strength, inpaints)), steps)
+
+    def _task(self, inpaints: bool) -> ImageTask:
+        found = self.inpainting if inpaints else self.image_to_image
+        if found is not None:
+            return found
+        task, other = ("inpainting", "image-to-image") if inpaints else ("image-to-image", "inpainting")
+        also = self.image_to_image if inpaints else self.inpainting
+        advice = f"it has {other}" if also is not None else "images are made from text only"
+        what = ": give mask_image=..., or leave out image" if also is not None and not inpaints else ""
+        raise ValueError(f"diffusers has no {task} for {self.family}; {advice}{what}")
+
+    def _strength(self, given: float | None, inpaints: bool) -> float:
+        call = self._task(inpaints).pipeline.__call__
+        return inspect.signature(call).parameters["strength"].default if given is None else given
+
+    @property
+    def _cell(self) -> int:
+        """Sides of images are multiples of so many pixels."""
+        return self.image_processor.config.vae_scale_factor
+
+    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Width and height of a call in pixels; None means the model's own."""
+        raise NotImplementedError
+
+    def _task_pipeline(self, given: FromImage) -> Any:
+        """The pipeline of diffusers for the task of a call, with the same components."""
+        kind = self._task(given.mask is not None).pipeline
+        names = inspect.signature(kind.__init__).parameters
+        parts = {name: part for name, part in self.components.items() if name in names}
+        options = {name: self.config[name] for name in names if name in self.config and name not in self.components}
+        if "add_watermarker" in names:
+            options["add_watermarker"] = False
+        pipe = kind(**parts, **options)
+        kept = ("watermark", "_progress_bar_config")
+        pipe.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
+        return pipe
+
+    def _check_start(self, given: FromImage | None) -> None:
+        """Raises ValueError for images that the model cannot start from, with and without concepts."""
+
+    def _check_composed(self, given: FromImage) -> None:
+        """Raises ValueError for images that the model cannot start from with concepts."""
+
+    def _image_size(self, given: FromImage, width: int | None, height: int | None) -> tuple[int, int]:
+        """Width and height of what is worked on, in pixels.
+
+        Raises:
+            ValueError: If the image is too small, or keeps its own size and the call asks for another one.
+        """
+        given.check_size(self._cell)
+        if self._task(given.mask is not None).resizes:
+            found = self._size(width, height)
+        else:
+            own = given.cells(self.vae_scale_factor if given.is_latents else self._cell)
+            found = width or own[0], height or own[1]
+            if given.padding_mask_crop is None and found != own:
+                raise ValueError(
+                    f"width and height are those of the image, {own[0]} x {own[1]} in whole latent cells; resize the "
+                    "image, or leave them out"
+                )
+        if found[0] % self._cell or found[1] % self._cell or min(found) < 1:
+            raise ValueError(f"width and height must be multiples of {self._cell}, not {found[0]} x {found[1]}")
+        return found
+
+    def _from_image_as_diffusers(self, given: FromImage, arguments: Mapping[str, Any]) -> Any:
+        """A call without concepts that starts from an image: exactly what diffusers' pipeline for the task does.
+
+        Args:
+            given: The image.
+            arguments: All other arguments of the call; those that have their default value may be unknown to it.
+
+        Raises:
+            ValueError: For arguments that it does not take.
+        """
+        self._check_start(given)
+        pipe, task = self._task_pipeline(given), self._task(given.mask is not None)
+        self._image_size(given, arguments["width"], arguments["height"])
+        if not task.resizes:
+            arguments = {**arguments, "width": None, "height": None}
+        check_steps(_steps(arguments), self._strength(given.strength, given.mask is not None))
+        taken = inspect.signature(type(pipe).__call__).parameters
+        own = inspect.signature(type(self).__call__).parameters
+        left_out = [name for name in arguments if name not in taken and name in own]
+        unread = [name for name in left_out if arguments[name] != own[name].default]
+        if unread := unread + [name for name in given.arguments if name not in taken]:
+            name = "image-to-image" if given.mask is None else "inpainting"
+            raise ValueError(f"{', '.join(unread)} cannot be given for {name}")
+        if given.paste_original and arguments["output_type"] != "pil":
+            raise ValueError(_PIL_ONLY)
+        with precision_kept(self.vae):
+            output = pipe(**given.arguments, **{name: value for name, value in arguments.items() if name in taken})
+        self.maybe_free_model_hooks()
+        if not given.paste_original or given.padding_mask_crop is not None:  # which diffusers has pasted
+            return output
+        images = output.images if arguments["return_dict"] else output[0]
+        images[:] = given.pasted(images, pipe.image_processor)
+        return output
+
+    def _source(
+        self, given: FromImage | None, width: int | None, height: int | None, output_type: str
+    ) -> Source | None:
+        """The image that a call with concepts starts from, made ready.
+
+        Raises:
+            ValueError: For models and outputs that do not go with it.
+        """
+        self._check_start(given)
+        if given is None:
+            return None
+        self._check_composed(given)
+        if (given.paste_original or given.padding_mask_crop is not None) and output_type != "pil":
+            raise ValueError(_PIL_ONLY)
+        strength = self._strength(given.strength, given.mask is not None)
+        return Source.of(given, self._task_pipeline(given), strength, self._image_size(given, width, height))
+
+    def _pixels_by_image(self, call: Call, source: Source) -> Tensor:
+        """The start image, or that of every image of the batch."""
+        pixels, per_prompt = source.pixels, call.size.images_per_prompt
+        return pixels if len(pixels) == 1 else pixels.repeat_interleave(per_prompt, dim=0)
+
+    def _finished(self, images: Any, source: Source | None) -> Any:
+        """Images with what is outside of the mask pasted in, where that is asked for."""
+        if source is None or source.mask is None:
+            return images
+        if source.crop is None and not source.given.paste_original:
+            return images
+        return source.given.pasted(images, source.pipeline.image_processor, source.crop)
+
+    def _origin(self, call: Call, plan: Plan) -> Origin | None:
+        prompts, sampling = call.prompts.first, call.sampling
+        if prompts is None or call.source is not None or sampling.has_schedule or self.inpainting is None:
+            return None
+        if call.image_prompts is not None and not call.image_prompts.for_any_part:
+            return None
+        names = [concept.name for concept in plan.concepts.concepts]
+        sets = {index: found.concepts.concepts for found in plan.sets for index in found.indices}
+        each = [sets[index] for index in range(len(prompts))]
+        options = {"num_inference_steps": sampling.num_inference_steps, **call.repaint}
+        columns = [[names.index(concept.name) for concept in one] for one in each]
+        return Origin(self, prompts, each, columns, call.size.images_per_prompt, options)
+
+
+_PIL_ONLY = "padding_mask_crop and paste_original give PIL images; leave output_type='pil'"
+
+
+def _steps(arguments: Mapping[str, Any]) -> int:
+    """How many steps a call asks for."""
+    schedule = arguments["sigmas"] if arguments.get("timesteps") is None else arguments["timesteps"]
+    return arguments["num_inference_steps"] if schedule is None else len(schedule)
+
+
+@contextmanager
+def precision_kept(model: nn.Module) -> Iterator[None]:
+    """A model has the precision afterwards that it had before: diffusers changes a VAE's to encode with it."""
+    before: Any = model.dtype
+    try:
+        yield
+    finally:
+        if model.dtype != before:
+            model.to(dtype=before)

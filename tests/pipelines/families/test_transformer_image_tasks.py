@@ -1,0 +1,187 @@
+"""Image-to-image and inpainting of transformers: diffusers' own without concepts; with them, equal to dense deltas."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from PIL import Image
+from torch import Tensor
+
+from components import seeded
+from flux import FLUX
+from flux2 import FLUX2
+from krea2 import KREA2
+from lora_compose import ComposePipeline, Composite, Concept, Detailer, Draft, Switch, refine
+from transformer_families import (
+    BOXES,
+    METHODS,
+    TOKENS,
+    Family,
+    dense_loras,
+    pipeline_with_concepts,
+    plain_latents,
+)
+from z_image import Z_IMAGE
+
+FAMILIES = {"flux": FLUX, "flux2": FLUX2, "z-image": Z_IMAGE}
+TASKS = [(name, inpaints) for name, family in FAMILIES.items() for inpaints in family.image_tasks]
+PROMPT = "a sks cat and a zwx dog on grass"
+IMAGE = Image.fromarray((np.random.default_rng(0).random((128, 128, 3)) * 255).astype("u1"))
+PAINTED = (32, 32, 128, 112)
+MASK = Image.new("L", (128, 128))
+MASK.paste(255, PAINTED)
+OUTSIDE = np.asarray(MASK) == 0
+CALL: dict[str, Any] = {
+    "prompt": PROMPT, "num_inference_steps": 4, "strength": 0.5, "max_sequence_length": TOKENS, "image": IMAGE,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, float]] = {"flux": {"width": 128, "height": 128, "guidance_scale": 3.5}}
+"""For families whose images get the size of the call, and which have another default for each task."""
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A pipeline with two concepts for each family."""
+    return {name: pipeline_with_concepts(it, tmp_path_factory.mktemp(name)) for name, it in FAMILIES.items()}
+
+
+def task(name: str, inpaints: bool, **more: Any) -> dict[str, Any]:
+    """Arguments of a call that starts from an image."""
+    family: Family = FAMILIES[name]
+    return {**CALL, **DEFAULTS.get(name, {}), **family.guided, **({"mask_image": MASK} if inpaints else {}), **more}
+
+
+def latents_of(pipe: Any, **arguments: Any) -> Tensor:
+    return pipe(**{"generator": seeded(3), "output_type": "latent", **arguments}).images
+
+
+def plain(name: str, pipe: Any, inpaints: bool, **arguments: Any) -> Tensor:
+    """What diffusers' pipeline for the task gives."""
+    family = FAMILIES[name]
+    return plain_latents(family, pipe, family.image_tasks[inpaints], **arguments)
+
+
+@pytest.mark.parametrize(("name", "inpaints"), TASKS)
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_without_concepts_it_is_diffusers_own(pipes, name, inpaints, several):
+    given = task(name, inpaints)
+    if several:
+        given |= {"prompt": [PROMPT, "a cat"], "generator": [seeded(1), seeded(2)], "image": [IMAGE, IMAGE.rotate(90)]}
+        given |= {"negative_prompt": ["the photo"] * 2} if "negative_prompt" in given else {}
+    ours = latents_of(pipes[name], **copy.deepcopy(given))
+    assert torch.equal(ours, plain(name, pipes[name], inpaints, **copy.deepcopy(given)))
+
+
+@pytest.mark.parametrize("method", ["merge", "regional", pytest.param("tara", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "inpaints"), TASKS)
+def test_a_method_equals_dense_deltas_one_concept_after_the_other(pipes, name, inpaints, method):
+    settings, concepts, places = METHODS[method]
+    family, pipe, given = FAMILIES[name], pipes[name], task(name, inpaints)
+    found = latents_of(pipe, concepts=concepts, method=settings, **given)
+    loras = [loaded.factors.model for loaded in pipe.resolve_concepts(["cat", "dog"])]
+    with dense_loras(family, pipe.transformer, loras, lambda rows: places(family, rows), guided=True):
+        expected = plain(name, pipe, inpaints, **given)
+    torch.testing.assert_close(found, expected, atol=3e-5, rtol=0)
+    assert (found - plain(name, pipe, inpaints, **given)).abs().max() > 0.01
+
+
+def outside(latents: Tensor) -> Tensor:
+    """The latents outside of the mask; packed ones have one token for 2 x 2 of them."""
+    cells = latents.transpose(1, 2).unflatten(2, (8, 8)) if latents.dim() == 3 else latents
+    side = 128 // cells.shape[-1]
+    return cells[..., torch.from_numpy(OUTSIDE[::side, ::side].copy())]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", [Switch(), Composite(), Draft()], ids=["switch", "composite", "draft"])
+def test_methods_with_their_own_passes_keep_what_is_outside_of_the_mask(pipes, name, method):
+    given = task(name, True)
+    found = latents_of(pipes[name], **given, concepts=["cat", "dog"], method=method)
+    untouched = plain(name, pipes[name], True, **given)
+    assert torch.equal(outside(found), outside(untouched))
+    assert (found - untouched).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_pixels_outside_of_the_mask_can_stay_those_of_the_image(pipes, name):
+    given = task(name, True, concepts=["cat"], method="merge", output_type="pil")
+    for how in ({"paste_original": True}, {"padding_mask_crop": 8}):
+        (found,) = pipes[name](**given, **how, generator=seeded(3)).images
+        assert np.array_equal(np.asarray(found)[OUTSIDE], np.asarray(IMAGE)[OUTSIDE])
+        assert (np.asarray(found)[~OUTSIDE] != np.asarray(IMAGE)[~OUTSIDE]).mean() > 0.5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_subject_is_repainted_alone(pipes, name):
+    pipe, how = pipes[name], Detailer(strength=0.5, blur=0, padding=0.25)
+    options = {"num_inference_steps": 2, "max_sequence_length": TOKENS, **FAMILIES[name].unguided}
+    size, own = {"width": 128, "height": 128}, pipe.own_size
+    output = pipe(prompt=PROMPT, concepts=[*BOXES[:1], "dog"], method="merge", generator=seeded(1), **size, **options)
+    found = output.refine(how, generator=seeded(3))
+    again = refine(pipe, output.images[0], PROMPT, [*BOXES[:1], "dog"], how=how, generator=seeded(3), **options)
+    (alone,) = pipe(
+        prompt="a sks cat on grass", concepts=["cat"], method="merge", image=output.images[0],
+        mask_image=BOXES[0].region, strength=0.5, padding_mask_crop=32, generator=seeded(3), width=own[0],
+        height=own[1], **options,
+    ).images  # fmt: skip
+    assert found.subjects == ("cat",)
+    for one in (found.image, again.image):
+        assert np.array_equal(np.asarray(one), np.asarray(alone))
+    right = np.asarray(alone)[:, 64:]
+    assert np.array_equal(right, np.asarray(output.images[0])[:, 64:])
+
+
+@pytest.mark.parametrize(("name", "inpaints"), TASKS)
+def test_a_pipeline_for_the_task_becomes_one_that_composes(pipes, name, inpaints):
+    theirs = FAMILIES[name].image_tasks[inpaints](**pipes[name].components)
+    ours = ComposePipeline.from_pipe(theirs)
+    assert type(ours) is type(pipes[name])
+    assert ComposePipeline.family_of({**theirs.config}) is type(ours)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "another size": ({"width": 64}, "width and height are those of the image, 128 x 128"),
+    "one pixel": ({"image": IMAGE.resize((1, 1)), "mask_image": None}, "this model needs at least 16"),
+    "latents": ({"image": torch.zeros(1, 16, 16, 16)}, r"a tensor of torch.float32 with the shape \[1, 16"),
+    "strength 0": ({"strength": 0.0}, "strength=0 leaves none of the 4 steps"),
+    "an empty mask": ({"mask_image": Image.new("L", (128, 128))}, "all black"),
+    "a mask of another shape": ({"mask_image": MASK.resize((64, 128))}, "the same proportions"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_used_is_refused_with_words(pipes, case, concepts):
+    wrong, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        pipes["z-image"](**task("z-image", True, concepts=concepts) | wrong)
+
+
+def test_what_does_not_go_together_is_refused_with_words(pipes):
+    flux = pipes["flux"]
+    with pytest.raises(ValueError, match="latents cannot be given with an image"):
+        flux(**task("flux", True, concepts=["cat"]), latents=torch.zeros(1, 4, 16, 16))
+    with pytest.raises(ValueError, match="the region of concept 'cat' lies outside of the mask"):
+        flux(**task("flux", True, concepts=[Concept(name="cat", region=(0, 0, 16, 16))], method="regional"))
+    with pytest.raises(ValueError, match="padding_mask_crop cannot be given for inpainting"):
+        pipes["z-image"](**task("z-image", True, padding_mask_crop=2))
+    other = copy.copy(flux)
+    other.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match=r"a UniPCMultistepScheduler, FLUX.1 cannot start from an image; use"):
+        other(**task("flux", False))
+
+
+@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+def test_families_without_the_task_say_so(concepts, tmp_path):
+    pipe = pipeline_with_concepts(KREA2, tmp_path)
+    with pytest.raises(ValueError, match="diffusers has no inpainting for Krea 2; images are made from text only"):
+        pipe(PROMPT, concepts=concepts, image=IMAGE, mask_image=MASK)
+    with pytest.raises(ValueError, match="diffusers has no image-to-image for Krea 2"):
+        pipe(PROMPT, concepts=concepts, image=IMAGE)
