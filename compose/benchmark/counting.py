@@ -39,7 +39,7 @@ class Counted:
     """The costs of one call.
 
     Attributes:
-        rows_forward: Latent rows through the whole UNet.
+        rows_forward: Latent rows through the whole model.
         rows_stopped: Rows forward through passes that stop early.
         rows_backward: Rows run backward.
         flops: FLOPs of the whole call; a multiplication and an addition count as two.
@@ -396,6 +396,4 @@ def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
 
 
 def _shapes(lora: Lora) -> Lora:
-    return {
-        name: replace(factors, down=factors.down.to(META), up=factors.up.to(META)) for name, factors in lora.items()
-    }
+    return {name: replace(one, down=one.down.to(META), up=one.up.to(META)) for name, one in lora.items()}

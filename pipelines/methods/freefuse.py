@@ -25,6 +25,7 @@ from lora_compose.attention import Backbone, Gates, grid_at
 from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates, one_text, warn_once
+from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.session import Session
@@ -177,9 +178,11 @@ class Fusing:
             every = share.new_ones(*share.shape[:2], len(concepts.loaded))
             every[..., list(concepts.subjects)] = share
             image[level] = weights * every.repeat(branches, 1, 1)
-        others = self.phrases.sum(dim=2, keepdim=True) - self.phrases
-        bias = (settings.own_bias * self.phrases + settings.other_bias * others).transpose(1, 2)
-        biases = {level: live * (share @ bias).repeat(branches, 1, 1) for level, share in shares.items()}
+        on_all = settings.rows == "all"
+        biases = {
+            level: region_bias(text, share, self.phrases, settings.own_bias, settings.other_bias, on_all_rows=on_all)
+            for level, share in shares.items()
+        }
         return Pass(text, Gates(weights, image, weights[:, 0], canvas.latent_grid), text_bias=biases)
 
     def step(self, latents: Tensor, step: Step) -> tuple[Tensor, Tensor]:
