@@ -1,6 +1,5 @@
 """Options that several commands share: models, methods, concepts, settings, as the command line writes them."""
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ import typer
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
-from lora_compose.compose.support.names import check_method, did_you_mean, file_near
+from lora_compose.compose.playground.assets import PLAYGROUNDS
+from lora_compose.compose.support.names import check_merger, check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
 from lora_compose.pipelines.complaints import FieldError
+from lora_compose.pipelines.concepts.sources import files_of, parse_lora
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LAST_SEED = 2**63 - 1
@@ -23,6 +23,7 @@ _BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
+    "merge": "merge",
 }  # fmt: skip
 LORA_HELP = (
     "A LoRA, repeatable, with its weight if that is not 1: cat.safetensors:0.8, playground:bear, user/my-cat. Trigger "
@@ -39,7 +40,8 @@ LORAS_HELP = (
 CONCEPT_HELP = (
     "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat. Further fields: weight=0.8, name=cat, "
     "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as parts of the image "
-    "(0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. weight may change over "
+    "(0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. Several files, "
+    "path=cat.safetensors,path=style.safetensors:0.7, are merged; merge names the method. weight may change over "
     "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
     "blocks=down:0.5,up.1:0 are factors by block; prompt and negative are its own; alpha is for files without one."
 )
@@ -126,22 +128,29 @@ def parse_concept(text: str) -> Concept:
     # A comma parts two fields only where a name and "=" follow.
     pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
     fields: dict[str, Any] = {}
+    paths: list[str] = []
     for name, equals, value in ((name.strip(), equals, value.strip()) for name, equals, value in pairs):
         if not equals or name not in _CONCEPT_FIELDS:
             near = did_you_mean(name, _CONCEPT_FIELDS)
             raise ValueError(f"--concept {text}: unknown field {name!r}; fields are {known}, each with ={near}")
-        if _CONCEPT_FIELDS[name] in fields:
+        if name == "path":
+            paths.append(value)
+        elif _CONCEPT_FIELDS[name] in fields:
             raise ValueError(f"--concept {text}: {name} is given twice")
-        fields[_CONCEPT_FIELDS[name]] = value
-    if not fields.get("lora"):
+        else:
+            fields[_CONCEPT_FIELDS[name]] = value
+    if not all(paths or [""]):
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
-    fields.setdefault("name", _name_of(fields["lora"]))
+    fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
     if "region" in fields:
         fields["region"] = _mask_or_box(fields["region"], f"--concept {text}: region")
     try:
+        fields.setdefault("name", "+".join(map(_name_of, files_of(fields["lora"]))))
         return Concept(**fields)
     except FieldError as error:
         raise ValueError(f"--concept {text}: {'; '.join(error.complaints)}") from error
+    except ValueError as error:
+        raise ValueError(f"--concept {text}: {error}") from error
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -180,26 +189,6 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
         except FieldError as error:
             raise ValueError(f"--lora {text}: {'; '.join(error.complaints)}") from error
     return found
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """A LoRA and its weight, as written on the command line: "cat.safetensors:0.8".
-
-    Raises:
-        ValueError: If the weight is not finite, or there is not a LoRA.
-    """
-    source, colon, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        source, weight = text, 1.0
-    if not colon:
-        source, weight = text, 1.0
-    if not source.strip():
-        raise ValueError(f"{text!r} names no LoRA; expected a file, a hub repository or {PLAYGROUND}:NAME")
-    if not math.isfinite(weight):
-        raise ValueError(f"{text}: the weight is {number}; expected a number such as 0.8")
-    return source, weight
 
 
 def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tuple[float, float, float, float] | None:
@@ -267,7 +256,9 @@ def check_names(asked: Run) -> None:
     check_method(asked.method)
     model_source(asked.model)
     for concept in asked.scene.concepts:
-        check_lora(concept.lora or "")
+        check_merger(concept.merge)
+        for source in files_of(concept.lora):
+            check_lora(source)
 
 
 def _mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:

@@ -10,6 +10,7 @@ from lora_compose.compose.files.scenes import write_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.savers import OFFLOADS, Saver
+from lora_compose.pipelines.concepts.sources import Lora, moved_files, weighted
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -30,7 +31,7 @@ def portable(run: Run, files: Mapping[str, str]) -> Run:
         files: Original names by where the files are kept.
     """
     concepts = tuple(
-        concept.model_copy(update={"lora": files.get(concept.lora or "", concept.lora)})
+        concept.model_copy(update={"lora": moved_files(concept.lora, lambda source: files.get(source, source))})
         for concept in run.scene.concepts
     )
     images = {name: files.get(path, path) for name, path in run.scene.start.items() if isinstance(path, str)}
@@ -74,12 +75,8 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
         imports.setdefault("diffusers", set()).add(run.scheduler)
         lines.append(f"pipe.scheduler = {run.scheduler}.from_config(pipe.scheduler.config)")
     for concept in run.scene.concepts:
-        lora = concept.lora or ""
-        source = _value(lora)
-        if lora.startswith(f"{PLAYGROUND}:"):
-            imports.setdefault(_ASSETS, set()).add("playground_lora")
-            source = f"playground_lora({_value(lora.removeprefix(f'{PLAYGROUND}:'))})"
-        loaded = concept.model_dump(include={"name", "trigger", "class_word", "alpha"}, exclude_none=True)
+        source = _source(concept.lora, imports)
+        loaded = concept.model_dump(include={"name", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
         lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
     asked = _asked(run, imports)
     return (
@@ -91,6 +88,21 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
         + "".join(f"    {line},\n" for line in asked)
         + ').images[0]\nimage.save("result.png")\n'
     )
+
+
+def _source(lora: Lora, imports: dict[str, set[str]]) -> str:
+    """The file of a concept, or a list of those that are merged, as an argument of `load_concept`."""
+    if not isinstance(lora, str) and lora is not None:
+        return f"[{', '.join(_source_of(*one, imports) for one in weighted(lora))}]"
+    return _source_of(lora or "", 1.0, imports)
+
+
+def _source_of(source: str, weight: float, imports: dict[str, set[str]]) -> str:
+    if not source.startswith(f"{PLAYGROUND}:"):
+        return _value(source if weight == 1 else f"{source}:{weight!r}")
+    imports.setdefault(_ASSETS, set()).add("playground_lora")
+    name = source.removeprefix(f"{PLAYGROUND}:")
+    return f"playground_lora({_value(name)})" if weight == 1 else f"f\"{{playground_lora('{name}')}}:{weight!r}\""
 
 
 def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) -> list[str]:
@@ -116,7 +128,7 @@ def _asked(run: Run, imports: dict[str, set[str]]) -> list[str]:
     lines += [f"negative_prompt={_value(scene.negative_prompt)}"] if scene.negative_prompt else []
     if scene.concepts:
         told = [
-            concept.model_dump(exclude={"lora", "trigger", "class_word", "alpha"}, exclude_none=True)
+            concept.model_dump(exclude={"lora", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
             for concept in scene.concepts
         ]
         told = [{name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in told]

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_compose.compose.figures.overlay import PALETTE
-from lora_compose.compose.files.images import Record, read_pixels, record_in
+from lora_compose.compose.files.images import Hashes, Record, read_pixels, record_in
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
@@ -263,12 +263,16 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
     """
     known = {lora.sha256: lora for lora in uploads}
     return {
-        concept.name: _located(concept.lora or "", record.sha256.get(concept.name, ""), known, folder, local)
+        concept.name: _located(concept.lora, record.sha256.get(concept.name), known, folder, local)
         for concept in record.run.scene.concepts
     }
 
 
-def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
+def _located(
+    source: Any, sha256: Hashes | None, known: dict[str, Lora], folder: Path | None, local: bool
+) -> Lora | None:
+    if not isinstance(source, str) or not isinstance(sha256, str):
+        return None  # several files that were merged when they were loaded, or none at all
     if sha256 in known:
         return known[sha256]
     if source in {f"{PLAYGROUND}:{name}" for name in playground_loras()}:

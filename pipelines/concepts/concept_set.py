@@ -25,17 +25,19 @@ class LoadedConcept:
     Attributes:
         concept: All its fields; weight is set.
         factors: Its LoRA, matched to the pipeline's models.
-        file: Where it came from; None for an adapter loaded by `load_lora_weights`.
+        files: Where it came from: a file, or several that were merged; none for an adapter loaded by
+            `load_lora_weights`.
     """
 
     concept: Concept
     factors: Factors
-    file: LoraFile | None = None
+    files: tuple[LoraFile, ...] = ()
 
     @property
     def trained_with(self) -> str | None:
-        """How the LoRA was trained ("tara"), from the file's metadata."""
-        return self.file.metadata.get("method") if self.file else None
+        """How the LoRA was trained ("tara"), from the file's metadata; None if merged files differ in it."""
+        methods = {file.metadata.get("method") for file in self.files}
+        return methods.pop() if len(methods) == 1 else None
 
     @property
     def lora(self) -> Lora:
@@ -120,7 +122,7 @@ class ConceptSet:
 
     def kept(self, part: Part, banks: BankCache) -> KeptBanks | None:
         """Where the LoRAs of one model are kept between calls; None if one is an adapter, which anyone may change."""
-        if any(loaded.file is None for loaded in self.loaded):
+        if any(not loaded.files for loaded in self.loaded):
             return None
         return KeptBanks(banks, tuple(loaded.handle(part) for loaded in self.loaded))
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from commands import call, flat
 from lora_compose import Concept
-from lora_compose.compose.commands.options import concepts_of, parse_box, parse_concept, parse_lora
+from lora_compose.compose.commands.options import concepts_of, parse_box, parse_concept
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
+from lora_compose.pipelines.concepts.sources import parse_lora
 from lora_compose.pipelines.mask_images import in_pixels
 
 

@@ -25,13 +25,13 @@ from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.generate.demo import GUIDANCE, THREADS
 from lora_compose.compose.generate.machine import threads
-from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_model, playground_references
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.terminal import bar, kindly, say
 from lora_compose.pipelines.concepts.loading import LoraFile, read_lora
 from lora_compose.pipelines.merging import MERGERS, make_merger
+from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 
 SIDE = 128
 METHODS = (*(name for name in MERGERS if name != "svd"), "ties, density 0.5")  # svd is the sum as well
@@ -135,7 +135,7 @@ def _merged(pipe: Any, given: Sequence[Given], method: str, folder: Path) -> Pat
     name, _, setting = method.partition(", density ")
     merger = make_merger(name, {"density": float(setting)} if setting else None)
     matched = match_files(given, pipe)
-    moments = calibrate(pipe, matched, [*map(prompt_of, given)]) if merger.needs_model else None
+    moments = calibrate(pipe, matched.changes, [prompt_of(one.file) for one in given]) if merger.needs_model else None
     path = folder / f"{method}.safetensors"
     merge_files(matched, merger, path, moments=moments, dtype=torch.float32)
     return path

@@ -21,15 +21,15 @@ from disks import files_of_at_most
 from layouts import layout, shapes_of
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.compose.cli import app
-from lora_compose.compose.commands.options import parse_lora
-from lora_compose.compose.lora.calibration import calibrate
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.compose.playground.recipe.lora_files import FORMATS
 from lora_compose.compose.playground.recipe.merging import PAIRS, compared, drawn
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
+from lora_compose.pipelines.concepts.sources import parse_lora
 from lora_compose.pipelines.formats.lora_writer import Spelling
 from lora_compose.pipelines.merging import MERGERS, make_merger
+from lora_compose.pipelines.merging.calibration import calibrate
 from reference import dense
 
 PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -113,7 +113,7 @@ def test_the_file_holds_what_the_merger_makes_of_every_layer(
     files = [write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe))]
     matched = match_files(given((files[0], 1.0), (files[1], 0.5)), pipe)
     merger = make_merger(name)
-    moments = calibrate(pipe, matched, ["a cat", "a dog"], steps=2) if merger.needs_model else {}
+    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=2) if merger.needs_model else {}
     merge = merger.start([*matched.changes.values()])
     made = {layer: merge(changes, moments.get(layer)) for layer, changes in matched.changes.items()}
     out = tmp_path / "out.safetensors"
@@ -138,7 +138,7 @@ def test_one_file_stays_what_it_is_and_weight_0_is_as_if_a_file_were_not_there(
     pipe = FAMILIES["sd"]()
     one, other = (write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe)))
     matched = match_files(given((one, 1.0), (other, 0.0)), pipe)
-    moments = calibrate(pipe, matched, ["a cat", "a dog"], steps=1) if MERGERS[name].needs_model else None
+    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=1) if MERGERS[name].needs_model else None
     out = tmp_path / "out.safetensors"
     report = merge_files(matched, make_merger(name), out, moments=moments)
     assert_same(deltas(out, pipe), deltas(one, pipe))
@@ -283,7 +283,7 @@ def test_moments_are_those_of_the_inputs_that_a_lora_alone_makes(write_lora: Cal
     files = [write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe))]
     matched = match_files(given((files[0], 1.0), (files[1], 0.5)), pipe)
     state = State(pipe)
-    found = calibrate(pipe, matched, ["a cat", "a dog"], steps=2, seed=3)
+    found = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=2, seed=3)
     state.assert_unchanged()
     plain.load_lora_weights(files[1], adapter_name="dog")
     plain.set_adapters("dog", 0.5)
@@ -311,7 +311,7 @@ def test_a_model_is_left_alone_also_where_the_call_fails(write_lora: Callable[..
     matched = match_files(given((write_lora("one", unet=random_lora(pipe.unet, 1)), 1.0)), pipe)
     state = State(pipe)
     with pytest.raises(ValueError, match="prompt"):
-        calibrate(pipe, matched, [3])  # pyright: ignore[reportArgumentType]
+        calibrate(pipe, matched.changes, [3])  # pyright: ignore[reportArgumentType]
     state.assert_unchanged()
 
 
