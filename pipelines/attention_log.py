@@ -24,6 +24,7 @@ class AttentionLog:
         self.steps = frozenset(steps)
         self._maps: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._masks: dict[int, list[tuple[list[int], Tensor]]] = {}
+        self._draft: list[tuple[list[int], Tensor]] = []
 
     def of_set(self, columns: Sequence[int], concepts: int, images: Sequence[int]) -> "LogOfSet":
         """The log of one concept set.
@@ -90,6 +91,26 @@ class AttentionLog:
             every = range(self.canvas.images) if images is None else images
             self._masks.setdefault(step, []).append((list(every), masks))
 
+    def keep_draft(self, maps: Tensor, images: Sequence[int] | None = None) -> None:
+        """Records the maps by which a method found the subjects before the first step.
+
+        Args:
+            maps: On the map grid; 0 for concepts that were not looked for. Shape: [images, concepts, height, width].
+            images: Which images; None is all.
+        """
+        if self.steps:
+            every = range(self.canvas.images) if images is None else images
+            self._draft.append((list(every), maps.cpu()))
+
+    def draft_maps(self) -> Tensor | None:
+        """The maps of the draft; 0 for images without one. Shape: [images, concepts, height, width], fp32."""
+        if not self._draft:
+            return None
+        whole = torch.zeros(self.canvas.images, *self._draft[0][1].shape[1:])
+        for images, maps in self._draft:
+            whole[images] = maps
+        return whole
+
     def attention_maps(self) -> tuple[tuple[int, ...], Tensor] | None:
         """The recorded steps and their maps. Shape: [steps, images, concepts, height, width], fp32."""
         if not self._maps:
@@ -129,6 +150,11 @@ class LogOfSet(AttentionLog):
         """Masks of the set's concepts and images."""
         batch = self._images if images is None else [self._images[image] for image in images]
         self._whole.keep_masks(step, self._by_all_concepts(masks), batch)
+
+    def keep_draft(self, maps: Tensor, images: Sequence[int] | None = None) -> None:
+        """Maps of the set's concepts and images."""
+        batch = self._images if images is None else [self._images[image] for image in images]
+        self._whole.keep_draft(self._by_all_concepts(maps), batch)
 
     def _by_all_concepts(self, maps: Tensor) -> Tensor:
         return scatter_concepts(maps.movedim(1, -1), self._columns, self._concepts).movedim(-1, 1)

@@ -28,6 +28,7 @@ def output_of(outcome: Outcome, images: Any, nsfw: Any = None) -> ComposeOutput:
         cost=denoiser.cost,
         attention_maps=maps,
         masks=denoiser.log.masks(),
+        draft_maps=denoiser.log.draft_maps(),
         recorded_steps=recorded_steps,
         method=name_of(choice.method)[0],
         method_reason=choice.reason,

@@ -45,6 +45,8 @@ class ComposeOutput(StableDiffusionPipelineOutput):
             Shape: [recorded steps, images, concepts, height, width].
         masks: The mask of each concept: the method's own (`clora`), otherwise the cells where its map is above half of
             its maximum and above every other concept's share. Shape: as attention_maps, bool.
+        draft_maps: The maps by which `draft` found the subjects, mean over the drafted steps; 0 for concepts that were
+            not looked for. Shape: [images, concepts, height, width].
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
         method_reason: The reason for the choice.
@@ -54,6 +56,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
     cost: Cost | None = None
     attention_maps: torch.Tensor | None = None
     masks: torch.Tensor | None = None
+    draft_maps: torch.Tensor | None = None
     recorded_steps: tuple[int, ...] | None = None
     method: str | None = None
     method_reason: str | None = None

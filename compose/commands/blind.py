@@ -26,6 +26,23 @@ def make(
     blind.make(out, seeds)
 
 
+@app.command("from")
+@kindly()
+def make_from(
+    evaluation: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
+    method: Annotated[list[str], typer.Option(help="A row of its table; several times, once for each.")],
+    images: Annotated[int, typer.Option(help="Number of images per method.", min=1)] = 20,
+    out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
+) -> None:
+    """Shuffle images of an evaluation with two subjects. Vote before you open key.json.
+
+    For example: lora-compose blind from outputs/evaluation/playground-full --method draft --method clora
+    """
+    with starting():
+        from lora_compose.compose.evaluation import blind_sheets
+    blind_sheets.make_from(evaluation, out, method, images)
+
+
 @app.command()
 @kindly()
 def score(

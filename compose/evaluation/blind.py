@@ -8,6 +8,7 @@ import csv
 import json
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -56,7 +57,7 @@ HALVES = ((0, 0, 64, 128), (64, 0, 128, 128))
 
 
 @dataclass(frozen=True)
-class TrainingImage:
+class BlindImage:
     """One image to be made."""
 
     pair: tuple[str, str]
@@ -64,11 +65,11 @@ class TrainingImage:
     seed: int
 
 
-def numbered(seeds: int) -> dict[int, TrainingImage]:
+def numbered(seeds: int) -> dict[int, BlindImage]:
     """All images under the numbers that the sheets show: shuffled, and the same every time."""
-    jobs: list[TrainingImage] = []
+    jobs: list[BlindImage] = []
     for pair in PAIRS:
-        mine = [TrainingImage(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
+        mine = [BlindImage(pair, arm, seed) for arm, seed in product(ARMS, range(seeds))]
         random.Random(" ".join(pair)).shuffle(mine)
         jobs += mine
     return dict(enumerate(jobs, start=1))
@@ -90,6 +91,16 @@ def make(out: Path, seeds: int) -> None:
         for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
             chosen = {number: painted[number] for number in mine[start : start + COLUMNS * ROWS]}
             _sheet(pair, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
+    write_key(out, key)
+
+
+def write_key(out: Path, key: Mapping[int, str]) -> None:
+    """Writes `key.json`, and `votes.csv` to be filled in unless there is one.
+
+    Args:
+        out: The folder.
+        key: What made each image, by number.
+    """
     (out / "key.json").write_text(json.dumps(key, indent=1), encoding="utf-8")
     votes = out / "votes.csv"
     if not votes.exists():
@@ -137,7 +148,7 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
     _say_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
 
 
-def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, TrainingImage]) -> None:
+def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, BlindImage]) -> None:
     console = Console()
     table = Table(title=f"Human (rows) and judge (columns) on {len(judged)} images")
     for column in ("", *VERDICTS):
@@ -173,7 +184,7 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     return key, votes
 
 
-def _painted(jobs: dict[int, TrainingImage], out: Path) -> dict[int, Image.Image]:
+def _painted(jobs: dict[int, BlindImage], out: Path) -> dict[int, Image.Image]:
     pipe = open_model(Run(scene=Scene(prompt="-"), model=PLAYGROUND, device="cpu"))
     painted = {}
     with bar(f"composing for {out}", len(jobs)) as on_progress:
@@ -183,7 +194,7 @@ def _painted(jobs: dict[int, TrainingImage], out: Path) -> dict[int, Image.Image
     return painted
 
 
-def paint(pipe: Any, job: TrainingImage) -> Image.Image:
+def paint(pipe: Any, job: BlindImage) -> Image.Image:
     """Makes an image."""
     suffix = "-tara" if job.arm.kind == "TARA" else ""
     names = [f"{subject}{suffix}" for subject in job.pair]

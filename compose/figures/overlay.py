@@ -23,11 +23,13 @@ class Attention:
         steps: The recorded steps.
         maps: Shape: [steps, images, concepts, height, width], fp32.
         masks: Shape: as maps, bool.
+        draft: Maps of a draft before the first step, if the method made one. Shape: [images, concepts, height, width].
     """
 
     steps: tuple[int, ...]
     maps: Tensor
     masks: Tensor
+    draft: Tensor | None = None
 
 
 def colour(index: int) -> str:
@@ -46,7 +48,22 @@ def heat(image: Image.Image, attention: Attention, concept: int, step: int | Non
         index: Which image of the call.
     """
     maps = attention.maps[:, index, concept]
-    chosen = maps.mean(dim=0) if step is None else maps[step]
+    return _heat(image, maps.mean(dim=0) if step is None else maps[step], concept)
+
+
+def draft_heat(image: Image.Image, draft: Tensor, concept: int, index: int = 0) -> Image.Image:
+    """The same for the map of a draft; the image in grey where the concept was not looked for.
+
+    Args:
+        image: The image.
+        draft: The draft's maps. Shape: [images, concepts, height, width].
+        concept: Index of the concept.
+        index: Which image of the call.
+    """
+    return _heat(image, draft[index, concept], concept)
+
+
+def _heat(image: Image.Image, chosen: Tensor, concept: int) -> Image.Image:
     chosen = (chosen - chosen.min()) / (chosen.max() - chosen.min()).clamp(min=1e-12)
     ground = _grown(image)
     strength = _spread(chosen.numpy(), ground.size)[..., None]

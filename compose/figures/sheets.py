@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_compose.compose.figures.overlay import Attention, heat, masks
+from lora_compose.compose.figures.overlay import Attention, draft_heat, heat, masks
 from lora_compose.compose.support.terminal import plain
 from lora_compose.pipelines.scene import Run
 
@@ -152,16 +152,16 @@ def maps_sheet(image: Image.Image, run: Run, attention: Attention, columns: int 
     """
     last = len(attention.steps) - 1
     chosen = sorted({round(last * part / max(1, columns - 1)) for part in range(columns)})
-    rows = [
-        Row(
-            (concept.name, *textwrap.wrap(f'attention to "{concept.phrase}"', 22)),
-            [image, *(heat(image, attention, i, step) for step in chosen)],
-            parted=True,
-        )
-        for i, concept in enumerate(run.scene.concepts)
-    ]
-    whose = ("masks", "region ownership")
-    rows.append(Row(whose, [image, *(masks(image, attention, step) for step in chosen)], parted=True))
-    titles = [(f"step {attention.steps[step] + 1}", f"of {run.steps}") for step in chosen]
+    draft, rows = attention.draft, []
+    for i, concept in enumerate(run.scene.concepts):
+        before = [] if draft is None else [draft_heat(image, draft, i)]
+        images = [image, *before, *(heat(image, attention, i, step) for step in chosen)]
+        rows.append(Row((concept.name, *textwrap.wrap(f'attention to "{concept.phrase}"', 22)), images, parted=True))
+    # A draft has no masks of its own: the canvas is divided after it.
+    before = [] if draft is None else [image.convert("L")]
+    images = [image, *before, *(masks(image, attention, step) for step in chosen)]
+    rows.append(Row(("masks", "region ownership"), images, parted=True))
+    titles = [] if draft is None else [("draft", "class words, no LoRA")]
+    titles += [(f"step {attention.steps[step] + 1}", f"of {run.steps}") for step in chosen]
     line = f"{run.method}, seed {run.seed}; each map is scaled to its own maximum"
     return sheet([("the image",), *titles], rows, title=run.scene.prompt, lines=[line], side=192)

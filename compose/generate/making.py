@@ -125,7 +125,9 @@ def make_batch(
         for seed in seeds
     ]
     maps, masks = getattr(output, "attention_maps", None), getattr(output, "masks", None)
-    attention = None if maps is None or masks is None else Attention(output.recorded_steps, maps.cpu(), masks.cpu())
+    attention = None
+    if maps is not None and masks is not None:
+        attention = Attention(output.recorded_steps, maps.cpu(), masks.cpu(), output.draft_maps)
     return MadeBatch(
         tuple(map(Made, output.images, records)), getattr(output, "cost", None), attention, choice and choice.reason
     )

@@ -254,7 +254,12 @@ class Drafting:
         map_grid = grid_at(canvas.latent_grid, canvas.map_level)
         # With a given region for each subject there is nothing to find.
         nothing = all(region.any() for region in given)
-        maps = torch.zeros(canvas.images, len(given), *map_grid) if nothing else self._maps(latents, first).cpu()
+        maps = torch.zeros(canvas.images, len(given), *map_grid)
+        if not nothing:
+            maps = self._maps(latents, first).cpu()
+            every = torch.zeros(len(maps), len(concepts.loaded), *map_grid)
+            every[:, list(concepts.subjects)] = maps
+            self.session.log.keep_draft(every)
         masks = torch.stack(
             [
                 divided(image, subjects, given, self.painter.divide, self.settings.threshold, canvas.painted)

@@ -1,13 +1,16 @@
 """Votes that were cast without knowing the method: counted as the docs say, and of images that can be made again."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from commands import call
-from lora_compose.compose.evaluation.blind import ARMS, HALVES, TrainingImage, numbered, paint, read_votes
+from evaluations import known, store, suite
+from lora_compose.compose.evaluation.blind import ARMS, HALVES, BlindImage, numbered, paint, read_votes
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import Regional
@@ -30,11 +33,42 @@ def test_the_images_of_the_votes_are_numbered_as_they_were() -> None:
     assert votes.keys() == key.keys()
 
 
+def test_images_of_an_evaluation_are_shuffled_the_same_scenes_and_seeds_for_each_method(tmp_path) -> None:
+    scenes = {"one": ("cat", "dog"), "other": ("dog", "cat"), "alone": ("cat",)}
+    folder = store(tmp_path / "run", suite(scenes), known, draw=True)
+    out = tmp_path / "votes"
+    call("blind", "from", folder, "--method", "merge", "--method", "regional", "--images", "3", "--out", out)
+    key, _ = read_votes_of(out)
+    assert sorted(key.values()) == ["merge"] * 3 + ["regional"] * 3
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "key.json", "votes.csv"]
+    (out / "votes.csv").write_text("number,verdict\n" + "".join(f"{number},both\n" for number in key))
+    counted = call("blind", "score", out).output
+    assert all(f"{method} " in counted for method in ("merge", "regional"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "clora"), "no method 'clora'; it has merge, regional, tara"),
+        (("--method", "merge", "--images", "5"), "all of merge have made 2 images of two subjects, not 5"),
+    ],
+)
+def test_images_that_an_evaluation_does_not_have_are_not_shown(tmp_path, arguments, message) -> None:
+    folder = store(tmp_path / "run", suite(), known, draw=True)
+    result = call("blind", "from", folder, "--out", tmp_path / "votes", *arguments, code=2)
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "votes").exists()
+
+
+def read_votes_of(out: Path) -> tuple[dict[str, str], list[str]]:
+    return json.loads((out / "key.json").read_text()), (out / "votes.csv").read_text().splitlines()
+
+
 def test_ordinary_loras_in_boxes_have_token_masks_as_they_had_then() -> None:
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()))
     pipe.set_progress_bar_config(disable=True)
     (arm,) = (arm for arm in ARMS if arm.label == "regional, ordinary LoRAs")
-    painted = paint(pipe, TrainingImage(("cat", "dog"), arm, 0))
+    painted = paint(pipe, BlindImage(("cat", "dog"), arm, 0))
     for method, same in ((Regional(token_mask="all"), True), (Regional(token_mask="tara"), False)):
         found = pipe(
             "a sks cat and a zwx dog on a white background",

@@ -124,6 +124,26 @@ def test_the_maps_are_those_of_plain_diffusers_in_the_first_steps(composer, plai
     torch.testing.assert_close(dividing.maps[0], plain_maps(plain_pipe, drafted, 8, 4.0), atol=1e-5, rtol=1e-4)
 
 
+def test_the_maps_of_the_draft_are_recorded_with_those_of_the_steps(composer, dividing):
+    output = call(composer, ("dog", "bear", "cat"), prompt=PROMPT + " beside a xlo bear", record_attention=[0])
+    torch.testing.assert_close(output.draft_maps, dividing.maps[0][None])
+    assert call(composer).draft_maps is None
+    boxes = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
+    assert call(composer, boxes, record_attention=True).draft_maps is None
+
+
+def test_the_maps_of_the_draft_stand_where_their_images_and_concepts_are(composer, dividing):
+    concepts: Any = [["cat", "dog"], ["bear", "cat"]]
+    prompts = [PROMPT, "a xlo bear and a sks cat on grass"]
+    output = call(composer, concepts, prompt=prompts, record_attention=[0], generator=[seeded(), seeded(1)])
+    names = ["cat", "dog", "bear"]
+    for image, of_set in enumerate(concepts):
+        found = {name: output.draft_maps[image, names.index(name)] for name in names}
+        for name, maps in zip(of_set, dividing.maps[image], strict=True):
+            torch.testing.assert_close(found.pop(name), maps)
+        assert not any(maps.any() for maps in found.values())
+
+
 SCHEDULERS = [
     DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler,
     LCMScheduler,

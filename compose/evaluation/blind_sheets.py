@@ -1,0 +1,114 @@
+"""Blind votes on the images of an evaluation: the same scenes and seeds of some methods, shuffled.
+
+`lora-compose blind from` writes the sheets, `votes.csv` and `key.json` that `lora-compose blind score` reads.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from lora_compose.compose.evaluation.blind import VERDICTS, write_key
+from lora_compose.compose.evaluation.scoring import reference_files
+from lora_compose.compose.evaluation.table import Evaluation, load
+from lora_compose.compose.figures.sheets import Row, sheet
+from lora_compose.compose.files.images import read_pixels
+from lora_compose.pipelines.spelling import did_you_mean
+
+COLUMNS, ROWS, SIDE = 5, 4, 192
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of an evaluation on a sheet.
+
+    Attributes:
+        method: Name of the method's row in the evaluation's table.
+        concepts: The two subjects.
+        file: Path of the image in the evaluation's folder.
+    """
+
+    method: str
+    concepts: tuple[str, ...]
+    file: str
+
+
+def make_from(evaluation: Path, out: Path, methods: Sequence[str], images: int) -> None:
+    """Shuffles images of two subjects of some methods and writes sheets, `votes.csv` and `key.json`.
+
+    Args:
+        evaluation: Folder of an evaluation.
+        out: The folder for the files.
+        methods: Names of rows of its table.
+        images: Number of images of each method.
+
+    Raises:
+        ValueError: If a method is not in the evaluation, or there are too few images that all of them made.
+    """
+    found = load(evaluation)
+    known = [method.name for method in found.suite.compared]
+    for method in methods:
+        if method not in known:
+            raise ValueError(
+                f"the evaluation in {evaluation} has no method {method!r}; it has {', '.join(known)}"
+                f"{did_you_mean(method, known)}"
+            )
+    shown = dict(enumerate(_chosen(found, methods, images), start=1))
+    out.mkdir(parents=True, exist_ok=True)
+    for page, start in enumerate(range(1, len(shown) + 1, COLUMNS * ROWS)):
+        part = {number: shown[number] for number in range(start, min(start + COLUMNS * ROWS, len(shown) + 1))}
+        _sheet(found, evaluation, part).save(out / f"{page}.png")
+    write_key(out, {number: one.method for number, one in shown.items()})
+
+
+def _chosen(found: Evaluation, methods: Sequence[str], images: int) -> list[Shown]:
+    """The same scenes and seeds of each method, spread over the scenes; neighbours on a sheet have the same scene."""
+    table = found.images
+    keys = zip(table["scene"], table["arm"], table["seed"], strict=True)
+    files: dict[tuple[str, str, int], str] = dict(zip(keys, table["file"], strict=True))
+    by_scene = {
+        scene.name: _of_all(files, scene.name, methods) for scene in found.suite.scenes if len(scene.concepts) == 2
+    }
+    # Seed by seed, so that any number of images is spread over the scenes.
+    turns = max((len(seeds) for seeds in by_scene.values()), default=0)
+    places = [(scene, seeds[turn]) for turn in range(turns) for scene, seeds in by_scene.items() if turn < len(seeds)]
+    if len(places) < images:
+        raise ValueError(f"all of {', '.join(methods)} have made {len(places)} images of two subjects, not {images}")
+    chosen: list[Shown] = []
+    for scene in found.suite.scenes:
+        mine = [
+            Shown(method, scene.concepts, files[name, method, seed])
+            for name, seed in places[:images]
+            if name == scene.name
+            for method in methods
+        ]
+        random.Random(scene.name).shuffle(mine)
+        chosen += mine
+    return chosen
+
+
+def _of_all(files: Mapping[tuple[str, str, int], str], scene: str, methods: Sequence[str]) -> list[int]:
+    """The seeds of a scene that every method has made."""
+    made = [{seed for name, arm, seed in files if (name, arm) == (scene, method)} for method in methods]
+    return sorted(set.intersection(*made))
+
+
+def _sheet(found: Evaluation, folder: Path, images: Mapping[int, Shown]) -> Image.Image:
+    """References of the subjects on the sheet, and numbered images below."""
+    names = list(dict.fromkeys(name for one in images.values() for name in one.concepts))
+    references = [(name, read_pixels(reference_files(found.suite.concept(name))[0])) for name in names]
+    tiles = [
+        (f"{number}: {' and '.join(one.concepts)}", read_pixels(folder / one.file)) for number, one in images.items()
+    ]
+    rows = [*_rows("reference", references), *_rows("", tiles)]
+    lines = [f"{verdict}: {text}" for verdict, text in VERDICTS.items()]
+    return sheet([()] * COLUMNS, rows, title="Which subjects are right?", lines=lines, side=SIDE)
+
+
+def _rows(label: str, tiles: Sequence[tuple[str, Image.Image]]) -> Iterator[Row]:
+    for start in range(0, len(tiles), COLUMNS):
+        part = tiles[start : start + COLUMNS]
+        captions = [f"{label} {caption}".strip() for caption, _ in part]
+        yield Row((), [image for _, image in part], captions)
