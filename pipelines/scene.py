@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from lora_compose.pipelines.complaints import FieldError
-from lora_compose.pipelines.concepts.sources import weighted
+from lora_compose.pipelines.concepts.sources import Lora, weighted
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.mask_images import is_fractions, region_of
 
@@ -159,7 +159,7 @@ class Concept(_Frozen):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    lora: Annotated[str | tuple[str, ...] | None, BeforeValidator(_several)] = None
+    lora: Annotated[Lora, BeforeValidator(_several)] = None
     merge: str | None = None
     trigger: str | None = None
     class_word: str | None = None

@@ -326,7 +326,7 @@ def _image_row(shot: _Image, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]
         "ratio": _mean([bound_ratio(own[[i]], bounds[name]) for i, name in enumerate(names)]),
         "leak": leak(similarity),
         "swap": swap_rate(similarity),
-        "found": _mean(~np.isnan(similarity[acting]).any(axis=1)),
+        "found": _mean(np.asarray(~np.isnan(similarity[acting]).any(axis=1))),
         "placed": _mean([np.nan if score.placed is None else score.placed for score in scores]),
         "extra": shot.scores.extra,
         "style": _mean([*shot.styles.values()]),

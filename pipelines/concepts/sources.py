@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
-Lora = str | tuple[str, ...] | None
-"""A file as it is; or several, written as in "cat.safetensors:0.8"."""
+Lora = str | tuple[str, ...] | list[str] | None
+"""A file as it is; or several, written as in "cat.safetensors:0.8". Concepts keep a list as a tuple."""
 
 
 def parse_lora(text: str) -> tuple[str, float]:

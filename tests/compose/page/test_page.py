@@ -707,6 +707,17 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
     assert "method=LoraComposer(apart=0.5)" in boxed
 
 
+def test_files_that_are_merged_when_loaded_are_exported_as_such() -> None:
+    files = ("cat.safetensors", "playground:faded:0.7")
+    concept = Concept(name="both", lora=files, merge="np", trigger="sks", weight=1.0)
+    (run,) = short(concepts=(concept,), prompt="a sks cat", boxed=False, method="merge").runs()
+    text = export.python(run)
+    ast.parse(text)
+    several = """["cat.safetensors", f"{playground_lora('faded')}:0.7"]"""
+    assert f'pipe.load_concept({several}, name="both", merge="np", trigger="sks")' in text
+    assert "  - playground:faded:0.7\n" in export.scene_file(run.scene)
+
+
 def test_what_saves_memory_is_kept_for_the_same_model_on_a_device_with_use_for_it() -> None:
     choice = Choice("a", memory=(Saver.TILING, Saver.MODEL_OFFLOAD))
     assert choice.memory_for("a", None) == choice.memory_for("a", "cuda") == choice.memory
