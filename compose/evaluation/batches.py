@@ -9,6 +9,7 @@ from typing import Any
 from lora_compose.compose.evaluation.suite import SANITY, Suite, SuiteConcept, SuiteMethod, SuiteScene
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.formats.files import LoraError, trained_with
 from lora_compose.pipelines.scene import Concept, Run, Scene
 from lora_compose.pipelines.text.tokens import find_words
@@ -116,17 +117,17 @@ def _merged(suite: Suite, scene: SuiteScene, method: SuiteMethod, concepts: Sequ
 
 def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
     if arm.alone:
-        return method_alone(concepts[0].lora)
+        return method_alone(shown(concepts[0].lora))
     return None if arm.method is None else arm.method.method
 
 
 @lru_cache(maxsize=4096)  # asked for every batch, and a hub is asked what it has
-def method_alone(lora: str | None) -> str:
+def method_alone(lora: str) -> str:
     """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
 
     An unreadable file counts as `merge`; the error comes when images are generated.
     """
-    path = find_file(lora_source(lora or ""))
+    path = find_file(lora_source(lora))
     try:
         return "tara" if trained_with(path) == "tara" else "merge"
     except LoraError:
