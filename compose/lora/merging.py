@@ -20,7 +20,7 @@ from lora_compose.compose.files.atomic import write_new, write_whole
 from lora_compose.compose.lora.inspection import RECORD, block_of
 from lora_compose.compose.lora.merge_tally import MergedBlock, Tally
 from lora_compose.compose.support.version import __version__
-from lora_compose.pipelines.concepts.loading import match
+from lora_compose.pipelines.concepts.loading import match, model_part
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.by_name import by_name
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
@@ -112,7 +112,7 @@ def match_files(
         given: The files.
         pipe: The model that they are for. Without one, the full architecture of their family gives the layer names;
             files of an unknown family are matched by their own names.
-        spelling: Spelling of the result's keys; that of the first file by default.
+        spelling: Spelling of the result's keys; by default that of the first file, and diffusers' for a transformer.
         alpha: Alpha for files without one.
 
     Raises:
@@ -122,7 +122,8 @@ def match_files(
     pipe = pipe or _family(given)
     if pipe is None:
         return _match_by_name(given, spelling, alpha)
-    spelling = spelling or _spelling(given[0].file)
+    if spelling is None:
+        spelling = _spelling(given[0].file) if model_part(pipe) == "unet" else "diffusers"
     loras: list[Mapping[Name, LoraFactors]] = []
     notes: list[str] = []
     for one in given:
