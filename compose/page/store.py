@@ -138,15 +138,32 @@ class Store:
         shown = _shown(name)
         if not shown.lower().endswith(SUFFIX):
             raise FileError(f"{shown}: only {SUFFIX} files are accepted; other formats could run code when opened")
-        path = self.folder / f"{secrets.token_hex(12)}{SUFFIX}"
+        path = self.new_path()
         try:
             _copy(data, path, UPLOAD_LIMIT, shown)
-            lora = _described(read_lora(path), str(path), shown)
+            return self.keep(path, shown)
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, LoraError | FileError):
                 raise type(error)(str(error).replace(path.name, shown)) from error
             raise
+
+    def new_path(self) -> Path:
+        """A free path for a LoRA."""
+        return self.folder / f"{secrets.token_hex(12)}{SUFFIX}"
+
+    def keep(self, path: Path, shown: str, **words: str) -> Lora:
+        """Takes a file of this folder among the uploads, unless there is the same already.
+
+        Args:
+            path: The file.
+            shown: What it is called on the page.
+            words: Trigger and class word, for a file that does not contain them.
+
+        Raises:
+            LoraError: If it cannot be used.
+        """
+        lora = replace(_described(read_lora(path), str(path), shown), **words)
         known = next((upload for upload in self.uploads if upload.sha256 == lora.sha256), None)
         if known is not None:
             path.unlink()

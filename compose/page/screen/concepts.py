@@ -102,7 +102,7 @@ def _about(session: PageSession, row: Row) -> str:
 
 
 def _adding(session: PageSession) -> None:
-    full = _is_full(session)
+    full = is_full(session)
     with st.container(horizontal=True, vertical_alignment="center", key="adding"):
         st.header("Concepts", anchor=False)
         upload = st.popover("Upload LoRAs", icon=":material/upload:", disabled=full)
@@ -120,7 +120,7 @@ def _adding(session: PageSession) -> None:
 
 
 def _choosing(session: PageSession) -> None:
-    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in _playground()}
+    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in of_the_playground()}
     ready |= {f"{lora.shown} (uploaded)": lora.source for lora in session.store.uploads}
     _picker(session, "From the playground, and uploaded before", ready, "ready")
     folder = session.options.loras
@@ -141,7 +141,8 @@ def _picker(session: PageSession, label: str, sources: dict[str, str], key: str)
 
 
 @st.cache_data(show_spinner=False)
-def _playground() -> list[Lora]:
+def of_the_playground() -> list[Lora]:
+    """The playground's LoRAs, read once."""
     return playground()
 
 
@@ -173,11 +174,11 @@ def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]])
     """Adds what can be used, and says what of the rest cannot."""
     troubles = []
     for name, read in wanted:
-        if _is_full(session):
+        if is_full(session):
             troubles.append(f"{MOST_CONCEPTS} concepts are the maximum; {name} and the following are left out.")
             break
         try:
-            troubles += filter(None, [_add(session, read())])
+            troubles += filter(None, [add_lora(session, read())])
         except Busy:
             troubles.append(f"{name} is not read yet: files of other sessions are being read. Try again later.")
         except (ValueError, OSError) as error:
@@ -189,7 +190,7 @@ def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]])
     session.uploads += 1
 
 
-def _add(session: PageSession, lora: Lora) -> str:
+def add_lora(session: PageSession, lora: Lora) -> str:
     """Adds a concept, or fills one that waits for its LoRA; what has to be said of it."""
     waiting = [row for row in session.rows if row.lora is None]  # an image has named them
     alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]
@@ -206,7 +207,8 @@ def _add(session: PageSession, lora: Lora) -> str:
     return "" if same else f"{lora.shown} is not the file that the image was made with."
 
 
-def _is_full(session: PageSession) -> bool:
+def is_full(session: PageSession) -> bool:
+    """Whether there is room for no further LoRA."""
     return len(session.rows) >= MOST_CONCEPTS and all(row.lora is not None for row in session.rows)
 
 

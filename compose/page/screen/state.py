@@ -17,6 +17,7 @@ from lora_compose.compose.check.report import Report, check
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options, options
+from lora_compose.compose.page.merging import Merged
 from lora_compose.compose.page.messages import spoken
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
@@ -109,6 +110,7 @@ class PageSession:
         start: The image that images start from; None is text alone.
         unready: Whether the prompt has to be mended first, as is said there.
         closed: Whether it has ended: its browser was away for too long.
+        merged: The last LoRA that was merged from others.
     """
 
     store: Store
@@ -126,6 +128,7 @@ class PageSession:
     start: StartImage | None = None
     unready: bool = False
     closed: bool = False
+    merged: Merged | None = None
     _session_id: str = ""
     _numbers: int = 0
     _png: tuple[str, bytes] = ("", b"")
@@ -170,7 +173,7 @@ class PageSession:
         if self.job is not None:
             self.job.stop()
             self.job = self.job if self.job.running else None
-        self.rows, self.results, self.compared, self._png = [], [], [], ("", b"")
+        self.rows, self.results, self.compared, self._png, self.merged = [], [], [], ("", b""), None
         _forget(self._session_id)
         return self.store.close() and self.job is None
 

@@ -54,6 +54,7 @@ from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts.loading import LoraError
+from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -229,6 +230,11 @@ def test_settings_that_a_method_does_not_take_are_said() -> None:
     assert controls.changed("composite", {"shares": "[1, 2]"}) == {"shares": [1, 2]}
     (shares,) = controls.controls("composite")
     assert shares.shown(Composite([1, 2]).shares) == "[1, 2]"
+
+
+def test_every_way_of_merging_has_words() -> None:
+    assert [*labels.MERGER_LABELS] == [*MERGERS]
+    assert all(name not in MERGERS and sentence.endswith(".") for name, sentence in labels.MERGER_LABELS.values())
 
 
 @pytest.mark.parametrize("method", METHODS)
