@@ -464,12 +464,12 @@ def test_the_sheet_of_the_playground_shows_pairs_merged_in_several_ways() -> Non
 
 
 @pytest.mark.slow
-def test_large_files_take_memory_for_what_is_read_alone(tmp_path: Path) -> None:
+def test_two_sdxl_files_of_500_mb_are_merged_in_less_than_2_gb(tmp_path: Path) -> None:
     files = []
     for n in range(2):
         generator = torch.Generator().manual_seed(n)
         tensors = {
-            key: torch.randn([48 if side == 8 else side for side in shape], generator=generator).half()
+            key: torch.randn([72 if side == 8 else side for side in shape], generator=generator).half()
             for key, shape in shapes_of(layout("kohya-sdxl")).items()
             if shape
         }
@@ -478,7 +478,7 @@ def test_large_files_take_memory_for_what_is_read_alone(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     command = [sys.executable, "-m", "lora_compose", "merge", *map(str, files), "--out", str(out), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    read = sum(path.stat().st_size for path in files)
-    assert read > 600 * 2**20
-    # What is written is as large again, and libraries take half a GiB.
-    assert json.loads(result.stdout)["peak_bytes"] < 1.1 * read + 700 * 2**20
+    assert all(path.stat().st_size > 5e8 for path in files)
+    # What is written is as large again, and libraries take half a GB.
+    report = json.loads(result.stdout)
+    assert report["peak_bytes"] < 2e9
