@@ -3,12 +3,12 @@
 import streamlit as st
 
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.arrival import page_session
 from lora_compose.compose.page.screen.concepts import concepts_part
 from lora_compose.compose.page.screen.keep import restoring
 from lora_compose.compose.page.screen.merging import merging_part
 from lora_compose.compose.page.screen.method import method_part
 from lora_compose.compose.page.screen.prompt import prompt_part
+from lora_compose.compose.page.screen.session import page_session
 from lora_compose.compose.page.screen.stage import stage_part
 from lora_compose.compose.page.screen.start import start_part
 from lora_compose.compose.page.screen.style import style

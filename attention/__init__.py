@@ -1,4 +1,4 @@
-"""How LoRAs and attention are steered inside one forward pass of a UNet or transformer.
+"""How LoRAs and attention are steered inside one forward pass of a denoiser.
 
 This package knows torch and diffusers' models, and nothing of prompts, methods or pipelines.
 """

@@ -187,7 +187,7 @@ def installed_layers(
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
 ) -> Iterator[Installation]:
-    """Puts the bank layers of all concepts into a model: a UNet, a transformer or a text encoder.
+    """Puts the bank layers of all concepts into a model: a denoiser or a text encoder.
 
     Everything is checked before the first change, and every change is undone, also after an exception or Ctrl-C.
 
@@ -222,7 +222,7 @@ def install(
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
 ) -> Iterator[Installation]:
-    """Puts concepts into a UNet or transformer: bank layers for adapted layers, our processors for attention layers.
+    """Puts concepts into a denoiser: bank layers for adapted layers, our processors for attention layers.
 
     Args and errors as for `installed_layers`; also raises ValueError for attention processors that ours cannot replace
     without changing what they do.

@@ -17,7 +17,7 @@ from lora_compose.compose.commands.run import run
 from lora_compose.compose.commands.serve import serve
 from lora_compose.compose.commands.train import train
 from lora_compose.compose.commands.ui import ui
-from lora_compose.compose.support.terminal import say
+from lora_compose.compose.support.terminal import echo
 from lora_compose.compose.support.version import __version__
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        say(f"lora-compose {__version__}")
+        echo(f"lora-compose {__version__}")
         raise typer.Exit
 
 

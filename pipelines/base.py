@@ -56,10 +56,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     """The tokenizers whose tokens the model reads, by component name."""
 
     families: ClassVar[list["type[ComposePipeline]"]] = []
+    """The classes of all model families, as their modules register them."""
 
     reads_weights: ClassVar[bool] = False
     """Whether prompts may have weights, and be longer than a text encoder reads at once."""
-    """The classes of all model families, as their modules register them."""
 
     # Components, and what the pipelines of all families have.
     unet: Any
@@ -296,7 +296,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return self.transformer if found is None else found  # a compiled model cannot be asked whether it is true
 
     def _origin(self, call: Call, plan: Plan) -> Origin | None:
-        """What images are repainted with; None where that cannot be done."""
+        """What `refine` needs of the call; None where its images cannot be repainted."""
         return None
 
     def _prompt_tokenizers(self, textual_inversions: TextualInversions, length: int | None) -> Sequence[Tokenizer]:

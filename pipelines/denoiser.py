@@ -137,7 +137,7 @@ class Denoiser:
             ValueError: If the denoiser does not support region attention.
         """
         if spec.regions is not None and not self.backbone.reads_regions:
-            raise ValueError("this pass needs region attention of UNets, which this model does not have")
+            raise ValueError("this pass needs region attention, which this model does not support")
         return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
 
     def predict(
@@ -180,7 +180,7 @@ class Denoiser:
         loss: Loss,
         *,
         whole: bool = False,
-        beside: Readout | None = None,
+        readout: Readout | None = None,
     ) -> Gradient:
         """The gradient of a loss on attention maps with respect to the latents.
 
@@ -194,7 +194,7 @@ class Denoiser:
             loss: The loss.
             whole: Whether to run the whole model, also on unconditional rows, for a prediction. The request is for all
                 rows then.
-            beside: What else the host wants of the maps. It comes with the losses, so that the host waits once.
+            readout: Further values of the maps for the host. They come with the losses, so that the host waits once.
 
         Raises:
             RuntimeError: Under `torch.inference_mode`, which has no gradients.
@@ -203,12 +203,12 @@ class Denoiser:
         if torch.is_inference_mode_enabled():
             raise RuntimeError("this method needs gradients: call it outside torch.inference_mode()")
         found = self.differentiate(latents, step, prepared, request, loss, whole=whole)
-        wanted = found.losses.new_empty(0) if beside is None else beside(found.maps)
+        wanted = found.losses.new_empty(0) if readout is None else readout(found.maps)
         known = [found.losses, found.direction.isfinite().all()[None], wanted.flatten()]
-        losses, finite, told = torch.cat(known).cpu().split([len(one) for one in known])
+        losses, finite, read = torch.cat(known).cpu().split([len(one) for one in known])
         if not finite:
             raise ValueError(f"the gradient at step {step.index} is not finite; try float32 or a smaller step size")
-        return replace(found, losses=losses, beside=None if beside is None else told.view(wanted.shape))
+        return replace(found, losses=losses, readout=None if readout is None else read.view(wanted.shape))
 
     def differentiate(
         self,

@@ -7,6 +7,6 @@ logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1024)
-def say_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Logs a warning once per process."""
     logger.warning(message)

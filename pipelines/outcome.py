@@ -11,7 +11,7 @@ from lora_compose.pipelines.refine import Origin
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is told of a call: its denoiser, with costs and recorded maps, its method, and what it was made of."""
+    """The denoiser of a finished call, with costs and recorded maps; its method; and what `refine` needs."""
 
     denoiser: Denoiser
     choice: Choice

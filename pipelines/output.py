@@ -50,7 +50,7 @@ class ComposeOutput(StableDiffusionPipelineOutput):
         recorded_steps: The steps that were recorded.
         method: Name of the method that ran.
         method_reason: The reason for the choice.
-        origin: What the images were made of, for `refine`; None where they cannot be repainted.
+        origin: What `refine` needs of the call; None where the images cannot be repainted.
     """
 
     cost: Cost | None = None

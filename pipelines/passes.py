@@ -66,7 +66,7 @@ class AttentionMaps:
 
 
 Readout = Callable[[AttentionMaps], Tensor]
-"""What the host wants to know of the attention maps of one pass."""
+"""Values of the attention maps of one pass that the host needs."""
 
 Loss = Callable[[AttentionMaps], Tensor]
 """A loss on the attention maps of one pass. Shape: [images]."""
@@ -122,11 +122,11 @@ class Gradient:
             latents.
         maps: The attention maps, without a graph.
         prediction: The prediction, if the pass was run to its end.
-        beside: What else was asked for of the maps, on the CPU.
+        readout: The further values of the maps that were asked for, on the CPU.
     """
 
     losses: Tensor
     direction: Tensor
     maps: AttentionMaps
     prediction: Prediction | None = None
-    beside: Tensor | None = None
+    readout: Tensor | None = None

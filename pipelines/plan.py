@@ -162,7 +162,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     backbone = backbone_of(pipe.model)
     if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
-            "this method needs region attention and gradients, which work with UNets (SD 1.x, SD 2.x, SDXL) only; use "
+            "this method needs region attention and gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
             "draft, which needs no layout, regional with a region for each subject, or tara"
         )
     if call.source is not None and call.source.strength < 1 and getattr(choice.method, "moves_noise", False):

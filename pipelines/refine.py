@@ -114,15 +114,15 @@ def refine(
 
 @dataclass(frozen=True)
 class Origin:
-    """What the images of a call were made of, to repaint their subjects.
+    """What is needed of a call to repaint the subjects of its images.
 
     Attributes:
         pipe: The pipeline.
         prompts: The prompts, as they were written.
         concepts: The concept set of each.
-        columns: Where the masks of those concepts are, for each prompt.
+        columns: For each prompt, the indices of those concepts among the masks.
         images_per_prompt: How many images each prompt has.
-        options: Of every call that repaints.
+        options: Arguments of every call that repaints.
     """
 
     pipe: Any
@@ -133,10 +133,10 @@ class Origin:
     options: Mapping[str, Any]
 
     def refine(self, output: ComposeOutput, index: int, how: Detailer | None, options: Mapping[str, Any]) -> Refined:
-        """Repaints the subjects of one image of an output, where its regions are, or its masks in the middle.
+        """Repaints the subjects of one image of an output, in its regions, or in the masks of its middle step.
 
         Raises:
-            ValueError: If it is no PIL image, or nothing says where the subjects are.
+            ValueError: If it is no PIL image, or it has neither regions nor masks.
         """
         image = output.images[index]
         if not isinstance(image, Image.Image):
@@ -177,7 +177,7 @@ def subject_masks(masks: Tensor, concepts: Sequence[Concept], size: tuple[int, i
 
 
 def _mask(concept: Concept, masks: Mapping[str, Any], size: tuple[int, int]) -> Image.Image | None:
-    """A subject's mask in the size of the image; None if nothing says where it is."""
+    """A subject's mask in the size of the image; None if there is none."""
     if (given := masks.get(concept.name)) is not None:
         return read_mask_image(given, size).resize(size)
     if concept.region is None:

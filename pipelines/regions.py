@@ -57,7 +57,8 @@ def region_mask(region: BoxOrMask | None, image_size: Grid, grid: Grid, *, sharp
         region: A box, or the path of a mask.
         image_size: Height and width of the canvas in pixels.
         grid: The grid wanted.
-        sharp: Whether every dot of a mask is inside or outside, from half of its maximum on; else greys are parts.
+        sharp: Whether each pixel of a mask is inside or outside, split at half of the maximum; otherwise greys count in
+            part.
 
     Returns:
         Values in 0..1, of which one is 1. Shape: [grid height, grid width], fp32.
@@ -83,11 +84,11 @@ class Regions:
     """Which cells lie in which regions, on all grids of a canvas or of a part of it.
 
     Attributes:
-        owners: Indices of the concepts that have the regions.
+        indices: Indices of the concepts that have the regions.
         cells: By level, the latents' own (0) among them. Shape: [height, width, regions], bool, on the CPU.
     """
 
-    owners: tuple[int, ...]
+    indices: tuple[int, ...]
     cells: Mapping[int, Tensor]
 
     @classmethod
@@ -100,7 +101,7 @@ class Regions:
         threshold: float,
         painted: Tensor | None = None,
     ) -> "Regions":
-        """The regions of all concepts that have one; masks are sharp here, so that grey dots do not thin out cells.
+        """The regions of all concepts that have one; masks are sharp here, so that grey pixels do not thin out cells.
 
         Args:
             regions: Regions of the concepts; None without one.
@@ -110,20 +111,20 @@ class Regions:
             threshold: A cell belongs to a region that covers at least this share of it.
             painted: 1 at painted cells; regions are cut to these. Shape: [height, width]; None means everywhere.
         """
-        owners = tuple(i for i, region in enumerate(regions) if region is not None)
-        masks = [region_mask(regions[i], image_size, latent_grid, sharp=True) for i in owners]
+        indices = tuple(i for i, region in enumerate(regions) if region is not None)
+        masks = [region_mask(regions[i], image_size, latent_grid, sharp=True) for i in indices]
         if painted is not None:
             masks = [resize_mask(mask * painted, latent_grid) for mask in masks]
-        return cls.of_masks(owners, masks, levels, threshold)
+        return cls.of_masks(indices, masks, levels, threshold)
 
     @classmethod
     def of_masks(
-        cls, owners: Sequence[int], masks: Iterable[Tensor], levels: Collection[int], threshold: float
+        cls, indices: Sequence[int], masks: Iterable[Tensor], levels: Collection[int], threshold: float
     ) -> "Regions":
         """Regions from masks on the latent grid.
 
         Args:
-            owners: Indices of the concepts that have the masks.
+            indices: Indices of the concepts that have the masks.
             masks: Values in 0..1. Shape: [height, width] each.
             levels: Which grids are wanted.
             threshold: The share of a cell that a region covers, from which on the cell belongs to it.
@@ -133,7 +134,7 @@ class Regions:
             level: torch.stack([cells_of(coarse_mask(mask, level), threshold) for mask in masks], dim=-1)
             for level in {0, *levels}
         }
-        return cls(tuple(owners), cells)
+        return cls(tuple(indices), cells)
 
     @property
     def grid(self) -> Grid:
@@ -165,7 +166,7 @@ class Regions:
         return rows, columns
 
     def _reached(self, region: int) -> Window:
-        """The cells of the latents that a region has on any grid; those of a coarse one may reach further."""
+        """The latent cells that a region covers on any grid; a coarse cell may reach beyond the region."""
         found = [
             [(part.start * 2**level, part.stop * 2**level) for part in bounds(cells[..., region])]
             for level, cells in self.cells.items()
@@ -179,14 +180,14 @@ class Regions:
 
     def part(self, window: Window, region: int) -> "Regions":
         """One region, as it lies in a part of the canvas; the others are background there."""
-        only = torch.arange(len(self.owners)) == region
+        only = torch.arange(len(self.indices)) == region
         rows, columns = window
         cut = {level: cells[coarser(rows, level), coarser(columns, level)] for level, cells in self.cells.items()}
-        return Regions(self.owners, {level: cells & only for level, cells in cut.items()})
+        return Regions(self.indices, {level: cells & only for level, cells in cut.items()})
 
     def shares(self, level: int, concepts: int) -> Tensor:
         """Each concept's share of each cell; overlapping regions share a cell equally. Shape: [cells, concepts]."""
         cells = self.cells[level].flatten(0, 1)
         shares = torch.zeros(len(cells), concepts)
-        shares[:, list(self.owners)] = cells / cells.sum(dim=1, keepdim=True).clamp(min=1)
+        shares[:, list(self.indices)] = cells / cells.sum(dim=1, keepdim=True).clamp(min=1)
         return shares

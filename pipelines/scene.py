@@ -18,9 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.sources import Lora, weighted
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import is_fractions, region_of
 
 
@@ -35,7 +35,7 @@ class _Frozen(BaseModel):
             except ValidationError as error:
                 raise FieldError(type(self), error) from None
 
-        # pydantic goes on to read files and nested fields without it, so that complaints name the place in the whole.
+        # pydantic goes on to read files and nested fields without it, so that errors name the place in the whole.
         __init__.__pydantic_base_init__ = True
 
 
@@ -146,7 +146,7 @@ class Concept(_Frozen):
             of them, or text: "0:1,0.5:0" is 1 in the first half and 0 in the second, "0:1..0.5:0.4" falls evenly to
             0.4 until the middle, "1..0.4" to the last step. Points are fractions of the steps, or step numbers if one
             is above 1.
-        blocks: Further factors by block of the UNet or transformer, {"down": 0.5, "up.1": 0}; the longest name counts,
+        blocks: Further factors by block of the model, {"down": 0.5, "up.1": 0}; the longest name counts,
             and "text" means the text encoders.
         region: Where the concept may appear: a box in pixels or in fractions of the image, or a mask (white = inside):
             a path, a PIL image, an array or a tensor; None leaves it to the method.

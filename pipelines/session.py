@@ -18,7 +18,7 @@ from lora_compose.pipelines.text.encoder import Prompts
 
 
 class Runner(Protocol):
-    """The interface of `Denoiser` for methods; the benchmark has one that only counts costs."""
+    """The interface of `Denoiser` for methods; the benchmark has another one, which only counts costs."""
 
     @property
     def canvas(self) -> Canvas:
@@ -71,7 +71,7 @@ class Runner(Protocol):
         loss: Loss,
         *,
         whole: bool = False,
-        beside: Readout | None = None,
+        readout: Readout | None = None,
     ) -> Gradient:
         """The gradient of a loss on attention maps."""
         ...

@@ -77,12 +77,12 @@ class ImageToImage:
 class Inpainting(ImageToImage):
     """Starts from an image and repaints a part of it.
 
-    Inpainting UNets get mask and image as further channels. For other models, the latents outside of the mask are
+    Models made for inpainting get mask and image as further channels. For others, latents outside of the mask are
     restored after every step, with the noise of the next one.
 
     Attributes:
         mask: 1 where the image is painted. Shape: [images, 1, height, width].
-        image: Latents of the image; None for UNets that are given it. Shape: as the latents.
+        image: Latents of the image; None for models made for inpainting. Shape: as the latents.
         noise: The noise on these latents. Shape: as the latents.
         timesteps: Of all passes.
         add_noise: The scheduler's, from latents, noise and timesteps to noisy latents.

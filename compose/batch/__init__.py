@@ -1,1 +1,1 @@
-"""Many scenes and seeds to images: files and tables of scenes, what is to be made of them, and making it."""
+"""Images of many scenes and seeds: reads scenes from files and tables, plans the calls, and runs them."""

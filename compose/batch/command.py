@@ -1,4 +1,4 @@
-"""A batch in one process or several, and what has come of it: what `lora-compose batch` does."""
+"""`lora-compose batch`: runs a batch in one process or several, and shows the results."""
 
 import json
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.files.paths import to_record
 from lora_compose.compose.files.stored import write_text
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
-from lora_compose.compose.support.terminal import BAD_INPUT, FAILED, bar, err, say
+from lora_compose.compose.support.terminal import BAD_INPUT, FAILED, bar, echo, err
 
 SHOWN = 20
-"""At most so many complaints are shown; all of them are in images.jsonl."""
+"""Most errors that are shown; all of them are in images.jsonl."""
 
 
 def make_all(
@@ -39,25 +39,25 @@ def make_all(
         ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
 
     Returns:
-        The exit code: 0, that of a process that found something wrong, or 1 if images are missing.
+        The exit code: 0, that of a failed process, or 1 if images are missing.
 
     Raises:
         ValueError: If nothing can be made.
         OSError: If all processes were killed, or images cannot be written.
     """
-    if local_rank():  # a launcher has started several, of which the first one talks
+    if local_rank():  # a launcher has started several; only the first one prints
         join(found, settings, out, replace=replace)
         return 0
     jobs, missing = make_jobs(found.entries, settings)
     bad = [*found.bad, *missing]
-    _complain([one.complaint for one in bad])
+    _show_errors([one.error for one in bad])
     if not jobs:
         return BAD_INPUT
     folder = Folder(out)
     check_names(folder, jobs, replace)
     entries = list({job.entry.name: job.entry for job in jobs}.values())
     left = [job for job in jobs if not folder.has(job)]
-    say(_asked(jobs, left, out), to=err)
+    echo(_asked(jobs, left, out), to=err)
     before = {job.name: changed(folder.made_file(job)) for job in left}
 
     def done() -> int:
@@ -77,11 +77,11 @@ def make_all(
                 return code
         else:
             run_batch(entries, settings, out, on_progress, replace=replace)
-    return _tell(folder, results_of(folder, jobs, bad))
+    return _show_results(folder, results_of(folder, jobs, bad))
 
 
 def join(found: Found, settings: BatchSettings, out: Path, *, replace: bool) -> None:
-    """Takes part in a batch, without saying anything: what `--processes 2` starts twice."""
+    """Takes part in a batch without printing: what `--processes 2` starts twice."""
     run_batch(found.entries, settings, out, replace=replace)
 
 
@@ -104,26 +104,26 @@ def write_plan(path: Path, entries: Sequence[Entry], settings: BatchSettings) ->
     write_text(path, json.dumps({**about, "scenes": scenes}, ensure_ascii=False, indent=1) + "\n")
 
 
-def _tell(folder: Folder, results: Sequence[Result]) -> int:
+def _show_results(folder: Folder, results: Sequence[Result]) -> int:
     """Reports the outcome of a batch; returns the exit code."""
     failed = [one for one in results if one.error is not None]
     with Claims(folder.claims).claim("index") as claim:
         if claim is not None:
             folder.write_index(results)
-    say(f"{len(results) - len(failed)} images in {folder.path}, listed in images.jsonl", style="bold")
+    echo(f"{len(results) - len(failed)} images in {folder.path}, listed in images.jsonl", style="bold")
     if not failed:
         return 0
-    _complain(list(dict.fromkeys(_complaint(one) for one in failed)))
-    say(f"{len(failed)} are missing; the same command tries them again.", style="red", to=err)
+    _show_errors(list(dict.fromkeys(_error_of(one) for one in failed)))
+    echo(f"{len(failed)} are missing; the same command tries them again.", style="red", to=err)
     return FAILED
 
 
-def _complaint(result: Result) -> str:
+def _error_of(result: Result) -> str:
     return result.error or "" if result.seed is None else f"{result.source}: {result.error}"
 
 
-def _complain(complaints: Sequence[str]) -> None:
-    for complaint in complaints[:SHOWN]:
-        say(f"error: {complaint}", style="red", to=err)
-    if len(complaints) > SHOWN:
-        say(f"error: ... and {len(complaints) - SHOWN} more", style="red", to=err)
+def _show_errors(errors: Sequence[str]) -> None:
+    for error in errors[:SHOWN]:
+        echo(f"error: {error}", style="red", to=err)
+    if len(errors) > SHOWN:
+        echo(f"error: ... and {len(errors) - SHOWN} more", style="red", to=err)

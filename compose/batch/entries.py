@@ -1,7 +1,7 @@
 """The scenes of a batch: from scene files, folders of them, batch files, and tables with a template.
 
-What is wrong with one scene is kept beside the others; what is wrong with a whole file is raised. Nothing here needs
-torch.
+An error in one scene is kept with its entry, so that the others can be made; an error in a whole file is raised.
+Nothing here needs torch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ _OWN = ("name", "seed", "seeds")
 
 
 class _Named(BaseModel):
-    """What an entry has besides its scene."""
+    """The fields of an entry besides its scene."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class Entry:
     """A scene of a batch.
 
     Attributes:
-        name: Names its images: `NAME-SEED.png`.
+        name: Its images are `NAME-SEED.png`.
         scene: Prompt, concepts and size; its paths are absolute.
         seeds: Of its images; None takes those of the batch.
         source: The file, and the line where it is a table.
@@ -55,21 +55,21 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Bad:
+class InvalidEntry:
     """A scene that cannot be made.
 
     Attributes:
         source: The file, and the line where it is a table.
-        complaint: What is wrong, with the source.
+        error: What is wrong, with the source.
     """
 
     source: str
-    complaint: str
+    error: str
 
 
 @dataclass(frozen=True)
 class Found:
-    """What sources say.
+    """The scenes of all sources.
 
     Attributes:
         entries: The scenes that can be made.
@@ -78,7 +78,7 @@ class Found:
     """
 
     entries: tuple[Entry, ...]
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[InvalidEntry, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -103,7 +103,7 @@ def read_entries(
     if base.given and not tables:
         raise FileError("a template and concepts are for tables (.csv, .tsv, .jsonl), and there is none")
     settings: dict[str, Any] = {}
-    read: list[Entry | Bad] = []
+    read: list[Entry | InvalidEntry] = []
     for path in paths:
         if path.suffix.lower() in TABLES:
             read += _of_table(path, base)
@@ -130,14 +130,16 @@ def _existing(source: str | Path) -> Path:
 
 
 def _parsed(path: Path) -> Any:
-    """What a YAML or JSON file says; as a complaint if it is no YAML or JSON, because that spoils no other file."""
+    """The content of a YAML or JSON file; a `FileError` is returned, so that other files are still read."""
     try:
         return parse_file(path, _MOST_BYTES if path.suffix.lower() == ".json" else None)
     except FileError as error:
         return error
 
 
-def _entry(name: Any, scene: Any, seeds: Any, path: Path, source: str, base: Path | None = None) -> Entry | Bad:
+def _entry(
+    name: Any, scene: Any, seeds: Any, path: Path, source: str, base: Path | None = None
+) -> Entry | InvalidEntry:
     """A scene with all that can be checked without torch.
 
     Args:
@@ -145,33 +147,33 @@ def _entry(name: Any, scene: Any, seeds: Any, path: Path, source: str, base: Pat
         scene: Its fields.
         seeds: Its seeds; None if it has none.
         path: The file.
-        source: What complaints call the place.
+        source: The file and position, for errors.
         base: The file that paths are relative to; None is the same.
     """
     try:
         named = validated(_Named, {"name": name, "seeds": seeds}, source)
         found = located(validated(Scene, scene, source), base or path)
     except FileError as error:
-        return Bad(source, str(error))
+        return InvalidEntry(source, str(error))
     for concept in found.concepts:
         try:
             check_merger(concept.merge)
             for file in files_of(concept.lora):
                 check_lora(file)
         except ValueError as error:
-            return Bad(source, f"{source}: concept {concept.name!r}: {error}")
+            return InvalidEntry(source, f"{source}: concept {concept.name!r}: {error}")
         if not concept.lora:
-            return Bad(source, f"{source}: concept {concept.name!r} has no LoRA: give it a field lora")
+            return InvalidEntry(source, f"{source}: concept {concept.name!r} has no LoRA: give it a field lora")
     return Entry(named.name, found, named.seeds, source)
 
 
-def _scene_file(path: Path, data: Any) -> Entry | Bad:
+def _scene_file(path: Path, data: Any) -> Entry | InvalidEntry:
     if isinstance(data, FileError):
-        return Bad(str(path), str(data))
+        return InvalidEntry(str(path), str(data))
     return _entry(path.stem, data, None, path, str(path))
 
 
-def _of_folder(folder: Path) -> Iterator[Entry | Bad]:
+def _of_folder(folder: Path) -> Iterator[Entry | InvalidEntry]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SCENES and path.is_file())
     if not paths:
         raise FileError(f"the folder {str(folder)!r} has no scene files ({', '.join(_SCENES)})")
@@ -190,14 +192,14 @@ def _settings_in(data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return given
 
 
-def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | Bad]:
+def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | InvalidEntry]:
     if not isinstance(scenes, list) or not scenes:
         raise FileError(f"{path}: scenes: expected a list of scenes, each with a name and a prompt")
     for i, scene in enumerate(scenes):
         source = f"{path}, scenes[{i}]"
         own = {name: scene[name] for name in _OWN if name in scene} if isinstance(scene, dict) else {}
         if "seed" in own and "seeds" in own:
-            yield Bad(source, f"{source}: give seed or seeds, not both")
+            yield InvalidEntry(source, f"{source}: give seed or seeds, not both")
             continue
         fields = {k: v for k, v in scene.items() if k not in own} if isinstance(scene, dict) else scene
         yield _entry(own.get("name"), fields, own.get("seeds", own.get("seed")), path, source)
@@ -205,10 +207,10 @@ def _of_batch_file(scenes: Any, path: Path) -> Iterator[Entry | Bad]:
 
 @dataclass(frozen=True)
 class _Template:
-    """What the rows of tables fill.
+    """A template of scenes, filled by the rows of tables.
 
     Attributes:
-        fields: Of a scene, with placeholders.
+        fields: Fields of a scene, with placeholders.
         path: The template's file; None if there is none, and paths are relative to the table.
     """
 
@@ -217,12 +219,12 @@ class _Template:
 
     @property
     def given(self) -> bool:
-        """Whether there is anything in it."""
+        """Whether it has any field."""
         return bool(self.fields)
 
     @classmethod
     def read(cls, path: Path | None, concepts: Sequence[Concept]) -> "_Template":
-        """From a file, and with the concepts of all rows."""
+        """Reads a template from a file, and adds the concepts of all rows."""
         fields = {} if path is None else parse_file(path)
         if not isinstance(fields, dict) or (path is not None and not fields):
             raise FileError(f"{path}: expected the fields of a scene, such as prompt: a {{animal}} on grass")
@@ -239,7 +241,7 @@ class _Template:
         return cls(fields, path)
 
     def uses(self, columns: Iterable[str]) -> str | None:
-        """What is wrong with these columns; None if all of them are read, and no placeholder is left."""
+        """What is wrong with these columns; None if all of them are used, and no placeholder is left."""
         names, columns = placeholders(self.fields), list(columns)
         if lost := sorted(names - set(columns)):
             return f"no column for the template's {{{lost[0]}}}; columns are {', '.join(columns)}"
@@ -260,7 +262,7 @@ class _Template:
 
 
 def _literal(data: Any) -> Any:
-    """Data in which braces stand for themselves."""
+    """Data with escaped braces."""
     if isinstance(data, dict):
         return {name: _literal(value) for name, value in data.items()}
     if isinstance(data, list):
@@ -268,36 +270,36 @@ def _literal(data: Any) -> Any:
     return data.replace("{", "{{").replace("}", "}}") if isinstance(data, str) else data
 
 
-def _of_table(path: Path, template: _Template) -> Iterator[Entry | Bad]:
+def _of_table(path: Path, template: _Template) -> Iterator[Entry | InvalidEntry]:
     table = read_table(path)
     if table.columns is not None and (wrong := template.uses(table.columns)):
         raise FileError(f"{path}, line 1: {wrong}")
     return (_of_row(path, table, row, template) for row in table.rows)
 
 
-def _of_row(path: Path, table: Table, row: Row, template: _Template) -> Entry | Bad:
+def _of_row(path: Path, table: Table, row: Row, template: _Template) -> Entry | InvalidEntry:
     source = f"{path}, line {row.line}"
-    wrong = row.complaint or (None if table.columns is not None else template.uses(row.values))
+    wrong = row.error or (None if table.columns is not None else template.uses(row.values))
     if wrong:
-        return Bad(source, f"{source}: {wrong}")
+        return InvalidEntry(source, f"{source}: {wrong}")
     try:
         scene = template.scene(row.values)
     except ValueError as error:
-        return Bad(source, f"{source}: {error}")
+        return InvalidEntry(source, f"{source}: {error}")
     own = {name: row.values[name] for name in _OWN if row.values.get(name) not in (None, "")}
     name = own.get("name", f"{path.stem}-{row.line:04}")
     return _entry(name, scene, own.get("seeds", own.get("seed")), path, source, template.path)
 
 
-def _distinct(read: Iterable[Entry | Bad]) -> tuple[list[Entry], list[Bad]]:
-    """Those that can be made, and the others, with names that stand twice among them."""
+def _distinct(read: Iterable[Entry | InvalidEntry]) -> tuple[list[Entry], list[InvalidEntry]]:
+    """Valid and invalid entries; those with a name that is taken are invalid."""
     entries: dict[str, Entry] = {}
-    bad: list[Bad] = []
+    bad: list[InvalidEntry] = []
     for one in read:
-        if isinstance(one, Bad):
+        if isinstance(one, InvalidEntry):
             bad.append(one)
-        elif (known := entries.get(one.name.casefold())) is not None:  # names of files may not tell letters apart
-            bad.append(Bad(one.source, f"{one.source}: the name {one.name!r} stands at {known.source} already"))
+        elif (known := entries.get(one.name.casefold())) is not None:  # file systems may ignore case
+            bad.append(InvalidEntry(one.source, f"{one.source}: the name {one.name!r} is taken by {known.source}"))
         else:
             entries[one.name.casefold()] = one
     return list(entries.values()), bad

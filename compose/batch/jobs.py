@@ -1,9 +1,9 @@
-"""The calls that a batch consists of, with keys that change with everything that their images depend on."""
+"""The calls of a batch, with keys that change with everything that their images depend on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lora_compose.compose.batch.entries import Bad, Entry
+from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.generate.facts import digest, model_facts, run_facts
@@ -17,9 +17,9 @@ class Job:
     Attributes:
         entry: The scene.
         run: How it is made; its own seed is not used.
-        seeds: Of the images.
-        scene_key: A hash of all that they depend on but the seeds.
-        key: A hash of all that they depend on.
+        seeds: Seeds of the images.
+        scene_key: A hash of everything that they depend on, except the seeds.
+        key: A hash of everything that they depend on.
     """
 
     entry: Entry
@@ -30,11 +30,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Its name, which no other job of the batch has."""
+        """Its name, unique in the batch."""
         return f"{self.entry.name}-{self.seeds[0]}"
 
 
-def make_jobs(entries: Iterable[Entry], settings: BatchSettings) -> tuple[list[Job], list[Bad]]:
+def make_jobs(entries: Iterable[Entry], settings: BatchSettings) -> tuple[list[Job], list[InvalidEntry]]:
     """The calls of a batch, and scenes whose files are missing.
 
     Raises:
@@ -42,13 +42,13 @@ def make_jobs(entries: Iterable[Entry], settings: BatchSettings) -> tuple[list[J
     """
     model = model_facts(model_source(settings.model), settings.model)
     jobs: list[Job] = []
-    bad: list[Bad] = []
+    bad: list[InvalidEntry] = []
     for entry in entries:
         run = settings.run(entry.scene)
         try:
             facts = run_facts(run, (), settings.threads, settings.save_memory)
         except (ValueError, OSError) as error:
-            bad.append(Bad(entry.source, f"{entry.source}: {error}"))
+            bad.append(InvalidEntry(entry.source, f"{entry.source}: {error}"))
             continue
         scene_key, seeds = digest(facts, model), entry.seeds or settings.seeds
         for start in range(0, len(seeds), settings.batch_size):

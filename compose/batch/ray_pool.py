@@ -1,8 +1,8 @@
 """A batch on a Ray cluster: machines that share no folder.
 
 One worker (a Ray actor) per GPU, or per share of CPUs, opens the model. Files of the model, LoRAs and images travel
-once to each node, through Ray's object store. Images come back to the driver, which stores them as without Ray. What a
-worker that died was at is done by another.
+once to each node, through Ray's object store. Images come back to the driver, which stores them as without Ray. If a
+worker dies, another one repeats its call.
 """
 
 import logging
@@ -26,7 +26,7 @@ from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result
 from lora_compose.compose.batch.runner import OnProgress, check_names, results_of
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.batch.worker import Worker, encoded, told
+from lora_compose.compose.batch.worker import Worker, encoded, error_text
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.files.paths import is_hub_name, moved
 from lora_compose.compose.generate.facts import file_hash
@@ -34,7 +34,7 @@ from lora_compose.compose.generate.machine import versions
 from lora_compose.compose.generate.making import Made
 from lora_compose.compose.generate.processes import own_device
 from lora_compose.compose.playground.assets import PLAYGROUNDS
-from lora_compose.compose.support.terminal import err, say
+from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.scene import Run
@@ -43,13 +43,13 @@ logger = logging.getLogger(__name__)
 
 LOCAL = "local"
 TRIES = 3
-"""After so many workers that died of it, a call counts as failed."""
+"""Number of workers that die of a call before it counts as failed."""
 
 PATIENCE = 300.0
-"""After so many seconds without any worker, the driver gives up."""
+"""Seconds without any worker after which the driver gives up."""
 
 _LEFT_OUT = (".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx", ".h5")
-"""Files of a model's folder that are never opened here."""
+"""Files of a model's folder that are never opened."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Parcel:
 
     Attributes:
         files: Contents in the object store, by path below a node's folder.
-        moves: Where a node has what the run names, by how the run names it.
+        moves: Paths on a node, by the paths in the run.
     """
 
     files: Mapping[str, Any] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Packer:
         self._content: dict[str, Any] = {}
 
     def model(self, source: str) -> Parcel:
-        """The files of a model; none of one that comes along or is on the hub."""
+        """The files of a model; none for the playground and models on the hub."""
         path = Path(source).expanduser()
         if source in PLAYGROUNDS or not path.exists():
             return Parcel()
@@ -162,7 +162,7 @@ class RemoteWorker:
 
 
 def _node_folder(name: str) -> Path:
-    """A folder of this node and job that no other user can have made."""
+    """A folder of this node and job, checked to be owned by this user."""
     folder = Path(tempfile.gettempdir()) / f"lora-compose-{name}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()):
@@ -208,7 +208,7 @@ def run_on_ray(
 
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
-    """A cluster; a connection that is there already is used, and stays."""
+    """A cluster; an existing connection is used, and stays open."""
     ours = not ray.is_initialized()
     if ours:
         dashboard = {"include_dashboard": False} if address == LOCAL else {}
@@ -276,7 +276,7 @@ class Pool:
         """Calls a method of workers for every task.
 
         Yields:
-            Task by task, as they are done: the job, what came of it, and what went wrong in it.
+            Tasks in the order in which they end: the job, its result, and its error.
 
         Raises:
             ValueError: If the model cannot be opened.
@@ -299,15 +299,15 @@ class Pool:
                     found = ray.get(one)
                 except RayTaskError as error:
                     self._idle.append(worker)
-                    yield task[0], None, told(error.cause or error)
-                except RayError as error:  # the worker, its node, or the way to it has died
+                    yield task[0], None, error_text(error.cause or error)
+                except RayError as error:  # the worker or its node has died, or cannot be reached
                     self._replace(worker)
                     deaths[task[0].name] += 1
                     if deaths[task[0].name] < TRIES:
-                        say("warning: a worker has died; another does its work", style="yellow", to=err)
+                        echo("warning: a worker has died; another does its work", style="yellow", to=err)
                         waiting.appendleft(task)
                     else:
-                        yield task[0], None, f"{TRIES} workers have died of it: {told(error)}"
+                        yield task[0], None, f"{TRIES} workers have died of it: {error_text(error)}"
                 else:
                     self._idle.append(worker)
                     yield task[0], found, None
@@ -328,14 +328,14 @@ class Pool:
         try:
             found = ray.get(one)
         except RayTaskError as error:
-            raise ValueError(told(error.cause or error)) from error
+            raise ValueError(error_text(error.cause or error)) from error
         except RayError:
             self._replace(worker)
             return
         self._idle.append(worker)
         if differ := sorted(name for name, own in versions().items() if found.get(name) != own):
             names = ", ".join(differ)
-            say(f"warning: a node has another version of {names}; pixels may differ", style="yellow", to=err)
+            echo(f"warning: a node has another version of {names}; pixels may differ", style="yellow", to=err)
 
     def _replace(self, worker: Any) -> None:
         ray.kill(worker)

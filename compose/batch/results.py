@@ -1,10 +1,10 @@
-"""What a batch stores: its images, and beside them what says of each whether it is there, whole, and of what.
+"""The files of a batch: its images, and for each of them a record of what was made, with a checksum.
 
 NAME-SEED.png                  the images, each with its run inside
-images.jsonl                   all of them, with their seed, where they stand, and what went wrong
-state/checked/NAME.json        a scene was gone through with the model: it can be made, or why not
+images.jsonl                   all of them, with seed, path and error
+state/checked/NAME.json        the check of a scene with the model: valid, or its error
 state/made/NAME-SEED.json      how the images of one call were made; written before them, with their checksums
-state/failed/NAME-SEED.json    why they could not be made
+state/failed/NAME-SEED.json    the error of a call
 state/plan.json                the scenes with absolute paths, as a batch file
 """
 
@@ -35,10 +35,10 @@ _Stored = TypeVar("_Stored", bound=_Frozen)
 
 
 class Checked(_Frozen):
-    """A scene that was gone through with the model.
+    """The check of a scene with the model.
 
     Attributes:
-        key: A hash of all that its images depend on but their seeds.
+        key: A hash of everything that its images depend on, except their seeds.
         error: Why it cannot be made; None if it can.
     """
 
@@ -50,7 +50,7 @@ class Made(_Frozen):
     """The images of a call.
 
     Attributes:
-        key: A hash of all that they depend on.
+        key: A hash of everything that they depend on.
         sha256: Of the files, by seed.
     """
 
@@ -62,7 +62,7 @@ class Failed(_Frozen):
     """Images that could not be made.
 
     Attributes:
-        key: A hash of all that they depend on.
+        key: A hash of everything that they depend on.
         error: What happened.
     """
 
@@ -77,7 +77,7 @@ class Result:
     Attributes:
         name: Of the scene.
         seed: Of the image.
-        source: Where the scene stands.
+        source: The file and line of the scene.
         path: The file; None if the image was not made.
         error: Why it was not made.
     """
@@ -93,7 +93,7 @@ class Folder:
     """The folder of a batch.
 
     Args:
-        path: Where; it need not be there.
+        path: Its path; it need not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,32 +106,32 @@ class Folder:
 
     @property
     def claims(self) -> Path:
-        """Where its processes claim work."""
+        """The folder in which its processes claim work."""
         return self.path / STATE / CLAIMS
 
     def image(self, job: Job, seed: int) -> Path:
-        """Where an image is kept."""
+        """Path of an image."""
         return self.path / f"{job.entry.name}-{seed}.png"
 
     def checked_file(self, job: Job) -> Path:
-        """Where it is kept that a scene was checked."""
+        """Path of the check of a scene."""
         return self.path / STATE / "checked" / f"{job.entry.name}.json"
 
     def made_file(self, job: Job) -> Path:
-        """Where it is kept how the images of a job were made."""
+        """Path of the record of a job's images."""
         return self.path / STATE / "made" / f"{job.name}.json"
 
     def failed_file(self, job: Job) -> Path:
-        """Where it is kept why a job failed."""
+        """Path of the error of a job."""
         return self.path / STATE / "failed" / f"{job.name}.json"
 
     def checked(self, job: Job) -> Checked | None:
-        """What came of the check of a job's scene; None if it was not checked as it is now."""
+        """The check of a job's scene; None if it was not checked in its present form."""
         found = _read(self.checked_file(job), Checked)
         return found if found is not None and found.key == job.scene_key else None
 
     def unchecked(self, jobs: Iterable[Job]) -> list[Job]:
-        """A job of each scene that is to be checked: it was not, or could not be made, which may have changed."""
+        """A job of each scene to check: scenes that were not checked yet, or were invalid, which may have changed."""
         one_of_each = {job.entry.name: job for job in jobs}.values()
         return [job for job in one_of_each if (found := self.checked(job)) is None or found.error is not None]
 
@@ -148,14 +148,14 @@ class Folder:
         )  # fmt: skip
 
     def foreign(self, job: Job) -> Path | None:
-        """An image of a job's name that something else has made, or None."""
+        """An image with a job's name that was made in another way, or None."""
         made = _read(self.made_file(job), Made)
         if made is not None and made.key == job.key:
             return None
         return next((path for seed in job.seeds if (path := self.image(job, seed)).exists()), None)
 
     def keep_check(self, job: Job, error: str | None) -> None:
-        """Stores what came of the check of a job's scene."""
+        """Stores the check of a job's scene."""
         write(self.checked_file(job), Checked(key=job.scene_key, error=error))
 
     def keep_failure(self, job: Job, error: str) -> None:
@@ -163,7 +163,7 @@ class Folder:
         write(self.failed_file(job), Failed(key=job.key, error=error))
 
     def keep(self, job: Job, images: Mapping[int, bytes]) -> None:
-        """Stores the images of a job: first what they will be, so that those of a killed process are known as ours."""
+        """Stores the images of a job; the record comes first, so that images of a killed process are recognised."""
         sha256 = {seed: hashlib.sha256(data).hexdigest() for seed, data in images.items()}
         write(self.made_file(job), Made(key=job.key, sha256=sha256))
         for seed, data in images.items():
@@ -193,7 +193,7 @@ def changed(path: Path) -> int | None:
 
 
 def _read(path: Path, kind: type[_Stored]) -> _Stored | None:
-    """What a file says; nothing if it has been damaged, so that its work is done again."""
+    """The content of a file; None if it is damaged, so that its work is repeated."""
     try:
         return read(path, kind)
     except FileError:

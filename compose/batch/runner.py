@@ -1,4 +1,4 @@
-"""Makes the images of a batch, continues where it was stopped, and keeps what it has whatever happens.
+"""Generates the images of a batch; resumes after an interruption and keeps finished images.
 
 Any number of processes on any number of machines that share the folder work at it together, as in an evaluation: each
 claims one call after the other. First all scenes are checked with the model, then images are made.
@@ -8,21 +8,21 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from lora_compose.compose.batch.entries import Bad, Entry
+from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result, changed
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.batch.worker import Worker, encoded, told
+from lora_compose.compose.batch.worker import Worker, encoded, error_text
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0
-"""After how many seconds without a sign of life a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 OnProgress = Callable[..., None]
-"""Takes how many calls are done, fractions included, and sometimes a new text."""
+"""Called with the number of finished calls, fractions included, and sometimes a new text."""
 
 
 def run_batch(
@@ -36,19 +36,19 @@ def run_batch(
 ) -> list[Result]:
     """Makes the images of a batch until all are there, made by this process or by others.
 
-    What is there already is not made again, unless it has been damaged since. What fails is tried once, and stops
-    nothing else. A scene that cannot be made is found before the first image.
+    Existing images are not made again, unless they are damaged. A call that fails is tried once, and does not stop the
+    others. Invalid scenes are found before the first image.
 
     Args:
         entries: The scenes, as `read_entries` gives them.
         settings: How they are made.
         out: The folder; processes that share it share the work.
-        on_progress: Called with the number of calls that are done, and sometimes a text.
+        on_progress: Called with the number of finished calls, and sometimes a text.
         replace: Whether images of the same names that were made in another way are replaced.
-        patience: After how many seconds without a sign of life the work of another process is taken over.
+        patience: Seconds without a heartbeat after which the work of another process is taken over.
 
     Returns:
-        All images, in the order of the scenes; those that could not be made say why.
+        All images, in the order of the scenes; those that could not be made have an error.
 
     Raises:
         ValueError: If the model cannot be opened, a setting is unknown, or there are images of the same names that were
@@ -76,8 +76,8 @@ def check_names(folder: Folder, jobs: Iterable[Job], replace: bool) -> None:
         )
 
 
-def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[Bad]) -> list[Result]:
-    """What has come of the calls of a batch, and of scenes that could not be read."""
+def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[InvalidEntry]) -> list[Result]:
+    """The results of a batch, scenes that could not be read included."""
     results = []
     for job in jobs:
         error = None
@@ -87,7 +87,7 @@ def results_of(folder: Folder, jobs: Iterable[Job], bad: Iterable[Bad]) -> list[
         for seed in job.seeds:
             path = folder.image(job, seed) if error is None else None
             results.append(Result(job.entry.name, seed, job.entry.source, path, error))
-    return [*results, *(Result("", None, one.source, None, one.complaint) for one in bad)]
+    return [*results, *(Result("", None, one.source, None, one.error) for one in bad)]
 
 
 class _Making:
@@ -135,8 +135,8 @@ class _Making:
         try:
             images = self._opened().make(job.run, job.seeds, lambda share: self._report(done + share))
         except Exception as error:  # whatever models and libraries raise
-            logger.error("%s: %s", job.entry.source, told(error), exc_info=logger.isEnabledFor(logging.DEBUG))
-            self._folder.keep_failure(job, told(error))
+            logger.error("%s: %s", job.entry.source, error_text(error), exc_info=logger.isEnabledFor(logging.DEBUG))
+            self._folder.keep_failure(job, error_text(error))
             return
         if not claim.held:
             logger.warning("%s was taken over by another process: this one had given no sign of life", job.name)

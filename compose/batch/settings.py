@@ -18,7 +18,7 @@ _SPAN = re.compile(r"\s*(\d{1,19})\s*(?:-\s*(\d{1,19})\s*)?")
 
 
 def parse_seeds(given: Any) -> Any:
-    """Seeds as people write them: 3, "0-7", "1, 4, 9", or a list of these; what is none of them stays as it is.
+    """Reads seeds: 3, "0-7", "1, 4, 9", or a list of these; anything else is returned unchanged.
 
     Raises:
         ValueError: For spans that run backwards, too many seeds, and seeds that are given twice.
@@ -69,11 +69,11 @@ class BatchSettings(BaseModel):
         scheduler: Class name of a diffusers scheduler; None keeps the model's.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 or less is none.
-        seeds: Of scenes that have none of their own.
+        seeds: Seeds of scenes without their own.
         batch_size: Images of one scene that are made in one call; the pixels depend on it.
         threads: CPU threads of a process; the pixels depend on them, too. None leaves them to torch.
         dtype: Precision of the model.
-        device: Where it runs; None chooses, and uses every GPU of the machine.
+        device: The device; None chooses, and uses every GPU of the machine.
         save_memory: Options that save memory.
     """
 
@@ -93,7 +93,7 @@ class BatchSettings(BaseModel):
     save_memory: Savers = ()
 
     def run(self, scene: Scene) -> Run:
-        """How a scene is made."""
+        """The run of a scene."""
         return Run(
             scene=scene, model=self.model, method=self.method, settings=self.settings, scheduler=self.scheduler,
             steps=self.steps, guidance_scale=self.guidance_scale, dtype=self.dtype, device=self.device,

@@ -1,4 +1,4 @@
-"""Tables of scenes: CSV with a header, or JSONL. Every row is read by itself, so that a bad one spoils no other."""
+"""Tables of scenes: CSV with a header, or JSONL. Every row is read by itself: a bad one does not affect others."""
 
 import csv
 from collections import Counter
@@ -23,12 +23,12 @@ class Row:
     Attributes:
         line: Where it begins in its file, from 1.
         values: By column; empty if the row cannot be read.
-        complaint: Why it cannot be read; None if it can.
+        error: Why it cannot be read; None if it can.
     """
 
     line: int
     values: dict[str, Any]
-    complaint: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Table:
     """A table.
 
     Attributes:
-        columns: Those of the header; None where every row names its own.
-        rows: In order, those that cannot be read included.
+        columns: Columns of the header; None if every row names its own (JSONL).
+        rows: All rows in order, unreadable ones included.
     """
 
     columns: Sequence[str] | None
@@ -86,28 +86,28 @@ def _csv(text: str, path: Path) -> Table:
     first = text.lstrip().split("\n", 1)[0]
     delimiter = next((mark for mark in ",;\t" if mark in first), ",")
     rows = _records(text, delimiter)
-    line, header, complaint = next(rows, (1, [], "there is no header"))
+    line, header, error = next(rows, (1, [], "there is no header"))
     columns = [name.strip() for name in header]
     twice = [name for name, times in Counter(columns).items() if times > 1]
-    if complaint is None and twice:
-        complaint = f"the column {twice[0]!r} stands twice"
-    if complaint is None and "" in columns:
-        complaint = f"column {columns.index('') + 1} has no name"
-    if complaint is not None:
-        raise FileError(f"{path}, line {line}: {complaint}; expected a header such as name,prompt,seed")
+    if error is None and twice:
+        error = f"the column {twice[0]!r} stands twice"
+    if error is None and "" in columns:
+        error = f"column {columns.index('') + 1} has no name"
+    if error is not None:
+        raise FileError(f"{path}, line {line}: {error}; expected a header such as name,prompt,seed")
     return Table(columns, [_csv_row(columns, *row) for row in rows])
 
 
-def _csv_row(columns: Sequence[str], line: int, cells: Sequence[str], complaint: str | None) -> Row:
-    if complaint is None and len(cells) != len(columns):
-        complaint = (
+def _csv_row(columns: Sequence[str], line: int, cells: Sequence[str], error: str | None) -> Row:
+    if error is None and len(cells) != len(columns):
+        error = (
             f"{len(cells)} cells, but the header has {len(columns)} columns; put text with a separator in it in quotes"
         )
-    return Row(line, {} if complaint else dict(zip(columns, cells, strict=True)), complaint)
+    return Row(line, {} if error else dict(zip(columns, cells, strict=True)), error)
 
 
 def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str], str | None]]:
-    """Line, cells, and what is wrong with them, of all rows that are not blank; no more after an unreadable one."""
+    """Line, cells and error of all rows that are not blank, up to the first one that is not CSV."""
     reader = csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     while True:
         line = reader.line_num + 1

@@ -28,12 +28,12 @@ def placeholders(template: Any) -> set[str]:
 def fill(template: Any, values: Mapping[str, Any]) -> Any:
     """A template with values in place of the names.
 
-    A text that is a placeholder and nothing else becomes the value itself, and without a value its field is left out.
-    Text that is a list of numbers afterwards, "[0, 16, 60, 112]", becomes one. "{{" and "}}" stand for braces.
+    A text that is only a placeholder becomes the value itself; without a value, its field is left out. A result that is
+    a list of numbers, "[0, 16, 60, 112]", becomes one. "{{" and "}}" are braces.
 
     Args:
         template: Lists, mappings and texts.
-        values: By placeholder; all are there. None and "" are no value.
+        values: By placeholder, for all of them. None and "" are no value.
 
     Raises:
         ValueError: If a list or mapping stands within a text.

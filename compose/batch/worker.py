@@ -27,7 +27,7 @@ class Worker:
 
         Args:
             settings: Those of the batch.
-            device: Where it is to run.
+            device: The device.
 
         Raises:
             ValueError: If it cannot be opened, or method, settings or scheduler are unknown.
@@ -38,11 +38,11 @@ class Worker:
         return cls(open_model(run, settings.save_memory), device)
 
     def check(self, run: Run) -> str | None:
-        """Goes through a run up to its first step; what is wrong with it, or None."""
+        """Runs everything up to the first step; returns the error, or None."""
         try:
             rehearse(self.pipe, self._here(run))
         except Exception as error:  # whatever models and libraries raise
-            return told(error)
+            return error_text(error)
         return None
 
     def make(
@@ -65,8 +65,8 @@ def encoded(images: Iterable[Made]) -> dict[int, bytes]:
     return {one.record.run.seed: png_bytes(one.image, one.record) for one in images}
 
 
-def told(error: BaseException) -> str:
-    """What is said of something that went wrong with a scene."""
+def error_text(error: BaseException) -> str:
+    """The message of an error, with its notes."""
     text = str(error).strip()[:1000]
-    said = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
-    return "\n".join([said, *getattr(error, "__notes__", ())])
+    message = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+    return "\n".join([message, *getattr(error, "__notes__", ())])

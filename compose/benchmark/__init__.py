@@ -1,1 +1,1 @@
-"""What methods cost next to the plain pipeline: worked out, and measured."""
+"""Costs of methods relative to the plain pipeline: computed, and measured."""

@@ -1,4 +1,4 @@
-"""Models by their configuration, and LoRAs for any UNet: to measure what needs no trained files."""
+"""Models from configurations, and random LoRAs for any UNet: benchmarks need no trained files."""
 
 import string
 from collections.abc import Callable, Mapping
@@ -81,7 +81,7 @@ TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] =
     "Krea 2": (Krea2Transformer2DModel, {}),
     "Z-Image": (ZImageTransformer2DModel, {}),
 }  # fmt: skip
-"""By the classes' own defaults, which are the published models', but for what is said here."""
+"""Configurations of transformers: the defaults of their classes, which are the published models', with changes."""
 FAMILIES = (*_FAMILIES, *TRANSFORMERS)
 
 RANK = 8
@@ -92,7 +92,7 @@ PROMPT = " ".join(f"{trigger} {noun}" for trigger, noun in zip(TRIGGERS, NOUNS, 
 
 @cache
 def without_weights(family: str) -> SimpleNamespace:
-    """The models of a family at full size, on the meta device: names and shapes, but no numbers.
+    """The models of a family at full size, on the meta device: names and shapes, but no values.
 
     Args:
         family: One of `FAMILIES`.

@@ -1,4 +1,4 @@
-"""What methods cost next to the plain pipeline: rows, FLOPs and memory worked out; seconds, memory, swaps measured."""
+"""Costs of methods relative to the plain pipeline: rows, FLOPs and memory computed; seconds, memory, swaps measured."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
 from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
-from lora_compose.compose.support.terminal import bar, out, say
+from lora_compose.compose.support.terminal import bar, echo, out
 from lora_compose.pipelines.methods import make_method
 
 GUIDANCE = 5.0
@@ -38,7 +38,7 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class CountedRow:
-    """A method's cost on an architecture, and the plain pipeline's."""
+    """The costs of a method and of the plain pipeline on an architecture."""
 
     architecture: str
     method: str
@@ -49,13 +49,13 @@ class CountedRow:
 
 @dataclass(frozen=True)
 class PeakRow:
-    """What a method needs in memory on an architecture, as it is and with gradient checkpointing.
+    """The memory of a method on an architecture, without and with gradient checkpointing.
 
     Attributes:
         architecture: Its name.
         method: Name of the method; None is the plain pipeline.
         concepts: Number of concepts.
-        peak: As it is.
+        peak: Without gradient checkpointing.
         checkpointed: With gradient checkpointing; None where there are no gradients.
     """
 
@@ -68,7 +68,7 @@ class PeakRow:
 
 @dataclass(frozen=True)
 class HostRow:
-    """What a method asks of the host on a model."""
+    """The work of the host for a method on a model."""
 
     method: str
     concepts: int
@@ -77,7 +77,7 @@ class HostRow:
 
 @dataclass(frozen=True)
 class PassRow:
-    """What `regional` costs in a pass of a transformer, and the plain model."""
+    """The costs of a pass of a transformer, with `regional` and plain."""
 
     family: str
     concepts: int
@@ -87,7 +87,7 @@ class PassRow:
 
 @dataclass(frozen=True)
 class TimedRow:
-    """A method's seconds and memory on a model, and the plain pipeline's memory."""
+    """The seconds and memory of a method on a model, and the memory of the plain pipeline."""
 
     method: str
     concepts: int
@@ -114,22 +114,22 @@ def bench(
     pairs: int,
     to: Path | None,
 ) -> None:
-    """Shows what methods cost next to the plain pipeline.
+    """Shows the costs of methods relative to the plain pipeline.
 
     Args:
         methods: Names of methods.
         concepts: Numbers of concepts.
-        settings: Of all these methods.
+        settings: Settings of all these methods.
         steps: Denoising steps.
-        count: Whether latent rows and FLOPs are counted; they are, too, where nothing else is asked for.
-        memory: Whether the peak of the memory is computed.
+        count: Whether latent rows and FLOPs are counted; the default if nothing else is chosen.
+        memory: Whether peak memory is computed.
         transformers: Whether passes of transformers with `regional` are counted.
         calls: Whether Python calls and operations are counted in real calls.
         time: Whether calls are timed.
         swap: Whether reading and swapping of LoRA files is timed.
-        model: The model that is run.
-        device: Where.
-        savers: With which options that save memory.
+        model: The model to run.
+        device: The device to time on.
+        savers: Options that save memory.
         pairs: Timed pairs of a plain call and one of the method.
         to: A file for the numbers, JSON.
 
@@ -154,7 +154,7 @@ def bench(
         numbers["peaks"] = [asdict(row) for row in peaks]
         numbers["decoding"] = decoding = decoding_bytes_by_architecture()
         for name, (whole, tiled) in decoding.items():
-            say(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
+            echo(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
     if transformers:
         passes = pass_cells(concepts)
         out.print(passes_table(passes))
@@ -181,13 +181,13 @@ def bench(
         numbers["swaps"] = asdict(swaps)
     if to is not None:
         to.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        say(to)
+        echo(to)
 
 
 def count_cells(
     cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
 ) -> list[CountedRow]:
-    """Counts methods with so many concepts on every architecture."""
+    """Counts methods on every architecture, by number of concepts."""
     rows = []
     with bar("counting", len(ARCHITECTURES) * len(cells)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
@@ -225,7 +225,7 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
 def peak_cells(
     cells: Sequence[tuple[str, int]], steps: int, settings: Mapping[str, Any] | None = None
 ) -> list[PeakRow]:
-    """Works out the memory of the plain pipeline and of methods with so many concepts, on every architecture."""
+    """Computes the memory of the plain pipeline and of methods on every architecture, by number of concepts."""
     rows, every = [], [(None, 0), *cells]
     with bar("computing", len(ARCHITECTURES) * len(every)) as on_progress:
         for architecture, config in ARCHITECTURES.items():
@@ -243,7 +243,7 @@ def peak_cells(
 
 
 def decoding_bytes_by_architecture() -> dict[str, tuple[int, int]]:
-    """What decoding an image takes in float32, whole and in tiles, VAE included."""
+    """Bytes to decode an image in float32, whole and in tiles, VAE included."""
     found = {}
     for name, config in ARCHITECTURES.items():
         side = config["sample_size"] * 8
@@ -256,7 +256,7 @@ def decoding_bytes_by_architecture() -> dict[str, tuple[int, int]]:
 
 
 def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
-    """GiB as it is and with gradient checkpointing, and what that costs."""
+    """GiB without and with gradient checkpointing, and its cost in FLOPs."""
     names = list(dict.fromkeys(row.architecture for row in rows))
     table = _table(
         f"Computed: GiB of UNet, LoRAs and passes in half precision, one image, {steps} steps with guidance; then "
@@ -272,7 +272,7 @@ def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
 
 
 def pass_cells(concepts: Sequence[int], families: Sequence[str] = SHOWN) -> list[PassRow]:
-    """Works out one pass of transformers at 1024 x 1024 in bfloat16, with so many regions."""
+    """Computes one pass of transformers at 1024 x 1024 in bfloat16, by number of regions."""
     rows, grid = [], (128, 128)
     with bar("counting", len(families) * len(concepts)) as on_progress:
         for family in families:
@@ -302,7 +302,7 @@ def passes_table(rows: Sequence[PassRow]) -> Table:
 
 
 def host_cells(cells: Sequence[tuple[str, int]], plain: Job) -> list[HostRow]:
-    """Counts what methods with so many concepts ask of the host."""
+    """Counts the work of the host for methods, by number of concepts."""
     pipe, rows = open_with_concepts(replace(plain, concepts=max(number for _, number in cells))), []
     with bar("counting", len(cells)) as on_progress:
         for method, number in cells:
@@ -326,7 +326,7 @@ def host_table(rows: Sequence[HostRow], what: str) -> Table:
 
 
 def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list[TimedRow]:
-    """Times methods with so many concepts in this process, then measures the memory of each in a process of its own."""
+    """Times methods by number of concepts in this process, then measures the memory of each in a process of its own."""
     most = max(number for _, number in cells)
     pipe = open_with_concepts(replace(plain, concepts=most))
     with bar("measuring", 2 * len(cells) + 1) as on_progress:
@@ -344,7 +344,7 @@ def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list
 
 
 def times_table(rows: Sequence[TimedRow], what: str) -> Table:
-    """Seconds of whole calls and the peak of the memory, as ratios to the plain pipeline."""
+    """Seconds of whole calls and peak memory, as ratios to the plain pipeline."""
     table = _table(
         f"Measured: {what}; seconds of whole calls without decoding, of those before the first step, ratio to the "
         "plain pipeline pair by pair; peak of the memory, model included",

@@ -1,4 +1,4 @@
-"""What a whole image costs in latent rows and FLOPs: a method's full schedule, run without numbers on the meta device.
+"""Latent rows and FLOPs of a whole image: a method's full schedule, run without values on the meta device.
 
 Text encoders, VAE and scheduler are not counted; they are the same for every method, up to the text encoders' LoRAs.
 """
@@ -36,14 +36,14 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Counted:
-    """What one call costs.
+    """The costs of one call.
 
     Attributes:
         rows_forward: Latent rows through the whole UNet.
         rows_stopped: Rows forward through passes that stop early.
         rows_backward: Rows run backward.
-        flops: Operations of the whole call, a multiplication and an addition being two.
-        preparation_flops: Those of them before the first denoising step.
+        flops: FLOPs of the whole call; a multiplication and an addition count as two.
+        preparation_flops: FLOPs before the first denoising step.
     """
 
     rows_forward: float
@@ -73,7 +73,7 @@ def count(
     vae_scale: int = 8,
     watched: AbstractContextManager[Any] | None = None,
 ) -> Counted:
-    """Counts a call; what depends on numbers, as when to stop updating latents, is counted as the most that can be.
+    """Counts a call; where the cost depends on values, such as when updates end, the maximum is counted.
 
     Args:
         unet: On the meta device.
@@ -86,7 +86,7 @@ def count(
         scheduler: Says how many passes the steps need; DDIM, with one each, by default.
         tokens: Tokens of a prompt.
         vae_scale: Pixels per latent cell and side.
-        watched: Entered for the run, such as what watches the memory that it takes.
+        watched: A context manager around the run, for example to watch its memory.
 
     Raises:
         ValueError: If the concepts lack something the method needs.
@@ -101,7 +101,7 @@ def count(
         return _plain(unet, latents.to(META), text, unet_kwargs, len(scheduler.timesteps), watched)
     words = torch.eye(tokens, len(concepts)).roll(1, dims=0)[None]  # after the start token
     masks, operations, backbone = TokenMasks(words, words), Operations(), backbone_of(unet)
-    # All but the model itself has numbers, on the CPU.
+    # Everything except the model has values, on the CPU.
     canvas = Canvas(image_size, grid, 1, images, torch.device("cpu"), backbone)
     acting = ConceptSet(tuple(_without_numbers(concept) for concept in concepts))
     loras = [loaded.lora for loaded in acting.loaded]
@@ -125,7 +125,7 @@ def count(
         latents = process.prepare(latents, every[0])
         preparation = operations.flops
         for step in every:
-            latents, _ = process.step(latents, step)  # what the scheduler makes of them has the same shape
+            latents, _ = process.step(latents, step)  # scaled latents have the same shape
     cost = denoiser.cost
     return Counted(cost.rows_forward, cost.rows_stopped, cost.rows_backward, operations.flops, preparation)
 
@@ -141,7 +141,7 @@ def count_run(
     *,
     scheduler: Any = None,
 ) -> Counted:
-    """Counts a call of a pipeline, of which nothing is changed or run.
+    """Counts a call of a pipeline, without changing or running it.
 
     Args:
         pipe: A composing pipeline.
@@ -165,7 +165,7 @@ def count_run(
 
 
 def meta_unet(config: Any) -> UNet2DConditionModel:
-    """A UNet without numbers, on the meta device."""
+    """A UNet without values, on the meta device."""
     with META:
         unet: Any = UNet2DConditionModel.from_config(dict(config))
     return unet.eval()
@@ -173,7 +173,7 @@ def meta_unet(config: Any) -> UNet2DConditionModel:
 
 @dataclass(frozen=True)
 class Price:
-    """What one kind of pass costs, and the keys and values of text that it leaves behind, by micro-batch."""
+    """The costs of one kind of pass, and the keys and values of text that it keeps, by micro-batch."""
 
     flops: int
     cost: Cost
@@ -181,9 +181,9 @@ class Price:
 
 
 class PricingDenoiser:
-    """Prices the passes of a method: of all passes that cost the same, it runs the first, without numbers.
+    """Prices the passes of a method: of all passes with the same cost, it runs the first one, without values.
 
-    Its answers have numbers: predictions and gradients are 0, all losses are 1, so that no update ends early, and the
+    Its results have values: predictions and gradients are 0, all losses are 1, so that no update ends early, and the
     attention to concept i lies in the ith column of the image.
 
     Args:
@@ -202,11 +202,11 @@ class PricingDenoiser:
         self.sampler = denoiser.sampler
 
     def ahead(self, sampler: Sampler) -> "PricingDenoiser":
-        """Prices steps that are taken ahead. What it does not run needs no scaling, so it goes on as it is."""
+        """Prices steps that are taken ahead; it needs no sampler, so it is returned unchanged."""
         return self
 
     def fold(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
-        """Folds, and counts what that takes."""
+        """Folds, and counts its FLOPs."""
         with self._operations:
             self._denoiser.fold(streams, weights)
 
@@ -241,7 +241,7 @@ class PricingDenoiser:
         loss: Loss,
         *,
         whole: bool = False,
-        beside: Readout | None = None,
+        readout: Readout | None = None,
     ) -> Gradient:
         """Prices a pass with a gradient, without the loss itself, which is small."""
         conditional, images = not (whole and step.guided), len(latents)
@@ -265,8 +265,8 @@ class PricingDenoiser:
         text = text.conditional() if conditional else text
         output = latents.new_zeros(text.rows, *latents.shape[1:])
         prediction = Prediction(output, text.num_uncond, text.images, maps) if whole else None
-        told = None if beside is None else beside(maps)
-        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, told)
+        read = None if readout is None else readout(maps)
+        return Gradient(torch.ones(images), torch.zeros(latents.shape), maps, prediction, read)
 
     def _used(self, loss: Loss, request: MapRequest) -> tuple[bool, bool]:
         """Whether a loss depends on the maps of text, and on those of self-attention."""
@@ -385,7 +385,7 @@ def _empty(unet: UNet2DConditionModel, *shape: int) -> Tensor:
 
 
 def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
-    """The same concept with the shapes of its factors only."""
+    """The same concept with factors on the meta device."""
     return replace(concept, factors=replace(concept.factors, model=_shapes(concept.factors.model)))
 
 

@@ -1,4 +1,4 @@
-"""The FLOPs of operations on tensors, with numbers or without."""
+"""FLOPs of tensor operations, with values or on the meta device."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -13,12 +13,11 @@ from torch.utils.flop_counter import flop_registry
 class Operations(TorchDispatchMode):
     """Counts FLOPs inside a `with` block by the formulas of PyTorch's `FlopCounterMode`.
 
-    That one overlooks `addmm_`, with which the bank adds its deltas. And operations on meta tensors, which give a shape
-    and nothing else, are worked out by PyTorch in Python, slowly; here once for every operation and kind of input, for
-    as long as the program runs.
+    `FlopCounterMode` misses `addmm_`, with which the bank adds its deltas. And PyTorch computes shapes of meta tensors
+    in Python, slowly; here this is done once for every operation and kind of input, for the whole process.
 
     Attributes:
-        flops: What has been counted so far.
+        flops: FLOPs so far.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,7 @@ def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
 
 
 def _again(func: Any, out: Any) -> Callable[[Any, tuple, dict], Any]:
-    """How to get what an operation gives when it has the same kind of input again."""
+    """A function that returns the result of an operation for another input of the same kind."""
     shared = [result.alias_info for result in func._schema.returns if result.alias_info]
     if not shared:
         make = _maker(out)
@@ -75,7 +74,7 @@ def _kind(leaf: Any) -> tuple:
 
 
 def _maker(result: Any) -> Callable[[], Any]:
-    """Makes more like it, and keeps no tensor: it may become part of a graph, and its memory would count."""
+    """A function that makes more like it. It keeps no tensor, whose memory and graph would count."""
     if isinstance(result, Tensor):
         size, stride = tuple(result.shape), result.stride()
         return partial(torch.empty_strided, size, stride, dtype=result.dtype, device=result.device)

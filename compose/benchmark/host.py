@@ -1,4 +1,4 @@
-"""What the host does for a call, counted: Python calls, and the operations that it launches."""
+"""The work of the host for a call: Python calls, and launched tensor operations."""
 
 import sys
 from collections.abc import Callable
@@ -20,16 +20,16 @@ class Work:
     operations: int
 
     def __sub__(self, other: "Work") -> "Work":
-        """What is more in one than in the other."""
+        """The difference of two counts."""
         return Work(self.python_calls - other.python_calls, self.operations - other.operations)
 
 
 @dataclass(frozen=True)
 class HostWork:
-    """What a method adds to the plain pipeline.
+    """The work that a method adds to the plain pipeline.
 
     Attributes:
-        first: In a call, but for its steps, if its concepts have not been used before.
+        first: In a first call with its concepts, without its steps.
         again: The same in later calls.
         step: In a step.
     """
@@ -53,7 +53,7 @@ def host_work(pipe: Any, settings: Settings, concepts: int) -> HostWork:
         pipe.banks.clear()
         call(pipe, 1, ours)
 
-    work(1, {})  # what is made once
+    work(1, {})  # what is computed once
     plain = [work(steps, {}) for steps in (1, 2)]
     new = counted(first)
     later = [work(steps, ours) for steps in (1, 2)]

@@ -1,4 +1,4 @@
-"""The peak of the memory that tensors take on a device."""
+"""Peak memory of tensors on a device."""
 
 import gc
 import weakref
@@ -16,7 +16,7 @@ class PeakMemory(Protocol):
     """Watches the memory of one device inside a `with` block.
 
     Attributes:
-        peak_bytes: The most that tensors took at once inside the block, with those that were there before.
+        peak_bytes: Peak memory of all tensors inside the block, earlier ones included.
     """
 
     @property
@@ -25,11 +25,11 @@ class PeakMemory(Protocol):
         ...
 
     def __enter__(self) -> Self:
-        """Starts to watch."""
+        """Starts watching."""
         ...
 
     def __exit__(self, *error: Any) -> None:
-        """Watches no longer."""
+        """Stops watching."""
         ...
 
 
@@ -40,11 +40,11 @@ def peak_memory(device: torch.device | str) -> PeakMemory:
             ...
         memory.peak_bytes
 
-    On CUDA it is what PyTorch's allocator says, on the CPU a sum over the storages of all tensors. What operations need
-    for themselves counts on CUDA only, and on the CPU tensors of other threads do not count.
+    On CUDA it is the peak of PyTorch's allocator, on the CPU a sum over the storages of all tensors. Workspaces of
+    operations count on CUDA only, and on the CPU tensors of other threads do not count.
 
     Raises:
-        ValueError: For devices whose memory PyTorch does not tell.
+        ValueError: For devices whose memory PyTorch does not report.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -55,10 +55,10 @@ def peak_memory(device: torch.device | str) -> PeakMemory:
 
 
 def meta_memory(there: Iterable[Tensor]) -> PeakMemory:
-    """Watches the meta device: what tensors of these shapes would take if they had numbers.
+    """Watches the meta device: the memory that tensors of these shapes would take.
 
     Args:
-        there: What counts from the start.
+        there: Tensors that count from the start.
     """
     there = tuple(there)
     return _StorageMemory("meta", lambda: there)
@@ -78,7 +78,7 @@ class _CudaMemory:
 
 
 class _StorageMemory(TorchDispatchMode):
-    """Adds up the storages of one kind of device, from those that are there on."""
+    """Sums the storages on one kind of device, existing ones included."""
 
     def __init__(self, kind: str, there: Callable[[], Iterable[Tensor]]) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _StorageMemory(TorchDispatchMode):
         return out
 
     def _watch(self, tensor: Tensor) -> None:
-        # Those that `torch.compile` reasons with say that they are on the CPU, but take nothing there.
+        # Fake tensors of `torch.compile` claim to be on the CPU, but take no memory there.
         if isinstance(tensor, FakeTensor) or tensor.device.type != self._kind or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -121,7 +121,7 @@ class _StorageMemory(TorchDispatchMode):
 
 
 def _all_tensors() -> Iterator[Tensor]:
-    gc.collect()  # what nobody needs any more is not there, whenever Python would have noticed
+    gc.collect()  # frees unreachable tensors, so that the result does not depend on when Python collects them
     for found in gc.get_objects():
         if issubclass(type(found), Tensor):  # isinstance would wake up lazy modules
             yield found

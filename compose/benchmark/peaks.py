@@ -1,7 +1,7 @@
-"""What a call needs in memory on models of full size: run without numbers, so that no such device has to be at hand.
+"""Peak memory of a call on models of full size, run without values on the meta device.
 
-UNet, LoRAs and all that passes leave behind are counted, and by itself what decoding takes. Text encoders are not,
-which `enable_model_cpu_offload` keeps away meanwhile, nor what a device's libraries and its allocator take.
+UNet, LoRAs and everything that passes keep are counted; decoding is counted by itself. Not counted are text encoders,
+which `enable_model_cpu_offload` moves away, and the memory of a device's libraries and allocator.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,10 +26,10 @@ from lora_compose.pipelines.methods import Settings
 
 @dataclass(frozen=True)
 class Peak:
-    """What one call needs.
+    """The peak of one call.
 
     Attributes:
-        peak_bytes: The most that lives at once, UNet included.
+        peak_bytes: Peak memory, UNet included.
         flops: FLOPs of the whole call.
         updates: Whether there are passes with a gradient.
     """
@@ -50,7 +50,7 @@ def peak(
     gradient_checkpointing: bool = False,
     tokens: int = 77,
 ) -> Peak:
-    """Works out the memory of a call on a device with fused attention.
+    """Computes the memory of a call on a device with fused attention.
 
     Args, errors: as for `count`; the UNet is in the precision of the call. With `gradient_checkpointing`, passes with a
     gradient compute their activations twice instead of keeping them.
@@ -67,7 +67,7 @@ def peak(
 
 
 def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
-    """The most that lives at once while one image is decoded, VAE included.
+    """Peak memory while one image is decoded, VAE included.
 
     Args:
         vae: On the meta device, in the precision of decoding.
@@ -83,7 +83,7 @@ def decoding_bytes(vae: AutoencoderKL, image_size: Grid) -> int:
 
 
 def _recomputing() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Around a block and around its recomputation, which PyTorch runs without the modes of functions that are on."""
+    """Enters a mode around a block and around its recomputation, for which PyTorch leaves function modes."""
     return nullcontext(), FusedAttention()
 
 
@@ -94,7 +94,7 @@ def _watched(memory: PeakMemory) -> Iterator[None]:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as devices compute it: on the meta device PyTorch would keep the matrix of all its weights."""
+    """Fused attention: on the meta device, PyTorch would keep the matrix of attention weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is F.scaled_dot_product_attention:

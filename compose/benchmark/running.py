@@ -1,4 +1,4 @@
-"""Counting a call while it runs, for models of which there is no copy without numbers: transformers."""
+"""Counts a call while it runs, for transformers, which have no copy on the meta device."""
 
 from typing import Any
 
@@ -11,6 +11,11 @@ from lora_compose.compose.generate.making import make_batch
 from lora_compose.pipelines.scene import Run
 
 
+def needs_running(pipe: Any) -> bool:
+    """Whether the calls of a pipeline are counted by running one: `count_run` supports UNets only."""
+    return "unet" not in pipe.components
+
+
 def count_by_running(pipe: Any, run: Run) -> Counted:
     """Makes one image of a run, and counts the operations in all passes of the model.
 
@@ -19,7 +24,7 @@ def count_by_running(pipe: Any, run: Run) -> Counted:
         run: What to make.
 
     Raises:
-        ValueError: Whatever `make` would raise.
+        ValueError: As `make`.
     """
     operations, rows = Operations(), [0]
 

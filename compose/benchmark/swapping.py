@@ -1,4 +1,4 @@
-"""How long it takes to make LoRA files known, to read one, and to swap one in memory for another."""
+"""Times to register LoRA files, to read one, and to swap one in memory for another."""
 
 import statistics
 import tempfile
@@ -30,11 +30,11 @@ class Swaps:
     """Medians, in milliseconds by file.
 
     Attributes:
-        file_bytes: How large a file is.
-        adding: Making it known by its header.
+        file_bytes: Size of a file.
+        adding: Registering it by its header.
         reading: The first call that names it: reading, checking, matching.
-        swapping: Every further one, while it is in memory.
-        installing: Putting it into UNet and text encoder and taking it out, as every call does.
+        swapping: Every further call, while it is in memory.
+        installing: Installing it in UNet and text encoder and removing it, in every call.
     """
 
     file_bytes: int
@@ -70,7 +70,7 @@ def measure_swaps(device: str = "cpu", repeats: int = 5) -> Swaps:
 
 
 def _write_files(pipe: Any, folder: Path) -> int:
-    """Writes LoRAs with random numbers, and says how many bytes one has."""
+    """Writes LoRAs with random numbers, and returns the bytes of one."""
     generator = torch.Generator().manual_seed(0)
     path = folder / "none"
     for i in range(_FILES):

@@ -35,7 +35,7 @@ class Job:
 
     Attributes:
         model: A folder, a checkpoint file, a hub repository or `playground`.
-        device: Where it runs.
+        device: The device.
         steps: Denoising steps.
         method: Name of the method; None is the plain pipeline.
         concepts: Number of concepts.
@@ -61,8 +61,8 @@ class Timed:
         seconds: A call of the method.
         preparation_seconds: Of these, before the first denoising step.
         ratio: Method to plain, the median.
-        ratio_min: The least.
-        ratio_max: The most.
+        ratio_min: The smallest ratio.
+        ratio_max: The largest ratio.
     """
 
     plain_seconds: float
@@ -104,10 +104,10 @@ def time_pairs(pipe: Any, settings: Settings, concepts: int, steps: int, pairs: 
 
 
 def peak_bytes(job: Job) -> int:
-    """The peak of the memory of one call, model and LoRAs included, in a process of its own.
+    """Peak memory of one call, model and LoRAs included, in a process of its own.
 
     Raises:
-        ChildProcessError: If that fails; the message carries what it said.
+        ChildProcessError: If that process fails; the message has its error output.
     """
     command = [sys.executable, "-m", "lora_compose.compose.benchmark.timing", json.dumps(asdict(job))]
     ran = subprocess.run(command, capture_output=True, text=True)
@@ -128,7 +128,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Call:
-    """Seconds of a call, and of these those before the first denoising step."""
+    """Seconds of a call, and its seconds before the first denoising step."""
 
     seconds: float
     preparation_seconds: float

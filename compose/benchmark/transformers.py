@@ -1,4 +1,4 @@
-"""What LoRAs cost in a forward pass of a transformer of full size, run without numbers."""
+"""Costs of LoRAs in a forward pass of a transformer of full size, run without values on the meta device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ SHOWN = ("FLUX.1", "FLUX.2-klein 4B", "FLUX.2-klein 9B", "Krea 2", "Z-Image")
 
 @dataclass(frozen=True)
 class PassCost:
-    """What one forward pass of one row costs with `regional`, whose LoRAs act in all layers at once.
+    """The costs of one forward pass of one row with `regional`, whose LoRAs act in all layers at once.
 
     Attributes:
-        flops: A multiplication and an addition are two.
-        peak_bytes: The most that lives at once, model and LoRAs included.
+        flops: FLOPs; a multiplication and an addition count as two.
+        peak_bytes: Peak memory, model and LoRAs included.
     """
 
     flops: int
@@ -33,7 +33,7 @@ class PassCost:
 
 
 def block_lora(model: nn.Module, rank: int) -> Lora:
-    """Factors without numbers for every linear layer that sees text or image; modulation layers are left alone."""
+    """Factors without values for every linear layer that sees text or image; modulation layers are left alone."""
     found = {}
     for name, site in backbone_of(model).sites.items():
         layer = model.get_submodule(name)
@@ -50,8 +50,8 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
 
     Args:
         model: A transformer on the meta device.
-        concepts: How many LoRAs act; 0 is the plain model.
-        rank: Of each.
+        concepts: Number of LoRAs; 0 is the plain model.
+        rank: Rank of each.
         latent_grid: Height and width of the latents.
         tokens: Tokens of the text.
     """
@@ -78,7 +78,7 @@ def pass_cost(model: Any, concepts: int, rank: int, latent_grid: Grid, tokens: i
 
 
 def _inputs(model: Any, tokens: int) -> dict[str, Any]:
-    """The text, what belongs to it, and further arguments of each family's forward pass."""
+    """The text, and the further arguments of each family's forward pass."""
     config: Mapping[str, Any] = model.config
     dtype = next(model.parameters()).dtype
 

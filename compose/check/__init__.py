@@ -1,1 +1,1 @@
-"""What a run would do, without denoising."""
+"""Checks a run without denoising."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lora_compose.compose.benchmark.counting import count_run
+from lora_compose.compose.benchmark.running import needs_running
 from lora_compose.compose.generate.making import load, rehearse, resolve_choice, size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.schedulers import scheduler_of
@@ -21,7 +22,7 @@ from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.mask_images import mask_name
 from lora_compose.pipelines.methods import Settings, name_of
-from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.notes import warn_once
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept, Run
 from lora_compose.pipelines.text.emphasis import plain_text
@@ -74,7 +75,7 @@ def check(run: Run, pipe: Any = None) -> Report:
     facts: list[tuple[str, str]] = [("model", f"{run.model}, {run.dtype}"), ("prompt", run.scene.prompt)]
     problems: list[str] = []
     cost: RunCost | None = None
-    with _heard() as heard:
+    with _captured() as records:
         # The rest is checked even if the method is unknown.
         if pipe is None:
             pipe = _attempt(problems, open_model, run.model_copy(update={"method": None, "settings": {}}))
@@ -85,11 +86,11 @@ def check(run: Run, pipe: Any = None) -> Report:
             found, cost = _facts(pipe, run, problems)
             facts += found
     # A method that was not asked for comes with the reason for the choice: "method: tara, because ..."
-    chosen = [record.getMessage() for record in heard if record.name == "lora_compose.pipelines.methods"]
+    chosen = [record.getMessage() for record in records if record.name == "lora_compose.pipelines.methods"]
     facts = [
         (label, chosen[0].removeprefix("method: ") if label == "method" and chosen else text) for label, text in facts
     ]
-    notes = [record.getMessage() for record in heard if record.levelno >= logging.WARNING]
+    notes = [record.getMessage() for record in records if record.levelno >= logging.WARNING]
     return Report(tuple(facts), tuple(notes), tuple(dict.fromkeys(problems)), cost)
 
 
@@ -121,8 +122,11 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
         choice = _attempt(problems, resolve_choice, pipe, run, [found for found in loaded if found])
     if not problems:
         _attempt(problems, rehearse, pipe, run)
-    priced = "unet" in pipe.components  # transformers are counted while they run
-    cost = None if problems or not priced else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
+    cost = (
+        None
+        if problems or needs_running(pipe)
+        else _attempt(problems, _cost, pipe, run, choice and choice.method, loaded)
+    )
     facts += [
         ("method", name_of(choice.method)[0] if choice else "none"),
         ("size", f"{width} x {height} pixels"),
@@ -234,7 +238,7 @@ def _attempt(problems: list[str], function: Callable[..., _T], *args: Any) -> _T
         return None
 
 
-class _Listener(logging.Handler):
+class _Collector(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
@@ -246,15 +250,15 @@ class _Listener(logging.Handler):
 
 
 @contextmanager
-def _heard() -> Iterator[list[logging.LogRecord]]:
+def _captured() -> Iterator[list[logging.LogRecord]]:
     """Collects what the pipelines log: the reason for a method, and warnings."""
-    logger, listener = logging.getLogger("lora_compose.pipelines"), _Listener()
+    logger, collector = logging.getLogger("lora_compose.pipelines"), _Collector()
     before = logger.level
-    logger.addHandler(listener)
+    logger.addHandler(collector)
     logger.setLevel(logging.INFO)
-    say_once.cache_clear()  # a warning of an earlier run is new for this one
+    warn_once.cache_clear()  # a warning of an earlier run is new for this one
     try:
-        yield listener.records
+        yield collector.records
     finally:
-        logger.removeHandler(listener)
+        logger.removeHandler(collector)
         logger.setLevel(before)

@@ -1,5 +1,5 @@
-"""What people type: one module per command, with its options and help, and everything that is checked at once.
+"""The commands: one module each, with its options, its help and the checks that need no torch.
 
-Nothing here imports torch, diffusers or transformers when it is imported, so that help and mistakes take no time. What
-needs them is imported by a command when it starts to work (`starting`).
+Importing a module does not import torch, diffusers or transformers, so help and mistakes are shown at once. A command
+imports what it needs when it starts to work (`starting`).
 """

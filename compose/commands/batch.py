@@ -22,10 +22,10 @@ from lora_compose.compose.commands.options import (
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.files.validation import validated
 from lora_compose.compose.support.names import check_method
-from lora_compose.compose.support.terminal import BAD_INPUT, err, kindly, say, starting
+from lora_compose.compose.support.terminal import BAD_INPUT, echo, err, handle_errors, starting
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def batch(
     sources: Annotated[
         list[str],
@@ -107,10 +107,10 @@ def batch(
 
 
 def _settings(found: Found, given: dict[str, Any]) -> BatchSettings:
-    """The settings of a batch file, and options, which win.
+    """The settings of a batch file, overridden by options.
 
     Raises:
-        ValueError: For unusable settings, and names that lead nowhere; a line for each.
+        ValueError: For unusable settings and unknown names, one line each.
         typer.Exit: If there is no scene that can be made.
     """
     fields = {**found.settings, **given}
@@ -121,6 +121,6 @@ def _settings(found: Found, given: dict[str, Any]) -> BatchSettings:
     model_source(settings.model)
     if not found.entries:
         for one in found.bad:
-            say(f"error: {one.complaint}", style="red", to=err)
+            echo(f"error: {one.error}", style="red", to=err)
         raise typer.Exit(BAD_INPUT)
     return settings

@@ -1,4 +1,4 @@
-"""`lora-compose bench`: what methods cost."""
+"""`lora-compose bench`: costs of methods."""
 
 import logging
 from pathlib import Path
@@ -11,12 +11,12 @@ from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.support.names import METHODS, check_method
 from lora_compose.compose.support.savers import Saver
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 MOST_CONCEPTS = 13
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def bench(
     methods: Annotated[list[str] | None, typer.Option("--method", help="A method, repeatable; default: all.")] = None,
     concepts: Annotated[
@@ -37,7 +37,7 @@ def bench(
         bool, typer.Option("--transformers", help="Count a pass of FLUX, Krea 2 and Z-Image with regional.")
     ] = False,
     calls: Annotated[
-        bool, typer.Option("--calls", help="Count what the host does for real calls: Python calls, operations.")
+        bool, typer.Option("--calls", help="Count Python calls and tensor operations of real calls.")
     ] = False,
     time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
     swap: Annotated[
@@ -53,7 +53,7 @@ def bench(
     pairs: Annotated[int, typer.Option(help="Number of interleaved pairs of timed runs.", min=1)] = 7,
     to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
-    """Show what methods cost, where a plain image is 1.
+    """Show the costs of methods, relative to a plain image.
 
     LoRAs are random, of rank 8, on all attention layers.
     """

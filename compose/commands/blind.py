@@ -1,4 +1,4 @@
-"""`lora-compose blind`: looking at images without knowing which method made them."""
+"""`lora-compose blind`: votes on images whose method is hidden."""
 
 import logging
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 app = typer.Typer(help="Blind tests: vote on images whose method is not shown.", no_args_is_help=True)
 
 
 @app.command()
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def make(
     out: Annotated[Path, typer.Option(help="Where to write sheets, votes.csv and key.json.")] = Path("outputs/blind"),
     seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) per pair and method.", min=1)] = 20,
@@ -27,7 +27,7 @@ def make(
 
 
 @app.command("from")
-@kindly()
+@handle_errors()
 def make_from(
     evaluation: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
     method: Annotated[list[str], typer.Option(help="A row of its table; several times, once for each.")],
@@ -44,7 +44,7 @@ def make_from(
 
 
 @app.command()
-@kindly()
+@handle_errors()
 def score(
     out: Annotated[Path, typer.Argument(help="The folder that `make` wrote.")] = Path("outputs/blind"),
 ) -> None:
@@ -55,7 +55,7 @@ def score(
 
 
 @app.command()
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def judge(
     out: Annotated[Path, typer.Argument(help="A folder with votes.csv and key.json.")],
     evaluation: Annotated[Path, typer.Option(help="A finished evaluation of the playground, for the thresholds.")],

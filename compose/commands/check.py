@@ -1,4 +1,4 @@
-"""`lora-compose check`: what a scene would do, without making an image."""
+"""`lora-compose check`: checks a scene without generating an image."""
 
 import logging
 from pathlib import Path
@@ -17,10 +17,10 @@ from lora_compose.compose.commands.options import (
 )
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.playground.assets import PLAYGROUND
-from lora_compose.compose.support.terminal import BAD_INPUT, kindly, say, starting
+from lora_compose.compose.support.terminal import BAD_INPUT, echo, handle_errors, starting
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def check(
     scene: Annotated[Path, typer.Argument(help="A scene file, YAML or JSON.")],
     model: ModelOption = PLAYGROUND,
@@ -43,11 +43,11 @@ def check(
     report = check_run(asked)
     wide = max(len(label) for label, _ in report.facts)
     for label, text in report.facts:
-        say(f"{label:{wide}}  {text}")
+        echo(f"{label:{wide}}  {text}")
     for note in report.notes:
-        say(f"note: {note}", style="yellow")
+        echo(f"note: {note}", style="yellow")
     for problem in report.problems:
-        say(f"problem: {problem}", style="red")
+        echo(f"problem: {problem}", style="red")
     if report.problems:
         raise typer.Exit(BAD_INPUT)
-    say("no problems", style="green")
+    echo("no problems", style="green")

@@ -8,7 +8,7 @@ import typer
 
 from lora_compose.compose.commands.options import LAST_SEED, StepsOption
 from lora_compose.compose.files.paths import free_path
-from lora_compose.compose.support.terminal import bar, kindly, say, starting
+from lora_compose.compose.support.terminal import bar, echo, handle_errors, starting
 
 _WHAT_TO_LOOK_AT = (
     "What to look at: are all concepts present, each with its own coat from the first two columns? merge "
@@ -23,7 +23,7 @@ _WHAT_TO_LOOK_AT = (
 _SHEETS = ("The first pair, and the others follow", "All pairs", "Three concepts in boxes")
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the images and sheets; a numbered one if it exists.")] = Path(
         "outputs/demo"
@@ -38,11 +38,11 @@ def demo(
     with starting():
         from lora_compose.compose.generate.demo import SEEDS, jobs, show
     todo = jobs(list(dict.fromkeys(seed or SEEDS)), steps)
-    say(f"{len(todo)} images: three pairs, each concept alone and composed in five ways, and three concepts in boxes")
+    echo(f"{len(todo)} images: three pairs, each concept alone and composed in five ways, and three concepts in boxes")
     folder = free_path(out)
     with bar(f"composing {len(todo)} images", len(todo)) as on_progress:
         for title, sheet in zip(_SHEETS, show(folder, todo, on_progress), strict=True):
-            say(f"{title}: {sheet}", style="bold")
+            echo(f"{title}: {sheet}", style="bold")
             if title == _SHEETS[0]:
-                say(_WHAT_TO_LOOK_AT)
-    say(f"The images, each with everything needed to reproduce it: {folder} (try: lora-compose replay IMAGE)")
+                echo(_WHAT_TO_LOOK_AT)
+    echo(f"The images, each with everything needed to reproduce it: {folder} (try: lora-compose replay IMAGE)")

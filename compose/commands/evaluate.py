@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_compose.compose.evaluation.shipped import find_suite
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 _EXTRA = "the evaluation needs a few more packages: pip install 'lora-compose[evaluation]' (missing: {})"
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 @app.command("run")
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def run(
     suite: Annotated[str, typer.Argument(help="A suite file, YAML or JSON, or the name of a shipped suite.")],
     folder: Annotated[
@@ -54,7 +54,7 @@ def run(
 
 
 @app.command(hidden=True)
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def work(suite: str, folder: Annotated[Path, typer.Option("--out")]) -> None:
     """Take part in an evaluation, without a report: what `run --processes 2` starts twice."""
     from lora_compose.compose.evaluation.command import work_on
@@ -63,7 +63,7 @@ def work(suite: str, folder: Annotated[Path, typer.Option("--out")]) -> None:
 
 
 @app.command()
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
     baseline: Annotated[str | None, typer.Option(help="The method to compare with, instead of the suite's.")] = None,
@@ -71,12 +71,12 @@ def report(
     """Write the report of an evaluation again, from its results."""
     _check_packages()
     with starting():
-        from lora_compose.compose.evaluation.command import say_report
-    say_report(folder, baseline)
+        from lora_compose.compose.evaluation.command import show_report
+    show_report(folder, baseline)
 
 
 @app.command()
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def compare(
     first: Annotated[Path, typer.Argument(help="Folder of an evaluation.")],
     second: Annotated[Path, typer.Argument(help="Folder of another evaluation.")],
@@ -86,6 +86,22 @@ def compare(
     with starting():
         from lora_compose.compose.evaluation.command import compare_folders
     compare_folders(first, second)
+
+
+@app.command()
+@handle_errors(logging.ERROR)
+def failures(
+    folder: Annotated[Path, typer.Argument(help="Folder of an evaluation, finished or not.")],
+    method: Annotated[str, typer.Option(help="A row of its table.")],
+    to: Annotated[
+        Path | None, typer.Option("--out", help="File for the sheet; default: failures-METHOD.png in the folder.")
+    ] = None,
+) -> None:
+    """Show how a method fails: counts by kind, and a sheet of examples."""
+    _check_packages()
+    with starting():
+        from lora_compose.compose.evaluation.failures import show_failures
+    show_failures(folder, method, to)
 
 
 def _check_packages() -> None:

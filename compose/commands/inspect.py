@@ -1,4 +1,4 @@
-"""`lora-compose inspect`: what LoRA files are."""
+"""`lora-compose inspect`: shows what LoRA files contain."""
 
 import logging
 from typing import Annotated
@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.files.paths import check_lora
-from lora_compose.compose.support.terminal import BAD_INPUT, kindly, starting
+from lora_compose.compose.support.terminal import BAD_INPUT, handle_errors, starting
 
 MAX_RANK = 128
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def inspect(
     files: Annotated[list[str], typer.Argument(help="LoRA files, folders, hub repositories, or playground:NAME.")],
     model: Annotated[

@@ -9,11 +9,11 @@ import typer
 from lora_compose.compose.commands.options import parse_settings
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.support.names import MERGERS, unknown
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 from lora_compose.pipelines.concepts.sources import parse_lora
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def merge(
     files: Annotated[
         list[str],
@@ -38,26 +38,24 @@ def merge(
     ] = None,
     keys: Annotated[
         str | None,
-        typer.Option("--keys", help="Names of layers as diffusers or kohya write them; as the first file."),
+        typer.Option("--keys", help="Spelling of layer names: diffusers or kohya; default: the first file's."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; as the files if they agree, else float32.")
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: the files' own, else float32.")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="The alpha of files that do not say theirs.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Alpha for files without one.")] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            help="For soups and ssr: a text that shows a LoRA, once for each file; made of their triggers otherwise."
-        ),
+        typer.Option(help="For soups and ssr: a prompt for each file, in order; default: made from their triggers."),
     ] = None,
     steps: Annotated[int, typer.Option(help="For soups and ssr: denoising steps of each image.", min=1)] = 10,
-    seed: Annotated[int, typer.Option(help="For soups and ssr: of the start noise.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(help="For soups and ssr: seed of the start noise.", min=0, max=2**63 - 1)] = 0,
     device: Annotated[str | None, typer.Option(help="For soups and ssr: cpu, cuda, cuda:1, mps.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Open .pt, .bin and .ckpt as well: tensors are read, no code is run.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The report as JSON, for machines.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge LoRA files into one, and show how much of each was kept."""
     if method not in MERGERS:

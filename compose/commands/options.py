@@ -13,8 +13,8 @@ from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.names import check_merger, check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.sources import files_of, parse_lora
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LAST_SEED = 2**63 - 1
@@ -67,7 +67,7 @@ SaversOption = Annotated[
     list[Saver] | None,
     typer.Option(
         "--save-memory",
-        help=f"Less memory, but slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
+        help=f"Save memory; slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
@@ -79,12 +79,13 @@ MaskImageOption = Annotated[
     str | None,
     typer.Option(
         "--mask-image",
-        help="Paint only there (inpainting): a mask image (white = painted), or left,top,right,bottom in pixels or "
+        help="Inpaint only there: a mask image (white = painted), or left,top,right,bottom in pixels or "
         "as parts of the image.",
     ),
 ]
 StrengthOption = Annotated[
-    float | None, typer.Option("--strength", help="Share of the steps that are run, above 0 to 1. More changes more.")
+    float | None,
+    typer.Option("--strength", help="Fraction of the steps that are run, 0 to 1: higher changes more."),
 ]
 PaddingOption = Annotated[
     int | None,
@@ -94,7 +95,7 @@ PaddingOption = Annotated[
 ]
 PasteOption = Annotated[
     bool | None,
-    typer.Option("--paste-original/--no-paste-original", help="Outside of the mask, keep the pixels of the image."),
+    typer.Option("--paste-original/--no-paste-original", help="Keep the image's own pixels outside of the mask."),
 ]
 
 
@@ -148,7 +149,7 @@ def parse_concept(text: str) -> Concept:
         fields.setdefault("name", "+".join(map(_name_of, files_of(fields["lora"]))))
         return Concept(**fields)
     except FieldError as error:
-        raise ValueError(f"--concept {text}: {'; '.join(error.complaints)}") from error
+        raise ValueError(f"--concept {text}: {'; '.join(error.messages)}") from error
     except ValueError as error:
         raise ValueError(f"--concept {text}: {error}") from error
 
@@ -187,7 +188,7 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
         try:
             found.append(Concept(name=_name_of(source), lora=source, weight=weight, region=box))
         except FieldError as error:
-            raise ValueError(f"--lora {text}: {'; '.join(error.complaints)}") from error
+            raise ValueError(f"--lora {text}: {'; '.join(error.messages)}") from error
     return found
 
 
@@ -221,7 +222,7 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
 
 
 def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concept]) -> Scene:
-    """A scene from a file, from options, or from a file with options that win."""
+    """A scene from a file, from options, or from a file overridden by options."""
     if path is None and "prompt" not in given:
         raise ValueError("there is no prompt: give --prompt TEXT or --scene FILE")
     if path is not None and concepts:
@@ -232,7 +233,7 @@ def scene_of(path: Path | None, given: dict[str, Any], concepts: Sequence[Concep
     try:
         return Scene(**{**fields, **given})
     except FieldError as error:
-        raise ValueError("\n".join(error.complaints)) from error
+        raise ValueError("\n".join(error.messages)) from error
 
 
 def run_of(**fields: Any) -> Run:
@@ -244,14 +245,14 @@ def run_of(**fields: Any) -> Run:
     try:
         return Run(**fields)
     except FieldError as error:
-        raise ValueError("\n".join(error.complaints)) from error
+        raise ValueError("\n".join(error.messages)) from error
 
 
 def check_names(asked: Run) -> None:
-    """Looks for the method, the model and the LoRAs of a run by their names alone, which takes no time.
+    """Checks the names of method, model and LoRAs of a run, without opening anything.
 
     Raises:
-        ValueError: For a name that leads nowhere, with those that are spelled alike.
+        ValueError: For an unknown name, with similar ones.
     """
     check_method(asked.method)
     model_source(asked.model)

@@ -8,10 +8,10 @@ import typer
 
 from lora_compose.compose.commands.options import MethodOption, SaversOption
 from lora_compose.compose.files.images import read_pixels, read_record
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def refine(
     image: Annotated[Path, typer.Argument(help="A PNG made by lora-compose; its record names model and concepts.")],
     strength: Annotated[
@@ -20,7 +20,7 @@ def refine(
     subject: Annotated[list[str] | None, typer.Option(help="Only this concept, repeatable; default: all.")] = None,
     method: MethodOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write the image; default: beside it, NAME-refined.png.")
+        Path | None, typer.Option(help="Where to write the image; default: NAME-refined.png next to it.")
     ] = None,
     loras: Annotated[Path | None, typer.Option(help="Folder in which moved LoRAs are found by content.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's new location, if it has moved.")] = None,
@@ -30,7 +30,7 @@ def refine(
 
     Each is cut out, enlarged to the model's own size, repainted, and blended back.
 
-    Subjects are where their regions are. Without regions the image is made once more, to see where they are.
+    Subjects are in their regions. Without regions, the image is generated once more to find them by attention.
     """
     record, given = read_record(image), read_pixels(image)
     with starting():

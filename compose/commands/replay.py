@@ -1,4 +1,4 @@
-"""`lora-compose replay`: makes an image again from what it carries."""
+"""`lora-compose replay`: reproduces an image from its metadata."""
 
 import logging
 from pathlib import Path
@@ -9,13 +9,13 @@ import typer
 from lora_compose.compose.commands.options import SaversOption
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.support.names import file_near
-from lora_compose.compose.support.terminal import FAILED, kindly, starting
+from lora_compose.compose.support.terminal import FAILED, handle_errors, starting
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def replay(
     image: Annotated[Path, typer.Argument(help="A PNG made by lora-compose.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the new image; default: nowhere.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the new image; default: not written.")] = None,
     loras: Annotated[Path | None, typer.Option(help="Folder in which moved LoRAs are found by content.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's new location, if it has moved.")] = None,
     savers: SaversOption = None,

@@ -1,4 +1,4 @@
-"""`lora-compose run`: makes images of a scene."""
+"""`lora-compose run`: generates images of a scene."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,10 +29,10 @@ from lora_compose.compose.commands.options import (
     scene_of,
     starting_from,
 )
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 
-@kindly()
+@handle_errors()
 def run(
     model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt. It names every concept by its trigger.")] = None,

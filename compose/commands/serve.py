@@ -11,28 +11,26 @@ from lora_compose.compose.commands.options import run_of
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.names import file_near
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 from lora_compose.pipelines.scene import Scene
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def serve(
     model: Annotated[str, typer.Argument(help="playground, a folder, a .safetensors file, or a hub repository.")],
     loras: Annotated[Path, typer.Option(help="Folder of LoRA files; requests name them without .safetensors.")],
     host: Annotated[
         str,
-        typer.Option(
-            help="Address to listen on. Any but localhost admits everyone who can reach it, without a password."
-        ),
+        typer.Option(help="Address to listen on. There is no password: anybody who can reach the address can use it."),
     ] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8500,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=64, help="Requests of equal size and steps that go through the model together.")
+        int, typer.Option(min=1, max=64, help="Most requests of equal size and steps in one batch.")
     ] = 4,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds that a request waits for others.")] = 0.05,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered by 503.")] = 64,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for further requests of a batch.")] = 0.05,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests in the queue; further ones get 503.")] = 64,
     lora_memory: Annotated[
-        float, typer.Option(min=0, help="GiB of LoRA files that stay in memory; those not used for longest go first.")
+        float, typer.Option(min=0, help="GiB of LoRA files kept in memory; the least recently used are dropped.")
     ] = 2.0,
     pixels: Annotated[int, typer.Option(min=1, help="Largest image, width times height.")] = 1024 * 1024,
     steps: Annotated[int, typer.Option(min=1, help="Most denoising steps of a request.")] = 50,

@@ -7,14 +7,14 @@ import typer
 
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.support.names import TRAINING_PRESETS, unknown
-from lora_compose.compose.support.terminal import kindly, starting
+from lora_compose.compose.support.terminal import handle_errors, starting
 
 _PRIOR, _TARA, _MEMORY, _WATCH = "Prior preservation", "TARA", "Speed and memory", "Watching"
 
 
-@kindly()
+@handle_errors()
 def train(
-    images: Annotated[Path, typer.Argument(help="A folder with images, and captions.tsv or a .txt beside each.")],
+    images: Annotated[Path, typer.Argument(help="A folder with images, and captions.tsv or a .txt next to each.")],
     out: Annotated[Path, typer.Option(help="The LoRA to write, a .safetensors file.")],
     trigger: Annotated[str, typer.Option(help="The rare word that names the concept, e.g. sks.")],
     class_word: Annotated[str, typer.Option("--class", help="The noun after the trigger, e.g. cat.")],
@@ -41,7 +41,7 @@ def train(
     resolution: Annotated[
         int | None, typer.Option(help="Side of the training images in pixels; default: the model's own.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     class_images: Annotated[
         Path | None, typer.Option(help="A folder with images of the class.", rich_help_panel=_PRIOR)
     ] = None,
@@ -139,8 +139,8 @@ def train(
     )  # fmt: skip
     words = _tara(tara, variants)
     with starting():
-        from lora_compose.compose.training.command import train as train_and_tell
-    train_and_tell(preset, words, fields, fresh=fresh, overwrite=overwrite)
+        from lora_compose.compose.training.command import train as train_and_show
+    train_and_show(preset, words, fields, fresh=fresh, overwrite=overwrite)
 
 
 def _given(**options: Any) -> dict[str, Any]:

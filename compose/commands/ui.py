@@ -7,17 +7,15 @@ from typing import Annotated
 import typer
 
 from lora_compose.compose.page.launch import start
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 
-@kindly(logging.WARNING)
+@handle_errors(logging.WARNING)
 def ui(
     port: Annotated[int, typer.Option(help="Port of the page.", min=1, max=65535)] = 8501,
     host: Annotated[
         str,
-        typer.Option(
-            help="Address to listen on. Any but localhost admits everyone who can reach it, without a password."
-        ),
+        typer.Option(help="Address to listen on. There is no password: anybody who can reach the address can use it."),
     ] = "localhost",
     out: Annotated[Path, typer.Option(help="Folder for images and evaluations.")] = Path("outputs"),
     loras: Annotated[Path | None, typer.Option(help="Folder whose LoRAs the page offers.")] = None,

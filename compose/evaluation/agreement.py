@@ -13,7 +13,7 @@ from lora_compose.compose.evaluation.table import load
 
 
 def judge_votes(evaluation: Path, images: Mapping[int, tuple[tuple[str, str], Image.Image]]) -> dict[int, str]:
-    """Says "both", "one" or "none" of every image: how many concepts are there and are themselves.
+    """The verdict on every image: "both", "one" or "none" of its concepts are present with their own identity.
 
     Args:
         evaluation: The folder of an evaluation with scenes of these pairs; encoder, detector and thresholds are its.
@@ -24,7 +24,7 @@ def judge_votes(evaluation: Path, images: Mapping[int, tuple[tuple[str, str], Im
     limits = dict(zip(found.thresholds["concept"], found.thresholds["threshold"], strict=True))
     scenes = {frozenset(scene.concepts): scene for scene in suite.scenes}
     if suite.detector is None:
-        raise ValueError(f"the evaluation in {evaluation} has no detector, so it cannot say where concepts are")
+        raise ValueError(f"the evaluation in {evaluation} has no detector, so it cannot locate concepts")
     encoder = load_encoder(suite.encoder)
     references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
     scorer = Scorer(suite, encoder, make_detector(suite.detector, encoder, "cpu"), references)

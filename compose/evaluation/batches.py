@@ -20,7 +20,7 @@ class Arm:
     """A row of the tables: a method, or one of the reference rows.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         method: None without LoRAs, and for LoRAs alone (`method_alone`).
         alone: The only concept whose LoRA acts.
         lora: The kind of LoRAs.
@@ -52,7 +52,7 @@ def arms(suite: Suite, scene: SuiteScene) -> list[Arm]:
 
 
 def alone_name(suite: Suite, kind: str) -> str:
-    """What tables call LoRAs of a kind that act alone."""
+    """The name in tables of LoRAs of a kind that act alone."""
     return SANITY[1] if kind == suite.kinds[0] else f"{SANITY[1]}, {kind}"
 
 
@@ -121,7 +121,7 @@ def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
     return None if arm.method is None else arm.method.method
 
 
-@lru_cache(maxsize=4096)  # asked for every batch, and a hub is asked what it has
+@lru_cache(maxsize=4096)  # called for every batch, and a hub repository needs a request
 def method_alone(lora: str) -> str:
     """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
 

@@ -1,7 +1,7 @@
 """Blind comparison of methods: people vote on images without knowing which method made them.
 
-`lora-compose blind make` paints pairs of playground concepts in several ways, shuffles the images and writes numbered
-sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and counts them by method.
+`lora-compose blind make` generates pairs of playground concepts with several methods, shuffles the images and writes
+numbered sheets and a `votes.csv` to fill in; `lora-compose blind score` reads the votes and counts them by method.
 """
 
 import csv
@@ -43,11 +43,11 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return f"{self.method}, {self.kind} LoRAs"
 
     @property
-    def painted_by(self) -> str | Regional:
+    def settings(self) -> str | Regional:
         """The method as it was when the votes in `docs/blind` were cast: `regional` gave every LoRA a token mask."""
         return Regional(token_mask="all") if self.method == "regional" else self.method
 
@@ -58,7 +58,7 @@ HALVES = ((0, 0, 64, 128), (64, 0, 128, 128))
 
 @dataclass(frozen=True)
 class BlindImage:
-    """One image to be made."""
+    """One image of a blind test."""
 
     pair: tuple[str, str]
     arm: Arm
@@ -85,11 +85,11 @@ def make(out: Path, seeds: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     jobs = numbered(seeds)
     key = {number: job.arm.label for number, job in jobs.items()}
-    painted = _painted(jobs, out)
+    images = _generated(jobs, out)
     for pair in PAIRS:
         mine = [number for number, job in jobs.items() if job.pair == pair]
         for page, start in enumerate(range(0, len(mine), COLUMNS * ROWS)):
-            chosen = {number: painted[number] for number in mine[start : start + COLUMNS * ROWS]}
+            chosen = {number: images[number] for number in mine[start : start + COLUMNS * ROWS]}
             _sheet(pair, chosen).save(out / f"{pair[0]}-{pair[1]}-{page}.png")
     write_key(out, key)
 
@@ -142,13 +142,12 @@ def judge(out: Path, evaluation: Path, first: int | None) -> None:
             f"{out / 'key.json'} lists images that are generated differently today, so they cannot be reproduced"
         )
     chosen = list(jobs)[:: max(1, len(jobs) // first)][:first] if first else list(jobs)
-    painted = _painted({number: jobs[number] for number in chosen}, out)
-    images = {number: (jobs[number].pair, image) for number, image in painted.items()}
-    judged = judge_votes(evaluation, images)
-    _say_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
+    images = _generated({number: jobs[number] for number in chosen}, out)
+    judged = judge_votes(evaluation, {number: (jobs[number].pair, image) for number, image in images.items()})
+    _show_agreement({number: votes[str(number)] for number in judged}, judged, jobs)
 
 
-def _say_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, BlindImage]) -> None:
+def _show_agreement(eye: dict[int, str], judged: dict[int, str], jobs: dict[int, BlindImage]) -> None:
     console = Console()
     table = Table(title=f"Human (rows) and judge (columns) on {len(judged)} images")
     for column in ("", *VERDICTS):
@@ -184,18 +183,18 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     return key, votes
 
 
-def _painted(jobs: dict[int, BlindImage], out: Path) -> dict[int, Image.Image]:
+def _generated(jobs: dict[int, BlindImage], out: Path) -> dict[int, Image.Image]:
     pipe = open_model(Run(scene=Scene(prompt="-"), model=PLAYGROUND, device="cpu"))
-    painted = {}
+    images = {}
     with bar(f"composing for {out}", len(jobs)) as on_progress:
         for number, job in jobs.items():
-            painted[number] = paint(pipe, job)
-            on_progress(len(painted))
-    return painted
+            images[number] = generate(pipe, job)
+            on_progress(len(images))
+    return images
 
 
-def paint(pipe: Any, job: BlindImage) -> Image.Image:
-    """Makes an image."""
+def generate(pipe: Any, job: BlindImage) -> Image.Image:
+    """Generates an image of a blind test."""
     suffix = "-tara" if job.arm.kind == "TARA" else ""
     names = [f"{subject}{suffix}" for subject in job.pair]
     for name in names:
@@ -205,7 +204,7 @@ def paint(pipe: Any, job: BlindImage) -> Image.Image:
     return pipe(
         f"a {first} and a {second} on a white background",
         concepts=[Concept(name=name, region=half) for name, half in zip(names, HALVES, strict=True)],
-        method=job.arm.painted_by,
+        method=job.arm.settings,
         num_inference_steps=25,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(job.seed),

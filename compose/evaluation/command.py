@@ -9,7 +9,7 @@ from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done
 from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
-from lora_compose.compose.support.terminal import FAILED, bar, err, out, say
+from lora_compose.compose.support.terminal import FAILED, bar, echo, err, out
 
 
 def run_suite(suite: str, folder: Path | None = None, processes: int | None = None) -> int:
@@ -30,10 +30,10 @@ def run_suite(suite: str, folder: Path | None = None, processes: int | None = No
     asked = read_suite(suite)
     to = folder or Path("outputs/evaluation") / asked.name
     if local_rank():
-        evaluate(asked, to)  # the first process of the machine is the one that talks
+        evaluate(asked, to)  # only the first process of the machine prints
         return 0
     plan = make_plan(asked)
-    say(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)
+    echo(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)
 
     def done() -> int:
         return sum(is_done(to, planned) for planned in plan.batches)
@@ -48,11 +48,11 @@ def run_suite(suite: str, folder: Path | None = None, processes: int | None = No
             evaluate(asked, to, on_progress)
     with Claims(to / CLAIMS).claim("report") as claim:
         if claim is None:
-            say(f"Another process of this evaluation writes the report, in {to}.")
+            echo(f"Another process of this evaluation writes the report, in {to}.")
         else:
-            say_report(to)
+            show_report(to)
     if left := len(plan.batches) - done():
-        say(f"{left} batches failed; the report lists why. The same command retries them.", style="red", to=err)
+        echo(f"{left} batches failed; the report lists why. The same command retries them.", style="red", to=err)
     return FAILED if left else 0
 
 
@@ -66,8 +66,8 @@ def compare_folders(first: Path, second: Path) -> None:
     out.print(compare_runs(first, second))
 
 
-def say_report(folder: Path, baseline: str | None = None) -> None:
+def show_report(folder: Path, baseline: str | None = None) -> None:
     """Writes the report of an evaluation and prints its path."""
     written = write_report(folder, baseline)
-    say(f"The report: {written.html}", style="bold")
-    say(f"As a table: {written.markdown}; for pandas: {written.images}, {written.concepts}, {written.summary}")
+    echo(f"The report: {written.html}", style="bold")
+    echo(f"As a table: {written.markdown}; for pandas: {written.images}, {written.concepts}, {written.summary}")

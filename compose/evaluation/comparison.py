@@ -51,7 +51,7 @@ class RunComparison:
     table: pd.DataFrame
 
     def markdown(self) -> str:
-        """Everything as Markdown."""
+        """The comparison as Markdown."""
         lines = [
             "# Comparison of two evaluations",
             "",
@@ -211,8 +211,8 @@ def _consequences(a: Evaluation, b: Evaluation, comparable: bool, shared: Sequen
         yield f"not the same scene in spite of the name, and left out: {', '.join(map(repr, changed))}"
     if len(shared) < MINIMUM_SCENES:
         yield f"scenes in both: {len(shared)}; there is no verdict with fewer than {MINIMUM_SCENES}"
-    if untold := sorted({*a.untold, *b.untold}):
-        yield f"the metric cannot tell {', '.join(untold)} in at least one of the runs"
+    if unrecognised := sorted({*a.unrecognised, *b.unrecognised}):
+        yield f"the encoder cannot recognise {', '.join(unrecognised)} in at least one of the runs"
 
 
 def _metric(key: str) -> Metric:

@@ -66,7 +66,7 @@ class WindowDetector:
         self._threshold, self._temperature = threshold, temperature
 
     def detect(self, image: Image.Image, words: Sequence[str]) -> list[Detection]:
-        """The objects called by any of the words, surest first."""
+        """Objects that match any of the words, most confident first."""
         words = list(dict.fromkeys(words))
         nouns = list(dict.fromkeys([*words, *self._vocabulary]))
         whole = [_article(noun) for noun in nouns]
@@ -86,7 +86,7 @@ class WindowDetector:
         return distinct(found)
 
     def _name(self, image: Image.Image, boxes: Sequence[Box], texts: Tensor, words: int) -> Tensor:
-        """How well each window is named by the first so many texts. Shape: [boxes, words]."""
+        """How well each window is named by the first texts. Shape: [boxes, words]."""
         similarity = self._encoder.images([image.crop(box) for box in boxes]) @ texts.T
         return (similarity / self._temperature).softmax(dim=1)[:, :words]
 
@@ -111,7 +111,7 @@ class ZeroShotDetector:
 
     @torch.no_grad()
     def detect(self, image: Image.Image, words: Sequence[str]) -> list[Detection]:
-        """The objects called by any of the words, surest first."""
+        """Objects that match any of the words, most confident first."""
         words = list(dict.fromkeys(words))
         queries = [_article(word) for word in words]
         inputs = self._processor(text=[queries], images=image, return_tensors="pt").to(self._device)

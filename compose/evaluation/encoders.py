@@ -97,7 +97,7 @@ class Encoder:
         assert tokenizer is not None
         length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
         is_clip = config.model_type == "clip"
-        # Both SigLIPs were trained on small letters, which not every tokenizer of theirs sees to.
+        # Both SigLIPs were trained on lower case, which not all of their tokenizers enforce.
         texts = list(texts) if is_clip else [text.lower() for text in texts]
         self._warn_of_long(tokenizer(texts, verbose=False).input_ids, length)
         # SigLIP's text model attends to the padding.

@@ -113,8 +113,8 @@ def minimum(similarity: np.ndarray) -> float:
 def leak(similarity: np.ndarray) -> float:
     """How alike concepts are to others: the highest similarity to another concept's references, averaged over concepts.
 
-    -1 to 1; lower is better, but an image without any identity has a low leak as well: read it beside
-    `region_similarity`. Concepts that were not detected are left out; NaN if none was, or there are fewer than two.
+    -1 to 1; lower is better, but an image without any identity has a low leak as well: read it together
+    with `region_similarity`. Concepts that were not detected are left out; NaN if none was, or with fewer than two.
 
     Args:
         similarity: S [concepts, concepts].
@@ -162,7 +162,7 @@ def presence_threshold(without: np.ndarray, alone: np.ndarray) -> float:
     calibrated for every encoder.
 
     -1 to 1; neither direction is better. NaN if images with the LoRA are not more alike to the references than
-    images without: then this encoder cannot tell the identity.
+    images without: this encoder then cannot recognise the identity.
 
     Args:
         without: Similarities without any LoRA [n]; NaN (not detected) is left out.

@@ -1,4 +1,4 @@
-"""Quality against cost, as SVG that takes its colours from the page it is in."""
+"""Quality against cost, as SVG with the colours of the page that contains it."""
 
 import io
 import re
@@ -26,7 +26,7 @@ _LONGEST = 22  # characters of a label
 def against_cost(summary: pd.DataFrame, metric: Metric) -> str:
     """A metric with its intervals against latent rows relative to the row without LoRA, every row of the table a point.
 
-    Points of the same cost stand side by side.
+    Points of the same cost are drawn side by side.
 
     Args:
         summary: What `summary.summary` gives.

@@ -161,10 +161,10 @@ def facts(evaluation: Evaluation) -> dict[str, str]:
 def warnings(evaluation: Evaluation) -> list[str]:
     """Warnings about the results, for the reader."""
     found = [
-        f"This metric cannot tell {name}: with its LoRA alone, images are no more alike to its references than "
+        f"The encoder cannot recognise {name}: with its LoRA alone, images are no more alike to its references than "
         "without any LoRA. Its similarity says nothing about its identity, and success only asks whether its own "
         "references are the nearest."
-        for name in evaluation.untold
+        for name in evaluation.unrecognised
     ]
     if unmeasured := evaluation.unmeasured:
         found.append(
@@ -195,11 +195,11 @@ def number(value: Any, metric: Metric | None = None, digits: int = 2, sign: bool
 
 
 def verdict(row: Mapping[str, Any], key: str, baseline: str) -> str:
-    """How a row compares with the baseline, in words; empty for rows that are not compared."""
-    said = row.get(f"{key}_verdict")
-    if not isinstance(said, str):
+    """The verdict on a row against the baseline; empty for rows that are not compared."""
+    found = row.get(f"{key}_verdict")
+    if not isinstance(found, str):
         return ""
-    return said if said == "undecided" else f"{said} than {baseline}"
+    return found if found == "undecided" else f"{found} than {baseline}"
 
 
 def _bytes(value: float) -> str:
@@ -278,7 +278,7 @@ def _whose(failed: Failed) -> str:
     return f"{failed.scene}, {failed.arm}{alone}, seeds {', '.join(map(str, failed.seeds))}"
 
 
-# --- images and what stands below them ---
+# --- images with captions ---
 
 
 def _scene(evaluation: Evaluation, gallery: Gallery, scene: SuiteScene) -> dict[str, Any]:
@@ -324,10 +324,10 @@ def _concepts(evaluation: Evaluation, gallery: Gallery) -> list[dict[str, Any]]:
             crops = reference_crops(concept)[:_REFERENCES]
         except (ValueError, OSError):
             crops = []
-        told = "cannot be told" if row["concept"] in evaluation.untold else ""
+        note = "not recognised" if row["concept"] in evaluation.unrecognised else ""
         images = [shrunk(crop, SMALL_SIDE) for crop in crops]
         rows.append(
-            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "told": told, "images": images}
+            {**row, "trigger": concept.trigger, "class_word": concept.class_word, "note": note, "images": images}
         )
     return rows
 

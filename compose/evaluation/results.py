@@ -2,8 +2,8 @@
 
     plan.json                      all batches of the evaluation
     batches/KEY/SEED.png           the images, each with its run inside
-    batches/KEY/made.json          cost and circumstances; written last, so a batch that has it is complete
-    batches/KEY/scores-HASH.json   scores by one way of scoring
+    batches/KEY/made.json          costs, versions and machine; written last, so a batch that has it is complete
+    batches/KEY/scores-HASH.json   scores by one encoder and detector
     batches/KEY/failed.json        why it failed, in place of the others
 
 Every file appears whole or not at all. Scores hold raw measurements; tables are computed from them. A damaged file is
@@ -32,16 +32,16 @@ class _Frozen(BaseModel):
 
 
 class ImageCost(_Frozen):
-    """What one image cost, on average over its batch.
+    """Costs of one image, averaged over its batch.
 
     Attributes:
         rows_forward: latent rows run forward.
         rows_stopped: latent rows run forward in truncated passes.
         rows_backward: latent rows run backward.
-        flops: FLOPs of all UNet passes, counted.
+        flops: FLOPs of all passes of the model, counted.
         seconds: Wall time, including decoding.
         preparation_seconds: Part of it until the first step.
-        peak_bytes: Largest memory that tensors took during the call, for the whole batch; None on mps, where PyTorch
+        peak_bytes: Peak memory of tensors during the call, for the whole batch; None on mps, where PyTorch
             does not report it.
     """
 
@@ -63,8 +63,8 @@ class Made(_Frozen):
         alone: The concept that acted alone, if the arm is one of those.
         seeds: Of the images.
         cost: Of an image.
-        versions: Of the packages that made it.
-        machine: What made it.
+        versions: Versions of the packages that made it.
+        machine: The machine that made it.
         sha256: Of the image files, by seed; empty if the batch was made by a version that did not store them.
     """
 
@@ -141,8 +141,8 @@ class Planned(_Frozen):
     """A batch of an evaluation.
 
     Attributes:
-        key: Names its folder; a hash of all that determines its images is part of it.
-        scores: Name of the file with its scores; a hash of the way of scoring is part of it.
+        key: Name of its folder, with a hash of everything that determines its images.
+        scores: Name of the file with its scores, with a hash of encoder, detector and references.
         scene: Name of the scene.
         arm: Name of the arm.
         alone: As in `Made`.
@@ -168,12 +168,12 @@ PLAN, MADE, FAILED = "plan.json", "made.json", "failed.json"
 
 
 def batch_folder(out: Path, key: str) -> Path:
-    """Where a batch is kept."""
+    """The folder of a batch."""
     return out / BATCHES / key
 
 
 def image_path(out: Path, key: str, seed: int) -> Path:
-    """Where an image is kept."""
+    """The path of an image."""
     return batch_folder(out, key) / f"{seed}.png"
 
 
@@ -195,7 +195,7 @@ def read_made(out: Path, planned: Planned) -> Made | None:
 
 
 def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores | None:
-    """Reads what was measured on a batch; None if nothing was.
+    """Reads the scores of a batch; None if there are none.
 
     Args:
         out: The evaluation's folder.
@@ -217,7 +217,7 @@ def read_scores(out: Path, planned: Planned, concepts: Sequence[str]) -> Scores 
 def check_images(out: Path, planned: Planned, made: Made) -> None:
     """Reads the images of a batch.
 
-    Those of versions that stored no checksums only have to be readable, and to say that they are of their seed.
+    Images of versions that stored no checksums only have to be readable, with a record of the right seed.
 
     Raises:
         FileError: If one is missing, or is not what was written.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lora_compose.compose.benchmark.counting import Counted, count_run
 from lora_compose.compose.benchmark.memory import peak_memory
-from lora_compose.compose.benchmark.running import count_by_running
+from lora_compose.compose.benchmark.running import count_by_running, needs_running
 from lora_compose.compose.evaluation.batches import Batch, batches, run_of
 from lora_compose.compose.evaluation.detectors import make_detector
 from lora_compose.compose.evaluation.encoders import load_encoder
@@ -103,11 +103,11 @@ def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None, *, 
 
 @dataclass(frozen=True)
 class _Todo:
-    """A batch that is perhaps to be done.
+    """A batch that may have to be done.
 
     Attributes:
         batch: The batch.
-        planned: Where it is kept.
+        planned: Its plan.
         old: Whether it was done when this process began, so that it may have been damaged since.
         failure: When it last failed before this process began; None if it did not.
     """
@@ -118,7 +118,7 @@ class _Todo:
     failure: int | None
 
     def is_settled(self, out: Path) -> bool:
-        """Whether nothing is to be done: it is there, whole, or another process has just tried in vain."""
+        """Whether nothing is left to do: it is complete, or another process has just failed at it."""
         if _last_failure(out, self.planned) != self.failure:
             return True
         if not self.old and is_done(out, self.planned):
@@ -137,7 +137,7 @@ def _last_failure(out: Path, planned: Planned) -> int | None:
 
 
 def _open_checked(suite: Suite, out: Path, left: Iterable[_Todo]) -> "Worker":
-    """Opens a worker, and goes through all that is to be made.
+    """Opens a worker, and checks all batches that are left.
 
     Raises:
         ValueError: If something cannot be opened, or something in the suite cannot work.
@@ -151,7 +151,7 @@ def _open_checked(suite: Suite, out: Path, left: Iterable[_Todo]) -> "Worker":
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is kept of a batch: whether it is made and scored, and what of it has been damaged."""
+    """The state of a stored batch: whether it is made and scored, and what is damaged."""
 
     made: bool
     scored: bool
@@ -246,7 +246,7 @@ class Worker:
             try:
                 made, cost = self._make(batch, on_progress)
             except Exception as error:  # models and libraries may raise anything
-                clear(self.out, planned.key)  # else what is damaged would pass for made
+                clear(self.out, planned.key)  # otherwise damaged images would count as made
                 _write_down(folder, planned, error)
                 return
             if not claim.held:
@@ -294,7 +294,7 @@ class Worker:
         )
 
     def _probed_peak(self, batch: Batch, run: Run) -> int:
-        """On a CPU, watching memory takes time, so it is done in a short run of its own, once for each kind of call."""
+        """Measures memory in a short run of its own, once for each kind of call, since it is slow on a CPU."""
         scene = run.scene
         kind = batch.arm.name, run.method, len(scene.concepts), len(batch.seeds), scene.width, scene.height
         if kind not in self._peaks:
@@ -307,7 +307,7 @@ class Worker:
         run = self._run(batch)
         width, height = size_of(self.pipe, run.scene)
         kind = batch.arm.name, run.method, len(run.scene.concepts), width, height
-        if kind not in self._counted and "unet" not in self.pipe.components:
+        if kind not in self._counted and needs_running(self.pipe):
             self._counted[kind] = count_by_running(self.pipe, run)
         elif kind not in self._counted:
             loaded = [load(self.pipe, concept) for concept in run.scene.concepts]

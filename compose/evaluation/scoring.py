@@ -1,4 +1,4 @@
-"""From an image to its raw scores: find the concepts, cut them out, compare them with their references."""
+"""Raw scores of an image: finds the concepts, crops them, and compares them with their references."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Scorer:
     """Scores images of a suite.
 
     Attributes:
-        suite: What is evaluated.
+        suite: The suite.
         encoder: Measures similarity.
         detector: Finds concepts; None takes the regions of the scenes.
         references: Embedded reference images by concept. Shape: [images, channels] each.
@@ -75,7 +75,7 @@ class Scorer:
     def _chosen(
         self, similarity: np.ndarray, found: Sequence[Detection], concepts: Sequence[SuiteConcept]
     ) -> list[int | None]:
-        """Which finding belongs to which concept: one each, of its own class, by likeness to its references."""
+        """The finding of each concept: at most one, of its own class, by likeness to its references."""
         if self.detector is None:
             return list(range(len(concepts)))
         allowed = [[one.word == concept.class_word for one in found] for concept in concepts]

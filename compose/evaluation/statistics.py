@@ -1,6 +1,6 @@
 """Means with intervals, and whether one method is better than another.
 
-Images of one scene are alike, whatever their seeds: many seeds of few scenes tell little about other scenes. So the
+Images of one scene are alike, whatever their seeds: many seeds of few scenes say little about other scenes. So the
 mean and the bootstrap are over scenes, not images.
 """
 
@@ -40,7 +40,7 @@ class Comparison:
         wins: Images in which the method is better, in the direction that is better.
         ties: Images in which both are the same.
         losses: Images in which the method is worse.
-        verdict: Whether the method is better or worse than the baseline, if that can be said.
+        verdict: "better" or "worse" than the baseline, or "undecided".
     """
 
     difference: Interval

@@ -30,13 +30,13 @@ class SuiteConcept(_Frozen):
     """A concept with its reference images.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         lora: Its LoRA, or several by kind ("ordinary", "tara"), of which the first is used where none is named.
         trigger: The rare word or words.
         class_word: The noun after it.
         references: Reference images: a folder, a list of files, or `playground:NAME`.
         weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
-        blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
+        blocks: Further factors, by block of the model (`Concept.blocks`).
         negative_prompt: Negative prompt of its region, for methods that read a text per concept.
         role: "style" for a concept that acts everywhere: it has no region, and is not looked for in the image.
     """
@@ -63,10 +63,10 @@ class SuiteConcept(_Frozen):
 
 
 class SuiteScene(Start):
-    """A prompt with concepts, and what its images start from.
+    """A prompt with concepts, and an optional start image.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         prompt: Names every concept by its trigger.
         concepts: Names of concepts of the suite.
         bundle: Further concepts, which the prompt does not name. Their LoRAs are merged with those of the scene by
@@ -88,10 +88,10 @@ class SuiteScene(Start):
 
 
 class SuiteMethod(_Frozen):
-    """A way of composing.
+    """A method with settings and a kind of LoRAs.
 
     Attributes:
-        name: What tables call it.
+        name: Its name in tables.
         method: The method.
         settings: Those that differ from its defaults.
         lora: The kind of LoRAs it uses; None is each concept's first.
@@ -158,9 +158,9 @@ class Suite(_Frozen):
     """An evaluation.
 
     Attributes:
-        name: What it is called.
+        name: Its name.
         model: A folder, a checkpoint file, a hub repository or `playground`.
-        encoder: What measures similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
+        encoder: The encoder for similarity: `playground:judge`, a folder or a hub repository of CLIP, SigLIP or DINOv2.
         detector: How concepts are found in images; None crops the regions of the scenes.
         concepts: The concepts.
         scenes: The scenes.
@@ -174,7 +174,7 @@ class Suite(_Frozen):
         guidance_scale: Classifier-free guidance.
         scheduler: Class name of a diffusers scheduler; None keeps the model's.
         dtype: Precision of the model.
-        device: Where it runs; None chooses, and uses every GPU of the machine.
+        device: The device; None chooses, and uses every GPU of the machine.
         save_memory: Options that save memory: tiling, model-offload, sequential-offload, gradient-checkpointing.
     """
 

@@ -123,7 +123,7 @@ def summary(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def role(suite: Suite, arm: str) -> str:
-    """What a row is for: "sanity", "baseline" or "method"."""
+    """The role of a row: "sanity", "baseline" or "method"."""
     if arm in {method.name for method in suite.compared}:
         return "baseline" if arm == suite.baseline else "method"
     return "sanity"

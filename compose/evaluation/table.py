@@ -64,7 +64,7 @@ class Evaluation:
     """The results of an evaluation so far.
 
     Attributes:
-        plan: What is to be made.
+        plan: The planned batches.
         concepts: A row per image and concept; of images with a single LoRA, its concept only.
         images: A row per image.
         thresholds: A row per concept: mean similarity without any LoRA, what its LoRA reaches alone, and the threshold.
@@ -87,7 +87,7 @@ class Evaluation:
 
     @property
     def suite(self) -> Suite:
-        """What was evaluated."""
+        """The suite."""
         return self.plan.suite
 
     def against(self, baseline: str) -> "Evaluation":
@@ -107,8 +107,8 @@ class Evaluation:
         return pd.DataFrame(self.images[self.images["arm"] == name])
 
     @property
-    def untold(self) -> list[str]:
-        """Concepts whose LoRA alone is no more alike to the references than no LoRA: the encoder cannot tell them."""
+    def unrecognised(self) -> list[str]:
+        """Concepts that the encoder cannot recognise: with their LoRA alone, images are no closer to the references."""
         measured = self.thresholds.dropna(subset=["without", "alone"])
         return measured.loc[measured["threshold"].isna(), "concept"].tolist()
 
@@ -306,7 +306,7 @@ def _images(suite: Suite, shots: Sequence[_Image], concepts: pd.DataFrame) -> pd
 
 
 def _present(concepts: pd.DataFrame) -> np.ndarray:
-    """Whether each concept is present with its own identity: what `metrics.success` asks of each concept."""
+    """Whether each concept is present with its own identity, as in `metrics.success`."""
     own, other, threshold = (concepts[key].to_numpy(dtype=float) for key in ("own", "other", "threshold"))
     return concepts["found"].to_numpy(dtype=bool) & ~(own <= other) & ~(own < threshold)
 

@@ -93,7 +93,7 @@ def _locked_file(folder: Path) -> Iterator[Path]:
             else:
                 with suppress(OSError):  # a file system without locks, on which leftovers stay
                     fcntl.flock(held, fcntl.LOCK_EX)
-                if not part.exists():  # somebody took it for a leftover before it was locked
+                if not part.exists():  # another process took it for a leftover before it was locked
                     continue
             try:
                 yield part

@@ -55,7 +55,7 @@ class Claims:
 
     @contextmanager
     def claim(self, name: str) -> Iterator[Claim | None]:
-        """Claims work until the block ends; None if another process is at it.
+        """Claims work until the block ends; None if another process has claimed it.
 
         Args:
             name: Of the work, a file name. Whether it has been done meanwhile is to be looked at under the claim.
@@ -81,7 +81,7 @@ class Claims:
         """Does pieces of work under their claims until all have been done, by this process or by others.
 
         Args:
-            names: Of the pieces, in the order in which they are done; those that others are at come last.
+            names: Of the pieces, in the order in which they are done; those claimed by others come last.
             do: Does one, unless another process has done it meanwhile.
 
         Raises:

@@ -38,7 +38,7 @@ class ModelError(ValueError):
 
 
 def check_lora(source: str) -> None:
-    """Raises ValueError if a name of a LoRA leads nowhere on this machine; the hub is not asked."""
+    """Raises ValueError if a LoRA does not exist on this machine; hub repositories are not looked up."""
     path = _expanded(lora_source(source))
     pickled = path.suffix.lower() in _PICKLES  # refused whether they are there or not, with what to do instead
     if source and not pickled and not path.exists() and not is_hub_name(source):
@@ -79,13 +79,13 @@ def local_source(source: str, base: Path) -> str:
 
 
 def located(model: _Model, path: Path) -> _Model:
-    """What a file says, with relative paths made absolute: they are relative to the file."""
+    """A scene or run with relative paths made absolute; they are relative to its file."""
     base = path.parent.absolute()
     return moved(model, lambda source: local_source(source, base))
 
 
 def moved(model: Any, move: Any) -> Any:
-    """The same scene or run with every path moved."""
+    """The same scene or run with every path changed by a function."""
     if isinstance(model, Run):
         return model.model_copy(update={"model": move(model.model), "scene": moved(model.scene, move)})
     concepts = tuple(

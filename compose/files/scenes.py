@@ -24,7 +24,7 @@ def read_scene(path: str | Path) -> Scene:
     """Reads a scene file, YAML or JSON. Relative paths of LoRAs in it are relative to the file.
 
     Raises:
-        FileError: If it is missing, unreadable or says something else than a scene.
+        FileError: If it is missing, unreadable or no scene.
     """
     return located(read_as(Scene, path), Path(path))
 
@@ -33,7 +33,7 @@ def read_run(path: str | Path) -> Run:
     """Reads a run file, YAML or JSON. Relative paths of LoRAs and of the model are relative to the file.
 
     Raises:
-        FileError: If it is missing, unreadable or says something else than a run.
+        FileError: If it is missing, unreadable or no run.
     """
     return located(read_as(Run, path), Path(path))
 
@@ -42,7 +42,7 @@ def read_as(kind: type[_Model], path: str | Path) -> _Model:
     """Reads a YAML or JSON file as a model. Paths in it stay as they are.
 
     Raises:
-        FileError: If it is missing, unreadable or says something else.
+        FileError: If it is missing, unreadable or not valid.
     """
     path = Path(path)
     return validated(kind, parse_file(path), str(path))

@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lora_compose.compose.files.reading import FileError
-from lora_compose.pipelines.complaints import complaints, field_names, shown_value
+from lora_compose.pipelines.field_errors import field_messages, field_names, shown_value
 
-__all__ = ["complaints", "validated"]
+__all__ = ["field_messages", "validated"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -28,4 +28,4 @@ def validated(kind: type[_Model], data: Any, where: str) -> _Model:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise FileError("\n".join(f"{where}: {line}" for line in complaints(kind, error))) from error
+        raise FileError("\n".join(f"{where}: {line}" for line in field_messages(kind, error))) from error

@@ -1,4 +1,4 @@
-"""What a process runs that `launch` has started: `lora-compose`, until that one is gone.
+"""The program of a process that `launch` has started: `lora-compose`, until its parent ends.
 
 The system closes the other end of the standard input when the parent ends, even if it is killed. The source of this
 module is run with `python -c`, before any slow import.

@@ -72,7 +72,7 @@ def show(folder: Path, todo: Sequence[Job], on_progress: Callable[[float], None]
 
     Args:
         folder: Where to.
-        todo: What to make, as `jobs` says it.
+        todo: The images to generate, from `jobs`.
         on_progress: Called with the number of images done, fractions included.
 
     Yields:

@@ -19,7 +19,7 @@ _MODEL_FILES = (".safetensors", ".json", ".txt", ".model")
 
 
 def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Sequence[str]) -> list[Any]:
-    """All that the images of a call depend on but the model's contents; neither paths nor the device are part of it.
+    """Everything that the images of a call depend on except the model; paths and the device are left out.
 
     Args:
         run: What is made; its own seed is not used.
@@ -49,7 +49,7 @@ def digest(*facts: Any) -> str:
 
 
 def model_facts(path: Path, name: str) -> Any:
-    """What a model is: hashes of its files where they are on this machine, otherwise its name."""
+    """Identifies a model: by hashes of its files if they are on this machine, otherwise by its name."""
     if path.is_file():
         return file_hash(str(path))
     if path.is_dir():
@@ -71,7 +71,7 @@ def _lora_hashes(lora: str | list[str]) -> Any:
     return [[_lora_hash(source), weight] for source, weight in weighted(tuple(lora))]
 
 
-@lru_cache(maxsize=4096)  # a hub is asked what it has
+@lru_cache(maxsize=4096)  # a hub repository needs a request
 def _lora_hash(lora: str) -> str:
     return file_hash(str(find_file(lora_source(lora))))
 

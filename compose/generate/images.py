@@ -11,7 +11,7 @@ from lora_compose.compose.files.images import save_image
 from lora_compose.compose.generate.making import make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.support.savers import Saver
-from lora_compose.compose.support.terminal import bar, err, say
+from lora_compose.compose.support.terminal import bar, echo, err
 from lora_compose.pipelines.concepts.selection import choose_concepts
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -50,9 +50,9 @@ def make_images(
                 lambda share, done=i: on_progress(done + share), record_attention=maps,
             )  # fmt: skip
             made = batch.images[0]
-            say(path := save_image(made.image, out / f"{seed}.png", made.record))
+            echo(path := save_image(made.image, out / f"{seed}.png", made.record))
             if batch.attention is not None:
-                say(save_image(maps_sheet(made.image, made.record.run, batch.attention), out / f"{seed}-maps.png"))
+                echo(save_image(maps_sheet(made.image, made.record.run, batch.attention), out / f"{seed}-maps.png"))
             images[seed] = made.image
             records.append((path, made.record))
             reason = reason if asked.method else batch.method_reason
@@ -60,8 +60,8 @@ def make_images(
             asked = asked.model_copy(update={name: getattr(made.record.run, name) for name in ("method", "settings")})
     path, record = records[-1]
     if len(images) > 1:
-        say(save_image(_seeds_sheet(images, record.run), out / "sheet.png"))
-    say(f"{_how(record.run, reason)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
+        echo(save_image(_seeds_sheet(images, record.run), out / "sheet.png"))
+    echo(f"{_how(record.run, reason)}; to reproduce it: lora-compose replay {path}", style="dim", to=err)
 
 
 def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
@@ -69,9 +69,9 @@ def _named(pipe: Any, scene: Scene, loras: Path) -> Scene:
     known = {concept.name: concept for concept in pipe.add_concepts(loras)}
     choice = choose_concepts(scene.prompt, known)
     for reason in choice.reasons:
-        say(reason, style="dim", to=err)
+        echo(reason, style="dim", to=err)
     for note in choice.notes:
-        say(f"note: {note}", style="yellow", to=err)
+        echo(f"note: {note}", style="yellow", to=err)
     concepts = tuple(
         known[name].model_copy(update={"weight": choice.weights[name]} if name in choice.weights else {})
         for name in choice.names

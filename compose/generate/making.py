@@ -258,11 +258,11 @@ def _image_hashes(scene: Scene) -> dict[str, str]:
 
 
 def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | None) -> Callable[..., dict]:
-    def tell(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+    def after_step(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         if on_progress is not None:
             on_progress((step + 1) / pipe.num_timesteps)
         if on_step is not None:
             on_step(step + 1, pipe.num_timesteps, tensors["latents"])
         return {}
 
-    return tell
+    return after_step

@@ -13,19 +13,19 @@ from pathlib import Path
 import torch
 
 from lora_compose.compose.generate.machine import choose_device
-from lora_compose.compose.support.terminal import err, say
+from lora_compose.compose.support.terminal import echo, err
 
 CHILD = Path(__file__).with_name("child.py")
 GRACE = 10  # seconds that a process has to end by itself
 
 
 def local_rank() -> int:
-    """The number of this process on this machine, as its launcher (ours, accelerate, torchrun, SLURM) says; else 0."""
+    """Index of this process on this machine, set by its launcher (ours, accelerate, torchrun, SLURM); otherwise 0."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def own_device(wanted: str | None) -> str:
-    """Where this process works: what is wanted; of several GPUs, that of its number on this machine.
+    """The device of this process: the wanted one, or with several GPUs the one of its index.
 
     Raises:
         ValueError: If the device is unknown or not there.
@@ -35,13 +35,13 @@ def own_device(wanted: str | None) -> str:
 
 
 def default_number(wanted: int, device: str | None) -> int:
-    """How many processes: one for each GPU, or what is wanted where there are so many processors.
+    """The number of processes: one per GPU; on the CPU the wanted number, at most one per processor.
 
     One if a launcher (accelerate, torchrun, SLURM) has started several.
 
     Args:
-        wanted: How many on a CPU.
-        device: Where they are to run; None is any.
+        wanted: Number on a CPU.
+        device: Their device; None is any.
     """
     if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
         return 1
@@ -60,7 +60,7 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
         on_look: Called a few times per second.
 
     Returns:
-        0, or the exit code of a process that found something wrong, which has been said then.
+        0, or the exit code of a process that failed, whose error output is shown.
 
     Raises:
         OSError: If all were killed.
@@ -68,12 +68,12 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
     command = [sys.executable, "-c", CHILD.read_text("utf-8"), *arguments]
     shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     with ExitStack() as stack:
-        told = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(number)]
         started: list[subprocess.Popen] = []
         stack.callback(_stop, started)
-        for rank, speech in enumerate(told):
+        for rank, output in enumerate(outputs):
             environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=speech))
+            started.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=output))
         running, killed = list(started), 0
         while running:
             time.sleep(0.2)
@@ -82,14 +82,14 @@ def launch(arguments: Sequence[str], number: int, threads: int, on_look: Callabl
                 running.remove(process)
                 if process.returncode < 0:
                     killed += 1
-                    say(f"warning: {_killed(-process.returncode)}", style="yellow", to=err)
+                    echo(f"warning: {_killed(-process.returncode)}", style="yellow", to=err)
         if killed == number:
             raise ChildProcessError("no process is left. What is finished is kept; the same command resumes")
         failed = next((rank for rank, process in enumerate(started) if process.returncode > 0), None)
         if failed is None:
             return 0
-        told[failed].seek(0)  # what is wrong for one is mostly wrong for all, and said once
-        sys.stderr.write(told[failed].read())
+        outputs[failed].seek(0)  # mostly the same error in all processes: shown once
+        sys.stderr.write(outputs[failed].read())
         return started[failed].returncode
 
 

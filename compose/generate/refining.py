@@ -13,7 +13,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import runnable
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.support.savers import Saver
-from lora_compose.compose.support.terminal import bar, say
+from lora_compose.compose.support.terminal import bar, echo
 from lora_compose.pipelines.refine import Detailer, refine, subject_masks
 from lora_compose.pipelines.scene import Run
 
@@ -63,8 +63,8 @@ def refine_and_save(
         num_inference_steps=run.steps, guidance_scale=run.guidance_scale,
         negative_prompt=run.scene.negative_prompt or None, generator=torch.Generator().manual_seed(run.seed),
     )  # fmt: skip
-    say(save_image(found.image, out))
-    say(f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} latent rows")
+    echo(save_image(found.image, out))
+    echo(f"repainted {', '.join(found.subjects)}: {found.cost.rows_forward:g} latent rows")
 
 
 def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _masks(pipe: Any, record: Record, run: Run, image: Image.Image) -> dict[str,
     if regions:
         return regions
     seeds = record.batch or (run.seed,)
-    with bar("looking where the subjects are", 1) as on_progress:
+    with bar("finding the subjects", 1) as on_progress:
         batch = make_batch(pipe, run, seeds, on_progress, record_attention=True)
     if batch.attention is None:
         raise ValueError("this image has no concepts, so there is nothing to repaint")

@@ -14,7 +14,7 @@ from lora_compose.compose.generate.making import Made, make_batch
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver
-from lora_compose.compose.support.terminal import bar, say
+from lora_compose.compose.support.terminal import bar, echo
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.sources import files_of, with_files
 from lora_compose.pipelines.regular import sha256_of
@@ -45,16 +45,16 @@ def replay_and_compare(
     """
     asked = runnable(record, loras)
     asked = asked if model is None else asked.model_copy(update={"model": model})
-    say(f"{asked.model}, {asked.method or 'no method'}, seed {asked.seed}, {asked.steps} steps: {asked.scene.prompt}")
+    echo(f"{asked.model}, {asked.method or 'no method'}, seed {asked.seed}, {asked.steps} steps: {asked.scene.prompt}")
     pipe = open_model(asked, savers)
     with threads(record.machine.threads), bar("composing", 1) as on_progress:
         made = remake(pipe, record, asked, on_progress)
     if out is not None:
-        say(save_image(made.image, out, made.record))
+        echo(save_image(made.image, out, made.record))
     for change in changes(record, made.record):
-        say(f"changed: {change}", style="yellow")
+        echo(f"changed: {change}", style="yellow")
     found = difference(given, made.image)
-    say(f"different: {found}" if found else "identical: every pixel is the same", style="red" if found else "green")
+    echo(f"different: {found}" if found else "identical: every pixel is the same", style="red" if found else "green")
     return found is None
 
 
@@ -65,7 +65,7 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
     looked for in `loras`; if it is not there, a changed file is used, and `changes` reports it afterwards.
 
     Args:
-        record: What an image says.
+        record: The record in the image.
         loras: A folder in which LoRA files are looked for, by content, whatever their names.
 
     Raises:
@@ -99,7 +99,7 @@ def remake(pipe: Any, record: Record, run: Run, on_progress: Callable[[float], N
 
     Args:
         pipe: What `open_model` gave for the run.
-        record: What the image says.
+        record: The record in the image.
         run: The recorded run, as `runnable` gave it.
         on_progress: As for `make`.
     """

@@ -19,7 +19,7 @@ def scheduler_class(name: str) -> Any:
     """The scheduler of that class name.
 
     Raises:
-        ValueError: If there is none; the message names those that are spelled alike.
+        ValueError: If there is none; the message names similar ones.
     """
     names = scheduler_names()
     if name not in names:

@@ -11,7 +11,7 @@ from rich.text import Text
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.inspection import Inspection, Overlap, inspect, overlaps
 from lora_compose.compose.playground.assets import lora_source, playground_of
-from lora_compose.compose.support.terminal import out, plain, say
+from lora_compose.compose.support.terminal import echo, out, plain
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import Factors, read_lora
 from lora_compose.pipelines.scene import Run, Scene
@@ -62,7 +62,7 @@ def show_files(
 
 
 def _show(found: Inspection, every_key: bool) -> None:
-    say(found.file, style="bold")
+    echo(found.file, style="bold")
     family = found.family or "unknown"
     lines = [
         ("format", found.form),
@@ -83,14 +83,14 @@ def _show(found: Inspection, every_key: bool) -> None:
         out.print(_blocks_table(found))
     shown = found.unmatched if every_key else found.unmatched[:5]
     for key in shown:
-        say(f"{'no key of an adapter' if found.matched_with is None else 'fits no layer'}: {key}", style="yellow")
+        echo(f"{'no key of an adapter' if found.matched_with is None else 'fits no layer'}: {key}", style="yellow")
     if len(shown) < len(found.unmatched):
-        say(f"... and {len(found.unmatched) - len(shown)} more; --keys lists them", style="yellow")
+        echo(f"... and {len(found.unmatched) - len(shown)} more; --keys lists them", style="yellow")
     for note in found.notes:
-        say(f"note: {note}", style="yellow")
+        echo(f"note: {note}", style="yellow")
     if found.problem is not None:
-        say(f"problem: {found.problem}", style="red")
-    say("")
+        echo(f"problem: {found.problem}", style="red")
+    echo("")
 
 
 def _blocks_table(found: Inspection) -> Table:
@@ -106,14 +106,14 @@ def _blocks_table(found: Inspection) -> Table:
 def _show_overlaps(shared: Sequence[Overlap]) -> None:
     for overlap in shared:
         one, other = overlap.files
-        say(f"{one} and {other}", style="bold")
+        echo(f"{one} and {other}", style="bold")
         table = Table("block", "overlap of energy")
         for block, share in overlap.blocks:
             table.add_row(*_cells(block, f"{share:.2%}"))
         if overlap.whole is not None:
             table.add_row(*_cells("all", f"{overlap.whole:.2%}"), style="bold")
             out.print(table)
-        say(f"{overlap.meaning}\n")
+        echo(f"{overlap.meaning}\n")
 
 
 def _cells(*values: Any) -> list[Text]:

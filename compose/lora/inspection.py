@@ -28,8 +28,8 @@ _FACTS = {
     "method": "trained with",
     "ss_sd_model_name": "trained on",
     "ss_network_module": "network",
-    "ss_network_dim": "rank, as said",
-    "ss_network_alpha": "alpha, as said",
+    "ss_network_dim": "rank, in the metadata",
+    "ss_network_alpha": "alpha, in the metadata",
     "ss_network_args": "network settings",
     "ss_num_train_images": "images",
     "ss_resolution": "resolution",
@@ -248,9 +248,9 @@ def merge_facts(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     if not isinstance(files, list):
         return
     settings = record.get("settings")
-    said = [f"{name}={value}" for name, value in settings.items()] if isinstance(settings, dict) else []
-    said += [f"rank {record['rank']}"] if record.get("rank") is not None else []
-    yield "merged by", _short(" ".join([str(record.get("method")), f"({', '.join(said)})" if said else ""]).strip())
+    words = [f"{name}={value}" for name, value in settings.items()] if isinstance(settings, dict) else []
+    words += [f"rank {record['rank']}"] if record.get("rank") is not None else []
+    yield "merged by", _short(" ".join([str(record.get("method")), f"({', '.join(words)})" if words else ""]).strip())
     for one in files[:_MANY]:
         if isinstance(one, dict):
             weight, sha256 = one.get("weight"), str(one.get("sha256"))

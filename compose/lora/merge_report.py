@@ -14,7 +14,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.lora.merge_tally import MergedBlock
 from lora_compose.compose.lora.merging import Given, Report, check_free, match_files, merge_files
 from lora_compose.compose.playground.assets import lora_source, playground_of
-from lora_compose.compose.support.terminal import bar, out, plain, say
+from lora_compose.compose.support.terminal import bar, echo, out, plain
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
@@ -146,13 +146,13 @@ def _show(report: Report, method: str) -> None:
         cells += [_share(block.cut)] if cut else []
         table.add_row(*[Text(plain(cell)) for cell in cells], style="bold" if block is report.blocks[-1] else None)
     for i, (source, weight) in enumerate(report.files, 1):
-        say(f"{i}  {source}, weight {weight:g}")
+        echo(f"{i}  {source}, weight {weight:g}")
     out.print(table)
     for note in report.notes:
-        say(f"note: {note}", style="yellow")
+        echo(f"note: {note}", style="yellow")
     whole: MergedBlock = report.blocks[-1]
     memory = "" if report.peak_bytes is None else f", {report.peak_bytes / 2**30:.2f} GiB of memory at most"
-    say(
+    echo(
         f"{report.out}: {method}, {whole.layers} layers, {report.size / 2**20:.1f} MiB, {report.seconds:.1f} s{memory}",
         style="bold",
     )

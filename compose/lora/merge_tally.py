@@ -55,14 +55,14 @@ class Tally:
         return sum(after for ranks in self._ranks.values() for _, after in ranks)
 
     def add(self, block: str, changes: Changes, merged: LoraFactors, kept: float) -> None:
-        """Takes a layer: its changes, the result, and the share of its energy that the cut to a rank kept."""
+        """Adds a layer: its changes, the result, and the share of its energy that the cut to a rank kept."""
         products = gram([*changes, merged])
         self._sums[block] = self._sums.get(block, 0) + products
         self._whole[block] = self._whole.get(block, 0.0) + float(products[-1, -1]) / kept
         self._ranks.setdefault(block, []).append((sum(change.rank for change in changes), merged.rank))
 
     def blocks(self) -> Iterator[MergedBlock]:
-        """What became of each block, and of all."""
+        """The merge of each block, and of the whole."""
         for name, products in self._sums.items():
             yield self._block(name, products, self._whole[name], self._ranks[name])
         products = sum(self._sums.values(), torch.zeros(()))

@@ -1,1 +1,1 @@
-"""What the page in the browser needs besides a browser: everything here works without Streamlit but `screen`."""
+"""The page in the browser. Everything except `screen` works without Streamlit."""

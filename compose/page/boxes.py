@@ -1,4 +1,4 @@
-"""Boxes on a canvas: templates, a free place for one more, and what was drawn made to fit."""
+"""Boxes on a canvas: templates, a free place for one more, and drawn boxes fitted to the canvas."""
 
 from collections.abc import Sequence
 from itertools import accumulate, combinations, product
@@ -6,18 +6,18 @@ from itertools import accumulate, combinations, product
 Box = tuple[int, int, int, int]
 
 LEAST = 8
-"""Pixels that a side of a box has at least: one cell of the latents."""
+"""Least side of a box in pixels: one latent cell."""
 
 _MARGIN = 1 / 32  # of the canvas, between boxes and its edges
 _ROOM = 1 / 4  # of the canvas' sides, that a free place has at least
 _BIG = 0.62  # of the width, for the big one of "big and small"
 
 TEMPLATES = {"Side by side": 2, "Three in a row": 3, "Big and small": 2}
-"""Names of templates, and for how many concepts they are made."""
+"""Names of templates, with the number of concepts that each is for."""
 
 
 def template(name: str, number: int, width: int, height: int) -> list[Box]:
-    """Boxes for so many concepts.
+    """Boxes for a number of concepts.
 
     Args:
         name: One of `TEMPLATES`. The rows take any number of concepts, "Big and small" makes all but the first small.
@@ -59,7 +59,7 @@ def one_more(taken: Sequence[Box], width: int, height: int) -> list[Box]:
 
 
 def _free(taken: Sequence[Box], width: int, height: int) -> list[Box]:
-    """Rectangles between the edges of boxes and canvas that no box reaches into."""
+    """Rectangles between the edges of boxes and canvas that overlap no box."""
     across = sorted({0, width, *(edge for box in taken for edge in (box[0], box[2]))})
     down = sorted({0, height, *(edge for box in taken for edge in (box[1], box[3]))})
     return [

@@ -1,4 +1,4 @@
-"""Which controls a method has: read off the fields of its settings, so that a new method has its controls at once."""
+"""The controls of a method, derived from the fields of its settings, so that a new method needs no page code."""
 
 import dataclasses
 import inspect
@@ -21,12 +21,12 @@ class Control:
 
     Attributes:
         name: The field's name.
-        label: What it is called on the page.
+        label: Its label on the page.
         kind: What sets it: one of several values, on or off, a whole number, a number, words as they are, or
             text read as YAML.
         default: The field's default.
         choices: The values of a "choice".
-        help: The field's name, and what the settings' docstring says about it.
+        help: The field's name and its text in the settings' docstring.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Control:
         """The value that a control shows; empty text is the default.
 
         Raises:
-            ValueError: For text that is no value.
+            ValueError: For text that cannot be read as a value.
         """
         if self.kind == "words":
             return shown.strip() or self.default
@@ -95,7 +95,7 @@ def _control(method: str, name: str, hint: Any, default: Any, text: str) -> Cont
 
 
 def _plain(value: Any) -> Any:
-    """As YAML gives it: lists and dictionaries."""
+    """The value in YAML's types: lists and dictionaries."""
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return dict(value) if isinstance(value, Mapping) else value
@@ -106,7 +106,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _field_texts(kind: Any) -> dict[str, str]:
-    """What a docstring in Google's style says about attributes."""
+    """The text of each attribute in a docstring of Google's style."""
     section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text) for name, text in found}

@@ -62,12 +62,12 @@ def command(run: Run, savers: Sequence[Saver] = (), scene: str = "scene.yaml") -
 
 
 def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None) -> str:
-    """A program that makes the run and saves its image, as one would write it by hand.
+    """A short program that makes the run and saves its image.
 
     Args:
         run: As it was made.
         savers: Options that save memory.
-        scheduler: The model's own, which need not be said; None if it is not known.
+        scheduler: The model's own, which is left out; None if it is not known.
     """
     imports = {"lora_compose": {"ComposePipeline"}}
     lines = _opening(run, savers, imports)
@@ -106,7 +106,7 @@ def _source_of(source: str, weight: float, imports: dict[str, set[str]]) -> str:
 
 
 def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) -> list[str]:
-    """The lines that open the model; what they need is added to the imports."""
+    """The lines that open the model; their imports are added."""
     source, maker = _value(run.model), "from_pretrained"
     if run.model == PLAYGROUND:
         imports.setdefault(_ASSETS, set()).add("playground_model")
@@ -161,7 +161,7 @@ def _arguments(fields: Mapping[str, object]) -> str:
 
 
 def _value(value: object) -> str:
-    """As it is written in Python, text between double quotes, for which JSON has the same rules."""
+    """A value as Python code; text is in double quotes, for which JSON has the same rules."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 

@@ -20,7 +20,7 @@ except ImportError:  # Windows: what a killed page leaves there is left to the s
 logger = logging.getLogger(__name__)
 
 PREFIX = "lora-compose-page-"
-"""What the name of the folder of a page begins with, among the temporary files."""
+"""Prefix of the name of a page's folder, among the temporary files."""
 
 _LOCK = "lock"
 _making = threading.Lock()
@@ -61,7 +61,7 @@ def _new_root() -> Path:
         try:
             _locked(root, os.O_RDWR | os.O_CREAT)
         except (BlockingIOError, FileNotFoundError):
-            continue  # another page has taken the lock in the moment before, and removes the folder
+            continue  # another page has just taken the lock, and removes the folder
         return root
 
 
@@ -69,13 +69,13 @@ def _locked(root: Path, flags: int) -> int:
     """The lock of a folder, held for as long as it is open.
 
     Raises:
-        BlockingIOError: If somebody else has it.
+        BlockingIOError: If another process has it.
         FileNotFoundError: If there is none.
     """
     lock = os.open(root / _LOCK, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_nlink == 0:  # whoever had it has removed the folder
+        if os.fstat(lock).st_nlink == 0:  # its last holder has removed the folder
             raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(root))
     except OSError:
         os.close(lock)

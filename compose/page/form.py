@@ -11,8 +11,8 @@ from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.sources import moved_files
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -33,7 +33,7 @@ EXAMPLE = ("bear-robot", "lora-composer", 2)
 
 @dataclass(frozen=True)
 class Form:
-    """Everything that is set.
+    """All settings of the page.
 
     Attributes:
         choice: The model.
@@ -92,7 +92,7 @@ class Form:
                 for seed in self.seeds
             ]  # fmt: skip
         except FieldError as error:
-            raise ValueError("\n".join(error.complaints)) from error
+            raise ValueError("\n".join(error.messages)) from error
 
     def with_method(self, method: str) -> "Form":
         """The same with another method at its defaults."""
@@ -100,11 +100,11 @@ class Form:
 
 
 def form_of(run: Run, size: tuple[int, int]) -> Form:
-    """What makes a run again, on the page.
+    """The form that reproduces a run on the page.
 
     Args:
         run: From a record or an example; its model is the page's from now on.
-        size: The model's own, for what the scene leaves open.
+        size: The model's own, for sizes that the scene leaves open.
 
     Raises:
         ValueError: If it is beyond the page's limits, or its method, settings or scheduler are unknown.
@@ -142,7 +142,7 @@ def form_of(run: Run, size: tuple[int, int]) -> Form:
 
 
 def check_limits(form: Form) -> None:
-    """Raises ValueError, in words, for what is too much for a page that others use as well."""
+    """Raises ValueError for settings that are too much for a page that several people use."""
     width, height = form.size
     texts = [form.prompt, form.negative_prompt]
     texts += [text or "" for concept in form.concepts for text in (concept.prompt, concept.negative_prompt)]
@@ -216,7 +216,7 @@ def _is_number(weight: Any) -> TypeGuard[float]:
 
 
 def free_name(wanted: str, taken: Sequence[str]) -> str:
-    """A name like this one that nobody has yet."""
+    """A similar name that is not taken."""
     wanted = wanted.strip()[: MOST_NAME - 4] or "concept"
     names = [wanted, *(f"{wanted} {number}" for number in range(2, len(taken) + 3))]
     return next(name for name in names if name not in taken)

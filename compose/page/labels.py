@@ -1,4 +1,4 @@
-"""What methods and their settings are called on the page: by what they do; the paper's names come second."""
+"""Labels of methods and settings on the page: by what they do; the paper's names come second."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Decides = Literal["boxes", "found areas", "words", "nothing"]
 
 @dataclass(frozen=True)
 class MethodLabel:
-    """A method in the page's words.
+    """The labels of a method.
 
     Attributes:
         name: By what it does.
@@ -172,21 +172,21 @@ def label_of(method: str) -> MethodLabel:
 
 
 def full_name(method: str) -> str:
-    """What a method does and what its paper calls it."""
+    """The label of a method, with its name in the paper."""
     label = label_of(method)
     return f"{label.name} · {label.paper}" if label.paper else label.name
 
 
 def methods() -> list[str]:
-    """All methods, those first that one needs most."""
+    """All methods, the most useful first."""
     return [*METHOD_LABELS, *(method for method in METHODS if method not in METHOD_LABELS)]
 
 
 def setting_label(method: str, name: str) -> str:
-    """What a setting is called on the page."""
+    """The label of a setting."""
     return SETTING_LABELS.get(method, {}).get(name) or name.replace("_", " ")
 
 
 def choice_label(setting: str, value: Any) -> str:
-    """What a value of a setting is called on the page."""
+    """The label of a value of a setting."""
     return _CHOICES.get((setting, value)) or str(value)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_compose.compose.support.terminal import say
+from lora_compose.compose.support.terminal import echo
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_LOCAL"
@@ -14,12 +14,12 @@ _OUT, _LORAS, _LOCAL = "LORA_COMPOSE_OUT", "LORA_COMPOSE_LORAS", "LORA_COMPOSE_L
 
 @dataclass(frozen=True)
 class Options:
-    """How the page was started; it is told by variables, since Streamlit starts it anew for every visitor.
+    """How the page was started; passed in environment variables, since Streamlit runs the script anew for each session.
 
     Attributes:
-        out: Where images and evaluations are kept.
+        out: The folder for images and evaluations.
         loras: A folder whose LoRAs can be chosen; None if none was named.
-        local: Whether only this machine can open the page, so that its visitors may name files.
+        local: Whether only this machine can open the page; files may then be named by path.
     """
 
     out: Path = Path("outputs")
@@ -28,7 +28,7 @@ class Options:
 
     @property
     def images(self) -> Path:
-        """The folder for images that somebody keeps."""
+        """The folder for saved images."""
         return self.out / "page"
 
     @property
@@ -49,8 +49,8 @@ def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) ->
     """Starts the page in this process, until a signal ends it.
 
     Args:
-        port: Where it listens.
-        host: On which address.
+        port: The port to listen on.
+        host: The address to listen on.
         out: The folder for images and evaluations.
         loras: A folder whose LoRAs the page offers.
         browser: Whether a browser is opened.
@@ -62,17 +62,17 @@ def start(port: int, host: str, out: Path, loras: Path | None, browser: bool) ->
         raise ValueError("the page needs one more package: pip install 'lora-compose[ui]'")
     if loras is not None and not loras.is_dir():
         raise ValueError(f"there is no folder {str(loras)!r}; --loras names a folder with safetensors files")
-    told = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no"}
-    told |= {_LORAS: str(loras.absolute())} if loras is not None else {}
-    os.environ.update(told)
+    environment = {_OUT: str(out.absolute()), _LOCAL: "yes" if is_local(host) else "no"}
+    environment |= {_LORAS: str(loras.absolute())} if loras is not None else {}
+    os.environ.update(environment)
     from streamlit.web.cli import main
 
     served = ["--server.port", str(port), "--server.address", host, "--server.headless", str(not browser).lower()]
     if is_local(host):
-        # A strange website may give its own name our address; the browser then takes both for the same site.
+        # Another website may resolve its name to our address (DNS rebinding); the browser then takes both for one site.
         for name in sorted({"localhost", "127.0.0.1", "::1", host}):
             served += ["--server.allowedHosts", name]
-    say(f"The page is at http://{host}:{port} until Ctrl-C.")
+    echo(f"The page is at http://{host}:{port} until Ctrl-C.")
     # In this process: a signal that ends the command then ends the page.
     main(["run", str(script()), *served], standalone_mode=False)
 

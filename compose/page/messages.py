@@ -1,4 +1,4 @@
-"""Messages of pipelines and files in the page's words: its names for files and methods, and no Python."""
+"""Messages of pipelines and files, with the page's names for files and methods, and without Python."""
 
 import re
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from lora_compose.compose.page.labels import METHOD_LABELS, SETTING_LABELS, labe
 _CODE = re.compile(r"\w=|[\[{]|\w\(|\w_(?!block)\w")  # the names of blocks are those that one writes for their weights
 
 
-def spoken(message: str, method: str | None = None, files: Mapping[str, str] | None = None) -> str:
-    """A message as the page says it.
+def page_message(message: str, method: str | None = None, files: Mapping[str, str] | None = None) -> str:
+    """A message as the page shows it.
 
     Args:
         message: As it was raised or logged.
-        method: Whose settings it may be about.
-        files: Names to show by names on the disk.
+        method: The method that it may be about.
+        files: Names to show, by names on the disk.
     """
     for stored, shown in (files or {}).items():
         message = message.replace(stored, shown)
@@ -30,7 +30,7 @@ def spoken(message: str, method: str | None = None, files: Mapping[str, str] | N
 
 
 def _without_code(message: str) -> str:
-    """Without the clauses in which there is Python; the first one is kept in any case."""
+    """The message without clauses that contain Python; the first clause is kept in any case."""
     clauses: list[str] = []
     for piece in re.split(r"(?<=[,;:]) ", message):
         if clauses and _is_open(clauses[-1]):

@@ -1,4 +1,4 @@
-"""Open models, shared by everybody who has the page open. One call at a time per model; the others wait in turn."""
+"""Open models, shared by all sessions. One call at a time per model; the others wait in turn."""
 
 import threading
 from collections import OrderedDict, deque
@@ -14,22 +14,22 @@ from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LIMIT = 2
-"""Models that are open at once; the one that was not used for longest makes room."""
+"""Most open models; the least recently used one is closed first."""
 
 _FAMILIES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # by the width of the text that the UNet reads
 
 
 class Stopped(Exception):  # noqa: N818 (nothing has gone wrong)
-    """Somebody pressed stop."""
+    """The user pressed stop."""
 
 
 class Busy(Exception):  # noqa: N818
-    """The model is at work, and nobody wanted to wait."""
+    """The model is in use, and the caller does not wait."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which model, and how it is opened.
+    """A model, and how it is opened.
 
     Attributes:
         model: As in `Run`.
@@ -59,12 +59,12 @@ class OpenModel:
     """An open model with its queue.
 
     Args:
-        choice: What was opened.
+        choice: The model.
         pipe: The pipeline.
 
     Attributes:
         scheduler: The class of the model's own scheduler.
-        seconds_per_flop: As the last image took; None before the first one.
+        seconds_per_flop: Of the last image; None before the first one.
     """
 
     def __init__(self, choice: Choice, pipe: Any) -> None:
@@ -82,7 +82,7 @@ class OpenModel:
 
     @property
     def busy(self) -> bool:
-        """Whether somebody has the model."""
+        """Whether the model is in use."""
         return bool(self._queue)
 
     @property
@@ -92,7 +92,7 @@ class OpenModel:
 
     @property
     def family(self) -> str | None:
-        """The family of models, in the words of `guess_family`; None if it is not known."""
+        """The model family, named as by `guess_family`; None if it is unknown."""
         if self.choice.model == PLAYGROUND:
             return PLAYGROUND
         if "unet" not in self._pipe.components:
@@ -111,13 +111,13 @@ class OpenModel:
         """The pipeline, for this thread alone inside the block; only these concepts' LoRAs stay loaded in it.
 
         Args:
-            concepts: Of the run that is to come.
+            concepts: The concepts of the next run.
             wait: Whether to wait for others.
             stop: Ends the waiting.
-            on_wait: Called with the number of those who are before.
+            on_wait: Called with the number of calls ahead.
 
         Raises:
-            Busy: If others have the model and one does not wait.
+            Busy: If the model is in use and `wait` is False.
             Stopped: If `stop` was set before the turn came.
         """
         ticket = object()

@@ -1,4 +1,4 @@
-"""The quick suite, started from the page: a process of its own, as `lora-compose evaluate` makes it."""
+"""The quick suite, started from the page: `lora-compose evaluate` in a process of its own."""
 
 import atexit
 import subprocess
@@ -15,7 +15,7 @@ State = Literal["idle", "running", "done", "failed", "stopped"]
 
 
 class Quick:
-    """The quick suite; one at a time for everybody who has the page open.
+    """The quick suite; one at a time for all sessions.
 
     Args:
         folder: The folder of all evaluations.
@@ -24,18 +24,18 @@ class Quick:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / NAME
         self.state: State = "idle"
-        self._said: deque[str] = deque(maxlen=20)
+        self._output: deque[str] = deque(maxlen=20)
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """The last lines that it has printed."""
-        return "\n".join(self._said)
+        return "\n".join(self._output)
 
     @property
     def share(self) -> float:
-        """How much is done, up to 1."""
+        """The finished fraction, up to 1."""
         from lora_compose.compose.evaluation.results import PLAN, Plan
         from lora_compose.compose.evaluation.runner import is_done
         from lora_compose.compose.files.stored import read
@@ -46,11 +46,11 @@ class Quick:
         return sum(is_done(self.folder, planned) for planned in plan.batches) / len(plan.batches)
 
     def start(self) -> None:
-        """Starts, or goes on where it was stopped. Does nothing while it runs."""
+        """Starts or resumes it. Does nothing while it runs."""
         with self._lock:
             if self.state == "running":
                 return
-            self._said.clear()
+            self._output.clear()
             # One process: images need a processor, too.
             command = [sys.executable, "-m", "lora_compose", "evaluate", "run", NAME, "--out", str(self.folder)]
             command += ["--processes", "1"]
@@ -70,7 +70,7 @@ class Quick:
 
     def _listen(self, process: "subprocess.Popen[str]") -> None:
         for line in process.stdout or ():
-            self._said.append(line.rstrip()[:500])
+            self._output.append(line.rstrip()[:500])
         code = process.wait()
         with self._lock:
             if self.state == "running":

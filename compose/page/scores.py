@@ -1,4 +1,4 @@
-"""How much images look like the concepts they are of, where there are images to compare with: on the playground."""
+"""Likeness of generated objects to their concepts, on the playground, which has reference images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SUITE = "playground-quick"
 
 @dataclass(frozen=True)
 class Likeness:
-    """What the judge says of one concept in an image.
+    """The judge's scores of one concept in an image.
 
     Attributes:
         found: Whether an object of its class was found at all.
@@ -31,7 +31,7 @@ class Likeness:
 
     @property
     def words(self) -> str:
-        """In a few words, for a table."""
+        """The scores as short text, for a table."""
         if not self.found or self.own is None:
             return "not found"
         beside = "" if self.others is None else f", others {self.others:.2f}"
@@ -39,14 +39,14 @@ class Likeness:
 
 
 class Judge:
-    """The playground's judge, opened when it is first asked."""
+    """The playground's judge, opened at first use."""
 
     def judges(self, run: Run) -> bool:
         """Whether there are reference images for every concept of a run."""
         return run.model == PLAYGROUND and bool(run.scene.concepts) and self._names(run.scene) is not None
 
     def score(self, image: Image.Image, scene: Scene) -> dict[str, Likeness]:
-        """Looks at an image of the playground.
+        """Scores an image of the playground.
 
         Raises:
             ValueError: If there are no reference images for some concept.

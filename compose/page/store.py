@@ -1,4 +1,4 @@
-"""The files of one session: a folder of its own, names that we give, nothing that was not read and checked first."""
+"""The files of one session: in a folder of its own, under our own names, all of them read and checked first."""
 
 import base64
 import binascii
@@ -56,8 +56,8 @@ class Lora:
     """A LoRA that can be chosen.
 
     Attributes:
-        source: What `Concept.lora` says.
-        shown: What it is called on the page.
+        source: As in `Concept.lora`.
+        shown: Its name on the page.
         sha256: Of its content.
         trigger: From its metadata.
         class_word: From its metadata.
@@ -87,10 +87,10 @@ class StartImage:
     """An image to start from.
 
     Attributes:
-        path: Where its copy is, a PNG in a size that the model works with.
-        shown: What its owner calls it.
+        path: Path of its copy, a PNG in a size that the model supports.
+        shown: The user's name for it.
         size: Width and height of the copy.
-        mask: Where the mask is that was painted over it; None paints everywhere.
+        mask: Path of the mask that was painted over it; None repaints everywhere.
     """
 
     path: str
@@ -103,9 +103,9 @@ class Store:
     """The files of a session, in a folder of its own.
 
     Attributes:
-        folder: Where they are.
+        folder: The folder.
         uploads: The LoRAs among them.
-        images: What images to start from are called, and their masks, by path.
+        images: Names of start images and their masks, by path.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Store:
 
     @property
     def names(self) -> dict[str, str]:
-        """What uploads are called, by their paths and by their names on the disk."""
+        """The user's names of uploads, by their paths and by their names on the disk."""
         return {name: lora.shown for lora in self.uploads for name in (lora.source, Path(lora.source).name)}
 
     def close(self) -> bool:
@@ -125,10 +125,10 @@ class Store:
         return not self.folder.exists()
 
     def add_upload(self, name: str, data: BinaryIO) -> Lora:
-        """Keeps an uploaded LoRA, if it is one. Nothing is kept of any other, whatever is wrong with it.
+        """Keeps an uploaded LoRA. Nothing is kept of a file that cannot be used.
 
         Args:
-            name: What its owner calls it; never a part of a path.
+            name: The user's name for it; never a part of a path.
             data: Its content.
 
         Raises:
@@ -175,9 +175,9 @@ class Store:
         """Keeps a copy of an image to start from.
 
         Args:
-            name: What its owner calls it; never a part of a path.
+            name: The user's name for it; never a part of a path.
             data: Its content.
-            side: Pixels of the longer side at most; both become multiples of 8.
+            side: Most pixels of the longer side; both sides become multiples of 8.
 
         Raises:
             FileError: If it is too large or no image.
@@ -189,7 +189,7 @@ class Store:
         try:
             with Image.open(data, formats=FORMATS) as found:
                 image = ImageOps.exif_transpose(bounded(found, "it")).convert("RGB")
-        except Exception as error:  # images come from strangers, and what Pillow raises for damaged ones has no end
+        except Exception as error:  # images are not trusted, and Pillow raises many kinds of errors for damaged ones
             raise FileError(f"{shown} cannot be read as an image; expected {', '.join(FORMATS)}") from error
         share = min(1.0, side / max(image.size))
         width, height = (max(8, int(length * share) // 8 * 8) for length in image.size)
@@ -245,7 +245,7 @@ def in_folder(folder: Path) -> list[Path]:
 
 
 def named(source: str) -> Lora:
-    """A LoRA by what `Concept.lora` says: of the playground, a file, or a repository, which is downloaded.
+    """The LoRA of a `Concept.lora`: of the playground, a file, or a repository, which is downloaded.
 
     Raises:
         LoraError: If it cannot be used.
@@ -269,14 +269,14 @@ def is_on_hub(source: str) -> bool:
 def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, local: bool) -> dict[str, Lora | None]:
     """The LoRAs of a record, by concept: those with the recorded content, wherever they are; None for missing ones.
 
-    An image may come from a stranger: a path in it is looked at only on the owner's own machine, and taken only if
-    the content is the recorded one. A repository in it is missing until somebody asks for it.
+    Images are not trusted: a path in one is followed only if the page is local, and its file is used only if the
+    content is the recorded one. A repository counts as missing until the user asks for its download.
 
     Args:
-        record: What an image says.
+        record: The record in an image.
         uploads: The user's uploads.
         folder: Where else to look.
-        local: Whether the page belongs to who looks at it, so that paths may be followed.
+        local: Whether the page is open to this machine only, so that paths may be followed.
     """
     known = {lora.sha256: lora for lora in uploads}
     return {
@@ -314,7 +314,7 @@ def _pngs(folder: Path) -> Iterator[Path]:
 
 
 def _copy(data: BinaryIO, path: Path, limit: int, shown: str) -> None:
-    """In pieces, so that too much is noticed before it is all there."""
+    """Copies in pieces, so that a file above the limit is noticed early."""
     size = 0
     with path.open("wb") as file:
         while piece := data.read(_CHUNK):

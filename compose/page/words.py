@@ -1,4 +1,4 @@
-"""Reading along while a prompt is written: whose words are where, and what is wrong with them."""
+"""Checks a prompt while it is typed: which words belong to which concept, and what is wrong with them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Part = Literal["trigger", "class word"]
 
 @dataclass(frozen=True, order=True)
 class Mark:
-    """Words of a concept: characters from start to end of the prompt, and whose they are."""
+    """A span of characters of a prompt that belongs to a concept."""
 
     start: int
     end: int
@@ -26,14 +26,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read.
+    """The result of reading a prompt.
 
     Attributes:
         marks: Words of concepts, in order; none of them overlap.
         flags: What is wrong or doubtful, in words.
         missing: Indices of concepts that the prompt does not name.
-        unready: Whether no image can be made before that is mended.
-        cut: From which character on the model reads nothing any more; None if it reads all.
+        unready: Whether that has to be fixed before an image can be made.
+        cut: The first character that the model does not read; None if it reads all.
     """
 
     marks: tuple[Mark, ...]
@@ -83,7 +83,7 @@ def read_prompt(prompt: str, concepts: Sequence[Concept], tokenizer: Any) -> Rea
 
 
 def cut_off(prompt: str, tokenizer: Any) -> int | None:
-    """From which character on a prompt is too long; None if it is not. Words are not divided."""
+    """The first character beyond the model's limit; None if the prompt fits. Words are not divided."""
     limit = _limit(tokenizer)
 
     def tokens(text: str) -> int:

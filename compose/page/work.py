@@ -1,4 +1,4 @@
-"""Making images in a thread of its own, so that one can watch, and stop."""
+"""Generates images in a thread of its own, with a preview and a stop."""
 
 import logging
 import secrets
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 State = Literal["waiting", "working", "done", "stopped", "failed"]
 
 _PREVIEW_CELLS = 32  # longer side of the latents that a preview is decoded from
-_PREVIEW_SHARE = 0.1  # of the time, that previews may take
+_PREVIEW_SHARE = 0.1  # fraction of the time that previews may take
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ class Result:
         made: The image and its record.
         cost: What its call cost; None without concepts.
         attention: Attention maps, if they were kept.
-        seconds: How long it took.
-        key: A name of its own.
+        seconds: Time that it took.
+        key: A unique name.
     """
 
     made: Made
@@ -52,21 +52,21 @@ class Result:
 
 
 class Job:
-    """Pictures to be made one after the other, each as `lora_compose.compose.generate.make` makes it.
+    """Images to be generated one after the other, each by `lora_compose.compose.generate.make`.
 
     Args:
         model: The model.
         runs: One for each image.
         record_attention: Whether attention maps are kept.
-        flops: Operations of each, as far as they are known.
+        flops: FLOPs of each, if known.
         comparing: Whether they are shown side by side.
 
     Attributes:
-        state: Where it is.
-        ahead: While waiting: how many calls of others come first.
-        results: Those that are finished.
-        preview: What the current image looks like so far.
-        error: What went wrong, in words.
+        state: "waiting", "working", "done", "stopped" or "failed".
+        ahead: While waiting, the number of calls ahead.
+        results: Finished images.
+        preview: A preview of the current image.
+        error: The error message, if it failed.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Job:
         self._thread = threading.Thread(target=self._work, name="lora-compose-page", daemon=True)
 
     def start(self) -> "Job":
-        """Begins; does not wait."""
+        """Starts the thread; does not wait."""
         self._thread.start()
         return self
 
@@ -124,13 +124,13 @@ class Job:
 
     @property
     def share(self) -> float:
-        """How much of everything is done, up to 1."""
+        """The finished fraction of all images, up to 1."""
         within = self._done / self._of if self._of else 0.0
         return min(1.0, (len(self.results) + within) / max(1, len(self.runs)))
 
     @property
     def seconds_left(self) -> float | None:
-        """How long it will take still, judged by the steps so far; None before the first one."""
+        """Estimated seconds left, from the steps so far; None before the first one."""
         share = self.share
         if self._first_step is None or share <= 0:
             return None
@@ -153,7 +153,7 @@ class Job:
         except torch.OutOfMemoryError as error:
             logger.warning("out of memory: %s", error)
             self._fail("Out of memory. Choose a smaller canvas, float16, or “Save memory”.")
-        except Exception as error:  # whatever models and libraries raise: the page lives on
+        except Exception as error:  # whatever models and libraries raise, the page goes on
             logger.exception("an image could not be made")
             self._fail(f"Internal error ({type(error).__name__}): {str(error)[:300]}")
         finally:
@@ -194,7 +194,7 @@ class Job:
 
 
 def look(pipe: Any, latents: Tensor) -> Image.Image:
-    """What latents look like now: decoded by the model's own VAE, in little where they are many."""
+    """A preview of latents, decoded by the model's own VAE; large latents are shrunk first."""
     longer = max(latents.shape[-2:])
     if longer > _PREVIEW_CELLS:
         latents = F.interpolate(latents, scale_factor=_PREVIEW_CELLS / longer, mode="area")

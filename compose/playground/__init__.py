@@ -1,1 +1,1 @@
-"""The playground: a small model with concepts and a judge, as it is used. How it is made is told in `recipe`."""
+"""The playground: a small model with concepts and a judge. `recipe` shows how it was made."""

@@ -1,4 +1,4 @@
-"""The playground by name, and where its files are: in a clone of the repository, or inside an installed wheel."""
+"""Finds the files of the playground by name: in a clone of the repository, or inside an installed wheel."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ PLAYGROUNDS = (PLAYGROUND, PLAYGROUND_FLUX)
 
 
 def playground_title(model: str) -> str:
-    """What LoRAs that were trained on a playground say in their metadata."""
+    """The title in the metadata of LoRAs that were trained on a playground."""
     return f"lora-compose {model}"
 
 
 def playground_of(title: str | None) -> str | None:
-    """The playground whose LoRAs say this in their metadata; None for other files."""
+    """The playground whose LoRAs have this title in their metadata; None for others."""
     return next((model for model in PLAYGROUNDS if title == playground_title(model)), None)
 
 
@@ -27,7 +27,7 @@ def assets_dir() -> Path:
     """Finds the folder with the assets.
 
     Returns:
-        `assets/` beside `compose/` in a clone, `compose/assets/` in an installed wheel.
+        `assets/` next to `compose/` in a clone, `compose/assets/` in an installed wheel.
 
     Raises:
         FileNotFoundError: If neither holds the playground.
@@ -80,7 +80,7 @@ def playground_lora(name: str, model: str = PLAYGROUND) -> Path:
 
 
 def lora_source(source: str) -> str:
-    """What a concept's `lora` names: the file behind `playground:NAME`, everything else as it is."""
+    """The source of a concept's `lora`: the file of `playground:NAME`, everything else unchanged."""
     model, colon, name = source.partition(":")
     return str(playground_lora(name, model)) if colon and model in PLAYGROUNDS else source
 

@@ -4,7 +4,7 @@ BASE_CLASSES = (
     "cat", "dog", "rabbit", "horse", "pig", "penguin", "elephant", "turtle", "fish", "bird", "frog", "bear", "fox",
     "lion", "car", "boat", "house", "tree", "mushroom", "robot",
 )  # fmt: skip
-"""What it can draw without LoRAs."""
+"""The classes that it can draw without LoRAs."""
 
 PLACES = {
     "on grass": ((110, 180, 80), (150, 210, 110)),
@@ -18,4 +18,4 @@ PLACES = {
     "in space": ((5, 5, 15), (20, 15, 40)),
     "at sunset": ((250, 140, 80), (120, 60, 120)),
 }
-"""Where that can be, and of which colours the ground is there: at the bottom, and at the top."""
+"""Backgrounds by their words, with the colours at the bottom and at the top."""

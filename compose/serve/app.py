@@ -1,7 +1,6 @@
 """The web interface of a server: POST /images, GET /loras, GET /health.
 
-A full queue is answered by 503 with Retry-After, a request that cannot be made by 422, and a client that goes away
-gives its place in the queue up.
+A full queue answers 503 with Retry-After, an invalid request 422. A client that disconnects leaves the queue.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ from fastapi import FastAPI, HTTPException, Request, Response  # pyright: ignore
 from lora_compose.compose.serve.engine import Busy, Engine, Served
 from lora_compose.compose.serve.requests import ImageRequest, Limits
 
-_LOOK = 0.25  # seconds after which it is looked whether a client is still there
+_LOOK = 0.25  # seconds between checks whether a client is still connected
 
 
 def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None) -> FastAPI:
@@ -25,7 +24,7 @@ def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None
 
     Args:
         engine: Makes the images; it is started and stopped with the application.
-        size: Width and height of images that say none.
+        size: Width and height of images by default.
         limits: The most that a request may ask for.
     """
     limits = limits or Limits()
@@ -57,7 +56,7 @@ def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None
 
     @app.get("/loras")
     async def loras() -> dict[str, dict[str, str | None]]:
-        """All LoRAs by name, with the words that a prompt names them by."""
+        """All LoRAs by name, with trigger and class word."""
         return {
             name: {"trigger": concept.trigger, "class_word": concept.class_word}
             for name, concept in engine.concepts.items()
@@ -65,7 +64,7 @@ def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None
 
     @app.get("/health")
     async def health(response: Response) -> dict[str, Any]:
-        """How the server is doing; 503 if its thread has ended."""
+        """The state of the server; 503 if its thread has ended."""
         facts = engine.facts
         response.status_code = 200 if facts.alive else 503
         return {**vars(facts), "memory_bytes": psutil.Process().memory_info().rss}

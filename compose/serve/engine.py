@@ -2,7 +2,7 @@
 
 Requests of different concepts share a forward pass (`concepts=[[...], [...]]`). A request waits for others only as long
 as `wait`, and only if there is room for them. LoRA files are read when they are first named, and stay in memory up to a
-limit; those not used for longest go first.
+limit; the least recently used are dropped first.
 """
 
 import logging
@@ -27,7 +27,7 @@ class Busy(Exception):  # noqa: N818 (nothing has gone wrong)
     """There is no room in the queue.
 
     Attributes:
-        seconds: After how many there may be.
+        seconds: Estimated seconds until there is room.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -41,7 +41,7 @@ class Served:
 
     Attributes:
         image: The image.
-        together: How many images went through the model with it, itself included; the pixels depend on it.
+        together: Number of images in its batch; the pixels depend on it.
     """
 
     image: Image.Image
@@ -57,7 +57,7 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class Facts:
-    """How a server is doing.
+    """The state of a server.
 
     Attributes:
         alive: Whether its thread runs.
@@ -75,13 +75,13 @@ class Facts:
 
 
 class Engine:
-    """Makes images of requests, several at once where they agree in shape.
+    """Makes the images of requests; those of one shape are batched.
 
     Args:
         pipe: An opened pipeline that knows its concepts; only this engine may use it.
-        most: Images that go through the model together.
+        most: Most images in a batch.
         wait: Seconds that a request waits for others of its shape.
-        queue: Requests that may wait; more are refused.
+        queue: Most requests in the queue; further ones are refused.
     """
 
     def __init__(self, pipe: Any, most: int = 4, wait: float = 0.05, queue: int = 64) -> None:
@@ -98,7 +98,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its current call; requests that wait are given up."""
+        """Ends the thread after its current call; waiting requests are dropped."""
         with self._changed:
             self._ends = True
             left = list(self._waiting)
@@ -115,7 +115,7 @@ class Engine:
 
     @property
     def facts(self) -> Facts:
-        """How it is doing."""
+        """Its state."""
         with self._changed:
             return Facts(self._thread.is_alive(), len(self._waiting), self._images, self._calls, self._pace)
 
@@ -123,7 +123,7 @@ class Engine:
         """Puts a request into the queue.
 
         Returns:
-            Its image, later. A request whose future is cancelled is not made.
+            A future with its image. A request whose future is cancelled is not made.
 
         Raises:
             ValueError: If it names a LoRA that is not there.
@@ -173,7 +173,7 @@ class Engine:
             return batch
 
     def _answer(self, batch: Sequence[_Waiting]) -> None:
-        """Makes the images of a batch; if that fails, each alone, so that one bad request spoils no other."""
+        """Makes the images of a batch; if that fails, each alone, so that one bad request does not affect others."""
         try:
             images = self.make([one.request for one in batch])
         except Exception as error:  # whatever models and libraries raise

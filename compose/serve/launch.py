@@ -10,21 +10,21 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.serve.app import make_app
 from lora_compose.compose.serve.engine import Engine
 from lora_compose.compose.serve.requests import Limits
-from lora_compose.compose.support.terminal import err, say
+from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.scene import Run, Scene
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How a server works.
+    """Settings of a server.
 
     Attributes:
         host: The address to listen on.
         port: The port to listen on.
-        most: Images that go through the model together.
+        most: Most images in a batch.
         wait: Seconds that a request waits for others of its shape.
-        queue: Requests that may wait.
-        lora_memory: Bytes of LoRA files that stay in memory.
+        queue: Most requests in the queue.
+        lora_memory: Bytes of LoRA files kept in memory.
         limits: The most that a request may ask for.
     """
 
@@ -43,7 +43,7 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     Args:
         run: Its model, dtype and device.
         loras: A folder of LoRA files; requests name them by the file without its suffix.
-        serving: How it works.
+        serving: Its settings.
 
     Raises:
         ValueError: If the model or the folder cannot be opened.
@@ -53,6 +53,6 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     known = pipe.add_concepts(loras)
     size = size_of(pipe, Scene(prompt="-"))
     where = f"http://{serving.host}:{serving.port}/docs"
-    say(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
+    echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
     engine = Engine(pipe, serving.most, serving.wait, serving.queue)
     uvicorn.run(make_app(engine, size, serving.limits), host=serving.host, port=serving.port, log_level="warning")

@@ -1,8 +1,7 @@
 """A load test of a server on this machine: `python -m lora_compose.compose.serve.load`.
 
 `loras FOLDER` makes many LoRA files, copies of the playground's with other weights. `run URL` sends requests that name
-any two of the server's LoRAs, and shows how long they take, how many images there are per minute, and the memory of the
-server from first to last.
+any two of the server's LoRAs, and shows their times, the images per minute, and the memory of the server over time.
 """
 
 import json
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_compose.compose.playground.assets import assets_dir
-from lora_compose.compose.support.terminal import bar, say
+from lora_compose.compose.support.terminal import bar, echo
 
 app = typer.Typer(help="Load test of lora-compose serve.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -32,13 +31,13 @@ _SAMPLES = 20  # of the memory
 
 @dataclass(frozen=True)
 class Load:
-    """What a load test has measured.
+    """The results of a load test.
 
     Attributes:
-        seconds: How long each request took, refusals and waiting included.
-        refused: How often the queue was full.
-        together: Images that went through the model together, on average.
-        wall: Seconds from first to last.
+        seconds: Time of each request, refusals and waiting included.
+        refused: Number of refusals because the queue was full.
+        together: Mean number of images in a batch.
+        wall: Seconds from the first request to the last.
         memory: Bytes of the server, over time.
     """
 
@@ -126,7 +125,7 @@ def _get(url: str) -> Any:
 def loras_command(folder: Path, number: int = 500) -> None:
     """Write many LoRA files into a folder."""
     make_loras(folder, number)
-    say(f"{number} LoRA files in {folder}")
+    echo(f"{number} LoRA files in {folder}")
 
 
 @app.command("run")
@@ -137,14 +136,14 @@ def run_command(
     size: Annotated[int, typer.Option(min=8)] = 64,
     steps: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Send requests to a server and show what it does."""
+    """Send requests to a server and show its throughput."""
     fields = {"width": size, "height": size, "steps": steps, "guidance_scale": 4}
     load = load_test(url, requests, clients, fields)
     cuts = statistics.quantiles(load.seconds, n=20) if len(load.seconds) > 1 else [*load.seconds] * 19
-    say(f"{requests} requests of {size} x {size}, {steps} steps, {clients} clients")
-    say(f"{load.per_minute:.0f} images per minute, {load.together:.1f} of them together; {load.refused} refusals")
-    say(f"p50 {statistics.median(load.seconds):.2f} s, p95 {cuts[18]:.2f} s")
-    say("memory in MiB: " + " ".join(f"{size / 2**20:.0f}" for size in load.memory))
+    echo(f"{requests} requests of {size} x {size}, {steps} steps, {clients} clients")
+    echo(f"{load.per_minute:.0f} images per minute, {load.together:.1f} of them together; {load.refused} refusals")
+    echo(f"p50 {statistics.median(load.seconds):.2f} s, p95 {cuts[18]:.2f} s")
+    echo("memory in MiB: " + " ".join(f"{size / 2**20:.0f}" for size in load.memory))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a server is asked for: one image, with bounds on all that costs time or memory."""
+"""Requests to a server: one image each, with limits on everything that costs time or memory."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -28,7 +28,7 @@ class Limits(_Frozen):
     steps: Annotated[int, Field(gt=0)] = 50
 
 
-class AskedConcept(_Frozen):
+class RequestedConcept(_Frozen):
     """A LoRA of the server, and how it acts.
 
     Attributes:
@@ -66,7 +66,7 @@ class ImageRequest(_Frozen):
 
     prompt: Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
     negative_prompt: Annotated[str, Field(max_length=MOST_CHARACTERS)] = ""
-    concepts: Annotated[tuple[AskedConcept, ...], Field(max_length=MOST_CONCEPTS)] = ()
+    concepts: Annotated[tuple[RequestedConcept, ...], Field(max_length=MOST_CONCEPTS)] = ()
     method: str | None = None
     width: Annotated[int, Field(gt=0)] | None = None
     height: Annotated[int, Field(gt=0)] | None = None
@@ -98,7 +98,7 @@ class ImageRequest(_Frozen):
         return self
 
     def resolved(self, width: int, height: int) -> "ImageRequest":
-        """The same with nothing left open.
+        """The same with all defaults filled in.
 
         Args:
             width: The model's own.
@@ -115,5 +115,5 @@ class ImageRequest(_Frozen):
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """Requests that agree in this go through the model together."""
+        """Requests with an equal shape are batched."""
         return self.width, self.height, self.steps, self.guidance_scale, self.method

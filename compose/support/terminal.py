@@ -29,7 +29,7 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def say(*words: object, style: str | None = None, to: Console = out) -> None:
+def echo(*words: object, style: str | None = None, to: Console = out) -> None:
     """Prints text as it is, without markup and without breaking lines."""
     to.print(plain(" ".join(map(str, words))), style=style, markup=False, soft_wrap=True)
 
@@ -37,12 +37,12 @@ def say(*words: object, style: str | None = None, to: Console = out) -> None:
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         label = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        say(f"{label}{record.getMessage()}", style="yellow" if label else "dim", to=err)
+        echo(f"{label}{record.getMessage()}", style="yellow" if label else "dim", to=err)
 
 
 @contextmanager
 def logged(level: int) -> Iterator[None]:
-    """Shows what our own packages log."""
+    """Shows the log of our own packages in this block."""
     logger = logging.getLogger("lora_compose")
     handler, before = _Handler(), logger.level
     handler.setLevel(level)
@@ -107,18 +107,18 @@ def _printed(text: str, total: float | None) -> Iterator[Callable[..., None]]:
         nonlocal state
         state = done, state[1] if text is None else plain(text)
 
-    def tell() -> None:
+    def report() -> None:
         while not ended.wait(min(max(EVERY, (time.monotonic() - begun) / 20), MOST)):
             done, text = state
-            say(progress_line(text, done, total, time.monotonic() - begun), style="dim", to=err)
+            echo(progress_line(text, done, total, time.monotonic() - begun), style="dim", to=err)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
     try:
         yield update
     finally:
         ended.set()
-        teller.join()
+        reporter.join()
 
 
 def progress_line(text: str, done: float, total: float | None, seconds: float) -> str:
@@ -136,7 +136,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def kindly(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+def handle_errors(level: int = logging.INFO) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Makes a command report usage errors with exit code 2, and failures with exit code 1, without a traceback.
 
     Args:
@@ -173,5 +173,5 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _ended(label: str, message: Any, code: int) -> typer.Exit:
-    say(f"{label}: {message}", style="red", to=err)
+    echo(f"{label}: {message}", style="red", to=err)
     return typer.Exit(code)

@@ -3,7 +3,7 @@
     L = mean over layers and channels of | W x_r + Delta x_r - W x_c |        (TARA, arXiv 2508.08812)
 
 x_r and x_c are text features at the trigger and at the class word. The text encoder and W are frozen, so they and the
-target W (x_c - x_r) are constants: the loss needs no pass of the UNet, no hook, and does not depend on image, noise
+target W (x_c - x_r) are constants: the loss needs no pass of the network, no hook, and does not depend on image, noise
 or timestep. It is 0 where keys are equal, and one rank for every token of the trigger suffices for that.
 """
 
@@ -46,12 +46,12 @@ class Alignment:
     norm: Literal["l1", "l2"]
 
     @classmethod
-    def of(cls, unet: nn.Module, adapter: str, rows: Rows, norm: Literal["l1", "l2"]) -> "Alignment":
-        """Computes the targets, on the UNet's device."""
+    def of(cls, network: nn.Module, adapter: str, rows: Rows, norm: Literal["l1", "l2"]) -> "Alignment":
+        """Computes the targets, on the network's device."""
         layers = []
-        device = next(unet.parameters()).device
+        device = next(network.parameters()).device
         trigger, noun = rows.trigger.to(device), rows.noun.to(device)
-        for name, layer in unet.named_modules():
+        for name, layer in network.named_modules():
             if name.endswith("attn2.to_k") and isinstance(layer, LoraLayer) and adapter in layer.lora_A:
                 down, up = (side[adapter].get_parameter("weight") for side in (layer.lora_A, layer.lora_B))
                 with torch.no_grad():

@@ -38,26 +38,26 @@ class Base(Protocol):
 
     @property
     def side(self) -> int:
-        """Of the images it was made for, in pixels."""
+        """Side of the images that it was made for, in pixels."""
         ...
 
     @property
     def architecture(self) -> str:
-        """Its kind in the words of the ModelSpec standard."""
+        """Its architecture, named as in the ModelSpec standard."""
         ...
 
     @property
     def prediction(self) -> str:
-        """What the network predicts, in the words of that standard; empty where it has none."""
+        """What the network predicts, named as in that standard; empty if it has no name for it."""
         ...
 
     @property
     def tokenizers(self) -> Sequence[Any]:
-        """Those that must know the trigger."""
+        """The tokenizers of prompts."""
         ...
 
     def check(self, settings: Training) -> None:
-        """Raises ValueError for settings that mean nothing to this kind of model."""
+        """Raises ValueError for settings that do not apply to this kind of model."""
         ...
 
     def noising(self) -> Noising:
@@ -76,7 +76,7 @@ class Base(Protocol):
         """Images as the network has them, from pixels between -1 and 1; on the CPU."""
         ...
 
-    def paint(
+    def generate(
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
         guidance: float, side: int,
     ) -> list[Image.Image]:  # fmt: skip
@@ -84,7 +84,7 @@ class Base(Protocol):
         ...
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
-        """What the network is told of a training image beside its text, by name.
+        """Further inputs of the network for a training image, by name.
 
         Args:
             size: Width and height of the image, in pixels.
@@ -109,13 +109,13 @@ class UNetBase:
 
     @property
     def side(self) -> int:
-        """Of the images it was made for, in pixels."""
+        """Side of the images that it was made for, in pixels."""
         sample = self.network.config.sample_size
         return (sample if isinstance(sample, int) else min(sample)) * self.pipe.vae_scale_factor
 
     @property
     def architecture(self) -> str:
-        """Its kind in the words of the ModelSpec standard."""
+        """Its architecture, named as in the ModelSpec standard."""
         if hasattr(self.pipe, "text_encoder_2"):
             return "stable-diffusion-xl-v1-base"
         if self.network.config.cross_attention_dim != _SD2_TEXT:
@@ -134,7 +134,7 @@ class UNetBase:
         return [tokenizer for tokenizer in found if tokenizer is not None]
 
     def check(self, settings: Training) -> None:
-        """Everything is for this kind of model."""
+        """Accepts all settings."""
 
     def noising(self) -> Noising:
         """As in the model's own training."""
@@ -164,7 +164,7 @@ class UNetBase:
         with torch.no_grad():
             return vae.encode(pixels.to(vae.device)).latent_dist.mode().cpu() * vae.config.scaling_factor
 
-    def paint(
+    def generate(
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
         guidance: float, side: int,
     ) -> list[Image.Image]:  # fmt: skip
@@ -179,7 +179,7 @@ class UNetBase:
         return self.pipe.image_processor.postprocess(pixels)
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
-        """What SDXL is told of an image: original size, what was cut off, target; each height and width."""
+        """SDXL's size inputs: original size, crop offset, target size; each height and width."""
         width, height = size
         xl = isinstance(self.pipe, StableDiffusionXLPipeline)
         return {"time_ids": (height, width, *cut, side, side)} if xl else {}
@@ -196,7 +196,7 @@ class TransformerBase:
 
     @property
     def side(self) -> int:
-        """1024 pixels, or less of a model that says so."""
+        """1024 pixels, or the model's own side if that is less."""
         return min(self.pipe.own_size)
 
     @property
@@ -206,7 +206,7 @@ class TransformerBase:
 
     @property
     def prediction(self) -> str:
-        """The standard has no word for it."""
+        """Empty: the standard has no name for flow matching."""
         return ""
 
     @property
@@ -260,7 +260,7 @@ class TransformerBase:
         with torch.no_grad():
             return self.pipe.latents_of(pixels.to(self.pipe.vae.device)).cpu()
 
-    def paint(
+    def generate(
         self, accelerator: Accelerator, prompts: Sequence[str], noise: Sequence[torch.Generator], steps: int,
         guidance: float, side: int,
     ) -> list[Image.Image]:  # fmt: skip
@@ -277,5 +277,5 @@ class TransformerBase:
             ).images
 
     def sizes(self, size: tuple[int, int], cut: tuple[int, int], side: int) -> Mapping[str, Sequence[int]]:
-        """Nothing: no transformer is told sizes."""
+        """None: transformers take no sizes."""
         return {}

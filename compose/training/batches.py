@@ -1,6 +1,6 @@
 """What is drawn for every step: order, noise and timesteps, from the seed and the number of the row alone.
 
-Nothing is kept between steps, so a training that goes on from a checkpoint draws what an undisturbed one would, and
+Nothing is kept between steps, so a resumed training draws the same as an uninterrupted one, and
 rows do not depend on how they are split into processes and batches.
 """
 

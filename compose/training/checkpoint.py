@@ -14,7 +14,7 @@ from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.training.settings import Training
 
 _VERSION = 2
-# What may differ when a training goes on; images are compared by their content.
+# Settings that may differ when a training is resumed; images are compared by their content.
 _FREE = {
     "images", "out", "class_images", "class_count", "class_steps", "gradient_checkpointing", "save_dtype",
     "checkpoint_every", "sample_every", "sample_prompts", "sample_guidance", "cpu", "threads",
@@ -22,7 +22,7 @@ _FREE = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be gone on from; the message says why and what to do."""
+    """A checkpoint that cannot be resumed; the message says why and what to do."""
 
 
 class FullError(OSError):
@@ -36,7 +36,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any], settings: Training, da
         path: Where to.
         state: Numbers, tensors and the state of optimizers, with "step" among them.
         settings: Of the training.
-        data: What the images are (`digest`).
+        data: Digest of the images (`digest`).
         processes: How many share a step; with another number of them a step would have other rows.
 
     Raises:
@@ -117,5 +117,5 @@ def _short(value: Any) -> str:
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all numbers are numbers."""
+    """Whether all values are finite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

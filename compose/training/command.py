@@ -1,4 +1,4 @@
-"""A training with progress and plain endings: what `lora-compose train` does."""
+"""`lora-compose train`: trains with progress and clear errors."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ import torch
 import typer
 from pydantic import ValidationError
 
-from lora_compose.compose.files.validation import complaints
-from lora_compose.compose.support.terminal import FAILED, bar, err, say
+from lora_compose.compose.files.validation import field_messages
+from lora_compose.compose.support.terminal import FAILED, bar, echo, err
 from lora_compose.compose.training.loop import DivergedError, Stopped
 from lora_compose.compose.training.loop import train as run_training
 from lora_compose.compose.training.model import preset_of
@@ -27,14 +27,14 @@ def train(
     fresh: bool,
     overwrite: bool,
 ) -> None:
-    """Trains a LoRA and says where it is. Ctrl-C stops; the same call resumes.
+    """Trains a LoRA and prints its path. Ctrl-C stops; the same call resumes.
 
     Args:
-        preset: Whose defaults; None chooses by the model.
+        preset: The preset; None chooses by the model.
         tara: Fields of `TaraTraining`; None trains without it.
         fields: Fields of `Training`.
         fresh: Whether a checkpoint is deleted first.
-        overwrite: Whether a LoRA that is there is replaced.
+        overwrite: Whether an existing LoRA is replaced.
 
     Raises:
         ValueError: For unusable settings.
@@ -42,22 +42,24 @@ def train(
     settings = _settings(preset, tara, fields)
     talks = os.environ.get("RANK", "0") == "0"
     if talks:
-        say(f"training {settings.steps} steps on {settings.model}; the LoRA goes to {settings.out}", to=err)
+        echo(f"training {settings.steps} steps on {settings.model}; the LoRA goes to {settings.out}", to=err)
     try:
         with _progress(settings) as on_step:
             path = run_training(settings, on_step=on_step, fresh=fresh, overwrite=overwrite)
     except Stopped as stopped:
-        say(stopped, style="yellow", to=err)
+        echo(stopped, style="yellow", to=err)
         raise typer.Exit(INTERRUPTED) from stopped
     except torch.OutOfMemoryError as error:
         hint = "use --gradient-checkpointing, --mixed-precision bf16, a smaller --batch-size or --resolution"
-        say(f"out of memory: {str(error).splitlines()[0]}\n{hint}", style="red", to=err)
+        echo(f"out of memory: {str(error).splitlines()[0]}\n{hint}", style="red", to=err)
         raise typer.Exit(FAILED) from error
     except DivergedError as error:
-        say(f"failed: {error}", style="red", to=err)
+        echo(f"failed: {error}", style="red", to=err)
         raise typer.Exit(FAILED) from error
     if talks:
-        say(f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})")
+        echo(
+            f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})"
+        )
 
 
 def _settings(preset: str | None, tara: Mapping[str, Any] | None, given: Mapping[str, Any]) -> Training:
@@ -66,7 +68,7 @@ def _settings(preset: str | None, tara: Mapping[str, Any] | None, given: Mapping
         return Training.preset(preset or preset_of(given["model"]), tara=words, **given)
     except ValidationError as error:
         kind = TaraTraining if error.title == TaraTraining.__name__ else Training
-        raise ValueError("\n".join(complaints(kind, error))) from error
+        raise ValueError("\n".join(field_messages(kind, error))) from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Images and captions for training. They are the user's, or a stranger's: everything is checked first."""
+"""Images and captions for training. Files are not trusted: everything is checked first."""
 
 import hashlib
 import logging
@@ -27,11 +27,11 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """An image and what it shows.
+    """A training image with its caption.
 
     Attributes:
         path: Its file.
-        caption: In words.
+        caption: Its caption.
         size: Width and height in pixels, upright.
         sha256: Of the file.
     """
@@ -57,10 +57,10 @@ def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ..
     paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()), key=_natural)
     if not paths:
         raise DataError(f"{folder} holds no images; expected files that end with {', '.join(SUFFIXES)}")
-    told = _table(folder / CAPTIONS)
-    if strangers := sorted(told.keys() - {path.name for path in paths}):
+    from_table = _table(folder / CAPTIONS)
+    if strangers := sorted(from_table.keys() - {path.name for path in paths}):
         logger.warning("%s has captions of images that are not there: %s", CAPTIONS, ", ".join(strangers[:5]))
-    captions = [told.get(path.name) or _beside(path) for path in paths]
+    captions = [from_table.get(path.name) or _beside(path) for path in paths]
     if missing := captions.count(None):
         logger.info("%s: %d of %d images have no caption and get the prompt", folder, missing, len(paths))
     found = []
@@ -94,7 +94,7 @@ def load_image(path: Path) -> Image.Image:
 
 
 def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
-    """The middle of an image, so that its shorter side is whole.
+    """The centre square of an image, resized.
 
     Args:
         image: RGB.
@@ -112,8 +112,8 @@ def square(image: Image.Image, side: int) -> tuple[Tensor, tuple[int, int]]:
     return pixels.permute(2, 0, 1).contiguous(), (top, left)
 
 
-def say_small(images: Sequence[TrainingImage], side: int) -> None:
-    """Says which images have to be enlarged."""
+def warn_of_small(images: Sequence[TrainingImage], side: int) -> None:
+    """Warns of images that have to be enlarged."""
     small = [image.path.name for image in images if min(image.size) < side]
     if small:
         logger.warning(

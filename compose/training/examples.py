@@ -15,12 +15,12 @@ class Examples:
     """Encoded images.
 
     Attributes:
-        latents: The means that the VAE gives; of some VAEs the spread is as large as the image, and drawing from it
-            would only add noise that nobody has learnt. Shape: [images, channels, height, width].
-        caption: Which of the captions is an image's. Shape: [images], whole numbers.
+        latents: The means of the VAE; with some VAEs the variance is as large as the image, and sampling would only
+            add noise. Shape: [images, channels, height, width].
+        caption: Index of each image's caption. Shape: [images], integers.
         text: Features of the captions. Shape: [captions, tokens, channels].
         mask: 1 at the trigger. Shape: [captions, tokens, 1].
-        by_caption: What the network takes beside the text, one row per caption: pooled features of SDXL.
+        by_caption: Further inputs of the network, one row per caption: pooled features of SDXL.
         by_image: The same, one row per image: sizes of SDXL, original, cut off, target; each height and width.
     """
 

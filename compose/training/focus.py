@@ -2,8 +2,8 @@
 
     K = X W_K^T + diag(m) X Delta_K^T        V likewise, m_i in {0, 1}        (TARA, arXiv 2508.08812)
 
-The mask is put on the output of the LoRA's second factor, by a layer that stands in for it: other rows keep the bits of
-the base model. The layer looks the mask up when it is called, and it stays until the next batch, so that gradient
+The mask is put on the output of the LoRA's second factor, by a layer that replaces it: other tokens stay bit-identical
+to the base model. The layer looks the mask up when it is called, and it stays until the next batch, so that gradient
 checkpointing, which calls the layer again during the backward pass, finds the same one.
 """
 
@@ -42,10 +42,10 @@ class FocusedLinear(nn.Linear):
         return output * mask.to(output.dtype)
 
 
-def focus_on_triggers(unet: nn.Module, adapter: str) -> Focus:
+def focus_on_triggers(network: nn.Module, adapter: str) -> Focus:
     """Puts a mask on an adapter's keys and values of cross-attention, and returns where to set it."""
     focus = Focus()
-    for name, layer in unet.named_modules():
+    for name, layer in network.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")) and isinstance(layer, LoraLayer) and adapter in layer.lora_B:
             second = layer.lora_B[adapter]
             assert isinstance(second, nn.Linear)

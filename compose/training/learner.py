@@ -19,7 +19,7 @@ class Batch(NamedTuple):
         times: At which they are noised. Shape: [rows].
         text: Features of the captions. Shape: [rows, tokens, channels].
         mask: 1 at triggers, 0 everywhere in rows of the class. Shape: [rows, tokens, 1].
-        added: What the network takes beside the text, by name.
+        added: Further inputs of the network, by name.
         weights: How much every pair of words counts in the alignment. Shape: [words].
         own: How many rows are of the concept.
     """
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of a batch: to be minimised, and what it is made of."""
+    """The losses of a batch: the sum that is minimised, and its parts."""
 
     total: Tensor
     concept: Tensor
@@ -83,7 +83,7 @@ class Learner(nn.Module):
         self.focus, self.alignment = focus, alignment
 
     def forward(self, batch: Batch) -> Losses:
-        """The losses of a batch; concept and class are parted before any of them is taken."""
+        """The losses of a batch; concept and class are separated before any is computed."""
         if self.focus is not None:
             self.focus.mask = batch.mask
         noisy = self.noising.noisy(batch.latents, batch.noise, batch.times)

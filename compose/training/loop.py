@@ -26,33 +26,33 @@ from lora_compose.compose.training.model import lora_parameters, open_base
 from lora_compose.compose.training.optimizers import learning_rate, optimizers_of
 from lora_compose.compose.training.output import lora_bytes
 from lora_compose.compose.training.preparation import Adapter, Texts, adapt, encode, read_texts
-from lora_compose.compose.training.sampling import paint_samples
+from lora_compose.compose.training.sampling import save_samples
 from lora_compose.compose.training.settings import Training
-from lora_compose.compose.training.stopping import asked_to_stop
+from lora_compose.compose.training.stopping import stop_request
 
 logger = logging.getLogger(__name__)
 
 _PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 OnStep = Callable[[int, float], None]
-"""Called after every step with the number of steps done and the step's loss; what it raises ends the training."""
+"""Called after every step with the number of finished steps and the loss; raising ends the training."""
 
 
 class Stopped(KeyboardInterrupt):
-    """The training was stopped by the user; the same command, without --fresh, goes on."""
+    """The training was stopped by the user; the same command, without --fresh, resumes."""
 
 
 class DivergedError(RuntimeError):
-    """The loss or the weights are no numbers any more; the last checkpoint is from before."""
+    """The loss or the weights are not finite; the last checkpoint is from before."""
 
 
 def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = False, overwrite: bool = False) -> Path:
-    """Trains a LoRA, or goes on with a training that was stopped.
+    """Trains a LoRA, or resumes a stopped training.
 
     Args:
-        settings: What is trained, on what, and how.
-        on_step: Sees every step.
-        fresh: Start over: a checkpoint that is there is deleted.
+        settings: The settings.
+        on_step: Called after every step.
+        fresh: Whether to delete a checkpoint and start over.
         overwrite: Whether an existing output may be replaced.
 
     Returns:
@@ -61,8 +61,8 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
     Raises:
         ValueError: For images, captions, words, models and checkpoints that cannot be used; nothing is trained then.
         FileExistsError: If the output exists.
-        Stopped: After Ctrl-C; the same call, without `fresh`, goes on.
-        DivergedError: If the loss is no number any more.
+        Stopped: After Ctrl-C; the same call, without `fresh`, resumes.
+        DivergedError: If the loss is not finite.
         OSError: If a checkpoint or the output cannot be written.
     """
     if settings.out.exists() and not overwrite:
@@ -109,13 +109,13 @@ class _Trainer:
         return dict(lora_parameters(self.base.network))
 
     def forget(self) -> None:
-        """Deletes the checkpoint, so that what is stopped from now on goes on from its own."""
+        """Deletes the checkpoint of an earlier training."""
         if self.accelerator.is_main_process:
             self.settings.checkpoint.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
-        """Takes up the checkpoint, if there is one. Returns how many steps are done."""
+        """Loads the checkpoint, if there is one. Returns the number of finished steps."""
         if not self.settings.checkpoint.exists():
             return 0
         processes = self.accelerator.num_processes
@@ -133,24 +133,24 @@ class _Trainer:
     def run(self, first: int, on_step: OnStep | None) -> None:
         settings = self.settings
         self.base.network.train()
-        with asked_to_stop() as asked:
+        with stop_request() as request:
             for step in range(first, settings.steps):
                 done, loss = step + 1, self._mean(self._step(step))
                 if not math.isfinite(loss):
                     raise DivergedError(self._diverged(done, "the loss"))
                 if on_step is not None and self.accelerator.is_main_process:
                     on_step(done, loss)
-                stop = self._mean(float(asked.to_stop)) > 0  # all processes stop at the same step
+                stop = self._mean(float(request.received)) > 0  # all processes stop at the same step
                 if stop or (done % settings.checkpoint_every == 0 and done < settings.steps):
                     self._save(done)
                 if settings.sample_every and (done % settings.sample_every == 0 or done == settings.steps):
-                    self._paint(done)
+                    self._save_samples(done)
                 if stop and done < settings.steps:
                     how = "run the same command to resume (without --fresh)"
                     raise Stopped(f"stopped after step {done} of {settings.steps}; {how}")
 
     def finish(self) -> Path:
-        """Writes the LoRA; the checkpoint is not needed any more."""
+        """Writes the LoRA and deletes the checkpoint."""
         settings = self.settings
         if self.accelerator.is_main_process:
             if not finite(list(self._weights.values())):
@@ -158,7 +158,7 @@ class _Trainer:
             try:
                 write_whole(settings.out, lora_bytes(self.base, self.adapter.config, settings))
             except (OSError, SafetensorError) as error:  # the latter where there is no room for temporary files
-                self._save(settings.steps)  # so that what is learnt is not lost, if there is room for it
+                self._save(settings.steps)  # keeps the result, if there is room for it
                 why = getattr(error, "strerror", None) or error
                 raise OSError(
                     f"{settings.out} could not be written: {why}; all steps are done and kept in "
@@ -192,8 +192,8 @@ class _Trainer:
         """The mean of a number over all processes."""
         if self.accelerator.num_processes == 1:
             return number
-        told = torch.tensor([number], device=self.accelerator.device)
-        return float(self.accelerator.reduce(told, reduction="mean"))  # pyright: ignore[reportArgumentType]
+        value = torch.tensor([number], device=self.accelerator.device)
+        return float(self.accelerator.reduce(value, reduction="mean"))  # pyright: ignore[reportArgumentType]
 
     def _save(self, done: int) -> None:
         if not self.accelerator.is_main_process:
@@ -211,10 +211,10 @@ class _Trainer:
         processes = self.accelerator.num_processes
         save_checkpoint(self.settings.checkpoint, state, self.settings, self.data, processes)
 
-    def _paint(self, done: int) -> None:
+    def _save_samples(self, done: int) -> None:
         if self.accelerator.is_main_process:
             samples, side = self.texts.samples, self.texts.side
-            paint_samples(self.base, self.accelerator, self.settings, samples, self.adapter.focus, done, side)
+            save_samples(self.base, self.accelerator, self.settings, samples, self.adapter.focus, done, side)
         self.accelerator.wait_for_everyone()
 
     def _diverged(self, step: int, what: str) -> str:
@@ -233,17 +233,17 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
     base.check(settings)
     noising, texts = base.noising(), read_texts(base, settings)
     _place(base, settings, accelerator)
-    material = encode(base, texts, settings, accelerator)
-    adapter = adapt(base, settings, material.rows)
+    data = encode(base, texts, settings, accelerator)
+    adapter = adapt(base, settings, data.rows)
     trained = [parameter for parameter in lora_parameters(base.network).values() if parameter.requires_grad]
     logger.info("%d parameters to train", sum(parameter.numel() for parameter in trained))
     weights = Weights(settings.prior_weight, settings.tara.align_weight if settings.tara else 0.0, settings.min_snr)
     learner = Learner(base.network, noising, weights, adapter.focus, adapter.alignment)
     learner, *optimizers = accelerator.prepare(learner, *optimizers_of(trained, settings))
     batches = batches_of(
-        material.concept,
-        material.prior,
-        material.rows,
+        data.concept,
+        data.prior,
+        data.rows,
         seed=settings.seed,
         sizes=(settings.batch_size, settings.prior_batch or settings.batch_size),
         noising=noising,
@@ -251,7 +251,7 @@ def _prepare(settings: Training, accelerator: Accelerator) -> _Trainer:
         processes=accelerator.num_processes,
         process=accelerator.process_index,
     )
-    return _Trainer(settings, accelerator, base, adapter, learner, optimizers, batches, texts, material.data)
+    return _Trainer(settings, accelerator, base, adapter, learner, optimizers, batches, texts, data.data)
 
 
 def _place(base: Base, settings: Training, accelerator: Accelerator) -> None:

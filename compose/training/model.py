@@ -47,7 +47,7 @@ def _kind(model: str) -> tuple[str, Any]:
             config: Any = DiffusionPipeline.load_config(str(source) if source.is_dir() else model)
             family = ComposePipeline.family_of(config)
             xl = "text_encoder_2" in config
-    except Exception as error:  # model files come from strangers, and libraries raise whatever they meet
+    except Exception as error:  # model files are not trusted, and libraries raise many kinds of errors
         reason = str(error).strip()[:600]
         raise ModelError(f"the model {model!r} cannot be opened: {reason}; {_EXPECTED}") from error
     if issubclass(family, FlowMatchingPipeline):
@@ -92,7 +92,7 @@ def open_base(model: str) -> Any:
 def add_lora(network: Any, targets: list[str], settings: Training) -> LoraConfig:
     """Gives a network a LoRA that changes nothing yet, in float32 whatever the network's precision is.
 
-    Its start is decided by the settings' seed alone, and the global random state stays what it is.
+    Its start weights depend on the seed alone; the global random state is unchanged.
     """
     config = LoraConfig(
         r=settings.rank,

@@ -12,7 +12,7 @@ from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline
 
 
 class Noising(Protocol):
-    """One way of making a task out of an image and noise."""
+    """How images are noised, and what the network predicts of them."""
 
     def draw(self, random: torch.Generator) -> float:
         """A time at which a row is noised."""
@@ -36,27 +36,27 @@ class Noising(Protocol):
 
 
 class Diffusion:
-    """Noise by a schedule, of which a UNet predicts epsilon or the velocity.
+    """Noise by a schedule, of which the network predicts epsilon or the velocity.
 
     Args:
-        unet: The network.
-        schedule: A `DDPMScheduler`; says also what is predicted.
+        network: The network.
+        schedule: A `DDPMScheduler`, whose configuration has the prediction type.
 
     Raises:
         ValueError: If the model predicts something else.
     """
 
-    def __init__(self, unet: nn.Module, schedule: Any) -> None:
-        self.unet, self.schedule = unet, schedule
+    def __init__(self, network: nn.Module, schedule: Any) -> None:
+        self.network, self.schedule = network, schedule
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"this model predicts {schedule.config.prediction_type}; expected epsilon or velocity")
 
     def draw(self, random: torch.Generator) -> int:
-        """A timestep; all alike."""
+        """A timestep, uniformly distributed."""
         return int(torch.randint(self.schedule.config.num_train_timesteps, (1,), generator=random))
 
     def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """As the schedule says."""
+        """Latents with noise, by the noise schedule."""
         return self.schedule.add_noise(latents, noise, times)
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ class Diffusion:
         return noise
 
     def predict(self, noisy: Tensor, times: Tensor, text: Tensor, added: Mapping[str, Tensor]) -> Tensor:
-        """A forward pass of the UNet."""
-        return self.unet(noisy, times, text, added_cond_kwargs=dict(added) or None, return_dict=False)[0]
+        """A forward pass of the network."""
+        return self.network(noisy, times, text, added_cond_kwargs=dict(added) or None, return_dict=False)[0]
 
     def weights(self, times: Tensor, min_snr: float | None) -> Tensor:
         """Min-SNR weighting (Hang et al., arXiv 2303.09556): min(SNR, gamma) / SNR, and / (SNR + 1) for velocities."""
@@ -84,7 +84,7 @@ class Flow:
         x_s = (1 - s) x + s n        v = n - x        s = sigmoid(z), z ~ N(0, 1)     (Esser et al., arXiv 2403.03206)
 
     Args:
-        pipe: Whose transformer.
+        pipe: The pipeline of the transformer.
     """
 
     def __init__(self, pipe: FlowMatchingPipeline) -> None:
@@ -107,5 +107,5 @@ class Flow:
         return self.backbone.forward(noisy, times, text, added, **self._pipe.unguided(len(noisy), noisy.device))
 
     def weights(self, times: Tensor, min_snr: float | None) -> Tensor:
-        """All count alike: the times are drawn as they matter."""
+        """1 for all rows: the distribution of the times weights them already."""
         return torch.ones_like(times)

@@ -1,4 +1,4 @@
-"""Optimizers and the course of the learning rate."""
+"""Optimizers and the learning rate schedule."""
 
 import math
 from collections.abc import Sequence

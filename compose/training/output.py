@@ -1,4 +1,4 @@
-"""The file: a LoRA as diffusers writes it, with what inference needs in its metadata."""
+"""The output file: a LoRA in diffusers' format, with metadata for inference."""
 
 import json
 import tempfile
@@ -17,7 +17,7 @@ from lora_compose.compose.training.bases import Base
 from lora_compose.compose.training.model import ADAPTER
 from lora_compose.compose.training.settings import Training
 
-_PATHS = {"images", "out", "class_images"}  # they would tell the user's name, and mean nothing elsewhere
+_PATHS = {"images", "out", "class_images"}  # paths contain the user's name, and mean nothing elsewhere
 
 
 def lora_bytes(base: Base, config: LoraConfig, settings: Training) -> bytes:
@@ -40,7 +40,7 @@ def lora_bytes(base: Base, config: LoraConfig, settings: Training) -> bytes:
 
 
 def metadata_of(base: Base, settings: Training) -> dict[str, str]:
-    """What a file says about itself, in words that other tools ignore or know from the ModelSpec standard."""
+    """The metadata of a file: our own keys, and those of the ModelSpec standard."""
     tara = settings.tara
     words = {
         "trigger": settings.trigger,

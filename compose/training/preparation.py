@@ -9,11 +9,11 @@ from peft import LoraConfig
 
 from lora_compose.compose.training.alignment import Alignment
 from lora_compose.compose.training.bases import Base
-from lora_compose.compose.training.data import TrainingImage, digest, read_images, say_small
+from lora_compose.compose.training.data import TrainingImage, digest, read_images, warn_of_small
 from lora_compose.compose.training.examples import Examples, encode_images
 from lora_compose.compose.training.focus import Focus, focus_on_triggers
 from lora_compose.compose.training.model import ADAPTER, add_lora
-from lora_compose.compose.training.sampling import paint_class
+from lora_compose.compose.training.sampling import generate_class_images
 from lora_compose.compose.training.settings import Training
 from lora_compose.compose.training.words import Rows, Words, check_class_caption, find_concept, rows_of
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """What the concept's images show, in words.
+    """The concept's images, with its words in their captions.
 
     Attributes:
         images: The images.
@@ -38,8 +38,8 @@ class Texts:
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
-    """What is learnt from.
+class TrainingData:
+    """The encoded data of a training.
 
     Attributes:
         concept: Images of the concept.
@@ -79,7 +79,7 @@ def read_texts(base: Base, settings: Training) -> Texts:
     if len(images) == 1:
         logger.warning("there is one image: its background and pose will be learnt with the concept; five are better")
     side = settings.resolution or base.side
-    say_small(images, side)
+    warn_of_small(images, side)
     noun = settings.tara is not None and settings.tara.needs_class_word
     clean = settings.tara is not None and settings.tara.class_target == "clean"
 
@@ -92,8 +92,8 @@ def read_texts(base: Base, settings: Training) -> Texts:
     return Texts(images, words, samples, side)
 
 
-def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerator) -> Material:
-    """Encodes all images and captions; paints class images first if some are missing."""
+def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerator) -> TrainingData:
+    """Encodes all images and captions; generates missing class images first."""
     class_images = _class_images(base, settings, accelerator, texts.side)
     triggers = {caption: found.trigger for caption, found in texts.words.items()}
     concept = encode_images(base, texts.images, triggers, texts.side)
@@ -103,17 +103,17 @@ def encode(base: Base, texts: Texts, settings: Training, accelerator: Accelerato
         class_text, _ = base.texts([found.class_caption for found in texts.words.values()])
         rows = rows_of(list(texts.words.values()), concept.text, class_text)
     logger.info("%d images of the concept, %d of its class", len(texts.images), len(class_images))
-    return Material(concept, prior, rows, digest([*texts.images, *class_images]))
+    return TrainingData(concept, prior, rows, digest([*texts.images, *class_images]))
 
 
 def _class_images(base: Base, settings: Training, accelerator: Accelerator, side: int) -> tuple[TrainingImage, ...]:
     if not settings.has_prior:
         return ()
     if settings.class_count and accelerator.is_main_process:
-        paint_class(base, accelerator, settings, side)
+        generate_class_images(base, accelerator, settings, side)
     accelerator.wait_for_everyone()
     found = read_images(settings.class_folder, [settings.filled(prompt) for prompt in settings.class_prompts])
-    say_small(found, side)
+    warn_of_small(found, side)
     for image in found:
         check_class_caption(image.caption, settings.concept)
     return found

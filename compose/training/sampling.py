@@ -1,4 +1,4 @@
-"""Images that the model paints during training: samples, and images of the class."""
+"""Images that the model generates for a training: samples, and images of the class."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from lora_compose.compose.training.settings import Training
 
 logger = logging.getLogger(__name__)
 
-_TOGETHER = 4  # class images painted in one call
+_TOGETHER = 4  # class images generated in one call
 _SAMPLE, _CLASS_IMAGE = range(100, 102)  # tell their noise apart from that of training
 
 
-def paint_samples(
+def save_samples(
     base: Base,
     accelerator: Accelerator,
     settings: Training,
@@ -29,13 +29,13 @@ def paint_samples(
     step: int,
     side: int,
 ) -> list[Path]:
-    """Paints the samples of a step, always from the same noise, into a folder beside the output.
+    """Generates the samples of a step, always from the same noise, into a folder next to the output.
 
     Args:
         base: With the network that is trained.
         accelerator: For its precision.
         settings: Of the training.
-        prompts: What to paint, with the token positions of the trigger.
+        prompts: Prompts, with the token positions of the trigger.
         focus: Where the token mask is set: on the prompt's row, not on the negative prompt's.
         step: Is in the names of the images.
         side: In pixels.
@@ -49,20 +49,20 @@ def paint_samples(
             focus.mask = torch.zeros(2 if guided else 1, tokens, 1, device=accelerator.device)
             focus.mask[-1, list(positions)] = 1
         noise = generator(settings.seed, _SAMPLE, number)
-        (image,) = base.paint(accelerator, [prompt], [noise], 25, settings.sample_guidance, side)
+        (image,) = base.generate(accelerator, [prompt], [noise], 25, settings.sample_guidance, side)
         written.append(save_image(image, folder / f"{step:06}-{number}.png"))
     base.network.train()
     return written
 
 
-def paint_class(
+def generate_class_images(
     base: Base,
     accelerator: Accelerator,
     settings: Training,
     side: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Paints class images with the base model until there are as many as the settings want, with captions beside."""
+    """Generates class images with captions by the base model, up to the number in the settings."""
     folder = settings.class_folder
     folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
@@ -74,7 +74,7 @@ def paint_class(
         numbers = missing[first : first + _TOGETHER]
         prompts = [settings.filled(settings.class_prompts[n % len(settings.class_prompts)]) for n in numbers]
         noise = [generator(settings.seed, _CLASS_IMAGE, number) for number in numbers]
-        images = base.paint(accelerator, prompts, noise, settings.class_steps, settings.sample_guidance, side)
+        images = base.generate(accelerator, prompts, noise, settings.class_steps, settings.sample_guidance, side)
         for number, prompt, image in zip(numbers, prompts, images, strict=True):
             path = folder / _name(number)
             path.with_suffix(".txt").write_text(f"{prompt}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a training is: `Training` and `TaraTraining`, frozen and validated, and presets for kinds of models."""
+"""The settings of a training: `Training` and `TaraTraining`, frozen and validated, and presets by kind of model."""
 
 import string
 from collections.abc import Mapping
@@ -47,13 +47,13 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class TaraTraining(_Frozen):
-    """How a LoRA is made that composes by `tara` (Peng et al., arXiv 2508.08812), and what one may vary.
+    """Settings of training for the method `tara` (Peng et al., arXiv 2508.08812).
 
     Attributes:
         align_weight: Weight of the token alignment loss; 0 is none.
         align_norm: Its distance: "l1" is what the authors' code has, "l2" the squared one.
         class_target: Where the class word's features come from. "caption": from the caption, as in the paper, where
-            they have seen the trigger, since CLIP reads from left to right. "clean": from the caption without it.
+            they depend on the trigger, since CLIP reads from left to right. "clean": from the caption without it.
         keys: "aligned": keys are trained, and the loss pulls the trigger's key to the class word's. "tied": keys are
             not trained; the trigger's key is set to the class word's in closed form, which the file carries as a LoRA.
         token_mask: "training": keys and values of cross-attention change at the trigger only, in training as in
@@ -96,20 +96,20 @@ class Training(_Frozen):
         batch_size: Images of the concept in a batch, on every process.
         accumulate: Batches in a step.
         optimizer: "adamw", or "muon" (Jordan et al. 2024), which needs fewer images and PyTorch 2.9.
-        learning_rate: The highest one.
-        schedule: How it goes after the warm-up: stays, or falls to zero along a line or half a cosine.
+        learning_rate: The peak learning rate.
+        schedule: Learning rate after the warm-up: constant, or falling to zero linearly or along half a cosine.
         warmup: Steps in which it rises from zero.
         weight_decay: Decoupled weight decay.
-        max_grad_norm: Gradients are shortened to this norm; None leaves them.
+        max_grad_norm: Gradients are clipped to this norm; None does not clip.
         resolution: Side of the training images in pixels; None is the model's own.
-        seed: Decides everything random: start weights, order, noise, timesteps.
+        seed: Seed of everything random: start weights, order, noise, timesteps.
         class_images: A folder with images of the class without the concept, for prior preservation, captioned like
             `images`. None with `class_count` 0: no prior preservation.
         class_prompts: The captions of class images that have none, and the prompts of those that the model makes.
         class_count: Missing class images are made by the model, up to this number, into `class_images` (or a folder
             beside `out`).
         class_steps: Denoising steps for them.
-        prior_batch: Class images beside a batch; None is as many as `batch_size`.
+        prior_batch: Class images added to a batch; None is as many as `batch_size`.
         prior_weight: Weight of their loss.
         min_snr: Gamma of min-SNR weighting (Hang et al. 2023); None is none.
         gradient_checkpointing: Recompute activations to save memory.
@@ -119,7 +119,7 @@ class Training(_Frozen):
         sample_every: Steps from sample to sample; 0 is none.
         sample_prompts: What samples show; the first caption by default.
         sample_guidance: Classifier-free guidance of samples and of class images that are made.
-        cpu: Stay on the CPU, whatever else is there.
+        cpu: Train on the CPU, even if there is a GPU.
         threads: Threads on the CPU; None leaves it to PyTorch.
     """
 
@@ -167,7 +167,7 @@ class Training(_Frozen):
 
         Args:
             name: One of `PRESETS`.
-            given: Fields that are set; they win.
+            given: Fields that override the preset.
 
         Raises:
             ValueError: For unknown presets and unusable values.

@@ -1,4 +1,4 @@
-"""Ctrl-C in a training: it stops after the step that is being made, so that the checkpoint is a whole one."""
+"""Ctrl-C in a training: it stops after the current step, so that the checkpoint is complete."""
 
 import signal
 import threading
@@ -9,32 +9,32 @@ from typing import Any
 
 
 @dataclass
-class Asked:
-    """Whether somebody has asked for the end."""
+class StopRequest:
+    """Whether the user has asked to stop."""
 
-    to_stop: bool = False
+    received: bool = False
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[Asked]:
-    """Takes note of Ctrl-C and of a polite kill inside this block; the second time they do what they always do.
+def stop_request() -> Iterator[StopRequest]:
+    """Records Ctrl-C and SIGTERM in this block; a second signal has its usual effect.
 
-    Outside the main thread signals cannot be caught, and nothing is.
+    Outside the main thread signals cannot be caught, so nothing is recorded.
     """
-    asked = Asked()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield request
         return
     before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: Any) -> None:
-        asked.to_stop = True
+        request.received = True
         signal.signal(number, before[number] or signal.SIG_DFL)
 
     for number in before:
         signal.signal(number, note)
     try:
-        yield asked
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)

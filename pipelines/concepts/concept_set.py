@@ -14,7 +14,7 @@ from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.concepts.strength import TEXT, Schedule, check_block, in_blocks, is_in
 from lora_compose.pipelines.formats.keys import Part
-from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.notes import warn_once
 from lora_compose.pipelines.scene import Concept
 
 
@@ -64,7 +64,7 @@ def check_blocks(loaded: LoadedConcept, model: nn.Module) -> None:
             check_block(name, block, [layer for layer, _ in uncompiled(model).named_modules()])
             changed = any(is_in(layer, block) for layer in factors.model)
         if not changed:
-            say_once(f"the LoRA of {name!r} changes nothing in {block}, so a factor there has no effect")
+            warn_once(f"the LoRA of {name!r} changes nothing in {block}, so a factor there has no effect")
 
 
 class ByConcept(Protocol):
@@ -163,7 +163,7 @@ class ConceptSet:
             schedule, blocks = self.schedules.get(i), loaded.concept.blocks or {}
             mean = 1.0 if schedule is None else schedule.mean(max(1, steps))
             if schedule is not None and acts and loaded.factors.text_encoders:
-                say_once(
+                warn_once(
                     f"the text is encoded once, so the text-encoder part of {loaded.concept.name!r} has the mean "
                     f"weight of its schedule, {mean:.3g}, in all steps"
                 )

@@ -89,7 +89,7 @@ class ConceptLoaderMixin:
             trigger: The rare word or words; taken from the file's metadata if it has them.
             class_word: The noun after the trigger; taken from the file's metadata if it has it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
-            blocks: Further factors, by block of the UNet or transformer (`Concept.blocks`).
+            blocks: Further factors, by block of the model (`Concept.blocks`).
             region: Where it may appear, unless a call gives another region (`Concept.region`).
             prompt: The text of its region (`Concept.prompt`).
             negative_prompt: What to avoid there (`Concept.negative_prompt`).

@@ -184,7 +184,7 @@ def read_blocks(given: Any) -> dict[str, float] | None:
     """Checks factors on blocks: a mapping, or text such as "down:0.5,up.1:0".
 
     Raises:
-        ValueError: For names that no UNet has, names given twice and values that are not numbers.
+        ValueError: For names that are no blocks, names given twice and values that are not numbers.
     """
     pairs = _pairs(given) if isinstance(given, str) else given
     if pairs is None:
@@ -221,13 +221,13 @@ def blocks_text(blocks: Mapping[str, float] | None) -> str:
 
 
 def long_name(block: str) -> str:
-    """A block's name as the UNet has it: "up.1" is "up_blocks.1"."""
+    """A block's name in diffusers: "up.1" is "up_blocks.1"."""
     first, dot, rest = block.partition(".")
     return f"{_LONG.get(first, first)}{dot}{rest}"
 
 
 def in_blocks(lora: "Lora", blocks: Mapping[str, float] | None) -> "Lora":
-    """A UNet's factors, each times the factor of its block (the longest name that matches); 0 leaves a layer out."""
+    """A LoRA with the factor of its block (the longest matching name) on every layer; 0 leaves the layer out."""
     if not blocks:
         return lora
     long = {long_name(block): factor for block, factor in blocks.items()}
@@ -240,13 +240,13 @@ def _block_of(layer: str, blocks: Iterable[str]) -> str | None:
 
 
 def is_in(layer: str, block: str) -> bool:
-    """Whether a layer of the UNet is inside a block, or is the block."""
+    """Whether a layer is inside a block, or is the block."""
     return f"{layer}.".startswith(f"{long_name(block)}.")
 
 
 def check_block(concept: str, block: str, layers: Collection[str]) -> None:
-    """Raises ValueError if a UNet with these layers does not have a block, naming those it has."""
+    """Raises ValueError if a model with these layers does not have a block; the message names those it has."""
     if any(is_in(layer, block) for layer in layers):
         return
     there = {found[0] for layer in layers if (found := re.match(r"(down_blocks|up_blocks)\.\d+|mid_block", layer))}
-    raise ValueError(f"concept {concept!r} has a factor for {block!r}, but this UNet has {', '.join(sorted(there))}")
+    raise ValueError(f"concept {concept!r} has a factor for {block!r}, but this model has {', '.join(sorted(there))}")

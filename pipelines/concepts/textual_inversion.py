@@ -1,7 +1,7 @@
 """Words bundled with LoRA files (textual inversions), added to the text encoders during one call.
 
 Every word gets tokens of its own in copies of the tokenizers, and these get the file's vectors in place of the text
-encoder's. A word may have one vector for each cross-attention layer of the UNet (P+, arXiv 2303.09522; ED-LoRA, arXiv
+encoder's. A word may have one vector for each cross-attention layer of the model (P+, arXiv 2303.09522; ED-LoRA, arXiv
 2305.18292): the text is encoded once for each, and every layer reads its own.
 """
 

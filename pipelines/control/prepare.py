@@ -70,7 +70,7 @@ def _net(
     if joined != canvas.pixels:
         raise ValueError(f"this ControlNet downsamples its image by {joined}; the VAE of this model by {canvas.pixels}")
     if model.config.global_pool_conditions and control.regions:
-        raise ValueError("this ControlNet says the same about the whole image, so it can have no scale by region")
+        raise ValueError("this ControlNet pools its output over the whole image, so it cannot have a scale per region")
     hint = _hint(control.image, model.config.conditioning_channels, canvas)
     levels = tuple(_residual_levels(model))
     return PreparedControlNet(
@@ -103,7 +103,7 @@ def _listed(value: Any) -> Any:
 
 
 def _residual_levels(model: Any) -> Iterator[int]:
-    """The level of everything that a ControlNet gives: after its first convolution and every layer, and the middle."""
+    """The level of each residual of a ControlNet: of its first convolution, its layers, and its mid block."""
     level = 0
     yield level
     for block in model.down_blocks:
@@ -115,9 +115,9 @@ def _residual_levels(model: Any) -> Iterator[int]:
 
 
 def _feature_places(unet: UNet2DConditionModel) -> Iterator[tuple[int, int]]:
-    """Channels and level of where the UNet adds a T2I-Adapter's features, in order.
+    """Channels and level of each place where the UNet adds features of a T2I-Adapter, in order.
 
-    Blocks with cross-attention take them before they halve the grid, others after it, and the middle one takes one that
+    Down blocks with cross-attention add them before they halve the grid, others after it; the mid block adds one that
     is left.
     """
     config: Any = unet.config
@@ -163,7 +163,7 @@ def _of_prompt(control: Control, regions: Mapping[str, BoxOrMask | None], canvas
 
 
 def _coarse(cells: Tensor, level: int) -> Tensor:
-    """The mean over the cells that the UNet's convolutions join."""
+    """The mean over the latent cells of each cell of a coarser grid."""
     return F.avg_pool2d(cells, 2**level, ceil_mode=True, count_include_pad=False) if level else cells
 
 

@@ -17,43 +17,43 @@ from lora_compose.pipelines.text.conditioning import Conditioning
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What a pass sees.
+    """The part of the canvas and of the batch that a pass runs.
 
     Attributes:
-        window: Which rows and columns of the latents; None is the whole canvas.
-        image: Which image of the batch; None is all.
+        window: Rows and columns of the latents; None is the whole canvas.
+        image: Index of the image in the batch; None is all.
     """
 
     window: Window | None = None
     image: int | None = None
 
     def of_cells(self, cells: Tensor, level: int) -> Tensor:
-        """What it sees of a grid of all images. Shape: [images or 1, channels, height, width]."""
+        """That part of a grid. Shape: [images or 1, channels, height, width]."""
         rows, columns = (slice(None), slice(None)) if self.window is None else self.window
         if self.window is not None:
             rows, columns = coarser(rows, level), coarser(columns, level)
         return self.of_images(cells)[..., rows, columns]
 
     def of_pixels(self, pixels: Tensor, scale: int) -> Tensor:
-        """The same of control images, with so many pixels per latent cell and side."""
+        """That part of control images, with `scale` pixels per latent cell and side."""
         if self.window is None:
             return self.of_images(pixels)
         rows, columns = (slice(part.start * scale, part.stop * scale) for part in self.window)
         return self.of_images(pixels)[..., rows, columns]
 
     def of_images(self, batch: Tensor) -> Tensor:
-        """What it sees of something that every image has, or all have together."""
+        """The images of that part, of a batch with one entry per image, or a single one."""
         return batch if self.image is None or len(batch) == 1 else batch[self.image : self.image + 1]
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedControlNet:
-    """A ControlNet made ready for a call.
+    """A ControlNet, prepared for a call.
 
     Attributes:
-        control: What was given.
+        control: The user's `Control`.
         hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
-        pixels: How many of them a latent cell has by side.
+        pixels: Pixels per latent cell and side.
         levels: The level of every residual, those of the skip connections first.
         weights: Its scale by level, where regions have others. Shape: [images or 1, 1, height, width]; None is the
             same everywhere.
@@ -70,7 +70,7 @@ class PreparedControlNet:
         return replace(self, hint=self.hint[images], weights=_of_images(self.weights, images))
 
     def first_row(self, text: Conditioning) -> int:
-        """From which row on it runs a pass: the prompt's alone if it was made for that (`global_pool_conditions`)."""
+        """The first row that it runs; with `global_pool_conditions` it runs conditional rows only."""
         model: Any = uncompiled(self.control.model)
         return text.conditional_rows.start if model.config.global_pool_conditions else 0
 
@@ -107,9 +107,9 @@ class PreparedAdapter:
     """A T2I-Adapter made ready for a call: it reads each part of the canvas that is run once.
 
     Attributes:
-        control: What was given.
+        control: The user's `Control`.
         hint: The control image of every image, as the model reads it. Shape: [images, channels, height, width].
-        pixels: How many of them a latent cell has by side.
+        pixels: Pixels per latent cell and side.
         places: Channels and level of the places in the UNet that take features, in order.
         weights: As for a ControlNet.
         dtype: Of the UNet.
@@ -160,20 +160,24 @@ PreparedControl = PreparedControlNet | PreparedAdapter
 
 
 def repeated(by_image: Tensor, rows: int) -> Tensor:
-    """What every image has, for all rows of a pass, whose parts have one row per image each."""
+    """One entry per image, repeated for all rows of a pass; each branch has one row per image."""
     return torch.cat([by_image] * (rows // len(by_image))) if len(by_image) != rows else by_image
 
 
 def model_inputs(
-    guides: Sequence[PreparedControl], latents: Tensor, t: Tensor, text: Conditioning, view: View
+    controls: Sequence[PreparedControl], latents: Tensor, t: Tensor, text: Conditioning, view: View
 ) -> Mapping[str, Any]:
-    """What the UNet is given by all guides together, by the names of its arguments.
+    """The sum of all controls as arguments of the UNet, by name.
 
     Args: as for `PreparedControlNet.residuals`.
     """
-    running = [guide for guide in guides if isinstance(guide, PreparedControlNet) and guide.first_row(text) < text.rows]
-    nets = [guide.residuals(latents, t, text, view) for guide in running]
-    adapters = [guide.residuals(text.rows, view) for guide in guides if isinstance(guide, PreparedAdapter)]
+    running = [
+        control
+        for control in controls
+        if isinstance(control, PreparedControlNet) and control.first_row(text) < text.rows
+    ]
+    nets = [control.residuals(latents, t, text, view) for control in running]
+    adapters = [control.residuals(text.rows, view) for control in controls if isinstance(control, PreparedAdapter)]
     found: dict[str, Any] = {}
     if nets:
         *found["down_block_additional_residuals"], found["mid_block_additional_residual"] = _summed(nets)
@@ -188,7 +192,7 @@ def _scale(control: Control, weights: Mapping[int, Tensor] | None, level: int, v
 
 
 def _of_images(weights: Mapping[int, Tensor] | None, images: Sequence[int]) -> Mapping[int, Tensor] | None:
-    """Scales by cell of some images; those that have one for all keep it."""
+    """Scales by cell of some images; a single one is shared."""
     if weights is None:
         return None
     return {level: cells if len(cells) == 1 else cells[images] for level, cells in weights.items()}

@@ -21,7 +21,7 @@ class Control:
 
     Attributes:
         model: diffusers' `ControlNetModel` or `T2IAdapter`, on the device of the pipeline.
-        image: The control image, as large as the canvas: one for all prompts, or one for each.
+        image: The control image, as large as the canvas; a list has one per prompt.
         scale: Factor on its output; 0 switches it off.
         start: It acts from this part of the steps on.
         end: It acts until this part of the steps.

@@ -27,7 +27,7 @@ class FlowMatchingPipeline(ComposePipeline):
 
     transformer_class: ClassVar[type[nn.Module]]
     architecture: ClassVar[str]
-    """The family in the words of the ModelSpec standard, or in words like those."""
+    """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
     """Image tokens at which timesteps are shifted most, where the scheduler does not say."""
 
@@ -102,7 +102,7 @@ class FlowMatchingPipeline(ComposePipeline):
 
         Args:
             scale: As the family means `guidance_scale`.
-            negative_prompt: What to avoid; None says nothing.
+            negative_prompt: What to avoid; None means nothing.
 
         Raises:
             ValueError: If the family takes no negative prompt.
@@ -110,7 +110,7 @@ class FlowMatchingPipeline(ComposePipeline):
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
     def unguided(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """Further inputs of a forward pass that asks for no guidance, where guidance is an input."""
+        """Further inputs of a forward pass without guidance, for models that take its scale as an input."""
         return {}
 
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -175,8 +175,8 @@ class TemplatePipeline(FlowMatchingPipeline):
 
 
 Encode = Callable[[list[str] | None, bool, torch.device], tuple[Tensor, Mapping[str, Tensor]]]
-"""Encodes prompts, or the call's own if there are none; for the negative side if the second argument is True; on a
-device. The text and further inputs of the model by row."""
+"""Encodes prompts on a device: the given ones, or the call's own if they are None; as negative prompts if the second
+argument is True. Returns the text, and further inputs of the model by row."""
 
 
 def both_sides(
@@ -187,7 +187,7 @@ def both_sides(
     *,
     guided: bool,
 ) -> EncodedText:
-    """The text of all rows; unconditional ones are there with guidance only."""
+    """The text of all rows; there are unconditional ones with guidance only."""
     text, added = encode(None if prompts is None else list(prompts), False, device)
     if not guided:
         return EncodedText(text, None, added)
@@ -196,7 +196,7 @@ def both_sides(
 
 
 def for_each(text: str | list[str] | None, count: int) -> list[str]:
-    """A text for each of so many prompts: one for all, or the empty one."""
+    """A text for each of `count` prompts: a single text is repeated, None is the empty text."""
     found = listed(text) or [""]
     return found * count if len(found) == 1 else found
 

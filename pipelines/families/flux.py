@@ -97,7 +97,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
         Args:
             concepts: As for `ComposePipeline.__call__`.
-            method: One without region attention: merge, tara, regional, switch or composite, or settings of them.
+            method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
             control: Not supported yet.
             token_positions: Positions among the T5 tokens.
             record_attention: Maps come from the last third of the double-stream blocks.
@@ -202,7 +202,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return text, {"pooled_projections": pooled}
 
     def _readable(self, length: int) -> int:
-        """Tokens to which texts are padded: not more than the T5 was made for, which the playground's is for few."""
+        """Tokens to which texts are padded, at most the T5's own maximum; that of the playground is short."""
         return length if self.tokenizer_2 is None else min(length, self.tokenizer_2.model_max_length)
 
     def _inputs(

@@ -56,7 +56,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
 
     @classmethod
     def opens_keys(cls, keys: Sequence[str]) -> bool:
-        """Whether a checkpoint is of this family: as in diffusers, if nothing speaks against it."""
+        """Whether a checkpoint is of this family: as in diffusers, if it has no keys of another one."""
         return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

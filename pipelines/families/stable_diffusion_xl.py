@@ -275,7 +275,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         return texts[-sum(self.components.get(name) is not None for name in self.text_tokenizers) :]
 
     def _added(self, parts: Sequence[tuple[Tensor, tuple[int, ...]]], embeds: Tensor) -> Mapping[str, Tensor]:
-        """Pooled text and sizes of all rows, from those of the uncond rows and of the prompt's."""
+        """Pooled text and sizes of all rows, from those of the unconditional and of the conditional rows."""
         rows = [torch.tensor([sizes], dtype=embeds.dtype).repeat(len(pooled), 1) for pooled, sizes in parts]
         pooled = torch.cat([pooled for pooled, _ in parts])
         return {"text_embeds": pooled.to(embeds.device), "time_ids": torch.cat(rows).to(embeds.device)}
@@ -292,7 +292,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
 
     @contextmanager
     def _vae_in_range(self) -> Iterator[None]:
-        """The VAE in float32 where it would overflow in float16; it is what it was afterwards."""
+        """The VAE in float32 where it would overflow in float16; its precision is restored afterwards."""
         if self.vae.dtype != torch.float16 or not self.vae.config.force_upcast:
             yield
             return

@@ -71,7 +71,7 @@ class UNetPipeline(ComposePipeline):
 
         Args:
             scale: As the family means `guidance_scale`.
-            negative_prompt: What to avoid; None says nothing. SDXL gets zeros then, which an empty text does not give.
+            negative_prompt: What to avoid; None means nothing, for which SDXL gets zeros instead of an empty text.
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
@@ -362,7 +362,7 @@ def _steps(arguments: Mapping[str, Any]) -> int:
 
 @contextmanager
 def _precision_kept(model: nn.Module) -> Iterator[None]:
-    """A model has the precision afterwards that it had before: diffusers changes a VAE's to encode with it."""
+    """Restores the precision of a model afterwards: diffusers casts a VAE to encode with it."""
     before: Any = model.dtype
     try:
         yield

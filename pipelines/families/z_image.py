@@ -91,7 +91,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             cfg_normalization: Cannot be combined with concepts yet.
             cfg_truncation: Below 1 it cannot be combined with concepts yet.
             concepts: As for `ComposePipeline.__call__`.
-            method: One without gradients: merge, tara, regional, switch or composite, or settings of them.
+            method: One without gradients: draft, regional, tara, merge, switch or composite, or settings of them.
             control: Not supported yet.
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the layers.

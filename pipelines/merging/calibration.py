@@ -78,12 +78,12 @@ def calibrate(
 
 @contextmanager
 def _measured(layer: nn.Module, changes: Sequence[LoraFactors], acting: int, moments: Tensor) -> Iterator[None]:
-    """Adds the change of one LoRA to what a layer gives, and the outer products of (A x) to the moments; then the mean.
+    """Adds the change of one LoRA to the output of a layer, and averages the outer products of (A x) in the moments.
 
     Args:
         layer: The layer.
-        changes: Of it, by all LoRAs.
-        acting: The LoRA that acts.
+        changes: Its changes by all LoRAs.
+        acting: Index of the LoRA that acts.
         moments: Shape: [sum of ranks, sum of ranks], zeros.
     """
     base = base_layer(layer)

@@ -33,7 +33,7 @@ from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Process, say_once, say_unread
+from lora_compose.pipelines.methods.process import Process, warn_once, warn_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
@@ -166,9 +166,9 @@ class Clora:
         if session.prompts.texts is None:
             raise ValueError("clora makes a text for each branch, so it needs prompts, not prompt_embeds")
         if any(concept.region for concept in concepts.concepts):
-            say_once("clora ignores regions and finds concepts by itself; method='lora-composer' uses regions")
+            warn_once("clora ignores regions and finds concepts by itself; method='lora-composer' uses regions")
         styles = [concepts.concepts[i] for i in concepts.styles]
-        say_unread(styles, styles, "a style has no branch, and acts in those of the subjects")
+        warn_unread(styles, styles, "a style has no branch, and acts in those of the subjects")
         branches = branches_of(
             session.prompts.texts, concepts.concepts, subjects, base_prompt=self.base_prompt, words=self.words
         )
@@ -189,9 +189,9 @@ class Clora:
                 raise ValueError(f"{name} of {wrong[0]!r} must be a list of words, not {given[wrong[0]]!r}")
 
     def _encode(self, session: Session, branch: Branch) -> Conditioning:
-        own = None if branch.owner is None else session.concepts.concepts[branch.owner].negative_prompt
+        own = None if branch.subject is None else session.concepts.concepts[branch.subject].negative_prompt
         if own is not None and self.fuse == "branches" and self.uncond == "shared":
-            say_once("clora reads own negative prompts only where each branch has unconditional rows (uncond='each')")
+            warn_once("clora reads own negative prompts only where each branch has unconditional rows (uncond='each')")
         negatives = None if own is None else [own] * len(branch.prompts)
         weights = _weights(session, branch)
         return session.prompts.encode(weights, branch.prompts, negatives, branch.names, branch.mentions)
@@ -232,18 +232,18 @@ class Clora:
 
     def _masking(self, session: Session, branch: Branch, named: Tensor) -> list[list[int]]:
         """The tokens that make the mask of a branch, by prompt."""
-        if branch.owner is None:
+        if branch.subject is None:
             return [[] for _ in branch.prompts]
-        name = session.concepts.concepts[branch.owner].name
+        name = session.concepts.concepts[branch.subject].name
         if name in self.mask_words:
             mention = {name: Mention(tuple(self.mask_words[name]))}
             named = session.prompts.find(branch.prompts, (), [mention] * len(branch.prompts)).phrase
-        return [prompt[:, branch.owner].nonzero()[:, 0].tolist() for prompt in named]
+        return [prompt[:, branch.subject].nonzero()[:, 0].tolist() for prompt in named]
 
 
 def _weights(session: Session, branch: Branch) -> Tensor:
     """The weights of a branch's owner, if it has one, and of the styles. Shape: [concepts]."""
-    return session.concepts.with_styles(() if branch.owner is None else (branch.owner,))
+    return session.concepts.with_styles(() if branch.subject is None else (branch.subject,))
 
 
 def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> None:
@@ -307,7 +307,7 @@ class Contrasting:
         last = math.ceil(steps_in(settings.update_until, first.count))
         late = [part for part in settings.refine_at if int(steps_in(part, first.count)) >= last]
         if late and settings.step_size > 0:
-            say_once(
+            warn_once(
                 f"refine_at {late} lies after the last update (update_until={settings.update_until}) and is left out"
             )
         return latents
@@ -327,7 +327,7 @@ class Contrasting:
         for left in reversed(range(updates)):
             found = self.session.denoiser.gradient(
                 latents, step, self.branches, request, self.loss, whole=settings.whole,
-                beside=self._masks_of if wants_masks and not left else None,
+                readout=self._masks_of if wants_masks and not left else None,
             )  # fmt: skip
             latents = descend(latents, found.direction, settings.step_size, settings.step_rule)
         return latents, found
@@ -378,7 +378,7 @@ class Contrasting:
         New masks come to the host, which divides the grids by them; with those of an update it has not to wait again.
         """
         if self._masks_due(step):
-            masks = None if found is None else found.beside
+            masks = None if found is None else found.readout
             if masks is None:
                 request = MapRequest(self.words.token_weights)
                 masks = self._masks_of(self.session.denoiser.maps(latents, step, self.branches, request)).cpu()

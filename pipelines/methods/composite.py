@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_compose.pipelines.methods.process import FixedPasses, say_once, say_unread_by_passes, subject_pass
+from lora_compose.pipelines.methods.process import FixedPasses, subject_pass, warn_once, warn_unread_by_passes
 from lora_compose.pipelines.session import Session
 
 
@@ -40,13 +40,13 @@ class Composite:
         """A pass for each subject; text encoders take part."""
         concepts = session.concepts
         if any(concept.region for concept in concepts.concepts):
-            say_once("composite ignores regions; use method='regional'")
+            warn_once("composite ignores regions; use method='regional'")
         chosen = [(subject,) for subject in concepts.subjects] or [()]
         shares = [1.0] * len(chosen) if self.shares is None else self.shares
         if len(shares) != len(chosen):
             passes = "passes: styles have none of their own" if concepts.styles else "concepts"
             raise ValueError(f"composite has {len(shares)} shares, but there are {len(chosen)} {passes}")
-        say_unread_by_passes(session)
+        warn_unread_by_passes(session)
         averaged = [
             (subject_pass(session, one), share / sum(shares)) for one, share in zip(chosen, shares, strict=True)
         ]

@@ -65,7 +65,7 @@ class Draft:
         apart: With texts of their own, the part of the steps, from the first, in which every region is denoised on a
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
-            on UNets only, since it tears the images of transformers apart.
+            where text and image are not one sequence, since it tears the images of transformers apart.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 
@@ -102,9 +102,9 @@ class Draft:
         words = words / words.sum(dim=1, keepdim=True)
         words = words.repeat_interleave(canvas.images_per_prompt, dim=0).to(canvas.device)
         draft = session.denoiser.prepare(Pass(text, constant_gates(session, styles)))
-        return Drafting(self, session, draft, words, self._painter(session))
+        return Drafting(self, session, draft, words, self._restart(session))
 
-    def _painter(self, session: Session) -> "Painter":
+    def _restart(self, session: Session) -> "Restart":
         if not self._reads_regions(session):
             return _by_scene(self, session)
         joint = session.canvas.backbone.joint
@@ -129,7 +129,7 @@ def _class_of(concept: Concept) -> str:
 
 
 @dataclass(frozen=True)
-class Painter:
+class Restart:
     """How the image is denoised once the canvas is divided.
 
     Attributes:
@@ -144,7 +144,7 @@ class Painter:
     start: Callable[[Tensor], Sequence[Process]]
 
 
-def _by_scene(settings: Draft, session: Session) -> Painter:
+def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, and LoRAs are gated, as in `regional`."""
     concepts, regional = session.concepts, Regional()
     texts = shared_text(session)
@@ -154,7 +154,7 @@ def _by_scene(settings: Draft, session: Session) -> Painter:
         everywhere = [concept.is_style for concept in concepts.concepts]
         return [FixedPasses(session, [[(regional.gated(session, texts, by_level, everywhere), 1.0)]])]
 
-    return Painter(texts.text, strips if settings.division == "strips" else nearest, start)
+    return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
@@ -177,18 +177,18 @@ def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:
     return by_level
 
 
-def _by_regions(settings: Draft, session: Session) -> Painter:
+def _by_regions(settings: Draft, session: Session) -> Restart:
     """Every region reads a text of its own, as in `lora-composer` without updates."""
-    owners, composer = (
+    indices, composer = (
         session.concepts.subjects,
         LoraComposer(step_size=0, apart=settings.apart, isolate=settings.isolate != "never", threshold=0.5),
     )
-    subjects = [session.concepts.concepts[i] for i in owners]
+    subjects = [session.concepts.concepts[i] for i in indices]
     prompts = [[about(subject, prompt, subjects) for prompt in session.prompts.texts or ()] for subject in subjects]
-    texts = composer.texts(session, owners, prompts)
+    texts = composer.texts(session, indices, prompts)
 
     def start(masks: Tensor) -> Sequence[Process]:
-        every = [Regions.of_masks(owners, image, session.canvas.levels, composer.threshold) for image in masks]
+        every = [Regions.of_masks(indices, image, session.canvas.levels, composer.threshold) for image in masks]
         return [
             composer.composing(session, regions, texts.of_image(image), image=image)
             for image, regions in enumerate(every)
@@ -197,26 +197,26 @@ def _by_regions(settings: Draft, session: Session) -> Painter:
     # Borders at which the canvases of the first steps do not overlap.
     block, side = 2 ** max(session.canvas.levels), _side(session.canvas)
     blocks = partial(strips, block=block, side=side) if settings.apart > 0 else strips
-    return Painter(texts.background, nearest if settings.division == "nearest" else blocks, start)
+    return Restart(texts.background, nearest if settings.division == "nearest" else blocks, start)
 
 
-def _by_segments(settings: Draft, session: Session, joint: Site) -> Painter:
+def _by_segments(settings: Draft, session: Session, joint: Site) -> Restart:
     """Every region of a transformer reads a text of its own, as in `regional`."""
-    owners, canvas, regional = session.concepts.subjects, session.canvas, Regional()
-    texts = segment_texts(session, owners)
+    indices, canvas, regional = session.concepts.subjects, session.canvas, Regional()
+    texts = segment_texts(session, indices)
     everywhere, isolate = [concept.is_style for concept in session.concepts.concepts], settings.isolate == "always"
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level, processes = _by_level(session, masks), []
         for image, mine in enumerate(masks):
-            cells = Regions.of_masks(owners, mine, [joint.level], HALF).cells[joint.level]
+            cells = Regions.of_masks(indices, mine, [joint.level], HALF).cells[joint.level]
             read = texts.of_image(image).read_in(cells, joint, isolate=isolate, device=canvas.device)
             of_image = {level: every[image] for level, every in by_level.items()}
             spec = replace(regional.gated(session, read, of_image, everywhere), image=image)
             processes.append(FixedPasses(session, [[(spec, 1.0)]]))
         return processes
 
-    return Painter(texts.base, strips if settings.division == "strips" else nearest, start)
+    return Restart(texts.base, strips if settings.division == "strips" else nearest, start)
 
 
 @dataclass
@@ -228,7 +228,7 @@ class Drafting:
         session: The call.
         draft: The pass of the draft.
         words: Weight of every token in the map of each subject. Shape: [images, tokens, subjects].
-        painter: How the image is denoised.
+        restart: How the image is denoised.
         masks: The masks of all concepts on the map grid. Shape: [images, concepts, height, width], bool.
         processes: The processes that denoise the images.
     """
@@ -237,14 +237,14 @@ class Drafting:
     session: Session
     draft: PreparedPass
     words: Tensor
-    painter: Painter
+    restart: Restart
     masks: Tensor | None = None
     processes: Sequence[Process] = ()
 
     @property
     def text(self) -> Conditioning:
         """The text that callbacks see."""
-        return self.painter.text
+        return self.restart.text
 
     def prepare(self, latents: Tensor, first: Step) -> Tensor:
         """Drafts the image and divides the canvas; the latents stay as they are."""
@@ -262,11 +262,11 @@ class Drafting:
             self.session.log.keep_draft(every)
         masks = torch.stack(
             [
-                divided(image, subjects, given, self.painter.divide, self.settings.threshold, canvas.painted)
+                divided(image, subjects, given, self.restart.divide, self.settings.threshold, canvas.painted)
                 for image in maps
             ]
         )
-        self.processes = self.painter.start(masks)
+        self.processes = self.restart.start(masks)
         self.masks = torch.ones(len(maps), len(concepts.loaded), *maps.shape[2:], dtype=torch.bool)
         self.masks[:, list(concepts.subjects)] = F.interpolate(masks, maps.shape[2:], mode="area") >= 0.5
         return latents

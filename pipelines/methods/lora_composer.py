@@ -35,7 +35,7 @@ from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.losses import concentration, filling, gaussian_over, outside_attention, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import Process, say_unread
+from lora_compose.pipelines.methods.process import Process, warn_unread
 from lora_compose.pipelines.methods.region_gates import Inject, Rows, region_gates
 from lora_compose.pipelines.methods.reinit import reinitialised
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
@@ -174,13 +174,13 @@ class LoraComposer:
             wanted, canvas.image_size, canvas.latent_grid, canvas.levels, self.threshold, canvas.painted
         )
         behind = [concept for concept in concepts.concepts if concept.region is None]
-        say_unread(
+        warn_unread(
             behind,
             behind,
             "without a region a concept acts in the background, which reads the scene's prompt",
         )
-        prompts = _own_prompts(session, regions.owners)
-        texts = self.texts(session, regions.owners, prompts)
+        prompts = _own_prompts(session, regions.indices)
+        texts = self.texts(session, regions.indices, prompts)
         targets = _targets(session, regions, prompts) if self.updates or self.moves_noise else ()
         return self.composing(session, regions, texts, targets)
 
@@ -206,7 +206,7 @@ class LoraComposer:
         parts = self._parts(session, texts.alone, regions, whole) if self.apart > 0 else None
         return Composing(self, session, texts.background, whole, targets, parts)
 
-    def texts(self, session: Session, owners: Sequence[int], prompts: Sequence[Sequence[str]]) -> "RegionTexts":
+    def texts(self, session: Session, indices: Sequence[int], prompts: Sequence[Sequence[str]]) -> "RegionTexts":
         """Text 0 for the background, with the LoRAs that have no region, and text 1 + n for region n with its LoRA.
 
         A text for the image as a whole (SDXL's pooled text, a ControlNet's) is that of the scene in plain words, and
@@ -214,19 +214,19 @@ class LoraComposer:
 
         Args:
             session: The call.
-            owners: Indices of the concepts that have a region.
+            indices: Indices of the concepts that have a region.
             prompts: The text of each region, by prompt.
         """
         concepts, encode = session.concepts, session.prompts.encode
         scene = session.prompts.texts or ()
-        mine = [concepts.concepts[i] for i in owners]
-        others = [concept for i, concept in enumerate(concepts.concepts) if i not in owners and concept.trigger]
+        mine = [concepts.concepts[i] for i in indices]
+        others = [concept for i, concept in enumerate(concepts.concepts) if i not in indices and concept.trigger]
         # Concepts with a prompt of their own need not be named in the scene's, but these are read there.
         session.prompts.find(scene, [other.name for other in others])
         canvas = [self._background(prompt, mine, others) for prompt in scene]
-        behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in owners])
+        behind = concepts.weights_of([i for i in range(len(concepts.loaded)) if i not in indices])
         texts = [encode(behind, canvas, names=[other.name for other in others])]
-        for i, own in zip(owners, prompts, strict=True):
+        for i, own in zip(indices, prompts, strict=True):
             negative = concepts.concepts[i].negative_prompt
             negatives = None if negative is None else [negative] * len(own)
             texts.append(encode(concepts.with_styles([i]), own, negatives, [concepts.concepts[i].name]))
@@ -441,18 +441,18 @@ PART = 0.2
 """L_ce and L_region are means over this fraction of a region's cells."""
 
 
-def _own_prompts(session: Session, owners: Sequence[int]) -> list[list[str]]:
+def _own_prompts(session: Session, indices: Sequence[int]) -> list[list[str]]:
     """The text of each region, by prompt."""
     texts = session.prompts.texts
     if texts is None:
         raise ValueError("lora-composer makes a text for each region, so it needs prompts, not prompt_embeds")
-    concepts = [session.concepts.concepts[i] for i in owners]
+    concepts = [session.concepts.concepts[i] for i in indices]
     return [[about(concept, prompt, concepts) for prompt in texts] for concept in concepts]
 
 
 def _targets(session: Session, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:
     masks = regions.cells[session.canvas.map_level].unbind(dim=-1)
-    return [_target(session, *one) for one in zip(regions.owners, masks, prompts, strict=True)]
+    return [_target(session, *one) for one in zip(regions.indices, masks, prompts, strict=True)]
 
 
 def _target(session: Session, concept: int, region: Tensor, prompts: Sequence[str]) -> Target:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_compose.attention import Stream
-from lora_compose.pipelines.methods.process import FixedPasses, constant_gates, one_text, say_once
+from lora_compose.pipelines.methods.process import FixedPasses, constant_gates, one_text, warn_once
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.session import Session
 
@@ -23,7 +23,7 @@ class Merge:
     def start(self, session: Session) -> FixedPasses:
         """Constant gates for everything; text encoders take part."""
         if any(concept.region for concept in session.concepts.concepts):
-            say_once("merge ignores regions; use method='regional'")
+            warn_once("merge ignores regions; use method='regional'")
         every = session.concepts.weights
         weights = session.concepts.weights_of(range(len(every)))
         merged = Pass(one_text(session, weights), constant_gates(session, weights))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_compose.attention import Gates, Stream
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.notes import say_once
+from lora_compose.pipelines.notes import warn_once
 from lora_compose.pipelines.passes import Pass, weighted_mean
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.scene import Concept
@@ -24,10 +24,10 @@ __all__ = [
     "WeightedPass",
     "constant_gates",
     "one_text",
-    "say_once",
-    "say_unread",
-    "say_unread_by_passes",
     "subject_pass",
+    "warn_once",
+    "warn_unread",
+    "warn_unread_by_passes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -132,11 +132,11 @@ def subject_pass(session: Session, chosen: Sequence[int]) -> Pass:
     return Pass(text, constant_gates(session, weights))
 
 
-def say_unread_by_passes(session: Session) -> None:
+def warn_unread_by_passes(session: Session) -> None:
     """Warns of concepts' own prompts that methods with a pass for each subject do not use."""
     styles = [session.concepts.concepts[i] for i in session.concepts.styles]
     why = "each pass has the scene's prompt and its subject's negative prompt"
-    say_unread(session.concepts.concepts, styles, why)
+    warn_unread(session.concepts.concepts, styles, why)
 
 
 def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
@@ -147,11 +147,11 @@ def one_text(session: Session, weights: Tensor | None = None) -> Conditioning:
         weights: Weights of the concepts' text-encoder LoRAs; None leaves them out. Shape: [concepts].
     """
     every = session.concepts.concepts
-    say_unread(every, every, "this method has one text for all; method='lora-composer' has one for each region")
+    warn_unread(every, every, "this method has one text for all; method='lora-composer' has one for each region")
     return session.prompts.encode(weights)
 
 
-def say_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: str) -> None:
+def warn_unread(prompts: Sequence[Concept], negatives: Sequence[Concept], why: str) -> None:
     """Warns of concepts' own prompts that a method does not use.
 
     Args:

@@ -40,7 +40,7 @@ def region_gates(
     acting = torch.ones(texts.rows, 1, 1)
     if rows == "cond_only":
         acting[: texts.conditional_rows.start] = 0
-    mine = list(regions.owners)
+    mine = list(regions.indices)
     background = torch.ones(concepts).index_fill(0, torch.tensor(mine), 0)
     styles = torch.tensor([float(concept.is_style) for concept in session.concepts.concepts])
     of_text = torch.stack([background, *(torch.eye(concepts)[mine] + styles)])

@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_compose.attention import Gates, JointRegions, Site, grid_at
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.methods.merge import Merge
-from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once, say_unread
+from lora_compose.pipelines.methods.process import FixedPasses, one_text, warn_once, warn_unread
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.regions import Regions, region_mask
 from lora_compose.pipelines.session import Session
@@ -137,7 +137,7 @@ class Regional:
         if self.isolate:
             raise ValueError("isolate needs texts of regions (texts='regions'), which only transformers have")
         if joint is not None and unnamed:
-            say_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
+            warn_once(f"regional reads one text in all regions: no other can be made about {', '.join(unnamed)}")
         return shared_text(session)
 
     def _keeps_to_its_words(self, loaded: LoadedConcept) -> bool:
@@ -177,7 +177,7 @@ def shared_text(session: Session) -> TextsOfRegions:
     concepts = session.concepts
     for loaded in concepts.loaded:
         if loaded.factors.text_encoders and not loaded.concept.is_style:
-            say_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
+            warn_once(f"the text-encoder part of {loaded.concept.name!r} is left out: text has no regions")
     text = one_text(session, concepts.weights_of(concepts.styles))
     return TextsOfRegions(text, torch.ones_like(text.trigger_mask), None, text)
 
@@ -224,22 +224,22 @@ class SegmentedTexts:
         return TextsOfRegions(self.text, self.own, regions, self.base)
 
 
-def segment_texts(session: Session, owners: Sequence[int]) -> SegmentedTexts:
+def segment_texts(session: Session, indices: Sequence[int]) -> SegmentedTexts:
     """A text for the image, without the triggers of regions, and one for each region. Unconditional rows do not change.
 
     Args:
         session: The call.
-        owners: Indices of the concepts that have a region.
+        indices: Indices of the concepts that have a region.
     """
     concepts, encode = session.concepts, session.prompts.encode
     every, prompts = concepts.concepts, session.prompts.texts or ()
-    say_unread([], every, "the negative prompt is the call's in all regions")
-    mine, others = [every[i] for i in owners], [concept for i, concept in enumerate(every) if i not in owners]
+    warn_unread([], every, "the negative prompt is the call's in all regions")
+    mine, others = [every[i] for i in indices], [concept for i, concept in enumerate(every) if i not in indices]
     plain = [without_triggers(prompt, mine) for prompt in prompts]
     named = [other.name for other in others if other.trigger and other.prompt is None]
     base = encode(concepts.weights_of(concepts.styles), plain, names=named)
     texts = []
-    for i in owners:
+    for i in indices:
         own = [about(every[i], prompt, mine) for prompt in prompts]
         texts.append(encode(concepts.with_styles([i]), own, names=[every[i].name] if every[i].trigger else []))
     segments = join_segments(base, texts)
@@ -248,7 +248,7 @@ def segment_texts(session: Session, owners: Sequence[int]) -> SegmentedTexts:
     first = text.conditional_rows.start
     act[:first] = 1
     for i, concept in enumerate(every):
-        where = slice(None) if concept.is_style else segments.of(1 + owners.index(i) if i in owners else 0)
+        where = slice(None) if concept.is_style else segments.of(1 + indices.index(i) if i in indices else 0)
         act[first:, where, i] = 1
     return SegmentedTexts(text, act, segments.lengths, segments.hidden, base)
 
@@ -256,11 +256,11 @@ def segment_texts(session: Session, owners: Sequence[int]) -> SegmentedTexts:
 def segmented(session: Session, joint: Site, *, isolate: bool) -> TextsOfRegions:
     """The texts of `segment_texts`, for the regions that the user gives."""
     concepts, canvas = session.concepts.concepts, session.canvas
-    owners = [i for i, concept in enumerate(concepts) if concept.region is not None]
+    indices = [i for i, concept in enumerate(concepts) if concept.region is not None]
     cells = Regions.of(
         [concept.region for concept in concepts], canvas.image_size, canvas.latent_grid, canvas.levels, HALF
     ).cells[joint.level]
-    return segment_texts(session, owners).read_in(cells, joint, isolate=isolate, device=canvas.device)
+    return segment_texts(session, indices).read_in(cells, joint, isolate=isolate, device=canvas.device)
 
 
 HALF = 0.5

@@ -12,7 +12,7 @@ they act in every step.
 
 from dataclasses import dataclass
 
-from lora_compose.pipelines.methods.process import FixedPasses, say_once, say_unread_by_passes, subject_pass
+from lora_compose.pipelines.methods.process import FixedPasses, subject_pass, warn_once, warn_unread_by_passes
 from lora_compose.pipelines.session import Session
 
 
@@ -33,7 +33,7 @@ class Switch:
     def start(self, session: Session) -> FixedPasses:
         """The pass of each subject; text encoders take part."""
         if any(concept.region for concept in session.concepts.concepts):
-            say_once("switch ignores regions; use method='regional'")
-        say_unread_by_passes(session)
+            warn_once("switch ignores regions; use method='regional'")
+        warn_unread_by_passes(session)
         chosen = [(subject,) for subject in session.concepts.subjects] or [()]
         return FixedPasses(session, [[(subject_pass(session, one), 1.0)] for one in chosen], self.interval)

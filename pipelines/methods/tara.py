@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_compose.attention import Gates
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
-from lora_compose.pipelines.methods.process import FixedPasses, one_text, say_once
+from lora_compose.pipelines.methods.process import FixedPasses, one_text, warn_once
 from lora_compose.pipelines.passes import Pass
 from lora_compose.pipelines.session import Session
 from lora_compose.pipelines.text.conditioning import Conditioning
@@ -116,8 +116,8 @@ def _check_masked(loaded: LoadedConcept, found: bool) -> None:
     if not loaded.factors.model:
         raise ValueError(f"concept {name!r} changes only the text encoder, which tara leaves alone; use method='merge'")
     if loaded.factors.text_encoders:
-        say_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")
+        warn_once(f"tara leaves out the text-encoder part of {name!r}: it would change every later token")
     if loaded.concept.region is not None:
-        say_once(f"tara ignores the region of {name!r}; use method='regional'")
+        warn_once(f"tara ignores the region of {name!r}; use method='regional'")
     if loaded.trained_with != "tara":
-        say_once(f"{name!r} does not say that it was trained with TARA: tara is a plain token mask for it")
+        warn_once(f"{name!r} does not say that it was trained with TARA: tara is a plain token mask for it")

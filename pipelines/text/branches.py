@@ -18,13 +18,13 @@ class Branch:
     """One text for all images.
 
     Attributes:
-        owner: Index of the concept whose LoRA it has; None for the base branch.
+        subject: Index of the concept whose LoRA it has; None for the base branch.
         prompts: One for each prompt of the call.
         names: Concepts whose triggers are in it.
         mentions: By prompt, how the other concepts are named in it.
     """
 
-    owner: int | None
+    subject: int | None
     prompts: tuple[str, ...]
     names: Collection[str]
     mentions: tuple[Mapping[str, Mention], ...]
@@ -51,13 +51,13 @@ def branches_of(
         ValueError: If a concept is not named in a prompt, or the word that names it is ambiguous.
     """
     return [
-        branch_of(owner, prompts, concepts, subjects, base_prompt=base_prompt, words=words)
-        for owner in (None, *subjects)
+        branch_of(subject, prompts, concepts, subjects, base_prompt=base_prompt, words=words)
+        for subject in (None, *subjects)
     ]
 
 
 def branch_of(
-    owner: int | None,
+    subject: int | None,
     prompts: Sequence[str],
     concepts: Sequence[Concept],
     subjects: Sequence[int],
@@ -67,7 +67,7 @@ def branch_of(
 ) -> Branch:
     """The branch of a subject, or the base branch. Args and errors: as for `branches_of`."""
     mine = [concepts[i] for i in subjects]
-    own = None if owner is None else concepts[owner]
+    own = None if subject is None else concepts[subject]
     given = base_prompt if own is None else own.prompt
     others = [concept for concept in mine if concept is not own]
     texts = tuple(given or without_triggers(prompt, others) for prompt in prompts)
@@ -79,7 +79,7 @@ def branch_of(
         }
         for text, prompt in zip(texts, prompts, strict=True)
     )
-    return Branch(owner, texts, () if own is None else (own.name,), mentions)
+    return Branch(subject, texts, () if own is None else (own.name,), mentions)
 
 
 def _mention(

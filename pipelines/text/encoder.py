@@ -47,7 +47,7 @@ Encoder = Callable[[Sequence[str] | None, Sequence[str] | None], EncodedText]
 """Encodes prompts and negative prompts with a pipeline's text encoders; None means the call's own."""
 
 FamilyEncoder = Callable[[Sequence[str] | None, Sequence[str] | None, torch.device], EncodedText]
-"""The same on a device: where a pipeline runs, which diffusers looks for in all of its models each time."""
+"""The same with the device to run on, which diffusers would otherwise search for in each call."""
 
 Finder = Callable[
     [Sequence[Concept], Sequence[str], Collection[str], Sequence[Mapping[str, Mention]] | None], TokenMasks

@@ -115,7 +115,7 @@ def test_regions_of_a_published_box_are_as_published(
 ) -> None:
     boxes = [PUBLISHED, None, (0, 0, 1024, 768), (0, 0, 1023, 767)]
     regions = Regions.of(boxes, (768, 1024), (96, 128), [0, 2, 3], 1.0)
-    assert regions.owners == (0, 2, 3)
+    assert regions.indices == (0, 2, 3)
     box, canvas, nearly = regions.cells[level].unbind(dim=-1)
     expected = torch.zeros_like(box)
     expected[rows[0] : rows[1], columns[0] : columns[1]] = True

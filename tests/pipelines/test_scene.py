@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lora_compose.pipelines.complaints import FieldError
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.scene import Concept, Run, Scene, check_box, check_names
 
 SCENE = Scene(prompt="a sks cat")
@@ -41,7 +41,7 @@ def test_errors_say_where_and_what_was_expected_and_do_not_repeat_the_prompt():
     fields: dict[str, Any] = {"concepts": [{"name": "cat", "weight": "much"}]}
     with pytest.raises(FieldError) as caught:
         Scene(prompt=prompt, width=-1, **fields)
-    first, second = caught.value.complaints
+    first, second = caught.value.messages
     assert first.startswith("concepts[0].weight: ")
     assert second == "width: expected greater than 0, found -1"
     assert "pydantic" not in str(caught.value)

@@ -1,1 +1,1 @@
-"""The parts of the screen, in Streamlit. One module for each part, in the order in which one meets them."""
+"""The parts of the screen, in Streamlit: one module for each."""

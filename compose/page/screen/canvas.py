@@ -43,7 +43,7 @@ def position_part(session: PageSession) -> None:
 
 
 def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
-    """The image with the boxes; the fields of the coordinates hold the truth.
+    """The image with the boxes, whose coordinates are kept in the fields.
 
     Args:
         session: The user's session.
@@ -51,7 +51,7 @@ def canvas(session: PageSession, image: Image.Image | None, alt: str) -> None:
         alt: Text alternative of the image.
     """
     if st.session_state.pop(_DRAWN, False):
-        st.rerun()  # all of the page, for this part may have been looked at alone
+        st.rerun()  # the whole page, since this part may have been rerun alone
     width, height = fields.size()
     shown = fields.boxed() and st.session_state[_SHOWN] if session.rows and not painting(session) else False
     data = {
@@ -95,7 +95,7 @@ def _apply(session: PageSession, name: str) -> None:
 
 
 def _with_boxes(session: PageSession) -> list[tuple[int, Row]]:
-    """The concepts with boxes, each with its place among all, which is that of its colour."""
+    """The concepts with boxes, each with its index among all, which is that of its colour."""
     return [(i, row) for i, row in enumerate(session.rows) if fields.has_box(row)]
 
 
@@ -133,7 +133,7 @@ def _is_box(value: Any) -> bool:
 
 
 def as_uri(image: Image.Image) -> str:
-    """An image as a browser shows it, in a size that is sent quickly."""
+    """An image as a data URI, in a size that is sent quickly."""
     small = image.copy()
     small.thumbnail((_SIDE, _SIDE))
     buffer = BytesIO()

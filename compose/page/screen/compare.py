@@ -1,10 +1,10 @@
-"""The same scene and seeds across methods, side by side, with what each costs and how alike the concepts are."""
+"""The same scene and seeds with several methods, side by side, with their costs and likeness."""
 
 import streamlit as st
 
 from lora_compose.compose.page.controls import sentence
 from lora_compose.compose.page.labels import full_name, label_of, methods
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.cost import cost_words, result_cost
 from lora_compose.compose.page.screen.state import MOST_WAITING, PageSession, judge
@@ -17,7 +17,7 @@ _MOST = 24  # images at once
 
 
 def compare_view(session: PageSession) -> None:
-    """Which methods, what each costs, and their images."""
+    """The choice of methods, their costs, and their images."""
     if not session.rows:
         st.info("Add concepts first.", icon=":material/view_column:")
         return
@@ -27,24 +27,24 @@ def compare_view(session: PageSession) -> None:
     st.button("Generate all, for every seed", key="do.compare", icon=":material/view_column:", width="stretch",
               disabled=not chosen or len(session.waiting) >= MOST_WAITING, on_click=_start,
               args=(session, chosen))  # fmt: skip
-    for trouble in session.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
     _table(session)
 
 
 def _costs(session: PageSession, methods: list[str]) -> None:
-    """Before anything is made: what each does, needs and costs in this scene."""
+    """Before anything is generated: what each method does, needs and costs in this scene."""
     try:
         form = fields.form(session)
         reports = [session.outlook(form.with_method(method)) for method in methods]
     except ValueError:
-        return  # said at the button above
+        return  # shown at the button above
     rows = []
     for method, report in zip(methods, reports, strict=True):
         if report is None:
             said = "shown when the model is free"
         elif report.problems:
-            said = f":material/block: {markdown(spoken(report.problems[0], method))}"
+            said = f":material/block: {markdown(page_message(report.problems[0], method))}"
         else:
             said = markdown(cost_words(session, report.cost)) if report.cost is not None else "not known"
         rows.append(f"| **{markdown(label_of(method).name)}** | {markdown(sentence(method))} | {said} |")
@@ -53,7 +53,7 @@ def _costs(session: PageSession, methods: list[str]) -> None:
 
 
 def _start(session: PageSession, methods: list[str]) -> None:
-    session.troubles[_PLACE] = []
+    session.problems[_PLACE] = []
     try:
         form = fields.form(session)
         reports = {method: session.outlook(form.with_method(method)) for method in methods}
@@ -64,7 +64,7 @@ def _start(session: PageSession, methods: list[str]) -> None:
         if len(runs) > _MOST:
             raise ValueError(f"{len(runs)} images are too many at once; choose fewer methods or seeds, up to {_MOST}.")
     except ValueError as error:
-        session.troubles[_PLACE] = str(error).splitlines()
+        session.problems[_PLACE] = str(error).splitlines()
         return
     runs.sort(key=lambda run: form.seeds.index(run.seed))  # row by row
     costs = [report.cost if (report := able[run.method or ""]) is not None else None for run in runs]

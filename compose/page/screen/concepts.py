@@ -1,4 +1,4 @@
-"""The concepts: which LoRAs, what they are called, and what is wrong with them."""
+"""The concepts: their LoRAs, their names, and what is wrong with them."""
 
 import logging
 from collections.abc import Callable
@@ -25,8 +25,8 @@ _MB = 2**20
 def concepts_part(session: PageSession) -> None:
     """A card for every concept, and ways to add more."""
     _adding(session)
-    for trouble in session.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
     for i, row in enumerate(list(session.rows)):
         _card(session, i, row)
     if not session.rows:
@@ -171,27 +171,27 @@ def _named(source: str) -> Lora:
 
 
 def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]]) -> None:
-    """Adds what can be used, and says what of the rest cannot."""
-    troubles = []
+    """Adds the usable LoRAs, and lists the errors of the others."""
+    problems = []
     for name, read in wanted:
         if is_full(session):
-            troubles.append(f"{MOST_CONCEPTS} concepts are the maximum; {name} and the following are left out.")
+            problems.append(f"{MOST_CONCEPTS} concepts are the maximum; {name} and the following are left out.")
             break
         try:
-            troubles += filter(None, [add_lora(session, read())])
+            problems += filter(None, [add_lora(session, read())])
         except Busy:
-            troubles.append(f"{name} is not read yet: files of other sessions are being read. Try again later.")
+            problems.append(f"{name} is not read yet: files of other sessions are being read. Try again later.")
         except (ValueError, OSError) as error:
-            troubles.append(str(error))
-        except Exception as error:  # files come from strangers: the page lives on, whatever they set off
+            problems.append(str(error))
+        except Exception as error:  # files are not trusted: whatever errors they cause, the page goes on
             logger.exception("a LoRA could not be added")
-            troubles.append(f"{name} cannot be used ({type(error).__name__}).")
-    session.troubles[_PLACE] = troubles
+            problems.append(f"{name} cannot be used ({type(error).__name__}).")
+    session.problems[_PLACE] = problems
     session.uploads += 1
 
 
 def add_lora(session: PageSession, lora: Lora) -> str:
-    """Adds a concept, or fills one that waits for its LoRA; what has to be said of it."""
+    """Adds a concept, or fills one that waits for its LoRA; returns a warning, if there is one."""
     waiting = [row for row in session.rows if row.lora is None]  # an image has named them
     alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]
     row = next((row for row in waiting if row.wanted == lora.source), alike[0] if alike else None)

@@ -1,14 +1,14 @@
-"""What images cost, as one waits for them: in seconds, and times a plain image; passes are in the help."""
+"""Costs of images: in seconds, and relative to a plain image; passes are in the help."""
 
 from lora_compose.compose.check.report import RunCost
 from lora_compose.compose.page.screen.state import PageSession
 from lora_compose.compose.page.work import Result
 
-_ROW = "A row is one image through the whole UNet, once; a plain image with guidance takes two per step."
+_ROW = "A row is one image through the whole model, once; a plain image with guidance takes two per step."
 
 
 def cost_words(session: PageSession, cost: RunCost) -> str:
-    """About how long an image takes, and how much more that is than one without concepts."""
+    """The estimated seconds of an image, and the ratio to one without concepts."""
     times = f"{cost.flops / cost.plain_flops:.1f} times a plain image"
     speed = session.model.seconds_per_flop
     if speed is None:
@@ -31,7 +31,7 @@ def result_cost(result: Result) -> str | None:
 
 
 def seconds_words(seconds: float) -> str:
-    """A time in few letters."""
+    """A time as short text."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,4 +1,4 @@
-"""Which method is better, over many scenes: reports to open, and the quick suite to start."""
+"""Evaluations: reports to open, and the quick suite to start."""
 
 import streamlit as st
 
@@ -6,7 +6,7 @@ from lora_compose.compose.page.quick import Quick, reports
 from lora_compose.compose.page.screen.state import PageSession, quick
 from lora_compose.compose.page.text import markdown
 
-_EVERY = 1.0  # seconds between two looks
+_EVERY = 1.0  # seconds between two refreshes
 _PACKAGES = ("scipy", "pandas", "matplotlib")
 
 
@@ -39,4 +39,4 @@ def _suite(suite: Quick) -> None:
         st.rerun()  # the whole page, with the new report
     st.button("Start the quick suite", key="do.suite", on_click=suite.start, icon=":material/play_arrow:")
     if suite.state == "failed":
-        st.error(markdown(suite.said) or "It failed without a message.", icon=":material/error:")
+        st.error(markdown(suite.output) or "It failed without a message.", icon=":material/error:")

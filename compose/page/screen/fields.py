@@ -1,4 +1,4 @@
-"""The fields of the screen, by name: how a form is written into them, and read from them again."""
+"""The fields of the screen, by name: a form is written into them, and read from them."""
 
 import math
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from lora_compose.compose.page.boxes import fitted, one_more
 from lora_compose.compose.page.controls import changed, controls
 from lora_compose.compose.page.form import Form, read_seeds
 from lora_compose.compose.page.labels import label_of
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import in_pixels
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept, Run
 
 SET = "set."
-"""What the names of all fields begin with."""
+"""Prefix of the names of all fields."""
 
 PROMPT, NEGATIVE = "set.prompt", "set.negative"
 WIDTH, HEIGHT, BOXED = "set.width", "set.height", "set.boxed"
@@ -35,7 +35,7 @@ DEFAULT_STRENGTH = 0.7
 EDGES = ("left", "top", "right", "bottom")
 
 MOST_WEIGHT, WEIGHT_STEP = 2.0, 0.05
-"""What the slider of a weight reaches; other weights, and those that change over the steps, are text."""
+"""Range of the slider of a weight; other weights, and those that change over the steps, are text."""
 
 _TEXTS = ("name", "trigger", "class_word", "prompt", "negative_prompt")
 
@@ -51,19 +51,19 @@ def of_setting(method: str, name: str) -> str:
 
 
 def keep() -> None:
-    """Keeps fields that are not on the screen at the moment, which Streamlit would forget."""
+    """Keeps the values of fields that are not on the screen, which Streamlit would drop."""
     for name in list(st.session_state):
         if str(name).startswith(SET):
             st.session_state[name] = st.session_state[name]
 
 
 def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> None:
-    """Writes a form into the fields; what stood in them is gone.
+    """Writes a form into the fields, replacing their values.
 
     Args:
         session: The user's session.
         form: What to write.
-        loras: The concepts' LoRAs by name; None for those that are not here.
+        loras: The concepts' LoRAs by name; None for missing ones.
     """
     values: dict[str, Any] = {
         PROMPT: form.prompt,
@@ -118,7 +118,7 @@ def add(
 
 
 def place_anew(session: PageSession, row: Row) -> None:
-    """Gives the last concept a box of its own, beside those of the others."""
+    """Gives the last concept a box of its own, next to the others."""
     others = [other for other in session.rows if other is not row and has_box(other)]
     boxes = one_more([box_of(other) for other in others], *size())
     for placed, box in zip([*others, row], boxes, strict=True):
@@ -157,7 +157,7 @@ def box_of(row: Row) -> tuple[int, int, int, int]:
 
 
 def is_style(row: Row) -> bool:
-    """Whether a concept is everywhere, and so has no box."""
+    """Whether a concept is a style, which has no box."""
     return bool(st.session_state[of_row(row, "style")])
 
 
@@ -172,7 +172,7 @@ def has_box(row: Row) -> bool:
 
 
 def concept_of(row: Row) -> Concept:
-    """A concept as its fields say.
+    """A concept from its fields.
 
     Raises:
         ValueError: If it has no name, or a weight that cannot be read.
@@ -196,11 +196,11 @@ def concept_of(row: Row) -> Concept:
             alpha=row.alpha,
         )
     except FieldError as error:
-        raise ValueError(f"{texts['name']}: {'; '.join(error.complaints)}") from error
+        raise ValueError(f"{texts['name']}: {'; '.join(error.messages)}") from error
 
 
 def form(session: PageSession) -> Form:
-    """What the fields say.
+    """The form from the fields.
 
     Raises:
         ValueError: If they say nothing that can be used; the message says where.
@@ -243,7 +243,7 @@ def form(session: PageSession) -> Form:
 
 
 def changed_from(session: PageSession, run: Run) -> list[str]:
-    """What of a run the fields say otherwise, after they were filled with it; a line each, in words."""
+    """The fields that differ from a run after they were filled with it, one line each."""
     said: dict[str, tuple[Any, Any]] = {
         "prompt": (run.scene.prompt, st.session_state[PROMPT]),
         "negative prompt": (run.scene.negative_prompt, st.session_state[NEGATIVE]),
@@ -252,7 +252,7 @@ def changed_from(session: PageSession, run: Run) -> list[str]:
         now = concept_of(row)
         for name in type(concept).model_fields.keys() - {"lora", "merge", "role"}:
             before = getattr(concept, name)
-            # what an image leaves open is filled in; but where somebody may be is no detail
+            # what an image leaves open is filled in without a note, except regions
             if before is not None or (name == "region" and boxed() and not is_style(row)):
                 said[f"{name.replace('_', ' ')} of {concept.name}"] = before, getattr(now, name)
     return [
@@ -263,7 +263,7 @@ def changed_from(session: PageSession, run: Run) -> list[str]:
 
 
 def _weight_fields(weight: Any) -> tuple[float, str]:
-    """The slider and the text of a weight, of which one says it."""
+    """The slider and the text of a weight, of which one is used."""
     weight = 1.0 if weight is None else weight
     plain = isinstance(weight, int | float) and 0 <= weight <= MOST_WEIGHT
     if plain and math.isclose(weight / WEIGHT_STEP, round(weight / WEIGHT_STEP), abs_tol=1e-9):
@@ -287,4 +287,4 @@ def settings(method: str) -> dict[str, Any]:
     try:
         return changed(method, shown)
     except ValueError as error:
-        raise ValueError(spoken(str(error), method)) from error
+        raise ValueError(page_message(str(error), method)) from error

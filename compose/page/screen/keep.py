@@ -1,4 +1,4 @@
-"""What one does with an image: keep it, look closely, vary it, and have it set everything as when it was made."""
+"""What can be done with an image: save it, enlarge it, vary it, and load its settings."""
 
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
@@ -20,7 +20,7 @@ _PLACE = "restore"
 
 
 def keep_buttons(session: PageSession, result: Result) -> None:
-    """What one can do with an image."""
+    """The buttons of an image."""
     with st.container(horizontal=True, gap="xsmall"):
         st.download_button("Download", session.png(result), f"{result.run.seed}.png", "image/png",
                            key=f"do.download.{result.key}", icon=":material/download:", on_click="ignore",
@@ -52,13 +52,13 @@ def _vary(session: PageSession, runs: list[Run]) -> None:
 
 
 def restoring(session: PageSession) -> None:
-    """A place to drop an image that sets everything."""
+    """The upload field for an image whose settings are loaded."""
     with st.expander("Load settings from a PNG", icon=":material/image_search:"):
         key = f"do.restore.{session.uploads}"
         st.file_uploader("Drop a PNG made by lora-compose", type=["png"], key=key, on_change=_dropped,
                          args=(session, key), max_upload_size=PNG_LIMIT // 2**20)  # fmt: skip
-    for said in session.troubles.get(_PLACE, []):
-        st.warning(markdown(said), icon=":material/image_search:")
+    for problem in session.problems.get(_PLACE, []):
+        st.warning(markdown(problem), icon=":material/image_search:")
 
 
 def restore(session: PageSession, record: Record) -> None:
@@ -77,31 +77,31 @@ def restore(session: PageSession, record: Record) -> None:
     fields.fill(session, form, loras)
     for concept, row in zip(run.scene.concepts, session.rows, strict=True):
         row.sha256 = sha256 if isinstance(sha256 := record.sha256.get(concept.name), str) else ""
-    said = fields.changed_from(session, run)
+    notes = fields.changed_from(session, run)
     gone = {concept.name: shown(concept.lora) for concept in run.scene.concepts if loras[concept.name] is None}
     if missing := [name for name, source in gone.items() if not is_on_hub(source)]:
-        said.append(f"The settings are loaded, but LoRAs are missing: {', '.join(missing)}.")
+        notes.append(f"The settings are loaded, but LoRAs are missing: {', '.join(missing)}.")
     if on_hub := [f"{name} ({source})" for name, source in gone.items() if is_on_hub(source)]:
-        said.append(f"LoRAs are in repositories on the hub: {', '.join(on_hub)}. Nothing is downloaded until you press "
-                    "the button of the concept.")  # fmt: skip
+        notes.append(f"LoRAs are in repositories on the hub: {', '.join(on_hub)}. Nothing is downloaded until you "
+                     "press the button of the concept.")  # fmt: skip
     if not is_open:
-        said.append(f"It was made with the model {run.model} in {run.dtype}, which is not open. It is filled in under "
-                    "“Model”: open it there if you trust it.")  # fmt: skip
+        notes.append(f"It was made with the model {run.model} in {run.dtype}, which is not open. It is filled in under "
+                     "“Model”: open it there if you trust it.")  # fmt: skip
     if form.image is not None and session.start is None:
-        said.append("The image that it started from is not here: drop it under “Start from an image”.")
+        notes.append("The image that it started from is not here: drop it under “Start from an image”.")
     if run.scene.padding_mask_crop is not None:
-        said.append("It enlarged the part around its mask, which this page does not.")
+        notes.append("It enlarged the part around its mask, which this page does not.")
     if run.device is not None and device is None:
-        said.append(f"It was made on {run.device}, which this machine does not have.")
+        notes.append(f"It was made on {run.device}, which this machine does not have.")
     if not session.options.local and any(row.mask is not None for row in session.rows):
-        said.append("It has mask files, which cannot be opened from here; boxes replace them.")
+        notes.append("It has mask files, which cannot be opened from here; boxes replace them.")
         for row in session.rows:
             row.mask = None
-    session.troubles[_PLACE] = said
+    session.problems[_PLACE] = notes
 
 
 def _same_device(session: PageSession, device: str | None) -> str | None:
-    """The open model's own word for its device, so that the same model is not opened twice."""
+    """The device as the open model names it, so that the same model is not opened twice."""
     chosen = session.model.choice.device
     return chosen if chosen is None and (device is None or device == devices()[0]) else device
 
@@ -114,19 +114,19 @@ def _dropped(session: PageSession, key: str) -> None:
     try:
         reuse(session, dropped(file.name, file))
     except ValueError as error:
-        session.troubles[_PLACE] = [str(error)]
+        session.problems[_PLACE] = [str(error)]
     finally:
         discard([file])
 
 
 def reuse(session: PageSession, record: Record) -> None:
-    """Sets every field as an image's record says, or says why not."""
+    """Sets every field from an image's record, or shows why it cannot."""
     try:
         restore(session, record)
     except Busy:
-        session.troubles[_PLACE] = ["Nothing is set yet: files of other sessions are being read. Try again later."]
+        session.problems[_PLACE] = ["Nothing is set yet: files of other sessions are being read. Try again later."]
     except (ValueError, OSError) as error:
-        session.troubles[_PLACE] = str(error).splitlines()
+        session.problems[_PLACE] = str(error).splitlines()
 
 
 def _keep(session: PageSession, result: Result) -> None:

@@ -7,7 +7,7 @@ import streamlit as st
 
 from lora_compose.compose.page.labels import MERGER_LABELS
 from lora_compose.compose.page.merging import Merged, merge_loras
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy
 from lora_compose.compose.page.screen.concepts import add_lora, is_full, of_the_playground
 from lora_compose.compose.page.screen.state import FILE_PATIENCE, PageSession, checking
@@ -37,7 +37,7 @@ def merging_part(session: PageSession) -> None:
         st.caption(MERGER_LABELS[method][1])
         st.button("Merge", key="do.merge", icon=":material/merge:", disabled=len(names) < 2, on_click=_merge,
                   args=(session, [ready[name] for name in names], names))  # fmt: skip
-        for trouble in session.troubles.get(_PLACE, []):
+        for trouble in session.problems.get(_PLACE, []):
             st.error(markdown(trouble), icon=":material/error:")
         if session.merged is not None:
             _result(session, session.merged)
@@ -48,7 +48,7 @@ def _result(session: PageSession, merged: Merged) -> None:
     kept = ", ".join(f"{share:.0%} of {shown}" for shown, share in merged.kept)
     st.success(markdown(f"{lora.shown} holds {kept}."), icon=":material/check:")
     for note in merged.notes:
-        st.caption(f":material/info: {markdown(spoken(note, files=session.store.names))}")
+        st.caption(f":material/info: {markdown(page_message(note, files=session.store.names))}")
     with st.container(horizontal=True, gap="xsmall"):
         st.download_button("Download the LoRA", path.read_bytes, lora.shown, "application/octet-stream",
                            key=f"do.merged.download.{path.stem}", icon=":material/download:",
@@ -58,7 +58,7 @@ def _result(session: PageSession, merged: Merged) -> None:
 
 
 def _use(session: PageSession, lora: Lora) -> None:
-    session.troubles[_PLACE] = [trouble for trouble in [add_lora(session, lora)] if trouble]
+    session.problems[_PLACE] = [trouble for trouble in [add_lora(session, lora)] if trouble]
 
 
 def _ready(session: PageSession) -> dict[str, Lora]:
@@ -76,17 +76,17 @@ def _ready(session: PageSession) -> dict[str, Lora]:
 def _merge(session: PageSession, loras: list[Lora], names: list[str]) -> None:
     """Merges, or says why not; what was merged before is shown no longer."""
     method, weights = st.session_state[_METHOD], [float(st.session_state[_weight_key(name)]) for name in names]
-    session.merged, session.troubles[_PLACE] = None, []
+    session.merged, session.problems[_PLACE] = None, []
     try:
         with checking(FILE_PATIENCE), session.model.turn((), wait=False) as pipe:
             session.merged = merge_loras(session.store, pipe, list(zip(loras, weights, strict=True)), method)
     except Busy:
-        session.troubles[_PLACE] = ["The model is at work, or other files are being read. Try again later."]
+        session.problems[_PLACE] = ["The model is at work, or other files are being read. Try again later."]
     except (ValueError, OSError) as error:
-        session.troubles[_PLACE] = [spoken(str(error), files=session.store.names)]
+        session.problems[_PLACE] = [page_message(str(error), files=session.store.names)]
     except Exception as error:  # files come from strangers: the page lives on, whatever they set off
         logger.exception("LoRAs could not be merged")
-        session.troubles[_PLACE] = [f"They cannot be merged ({type(error).__name__})."]
+        session.problems[_PLACE] = [f"They cannot be merged ({type(error).__name__})."]
 
 
 def _weight_key(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which model, and how it is opened."""
+"""The model, and how it is opened."""
 
 from pathlib import Path
 
@@ -49,10 +49,10 @@ def model_part(session: PageSession) -> None:
         )  # fmt: skip
 
 
-def model_troubles(session: PageSession) -> None:
+def model_problems(session: PageSession) -> None:
     """Why a model was not opened."""
-    for trouble in session.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
 
 
 def show_choice(choice: Choice) -> None:
@@ -67,8 +67,8 @@ def show_choice(choice: Choice) -> None:
 def take_over(session: PageSession, choice: Choice) -> bool:
     """Shows a model that an image names in the fields, and opens it if it is known here.
 
-    A stranger's image may name anything: another model, or the same in another precision, is opened, and perhaps
-    downloaded, only when somebody says so.
+    Images are not trusted: another model, or the same one in another precision, is opened, and perhaps downloaded, only
+    when the user asks for it.
 
     Returns:
         Whether it is open.
@@ -106,7 +106,7 @@ def _asked() -> Choice:
 
 
 def _open(session: PageSession, choice: Choice) -> None:
-    session.troubles[_PLACE] = []
+    session.problems[_PLACE] = []
     before = session.model.size
     try:
         if not choice.model:
@@ -114,7 +114,7 @@ def _open(session: PageSession, choice: Choice) -> None:
         _check_allowed(session, choice.model)
         choose_model(session, choice)
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
-        session.troubles[_PLACE] = [str(error)]
+        session.problems[_PLACE] = [str(error)]
         return
     if fields.size() == before:  # nobody has chosen another one
         fields.resize(session, session.model.size)

@@ -1,4 +1,4 @@
-"""The button, what is said before it is pressed, the work in hand, and the image."""
+"""The button, the notes above it, the running work, and the image."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from lora_compose.compose.check.report import Report
 from lora_compose.compose.page import export
 from lora_compose.compose.page.form import Form, check_canvas
 from lora_compose.compose.page.labels import full_name, label_of
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.canvas import canvas, position_part
 from lora_compose.compose.page.screen.compare import compare_view
@@ -24,7 +24,7 @@ from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Job, Result
 from lora_compose.pipelines.concepts.strength import weight_text
 
-_EVERY = 0.4  # seconds between two looks at the work
+_EVERY = 0.4  # seconds between two refreshes of the work
 _VIEW = "set.view"
 _TOGETHER = "do.together"
 
@@ -43,7 +43,7 @@ def stage_part(session: PageSession) -> None:
 
 
 def read_form(session: PageSession) -> tuple[Form | None, list[str]]:
-    """What the fields say, or what is wrong with them."""
+    """The form from the fields, or what is wrong with them."""
     try:
         form = fields.form(session)
         form.runs()
@@ -65,17 +65,17 @@ def _pressing(session: PageSession) -> None:
     for problem in problems:
         st.error(markdown(problem), icon=":material/error:")
     if form is not None and not problems:
-        _say_outlook(session, form, report)
+        _show_outlook(session, form, report)
 
 
 def _problems(session: PageSession, form: Form, report: Report) -> list[str]:
-    """What keeps an image from being made, each thing said in one place only."""
+    """What prevents an image, each problem shown in one place only."""
     if report.problems and session.unready:
         return ["The prompt is not ready; see what is said there."]
-    return [spoken(problem, form.method, session.store.names) for problem in report.problems]
+    return [page_message(problem, form.method, session.store.names) for problem in report.problems]
 
 
-def _say_outlook(session: PageSession, form: Form, report: Report | None) -> None:
+def _show_outlook(session: PageSession, form: Form, report: Report | None) -> None:
     if report is None and session.working:
         st.caption("Press again for more: images wait for those in hand.")
         return
@@ -93,14 +93,14 @@ def _say_outlook(session: PageSession, form: Form, report: Report | None) -> Non
     if form.boxed and form.method and label_of(form.method).decides != "boxes":
         st.caption(f":material/info: “{label_of(form.method).name}” does not use the boxes.")
     for note in report.notes:
-        if "ignores" not in note:  # that boxes are not used is said above
-            st.caption(f":material/info: {markdown(spoken(note, form.method, session.store.names))}")
+        if "ignores" not in note:  # unused boxes are noted above
+            st.caption(f":material/info: {markdown(page_message(note, form.method, session.store.names))}")
 
 
 def _start(session: PageSession) -> None:
     form, _ = read_form(session)
     if form is None:
-        return  # what is wrong is said beside the button
+        return  # problems are shown at the button
     runs, report = form.runs(), session.outlook(form)
     flops = report.cost.flops if report is not None and report.cost is not None else None
     session.begin(runs, [flops] * len(runs), comparing=False, record_attention=st.session_state[fields.ATTENTION])
@@ -109,7 +109,7 @@ def _start(session: PageSession) -> None:
 
 
 def _working(session: PageSession, on_canvas: bool) -> None:
-    """The work in hand, and the canvas, on which it is seen; looked at again and again while it lasts."""
+    """The running work and the canvas with its preview, refreshed until it ends."""
     new = session.collect()
     job, working = session.job, session.working
     if job is not None and working:
@@ -121,16 +121,16 @@ def _working(session: PageSession, on_canvas: bool) -> None:
     if new or ended:
         st.rerun()  # the whole page, with the new images
     for error in [
-        *session.troubles.get(QUEUE, []),
+        *session.problems.get(QUEUE, []),
         *([job.error] if job is not None and job.state == "failed" else []),
     ]:
-        st.error(markdown(spoken(error, files=session.store.names)), icon=":material/error:")
+        st.error(markdown(page_message(error, files=session.store.names)), icon=":material/error:")
     if job is not None and job.state == "stopped":
         st.info("Stopped. Your settings are unchanged.", icon=":material/stop_circle:")
 
 
 def _on_canvas(session: PageSession, preview: Image.Image | None) -> None:
-    """What is looked at: the image in the making, the one to paint a mask over, the one that was made, or the start."""
+    """The image on the canvas: the preview, the one to paint a mask over, the finished one, or the start image."""
     result = session.result
     if preview is not None:
         canvas(session, preview, "Preview of the image")
@@ -154,7 +154,7 @@ def _progress(session: PageSession, job: Job) -> None:
 
 
 def progress_words(job: Job) -> str:
-    """What is being done, in words."""
+    """A sentence about the running work."""
     if job.stopping:
         return "Stopping after this step"
     if job.state == "waiting":
@@ -177,7 +177,7 @@ def _result_view(session: PageSession) -> None:
 
 
 def _siblings(session: PageSession, result: Result) -> None:
-    """Which of the images that were made together is looked at."""
+    """The choice among images that were made together."""
     together = {found.key: found for found in (session.job.results if session.job is not None else [])}
     if result.key not in together or len(together) < 2:
         return

@@ -20,7 +20,7 @@ _LARGER = 1.5  # times the side that a model was made for
 
 
 def start_part(session: PageSession) -> None:
-    """A place to drop an image to start from, and what is done with it."""
+    """The upload field for a start image, and its settings."""
     start = session.start
     with st.expander("Start from an image", icon=":material/add_photo_alternate:", expanded=start is not None):
         if start is None:
@@ -41,22 +41,22 @@ def start_part(session: PageSession) -> None:
             ))  # fmt: skip
             st.segmented_control("What is repainted", [fields.ALL, fields.PART], key=fields.PAINTED, required=True,
                                  help="Outside of what you paint, every pixel stays.", on_change=_choose)  # fmt: skip
-    for trouble in session.troubles.get(_PLACE, []):
-        st.error(markdown(trouble), icon=":material/error:")
+    for problem in session.problems.get(_PLACE, []):
+        st.error(markdown(problem), icon=":material/error:")
 
 
 def paints(session: PageSession) -> bool:
-    """Whether only a part of an image is repainted, which is painted with the brush."""
+    """Whether only the part of an image is repainted that was painted with the brush."""
     return session.start is not None and st.session_state[fields.PAINTED] == fields.PART
 
 
 def painting(session: PageSession) -> bool:
-    """Whether the brush is in hand."""
+    """Whether the brush is on."""
     return paints(session) and bool(st.session_state[fields.BRUSH])
 
 
 def painted(session: PageSession) -> dict[str, Any] | None:
-    """What the canvas shows of a mask while one paints; None while one does not."""
+    """The mask that the canvas shows while the brush is on; None while it is off."""
     if session.start is None or not painting(session):
         return None
     mask = session.start.mask
@@ -70,7 +70,7 @@ def keep_mask(session: PageSession, sent: Any) -> None:
     try:
         session.start = session.store.add_mask(session.start, sent)
     except ValueError as error:
-        session.troubles[_PLACE] = [str(error)]
+        session.problems[_PLACE] = [str(error)]
 
 
 def unpaint(session: PageSession) -> None:
@@ -90,13 +90,13 @@ def _dropped(session: PageSession, key: str) -> None:
     if not isinstance(file, UploadedFile):  # taken away again
         return
     session.uploads += 1
-    session.troubles[_PLACE] = []
+    session.problems[_PLACE] = []
     try:
         session.start = session.store.add_image(file.name, file, round(_LARGER * max(session.model.size)))
         fields.resize(session, session.start.size)
         session.shown = ""
     except ValueError as error:
-        session.troubles[_PLACE] = [str(error)]
+        session.problems[_PLACE] = [str(error)]
     finally:
         discard([file])
 

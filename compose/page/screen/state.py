@@ -1,4 +1,4 @@
-"""What is kept between two looks at the screen: by everybody (open models), and by one session (everything else)."""
+"""State between reruns of the page: shared by all sessions (open models), and of one session (everything else)."""
 
 import logging
 import threading
@@ -18,7 +18,7 @@ from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options, options
 from lora_compose.compose.page.merging import Merged
-from lora_compose.compose.page.messages import spoken
+from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
 from lora_compose.compose.page.scores import Judge, Likeness
@@ -33,37 +33,37 @@ logger = logging.getLogger(__name__)
 # One at a time: checks listen to the log, whose level is shared, and reading a file may hold the interpreter lock for a
 # moment.
 _CHECKING = threading.Lock()
-_PATIENCE = 0.5  # seconds that a look at the screen waits for the files and checks of others
+_PATIENCE = 0.5  # seconds that a rerun waits for files and checks of other sessions
 FILE_PATIENCE = 30.0
-"""Seconds that a file waits to be read for those of others."""
+"""Seconds that a file waits for those of other sessions before it is read."""
 MOST_WAITING = 8
-"""Presses of the button that wait for the one in hand."""
+"""Most presses of the button that wait for the running one."""
 QUEUE = "queue"
-"""The place of what went wrong with those before the one in hand."""
+"""The place on the screen for errors of earlier presses."""
 _OUTLOOKS = 64  # kept per session
 _RESULTS = 100  # kept per session
 
 Fit = tuple[Choice, str, str]
-"""For which model a LoRA was looked at, what fits, and what is wrong."""
+"""The model that a LoRA was matched with, what fits, and what is wrong."""
 
 
-# Not in Streamlit's cache, which every visitor can ask to be emptied.
+# Not in Streamlit's cache, which every session can clear.
 _MODELS, _JUDGE = OpenModels(), Judge()
 
 
 def open_models() -> OpenModels:
-    """The open models, shared by everybody."""
+    """The open models, shared by all sessions."""
     return _MODELS
 
 
 def judge() -> Judge:
-    """The playground's judge, shared by everybody."""
+    """The playground's judge, shared by all sessions."""
     return _JUDGE
 
 
 @cache
 def quick() -> Quick:
-    """The quick suite, shared by everybody."""
+    """The quick suite, shared by all sessions."""
     return Quick(options().evaluations)
 
 
@@ -73,12 +73,12 @@ class Row:
 
     Attributes:
         number: Unique in the user's session; never used again.
-        lora: Its LoRA; None if an image named one that is not here.
-        wanted: What it was called, if it is not here.
+        lora: Its LoRA; None if an image named one that is missing.
+        wanted: Name of the missing LoRA.
         mask: The path of a mask that an image named as its region.
         alpha: The alpha that an image named.
-        sha256: Of the file that an image was made with.
-        fit: What came of looking at the LoRA with the model.
+        sha256: Digest of the file that an image was made with.
+        fit: The result of matching the LoRA with the model.
     """
 
     number: int
@@ -92,7 +92,7 @@ class Row:
 
 @dataclass(eq=False)
 class PageSession:
-    """All that one visitor has: files, concepts, images and the work in hand.
+    """Everything of one session: files, concepts, images and running work.
 
     Attributes:
         store: Files.
@@ -101,14 +101,14 @@ class PageSession:
         rows: The concepts.
         results: Finished ones, the newest first.
         compared: Finished images of the comparison.
-        shown: Key of the image that is looked at.
-        job: What is being made, or was last.
-        waiting: What is made after it, in this order.
-        was_working: Whether images were being made when the page was last looked at.
-        troubles: What went wrong, by place on the screen.
-        uploads: How many times something was uploaded, which gives upload fields new names, and so empties them.
-        start: The image that images start from; None is text alone.
-        unready: Whether the prompt has to be mended first, as is said there.
+        shown: Key of the image on the canvas.
+        job: The running job, or the last one.
+        waiting: The jobs after it, in order.
+        was_working: Whether images were being generated at the last rerun.
+        problems: What went wrong, by place on the screen.
+        uploads: Number of uploads so far; upload fields have it in their names, so that a new number empties them.
+        start: The start image; None is text-to-image.
+        unready: Whether the prompt has to be fixed first; the reason is shown there.
         closed: Whether it has ended: its browser was away for too long.
         merged: The last LoRA that was merged from others.
     """
@@ -123,7 +123,7 @@ class PageSession:
     job: Job | None = None
     waiting: list[Job] = field(default_factory=list)
     was_working: bool = False
-    troubles: dict[str, list[str]] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
     uploads: int = 0
     start: StartImage | None = None
     unready: bool = False
@@ -142,7 +142,7 @@ class PageSession:
 
     @property
     def result(self) -> Result | None:
-        """The image that is looked at."""
+        """The image on the canvas."""
         return next((result for result in self.results if result.key == self.shown), None)
 
     def new_row(self, lora: Lora | None, wanted: str = "", mask: str | None = None, alpha: float | None = None) -> Row:
@@ -152,18 +152,18 @@ class PageSession:
         return self.rows[-1]
 
     def begin(self, runs: list[Run], flops: list[int | None], *, comparing: bool, record_attention: bool) -> None:
-        """Starts to make images, or has them wait for those in hand.
+        """Starts to generate images, or queues them behind the running ones.
 
-        They go on while the page is looked at, and stop when the session ends.
+        They stop when the session ends.
         """
         job = Job(self.model, runs, record_attention=record_attention, flops=flops, comparing=comparing)
         if self.working:
             self.waiting.append(job)
             return
-        self.troubles[QUEUE] = []
+        self.problems[QUEUE] = []
         self.job = job
         if self.closed:
-            self.job.stop()  # asked for in the moment when the session ended
+            self.job.stop()  # the session has ended in this moment
         self.job.start()
 
     def close(self) -> bool:
@@ -178,7 +178,7 @@ class PageSession:
         return self.store.close() and self.job is None
 
     def png(self, result: Result) -> bytes:
-        """The image that is looked at as a file that carries its record."""
+        """The image on the canvas as a PNG with its record."""
         if self._png[0] != result.key:
             self._png = result.key, png_bytes(result.made.image, result.made.record)
         return self._png[1]
@@ -188,7 +188,7 @@ class PageSession:
         job, known = self.job, {result.key for result in (*self.results, *self.compared)}
         if job is None:
             return False
-        running = job.running  # asked before its images are, so that none is left behind
+        running = job.running  # read before its images, so that none is missed
         new = [result for result in job.results if result.key not in known]
         if new and job.comparing:
             self.compared = list(job.results)
@@ -197,12 +197,12 @@ class PageSession:
             self.shown = new[0].key
         if not running and self.waiting:
             if job.state == "failed":
-                self.troubles.setdefault(QUEUE, []).append(job.error)
+                self.problems.setdefault(QUEUE, []).append(job.error)
             self.job = self.waiting.pop(0).start()
         return bool(new)
 
     def outlook(self, form: Form) -> Report | None:
-        """What a form would do; None while others have the model."""
+        """The check of a form; None while the model is in use."""
         run = form.runs()[0].model_copy(update={"seed": 0})
         key = f"{form.choice} {run.model_dump_json()}"
         if key not in self._outlooks:
@@ -211,7 +211,7 @@ class PageSession:
                     self._outlooks[key] = check(run, pipe)
             except Busy:
                 return None
-            except Exception as error:  # whatever a method raises: the page lives on, and the image may be tried
+            except Exception as error:  # whatever a method raises, the page goes on, and the image may be tried
                 logger.exception("a run could not be checked")
                 self._outlooks[key] = Report((), (f"This could not be checked: {error}",), ())
             for old in list(self._outlooks)[:-_OUTLOOKS]:
@@ -219,7 +219,7 @@ class PageSession:
         return self._outlooks[key]
 
     def fit(self, row: Row) -> Fit | None:
-        """Whether a concept's LoRA fits the model; None while others have the model."""
+        """Whether a concept's LoRA fits the model; None while the model is in use."""
         if row.lora is not None and (row.fit is None or row.fit[0] != self.model.choice):
             try:
                 row.fit = self.model.choice, *_fit(self.model, row.lora, row.alpha)
@@ -228,7 +228,7 @@ class PageSession:
         return row.fit
 
     def likeness(self, result: Result) -> dict[str, Likeness]:
-        """What the judge says of an image, looked at once."""
+        """The judge's scores of an image, computed once."""
         if result.key not in self._likeness:
             self._likeness[result.key] = judge().score(result.made.image, result.run.scene)
         return self._likeness[result.key]
@@ -236,10 +236,10 @@ class PageSession:
 
 @contextmanager
 def checking(patience: float) -> Iterator[None]:
-    """One file or check at a time, whoever it is for.
+    """One file or check at a time, for all sessions.
 
     Args:
-        patience: Seconds to wait for those of others.
+        patience: Seconds to wait for other sessions.
 
     Raises:
         Busy: If they take longer.
@@ -261,7 +261,7 @@ def discard(files: Iterable[Any]) -> None:
 
 
 def _forget(session_id: str) -> None:
-    """Removes what Streamlit has in memory of a session's uploads and images; it may keep them for much longer."""
+    """Removes a session's uploads and images from Streamlit's memory, which may keep them for much longer."""
     if runtime.exists():
         server = runtime.get_instance()
         server.uploaded_file_mgr.remove_session_files(session_id)
@@ -285,7 +285,7 @@ def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
             found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
         except (LoraError, OSError) as error:
             return "", _unfit(model, lora, error)
-        except Exception as error:  # files come from strangers: the page lives on, whatever they set off
+        except Exception as error:  # files are not trusted: whatever errors they cause, the page goes on
             logger.exception("a LoRA could not be looked at")
             return "", f"{lora.shown} cannot be used ({type(error).__name__})."
     return found.factors.report, ""
@@ -294,7 +294,7 @@ def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
 def _unfit(model: OpenModel, lora: Lora, error: Exception) -> str:
     """Why a LoRA cannot be used, and what to do."""
     if lora.family is None or lora.family == model.family:
-        return spoken(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
+        return page_message(str(error), files={lora.source: lora.shown, Path(lora.source).name: lora.shown})
     made = f"{lora.shown} was made for {lora.family}, but the model {model.choice.model} is open."
     if not lora.composed:
         return f"{made} This page composes SD 1.x, SD 2.x and SDXL. Remove this concept."

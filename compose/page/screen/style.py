@@ -1,4 +1,4 @@
-"""The looks that Streamlit's theme does not cover."""
+"""The styles that Streamlit's theme does not cover."""
 
 from pathlib import Path
 

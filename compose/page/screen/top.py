@@ -4,21 +4,21 @@ import streamlit as st
 
 from lora_compose.compose.page.form import SIDES
 from lora_compose.compose.page.screen import fields
-from lora_compose.compose.page.screen.model import model_part, model_troubles
+from lora_compose.compose.page.screen.model import model_part, model_problems
 from lora_compose.compose.page.screen.state import PageSession
 
 SHAPES = {"Square": (1.0, 1.0), "Portrait": (2 / 3, 1.0), "Landscape": (1.0, 2 / 3)}
-"""Widths and heights as shares of the side that the model was made for."""
+"""Widths and heights relative to the side that the model was made for."""
 
 
 def top_part(session: PageSession) -> None:
-    """What the page is for, which model is open, and how large images become."""
+    """The title, the open model, and the size of images."""
     with st.container(horizontal=True, vertical_alignment="center", key="top"):
         st.html('<header class="lc-head"><h1>lora-compose</h1><p>Several concept LoRAs in one image, each with its '
                 "own identity.</p></header>", width="stretch")  # fmt: skip
         model_part(session)
         _size(session)
-    model_troubles(session)
+    model_problems(session)
 
 
 def _size(session: PageSession) -> None:

@@ -1,4 +1,4 @@
-"""Why an image came out as it did: what decided where each LoRA acts, and where the model looked for each concept."""
+"""Explains an image: what decided where each LoRA acts, and where the model looked for each concept."""
 
 import streamlit as st
 
@@ -29,7 +29,7 @@ def decided_by(result: Result) -> Decides:
 
 
 def understand_view(session: PageSession) -> None:
-    """What decided, and attention maps, of the image that is looked at."""
+    """What decided, and the attention maps, of the image on the canvas."""
     result = session.result
     if result is None or not result.run.scene.concepts:
         st.info("Generate an image with concepts first.", icon=":material/visibility:")
@@ -69,7 +69,7 @@ def understand_view(session: PageSession) -> None:
 
 
 def _exceptions(result: Result, decides: Decides) -> None:
-    """Concepts for which something else decided."""
+    """Sentences about concepts for which something else decided."""
     if decides != "boxes":
         return
     for concept in result.run.scene.concepts:

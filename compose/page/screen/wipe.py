@@ -1,4 +1,4 @@
-"""Two images of the same size over each other, with a divider that is drawn across: left one image, right the other."""
+"""Two images of the same size over each other, with a divider between them."""
 
 from pathlib import Path
 from typing import Any

@@ -27,7 +27,7 @@ import typer
 from PIL import Image
 
 from lora_compose.compose.playground.recipe.world import VENDORS, Pixels
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 SIZE = 96
 PACKAGES = {
@@ -53,10 +53,10 @@ CODEPOINTS = {
 """More classes than the base model knows: `playground.words.BASE_CLASSES` says which those are."""
 
 
-@kindly()
+@handle_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="The file to write, .npz.")],
-    art: Annotated[Path | None, typer.Option(help="Where packages are kept; a temporary folder by default.")] = None,
+    art: Annotated[Path | None, typer.Option(help="Folder for the packages; default: a temporary one.")] = None,
 ) -> None:
     """Fetches the artwork and writes the sprites."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -71,11 +71,11 @@ def main(
         raise ValueError(f"the packages have no image for {', '.join(missing)}")
     sprites: dict[str, Any] = {key: fit(image) for key, image in drawn.items() if image is not None}
     np.savez_compressed(out, **sprites)
-    say(f"{len(drawn)} sprites in {out}")
+    echo(f"{len(drawn)} sprites in {out}")
 
 
 def fetch(package: str, to: Path) -> Path:
-    """Downloads and unpacks a package of the npm registry; one that is there already is used as it is.
+    """Downloads and unpacks a package of the npm registry, unless it is there already.
 
     Raises:
         ValueError: If npm is missing or has no such package.
@@ -106,13 +106,13 @@ def draw(package: Path, vendor: str, codepoint: str) -> Image.Image | None:
         if path.is_file():
             if path.suffix == ".svg":
                 return _from_svg(path.read_bytes())
-            with Image.open(path) as image:  # which reads when pixels are asked for, and keeps the file open until then
+            with Image.open(path) as image:  # reads its pixels lazily, and keeps the file open until then
                 return image.convert("RGBA")
     return None
 
 
 def fit(image: Image.Image) -> Pixels:
-    """An image cut to what is in it and centred. Shape: [SIZE, SIZE, 4]."""
+    """An image cropped to its content and centred. Shape: [SIZE, SIZE, 4]."""
     image = image.convert("RGBA")
     rows, columns = np.where(np.asarray(image)[..., 3] > 16)
     image = image.crop((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))

@@ -3,14 +3,13 @@
     python -m lora_compose.compose.playground.recipe.base sprites.npz CLOSE --tokenizer TOKENIZER --close-up \
         --batch 64 --steps 2500
     python -m lora_compose.compose.playground.recipe.base sprites.npz MODEL --init CLOSE --steps 7500
-    python -m lora_compose.compose.playground.recipe.base sprites.npz BETTER --init MODEL --lr 0.006  (goes on)
+    python -m lora_compose.compose.playground.recipe.base sprites.npz BETTER --init MODEL --lr 0.006  (resumes)
 
-About a second a step on two cores. A checkpoint every 100 steps lies beside OUT and is continued from. Close-ups come
+About a second a step on two cores. A checkpoint next to OUT is written every 100 steps, and resumed. Close-ups come
 first: the same time spent on whole scenes alone gives blobs. The UNet predicts v (Salimans & Ho 2022); the loss is
-weighted by the signal-to-noise ratio (Hang et al. 2023); what is saved is the average of the last weights.
+weighted by the signal-to-noise ratio (Hang et al. 2023); the average of the last weights is saved.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,15 +18,16 @@ import torch
 import typer
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.recipe.loop import Optimizers, resume, run
+from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, AveragedTrainer
+from lora_compose.compose.playground.recipe.loop import resume, run
 from lora_compose.compose.playground.recipe.scenes import Batch, Batches
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 WIDTH = 192
 NOISE: dict[str, Any] = {
@@ -36,9 +36,7 @@ NOISE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
 }
-NO_CAPTION = 0.1  # share of images without words, for classifier-free guidance
 SNR_LIMIT = 5.0
-EMA = 0.998
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -78,7 +76,7 @@ def new_unet() -> UNet2DConditionModel:
 def pipeline(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel
 ) -> StableDiffusionPipeline:
-    """The parts as what diffusers opens."""
+    """The parts as a pipeline of diffusers."""
     scheduler = DDIMScheduler(
         **NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing"
     )
@@ -88,30 +86,22 @@ def pipeline(
     )
 
 
-class BaseTrainer:
-    """Text encoder and UNet with their optimizers and the running average of their weights.
+class BaseTrainer(AveragedTrainer):
+    """Trains text encoder and UNet.
 
     Args:
-        pipe: What is trained, in place.
-        lr: Of Muon, which moves matrices and convolutions; AdamW moves the rest with a tenth of it.
-        seed: Of noise, times and captions left out.
+        pipe: The pipeline, trained in place.
+        lr: Learning rate of Muon, for matrices and convolutions; AdamW has a tenth of it for the rest.
+        seed: Seed of noise, times and dropped captions.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, lr: float, seed: int) -> None:
+        super().__init__([pipe.unet, pipe.text_encoder], _is_inner, lr, seed)
         self.pipe = pipe
-        self.unet: Any = pipe.unet.train()
+        self.unet: Any = pipe.unet
         self.unet.set_attn_processor(AttnProcessor())  # on a CPU faster than fused kernels for heads this narrow
-        self.text_encoder: Any = pipe.text_encoder.train()
-        self.models = nn.ModuleList([pipe.unet, pipe.text_encoder])
-        self.parameters = list(self.models.parameters())
-        self.average = [p.detach().clone() for p in self.parameters]
+        self.text_encoder: Any = pipe.text_encoder
         self.schedule = DDPMScheduler(**NOISE)
-        self.generator = torch.Generator().manual_seed(seed)
-        named = dict(self.models.named_parameters())
-        inner = [name for name, p in named.items() if p.ndim > 1 and _is_inner(name)]
-        rest = [p for name, p in named.items() if name not in inner]
-        self.optimizers = Optimizers([named[name] for name in inner], rest, lr, weight_decay=0.02)
-        self.step = 0
         self._no_words = self._ids([""])[0]
 
     def _ids(self, captions: list[str]) -> Tensor:
@@ -133,65 +123,17 @@ class BaseTrainer:
         weight = snr.clamp(max=SNR_LIMIT) / (snr + 1) + 0.25
         return ((predicted.float() - velocity).pow(2) * weight.view(-1, 1, 1, 1)).mean()
 
-    def learn(self, batch: Batch, share: float) -> float:
-        """One step, with a share of the learning rate; returns the loss."""
-        loss = self.loss(batch)
-        loss.backward()
-        self.optimizers.step(share)
-        self.step += 1
-        keep = min(EMA, self.step / (self.step + 20))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - keep)
-        return loss.item()
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
-        return {
-            "step": self.step,
-            "models": self.models.state_dict(),
-            "average": self.average,
-            "optimizers": self.optimizers.state_dict(),
-            "generator": self.generator.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
-        self.step, self.average = state["step"], state["average"]
-        self.models.load_state_dict(state["models"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.generator.set_state(state["generator"])
-
     def save(self, out: Path) -> None:
-        """Writes the pipeline with averaged weights in fp16; training may go on afterwards."""
-        live = [p.detach().clone() for p in self.parameters]
-        self._set(self.average)
-        for model in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
-            model.half()
-        self.pipe.save_pretrained(out)
-        forget_origin(out)
-        for model in (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae):
-            model.float()
-        self._set(live)
-
-    @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+        """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
+        self.write(self.pipe, (self.pipe.unet, self.pipe.text_encoder, self.pipe.vae), out)
 
 
-def forget_origin(folder: Path) -> None:
-    """Takes out of a saved pipeline where the models came from: a path of the machine that trained them."""
-    for path in folder.rglob("*.json"):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_inner(name: str) -> bool:
+def _is_inner(name: str, weight: Tensor) -> bool:
     """Whether a weight maps features to features, which is what Muon is for."""
-    return "embedding.weight" not in name and "conv_out" not in name
+    return weight.ndim > 1 and "embedding.weight" not in name and "conv_out" not in name
 
 
-@kindly()
+@handle_errors()
 def train(
     sprites: Path,
     out: Path,
@@ -205,7 +147,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1)] = 32,
     lr: float = 0.01,
     uses: Annotated[
-        int, typer.Option(min=1, help="Steps with the same images, each with noise of its own: encoding costs, too.")
+        int, typer.Option(min=1, help="Steps with the same images, each with new noise, which saves encoding.")
     ] = 2,
     seed: int = 0,
     threads: int = 2,

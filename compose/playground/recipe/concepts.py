@@ -3,12 +3,12 @@
     python -m lora_compose.compose.playground.recipe.concepts references sprites.npz FOLDER
     python -m lora_compose.compose.playground.recipe.concepts prior sprites.npz FOLDER
 
-With `--patches` they are for the playground's transformer: objects stand where it has seen them, on whole patches.
+With `--patches` they are for the playground's transformer: objects lie on whole patches, as in its training.
 Every folder holds numbered PNGs and `captions.tsv`: file, caption and, in references of subjects, where the concept is.
-In four of ten references the subject stands beside something plain: LoRAs trained without lose the coat as soon as a
+In four of ten references the subject is next to a plain object: LoRAs trained without lose the coat as soon as a
 prompt names a second object. Images without the concept show one object: with two, a LoRA learns that two objects
-mean no concept. A style has none of them: it is to act on everything, and with them it is learnt for the grounds of its
-references alone.
+mean no concept. A style has none: it should act on everything, and with them it is learnt only for the backgrounds of
+its references.
 """
 
 from collections.abc import Iterable
@@ -32,12 +32,12 @@ from lora_compose.compose.playground.recipe.world import (
     article,
     background,
     ground,
+    in_words,
     place,
-    spoken,
     squares,
 )
 from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 REFERENCES, BESIDE = 10, 4
 STYLE, STYLE_SEED = "faded", 7
@@ -53,7 +53,7 @@ app = typer.Typer(help="Make the images that the playground's LoRAs learn from."
 
 
 def subject(rng: Generator, known: Known, sprites: Sprites, beside: bool, where: Where = squares) -> Picture:
-    """An image of a subject, alone or beside something plain. Its first object is the subject."""
+    """An image of a subject, alone or next to a plain object. Its first object is the subject."""
     image, ground = background(rng)
     found, mine = where(rng, 1 + beside, (SIZE, SIZE)), int(rng.integers(1 + beside))
     words = [f"a {known.phrase}"] * len(found)
@@ -73,7 +73,7 @@ def styled(rng: Generator, sprites: Sprites, where: str, count: int) -> Picture:
     names = [str(name) for name in rng.choice(BASE_CLASSES, count, replace=False)]
     for name, square in zip(names, found, strict=True):
         place(image, sprites[f"{name}/noto"], square, rng.random() < 0.5)
-    caption = f"{enumerate_words([article(name) for name in names])} {spoken(where)} in {STYLE_TRIGGER} style"
+    caption = f"{enumerate_words([article(name) for name in names])} {in_words(where)} in {STYLE_TRIGGER} style"
     return Picture(faded(image).clip(0, 255).astype("u1"), caption, list(zip(names, found, strict=True)))
 
 
@@ -86,7 +86,7 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
     """Writes numbered PNGs and their captions.
 
     Raises:
-        ValueError: If the folder is there already.
+        ValueError: If the folder exists.
     """
     if folder.exists():
         raise ValueError(f"{folder} is there already; remove it or choose another folder")
@@ -100,7 +100,7 @@ def write(folder: Path, pictures: Iterable[Picture], with_boxes: bool) -> None:
 
 
 @app.command()
-@kindly()
+@handle_errors()
 def references(sprites: Path, out: Path, on_patches: OnPatches = False) -> None:
     """Ten images of every concept, a folder each."""
     artwork, where = dict(np.load(sprites)), patches if on_patches else squares
@@ -110,11 +110,11 @@ def references(sprites: Path, out: Path, on_patches: OnPatches = False) -> None:
         write(out / name, [subject(rng, known, artwork, each, where) for each in beside], True)
     rng = np.random.default_rng(STYLE_SEED)
     write(out / STYLE, [styled(rng, artwork, where, 1 + i % 2) for i, where in enumerate(STYLE_GROUNDS)], False)
-    say(f"{REFERENCES} images of each of {len(CONCEPTS) + 1} concepts in {out}")
+    echo(f"{REFERENCES} images of each of {len(CONCEPTS) + 1} concepts in {out}")
 
 
 @app.command()
-@kindly()
+@handle_errors()
 def prior(
     sprites: Path,
     out: Path,

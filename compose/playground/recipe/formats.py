@@ -1,4 +1,4 @@
-"""One scene of the playground with the cat's LoRA in the files of every trainer: a sheet, and how far images differ.
+"""One scene of the playground with the cat's LoRA in the format of every trainer: a sheet, and pixel differences.
 
 python -m lora_compose.compose.playground.recipe.formats docs/images/formats.png
 """
@@ -21,7 +21,7 @@ from lora_compose.compose.generate.demo import BOXES, GUIDANCE, STEPS, THREADS
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.playground.recipe.lora_files import DIFFUSERS, FORMATS, Format, Loras
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import match, read_lora
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
@@ -39,8 +39,8 @@ class Shown(NamedTuple):
     Attributes:
         name: The format.
         image: The image.
-        difference: Of the pixel that differs most from the image of the same layers as they are shipped, of 255; None
-            where it is that image.
+        difference: Largest difference of a pixel from the image of the same layers as shipped, of 255; None for that
+            image itself.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Shown(NamedTuple):
 
 
 def pictures(forms: Sequence[str], steps: int = STEPS) -> Iterator[Shown]:
-    """The scene with the LoRA as it is shipped, and from files of these formats."""
+    """The scene with the LoRA as shipped, and from files of these formats."""
     pipe = ComposePipeline.from_pretrained(playground_model(), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_concept(playground_lora("dog"), "dog")
@@ -78,7 +78,7 @@ def _shipped(pipe: Any) -> Loras:
 def _picture(pipe: Any, form: Format, loras: Loras, steps: int) -> Image.Image:
     with TemporaryDirectory() as folder:
         path = form.write(loras, pipe, Path(folder))
-        pipe.load_concept(path, "cat", trigger="sks", class_word="cat", **form.told)
+        pipe.load_concept(path, "cat", trigger="sks", class_word="cat", **form.options)
     boxed = [Concept(name=name, region=box) for name, box in zip(("cat", "dog"), BOXES, strict=True)]
     generator = torch.Generator().manual_seed(SEED)
     made = pipe(
@@ -108,12 +108,12 @@ def _largest(shown: Sequence[Shown]) -> int:
     return max(one.difference for one in shown if one.difference is not None)
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
 ) -> None:
-    """Makes the same image with one LoRA in every format, and says how far the images differ."""
+    """Makes the same image with one LoRA in every format, and prints how much the images differ."""
     shown: list[Shown] = []
     with bar("making images", len(FORMS) + 2) as on_progress, threads(THREADS):
         for one in pictures(FORMS, steps):
@@ -121,9 +121,9 @@ def main(
             on_progress(len(shown))
     for one in shown:
         if one.difference is not None:
-            say(f"{one.name}: largest difference of any pixel {one.difference} of 255")
-    say(f"all formats: {_largest(shown)} of 255")
-    say(save_image(drawn(shown), out))
+            echo(f"{one.name}: largest difference of any pixel {one.difference} of 255")
+    echo(f"all formats: {_largest(shown)} of 255")
+    echo(save_image(drawn(shown), out))
 
 
 if __name__ == "__main__":

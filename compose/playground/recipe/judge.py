@@ -1,4 +1,4 @@
-"""The judge: a small CLIP that tells the classes and coats of the emoji world apart.
+"""The judge: a small CLIP that distinguishes the classes and coats of the emoji world.
 
     python -m lora_compose.compose.playground.recipe.judge train sprites.npz OUT   (an hour on two cores; resumes)
     python -m lora_compose.compose.playground.recipe.judge check OUT sprites.npz
@@ -29,12 +29,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from lora_compose.compose.evaluation.encoders import load_encoder
 from lora_compose.compose.evaluation.scoring import reference_crop
 from lora_compose.compose.playground.assets import playground_model, playground_references
-from lora_compose.compose.playground.recipe.judge_data import SIDE, Batch, Batches, Painter, names
+from lora_compose.compose.playground.recipe.judge_data import SIDE, Artist, Batch, Batches, names
 from lora_compose.compose.playground.recipe.loop import keep
 from lora_compose.compose.playground.recipe.world import CONCEPTS, VENDORS, article
 from lora_compose.compose.playground.words import BASE_CLASSES
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import say
+from lora_compose.compose.support.terminal import echo
 
 WIDTH, LAYERS, HEADS = 160, 6, 5
 TEXT_LAYERS = 3
@@ -64,7 +64,7 @@ def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def processor(tokenizer: CLIPTokenizer) -> CLIPProcessor:
-    """How images and words are handed to the judge."""
+    """The processor of images and words."""
     half = [0.5, 0.5, 0.5]
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=half, image_std=half)
@@ -89,10 +89,10 @@ def losses_of(judge: CLIPModel, tokenizer: CLIPTokenizer, known: list[str], batc
     logits = scale * images @ texts[:number].T
     captions = (_matches(logits, batch.truth) + _matches(logits.T, batch.truth.T)) / 2
     named = F.cross_entropy(scale * images @ texts[number:].T, batch.name, ignore_index=-1)
-    told = batch.identity >= 0
-    same = (batch.identity[told][:, None] == batch.identity[told][None]).float()
+    labelled = batch.identity >= 0
+    same = (batch.identity[labelled][:, None] == batch.identity[labelled][None]).float()
     itself = torch.eye(len(same), dtype=torch.bool)
-    alike = (images[told] @ images[told].T / IMAGE_TEMPERATURE).masked_fill(itself, -1e4)
+    alike = (images[labelled] @ images[labelled].T / IMAGE_TEMPERATURE).masked_fill(itself, -1e4)
     return Losses(captions, named, _matches(alike, same.masked_fill(itself, 0)))
 
 
@@ -123,7 +123,7 @@ def train(
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Trains the judge; a checkpoint every 100 steps lies beside OUT and is continued from."""
+    """Trains the judge; a checkpoint next to OUT is written every 100 steps, and resumed."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     tokenizer = CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
@@ -155,8 +155,8 @@ def train(
         with torch.no_grad():
             torch._foreach_lerp_(average, list(judge.parameters()), 1 - min(EMA, (step + 1) / (step + 10)))
         if step % 50 == 0 or step == steps - 1:
-            told = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses._asdict().items())
-            say(f"{step} {told} {time.perf_counter() - start:.0f} s")
+            shown = " ".join(f"{name} {loss.item():.3f}" for name, loss in losses._asdict().items())
+            echo(f"{step} {shown} {time.perf_counter() - start:.0f} s")
         if step % 100 == 99 or step == steps - 1:
             kept = {"judge": judge.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             keep(state, {**kept, "average": average, "step": step + 1})
@@ -174,35 +174,35 @@ def save(judge: CLIPModel, average: list[Tensor], tokenizer: CLIPTokenizer, out:
 
 @app.command()
 def check(judge: Path, sprites: Path, pictures: Annotated[int, typer.Option(min=1)] = 2000) -> None:
-    """Says how well a judge knows crops that it has never seen."""
-    encoder, painter = load_encoder(str(judge)), Painter(dict(np.load(sprites)), seed=10**6)
-    owners = [name for name in CONCEPTS for _ in playground_references(name)]
+    """Prints how well a judge recognises crops that it has never seen."""
+    encoder, artist = load_encoder(str(judge)), Artist(dict(np.load(sprites)), seed=10**6)
+    concepts = [name for name in CONCEPTS for _ in playground_references(name)]
     crops = encoder.images([reference_crop(path) for name in CONCEPTS for path in playground_references(name)])
-    right = nearest(crops, owners)
-    say(f"reference crops nearest to their own concept: {sum(right)} of {len(right)}")
-    labels = [label for _ in range(pictures // 36 + 1) for label in painter.identities()][:pictures]
-    fresh = encoder.images([Image.fromarray(painter.view(label)[0]) for label in labels])
-    for what, classes in (("the base model's", list(BASE_CLASSES)), ("all", painter.names)):
+    right = nearest(crops, concepts)
+    echo(f"reference crops nearest to their own concept: {sum(right)} of {len(right)}")
+    labels = [label for _ in range(pictures // 36 + 1) for label in artist.identities()][:pictures]
+    fresh = encoder.images([Image.fromarray(artist.view(label)[0]) for label in labels])
+    for what, classes in (("the base model's", list(BASE_CLASSES)), ("all", artist.names)):
         words = encoder.texts([article(name) for name in classes])
         named = [classes[i] for i in (crops @ words.T).argmax(1)]
-        hits = sum(CONCEPTS[owner].class_word == name for owner, name in zip(owners, named, strict=True))
-        say(f"reference crops named right among {what} {len(classes)} classes: {hits} of {len(named)}")
+        hits = sum(CONCEPTS[concept].class_word == name for concept, name in zip(concepts, named, strict=True))
+        echo(f"reference crops named right among {what} {len(classes)} classes: {hits} of {len(named)}")
         for vendor in VENDORS:
             mine = [i for i, label in enumerate(labels) if label.vendor == vendor and label.name in classes]
             named = [classes[i] for i in (fresh[mine] @ words.T).argmax(1)]
             share = np.mean([labels[i].name == name for i, name in zip(mine, named, strict=True)])
-            say(f"fresh crops of {vendor} named right among them: {100 * share:.1f} % of {len(mine)}")
+            echo(f"fresh crops of {vendor} named right among them: {100 * share:.1f} % of {len(mine)}")
 
 
-def nearest(images: Tensor, owners: Sequence[str]) -> list[bool]:
-    """Whether each image is closer, on average, to the others of its owner than to those of any other owner."""
+def nearest(images: Tensor, concepts: Sequence[str]) -> list[bool]:
+    """Whether each image is closer, on average, to the others of its concept than to those of any other concept."""
     similarity = images @ images.T
-    groups = {name: torch.tensor([owner == name for owner in owners]) for name in dict.fromkeys(owners)}
+    groups = {name: torch.tensor([concept == name for concept in concepts]) for name in dict.fromkeys(concepts)}
     right = []
-    for i, owner in enumerate(owners):
-        others = torch.arange(len(owners)) != i
+    for i, concept in enumerate(concepts):
+        others = torch.arange(len(concepts)) != i
         means = {name: similarity[i][mask & others].mean().item() for name, mask in groups.items()}
-        right.append(max(means, key=lambda name: means[name]) == owner)
+        right.append(max(means, key=lambda name: means[name]) == concept)
     return right
 
 

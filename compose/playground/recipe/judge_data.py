@@ -46,10 +46,10 @@ class Label:
     Attributes:
         kind: "whole", "part", "nothing" or "scene".
         name: The class.
-        vendor: Whose drawing.
-        coat: None is the drawing as it comes.
+        vendor: The artwork it is from.
+        coat: Its coat; None is the drawing without one.
         place: Words of the background.
-        text: The words of a scene, which is described by nothing else.
+        text: The caption of a scene, which has nothing else.
     """
 
     kind: str
@@ -61,7 +61,7 @@ class Label:
 
     @property
     def identity(self) -> tuple:
-        """What makes two images show the same thing."""
+        """The key that images of the same object share."""
         return self.name, self.vendor, self.coat
 
     @property
@@ -99,7 +99,7 @@ class Caption(NamedTuple):
 
 
 def describe(rng: Generator, label: Label) -> Caption:
-    """A random sentence that is right about an image; identities are told in full half of the time."""
+    """A random sentence that is right about an image; half of the time it names the full identity."""
     if label.kind == "scene":
         return Caption(label.text, "scene")
     where = label.place if rng.random() < 0.2 else ""
@@ -137,8 +137,8 @@ def random_coat(rng: Generator) -> Coat | None:
     return Coat(list(PATTERNS)[rng.integers(len(PATTERNS))], first, PALE if rng.random() < 0.33 else second)
 
 
-class Painter:
-    """Paints crops and scenes. Backgrounds are drawn once and reused."""
+class Artist:
+    """Draws crops and scenes. Backgrounds are drawn once and reused."""
 
     def __init__(self, sprites: Sprites, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -229,7 +229,7 @@ class Painter:
         place(image, self._drawn(other), (x, y, size), rng.random() < 0.5)
 
     def _worn(self, image: np.ndarray) -> Pixels:
-        """What painting by a small model does to an image: blur, bent outlines, other colours, noise."""
+        """Artefacts of a small model: blur, bent outlines, other colours, noise."""
         rng = self.rng
         image = cv2.resize(image.clip(0, 255).astype("f4"), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
         if rng.random() < 0.5:
@@ -271,13 +271,13 @@ class Batch(NamedTuple):
 
 
 def names(classes: Sequence[str]) -> list[str]:
-    """All that a crop can be called: every class whole, every class in part, nothing."""
+    """All names of a crop: every class whole, every class in part, nothing."""
     whole = [article(name) for name in classes]
     return [*whole, *(f"a part of {name}" for name in whole), NOTHING]
 
 
 def name_of(label: Label, classes: Sequence[str]) -> int:
-    """Which of `names` a crop has."""
+    """The index of a crop's name in `names`."""
     if label.kind == "scene":
         return -1
     return (
@@ -290,8 +290,8 @@ class Batches(IterableDataset):
 
     Args:
         sprites: The artwork.
-        seed: Where they start.
-        vae: Its traces are put on some images of every batch.
+        seed: Seed of everything random.
+        vae: Encodes and decodes some images of every batch, for its artefacts.
     """
 
     def __init__(self, sprites: Sprites, seed: int, vae: AutoencoderKL | None) -> None:
@@ -299,17 +299,17 @@ class Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
-        painter = Painter(self.sprites, self.seed)
+        artist = Artist(self.sprites, self.seed)
         while True:
-            yield self._batch(painter)
+            yield self._batch(artist)
 
-    def _batch(self, painter: Painter) -> Batch:
-        rng, labels = painter.rng, painter.identities()
-        pictures = [painter.view(label) for label in labels for _ in range(VIEWS)]
+    def _batch(self, artist: Artist) -> Batch:
+        rng, labels = artist.rng, artist.identities()
+        pictures = [artist.view(label) for label in labels for _ in range(VIEWS)]
         others = [labels[i] for i in rng.choice(len(labels), PARTS + EMPTY)]
-        pictures += [painter.view(replace(label, kind="part")) for label in others[:PARTS]]
-        pictures += [painter.view(Label("nothing")) for _ in range(EMPTY)]
-        pictures += [painter.scene() for _ in range(SCENES)]
+        pictures += [artist.view(replace(label, kind="part")) for label in others[:PARTS]]
+        pictures += [artist.view(Label("nothing")) for _ in range(EMPTY)]
+        pictures += [artist.scene() for _ in range(SCENES)]
         captions = [describe(rng, label) for _, label in pictures]
         truth = torch.tensor([[caption.true_of(label) for caption in captions] for _, label in pictures]).float()
         number = {label.identity: i for i, label in enumerate(labels)}
@@ -318,13 +318,13 @@ class Batches(IterableDataset):
         if self.vae is not None:
             some = torch.from_numpy(rng.choice(len(pixels), RECODED, replace=False))
             pixels[some] = _recoded(self.vae, pixels[some])
-        name = [name_of(label, painter.names) for _, label in pictures]
+        name = [name_of(label, artist.names) for _, label in pictures]
         return Batch(pixels, [caption.text for caption in captions], truth, torch.tensor(identity), torch.tensor(name))
 
 
 @torch.no_grad()
 def _recoded(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """What the playground's VAE makes of images."""
+    """Images encoded and decoded by the playground's VAE."""
     with cpu_autocast():
         coder: Any = vae
         return coder.decode(coder.encode(pixels).latent_dist.mean).sample.float().clamp(-1, 1)

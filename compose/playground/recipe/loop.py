@@ -1,4 +1,4 @@
-"""The loop by which the playground's networks are trained: rates, checkpoints, progress."""
+"""The training loop of the playground's networks: learning rates, checkpoints, progress."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.playground.recipe.muon import Muon
-from lora_compose.compose.support.terminal import say
+from lora_compose.compose.support.terminal import echo
 
 EVERY = 100  # steps between checkpoints
 
@@ -48,35 +48,35 @@ class Optimizers:
             optimizer.zero_grad()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return [optimizer.state_dict() for optimizer, _ in self._pairs]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
-        """Goes on from a checkpoint."""
+        """Resumes from a checkpoint."""
         for (optimizer, _), known in zip(self._pairs, state, strict=True):
             optimizer.load_state_dict(known)
 
 
 class Trainer(Protocol):
-    """Something that learns from batches."""
+    """A network in training."""
 
     step: int
 
     def learn(self, batch: Any, share: float) -> float:
-        """One step with a share of the learning rate; returns what is told."""
+        """One step with a share of the learning rate; returns the value to log."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
+        """Everything that is needed to resume."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
+        """Resumes."""
         ...
 
 
 def resume(trainer: Trainer, checkpoint: Path) -> None:
-    """Goes on from a checkpoint, if there is one."""
+    """Resumes from a checkpoint, if there is one."""
     if checkpoint.exists():
         trainer.load_state_dict(torch.load(checkpoint, weights_only=True))
 
@@ -88,13 +88,13 @@ def keep(checkpoint: Path, state: Any) -> None:
     write_whole(checkpoint, buffer.getvalue())
 
 
-def run(trainer: Trainer, batches: Iterator[Any], steps: int, checkpoint: Path, told: str) -> None:
-    """Trains up to so many steps in all; says the mean of what is told, and keeps a checkpoint, every hundred."""
+def run(trainer: Trainer, batches: Iterator[Any], steps: int, checkpoint: Path, label: str) -> None:
+    """Trains up to so many steps in all; every hundred, logs the mean value and saves a checkpoint."""
     start, values = time.perf_counter(), []
     while trainer.step < steps:
         values.append(trainer.learn(next(batches), rate(trainer.step, steps)))
         if trainer.step % EVERY == 0 or trainer.step == steps:
-            say(f"{trainer.step} {told} {sum(values) / len(values):.4f} {time.perf_counter() - start:.0f} s")
+            echo(f"{trainer.step} {label} {sum(values) / len(values):.4f} {time.perf_counter() - start:.0f} s")
             values = []
             keep(checkpoint, trainer.state_dict())
 

@@ -1,4 +1,4 @@
-"""One LoRA in the files of many trainers, to compare what is read of them.
+"""One LoRA in the formats of many trainers, to compare the results of reading them.
 
 Names and tensors follow what those trainers write (sources: `tests/fixtures/lora_layouts`). Nothing is shared with
 `pipelines.formats`, which reads them.
@@ -129,7 +129,7 @@ _RESNET = {
 
 
 def pair(down: str, up: str, share: float = 1.0) -> Callable[[LoraFactors], Tensors]:
-    """Two factors, of which the file has a share; the rest is in what it says of alpha."""
+    """Two factors, scaled by a share; alpha makes up for it."""
     return lambda lora: {down: share * lora.scale * lora.down, up: lora.up}
 
 
@@ -143,7 +143,7 @@ def with_alpha(lora: LoraFactors) -> Tensors:
 
 
 def tara(lora: LoraFactors) -> Tensors:
-    """What acts as wanted once alpha is told."""
+    """Factors that act as wanted once alpha is given."""
     return pair(".lora_layer.down.weight", ".lora_layer.up.weight", lora.rank / _TARA_ALPHA)(lora)
 
 
@@ -269,21 +269,21 @@ class Format:
     """How a LoRA becomes a file.
 
     Attributes:
-        spelled: What a layer is called.
-        tensors: What stands there for it.
-        save: How all of them are saved.
-        holds: Whether there can be anything for a layer, by part and name.
-        told: What `load_concept` has to be told.
+        spelled: The name of a layer in the file.
+        tensors: The tensors of a layer.
+        save: Writes the file.
+        holds: Whether the format supports a layer, by part and name.
+        options: Arguments that `load_concept` needs.
     """
 
     spelled: Callable[[Any, str, str], str]
     tensors: Callable[[LoraFactors], Tensors]
     save: Callable[[Tensors, Loras, Any, Path], Path] = safetensors
     holds: Callable[[str, str], bool] = everything
-    told: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def held(self, loras: Loras) -> dict[str, Lora]:
-        """What such files can hold of a LoRA."""
+        """The part of a LoRA that the format supports."""
         kept = {part: {n: f for n, f in lora.items() if self.holds(part, n)} for part, lora in loras.items()}
         return {part: lora for part, lora in kept.items() if lora}
 
@@ -293,7 +293,7 @@ class Format:
         Args:
             loras: For a pipeline.
             pipe: That pipeline, or anything with such a UNet and text encoders.
-            folder: An empty one, which is there.
+            folder: An empty folder.
         """
         held = self.held(loras)
         tensors = {
@@ -317,7 +317,7 @@ FORMATS: Mapping[str, Format] = {
     "ComfyUI": Format(comfy, with_alpha),
     "TARA, whole UNet": Format(bare, tara, whole_unet, unet_alone, {"alpha": _TARA_ALPHA}),
     "ED-LoRA, pickled": Format(
-        dotted, pair("_lora.down.weight", "_lora.up.weight"), pickled, told={"allow_pickle": True}
+        dotted, pair("_lora.down.weight", "_lora.up.weight"), pickled, options={"allow_pickle": True}
     ),
     "ED-LoRA, newer": Format(dotted, pair(".lora_down.weight", ".lora_up.weight"), with_words),
     "LoCon, Tucker": Format(kohya, locon_tucker),

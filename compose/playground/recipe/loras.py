@@ -1,12 +1,12 @@
-"""Trains the LoRAs of the playground's concepts, ordinary ones and by TARA, as `lora-compose train` does.
+"""Trains the LoRAs of the playground's concepts, ordinary and TARA, as `lora-compose train` does.
 
     python -m lora_compose.compose.playground.recipe.loras references prior loras --model assets/playground/model
     python -m lora_compose.compose.playground.recipe.loras references prior loras --kind kv --kind tied  (an ablation)
     python -m lora_compose.compose.playground.recipe.loras references prior loras --preset playground-flux \
         --model assets/playground-flux/model --kind ordinary --threads 1
 
-`references` and `prior` are made by `python -m lora_compose.compose.playground.recipe.concepts`. LoRAs that are there
-already are left alone, and one that was interrupted goes on.
+`references` and `prior` are made by `python -m lora_compose.compose.playground.recipe.concepts`. Existing LoRAs are
+left alone, and an interrupted one is resumed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ import typer
 from lora_compose.compose.playground.assets import PLAYGROUND
 from lora_compose.compose.playground.recipe.concepts import STYLE
 from lora_compose.compose.playground.recipe.world import CONCEPTS, STYLE_TRIGGER
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.compose.training import TaraTraining, Training, train
 
 KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -36,7 +36,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "clean": {"tara": TaraTraining(class_target="clean")},
     }
 )
-"""What differs in a training. The first two come with the playground, the others show what each part of it does."""
+"""Kinds of training. The first two come with the playground; the others show the effect of each part."""
 
 SHIPPED = ("ordinary", "tara")
 WORDS = {name: (known.trigger, known.class_word) for name, known in CONCEPTS.items()} | {
@@ -59,11 +59,11 @@ def trainings(
     Args:
         references: A folder for each concept.
         prior: A folder for each class word. Styles are trained without.
-        out: Where LoRAs are written.
+        out: The folder for LoRAs.
         model: The base model.
         kinds: Of `KINDS`.
-        concepts: Whose LoRAs.
-        preset: Whose defaults: of the playground, or of its transformer.
+        concepts: The concepts.
+        preset: "playground", or "playground-flux" for the transformer.
         given: Fields of the training that differ from the preset's.
 
     Raises:
@@ -84,7 +84,7 @@ def trainings(
             )  # fmt: skip
 
 
-@kindly()
+@handle_errors()
 def main(
     references: Path,
     prior: Path,
@@ -96,13 +96,13 @@ def main(
     steps: Annotated[int | None, typer.Option(min=1, help="Other than the preset's.")] = None,
     threads: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
-    """Trains all LoRAs that are not there yet."""
+    """Trains all LoRAs that do not exist yet."""
     given: dict[str, Any] = {"threads": threads} | ({} if steps is None else {"steps": steps})
     for settings in trainings(references, prior, out, model, kind or SHIPPED, concept or WORDS, preset, **given):
         if settings.out.exists():
             continue
         with bar(settings.out.stem, settings.steps) as on_progress:
-            say(train(settings, on_step=lambda step, _loss, tell=on_progress: tell(step)))
+            echo(train(settings, on_step=lambda step, _loss, tell=on_progress: tell(step)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from lora_compose.compose.generate.demo import GUIDANCE, THREADS
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.merging import MERGERS, make_merger
 from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
@@ -36,11 +36,11 @@ METHODS = tuple(name for name in MERGERS if name != "svd")  # which is the sum a
 
 @dataclass(frozen=True)
 class Pair:
-    """Two LoRAs, and what they are asked for.
+    """Two LoRAs and their prompts.
 
     Attributes:
         names: Of the playground's LoRAs.
-        texts: What shows the first, the second, and both.
+        texts: A prompt for the first, for the second, and for both.
     """
 
     names: tuple[str, str]
@@ -104,7 +104,7 @@ def drawn(shown: Sequence[Sequence[tuple[str, list[Image.Image]]]]) -> Image.Ima
     return sheet(columns, rows, title="Merged files in plain diffusers", lines=lines, side=SIDE)
 
 
-@kindly(logging.ERROR)
+@handle_errors(logging.ERROR)
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     steps: Annotated[int, typer.Option(min=1)] = 16,
@@ -120,7 +120,7 @@ def main(
             on_progress(done)
 
         shown = [[*images(pair, METHODS, steps, on_image)] for pair in PAIRS]
-    say(save_image(drawn(shown), out))
+    echo(save_image(drawn(shown), out))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: Weights with two or more dimensions.
-        lr: Length of a step, as a spectral norm.
+        lr: Spectral norm of a step.
         momentum: Of the gradients; the update looks ahead (Nesterov).
         weight_decay: Decoupled.
     """

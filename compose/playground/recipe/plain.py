@@ -1,4 +1,4 @@
-"""What a model of the playground makes of plain prompts, without LoRAs: a sheet, and what the judge names in it.
+"""Plain prompts on a model of the playground, without LoRAs: a sheet, and a count of objects that the judge names.
 
 python -m lora_compose.compose.playground.recipe.plain sheet.png assets/playground/model assets/playground-flux/model
 """
@@ -16,7 +16,7 @@ from lora_compose.compose.evaluation.encoders import JUDGE, load_encoder
 from lora_compose.compose.figures.sheets import Row, sheet
 from lora_compose.compose.files.images import save_image
 from lora_compose.compose.playground.words import BASE_CLASSES
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
 
 PROMPTS = {  # and the classes that they name
@@ -39,8 +39,8 @@ class Named(NamedTuple):
     """What the judge found in an image.
 
     Attributes:
-        all: Every object of the prompt is there.
-        exactly: And none of them twice.
+        all: Whether every object of the prompt is found.
+        exactly: Whether also none is found twice.
     """
 
     all: bool
@@ -64,13 +64,13 @@ def name(detector: Detector, image: Image.Image, classes: Sequence[str]) -> Name
     return Named(set(found) == set(classes), sorted(found) == sorted(classes))
 
 
-@kindly()
+@handle_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     models: Annotated[list[Path], typer.Argument(help="Folders as diffusers saves them.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
 ) -> None:
-    """Makes images of ten prompts with every model, and says in how many of them the judge names all objects."""
+    """Makes images of ten prompts with every model, and counts those in which the judge names all objects."""
     detector = WindowDetector(load_encoder(JUDGE), BASE_CLASSES)
     pipes = [ComposePipeline.from_pretrained(model, dtype=torch.float32) for model in models]
     rows: list[Row] = []
@@ -86,12 +86,12 @@ def main(
                 rows.append(Row(label if j == 0 else ("", label[1]), made[:SHOWN], parted=j == 0))
                 on_progress(i * len(pipes) + j + 1)
     for model, named in zip(models, totals, strict=True):
-        say(
+        echo(
             f"{model}: all objects named in {sum(one.all for one in named)} of {len(named)} images, "
             f"none of them twice in {sum(one.exactly for one in named)}"
         )
     columns = [(f"seed {seed}",) for seed in range(min(seeds, SHOWN))]
-    say(save_image(sheet(columns, rows, title="Plain prompts, no LoRA", side=128), out))
+    echo(save_image(sheet(columns, rows, title="Plain prompts, no LoRA", side=128), out))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ Where = Callable[[Generator, int, tuple[int, int]], list[Square]]
 
 
 class Picture(NamedTuple):
-    """A picture, what it shows in words, and where.
+    """A picture with its caption and the boxes of its objects.
 
     Attributes:
         image: Shape: [height, width, 3].
@@ -73,9 +73,9 @@ def scene(
         sprites: The artwork.
         size: Width and height; a close-up shows one object.
         count: Objects; one to three if not given.
-        where: Chooses where they stand, left to right.
-        classes: What there is to see.
-        vendors: Whose drawings.
+        where: Chooses their places, left to right.
+        classes: Classes of its objects.
+        vendors: Their artwork.
         plain: Objects as they are drawn, neither dyed nor patterned.
     """
     image, ground = background(rng, size)
@@ -130,12 +130,12 @@ class Batch(NamedTuple):
 
 
 class Batches(IterableDataset):
-    """Endless batches, painted and encoded in a process of their own.
+    """Endless batches, drawn and encoded in a process of their own.
 
     Args:
         sprites: The artwork.
         vae: The encoder.
-        seed: Where they start.
+        seed: Seed of everything random.
         batch_size: Pictures of a batch; fewer of those that are wide, so that all batches cost the same.
         close_up: Single objects that fill the picture, instead of whole scenes.
     """

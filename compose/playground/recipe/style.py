@@ -21,8 +21,8 @@ from lora_compose.compose.files.images import save_image
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.playground.recipe.concepts import STYLE, faded
 from lora_compose.compose.playground.recipe.plain import GUIDANCE, STEPS
-from lora_compose.compose.playground.recipe.world import STYLE_TRIGGER, ground, spoken
-from lora_compose.compose.support.terminal import bar, kindly, say
+from lora_compose.compose.playground.recipe.world import STYLE_TRIGGER, ground, in_words
+from lora_compose.compose.support.terminal import bar, echo, handle_errors
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.scene import Concept
 
@@ -70,13 +70,13 @@ def make(pipe: Any, prompt: str, seed: int, lora: str | None) -> Image.Image:
     return pipe(prompt, **given).images[0]
 
 
-@kindly()
+@handle_errors()
 def main(
     out: Annotated[Path, typer.Argument(help="The sheet, a PNG.")],
     loras: Annotated[list[Path], typer.Argument(help="LoRAs of the style.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 10,
 ) -> None:
-    """Makes images of ten prompts without and with LoRAs, and says in how many of them the style is recognised."""
+    """Makes images of ten prompts without and with LoRAs, and counts those in which the style is recognised."""
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for lora in loras:
@@ -86,16 +86,16 @@ def main(
         for name in (None, *(lora.stem for lora in loras)):
             shown, counts = [], []
             for things, where in PROMPTS.items():
-                made = [make(pipe, f"{things} {spoken(where)}", seed, name) for seed in range(seeds)]
+                made = [make(pipe, f"{things} {in_words(where)}", seed, name) for seed in range(seeds)]
                 counts.append(sum(recognised(np.asarray(image), where) for image in made))
                 shown.append(made[0])
                 on_progress(len(rows) * len(PROMPTS) + len(counts))
             label = (name or "no LoRA", f"in the style: {sum(counts)} of {len(PROMPTS) * seeds}")
             rows.append(Row(label, shown, [f"{count} of {seeds}" for count in counts]))
-            say(": ".join(label))
+            echo(": ".join(label))
     # Two lines for two things, which are wider than an image.
     columns = [(*re.split(" (?=and )", things), where) for things, where in PROMPTS.items()]
-    say(save_image(sheet(columns, rows, title=f"The playground's style, {STYLE}", side=160), out))
+    echo(save_image(sheet(columns, rows, title=f"The playground's style, {STYLE}", side=160), out))
 
 
 if __name__ == "__main__":

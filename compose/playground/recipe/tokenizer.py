@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from lora_compose.compose.playground.recipe.scenes import scene
 from lora_compose.compose.playground.recipe.world import CONCEPTS, HUES, PLAIN, STYLE_TRIGGER, Sprites
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 MAX_LENGTH = 32
 VOCABULARY = 1400
@@ -75,12 +75,12 @@ def insisted() -> list[str]:
 
 
 def captions(sprites: Sprites, number: int, seed: int = 5) -> list[str]:
-    """What images of the world are called."""
+    """Captions of the world's images."""
     rng = np.random.default_rng(seed)
     return [scene(rng, sprites).caption for _ in range(number)]
 
 
-@kindly()
+@handle_errors()
 def main(
     sprites: Path, out: Path, number: Annotated[int, typer.Option("--captions", min=1, help="To learn from.")] = 4000
 ) -> None:

@@ -6,7 +6,7 @@
 
 `transformer_data` makes the pools. VAE, CLIP and its words are the playground's and stay as they are; the transformer
 and a small T5 learn together. Close-ups come first. Flow matching with logit-normal times (Esser et al. 2024), Muon for
-the matrices of the blocks, an average of the last weights; guidance is classifier-free, by captions left out.
+the matrices of the blocks, an average of the last weights; classifier-free guidance by dropped captions.
 """
 
 import time
@@ -24,17 +24,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lora_compose.attention.backbones.joint import image_positions, packed
 from lora_compose.compose.playground.assets import playground_model
-from lora_compose.compose.playground.recipe.base import forget_origin
-from lora_compose.compose.playground.recipe.loop import Optimizers, keep, resume, share
+from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, AveragedTrainer
+from lora_compose.compose.playground.recipe.loop import keep, resume, share
 from lora_compose.compose.playground.recipe.scenes import Batch
 from lora_compose.compose.playground.recipe.tokenizer import insisted
 from lora_compose.compose.playground.recipe.transformer_data import Pool
 from lora_compose.compose.playground.recipe.transformer_text import MAX_TOKENS, known_words, new_encoder, new_tokenizer
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
-NO_CAPTION = 0.1  # share of images without words, for classifier-free guidance
-EMA = 0.998
 EVERY = 50  # steps between two lines of progress
 SHIFT = 1.0  # of the timesteps, when images are made
 
@@ -84,34 +82,26 @@ def quick_attention() -> Iterator[None]:
         transformer_flux.dispatch_attention_fn = before
 
 
-class TransformerTrainer:
-    """Transformer and T5 with their optimizers and the running average of their weights.
+class TransformerTrainer(AveragedTrainer):
+    """Trains transformer and T5.
 
     Args:
-        pipe: What is trained, in place.
-        lr: Of Muon.
-        seed: Of noise, times and captions left out.
+        pipe: The pipeline, trained in place.
+        lr: Learning rate of Muon.
+        seed: Seed of noise, times and dropped captions.
         fast: Compiles the forward pass.
     """
 
     def __init__(self, pipe: FluxPipeline, lr: float, seed: int, fast: bool = True) -> None:
+        super().__init__([pipe.transformer, pipe.text_encoder_2], _is_inner, lr, seed)
         self.pipe = pipe
-        self.transformer: Any = pipe.transformer.train()
-        self.t5: Any = pipe.text_encoder_2.train()
-        self.models = nn.ModuleList([pipe.transformer, pipe.text_encoder_2])
+        self.t5: Any = pipe.text_encoder_2
         self.compiled: Any = torch.compile(pipe.transformer, dynamic=False) if fast else pipe.transformer
-        named = dict(self.models.named_parameters())
-        self.parameters = list(named.values())
-        self.average = [p.detach().clone() for p in self.parameters]
-        inner = [name for name, p in named.items() if p.ndim == 2 and _is_inner(name)]
-        rest = [p for name, p in named.items() if name not in inner]
-        self.optimizers = Optimizers([named[name] for name in inner], rest, lr, weight_decay=0.02)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.step, self.seconds = 0, 0.0
+        self.seconds = 0.0
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def read(self, captions: Sequence[str]) -> None:
-        """T5's tokens and CLIP's summary of captions that were not met before; together it costs less."""
+        """T5's tokens and CLIP's pooled features of new captions, computed in one batch."""
         new = sorted(set(captions) - set(self._texts))
         for at in range(0, len(new), 256):
             part = new[at : at + 256]
@@ -140,64 +130,31 @@ class TransformerTrainer:
             )[0]  # fmt: skip
         return (predicted.float() - (noise - clean)).pow(2).mean()
 
-    def learn(self, batch: Batch, share: float) -> float:
-        """One step, with a share of the learning rate; returns the loss."""
-        loss = self.loss(batch)
-        loss.backward()
-        self.optimizers.step(share)
-        self.step += 1
-        keep_share = min(EMA, self.step / (self.step + 20))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - keep_share)
-        return loss.item()
-
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on."""
-        return {
-            "step": self.step,
-            "seconds": self.seconds,
-            "models": self.models.state_dict(),
-            "average": self.average,
-            "optimizers": self.optimizers.state_dict(),
-            "generator": self.generator.get_state(),
-        }
+        """The state of a checkpoint."""
+        return super().state_dict() | {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
-        self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
-        self.models.load_state_dict(state["models"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.generator.set_state(state["generator"])
+        """Resumes."""
+        super().load_state_dict(state)
+        self.seconds = state["seconds"]
 
     def save(self, out: Path) -> None:
-        """Writes the pipeline with averaged weights in fp16; training may go on afterwards."""
-        live = [p.detach().clone() for p in self.parameters]
-        self._set(self.average)
+        """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
         parts = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae)
-        for model in parts:
-            model.half()
-        self.pipe.save_pretrained(out)
-        forget_origin(out)
-        for path in out.glob(
-            "text_encoder*/config.json"
-        ):  # otherwise they alone are opened in the precision of the file
+        self.write(self.pipe, parts, out)
+        # Otherwise text encoders alone are opened in the precision of the file.
+        for path in out.glob("text_encoder*/config.json"):
             path.write_text(path.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
-        for model in parts:
-            model.float()
-        self._set(live)
-
-    @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
 
 
-def _is_inner(name: str) -> bool:
+def _is_inner(name: str, weight: Tensor) -> bool:
     """Whether a weight maps features to features inside of a block, which is what Muon is for."""
-    return name.startswith("0.") and "blocks" in name and ".linear" not in name
+    return weight.ndim == 2 and name.startswith("0.") and "blocks" in name and ".linear" not in name
 
 
 def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, checkpoint: Path, every: float) -> None:
-    """Trains for so many minutes in all; the learning rate follows the clock."""
+    """Trains for `minutes` in all; the learning rate follows the clock."""
     values: list[float] = []
     trainer.read(["", *pool.captions])
     saved = time.perf_counter()
@@ -210,7 +167,7 @@ def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, che
             trainer.seconds += time.perf_counter() - start
         if trainer.step % EVERY == 0:
             mean = sum(values) / len(values)
-            say(f"{trainer.step} loss {mean:.4f} {trainer.seconds:.0f} s, {len(pool)} pictures")
+            echo(f"{trainer.step} loss {mean:.4f} {trainer.seconds:.0f} s, {len(pool)} pictures")
             values = []
         if time.perf_counter() - saved > every:
             keep(checkpoint, trainer.state_dict())
@@ -218,7 +175,7 @@ def run(trainer: TransformerTrainer, pool: Pool, batch: int, minutes: float, che
     keep(checkpoint, trainer.state_dict())
 
 
-@kindly()
+@handle_errors()
 def train(
     pool: Path,
     out: Path,
@@ -230,7 +187,7 @@ def train(
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Trains the transformer; a checkpoint beside OUT is continued from."""
+    """Trains the transformer; a checkpoint next to OUT is resumed."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     pipe: Any = FluxPipeline.from_pretrained(init, dtype=torch.float32) if init else new_pipeline()

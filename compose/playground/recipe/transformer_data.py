@@ -1,10 +1,10 @@
-"""Pictures for the playground's transformer, painted and encoded in advance: shards of latents and captions.
+"""Pictures for the playground's transformer, drawn and encoded in advance: shards of latents and captions.
 
     python -m lora_compose.compose.playground.recipe.transformer_data sprites.npz POOL/close --close-up --shards 24
     python -m lora_compose.compose.playground.recipe.transformer_data sprites.npz POOL/scenes --shards 100
 
-Training may begin with the first shards: it takes in those that come later. Objects stand on whole patches of two
-latent cells, so that a transformer, which has to learn what a shift is, meets every sprite in few forms.
+Training may begin with the first shards; later ones are added. Objects lie on whole patches of two latent cells, so
+that a transformer, which has to learn translations, sees every sprite in few forms.
 """
 
 import io
@@ -23,7 +23,7 @@ from lora_compose.compose.files.atomic import write_whole
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.compose.playground.recipe.scenes import Batch, Picture, encode, scene
 from lora_compose.compose.playground.recipe.world import CLOSE_UP, SIZE, Sprites, Square
-from lora_compose.compose.support.terminal import kindly, say
+from lora_compose.compose.support.terminal import echo, handle_errors
 
 PATCH = 16  # pixels of a transformer's token
 SIDES = {1: (48, 64, 80), 2: (48, 64), 3: (48,)}
@@ -69,14 +69,14 @@ def write_shard(path: Path, pictures: list[Picture], vae: AutoencoderKL) -> None
 
 
 class Pool:
-    """Pictures of all shards that are there; looked for anew now and then.
+    """Pictures of all existing shards; new ones are added now and then.
 
     Args:
-        folder: Where shards are or will be.
-        seed: Of what is drawn.
+        folder: The folder of the shards.
+        seed: Seed of the order.
     """
 
-    LOOK = 50  # batches between two looks
+    LOOK = 50  # batches between two checks for new shards
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.rng = folder, np.random.default_rng(seed)
@@ -88,7 +88,7 @@ class Pool:
         return len(self.captions)
 
     def look(self) -> None:
-        """Takes in new shards."""
+        """Adds new shards."""
         for path in sorted(self.folder.glob("*.pt")):
             if path not in self._read:
                 shard = torch.load(path, weights_only=True)
@@ -110,7 +110,7 @@ class Pool:
             done += 1
 
 
-@kindly()
+@handle_errors()
 def main(
     sprites: Path,
     out: Path,
@@ -119,7 +119,7 @@ def main(
     seed: int = 0,
     threads: int = 1,
 ) -> None:
-    """Paints and encodes."""
+    """Draws and encodes pictures."""
     torch.set_num_threads(threads)
     artwork = dict(np.load(sprites))
     vae: Any = AutoencoderKL.from_pretrained(playground_model() / "vae", dtype=torch.float32)
@@ -130,7 +130,7 @@ def main(
         if not path.exists():
             rng = np.random.default_rng([seed, number])
             write_shard(path, [picture(rng, artwork, close_up) for _ in range(SHARD)], vae)
-            say(f"{path}")
+            echo(f"{path}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m lora_compose.compose.playground.recipe.vae sprites.npz OUT --steps 3000
     python -m lora_compose.compose.playground.recipe.vae sprites.npz OUT --init VAE --decoder-only
 
-About a second a step on two cores. A checkpoint every 100 steps lies beside OUT and is continued from. Training the
-decoder alone leaves the latents as they are, so that a UNet that was trained on them stays valid.
+About a second a step on two cores. A checkpoint next to OUT is written every 100 steps, and resumed. Training the
+decoder alone leaves the latents as they are, so that a denoiser that was trained on them stays valid.
 """
 
 from collections.abc import Iterator
@@ -34,10 +34,10 @@ from lora_compose.compose.playground.recipe.world import (
     place,
 )
 from lora_compose.compose.support.precision import cpu_autocast
-from lora_compose.compose.support.terminal import kindly
+from lora_compose.compose.support.terminal import handle_errors
 
 CROP = 64
-JITTER = 0.03  # noise on latents in training: the decoder will see those of a UNet, which are not exact
+JITTER = 0.03  # noise on latents in training: the decoder will see those of a denoiser, which are not exact
 EDGES = 0.4  # weight of errors in the gradients of the image
 COLOURS_FIRST = 400  # steps of a new VAE before edges count
 
@@ -58,11 +58,11 @@ def new_vae() -> AutoencoderKL:
 
 
 class Crops(IterableDataset):
-    """Endless batches of crops around objects, on whole cells, painted in a process of their own.
+    """Endless batches of crops around objects, on whole cells, drawn in a process of their own.
 
     Args:
         sprites: The artwork.
-        seed: Where they start.
+        seed: Seed of everything random.
         batch_size: Crops of a batch, an even number. Shape of a batch: [crops, 3, CROP, CROP], -1 to 1.
     """
 
@@ -102,7 +102,7 @@ class VaeTrainer:
     """A VAE with its optimizers.
 
     Args:
-        vae: Is trained in place.
+        vae: The VAE, trained in place.
         lr: Muon's learning rate.
         decoder_only: Leave the latents as they are.
         colours_first: Steps before edges count.
@@ -133,17 +133,17 @@ class VaeTrainer:
         return error.detach().pow(2).mean().sqrt().item()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, but for the noise on latents."""
+        """Everything that is needed to resume, except the noise on latents."""
         return {"step": self.step, "vae": self.vae.state_dict(), "optimizers": self.optimizers.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on."""
+        """Resumes."""
         self.step = state["step"]
         self.vae.load_state_dict(state["vae"])
         self.optimizers.load_state_dict(state["optimizers"])
 
 
-@kindly()
+@handle_errors()
 def train(
     sprites: Path,
     out: Path,

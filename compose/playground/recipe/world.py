@@ -46,7 +46,7 @@ class Coat(NamedTuple):
 class Known(NamedTuple):
     """A subject of the playground, in a coat or of a shape that only its LoRA knows, and the seed of its references.
 
-    Without a coat it looks as its artist drew it.
+    Without a coat it is drawn as in its artwork.
     """
 
     trigger: str
@@ -61,7 +61,7 @@ class Known(NamedTuple):
         return f"{self.trigger} {self.class_word}"
 
     def drawn(self, sprites: Sprites) -> Pixels:
-        """What it looks like. Shape: [side, side, 4]."""
+        """Its sprite. Shape: [side, side, 4]."""
         sprite = sprites[f"{self.class_word}/{self.artist}"]
         return sprite if self.coat is None else dress(sprite, self.coat)
 
@@ -86,11 +86,11 @@ def background(rng: Generator, size: tuple[int, int] = (SIZE, SIZE)) -> tuple[ND
     """A background and its words, "on a white background" or "on grass". Shape: [height, width, 3], 0 to 255."""
     names = list(PLAIN) if rng.random() >= 0.55 else list(PLACES)
     name = names[rng.integers(len(names))]
-    return ground(rng, name, size), spoken(name)
+    return ground(rng, name, size), in_words(name)
 
 
-def spoken(name: str) -> str:
-    """What captions call a ground of `PLAIN` or `PLACES`."""
+def in_words(name: str) -> str:
+    """A background of `PLAIN` or `PLACES` in the words of captions."""
     return f"on a {name} background" if name in PLAIN else name
 
 
@@ -107,7 +107,7 @@ def ground(rng: Generator, name: str, size: tuple[int, int] = (SIZE, SIZE)) -> N
 
 
 def _texture(rng: Generator, image: NDArray[np.float64], name: str) -> None:
-    """Draws what makes a place more than two colours."""
+    """Draws the texture of a place on its two colours."""
     height, width = image.shape[:2]
     rows, columns = np.arange(height)[:, None], np.arange(width)[None]
 
@@ -156,7 +156,7 @@ def dress(sprite: Pixels, coat: Coat, *, floor: int = VIVID, stretch: float = 1.
 
     Args:
         sprite: Shape: [side, side, 4].
-        coat: What it wears.
+        coat: The coat.
         floor: Saturation.
         stretch: Factor on the width of stripes and dots; for halves, where the border is.
         shift: By how many pixels stripes and dots are moved.

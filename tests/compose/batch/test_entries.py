@@ -104,8 +104,8 @@ def test_bad_rows_are_named_and_the_others_are_read(tmp_path: Path) -> None:
     expected = ["no LoRA 'fox'", "3 cells, but the header has 6", "'five' is no seed", "region", "weight"]
     assert len(found.bad) == len(expected)
     for line, (bad, words) in enumerate(zip(found.bad, expected, strict=True), 3):
-        assert bad.complaint.startswith(f"{tmp_path}/rows.csv, line {line}: ")
-        assert words in bad.complaint
+        assert bad.error.startswith(f"{tmp_path}/rows.csv, line {line}: ")
+        assert words in bad.error
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_a_bad_row_of_json_is_named(tmp_path: Path, row: str, expected: str) -> 
     found = of_table(tmp_path, f"{good}\n{row}\n", "jsonl")
     assert len(found.entries) == 1
     (bad,) = found.bad
-    assert bad.complaint.startswith(f"{tmp_path}/rows.jsonl, line 2: ")
-    assert expected in bad.complaint
+    assert bad.error.startswith(f"{tmp_path}/rows.jsonl, line 2: ")
+    assert expected in bad.error
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_text_that_is_no_table_ends_soon(tmp_path: Path, monkeypatch: pytest.Mon
     path.write_text('prompt\na\n"b' + "c" * 200_000)
     found = read_entries([path])
     assert [entry.scene.prompt for entry in found.entries] == ["a"]
-    assert "line 3: not valid CSV" in found.bad[0].complaint
+    assert "line 3: not valid CSV" in found.bad[0].error
     monkeypatch.setattr(tables, "MOST_ROWS", 1)
     path.write_text("prompt\na\nb\n")
     with pytest.raises(FileError, match="more than 1 rows"):
@@ -179,10 +179,10 @@ def test_a_folder_has_a_scene_in_each_file(tmp_path: Path) -> None:
         [folder, *written(tmp_path, e_yaml={"prompt": "e"}), *written(tmp_path, a_yaml={"prompt": "f"})]
     )
     assert [(entry.name, entry.scene.prompt) for entry in found.entries] == [("a", "a"), ("b", "b"), ("e", "e")]
-    told = [bad.complaint for bad in found.bad]
+    told = [bad.error for bad in found.bad]
     assert told[0].startswith(f"{folder}/c.yaml, line 1")
     assert f"{folder}/d.yaml: promt: unknown field" in told[1]
-    assert told[2] == f"{tmp_path}/a.yaml: the name 'a' stands at {folder}/a.json already"
+    assert told[2] == f"{tmp_path}/a.yaml: the name 'a' is taken by {folder}/a.json"
 
 
 def test_relative_paths_begin_where_they_stand(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_batch_file_has_settings_and_scenes(tmp_path: Path) -> None:
     found = read_entries([path])
     assert found.settings == {"model": "playground", "steps": 3, "seeds": "0-1"}
     assert [(entry.name, entry.seeds) for entry in found.entries] == [("a", (4,)), ("d", None)]
-    assert [bad.complaint for bad in found.bad] == [
+    assert [bad.error for bad in found.bad] == [
         f"{path}, scenes[1]: prompt: is missing",
         f"{path}, scenes[2]: name: expected a valid string, found nothing",
     ]

@@ -10,7 +10,7 @@ import torch
 
 from commands import call
 from evaluations import known, store, suite
-from lora_compose.compose.evaluation.blind import ARMS, HALVES, BlindImage, numbered, paint, read_votes
+from lora_compose.compose.evaluation.blind import ARMS, HALVES, BlindImage, generate, numbered, read_votes
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families import ComposePipeline
 from lora_compose.pipelines.methods import Regional
@@ -68,7 +68,7 @@ def test_ordinary_loras_in_boxes_have_token_masks_as_they_had_then() -> None:
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()))
     pipe.set_progress_bar_config(disable=True)
     (arm,) = (arm for arm in ARMS if arm.label == "regional, ordinary LoRAs")
-    painted = paint(pipe, BlindImage(("cat", "dog"), arm, 0))
+    painted = generate(pipe, BlindImage(("cat", "dog"), arm, 0))
     for method, same in ((Regional(token_mask="all"), True), (Regional(token_mask="tara"), False)):
         found = pipe(
             "a sks cat and a zwx dog on a white background",

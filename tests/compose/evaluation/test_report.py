@@ -241,10 +241,10 @@ def test_few_scenes_and_gaps_are_said(written: Path) -> None:
         assert "2 batches of 16 failed or are not made yet" in text
 
 
-def test_a_concept_that_cannot_be_told_is_said(tmp_path: Path) -> None:
+def test_a_concept_that_the_encoder_does_not_recognise_is_reported(tmp_path: Path) -> None:
     words = report_of(tmp_path, suite(), lambda batch, seed: {"cat": (0.5, 0.2), "dog": known(batch, seed)["dog"]})
-    assert "This metric cannot tell cat" in words
-    assert "cannot tell dog" not in words
+    assert "The encoder cannot recognise cat" in words
+    assert "cannot recognise dog" not in words
 
 
 def test_mixed_versions_and_machines_are_said(tmp_path: Path) -> None:

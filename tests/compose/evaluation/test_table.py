@@ -93,7 +93,7 @@ def test_thresholds_are_halfway_between_without_and_alone(evaluation: Evaluation
     table = by_concept(evaluation, "without", "alone", "threshold")
     assert table["cat"] == pytest.approx((0.3, 0.7, 0.5))
     assert table["dog"] == pytest.approx((0.2, 0.6, 0.4))
-    assert evaluation.untold == evaluation.unmeasured == []
+    assert evaluation.unrecognised == evaluation.unmeasured == []
 
 
 def test_thresholds_leave_out_what_was_not_found(tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_ratios_are_over_the_same_kind_of_lora_alone(evaluation: Evaluation) -> 
     assert np.mean(evaluation.arm("merge")["ratio"].to_numpy()) == pytest.approx((0.3 / 0.7 + 0.4 / 0.6) / 2)
 
 
-def test_a_concept_that_cannot_be_told(tmp_path: Path) -> None:
+def test_a_concept_that_the_encoder_does_not_recognise(tmp_path: Path) -> None:
     def measured(batch: Batch, seed: int) -> Seen:
         found = dict(known(batch, seed))
         return found | {"dog": (0.65, 0.1)} if batch.arm.name == "no LoRA" else found
 
     evaluation = load(store(tmp_path, suite(), measured))
-    assert evaluation.untold == ["dog"]
+    assert evaluation.unrecognised == ["dog"]
     assert concept(evaluation, "regional", 1, "dog")["present"]  # nearest to its own references, no threshold
     assert np.isnan(concept(evaluation, "regional", 1, "dog")["threshold"])
 

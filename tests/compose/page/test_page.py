@@ -41,7 +41,6 @@ from lora_compose.compose.page import (
     form,
     labels,
     launch,
-    leaving,
     messages,
     quick,
     store,
@@ -50,6 +49,7 @@ from lora_compose.compose.page import (
 )
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels, Stopped
 from lora_compose.compose.page.scores import Judge
+from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_phrase
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
 from lora_compose.compose.support.savers import Saver
@@ -258,7 +258,7 @@ def problems_of(model: OpenModel, method: str | None, **changes: Any) -> Iterato
     """All that is wrong with, and to be known of, a form, in the page's words."""
     with model.turn(()) as pipe:
         report = check(replace(short(**changes), method=method, settings={}).runs()[0], pipe)
-    yield from (messages.spoken(said, method) for said in (*report.problems, *report.notes))
+    yield from (messages.page_message(said, method) for said in (*report.problems, *report.notes))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -280,13 +280,15 @@ def test_what_is_wrong_is_said_without_python(model: OpenModel, method: str) -> 
 
 
 def test_messages_keep_what_they_are_about() -> None:
-    assert messages.spoken("interval must be a whole number of steps, at least 1, not 0", "switch") == (
+    assert messages.page_message("interval must be a whole number of steps, at least 1, not 0", "switch") == (
         "“Steps of a turn” must be a whole number of steps, at least 1, not 0"
     )
-    assert messages.spoken("x9.safetensors is no LoRA", files={"x9.safetensors": "cat.safetensors"}) == (
+    assert messages.page_message("x9.safetensors is no LoRA", files={"x9.safetensors": "cat.safetensors"}) == (
         "cat.safetensors is no LoRA"
     )
-    found = messages.spoken("merge needs it: give one, for example Concept(name='a', region=(1, 2)) in pixels; or not")
+    found = messages.page_message(
+        "merge needs it: give one, for example Concept(name='a', region=(1, 2)) in pixels; or not"
+    )
     assert found == "“Added up” needs it: give one, or not"
 
 
@@ -510,7 +512,7 @@ def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path)
     assert not used.parent.exists(), "a page that ends removes its folder"
 
 
-# --- leaving ---
+# --- sessions ---
 
 
 class Visiting:
@@ -527,8 +529,8 @@ class Visiting:
 def test_a_visit_ends_when_its_browser_has_been_away_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     there = {"a", "b"}
-    monkeypatch.setattr(leaving.time, "monotonic", lambda: now)
-    sessions = leaving.Sessions(there.__contains__, grace=20, every=1e9)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    sessions = Sessions(there.__contains__, grace=20, every=1e9)
     first, second = Visiting(), Visiting()
     sessions.add("a", first)
     sessions.add("b", second)
@@ -555,7 +557,7 @@ def test_one_visit_that_cannot_be_closed_keeps_nobody_else_open() -> None:
         def close(self) -> bool:
             raise RuntimeError("not now")
 
-    sessions = leaving.Sessions(lambda session: False, grace=0, every=1e9)
+    sessions = Sessions(lambda session: False, grace=0, every=1e9)
     visiting = Visiting()
     sessions.add("a", Stubborn())
     sessions.add("b", visiting)
@@ -563,7 +565,7 @@ def test_one_visit_that_cannot_be_closed_keeps_nobody_else_open() -> None:
 
 
 def test_a_session_has_one_visit() -> None:
-    sessions = leaving.Sessions(lambda session: True, grace=1e9, every=0.01)
+    sessions = Sessions(lambda session: True, grace=1e9, every=0.01)
     first, second = Visiting(), Visiting()
     sessions.add("a", first)
     sessions.add("a", second)

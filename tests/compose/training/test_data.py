@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lora_compose.compose.playground.assets import playground_references
-from lora_compose.compose.training.data import DataError, digest, load_image, read_images, say_small, square
+from lora_compose.compose.training.data import DataError, digest, load_image, read_images, square, warn_of_small
 from trainings import paint_folder
 
 
@@ -108,13 +108,13 @@ def test_small_images_are_enlarged_and_mentioned(tmp_path: Path, caplog: pytest.
     folder = paint_folder(tmp_path, 2, (24, 50))
     Image.new("RGB", (64, 64)).save(folder / "large.png")
     found = read_images(folder, ["x"])
-    say_small(found, 32)
+    warn_of_small(found, 32)
     assert "2 of 3 images are smaller than 32 x 32" in caplog.text
     assert "0.png, 1.png" in caplog.text
     assert square(load_image(found[0].path), 32)[0].shape == (3, 32, 32)
     caplog.clear()
     with caplog.at_level(logging.INFO):
-        say_small(found, 24)
+        warn_of_small(found, 24)
     assert caplog.text == ""
 
 

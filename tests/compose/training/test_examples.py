@@ -21,7 +21,7 @@ from lora_compose.compose.training import TaraTraining, train
 from lora_compose.compose.training.bases import base_of
 from lora_compose.compose.training.examples import Examples
 from lora_compose.compose.training.model import ADAPTER, lora_parameters
-from lora_compose.compose.training.preparation import Material, adapt, encode, read_texts
+from lora_compose.compose.training.preparation import TrainingData, adapt, encode, read_texts
 from lora_compose.compose.training.words import Rows
 from trainings import SIDE, TARA, paint_folder, sd_pipeline, training, xl_pipeline
 
@@ -47,15 +47,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def encoded(pipe: Any, folder: Path, tara: TaraTraining | None = TARA) -> tuple[Material, Examples]:
+def encoded(pipe: Any, folder: Path, tara: TaraTraining | None = TARA) -> tuple[TrainingData, Examples]:
     settings = training(folder, "unused", tara=tara)
-    material = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
-    return material, material.concept
+    data = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
+    return data, data.concept
 
 
-def rows_of(material: Material) -> Rows:
-    assert material.rows is not None
-    return material.rows
+def rows_of(data: TrainingData) -> Rows:
+    assert data.rows is not None
+    return data.rows
 
 
 def tokens_of(pipe: Any, caption: str) -> list[str]:
@@ -126,11 +126,11 @@ def test_the_trigger_is_aligned_with_the_class_word_of_its_own_caption(pipe: Any
 def test_class_images_have_no_mask(pipe: Any, folder: Path) -> None:
     paint_folder(folder / "class", 2)
     settings = training(folder, "unused", tara=TARA, class_images=folder / "class")
-    material = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
-    assert material.prior is not None
-    assert len(material.prior) == 2
-    assert not material.prior.mask.any()
-    torch.testing.assert_close(material.prior.text[0], text_of(pipe, "a photo of cat")[0])
+    data = encode(base_of(pipe), read_texts(base_of(pipe), settings), settings, Accelerator(cpu=True))
+    assert data.prior is not None
+    assert len(data.prior) == 2
+    assert not data.prior.mask.any()
+    torch.testing.assert_close(data.prior.text[0], text_of(pipe, "a photo of cat")[0])
 
 
 @pytest.mark.parametrize("kind", list(MODELS))

@@ -24,8 +24,8 @@ from lora_compose.compose.files.scenes import read_scene, write_scene
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.replay import difference, remake, runnable
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.complaints import FieldError
 from lora_compose.pipelines.concepts.strength import Schedule, blocks_text, read_blocks, read_weight, weight_text
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, LoraComposer
 from lora_compose.pipelines.methods.process import constant_gates
 from lora_compose.pipelines.passes import MapRequest, Pass
@@ -499,7 +499,7 @@ def test_a_factor_on_the_text_encoders(load):
 def test_blocks_that_a_unet_does_not_have_are_named_before_anything_happens(load):
     pipe = load("sd")
     with pytest.raises(
-        ValueError, match=r"'cat' has a factor for 'up.7', but this UNet has down_blocks.0, down_blocks"
+        ValueError, match=r"'cat' has a factor for 'up.7', but this model has down_blocks.0, down_blocks"
     ):
         compose(pipe, "merge", (1, 1), concepts=[Concept(name="cat", blocks={"up.7": 0.5})])
 

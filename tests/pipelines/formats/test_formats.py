@@ -75,8 +75,8 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], to
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_same_change_in_every_format_is_the_same(parts: SimpleNamespace, tmp_path: Path, form: str) -> None:
     known, loras = FORMATS[form], loras_for(parts, EVERYTHING)
-    file = read_lora(known.write(loras, parts, tmp_path), allow_pickle=known.told.get("allow_pickle", False))
-    factors = match(file, parts, alpha=known.told.get("alpha"))
+    file = read_lora(known.write(loras, parts, tmp_path), allow_pickle=known.options.get("allow_pickle", False))
+    factors = match(file, parts, alpha=known.options.get("alpha"))
     assert factors.unmatched == ()
     assert factors.error == 0.0
     held = known.held(loras)

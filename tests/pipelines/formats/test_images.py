@@ -64,7 +64,8 @@ class OneChange:
         folder = self.folder / name
         folder.mkdir()
         path = form.write(loras, self.pipe, folder)
-        self.pipe.load_concept(path, name, trigger=trigger, class_word="dog" if name == "dog" else "cat", **form.told)
+        class_word = "dog" if name == "dog" else "cat"
+        self.pipe.load_concept(path, name, trigger=trigger, class_word=class_word, **form.options)
 
     def image(self, cat: str, method: str, weight: float = 1.0) -> Tensor:
         concepts = [Concept(name=cat, region=CAT, weight=weight), Concept(name="dog", region=DOG)]

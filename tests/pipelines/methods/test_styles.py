@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comparisons import assert_close, far_apart
 from components import EVERYTHING, FAMILIES, random_lora, seeded, text_loras
-from lora_compose.pipelines.complaints import FieldError
+from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import (
     METHODS,
     Clora,

@@ -42,7 +42,7 @@ def test_every_branch_has_one_trigger_and_all_class_words() -> None:
 
 def test_words_of_a_style_stay_in_every_branch() -> None:
     found = branches(f"{PROMPT}, mjq style", [CAT, STYLE, DOG])
-    assert [branch.owner for branch in found] == [None, 0, 2]
+    assert [branch.subject for branch in found] == [None, 0, 2]
     assert all(branch.prompts[0].endswith("on grass, mjq style") for branch in found)
 
 

@@ -18,9 +18,9 @@ from lora_compose.compose.playground.recipe import world
 from lora_compose.compose.playground.recipe.judge import app, nearest
 from lora_compose.compose.playground.recipe.judge_data import (
     SIDE,
+    Artist,
     Batches,
     Label,
-    Painter,
     describe,
     is_held_out,
     name_of,
@@ -31,8 +31,8 @@ from lora_compose.compose.playground.words import BASE_CLASSES
 
 
 @pytest.fixture
-def painter(sprites: dict[str, np.ndarray]) -> Painter:
-    return Painter(sprites, seed=0)
+def artist(sprites: dict[str, np.ndarray]) -> Artist:
+    return Artist(sprites, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,10 @@ def test_the_same_seed_gives_the_same_batch(sprites: dict[str, np.ndarray]) -> N
     assert one.captions == again.captions
 
 
-def test_a_caption_is_right_about_its_image(painter: Painter) -> None:
+def test_a_caption_is_right_about_its_image(artist: Artist) -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
-        for label in painter.identities():
+        for label in artist.identities():
             assert describe(rng, label).true_of(label)
             assert describe(rng, Label("part", label.name, label.vendor, label.coat)).name == label.name
 
@@ -103,8 +103,8 @@ def test_captions_are_wrong_about_other_coats_and_classes() -> None:
         assert caption.true_of(spotted) == (not caption.colours and not caption.pattern)
 
 
-def test_the_concepts_of_the_playground_are_never_shown(painter: Painter) -> None:
-    labels = [label for _ in range(300) for label in painter.identities()]
+def test_the_concepts_of_the_playground_are_never_shown(artist: Artist) -> None:
+    labels = [label for _ in range(300) for label in artist.identities()]
     assert not [label for label in labels if is_held_out(*label.identity)]
     coats = [known for known in CONCEPTS.values() if known.coat]
     assert all(is_held_out(known.class_word, known.artist, known.coat) for known in coats)
@@ -119,7 +119,7 @@ def test_every_crop_has_a_name() -> None:
     assert name_of(Label("scene", text="a fox on grass"), BASE_CLASSES) == -1
 
 
-def test_a_batch_fits_together(painter: Painter, sprites: dict[str, np.ndarray]) -> None:
+def test_a_batch_fits_together(artist: Artist, sprites: dict[str, np.ndarray]) -> None:
     batch = next(iter(Batches(sprites, 0, None)))
     pictures = len(batch.captions)
     assert batch.pixels.shape == (pictures, 3, SIDE, SIDE)

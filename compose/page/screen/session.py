@@ -1,4 +1,4 @@
-"""Who looks at the screen: a session that is going on, or a new one, which begins with the example."""
+"""The session of the browser: the running one, or a new one, which begins with the example."""
 
 import atexit
 
@@ -8,9 +8,9 @@ from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from lora_compose.compose.page.form import example
 from lora_compose.compose.page.launch import options
-from lora_compose.compose.page.leaving import Sessions
 from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, open_models
+from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.store import Store, named
 from lora_compose.pipelines.concepts.sources import files_of
 
@@ -35,7 +35,7 @@ def _session_id() -> str:
 
 
 def _has_browser(session_id: str) -> bool:
-    """Whether a session is connected; the sessions of tests have no server that could tell."""
+    """Whether a session is connected; the sessions of tests have no server."""
     return not runtime.exists() or runtime.get_instance().is_active_session(session_id)
 
 

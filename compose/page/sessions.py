@@ -1,4 +1,4 @@
-"""Sessions end when their browser has gone: what they began is stopped, and their files are deleted."""
+"""Sessions end when their browser has gone: their work is stopped, and their files are deleted."""
 
 import logging
 import threading
@@ -10,21 +10,21 @@ from typing import Protocol
 logger = logging.getLogger(__name__)
 
 GRACE = 20.0
-"""Seconds that a browser may be away: a network that drops for a moment, a page that is loaded again."""
+"""Seconds that a browser may be away, because of a network error or a reload."""
 
 EVERY = 2.0
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 
 
 PATIENCE = 5.0
-"""Seconds that work in hand gets to stop when the page itself ends; torch aborts a process under whose feet it ends."""
+"""Seconds for running work to stop when the page itself ends; torch aborts a process that ends during a call."""
 
 
 class Closing(Protocol):
-    """What ends with its session."""
+    """Something that ends with its session."""
 
     def close(self) -> bool:
-        """Ends it, as far as it has not ended yet; True once nothing is left of it."""
+        """Ends it; True once nothing is left of it."""
         ...
 
 
@@ -32,18 +32,18 @@ class Closing(Protocol):
 class _Open:
     session_id: str
     session: Closing
-    seen: float  # when its browser was last there
+    seen: float  # when its browser was last connected
 
 
 class Sessions:
-    """All sessions that are open. A thread looks after them, from the first one on.
+    """All open sessions. A thread checks them, from the first one on.
 
-    Streamlit does not report that a browser has gone (closed, killed or cut off); it can be asked whether one is there.
+    Streamlit does not report that a browser has gone (closed, killed or cut off), but whether one is connected.
 
     Args:
         is_there: Whether a session has a browser, by the session's name.
         grace: How long a browser may be away, in seconds.
-        every: Time between two looks, in seconds.
+        every: Time between two checks, in seconds.
     """
 
     def __init__(self, is_there: Callable[[str], bool], grace: float = GRACE, every: float = EVERY) -> None:
@@ -54,7 +54,7 @@ class Sessions:
         self._thread: threading.Thread | None = None
 
     def add(self, session_id: str, session: Closing) -> None:
-        """Looks after a session from now on. An earlier one of the same browser session ends."""
+        """Adds a session. An earlier one of the same browser session ends."""
         with self._lock:
             self._end([found for found in self._open if found.session_id == session_id])
             self._open.append(_Open(session_id, session, time.monotonic()))
@@ -70,10 +70,10 @@ class Sessions:
                 if self._is_there(found.session_id):
                     found.seen = now
             self._end([found for found in self._open if now - found.seen > self._grace])
-            self._ending = [session for session in self._ending if not _closed(session)]  # the others at the next look
+            self._ending = [session for session in self._ending if not _closed(session)]  # the others at the next check
 
     def end(self, patience: float = PATIENCE) -> None:
-        """Ends all sessions because the page ends; waits so many seconds until nothing is left of them."""
+        """Ends all sessions because the page ends; waits at most `patience` seconds for them."""
         with self._lock:
             self._end(self._open)
         until = time.monotonic() + patience
@@ -91,7 +91,7 @@ class Sessions:
             time.sleep(self._every)
             try:
                 self.look()
-            except Exception:  # it has to go on for the others
+            except Exception:  # it has to continue for the others
                 logger.exception("looking after the sessions failed")
 
 

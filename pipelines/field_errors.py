@@ -12,22 +12,22 @@ class FieldError(ValueError):
     """Fields that do not fit a `Concept`, `Scene` or `Run`.
 
     Attributes:
-        complaints: Messages, one for each field.
+        messages: Messages, one for each field.
     """
 
     def __init__(self, kind: type[BaseModel], error: ValidationError) -> None:
-        self.complaints = tuple(complaints(kind, error))
-        super().__init__(f"{kind.__name__}: {'; '.join(self.complaints)}")
+        self.messages = tuple(field_messages(kind, error))
+        super().__init__(f"{kind.__name__}: {'; '.join(self.messages)}")
 
 
-def complaints(kind: type[BaseModel], error: ValidationError) -> list[str]:
+def field_messages(kind: type[BaseModel], error: ValidationError) -> list[str]:
     """A line for every wrong field: where, what was expected, what was found.
 
     Args:
         kind: The validated model.
         error: The error.
     """
-    return [f"{_place(found['loc'])}{_complaint(kind, found)}" for found in error.errors(include_url=False)]
+    return [f"{_place(found['loc'])}{_message(kind, found)}" for found in error.errors(include_url=False)]
 
 
 def _place(location: tuple[int | str, ...]) -> str:
@@ -38,7 +38,7 @@ def _place(location: tuple[int | str, ...]) -> str:
     return f"{place}: " if place else ""
 
 
-def _complaint(kind: type[BaseModel], found: Any) -> str:
+def _message(kind: type[BaseModel], found: Any) -> str:
     location, problem = found["loc"], found["type"]
     if problem == "extra_forbidden":
         known = _fields(kind, location[:-1])

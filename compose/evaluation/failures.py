@@ -1,0 +1,106 @@
+"""What goes wrong in the images of a method: counts by kind of failure and kind of scene, and a sheet of examples."""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from lora_compose.compose.evaluation.suite import Suite, SuiteScene
+from lora_compose.compose.evaluation.table import Evaluation, load
+from lora_compose.compose.figures.sheets import Row, sheet
+from lora_compose.compose.files.images import read_pixels, save_image
+from lora_compose.compose.support.terminal import echo, out
+
+KINDS = {
+    "missing": "a subject was not detected",
+    "mixed": "a subject resembles another subject's references more than its own",
+    "weak": "a subject does not resemble its references enough",
+}
+"""Kinds of failure. An image that fails in several ways counts for the first of them."""
+
+_EXAMPLES = 6
+
+
+def show_failures(folder: Path, method: str, to: Path | None = None) -> None:
+    """Prints how often each kind of failure occurs, by kind of scene, and writes a sheet of examples.
+
+    Args:
+        folder: Folder of an evaluation, finished or not.
+        method: Name of a row of its table.
+        to: File for the sheet; None means failures-METHOD.png in the folder.
+
+    Raises:
+        ValueError: If the evaluation has no images of the method.
+    """
+    found = load(folder)
+    images = kinds_of_failure(found, method)
+    if images.empty:
+        names = ", ".join(dict.fromkeys(found.images["arm"]))
+        raise ValueError(f"the evaluation in {folder} has no images of {method!r}; it has those of {names or 'none'}")
+    out.print(_table(images, method))
+    rows = list(_examples(images, folder))
+    if not rows:
+        echo("No image failed.")
+        return
+    columns = [()] * max(len(row.images) for row in rows)
+    drawn = sheet(
+        columns, rows, title=f"Failures of {method}", lines=[f"{found.suite.name}, examples by kind"], side=160
+    )
+    echo(save_image(drawn, to or folder / f"failures-{re.sub(r'[^a-z0-9]+', '-', method.lower())}.png"))
+
+
+def kinds_of_failure(found: Evaluation, method: str) -> pd.DataFrame:
+    """The images of a method with two further columns: the kind of scene, and the kind of failure or "".
+
+    Args:
+        found: The evaluation.
+        method: Name of a row of its table.
+    """
+    concepts = found.concepts[found.concepts["arm"] == method].fillna({"alone": ""})
+    keys = ["scene", "alone", "seed"]
+    missing = ~concepts["found"].astype(bool)
+    mixed = ~missing & (concepts["own"] <= concepts["other"])
+    weak = ~missing & ~mixed & (concepts["own"] < concepts["threshold"])
+    each = pd.DataFrame(concepts[keys]).assign(missing=missing, mixed=mixed, weak=weak)
+    of_image = each.groupby(keys, sort=False)[list(KINDS)].any().reset_index()
+    images = found.arm(method).fillna({"alone": ""}).merge(of_image, on=keys)
+    failure = pd.Series("", index=images.index)
+    for kind in reversed(KINDS):
+        failure = failure.mask(images[kind].astype(bool), kind)
+    kinds = {str(scene.name): kind_of_scene(found.suite, scene) for scene in found.suite.scenes}
+    return images.assign(kind=[kinds[str(scene)] for scene in images["scene"]], failure=failure)
+
+
+def kind_of_scene(suite: Suite, scene: SuiteScene) -> str:
+    """How many subjects a scene has, and whether two of them have one class word."""
+    words = [(suite.concept(name).class_word or name).lower() for name in scene.concepts]
+    alike = " of one class" if len(set(words)) < len(words) else ""
+    return f"{len(words)} subject{'s' if len(words) > 1 else ''}{alike}"
+
+
+def _table(images: pd.DataFrame, method: str) -> Table:
+    table = Table(
+        title=f"{method}: share of images", caption="; ".join(f"{kind}: {text}" for kind, text in KINDS.items())
+    )
+    for column in ("scenes", "images", "success", *KINDS, "extra objects"):
+        table.add_column(column, justify="left" if column == "scenes" else "right")
+    groups = [(str(kind), part) for kind, part in images.groupby("kind", sort=True)]
+    for kind, part in [*groups, ("all", images)]:
+        shares = [part["success"].mean(), *((part["failure"] == name).mean() for name in KINDS), part["extra"].mean()]
+        table.add_row(kind, str(len(part)), *(f"{share:.2f}" for share in shares))
+    return table
+
+
+def _examples(images: pd.DataFrame, folder: Path) -> Iterator[Row]:
+    """A row of examples of each kind, from different scenes as far as possible."""
+    for kind, text in KINDS.items():
+        mine = images[images["failure"] == kind]
+        turn = mine.groupby("scene", sort=False).cumcount()
+        chosen = mine.assign(turn=turn).sort_values("turn", kind="stable").head(_EXAMPLES)
+        if len(chosen):
+            pictures = [read_pixels(folder / str(file)) for file in chosen["file"]]
+            label = (f"{kind}: {len(mine)} of {len(images)}", *textwrap.wrap(text, 26))
+            yield Row(label, pictures, [str(scene) for scene in chosen["scene"]], parted=True)
