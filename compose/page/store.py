@@ -280,13 +280,13 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
     """
     known = {lora.sha256: lora for lora in uploads}
     return {
-        concept.name: _located(concept.lora, record.sha256.get(concept.name), known, folder, local)
+        concept.name: _located(concept.lora, record.sha256.get(concept.name, ""), known, folder, local)
         for concept in record.run.scene.concepts
     }
 
 
 def _located(
-    source: Any, sha256: Hashes | None, known: dict[str, Lora], folder: Path | None, local: bool
+    source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path | None, local: bool
 ) -> Lora | None:
     if not isinstance(source, str) or not isinstance(sha256, str):
         return None  # several files that were merged when they were loaded, or none at all
