@@ -12,7 +12,11 @@ from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.lora_bank import BankLayer
 
 Handle = tuple[Hashable, ...]
-"""Stands for a LoRA: equal handles, equal factors. It begins with the handle of the file that the LoRA is from."""
+"""Stands for a LoRA: equal handles, equal factors. It begins with the handle of the file that the LoRA is from, or with
+`PASSING`."""
+
+PASSING = "of this call alone"
+"""Begins the handle of a LoRA that may be another one in the next call."""
 
 
 class BankKey(NamedTuple):
@@ -76,17 +80,20 @@ class BankCache:
         return self._banks.pop(key, None)
 
     def put(self, key: BankKey, bank: Bank) -> None:
-        """Puts a bank in; the least recently used go until the rest fits, and those of another device or precision.
+        """Puts a bank in; the least recently used go until the rest fits.
 
-        A bank that was moved or converted with its model during the call, or made in inference mode, is dropped:
-        autograd cannot use its tensors.
+        It replaces banks of the same LoRAs on another device or in another precision, and beside other LoRAs of one
+        call alone. A bank that was moved or converted with its model during the call is dropped.
         """
         bank.state.inputs, bank.state.recorders = LayerInputs(), ()
         if not all(_as_made(tensor, key) for layer in bank.layers.values() for tensor in (layer.A, layer.B)):
             return
-        self._banks[key] = bank
-        for other in [other for other in self._banks if other.loras == key.loras and other != key]:
+        lasting = _lasting(key)
+        for other in [
+            other for other in self._banks if _lasting(other) == lasting and len(other.loras) == len(key.loras)
+        ]:
             del self._banks[other]
+        self._banks[key] = bank
         self.trim()
 
     def trim(self) -> None:
@@ -113,6 +120,10 @@ class BankCache:
     def clear(self) -> None:
         """Drops all."""
         self._banks.clear()
+
+
+def _lasting(key: BankKey) -> tuple[Handle, ...]:
+    return tuple(handle for handle in key.loras if handle[0] != PASSING)
 
 
 def _as_made(tensor: Tensor, key: BankKey) -> bool:

@@ -26,6 +26,7 @@ class LayerInputs:
         joint_regions: Region attention for text and image in one sequence.
         lengths: Number of text tokens in each row.
         latent_grid: Height and width of the latents.
+        text_bias: Added to the scores of cross-attention, by level. Shape: [rows, 1, cells, tokens].
     """
 
     gates: Mapping[GateKey, Tensor] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class LayerInputs:
     joint_regions: JointRegions | None = None
     lengths: tuple[int, ...] = (1,)
     latent_grid: Grid = (1, 1)
+    text_bias: Mapping[int, Tensor] | None = None
 
 
 @dataclass

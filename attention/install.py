@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks
-from lora_compose.attention.device import modules_of, to_device, uncompiled
+from lora_compose.attention.device import as_outside_of_inference_mode, modules_of, to_device, uncompiled
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
@@ -52,6 +52,7 @@ class Installation:
         text_kv: TextKV | None = None,
         lengths: Sequence[int] | None = None,
         joint_regions: JointRegions | None = None,
+        text_bias: Mapping[int, Tensor] | None = None,
     ) -> LayerInputs:
         """Makes the inputs of the layers for one pass. They serve every step, until `fold` is called.
 
@@ -63,14 +64,16 @@ class Installation:
             text_kv: Keys and values to share with another pass that has the same text and the same text gates.
             lengths: Number of tokens in each row, if rows have fewer than `text`.
             joint_regions: Region attention for text and image in one sequence.
+            text_bias: Added to the scores of cross-attention without regions, by level. Shape: [rows, cells, tokens].
         """
         lengths = lengths or ([1] if text is None else [text.shape[-2]] * text.shape[-3])
         keys = {layer.key for layer in self.bank.values()}
         expanded = {key: gates.expand(key, lengths).to(self._device, self._dtype) for key in keys}
         kept = text_kv or (None if text is None else TextKV())
+        bias = {level: one.to(self._device, self._dtype)[:, None] for level, one in (text_bias or {}).items()}
         return LayerInputs(
             expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
-            gates.latent_grid,
+            gates.latent_grid, bias or None,
         )  # fmt: skip
 
     def use(self, inputs: LayerInputs, *recorders: Recorder) -> None:
@@ -122,7 +125,7 @@ class Installation:
             del self.bank[name]
             if adapted & set(stay):
                 self.bank[name] = rest = layer.only(stay)
-                rest.layer, rest.training = layer.layer, layer.training
+                rest.stand_in_for(layer.layer)
             _swap(self._modules, name, self.bank.get(name, layer.layer))
         return folded
 
@@ -148,7 +151,8 @@ class Installation:
             downs, ups = zip(
                 *(lora[name].parts(self._device, torch.float32) for lora in self._loras if name in lora), strict=True
             )
-            self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
+            with as_outside_of_inference_mode():
+                self._exact[name] = torch.cat(downs), torch.cat(ups, dim=1)
         return self._exact[name]
 
 
@@ -232,7 +236,7 @@ def install(
         _claim(model, undo)
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, backbone.sites, key, kept, undo)
-        backbone.steer(bank.state, undo)
+        backbone.steer(modules, bank.state, undo)
         yield _put_in_place(modules, loras, bank, key, silence, undo)
 
 
@@ -260,19 +264,21 @@ def _made(loras: Sequence[Lora], where: Mapping[str, Site], key: BankKey, kept: 
     """A new bank, of factors that are on the device already where there are some."""
     there = [kept.cache.parts(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
     state, layers = ForwardState(), {}
-    for name in dict.fromkeys(name for lora in loras for name in lora):
-        parts = {
-            index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
-            for index, (lora, found) in enumerate(zip(loras, there, strict=True))
-            if name in lora
-        }
-        layers[name] = BankLayer(parts, where[name], len(loras), state)
+    with as_outside_of_inference_mode():
+        for name in dict.fromkeys(name for lora in loras for name in lora):
+            parts = {
+                index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
+                for index, (lora, found) in enumerate(zip(loras, there, strict=True))
+                if name in lora
+            }
+            layers[name] = BankLayer(parts, where[name], len(loras), state)
     return Bank(layers, state)
 
 
 def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: Mapping[str, Site]) -> bool:
     """Whether a layer of a bank that was kept can stand in for the layer of that name."""
-    if name not in modules or where.get(name) != layer.key.site:
+    site, mine = where.get(name), layer.key.site
+    if name not in modules or not (site is mine or site == mine):  # comparing fields takes longer
         return False
     found = base_layer(modules[name])
     return isinstance(found, nn.Linear | nn.Conv2d) and _shape_of(name, found) == layer.weight_shape
@@ -289,8 +295,7 @@ def _put_in_place(
     _silence(modules.values(), frozenset(silence), undo)
     undo.callback(_take_out, modules, bank.layers)
     for name, layer in bank.layers.items():
-        layer.layer = modules[name]
-        layer.training = layer.layer.training
+        layer.stand_in_for(modules[name])
         _swap(modules, name, layer)
     return Installation(modules, loras, bank, key, undo)
 

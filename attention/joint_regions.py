@@ -187,7 +187,7 @@ def _groups(kinds: Sequence[Kind], isolate: bool, device: torch.device | None) -
     alike: dict[tuple[Kind, ...], set[Kind]] = {}
     for kind in present:
         alike.setdefault(tuple(other for other in present if _sees(kind, other, isolate)), set()).add(kind)
-    return [Group(_where(kinds, who, device), _where(kinds, set(seen), device)) for seen, who in alike.items()]
+    return [Group(_where(kinds, queries, device), _where(kinds, set(seen), device)) for seen, queries in alike.items()]
 
 
 def _sees(kind: Kind, other: Kind, isolate: bool) -> bool:

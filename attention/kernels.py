@@ -19,14 +19,21 @@ from torch import Tensor
 class Kernel(Protocol):
     """Computes attention for [rows, heads, positions, channels] tensors and returns the same shape."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attends."""
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attends.
+
+        Args:
+            query: Shape: [rows, heads, positions, channels].
+            key: Shape: [rows, heads, keys, channels].
+            value: The same shape.
+            bias: Added to the scores of all heads. Shape: [rows, 1, positions, keys].
+        """
         ...
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """PyTorch's scaled dot product attention, as in diffusers' AttnProcessor2_0."""
-    return F.scaled_dot_product_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, None if bias is None else bias.to(query.dtype))
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,16 @@ class PlainKernel:
     upcast_attention: bool
     upcast_softmax: bool
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attends."""
         if self.upcast_attention:
             query, key = query.float(), key.float()
-        nothing = query.new_empty(1, 1, 1)
+        start, beta = query.new_empty(1, 1, 1), 0
+        if bias is not None:
+            start, beta = bias.to(query.dtype).expand(-1, query.shape[1], -1, -1).flatten(0, 1), 1
         # As diffusers does it: the scale comes before the scores are rounded to half precision.
         scores = torch.baddbmm(
-            nothing, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=0, alpha=self.scale
+            start, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), beta=beta, alpha=self.scale
         )
         probabilities = torch.softmax(scores.float() if self.upcast_softmax else scores, dim=-1)
         return probabilities.to(value.dtype).unflatten(0, value.shape[:2]) @ value
@@ -57,12 +66,17 @@ class XFormersKernel:
     scale: float
     operator: Callable | None
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attends."""
         import xformers.ops  # pyright: ignore[reportMissingImports]
 
+        if bias is not None:  # its rows have to start at multiples of 8 in memory
+            keys = bias.shape[-1]
+            bias = F.pad(bias.to(query.dtype), (0, -keys % 8))[..., :keys].expand(-1, query.shape[1], -1, -1)
         query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
-        out = xformers.ops.memory_efficient_attention(query, key, value, op=self.operator, scale=self.scale)
+        out = xformers.ops.memory_efficient_attention(
+            query, key, value, attn_bias=bias, op=self.operator, scale=self.scale
+        )
         return out.transpose(1, 2)
 
 

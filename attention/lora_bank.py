@@ -74,6 +74,7 @@ class BankLayer(nn.Module):
         key: What it asks of gates.
         A: All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...].
         B: Those after it. Shape: [outputs, sum of ranks, ...].
+        weight_shape: The shape of the weight that it can change.
     """
 
     layer: nn.Module
@@ -90,6 +91,12 @@ class BankLayer(nn.Module):
         self._state = state
         self.register_buffer("A", torch.cat(downs), persistent=False)
         self.register_buffer("B", torch.cat(ups, dim=1), persistent=False)
+        self.weight_shape = (ups[0].shape[0], *downs[0].shape[1:])
+
+    def stand_in_for(self, layer: nn.Module) -> None:
+        """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest."""
+        self._modules["layer"] = layer
+        self.__dict__["training"] = layer.training
 
     def part(self, index: int) -> tuple[Tensor, Tensor]:
         """The factors of one concept, without copying them."""
@@ -101,11 +108,6 @@ class BankLayer(nn.Module):
         ranks = self.key.ranks
         parts = {index: self.part(index) for index, rank in enumerate(ranks) if rank and index in concepts}
         return BankLayer(parts, self.key.site, len(ranks), self._state)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it can change."""
-        return len(self.B), *self.A.shape[1:]
 
     @property
     def weight(self) -> Tensor:

@@ -33,9 +33,7 @@ def box_mask(box: Box, image_size: Grid, grid: Grid) -> Tensor:
 def _covered(start: int, stop: int, pixels: int, cells: int) -> Tensor:
     """Share of each of `cells` equal cells of a line of `pixels` that lies between start and stop."""
     edges = torch.linspace(0, pixels, cells + 1)
-    overlap = torch.minimum(edges[1:], torch.tensor(float(stop))) - torch.maximum(
-        edges[:-1], torch.tensor(float(start))
-    )
+    overlap = edges[1:].clamp(max=float(stop)) - edges[:-1].clamp(min=float(start))
     return overlap.clamp(min=0) * (cells / pixels)
 
 

@@ -19,18 +19,33 @@ class Recorder:
             where cells read one of several texts; then there is a map for every text, over all cells. If it has fewer
             texts than the pass, they are the last ones.
         self_layers: Names of the self-attention layers to record.
+        output_layer: Name of a self-attention layer whose output is recorded.
 
     Attributes:
         maps: Mean over heads, by cross-attention layer, in fp32. Shape: [(texts,) rows, cells, maps] each.
         self_maps: Mean over heads, by self-attention layer, in fp32. Shape: [rows, cells, cells seen] each.
+        output: Of the output projection of `output_layer`, in fp32. Shape: [rows, cells, channels].
     """
 
-    def __init__(self, layers: Iterable[str], token_weights: Tensor, self_layers: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        layers: Iterable[str],
+        token_weights: Tensor,
+        self_layers: Iterable[str] = (),
+        output_layer: str | None = None,
+    ) -> None:
         self.layers = frozenset(layers)
         self.token_weights = token_weights.float()
         self.self_layers = frozenset(self_layers)
+        self.output_layer = output_layer
         self.maps: dict[str, Tensor] = {}
         self.self_maps: dict[str, Tensor] = {}
+        self.output: Tensor | None = None
+
+    @property
+    def all_layers(self) -> frozenset[str]:
+        """Every layer of which something is recorded."""
+        return self.layers | self.self_layers | ({self.output_layer} if self.output_layer else frozenset())
 
     def take(
         self,
@@ -40,6 +55,7 @@ class Recorder:
         scale: float,
         allowed: Tensor | None = None,
         tokens: int | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """Records a layer if it was asked for.
 
@@ -51,31 +67,40 @@ class Recorder:
             allowed: True where a cell sees a cell or token; None means everywhere. Shape: [cells, cells], or broadcast
                 against [rows, heads, cells, tokens].
             tokens: How many leading keys are text tokens, if cells follow; None means as many as `token_weights` has.
+            bias: Added to the logits. Shape: broadcast against [rows, heads, cells, tokens].
         """
         if layer in self.layers:
             if self.token_weights.dim() == 4:
                 key = key[-len(self.token_weights) :]
             token_weights = self.token_weights[..., :tokens, :]  # a micro-batch of shorter texts has fewer tokens
-            found = _attention(query, key, scale, allowed)[..., : token_weights.shape[-2]]
+            found = _attention(query, key, scale, allowed, bias)[..., : token_weights.shape[-2]]
             self.maps.setdefault(layer, found @ token_weights)
         elif layer in self.self_layers:
-            self.self_maps.setdefault(layer, _attention(query, key, scale, allowed))
+            self.self_maps.setdefault(layer, _attention(query, key, scale, allowed, bias))
+
+    def take_output(self, layer: str, output: Tensor) -> None:
+        """Records the output of a layer if it was asked for. Shape: [rows, cells, channels]."""
+        if layer == self.output_layer and self.output is None:
+            self.output = output.float()
 
     def clear(self) -> None:
         """Discards the maps of the previous pass."""
         self.maps.clear()
         self.self_maps.clear()
+        self.output = None
 
     def of_rows(self, rows: slice) -> "Recorder":
         """A recorder for a slice of the rows."""
         token_weights = self.token_weights if self.token_weights.shape[-3] == 1 else self.token_weights[..., rows, :, :]
-        return Recorder(self.layers, token_weights, self.self_layers)
+        return Recorder(self.layers, token_weights, self.self_layers, self.output_layer)
 
     def join(self, parts: Sequence["Recorder"]) -> None:
         """Joins the maps of recorders of consecutive rows into this one."""
         first = parts[0]
         self.maps = {layer: torch.cat([part.maps[layer] for part in parts], dim=-3) for layer in first.maps}
         self.self_maps = {layer: torch.cat([part.self_maps[layer] for part in parts]) for layer in first.self_maps}
+        outputs = [part.output for part in parts if part.output is not None]
+        self.output = torch.cat(outputs) if outputs else None
 
     def mean(self) -> Tensor:
         """Mean over the recorded layers, which must share one grid. Shape: [(texts,) rows, cells, maps]."""
@@ -86,8 +111,10 @@ class Recorder:
         return _mean(self.self_maps)
 
 
-def _attention(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
+def _attention(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None, bias: Tensor | None) -> Tensor:
     logits = query.float() @ key.float().transpose(-1, -2) * scale
+    if bias is not None:
+        logits = logits + bias.float()
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     return torch.softmax(logits, dim=-1).mean(dim=-3)

@@ -48,7 +48,7 @@ def _can_join(process: FixedPasses) -> bool:
     """Whether all passes are of all images and the whole canvas, with one text for all cells."""
     passes = [spec for turn in process.turns for spec, _ in turn]
     return all(
-        spec.regions is None and spec.joint_regions is None and spec.window is None and spec.image is None
+        all(one is None for one in (spec.regions, spec.joint_regions, spec.text_bias, spec.window, spec.image))
         for spec in passes
     )
 

@@ -134,9 +134,11 @@ class Denoiser:
             same_text_as: A pass with the same text under the same text gates, whose keys and values are shared.
 
         Raises:
-            ValueError: If the denoiser does not support region attention.
+            ValueError: If the denoiser does not support region attention, or for a bias beside it.
         """
-        if spec.regions is not None and not self.backbone.reads_regions:
+        if spec.text_bias is not None and spec.regions is not None:
+            raise ValueError("a bias on the text needs one text for all cells, so a pass has it or region attention")
+        if (spec.regions is not None or spec.text_bias is not None) and not self.backbone.reads_regions:
             raise ValueError("this pass needs region attention, which this model does not support")
         return PreparedPass(spec) if same_text_as is None else PreparedPass(spec, same_text_as.kept_text)
 
@@ -233,7 +235,7 @@ class Denoiser:
             losses, gradient, output, maps = differentiate(prepared.spec, wanted)
         self.cost.rows_backward += text.rows
         gradient = gradient.float() / lift / per_latent
-        maps = AttentionMaps(maps.text.detach(), None if maps.cells is None else maps.cells.detach())
+        maps = maps.detached()
         prediction = Prediction(output.detach(), text.num_uncond, text.images, maps) if whole else None
         return Gradient(losses.detach() / lift, gradient, maps, prediction)
 
@@ -246,7 +248,8 @@ class Denoiser:
 
     def _recorder(self, request: MapRequest) -> Recorder:
         self_layers = self.backbone.self_map_layers if request.self_attention else ()
-        return Recorder(self.backbone.map_layers, request.tokens, self_layers)
+        layers = self.backbone.map_layers if request.layer is None else (request.layer,)
+        return Recorder(layers, request.tokens, self_layers, request.output_layer)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -312,7 +315,7 @@ class Denoiser:
         whole: bool,
     ) -> Tensor:
         """All rows, through the denoiser to its end, or to the last layer that is recorded."""
-        wanted = [layer for recorder in recorders for layer in recorder.layers | recorder.self_layers]
+        wanted = [layer for recorder in recorders for layer in recorder.all_layers]
         parts = [[r.of_rows(one.rows) for r in recorders] for one in batches] if len(batches) > 1 else [recorders]
         outputs, view = [], View(spec.window, spec.image)
         # Rows are counted in latents of the whole canvas.

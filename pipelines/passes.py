@@ -1,6 +1,6 @@
 """One forward pass of the model as values: its inputs, the attention maps to record, and its results."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ class Pass:
         image: Index of the image, for a pass of one image; None means all.
         branch_batch_size: Number of branches that are run together, to save memory; None means all.
         joint_regions: Region attention for text and image in one sequence.
+        text_bias: Added to the scores of cross-attention, by level; not with `regions`. Shape: [rows, cells, tokens].
     """
 
     text: Conditioning
@@ -32,6 +33,7 @@ class Pass:
     image: int | None = None
     branch_batch_size: int | None = None
     joint_regions: JointRegions | None = None
+    text_bias: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +43,14 @@ class MapRequest:
     Attributes:
         tokens: Weight of every token in every map. Shape: [(texts,) rows, tokens, maps].
         self_attention: Whether to record maps of self-attention, too.
+        layer: The cross-attention layer whose maps are recorded; None means all map layers.
+        output_layer: A self-attention layer whose output is recorded, too.
     """
 
     tokens: Tensor
     self_attention: bool = False
+    layer: str | None = None
+    output_layer: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +60,22 @@ class AttentionMaps:
     Attributes:
         text: Attention of image cells to tokens. Shape: [(texts,) rows, cells, maps].
         cells: Attention of image cells to each other, if asked for. Shape: [rows, cells, cells seen].
+        output: Output of a self-attention layer, if asked for. Shape: [rows, cells, channels].
     """
 
     text: Tensor
     cells: Tensor | None = None
+    output: Tensor | None = None
 
     @classmethod
     def of(cls, recorder: Recorder) -> "AttentionMaps":
         """The means of a recorder's maps."""
-        return cls(recorder.mean(), recorder.self_mean() if recorder.self_maps else None)
+        return cls(recorder.mean(), recorder.self_mean() if recorder.self_maps else None, recorder.output)
+
+    def detached(self) -> "AttentionMaps":
+        """The same without a graph."""
+        cells, output = (None if one is None else one.detach() for one in (self.cells, self.output))
+        return AttentionMaps(self.text.detach(), cells, output)
 
 
 Readout = Callable[[AttentionMaps], Tensor]

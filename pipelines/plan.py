@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_compose.attention import backbone_of, install
+from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
 from lora_compose.pipelines.canvas import Canvas, images_of
@@ -92,7 +93,7 @@ class Plan:
             self.canvas.backbone,
             [loaded.lora for loaded in self.concepts.loaded],
             device=self.canvas.device,
-            dtype=model.dtype,
+            dtype=dtype_of(model),
             silence=names,
             kept=self.concepts.kept(model_part(pipe), pipe.banks),
         ) as installation:
@@ -162,7 +163,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     backbone = backbone_of(pipe.model)
     if getattr(choice.method, "needs_region_attention", False) and not backbone.reads_regions:
         raise ValueError(
-            "this method needs region attention and gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
+            "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
             "draft, which needs no layout, regional with a region for each subject, or tara"
         )
     if call.source is not None and call.source.strength < 1 and getattr(choice.method, "moves_noise", False):

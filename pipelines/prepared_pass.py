@@ -1,9 +1,10 @@
 """A pass prepared for all steps: whatever does not change between steps is computed once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from lora_compose.attention import Gates, Installation
 from lora_compose.attention.device import to_device
@@ -89,9 +90,10 @@ class PreparedPass:
     def _make(
         self, installation: Installation, concepts: ConceptSet, weights: tuple[float, ...], conditional: bool
     ) -> Iterator[MicroBatch]:
-        text, gates, regions = self.spec.text, self.spec.gates, self.spec.joint_regions
+        text, gates, regions, biases = self.spec.text, self.spec.gates, self.spec.joint_regions, self.spec.text_bias
         if conditional and text.guided:
             regions = None if regions is None else regions.select(text.conditional_rows)
+            biases = _of_rows(biases, text.conditional_rows)
             gates, text = gates.select(text.conditional_rows), text.conditional()
         if concepts.schedules:
             gates = gates.times(to_device(torch.tensor(weights), gates.text.device))
@@ -99,9 +101,13 @@ class PreparedPass:
         for part, part_gates, rows in _cut(text, gates, self.spec.branch_batch_size):
             inputs = installation.inputs(
                 part_gates, part.prompt_embeds, self.spec.regions, lengths=part.lengths,
-                joint_regions=None if regions is None else regions.select(rows),
+                joint_regions=None if regions is None else regions.select(rows), text_bias=_of_rows(biases, rows),
             )  # fmt: skip
             yield MicroBatch(part, inputs, rows)
+
+
+def _of_rows(biases: Mapping[int, Tensor] | None, rows: slice) -> Mapping[int, Tensor] | None:
+    return None if biases is None else {level: bias[rows] for level, bias in biases.items()}
 
 
 def _cut(text: Conditioning, gates: Gates, size: int | None) -> Iterator[tuple[Conditioning, Gates, slice]]:

@@ -17,7 +17,7 @@ def open_regular(path: Path) -> BufferedReader:
     Raises:
         OSError: If it cannot be opened, or is a folder, pipe, socket or device, also behind a link.
     """
-    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (whoever asked for it closes it)
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 (the caller closes it)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "it is not a regular file but a pipe or a device", str(path))

@@ -98,7 +98,7 @@ def plain_pipe(family: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def _messages_are_new() -> None:
-    """What is said once in a process may have been said by another test."""
+    """A warning that is logged once per process may have been logged by another test."""
     warn_once.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""Runs whose latents must not change unless somebody means it: every method, and what else changes what is computed.
+"""Runs whose latents must not change by accident: every method, and what else changes what is computed.
 
     PYTHONPATH=tests python -m goldens make before.pt       # all of them, whole, of the code as it is
     PYTHONPATH=tests python -m goldens compare before.pt    # bit for bit: on the same machine with the same libraries
@@ -185,6 +185,7 @@ def _by_family() -> dict[str, Golden]:
             "clora branches": Golden(family, "clora", {"fuse": "branches"}),
             "clora branches in turn": Golden(family, "clora", {"fuse": "branches", "branch_batch_size": 1}),
             "draft": Golden(family, "draft", cheap=True),
+            "freefuse": Golden(family, "freefuse", cheap=True),
             "default": Golden(family, None),
         }
         found |= {f"{family}: {name}": run for name, run in runs.items()}
@@ -290,6 +291,7 @@ def _others() -> dict[str, Golden]:
         "playground: lora-composer": Golden("playground", "lora-composer", fields=boxed()),
         "playground: clora": Golden("playground", "clora"),
         "playground: draft": Golden("playground", "draft", arguments={"num_inference_steps": 8}),
+        "playground: freefuse": Golden("playground", "freefuse", {"words": "phrase", "rows": "cond_only"}),
         "playground: clora official": Golden("playground", "clora:official", {"refinements": 2}),
     }
 

@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md says what is so: the rings, where the central types are, and how a call goes through the files."""
+"""ARCHITECTURE.md is true: the rings, where the central types are, and how a call goes through the files."""
 
 import ast
 import re
@@ -32,7 +32,7 @@ def test_the_rings_are_those_that_imports_keep_to():
 
 
 @pytest.mark.parametrize(("name", "path"), TYPES)
-def test_a_central_type_is_where_it_is_said_to_be(name, path):
+def test_a_central_type_is_in_its_file(name, path):
     assert name in defined_in(path)
 
 

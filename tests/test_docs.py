@@ -1,4 +1,4 @@
-"""The docs say what is so: links lead somewhere, public names are in the reference, and commands can be typed."""
+"""The docs are true: links lead somewhere, public names are in the reference, and commands can be typed."""
 
 import re
 import shlex

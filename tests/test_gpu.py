@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from components import EVERYTHING, TINY, random_lora, sd_unet, small_pipeline
+from lora_compose.compose.benchmark.timing import PEFT_WAYS, Job, open_with_concepts, time_ways
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND
@@ -204,6 +205,19 @@ def test_steps_after_the_first_wait_for_the_device_once_for_an_update_and_otherw
         torch.cuda.set_sync_debug_mode("default")
     # Updates end at half of the steps, with that of the step which begins there.
     assert waits == ([0, 1, 1, 0] if isinstance(method, LoraComposer) else [0, 0, 0, 0])
+
+
+def test_several_loras_cost_no_more_time_than_adapters_of_peft():
+    """On the structure of Stable Diffusion 1.5; `lora-compose bench --time --device cuda` shows the figures."""
+    plain = Job("random:sd-1.5", DEVICE, steps=10, concepts=8, dtype="float16")
+    pipe = open_with_concepts(plain)
+    for concepts in (1, 2, 4, 8):
+        ways = ("merge", "tara", "regional", *PEFT_WAYS)
+        timed = time_ways(pipe, [replace(plain, method=name, concepts=concepts) for name in ways], rounds=5)
+        ratios = {name: one.ratio for name, one in zip(ways, timed, strict=True)}
+        assert ratios["merge"] < 1.1 * ratios["fuse_lora"], ratios
+        assert max(ratios[name] for name in ("merge", "tara")) < ratios["set_adapters"], ratios
+        assert concepts < 4 or ratios["regional"] < ratios["set_adapters"], ratios
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -1,4 +1,4 @@
-"""Who may import whom: attention <- pipelines <- compose <- ui.py, and nothing back; all under one import name.
+"""Imports go one way: attention <- pipelines <- compose <- ui.py, and nothing back; all under one import name.
 
 Inside compose it goes one way as well, from folder to folder, and no modules import each other in a circle.
 """

@@ -409,7 +409,7 @@ def test_in_another_step_the_host_waits_no_more_than_in_diffusers(family: str, n
 
 @SD_AND_SLOWLY_XL
 @pytest.mark.parametrize("name", [name for name in WAITS if name in DISTINCT])
-def test_for_another_update_the_host_waits_as_often_as_is_said(family: str, name: str) -> None:
+def test_for_another_update_the_host_waits_as_often_as_documented(family: str, name: str) -> None:
     pipe = composer(family, DEVICE, torch.float32)
     more, fewer = (
         waits_of(pipe, method=with_updates(METHODS[name], updates, 3), num_inference_steps=3) for updates in (3, 2)

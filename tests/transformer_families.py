@@ -33,7 +33,7 @@ class Places:
 
 
 PlacesOf = Callable[[Sequence[bool]], Places]
-"""Places, told for each row whether it is unconditional."""
+"""Sites, with the unconditional rows."""
 
 
 @dataclass(frozen=True)

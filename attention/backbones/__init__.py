@@ -81,8 +81,14 @@ class Backbone(Protocol):
         """How text and image lie in one sequence, where the model attends to both together (`JointRegions`)."""
         ...
 
-    def steer(self, state: ForwardState, undo: ExitStack) -> None:
-        """Replaces the model's attention by ours, which reads the state in every pass; `undo` restores it."""
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: ExitStack) -> None:
+        """Replaces the attention among the model's modules by ours, which reads the state in every pass.
+
+        Args:
+            modules: All modules of the model, by name.
+            state: What the passes read.
+            undo: Restores the attention found.
+        """
         ...
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:

@@ -55,7 +55,7 @@ class JointBackbone:
     @property
     def map_layers(self) -> tuple[str, ...]:
         """Attention layers in the last third of the first kind of blocks, where image features have mixed with text."""
-        names = [name for name, _ in self._attention() if name.startswith(f"{self.blocks[0]}.")]
+        names = [name for name, _ in _attention(modules_of(self.model)) if name.startswith(f"{self.blocks[0]}.")]
         return tuple(names[-max(1, len(names) // 3) :])
 
     @property
@@ -63,13 +63,13 @@ class JointBackbone:
         """Side of the latents at the native resolution of 1024 pixels, in cells."""
         return 128
 
-    def steer(self, state: ForwardState, undo: ExitStack) -> None:
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: ExitStack) -> None:
         """Puts our kernel into every attention processor; `undo` puts them back.
 
         Raises:
             ValueError: For processors that do not end in diffusers' attention dispatch, and for fused projections.
         """
-        found = dict(self._attention())
+        found = dict(_attention(modules))
         if fused := [name for name, attn in found.items() if getattr(attn, "fused_projections", False)]:
             raise ValueError(
                 f"{fused[0]} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`"
@@ -97,11 +97,6 @@ class JointBackbone:
         with replaced(model, **cut):
             yield
 
-    def _attention(self) -> Iterator[tuple[str, Any]]:
-        for name, module in modules_of(self.model).items():
-            if hasattr(module, "set_processor") and hasattr(module, "processor"):
-                yield name, module
-
     @property
     def joint(self) -> Site:
         """How text and image lie in one sequence."""
@@ -113,9 +108,15 @@ class JointBackbone:
         return replace(self.joint, stream=stream)
 
 
+def _attention(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    for name, module in modules.items():
+        if hasattr(module, "set_processor") and hasattr(module, "processor"):
+            yield name, module
+
+
 @lru_cache(maxsize=8)
 def _sites(table: tuple[tuple[str, Site], ...], names: tuple[str, ...]) -> Mapping[str, Site]:
-    """Worked out once for all models with the same names, since it is asked for in every call."""
+    """Computed once for all models with the same names, since every call needs it."""
     found = {name: site for pattern, site in table for name in names if re.fullmatch(pattern, name)}
     return MappingProxyType(found)
 

@@ -30,7 +30,7 @@ class UNetBackbone:
         model: As given.
         sites: Every layer that a LoRA may adapt, by name.
         levels: Levels on which there are layers.
-        map_level: The level whose attention maps say where concepts are.
+        map_level: The level whose attention maps show where concepts are.
         map_layers: The cross-attention layers on it.
         self_map_layers: The self-attention layers on it.
         text_layers: How many layers read the text; each may have a text of its own.
@@ -49,7 +49,7 @@ class UNetBackbone:
 
     @property
     def map_level(self) -> int:
-        """The level whose attention maps say where concepts are."""
+        """The level whose attention maps show where concepts are."""
         return map_level(self._layers)
 
     @property
@@ -78,13 +78,12 @@ class UNetBackbone:
         """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
         return uncompiled(self.model).config["time_cond_proj_dim"] is not None  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
-    def steer(self, state: ForwardState, undo: ExitStack) -> None:
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: ExitStack) -> None:
         """Replaces every attention processor by ours, with the kernel found; `undo` puts them back.
 
         Raises:
             ValueError: For processors whose behaviour ours would lose; nothing has been changed then.
         """
-        modules = modules_of(self.model)
         found = {layer: cast(Attention, modules[layer.name]) for layer in self._layers}
         ours = {layer: ComposeAttnProcessor(layer, kernel_of(layer.name, attn), state) for layer, attn in found.items()}
         for layer, attn in found.items():
@@ -149,7 +148,7 @@ class AttentionLayer:
 Layout = tuple[tuple[str, bool | None], ...]
 """The names of all modules of a UNet, and of attention layers whether they are cross-attention.
 
-What follows from it is worked out once for each layout, since it is asked for in every call.
+What follows from it is computed once for each layout, since every call needs it.
 """
 
 
@@ -315,6 +314,9 @@ class ComposeAttnProcessor:
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
         hidden_states = dropout(project(hidden_states))
+        if not self._layer.cross:
+            for recorder in self._state.recorders:
+                recorder.take_output(self._layer.name, hidden_states)
         if self._layer.cross and self._state.inputs.regions is not None:
             hidden_states = self._state.inputs.regions.mean_over_queries(self._layer.level, hidden_states)
         if attn.residual_connection:
@@ -324,7 +326,7 @@ class ComposeAttnProcessor:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         regions = self._state.inputs.regions
         if regions is None:
-            return self._kernel(query, key, value)
+            return self._kernel(query, key, value, self._bias)
         attend = regions.cross if self._layer.cross else regions.self_attention
         return attend(self._kernel, self._layer.level, query, key, value)
 
@@ -333,7 +335,12 @@ class ComposeAttnProcessor:
         for recorder in self._state.recorders:
             isolated = regions is not None and regions.isolate and name in recorder.self_layers
             allowed = regions.partitions[self._layer.level].allowed if isolated else None  # pyright: ignore[reportOptionalMemberAccess]
-            recorder.take(name, query, key, scale, allowed)
+            recorder.take(name, query, key, scale, allowed, bias=self._bias)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        biases = self._state.inputs.text_bias
+        return biases[self._layer.level] if biases is not None and self._layer.cross else None
 
     def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         if text is not None:

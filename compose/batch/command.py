@@ -57,7 +57,7 @@ def make_all(
     check_names(folder, jobs, replace)
     entries = list({job.entry.name: job.entry for job in jobs}.values())
     left = [job for job in jobs if not folder.has(job)]
-    echo(_asked(jobs, left, out), to=err)
+    echo(_summary(jobs, left, out), to=err)
     before = {job.name: changed(folder.made_file(job)) for job in left}
 
     def done() -> int:
@@ -85,7 +85,7 @@ def join(found: Found, settings: BatchSettings, out: Path, *, replace: bool) -> 
     run_batch(found.entries, settings, out, replace=replace)
 
 
-def _asked(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:
+def _summary(jobs: Sequence[Job], left: Sequence[Job], out: Path) -> str:
     images, missing = (sum(len(job.seeds) for job in some) for some in (jobs, left))
     known = f"; {images - missing} of them are there already" if missing < images else ""
     return f"{len({job.entry.name for job in jobs})} scenes, {images} images, in {out}{known}"

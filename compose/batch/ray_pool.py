@@ -166,7 +166,7 @@ def _node_folder(name: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"lora-compose-{name}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != os.getuid()):
-        raise PermissionError(f"{folder} belongs to somebody else")
+        raise PermissionError(f"{folder} belongs to another user")
     return folder
 
 

@@ -51,7 +51,7 @@ VAE: Mapping[str, Any] = {
 """That of all of them, but for the size of the images that it was trained on."""
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {"SD 1.5": SD15, "SDXL": SDXL}
 
-_CLIP_L: Mapping[str, Any] = {
+CLIP_L: Mapping[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
 }  # fmt: skip
 _OPEN_CLIP_H: Mapping[str, Any] = {
@@ -62,9 +62,9 @@ _OPEN_CLIP_G: Mapping[str, Any] = {
     "projection_dim": 1280,
 }  # fmt: skip
 _FAMILIES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any] | None]] = {
-    "SD 1.x": (SD15, _CLIP_L, None),
+    "SD 1.x": (SD15, CLIP_L, None),
     "SD 2.x": (SD2, _OPEN_CLIP_H, None),
-    "SDXL": (SDXL, _CLIP_L, _OPEN_CLIP_G),
+    "SDXL": (SDXL, CLIP_L, _OPEN_CLIP_G),
 }
 TRANSFORMERS: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]] = {
     "FLUX.1": (FluxTransformer2DModel, {"guidance_embeds": True}),
@@ -102,7 +102,7 @@ def without_weights(family: str) -> SimpleNamespace:
         with torch.device("meta"):
             parts = SimpleNamespace(transformer=build(**config))
             if family == "FLUX.1":  # of these, the only one whose files may change a text encoder
-                parts.text_encoder = CLIPTextModel(CLIPTextConfig(**_CLIP_L))
+                parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
             return parts
     unet, text, second = _FAMILIES[family]
     with torch.device("meta"):

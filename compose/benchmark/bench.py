@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL
-from rich.box import SIMPLE
 from rich.table import Table
 
 from lora_compose.compose.benchmark import counting
@@ -25,15 +24,16 @@ from lora_compose.compose.benchmark.architectures import (
 from lora_compose.compose.benchmark.counting import Counted
 from lora_compose.compose.benchmark.host import HostWork, host_work
 from lora_compose.compose.benchmark.peaks import Peak, decoding_bytes, peak
+from lora_compose.compose.benchmark.seconds import time_rows, times_table
 from lora_compose.compose.benchmark.swapping import RANK, Swaps, measure_swaps
-from lora_compose.compose.benchmark.timing import Job, Timed, open_with_concepts, peak_bytes, time_pairs
+from lora_compose.compose.benchmark.tables import GIB, MIB, new_table
+from lora_compose.compose.benchmark.timing import Job, open_with_concepts
 from lora_compose.compose.benchmark.transformers import REGION_TOKENS, SHOWN, TOKENS, PassCost, pass_cost
 from lora_compose.compose.support.savers import TILE, Saver, check_savers, enable_tiling, in_order
 from lora_compose.compose.support.terminal import bar, echo, out
 from lora_compose.pipelines.methods import make_method
 
 GUIDANCE = 5.0
-MIB, GIB = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,6 @@ class PassRow:
     plain: PassCost
 
 
-@dataclass(frozen=True)
-class TimedRow:
-    """The seconds and memory of a method on a model, and the memory of the plain pipeline."""
-
-    method: str
-    concepts: int
-    time: Timed
-    peak_bytes: int
-    plain_peak_bytes: int
-
-
 def bench(
     methods: Sequence[str],
     concepts: Sequence[int],
@@ -110,8 +99,11 @@ def bench(
     swap: bool,
     model: str,
     device: str,
+    dtype: str,
+    size: int | None,
     savers: Collection[Saver],
     pairs: int,
+    peaks: bool,
     to: Path | None,
 ) -> None:
     """Shows the costs of methods relative to the plain pipeline.
@@ -129,8 +121,11 @@ def bench(
         swap: Whether reading and swapping of LoRA files is timed.
         model: The model to run.
         device: The device to time on.
+        dtype: The precision.
+        size: Width and height of images; None is the model's own.
         savers: Options that save memory.
-        pairs: Timed pairs of a plain call and one of the method.
+        pairs: Timed rounds: a plain call, one of each method, and PEFT's.
+        peaks: Whether the memory of what is timed is measured.
         to: A file for the numbers, JSON.
 
     Raises:
@@ -143,15 +138,16 @@ def bench(
         raise ValueError("--save-memory is for what is timed: give --time with it (--memory shows both ways by itself)")
     saving = in_order(savers)
     check_savers(saving, device)
+    real = Job(model, device, 1, settings=settings, dtype=dtype, size=size)
     numbers: dict[str, Any] = {"steps": steps, "guidance_scale": GUIDANCE, "settings": settings}
     if count or not (memory or transformers or calls or time or swap):
         counted = count_cells(cells, steps, settings)
         out.print(counts_table(counted, steps))
         numbers["counted"] = [asdict(row) for row in counted]
     if memory:
-        peaks = peak_cells(cells, steps, settings)
-        out.print(peaks_table(peaks, steps))
-        numbers["peaks"] = [asdict(row) for row in peaks]
+        computed = peak_cells(cells, steps, settings)
+        out.print(peaks_table(computed, steps))
+        numbers["peaks"] = [asdict(row) for row in computed]
         numbers["decoding"] = decoding = decoding_bytes_by_architecture()
         for name, (whole, tiled) in decoding.items():
             echo(f"decoding on {name}, in float32: {whole / GIB:.1f} GiB; in tiles of {TILE} pixels {tiled / GIB:.1f}")
@@ -160,17 +156,20 @@ def bench(
         out.print(passes_table(passes))
         numbers["passes"] = [asdict(row) for row in passes]
     if calls:
-        worked = host_cells(cells, Job(model, device, 1, settings=settings))
+        worked = host_cells(cells, real)
         out.print(host_table(worked, f"{model} on {device}"))
         numbers["calls"] = [asdict(row) for row in worked]
     if time:
-        timed = time_cells(cells, Job(model, device, steps, settings=settings, savers=saving), pairs)
-        what = [f"{model} on {device}", *saving, f"{steps} steps", f"{pairs} interleaved pairs"]
+        timed = time_rows(methods, concepts, replace(real, steps=steps, savers=saving), pairs, peaks=peaks)
+        shown = [] if size is None else [f"{size} x {size}"]
+        what = [f"{model} on {device}", dtype, *saving, *shown, f"{steps} steps", f"{pairs} interleaved rounds"]
         out.print(times_table(timed, ", ".join(what)))
         numbers |= {
             "model": model,
             "save_memory": saving,
             "device": device,
+            "dtype": dtype,
+            "size": size,
             "pairs": pairs,
             "timed": [asdict(row) for row in timed],
         }
@@ -206,7 +205,7 @@ def counts_table(rows: Sequence[CountedRow], steps: int) -> Table:
     """Latent rows of an image, and FLOPs relative to the plain pipeline's."""
     plain = {row.architecture: row.plain for row in rows}
     whole = ", ".join(f"{cost.flops / 1e12:.0f} TFLOP on {name}" for name, cost in plain.items())
-    table = _table(
+    table = new_table(
         f"Counted: one image, {steps} steps with guidance; FLOPs of the UNet as a ratio to the plain pipeline "
         f"({whole}), and those before the first step in plain steps. latent rows: full, truncated (stopped), and "
         "backward",
@@ -258,7 +257,7 @@ def decoding_bytes_by_architecture() -> dict[str, tuple[int, int]]:
 def peaks_table(rows: Sequence[PeakRow], steps: int) -> Table:
     """GiB without and with gradient checkpointing, and its cost in FLOPs."""
     names = list(dict.fromkeys(row.architecture for row in rows))
-    table = _table(
+    table = new_table(
         f"Computed: GiB of UNet, LoRAs and passes in half precision, one image, {steps} steps with guidance; then "
         "with gradient checkpointing, and the FLOPs with it relative to those without",
         ["method", "N", *(header for name in names for header in (name, "checkp.", "more"))],
@@ -287,7 +286,7 @@ def pass_cells(concepts: Sequence[int], families: Sequence[str] = SHOWN) -> list
 
 def passes_table(rows: Sequence[PassRow]) -> Table:
     """FLOPs and memory of a pass, as ratios to the plain model."""
-    table = _table(
+    table = new_table(
         f"Counted: one pass at 1024 x 1024 in bfloat16 with regional, LoRAs of rank {LORA_RANK} on all linear layers "
         f"that see text or image, {TOKENS} tokens and {REGION_TOKENS} for each region",
         ["model", "N", "TFLOP", "ratio", "GiB", "ratio"],
@@ -306,64 +305,31 @@ def host_cells(cells: Sequence[tuple[str, int]], plain: Job) -> list[HostRow]:
     pipe, rows = open_with_concepts(replace(plain, concepts=max(number for _, number in cells))), []
     with bar("counting", len(cells)) as on_progress:
         for method, number in cells:
-            rows.append(HostRow(method, number, host_work(pipe, make_method(method, plain.settings), number)))
+            rows.append(HostRow(method, number, host_work(pipe, replace(plain, method=method, concepts=number))))
             on_progress(len(rows))
     return rows
 
 
 def host_table(rows: Sequence[HostRow], what: str) -> Table:
-    """Python calls and operations that a method adds to the plain pipeline."""
-    table = _table(
+    """Python calls, operations and CPU time that a method adds to the plain pipeline."""
+    table = new_table(
         f"Counted: {what}; Python calls and operations on tensors that a method adds to a call of the plain pipeline, "
-        "but for its steps: with new concepts, and with those of the call before; and to a step",
-        ["method", "N", "new", "ops", "again", "ops", "step", "ops"],
+        "but for its steps: with new concepts, and with those of the call before; and to a step. ms: CPU time that it "
+        "adds to a call of one step, but for forward passes",
+        ["method", "N", "new", "ops", "ms", "again", "ops", "ms", "step", "ops"],
     )
     for row in rows:
-        each = (row.work.first, row.work.again, row.work.step)
-        numbers = [number for work in each for number in (work.python_calls, work.operations)]
-        table.add_row(row.method, str(row.concepts), *map(str, numbers))
-    return table
-
-
-def time_cells(cells: Sequence[tuple[str, int]], plain: Job, pairs: int) -> list[TimedRow]:
-    """Times methods by number of concepts in this process, then measures the memory of each in a process of its own."""
-    most = max(number for _, number in cells)
-    pipe = open_with_concepts(replace(plain, concepts=most))
-    with bar("measuring", 2 * len(cells) + 1) as on_progress:
-        times: list[Timed] = []
-        for method, number in cells:
-            on_progress(len(times), f"timing {method} with {number} concepts")
-            times.append(time_pairs(pipe, make_method(method, plain.settings), number, plain.steps, pairs))
-        del pipe
-        peaks = []
-        for method, number in ((None, 0), *cells):
-            on_progress(len(times) + len(peaks), f"memory of {method or 'plain'} with {number} concepts")
-            peaks.append(peak_bytes(replace(plain, method=method, concepts=number)))
-    measured = zip(cells, times, peaks[1:], strict=True)
-    return [TimedRow(method, number, time, peak, peaks[0]) for (method, number), time, peak in measured]
-
-
-def times_table(rows: Sequence[TimedRow], what: str) -> Table:
-    """Seconds of whole calls and peak memory, as ratios to the plain pipeline."""
-    table = _table(
-        f"Measured: {what}; seconds of whole calls without decoding, of those before the first step, ratio to the "
-        "plain pipeline pair by pair; peak of the memory, model included",
-        ["method", "N", "plain s", "s", "before", "ratio", "min..max", "MiB", "ratio"],
-    )
-    table.add_row("plain", "0", *"-----", f"{rows[0].plain_peak_bytes / MIB:.0f}", "1.000")
-    for row in rows:
-        time, memory = row.time, row.peak_bytes / row.plain_peak_bytes
-        table.add_row(
-            row.method, str(row.concepts), f"{time.plain_seconds:.2f}", f"{time.seconds:.2f}",
-            f"{time.preparation_seconds:.2f}", f"{time.ratio:.3f}", f"{time.ratio_min:.2f}..{time.ratio_max:.2f}",
-            f"{row.peak_bytes / MIB:.0f}", f"{memory:.3f}",
-        )  # fmt: skip
+        first, again, step = (
+            (str(work.python_calls), str(work.operations)) for work in (row.work.first, row.work.again, row.work.step)
+        )
+        times = (f"{ms:.1f}" for ms in (row.work.first_ms, row.work.again_ms))
+        table.add_row(row.method, str(row.concepts), *first, next(times), *again, next(times), *step)
     return table
 
 
 def swaps_table(swaps: Swaps, device: str) -> Table:
     """Milliseconds by file."""
-    table = _table(
+    table = new_table(
         f"Measured: LoRA files of rank {RANK} for SD 1.5, {swaps.file_bytes / MIB:.1f} MiB each, on {device}; "
         "milliseconds by file. The last row is part of every call, whatever was used before",
         ["what", "ms"],
@@ -372,13 +338,6 @@ def swaps_table(swaps: Swaps, device: str) -> Table:
     table.add_row("first used: read, checked, matched", f"{swaps.reading:.1f}")
     table.add_row("used again, in place of another", f"{swaps.swapping:.2f}")
     table.add_row("installed in the model and removed", f"{swaps.installing:.1f}")
-    return table
-
-
-def _table(title: str, headers: Sequence[str]) -> Table:
-    table = Table(title=title, box=SIMPLE)
-    for header in headers:
-        table.add_column(header, justify="left" if header in ("method", "model", "what") else "right", no_wrap=True)
     return table
 
 

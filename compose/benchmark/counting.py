@@ -39,7 +39,7 @@ class Counted:
     """The costs of one call.
 
     Attributes:
-        rows_forward: Latent rows through the whole UNet.
+        rows_forward: Latent rows through the whole model.
         rows_stopped: Rows forward through passes that stop early.
         rows_backward: Rows run backward.
         flops: FLOPs of the whole call; a multiplication and an addition count as two.
@@ -291,7 +291,7 @@ class PricingDenoiser:
         kept = [{} if batch.inputs.text_kv is None else batch.inputs.text_kv.kept for batch in batches]
         kind = (
             what, latents.shape, tuple(batch.text.prompt_embeds.shape for batch in batches), _kind_of(prepared.spec),
-            None if request is None else (request.tokens.shape, request.self_attention), tuple(map(bool, kept)),
+            None if request is None else _kind_of_maps(request), tuple(map(bool, kept)),
         )  # fmt: skip
         if kind not in self._prices:
             flops, before, self._denoiser.cost = self._operations.flops, self._denoiser.cost, Cost()
@@ -314,13 +314,19 @@ class PricingDenoiser:
         column = torch.arange(width) * count // width
         concept = request.tokens.argmax(dim=-2) - 1  # [(texts,) rows, maps]
         maps = (column[:, None] == concept[..., None, :]).float()  # [(texts,) rows, width, maps]
-        return AttentionMaps(maps[..., None, :, :].expand(*concept.shape[:-1], height, -1, -1).flatten(-3, -2))
+        maps = maps[..., None, :, :].expand(*concept.shape[:-1], height, -1, -1).flatten(-3, -2)
+        return AttentionMaps(maps, output=None if request.output_layer is None else maps)
 
 
-def _kind_of(spec: Pass) -> tuple | None:
-    """The sizes that region attention depends on."""
+def _kind_of_maps(request: MapRequest) -> tuple:
+    """What the cost of recording depends on."""
+    return request.tokens.shape, request.self_attention, request.layer, request.output_layer
+
+
+def _kind_of(spec: Pass) -> tuple | bool:
+    """The sizes that region attention depends on, or whether there is a bias."""
     if spec.regions is None:
-        return None
+        return spec.text_bias is not None
     sizes = [
         (level, *((len(group.cells), None if group.visible is None else len(group.visible)) for group in part.groups),
          *((text, len(cells)) for text, cells in part.queries.by_text))
@@ -390,6 +396,4 @@ def _without_numbers(concept: LoadedConcept) -> LoadedConcept:
 
 
 def _shapes(lora: Lora) -> Lora:
-    return {
-        name: replace(factors, down=factors.down.to(META), up=factors.up.to(META)) for name, factors in lora.items()
-    }
+    return {name: replace(one, down=one.down.to(META), up=one.up.to(META)) for name, one in lora.items()}

@@ -1,15 +1,18 @@
-"""The work of the host for a call: Python calls, and launched tensor operations."""
+"""The work of the host for a call: Python calls, launched tensor operations, and CPU time."""
 
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_compose.compose.benchmark.timing import arguments_of, call
-from lora_compose.pipelines.methods import Settings
+from lora_compose.attention.device import uncompiled
+from lora_compose.compose.benchmark.timing import Job, Way, way_of
+
+_TIMED = 10  # calls, of which the quickest counts: the others were disturbed
 
 
 @dataclass(frozen=True)
@@ -32,33 +35,71 @@ class HostWork:
         first: In a first call with its concepts, without its steps.
         again: The same in later calls.
         step: In a step.
+        first_ms: CPU time of a first call of one step, without forward passes of the model; with updates, backward
+            passes are in it.
+        again_ms: The same in later calls.
     """
 
     first: Work
     again: Work
     step: Work
+    first_ms: float
+    again_ms: float
 
 
-def host_work(pipe: Any, settings: Settings, concepts: int) -> HostWork:
-    """Counts calls of one step and of two, the plain pipeline's and the method's."""
-    ours = arguments_of(pipe, settings, concepts)
+def host_work(pipe: Any, job: Job) -> HostWork:
+    """Counts calls of one step and of two, the plain pipeline's and those of a job's method.
 
-    def counted(function: Callable[[], object]) -> Work:
+    Args:
+        pipe: What `open_with_concepts` gave, for as many concepts or more.
+        job: The job; its steps are not read.
+    """
+
+    def way(method: str | None, steps: int = 1) -> Way:
+        return way_of(pipe, replace(job, method=method, steps=steps))
+
+    def anew() -> None:
+        pipe.banks.clear()
+        ours()
+
+    def work(function: Callable[[], object]) -> Work:
         return Work(_python_calls(function), _operations(function))
 
-    def work(steps: int, arguments: dict[str, Any]) -> Work:
-        return counted(lambda: call(pipe, steps, arguments))
+    plain, ours = way(None), way(job.method)
+    plain()  # what is computed once
+    one, two = work(plain), work(way(None, 2))
+    new = work(anew)
+    later, more = work(ours), work(way(job.method, 2))
+    step = more - later - (two - one)
+    usual, again, first = _quickest(pipe, plain, ours, anew)
+    return HostWork(new - one - step, later - one - step, step, first - usual, again - usual)
 
-    def first() -> None:
-        pipe.banks.clear()
-        call(pipe, 1, ours)
 
-    work(1, {})  # what is computed once
-    plain = [work(steps, {}) for steps in (1, 2)]
-    new = counted(first)
-    later = [work(steps, ours) for steps in (1, 2)]
-    step = later[1] - later[0] - (plain[1] - plain[0])
-    return HostWork(new - plain[0] - step, later[0] - plain[0] - step, step)
+def _quickest(pipe: Any, *functions: Callable[[], object]) -> list[float]:
+    """Milliseconds of CPU time of each function outside of the model, called in turn; the least of all rounds."""
+    rounds = [[_outside_of_passes(pipe, function) for function in functions] for _ in range(_TIMED)]
+    return [1000 * min(each) for each in zip(*rounds, strict=True)]
+
+
+def _outside_of_passes(pipe: Any, function: Callable[[], object]) -> float:
+    model, inside = uncompiled(pipe.model), 0.0
+
+    def begin(*_: object) -> None:
+        nonlocal inside
+        inside -= time.thread_time()
+
+    def end(*_: object) -> None:
+        nonlocal inside
+        inside += time.thread_time()
+
+    hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)]
+    try:
+        start = time.thread_time()
+        function()
+        return time.thread_time() - start - inside
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _python_calls(function: Callable[[], object]) -> int:

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 
 from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns
 from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.benchmark.structures import random_pipeline
 from lora_compose.compose.generate.making import size_of
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.support.savers import Saver
+from lora_compose.compose.support.names import STRUCTURES
+from lora_compose.compose.support.savers import Saver, place
 from lora_compose.pipelines.methods import Settings, make_method
 from lora_compose.pipelines.scene import Run, Scene
 
@@ -34,13 +36,15 @@ class Job:
     """One call that is measured.
 
     Attributes:
-        model: A folder, a checkpoint file, a hub repository or `playground`.
+        model: A folder, a checkpoint file, a hub repository, `playground`, or one of `STRUCTURES`.
         device: The device.
         steps: Denoising steps.
-        method: Name of the method; None is the plain pipeline.
+        method: Name of the method, or one of `PEFT_WAYS`; None is the plain pipeline.
         concepts: Number of concepts.
         settings: Those of the method that differ from its defaults.
         savers: Options that save memory.
+        dtype: The precision.
+        size: Width and height of the image; None is the model's own.
     """
 
     model: str
@@ -50,16 +54,20 @@ class Job:
     concepts: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     savers: Sequence[Saver] = ()
+    dtype: str = "float32"
+    size: int | None = None
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of whole calls without decoding: medians over all pairs, ratios pair by pair.
+    """Seconds of whole calls without decoding: medians over all rounds, ratios to the plain call of the same round.
 
     Attributes:
         plain_seconds: A call of the plain pipeline.
         seconds: A call of the method.
         preparation_seconds: Of these, before the first denoising step.
+        change_seconds: Beside these, to put the LoRAs into the model and to take them out; 0 for methods, which do that
+            in the call.
         ratio: Method to plain, the median.
         ratio_min: The smallest ratio.
         ratio_max: The largest ratio.
@@ -68,6 +76,7 @@ class Timed:
     plain_seconds: float
     seconds: float
     preparation_seconds: float
+    change_seconds: float
     ratio: float
     ratio_min: float
     ratio_max: float
@@ -75,7 +84,12 @@ class Timed:
 
 def open_with_concepts(job: Job) -> Any:
     """Opens the model of a job and loads its concepts with random LoRAs into it, "concept 0" and so on."""
-    pipe = open_model(Run(scene=_SCENE, model=job.model, device=job.device), [Saver(name) for name in job.savers])
+    if job.model in STRUCTURES:
+        pipe = random_pipeline(job.model, job.device, getattr(torch, job.dtype))
+        place(pipe, job.device, [Saver(name) for name in job.savers])
+    else:
+        run = Run(scene=_SCENE, model=job.model, device=job.device, dtype=job.dtype)
+        pipe = open_model(run, [Saver(name) for name in job.savers])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "random.safetensors"
         sides = {"lora_A": "down", "lora_B": "up"}
@@ -86,21 +100,68 @@ def open_with_concepts(job: Job) -> Any:
     return pipe
 
 
-def time_pairs(pipe: Any, settings: Settings, concepts: int, steps: int, pairs: int) -> Timed:
-    """Times plain, method, plain, method, ... after a call of each to warm up."""
-    ours = arguments_of(pipe, settings, concepts)
-    for warm_up in ({}, ours):
-        call(pipe, steps, warm_up)
-    timed = [(call(pipe, steps, {}), call(pipe, steps, ours)) for _ in range(pairs)]
-    ratios = [method.seconds / plain.seconds for plain, method in timed]
-    return Timed(
-        statistics.median(plain.seconds for plain, _ in timed),
-        statistics.median(method.seconds for _, method in timed),
-        statistics.median(method.preparation_seconds for _, method in timed),
-        statistics.median(ratios),
-        min(ratios),
-        max(ratios),
-    )
+Way = Callable[[], "Call"]
+"""Makes an image with some LoRAs, and says how long that took."""
+
+PEFT_WAYS = ("set_adapters", "fuse_lora")
+"""LoRAs in the plain pipeline, as diffusers and PEFT have them: beside the weights, and added to the weights."""
+
+
+def way_of(pipe: Any, job: Job) -> Way:
+    """The way in which a job makes its image.
+
+    Args:
+        pipe: What `open_with_concepts` gave, for as many concepts or more.
+        job: The job.
+    """
+    if job.method is None:
+        return lambda: call(pipe, job, {})
+    if job.method in PEFT_WAYS:
+        return lambda: _call_with_peft(pipe, job)
+    ours = arguments_of(pipe, make_method(job.method, job.settings), job.concepts, job.size)
+    return lambda: call(pipe, job, ours)
+
+
+def time_ways(pipe: Any, jobs: Sequence[Job], rounds: int) -> list[Timed]:
+    """Times plain, first job, second job, ..., plain, first job, ..., after a call of each to warm up."""
+    plain, ways = way_of(pipe, replace(jobs[0], method=None)), [way_of(pipe, job) for job in jobs]
+    _, *timed = [(plain(), [way() for way in ways]) for _ in range(1 + rounds)]
+    found = []
+    for i in range(len(jobs)):
+        mine, ratios = [each[i] for _, each in timed], [each[i].seconds / one.seconds for one, each in timed]
+        found.append(
+            Timed(
+                statistics.median(one.seconds for one, _ in timed),
+                statistics.median(one.seconds for one in mine),
+                statistics.median(one.preparation_seconds for one in mine),
+                statistics.median(one.change_seconds for one in mine),
+                statistics.median(ratios),
+                min(ratios),
+                max(ratios),
+            )
+        )
+    return found
+
+
+def _call_with_peft(pipe: Any, job: Job) -> "Call":
+    """A plain call with adapters of PEFT, which are loaded before it and removed after it."""
+    names, lora = [f"adapter{i}" for i in range(job.concepts)], attention_lora(pipe.unet).items()
+    tensors = {f"unet.{n}.lora_{side}.weight": t for n, f in lora for side, t in (("A", f.down), ("B", f.up))}
+    start = time.perf_counter()
+    for name in names:
+        pipe.unet.load_lora_adapter(dict(tensors), adapter_name=name, prefix="unet")
+    try:
+        pipe.set_adapters(names)
+        if job.method == "fuse_lora":
+            pipe.fuse_lora(adapter_names=names)
+        loaded = time.perf_counter()
+        made = call(pipe, job, {})
+        begun = time.perf_counter()
+        if job.method == "fuse_lora":
+            pipe.unfuse_lora()
+    finally:
+        pipe.unload_lora_weights()
+    return replace(made, change_seconds=loaded - start + time.perf_counter() - begun)
 
 
 def peak_bytes(job: Job) -> int:
@@ -119,32 +180,37 @@ def peak_bytes(job: Job) -> int:
 def main() -> None:
     """Measures the memory of the job on the command line."""
     job = Job(**json.loads(sys.argv[1]))
-    pipe = open_with_concepts(job)
-    arguments = {} if job.method is None else arguments_of(pipe, make_method(job.method, job.settings), job.concepts)
+    pipe = open_with_concepts(job if job.method not in PEFT_WAYS else replace(job, concepts=0))
+    way = way_of(pipe, job)
     with peak_memory(pipe._execution_device) as memory:
-        call(pipe, job.steps, arguments)
+        way()
     sys.stdout.write(json.dumps({"peak_bytes": memory.peak_bytes}) + "\n")
 
 
 @dataclass(frozen=True)
 class Call:
-    """Seconds of a call, and its seconds before the first denoising step."""
+    """Seconds of a call, of these those before the first denoising step, and those beside it (`Timed`)."""
 
     seconds: float
     preparation_seconds: float
+    change_seconds: float = 0.0
 
 
-def arguments_of(pipe: Any, settings: Settings, concepts: int) -> dict[str, Any]:
+def arguments_of(pipe: Any, settings: Settings, concepts: int, size: int | None = None) -> dict[str, Any]:
     """The arguments of a call that a method adds to a plain one."""
-    return {"concepts": columns(concepts, *size_of(pipe, _SCENE)), "method": settings}
+    return {"concepts": columns(concepts, *_size(pipe, size)), "method": settings}
 
 
-def call(pipe: Any, steps: int, arguments: Mapping[str, Any]) -> Call:
+def _size(pipe: Any, side: int | None) -> tuple[int, int]:
+    return size_of(pipe, _SCENE) if side is None else (side, side)
+
+
+def call(pipe: Any, job: Job, arguments: Mapping[str, Any]) -> Call:
     """One call without decoding, and its time."""
-    width, height = size_of(pipe, _SCENE)
+    width, height = _size(pipe, job.size)
     start = time.perf_counter()
     output = pipe(
-        PROMPT, height=height, width=width, num_inference_steps=steps, guidance_scale=5.0, output_type="latent",
+        PROMPT, height=height, width=width, num_inference_steps=job.steps, guidance_scale=5.0, output_type="latent",
         generator=torch.Generator().manual_seed(0), **arguments,
     )  # fmt: skip
     output.images.sum().item()  # waits for the device

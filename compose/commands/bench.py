@@ -9,7 +9,7 @@ import typer
 from lora_compose.compose.commands.options import parse_settings
 from lora_compose.compose.files.paths import model_source
 from lora_compose.compose.playground.assets import PLAYGROUND
-from lora_compose.compose.support.names import METHODS, check_method
+from lora_compose.compose.support.names import DTYPES, METHODS, STRUCTURES, check_method, unknown
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import handle_errors, starting
 
@@ -39,18 +39,29 @@ def bench(
     calls: Annotated[
         bool, typer.Option("--calls", help="Count Python calls and tensor operations of real calls.")
     ] = False,
-    time: Annotated[bool, typer.Option("--time", help="Measure seconds and memory of real calls.")] = False,
+    time: Annotated[
+        bool, typer.Option("--time", help="Measure seconds and memory of real calls, and of PEFT.")
+    ] = False,
     swap: Annotated[
         bool, typer.Option("--swap", help="Measure the time to read a LoRA file, and to swap it for another.")
     ] = False,
     model: Annotated[
-        str, typer.Option(help="The model to run: playground, a folder, a file, or a hub repository.")
+        str,
+        typer.Option(
+            help="The model to run: playground, a folder, a file, a hub repository, or random:sd-1.5, which has random "
+            "weights."
+        ),
     ] = PLAYGROUND,
     device: Annotated[str, typer.Option(help="The device to time on.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    size: Annotated[
+        int | None, typer.Option(help="Width and height of the images of --time and --calls.", min=64)
+    ] = None,
     savers: Annotated[
         list[Saver] | None, typer.Option("--save-memory", help="Time with less memory, repeatable.")
     ] = None,
-    pairs: Annotated[int, typer.Option(help="Number of interleaved pairs of timed runs.", min=1)] = 7,
+    pairs: Annotated[int, typer.Option(help="Number of interleaved rounds of timed runs.", min=1)] = 7,
+    peaks: Annotated[bool, typer.Option(help="With --time, measure memory too, each in a process of its own.")] = True,
     to: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
 ) -> None:
     """Show the costs of methods, relative to a plain image.
@@ -59,12 +70,16 @@ def bench(
     """
     for method in methods or ():
         check_method(method)
-    model_source(model)
+    if dtype not in DTYPES:
+        raise ValueError(unknown("dtype", dtype, DTYPES))
+    if model not in STRUCTURES:
+        model_source(model)
     given = parse_settings(settings or [])
     with starting():
         from lora_compose.compose.benchmark import bench as benchmark
     benchmark.bench(
         methods or METHODS, concepts or (1, 2, 4, 8), settings=given, steps=steps, count=count, memory=memory,
-        transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device, savers=savers or (),
-        pairs=pairs, to=to,
+        transformers=transformers, calls=calls, time=time, swap=swap, model=model, device=device,
+        dtype=dtype, size=size, savers=savers or (),
+        pairs=pairs, peaks=peaks, to=to,
     )  # fmt: skip

@@ -29,8 +29,8 @@ def merge(
         str | None,
         typer.Option(
             "--model",
-            help="playground, a folder, a file or a hub repository. soups and ssr need it; otherwise only its names of "
-            "layers are used, and the files' family has them as well.",
+            help="playground, a folder, a file or a hub repository. soups and ssr need it; the other methods only read "
+            "its layer names, which are known for SD 1.x, 2.x and SDXL.",
         ),
     ] = None,
     settings: Annotated[

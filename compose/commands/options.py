@@ -31,16 +31,16 @@ LORA_HELP = (
 )
 BOX_HELP = (
     "The box of a LoRA, repeatable: the first for the first --lora, and so on; none for one without. left,top,right,"
-    "bottom, in pixels (0,16,60,112) or as parts of the image (0,0.1,0.5,0.9)."
+    "bottom, in pixels (0,16,60,112) or as fractions of the image (0,0.1,0.5,0.9)."
 )
 LORAS_HELP = (
-    "A folder of LoRAs, of which those act that the prompt names: by trigger, or by a class word that only one of "
-    "them has."
+    "A folder of LoRAs. The prompt selects those that it names: by trigger, or by a class word that only one of them "
+    "has."
 )
 CONCEPT_HELP = (
     "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat. Further fields: weight=0.8, name=cat, "
-    "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as parts of the image "
-    "(0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. Several files, "
+    "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as fractions of the "
+    "image (0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. Several files, "
     "path=cat.safetensors,path=style.safetensors:0.7, are merged; merge names the method. weight may change over "
     "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
     "blocks=down:0.5,up.1:0 are factors by block; prompt and negative are its own; alpha is for files without one."
@@ -80,7 +80,7 @@ MaskImageOption = Annotated[
     typer.Option(
         "--mask-image",
         help="Inpaint only there: a mask image (white = painted), or left,top,right,bottom in pixels or "
-        "as parts of the image.",
+        "as fractions of the image.",
     ),
 ]
 StrengthOption = Annotated[
@@ -193,7 +193,7 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
 
 
 def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tuple[float, float, float, float] | None:
-    """A box as written on the command line: whole numbers are pixels, and with a point they are parts of the image.
+    """A box as written on the command line: whole numbers are pixels, and with a point they are fractions of the image.
 
     Args:
         text: Such as "0,16,60,112", "0,0.1,0.5,0.9", or "none". Colons may stand for the commas.
@@ -208,7 +208,7 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
     found = _BOX.fullmatch(text.strip())
     if found is None:
         raise ValueError(
-            f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as parts of the image "
+            f"{option} {text}: expected left,top,right,bottom in pixels (0,16,60,112), as fractions of the image "
             f"(0,0.1,0.5,0.9), or {otherwise}"
         )
     edges = found.group(1, 3, 4, 5)
@@ -217,7 +217,7 @@ def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tupl
     if left >= right or top >= bottom:
         raise ValueError(f"{option} {text}: left has to be less than right, and top less than bottom")
     if in_parts and not (right <= 1 and bottom <= 1):
-        raise ValueError(f"{option} {text}: with a point, a box is in parts of the image, which are from 0 to 1")
+        raise ValueError(f"{option} {text}: with a point, a box is in fractions of the image, from 0 to 1")
     return left, top, right, bottom
 
 

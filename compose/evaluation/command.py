@@ -27,25 +27,25 @@ def run_suite(suite: str, folder: Path | None = None, processes: int | None = No
         ValueError: For suites that cannot be read.
         OSError: If all processes were killed.
     """
-    asked = read_suite(suite)
-    to = folder or Path("outputs/evaluation") / asked.name
+    loaded = read_suite(suite)
+    to = folder or Path("outputs/evaluation") / loaded.name
     if local_rank():
-        evaluate(asked, to)  # only the first process of the machine prints
+        evaluate(loaded, to)  # only the first process of the machine prints
         return 0
-    plan = make_plan(asked)
-    echo(f"{asked.name}: {len(plan.batches)} batches of {asked.batch_size} images, in {to}", to=err)
+    plan = make_plan(loaded)
+    echo(f"{loaded.name}: {len(plan.batches)} batches of {loaded.batch_size} images, in {to}", to=err)
 
     def done() -> int:
         return sum(is_done(to, planned) for planned in plan.batches)
 
     with bar("evaluating", len(plan.batches)) as on_progress:
-        if (number := processes or default_number(asked.processes, asked.device)) > 1:
+        if (number := processes or default_number(loaded.processes, loaded.device)) > 1:
             work = ["evaluate", "work", suite, "--out", str(to)]
-            code = launch(work, number, asked.threads or 1, lambda: on_progress(done()))
+            code = launch(work, number, loaded.threads or 1, lambda: on_progress(done()))
             if code and done() < len(plan.batches):
                 return code
         else:
-            evaluate(asked, to, on_progress)
+            evaluate(loaded, to, on_progress)
     with Claims(to / CLAIMS).claim("report") as claim:
         if claim is None:
             echo(f"Another process of this evaluation writes the report, in {to}.")

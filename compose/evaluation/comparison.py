@@ -73,9 +73,9 @@ class RunComparison:
             column.justify = "right"
         colours = {"B is better": "green", "B is worse": "red"}
         for row in self._cells():
-            *cells, said = (Text(plain(cell)) for cell in row)
-            said.stylize(colours.get(said.plain, "dim"))
-            table.add_row(*cells, said)
+            *cells, outcome = (Text(plain(cell)) for cell in row)
+            outcome.stylize(colours.get(outcome.plain, "dim"))
+            table.add_row(*cells, outcome)
         return table
 
     def _cells(self) -> Iterator[list[str]]:

@@ -257,8 +257,8 @@ def _cells(row: Mapping[str, Any], shown: Iterable[Metric], baseline: str) -> li
     for metric in shown:
         low, high = row[f"{metric.key}_low"], row[f"{metric.key}_high"]
         interval = "" if pd.isna(low) else f" ({number(low, metric)} … {number(high, metric)})"
-        said = verdict(row, metric.key, baseline)
-        cells.append(number(row[metric.key], metric) + interval + (f"<br>{marked(said)}" if said else ""))
+        words = verdict(row, metric.key, baseline)
+        cells.append(number(row[metric.key], metric) + interval + (f"<br>{marked(words)}" if words else ""))
     costs = [f"{number(row['rows'], digits=0)} (x{number(row['rows_ratio'])})"]
     costs += [f"{_amount(row['flops'])} (x{number(row['flops_ratio'])})"]
     return [*cells, *costs, f"{number(row['seconds'])} (x{number(row['seconds_ratio'])})"]

@@ -144,7 +144,7 @@ def reference_crops(concept: SuiteConcept) -> list[Image.Image]:
     return [reference_crop(path, f"concept {concept.name!r}") for path in reference_files(concept)]
 
 
-def reference_crop(path: Path, whose: str = "") -> Image.Image:
+def reference_crop(path: Path, concept: str = "") -> Image.Image:
     """A reference image, cut to what it is a reference of.
 
     A file `captions.tsv` in its folder may say where that is, a line for every image: its name, a caption, and
@@ -153,7 +153,7 @@ def reference_crop(path: Path, whose: str = "") -> Image.Image:
     Raises:
         ValueError: If it is missing or unreadable.
     """
-    image = _opened(path, f"{whose}: the reference image {str(path)!r}".removeprefix(": "))
+    image = _opened(path, f"{concept}: the reference image {str(path)!r}".removeprefix(": "))
     box = _recorded_boxes(path.parent).get(path.name)
     return squared(image if box is None else image.crop(box))
 

@@ -164,6 +164,6 @@ def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
             yield image
     except FileError:
         raise
-    except Exception as error:  # images come from strangers, and what Pillow raises for damaged ones has no end
+    except Exception as error:  # images are not trusted, and Pillow raises many kinds of errors for damaged ones
         reason = str(error).strip() or type(error).__name__
         raise FileError(f"{where} is not a readable PNG (another format, truncated or damaged?): {reason}") from error

@@ -17,7 +17,7 @@ from lora_compose.pipelines.scene import Run, Scene
 
 
 def make_images(
-    asked: Run,
+    run: Run,
     seeds: Sequence[int],
     out: Path,
     savers: Collection[Saver] = (),
@@ -28,7 +28,7 @@ def make_images(
     """Generates images and prints their paths; several also go on a contact sheet.
 
     Args:
-        asked: The run; its own seed is not used.
+        run: The run; its own seed is not used.
         seeds: One for each image.
         out: The folder for them.
         savers: Options that save memory.
@@ -38,15 +38,15 @@ def make_images(
     Raises:
         ValueError: For anything that does not fit together, before any work is done.
     """
-    with bar(f"opening {asked.model}"):
-        pipe = open_model(asked, savers)
+    with bar(f"opening {run.model}"):
+        pipe = open_model(run, savers)
     if loras is not None:
-        asked = asked.model_copy(update={"scene": _named(pipe, asked.scene, loras)})
+        run = run.model_copy(update={"scene": _named(pipe, run.scene, loras)})
     images, records, reason = {}, [], None
     with bar(f"composing into {out}", len(seeds)) as on_progress:
         for i, seed in enumerate(seeds):
             batch = make_batch(
-                pipe, asked.model_copy(update={"seed": seed}), (seed,),
+                pipe, run.model_copy(update={"seed": seed}), (seed,),
                 lambda share, done=i: on_progress(done + share), record_attention=maps,
             )  # fmt: skip
             made = batch.images[0]
@@ -55,9 +55,9 @@ def make_images(
                 echo(save_image(maps_sheet(made.image, made.record.run, batch.attention), out / f"{seed}-maps.png"))
             images[seed] = made.image
             records.append((path, made.record))
-            reason = reason if asked.method else batch.method_reason
+            reason = reason if run.method else batch.method_reason
             # Chosen once: the other seeds are made in the same way.
-            asked = asked.model_copy(update={name: getattr(made.record.run, name) for name in ("method", "settings")})
+            run = run.model_copy(update={name: getattr(made.record.run, name) for name in ("method", "settings")})
     path, record = records[-1]
     if len(images) > 1:
         echo(save_image(_seeds_sheet(images, record.run), out / "sheet.png"))

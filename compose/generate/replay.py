@@ -43,12 +43,12 @@ def replay_and_compare(
     Raises:
         ValueError: If LoRAs are missing, the model cannot be opened, or the record cannot be run.
     """
-    asked = runnable(record, loras)
-    asked = asked if model is None else asked.model_copy(update={"model": model})
-    echo(f"{asked.model}, {asked.method or 'no method'}, seed {asked.seed}, {asked.steps} steps: {asked.scene.prompt}")
-    pipe = open_model(asked, savers)
+    run = runnable(record, loras)
+    run = run if model is None else run.model_copy(update={"model": model})
+    echo(f"{run.model}, {run.method or 'no method'}, seed {run.seed}, {run.steps} steps: {run.scene.prompt}")
+    pipe = open_model(run, savers)
     with threads(record.machine.threads), bar("composing", 1) as on_progress:
-        made = remake(pipe, record, asked, on_progress)
+        made = remake(pipe, record, run, on_progress)
     if out is not None:
         echo(save_image(made.image, out, made.record))
     for change in changes(record, made.record):

@@ -235,8 +235,8 @@ def _family(given: Sequence[Given]) -> Any:
         shapes = {key: tensor.shape for key, tensor in one.file.tensors.items()}
         families[one.source] = guess_family(shapes, one.file.metadata).family
     if len(set(families.values())) > 1:
-        told = "; ".join(f"{source} is for {family or 'an unknown family'}" for source, family in families.items())
-        raise LoraError(f"only LoRAs for the same model are merged: {told}; give --model if you know better")
+        listed = "; ".join(f"{source} is for {family or 'an unknown family'}" for source, family in families.items())
+        raise LoraError(f"only LoRAs for the same model are merged: {listed}; give --model if you know better")
     (family,) = set(families.values())
     return without_weights(family) if family in FAMILIES else None
 

@@ -78,14 +78,14 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
         source = _source(concept.lora, imports)
         loaded = concept.model_dump(include={"name", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
         lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
-    asked = _asked(run, imports)
+    arguments = _arguments_of(run, imports)
     return (
         "import torch\n"
         + "".join(f"from {module} import {', '.join(sorted(names))}\n" for module, names in sorted(imports.items()))
         + "\n"
         + "\n".join(lines)
         + "\n\nimage = pipe(\n"
-        + "".join(f"    {line},\n" for line in asked)
+        + "".join(f"    {line},\n" for line in arguments)
         + ').images[0]\nimage.save("result.png")\n'
     )
 
@@ -121,23 +121,25 @@ def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) ->
     return lines + [_SAVING[saver] for saver in savers]
 
 
-def _asked(run: Run, imports: dict[str, set[str]]) -> list[str]:
+def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     """The arguments of the call."""
     scene = run.scene
     lines = [_value(scene.prompt)]
     lines += [f"negative_prompt={_value(scene.negative_prompt)}"] if scene.negative_prompt else []
     if scene.concepts:
-        told = [
+        listed = [
             concept.model_dump(exclude={"lora", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
             for concept in scene.concepts
         ]
-        told = [{name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in told]
-        if any(len(fields) > 1 for fields in told):
+        listed = [
+            {name: value for name, value in fields.items() if (name, value) != ("weight", 1.0)} for fields in listed
+        ]
+        if any(len(fields) > 1 for fields in listed):
             imports["lora_compose"].add("Concept")
-            concepts = "".join(f"        {_call('Concept', fields)},\n" for fields in told)
+            concepts = "".join(f"        {_call('Concept', fields)},\n" for fields in listed)
             lines.append(f"concepts=[\n{concepts}    ]")
         else:
-            lines.append(f"concepts=[{', '.join(_value(fields['name']) for fields in told)}]")
+            lines.append(f"concepts=[{', '.join(_value(fields['name']) for fields in listed)}]")
         if run.method is not None and run.settings:
             kind = METHODS[run.method].__name__
             imports["lora_compose"].add(kind)

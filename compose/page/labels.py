@@ -70,6 +70,11 @@ METHOD_LABELS: Mapping[str, MethodLabel] = {
     "switch": MethodLabel(
         "Taking turns", "LoRA Switch", "One LoRA at a time, the next one every few steps.", "nothing",
     ),
+    "freefuse": MethodLabel(
+        "By subjects, as published", "FreeFuse",
+        "A third of the steps shows where the model puts each subject, and each LoRA acts there. Needs no boxes.",
+        "found areas",
+    ),
     "composite": MethodLabel(
         "Averaged", "LoRA Composite", "The average of what the model predicts with each LoRA alone.", "nothing",
     ),
@@ -134,6 +139,15 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "words": "Words that name each concept",
         "mask_words": "Words that find each concept's area",
     },
+    "freefuse": {
+        "length": "Steps without LoRAs (share of the steps)",
+        "words": "Words that show where a subject is",
+        "share": "Cells that stand for a subject (share)",
+        "temperature": "Softness of the areas; empty fits the model",
+        "own_bias": "Draw areas to their own words",
+        "other_bias": "Draw areas to the words of others",
+        "rows": "LoRAs act on",
+    },
     "tara": {"cfg_mask": "LoRAs act on", "scope": "What a LoRA changes"},
     "switch": {"interval": "Steps of a turn"},
     "composite": {"shares": "Share of each LoRA"},
@@ -159,6 +173,8 @@ _CHOICES: Mapping[tuple[str, str], str] = {
     ("reinit", "swap"): "swap",
     ("background", "surroundings"): "all but the concepts",
     ("background", "scene"): "the scene in plain words",
+    ("words", "class_word"): "class word",
+    ("words", "phrase"): "trigger and class word",
     ("fuse", "regions"): "in one pass",
     ("fuse", "branches"): "a pass each",
     ("uncond", "shared"): "shared by all concepts",

@@ -285,9 +285,7 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
     }
 
 
-def _located(
-    source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path | None, local: bool
-) -> Lora | None:
+def _located(source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
     if not isinstance(source, str) or not isinstance(sha256, str):
         return None  # several files that were merged when they were loaded, or none at all
     if sha256 in known:

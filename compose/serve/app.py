@@ -38,9 +38,9 @@ def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None
     app = FastAPI(title="lora-compose", lifespan=lifespan)
 
     @app.post("/images", response_class=Response, responses={200: {"content": {"image/png": {}}}})
-    async def images(asked: ImageRequest, request: Request) -> Response:
+    async def images(given: ImageRequest, request: Request) -> Response:
         """One image, as PNG."""
-        wanted = asked.resolved(*size)
+        wanted = given.resolved(*size)
         _check(wanted, limits)
         try:
             future = engine.submit(wanted)

@@ -2,6 +2,7 @@
 
 `loras FOLDER` makes many LoRA files, copies of the playground's with other weights. `run URL` sends requests that name
 any two of the server's LoRAs, and shows their times, the images per minute, and the memory of the server over time.
+With `--warm-up` each LoRA is named once before, so that all files have been read.
 """
 
 import json
@@ -11,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def make_loras(folder: Path, number: int) -> None:
             save_file({**tensors, **scaled}, folder / f"{path.stem}-{i:03}.safetensors", file.metadata())
 
 
-def load_test(url: str, requests: int, clients: int, fields: Mapping[str, Any]) -> Load:
+def load_test(url: str, requests: int, clients: int, fields: Mapping[str, Any], *, warm_up: bool = False) -> Load:
     """Sends requests that name any two LoRAs of a server.
 
     Args:
@@ -76,11 +77,19 @@ def load_test(url: str, requests: int, clients: int, fields: Mapping[str, Any]) 
         requests: How many.
         clients: How many at a time.
         fields: Of all requests: size, steps, guidance.
+        warm_up: Whether each LoRA is named once before, which is not measured.
     """
     loras = {name: words for name, words in _get(f"{url}/loras").items() if words["trigger"] and words["class_word"]}
     choice, names = random.Random(0), sorted(loras)
+    pairs = [_pair(choice, names, loras) for _ in range(requests)]
+    if warm_up:
+        _send(url, [_body([name], loras, fields) for name in names], clients, "naming each LoRA once")
+    return _send(url, [_body(pair, loras, {**fields, "seed": i}) for i, pair in enumerate(pairs)], clients)
+
+
+def _send(url: str, bodies: Sequence[bytes], clients: int, what: str = "sending requests") -> Load:
+    requests = len(bodies)
     refused, together, memory, lock = 0, [], [_get(f"{url}/health")["memory_bytes"]], threading.Lock()
-    bodies = [_body(choice, names, loras, {**fields, "seed": i}) for i in range(requests)]
 
     def send(body: bytes) -> float:
         nonlocal refused
@@ -104,16 +113,19 @@ def load_test(url: str, requests: int, clients: int, fields: Mapping[str, Any]) 
                 time.sleep(float(error.headers["Retry-After"]))
 
     begun = time.monotonic()
-    with bar("sending requests", requests) as on_progress, ThreadPoolExecutor(clients) as pool:
+    with bar(what, requests) as on_progress, ThreadPoolExecutor(clients) as pool:
         seconds = tuple(pool.map(send, bodies))
     return Load(seconds, refused, statistics.mean(together), time.monotonic() - begun, tuple(memory))
 
 
-def _body(choice: random.Random, names: list[str], loras: Mapping[str, Any], fields: Mapping[str, Any]) -> bytes:
+def _pair(choice: random.Random, names: Sequence[str], loras: Mapping[str, Any]) -> tuple[str, str]:
     one = choice.choice(names)
-    other = choice.choice([name for name in names if loras[name]["trigger"] != loras[one]["trigger"]])
-    prompt = " and ".join(f"a {loras[name]['trigger']} {loras[name]['class_word']}" for name in (one, other))
-    return json.dumps({**fields, "prompt": prompt, "concepts": [one, other]}).encode()
+    return one, choice.choice([name for name in names if loras[name]["trigger"] != loras[one]["trigger"]])
+
+
+def _body(concepts: Sequence[str], loras: Mapping[str, Any], fields: Mapping[str, Any]) -> bytes:
+    prompt = " and ".join(f"a {loras[name]['trigger']} {loras[name]['class_word']}" for name in concepts)
+    return json.dumps({**fields, "prompt": prompt, "concepts": list(concepts)}).encode()
 
 
 def _get(url: str) -> Any:
@@ -135,10 +147,13 @@ def run_command(
     clients: Annotated[int, typer.Option(min=1)] = 8,
     size: Annotated[int, typer.Option(min=8)] = 64,
     steps: Annotated[int, typer.Option(min=1)] = 1,
+    warm_up: Annotated[
+        bool, typer.Option(help="Name each LoRA once before, so that all files have been read.")
+    ] = False,
 ) -> None:
     """Send requests to a server and show its throughput."""
     fields = {"width": size, "height": size, "steps": steps, "guidance_scale": 4}
-    load = load_test(url, requests, clients, fields)
+    load = load_test(url, requests, clients, fields, warm_up=warm_up)
     cuts = statistics.quantiles(load.seconds, n=20) if len(load.seconds) > 1 else [*load.seconds] * 19
     echo(f"{requests} requests of {size} x {size}, {steps} steps, {clients} clients")
     echo(f"{load.per_minute:.0f} images per minute, {load.together:.1f} of them together; {load.refused} refusals")

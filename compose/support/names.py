@@ -6,9 +6,11 @@ from pathlib import Path
 from lora_compose.pipelines.spelling import did_you_mean
 
 __all__ = [
+    "DTYPES",
     "MERGERS",
     "METHODS",
     "PRESETS",
+    "STRUCTURES",
     "TRAINING_PRESETS",
     "check_merger",
     "check_method",
@@ -17,10 +19,14 @@ __all__ = [
     "unknown",
 ]
 
-METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft")
-PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official")
+METHODS = ("merge", "tara", "regional", "switch", "composite", "lora-composer", "clora", "draft", "freefuse")
+PRESETS = ("tara:official", "lora-composer:official", "lora-composer:paper", "clora:official", "freefuse:official")
 MERGERS = ("cat", "svd", "ties", "dare", "tsv", "lego", "np", "k-lora", "soups", "ssr")
 """The registries themselves import torch; a test compares them with these."""
+
+DTYPES = ("float32", "float16", "bfloat16")
+STRUCTURES = ("random:sd-1.5",)
+"""Models with random weights, which only the benchmark can open."""
 
 TRAINING_PRESETS = ("sd", "sdxl", "transformer", "playground", "playground-flux")
 

@@ -40,8 +40,8 @@ def train(
         ValueError: For unusable settings.
     """
     settings = _settings(preset, tara, fields)
-    talks = os.environ.get("RANK", "0") == "0"
-    if talks:
+    prints = os.environ.get("RANK", "0") == "0"
+    if prints:
         echo(f"training {settings.steps} steps on {settings.model}; the LoRA goes to {settings.out}", to=err)
     try:
         with _progress(settings) as on_step:
@@ -56,7 +56,7 @@ def train(
     except DivergedError as error:
         echo(f"failed: {error}", style="red", to=err)
         raise typer.Exit(FAILED) from error
-    if talks:
+    if prints:
         echo(
             f"The LoRA: {path} (trigger {settings.trigger!r}, class {settings.class_word!r}, method {settings.method})"
         )

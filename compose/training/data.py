@@ -58,8 +58,8 @@ def read_images(folder: Path, prompts: Sequence[str]) -> tuple[TrainingImage, ..
     if not paths:
         raise DataError(f"{folder} holds no images; expected files that end with {', '.join(SUFFIXES)}")
     from_table = _table(folder / CAPTIONS)
-    if strangers := sorted(from_table.keys() - {path.name for path in paths}):
-        logger.warning("%s has captions of images that are not there: %s", CAPTIONS, ", ".join(strangers[:5]))
+    if missing := sorted(from_table.keys() - {path.name for path in paths}):
+        logger.warning("%s has captions of images that are not there: %s", CAPTIONS, ", ".join(missing[:5]))
     captions = [from_table.get(path.name) or _beside(path) for path in paths]
     if missing := captions.count(None):
         logger.info("%s: %d of %d images have no caption and get the prompt", folder, missing, len(paths))

@@ -1,6 +1,6 @@
 """Token focus masking: in keys and values of cross-attention a LoRA acts on the trigger's tokens alone.
 
-    K = X W_K^T + diag(m) X Delta_K^T        V likewise, m_i in {0, 1}        (TARA, arXiv 2508.08812)
+    K = X W_K^T + diag(m) X Delta_K^T        the same for V, m_i in {0, 1}        (TARA, arXiv 2508.08812)
 
 The mask is put on the output of the LoRA's second factor, by a layer that replaces it: other tokens stay bit-identical
 to the base model. The layer looks the mask up when it is called, and it stays until the next batch, so that gradient

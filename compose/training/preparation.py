@@ -87,8 +87,8 @@ def read_texts(base: Base, settings: Training) -> Texts:
         return find_concept(base.tokenizers, caption, settings.concept, noun=noun, clean=clean)
 
     words = {caption: find(caption, noun) for caption in dict.fromkeys(one.caption for one in images)}
-    asked = settings.sample_prompts or (next(iter(words)),)
-    samples = tuple((prompt, find(prompt, noun=False).trigger) for prompt in asked)
+    prompts = settings.sample_prompts or (next(iter(words)),)
+    samples = tuple((prompt, find(prompt, noun=False).trigger) for prompt in prompts)
     return Texts(images, words, samples, side)
 
 

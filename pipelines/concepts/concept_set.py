@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention import BankCache, KeptBanks, Lora
-from lora_compose.attention.bank_cache import Handle
+from lora_compose.attention.bank_cache import PASSING, Handle
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.loading import Factors, LoraFile
 from lora_compose.pipelines.concepts.strength import TEXT, Schedule, check_block, in_blocks, is_in
@@ -45,8 +45,10 @@ class LoadedConcept:
         return in_blocks(self.factors.model, self.concept.blocks)
 
     def handle(self, part: Part) -> Handle:
-        """Stands for its LoRA of one model, in a call."""
+        """Stands for its LoRA of one model, in a call; anyone may change an adapter before the next."""
         blocks = self.concept.blocks or {}
+        if not self.files:
+            return PASSING, self.factors.handle
         return self.factors.handle, part, tuple(sorted(blocks.items())) if part == self.factors.part else ()
 
 
@@ -121,8 +123,8 @@ class ConceptSet:
         return len((self.whole or self).loaded)
 
     def kept(self, part: Part, banks: BankCache) -> KeptBanks | None:
-        """Where the LoRAs of one model are kept between calls; None if one is an adapter, which anyone may change."""
-        if any(not loaded.files for loaded in self.loaded):
+        """Where the LoRAs of one model are kept between calls; None if all are adapters, which are read anew."""
+        if all(not loaded.files for loaded in self.loaded):
             return None
         return KeptBanks(banks, tuple(loaded.handle(part) for loaded in self.loaded))
 

@@ -79,11 +79,11 @@ class Factors:
         parts = [f"{len(lora)} {name} layers" for name, lora in loras.items() if lora]
         ranks = sorted({factors.rank for lora in loras.values() for factors in lora.values()})
         shown = "/".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]} to {ranks[-1]}"
-        said = [f"{', '.join(parts)}, rank {shown}"]
+        facts = [f"{', '.join(parts)}, rank {shown}"]
         if self.unmatched:
             keys = ", ".join(self.unmatched[:3]) + (", ..." if len(self.unmatched) > 3 else "")
-            said.append(f"{len(self.unmatched)} keys fit no layer and are left out: {keys}")
-        return "; ".join([*said, *self.notes])
+            facts.append(f"{len(self.unmatched)} keys fit no layer and are left out: {keys}")
+        return "; ".join([*facts, *self.notes])
 
 
 def match(file: LoraFile, pipe: Any, *, alpha: float | None = None, max_rank: int = MAX_RANK) -> Factors:

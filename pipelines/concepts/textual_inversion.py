@@ -190,10 +190,10 @@ class ExpandingTokenizer:
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Tokenises, each text once: to find a concept's words takes many parts of few prompts."""
-        asked = text, *sorted(options.items())
-        if asked not in self._read:
-            self._read[asked] = self.tokenizer(self.expand(text, self.tokenizer), **options)
-        return self._read[asked]
+        key = text, *sorted(options.items())
+        if key not in self._read:
+            self._read[key] = self.tokenizer(self.expand(text, self.tokenizer), **options)
+        return self._read[key]
 
 
 def _brought(concepts: Sequence[LoadedConcept], part: Part) -> dict[str, Tensor]:

@@ -93,9 +93,9 @@ def _adapter(
         )
     places = list(_feature_places(unet))
     weights = _weights(control, canvas, regions, frozenset(level for _, level in places))
-    guide = PreparedAdapter(control, hint.to(canvas.device, model.dtype), canvas.pixels, places, weights, unet.dtype)
-    guide.features()  # so that what does not fit is said now
-    return guide
+    prepared = PreparedAdapter(control, hint.to(canvas.device, model.dtype), canvas.pixels, places, weights, unet.dtype)
+    prepared.features()  # so that errors are raised now
+    return prepared
 
 
 def _listed(value: Any) -> Any:

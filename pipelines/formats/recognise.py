@@ -135,28 +135,28 @@ def guess_family(shapes: Mapping[str, Size | Sequence[int]], metadata: Mapping[s
         metadata: The strings in the file's header.
     """
     text = "\n".join(shapes)
-    said = _reasons(metadata)
-    if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, said)):
+    reasons = _reasons(metadata)
+    if not re.search(f"{_UNET_BLOCKS}|{_NOT_THESE}", text) and (guess := _transformer(text, shapes, reasons)):
         return guess
     foreign = _FOREIGN if re.search(_UNET_BLOCKS, text) else (*_FOREIGN, *_FOREIGN_WITHOUT_UNET)
     for pattern, name in foreign:
         if found := re.search(pattern, text, re.MULTILINE):
-            return Guess(name, False, (f"layers called {found[0]!r}", *said))
+            return Guess(name, False, (f"layers called {found[0]!r}", *reasons))
     seen = _from_shapes(shapes)
     families = list(dict.fromkeys(family for family, _ in seen))
     why = tuple(dict.fromkeys(reason for _, reason in seen))
-    told = next((family for family, _ in _named(metadata)), None)
+    named = next((family for family, _ in _named(metadata)), None)
     if len(families) == 1:
-        contrary = told is not None and told != families[0]
-        return Guess(families[0], True, (*why, *((f"although {said[0]}",) if contrary else said)))
+        contrary = named is not None and named != families[0]
+        return Guess(families[0], True, (*why, *((f"although {reasons[0]}",) if contrary else reasons)))
     if families:
-        return Guess(None, False, ("signs of several families: " + "; ".join(why), *said))
-    if told is not None:
-        return Guess(told, told in _WIDTHS.values(), said)
+        return Guess(None, False, ("signs of several families: " + "; ".join(why), *reasons))
+    if named is not None:
+        return Guess(named, named in _WIDTHS.values(), reasons)
     return Guess(None, False, ("neither its keys nor its metadata tell",))
 
 
-def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], said: tuple[str, ...]) -> Guess | None:
+def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], reasons: tuple[str, ...]) -> Guess | None:
     """The family if it is a supported transformer."""
     seen = next(((found[0], name) for pattern, name in _TRANSFORMERS if (found := re.search(pattern, text))), None)
     if seen is None:
@@ -168,12 +168,12 @@ def _transformer(text: str, shapes: Mapping[str, Size | Sequence[int]], said: tu
         # The first layer of a single block has 7 outputs for each input in FLUX.1 and 9 in FLUX.2, of an MLP 4 and 6.
         name = "FLUX.1" if ratios & {4, 7} else "FLUX.2-klein" if ratios & {6, 9} else name
         if name == "FLUX":
-            return Guess("FLUX.1 or FLUX.2", False, (*why, *said))
+            return Guess("FLUX.1 or FLUX.2", False, (*why, *reasons))
         why.append("by the ratio of outputs to inputs in its MLPs")
     if name in _SIZES:
         why.append(f"its layers have width {width}")
         name = _SIZES[name].get(width, f"{name} of another size")
-    return Guess(name, name in _COMPOSED, (*why, *said))
+    return Guess(name, name in _COMPOSED, (*why, *reasons))
 
 
 def _main_width(shapes: Mapping[str, Size | Sequence[int]]) -> tuple[int, set[int]]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ MAX_DIMENSIONS = 8
 """The most dimensions of a tensor; convolutions have four or five."""
 
 _CHUNK = 1 << 20
+_ALIGNMENT = 64  # bytes, as PyTorch aligns tensors
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -138,18 +140,25 @@ def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], 
     for key in wanted:
         _check(key, header.entries[key])
     digest.update(header.raw)
-    found = {}
+    kept = {key: entry for key, entry in header.entries.items() if key in wanted}
+    starts = list(accumulate((_aligned(entry.stop - entry.start) for entry in kept.values()), initial=0))
+    whole = torch.empty(starts.pop(), dtype=torch.uint8)  # one block: hundreds of small ones fragment the memory
+    inside, found = dict(zip(kept, starts, strict=True)), {}
     for key, entry in header.entries.items():
         if key not in wanted:
             _skip(file, entry.stop - entry.start, digest)
             continue
-        data = bytearray(entry.stop - entry.start)
+        part = whole.narrow(0, inside[key], entry.stop - entry.start)
+        data = part.numpy().data
         if file.readinto(data) != len(data):
             raise DamagedError("the file became shorter while it was read")
         digest.update(data)
-        dtype = _DTYPES[entry.dtype]
-        found[key] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(entry.shape)
+        found[key] = part.view(_DTYPES[entry.dtype]).view(entry.shape)
     return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _entry(key: str, value: Any) -> Entry:

@@ -96,9 +96,9 @@ def gram(changes: Sequence[LoraFactors]) -> Tensor:
     up = torch.cat([change.up.flatten(1).float() * change.scale for change in changes], dim=1)
     down = torch.cat([change.down.flatten(1).float() for change in changes])
     products = ((up.T @ up) * (down @ down.T)).double()
-    whose = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([one.rank for one in changes]))
-    owner = torch.nn.functional.one_hot(whose, len(changes)).to(products)
-    return owner.T @ products @ owner
+    file_of = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([one.rank for one in changes]))
+    membership = torch.nn.functional.one_hot(file_of, len(changes)).to(products)
+    return membership.T @ products @ membership
 
 
 def _above_rounding(values: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ def lego(changes: Changes, k: int | Literal["auto"] | None, alike: float, output
     pooled = Spectrum(u[:, order], values[order], v[:, order])
     cosines = (pooled.u.T @ pooled.u) * (pooled.v.T @ pooled.v)
     if k == "auto":
-        whose = torch.repeat_interleave(torch.arange(len(spectra)), torch.tensor([one.rank for one in spectra]))[order]
-        labels = joined((cosines > alike) & (whose[:, None] != whose))
+        repeats = torch.tensor([one.rank for one in spectra])
+        file_of = torch.repeat_interleave(torch.arange(len(spectra)), repeats)[order]
+        labels = joined((cosines > alike) & (file_of[:, None] != file_of))
     else:
         labels = k_means(pooled.values[:, None] * cosines * pooled.values, k or max(ranks, default=0))
     merged = _centroids(pooled, labels)

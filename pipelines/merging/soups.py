@@ -57,11 +57,11 @@ def best_numbers(changes: Changes, moments: Tensor, ridge: float) -> Tensor:
     Shape: [LoRAs].
     """
     ranks = torch.tensor([change.rank for change in changes])
-    whose = torch.repeat_interleave(torch.arange(len(changes)), ranks)
-    owner = torch.nn.functional.one_hot(whose, len(changes)).double()
+    file_of = torch.repeat_interleave(torch.arange(len(changes)), ranks)
+    membership = torch.nn.functional.one_hot(file_of, len(changes)).double()
     up = torch.cat([matrices(change)[0] for change in changes], dim=1)
     # For each run, the inner products of the LoRAs' contributions to the layer's output. Shape: [runs, LoRAs, LoRAs].
-    products = owner.T @ ((up.T @ up) * moments.double()) @ owner
+    products = membership.T @ ((up.T @ up) * moments.double()) @ membership
     taking_part = ranks > 0
     products = products * taking_part[:, None, None]
     h = products.sum(0)

@@ -9,6 +9,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.methods.clora import Clora
 from lora_compose.pipelines.methods.composite import Composite
 from lora_compose.pipelines.methods.draft import Draft
+from lora_compose.pipelines.methods.freefuse import FreeFuse
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, Settings
@@ -27,6 +28,7 @@ __all__ = [
     "Composite",
     "Draft",
     "FixedPasses",
+    "FreeFuse",
     "LoraComposer",
     "Merge",
     "Process",
@@ -50,6 +52,7 @@ METHODS: Mapping[str, type[Settings]] = {
     "lora-composer": LoraComposer,
     "clora": Clora,
     "draft": Draft,
+    "freefuse": FreeFuse,
 }
 
 PRESETS: Mapping[str, Callable[[], Settings]] = {
@@ -57,6 +60,7 @@ PRESETS: Mapping[str, Callable[[], Settings]] = {
     "lora-composer:official": LoraComposer.official,
     "lora-composer:paper": LoraComposer.paper,
     "clora:official": Clora.official,
+    "freefuse:official": FreeFuse.official,
 }
 """The authors' settings, by preset name."""
 
@@ -136,8 +140,8 @@ def choose_method(
     subjects = [loaded.concept for loaded in given]
     if any(subject.region for subject in subjects):
         return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
-    asked = given or (concepts if prompts is not None else ())  # with styles alone, they decide
-    if asked and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in asked):
+    relevant = given or (concepts if prompts is not None else ())  # with styles alone, they decide
+    if relevant and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant):
         return _chosen(Tara(), "every concept was trained for it")
     sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
     subjects_of = [[one.concepts[i] for i in one.subjects] for one in sets]

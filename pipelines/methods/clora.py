@@ -32,18 +32,16 @@ from lora_compose.attention.masks import closed, coarse_mask, dilated, eroded, o
 from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.losses import contrast, smooth
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
+from lora_compose.pipelines.methods.mapped_tokens import MappedTokens, check_words, map_tokens
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import Process, warn_once, warn_unread
 from lora_compose.pipelines.methods.region_gates import region_gates
 from lora_compose.pipelines.passes import AttentionMaps, Gradient, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions
-from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.session import Session
-from lora_compose.pipelines.spelling import shortened
 from lora_compose.pipelines.text.branches import Branch, branches_of
 from lora_compose.pipelines.text.conditioning import Conditioning, join_branches, stack_texts
-from lora_compose.pipelines.text.tokens import Mention
 
 Fuse = Literal["regions", "branches"]
 Uncond = Literal["shared", "each"]
@@ -120,9 +118,7 @@ class Clora:
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
         if any(not 0 <= part < math.inf for part in self.refine_at):
-            raise ValueError(
-                f"refine_at must be points of the steps, none of them negative, not {list(self.refine_at)}"
-            )
+            raise ValueError(f"refine_at must be points of the steps, none negative, not {list(self.refine_at)}")
         if unknown := [change for change in self.morphology if change not in _CHANGES]:
             raise ValueError(f"morphology may be {', '.join(_CHANGES)}, not {', '.join(map(str, unknown))}")
         if self.branch_batch_size is not None and self.branch_batch_size < 1:
@@ -160,7 +156,7 @@ class Clora:
         """Encodes a text for every branch. A single subject is merged."""
         concepts, subjects = session.concepts, session.concepts.subjects
         every = concepts.whole or concepts  # `words` may name concepts of other prompts
-        self._check_words([every.concepts[i].name for i in every.subjects])
+        check_words([every.concepts[i].name for i in every.subjects], words=self.words, mask_words=self.mask_words)
         if len(subjects) < 2:
             return Merge().start(session)
         if session.prompts.texts is None:
@@ -172,7 +168,7 @@ class Clora:
         branches = branches_of(
             session.prompts.texts, concepts.concepts, subjects, base_prompt=self.base_prompt, words=self.words
         )
-        words = self._words(session, branches)
+        words = map_tokens(session, branches, self.mask_words)
         texts = [self._encode(session, branch) for branch in branches]
         joined = join_branches(texts, unconds=texts if self.uncond == "each" else texts[:1])
         gates = self._gates(session, branches, joined)
@@ -180,13 +176,6 @@ class Clora:
         images = session.canvas.images if self.fuse == "regions" else 0
         by_image = [stack_texts(texts).of_image(image) for image in range(images)]
         return Contrasting(self, session, texts[0], prepared, words, by_image)
-
-    def _check_words(self, subjects: Sequence[str]) -> None:
-        for name, given in (("words", self.words), ("mask_words", self.mask_words)):
-            if unknown := given.keys() - set(subjects):
-                raise ValueError(f"{name} names {sorted(unknown)}; the subjects are {', '.join(subjects)}")
-            if wrong := [concept for concept, listed in given.items() if isinstance(listed, str) or not listed]:
-                raise ValueError(f"{name} of {wrong[0]!r} must be a list of words, not {given[wrong[0]]!r}")
 
     def _encode(self, session: Session, branch: Branch) -> Conditioning:
         own = None if branch.subject is None else session.concepts.concepts[branch.subject].negative_prompt
@@ -205,70 +194,10 @@ class Clora:
         gate = parts.repeat_interleave(text.images, dim=0).to(canvas.device)[:, None]
         return Gates(gate, dict.fromkeys(canvas.levels, gate), gate[:, 0], canvas.latent_grid)
 
-    def _words(self, session: Session, branches: Sequence[Branch]) -> "MappedTokens":
-        """A map for every token that names a concept."""
-        canvas, find = session.canvas, session.prompts.find
-        rows: list[dict[int, tuple[int, bool]]] = []  # by branch and image: token -> (concept, whether it makes masks)
-        for branch in branches:
-            named = find(branch.prompts, branch.names, branch.mentions).phrase
-            masking = self._masking(session, branch, named)
-            for prompt in range(len(branch.prompts)):
-                _check_apart(named[prompt], branch.prompts[prompt], session.concepts.concepts)
-                found = {token: (concept, False) for token, concept in named[prompt].nonzero().tolist()}
-                found |= {token: (found.get(token, (-1, False))[0], True) for token in masking[prompt]}
-                rows += [found] * canvas.images_per_prompt
-        most, tokens = max(map(len, rows)), session.prompts.token_masks.phrase.shape[1]
-        token_weights, groups = torch.zeros(len(rows), tokens, most), torch.full((len(rows), most), -1)
-        mine = torch.zeros(len(rows), most, dtype=torch.bool)
-        for row, found in enumerate(rows):
-            for column, (token, (concept, masks)) in enumerate(sorted(found.items())):
-                token_weights[row, token, column], groups[row, column], mine[row, column] = 1, concept, masks
-        by_branch = (len(branches), -1)
-        return MappedTokens(
-            token_weights.to(canvas.device),
-            groups.unflatten(0, by_branch).transpose(0, 1).flatten(1).to(canvas.device),
-            mine.unflatten(0, by_branch)[1:].transpose(0, 1).to(canvas.device),
-        )
-
-    def _masking(self, session: Session, branch: Branch, named: Tensor) -> list[list[int]]:
-        """The tokens that make the mask of a branch, by prompt."""
-        if branch.subject is None:
-            return [[] for _ in branch.prompts]
-        name = session.concepts.concepts[branch.subject].name
-        if name in self.mask_words:
-            mention = {name: Mention(tuple(self.mask_words[name]))}
-            named = session.prompts.find(branch.prompts, (), [mention] * len(branch.prompts)).phrase
-        return [prompt[:, branch.subject].nonzero()[:, 0].tolist() for prompt in named]
-
 
 def _weights(session: Session, branch: Branch) -> Tensor:
-    """The weights of a branch's owner, if it has one, and of the styles. Shape: [concepts]."""
+    """The weights of a branch's subject, if it has one, and of the styles. Shape: [concepts]."""
     return session.concepts.with_styles(() if branch.subject is None else (branch.subject,))
-
-
-def _check_apart(named: Tensor, prompt: str, concepts: Sequence[Concept]) -> None:
-    """Raises ValueError if a token names two concepts. Shape of named: [tokens, concepts]."""
-    for row in named:
-        if row.sum() > 1:
-            both = " and ".join(concept.name for concept, mine in zip(concepts, row, strict=True) if mine)
-            raise ValueError(
-                f"the same word of {shortened(prompt)} names {both}; clora tells concepts apart by their words"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class MappedTokens:
-    """The tokens whose attention maps are recorded, and what the maps are for.
-
-    Attributes:
-        token_weights: One token for every map, by branch and image. Shape: [branches * images, tokens, maps].
-        groups: Index of the concept of each map; -1 for none. Shape: [images, branches * maps].
-        mine: True if the map is a part of the branch's mask. Shape: [images, subjects, maps].
-    """
-
-    token_weights: Tensor
-    groups: Tensor
-    mine: Tensor
 
 
 @dataclass

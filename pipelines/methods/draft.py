@@ -7,7 +7,8 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
     division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
-With subjects of different classes all cells read the scene's prompt, as in `regional`. One text cannot tell two cats
+With subjects of different classes all cells read the scene's prompt, as in `regional`, and on UNets a bias on
+cross-attention draws the cells of a region to the words of its subject, as in `freefuse`. One text cannot tell two cats
 apart, so with two of one class every region reads a text of its own and is denoised apart at first, as in
 `lora-composer` without updates; on transformers it reads a text of its own, as in `regional`. Regions that the user
 gives are kept, and the rest of the canvas is divided.
@@ -32,6 +33,7 @@ from lora_compose.pipelines.methods.division import divided, nearest, strips
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates
+from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.methods.regional import HALF, Regional, segment_texts, shared_text
 from lora_compose.pipelines.passes import MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
@@ -66,6 +68,8 @@ class Draft:
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
             where text and image are not one sequence, since it tears the images of transformers apart.
+        bias: With the scene's prompt on UNets: added to the scores of cross-attention between the cells of a region and
+            the words of its subject, and subtracted for the words of other subjects.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
     """
 
@@ -75,6 +79,7 @@ class Draft:
     reading: Reading = "auto"
     apart: float = 0.4
     isolate: Isolation = "auto"
+    bias: float = 1.0
     keep_regions: bool = True
 
     def __post_init__(self) -> None:
@@ -85,6 +90,8 @@ class Draft:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
+        if not 0 <= self.bias < math.inf:
+            raise ValueError(f"bias must be at least 0, not {self.bias}")
         if not 0 <= self.apart <= 1:
             raise ValueError(f"apart must lie between 0 and 1, not {self.apart}")
 
@@ -135,7 +142,7 @@ class Restart:
     Attributes:
         text: The text that callbacks see.
         divide: Divides the free cells between subjects, given their centres and a mask with 1 at free cells.
-        start: Starts the process, given masks: one for all images, or one for each. Shape of the masks: [images,
+        start: Starts the process, given masks, shared or one for each image. Shape of the masks: [images,
             subjects, height, width] on the latent grid.
     """
 
@@ -145,16 +152,26 @@ class Restart:
 
 
 def _by_scene(settings: Draft, session: Session) -> Restart:
-    """All cells read the scene's prompt, and LoRAs are gated, as in `regional`."""
+    """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
     concepts, regional = session.concepts, Regional()
     texts = shared_text(session)
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level = _by_level(session, masks)
         everywhere = [concept.is_style for concept in concepts.concepts]
-        return [FixedPasses(session, [[(regional.gated(session, texts, by_level, everywhere), 1.0)]])]
+        spec = regional.gated(session, texts, by_level, everywhere)
+        if settings.bias and session.canvas.backbone.joint is None:
+            spec = replace(spec, text_bias=_biases(session, texts.text, by_level, settings.bias))
+        return [FixedPasses(session, [[(spec, 1.0)]])]
 
     return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
+
+
+def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> Mapping[int, Tensor]:
+    """The bias of every grid. Shape: [rows, cells, tokens] each."""
+    subjects = list(session.concepts.subjects)
+    phrases = text.phrase_mask[text.conditional_rows][..., subjects]
+    return {level: region_bias(text, share[..., subjects], phrases, size, -size) for level, share in shares.items()}
 
 
 def _by_level(session: Session, masks: Tensor) -> Mapping[int, Tensor]:

@@ -23,7 +23,7 @@ have the settings of each. `docs/methods/lora-composer.md` measures the contribu
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, get_args
 
 import torch
@@ -32,12 +32,14 @@ from torch import Tensor
 from lora_compose.attention import Partition, RegionAttention
 from lora_compose.attention.device import to_device
 from lora_compose.pipelines.canvas import Step, steps_in
-from lora_compose.pipelines.losses import concentration, filling, gaussian_over, outside_attention, smooth
+from lora_compose.pipelines.losses import concentration, filling, outside_attention, smooth
+from lora_compose.pipelines.methods.apart import Parts, parts_of
 from lora_compose.pipelines.methods.latent_update import StepRule, descend
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import Process, warn_unread
 from lora_compose.pipelines.methods.region_gates import Inject, Rows, region_gates
 from lora_compose.pipelines.methods.reinit import reinitialised
+from lora_compose.pipelines.methods.targets import Target, targets_of
 from lora_compose.pipelines.passes import AttentionMaps, MapRequest, Pass
 from lora_compose.pipelines.prepared_pass import PreparedPass
 from lora_compose.pipelines.regions import Regions, Window
@@ -181,7 +183,7 @@ class LoraComposer:
         )
         prompts = _own_prompts(session, regions.indices)
         texts = self.texts(session, regions.indices, prompts)
-        targets = _targets(session, regions, prompts) if self.updates or self.moves_noise else ()
+        targets = targets_of(session, regions, prompts) if self.updates or self.moves_noise else ()
         return self.composing(session, regions, texts, targets)
 
     def composing(
@@ -189,7 +191,7 @@ class LoraComposer:
         session: Session,
         regions: Regions,
         texts: "RegionTexts",
-        targets: Sequence["Target"] = (),
+        targets: Sequence[Target] = (),
         image: int | None = None,
     ) -> "Composing":
         """The process for given regions.
@@ -201,9 +203,10 @@ class LoraComposer:
             targets: Regions and tokens of the losses; empty without updates.
             image: Index of the image, if each image has its own regions.
         """
-        gates = region_gates(session, texts.together, regions, rows=self.rows, inject=self.inject)
-        whole = session.denoiser.prepare(Pass(texts.together, gates, self._attention(session, regions), image=image))
-        parts = self._parts(session, texts.alone, regions, whole) if self.apart > 0 else None
+        make_pass = partial(self._pass, session, image=image)
+        whole = session.denoiser.prepare(make_pass(texts.together, regions))
+        side = session.canvas.backbone.native_side * self.apart_side
+        parts = parts_of(session, texts.alone, regions, side, whole, make_pass) if self.apart > 0 else None
         return Composing(self, session, texts.background, whole, targets, parts)
 
     def texts(self, session: Session, indices: Sequence[int], prompts: Sequence[Sequence[str]]) -> "RegionTexts":
@@ -244,26 +247,14 @@ class LoraComposer:
         keeps = all(find_words(other.trigger or "", bare) for other in others)
         return bare if self.background == "surroundings" and keeps else without_triggers(prompt, mine)
 
-    def _attention(self, session: Session, regions: Regions) -> RegionAttention:
+    def _pass(
+        self, session: Session, text: Conditioning, regions: Regions, window: Window | None = None, *, image: int | None
+    ) -> Pass:
         cells = {level: cells.flatten(0, 1) for level, cells in regions.cells.items()}
         partitions = {level: Partition.of(inside, session.canvas.device) for level, inside in cells.items()}
-        return RegionAttention(partitions, self.inject != "off", self.isolate)
-
-    def _parts(self, session: Session, texts: Sequence[Conditioning], regions: Regions, whole: PreparedPass) -> "Parts":
-        """A canvas for each region."""
-        parts, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
-        for n, text in enumerate(texts):
-            window = regions.window(n, session.canvas.backbone.native_side * self.apart_side)
-            alone = regions.part(window, n)
-            mine, all_here = alone.cells[0][..., n], regions.cells[0][window]
-            shown = mine | ~all_here.any(dim=-1)
-            seen[window] |= shown
-            gates = region_gates(session, text, alone, rows=self.rows, inject=self.inject)
-            height, width = (side / full for side, full in zip(shown.shape, regions.grid, strict=True))
-            spec = Pass(text.on_part(height, width), gates, self._attention(session, alone), window, whole.spec.image)
-            part = session.denoiser.prepare(spec, same_text_as=whole)
-            parts.append(Part(window, shown.to(session.canvas.device), part))
-        return Parts(parts, complete=bool(seen.all()))
+        attention = RegionAttention(partitions, self.inject != "off", self.isolate)
+        gates = region_gates(session, text, regions, rows=self.rows, inject=self.inject)
+        return Pass(text, gates, attention, window, image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,50 +275,6 @@ class RegionTexts:
         """The rows of one image."""
         alone = [text.of_image(image) for text in self.alone]
         return RegionTexts(self.background.of_image(image), self.together.of_image(image), alone)
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """Region and tokens of the losses of one concept.
-
-    Attributes:
-        region: 1 inside. Shape: [height, width] of the map grid.
-        gaussian: Gaussian weights in the region.
-        inside: Indices of its cells.
-        outside: Indices of the others.
-        words: The concept's tokens in its own text, one map each, padded. Shape: [images, tokens, maps].
-        share: Weight of every map in the mean over the concept's tokens, 0 at the padding. Shape: [images, maps].
-    """
-
-    region: Tensor
-    gaussian: Tensor
-    inside: Tensor
-    outside: Tensor
-    words: Tensor
-    share: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A part of the canvas on which one region is denoised alone.
-
-    Attributes:
-        window: Its rows and columns of the latents.
-        shown: True where its result is used: in the region, and outside all regions. Shape: [rows, columns].
-        prepared: Its pass.
-    """
-
-    window: Window
-    shown: Tensor
-    prepared: PreparedPass
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """The canvases of all regions, and whether they cover the whole canvas."""
-
-    each: Sequence[Part]
-    complete: bool
 
 
 @dataclass
@@ -373,23 +320,11 @@ class Composing:
         if self.settings.updates and not step.second_order:
             latents = self._update(latents, step)
         if self.parts is not None and step.index < math.ceil(steps_in(self.settings.apart, step.count)):
-            return latents, self._apart(latents, step, self.parts)
+            return latents, self.parts.predict(self.session, latents, step, lambda: self._together(latents, step))
         return latents, self._together(latents, step)
 
     def _together(self, latents: Tensor, step: Step) -> Tensor:
         return self.session.guider.combine(self.session.denoiser.predict(latents, step, self.whole), step)
-
-    def _apart(self, latents: Tensor, step: Step, parts: Parts) -> Tensor:
-        """Predicts every region and its surroundings on its own canvas, and the rest, if any, on the whole canvas."""
-        total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
-        for part in parts.each:
-            here = (..., *part.window)
-            prediction = self.session.denoiser.predict(latents[here].contiguous(), step, part.prepared)
-            total[here] += self.session.guider.combine(prediction, step) * part.shown
-            times[here] += part.shown
-        if parts.complete:
-            return total / times
-        return torch.where(times > 0, total / times.clamp(min=1), self._together(latents, step))
 
     def _update(self, latents: Tensor, step: Step) -> Tensor:
         settings, (index, count) = self.settings, (step.index, step.count)
@@ -448,34 +383,3 @@ def _own_prompts(session: Session, indices: Sequence[int]) -> list[list[str]]:
         raise ValueError("lora-composer makes a text for each region, so it needs prompts, not prompt_embeds")
     concepts = [session.concepts.concepts[i] for i in indices]
     return [[about(concept, prompt, concepts) for prompt in texts] for concept in concepts]
-
-
-def _targets(session: Session, regions: Regions, prompts: Sequence[Sequence[str]]) -> list[Target]:
-    masks = regions.cells[session.canvas.map_level].unbind(dim=-1)
-    return [_target(session, *one) for one in zip(regions.indices, masks, prompts, strict=True)]
-
-
-def _target(session: Session, concept: int, region: Tensor, prompts: Sequence[str]) -> Target:
-    mine, canvas = session.concepts.concepts[concept], session.canvas
-    words = session.prompts.find(prompts, [mine.name]).phrase[:, :, concept]
-    words = words.repeat_interleave(canvas.images_per_prompt, dim=0)
-    _check_words(mine, words)
-    tokens = [row.nonzero()[:, 0] for row in words.cpu()]
-    token_weights = torch.zeros(*words.shape, max(len(found) for found in tokens))
-    share = torch.zeros(len(tokens), token_weights.shape[-1])
-    for image, found in enumerate(tokens):
-        token_weights[image, found, torch.arange(len(found))] = 1
-        share[image, : len(found)] = 1 / len(found)
-    inside, outside = region.flatten().nonzero()[:, 0], (~region).flatten().nonzero()[:, 0]
-    on_device = (
-        x.to(canvas.device) for x in (region.float(), gaussian_over(region), inside, outside, token_weights, share)
-    )
-    return Target(*on_device)
-
-
-def _check_words(concept: Concept, words: Tensor) -> None:
-    if not words.any(dim=1).all():
-        raise ValueError(
-            f"lora-composer moves {concept.name!r} by its words: give it a trigger (and class word), or switch "
-            "updates and re-initialisation off with step_size=0, reinit='off'"
-        )

@@ -159,10 +159,10 @@ class Reading:
             read = [column or texts[0] for column in texts]
             for row in range(len(read[0] or ())):
                 for i in range(self.chunks):
-                    asked = [column[row][i] for column in read if column is not None]
-                    if not all(one.is_even for one in asked):
+                    pieces = [column[row][i] for column in read if column is not None]
+                    if not all(one.is_even for one in pieces):
                         rows = slice(row * images_per_prompt, (row + 1) * images_per_prompt)
-                        chunks[i][rows] = weighted(asked).to(chunks[i])
+                        chunks[i][rows] = weighted(pieces).to(chunks[i])
             joined[side] = torch.cat(chunks, dim=1)
         return [*joined, *parts[0][2:]]
 

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -52,13 +53,18 @@ class Positions:
 
 def find_words(words: str, prompt: str) -> list[tuple[int, int]]:
     """Character spans of whole words in a prompt, ignoring case and spacing."""
+    return list(_find_words(words, prompt))
+
+
+@lru_cache(maxsize=1024)  # every concept of a call asks where the words of all others are
+def _find_words(words: str, prompt: str) -> tuple[tuple[int, int], ...]:
     pattern = r"\s+".join(re.escape(word) for word in words.split())
     # A boundary is needed only beside letters, digits and underscores: "<V1>" has its own.
     before = r"(?<!\w)" if re.match(r"\w", words.strip()) else ""
     after = r"(?!\w)" if re.search(r"\w$", words.strip()) else ""
     matches = re.finditer(before + pattern + after, prompt, re.IGNORECASE) if pattern else ()
     # To `re` the long s is an s, to tokenizers it is another letter.
-    return [match.span() for match in matches if match[0].lower().split() == words.lower().split()]
+    return tuple(match.span() for match in matches if match[0].lower().split() == words.lower().split())
 
 
 Span = tuple[int, int]
@@ -117,8 +123,10 @@ def locate(tokenizer: Tokenizer, prompt: str, concept: Concept, concepts: Sequen
 
 def _composed(concept: Concept) -> Concept:
     """The concept in NFC, as tokenizers read text: a combining accent would look like the end of a word."""
-    words = {name: unicodedata.normalize("NFC", getattr(concept, name) or "") for name in ("trigger", "class_word")}
-    return concept.model_copy(update=words)
+    words = {name: getattr(concept, name) or "" for name in ("trigger", "class_word")}
+    if all(unicodedata.is_normalized("NFC", word) for word in words.values()):
+        return concept
+    return concept.model_copy(update={name: unicodedata.normalize("NFC", word) for name, word in words.items()})
 
 
 def span_positions(tokenizer: Tokenizer, prompt: str, span: tuple[int, int], concept: Concept) -> Sequence[int]:

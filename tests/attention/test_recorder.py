@@ -128,6 +128,25 @@ def test_only_the_chosen_layers_and_passes_are_recorded_and_the_output_is_the_sa
 
 
 @torch.no_grad()
+def test_the_output_of_a_layer_is_that_of_its_projection_of_all_rows() -> None:
+    unet = sd_unet()
+    inputs, layer, seen = unet_inputs(unet, tokens=TOKENS), "up_blocks.1.attentions.2.transformer_blocks.0.attn1", []
+    project = unet.get_submodule(f"{layer}.to_out.0")
+    project.register_forward_hook(lambda _, __, out: seen.append(out))
+    recorder = Recorder(cross_layers(unet)[:1], every_token(), output_layer=layer)
+    assert recorder.all_layers == {cross_layers(unet)[0], layer}
+    record(unet, recorder, inputs, inputs | {"sample": -inputs["sample"]})
+    assert recorder.output is not None
+    assert torch.equal(recorder.output, seen[1])
+    parts = [recorder.of_rows(slice(row, row + 1)) for row in range(ROWS)]
+    for row, part in enumerate(parts):
+        part.take_output(layer, seen[1][row : row + 1])
+        part.take_output("another layer", seen[0])
+    recorder.join(parts)
+    assert torch.equal(recorder.output, seen[1])
+
+
+@torch.no_grad()
 def test_a_second_pass_replaces_the_maps() -> None:
     unet = sd_unet()
     first, second = (unet_inputs(unet, tokens=TOKENS, seed=seed) for seed in range(2))

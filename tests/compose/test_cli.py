@@ -232,10 +232,10 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
         (
             "path=a.safetensors,region=1:2:3",
-            "region 1:2:3: expected left,top,right,bottom in pixels (0,16,60,112), as parts",
+            "region 1:2:3: expected left,top,right,bottom in pixels (0,16,60,112), as fractions",
         ),
         ("path=a.safetensors,region=9:0:3:4", "left has to be less than right"),
-        ("path=a.safetensors,region=0,0,0.5,64", "with a point, a box is in parts of the image"),
+        ("path=a.safetensors,region=0,0,0.5,64", "with a point, a box is in fractions of the image"),
     ],
 )
 def test_concepts_that_cannot_be_read(text: str, message: str) -> None:
@@ -379,7 +379,7 @@ def test_all_missing_loras_are_listed(saved: dict[str, Path], tmp_path: Path) ->
     assert "robot-tara.safetensors" in result.stderr
 
 
-def test_a_lora_that_has_changed_is_told_and_the_right_one_preferred(moved: Path, tmp_path: Path) -> None:
+def test_a_lora_that_has_changed_is_reported_and_the_right_one_preferred(moved: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     shutil.copy(tmp_path / "loras/my,bear.safetensors", tmp_path / "kept")
     shutil.copy(playground_lora("robot"), tmp_path / "loras/my,bear.safetensors")

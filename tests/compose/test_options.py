@@ -179,7 +179,7 @@ def test_the_prompt_chooses_among_the_loras_of_a_folder(folder: Path, tmp_path: 
         (["--loras", "none", "--prompt", "a xlo bear"], "there is no folder 'none'"),
     ],
 )
-def test_what_cannot_be_chosen_is_said(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:
+def test_what_cannot_be_chosen_is_reported(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:
     result = call("run", "playground", "--loras", folder, *more, "--steps", 1, "--out", tmp_path / "out", code=2)
     assert message in flat(result.stderr)
     assert not (tmp_path / "out").exists()

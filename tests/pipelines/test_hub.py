@@ -1,4 +1,4 @@
-"""A model hub that is out of reach is said at once, and what is in its cache is read."""
+"""A model hub that is out of reach is reported at once, and its cache is read."""
 
 import socket
 import time
@@ -17,7 +17,7 @@ REPOSITORY = "somebody/a-model"
 
 @pytest.fixture
 def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A hub at a port where nobody listens, and an empty cache."""
+    """A hub at an unused port, and an empty cache."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Opening what strangers name: regular files alone, and never waiting."""
+"""Opening untrusted paths: regular files only, and never waiting."""
 
 import os
 import socket
@@ -53,6 +53,6 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Callable[[Path
     assert raised
 
 
-def test_what_is_missing_is_said_so(tmp_path: Path) -> None:
+def test_missing_things_are_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "none")

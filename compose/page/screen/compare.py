@@ -42,12 +42,12 @@ def _costs(session: PageSession, methods: list[str]) -> None:
     rows = []
     for method, report in zip(methods, reports, strict=True):
         if report is None:
-            said = "shown when the model is free"
+            cost = "shown when the model is free"
         elif report.problems:
-            said = f":material/block: {markdown(page_message(report.problems[0], method))}"
+            cost = f":material/block: {markdown(page_message(report.problems[0], method))}"
         else:
-            said = markdown(cost_words(session, report.cost)) if report.cost is not None else "not known"
-        rows.append(f"| **{markdown(label_of(method).name)}** | {markdown(sentence(method))} | {said} |")
+            cost = markdown(cost_words(session, report.cost)) if report.cost is not None else "not known"
+        rows.append(f"| **{markdown(label_of(method).name)}** | {markdown(sentence(method))} | {cost} |")
     if rows:
         st.markdown("\n".join(["| method | what it does | cost, or what is missing |", "|---|---|---|", *rows]))
 

@@ -64,7 +64,7 @@ def _card(session: PageSession, i: int, row: Row) -> None:
         elif row.lora is None:
             st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
         elif (fit := session.fit(row)) is not None and fit[2]:
-            st.error("This LoRA does not fit the open model.", icon=":material/error:")  # why is said at the button
+            st.error("This LoRA does not fit the open model.", icon=":material/error:")  # reason: at the button
 
 
 def _details(session: PageSession, row: Row) -> None:

@@ -244,7 +244,7 @@ def form(session: PageSession) -> Form:
 
 def changed_from(session: PageSession, run: Run) -> list[str]:
     """The fields that differ from a run after they were filled with it, one line each."""
-    said: dict[str, tuple[Any, Any]] = {
+    changes: dict[str, tuple[Any, Any]] = {
         "prompt": (run.scene.prompt, st.session_state[PROMPT]),
         "negative prompt": (run.scene.negative_prompt, st.session_state[NEGATIVE]),
     }
@@ -254,10 +254,10 @@ def changed_from(session: PageSession, run: Run) -> list[str]:
             before = getattr(concept, name)
             # what an image leaves open is filled in without a note, except regions
             if before is not None or (name == "region" and boxed() and not is_style(row)):
-                said[f"{name.replace('_', ' ')} of {concept.name}"] = before, getattr(now, name)
+                changes[f"{name.replace('_', ' ')} of {concept.name}"] = before, getattr(now, name)
     return [
         f"The {name} was {_short(before)} and is {_short(now)} here."
-        for name, (before, now) in said.items()
+        for name, (before, now) in changes.items()
         if before != now
     ]
 

@@ -42,9 +42,9 @@ def model_part(session: PageSession) -> None:
             "Less memory, but slower. Keeping parts on the CPU needs a GPU. Not stored in images: "
             "tiles can change a large image slightly."
         ))  # fmt: skip
-        asked = _asked()
+        chosen = _chosen()
         st.button(
-            "Open this model", on_click=_open, args=(session, asked), disabled=asked == choice or session.working,
+            "Open this model", on_click=_open, args=(session, chosen), disabled=chosen == choice or session.working,
             icon=":material/folder_open:",
         )  # fmt: skip
 
@@ -95,7 +95,7 @@ def _what_it_does(saver: Saver) -> str:
     return SAVERS[saver][0].upper() + SAVERS[saver][1:]
 
 
-def _asked() -> Choice:
+def _chosen() -> Choice:
     own, device = st.session_state[_KIND] == _OWN, st.session_state[_DEVICE]
     return Choice(
         st.session_state[_NAME].strip() if own else PLAYGROUND,
@@ -116,7 +116,7 @@ def _open(session: PageSession, choice: Choice) -> None:
     except (ValueError, OSError, RuntimeError, ImportError) as error:  # offloading needs a device, accelerate says so
         session.problems[_PLACE] = [str(error)]
         return
-    if fields.size() == before:  # nobody has chosen another one
+    if fields.size() == before:  # the user has not chosen another one
         fields.resize(session, session.model.size)
 
 

@@ -116,24 +116,24 @@ class PageSession:
     store: Store
     model: OpenModel
     options: Options
-    rows: list[Row] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    compared: list[Result] = field(default_factory=list)
-    shown: str = ""
-    job: Job | None = None
-    waiting: list[Job] = field(default_factory=list)
-    was_working: bool = False
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    uploads: int = 0
-    start: StartImage | None = None
-    unready: bool = False
-    closed: bool = False
-    merged: Merged | None = None
     _session_id: str = ""
-    _numbers: int = 0
-    _png: tuple[str, bytes] = ("", b"")
-    _outlooks: dict[str, Report] = field(default_factory=dict)
-    _likeness: dict[str, dict[str, Likeness]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list, init=False)
+    results: list[Result] = field(default_factory=list, init=False)
+    compared: list[Result] = field(default_factory=list, init=False)
+    shown: str = field(default="", init=False)
+    job: Job | None = field(default=None, init=False)
+    waiting: list[Job] = field(default_factory=list, init=False)
+    was_working: bool = field(default=False, init=False)
+    problems: dict[str, list[str]] = field(default_factory=dict, init=False)
+    uploads: int = field(default=0, init=False)
+    start: StartImage | None = field(default=None, init=False)
+    unready: bool = field(default=False, init=False)
+    closed: bool = field(default=False, init=False)
+    merged: Merged | None = field(default=None, init=False)
+    _numbers: int = field(default=0, init=False)
+    _png: tuple[str, bytes] = field(default=("", b""), init=False)
+    _outlooks: dict[str, Report] = field(default_factory=dict, init=False)
+    _likeness: dict[str, dict[str, Likeness]] = field(default_factory=dict, init=False)
 
     @property
     def working(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from components import seeded
 from flux import flux_transformer
 from lora_compose.attention import Recorder, backbone_of, frozen
+from lora_compose.attention.device import modules_of
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from transformer_families import TOKENS
 
@@ -33,7 +34,7 @@ def maps_and_gradient(transformer: Any, layers: list[str], *, stop: bool) -> tup
     state.recorders = [recorder]
     state.inputs = LayerInputs(lengths=(TOKENS,) * ROWS, latent_grid=GRID)
     with ExitStack() as undo, frozen(transformer):
-        backbone.steer(state, undo)
+        backbone.steer(modules_of(transformer), state, undo)
         with backbone.truncated_after(layers) if stop else nullcontext():
             backbone.forward(latents, torch.tensor(500.0), text, added, guidance=torch.full((ROWS,), 3.5))
         loss = torch.stack([found.square().sum() for found in recorder.maps.values()]).sum()

@@ -8,8 +8,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from torch import Tensor
 
 from components import installed, sd_unet, shallow_sdxl_unet, unet_inputs, with_bank
+from lora_compose.attention import Recorder
 from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
-from lora_compose.attention.forward_state import ForwardState
+from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from lora_compose.attention.kernels import XFormersKernel, kernel_of
 from reference import random_gates, relative_error
 
@@ -73,6 +74,26 @@ def test_kernels_have_the_bits_of_diffusers_processors(
     text = (torch.randn(2, 7, 12, generator=generator) * size).to(dtype)
     found, expected = both(attn, hidden, *([text] if cross else []))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("processor", PROCESSORS.values())
+@torch.no_grad()
+def test_a_bias_on_the_text_is_diffusers_attention_mask(processor: Any, dtype: torch.dtype) -> None:
+    attn: Any = attention(processor=processor(), cross_attention_dim=12).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    hidden, text, bias = (torch.randn(2, *size, generator=generator).to(dtype) for size in ((24, 16), (7, 12), (24, 7)))
+    expected = attn(hidden, text, attention_mask=bias)
+    layer, state = AttentionLayer("attn", True, "mid", 2), ForwardState(LayerInputs(text_bias={2: bias[:, None]}))
+    recorder = Recorder(["attn"], torch.eye(7).expand(2, -1, -1))
+    state.recorders = [recorder]
+    ours: Any = ComposeAttnProcessor(layer, kernel_of("attn", attn), state)
+    attn.set_processor(ours)
+    assert torch.equal(attn(hidden, text), expected)
+    if dtype == torch.float32 and processor is AttnProcessor:
+        query, key = (attn.head_to_batch_dim(side(x)) for side, x in ((attn.to_q, hidden), (attn.to_k, text)))
+        probabilities = attn.get_attention_scores(query, key, bias.repeat_interleave(4, dim=0))
+        torch.testing.assert_close(recorder.maps["attn"], probabilities.unflatten(0, (2, 4)).mean(dim=1))
 
 
 def test_gradients_equal_diffusers_own() -> None:

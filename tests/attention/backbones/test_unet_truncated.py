@@ -128,7 +128,7 @@ def test_the_up_path_is_left_out_where_none_of_its_layers_is_wanted(stage: str) 
             unet(**unet_inputs(unet, grid=GRID))
 
 
-def test_blocks_are_told_apart_by_their_whole_names() -> None:
+def test_blocks_are_distinguished_by_their_whole_names() -> None:
     unet = nn.Module()
     unet.down_blocks, unet.up_blocks = nn.ModuleList(), nn.ModuleList(nn.Identity() for _ in range(12))
     unet.conv_norm_out = unet.conv_out = nn.Identity()

@@ -139,7 +139,7 @@ def test_a_bad_row_of_json_is_named(tmp_path: Path, row: str, expected: str) -> 
         ("seed,seeds\n1,2\n", "not both"),
     ],
 )
-def test_a_header_that_cannot_be_read_is_said_at_once(tmp_path: Path, text: str, expected: str) -> None:
+def test_a_header_that_cannot_be_read_is_reported_at_once(tmp_path: Path, text: str, expected: str) -> None:
     (path,) = written(tmp_path, rows_csv=text)
     with pytest.raises(FileError, match=r"rows\.csv") as error:
         read_entries([path])
@@ -240,7 +240,7 @@ def test_seeds_as_people_write_them() -> None:
             BatchSettings(model="playground", seeds=wrong)  # pyright: ignore[reportArgumentType]
 
 
-def test_what_is_wrong_with_all_of_it_is_said_before_anything_is_made(tmp_path: Path) -> None:
+def test_errors_in_settings_are_reported_before_anything_is_made(tmp_path: Path) -> None:
     (scene, bad) = written(tmp_path, a_yaml={"prompt": "a"}, b_yaml="prompt: [")
     out = ["--out", tmp_path / "out"]
     assert "there is no model; give --model" in call("batch", scene, *out, code=2).output

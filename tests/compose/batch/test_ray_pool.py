@@ -29,7 +29,7 @@ ROWS = ["name,animal,trigger,seeds", "bear,bear,xlo,0-3", "robot,robot,qrt,0-3",
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Entries and settings with model and LoRAs in folders that no worker is told of by name."""
+    """Entries and settings with model and LoRAs in folders whose names no worker gets."""
     folder = tmp_path_factory.mktemp("given")
     shutil.copytree(PLAYGROUND / "model", folder / "model")
     for name in ("bear", "robot", "car"):

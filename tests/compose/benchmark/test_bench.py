@@ -1,4 +1,4 @@
-"""What the methods cost, as the command says it."""
+"""The costs of methods, as the command prints them."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from commands import call
 from components import tiny_pipeline
 from lora_compose.attention import backbone_of
 from lora_compose.compose.benchmark.architectures import PROMPT, attention_lora, columns, without_weights
-from lora_compose.compose.benchmark.timing import Job, open_with_concepts, peak_bytes, time_pairs
+from lora_compose.compose.benchmark.timing import PEFT_WAYS, Job, open_with_concepts, peak_bytes, time_ways
 from lora_compose.compose.benchmark.transformers import block_lora, pass_cost
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.methods import Regional
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_counting_is_what_it_does_if_nothing_is_said(tmp_path):
+def test_counting_is_the_default(tmp_path):
     output = bench("--method", "tara", "--method", "composite", "-n", 2, "--steps", 3, "--json", tmp_path / "it.json")
     rows = cells(output)
     assert rows["plain", "0"] == ["6", "-", "-", "1.000", "-", "1.000", "-"]
@@ -60,7 +60,8 @@ def test_seconds_and_memory_of_a_model_without_files_of_loras(model, tmp_path):
     assert "counted" not in written
     assert written["save_memory"] == ["tiling"]
     assert "tiling" in output
-    (row,) = written["timed"]
+    row, *peft = written["timed"]
+    assert [(one["method"], one["concepts"]) for one in peft] == [("set_adapters", 2), ("fuse_lora", 2)]
     time = row["time"]
     assert 0 < time["preparation_seconds"] < time["seconds"]
     assert time["ratio_min"] <= time["ratio"] <= time["ratio_max"]
@@ -75,12 +76,13 @@ def test_saving_memory_is_refused_where_nothing_would_save_any():
 
 
 class Watched(ComposeStableDiffusionPipeline):
-    """Writes down which calls there were."""
+    """Writes down which calls there were, and whether adapters of PEFT are beside or in the weights."""
 
     calls: tuple[Any, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        Watched.calls += (kwargs.get("method"),)
+        merged = {name for module in self.unet.modules() for name in getattr(module, "merged_adapters", ())}
+        Watched.calls += ((kwargs.get("method"), tuple(self.get_active_adapters()), tuple(sorted(merged))),)
         return super().__call__(*args, **kwargs)
 
 
@@ -89,10 +91,14 @@ def test_runs_are_interleaved(model):
     watched = Watched(**pipe.components, requires_safety_checker=False)
     watched.set_progress_bar_config(disable=True)
     watched.library.loaded.update(pipe.library.loaded)
-    method = Regional()
-    timed = time_pairs(watched, method, 2, steps=1, pairs=3)
-    assert Watched.calls == (None, method) * 4  # the first two warm up
-    assert timed.ratio_min <= timed.ratio <= timed.ratio_max
+    jobs = [Job(str(model), "cpu", 1, method=name, concepts=2) for name in ("regional", *PEFT_WAYS)]
+    timed = time_ways(watched, jobs, rounds=2)
+    both = ("adapter0", "adapter1")
+    one_round = (None, (), ()), (Regional(), (), ()), (None, both, ()), (None, both, both)
+    assert Watched.calls == one_round * 3  # the first warms up
+    assert all(one.ratio_min <= one.ratio <= one.ratio_max for one in timed)
+    assert [one.change_seconds > 0 for one in timed] == [False, True, True]
+    assert not watched.get_list_adapters()
 
 
 def test_every_concept_has_a_word_and_a_column(model):
@@ -117,7 +123,7 @@ def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_in_the_other_process_is_told():
+def test_a_failure_in_the_other_process_is_reported():
     with pytest.raises(ChildProcessError, match="there is no model 'nowhere'"):
         peak_bytes(Job("nowhere", "cpu", 1))
 
@@ -129,14 +135,15 @@ def test_wrong_options_end_with_2():
     bench("--steps", 0, code=2)
 
 
-def test_a_later_call_asks_far_less_of_the_host_than_the_first(model, tmp_path):
+def test_a_later_call_needs_far_less_of_the_host_than_the_first(model, tmp_path):
     given = ("--calls", "--model", model, "--method", "merge", "-n", 2, "--json", tmp_path / "it.json")
     row = cells(bench(*given))["merge", "2"]
     (found,) = json.loads((tmp_path / "it.json").read_text())["calls"]
     work = found["work"]
-    assert row == [
-        str(work[when][what]) for when in ("first", "again", "step") for what in ("python_calls", "operations")
-    ]
+    counts = [[str(one) for one in work[when].values()] for when in ("first", "again", "step")]
+    times = [[f"{work[when]:.1f}"] for when in ("first_ms", "again_ms")]
+    assert row == counts[0] + times[0] + counts[1] + times[1] + counts[2]
+    assert work["again_ms"] < work["first_ms"]
     assert work["again"]["python_calls"] < 0.8 * work["first"]["python_calls"]
     assert work["again"]["operations"] < work["first"]["operations"]
     assert work["step"]["operations"] <= 0  # keys and values of the text are kept

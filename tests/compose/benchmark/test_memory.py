@@ -27,7 +27,7 @@ def test_what_was_there_counts():
     assert before() == small
 
 
-def test_the_peak_is_the_most_that_lived_at_once():
+def test_the_peak_is_the_largest_sum_of_live_tensors():
     start = before()
     with peak_memory("cpu") as memory:
         first = block(MIB)

@@ -52,7 +52,7 @@ DINO: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attentio
 
 
 def tokenizer_of(family: str) -> Any:
-    """The playground's tokenizer; for SigLIP 2 its own kind, which transformers takes whatever a folder says."""
+    """The playground's tokenizer; for SigLIP 2 its own kind, which transformers uses for any folder."""
     if family != "siglip2":
         return CLIPTokenizer.from_pretrained(playground_model() / "tokenizer")
     letters = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
@@ -277,7 +277,7 @@ def test_the_judge_of_the_playground_has_a_name(folders: dict[str, Path], monkey
     close(encoder.images(random_images()), load_encoder(str(folders["clip"])).images(random_images()))
 
 
-def test_a_missing_judge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_judge_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Path:
         raise FileNotFoundError("the playground's judge is missing")
 
@@ -318,7 +318,7 @@ def test_other_families_are_refused_and_those_that_work_named(tmp_path: Path) ->
         ("siglip", "token*", r"the tokenizer of the encoder .* cannot be opened"),
     ],
 )
-def test_missing_files_are_said(copied: Callable[[str], Path], family: str, lost: str, message: str) -> None:
+def test_missing_files_are_reported(copied: Callable[[str], Path], family: str, lost: str, message: str) -> None:
     folder = copied(family)
     for path in folder.glob(lost):
         path.unlink()
@@ -334,7 +334,7 @@ def test_pickled_weights_are_not_opened(copied: Callable[[str], Path]) -> None:
         load_encoder(str(folder))
 
 
-def test_damaged_weights_are_said(copied: Callable[[str], Path]) -> None:
+def test_damaged_weights_are_reported(copied: Callable[[str], Path]) -> None:
     folder = copied("clip")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

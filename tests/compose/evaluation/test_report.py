@@ -1,4 +1,4 @@
-"""The report of an evaluation: what it says, and that it needs nothing else."""
+"""The report of an evaluation: its content, in one file."""
 
 import base64
 import io
@@ -204,7 +204,7 @@ def test_numbers_are_short_and_signed() -> None:
     assert number(float("nan")) == number(None) == "\u2013"
 
 
-def test_what_is_said_of_images(written: Path) -> None:
+def test_facts_about_images(written: Path) -> None:
     words = _Page(written / "report.html").words
     assert "dog 0.300 like cat" in words
     assert "cat 0.490 too low" in words
@@ -235,7 +235,7 @@ def test_verdicts_in_words(tmp_path: Path) -> None:
 # --- warnings ---
 
 
-def test_few_scenes_and_gaps_are_said(written: Path) -> None:
+def test_few_scenes_and_gaps_are_reported(written: Path) -> None:
     for text in (_Page(written / "report.html").words, (written / "report.md").read_text(encoding="utf-8")):
         assert "1 scene: intervals of so few say little" in text
         assert "2 batches of 16 failed or are not made yet" in text
@@ -247,7 +247,7 @@ def test_a_concept_that_the_encoder_does_not_recognise_is_reported(tmp_path: Pat
     assert "cannot recognise dog" not in words
 
 
-def test_mixed_versions_and_machines_are_said(tmp_path: Path) -> None:
+def test_mixed_versions_and_machines_are_reported(tmp_path: Path) -> None:
     store(tmp_path, suite(seeds=[1]), known)
     plan = Plan.model_validate_json((tmp_path / PLAN).read_text())
     path = tmp_path / "batches" / plan.batches[0].key / "made.json"

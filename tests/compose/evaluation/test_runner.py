@@ -311,7 +311,7 @@ def test_two_processes_give_the_results_of_one(
 
 
 @pytest.mark.slow
-def test_two_processes_say_once_what_is_wrong(tmp_path: Path) -> None:
+def test_two_processes_report_an_error_once(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(yaml.safe_dump({**SUITE, "encoder": "./nothing", "device": None}), encoding="utf-8")
     done = called(by_option(path, tmp_path / "out"))
@@ -430,7 +430,7 @@ def test_a_rerun_makes_nothing_again(suite: Suite, finished: Path, tmp_path: Pat
 
 
 def _ends(pid: int) -> bool:
-    """Whether a process ends soon; it may wait for somebody to take note of that."""
+    """Whether a process ends soon; a zombie counts."""
     for _ in range(100):
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
             return True
@@ -480,7 +480,7 @@ def _launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *texts: str, look
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
-def test_a_process_that_was_killed_is_said_and_the_others_go_on(
+def test_a_process_that_was_killed_is_reported_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     looks: list[float] = []
@@ -494,7 +494,7 @@ def test_a_process_that_was_killed_is_said_and_the_others_go_on(
         _launched(tmp_path, monkeypatch, KILLED, KILLED, look=lambda: None)
 
 
-def test_what_is_wrong_in_a_process_is_said_once(
+def test_what_is_wrong_in_a_process_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = "sys.stderr.write('no such model'); sys.exit(2)"
@@ -592,7 +592,7 @@ def _unreadable(folder: Path) -> list[dict[str, Any]]:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_said_before_anything_is_made(
+def test_settings_that_cannot_work_are_reported_before_anything_is_made(
     tmp_path: Path, change: Callable[[Path], dict[str, Any]], expected: str
 ) -> None:
     assert expected in call(*_with(tmp_path, **change(tmp_path)), code=2).output

@@ -86,7 +86,7 @@ def test_without_a_detector_the_regions_are_cut_out(suite: Suite, scorer: Scorer
 
 
 def test_two_concepts_of_one_class_get_one_finding_each(suite: Suite, judge: Encoder) -> None:
-    """A detector that calls both of them animals; likeness says which is which."""
+    """A detector that calls both of them animals; likeness distinguishes them."""
 
     class Animals:
         def detect(self, image: Image.Image, words: Any) -> list[Detection]:
@@ -135,7 +135,7 @@ def test_an_unreadable_reference_is_named(tmp_path: Path) -> None:
         reference_crops(concept(str(tmp_path)))
 
 
-def test_references_are_turned_the_way_a_camera_says(tmp_path: Path) -> None:
+def test_references_are_rotated_as_their_exif_data_say(tmp_path: Path) -> None:
     image = Image.new("RGB", (40, 20))
     exif = image.getexif()
     exif[0x0112] = 6  # turned by a quarter

@@ -1,4 +1,4 @@
-"""Intervals by scene, against scipy and by simulation; verdicts that say no more than the scenes do."""
+"""Intervals by scene, against scipy and by simulation; verdicts need enough scenes."""
 
 import numpy as np
 import pandas as pd
@@ -37,7 +37,7 @@ def test_every_scene_counts_the_same() -> None:
     assert (interval.low, interval.high) == (0, 1)
 
 
-def test_one_scene_says_nothing_about_others() -> None:
+def test_one_scene_has_no_interval() -> None:
     assert same(bootstrap([1, 2, 3], ["a"] * 3), Interval(2, NAN, NAN, 1))
 
 
@@ -69,7 +69,7 @@ def test_scipy_gives_the_same_interval_for_one_value_per_scene(level: float) -> 
     assert interval.high == pytest.approx(reference.high, abs=0.02 * width)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_about_as_often_as_documented() -> None:
     rng = np.random.default_rng(0)
     scenes = [f"{i:02}" for i in range(20) for _ in range(3)]
     hits = 0
@@ -110,7 +110,7 @@ def test_the_order_of_rows_does_not_matter(table: list[tuple[str, float]], data:
 # Comparisons.
 
 
-def test_a_clear_difference_is_told_in_the_direction_of_the_metric() -> None:
+def test_a_clear_difference_is_reported_in_the_direction_of_the_metric() -> None:
     baseline = measured(MINIMUM_SCENES)
     method = baseline + measured(MINIMUM_SCENES, mean=3, noise=0.3, seed=1)
     up, down = compare(method, baseline, True), compare(method, baseline, False)

@@ -100,7 +100,7 @@ def test_seeds_are_divided_into_batches_in_their_order(tmp_path: Path) -> None:
     assert seeds == [(3, 1), (2,)]
 
 
-def test_prompts_name_only_who_takes_part(tmp_path: Path) -> None:
+def test_prompts_name_only_the_acting_concepts(tmp_path: Path) -> None:
     suite = read_suite(written(tmp_path))
     prompts = {(batch.arm.name, batch.arm.alone): run_of(suite, batch).scene.prompt for batch in batches(suite)}
     assert prompts["no LoRA", None] == "a cat and a dog on grass"
@@ -116,7 +116,7 @@ def test_methods_get_the_loras_of_their_kind(tmp_path: Path) -> None:
     assert loras["tara"] == ["playground:cat-tara", "playground:dog-tara"]
 
 
-def test_loras_that_say_tara_act_alone_by_it(tmp_path: Path) -> None:
+def test_loras_trained_with_tara_act_alone_by_it(tmp_path: Path) -> None:
     """Without its token masks a LoRA that was trained with them is less than it can be."""
     suite = read_suite(written(tmp_path, methods=["regional", {"name": "merged", "method": "merge", "lora": "tara"}]))
     runs = {batch.arm.name: run_of(suite, batch) for batch in batches(suite)}
@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_read_alone_is_left_to_the_check_of_all_runs(tmp_p
     assert {run_of(suite, batch).method for batch in batches(suite) if batch.arm.alone == "cat"} == {"merge"}
 
 
-def test_a_concept_acts_as_its_suite_says(tmp_path: Path) -> None:
+def test_a_concept_acts_as_in_its_suite(tmp_path: Path) -> None:
     cat = {**CAT, "weight": "1..0.4", "blocks": {"down": 0.5}, "negative_prompt": "blurry"}
     suite = read_suite(written(tmp_path, concepts=[cat, {**DOG, "weight": [1, 0]}]))
     one, other = next(

@@ -245,7 +245,7 @@ def test_no_evaluation_and_a_damaged_plan(tmp_path: Path) -> None:
         (MADE, lambda text: text.replace('"merge"', '"tara"'), "is of another batch"),
     ],
 )  # fmt: skip
-def test_a_damaged_batch_is_said_and_left_out(
+def test_a_damaged_batch_is_reported_and_left_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Callable[[str], str], told: str
 ) -> None:
     store(tmp_path, suite(), known)

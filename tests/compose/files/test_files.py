@@ -220,7 +220,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_complaints_name_the_file_the_place_and_what_was_expected(tmp_path: Path, name: str) -> None:
+def test_errors_name_the_file_the_position_and_what_was_expected(tmp_path: Path, name: str) -> None:
     file, text, message = WRONG[name]
     (tmp_path / file).write_text(text)
     with pytest.raises(FileError, match=message) as caught:
@@ -266,7 +266,7 @@ def test_other_suffixes_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b.txt").exists()
 
 
-def test_scene_files_are_not_overwritten_unasked(tmp_path: Path) -> None:
+def test_scene_files_are_not_overwritten_by_default(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("# by hand\n" + SCENE)
     with pytest.raises(FileError, match="exists already"):
         write_scene(Scene(prompt="another"), tmp_path / "a.yaml")
@@ -400,7 +400,7 @@ def test_compressed_text_cannot_blow_up(tmp_path: Path) -> None:
         [b"\0\0\0\1\0\0\0\0\0"],
     ],
 )
-def test_broken_chunks_are_refused_kindly(tmp_path: Path, chunks: list[bytes]) -> None:
+def test_broken_chunks_are_refused_with_a_clear_error(tmp_path: Path, chunks: list[bytes]) -> None:
     with pytest.raises(FileError, match=r"1\.png"):
         read_record(with_chunks(tmp_path / "1.png", *chunks))
 

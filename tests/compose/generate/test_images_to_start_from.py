@@ -48,7 +48,7 @@ def test_an_image_is_painted_from_a_scene_file_reproduced_and_refined(tmp_path, 
     assert np.array_equal(np.asarray(read_pixels(tmp_path / "0-refined.png"))[:, 64:], np.asarray(before)[:, 64:])
 
 
-def test_a_changed_image_is_told_by_replay(tmp_path, start):
+def test_a_changed_image_is_reported_by_replay(tmp_path, start):
     call(
         "run", "playground", "--prompt", "a cat", "--image", start, "--strength", "0.5", "--steps", "2",
         "--out", tmp_path,

@@ -1,4 +1,4 @@
-"""`lora-compose inspect` says what files are, what fits a model, and what several files share."""
+"""`lora-compose inspect` shows what files contain, what fits a model, and what several files share."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_several_files_and_what_they_share() -> None:
     assert all(one["meaning"] for one in found["overlaps"])
 
 
-def test_without_a_model_family_and_content_are_said_whatever_the_family(tmp_path: Path) -> None:
+def test_without_a_model_family_and_content_are_reported_for_any_family(tmp_path: Path) -> None:
     tensors = {
         f"lora_unet_double_blocks_0_img_attn_qkv.lora_{side}.weight": torch.ones(4, 4) for side in ("down", "up")
     }
@@ -56,7 +56,7 @@ def test_without_a_model_family_and_content_are_said_whatever_the_family(tmp_pat
     assert "problem" not in text
 
 
-def test_without_a_model_nothing_is_said_not_to_fit(tmp_path: Path, write_lora: Callable[..., Path]) -> None:
+def test_without_a_model_nothing_is_reported_as_unfitting(tmp_path: Path, write_lora: Callable[..., Path]) -> None:
     path = write_lora("small", unet=random_lora(sd_unet(), 1, rank=2))  # of a model smaller than any that is known
     found = json.loads(call("inspect", path, "--json").stdout)["files"][0]
     assert found["problem"] is None
@@ -69,7 +69,7 @@ def test_without_a_model_nothing_is_said_not_to_fit(tmp_path: Path, write_lora: 
     )
 
 
-def test_a_merged_file_says_what_it_was_made_of(tmp_path: Path) -> None:
+def test_a_merged_file_shows_its_sources(tmp_path: Path) -> None:
     path = tmp_path / "both.safetensors"
     call("merge", "playground:cat:0.8", "playground:dog", "--method", "ties", "--set", "density=0.5", "--out", path)
     facts = json.loads(call("inspect", path, "--json").stdout)["files"][0]["facts"]
@@ -87,7 +87,7 @@ def test_a_merged_file_says_what_it_was_made_of(tmp_path: Path) -> None:
     ["", "{", "[]", "1", '{"files": 3}', '{"files": {"a": 1}}', '{"files": [1, null, "x"], "settings": []}',
      '{"files": [{"sha256": 5, "weight": {}}]}', '{"files": [{"name": "' + "x" * 10_000 + '"}], "rank": [1]}'],
 )  # fmt: skip
-def test_metadata_of_strangers_about_merging_are_bounded(record: str) -> None:
+def test_untrusted_metadata_about_merging_are_bounded(record: str) -> None:
     facts = list(merge_facts({"lora_compose.merge": record}))
     assert sum(len(text) for _, text in facts) < 1000
 
@@ -97,7 +97,7 @@ def test_many_merged_files_are_not_all_listed() -> None:
     assert len(facts) <= 201
 
 
-def test_strangers_strings_steer_no_terminal(tmp_path: Path) -> None:
+def test_untrusted_strings_do_not_control_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "it.safetensors"
     tensors = {f"lora_unet_mid_block_attentions_0_proj_in.lora_{s}.weight": torch.ones(4, 4) for s in ("down", "up")}
     tensors["lora_unet_\x1b[31m.lora_up.weight"] = torch.ones(4, 4)

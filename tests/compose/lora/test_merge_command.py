@@ -145,7 +145,7 @@ def test_one_file_stays_what_it_is_and_weight_0_is_as_if_a_file_were_not_there(
     assert report.blocks[-1].kept[0] == pytest.approx(1.0)
 
 
-def test_a_file_that_does_not_say_its_alpha_is_told(tmp_path: Path) -> None:
+def test_a_file_without_alpha_is_reported(tmp_path: Path) -> None:
     pipe = FAMILIES["sd"](StableDiffusionPipeline)
     loras = {"unet": random_lora(pipe.unet, 1)}
     path = FORMATS["TARA, whole UNet"].write(loras, pipe, tmp_path)
@@ -252,7 +252,7 @@ def test_diffusers_keys_of_a_transformer_stay_as_they_are(tmp_path: Path) -> Non
     assert found[f"{stem}.lora_A.weight"].shape == (2, 6)
 
 
-def test_the_metadata_say_what_was_merged_and_how(tmp_path: Path) -> None:
+def test_the_metadata_have_the_files_and_the_method(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     arguments = ["merge", "playground:cat:0.7", "playground:dog", "--method", "ties", "--set", "density=0.5"]
     result = run(app, [*arguments, "--rank", "6", "--out", str(out)])
@@ -366,7 +366,7 @@ TWO = ["playground:cat", "playground:dog"]
         ([*TWO, "--model", "nowhere"], "there is no model 'nowhere'"),
     ],
 )  # fmt: skip
-def test_mistakes_are_said_and_nothing_is_written(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_mistakes_are_reported_and_nothing_is_written(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = run(app, ["merge", *arguments, "--out", str(tmp_path / "folder" / "out.safetensors")])
     assert result.exit_code == 2, result.output
     assert message in text_of(result)
@@ -404,7 +404,7 @@ def dora(path: Path) -> Path:
     ],
     ids=["another family", "another shape", "damaged", "DoRA", "Flux", "no LoRA"],
 )  # fmt: skip
-def test_files_that_cannot_be_merged_are_said_and_nothing_is_written(
+def test_files_that_cannot_be_merged_are_reported_and_nothing_is_written(
     make: Callable[[Path], Path], message: str, tmp_path: Path
 ) -> None:
     one, other = one_layer(tmp_path / "one.safetensors"), make(tmp_path / "other.safetensors")

@@ -161,7 +161,7 @@ def test_two_loras_uploaded_named_from_their_metadata_and_composed(page: Page, t
     assert all("lora-compose-page-" in (concept.lora or "") for concept in record.run.scene.concepts)
 
 
-def test_files_that_are_no_loras_are_refused_in_words_and_the_page_lives_on(page: Page, tmp_path: Path) -> None:
+def test_files_that_are_no_loras_are_refused_in_words_and_the_page_goes_on(page: Page, tmp_path: Path) -> None:
     pickle = {"name": "cat.safetensors", "mimeType": "application/octet-stream", "buffer": b"\x80\x04K\x01."}
     outside = {"name": "../../evil.safetensors", "mimeType": "application/octet-stream", "buffer": b"PK\x03\x04" * 9}
     upload(page, pickle, outside)
@@ -319,7 +319,7 @@ def metadata_of_a_stranger(kind: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["many patterns", "an endless pattern", "a long list"])
-def test_the_page_answers_everybody_while_a_strangers_file_is_read(
+def test_the_page_answers_all_sessions_while_an_untrusted_file_is_read(
     page: Page, other_page: Page, address: str, tmp_path: Path, kind: str
 ) -> None:
     with safe_open(playground_lora("cat"), "pt") as file:
@@ -388,7 +388,7 @@ def test_files_are_deleted_and_work_ends_when_the_browser_has_gone(chromium: Bro
         next_one.context.close()
 
 
-def test_a_page_that_is_told_to_end_leaves_nothing(chromium: Browser, tmp_path: Path) -> None:
+def test_a_page_that_is_ended_leaves_nothing(chromium: Browser, tmp_path: Path) -> None:
     with served(tmp_path) as (address, server):
         page = visited(chromium, address)
         start_long_work(page)
@@ -434,7 +434,7 @@ def test_nothing_is_cut_off_at_the_side(chromium: Browser, address: str, scheme:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1280, 800), (390, 844)])
-def test_everybody_can_use_it(chromium: Browser, address: str, scheme: Any, size: tuple[int, int]) -> None:
+def test_all_users_can_use_it(chromium: Browser, address: str, scheme: Any, size: tuple[int, int]) -> None:
     """No view breaks a rule of axe: contrast, names of fields, roles, headings."""
     page = visited(chromium, address, viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     for _ in range(2):
@@ -513,7 +513,7 @@ def test_two_images_are_compared_by_wiping(page: Page) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a second loopback address without asking for it")
-def test_nobody_else_is_listened_to(address: str) -> None:
+def test_other_addresses_are_refused(address: str) -> None:
     port = int(address.rpartition(":")[2])
     socket.create_connection(("localhost", port)).close()
     with pytest.raises(ConnectionRefusedError):

@@ -130,7 +130,7 @@ def test_too_much_is_refused_in_words(changes: dict[str, Any], words: str) -> No
         ({"concepts": (BEAR.model_copy(update={"trigger": "x" * 100}),)}, {}, "60 letters each"),
     ],
 )
-def test_what_an_image_says_and_the_page_cannot_is_refused(
+def test_settings_of_an_image_that_the_page_does_not_support_are_refused(
     scene: dict[str, Any], changes: dict[str, Any], words: str
 ) -> None:
     (run,) = short(method="merge").runs()
@@ -224,7 +224,7 @@ def test_controls_are_made_from_types(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_settings_that_a_method_does_not_take_are_said() -> None:
+def test_settings_that_a_method_does_not_take_are_reported() -> None:
     with pytest.raises(ValueError, match="interval must be a whole number"):
         controls.changed("switch", {"interval": 0})
     assert controls.changed("composite", {"shares": "[1, 2]"}) == {"shares": [1, 2]}
@@ -262,7 +262,7 @@ def problems_of(model: OpenModel, method: str | None, **changes: Any) -> Iterato
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_wrong_is_said_without_python(model: OpenModel, method: str) -> None:
+def test_errors_are_reported_without_python(model: OpenModel, method: str) -> None:
     robot = ROBOT.model_copy(update={"trigger": ""})
     wrong = [
         {"boxed": False},
@@ -484,7 +484,7 @@ def test_the_files_of_a_visit_are_gone_with_it(files: store.Store) -> None:
 
 
 def test_what_a_killed_page_has_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    """Another process is killed with its folder; one that lives keeps its own."""
+    """The folder of a killed process is removed; a running one keeps its own."""
     # By its path alone: a whole page takes seconds to start.
     code = f"import runpy; print(runpy.run_path({folders.__file__!r})['new_folder'](), flush=True); input()"
     env = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -552,7 +552,7 @@ def test_a_visit_ends_when_its_browser_has_been_away_for_too_long(monkeypatch: p
     assert later(30) == (2, 1)
 
 
-def test_one_visit_that_cannot_be_closed_keeps_nobody_else_open() -> None:
+def test_a_session_that_cannot_be_closed_keeps_no_other_open() -> None:
     class Stubborn:
         def close(self) -> bool:
             raise RuntimeError("not now")
@@ -806,7 +806,7 @@ def test_one_call_at_a_time_in_the_order_of_arrival(model: OpenModel) -> None:
 
 
 def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> None:
-    """Two visitors call different LoRAs by the same name."""
+    """Two sessions give different LoRAs the same name."""
     first = short(concepts=(BEAR.model_copy(update={"name": "it"}),), prompt="a xlo bear", method="merge")
     second = short(concepts=(ROBOT.model_copy(update={"name": "it"}),), prompt="a qrt robot", method="merge")
     alone = [np.asarray(make(open_model(one.runs()[0]), one.runs()[0]).image) for one in (first, second)]
@@ -819,7 +819,7 @@ def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> N
         assert dict(pipe.concepts) == {}
 
 
-def test_failures_are_said_in_words(model: OpenModel) -> None:
+def test_failures_are_reported_in_words(model: OpenModel) -> None:
     job = finished(model, short(prompt="nobody is named here", method="tara"))
     assert job.state == "failed"
     assert "is not in the prompt" in job.error
@@ -892,7 +892,7 @@ def test_reports_are_found_newest_first(tmp_path: Path) -> None:
     assert [path.parent.name for path in quick.reports(tmp_path)] == ["a", "b"]
 
 
-def test_the_quick_suite_stops_when_it_is_told(tmp_path: Path) -> None:
+def test_the_quick_suite_can_be_stopped(tmp_path: Path) -> None:
     suite = quick.Quick(tmp_path)
     suite.start()
     assert suite.state == "running"
@@ -941,7 +941,7 @@ def test_compose_needs_no_streamlit_but_for_the_screen() -> None:
 
 
 def test_settings_of_constructors_can_be_shown() -> None:
-    """What a record of `Tara.official()` or `LoraComposer.official()` says can be set on the page."""
+    """The settings of `Tara.official()` and `LoraComposer.official()` can be set on the page."""
     for method, settings in (("tara", Tara.official()), ("lora-composer", LoraComposer.official())):
         shown = {control.name: control.shown(getattr(settings, control.name)) for control in controls.controls(method)}
         assert METHODS[method](**controls.changed(method, shown)) == settings

@@ -12,7 +12,7 @@ from lora_compose.compose.support.terminal import bar, progress_line, starting
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What is said on stderr, where that is no terminal, with hardly any time between two lines."""
+    """The output on stderr without a terminal, with hardly any time between two lines."""
     stream = io.StringIO()
     monkeypatch.setattr(terminal, "err", Console(file=stream, width=200))
     monkeypatch.setattr(terminal, "EVERY", 0.01)
@@ -26,7 +26,7 @@ def wait_for(text: str, stream: io.StringIO) -> None:
         time.sleep(0.01)
 
 
-def test_progress_is_told_in_lines_without_a_terminal(told: io.StringIO) -> None:
+def test_progress_is_reported_in_lines_without_a_terminal(told: io.StringIO) -> None:
     with bar("composing", 4) as on_progress:
         wait_for("composing: 0%, 0:00 so far\n", told)
         on_progress(1)
@@ -38,12 +38,12 @@ def test_progress_is_told_in_lines_without_a_terminal(told: io.StringIO) -> None
     assert told.getvalue() == ended, "nothing is told afterwards"
 
 
-def test_what_nobody_can_measure_is_told_to_go_on(told: io.StringIO) -> None:
+def test_work_of_unknown_length_has_progress_too(told: io.StringIO) -> None:
     with starting():
         wait_for("starting: 0:00 so far\n", told)
 
 
-def test_nothing_is_told_of_what_is_quick(told: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_work_has_no_progress(told: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "EVERY", 60.0)
     with bar("composing", 1) as on_progress:
         on_progress(1)

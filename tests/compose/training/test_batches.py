@@ -16,7 +16,7 @@ NOISING = Diffusion(torch.nn.Identity(), DDPMScheduler())
 
 
 def examples(number: int, *, xl: bool = False) -> Examples:
-    """Images whose latents say which they are; every second one has the caption with the trigger at token 1."""
+    """Images with their index as latents; every second one has the caption with the trigger at token 1."""
     captions = torch.arange(number) % 2
     mask = torch.zeros(2, 3, 1)
     mask[1, 1] = 1

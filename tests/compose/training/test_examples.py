@@ -103,7 +103,7 @@ def test_latents_are_those_of_the_middle_square_at_the_scale_of_the_model(pipe: 
     assert not torch.allclose(examples.latents[0], examples.latents[1], atol=1e-2)
 
 
-def test_sdxl_is_told_the_size_and_what_was_cut_off(folder: Path) -> None:
+def test_sdxl_gets_the_size_and_the_crop(folder: Path) -> None:
     _, examples = encoded(xl_pipeline(), folder)
     small, large = [32, 40, 0, 4, SIDE, SIDE], [64, 80, 0, 4, SIDE, SIDE]
     assert examples.by_image["time_ids"].tolist() == [small, large, small]

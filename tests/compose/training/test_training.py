@@ -337,7 +337,7 @@ except Stopped:
 
 
 def by_two(*arguments: object) -> list[tuple[int, str, str]]:
-    """Runs Python in two processes that know of each other; returns how they ended and what they said."""
+    """Runs Python in two processes of one group; returns exit codes and output."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -703,7 +703,7 @@ def test_the_command_trains_as_python_does(begin: Callable[..., Training], tmp_p
     assert same(expected, settings.out)
 
 
-def test_the_command_answers_mistakes_kindly(begin: Callable[..., Training]) -> None:
+def test_the_command_reports_mistakes_without_a_traceback(begin: Callable[..., Training]) -> None:
     settings = begin()
     error = call(*arguments(settings, "--keys", "tied"), code=BAD_INPUT).stderr
     assert "--keys: these are options of --tara, which is not given" in error

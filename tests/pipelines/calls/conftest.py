@@ -26,13 +26,20 @@ def plain_pipe(family: str) -> Any:
 @pytest.fixture
 def composer(family: str) -> Any:
     """A tiny pipeline with the concepts "cat" and "dog", for one test."""
-    return copy.deepcopy(composer_of(family))
+    return _copied(composer_of(family))
 
 
 @pytest.fixture
 def whole_composer(family: str) -> Any:
     """The same with LoRAs that change layers of every kind, text encoders too."""
-    return copy.deepcopy(composer_of(family, whole=True))
+    return _copied(composer_of(family, whole=True))
+
+
+def _copied(pipe: Any) -> Any:
+    """A copy that has kept nothing of calls of the one that is shared by the tests."""
+    copied = copy.deepcopy(pipe)
+    copied.banks.clear()
+    return copied
 
 
 @pytest.fixture

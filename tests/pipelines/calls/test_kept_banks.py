@@ -170,9 +170,13 @@ def test_what_is_cast_with_its_model_during_a_call_is_not_kept(composer):
     assert torch.equal(latents_of(composer, **arguments), anew(composer, **arguments))
 
 
-def test_after_a_call_in_inference_mode_gradients_can_be_taken(composer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_call_in_inference_mode_has_copied_is_kept_and_gradients_can_be_taken(composer, dtype):
+    composer.to(dtype)
     with torch.inference_mode():
-        latents_of(composer, method="regional", concepts=BOXED)
+        for method in ("merge", "regional"):
+            latents_of(composer, method=method, concepts=BOXED)
+            assert reads(composer, method=method, concepts=BOXED) == set()
     assert latents_of(composer, method=UPDATES, concepts=BOXED).isfinite().all()
 
 
@@ -183,7 +187,21 @@ def test_an_adapter_of_the_user_is_read_anew_in_every_call(composer, write_lora)
     with torch.no_grad():
         for name, parameter in composer.unet.named_parameters():
             if ".lora_B.bear." in name:
-                parameter.mul_(2)
+                parameter.data.mul_(2)
     found = latents_of(composer, **arguments)
     assert not torch.equal(found, expected)
     assert torch.equal(found, anew(composer, **arguments))
+
+
+def test_beside_an_adapter_files_are_copied_once_and_the_adapter_each_time(composer, write_lora):
+    composer.load_lora_weights(str(write_lora("bear", unet=random_lora(composer.unet, 7))), adapter_name="bear")
+    arguments = {"method": "merge", "concepts": ["cat", "bear", "dog"]}
+    assert reads(composer, **arguments) == {"cat", "dog"}
+    size = composer.banks.bytes
+    for factor in (2, 0.5):
+        for name, parameter in composer.unet.named_parameters():
+            if ".lora_B.bear." in name:
+                parameter.data.mul_(factor)
+        assert reads(composer, **arguments) == set()
+        assert composer.banks.bytes == size
+        assert torch.equal(latents_of(composer, **arguments), anew(composer, **arguments))

@@ -1,4 +1,4 @@
-"""Without a method one is chosen, and the log says why."""
+"""Without a method one is chosen, and the log names the reason."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,7 +12,7 @@ from lora_compose.pipelines.scene import Concept
 
 
 def ordinary(composer: Any, **changes: Any) -> list[Any]:
-    """The cat and the dog, as if their files did not say how they were trained."""
+    """The cat and the dog, without the training method in their metadata."""
     concepts = [Concept(name=name, **{"class_word": name, **changes.get(name, {})}) for name in ("cat", "dog")]
     return [replace(concept, file=None) for concept in composer.resolve_concepts(concepts)]
 
@@ -60,7 +60,7 @@ def test_what_clora_lacks_is_named_with_what_to_write(composer, caplog, case):
     assert "subjects blend" in said.getMessage()
 
 
-def test_ordinary_loras_without_regions_are_told_apart_by_their_words(composer, caplog):
+def test_ordinary_loras_without_regions_are_distinguished_by_their_words(composer, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
     assert isinstance(choose_method(ordinary(composer), ["a sks cat, a zwx dog"]).method, Draft)
     assert "method: draft, because the prompt names every concept" in caplog.text

@@ -1,4 +1,4 @@
-"""Input that cannot be is refused with a message that says what to do, and nothing is changed."""
+"""Invalid input is refused with advice, and nothing is changed."""
 
 import re
 from collections.abc import Callable, Mapping

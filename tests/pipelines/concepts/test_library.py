@@ -178,7 +178,7 @@ def test_what_is_in_memory_does_not_change_with_the_file(pipe: Any, folder: Path
     assert torch.equal(latents_of(pipe, "cat"), expected)
 
 
-def test_what_is_said_when_adding_wins_over_the_header(pipe: Any, folder: Path) -> None:
+def test_fields_given_when_adding_override_the_header(pipe: Any, folder: Path) -> None:
     pipe.add_concepts([Concept(name="tom", lora=str(folder / "cat.safetensors"), trigger="xlo", weight=0.5)])
     (found,) = pipe.resolve_concepts([Concept(name="tom", region=(0, 0, 8, 8))])
     assert found.concept == Concept(

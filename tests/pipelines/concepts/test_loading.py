@@ -75,7 +75,7 @@ def loaded(pipe: Any, path: Path) -> Factors:
 
 
 def deltas_of_peft(pipe: Any, adapter: str) -> dict[str, Tensor]:
-    """What PEFT says that an adapter adds to every weight."""
+    """The change of every weight by an adapter, from PEFT."""
     found = {}
     for part in ("unet", "text_encoder"):
         for name, module in getattr(pipe, part).named_modules():

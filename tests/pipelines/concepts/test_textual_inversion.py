@@ -78,7 +78,7 @@ def encoded(pipe: Any, prompts: list[str], concepts: list[str]) -> EncodedText:
 
 
 def test_each_layer_reads_its_own_vectors_in_forward_order(pipe: Any, write: Callable[..., Path]) -> None:
-    """Every layer's text is what plain diffusers says where the word has that layer's vector."""
+    """Every layer's text is that of plain diffusers with the word's vector of that layer."""
     path = write(pipe, "ed", layered())
     pipe.load_concept(path)
     found = encoded(pipe, [PROMPT, "a cat"], ["ed"]).prompt_embeds

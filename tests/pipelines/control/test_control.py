@@ -466,7 +466,7 @@ def _net() -> ControlNetModel:
     return net_of(composer_of("sd"))
 
 
-def test_a_part_of_an_odd_canvas_is_told_its_own_scales_and_features(composer):
+def test_a_part_of_an_odd_canvas_has_its_own_scales_and_features(composer):
     net, adapter = (
         prepared(composer, model_of(composer), {"cat": (0, 0, 40, 120)}, width=88, height=120, regions={"cat": 0.0})
         for model_of in (net_of, adapter_of)
@@ -545,11 +545,11 @@ def test_sizes_that_an_adapter_cannot_join_are_refused(composer):
         latents_of(composer, concepts=WEIGHT_0, method="merge", control=control, width=120)
 
 
-def test_a_pooling_controlnet_has_no_scale_by_region(composer):
+def test_a_pooling_controlnet_has_no_scale_per_region(composer):
     net = net_of(composer)
     net.register_to_config(global_pool_conditions=True)
     control = Control(model=net, image=image_of(), regions={"cat": 0.5})
-    with pytest.raises(ValueError, match="no scale by region"):
+    with pytest.raises(ValueError, match="cannot have a scale per region"):
         latents_of(composer, concepts=BOXED, method="merge", control=control)
 
 

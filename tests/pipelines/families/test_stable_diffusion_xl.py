@@ -218,7 +218,7 @@ def test_rows_of_a_batch_are_not_mixed_up(composer):
     assert far_apart(texts[5], texts[6])
 
 
-def test_a_canvas_of_its_own_is_told_its_size_and_its_own_text(load):
+def test_a_canvas_of_its_own_has_its_own_size_and_text(load):
     pipe = load(tiny_xl_pipeline(), text=False)
     boxes = {"cat": (0, 0, 32, 128), "dog": (64, 0, 128, 64)}
     concepts = [Concept(name=name, region=box) for name, box in boxes.items()]

@@ -313,7 +313,7 @@ def test_pickles_run_nothing(
 
 
 def _filled(content: Any, mark: Path) -> Any:
-    """The content with bombs and odd tensors where it says so."""
+    """The content with its placeholders replaced by bombs and odd tensors."""
     if isinstance(content, int):
         return Bomb(mark, content)
     if isinstance(content, Mapping):

@@ -85,7 +85,7 @@ def test_the_same_change_in_every_format_is_the_same(parts: SimpleNamespace, tmp
     assert_close(deltas(factors), expected)
 
 
-def test_a_whole_unet_is_as_strong_as_its_alpha_is_told(parts: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_whole_unet_is_as_strong_as_the_given_alpha(parts: SimpleNamespace, tmp_path: Path) -> None:
     file = read_lora(FORMATS["TARA, whole UNet"].write(loras_for(parts, ATTENTION), parts, tmp_path))
     once, fourfold = (deltas(match(file, parts, alpha=alpha)) for alpha in (8, 32))
     assert_close(fourfold, {name: 4 * delta for name, delta in once.items()})
@@ -295,3 +295,22 @@ def test_concepts_with_another_alpha_are_another_strength(tmp_path: Path) -> Non
         pipe.resolve_concepts([Concept(name="cat", alpha=7)])
     (given,) = pipe.resolve_concepts([concept.model_copy(update={"alpha": 2.0 * RANK})])
     assert {factors.scale for factors in given.factors.model.values()} == {2.0}
+
+
+def test_a_file_takes_one_block_of_memory_also_where_its_tensors_lie_at_odd_bytes(tmp_path: Path) -> None:
+    """Hundreds of small blocks for each of many files fragment the memory of a server."""
+    path = tmp_path / "odd.safetensors"
+    stored = {"to_q.alpha": torch.tensor([3], dtype=torch.int8), "to_q.lora_down.weight": torch.randn(2, 8),
+              "to_q.lora_up.weight": torch.randn(8, 2).half()}  # fmt: skip
+    raw, header = b"", {}
+    kinds = {torch.int8: "I8", torch.float16: "F16", torch.float32: "F32"}
+    for name, tensor in stored.items():
+        data = tensor.numpy().tobytes()
+        places = [len(raw), len(raw) + len(data)]
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": [*tensor.shape], "data_offsets": places}
+        raw += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw)
+    found = read_lora(path).tensors
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found.values()}) == 1
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())

@@ -106,7 +106,7 @@ def test_alphas_that_are_no_positive_number_are_refused(alpha: float) -> None:
         match(file_of(layout("diffusers-0.14")), without_weights("SD 1.x"), alpha=alpha)
 
 
-def test_a_part_that_fits_no_layer_is_told_in_one_line() -> None:
+def test_a_part_that_fits_no_layer_is_reported_in_one_line() -> None:
     known: dict[str, Any] = layout("kohya-sd15")
     known["tensors"]["lora_unet_down_blocks_9_attentions_0_proj_in"] = {".lora_down.weight": [8, 320, 1, 1]}
     factors = match(file_of(known), without_weights("SD 1.x"))

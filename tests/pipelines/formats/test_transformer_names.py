@@ -79,7 +79,7 @@ def test_a_lokr_of_a_fused_layer_is_its_kronecker_product(tmp_path: Path) -> Non
     torch.testing.assert_close(whole, torch.kron(first, second), atol=1e-4, rtol=1e-4)
 
 
-def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_reported(tmp_path: Path) -> None:
     stem = "diffusion_model.double_blocks.0.img_attn.qkv"
     wrong = {f"{stem}.lora_A.weight": torch.ones(2, 32), f"{stem}.lora_B.weight": torch.ones(64, 2)}
     with pytest.raises(LoraError, match=r"double_blocks_0_img_attn_qkv has 64 outputs; expected 96, those of .*to_q"):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from comparisons import assert_close, far_apart
 from components import random_lora, seeded, text_loras
 from lora_compose.pipelines.methods import Draft, LoraComposer, Merge
 from lora_compose.pipelines.methods.division import centres_of, clusters, divided, nearest, strips
+from lora_compose.pipelines.methods.region_bias import region_bias
 from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.text.conditioning import Conditioning
 
 PROMPT = "a sks cat and a zwx dog on grass"
 BASE, NOUNS = "a cat and a dog on grass", (2, 5)  # positions counted by hand; 0 is the start token
@@ -155,7 +158,7 @@ def test_nothing_of_the_draft_is_left_when_the_image_starts_again(composer, divi
     """It is the image of `regional` with the masks found, from the same noise with the same noise of every step."""
     if scheduler is not None:
         composer.scheduler = scheduler.from_config(composer.scheduler.config)
-    found = call(composer, method=Draft(length=0.5)).images
+    found = call(composer, method=Draft(length=0.5, bias=0)).images
     concepts = []
     for name, mask in zip(("cat", "dog"), dividing.masks[0], strict=True):
         assert mask.any()
@@ -213,11 +216,42 @@ def test_a_given_region_is_kept_and_the_rest_is_found_around_it(composer, dividi
 
 def test_with_a_region_for_each_subject_nothing_is_drafted(composer):
     concepts = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
-    drafted, given = call(composer, concepts), call(composer, concepts, method="regional")
+    drafted, given = (call(composer, concepts, method=method) for method in (Draft(bias=0), "regional"))
     assert torch.equal(drafted.images, given.images)
     assert drafted.cost.rows_forward == given.cost.rows_forward
     found = call(composer, concepts, method=Draft(keep_regions=False))
     assert torch.equal(found.images, call(composer).images)
+
+
+def test_the_bias_draws_cells_to_the_words_of_their_subject(composer):
+    concepts = [Concept(name="cat", region=(0, 0, 64, 128)), Concept(name="dog", region=(64, 0, 128, 128))]
+    maps = {
+        bias: call(composer, concepts, method=Draft(bias=bias), record_attention=[0]).attention_maps[0, 0]
+        for bias in (0.0, 2.0)
+    }
+    change = maps[2.0] / maps[0.0]
+    own, other = torch.stack([change[0, :, :2], change[1, :, 2:]]), torch.stack([change[0, :, 2:], change[1, :, :2]])
+    assert own.min() > 1.5
+    assert other.max() < 0.6
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_the_bias_is_that_of_every_cell_and_token(branches):
+    generator = seeded()
+    shares = torch.rand(2, 5, 3, generator=generator)
+    phrases = (torch.rand(2, 4, 3, generator=generator) > 0.5).float()
+    empty = torch.zeros(2 * branches, 4, 3)
+    text = Conditioning(torch.zeros(2 * branches, 4, 8), empty, empty, num_uncond=branches - 1, images=2)
+    for on_all_rows in (False, True):
+        found = region_bias(text, shares, phrases, 2.0, -1.0, on_all_rows=on_all_rows)
+        assert found.shape == (2 * branches, 5, 4)
+        for row, cell, token in product(range(2 * branches), range(5), range(4)):
+            image, wanted = row % 2, 0.0
+            for here, named in product(range(3), range(3)):
+                size = 2.0 if here == named else -1.0
+                wanted += size * float(shares[image, cell, here] * phrases[image, token, named])
+            unconditional = row < 2 * (branches - 1) and not on_all_rows
+            assert float(found[row, cell, token]) == pytest.approx(0.0 if unconditional else wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize(("prompt", "concepts"), [(PROMPT, ("cat", "dog")), (CATS, ("cat", "kitten"))])
@@ -312,7 +346,7 @@ def test_strips_are_columns_or_rows_half_way_between_centres():
     assert boxes_of(narrow) == [(0, 0, 56, 64), (56, 0, 160, 64)]  # 0.35 of 20 cells are 7
 
 
-def test_strips_divide_what_is_free_and_leave_nobody_without_a_cell():
+def test_strips_divide_what_is_free_and_leave_no_subject_without_a_cell():
     free = torch.ones(8, 16)
     free[:, :8] = 0  # a given region
     centres = torch.tensor([[0.5, 0.1], [0.5, 0.9]])  # the first in the middle of it

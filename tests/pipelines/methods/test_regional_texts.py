@@ -90,7 +90,7 @@ def padding_of(family: Family, positions: int) -> int:
 
 
 def sees(family: Family, boxes: Sequence[Tensor], lengths: Sequence[int], *, isolate: bool) -> Tensor:
-    """Who attends to whom, position by position. Shape: [positions, positions]."""
+    """Which position attends to which. Shape: [positions, positions]."""
     text = [("text", {n}) for n, length in enumerate(lengths) for _ in range(length)]
     image = [("image", {n for n, box in enumerate(boxes, 1) if box[cell]}) for cell in range(IMAGE)]
     text += [("text", {0})] * padding_of(family, len(text))

@@ -183,7 +183,7 @@ def test_composite_with_rescaled_guidance_takes_the_averages_for_the_predictions
 
 
 def outputs_of(method: str, by_hand: ByHand) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """What cat and dog say in a step, with an interval of 1."""
+    """The predictions of cat and dog in a step, with an interval of 1."""
 
     def output(step: int, latents: Tensor, t: Tensor) -> Tensor:
         if method == "switch":

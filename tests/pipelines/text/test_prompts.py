@@ -142,7 +142,7 @@ def test_a_concept_without_any_words_needs_a_prompt() -> None:
         ("an empty room", "an empty room"),
     ],
 )
-def test_surroundings_are_what_is_said_besides_the_concepts(prompt: str, expected: str) -> None:
+def test_surroundings_are_the_prompt_without_the_concepts(prompt: str, expected: str) -> None:
     assert surroundings(prompt, CONCEPTS) == expected
 
 

@@ -84,7 +84,7 @@ def row_key(at: AppTest, index: int, field: str) -> str:
     return fields.of_row(session(at).rows[index], field)
 
 
-def test_the_first_visit_has_everything_filled_in_and_says_what_it_costs(at: AppTest) -> None:
+def test_a_new_session_has_everything_filled_in_and_shows_its_cost(at: AppTest) -> None:
     assert at.text_area(key=fields.PROMPT).value == "a xlo bear and a qrt robot on a white background"
     assert not at.button(key="do.make").disabled
     assert "Takes 1.4 times a plain image; how many seconds is known after the first one" in said(at)
@@ -141,7 +141,7 @@ def test_words_that_are_missing_are_flagged_and_inserted(at: AppTest) -> None:
     assert not at.button(key="do.make").disabled
 
 
-def test_what_a_method_needs_is_said_before(at: AppTest) -> None:
+def test_the_needs_of_a_method_are_shown_before(at: AppTest) -> None:
     at.session_state[fields.BOXED] = fields.ANYWHERE
     at.run()
     assert "“By boxes” needs boxes: choose “In boxes” above the image, or another method" in said(at)
@@ -157,7 +157,7 @@ def upload(at: AppTest, name: str, content: bytes) -> None:
     assert not at.exception
 
 
-def test_a_lora_for_another_model_says_so_by_its_own_name_and_what_to_do(at: AppTest, tmp_path: Path) -> None:
+def test_a_lora_for_another_model_is_reported_by_its_own_name_with_advice(at: AppTest, tmp_path: Path) -> None:
     known = layout("kohya-sdxl")
     path = tmp_path / "dragon.safetensors"
     save_file({key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes_of(known).items()
@@ -212,7 +212,7 @@ def test_errors_keep_all_input(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> 
     assert session(at).result is not None
 
 
-def test_concepts_are_chosen_from_a_folder_and_trouble_is_said_at_the_file(at: AppTest, tmp_path: Path) -> None:
+def test_concepts_are_chosen_from_a_folder_and_problems_are_shown_at_the_file(at: AppTest, tmp_path: Path) -> None:
     folder = tmp_path / "loras"
     folder.mkdir()
     shutil.copy(playground_lora("cat"), folder / "mine.safetensors")
@@ -235,7 +235,7 @@ def test_more_concepts_than_can_be_are_left_out_in_words(at: AppTest) -> None:
     assert "12 concepts are the maximum" in said(at)
 
 
-def test_names_twice_are_said(at: AppTest) -> None:
+def test_names_twice_are_reported(at: AppTest) -> None:
     at.text_input(key=row_key(at, 1, "name")).set_value("bear").run()
     assert "'bear' stands twice" in said(at)
     at.text_input(key=row_key(at, 1, "name")).set_value(" ").run()
@@ -336,7 +336,7 @@ def test_images_beyond_the_limits_are_refused_when_dropped_in(at: AppTest, tmp_p
         assert len(session(at).rows) == 2
 
 
-def test_a_dropped_image_says_which_loras_are_missing_and_an_upload_fills_the_gap(at: AppTest, tmp_path: Path) -> None:
+def test_a_dropped_image_lists_missing_loras_and_an_upload_fills_the_gap(at: AppTest, tmp_path: Path) -> None:
     cat = Concept(name="cat", lora="/elsewhere/cat.safetensors", trigger="sks", class_word="cat", weight=0.7)
     drop(at, tmp_path, {"concepts": (cat,), "prompt": "a sks cat <b>"})
     assert "LoRAs are missing: cat" in said(at)
@@ -355,7 +355,7 @@ def test_an_image_opens_no_strange_model_by_itself(at: AppTest, tmp_path: Path) 
     assert "open it there if you trust it" in said(at)
 
 
-def test_an_image_from_a_stranger_contacts_nobody_until_somebody_says_so(
+def test_an_untrusted_image_opens_no_connection_until_the_user_asks_for_it(
     at: AppTest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -414,7 +414,7 @@ def test_what_the_page_does_not_know_is_refused_and_nothing_changes(at: AppTest,
     assert {key: at.session_state[key] for key in before} == before
 
 
-def test_what_becomes_something_else_is_said(at: AppTest, tmp_path: Path) -> None:
+def test_changed_fields_are_reported(at: AppTest, tmp_path: Path) -> None:
     bear, robot = example().concepts
     for change, words in (
         ({"region": (0, 0, 3, 64)}, "region of bear was (0, 0, 3, 64) and is (0, 0, 8, 64) here"),
@@ -478,7 +478,7 @@ def test_an_upload_stays_nowhere_if_it_is_refused(at: AppTest) -> None:
         assert session(at).store.uploads == []
 
 
-def test_a_visitor_who_was_away_for_too_long_begins_anew(at: AppTest) -> None:
+def test_a_browser_that_was_away_for_too_long_begins_a_new_session(at: AppTest) -> None:
     before = session(at)
     folder = before.store.folder
     assert before.close(), "nothing is left of it"
@@ -553,7 +553,7 @@ def test_the_methods_are_compared(at: AppTest) -> None:
     assert all(cost.startswith("4 latent rows") for cost in costs)  # two steps
 
 
-def test_stop_and_waiting_are_said(at: AppTest) -> None:
+def test_stop_and_waiting_are_shown(at: AppTest) -> None:
     at.number_input(key=fields.STEPS).set_value(200).run()
     with session(at).model.turn(()):
         at.button(key="do.make").click().run()
@@ -632,7 +632,7 @@ def until(true: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_the_page_says_nothing_of_evaluations_that_are_not_there(at: AppTest) -> None:
+def test_the_page_lists_no_missing_evaluations(at: AppTest) -> None:
     at.session_state["set.view"] = "Evaluate"
     at.run()
     assert not at.exception

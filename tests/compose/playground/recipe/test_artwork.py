@@ -85,7 +85,7 @@ def test_a_set_without_an_image_is_named(packages: Path, tmp_path: Path, monkeyp
     assert not (tmp_path / "sprites.npz").exists()
 
 
-def test_without_npm_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_error_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=r"npm is needed to fetch the artwork; install Node\.js"):
         fetch(PACKAGES["noto"], tmp_path / "art")

@@ -73,7 +73,7 @@ def test_the_style_fades_every_colour_towards_its_paper(sprites: Sprites) -> Non
 
 
 @pytest.mark.parametrize("where", [*world.PLAIN, *PLACES])
-def test_the_style_is_told_from_plain_images_on_every_ground(where: str, sprites: Sprites) -> None:
+def test_the_style_is_distinguished_from_plain_images_on_every_ground(where: str, sprites: Sprites) -> None:
     for seed in range(4):
         image = world.ground(np.random.default_rng(seed), where)
         for name, square in (("cat", (0, 8, 56)), ("tree", (64, 64, 48))):

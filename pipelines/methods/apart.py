@@ -1,0 +1,93 @@
+"""LoRA-Composer, beyond the paper: in the first steps every region is denoised on a canvas of its own."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.passes import Pass
+from lora_compose.pipelines.prepared_pass import PreparedPass
+from lora_compose.pipelines.regions import Regions, Window
+from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.text.conditioning import Conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of the canvas on which one region is denoised alone.
+
+    Attributes:
+        window: Its rows and columns of the latents.
+        shown: True where its result is used: in the region, and outside all regions. Shape: [rows, columns].
+        prepared: Its pass.
+    """
+
+    window: Window
+    shown: Tensor
+    prepared: PreparedPass
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The canvases of all regions.
+
+    Attributes:
+        each: One for each region.
+        complete: Whether they cover the whole canvas.
+    """
+
+    each: Sequence[Part]
+    complete: bool
+
+    def predict(self, session: Session, latents: Tensor, step: Step, whole: Callable[[], Tensor]) -> Tensor:
+        """Guided predictions of every region and its surroundings, averaged where canvases overlap.
+
+        Args:
+            session: Concept set, prompts and denoiser.
+            latents: Of the whole canvas.
+            step: The step.
+            whole: Predicts the whole canvas, for cells that no part shows.
+        """
+        total, times = torch.zeros_like(latents), torch.zeros_like(latents[:1, :1])
+        for part in self.each:
+            here = (..., *part.window)
+            prediction = session.denoiser.predict(latents[here].contiguous(), step, part.prepared)
+            total[here] += session.guider.combine(prediction, step) * part.shown
+            times[here] += part.shown
+        if self.complete:
+            return total / times
+        return torch.where(times > 0, total / times.clamp(min=1), whole())
+
+
+def parts_of(
+    session: Session,
+    texts: Sequence[Conditioning],
+    regions: Regions,
+    side: float,
+    whole: PreparedPass,
+    make_pass: Callable[[Conditioning, Regions, Window], Pass],
+) -> Parts:
+    """A canvas for each region.
+
+    Args:
+        session: Concept set, prompts and denoiser.
+        texts: The texts on the canvas of each region.
+        regions: On all grids.
+        side: Least side of a canvas in latent cells.
+        whole: The pass of the whole canvas, which has the same text.
+        make_pass: The pass of a part, from its text, regions and window.
+    """
+    parts, seen = [], torch.zeros(regions.grid, dtype=torch.bool)
+    for n, text in enumerate(texts):
+        window = regions.window(n, side)
+        alone = regions.part(window, n)
+        mine, all_here = alone.cells[0][..., n], regions.cells[0][window]
+        shown = mine | ~all_here.any(dim=-1)
+        seen[window] |= shown
+        height, width = (cells / full for cells, full in zip(shown.shape, regions.grid, strict=True))
+        spec = make_pass(text.on_part(height, width), alone, window)
+        part = session.denoiser.prepare(spec, same_text_as=whole)
+        parts.append(Part(window, shown.to(session.canvas.device), part))
+    return Parts(parts, complete=bool(seen.all()))
