@@ -59,8 +59,9 @@ def latents_of(pipe: Any, *concepts: str | Concept, prompt: str = PROMPT) -> tor
 
 
 def size_of(pipe: Any, name: str) -> int:
-    """Bytes of a file's tensors."""
-    return sum(tensor.nbytes for tensor in pipe.resolve_concepts([name])[0].files[0].tensors.values())
+    """Bytes that a file takes in memory, the first that is read."""
+    pipe.resolve_concepts([name])
+    return pipe.library.recent.bytes
 
 
 def test_a_folder_is_known_by_its_headers_alone(pipe: Any, folder: Path, work: list[str]) -> None:
