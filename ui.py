@@ -6,6 +6,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.concepts import concepts_part
 from lora_compose.compose.page.screen.guides import guides_part
 from lora_compose.compose.page.screen.keep import restoring
+from lora_compose.compose.page.screen.merging import merging_part
 from lora_compose.compose.page.screen.method import method_part
 from lora_compose.compose.page.screen.prompt import prompt_part
 from lora_compose.compose.page.screen.session import page_session
@@ -24,6 +25,7 @@ stage, bench = st.columns([1, 1], gap="medium")
 with bench, st.container(key="bench"):
     prompt_part(session)
     concepts_part(session)
+    merging_part(session)
     method_part(session)
     start_part(session)
     guides_part(session)

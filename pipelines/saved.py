@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.scene import Concept
 
 README = "README.md"
@@ -31,7 +32,8 @@ pipe = ComposePipeline.from_pretrained("THIS FOLDER")
 
 
 def _load(concept: Concept) -> str:
-    file = Path(concept.lora or "").name
-    given = {"name": concept.name, "trigger": concept.trigger, "class_word": concept.class_word}
+    lora = moved_files(concept.lora, lambda source: Path(source).name)
+    file = list(lora) if isinstance(lora, tuple) else lora or ""
+    given = {"name": concept.name, "merge": concept.merge, "trigger": concept.trigger, "class_word": concept.class_word}
     fields = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
     return f"pipe.load_concept({file!r}{fields})"

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from lora_compose.pipelines.concepts.sources import Lora, weighted
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import URI_PREFIX, is_fractions, region_of
@@ -65,6 +66,25 @@ def _kind(region: Any) -> str:
         return "mask"
     numbers = isinstance(region, list | tuple) and all(isinstance(side, int | float) for side in region)
     return "fractions" if numbers and is_fractions(region) else "box"
+
+
+MOST_MERGED = 32
+"""Files that a concept may merge: each is read whole."""
+
+
+def _several(lora: Any) -> Any:
+    """Several files as a tuple; what each says is read here, so that a wrong weight is noticed at once."""
+    if not isinstance(lora, list | tuple):
+        return lora
+    if not 2 <= len(lora) <= MOST_MERGED or not all(isinstance(one, str) for one in lora):
+        raise ValueError(
+            f"expected one file, or a list of 2 to {MOST_MERGED} that are merged, such as [cat.safetensors, "
+            f"style.safetensors:0.7], not {lora}"
+        )
+    weights = [weight for _, weight in weighted(tuple(lora))]
+    if not any(weights):
+        raise ValueError("every weight is 0; there is nothing to merge")
+    return tuple(lora)
 
 
 ImageFile = Annotated[str, Field(pattern=r"(?i)\.(png|jpe?g|webp|bmp)$")]
@@ -182,7 +202,9 @@ class Concept(_Frozen):
     Attributes:
         name: What the concept is called.
         lora: A safetensors file, a folder or hub repository with one, or `playground:NAME`. Not needed where the
-            concept has been loaded by `load_concept` or `load_lora_weights`.
+            concept has been loaded by `load_concept` or `load_lora_weights`. Several files are merged into one LoRA
+            when they are loaded, each with its weight if that is not 1: ("cat.safetensors", "style.safetensors:0.7").
+        merge: How several files are merged: a name of `pipelines.merging.MERGERS`; None is their exact sum, "cat".
         trigger: The rare word or words that the LoRA was trained with, without the class word: "sks".
         class_word: The noun after the trigger: "cat".
         weight: Factor on the whole LoRA; 1 by default. It may change over the steps: a list of numbers for equal parts
@@ -202,7 +224,8 @@ class Concept(_Frozen):
     """
 
     name: Annotated[str, Field(min_length=1)]
-    lora: str | None = None
+    lora: Annotated[Lora, BeforeValidator(_several)] = None
+    merge: str | None = None
     trigger: str | None = None
     class_word: str | None = None
     weight: Annotated[Weight, BeforeValidator(read_weight)] | None = None
@@ -212,6 +235,14 @@ class Concept(_Frozen):
     negative_prompt: str | None = None
     role: Literal["subject", "style"] | None = None
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _merges_several(self) -> Self:
+        if self.merge is not None and isinstance(self.lora, str):
+            raise ValueError(
+                f"the concept {self.name!r} merges one file; give lora a list of several, or leave out merge"
+            )
+        return self
 
     @model_validator(mode="after")
     def _styles_are_everywhere(self) -> Self:

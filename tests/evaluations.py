@@ -26,8 +26,10 @@ from lora_compose.compose.evaluation.suite import Suite
 from lora_compose.compose.files.images import Machine
 from lora_compose.compose.files.stored import write
 
-Seen = Mapping[str, tuple[float, float] | float | None]
-"""By concept: similarity to its own references and to all others'; or to its own alone; None if it was not found."""
+Found = tuple[float, float] | float | ConceptScore | None
+Seen = Mapping[str, Found]
+"""By concept: similarity to its own references and to all others'; or to its own alone; None if it was not found; or a
+score as it is."""
 
 SCORES = "scores-1.json"
 BOXES = ((2, 8, 62, 120), (66, 8, 126, 120), (0, 0, 16, 16))
@@ -64,7 +66,9 @@ def scores(concepts: tuple[str, ...], seen: Seen) -> ImageScores:
     return ImageScores(clip_t=25.0, extra=0, concepts={name: _score(concepts, name, seen[name]) for name in concepts})
 
 
-def _score(concepts: tuple[str, ...], name: str, found: tuple[float, float] | float | None) -> ConceptScore:
+def _score(concepts: tuple[str, ...], name: str, found: Found) -> ConceptScore:
+    if isinstance(found, ConceptScore):
+        return found
     if found is None:
         return ConceptScore(whole=0.5)
     own, other = found if isinstance(found, tuple) else (found, 0.1)

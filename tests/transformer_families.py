@@ -111,35 +111,6 @@ LEFT, RIGHT = (0, 0, 64, 128), (64, 0, 128, 128)
 BOXES = [Concept(name="cat", region=LEFT), Concept(name="dog", region=RIGHT)]
 
 
-def merged(family: Family, unconditional: Sequence[bool]) -> Places:
-    ones = torch.ones(len(unconditional), 1, 2)
-    return Places(ones.expand(-1, TOKENS, 2), ones.expand(-1, CELLS**2, 2), ones[:, 0])
-
-
-def own_words(family: Family, unconditional: Sequence[bool]) -> Places:
-    everywhere = merged(family, unconditional)
-    text = torch.zeros(len(unconditional), TOKENS, 2)
-    for row, uncond in zip(text, unconditional, strict=True):
-        for concept, words in enumerate(family.words):
-            row[list(words), concept] = float(not uncond)
-    return Places(text, everywhere.image, everywhere.modulation)
-
-
-def regions(family: Family, unconditional: Sequence[bool]) -> Places:
-    live = torch.tensor([float(not uncond) for uncond in unconditional])[:, None, None]
-    image = torch.zeros(len(unconditional), CELLS, CELLS, 2)
-    image[:, :, : CELLS // 2, 0] = image[:, :, CELLS // 2 :, 1] = 1
-    text = live.expand(-1, TOKENS, 2)
-    return Places(text, live * image.flatten(1, 2), torch.zeros(len(unconditional), 2))
-
-
-METHODS: dict[str, tuple[Any, Sequence[Any], Any]] = {
-    "merge": (Merge(), ["cat", "dog"], merged),
-    "tara": (Tara(), ["cat", "dog"], own_words),
-    "regional": (Regional(token_mask="none", texts="shared"), BOXES, regions),
-}
-
-
 @contextmanager
 def dense_loras(
     family: Family, transformer: nn.Module, loras: Sequence[Lora], places: PlacesOf, *, guided: bool

@@ -19,7 +19,8 @@ from lora_compose.compose.files.paths import check_lora, local_source, located
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.text import parse_file
 from lora_compose.compose.files.validation import validated
-from lora_compose.compose.support.names import did_you_mean, file_near
+from lora_compose.compose.support.names import check_merger, did_you_mean, file_near
+from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.scene import Concept, Scene
 
 _SCENES = (".yaml", ".yml", ".json")
@@ -156,7 +157,9 @@ def _entry(
         return InvalidEntry(source, str(error))
     for concept in found.concepts:
         try:
-            check_lora(concept.lora or "")
+            check_merger(concept.merge)
+            for file in files_of(concept.lora):
+                check_lora(file)
         except ValueError as error:
             return InvalidEntry(source, f"{source}: concept {concept.name!r}: {error}")
         if not concept.lora:

@@ -36,6 +36,7 @@ from lora_compose.compose.generate.processes import own_device
 from lora_compose.compose.playground.assets import PLAYGROUNDS
 from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.scene import Run
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Packer:
     def scene(self, run: Run) -> Parcel:
         """The LoRAs and images of a scene."""
         scene = run.scene
-        loras = [concept.lora for concept in scene.concepts if concept.lora]
+        loras = [source for concept in scene.concepts for source in files_of(concept.lora)]
         images = [scene.image, scene.mask_image, *(concept.region for concept in scene.concepts)]
         files: dict[str, Any] = {}
         moves: dict[str, str] = {}

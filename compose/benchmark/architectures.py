@@ -105,7 +105,10 @@ def without_weights(family: str) -> SimpleNamespace:
     if family in TRANSFORMERS:
         build, config = TRANSFORMERS[family]
         with torch.device("meta"):
-            return SimpleNamespace(transformer=build(**config))
+            parts = SimpleNamespace(transformer=build(**config))
+            if family == "FLUX.1":  # of these, the only one whose files may change a text encoder
+                parts.text_encoder = CLIPTextModel(CLIPTextConfig(**CLIP_L))
+            return parts
     unet, text, second = _FAMILIES[family]
     with torch.device("meta"):
         parts = SimpleNamespace(unet=UNet2DConditionModel(**unet), text_encoder=CLIPTextModel(CLIPTextConfig(**text)))

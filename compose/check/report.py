@@ -16,6 +16,8 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
+from lora_compose.pipelines.concepts.merged import DEFAULT
+from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.mask_images import mask_name
@@ -139,15 +141,17 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
 def _file_facts(concept: Concept) -> list[tuple[str, str]]:
     if concept.lora is None:
         raise ValueError(f"concept {concept.name!r} has no LoRA; give `lora`, a file or a hub repository")
-    file = read_lora(find_file(lora_source(concept.lora)))
-    return [(f"{concept.name}: file", f"{concept.lora}, SHA-256 {file.sha256}")]
+    files = [(source, read_lora(find_file(lora_source(source)))) for source in files_of(concept.lora)]
+    return [(f"{concept.name}: file", f"{source}, SHA-256 {file.sha256}") for source, file in files]
 
 
 def _concept_facts(found: LoadedConcept) -> list[tuple[str, str]]:
-    concept, factors, file = found.concept, found.factors, found.file
+    concept, factors = found.concept, found.factors
     trained = f", trained with {found.trained_with}" if found.trained_with else ""
     facts = [
-        (f"{concept.name}: file", f"{file.path}, SHA-256 {file.sha256}{trained}" if file else "a loaded adapter"),
+        *[(f"{concept.name}: file", f"{file.path}, SHA-256 {file.sha256}{trained}") for file in found.files],
+        *([] if found.files else [(f"{concept.name}: file", "a loaded adapter")]),
+        *([(f"{concept.name}: merged", f"{concept.merge or DEFAULT}, in this order")] if len(found.files) > 1 else []),
         (f"{concept.name}: layers", factors.report.partition(";")[0]),
     ]
     if factors.unmatched:

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from lora_compose.compose.commands.options import parse_lora, parse_settings
+from lora_compose.compose.commands.options import parse_settings
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.support.names import MERGERS, unknown
 from lora_compose.compose.support.terminal import handle_errors, starting
+from lora_compose.pipelines.concepts.sources import parse_lora
 
 
 @handle_errors(logging.ERROR)

@@ -1,6 +1,5 @@
 """Options that several commands share: models, methods, concepts, settings, as the command line writes them."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ import typer
 from lora_compose.compose.files.paths import check_lora, model_source
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
-from lora_compose.compose.support.names import check_method, did_you_mean, file_near
+from lora_compose.compose.playground.assets import PLAYGROUNDS
+from lora_compose.compose.support.names import check_merger, check_method, did_you_mean, file_near
 from lora_compose.compose.support.savers import SAVERS, Saver
+from lora_compose.pipelines.concepts.sources import files_of, parse_lora
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
 
@@ -23,6 +23,7 @@ _BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
+    "merge": "merge",
 }  # fmt: skip
 LORA_HELP = (
     "A LoRA, repeatable, with its weight if that is not 1: cat.safetensors:0.8, playground:bear, user/my-cat. Trigger "
@@ -39,8 +40,9 @@ LORAS_HELP = (
 CONCEPT_HELP = (
     "A concept in full, repeatable: path=cat.safetensors,trigger=sks,class=cat. Further fields: weight=0.8, name=cat, "
     "region=64,32,128,96. Only path is required; region is left,top,right,bottom in pixels or as fractions of the "
-    "image (0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. weight may change "
-    "over the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
+    "image (0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. Several files, "
+    "path=cat.safetensors,path=style.safetensors:0.7, are merged; merge names the method. weight may change over "
+    "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
     "blocks=down:0.5,up.1:0 are factors by block; prompt and negative are its own; alpha is for files without one."
 )
 
@@ -141,20 +143,31 @@ def parse_concept(text: str) -> Concept:
     Raises:
         ValueError: For unknown and missing fields and unusable values.
     """
-    fields = _fields("--concept", text, _CONCEPT_FIELDS)
-    if not fields.get("lora"):
+    fields = _fields("--concept", text, _CONCEPT_FIELDS, several="path")
+    paths = fields.pop("lora", [])
+    if not all(paths or [""]):
         raise ValueError(f"--concept {text}: path is missing: a safetensors file, a hub repository or playground:NAME")
-    fields.setdefault("name", _name_of(fields["lora"]))
+    fields["lora"] = paths[0] if len(paths) == 1 else tuple(paths)
     if "region" in fields:
         fields["region"] = _mask_or_box(fields["region"], f"--concept {text}: region")
     try:
+        fields.setdefault("name", "+".join(map(_name_of, files_of(fields["lora"]))))
         return Concept(**fields)
     except FieldError as error:
         raise ValueError(f"--concept {text}: {'; '.join(error.messages)}") from error
+    except ValueError as error:
+        raise ValueError(f"--concept {text}: {error}") from error
 
 
-def _fields(option: str, text: str, known: Mapping[str, str]) -> dict[str, Any]:
-    """Fields as an option writes them, "name=value,...": what they are called in it, and in the model."""
+def _fields(option: str, text: str, known: Mapping[str, str], several: str | None = None) -> dict[str, Any]:
+    """Fields as an option writes them, "name=value,...".
+
+    Args:
+        option: Name of the option.
+        text: Its value.
+        known: Names of fields on the command line, and in the model.
+        several: The field that may be given several times; its values are a list.
+    """
     # A comma parts two fields only where a name and "=" follow.
     pairs = [part.partition("=") for part in re.split(r",(?=\s*\w+\s*=)", text)]
     fields: dict[str, Any] = {}
@@ -164,6 +177,9 @@ def _fields(option: str, text: str, known: Mapping[str, str]) -> dict[str, Any]:
             raise ValueError(
                 f"{option} {text}: unknown field {name!r}; fields are {', '.join(known)}, each with ={near}"
             )
+        if name == several:
+            fields.setdefault(known[name], []).append(value)
+            continue
         if known[name] in fields:
             raise ValueError(f"{option} {text}: {name} is given twice")
         fields[known[name]] = value
@@ -233,26 +249,6 @@ def concepts_of(concepts: Sequence[str], loras: Sequence[str], boxes: Sequence[s
     return found
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """A LoRA and its weight, as written on the command line: "cat.safetensors:0.8".
-
-    Raises:
-        ValueError: If the weight is not finite, or there is not a LoRA.
-    """
-    source, colon, number = text.rpartition(":")
-    try:
-        weight = float(number)
-    except ValueError:
-        source, weight = text, 1.0
-    if not colon:
-        source, weight = text, 1.0
-    if not source.strip():
-        raise ValueError(f"{text!r} names no LoRA; expected a file, a hub repository or {PLAYGROUND}:NAME")
-    if not math.isfinite(weight):
-        raise ValueError(f"{text}: the weight is {number}; expected a number such as 0.8")
-    return source, weight
-
-
 def parse_box(text: str, option: str = "--box", otherwise: str = "none") -> tuple[float, float, float, float] | None:
     """A box as written on the command line: whole numbers are pixels, and with a point they are fractions of the image.
 
@@ -318,7 +314,9 @@ def check_names(asked: Run) -> None:
     check_method(asked.method)
     model_source(asked.model)
     for concept in asked.scene.concepts:
-        check_lora(concept.lora or "")
+        check_merger(concept.merge)
+        for source in files_of(concept.lora):
+            check_lora(source)
 
 
 def _mask_or_box(value: str, option: str) -> tuple[float, float, float, float] | str | None:

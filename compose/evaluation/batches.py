@@ -9,6 +9,7 @@ from typing import Any
 from lora_compose.compose.evaluation.suite import SANITY, Suite, SuiteConcept, SuiteMethod, SuiteScene
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.formats.files import LoraError, trained_with
 from lora_compose.pipelines.scene import Concept, Run, Scene
 from lora_compose.pipelines.text.tokens import find_words
@@ -72,6 +73,8 @@ def run_of(suite: Suite, batch: Batch) -> Run:
     scene, arm = batch.scene, batch.arm
     acting = [arm.alone] if arm.alone else list(scene.concepts) if arm.method else []
     concepts = [_concept(suite.concept(name), arm.lora, scene.regions.get(name)) for name in acting]
+    if arm.method is not None and arm.method.merge is not None:
+        concepts = _merged(suite, scene, arm.method, concepts)
     silent = [suite.concept(name) for name in scene.concepts if name not in acting]
     return Run(
         scene=Scene(
@@ -100,23 +103,33 @@ def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
     return Concept(
         name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
-        blocks=concept.blocks, negative_prompt=concept.negative_prompt, region=region,
+        blocks=concept.blocks, negative_prompt=concept.negative_prompt, region=region, role=concept.role,
     )  # fmt: skip
+
+
+def _merged(suite: Suite, scene: SuiteScene, method: SuiteMethod, concepts: Sequence[Concept]) -> list[Concept]:
+    """The concepts of a scene with all LoRAs of it in one, which for the method `merge` is one concept."""
+    further = [_concept(suite.concept(name), method.lora, None) for name in scene.bundle]
+    files = tuple(f"{concept.lora}:{concept.weight}" for concept in (*concepts, *further))
+    bundle: dict[str, Any] = {"lora": files, "merge": method.merge, "weight": 1.0, "blocks": None}
+    if method.method == "merge":
+        return [Concept(name="+".join(concept.name for concept in (*concepts, *further)), **bundle)]
+    return [Concept(**{**dict(concept), **bundle}) for concept in concepts if not suite.concept(concept.name).is_style]
 
 
 def _method(arm: Arm, concepts: Sequence[Concept]) -> str | None:
     if arm.alone:
-        return method_alone(concepts[0].lora)
+        return method_alone(shown(concepts[0].lora))
     return None if arm.method is None else arm.method.method
 
 
 @lru_cache(maxsize=4096)  # called for every batch, and a hub repository needs a request
-def method_alone(lora: str | None) -> str:
+def method_alone(lora: str) -> str:
     """The method for a LoRA alone: `tara` if its file says that it was trained for it, otherwise `merge`.
 
     An unreadable file counts as `merge`; the error comes when images are generated.
     """
-    path = find_file(lora_source(lora or ""))
+    path = find_file(lora_source(lora))
     try:
         return "tara" if trained_with(path) == "tara" else "merge"
     except LoraError:

@@ -182,6 +182,22 @@ def reached(alone: np.ndarray) -> float:
     return float(np.quantile(kept, 0.9)) if len(kept) else np.nan
 
 
+def style_share(colours: np.ndarray, without: np.ndarray, alone: np.ndarray) -> float:
+    """How much of a style an image has, by its colours: how far they are on the way to those with the style alone.
+
+    0 as without any LoRA, 1 as with the style's LoRA alone, in the same scene; higher is better. It is blind to what
+    colours do not show, such as strokes. NaN if colours are the same with and without the style.
+
+    Args:
+        colours: Of the image: mean and spread of each channel [6].
+        without: Of images without any LoRA, on average [6].
+        alone: Of images with the style's LoRA alone, on average [6].
+    """
+    way = alone - without
+    length = float(way @ way)
+    return float((colours - without) @ way) / length if length > 0 else np.nan
+
+
 def bound_ratio(method: np.ndarray, alone: np.ndarray) -> float:
     """How much of a concept's identity a method keeps: its mean similarity, over that with its LoRA alone.
 

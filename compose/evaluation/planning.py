@@ -32,7 +32,7 @@ def make_plan(suite: Suite) -> Plan:
         scene, arm = batch.scene, batch.arm
         made = digest(run_facts(run_of(suite, batch), batch.seeds, suite.threads, suite.save_memory), model)
         names = [scene.name, arm.name, *([arm.alone] if arm.alone else []), str(batch.seeds[0])]
-        scored = digest(scene.model_dump(mode="json"), scoring)
+        scored = digest(scene.model_dump(mode="json", exclude={"bundle"}), scoring)
         planned.append(
             Planned(
                 key=f"{'-'.join(map(_slug, names))}-{made}", scores=f"scores-{scored}.json", scene=scene.name,

@@ -107,7 +107,7 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
         suite=evaluation.suite,
         facts=facts(evaluation),
         warnings=warnings(evaluation),
-        metrics=METRICS,
+        metrics=_measured(arms_table),
         main=MAIN,
         rows=arms_table.to_dict("records"),
         plots=[plot for plot in plots if plot],
@@ -120,6 +120,11 @@ def render_html(out: Path, evaluation: Evaluation, arms_table: pd.DataFrame) -> 
         many=gallery.many,
         side=gallery.side,
     )
+
+
+def _measured(arms_table: pd.DataFrame) -> list[Metric]:
+    """The metrics that at least one row has."""
+    return [metric for metric in METRICS if not np.isnan(arms_table[metric.key].to_numpy(dtype=float)).all()]
 
 
 # --- words ---
@@ -222,7 +227,7 @@ def _distinct(values: Iterable[str]) -> list[str]:
 def render_markdown(evaluation: Evaluation, arms_table: pd.DataFrame) -> str:
     """The tables as Markdown. `arms_table` is what `summary.summary` gives."""
     suite = evaluation.suite
-    shown = [metric for metric in METRICS if not np.isnan(arms_table[metric.key].to_numpy(dtype=float)).all()]
+    shown = _measured(arms_table)
     header = ["", *(f"{metric.title} {'↑' if metric.higher_is_better else '↓'}" for metric in shown)]
     header += ["latent rows", "FLOPs", "seconds"]
     lines = [f"# Evaluation: {marked(suite.name)}", ""]

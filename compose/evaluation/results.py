@@ -88,6 +88,7 @@ class ConceptScore(_Frozen):
         whole: Similarity of the whole image to the concept's references.
         placed: Whether the middle of the box lies in the concept's region; None without a region or a detector, or if
             it was not found.
+        colours: Of a style: mean and spread of red, green and blue in the image, 0 to 1; None of a subject.
     """
 
     box: Box | None = None
@@ -95,6 +96,7 @@ class ConceptScore(_Frozen):
     similarity: Mapping[str, float] = {}
     whole: float
     placed: bool | None = None
+    colours: tuple[float, ...] | None = None
 
 
 class ImageScores(_Frozen):

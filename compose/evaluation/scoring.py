@@ -39,8 +39,10 @@ class Scorer:
 
     def score(self, image: Image.Image, scene: SuiteScene) -> ImageScores:
         """Measures an image of a scene."""
-        concepts = [self.suite.concept(name) for name in scene.concepts]
-        references = [self.references[concept.name] for concept in concepts]
+        every = [self.suite.concept(name) for name in scene.concepts]
+        concepts = [concept for concept in every if not concept.is_style]
+        names = [concept.name for concept in concepts]
+        references = [self.references[name] for name in names]
         whole = self.encoder.images([image])
         found = self._found(image, scene, concepts)
         crops = [squared(image.crop(one.box)) for one in found]
@@ -51,10 +53,13 @@ class Scorer:
             alike = _rounded(clip_i(whole, own)[0])
             scores[concept.name] = ConceptScore(whole=alike)
             if i is not None:
-                likeness = dict(zip(scene.concepts, map(_rounded, similarity[i]), strict=True))
+                likeness = dict(zip(names, map(_rounded, similarity[i]), strict=True))
                 scores[concept.name] = self._found_score(found[i], scene.regions.get(concept.name), likeness, alike)
+        for style in (concept for concept in every if concept.is_style):
+            alike = _rounded(clip_i(whole, self.references[style.name])[0])
+            scores[style.name] = ConceptScore(whole=alike, colours=colours_of(image))
         extra = None if self.detector is None else len(found) - sum(i is not None for i in chosen)
-        return ImageScores(clip_t=self._clip_t(whole, scene, concepts), concepts=scores, extra=extra)
+        return ImageScores(clip_t=self._clip_t(whole, scene, every), concepts=scores, extra=extra)
 
     def _clip_t(self, whole: Tensor, scene: SuiteScene, concepts: Sequence[SuiteConcept]) -> float | None:
         if not self.encoder.has_text:
@@ -87,6 +92,12 @@ class Scorer:
             whole=whole,
             placed=_placed(found.box, region) if known and region is not None else None,
         )
+
+
+def colours_of(image: Image.Image) -> tuple[float, ...]:
+    """Mean and standard deviation of red, green and blue over an image, 0 to 1."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    return tuple(map(_rounded, [*pixels.mean((0, 1)), *pixels.std((0, 1))]))
 
 
 def squared(image: Image.Image) -> Image.Image:

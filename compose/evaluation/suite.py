@@ -10,6 +10,7 @@ from lora_compose.compose.files.paths import local_source, moved_start
 from lora_compose.compose.files.scenes import read_as
 from lora_compose.compose.support.savers import Savers
 from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
+from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene import Region, Start
 from lora_compose.pipelines.text.tokens import find_words
@@ -37,6 +38,7 @@ class SuiteConcept(_Frozen):
         weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
         blocks: Further factors, by block of the model (`Concept.blocks`).
         negative_prompt: Negative prompt of its region, for methods that read a text per concept.
+        role: "style" for a concept that acts everywhere: it has no region, and is not looked for in the image.
     """
 
     name: Name
@@ -47,6 +49,12 @@ class SuiteConcept(_Frozen):
     weight: Annotated[Weight, BeforeValidator(read_weight)] = 1.0
     blocks: Annotated[dict[str, float] | None, BeforeValidator(read_blocks)] = None
     negative_prompt: str | None = None
+    role: Literal["subject", "style"] | None = None
+
+    @property
+    def is_style(self) -> bool:
+        """Whether it is a style."""
+        return self.role == "style"
 
     @property
     def loras(self) -> Mapping[str, str]:
@@ -61,7 +69,9 @@ class SuiteScene(Start):
         name: Its name.
         prompt: Names every concept by its trigger.
         concepts: Names of concepts of the suite.
-        regions: Boxes in pixels by concept, for methods that take a layout; all of the scene's concepts or none.
+        bundle: Further concepts, which the prompt does not name. Their LoRAs are merged with those of the scene by
+            methods that merge files.
+        regions: Boxes in pixels by concept, for methods that take a layout; all of the scene's subjects or none.
         negative_prompt: What to avoid.
         width: In pixels; None is the model's own.
         height: In pixels; None is the model's own.
@@ -70,6 +80,7 @@ class SuiteScene(Start):
     name: Name
     prompt: Annotated[str, Field(min_length=1)]
     concepts: Annotated[tuple[str, ...], Field(min_length=1)]
+    bundle: tuple[str, ...] = ()
     regions: Mapping[str, Region] = {}
     negative_prompt: str = ""
     width: Annotated[int, Field(gt=0)] | None = None
@@ -84,12 +95,15 @@ class SuiteMethod(_Frozen):
         method: The method.
         settings: Those that differ from its defaults.
         lora: The kind of LoRAs it uses; None is each concept's first.
+        merge: How the LoRAs of the scene and of its `bundle` are merged into one, a name of `MERGERS`. With the method
+            `merge` that acts once, everywhere; with others each subject has it, in its region. None merges no files.
     """
 
     name: Name
     method: str
     settings: Mapping[str, Any] = {}
     lora: str | None = None
+    merge: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -101,6 +115,8 @@ class SuiteMethod(_Frozen):
     @model_validator(mode="after")
     def _known(self) -> Self:
         make_method(self.method, self.settings)
+        if self.merge is not None:
+            make_merger(self.merge)
         if self.name in SANITY[:2]:
             raise ValueError(f"{self.name!r} is the name of a row that every evaluation has; choose another one")
         return self
@@ -148,7 +164,7 @@ class Suite(_Frozen):
         detector: How concepts are found in images; None crops the regions of the scenes.
         concepts: The concepts.
         scenes: The scenes.
-        methods: The methods to compare; `merge` is added if it is missing.
+        methods: The methods to compare; `merge` is added if it is missing and no method merges files.
         baseline: The method that the others are compared with.
         seeds: Of the start noise, for every scene and method.
         batch_size: Images made in one call. It is part of the suite because the pixels depend on it.
@@ -207,9 +223,10 @@ class Suite(_Frozen):
 
     @property
     def compared(self) -> tuple[SuiteMethod, ...]:
-        """The methods, `merge` included."""
+        """The methods, `merge` included unless the suite compares merged files."""
         merge = SuiteMethod(name="merge", method="merge")
-        return self.methods if any(m.name == "merge" for m in self.methods) else (merge, *self.methods)
+        there = any(m.name == "merge" or m.merge is not None for m in self.methods)
+        return self.methods if there else (merge, *self.methods)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -229,15 +246,18 @@ class Suite(_Frozen):
 
 def _check_scene(scene: SuiteScene, known: Sequence[str], suite: Suite) -> None:
     where = f"scene {scene.name!r}"
-    undefined = [name for name in scene.concepts if name not in known]
+    undefined = [name for name in (*scene.concepts, *scene.bundle) if name not in known]
     if undefined:
         raise ValueError(
             f"{where} names {_listed(undefined)}, which is not a concept of the suite; there are {_listed(known)}"
         )
-    if len(set(scene.concepts)) < len(scene.concepts):
+    if len({*scene.concepts, *scene.bundle}) < len(scene.concepts) + len(scene.bundle):
         raise ValueError(f"{where} names a concept twice")
-    if scene.regions and set(scene.regions) != set(scene.concepts):
-        raise ValueError(f"{where} needs a region for each of {_listed(scene.concepts)}, or none at all")
+    subjects = [name for name in scene.concepts if not suite.concept(name).is_style]
+    if not subjects:
+        raise ValueError(f"{where} has no subject; a style is seen in an image of something")
+    if scene.regions and set(scene.regions) != set(subjects):
+        raise ValueError(f"{where} needs a region for each of {_listed(subjects)}, or none at all")
     if suite.detector is None and not scene.regions:
         raise ValueError(f"{where} has no regions and the suite has no detector, so its concepts cannot be located")
     for name in scene.concepts:

@@ -36,7 +36,7 @@ METRICS = (
     Metric(
         "success", "Success", True, 2, "0 to 1",
         "Share of images in which every concept was found, is nearer to its own "
-        "references than to those of any other, and reaches its threshold.",
+        "references than to those of any other, and reaches its threshold; of a style, half of it.",
     ),
     Metric(
         "region_min", "Worst concept", True, 3, "-1 to 1, in practice above 0",
@@ -72,6 +72,11 @@ METRICS = (
     Metric(
         "extra", "Extra objects", False, 2, "0 and more",
         "Objects of the concepts' classes beyond one for each concept, such as a second cat.",
+    ),
+    Metric(
+        "style", "Style", True, 2, "about 0 to 1",
+        "How much of a style an image has, by its colours: 0 as without any LoRA, 1 as with the style's LoRA alone, in "
+        "the same scene. Blind to what colours do not show.",
     ),
     Metric(
         "clip_t", "CLIP-T", True, 1, "0 to 100",

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from lora_compose.compose.evaluation.metrics import (
     presence_threshold,
     reached,
     region_similarity,
+    style_share,
     swap_rate,
 )
 from lora_compose.compose.evaluation.results import (
@@ -50,11 +51,11 @@ _CONCEPT_COLUMNS = (
 )  # fmt: skip
 _IMAGE_COLUMNS = (
     *_KEYS, "file", "clip_t", "clip_i", "region", "region_min", "ratio", "leak", "swap", "success", "found", "placed",
-    "extra", *COSTS,
+    "extra", "style", *COSTS,
 )  # fmt: skip
 _NUMBERS = (
     "own", "other", "whole", "detection", "threshold", "clip_t", "clip_i", "region", "region_min", "ratio", "leak",
-    "swap", "extra", *COSTS,
+    "swap", "extra", "style", *COSTS,
 )  # fmt: skip
 
 
@@ -119,7 +120,11 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class _Image:
-    """An image with scores. `concepts` are those of its scene; `acting` are the indices of those that count."""
+    """An image with scores.
+
+    `concepts` are the subjects of its scene, `acting` the places of those that count, `styles` the styles that count
+    and how much of each the image has.
+    """
 
     planned: Planned
     seed: int
@@ -127,6 +132,7 @@ class _Image:
     made: Made
     scores: ImageScores
     concepts: tuple[str, ...]
+    styles: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -169,6 +175,7 @@ def load(out: Path) -> Evaluation:
     if plan is None:
         raise FileError(f"there is no evaluation in {out}: {PLAN} is missing")
     shots, failed, missing, unscored = _stored(out, plan)
+    shots = _with_styles(plan.suite, shots)
     concepts = _typed(pd.DataFrame([row for shot in shots for row in _concept_rows(shot)], columns=_CONCEPT_COLUMNS))
     thresholds = _thresholds(plan.suite, concepts)
     limits = dict(zip(thresholds["concept"], thresholds["threshold"], strict=True))
@@ -199,7 +206,8 @@ def _stored(out: Path, plan: Plan) -> tuple[list[_Image], list[Failed], int, int
         scores = _sound(lambda planned=planned, concepts=concepts: read_scores(out, planned, concepts))
         failure = _sound(lambda planned=planned: read(batch_folder(out, planned.key) / FAILED, Failed))
         if made is not None and scores is not None:
-            shots += _scored(out, planned, made, scores, concepts)
+            subjects = tuple(name for name in concepts if not plan.suite.concept(name).is_style)
+            shots += _scored(out, planned, made, scores, subjects)
         elif failure is not None:
             failed.append(failure)
         elif made is None:
@@ -228,6 +236,34 @@ def _scored(out: Path, planned: Planned, made: Made, scores: Scores, concepts: t
     ]  # fmt: skip
 
 
+def _with_styles(suite: Suite, shots: Sequence[_Image]) -> list[_Image]:
+    """The images with how much of each style they have."""
+    colours: dict[tuple[str, str, str | None], dict[str, list[Any]]] = {}
+    for shot in shots:
+        found = colours.setdefault((shot.planned.scene, shot.planned.arm, shot.planned.alone), {})
+        for name, score in shot.scores.concepts.items():
+            if score.colours is not None:
+                found.setdefault(name, []).append(score.colours)
+
+    def mean(scene: str, arm: str, alone: str | None, style: str) -> np.ndarray:
+        seen = colours.get((scene, arm, alone), {}).get(style)
+        return np.mean(seen, axis=0) if seen else np.full(6, np.nan)
+
+    def share(shot: _Image, style: str) -> float:
+        scene, bound = shot.planned.scene, bound_name(suite, shot.planned.arm)
+        ends = mean(scene, SANITY[0], None, style), mean(scene, bound, style, style)
+        return style_share(np.array(shot.scores.concepts[style].colours), *ends)
+
+    return [
+        replace(shot, styles={
+            name: share(shot, name)
+            for name in suite.scene(shot.planned.scene).concepts
+            if suite.concept(name).is_style and shot.planned.alone in (None, name)
+        })
+        for shot in shots
+    ]  # fmt: skip
+
+
 def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
     similarity = shot.similarity
     own = region_similarity(similarity)
@@ -250,7 +286,12 @@ def _concept_rows(shot: _Image) -> list[dict[str, Any]]:
                 **dict(zip(_EDGES, score.box or [None] * 4, strict=True)),
             }
         )
-    return rows
+    styles = [
+        {**shot.keys, "concept": name, "found": not np.isnan(share), "own": share, "nearest": name,
+         "whole": shot.scores.concepts[name].whole}
+        for name, share in shot.styles.items()
+    ]  # fmt: skip
+    return rows + styles
 
 
 def _images(suite: Suite, shots: Sequence[_Image], concepts: pd.DataFrame) -> pd.DataFrame:
@@ -273,21 +314,22 @@ def _present(concepts: pd.DataFrame) -> np.ndarray:
 def _image_row(shot: _Image, bounds: Mapping[str, np.ndarray]) -> dict[str, Any]:
     similarity, acting = shot.similarity, shot.acting
     names = [shot.concepts[i] for i in acting]
-    scores = [shot.scores.concepts[name] for name in names]
+    scores = [shot.scores.concepts[name] for name in (*names, *shot.styles)]
     own = region_similarity(similarity)[acting]
     return {
         **shot.keys,
         "file": shot.file,
         "clip_t": shot.scores.clip_t,
         "clip_i": _mean([score.whole for score in scores]),
-        "region": own.mean(),
-        "region_min": own.min(),
+        "region": _mean(own),
+        "region_min": min(own, default=np.nan),
         "ratio": _mean([bound_ratio(own[[i]], bounds[name]) for i, name in enumerate(names)]),
         "leak": leak(similarity),
         "swap": swap_rate(similarity),
-        "found": 1 - np.isnan(similarity[acting]).any(axis=1).mean(),
+        "found": _mean(np.asarray(~np.isnan(similarity[acting]).any(axis=1))),
         "placed": _mean([np.nan if score.placed is None else score.placed for score in scores]),
         "extra": shot.scores.extra,
+        "style": _mean([*shot.styles.values()]),
         **shot.made.cost.model_dump(),
     }
 

@@ -30,6 +30,11 @@ _IMAGE_LIMIT = 256 * _MIB  # bytes of an image file
 _PIXEL_LIMIT = 64 * _MIB
 
 
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Hashes = _Sha256 | tuple[_Sha256, ...]
+"""Of the file of a concept, or of those that it merges."""
+
+
 class Machine(BaseModel):
     """Where an image was made.
 
@@ -52,7 +57,7 @@ class Record(BaseModel):
     Attributes:
         run: The run, with the method, scheduler and device that were used.
         versions: Of lora-compose, python, torch, diffusers and transformers.
-        sha256: SHA-256 of the LoRA files, by concept.
+        sha256: SHA-256 of the LoRA files, by concept; of a concept that merges several, one for each in their order.
         images: SHA-256 of the image that it starts from and of its mask, by the name of the field.
         machine: Where it was made.
         batch: The seeds of all images that were made in one call with this one, in order; empty if it was made alone.
@@ -63,9 +68,9 @@ class Record(BaseModel):
 
     run: Run
     versions: Mapping[str, str]
-    sha256: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    sha256: Mapping[str, Hashes]
     machine: Machine
-    images: Mapping[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = {}
+    images: Mapping[str, _Sha256] = {}
     batch: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(max_length=64)] = ()
 
     @model_validator(mode="after")

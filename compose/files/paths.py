@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source, playground_model
 from lora_compose.compose.support.names import did_you_mean, file_near
+from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.mask_images import URI_PREFIX
 from lora_compose.pipelines.scene import Run, Start
 
@@ -88,7 +89,10 @@ def moved(model: Any, move: Any) -> Any:
     """The same scene or run with every path changed by a function."""
     if isinstance(model, Run):
         return model.model_copy(update={"model": move(model.model), "scene": moved(model.scene, move)})
-    concepts = tuple(_moved(concept, ("lora", "region"), move) for concept in model.concepts)
+    concepts = tuple(
+        _moved(concept, ("region",), move).model_copy(update={"lora": moved_files(concept.lora, move)})
+        for concept in model.concepts
+    )
     return moved_start(model, move).model_copy(update={"concepts": concepts})
 
 

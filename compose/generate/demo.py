@@ -14,6 +14,7 @@ from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.making import make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
+from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 PAIRS = ("cat-dog", "car-rabbit", "bear-robot")
@@ -113,7 +114,7 @@ def _unboxed(concept: Concept) -> Concept:
 
 
 def _ordinary(concept: Concept) -> Concept:
-    return concept.model_copy(update={"lora": (concept.lora or "").removesuffix("-tara")})
+    return concept.model_copy(update={"lora": moved_files(concept.lora, lambda source: source.removesuffix("-tara"))})
 
 
 def _sheet(images: Mapping[str, Image.Image], jobs: Sequence[Job], title: str) -> Image.Image:

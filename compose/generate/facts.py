@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.sources import weighted
 from lora_compose.pipelines.mask_images import URI_PREFIX
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.regular import sha256_of
@@ -32,7 +33,9 @@ def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Seque
     facts = run.model_dump(mode="json", exclude={"model", "device", "seed"})
     scene = facts["scene"]
     for concept in scene["concepts"]:
-        concept["lora"] = _lora_hash(concept["lora"])
+        concept["lora"] = _lora_hashes(concept["lora"])
+        if concept["merge"] is None:  # as in facts of versions that could not merge
+            del concept["merge"]
     for fields, name in [(scene, "image"), (scene, "mask_image"), *((one, "region") for one in scene["concepts"])]:
         fields[name] = _content(fields[name])
     settings = vars(make_method(run.method, run.settings)) if run.method else {}
@@ -59,6 +62,13 @@ def model_facts(path: Path, name: str) -> Any:
 def file_hash(path: str) -> str:
     """The SHA-256 of a file, read once in a process."""
     return sha256_of(Path(path).expanduser())
+
+
+def _lora_hashes(lora: str | list[str]) -> Any:
+    """The hash of a file, or those of files that are merged with their weights."""
+    if isinstance(lora, str):
+        return _lora_hash(lora)
+    return [[_lora_hash(source), weight] for source, weight in weighted(tuple(lora))]
 
 
 @lru_cache(maxsize=4096)  # a hub repository needs a request

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lora_compose.compose.figures.overlay import Attention
-from lora_compose.compose.files.images import Record
+from lora_compose.compose.files.images import Hashes, Record
 from lora_compose.compose.generate.guides import (
     controls_of,
     fit_ip_adapters,
@@ -23,6 +23,7 @@ from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
+from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.mask_images import open_image
 from lora_compose.pipelines.methods import METHODS, Choice, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
@@ -159,13 +160,14 @@ def load(pipe: Any, concept: Concept) -> LoadedConcept:
         ValueError: If there is no such LoRA, or it does not fit the model.
     """
     if concept.lora is not None:
-        concept = concept.model_copy(update={"lora": lora_source(concept.lora)})
+        lora: Any = moved_files(concept.lora, lora_source)
+        concept = concept.model_copy(update={"lora": lora})
         known = pipe.concepts.get(concept.name)
-        same = known is not None and (known.lora, known.alpha) == (concept.lora, concept.alpha)
+        same = known is not None and (known.lora, known.merge, known.alpha) == (lora, concept.merge, concept.alpha)
         if known is not None and not same:
             pipe.unload_concept(concept.name)
         if not same:
-            pipe.load_concept(concept.lora, name=concept.name, alpha=concept.alpha)
+            pipe.load_concept(lora, name=concept.name, merge=concept.merge, alpha=concept.alpha)
     return pipe.resolve_concepts([concept])[0]
 
 
@@ -259,8 +261,9 @@ def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
     return run.model_copy(update=used)
 
 
-def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, str]:
-    return {found.concept.name: found.file.sha256 for found in loaded if found.file is not None}
+def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, Hashes]:
+    every = {found.concept.name: tuple(file.sha256 for file in found.files) for found in loaded if found.files}
+    return {name: found[0] if len(found) == 1 else found for name, found in every.items()}
 
 
 def _image_hashes(scene: Scene) -> dict[str, str]:

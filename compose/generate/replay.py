@@ -16,6 +16,7 @@ from lora_compose.compose.playground.assets import lora_source
 from lora_compose.compose.support.savers import Saver
 from lora_compose.compose.support.terminal import bar, echo
 from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.sources import files_of, with_files
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept, Run
 
@@ -70,18 +71,20 @@ def runnable(record: Record, loras: Path | None = None) -> Run:
     Raises:
         ValueError: If LoRAs are missing; the message lists all of them.
     """
-    here = {concept.name: _recorded_file(record, concept) for concept in record.run.scene.concepts}
     moved = _by_content(
-        {record.sha256[name] for name, there in here.items() if not there and name in record.sha256}, loras
-    )
+        {wanted for concept in record.run.scene.concepts for source, wanted in _recorded(record, concept)
+         if wanted is not None and not _is_there(source, wanted)},
+        loras,
+    )  # fmt: skip
     concepts, missing = [], []
     for concept in record.run.scene.concepts:
-        wanted = record.sha256.get(concept.name)
-        if not here[concept.name] and wanted in moved:
-            concept = concept.model_copy(update={"lora": str(moved[wanted])})
-        elif not here[concept.name] and not _exists(concept):
-            missing.append(f"  {concept.name}: {concept.lora or 'no file named'}, SHA-256 {wanted or 'not recorded'}")
-        concepts.append(concept)
+        places: list[str] = []
+        for source, wanted in _recorded(record, concept):
+            there = _is_there(source, wanted)
+            if not there and wanted not in moved and not _exists(source):
+                missing.append(f"  {concept.name}: {source or 'no file named'}, SHA-256 {wanted or 'not recorded'}")
+            places.append(str(moved[wanted]) if not there and wanted in moved else source)
+        concepts.append(concept.model_copy(update={"lora": with_files(concept.lora, [*filter(None, places)])}))
     if missing:
         where = f" nor below {loras}" if loras else ""
         hint = "name their folder with --loras FOLDER; they are found by content"
@@ -132,23 +135,31 @@ def difference(one: Image.Image, other: Image.Image) -> str | None:
     return f"{pixels} pixels differ ({share:.3g} %), by at most {apart.max()} and {apart.mean():.3g} on average, of 255"
 
 
-def _recorded_file(record: Record, concept: Concept) -> bool:
-    """Whether a concept's path still holds the recorded file."""
-    file = _local(concept)
+def _recorded(record: Record, concept: Concept) -> list[tuple[str, str | None]]:
+    """The files of a concept, each with its recorded SHA-256."""
+    files = files_of(concept.lora) or ("",)
+    found = record.sha256.get(concept.name, ())
+    hashes: tuple[str | None, ...] = (found,) if isinstance(found, str) else found
+    return list(zip(files, hashes if len(hashes) == len(files) else [None] * len(files), strict=True))
+
+
+def _is_there(source: str, sha256: str | None) -> bool:
+    """Whether a path still holds the recorded file."""
+    file = _local(source)
     try:
-        return file is not None and sha256_of(file) == record.sha256.get(concept.name)
+        return file is not None and sha256_of(file) == sha256
     except OSError:  # it cannot be read; the run will report that
         return False
 
 
-def _exists(concept: Concept) -> bool:
-    return _local(concept) is not None or (concept.lora is not None and is_hub_name(concept.lora))
+def _exists(source: str) -> bool:
+    return _local(source) is not None or is_hub_name(source)
 
 
-def _local(concept: Concept) -> Path | None:
+def _local(source: str) -> Path | None:
     try:
-        path = Path(lora_source(concept.lora or "")).expanduser()
-        return find_file(path) if concept.lora and path.exists() else None
+        path = Path(lora_source(source)).expanduser()
+        return find_file(path) if source and path.exists() else None
     except (ValueError, RuntimeError):  # nothing usable
         return None
 

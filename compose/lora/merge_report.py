@@ -11,7 +11,6 @@ from rich.text import Text
 
 from lora_compose.compose.generate.machine import threads
 from lora_compose.compose.generate.models import open_model
-from lora_compose.compose.lora.calibration import calibrate, prompt_of
 from lora_compose.compose.lora.merge_tally import MergedBlock
 from lora_compose.compose.lora.merging import Given, Report, check_free, match_files, merge_files
 from lora_compose.compose.playground.assets import lora_source, playground_of
@@ -20,6 +19,7 @@ from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.formats.lora_writer import SPELLINGS, Spelling
 from lora_compose.pipelines.merging import Merger, make_merger
+from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
 from lora_compose.pipelines.scene import Run, Scene
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -78,12 +78,12 @@ def merge_and_show(
         raise ValueError("every weight is 0; there is nothing to merge")
     pipe = _model(model, merger, method, given, device)
     if merger.needs_model:
-        prompts = prompts or [prompt_of(one) for one in given]
+        prompts = prompts or [prompt_of(one.file, one.source) for one in given]
     matched = match_files(given, pipe, spelling=spelling, alpha=alpha)
     moments = None
     if merger.needs_model:
         with bar("looking at inputs", 1) as on_progress:
-            moments = calibrate(pipe, matched, list(prompts), steps=steps, seed=seed, on_progress=on_progress)
+            moments = calibrate(pipe, matched.changes, list(prompts), steps=steps, seed=seed, on_progress=on_progress)
     with bar("merging", 1) as on_progress, threads(1):
         report = merge_files(
             matched, merger, to, rank=rank, dtype=kind, moments=moments, method=method, overwrite=overwrite,

@@ -1,7 +1,6 @@
 """Merges LoRA files: layers are matched by name, merged one after the other, and written at once."""
 
 import json
-import math
 import re
 import sys
 import time
@@ -21,23 +20,22 @@ from lora_compose.compose.files.atomic import write_new, write_whole
 from lora_compose.compose.lora.inspection import RECORD, block_of
 from lora_compose.compose.lora.merge_tally import MergedBlock, Tally
 from lora_compose.compose.support.version import __version__
-from lora_compose.pipelines.concepts.loading import match
+from lora_compose.pipelines.concepts.loading import match, model_part
+from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.by_name import by_name
 from lora_compose.pipelines.formats.files import LoraError, LoraFile
-from lora_compose.pipelines.formats.keys import PARTS, Part, parse
+from lora_compose.pipelines.formats.keys import PARTS, parse
 from lora_compose.pipelines.formats.lora_writer import FileLayer, Spelling, stems, tensors
 from lora_compose.pipelines.formats.recognise import guess_family
 from lora_compose.pipelines.formats.safetensors_writer import SafetensorsWriter
 from lora_compose.pipelines.merging import Changes, Merger, settings_of
-from lora_compose.pipelines.merging.concatenation import Cat
-from lora_compose.pipelines.merging.factors import absent, matrices, scaled, spectrum
+from lora_compose.pipelines.merging.changes import Name, begin, side_by_side
+from lora_compose.pipelines.merging.factors import matrices, spectrum
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
-
-Name = tuple[Part, str]
 
 # Header entries about the base model; kept if all merged files agree.
 _BASE = (
@@ -114,7 +112,7 @@ def match_files(
         given: The files.
         pipe: The model that they are for. Without one, the full architecture of their family gives the layer names;
             files of an unknown family are matched by their own names.
-        spelling: Spelling of the result's keys; that of the first file by default.
+        spelling: Spelling of the result's keys; by default that of the first file, and diffusers' for a transformer.
         alpha: Alpha for files without one.
 
     Raises:
@@ -124,11 +122,12 @@ def match_files(
     pipe = pipe or _family(given)
     if pipe is None:
         return _match_by_name(given, spelling, alpha)
-    spelling = spelling or _spelling(given[0].file)
+    if spelling is None:
+        spelling = _spelling(given[0].file) if model_part(pipe) == "unet" else "diffusers"
     loras: list[Mapping[Name, LoraFactors]] = []
     notes: list[str] = []
     for one in given:
-        found = match(one.file, pipe, alpha=_needed(alpha, one.file))
+        found = match(one.file, pipe, alpha=needed_alpha(alpha, one.file))
         parts = found.by_part
         loras.append({(part, name): f for part in PARTS for name, f in parts.get(part, {}).items()})
         if found.unmatched:
@@ -141,7 +140,7 @@ def match_files(
     names = dict.fromkeys(name for lora in loras for name in lora)
     called = stems(spelling, pipe, {part: [name for p, name in names if p == part] for part in PARTS})
     sites = {name: FileLayer(called[name], _kernel(name, loras)) for name in names}
-    return Matched(given, _side_by_side(given, names, loras), sites, spelling, tuple(notes))
+    return Matched(given, _side_by_side(given, loras), sites, spelling, tuple(notes))
 
 
 def merge_files(
@@ -180,8 +179,7 @@ def merge_files(
     check_free(out, overwrite)
     dtype = dtype or _dtype(matched.given)
     layers = list(matched.changes.items())
-    alone = sum(one.weight != 0 for one in matched.given) == 1
-    merge = (Cat() if alone and merger.resolves else merger).start([changes for _, changes in layers])
+    merge = begin(merger, [changes for _, changes in layers], [one.weight for one in matched.given])
     largest = max(sum(change.rank for change in changes) for _, changes in layers)
     alpha = max(1, largest if rank is None else min(rank, largest))
     tally = Tally(len(matched.given))
@@ -250,7 +248,7 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
             f"{given[0].source} is for an unknown model, so its layers keep their names; "
             "leave --keys out, or give --model"
         )
-    found = [by_name(one.file, alpha=_needed(alpha, one.file)) for one in given]
+    found = [by_name(one.file, alpha=needed_alpha(alpha, one.file)) for one in given]
     named = [dict(layers) for layers, _ in found]
     for one, layers in zip(given[1:], named[1:], strict=True):
         if not layers.keys() & named[0].keys():
@@ -270,36 +268,11 @@ def _match_by_name(given: Sequence[Given], spelling: Spelling | None, alpha: flo
         if left
     ]
     notes.append("the model is unknown: layers were matched by their names in the files")
-    return Matched(given, _side_by_side(given, sites, loras), sites, own, tuple(notes))
+    return Matched(given, _side_by_side(given, loras), sites, own, tuple(notes))
 
 
-def _side_by_side(
-    given: Sequence[Given], names: Mapping[Name, Any], loras: Sequence[Mapping[Name, LoraFactors]]
-) -> Mapping[Name, Changes]:
-    """By layer, the change by every file.
-
-    Raises:
-        LoraError: If files have changes of different sizes for a layer.
-    """
-    found: dict[Name, Changes] = {}
-    for name in names:
-        here = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
-        sizes = {i: (len(f.up), math.prod(f.down.shape[1:])) for i, f in here.items()}
-        if len(set(sizes.values())) > 1:
-            listed = "; ".join(f"{given[i].source} {a} x {b}" for i, (a, b) in sizes.items())
-            raise LoraError(f"the files do not fit each other: {'.'.join(name)} is changed by {listed}")
-        some = next(iter(here.values()))
-        found[name] = [
-            scaled(_compact(here[i]), one.weight) if i in here and one.weight else absent(some)
-            for i, one in enumerate(given)
-        ]
-    return found
-
-
-def _compact(change: LoraFactors) -> LoraFactors:
-    """The same change with no more ranks than its layer can need: more cost time and memory, and files can have any."""
-    most = min(len(change.up), math.prod(change.down.shape[1:]))
-    return change if change.rank <= most else spectrum(change).factors()
+def _side_by_side(given: Sequence[Given], loras: Sequence[Mapping[Name, LoraFactors]]) -> Mapping[Name, Changes]:
+    return side_by_side(loras, [one.weight for one in given], [one.source for one in given])
 
 
 def _kernel(name: Name, loras: Sequence[Mapping[Name, LoraFactors]]) -> tuple[int, ...]:
@@ -321,13 +294,6 @@ def _spelling(file: LoraFile) -> Spelling:
         if key is not None and key.slot in ("down", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff"):
             return "kohya" if key.prefix.endswith("_") or key.suffix == ".lora_down.weight" else "diffusers"
     return "diffusers"
-
-
-def _needed(alpha: float | None, file: LoraFile) -> float | None:
-    """The given alpha, if the file has none."""
-    settings = (key for config in file.config.values() for key in config)
-    own = any(key.endswith(".alpha") for key in file.tensors) or not {"lora_alpha", "alpha"}.isdisjoint(settings)
-    return None if own else alpha
 
 
 def _dtype(given: Sequence[Given]) -> torch.dtype:

@@ -11,6 +11,7 @@ from lora_compose.compose.files.scenes import write_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUND_FLUX, PLAYGROUNDS
 from lora_compose.compose.support.savers import OFFLOADS, Saver
+from lora_compose.pipelines.concepts.sources import Lora, moved_files, weighted
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import ControlFile, IPAdapterFile, Run, Scene
 
@@ -32,7 +33,7 @@ def portable(run: Run, files: Mapping[str, str]) -> Run:
         files: Original names by where the files are kept.
     """
     concepts = tuple(
-        concept.model_copy(update={"lora": files.get(concept.lora or "", concept.lora)})
+        concept.model_copy(update={"lora": moved_files(concept.lora, lambda source: files.get(source, source))})
         for concept in run.scene.concepts
     )
     scene = moved_start(run.scene, lambda path: files.get(path, path))
@@ -76,13 +77,8 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
         imports.setdefault("diffusers", set()).add(run.scheduler)
         lines.append(f"pipe.scheduler = {run.scheduler}.from_config(pipe.scheduler.config)")
     for concept in run.scene.concepts:
-        lora = concept.lora or ""
-        source = _value(lora)
-        model, colon, name = lora.partition(":")
-        if colon and model in PLAYGROUNDS:
-            imports.setdefault(_ASSETS, set()).add("playground_lora")
-            source = f"playground_lora({', '.join(map(_value, [name, *_further(model)]))})"
-        loaded = concept.model_dump(include={"name", "trigger", "class_word", "alpha"}, exclude_none=True)
+        source = _source(concept.lora, imports)
+        loaded = concept.model_dump(include={"name", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
         lines.append(f"pipe.load_concept({source}, {_arguments(loaded)})")
     if run.scene.ip_adapters:
         imports.setdefault(_GUIDES, set()).add("fit_ip_adapters")
@@ -97,6 +93,24 @@ def python(run: Run, savers: Sequence[Saver] = (), scheduler: str | None = None)
         + "".join(f"    {line},\n" for line in arguments)
         + ').images[0]\nimage.save("result.png")\n'
     )
+
+
+def _source(lora: Lora, imports: dict[str, set[str]]) -> str:
+    """The file of a concept, or a list of those that are merged, as an argument of `load_concept`."""
+    if not isinstance(lora, str) and lora is not None:
+        return f"[{', '.join(_source_of(*one, imports) for one in weighted(lora))}]"
+    return _source_of(lora or "", 1.0, imports)
+
+
+def _source_of(source: str, weight: float, imports: dict[str, set[str]]) -> str:
+    model, colon, name = source.partition(":")
+    if not colon or model not in PLAYGROUNDS:
+        return _value(source if weight == 1 else f"{source}:{weight!r}")
+    imports.setdefault(_ASSETS, set()).add("playground_lora")
+    arguments = [name, *_further(model)]
+    if weight == 1:
+        return f"playground_lora({', '.join(map(_value, arguments))})"
+    return f'f"{{playground_lora({", ".join(map(repr, arguments))})}}:{weight!r}"'
 
 
 def _opening(run: Run, savers: Sequence[Saver], imports: dict[str, set[str]]) -> list[str]:
@@ -129,7 +143,7 @@ def _arguments_of(run: Run, imports: dict[str, set[str]]) -> list[str]:
     lines += [] if given is None else [f"negative_prompt={_value(given)}"]
     if scene.concepts:
         listed = [
-            concept.model_dump(exclude={"lora", "trigger", "class_word", "alpha"}, exclude_none=True)
+            concept.model_dump(exclude={"lora", "merge", "trigger", "class_word", "alpha"}, exclude_none=True)
             for concept in scene.concepts
         ]
         listed = [

@@ -11,6 +11,7 @@ from lora_compose.compose.page.boxes import Box, template
 from lora_compose.compose.page.controls import controls
 from lora_compose.compose.page.open_models import Choice
 from lora_compose.compose.playground.assets import PLAYGROUND, assets_dir
+from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.methods import METHODS, make_method, name_of
 from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Run, Scene
@@ -234,13 +235,18 @@ def example() -> Form:
     scene = read_scene(assets_dir() / "scenes" / f"{name}.yaml")
     boxes: list[Box] = template("Side by side", len(scene.concepts), 128, 128)
     concepts = tuple(
-        concept.model_copy(update={"lora": (concept.lora or "").removesuffix("-tara"), "region": box})
+        concept.model_copy(update={"lora": moved_files(concept.lora, _ordinary), "region": box})
         for concept, box in zip(scene.concepts, boxes, strict=True)
     )
     return Form(
         Choice(PLAYGROUND), scene.prompt, concepts=concepts, boxed=True, method=method, guidance_scale=4.0,
         seeds=(seed,),
     )  # fmt: skip
+
+
+def _ordinary(source: str) -> str:
+    """The ordinary LoRA beside one of the playground's that was trained with TARA."""
+    return source.removesuffix("-tara")
 
 
 def _unboxed(concept: Concept) -> Concept:

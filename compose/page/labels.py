@@ -27,6 +27,20 @@ class MethodLabel:
     decides: Decides
 
 
+MERGER_LABELS: Mapping[str, tuple[str, str]] = {
+    "cat": ("Add up", "The exact sum: as with all of them loaded, in one file."),
+    "svd": ("Add up, compact", "The same sum without ranks that add nothing."),
+    "ties": ("Elect signs", "TIES: small entries go, and where LoRAs disagree the majority wins."),
+    "dare": ("Drop at random", "DARE: half of the entries go, the rest is doubled."),
+    "tsv": ("Untangle", "TSV: what LoRAs share acts once. For versions of one subject."),
+    "lego": ("Join what is alike", "LoRA-LEGO: ranks that are alike become one."),
+    "np": ("Protect the style", "NP-LoRA: first the subject, then the style, which stays as it is."),
+    "k-lora": ("Layer by layer", "K-LoRA: first the subject, then the style; each layer takes mostly one of them."),
+    "soups": ("Weigh each layer", "LoRA Soups: makes an image with each LoRA, then finds weights for each layer."),
+    "ssr": ("Sort by input", "SSR-Merge: makes an image with each LoRA, then leads its inputs to it."),
+}
+"""Ways of merging files, in the page's words: a name, and what it does."""
+
 METHOD_LABELS: Mapping[str, MethodLabel] = {
     "lora-composer": MethodLabel(
         "By boxes", "LoRA-Composer",

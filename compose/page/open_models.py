@@ -10,6 +10,7 @@ from typing import Any
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
+from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LIMIT = 2
@@ -182,7 +183,7 @@ def _opened(choice: Choice) -> Any:
 
 
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:
-    wanted = {(concept.name, lora_source(concept.lora or "")) for concept in concepts}
+    wanted = {(concept.name, moved_files(concept.lora, lora_source), concept.merge) for concept in concepts}
     for name, known in list(pipe.concepts.items()):
-        if (name, known.lora) not in wanted:
+        if (name, known.lora, known.merge) not in wanted:
             pipe.unload_concept(name)

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from lora_compose.compose.playground.assets import PLAYGROUND, PLAYGROUNDS
+from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.scene import Run, Scene
 
 SUITE = "playground-quick"
@@ -79,7 +80,7 @@ class Judge:
     def _names(self, scene: Scene) -> Mapping[str, str] | None:
         """The suite's concepts by ours; None if one of ours has no counterpart, or two have the same."""
         theirs = {lora: concept.name for concept in self._suite.concepts for lora in concept.loras.values()}
-        names = {concept.name: theirs.get(_of_unet(concept.lora or "")) for concept in scene.concepts}
+        names = {concept.name: theirs.get(_of_unet(shown(concept.lora))) for concept in scene.concepts}
         found = [name for name in names.values() if name is not None]
         if len(found) < len(names) or len(set(found)) < len(found):
             return None

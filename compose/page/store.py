@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lora_compose.compose.figures.overlay import PALETTE
-from lora_compose.compose.files.images import Record, read_pixels, record_in
+from lora_compose.compose.files.images import Hashes, Record, read_pixels, record_in
 from lora_compose.compose.files.paths import is_hub_name
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.page.folders import new_folder
@@ -139,15 +139,32 @@ class Store:
         shown = _shown(name)
         if not shown.lower().endswith(SUFFIX):
             raise FileError(f"{shown}: only {SUFFIX} files are accepted; other formats could run code when opened")
-        path = self.folder / f"{secrets.token_hex(12)}{SUFFIX}"
+        path = self.new_path()
         try:
             _copy(data, path, UPLOAD_LIMIT, shown)
-            lora = _described(read_lora(path), str(path), shown)
+            return self.keep(path, shown)
         except BaseException as error:
             path.unlink(missing_ok=True)
             if isinstance(error, LoraError | FileError):
                 raise type(error)(str(error).replace(path.name, shown)) from error
             raise
+
+    def new_path(self) -> Path:
+        """A free path for a LoRA."""
+        return self.folder / f"{secrets.token_hex(12)}{SUFFIX}"
+
+    def keep(self, path: Path, shown: str, **words: str) -> Lora:
+        """Takes a file of this folder among the uploads, unless there is the same already.
+
+        Args:
+            path: The file.
+            shown: What it is called on the page.
+            words: Trigger and class word, for a file that does not contain them.
+
+        Raises:
+            LoraError: If it cannot be used.
+        """
+        lora = replace(_described(read_lora(path), str(path), shown), **words)
         known = next((upload for upload in self.uploads if upload.sha256 == lora.sha256), None)
         if known is not None:
             path.unlink()
@@ -265,12 +282,14 @@ def located(record: Record, uploads: Sequence[Lora], folder: Path | None, *, loc
     """
     known = {lora.sha256: lora for lora in uploads}
     return {
-        concept.name: _located(concept.lora or "", record.sha256.get(concept.name, ""), known, folder, local)
+        concept.name: _located(concept.lora, record.sha256.get(concept.name, ""), known, folder, local)
         for concept in record.run.scene.concepts
     }
 
 
-def _located(source: str, sha256: str, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
+def _located(source: Any, sha256: Hashes, known: dict[str, Lora], folder: Path | None, local: bool) -> Lora | None:
+    if not isinstance(source, str) or not isinstance(sha256, str):
+        return None  # several files that were merged when they were loaded, or none at all
     if sha256 in known:
         return known[sha256]
     if source in {f"{model}:{name}" for model in PLAYGROUNDS for name in playground_loras(model)}:

@@ -12,6 +12,7 @@ __all__ = [
     "PRESETS",
     "STRUCTURES",
     "TRAINING_PRESETS",
+    "check_merger",
     "check_method",
     "did_you_mean",
     "file_near",
@@ -44,6 +45,12 @@ def check_method(method: str | None) -> None:
     """Raises ValueError for an unknown method; None means that one is chosen."""
     if method is not None and method not in (*METHODS, *PRESETS):
         raise ValueError(unknown("method", method, (*METHODS, *PRESETS)))
+
+
+def check_merger(merger: str | None) -> None:
+    """Raises ValueError for an unknown method of merging files; None means their exact sum."""
+    if merger is not None and merger not in MERGERS:
+        raise ValueError(unknown("method of merging", merger, MERGERS))
 
 
 def unknown(kind: str, name: str, known: Collection[str]) -> str:

@@ -25,17 +25,19 @@ class LoadedConcept:
     Attributes:
         concept: All its fields; weight is set.
         factors: Its LoRA, matched to the pipeline's models.
-        file: Where it came from; None for an adapter loaded by `load_lora_weights`.
+        files: Where it came from: a file, or several that were merged; none for an adapter loaded by
+            `load_lora_weights`.
     """
 
     concept: Concept
     factors: Factors
-    file: LoraFile | None = None
+    files: tuple[LoraFile, ...] = ()
 
     @property
     def trained_with(self) -> str | None:
-        """How the LoRA was trained ("tara"), from the file's metadata."""
-        return self.file.metadata.get("method") if self.file else None
+        """How the LoRA was trained ("tara"), from the file's metadata; None if merged files differ in it."""
+        methods = {file.metadata.get("method") for file in self.files}
+        return methods.pop() if len(methods) == 1 else None
 
     @property
     def lora(self) -> Lora:
@@ -45,7 +47,7 @@ class LoadedConcept:
     def handle(self, part: Part) -> Handle:
         """Stands for its LoRA of one model, in a call; anyone may change an adapter before the next."""
         blocks = self.concept.blocks or {}
-        if self.file is None:
+        if not self.files:
             return PASSING, self.factors.handle
         return self.factors.handle, part, tuple(sorted(blocks.items())) if part == self.factors.part else ()
 
@@ -122,7 +124,7 @@ class ConceptSet:
 
     def kept(self, part: Part, banks: BankCache) -> KeptBanks | None:
         """Where the LoRAs of one model are kept between calls; None if all are adapters, which are read anew."""
-        if all(loaded.file is None for loaded in self.loaded):
+        if all(not loaded.files for loaded in self.loaded):
             return None
         return KeptBanks(banks, tuple(loaded.handle(part) for loaded in self.loaded))
 

@@ -10,7 +10,10 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.loading import LoraError, adapter_factors, match, read_lora
 from lora_compose.pipelines.concepts.lru import Read, Recent
+from lora_compose.pipelines.concepts.merged import merge_matched, merger_for, without_tensors
+from lora_compose.pipelines.concepts.sources import Lora, files_of, shown, weighted
 from lora_compose.pipelines.concepts.strength import Weight
+from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
 from lora_compose.pipelines.scene import Concept, check_names
@@ -46,14 +49,20 @@ class ConceptLibrary:
         return {name: found.concept for name, found in {**self.loaded, **self.added}.items()}
 
     def load(
-        self, pipe: Any, concept: Concept, path: Path, *, max_rank: int = MAX_RANK, allow_pickle: bool = False
+        self,
+        pipe: Any,
+        concept: Concept,
+        paths: Sequence[Path],
+        *,
+        max_rank: int = MAX_RANK,
+        allow_pickle: bool = False,
     ) -> Concept:
-        """Reads a concept's file and keeps it.
+        """Reads a concept's file, or merges its files, and keeps the result.
 
         Raises:
             LoraError: If the file is unusable or does not fit the model.
         """
-        read = _read(pipe, path, alpha=concept.alpha, max_rank=max_rank, allow_pickle=allow_pickle)
+        read = _read(pipe, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
         logger.info("concept %s: %s", concept.name, read.factors.report)
         self.loaded[concept.name] = _loaded_concept(concept, read)
         return self.loaded[concept.name].concept
@@ -65,10 +74,10 @@ class ConceptLibrary:
             name, before = given.name, self.added.get(given.name)
             if name in added:
                 raise ValueError(
-                    f"{added[name].given.lora} and {given.lora} would both be called {name!r}; "
+                    f"{shown(added[name].given.lora)} and {shown(given.lora)} would both be called {name!r}; "
                     "name them: Concept(name=..., lora=...)"
                 )
-            if before is None or before.given.lora != given.lora:
+            if before is None or _loras(before.given) != _loras(given):
                 self.check_new(pipe, name)
             added[name] = Added(given, _filled(given, _by_header(given)))
         self.added.update(added)
@@ -117,14 +126,14 @@ class ConceptLibrary:
 
     def _resolve(self, pipe: Any, concept: Concept) -> LoadedConcept:
         loaded, added = self.loaded.get(concept.name), self.added.get(concept.name)
-        if added is not None and concept.lora in (None, added.given.lora):
+        if added is not None and (concept.lora is None or _loras(concept) == _loras(added.given)):
             concept = _filled(concept, added.given)
         if concept.lora is not None and (loaded is None or not _same_source(concept, loaded.concept)):
             return self._from_disk(pipe, concept)
         if loaded is not None:
             if concept.alpha is not None and concept.alpha != loaded.concept.alpha:
                 raise ValueError(f"concept {concept.name!r} was loaded with another alpha; give it to load_concept")
-            return LoadedConcept(_filled(concept, loaded.concept), loaded.factors, loaded.file)
+            return LoadedConcept(_filled(concept, loaded.concept), loaded.factors, loaded.files)
         if concept.name in adapters_of(pipe):
             return LoadedConcept(
                 _filled(concept, Concept(name=concept.name, weight=1.0)), adapter_factors(pipe, concept.name)
@@ -136,9 +145,10 @@ class ConceptLibrary:
         )
 
     def _from_disk(self, pipe: Any, concept: Concept) -> LoadedConcept:
-        """A concept whose file is read, unless it is still in memory."""
-        path, alpha = find_file(concept.lora or ""), concept.alpha
-        return _loaded_concept(concept, self.recent.get(path, alpha, lambda: _read(pipe, path, alpha=alpha)))
+        """A concept whose files are read, unless they are still in memory."""
+        paths = [find_file(source) for source in files_of(concept.lora)]
+        options = concept.alpha, concept.merge, tuple(weight for _, weight in weighted(concept.lora))
+        return _loaded_concept(concept, self.recent.get(paths, options, lambda: _read(pipe, concept, paths)))
 
 
 def adapters_of(pipe: Any) -> set[str]:
@@ -146,12 +156,26 @@ def adapters_of(pipe: Any) -> set[str]:
     return {name for names in pipe.get_list_adapters().values() for name in names}
 
 
-def _read(pipe: Any, path: Path, *, alpha: float | None, max_rank: int = MAX_RANK, allow_pickle: bool = False) -> Read:
-    file = read_lora(path, allow_pickle=allow_pickle)
-    factors = match(file, pipe, alpha=alpha, max_rank=max_rank, products=True)
-    if not factors.complete:
-        logger.warning("%s: %s", file.path.name, factors.report)
-    return Read(file, factors)
+def _read(
+    pipe: Any, concept: Concept, paths: Sequence[Path], *, max_rank: int = MAX_RANK, allow_pickle: bool = False
+) -> Read:
+    """The LoRA of a concept: its file, or its files merged."""
+    merger = merger_for(concept.merge, len(paths)) if len(paths) > 1 else None
+    files = tuple(read_lora(path, allow_pickle=allow_pickle) for path in paths)
+    alphas = [concept.alpha if merger is None else needed_alpha(concept.alpha, file) for file in files]
+    products = merger is None  # merged files need factors
+    matched = [
+        match(file, pipe, alpha=alpha, max_rank=max_rank, products=products)
+        for file, alpha in zip(files, alphas, strict=True)
+    ]
+    read = Read(files, matched[0])
+    if merger is not None:
+        weights = [weight for _, weight in weighted(concept.lora)]
+        merged = merge_matched(pipe, files, matched, weights, merger)
+        read = Read(tuple(map(without_tensors, files)), merged)
+    if not read.factors.complete:
+        logger.warning("%s: %s", " + ".join(file.path.name for file in files), read.factors.report)
+    return read
 
 
 def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[Concept]:
@@ -166,14 +190,20 @@ def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[C
         entries = source
     for entry in entries:
         concept = entry if isinstance(entry, Concept) else Concept(name=local_path(entry).stem, lora=str(entry))
-        if concept.lora is None or not local_path(concept.lora).is_file():
-            raise LoraError(f"concept {concept.name!r} needs a file, and there is none at {concept.lora!r}")
+        missing = [source for source in files_of(concept.lora) if not local_path(source).is_file()]
+        if concept.lora is None or missing:
+            raise LoraError(
+                f"concept {concept.name!r} needs a file, and there is none at {missing[0] if missing else None!r}"
+            )
         yield concept
 
 
 def _by_header(given: Concept) -> Concept:
-    """Adds the words in the header of the concept's file. The call that needs an unreadable file reports it."""
-    path, words = local_path(given.lora or ""), (None, None)
+    """Adds the words in the header of the concept's file, of several the first.
+
+    The call that needs an unreadable file reports it.
+    """
+    path, words = local_path(files_of(given.lora)[0]), (None, None)
     try:
         words = read_words(path)
     except (LoraError, OSError) as error:
@@ -182,14 +212,20 @@ def _by_header(given: Concept) -> Concept:
 
 
 def _loaded_concept(concept: Concept, read: Read) -> LoadedConcept:
-    """A concept with the factors of its file, which also completes missing fields."""
-    known = Concept(name=concept.name, trigger=read.file.trigger, class_word=read.file.class_word, weight=1.0)
-    return LoadedConcept(_filled(concept, known), read.factors, read.file)
+    """A concept with the factors of its file, which also completes missing fields; of several files the first does."""
+    first = read.files[0]
+    known = Concept(name=concept.name, trigger=first.trigger, class_word=first.class_word, weight=1.0)
+    return LoadedConcept(_filled(concept, known), read.factors, read.files)
 
 
 def _same_source(concept: Concept, loaded: Concept) -> bool:
     """Whether a concept's LoRA is the loaded one, at the same strength."""
-    return concept.lora == loaded.lora and concept.alpha in (None, loaded.alpha)
+    return _loras(concept) == _loras(loaded) and concept.alpha in (None, loaded.alpha)
+
+
+def _loras(concept: Concept) -> tuple[Lora, str | None]:
+    """The files of a concept, and how they are merged."""
+    return concept.lora, concept.merge
 
 
 def _filled(concept: Concept, known: Concept) -> Concept:

@@ -13,6 +13,7 @@ from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.library import ConceptLibrary, adapters_of
 from lora_compose.pipelines.concepts.selection import choose_concepts, has_tags, take_tags
+from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.scene import Concept
@@ -60,9 +61,10 @@ class ConceptLoaderMixin:
 
     def load_concept(
         self,
-        source: str | Path,
+        source: str | Path | Sequence[str | Path],
         name: str | None = None,
         *,
+        merge: str | None = None,
         trigger: str | None = None,
         class_word: str | None = None,
         weight: Weight = 1.0,
@@ -80,8 +82,10 @@ class ConceptLoaderMixin:
         """Loads a concept's LoRA; it acts only in calls that name it.
 
         Args:
-            source: A safetensors file, a folder, or a hub repository.
+            source: A safetensors file, a folder, or a hub repository; or several that are merged, each with its weight
+                if that is not 1: ["cat.safetensors", "style.safetensors:0.7"].
             name: What the concept is called; the file's name by default.
+            merge: How several files are merged (`Concept.merge`); `ssr` and `soups` make an image with each.
             trigger: The rare word or words; taken from the file's metadata if it has them.
             class_word: The noun after the trigger; taken from the file's metadata if it has it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
@@ -105,14 +109,15 @@ class ConceptLoaderMixin:
             own = signature(ConceptLoaderMixin.load_concept).parameters.keys() - {"self", "hub"}
             name = sorted(unknown)[0]
             raise TypeError(f"load_concept has no argument {name!r}{did_you_mean(name, sorted(own | HUB_OPTIONS))}")
+        lora = str(source) if isinstance(source, str | Path) else tuple(map(str, source))
         concept = Concept(
-            name=name or local_path(source).stem, lora=str(source), trigger=trigger, class_word=class_word,
+            name=name or _stems(lora), lora=lora, merge=merge, trigger=trigger, class_word=class_word,
             weight=weight, blocks=blocks if blocks is None else dict(blocks), region=region, prompt=prompt,
             negative_prompt=negative_prompt, role=role, alpha=alpha,
         )  # fmt: skip
         self.library.check_new(self, concept.name)
-        path = find_file(source, weight_name, **hub)
-        return self.library.load(self, concept, path, max_rank=max_rank, allow_pickle=allow_pickle)
+        paths = [find_file(one, weight_name, **hub) for one in files_of(lora)]
+        return self.library.load(self, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
 
     def add_concepts(self, source: str | Path | Iterable[str | Path | Concept]) -> tuple[Concept, ...]:
         """Adds LoRA files as concepts without reading their weights; the first call that names one reads and checks it.
@@ -200,3 +205,8 @@ class ConceptLoaderMixin:
             sets.append([*named, *(Concept(name=name, weight=weight) for name, weight in weights.items())])
         plain = [text for text, _ in taken]
         return (plain[0], sets[0]) if isinstance(prompt, str) else (plain, sets)
+
+
+def _stems(lora: str | tuple[str, ...]) -> str:
+    """What a concept is called by its files."""
+    return "+".join(local_path(source).stem for source in files_of(lora))

@@ -2,7 +2,7 @@
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Read:
-    """A file that has been read and matched.
+    """A file that has been read and matched, or several that were merged.
 
     Attributes:
-        file: As read.
-        factors: Its factors for the pipeline's models.
+        files: As read; those that were merged without their tensors.
+        factors: Their factors for the pipeline's models.
     """
 
-    file: LoraFile
+    files: tuple[LoraFile, ...]
     factors: Factors
 
     @cached_property
@@ -32,9 +32,10 @@ class Read:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._tensors()}.values())
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield from self.file.tensors.values()
-        for by_part in self.file.embeddings.values():
-            yield from by_part.values()
+        for file in self.files:
+            yield from file.tensors.values()
+            for by_part in file.embeddings.values():
+                yield from by_part.values()
         for lora in (self.factors.model, *self.factors.text_encoders.values()):
             for factors in lora.values():
                 yield from factors.tensors
@@ -51,16 +52,15 @@ class Recent:
         """The memory that all of them take."""
         return sum(read.bytes for read in self._kept.values())
 
-    def get(self, path: Path, options: Hashable, read: Callable[[], Read]) -> Read:
-        """The content of a file, read only if it is not in memory or has changed on disk.
+    def get(self, paths: Sequence[Path], options: Hashable, read: Callable[[], Read]) -> Read:
+        """The content of files, read only if it is not in memory or has changed on disk.
 
         Args:
-            path: The file.
-            options: Options of reading; a file is cached for each combination.
+            paths: The file, or those that are merged.
+            options: Options of reading; the content is cached for each combination.
             read: Reads it. If that fails, the cache is unchanged.
         """
-        facts = path.stat()
-        key = path, facts.st_ino, facts.st_mtime_ns, facts.st_size, options
+        key = *map(_identity, paths), options
         if key not in self._kept:
             self._kept[key] = read()
         self._kept.move_to_end(key)
@@ -79,5 +79,10 @@ class Recent:
                 break
             read = self._kept.pop(key)
             excess -= read.bytes
-            size = read.bytes / 2**20
-            logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", read.file.path, size)
+            size, names = read.bytes / 2**20, " + ".join(str(file.path) for file in read.files)
+            logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", names, size)
+
+
+def _identity(path: Path) -> tuple[Path, int, int, int]:
+    facts = path.stat()
+    return path, facts.st_ino, facts.st_mtime_ns, facts.st_size

@@ -123,3 +123,10 @@ def _positive(value: Any) -> float:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"alpha is {number}; expected a positive number")
     return number
+
+
+def needed_alpha(alpha: float | None, file: LoraFile) -> float | None:
+    """The alpha that was given, for files that do not say theirs."""
+    settings = (key for config in file.config.values() for key in config)
+    own = any(key.endswith(".alpha") for key in file.tensors) or not {"lora_alpha", "alpha"}.isdisjoint(settings)
+    return None if own else alpha

@@ -36,21 +36,28 @@ def stems(spelling: Spelling, pipe: Any, names: Mapping[Part, list[str]]) -> dic
     """The beginning of the keys of each layer of a pipeline.
 
     kohya's scripts use diffusers' names of a UNet's blocks for SD 1.x and 2.x, and the original checkpoint's for SDXL.
+    Those for transformers join layers that are apart in diffusers, so that a change of one alone has no name there.
 
     Args:
         spelling: "diffusers" or "kohya".
-        pipe: A pipeline, or anything with such a UNet and text encoders.
+        pipe: A pipeline, or anything with such a model and text encoders.
         names: The layers, as the models have them, by part.
+
+    Raises:
+        ValueError: For kohya's spelling of a transformer.
     """
+    models: tuple[Part, ...] = ("unet", "transformer")
+    if spelling == "kohya" and names.get("transformer"):
+        raise ValueError("the keys of kohya for transformers join layers that are apart here; write those of diffusers")
     two = getattr(pipe, "text_encoder_2", None) is not None
     first = "lora_te1_" if two else "lora_te_"
     kohya: Mapping[Part, str] = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}
-    blocks = original_names(pipe.unet) if spelling == "kohya" and two else {}
+    blocks = original_names(pipe.unet) if spelling == "kohya" and two and names.get("unet") else {}
     found = {}
     for part, layers in names.items():
         for name in layers:
             # transformers 5 removed the outer name that all files have
-            own = name if part == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+            own = name if part in models else f"text_model.{name.removeprefix('text_model.')}"
             own = blocks.get(name, own) if part == "unet" else own
             found[part, name] = f"{kohya[part]}{own.replace('.', '_')}" if spelling == "kohya" else f"{part}.{own}"
     return found

@@ -29,6 +29,7 @@ from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.generate.replay import difference
 from lora_compose.compose.generate.schedulers import scheduler_names, scheduler_of
 from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.pipelines.regular import sha256_of
 
 PROMPT = "a xlo bear and a qrt robot on grass"
 BEAR = "path=playground:bear-tara,trigger=xlo,class=bear"
@@ -116,7 +117,7 @@ def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
     assert record.run.scene.concepts[1].lora == "playground:robot-tara"
     assert record.versions.keys() == {"lora-compose", "python", "torch", "diffusers", "transformers"}
     assert record.versions["torch"] == torch.__version__
-    assert all(re.fullmatch("[0-9a-f]{64}", sha) for sha in record.sha256.values())
+    assert all(re.fullmatch("[0-9a-f]{64}", str(sha)) for sha in record.sha256.values())
     assert record.sha256.keys() == {"bear-tara", "robot-tara"}
     assert record.machine.threads == torch.get_num_threads()
     assert read_record(saved["chosen"]).run.method == "tara"
@@ -339,6 +340,35 @@ def test_loras_that_have_moved_are_found_by_content(moved: Path, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     assert f"nor below {tmp_path / 'empty'}" in call("replay", moved, "--loras", tmp_path / "empty", code=2).stderr
     assert "there is no folder" in call("replay", moved, "--loras", tmp_path / "none", code=2).stderr
+
+
+def test_a_concept_of_several_files_is_recorded_and_made_again_from_them(tmp_path: Path) -> None:
+    (tmp_path / "loras").mkdir()
+    for name in ("bear", "faded"):
+        shutil.copy(playground_lora(name), tmp_path / "loras")
+    concept = "path={0}/bear.safetensors,path={0}/faded.safetensors:0.7,merge=np".format(tmp_path / "loras")
+    call(
+        "run",
+        "playground",
+        "--prompt",
+        "a xlo bear in wfy style",
+        "--concept",
+        concept,
+        "--steps",
+        1,
+        "--out",
+        tmp_path,
+    )
+    record = read_record(tmp_path / "0.png")
+    (found,) = record.run.scene.concepts
+    assert (found.name, found.merge) == ("bear+faded", "np")
+    assert record.sha256 == {"bear+faded": tuple(sha256_of(playground_lora(name)) for name in ("bear", "faded"))}
+    (tmp_path / "loras").rename(tmp_path / "moved")
+    (tmp_path / "moved/bear.safetensors").rename(tmp_path / "moved/other.safetensors")
+    missing = call("replay", tmp_path / "0.png", code=2).stderr
+    assert f"loras/bear.safetensors, SHA-256 {record.sha256['bear+faded'][0]}" in missing
+    assert f"loras/faded.safetensors, SHA-256 {record.sha256['bear+faded'][1]}" in missing
+    assert "identical" in call("replay", tmp_path / "0.png", "--loras", tmp_path / "moved").output
 
 
 def test_all_missing_loras_are_listed(saved: dict[str, Path], tmp_path: Path) -> None:

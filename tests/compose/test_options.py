@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commands import call, flat
-from lora_compose import Concept
-from lora_compose.compose.commands.options import concepts_of, parse_box, parse_concept, parse_lora
+from lora_compose import Concept, Run, Scene
+from lora_compose.compose.commands.options import check_names, concepts_of, parse_box, parse_concept
 from lora_compose.compose.files.images import read_pixels, read_record
 from lora_compose.compose.playground.assets import playground_lora
+from lora_compose.pipelines.concepts.sources import parse_lora
 from lora_compose.pipelines.mask_images import in_pixels
 
 
@@ -99,6 +100,23 @@ def test_boxes_belong_to_the_loras_in_their_order() -> None:
         concepts_of([], ["a.safetensors", "b.safetensors"], ["0,0,8,8"])
     with pytest.raises(ValueError, match="1 --box for 0 --lora"):
         concepts_of(["path=a.safetensors"], [], ["0,0,8,8"])
+
+
+def test_several_paths_are_a_concept_whose_files_are_merged() -> None:
+    found = parse_concept("path=loras/a.safetensors,path=playground:faded:0.7,merge=np,trigger=sks")
+    files = ("loras/a.safetensors", "playground:faded:0.7")
+    assert found == Concept(name="a+faded", lora=files, merge="np", trigger="sks")
+    for text, message in {
+        "path=a.safetensors,path=": "path is missing",
+        "path=a.safetensors,path=b.safetensors:inf": "the weight is inf; expected a number",
+        "path=a.safetensors,merge=np": "merges one file; give lora a list of several",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse_concept(text)
+    with pytest.raises(ValueError, match=r"unknown method of merging 'tvs'.* did you mean 'tsv'"):
+        check_names(
+            Run(scene=Scene(prompt="-", concepts=(found.model_copy(update={"merge": "tvs"}),)), model="playground")
+        )
 
 
 def test_short_forms_make_the_image_of_the_long_ones(tmp_path: Path) -> None:

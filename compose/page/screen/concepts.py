@@ -103,7 +103,7 @@ def _about(session: PageSession, row: Row) -> str:
 
 
 def _adding(session: PageSession) -> None:
-    full = _is_full(session)
+    full = is_full(session)
     with st.container(horizontal=True, vertical_alignment="center", key="adding"):
         st.header("Concepts", anchor=False)
         upload = st.popover("Upload LoRAs", icon=":material/upload:", disabled=full)
@@ -121,8 +121,7 @@ def _adding(session: PageSession) -> None:
 
 
 def _choosing(session: PageSession) -> None:
-    model = session.model.choice.model if session.model.choice.model in PLAYGROUNDS else PLAYGROUND
-    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in _playground(model)}
+    ready = {f"{lora.shown} ({lora.trigger} {lora.class_word})": lora.source for lora in of_the_playground(session)}
     ready |= {f"{lora.shown} (uploaded)": lora.source for lora in session.store.uploads}
     _picker(session, "From the playground, and uploaded before", ready, "ready")
     folder = session.options.loras
@@ -142,8 +141,14 @@ def _picker(session: PageSession, label: str, sources: dict[str, str], key: str)
               args=(session, [sources[name] for name in chosen]))  # fmt: skip
 
 
+def of_the_playground(session: PageSession) -> list[Lora]:
+    """The LoRAs of the playground that is open, or of the first one."""
+    model = session.model.choice.model
+    return _read_once(model if model in PLAYGROUNDS else PLAYGROUND)
+
+
 @st.cache_data(show_spinner=False)
-def _playground(model: str) -> list[Lora]:
+def _read_once(model: str) -> list[Lora]:
     return playground(model)
 
 
@@ -175,11 +180,11 @@ def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]])
     """Adds the usable LoRAs, and lists the errors of the others."""
     problems = []
     for name, read in wanted:
-        if _is_full(session):
+        if is_full(session):
             problems.append(f"{MOST_CONCEPTS} concepts are the maximum; {name} and the following are left out.")
             break
         try:
-            problems += filter(None, [_add(session, read())])
+            problems += filter(None, [add_lora(session, read())])
         except Busy:
             problems.append(f"{name} is not read yet: files of other sessions are being read. Try again later.")
         except (ValueError, OSError) as error:
@@ -191,7 +196,7 @@ def _add_all(session: PageSession, wanted: list[tuple[str, Callable[[], Lora]]])
     session.uploads += 1
 
 
-def _add(session: PageSession, lora: Lora) -> str:
+def add_lora(session: PageSession, lora: Lora) -> str:
     """Adds a concept, or fills one that waits for its LoRA; returns a warning, if there is one."""
     waiting = [row for row in session.rows if row.lora is None]  # an image has named them
     alike = [row for row in waiting if _stem(row.wanted) == _stem(lora.shown)]
@@ -208,7 +213,8 @@ def _add(session: PageSession, lora: Lora) -> str:
     return "" if same else f"{lora.shown} is not the file that the image was made with."
 
 
-def _is_full(session: PageSession) -> bool:
+def is_full(session: PageSession) -> bool:
+    """Whether there is room for no further LoRA."""
     return len(session.rows) >= MOST_CONCEPTS and all(row.lora is not None for row in session.rows)
 
 

@@ -14,6 +14,7 @@ from lora_compose.compose.page.labels import label_of
 from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.screen.state import PageSession, Row
 from lora_compose.compose.page.store import Lora
+from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import in_pixels
@@ -94,7 +95,7 @@ def fill(session: PageSession, form: Form, loras: Mapping[str, Lora | None]) -> 
     session.rows = []
     for concept in form.concepts:
         mask = concept.region if isinstance(concept.region, str) else None
-        add(session, concept, loras.get(concept.name), form.size, wanted=concept.lora or "", mask=mask)
+        add(session, concept, loras.get(concept.name), form.size, wanted=shown(concept.lora), mask=mask)
 
 
 def add(
@@ -254,7 +255,7 @@ def changed_from(session: PageSession, run: Run) -> list[str]:
     }
     for concept, row in zip(run.scene.concepts, session.rows, strict=True):
         now = concept_of(row)
-        for name in type(concept).model_fields.keys() - {"lora", "role"}:
+        for name in type(concept).model_fields.keys() - {"lora", "merge", "role"}:
             before = getattr(concept, name)
             # what an image leaves open is filled in without a note, except regions
             if before is not None or (name == "region" and boxed() and not is_style(row)):

@@ -13,6 +13,7 @@ from lora_compose.compose.page.screen.state import FILE_PATIENCE, MOST_WAITING, 
 from lora_compose.compose.page.store import PNG_LIMIT, dropped, is_on_hub, located
 from lora_compose.compose.page.text import markdown
 from lora_compose.compose.page.work import Result
+from lora_compose.pipelines.concepts.sources import shown
 from lora_compose.pipelines.scene import Run
 
 _PLACE = "restore"
@@ -75,9 +76,9 @@ def restore(session: PageSession, record: Record) -> None:
     is_open = take_over(session, Choice(run.model, run.dtype, _same_device(session, device), memory))
     fields.fill(session, form, loras)
     for concept, row in zip(run.scene.concepts, session.rows, strict=True):
-        row.sha256 = record.sha256.get(concept.name, "")
+        row.sha256 = sha256 if isinstance(sha256 := record.sha256.get(concept.name), str) else ""
     notes = fields.changed_from(session, run)
-    gone = {concept.name: concept.lora or "" for concept in run.scene.concepts if loras[concept.name] is None}
+    gone = {concept.name: shown(concept.lora) for concept in run.scene.concepts if loras[concept.name] is None}
     if missing := [name for name, source in gone.items() if not is_on_hub(source)]:
         notes.append(f"The settings are loaded, but LoRAs are missing: {', '.join(missing)}.")
     if on_hub := [f"{name} ({source})" for name, source in gone.items() if is_on_hub(source)]:

@@ -12,6 +12,7 @@ from lora_compose.compose.page.screen import fields
 from lora_compose.compose.page.screen.state import PageSession, open_models
 from lora_compose.compose.page.sessions import Sessions
 from lora_compose.compose.page.store import Store, named
+from lora_compose.pipelines.concepts.sources import files_of
 
 
 def page_session() -> PageSession:
@@ -22,7 +23,7 @@ def page_session() -> PageSession:
         new = PageSession(Store(), open_models().open(form.choice), options(), _session_id=session_id)
         _SESSIONS.add(session_id, new)
         st.session_state["session"] = new
-        fields.fill(new, form, {concept.name: named(concept.lora or "") for concept in form.concepts})
+        fields.fill(new, form, {concept.name: named(files_of(concept.lora)[0]) for concept in form.concepts})
     if before is not None and before.closed:
         st.toast("Your session ended, so your files and images were deleted. This is a new session.")
     return st.session_state["session"]

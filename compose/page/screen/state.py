@@ -17,6 +17,7 @@ from lora_compose.compose.check.report import Report, check
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.page.form import Form
 from lora_compose.compose.page.launch import Options, options
+from lora_compose.compose.page.merging import Merged
 from lora_compose.compose.page.messages import page_message
 from lora_compose.compose.page.open_models import Busy, Choice, OpenModel, OpenModels
 from lora_compose.compose.page.quick import Quick
@@ -110,6 +111,7 @@ class PageSession:
         guides: Control images and IP-Adapters.
         unready: Whether the prompt has to be fixed first; the reason is shown there.
         closed: Whether it has ended: its browser was away for too long.
+        merged: The last LoRA that was merged from others.
     """
 
     store: Store
@@ -129,6 +131,7 @@ class PageSession:
     guides: list[ControlFile | IPAdapterFile] = field(default_factory=list, init=False)
     unready: bool = field(default=False, init=False)
     closed: bool = field(default=False, init=False)
+    merged: Merged | None = field(default=None, init=False)
     _numbers: int = field(default=0, init=False)
     _png: tuple[str, bytes] = field(default=("", b""), init=False)
     _outlooks: dict[str, Report] = field(default_factory=dict, init=False)
@@ -172,7 +175,7 @@ class PageSession:
         if self.job is not None:
             self.job.stop()
             self.job = self.job if self.job.running else None
-        self.rows, self.results, self.compared, self._png = [], [], [], ("", b"")
+        self.rows, self.results, self.compared, self._png, self.merged = [], [], [], ("", b""), None
         _forget(self._session_id)
         return self.store.close() and self.job is None
 

@@ -178,7 +178,7 @@ def test_numbers_agree_everywhere(written: Path) -> None:
     for row, kept in zip(table, stored, strict=True):
         (line,) = (line for line in lines if re.match(rf"\| \*?{row['arm']}[* ]", line))
         of_arm = images[images["arm"] == row["arm"]]
-        for metric in METRICS:
+        for metric in (metric for metric in METRICS if metric.key != "style"):  # no style, no column
             shown = number(row[metric.key], metric)
             assert f" {shown}" in line
             assert shown in page

@@ -141,3 +141,27 @@ def test_references_are_rotated_as_their_exif_data_say(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "a.jpg", exif=exif)
     assert np.asarray(reference_crop(tmp_path / "a.jpg")).shape == (40, 40, 3)
+
+
+def test_a_style_is_not_looked_for_but_its_colours_are_kept(scorer: Scorer, judge: Encoder) -> None:
+    style = SuiteConcept(
+        name="faded",
+        lora="playground:faded",
+        trigger="wfy",
+        class_word="style",
+        references="playground:faded",
+        role="style",
+    )
+    both = Scorer(
+        scorer.suite.model_copy(update={"concepts": (*scorer.suite.concepts, style)}), judge, scorer.detector,
+        {**scorer.references, "faded": judge.images(reference_crops(style))},
+    )  # fmt: skip
+    seen = pasted(("bear", 8, 40))
+    styled = SuiteScene(name="styled", prompt="a xlo bear in wfy style", concepts=("faded", "bear"))
+    scores = both.score(seen, styled)
+    plain = scorer.score(seen, scene(("bear",)))
+    assert scores.concepts["bear"] == plain.concepts["bear"]
+    pixels = np.asarray(seen) / 255
+    assert scores.concepts["faded"].colours == pytest.approx([*pixels.mean((0, 1)), *pixels.std((0, 1))], abs=1e-5)
+    assert scores.concepts["faded"].box is None
+    assert scores.extra == 0

@@ -46,6 +46,10 @@ SUITE: dict[str, Any] = {
 }
 
 
+STYLE = {"name": "faded", "lora": "playground:faded", "trigger": "wfy", "class_word": "style", "role": "style",
+         "references": "playground:faded"}  # fmt: skip
+
+
 def written(folder: Path, **changes: Any) -> str:
     path = folder / "suite.json"
     path.write_text(json.dumps({**SUITE, **changes}), encoding="utf-8")
@@ -212,7 +216,7 @@ def test_mistakes_are_named_with_their_place(tmp_path: Path, changes: dict[str, 
 
 
 def test_an_unknown_suite_lists_those_that_come_along() -> None:
-    with pytest.raises(FileError, match="playground-full, playground-quick"):
+    with pytest.raises(FileError, match=r"playground-full, playground-merged-bundles, .*, playground-quick"):
         read_suite("playground-slow")
 
 
@@ -240,3 +244,34 @@ def test_a_missing_reference_image_is_named(tmp_path: Path) -> None:
     suite = read_suite(written(tmp_path, concepts=[{**CAT, "references": ["lost.png"]}, DOG]))
     with pytest.raises(ValueError, match=r"concept 'cat': the reference image '.*lost.png' is missing"):
         make_plan(suite)
+
+
+def test_methods_that_merge_files_get_the_whole_bundle_as_one_concept_or_in_every_region(tmp_path: Path) -> None:
+    scene = {**SCENE, "prompt": f"{SCENE['prompt']} in wfy style", "concepts": ["cat", "dog", "faded"]}
+    alone = {"name": "alone", "prompt": "a sks cat", "concepts": ["cat"], "bundle": ["dog", "faded"],
+             "regions": {"cat": [0, 0, 64, 128]}}  # fmt: skip
+    concepts = [{**CAT, "lora": "playground:cat"}, {**DOG, "lora": "playground:dog", "weight": 0.5}, STYLE]
+    methods = [{"method": "merge", "merge": "tsv"}, {"method": "regional", "merge": "ssr"}]
+    suite = read_suite(
+        written(tmp_path, concepts=concepts, scenes=[scene, alone], methods=methods, baseline="regional")
+    )
+    assert [method.name for method in suite.compared] == ["merge", "regional"]
+    runs = {(b.scene.name, b.arm.name): run_of(suite, b).scene.concepts for b in batches(suite)}
+    files = ("playground:cat:1.0", "playground:dog:0.5", "playground:faded:1.0")
+    for name in ("both", "alone"):
+        (one,) = runs[name, "merge"]
+        assert (one.lora, one.merge, one.weight, one.name) == (files, "tsv", 1.0, "cat+dog+faded")
+    cat, dog = runs["both", "regional"]
+    assert (cat.lora, cat.merge, cat.region, dog.lora, dog.weight) == (files, "ssr", (0, 0, 64, 128), files, 1.0)
+    assert [one.lora for one in runs["alone", "regional"]] == [files]
+    style = next(run_of(suite, b).scene.concepts[0] for b in batches(suite) if b.arm.alone == "faded")
+    assert style.is_style
+
+
+def test_what_cannot_be_bundled_is_said(tmp_path: Path) -> None:
+    found = complaint(tmp_path, methods=[{"method": "merge", "merge": "sum"}])
+    assert "unknown method 'sum'; there are cat, svd" in found
+    assert "names a concept twice" in complaint(tmp_path, scenes=[{**SCENE, "bundle": ["cat"]}])
+    assert "names bear, which is not a concept" in complaint(tmp_path, scenes=[{**SCENE, "bundle": ["bear"]}])
+    lonely = {"name": "lonely", "prompt": "wfy style", "concepts": ["faded"]}
+    assert "has no subject" in complaint(tmp_path, concepts=[STYLE], scenes=[lonely], detector={"kind": "windows"})

@@ -15,7 +15,7 @@ from evaluations import SCORES, Seen, known, sanity, store, suite
 from lora_compose.compose.evaluation.batches import Batch
 from lora_compose.compose.evaluation.metrics import success
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.results import MADE, PLAN
+from lora_compose.compose.evaluation.results import MADE, PLAN, ConceptScore
 from lora_compose.compose.evaluation.statistics import bootstrap
 from lora_compose.compose.evaluation.summary import MAIN, METRICS, summary
 from lora_compose.compose.evaluation.table import Evaluation, arm_names, load
@@ -124,6 +124,32 @@ def test_a_concept_that_the_encoder_does_not_recognise(tmp_path: Path) -> None:
     assert evaluation.unrecognised == ["dog"]
     assert concept(evaluation, "regional", 1, "dog")["present"]  # nearest to its own references, no threshold
     assert np.isnan(concept(evaluation, "regional", 1, "dog")["threshold"])
+
+
+def test_a_style_is_measured_by_its_colours_between_without_and_alone(tmp_path: Path) -> None:
+    style = {"name": "old", "lora": "/old.safetensors", "trigger": "wfy", "class_word": "style", "role": "style",
+             "references": "playground:faded"}  # fmt: skip
+    cat = suite().concepts[0].model_dump() | {"lora": "/cat.safetensors"}
+    scene = {"name": "one", "prompt": "a sks cat in wfy style", "concepts": ["cat", "old"]}
+    small = suite([scene], concepts=[cat, style], methods=["merge", "regional"])
+    reds = {"no LoRA": (0.1, 0.3), "alone": (0.5, 0.7), "merge": (0.5, 0.6), "regional": (0.2, 0.4)}
+
+    def measured(batch: Batch, seed: int) -> Seen:
+        colours = (reds[batch.arm.name][seed - 1], *[0.5] * 5)
+        own = {"no LoRA": 0.3, "alone": 0.7}.get(batch.arm.name, 0.6)
+        found = ConceptScore(box=(0, 0, 8, 8), detection=0.9, similarity={"cat": own}, whole=0.5)
+        return {"cat": found, "old": ConceptScore(whole=0.5, colours=colours)}
+
+    evaluation = load(store(tmp_path, small, measured))
+    assert [image(evaluation, "merge", seed)["style"] for seed in (1, 2)] == pytest.approx([0.75, 1.0])
+    assert [image(evaluation, "regional", seed)["style"] for seed in (1, 2)] == pytest.approx([0, 0.5])
+    assert by_concept(evaluation, "without", "alone", "threshold")["old"] == pytest.approx((0, 1.2, 0.6))
+    assert [image(evaluation, arm, 2)["success"] for arm in ("merge", "regional")] == [True, False]
+    alone = image(evaluation, "alone", 2, "old")
+    assert (alone["style"], alone["success"]) == (pytest.approx(1.25), True)
+    assert all(map(pd.isna, values(alone, "region region_min leak found")))
+    assert pd.isna(image(evaluation, "alone", 2, "cat")["style"])
+    assert image(evaluation, "merge", 1)["region"] == pytest.approx(0.6)
 
 
 def test_a_scene_of_one_concept(tmp_path: Path) -> None:

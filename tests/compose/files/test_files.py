@@ -25,6 +25,7 @@ from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.scenes import read_run, read_scene, write_run, write_scene
 from lora_compose.compose.files.text import parse_value
 from lora_compose.compose.support.terminal import plain
+from lora_compose.pipelines.concepts.sources import files_of, with_files
 
 SHA = "0123456789abcdef" * 4
 SCENE = "prompt: a sks cat\nconcepts:\n  - name: cat\n    lora: cat.safetensors\n    trigger: sks\n"
@@ -128,6 +129,21 @@ def test_written_scenes_can_be_moved_with_their_loras(tmp_path: Path) -> None:
     assert "lora: loras/cat.safetensors" in (here / "one.yaml").read_text()
     here.rename(there)
     assert read_scene(there / "one.yaml").concepts[0].lora == str(there / "loras/cat.safetensors")
+
+
+def test_paths_of_several_files_move_with_their_weights(tmp_path: Path) -> None:
+    several = "[cat.safetensors, ./style.safetensors:0.7, 'playground:faded:-1']\n    merge: np"
+    (tmp_path / "one.yaml").write_text(SCENE.replace("cat.safetensors", several))
+    (found,) = read_scene(tmp_path / "one.yaml").concepts
+    assert found.lora == (f"{tmp_path}/cat.safetensors", f"{tmp_path}/style.safetensors:0.7", "playground:faded:-1.0")
+    write_scene(Scene(prompt="a sks cat", concepts=(found,)), tmp_path / "two.yaml")
+    assert read_scene(tmp_path / "two.yaml").concepts == (found,)
+    assert str(tmp_path) not in (tmp_path / "two.yaml").read_text()
+
+
+def test_a_name_that_ends_in_a_number_keeps_it() -> None:
+    assert with_files(("a:0.5", "b"), ["c", "d:2"]) == ("c:0.5", "d:2:1.0")
+    assert files_of("only.safetensors:0.5") == ("only.safetensors:0.5",)
 
 
 @pytest.mark.parametrize("source", ["playground:cat-tara", "user/my-cat-lora"])

@@ -21,15 +21,15 @@ from disks import files_of_at_most
 from layouts import layout, shapes_of
 from lora_compose.attention import Lora, LoraFactors
 from lora_compose.compose.cli import app
-from lora_compose.compose.commands.options import parse_lora
-from lora_compose.compose.lora.calibration import calibrate
 from lora_compose.compose.lora.merging import Given, match_files, merge_files
 from lora_compose.compose.playground.assets import playground_lora
 from lora_compose.compose.playground.recipe.lora_files import FORMATS
-from lora_compose.compose.playground.recipe.merging import PAIRS, compared, drawn
+from lora_compose.compose.playground.recipe.merging import PAIRS, drawn, images
 from lora_compose.pipelines.concepts.loading import LoraError, match, read_lora
+from lora_compose.pipelines.concepts.sources import parse_lora
 from lora_compose.pipelines.formats.lora_writer import Spelling
 from lora_compose.pipelines.merging import MERGERS, make_merger
+from lora_compose.pipelines.merging.calibration import calibrate
 from reference import dense
 
 PLAIN = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -113,7 +113,7 @@ def test_the_file_holds_what_the_merger_makes_of_every_layer(
     files = [write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe))]
     matched = match_files(given((files[0], 1.0), (files[1], 0.5)), pipe)
     merger = make_merger(name)
-    moments = calibrate(pipe, matched, ["a cat", "a dog"], steps=2) if merger.needs_model else {}
+    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=2) if merger.needs_model else {}
     merge = merger.start([*matched.changes.values()])
     made = {layer: merge(changes, moments.get(layer)) for layer, changes in matched.changes.items()}
     out = tmp_path / "out.safetensors"
@@ -138,7 +138,7 @@ def test_one_file_stays_what_it_is_and_weight_0_is_as_if_a_file_were_not_there(
     pipe = FAMILIES["sd"]()
     one, other = (write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe)))
     matched = match_files(given((one, 1.0), (other, 0.0)), pipe)
-    moments = calibrate(pipe, matched, ["a cat", "a dog"], steps=1) if MERGERS[name].needs_model else None
+    moments = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=1) if MERGERS[name].needs_model else None
     out = tmp_path / "out.safetensors"
     report = merge_files(matched, make_merger(name), out, moments=moments)
     assert_same(deltas(out, pipe), deltas(one, pipe))
@@ -283,7 +283,7 @@ def test_moments_are_those_of_the_inputs_that_a_lora_alone_makes(write_lora: Cal
     files = [write_lora(str(i), **loras) for i, loras in enumerate(two_loras(pipe))]
     matched = match_files(given((files[0], 1.0), (files[1], 0.5)), pipe)
     state = State(pipe)
-    found = calibrate(pipe, matched, ["a cat", "a dog"], steps=2, seed=3)
+    found = calibrate(pipe, matched.changes, ["a cat", "a dog"], steps=2, seed=3)
     state.assert_unchanged()
     plain.load_lora_weights(files[1], adapter_name="dog")
     plain.set_adapters("dog", 0.5)
@@ -311,7 +311,7 @@ def test_a_model_is_left_alone_also_where_the_call_fails(write_lora: Callable[..
     matched = match_files(given((write_lora("one", unet=random_lora(pipe.unet, 1)), 1.0)), pipe)
     state = State(pipe)
     with pytest.raises(ValueError, match="prompt"):
-        calibrate(pipe, matched, [3])  # pyright: ignore[reportArgumentType]
+        calibrate(pipe, matched.changes, [3])  # pyright: ignore[reportArgumentType]
     state.assert_unchanged()
 
 
@@ -456,20 +456,19 @@ def test_a_disk_that_fills_up_leaves_what_was_there(size: int, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_sheet_of_the_playground_shows_pairs_merged_in_several_ways() -> None:
-    shown = [[*compared(pair, ["cat", "ties, density 0.5"], seeds=1, steps=2)] for pair in PAIRS]
-    assert [one.method for one in shown[0]] == ["each alone", "cat", "ties, density 0.5"]
-    assert shown[0][0].left == (1.0, 1.0)
-    assert all(-5 < left < 5 for same in shown for one in same for left in one.left)
-    assert drawn(shown).height > 3 * shown[0][0].images[0].height
+    shown = [[*images(pair, ["cat", "ssr"], steps=2)] for pair in PAIRS]
+    assert [method for method, _ in shown[0]] == ["each alone", "cat", "ssr"]
+    assert len({image.tobytes() for _, made in shown[0] for image in made}) == 9
+    assert drawn(shown).height > 3 * shown[0][0][1][0].height
 
 
 @pytest.mark.slow
-def test_large_files_take_memory_for_what_is_read_alone(tmp_path: Path) -> None:
+def test_two_sdxl_files_of_500_mb_are_merged_in_less_than_2_gb(tmp_path: Path) -> None:
     files = []
     for n in range(2):
         generator = torch.Generator().manual_seed(n)
         tensors = {
-            key: torch.randn([48 if side == 8 else side for side in shape], generator=generator).half()
+            key: torch.randn([72 if side == 8 else side for side in shape], generator=generator).half()
             for key, shape in shapes_of(layout("kohya-sdxl")).items()
             if shape
         }
@@ -478,7 +477,7 @@ def test_large_files_take_memory_for_what_is_read_alone(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     command = [sys.executable, "-m", "lora_compose", "merge", *map(str, files), "--out", str(out), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    read = sum(path.stat().st_size for path in files)
-    assert read > 600 * 2**20
-    # What is written is as large again, and libraries take half a GiB.
-    assert json.loads(result.stdout)["peak_bytes"] < 1.1 * read + 700 * 2**20
+    assert all(path.stat().st_size > 5e8 for path in files)
+    # What is written is as large again, and libraries take half a GB.
+    report = json.loads(result.stdout)
+    assert report["peak_bytes"] < 2e9

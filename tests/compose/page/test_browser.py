@@ -544,3 +544,24 @@ def test_an_image_is_dropped_painted_over_and_repainted_there_alone(page: Page, 
     before, after = (np.asarray(image).astype(int) for image in (given, read_pixels(tmp_path / "made.png")))
     assert (before - after)[:60].any()
     assert not (before - after)[90:].any()
+
+
+def test_loras_are_merged_into_a_file_that_is_a_concept_as_well(page: Page, tmp_path: Path) -> None:
+    page.get_by_text("Merge LoRAs into one").click()
+    chooser = page.get_by_role("combobox", name="LoRAs to merge")
+    for name in ("cat (sks cat)", "faded (wfy style)"):
+        chooser.click()
+        page.get_by_role("option", name=name, exact=True).click()
+        settled(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Merge", exact=True).click()
+    expect(page.get_by_text("cat+faded-cat.safetensors holds")).to_be_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the LoRA").click()
+    assert download.value.suggested_filename == "cat+faded-cat.safetensors"
+    download.value.save_as(tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["lora_compose.merge"])["method"] == "cat"
+    page.get_by_role("button", name="Use as a concept").click()
+    settled(page)
+    expect(page.get_by_role("textbox", name="Trigger").last).to_have_value("sks")

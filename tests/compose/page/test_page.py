@@ -53,6 +53,7 @@ from lora_compose.compose.page.words import as_html, cut_off, read_prompt, with_
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts.loading import LoraError
+from lora_compose.pipelines.merging import MERGERS
 from lora_compose.pipelines.methods import METHODS, Composite, LoraComposer, Tara, make_method
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
@@ -228,6 +229,11 @@ def test_settings_that_a_method_does_not_take_are_reported() -> None:
     assert controls.changed("composite", {"shares": "[1, 2]"}) == {"shares": [1, 2]}
     (shares,) = controls.controls("composite")
     assert shares.shown(Composite([1, 2]).shares) == "[1, 2]"
+
+
+def test_every_way_of_merging_has_words() -> None:
+    assert [*labels.MERGER_LABELS] == [*MERGERS]
+    assert all(name not in MERGERS and sentence.endswith(".") for name, sentence in labels.MERGER_LABELS.values())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -706,6 +712,17 @@ def test_the_exported_python_is_that_of_the_readme() -> None:
                                   method="lora-composer", settings={"apart": 0.5}).runs()[0])  # fmt: skip
     assert 'Concept(name="cat", region=(0, 0, 64, 64))' in boxed
     assert "method=LoraComposer(apart=0.5)" in boxed
+
+
+def test_files_that_are_merged_when_loaded_are_exported_as_such() -> None:
+    files = ("cat.safetensors", "playground:faded:0.7")
+    concept = Concept(name="both", lora=files, merge="np", trigger="sks", weight=1.0)
+    (run,) = short(concepts=(concept,), prompt="a sks cat", boxed=False, method="merge").runs()
+    text = export.python(run)
+    ast.parse(text)
+    several = """["cat.safetensors", f"{playground_lora('faded')}:0.7"]"""
+    assert f'pipe.load_concept({several}, name="both", merge="np", trigger="sks")' in text
+    assert "  - playground:faded:0.7\n" in export.scene_file(run.scene)
 
 
 def test_what_saves_memory_is_kept_for_the_same_model_on_a_device_with_use_for_it() -> None:

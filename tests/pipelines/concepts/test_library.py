@@ -59,8 +59,9 @@ def latents_of(pipe: Any, *concepts: str | Concept, prompt: str = PROMPT) -> tor
 
 
 def size_of(pipe: Any, name: str) -> int:
-    """Bytes of a file's tensors."""
-    return sum(tensor.nbytes for tensor in pipe.resolve_concepts([name])[0].file.tensors.values())
+    """Bytes that a file takes in memory, the first that is read."""
+    pipe.resolve_concepts([name])
+    return pipe.library.recent.bytes
 
 
 def test_a_folder_is_known_by_its_headers_alone(pipe: Any, folder: Path, work: list[str]) -> None:
@@ -93,7 +94,7 @@ def test_what_was_not_used_for_longest_leaves_the_memory(
     with caplog.at_level(logging.DEBUG, "lora_compose.pipelines.concepts.lru"):
         for name in ("dog", "cat", "bear"):
             pipe.resolve_concepts([name])
-    assert [record.args[0] for record in caplog.records] == [folder / "dog.safetensors"]  # pyright: ignore
+    assert [record.args[0] for record in caplog.records] == [str(folder / "dog.safetensors")]  # pyright: ignore
     work.clear()
     pipe.resolve_concepts(["cat"])
     pipe.resolve_concepts(["bear"])
@@ -119,7 +120,7 @@ def test_memory_holds_the_files_used_last(paths: dict[str, Path], room: int, cal
         expected = [name for name in names if name not in used]
         for name in names:
             file = LoraFile(paths[name], "", {}, {"x": torch.ones(4), "same": torch.ones(0)})
-            recent.get(paths[name], None, lambda file=file: read.append(file.path.stem) or Read(file, Factors({})))
+            recent.get([paths[name]], None, lambda file=file: read.append(file.path.stem) or Read((file,), Factors({})))
         recent.trim(room * 16, keep=len(names))
         assert read == expected
         used = [*(name for name in used if name not in names), *names][-max(room, len(names)) :]

@@ -278,8 +278,8 @@ def test_name_trigger_and_class_word_come_from_the_file_unless_given(tmp_path: P
     assert pipe.concepts == {"my cat": known, "tiger": other, "dog": bare}
     first, _, last = pipe.resolve_concepts(["my cat", "tiger", "dog"])
     assert (first.trained_with, last.trained_with) == ("tara", None)
-    assert first.file is not None
-    assert first.file.metadata["trigger"] == "sks"
+    assert first.files
+    assert first.files[0].metadata["trigger"] == "sks"
 
 
 def test_keys_without_a_layer_are_reported_and_warned_about(

@@ -149,6 +149,23 @@ def test_of_any_shape_the_result_is_that_of_the_dense_references(
     assert np.allclose(gram(changes).numpy(), expected, rtol=1e-4, atol=1e-4 * np.trace(expected))
 
 
+@settings(max_examples=15, deadline=None)
+@given(outputs=st.integers(2, 14), inputs=st.integers(2, 14), ranks=st.tuples(*[st.integers(1, 5)] * 2),
+       seed=st.integers(0, 99))  # fmt: skip
+def test_of_any_shape_mergers_that_compare_loras_are_their_dense_references(
+    outputs: int, inputs: int, ranks: tuple[int, int], seed: int
+) -> None:
+    ranks = min(ranks[0], outputs, inputs), min(ranks[1], outputs, inputs)
+    changes = [change(seed + i, outputs, inputs, rank, 0.5 + i) for i, rank in enumerate(ranks)]
+    whole, seen = [dense(one) for one in changes], inputs_of(changes, seed)
+    columns = [x.numpy() for x in seen]
+    assert close(merged("ties", changes), reference.ties(whole, 0.4), 1e-6)
+    assert close(merged("k-lora", changes), reference.k_lora([(whole[0], whole[1])], ranks)[0], 1e-3)
+    numbers = reference.soups(whole, columns, 1e-3).clip(0, 1.5)
+    assert close(merged("soups", changes, seen), np.einsum("i,ioj->oj", numbers, np.stack(whole)), 1e-6)
+    assert close(merged("ssr", changes, seen), reference.ssr(whole, columns, 1e-2), 1e-5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("density", [0.3, 0.7, 1.0])
 def test_ties_is_ties_on_the_coefficients_in_the_common_basis(seed: int, density: float) -> None:

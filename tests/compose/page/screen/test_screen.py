@@ -1,5 +1,6 @@
 """The screen's logic by `streamlit.testing`: what is shown for what is set."""
 
+import json
 import re
 import shutil
 import socket
@@ -21,6 +22,7 @@ from streamlit.testing.v1 import AppTest
 from ip_adapters import playground_guides
 from layouts import layout, shapes_of
 from lora_compose.compose.files.images import Machine, Record, read_record, save_image
+from lora_compose.compose.lora.inspection import RECORD
 from lora_compose.compose.page.form import example
 from lora_compose.compose.page.labels import full_name
 from lora_compose.compose.page.launch import script
@@ -30,6 +32,7 @@ from lora_compose.compose.page.screen.state import PageSession, checking
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
 from lora_compose.pipelines.concepts import finding
+from lora_compose.pipelines.concepts.loading import read_lora
 from lora_compose.pipelines.mask_images import as_uri
 from lora_compose.pipelines.methods import METHODS
 from lora_compose.pipelines.scene import Concept
@@ -740,3 +743,43 @@ def encoded_as(image: Image.Image, kind: str) -> bytes:
     buffer = BytesIO()
     image.save(buffer, kind)
     return buffer.getvalue()
+
+
+def test_loras_are_merged_and_used_as_one_concept(at: AppTest) -> None:
+    labels = at.multiselect(key="do.merge.loras").options
+    bear, faded = (next(label for label in labels if label.startswith(name)) for name in ("bear (", "faded ("))
+    assert at.button(key="do.merge").disabled
+    at.multiselect(key="do.merge.loras").set_value([bear, faded]).run()
+    at.number_input(key=f"do.merge.weight.{faded}").set_value(0.5)
+    at.selectbox(key="do.merge.method").set_value("np").run()
+    at.button(key="do.merge").click().run()
+    assert not at.exception
+    assert any("bear+faded-np.safetensors" in shown.value.replace("\\", "") for shown in at.success)
+    at.button(key="do.merged.use").click().run()
+    row = session(at).rows[-1]
+    assert at.text_input(key=fields.of_row(row, "trigger")).value == "xlo"
+    assert row.lora is not None
+    file = read_lora(Path(row.lora.source))
+    merged = json.loads(file.metadata[RECORD])
+    assert (merged["method"], [one["weight"] for one in merged["files"]]) == ("np", [1.0, 0.5])
+    assert session(at).fit(row) is not None
+    at.button(key=f"do.remove.{session(at).rows[0].number}").click().run()
+    assert not made(at).exception
+
+
+def test_what_cannot_be_merged_is_said(at: AppTest) -> None:
+    labels = at.multiselect(key="do.merge.loras").options
+    at.multiselect(key="do.merge.loras").set_value([*labels[:3]]).run()
+    at.selectbox(key="do.merge.method").set_value("k-lora").run()
+    at.button(key="do.merge").click().run()
+    assert "takes two files, a subject and then a style; 3 were given" in said(at)
+    for label in labels[:3]:
+        at.number_input(key=f"do.merge.weight.{label}").set_value(0.0)
+    at.selectbox(key="do.merge.method").set_value("cat").run()
+    at.button(key="do.merge").click().run()
+    assert "every weight is 0" in said(at).lower()
+    with session(at).model.turn(()):
+        at.button(key="do.merge").click().run()
+        assert "The model is at work" in said(at)
+    assert session(at).store.uploads == []
+    assert list(session(at).store.folder.glob("*.safetensors")) == []

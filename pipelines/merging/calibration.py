@@ -9,28 +9,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_compose.attention import LoraFactors
+from lora_compose.attention.device import uncompiled
 from lora_compose.attention.lora_bank import base_layer
-from lora_compose.compose.lora.merging import Given, Matched, Name
+from lora_compose.pipelines.formats.files import LoraFile
+from lora_compose.pipelines.merging.changes import Name
+from lora_compose.pipelines.merging.merger import Changes
 
 
-def prompt_of(given: Given) -> str:
+def prompt_of(file: LoraFile, called: str = "") -> str:
     """A prompt for a LoRA from its trigger and class word.
+
+    Args:
+        file: The file.
+        called: What messages call it; its name by default.
 
     Raises:
         ValueError: If the file does not contain its trigger.
     """
-    file = given.file
     if not file.trigger:
         raise ValueError(
-            f"{given.source} does not say its trigger; give a text that shows what it has learned: --prompt, once for "
-            "each file, in their order"
+            f"{called or file.path.name} does not say its trigger; give lora-compose merge a text that shows what it "
+            "has learned: --prompt, once for each file, in their order"
         )
     return f"a photo of {file.trigger} {file.class_word or ''}".strip()
 
 
 def calibrate(
     pipe: Any,
-    matched: Matched,
+    layers: Mapping[Name, Changes],
     prompts: Sequence[str],
     *,
     steps: int = 10,
@@ -41,8 +47,8 @@ def calibrate(
 
     Args:
         pipe: The model. It is left as it was found.
-        matched: The files, matched with it.
-        prompts: Prompts of the images, one for each file.
+        layers: By layer of it, the change by every LoRA.
+        prompts: Prompts of the images, one for each LoRA.
         steps: Denoising steps of each image.
         seed: Of the start noise, the same for all.
         on_progress: Called with the finished fraction.
@@ -50,17 +56,17 @@ def calibrate(
     Returns:
         By layer, the moments that `MergeLayer` describes, in fp64 on the CPU.
     """
-    models = {part: getattr(pipe, part) for part, _ in matched.changes}
+    models = {part: uncompiled(getattr(pipe, part)) for part, _ in layers}
     sums = {
-        name: torch.zeros(len(matched.given), total, total, dtype=torch.float64)
-        for name, changes in matched.changes.items()
+        name: torch.zeros(len(prompts), total, total, dtype=torch.float64)
+        for name, changes in layers.items()
         if (total := sum(change.rank for change in changes))
     }
     for k, prompt in enumerate(prompts):
         with ExitStack() as stack:
             for name, moments in sums.items():
                 layer = models[name[0]].get_submodule(name[1])
-                stack.enter_context(_measured(layer, matched.changes[name], k, moments[k]))
+                stack.enter_context(_measured(layer, layers[name], k, moments[k]))
             pipe(
                 prompt=prompt, num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
                 generator=torch.Generator().manual_seed(seed),

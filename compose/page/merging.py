@@ -1,0 +1,60 @@
+"""Several LoRAs of a session merged into one, which becomes an upload of the session."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_compose.compose.lora.merging import Given, match_files, merge_files
+from lora_compose.compose.page.store import Lora, Store
+from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.concepts.finding import find_file
+from lora_compose.pipelines.concepts.loading import read_lora
+from lora_compose.pipelines.merging import make_merger
+from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
+from lora_compose.pipelines.merging.changes import check_number
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A LoRA that was merged from others.
+
+    Attributes:
+        lora: The LoRA, with trigger and class word of the first.
+        kept: What share of each is in it, by what they are called; above 1 where others add to it.
+        notes: What was left out or guessed.
+    """
+
+    lora: Lora
+    kept: tuple[tuple[str, float], ...]
+    notes: tuple[str, ...]
+
+
+def merge_loras(store: Store, pipe: Any, chosen: Sequence[tuple[Lora, float]], method: str) -> Merged:
+    """Merges LoRAs, each with its weight, and keeps the result with the session's uploads.
+
+    Args:
+        store: The session's files.
+        pipe: The model that they are for. Methods that look at its inputs make an image with each LoRA.
+        chosen: At least two.
+        method: A name of `MERGERS`.
+
+    Raises:
+        ValueError: If they cannot be merged; nothing is kept then.
+    """
+    merger = make_merger(method)
+    check_number(merger, method, len(chosen))
+    if not any(weight for _, weight in chosen):
+        raise ValueError("every weight is 0; there is nothing to merge")
+    given = [Given(lora.shown, read_lora(find_file(lora_source(lora.source))), weight) for lora, weight in chosen]
+    matched = match_files(given, pipe)
+    moments = None
+    if merger.needs_model:
+        moments = calibrate(pipe, matched.changes, [prompt_of(one.file, one.source) for one in given])
+    name = "+".join(Path(lora.shown).stem for lora, _ in chosen)[:80]
+    path, first = store.new_path(), chosen[0][0]
+    report = merge_files(matched, merger, path, moments=moments, method=method)
+    words = {"trigger": first.trigger, "class_word": first.class_word}
+    lora = store.keep(path, f"{name}-{method}.safetensors", **words)
+    kept = zip([one.source for one in given], report.blocks[-1].kept, strict=True)
+    return Merged(lora, tuple((shown, share) for shown, share in kept if share is not None), report.notes)

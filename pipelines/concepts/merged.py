@@ -1,0 +1,98 @@
+"""Several LoRA files as one concept: merged in memory, for a model that is open."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lora_compose.attention.lora_bank import LoraFactors
+from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS, Factors, model_part
+from lora_compose.pipelines.formats.files import LoraError, LoraFile
+from lora_compose.pipelines.formats.keys import Part
+from lora_compose.pipelines.merging import make_merger
+from lora_compose.pipelines.merging.calibration import calibrate, prompt_of
+from lora_compose.pipelines.merging.changes import Name, begin, check_number, side_by_side
+from lora_compose.pipelines.merging.factors import matrices
+from lora_compose.pipelines.merging.merger import Merger
+
+DEFAULT = "cat"
+"""The exact sum, as for `lora-compose merge`."""
+
+
+def merger_for(method: str | None, number: int) -> Merger:
+    """The merger of a concept with several files.
+
+    Raises:
+        ValueError: If there is no such merger, or it does not take so many files.
+    """
+    merger = make_merger(method or DEFAULT)
+    check_number(merger, method or DEFAULT, number)
+    return merger
+
+
+def merge_matched(
+    pipe: Any, files: Sequence[LoraFile], matched: Sequence[Factors], weights: Sequence[float], merger: Merger
+) -> Factors:
+    """Merges files that were matched with the layers of a pipeline.
+
+    Mergers that need a model's inputs make an image with each file alone, in this pipeline (`calibrate`).
+
+    Args:
+        pipe: The pipeline. It is left as it was found.
+        files: The files.
+        matched: Their factors.
+        weights: Factor on each.
+        merger: The merger.
+
+    Raises:
+        LoraError: If nothing is left of the files.
+        ValueError: If a file does not contain its trigger, and the merger needs it.
+    """
+    loras = [*map(_by_name, matched)]
+    changes = side_by_side(loras, weights, [file.path.name for file in files])
+    moments = {}
+    if merger.needs_model and any(weights):
+        moments = calibrate(pipe, changes, [prompt_of(file) for file in files])
+    merge = begin(merger, list(changes.values()), weights)
+    parts: dict[Part, dict[str, LoraFactors]] = {}
+    for (part, layer), each in changes.items():
+        merged = merge(each, moments.get((part, layer)))
+        if merged.rank:
+            parts.setdefault(part, {})[layer] = _shaped(merged, _original((part, layer), loras))
+    if not parts:
+        raise LoraError(f"nothing is left of {', '.join(file.path.name for file in files)}: every merged layer is zero")
+    model = model_part(pipe)
+    return Factors(
+        parts.get(model, {}),
+        {part: parts[part] for part in TEXT_ENCODERS if part in parts},
+        tuple(key for one in matched for key in one.unmatched),
+        tuple(_notes(files, matched)),
+        part=model,
+    )
+
+
+def without_tensors(file: LoraFile) -> LoraFile:
+    """A file whose tensors are no longer needed."""
+    return replace(file, tensors={}, embeddings={})
+
+
+def _by_name(one: Factors) -> dict[Name, LoraFactors]:
+    return {(part, layer): f for part, lora in one.by_part.items() for layer, f in lora.items()}
+
+
+def _original(name: Name, loras: Sequence[dict[Name, LoraFactors]]) -> LoraFactors:
+    return next(lora[name] for lora in loras if name in lora)
+
+
+def _shaped(merged: LoraFactors, like: LoraFactors) -> LoraFactors:
+    """Factors in fp32, in the shapes that a layer needs."""
+    up, down = (side.float() for side in matrices(merged))
+    return LoraFactors(down.reshape(-1, *like.down.shape[1:]), up.reshape(*up.shape, *like.up.shape[2:]))
+
+
+def _notes(files: Sequence[LoraFile], matched: Sequence[Factors]) -> list[str]:
+    notes = [f"{file.path.name}: {note}" for file, one in zip(files, matched, strict=True) for note in one.notes]
+    for file, one in zip(files, matched, strict=True):
+        if one.embeddings:
+            words = ", ".join(one.embeddings)
+            notes.append(f"{file.path.name}: its words are left out ({words}); merging is about weights alone")
+    return notes
