@@ -148,8 +148,10 @@ def assign(file: LoraFile, grouped: Layers, pipe: Any) -> tuple[Mapping[Part, Ma
         mine = [layer for layer in grouped.layers if _component(layer.part, pipe) == part]
         found[part], left_over = _matched(file, part, getattr(pipe, part, None), mine)
         unmatched += left_over
-    fitting = sum(map(len, found.values()))
-    if fitting < _FITTING * len(grouped.layers) or not fitting:  # families share the names of a few layers
+    fitting, model = sum(map(len, found.values())), model_part(pipe)
+    # Families share the names of a few layers, and some of them a text encoder.
+    other = not found[model] and any(_component(layer.part, pipe) == model for layer in grouped.layers)
+    if other or fitting < _FITTING * len(grouped.layers) or not fitting:
         raise LoraError(_nothing(file, fitting, len(grouped.layers)))
     return found, tuple(unmatched)
 

@@ -103,8 +103,8 @@ class FreeFuse:
         if self.words == "class_word":
             nouns = phrases - triggers  # 0 where token positions are given, or the prompt has no class word
             words = torch.where((nouns > 0).any(dim=1, keepdim=True), nouns, phrases)
-        nothing = constant_gates(session, torch.zeros(len(concepts.loaded)))
-        return Fusing(self, session, session.denoiser.prepare(Pass(text, nothing)), phrases, words)
+        styles = constant_gates(session, concepts.with_styles(()))
+        return Fusing(self, session, session.denoiser.prepare(Pass(text, styles)), phrases, words)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Fusing:
     Attributes:
         settings: The settings.
         session: The call.
-        base: The pass without LoRAs.
+        base: The pass without LoRAs of subjects.
         phrases: 1 at the trigger and class word of each subject. Shape: [images, tokens, subjects].
         words: 1 at the tokens that show where it is. The same shape.
         masks: The masks of all concepts on the map grid. Shape: [images, concepts, height, width], bool.

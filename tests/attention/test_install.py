@@ -12,7 +12,6 @@ from accelerate import cpu_offload
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
-    IPAdapterAttnProcessor2_0,
     SlicedAttnProcessor,
 )
 from peft import LoraConfig
@@ -311,7 +310,6 @@ def one_is(processor: Any) -> Callable[[Any], None]:
 UNSUPPORTED: dict[str, Callable[[Any], None]] = {
     "fused projections.*unfuse_qkv_projections": lambda unet: unet.fuse_qkv_projections(),
     SlicedAttnProcessor.__name__: lambda unet: unet.set_attention_slice("max"),
-    IPAdapterAttnProcessor2_0.__name__: one_is(IPAdapterAttnProcessor2_0(hidden_size=8, cross_attention_dim=24)),
     "OwnProcessor": one_is(OwnProcessor()),
     "OwnSubclass": one_is(OwnSubclass()),
 }

@@ -229,7 +229,7 @@ def test_mistakes_are_explained(tmp_path: Path, name: str) -> None:
         ("path=a.safetensors,wieght=2", "unknown field 'wieght'"),
         ("trigger=sks", "path is missing"),
         ("path=", "path is missing"),
-        ("path=a.safetensors,path=b.safetensors", "path is given twice"),
+        ("path=a.safetensors,weight=1,weight=2", "weight is given twice"),
         ("path=a.safetensors,weight=much", "weight: expected a valid number"),
         ("path=a.safetensors,weight=inf", "weight: expected a finite number"),
         (

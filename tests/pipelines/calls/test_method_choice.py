@@ -14,7 +14,7 @@ from lora_compose.pipelines.scene import Concept
 def ordinary(composer: Any, **changes: Any) -> list[Any]:
     """The cat and the dog, without the training method in their metadata."""
     concepts = [Concept(name=name, **{"class_word": name, **changes.get(name, {})}) for name in ("cat", "dog")]
-    return [replace(concept, file=None) for concept in composer.resolve_concepts(concepts)]
+    return [replace(concept, files=()) for concept in composer.resolve_concepts(concepts)]
 
 
 def test_without_a_method_the_choice_is_logged_and_returned_with_its_reason(composer, caplog):

@@ -224,7 +224,13 @@ def test_methods_are_made_by_name_with_their_settings():
 def test_settings_of_the_authors_have_names() -> None:
     assert make_method("clora:official") == Clora.official()
     assert make_method("lora-composer:paper", {"apart": 0.5}) == replace(LoraComposer.paper(), apart=0.5)
-    assert PRESETS.keys() == {"tara:official", "lora-composer:official", "lora-composer:paper", "clora:official"}
+    assert PRESETS.keys() == {
+        "tara:official",
+        "lora-composer:official",
+        "lora-composer:paper",
+        "clora:official",
+        "freefuse:official",
+    }
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS])
