@@ -109,10 +109,10 @@ class ConceptLoaderMixin:
             own = signature(ConceptLoaderMixin.load_concept).parameters.keys() - {"self", "hub"}
             name = sorted(unknown)[0]
             raise TypeError(f"load_concept has no argument {name!r}{did_you_mean(name, sorted(own | HUB_OPTIONS))}")
-        several = isinstance(source, list | tuple)
-        for one in source if several else [source]:
-            local_path(one)  # which refuses what names no file
-        lora = tuple(map(str, source)) if several else str(source)
+        given: list[Any] = list(source) if isinstance(source, list | tuple) else [source]
+        for one in given:
+            local_path(one)  # refuses what names no file
+        lora = tuple(map(str, given)) if isinstance(source, list | tuple) else str(source)
         concept = Concept(
             name=name or _stems(lora), lora=lora, merge=merge, trigger=trigger, class_word=class_word,
             weight=weight, blocks=blocks if blocks is None else dict(blocks), region=region, prompt=prompt,

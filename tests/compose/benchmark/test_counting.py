@@ -339,6 +339,7 @@ def test_methods_with_updates_are_not_quadratic_in_the_number_of_concepts(name) 
     assert four - plain <= 3.05 * (two - plain) + 0.02 * plain
 
 
+@pytest.mark.slow
 def test_clora_costs_a_fraction_of_the_authors_on_stable_diffusion() -> None:
     """With their 50 steps, 25 of them with updates and 20 more at three: 2P (T + r |R|) rows, 2P (K + r |R|) back."""
     unet = meta_unet(SD15)

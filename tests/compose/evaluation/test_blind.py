@@ -64,6 +64,7 @@ def read_votes_of(out: Path) -> tuple[dict[str, str], list[str]]:
     return json.loads((out / "key.json").read_text()), (out / "votes.csv").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_ordinary_loras_in_boxes_have_token_masks_as_they_had_then() -> None:
     pipe: Any = ComposePipeline.from_pretrained(str(playground_model()))
     pipe.set_progress_bar_config(disable=True)

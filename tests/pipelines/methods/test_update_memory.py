@@ -42,6 +42,7 @@ def test_the_peak_does_not_grow_with_the_number_of_updates(write_lora, method):
         assert peak_of(write_lora, 2, replace(method, refine_at=(0.0,), refinements=3), steps=2) <= few * 1.001
 
 
+@pytest.mark.slow
 def test_memory_grows_in_step_with_the_number_of_regions(write_lora):
     """By factors, gates, keys and values, and the maps that losses look at; nothing is kept for pairs of concepts."""
     one, two, four = (peak_of(write_lora, number, COMPOSER) for number in (1, 2, 4))
