@@ -171,6 +171,7 @@ def test_what_has_numbers_keeps_them():
     assert operations.flops == 2 * 2 * 2**3
 
 
+@pytest.mark.slow
 def test_an_update_costs_half_a_row_forward_and_half_a_row_backward():
     """The official schedule on Stable Diffusion 1.5: 2T rows, one stopped row before, and one and its way back each."""
     unet = meta_unet(SD15)
@@ -208,6 +209,7 @@ def test_a_plain_image_of_stable_diffusion():
     assert counted.flops / counted.rows_forward == pytest.approx(803e9, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_bank_costs_its_two_thin_products_per_layer_and_concept():
     unet = meta_unet(SD15)
     lora = attention_lora(unet)

@@ -108,6 +108,7 @@ def test_tiles_of_sdxl_need_much_less():
     assert tiled < 1.2 * GIB
 
 
+@pytest.mark.slow
 def test_the_unet_is_left_as_it_was():
     unet = meta_unet(sd_unet().config)
     concepts = with_lora(columns(2, 128, 128), attention_lora(unet))

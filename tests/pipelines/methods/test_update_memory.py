@@ -55,6 +55,7 @@ def test_updates_of_clora_need_less_than_those_of_the_authors(write_lora):
     assert peak_of(write_lora, 2, CLORA) < 0.7 * peak_of(write_lora, 2, official)
 
 
+@pytest.mark.slow
 def test_one_branch_at_a_time_needs_less_and_hardly_grows_with_concepts(write_lora):
     one_by_one = replace(CLORA, branch_batch_size=1)
     two, four = (peak_of(write_lora, number, one_by_one) for number in (2, 4))
