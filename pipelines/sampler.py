@@ -1,6 +1,7 @@
 """The scheduler of a call: its steps with what the task puts back, and copies for steps that are taken ahead."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.canvas import Step, steps_in
 from lora_compose.pipelines.task import Task
 
 
@@ -30,6 +31,16 @@ class Schedule:
     def step(self, index: int, cfg_scale: float) -> Step:
         """One pass."""
         return Step(index, len(self.timesteps), self.timesteps[index], cfg_scale, index % self.order > 0)
+
+    def leading(self, length: float, first: Step) -> list[Step]:
+        """The first steps, at least one.
+
+        Args:
+            length: Fraction of the steps; above 1 a number of steps.
+            first: The first step.
+        """
+        steps = max(1, min(math.ceil(steps_in(length, first.count)), first.count))
+        return [self.step(index, first.cfg_scale) for index in range(steps)]
 
 
 @dataclass(frozen=True, eq=False)

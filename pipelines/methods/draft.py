@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
-from lora_compose.pipelines.canvas import Canvas, Step, steps_in
+from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.methods.division import divided, nearest, strips
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
@@ -291,11 +291,10 @@ class Drafting:
     def _maps(self, latents: Tensor, first: Step) -> Tensor:
         """The mean attention to each subject over the draft. Shape: [images, subjects, height, width]."""
         session, found = self.session, []
-        steps = max(1, min(math.ceil(steps_in(self.settings.length, first.count)), first.count))
         rows = torch.cat([torch.zeros_like(self.words), self.words]) if first.guided else self.words
         with session.denoiser.sampler.ahead() as sampler:
             denoiser = session.denoiser.ahead(sampler)
-            every = [sampler.schedule.step(index, first.cfg_scale) for index in range(steps)]
+            every = sampler.schedule.leading(self.settings.length, first)
             for step in every[:-1]:
                 prediction = denoiser.predict(latents, step, self.draft, MapRequest(rows))
                 found.append(prediction.maps)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_compose.attention import Backbone, Gates, grid_at
-from lora_compose.pipelines.canvas import Step, steps_in
+from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates, one_text, warn_once
 from lora_compose.pipelines.methods.region_bias import region_bias
@@ -151,10 +151,9 @@ class Fusing:
         """Attention to each subject, and the output of self-attention, in the last of the steps without LoRAs."""
         session, words = self.session, self.words / self.words.sum(dim=1, keepdim=True)
         layer, output_layer = block_read(session.canvas.backbone)
-        steps = max(1, min(math.ceil(steps_in(self.settings.length, first.count)), first.count))
         with session.denoiser.sampler.ahead() as sampler:
             denoiser = session.denoiser.ahead(sampler)
-            every = [sampler.schedule.step(index, first.cfg_scale) for index in range(steps)]
+            every = sampler.schedule.leading(self.settings.length, first)
             for step in every[:-1]:
                 prediction = denoiser.predict(latents, step, self.base)
                 latents = sampler.step(session.guider.combine(prediction, step), step, latents)
