@@ -189,6 +189,10 @@ def test_paths_are_relative_to_the_suite(tmp_path: Path) -> None:
         ({"methods": ["merge", "merge"]}, "'merge' stands twice"),
         ({"methods": [{"method": "merge", "name": "alone"}]}, "'alone' is the name of a row"),
         ({"methods": [{"method": "merge", "name": "m", "lora": "other"}]}, "of the kind 'other', which cat, dog lacks"),
+        (
+            {"concepts": [CAT, {**DOG, "lora": "playground:dog"}], "methods": ["merge"]},
+            "cat has a LoRA of the kind 'ordinary', which dog lacks",
+        ),
         ({"baseline": "clora"}, "the baseline 'clora' is not among the methods; there are merge, tara, regional"),
         (
             {"scenes": [{**SCENE, "concepts": ["cat", "fox"]}]},
