@@ -95,7 +95,7 @@ def _merged(pipe: Any, given: Sequence[Given], method: str, folder: Path) -> Pat
 
 def drawn(shown: Sequence[Sequence[tuple[str, list[Image.Image]]]]) -> Image.Image:
     """The sheet: a row for each method, three columns for each pair."""
-    columns = [wrap(text, 12) for pair in PAIRS[: len(shown)] for text in pair.texts]
+    columns = [wrap(text, 11) for pair in PAIRS[: len(shown)] for text in pair.texts]
     rows = [
         Row((same[0][0],), [image for _, images in same for image in images], [""] * len(columns))
         for same in zip(*shown, strict=True)
