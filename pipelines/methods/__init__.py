@@ -126,9 +126,9 @@ def choose_method(
     """Chooses the method of a call that names none. Logs the reason, as a warning if subjects will blend.
 
     With a region for every subject it is LoRA-Composer, and without regions Draft; both need triggers and class words.
-    Token masks (TARA) are for LoRAs that were trained with them; with ordinary ones they lose more identities than they
-    separate (figures in `docs/methods`). Styles do not count beside subjects; styles alone get token masks if all were
-    trained with them.
+    Where Draft lacks words, LoRAs that were trained with token masks (TARA) get them; ordinary ones lose more
+    identities by them than they keep apart (figures in `docs/methods`). Styles do not count beside subjects; styles
+    alone get token masks if all were trained with them.
 
     Args:
         concepts: Concepts of the call.
@@ -140,26 +140,22 @@ def choose_method(
     subjects = [loaded.concept for loaded in given]
     if any(subject.region for subject in subjects):
         return _for_regions(subjects, prompts, "subject" if len(given) < len(concepts) else "concept", region_attention)
-    relevant = given or (concepts if prompts is not None else ())  # with styles alone, they decide
-    if relevant and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant):
-        return _chosen(Tara(), "every concept was trained for it")
     sets = concept_sets or [ConceptSet(tuple(concepts))] * len(prompts or [()])
     subjects_of = [[one.concepts[i] for i in one.subjects] for one in sets]
     several = max(map(len, subjects_of)) > 1
+    lacks = _lacking(prompts, subjects_of)
+    if several and not lacks:
+        return _chosen(Draft(), "the prompt names every concept by trigger and class word")
+    relevant = given or (concepts if prompts is not None else ())  # with styles alone, they decide
+    if relevant and all(loaded.trained_with == "tara" and loaded.concept.trigger for loaded in relevant):
+        why = f", and {lacks}" if several else ""
+        return _chosen(Tara(), f"every concept was trained for it{why}")
     if not several:
         few = "no prompt has several subjects" if len(subjects) > 1 else "there is one subject"
         return _chosen(Merge(), few if subjects else "styles act everywhere")
     if prompts is None:
-        return _blending("prompt_embeds are given instead of a prompt", "unless each has a region")
-    missing = [
-        _missing_words(subject, prompt)
-        for prompt, subjects in zip(prompts, subjects_of, strict=True)
-        for subject in subjects
-        if not own_nouns(subject, prompt, subjects)
-    ]
-    if missing:
-        return _blending("; ".join(dict.fromkeys(missing)), "unless that is done, or each has a region")
-    return _chosen(Draft(), "the prompt names every concept by trigger and class word")
+        return _blending(lacks, "unless each has a region")
+    return _blending(lacks, "unless that is done, or each has a region")
 
 
 def _chosen(method: Settings, reason: str) -> Choice:
@@ -186,6 +182,19 @@ def _for_regions(
     if others:
         logger.warning("without a region, %s acts on the whole image, also inside the regions of others", others)
     return _chosen(Regional(), f"{reason}, and {why}")
+
+
+def _lacking(prompts: Sequence[str] | None, subjects_of: Sequence[Sequence[Concept]]) -> str:
+    """What Draft lacks to find the subjects of each prompt; empty if nothing."""
+    if prompts is None:
+        return "prompt_embeds are given instead of a prompt"
+    missing = [
+        _missing_words(subject, prompt)
+        for prompt, subjects in zip(prompts, subjects_of, strict=True)
+        for subject in subjects
+        if not own_nouns(subject, prompt, subjects)
+    ]
+    return "; ".join(dict.fromkeys(missing))
 
 
 def _missing_words(subject: Concept, prompt: str) -> str:

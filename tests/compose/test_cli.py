@@ -94,7 +94,7 @@ def edited(path: Path, to: Path, change: Callable[[dict], None]) -> Path:
 def test_a_run_says_where_the_images_are_and_why_the_method(tmp_path: Path) -> None:
     result = call("run", "playground", "--steps", 1, *PAIR, "--seed", 3, "--seed", 4, "--seed", 3, "--out", tmp_path)
     assert result.stdout.split("\n") == [str(tmp_path / name) for name in ("3.png", "4.png", "sheet.png")] + [""]
-    assert "method: tara, because" in result.stderr
+    assert "method: draft, because" in result.stderr
     assert listed(tmp_path) == ["3.png", "4.png", "sheet.png"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 2 * 256
@@ -120,7 +120,7 @@ def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
     assert all(re.fullmatch("[0-9a-f]{64}", str(sha)) for sha in record.sha256.values())
     assert record.sha256.keys() == {"bear-tara", "robot-tara"}
     assert record.machine.threads == torch.get_num_threads()
-    assert read_record(saved["chosen"]).run.method == "tara"
+    assert read_record(saved["chosen"]).run.method == "draft"
     authors = read_record(saved["authors"]).run
     assert authors.method == "clora"
     assert (authors.settings["fuse"], authors.settings["refinements"]) == ("branches", 1)
@@ -491,8 +491,8 @@ def test_check_says_what_matches_without_making_an_image(monkeypatch: pytest.Mon
     assert "trigger 'qrt' at token 6; class word 'robot' at token 7" in text
     assert "unet layers, rank 8" in text
     assert len(re.findall("SHA-256 [0-9a-f]{64}, trained with tara", text)) == 2
-    assert "method tara, because every concept was trained for it size" in text
-    assert "40 latent rows (20 steps with guidance), 0.99 times the FLOPs of a plain image" in text
+    assert "method draft, because the prompt names every concept by trigger and class word size" in text
+    assert "44 + 1 stopped latent rows (20 steps with guidance), 1.13 times the FLOPs of a plain image" in text
     assert text.endswith("no problems")
     text = flat(call("check", SCENES / "bear-robot.yaml", "--guidance", 1, "--method", "merge").stdout)
     assert "25 latent rows (25 steps without guidance)" in text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from composing import BOXED, compose, latents_of
-from lora_compose.pipelines.methods import Draft, LoraComposer, Merge, Regional, choose_method
+from lora_compose.pipelines.methods import Draft, LoraComposer, Merge, Regional, Tara, choose_method
 from lora_compose.pipelines.scene import Concept
 
 
@@ -20,9 +20,10 @@ def ordinary(composer: Any, **changes: Any) -> list[Any]:
 def test_without_a_method_the_choice_is_logged_and_returned_with_its_reason(composer, caplog):
     caplog.set_level("INFO", "lora_compose.pipelines.methods")
     output = compose(composer, method=None, output_type="latent")
-    assert (output.method, output.method_reason) == ("tara", "every concept was trained for it")
-    assert torch.equal(output.images, latents_of(composer, method="tara"))
-    assert "method: tara, because every concept was trained for it" in caplog.text
+    reason = "the prompt names every concept by trigger and class word"
+    assert (output.method, output.method_reason) == ("draft", reason)
+    assert torch.equal(output.images, latents_of(composer, method="draft"))
+    assert f"method: draft, because {reason}" in caplog.text
     assert compose(composer, method=Merge()).method == "merge"
     assert compose(composer, method="merge").method_reason == "it was asked for"
 
@@ -49,7 +50,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("case", MISSING)
-def test_what_clora_lacks_is_named_with_what_to_write(composer, caplog, case):
+def test_what_draft_lacks_is_named_with_what_to_write(composer, caplog, case):
     prompt, changes, message = MISSING[case]
     choice = choose_method(ordinary(composer, **changes), None if prompt is None else [prompt])
     assert isinstance(choice.method, Merge)
@@ -58,6 +59,15 @@ def test_what_clora_lacks_is_named_with_what_to_write(composer, caplog, case):
     assert said.levelname == "WARNING"
     assert message in said.getMessage()
     assert "subjects blend" in said.getMessage()
+
+
+def test_loras_trained_with_token_masks_get_them_where_draft_lacks_a_word(composer, caplog):
+    caplog.set_level("INFO", "lora_compose.pipelines.methods")
+    trained = composer.resolve_concepts(["cat", "dog"])
+    assert isinstance(choose_method(trained, ["a sks cat, a zwx dog"]).method, Draft)
+    assert isinstance(choose_method(trained, ["a sks kitty, a zwx dog"]).method, Tara)
+    assert "trained for it, and the prompt has 'sks' without 'cat' after it: write 'sks cat'" in caplog.text
+    assert choose_method(trained[:1], ["a sks cat"]).reason == "every concept was trained for it"
 
 
 def test_ordinary_loras_without_regions_are_distinguished_by_their_words(composer, caplog):
