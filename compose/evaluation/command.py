@@ -5,7 +5,8 @@ from pathlib import Path
 from lora_compose.compose.evaluation.comparison import compare_runs
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done
+from lora_compose.compose.evaluation.results import CLAIMS, is_done
+from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
