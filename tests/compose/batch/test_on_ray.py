@@ -92,7 +92,7 @@ def check(results: Sequence[Result], out: Path, finished: Path) -> None:
 def test_a_worker_that_is_killed_in_the_middle_loses_nothing(
     given: Any, finished: Path, one_node: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_compose.compose.batch.ray_pool import run_on_ray
+    from lora_compose.compose.batch.on_ray import run_on_ray
 
     (entries, settings), killed = given, []
 
@@ -111,7 +111,7 @@ def test_a_worker_that_is_killed_in_the_middle_loses_nothing(
 def test_a_node_that_is_killed_in_the_middle_loses_nothing(
     given: Any, finished: Path, cluster: Any, tmp_path: Path
 ) -> None:
-    from lora_compose.compose.batch.ray_pool import run_on_ray
+    from lora_compose.compose.batch.on_ray import run_on_ray
 
     (entries, settings), node = given, cluster.add_node(num_cpus=1)
     killed = []
