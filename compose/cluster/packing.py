@@ -121,15 +121,15 @@ class Node:
     """
 
     def __init__(self, folder: Path, get: Callable[[Any], np.ndarray]) -> None:
-        self._folder, self._get = folder, get
+        self.folder, self._get = folder, get
         self._sources: dict[str, str] = {}
 
     def unpack(self, parcel: Parcel) -> Callable[[str], str]:
         """Writes the files of a parcel unless they are there already; returns where a source is on this node."""
         for name, reference in parcel.files.items():
-            if not (path := self._folder / name).exists():
+            if not (path := self.folder / name).exists():
                 write_whole(path, self._get(reference).tofile)
-        here = {source: str(self._folder / name) for source, name in parcel.moves.items()}
+        here = {source: str(self.folder / name) for source, name in parcel.moves.items()}
         self._sources |= {path: source for source, path in here.items()}
         return lambda source: here.get(source, source)
 

@@ -87,13 +87,13 @@ class RemoteWorker:
 
     def __init__(self) -> None:
         context = ray.get_runtime_context()
-        self._at, self._folder = context.get_node_id(), _node_folder(f"{context.get_job_id()}-{context.get_node_id()}")
-        self._node = Node(self._folder, ray.get)
+        self._at = context.get_node_id()
+        self._node = Node(_node_folder(f"{context.get_job_id()}-{self._at}"), ray.get)
         self._opened: Any = None
 
     def place(self) -> tuple[str, str, dict[str, str]]:
         """Its node, the node's folder, and the versions of its packages."""
-        return self._at, str(self._folder), versions()
+        return self._at, str(self._node.folder), versions()
 
     def open(self, opening: Opening, threads: int) -> str | None:
         """Opens what it works with; returns the error, or None."""

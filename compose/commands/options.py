@@ -1,5 +1,6 @@
 """Options that several commands share: models, methods, concepts, settings, as the command line writes them."""
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,15 @@ SaversOption = Annotated[
         help=f"Save memory; slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
     ),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS|local",
+        help="Work on a Ray cluster, whose machines need no shared folder; --processes is then its number of workers, "
+        "by default one per GPU, or one per node without GPUs.",
+    ),
+]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
 GuidanceOption = Annotated[float, typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off.")]
 
@@ -115,6 +125,12 @@ IPAdapterOption = Annotated[
         "Further fields: subfolder, image_encoder, scale, region (a mask image, or left,top,right,bottom).",
     ),
 ]
+
+
+def check_ray(address: str | None) -> None:
+    """Raises ValueError if a Ray cluster is to be used and Ray is not installed."""
+    if address is not None and importlib.util.find_spec("ray") is None:
+        raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
 
 
 def starting_from(

@@ -24,6 +24,7 @@ from accelerate import cpu_offload
 
 from commands import call
 from disks import files_of_at_most
+from evaluations import contents
 from killing import kill_at_work
 from lora_compose.compose.evaluation import todo, worker
 from lora_compose.compose.evaluation.batches import batches
@@ -44,7 +45,7 @@ from lora_compose.compose.evaluation.suite import Suite, read_suite
 from lora_compose.compose.evaluation.todo import open_plan
 from lora_compose.compose.evaluation.worker import Images, Worker
 from lora_compose.compose.files.claims import Claims
-from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.images import read_record
 from lora_compose.compose.files.stored import read, write
 from lora_compose.compose.generate import processes
 from lora_compose.compose.support.savers import Saver
@@ -102,24 +103,6 @@ def finished(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished")
     evaluate(suite, out)
     return out
-
-
-def contents(out: Path) -> dict[str, Any]:
-    """Everything in an evaluation's folder that does not tell of time and memory."""
-    found: dict[str, Any] = {}
-    for path in sorted((out / "batches").rglob("*.*")):
-        name = path.relative_to(out).as_posix()
-        if path.suffix == ".png":
-            found[name] = read_pixels(path).tobytes(), read_record(path)
-        elif path.name == MADE:
-            made = read(path, Made)
-            assert made is not None
-            found[name] = made.model_copy(update={"cost": made.cost.model_copy(update={
-                "seconds": 0.0, "preparation_seconds": 0.0, "peak_bytes": None
-            })})  # fmt: skip
-        else:
-            found[name] = path.read_bytes()
-    return found
 
 
 def test_every_batch_is_made_and_scored(suite: Suite, finished: Path) -> None:

@@ -1,0 +1,51 @@
+"""Ray clusters on this machine, for tests: `from clusters import one_node, two_nodes`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import pytest
+
+QUICK = {
+    "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "600",
+    "RAY_worker_niceness": "0",
+}  # fmt: skip
+"""Ray on slow machines, with workers as fast as the driver."""
+
+MARKS = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]
+
+
+@contextmanager
+def one_node(cpus: int = 2) -> Iterator[None]:
+    """A cluster of one node, connected."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield
+        ray.shutdown()
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Any, Any]]:
+    """A cluster of two nodes with a processor each, connected; and its second node, which can be removed."""
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        ray.init(found.address, log_to_driver=False, logging_level="ERROR")
+        yield found, found.add_node(num_cpus=1)
+        ray.shutdown()
+        found.shutdown()
+
+
+def kill_a_worker() -> None:
+    """Kills the process of a worker."""
+    found = [one for one in psutil.process_iter(["cmdline"]) if "ray::RemoteWorker" in str(one.info["cmdline"])]
+    found[0].kill()
