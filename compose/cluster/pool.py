@@ -7,6 +7,7 @@ travel once to each node, through Ray's object store. If a worker dies, another 
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
@@ -34,6 +35,8 @@ TRIES = 3
 
 PATIENCE = 300.0
 """Seconds without room for any worker after which the driver gives up."""
+
+SECONDS_TO_ANSWER = 10.0
 
 Opening = Callable[[Node], Any]
 """Opens what a worker works with. Pickled: a function of a module, or a `partial` of one."""
@@ -68,6 +71,7 @@ def connected(address: str) -> Iterator[None]:
     """
     ours = not ray.is_initialized()
     if ours:
+        _check_reachable(address)
         dashboard = {"include_dashboard": False} if address == LOCAL else {}
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
     try:
@@ -75,6 +79,20 @@ def connected(address: str) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError if nothing answers at HOST:PORT, which Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"there is no Ray cluster at {address}: {error.strerror or error}; `ray start --head` starts one and prints "
+            "its address"
+        ) from error
 
 
 def object_packer() -> Packer:

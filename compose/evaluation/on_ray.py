@@ -36,7 +36,7 @@ def evaluate_on_ray(
         suite: What to evaluate.
         out: The evaluation's folder, on this machine.
         address: Of the cluster, as `ray.init` takes it; "local" starts one on this machine.
-        on_progress: Called with the number of finished batches.
+        on_progress: Called with the number of finished batches, and sometimes a text.
         workers: How many; None is one per GPU, or one per node if there are none.
         patience: As for `evaluate`.
 
@@ -44,21 +44,24 @@ def evaluate_on_ray(
         ValueError: As `evaluate`.
         OSError: As `evaluate`, and if there is no such cluster, or no worker is left.
     """
-    report = on_progress or (lambda done: None)
+    report = on_progress or (lambda *args: None)
     plan = open_plan(suite, out)
     left: dict[str, Todo] = {}
     for key, todo in plan.items():
         if (kept := todo.look()) is not None:
             kept.report()
             left[key] = todo
-    report(len(plan) - len(left))
+    done = len(plan) - len(left)
     if not left:
+        report(done)
         return
+    report(done, "opening the model on the cluster")
     with connected(address):
         opening = partial(_open, suite, pack(object_packer(), suite))
         with Pool(opening, suite.device, suite.threads, workers) as pool:
             _check(pool, left)
-            _work(pool, suite, left, Claims(out / CLAIMS, patience), len(plan), report)
+            report(done, "evaluating")
+            _work(pool, suite, left, Claims(out / CLAIMS, patience), done, report)
 
 
 def _check(pool: Pool, left: dict[str, Todo]) -> None:
@@ -69,9 +72,7 @@ def _check(pool: Pool, left: dict[str, Todo]) -> None:
     raise_problems((batch, problems[number]) for number, batch in enumerate(unchecked))
 
 
-def _work(pool: Pool, suite: Suite, left: dict[str, Todo], claims: Claims, total: int, report: OnProgress) -> None:
-    done = total - len(left)
-
+def _work(pool: Pool, suite: Suite, left: dict[str, Todo], claims: Claims, done: int, report: OnProgress) -> None:
     def count() -> None:
         nonlocal done
         done += 1

@@ -17,7 +17,8 @@ from lora_compose.compose.generate.processes import own_device
 PATIENCE = 60.0
 """Seconds without a heartbeat after which a process of an evaluation counts as dead."""
 
-OnProgress = Callable[[float], None]
+OnProgress = Callable[..., None]
+"""Called with the number of finished batches, fractions included, and on a cluster sometimes a new text."""
 
 
 def evaluate(suite: Suite, out: Path, on_progress: OnProgress | None = None, *, patience: float = PATIENCE) -> None:

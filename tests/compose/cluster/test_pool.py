@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clusters import MARKS, one_node
+from commands import free_port
 
 pytest.importorskip("ray", reason="needs ray: the extra ray")
 pytestmark = MARKS
@@ -57,3 +58,10 @@ def test_workers_that_cannot_open_anything_end_the_run() -> None:
             pytest.raises(OSError, match="3 workers have died before"),
         ):
             list(pool.map(print, {"a": ()}))
+
+
+def test_an_address_where_nothing_answers() -> None:
+    from lora_compose.compose.cluster.pool import connected
+
+    with pytest.raises(OSError, match=r"there is no Ray cluster at 127\.0"), connected(f"127.0.0.1:{free_port()}"):
+        pass

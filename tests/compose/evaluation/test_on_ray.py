@@ -82,7 +82,7 @@ def test_the_results_are_those_without_ray_though_something_dies(
     monkeypatch.setattr(on_ray, "pack", pack_and_hide)
     with two_nodes() as (cluster, node):
 
-        def kill(done: float) -> None:
+        def kill(done: float, text: str = "") -> None:
             if done >= 2 and not killed:
                 killed.append(dies)
                 cluster.remove_node(node, allow_graceful=False) if dies == "node" else kill_a_worker()
@@ -120,7 +120,7 @@ def test_what_is_wrong_is_found_before_anything_is_made_and_others_may_join(
         *_, last = make_plan(suite).batches
         others = Claims(out / CLAIMS).claim(last.key)
 
-        def another_process(done: float) -> None:
+        def another_process(done: float, text: str = "") -> None:
             """Has claimed the last batch all the time, and makes it when the others have been made."""
             if done == len(make_plan(suite).batches) - 1:
                 shutil.copytree(batch_folder(finished, last.key), batch_folder(out, last.key))
