@@ -90,8 +90,8 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=SECONDS_TO_ANSWER).close()
     except OSError as error:
         raise ConnectionError(
-            f"there is no Ray cluster at {address}: {error.strerror or error}; `ray start --head` starts one and prints "
-            "its address"
+            f"there is no Ray cluster at {address}: {error.strerror or error}; `ray start --head` starts one and "
+            "prints its address"
         ) from error
 
 
