@@ -1,5 +1,6 @@
 """Ray clusters on this machine, for tests: `from clusters import one_node, two_nodes`."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,16 +18,27 @@ MARKS = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning",
 
 
 @contextmanager
+def _quick() -> Iterator[None]:
+    """Fast nodes, whose files are gone afterwards, also those of a node that was killed."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setenv("RAY_TMPDIR", tempfile.gettempdir())  # Ray's own, which must be short
+        patch.setenv("TMPDIR", folder)
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextmanager
 def one_node(cpus: int = 2) -> Iterator[None]:
     """A cluster of one node, connected."""
     import ray  # pyright: ignore[reportMissingImports]
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUICK.items():
-            patch.setenv(name, value)
+    with _quick():
         ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        yield
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
@@ -35,17 +47,17 @@ def two_nodes() -> Iterator[tuple[Any, Any]]:
     import ray  # pyright: ignore[reportMissingImports]
     from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUICK.items():
-            patch.setenv(name, value)
+    with _quick():
         found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         ray.init(found.address, log_to_driver=False, logging_level="ERROR")
-        yield found, found.add_node(num_cpus=1)
-        ray.shutdown()
-        found.shutdown()
+        try:
+            yield found, found.add_node(num_cpus=1)
+        finally:
+            ray.shutdown()
+            found.shutdown()
 
 
 def kill_a_worker() -> None:
-    """Kills the process of a worker."""
-    found = [one for one in psutil.process_iter(["cmdline"]) if "ray::RemoteWorker" in str(one.info["cmdline"])]
-    found[0].kill()
+    """Kills the process of a worker of this process's cluster."""
+    started = psutil.Process().children(recursive=True)
+    next(one for one in started if "ray::RemoteWorker" in " ".join(one.cmdline())).kill()
