@@ -23,8 +23,8 @@ from lora_compose.compose.evaluation.results import (
     image_path,
 )
 from lora_compose.compose.evaluation.suite import Suite
-from lora_compose.compose.files.images import Machine
-from lora_compose.compose.files.stored import write
+from lora_compose.compose.files.images import Machine, read_pixels, read_record
+from lora_compose.compose.files.stored import read, write
 
 Found = tuple[float, float] | float | ConceptScore | None
 Seen = Mapping[str, Found]
@@ -141,3 +141,21 @@ def known(batch: Batch, seed: int) -> Seen:
         ("tara", 2): {"cat": None, "dog": None},
     }
     return sanity(batch) or methods[batch.arm.name, seed]
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Everything in an evaluation's folder that does not tell of time and memory."""
+    found: dict[str, Any] = {}
+    for path in sorted((out / "batches").rglob("*.*")):
+        name = path.relative_to(out).as_posix()
+        if path.suffix == ".png":
+            found[name] = read_pixels(path).tobytes(), read_record(path)
+        elif path.name == MADE:
+            made = read(path, Made)
+            assert made is not None
+            found[name] = made.model_copy(update={"cost": made.cost.model_copy(update={
+                "seconds": 0.0, "preparation_seconds": 0.0, "peak_bytes": None
+            })})  # fmt: skip
+        else:
+            found[name] = path.read_bytes()
+    return found

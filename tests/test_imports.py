@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lora_compose"
 RINGS = ("attention", "pipelines", "compose", "ui")
 FOLDERS = (
-    "support", "playground", "files", "figures", "generate", "batch", "serve", "benchmark", "lora", "check",
+    "support", "playground", "files", "figures", "generate", "cluster", "batch", "serve", "benchmark", "lora", "check",
     "evaluation", "training", "page", "commands", "cli", "playground.recipe",
 )  # fmt: skip
 """The parts of compose; each may import those before it. Nothing imports the recipe, which is in a clone only."""

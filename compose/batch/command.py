@@ -66,7 +66,7 @@ def make_all(
     with bar(f"composing into {out}", len(jobs)) as on_progress:
         number = processes or default_number(1, settings.device)
         if ray is not None:
-            from lora_compose.compose.batch.ray_pool import run_on_ray
+            from lora_compose.compose.batch.on_ray import run_on_ray
 
             run_on_ray(entries, settings, out, ray, on_progress, replace=replace, workers=processes)
         elif number > 1 and left:

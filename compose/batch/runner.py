@@ -12,9 +12,10 @@ from lora_compose.compose.batch.entries import Entry, InvalidEntry
 from lora_compose.compose.batch.jobs import Job, make_jobs
 from lora_compose.compose.batch.results import Folder, Result, changed
 from lora_compose.compose.batch.settings import BatchSettings
-from lora_compose.compose.batch.worker import Worker, encoded, error_text
+from lora_compose.compose.batch.worker import Worker, encoded
 from lora_compose.compose.files.claims import Claim, Claims
 from lora_compose.compose.generate.processes import own_device
+from lora_compose.compose.support.errors import error_text
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.files.images import png_bytes
 from lora_compose.compose.generate.making import Made, make_batch, rehearse
 from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.support.errors import error_text
 from lora_compose.pipelines.scene import Run, Scene
 
 
@@ -63,10 +64,3 @@ class Worker:
 def encoded(images: Iterable[Made]) -> dict[int, bytes]:
     """Images as PNG files with their record, by seed."""
     return {one.record.run.seed: png_bytes(one.image, one.record) for one in images}
-
-
-def error_text(error: BaseException) -> str:
-    """The message of an error, with its notes."""
-    text = str(error).strip()[:1000]
-    message = text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
-    return "\n".join([message, *getattr(error, "__notes__", ())])

@@ -1,6 +1,5 @@
 """`lora-compose batch`: images of many scenes and seeds."""
 
-import importlib.util
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +13,10 @@ from lora_compose.compose.commands.options import (
     CONCEPT_HELP,
     LORA_HELP,
     MethodOption,
+    RayOption,
     SaversOption,
     SetOption,
+    check_ray,
     concepts_of,
     parse_settings,
 )
@@ -78,12 +79,7 @@ def batch(
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace images of the same names that were made in another way.")
     ] = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            "--ray", metavar="ADDRESS|local", help="Work on a Ray cluster, whose machines need no shared folder."
-        ),
-    ] = None,
+    ray: RayOption = None,
     joins: Annotated[bool, typer.Option("--join", hidden=True)] = False,
 ) -> None:
     """Generate images of many scenes and seeds. A rerun resumes; further processes join in."""
@@ -96,8 +92,7 @@ def batch(
         "threads": threads,
     }  # fmt: skip
     asked = _settings(found, {name: value for name, value in given.items() if value is not None})
-    if ray is not None and importlib.util.find_spec("ray") is None:
-        raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
+    check_ray(ray)
     with starting():
         from lora_compose.compose.batch.command import join, make_all
     if joins:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from lora_compose.compose.commands.options import RayOption, check_ray
 from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.support.terminal import handle_errors, starting
 
@@ -40,6 +41,7 @@ def run(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Number of processes; default: one per GPU, or as in the suite.")
     ] = None,
+    ray: RayOption = None,
 ) -> None:
     """Generate and score all images of a suite and write the report.
 
@@ -47,9 +49,10 @@ def run(
     """
     find_suite(suite)
     _check_packages()
+    check_ray(ray)
     with starting():
         from lora_compose.compose.evaluation.command import run_suite
-    if code := run_suite(suite, folder, processes):
+    if code := run_suite(suite, folder, processes, ray):
         raise typer.Exit(code)
 
 

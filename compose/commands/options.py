@@ -1,5 +1,6 @@
 """Options that several commands share: models, methods, concepts, settings, as the command line writes them."""
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Ru
 LAST_SEED = 2**63 - 1
 _EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
 _BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
+_RAY = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
@@ -70,6 +72,15 @@ SaversOption = Annotated[
         help=f"Save memory; slower; repeatable. {'; '.join(f'{name}: {what}' for name, what in SAVERS.items())}.",
     ),
 ]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS|local",
+        help="Work on a Ray cluster, whose machines need no shared folder; --processes is then its number of workers, "
+        "by default one per GPU, or one per node without GPUs.",
+    ),
+]
 StepsOption = Annotated[int, typer.Option("--steps", help="Denoising steps.", min=1)]
 GuidanceOption = Annotated[float, typer.Option("--guidance", help="Guidance scale of CFG; 1 or less turns it off.")]
 
@@ -115,6 +126,18 @@ IPAdapterOption = Annotated[
         "Further fields: subfolder, image_encoder, scale, region (a mask image, or left,top,right,bottom).",
     ),
 ]
+
+
+def check_ray(address: str | None) -> None:
+    """Raises ValueError if a Ray cluster is to be used and its address is none, or Ray is not installed."""
+    if address is None:
+        return
+    if not _RAY.fullmatch(address):
+        raise ValueError(
+            f"--ray {address}: expected local, auto (that of this machine) or HOST:PORT, e.g. 10.0.0.1:6379"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError("--ray needs the package ray: pip install 'lora-compose[ray]'")
 
 
 def starting_from(

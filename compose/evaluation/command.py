@@ -5,20 +5,23 @@ from pathlib import Path
 from lora_compose.compose.evaluation.comparison import compare_runs
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.report import write_report
-from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done
+from lora_compose.compose.evaluation.results import CLAIMS, is_done
+from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.suite import read_suite
 from lora_compose.compose.files.claims import Claims
 from lora_compose.compose.generate.processes import default_number, launch, local_rank
 from lora_compose.compose.support.terminal import FAILED, bar, echo, err, out
 
 
-def run_suite(suite: str, folder: Path | None = None, processes: int | None = None) -> int:
+def run_suite(suite: str, folder: Path | None = None, processes: int | None = None, ray: str | None = None) -> int:
     """Generates and scores all images of a suite and writes the report; a rerun resumes, further processes join in.
 
     Args:
         suite: A suite file, or the name of a shipped suite.
         folder: Output folder; None means outputs/evaluation/NAME.
-        processes: Number of processes; None means one per GPU, or as in the suite.
+        processes: Number of processes; None means one per GPU, or as in the suite; with Ray, one per node if there are
+            no GPUs.
+        ray: The address of a Ray cluster that does the work, or "local"; None is this machine without Ray.
 
     Returns:
         The exit code: 0; that of a process that found an error; or 1 if images are missing.
@@ -39,7 +42,11 @@ def run_suite(suite: str, folder: Path | None = None, processes: int | None = No
         return sum(is_done(to, planned) for planned in plan.batches)
 
     with bar("evaluating", len(plan.batches)) as on_progress:
-        if (number := processes or default_number(loaded.processes, loaded.device)) > 1:
+        if ray is not None:
+            from lora_compose.compose.evaluation.on_ray import evaluate_on_ray
+
+            evaluate_on_ray(loaded, to, ray, on_progress, workers=processes)
+        elif (number := processes or default_number(loaded.processes, loaded.device)) > 1:
             work = ["evaluate", "work", suite, "--out", str(to)]
             code = launch(work, number, loaded.threads or 1, lambda: on_progress(done()))
             if code and done() < len(plan.batches):

@@ -165,6 +165,8 @@ class Plan(_Frozen):
 
 
 PLAN, MADE, FAILED = "plan.json", "made.json", "failed.json"
+CLAIMS = "claims"
+"""The folder in which processes claim batches."""
 
 
 def batch_folder(out: Path, key: str) -> Path:
@@ -180,6 +182,12 @@ def image_path(out: Path, key: str, seed: int) -> Path:
 def clear(out: Path, key: str) -> None:
     """Removes the incomplete files of a batch."""
     shutil.rmtree(batch_folder(out, key), ignore_errors=True)
+
+
+def is_done(out: Path, planned: Planned) -> bool:
+    """Whether a batch has been made and scored, judged by which files there are."""
+    folder = batch_folder(out, planned.key)
+    return (folder / MADE).is_file() and (folder / planned.scores).is_file()
 
 
 def read_made(out: Path, planned: Planned) -> Made | None:

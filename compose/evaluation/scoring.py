@@ -18,6 +18,8 @@ from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScen
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTIONS = "captions.tsv"
+"""The file beside reference images that may say where in them the concept is."""
 _PIXEL_LIMIT = 64 * 2**20
 
 
@@ -172,7 +174,7 @@ def _opened(path: Path, where: str) -> Image.Image:
 
 def _recorded_boxes(folder: Path) -> dict[str, Box]:
     """Boxes by file name."""
-    path = folder / "captions.tsv"
+    path = folder / CAPTIONS
     if not path.is_file():
         return {}
     boxes = {}

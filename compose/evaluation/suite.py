@@ -1,6 +1,6 @@
 """A suite: the concepts, scenes and methods of an evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -280,32 +280,29 @@ def read_suite(name: str) -> Suite:
         FileError: If it is missing, unreadable or wrong; the message names the field.
     """
     path = find_suite(name)
-    suite = read_as(Suite, path)
     base = path.parent.absolute()
+    return moved_suite(read_as(Suite, path), lambda source: local_source(source, base))
 
-    def here(source: str) -> str:
-        return local_source(source, base)
 
-    concepts = tuple(
-        concept.model_copy(
-            update={
-                "lora": here(concept.lora)
-                if isinstance(concept.lora, str)
-                else {k: here(v) for k, v in concept.lora.items()},
-                "references": here(concept.references)
-                if isinstance(concept.references, str)
-                else tuple(here(source) for source in concept.references),
-            }
-        )
-        for concept in suite.concepts
-    )
-    scenes = tuple(moved_start(scene, here) for scene in suite.scenes)
+def moved_suite(suite: Suite, move: Callable[[str], str]) -> Suite:
+    """The same suite with every path changed by a function: of LoRAs, models, references and images."""
     moved: dict[str, Any] = {
-        "scenes": scenes,
-        "concepts": concepts,
-        "model": here(suite.model),
-        "encoder": here(suite.encoder),
+        "concepts": tuple(_moved_concept(concept, move) for concept in suite.concepts),
+        "scenes": tuple(moved_start(scene, move) for scene in suite.scenes),
+        "model": move(suite.model),
+        "encoder": move(suite.encoder),
     }
     if isinstance(suite.detector, ZeroShotConfig):
-        moved["detector"] = suite.detector.model_copy(update={"model": here(suite.detector.model)})
+        moved["detector"] = suite.detector.model_copy(update={"model": move(suite.detector.model)})
     return suite.model_copy(update=moved)
+
+
+def _moved_concept(concept: SuiteConcept, move: Callable[[str], str]) -> SuiteConcept:
+    def each(sources: Any) -> Any:
+        if isinstance(sources, str):
+            return move(sources)
+        if isinstance(sources, Mapping):
+            return {kind: move(source) for kind, source in sources.items()}
+        return tuple(map(move, sources))
+
+    return concept.model_copy(update={"lora": each(concept.lora), "references": each(concept.references)})

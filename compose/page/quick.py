@@ -36,8 +36,7 @@ class Quick:
     @property
     def share(self) -> float:
         """The finished fraction, up to 1."""
-        from lora_compose.compose.evaluation.results import PLAN, Plan
-        from lora_compose.compose.evaluation.runner import is_done
+        from lora_compose.compose.evaluation.results import PLAN, Plan, is_done
         from lora_compose.compose.files.stored import read
 
         plan = read(self.folder / PLAN, Plan)

@@ -45,6 +45,7 @@ MISTAKES = {
     "inspect playground:kittn": "did you mean 'kitten'",
     "merge playground:cat playground:dgo --out a.safetensors": "did you mean 'dog'",
     "merge playground:cat playground:dog --method tise --out a.safetensors": "did you mean 'ties'?",
+    "batch assets/scenes --model playground --ray 10.0.0.1": "--ray 10.0.0.1: expected local, auto",
     "evaluate playground-quik": "did you mean 'playground-quick'",
     "bench --method clora:oficial": "did you mean 'clora:official'",
     "train assets --out a.safetensors --trigger a --class b --model playground --preset sdlx": "did you mean 'sdxl'",

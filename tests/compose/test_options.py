@@ -1,6 +1,7 @@
 """Concepts as they are typed: in full, and in short."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,4 +183,14 @@ def test_the_prompt_chooses_among_the_loras_of_a_folder(folder: Path, tmp_path: 
 def test_what_cannot_be_chosen_is_reported(folder: Path, tmp_path: Path, more: list[str], message: str) -> None:
     result = call("run", "playground", "--loras", folder, *more, "--steps", 1, "--out", tmp_path / "out", code=2)
     assert message in flat(result.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["batch assets/scenes/cat-dog.yaml --model playground", "evaluate playground-quick"]
+)
+def test_a_cluster_without_ray(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    told = call(*command.split(), "--ray", "local", "--out", tmp_path / "out", code=2).output
+    assert "pip install 'lora-compose[ray]'" in told
     assert not (tmp_path / "out").exists()

@@ -24,11 +24,13 @@ from accelerate import cpu_offload
 
 from commands import call
 from disks import files_of_at_most
+from evaluations import contents
 from killing import kill_at_work
-from lora_compose.compose.evaluation import runner
+from lora_compose.compose.evaluation import todo, worker
 from lora_compose.compose.evaluation.batches import batches
 from lora_compose.compose.evaluation.planning import make_plan
 from lora_compose.compose.evaluation.results import (
+    CLAIMS,
     FAILED,
     MADE,
     Failed,
@@ -36,11 +38,14 @@ from lora_compose.compose.evaluation.results import (
     Scores,
     batch_folder,
     image_path,
+    is_done,
 )
-from lora_compose.compose.evaluation.runner import CLAIMS, evaluate, is_done, open_worker
+from lora_compose.compose.evaluation.runner import evaluate
 from lora_compose.compose.evaluation.suite import Suite, read_suite
+from lora_compose.compose.evaluation.todo import open_plan
+from lora_compose.compose.evaluation.worker import Images, Worker
 from lora_compose.compose.files.claims import Claims
-from lora_compose.compose.files.images import read_pixels, read_record
+from lora_compose.compose.files.images import read_record
 from lora_compose.compose.files.stored import read, write
 from lora_compose.compose.generate import processes
 from lora_compose.compose.support.savers import Saver
@@ -100,24 +105,6 @@ def finished(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def contents(out: Path) -> dict[str, Any]:
-    """Everything in an evaluation's folder that does not tell of time and memory."""
-    found: dict[str, Any] = {}
-    for path in sorted((out / "batches").rglob("*.*")):
-        name = path.relative_to(out).as_posix()
-        if path.suffix == ".png":
-            found[name] = read_pixels(path).tobytes(), read_record(path)
-        elif path.name == MADE:
-            made = read(path, Made)
-            assert made is not None
-            found[name] = made.model_copy(update={"cost": made.cost.model_copy(update={
-                "seconds": 0.0, "preparation_seconds": 0.0, "peak_bytes": None
-            })})  # fmt: skip
-        else:
-            found[name] = path.read_bytes()
-    return found
-
-
 def test_every_batch_is_made_and_scored(suite: Suite, finished: Path) -> None:
     plan = make_plan(suite)
     assert len(plan.batches) == 2 * 5  # seeds 0 and 1, then 2; no LoRA, two alone, merge, regional
@@ -160,20 +147,16 @@ def test_cost_is_what_the_methods_take(suite: Suite, finished: Path) -> None:
     assert all(cost.peak_bytes and cost.peak_bytes > 50e6 for cost in costs.values())  # the weights alone in fp32
 
 
-def test_an_offloaded_model_is_measured_where_it_runs(suite: Suite, tmp_path: Path) -> None:
+def test_an_offloaded_model_is_measured_where_it_runs(suite: Suite) -> None:
     saving = suite.model_copy(update={"save_memory": (Saver.GRADIENT_CHECKPOINTING,)})
-    worker = open_worker(saving, tmp_path, "cpu")
-    assert worker.pipe.unet.is_gradient_checkpointing
-    for model in (worker.pipe.text_encoder, worker.pipe.unet, worker.pipe.vae):
+    opened = Worker.open(saving, "cpu")
+    assert opened.pipe.unet.is_gradient_checkpointing
+    for model in (opened.pipe.text_encoder, opened.pipe.unet, opened.pipe.vae):
         cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
-    assert worker.pipe.device.type == "meta"
-    assert worker.device == torch.device("cpu")
-    (planned, *_), (batch, *_) = make_plan(saving).batches, batches(saving)
-    with Claims(tmp_path / "claims").claim("a") as claim:
-        assert claim is not None
-        worker.do(batch, planned, claim, lambda _: None)
-    made = read(batch_folder(tmp_path, planned.key) / MADE, Made)
-    assert made is not None
+    assert opened.pipe.device.type == "meta"
+    assert opened.device == torch.device("cpu")
+    made = next(opened.do(next(batches(saving))))
+    assert isinstance(made, Images)
     assert made.machine.device == "cpu"
     assert made.cost.peak_bytes
 
@@ -270,15 +253,15 @@ def test_a_process_whose_batch_was_taken_over_keeps_the_results_of_the_other(
     suite: Suite, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
-    (planned, *_), (batch, *_) = make_plan(suite).batches, batches(suite)
-    worker = open_worker(suite, out, "cpu")
-    with Claims(out / CLAIMS).claim(planned.key) as claim:
+    key, late = next(iter(open_plan(suite, out).items()))
+    opened = Worker.open(suite, "cpu")
+    with Claims(out / CLAIMS).claim(key) as claim:
         assert claim is not None
-        (batch_folder(out, planned.key) / MADE).unlink()
-        before = set(batch_folder(out, planned.key).iterdir())
-        claim.path.rename(out / CLAIMS / f"{planned.key}.1")
-        worker.do(batch, planned, claim, lambda _: None)
-    assert set(batch_folder(out, planned.key).iterdir()) == before
+        (batch_folder(out, key) / MADE).unlink()
+        before = set(batch_folder(out, key).iterdir())
+        claim.path.rename(out / CLAIMS / f"{key}.1")
+        late.keep(opened.do(late.batch), claim)
+    assert set(batch_folder(out, key).iterdir()) == before
     assert "was taken over by another process" in caplog.text
 
 
@@ -327,14 +310,14 @@ def test_a_failing_batch_is_written_down_and_tried_again(
     (lost,) = [planned for planned in make_plan(suite).batches if (planned.arm, planned.seeds) == ("regional", (2,))]
     out = shutil.copytree(finished, tmp_path / "out")
     shutil.rmtree(batch_folder(out, lost.key))
-    real = runner.make_batch
+    real = worker.make_batch
 
     def failing(pipe: Any, run: Any, seeds: Any, on_progress: Any = None) -> Any:
         if run.method == "regional" and 2 in seeds:
             raise RuntimeError("no more memory\nfor anybody")
         return real(pipe, run, seeds, on_progress)
 
-    monkeypatch.setattr(runner, "make_batch", failing)
+    monkeypatch.setattr(worker, "make_batch", failing)
     evaluate(suite, out)
     assert [planned.key for planned in make_plan(suite).batches if not is_done(out, planned)] == [lost.key]
     told = read(batch_folder(out, lost.key) / FAILED, Failed)
@@ -408,7 +391,7 @@ def test_only_what_is_damaged_is_made_again(
     assert contents(out) == contents(finished)
     assert len(before) == 5
     assert {path: path.stat().st_mtime_ns for path in untouched} == before
-    told = [record.getMessage() for record in caplog.records if record.name == runner.__name__]
+    told = [record.getMessage() for record in caplog.records if record.name == todo.__name__]
     assert len(told) == 9
     damaged = ["0.png", "0.png", "1.png", "0.png", MADE, MADE, last[1].scores, last[2].scores, "2.png"]
     for folder, name in zip(folders, damaged, strict=False):

@@ -1,29 +1,23 @@
 """A batch on a Ray cluster: the same images, and a node that is killed in the middle loses nothing."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
+from clusters import MARKS, kill_a_worker, one_node, two_nodes
 from lora_compose.compose.batch.entries import read_entries
 from lora_compose.compose.batch.results import STATE, Result
 from lora_compose.compose.batch.runner import run_batch
 from lora_compose.compose.batch.settings import BatchSettings
 from lora_compose.compose.playground.assets import assets_dir
 
-ray = pytest.importorskip("ray", reason="needs ray: the extra ray")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")]
+pytest.importorskip("ray", reason="needs ray: the extra ray")
+pytestmark = MARKS
 
 PLAYGROUND = assets_dir() / "playground"
-QUICK = {
-    "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_raylet_start_wait_time_s": "600",
-    "RAY_worker_niceness": "0",
-}  # fmt: skip
-"""Ray on slow machines, with workers as fast as the driver."""
-
 ROWS = ["name,animal,trigger,seeds", "bear,bear,xlo,0-3", "robot,robot,qrt,0-3", "again,bear,xlo,8-9", "odd,car,,5"]
 
 
@@ -53,28 +47,6 @@ def finished(given: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
-
-    for name, value in QUICK.items():
-        monkeypatch.setenv(name, value)
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    ray.init(found.address, log_to_driver=False, logging_level="ERROR")
-    yield found
-    ray.shutdown()
-    found.shutdown()
-
-
-@pytest.fixture
-def one_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in QUICK.items():
-        monkeypatch.setenv(name, value)
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-
-
 def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("*.png"))}
 
@@ -85,42 +57,43 @@ def check(results: Sequence[Result], out: Path, finished: Path) -> None:
     assert contents(out) == contents(finished), "every byte, records included"
     assert [one.seed for one in results if one.error] == [5], "the row without a trigger, as without Ray"
     assert not list((out / STATE).glob("failed/*"))
-    checked = [{path.name for path in (folder / STATE / "checked").iterdir()} for folder in (finished, out)]
+    assert not list((out / STATE).glob("claims/*"))
+    checked = [{path.name: path.read_text() for path in (folder / STATE / "checked").iterdir()} for folder in (
+        finished, out
+    )]  # fmt: skip
     assert checked[0] == checked[1]
 
 
 def test_a_worker_that_is_killed_in_the_middle_loses_nothing(
-    given: Any, finished: Path, one_node: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: Any, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_compose.compose.batch.ray_pool import run_on_ray
+    from lora_compose.compose.batch.on_ray import run_on_ray
 
     (entries, settings), killed = given, []
 
     def kill(done: float, text: str = "") -> None:
         if len(contents(tmp_path)) >= 3 and not killed:
-            found = [one for one in psutil.process_iter(["cmdline"]) if "ray::RemoteWorker" in str(one.info["cmdline"])]
-            killed.append(found[0])
-            found[0].kill()
+            killed.append(True)
+            kill_a_worker()
 
-    results = run_on_ray(entries, settings, tmp_path, "local", kill, workers=2)
+    with one_node():
+        results = run_on_ray(entries, settings, tmp_path, "local", kill, workers=2)
     assert killed
     assert "a worker has died; another does its work" in capsys.readouterr().err
     check(results, tmp_path, finished)
 
 
-def test_a_node_that_is_killed_in_the_middle_loses_nothing(
-    given: Any, finished: Path, cluster: Any, tmp_path: Path
-) -> None:
-    from lora_compose.compose.batch.ray_pool import run_on_ray
+def test_a_node_that_is_killed_in_the_middle_loses_nothing(given: Any, finished: Path, tmp_path: Path) -> None:
+    from lora_compose.compose.batch.on_ray import run_on_ray
 
-    (entries, settings), node = given, cluster.add_node(num_cpus=1)
-    killed = []
+    (entries, settings), killed = given, []
+    with two_nodes() as (cluster, node):
 
-    def kill(done: float, text: str = "") -> None:
-        if len(contents(tmp_path)) >= 3 and not killed:
-            killed.append(node)
-            cluster.remove_node(node, allow_graceful=False)
+        def kill(done: float, text: str = "") -> None:
+            if len(contents(tmp_path)) >= 3 and not killed:
+                killed.append(node)
+                cluster.remove_node(node, allow_graceful=False)
 
-    results = run_on_ray(entries, settings, tmp_path, cluster.address, kill, workers=2)
+        results = run_on_ray(entries, settings, tmp_path, cluster.address, kill, workers=2)
     assert killed
     check(results, tmp_path, finished)

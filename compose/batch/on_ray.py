@@ -1,0 +1,118 @@
+"""A batch on a Ray cluster: machines that share no folder. Images come back to the driver, which stores them."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from lora_compose.compose.batch.entries import Entry
+from lora_compose.compose.batch.jobs import Job, make_jobs
+from lora_compose.compose.batch.results import Folder, Result, changed
+from lora_compose.compose.batch.runner import PATIENCE, OnProgress, check_names, results_of
+from lora_compose.compose.batch.settings import BatchSettings
+from lora_compose.compose.batch.worker import Worker, encoded
+from lora_compose.compose.cluster.packing import Node, Parcel, named_as
+from lora_compose.compose.cluster.pool import Ended, Pool, connected, object_packer
+from lora_compose.compose.files.claims import Claim, Claims
+from lora_compose.compose.files.paths import moved
+from lora_compose.compose.generate.making import Made
+from lora_compose.compose.generate.processes import own_device
+
+logger = logging.getLogger(__name__)
+
+
+def run_on_ray(
+    entries: Sequence[Entry],
+    settings: BatchSettings,
+    out: str | Path,
+    address: str,
+    on_progress: OnProgress | None = None,
+    *,
+    replace: bool = False,
+    workers: int | None = None,
+) -> list[Result]:
+    """Makes the images of a batch on a Ray cluster; they are those of `run_batch`, which may join in.
+
+    Args:
+        entries: As for `run_batch`.
+        settings: As for `run_batch`.
+        out: A folder of this machine.
+        address: Of the cluster, as `ray.init` takes it; "local" starts one on this machine.
+        on_progress: As for `run_batch`.
+        replace: As for `run_batch`.
+        workers: How many; None is one per GPU, or one per node if there are none.
+
+    Raises:
+        ValueError: As `run_batch`.
+        OSError: If there is no such cluster, or no worker is left.
+    """
+    folder, report = Folder(Path(out)), on_progress or (lambda *args: None)
+    jobs, bad = make_jobs(entries, settings)
+    check_names(folder, jobs, replace)
+    left = [job for job in jobs if not folder.has(job)]
+    if left:
+        with connected(address):
+            packer = object_packer()
+            opening = partial(_open, settings, packer.source(settings.model))
+            parcels = {job.entry.name: packer.scene(job.run.scene) for job in left}
+            with Pool(opening, settings.device, settings.threads, workers) as pool:
+                _make_all(pool, folder, left, parcels, len(jobs) - len(left), report)
+    report(len(jobs))
+    return results_of(folder, jobs, bad)
+
+
+def _make_all(
+    pool: Pool, folder: Folder, jobs: Sequence[Job], parcels: dict[str, Parcel], done: int, report: OnProgress
+) -> None:
+    scenes = {job.entry.name: job for job in folder.unchecked(jobs)}
+    if scenes:
+        report(done, f"checking {len(scenes)} scenes")
+    for name, found, error in pool.map(_check, {name: (job, parcels[name]) for name, job in scenes.items()}):
+        folder.keep_check(scenes[name], wrong := error or found)
+        if wrong is not None:
+            logger.error("%s: %s", scenes[name].entry.source, wrong)
+    named = {job.name: job for job in jobs}
+    before = {job.name: changed(folder.failed_file(job)) for job in jobs}
+    report(done, f"composing into {folder.path}")
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        report(done)
+
+    def start(name: str) -> tuple[Job, Parcel] | None:
+        job = named[name]
+        checked = folder.checked(job)
+        possible = checked is not None and checked.error is None
+        if possible and changed(folder.failed_file(job)) == before[name] and not folder.has(job):
+            return job, parcels[job.entry.name]
+        count()
+        return None
+
+    def end(ended: Ended, claim: Claim) -> None:
+        job = named[ended.name]
+        if not claim.held:
+            logger.warning("%s was taken over by another process: this one had given no sign of life", job.name)
+        elif ended.error is not None:
+            logger.error("%s: %s", job.entry.source, ended.error)
+            folder.keep_failure(job, ended.error)
+        else:
+            folder.keep(job, encoded(ended.found))
+        count()
+
+    pool.work(_make, Claims(folder.claims, PATIENCE), named, start, end)
+
+
+def _open(settings: BatchSettings, model: Parcel, node: Node) -> Worker:
+    here = node.unpack(model)(settings.model)
+    return Worker.open(settings.model_copy(update={"model": here}), own_device(settings.device))
+
+
+def _check(worker: Worker, node: Node, job: Job, parcel: Parcel) -> str | None:
+    wrong = worker.check(moved(job.run, node.unpack(parcel)))
+    return None if wrong is None else node.as_given(wrong)
+
+
+def _make(worker: Worker, node: Node, job: Job, parcel: Parcel) -> list[Made]:
+    """The images of a job; their records name files as on the driver."""
+    return [named_as(one, job.run) for one in worker.make(moved(job.run, node.unpack(parcel)), job.seeds)]

@@ -1,0 +1,187 @@
+"""Generates and scores the images of batches with an opened model. Nothing is stored here."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_compose.compose.benchmark.counting import Counted, count_run
+from lora_compose.compose.benchmark.memory import peak_memory
+from lora_compose.compose.benchmark.running import count_by_running, needs_running
+from lora_compose.compose.evaluation.batches import Batch, batches, run_of
+from lora_compose.compose.evaluation.detectors import make_detector
+from lora_compose.compose.evaluation.encoders import load_encoder
+from lora_compose.compose.evaluation.results import Failed, ImageCost, Scores
+from lora_compose.compose.evaluation.scoring import Scorer, reference_crops
+from lora_compose.compose.evaluation.suite import Suite
+from lora_compose.compose.files.images import Machine
+from lora_compose.compose.generate.machine import machine, versions
+from lora_compose.compose.generate.making import Made, load, make_batch, rehearse, resolve_choice, size_of
+from lora_compose.compose.generate.models import open_model
+from lora_compose.compose.generate.schedulers import scheduler_class
+from lora_compose.compose.support.errors import error_text
+from lora_compose.pipelines.scene import Run
+
+logger = logging.getLogger(__name__)
+
+PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a batch.
+
+    Attributes:
+        made: The images with their records, in the order of the seeds.
+        cost: Of an image.
+        versions: Versions of the packages that made them.
+        machine: The machine that made them.
+    """
+
+    made: tuple[Made, ...]
+    cost: ImageCost
+    versions: Mapping[str, str]
+    machine: Machine
+
+
+Result = Images | Scores | Failed
+
+
+@dataclass
+class Worker:
+    """Makes and scores batches, one after the other.
+
+    Attributes:
+        suite: What is evaluated.
+        pipe: The model.
+        scorer: Scores images.
+    """
+
+    suite: Suite
+    pipe: Any
+    scorer: Scorer
+    _counted: dict[Any, Counted] = field(default_factory=dict)
+    _peaks: dict[Any, int] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, suite: Suite, device: str) -> "Worker":
+        """Opens model, encoder, detector and references.
+
+        Raises:
+            ValueError: If one of them cannot be opened.
+        """
+        if suite.threads is not None:
+            torch.set_num_threads(suite.threads)
+        encoder = load_encoder(suite.encoder, device)
+        detector = None if suite.detector is None else make_detector(suite.detector, encoder, device)
+        references = {concept.name: encoder.images(reference_crops(concept)) for concept in suite.concepts}
+        run = run_of(suite, next(batches(suite)))
+        pipe = open_model(run.model_copy(update={"device": device}), suite.save_memory)
+        return cls(suite, pipe, Scorer(suite, encoder, detector, references))
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model runs on, even if it is offloaded."""
+        return self.pipe._execution_device
+
+    def problem(self, batch: Batch) -> str | None:
+        """Rehearses a batch up to the first denoising step; returns what cannot work, or None."""
+        try:
+            rehearse(self.pipe, self._run(batch))
+        except ValueError as error:
+            return error_text(error)
+        return None
+
+    def do(self, batch: Batch, images: Sequence[Image.Image] = (), on_progress: Any = None) -> Iterator[Result]:
+        """Makes and scores the images of a batch. An error is its last result, and does not stop other batches.
+
+        Args:
+            batch: The batch.
+            images: Its images, if there are any; otherwise they are made.
+            on_progress: Called after every step with the finished fraction, up to 1.
+        """
+        try:
+            if not images:
+                made = self._make(batch, on_progress)
+                yield made
+                images = [one.image for one in made.made]
+            scored = [self.scorer.score(image.convert("RGB"), batch.scene) for image in images]
+            yield Scores(images=dict(zip(batch.seeds, scored, strict=True)))
+        except Exception as error:  # models and libraries may raise anything
+            logger.debug("scene %r, %s", batch.scene.name, batch.arm.name, exc_info=True)
+            yield failed(batch, error_text(error))
+
+    def _run(self, batch: Batch) -> Run:
+        return run_of(self.suite, batch).model_copy(update={"device": str(self.device)})
+
+    def _make(self, batch: Batch, on_progress: Any) -> Images:
+        run, device, number = self._run(batch), self.device, len(batch.seeds)
+        counted = self._count(batch)
+        peak = self._probed_peak(batch, run) if device.type == "cpu" else None
+        start = time.perf_counter()
+        if device.type == "cuda":
+            with peak_memory(device) as memory:
+                made = make_batch(self.pipe, run, batch.seeds, on_progress)
+            peak = memory.peak_bytes
+        else:
+            made = make_batch(self.pipe, run, batch.seeds, on_progress)
+        cost = ImageCost(
+            rows_forward=made.cost.rows_forward / number if made.cost else counted.rows_forward,
+            rows_stopped=made.cost.rows_stopped / number if made.cost else counted.rows_stopped,
+            rows_backward=made.cost.rows_backward / number if made.cost else counted.rows_backward,
+            flops=counted.flops,
+            seconds=(time.perf_counter() - start) / number,
+            preparation_seconds=made.cost.preparation_seconds / number if made.cost else 0.0,
+            peak_bytes=peak,
+        )
+        return Images(made.images, cost, versions(), machine(device))
+
+    def _probed_peak(self, batch: Batch, run: Run) -> int:
+        """Measures memory in a short run of its own, once for each kind of call, since it is slow on a CPU."""
+        scene = run.scene
+        kind = batch.arm.name, run.method, len(scene.concepts), len(batch.seeds), scene.width, scene.height
+        if kind not in self._peaks:
+            with peak_memory("cpu") as memory:
+                make_batch(self.pipe, run.model_copy(update={"steps": min(run.steps, PROBE_STEPS)}), batch.seeds)
+            self._peaks[kind] = memory.peak_bytes
+        return self._peaks[kind]
+
+    def _count(self, batch: Batch) -> Counted:
+        run = self._run(batch)
+        width, height = size_of(self.pipe, run.scene)
+        kind = batch.arm.name, run.method, len(run.scene.concepts), width, height
+        if kind not in self._counted and needs_running(self.pipe):
+            self._counted[kind] = count_by_running(self.pipe, run)
+        elif kind not in self._counted:
+            loaded = [load(self.pipe, concept) for concept in run.scene.concepts]
+            choice = resolve_choice(self.pipe, run, loaded)
+            method = choice and choice.method
+            scheduler = self.pipe.scheduler
+            if run.scheduler is not None:
+                scheduler = scheduler_class(run.scheduler).from_config(scheduler.config)
+            self._counted[kind] = count_run(
+                self.pipe, method, loaded, run.steps, run.guidance_scale, width, height, scheduler=scheduler
+            )
+        return self._counted[kind]
+
+
+def rehearsed(todo: Iterable[Batch]) -> list[Batch]:
+    """A batch of each scene and arm, which are rehearsed for all of theirs."""
+    return list({(batch.scene.name, batch.arm.name, batch.arm.alone): batch for batch in todo}.values())
+
+
+def raise_problems(problems: Iterable[tuple[Batch, str | None]]) -> None:
+    """Raises ValueError with all problems, each with its scene and arm, if there are any."""
+    found = [f"scene {batch.scene.name!r}, {batch.arm.name}: {text}" for batch, text in problems if text is not None]
+    if found:
+        raise ValueError("\n".join(["the suite cannot be evaluated:", *found]))
+
+
+def failed(batch: Batch, error: str) -> Failed:
+    """A batch that could not be made or scored."""
+    about = {"scene": batch.scene.name, "arm": batch.arm.name, "alone": batch.arm.alone, "seeds": batch.seeds}
+    return Failed(**about, error=error)
