@@ -171,7 +171,7 @@ class Pool:
         self._busy: dict[Any, tuple[Any, _Call]] = {}
         self._queue: deque[_Call] = deque()
         self._folders: dict[str, str] = {}
-        self._stillborn, self._seen = 0, time.monotonic()
+        self._unopened_deaths, self._seen = 0, time.monotonic()
         for _ in range(number):
             self._add()
 
@@ -287,7 +287,7 @@ class Pool:
         try:
             node, folder, found = ray.get(one)
         except RayError as error:
-            self._replace_stillborn(worker, error)
+            self._replace_unopened(worker, error)
             return
         self._folders[node] = folder
         self._opening[worker.open.remote(self._opening_function, self._threads)] = worker
@@ -299,12 +299,12 @@ class Pool:
         try:
             wrong = ray.get(one)
         except RayError as error:
-            self._replace_stillborn(worker, error)
+            self._replace_unopened(worker, error)
             return
         if wrong is not None:
             ray.kill(worker)
             raise ValueError(wrong)
-        self._stillborn = 0
+        self._unopened_deaths = 0
         self._idle.append(worker)
 
     def _called(self, one: Any, worker: Any, call: _Call) -> Iterator[Ended]:
@@ -325,11 +325,11 @@ class Pool:
         self._idle.append(worker)
         yield Ended(call.name, found, error)
 
-    def _replace_stillborn(self, worker: Any, error: RayError) -> None:
+    def _replace_unopened(self, worker: Any, error: RayError) -> None:
         """Replaces a worker that has died before it was open, unless that has happened too often."""
         ray.kill(worker)
-        self._stillborn += 1
-        if self._stillborn < TRIES:
+        self._unopened_deaths += 1
+        if self._unopened_deaths < TRIES:
             self._add()
         elif not (self._busy or self._idle or self._opening or self._placing):
             raise ChildProcessError(f"{TRIES} workers have died before they had opened the model: {error_text(error)}")

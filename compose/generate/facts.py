@@ -36,8 +36,11 @@ def run_facts(run: Run, seeds: Sequence[int], threads: int | None, savers: Seque
         concept["lora"] = _lora_hashes(concept["lora"])
         if concept["merge"] is None:  # as in facts of versions that could not merge
             del concept["merge"]
-    for fields, name in [(scene, "image"), (scene, "mask_image"), *((one, "region") for one in scene["concepts"])]:
-        fields[name] = _content(fields[name])
+    guides = [*scene["controls"], *scene["ip_adapters"]]
+    for fields in (scene, *scene["concepts"], *guides):
+        fields |= {name: _content(fields[name]) for name in ("image", "mask_image", "region") if name in fields}
+    for guide in guides:
+        guide["model"] = model_facts(Path(guide["model"]).expanduser(), guide["model"])
     settings = vars(make_method(run.method, run.settings)) if run.method else {}
     complete = {name: repr(value) for name, value in settings.items()}  # defaults may change from version to version
     return [facts, complete, list(seeds), threads, *savers]

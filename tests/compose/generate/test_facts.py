@@ -1,0 +1,32 @@
+"""What is kept of a run is found again wherever its files lie, and not if a file has another content."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_compose.compose.generate.facts import digest, run_facts
+from lora_compose.pipelines.scene import Run, Scene
+
+GUIDES = {
+    "controls": {},
+    "ip_adapters": {"weight_name": "adapter.safetensors"},
+}
+
+
+@pytest.mark.parametrize("field", GUIDES)
+def test_models_and_images_that_guide_a_scene_count_by_content(tmp_path: Path, field: str) -> None:
+    def facts(folder: str, colour: str, weights: bytes) -> str:
+        path = tmp_path / folder
+        path.mkdir()
+        Image.new("RGB", (8, 8), colour).save(path / "guide.png")
+        (path / "adapter.safetensors").write_bytes(weights)
+        guide: dict[str, Any] = {"model": str(path), "image": str(path / "guide.png"), **GUIDES[field]}
+        scene = Scene.model_validate({"prompt": "a cat", field: [guide]})
+        return digest(run_facts(Run(scene=scene, model="playground"), [0], 1, ()))
+
+    first = facts("here", "red", b"1")
+    assert facts("there", "red", b"1") == first
+    assert facts("other image", "blue", b"1") != first
+    assert facts("other weights", "red", b"2") != first
