@@ -4,7 +4,7 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
 
     draft       the first steps without LoRAs, from the prompt without triggers. The mean attention of image cells to
                 the class word of each subject over these steps shows where the subject is
-    division    the whole canvas is divided between the subjects, half-way between their centres
+    division    the whole canvas is divided between the subjects, half-way between their centres, with soft borders
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
 With subjects of different classes all cells read the scene's prompt, as in `regional`, and on UNets a bias on
@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.methods.division import divided, nearest, strips
+from lora_compose.pipelines.methods.division import divided, nearest, softened, strips
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates
@@ -68,6 +68,8 @@ class Draft:
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
             where text and image are not one sequence, since it tears the images of transformers apart.
+        softness: With the scene's prompt: standard deviation of the Gaussian that softens borders between found
+            regions, in parts of the model's own side; 0 keeps them sharp.
         bias: With the scene's prompt on UNets: added to the scores of cross-attention between the cells of a region and
             the words of its subject, and subtracted for the words of other subjects.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
@@ -79,6 +81,7 @@ class Draft:
     reading: Reading = "auto"
     apart: float = 0.4
     isolate: Isolation = "auto"
+    softness: float = 1 / 16
     bias: float = 1.0
     keep_regions: bool = True
 
@@ -90,6 +93,8 @@ class Draft:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
+        if not 0 <= self.softness <= 1:
+            raise ValueError(f"softness must lie between 0 and 1, not {self.softness}")
         if not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
         if not 0 <= self.apart <= 1:
@@ -155,6 +160,11 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
     concepts, regional = session.concepts, Regional()
     texts = shared_text(session)
+    divide = strips if settings.division == "strips" else nearest
+    sigma = settings.softness * session.canvas.backbone.native_side
+
+    def softly(centres: Tensor, free: Tensor) -> Tensor:
+        return softened(divide(centres, free), free, sigma)
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level = _by_level(session, masks)
@@ -164,7 +174,7 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
             spec = replace(spec, text_bias=_biases(session, texts.text, by_level, settings.bias))
         return [FixedPasses(session, [[(spec, 1.0)]])]
 
-    return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
+    return Restart(texts.text, softly, start)
 
 
 def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> Mapping[int, Tensor]:
