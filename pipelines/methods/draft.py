@@ -68,8 +68,8 @@ class Draft:
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
             where text and image are not one sequence, since it tears the images of transformers apart.
-        softness: With the scene's prompt: standard deviation of the Gaussian that softens borders between found
-            regions, in parts of the model's own side; 0 keeps them sharp.
+        softness: With the scene's prompt on UNets: standard deviation of the Gaussian that softens borders between
+            found regions, in parts of the model's own side; 0 keeps them sharp.
         bias: With the scene's prompt on UNets: added to the scores of cross-attention between the cells of a region and
             the words of its subject, and subtracted for the words of other subjects.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
@@ -160,8 +160,9 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
     concepts, regional = session.concepts, Regional()
     texts = shared_text(session)
-    divide = strips if settings.division == "strips" else nearest
-    sigma = settings.softness * session.canvas.backbone.native_side
+    backbone, divide = session.canvas.backbone, strips if settings.division == "strips" else nearest
+    is_unet = backbone.joint is None
+    sigma = settings.softness * backbone.native_side if is_unet else 0
 
     def softly(centres: Tensor, free: Tensor) -> Tensor:
         return softened(divide(centres, free), free, sigma)
@@ -170,7 +171,7 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
         by_level = _by_level(session, masks)
         everywhere = [concept.is_style for concept in concepts.concepts]
         spec = regional.gated(session, texts, by_level, everywhere)
-        if settings.bias and session.canvas.backbone.joint is None:
+        if settings.bias and is_unet:
             spec = replace(spec, text_bias=_biases(session, texts.text, by_level, settings.bias))
         return [FixedPasses(session, [[(spec, 1.0)]])]
 
