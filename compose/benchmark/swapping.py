@@ -103,7 +103,7 @@ def _install(pipe: Any, loaded: LoadedConcept, device: str, banks: BankCache) ->
         ) as installation,
         install(backbone_of(pipe.unet), [loaded.factors.model], **to, kept=kept["unet"]),
     ):
-        next(iter(installation.bank.values())).A.sum().item()  # waits for the device
+        next(iter(installation.bank.values())).down.sum().item()  # waits for the device
 
 
 def _milliseconds(function: Callable[[], object]) -> float:
