@@ -223,9 +223,9 @@ class BankLayer(nn.Module):
         return getattr(base_layer(self.layer), "bias", None)
 
     @property
-    def gate(self) -> Tensor:
-        """The gate of the current pass."""
-        return self._state.inputs.gates[self.key]
+    def gates(self) -> Mapping[GateKey, Tensor]:
+        """Those of the current pass."""
+        return self._state.inputs.gates
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output plus the gated deltas of all concepts.
@@ -233,28 +233,29 @@ class BankLayer(nn.Module):
         Raises:
             KeyError: If no gate was set for this kind of layer.
         """
-        out, gates = self.layer(x), self._state.inputs.gates
+        out, gates, up = self.layer(x), self.gates, self.up
         for product in self.products.values():
-            out = out + product(x.to(self.up.dtype), gates[product.key]).to(out.dtype)
+            out = out + product(x.to(up.dtype), gates[product.key]).to(out.dtype)
         if len(self.keys) == len(self.products):
             return out
-        gate = self.gate
+        gate = gates[self.key]
         if self.key.convolution:
             base = base_layer(self.layer)
             hidden = F.conv2d(x, self.down, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            return out + F.conv2d(hidden * gate, self.up)
+            return out + F.conv2d(hidden * gate, up)
         # Quantised layers take inputs of any precision, so these may differ from that of the model.
-        return self.added(out, F.linear(x.to(self.up.dtype), self.down) * gate)
+        return _added(out, F.linear(x.to(up.dtype), self.down) * gate, up)
 
-    def added(self, out: Tensor, hidden: Tensor) -> Tensor:
-        """Adds the deltas to the output of a linear layer. Shape of hidden: [..., sum of ranks]."""
-        if out.dtype != self.up.dtype:  # the same, or autocast
-            return out + F.linear(hidden, self.up).to(out.dtype)
-        flat, hidden = out.view(-1, out.shape[-1]), hidden.view(-1, hidden.shape[-1])
-        if out.requires_grad:  # autograd refuses changes of what quantised layers give
-            return torch.addmm(flat, hidden, self.up.t()).view(out.shape)
-        flat.addmm_(hidden, self.up.t())  # a third less time than a separate addition
-        return out
+
+def _added(out: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """Adds deltas to the output of a linear layer. Shape of hidden: [..., sum of ranks]."""
+    if out.dtype != up.dtype:  # the same, or autocast
+        return out + F.linear(hidden, up).to(out.dtype)
+    flat, hidden = out.view(-1, out.shape[-1]), hidden.view(-1, hidden.shape[-1])
+    if out.requires_grad:  # autograd refuses changes of what quantised layers give
+        return torch.addmm(flat, hidden, up.t()).view(out.shape)
+    flat.addmm_(hidden, up.t())  # a third less time than a separate addition
+    return out
 
 
 def share_input(layers: Sequence[BankLayer]) -> None:
@@ -278,12 +279,12 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     Raises:
         KeyError: As `BankLayer.forward`.
     """
-    bank = [layer for layer in layers if isinstance(layer, BankLayer)]
-    if len(bank) < len(layers) or any(layer.stack is not bank[0].stack for layer in bank):
+    bank = [layer for layer in layers if isinstance(layer, BankLayer) and layer.rows is not None]
+    if len(bank) < len(layers) or not all(layer.stack is bank[0].stack for layer in bank):
         return [layer(x) for layer in layers]
-    gate, down = bank[0].gate, bank[0].stack.down
+    down, gate = bank[0].stack.down, bank[0].gates[bank[0].key]
     hidden = F.linear(x.to(down.dtype), down).unflatten(-1, (len(bank), -1)) * gate.unsqueeze(-2)
-    return [layer.added(layer.layer(x), one) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
+    return [_added(layer.layer(x), one, layer.up) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
 
 
 def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The UNets of Stable Diffusion 1.x, 2.x and SDXL: sites, grids, attention, and forward passes that stop early."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -345,7 +345,8 @@ class ComposeAttnProcessor:
             read = self._images.read(self._kernel, query, images, ip_adapter_masks)
             for one in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
                 hidden_states = hidden_states + one
-        project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
+        to_out: Any = attn.to_out
+        project, dropout = to_out
         hidden_states = dropout(project(hidden_states))
         if not self._layer.cross:
             for recorder in self._state.recorders:
@@ -377,7 +378,7 @@ class ComposeAttnProcessor:
 
     def _projected(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
         """Queries, keys and values."""
-        keys_and_values = cast("tuple[nn.Module, nn.Module]", (attn.to_k, attn.to_v))
+        keys_and_values: Any = attn.to_k, attn.to_v
         if text is None:
             return outputs_of((attn.to_q, *keys_and_values), hidden_states)
         inputs = self._state.inputs
