@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,12 @@ class Bank:
     @property
     def bytes(self) -> int:
         """The memory that it takes."""
-        own = [tensor for layer in self.layers.values() for tensor in layer.tensors]
-        return sum(tensor.nbytes for tensor in (*own, *(one for pair in self.exact.values() for one in pair)))
+        return self._bytes_of_layers + sum(tensor.nbytes for pair in self.exact.values() for tensor in pair)
+
+    @cached_property
+    def _bytes_of_layers(self) -> int:
+        """Asked for in every call; a bank whose precision has changed is not kept."""
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors)
 
 
 class BankCache:
