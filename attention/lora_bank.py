@@ -119,7 +119,7 @@ class Kronecker(nn.Module):
 
 
 class Stack(nn.Module):
-    """The factors before the gate of one layer, or of several that read the same input (`share_input`).
+    """The factors before the gate of several layers that read the same input (`share_input`).
 
     Args:
         down: Those of all layers, one below the other. Shape: [sum of ranks of all layers, inputs, ...].
@@ -148,8 +148,8 @@ class BankLayer(nn.Module):
         layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of
             them.
         key: What the thin products ask of gates.
-        stack: All concepts' factors before the gate, and those of layers with the same input.
-        rows: Which of them are of this layer; None means all.
+        stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
+        rows: Which of them are of this layer.
         up: All concepts' factors after the gate. Shape: [outputs, sum of ranks, ...].
         keys: All that it asks of gates, Kronecker products included.
         concepts: The concepts that change this layer.
@@ -158,6 +158,9 @@ class BankLayer(nn.Module):
     """
 
     layer: nn.Module
+    own_down: Tensor
+    stack: Stack | None
+    rows = slice(None)
     up: Tensor
 
     def __init__(self, parts: Mapping[int, Part], site: Site, concepts: int, state: ForwardState) -> None:
@@ -171,9 +174,9 @@ class BankLayer(nn.Module):
         self.key = GateKey(site, one.down.dim() == 4, ranks)
         self._state = state
         downs, ups = [part.down for part in thin.values()], [part.up for part in thin.values()]
-        self.stack = Stack(torch.cat(downs or [one.down]))
-        self.rows: slice | None = None
+        self.register_buffer("own_down", torch.cat(downs or [one.down]), persistent=False)
         self.register_buffer("up", torch.cat(ups or [one.up], dim=1), persistent=False)
+        self.stack = None
         self.products = {
             i: Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts)))
             for i, part in parts.items()
@@ -193,7 +196,7 @@ class BankLayer(nn.Module):
     @property
     def down(self) -> Tensor:
         """All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...]."""
-        return self.stack.down if self.rows is None else self.stack.down[self.rows]
+        return self.own_down if self.stack is None else self.stack.down[self.rows]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -267,6 +270,7 @@ def share_input(layers: Sequence[BankLayer]) -> None:
     for i, layer in enumerate(layers):
         rank = sum(layer.key.ranks)
         layer.stack, layer.rows = stack, slice(i * rank, (i + 1) * rank)
+        layer.register_buffer("own_down", None)
 
 
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -279,10 +283,11 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     Raises:
         KeyError: As `BankLayer.forward`.
     """
-    bank = [layer for layer in layers if isinstance(layer, BankLayer) and layer.rows is not None]
-    if len(bank) < len(layers) or not all(layer.stack is bank[0].stack for layer in bank):
+    bank = [layer for layer in layers if isinstance(layer, BankLayer)]
+    stack = bank[0].stack if bank else None
+    if stack is None or len(bank) < len(layers) or not all(layer.stack is stack for layer in bank):
         return [layer(x) for layer in layers]
-    down, gate = bank[0].stack.down, bank[0].gates[bank[0].key]
+    down, gate = stack.down, bank[0].gates[bank[0].key]
     hidden = F.linear(x.to(down.dtype), down).unflatten(-1, (len(bank), -1)) * gate.unsqueeze(-2)
     return [_added(layer.layer(x), one, layer.up) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
 
