@@ -1,15 +1,18 @@
 """Banks of LoRAs that were installed before: taken out of the model after a call, and kept for the next."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_compose.attention.device import as_outside_of_inference_mode
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.lora_bank import BankLayer, Part
+from lora_compose.attention.lora_bank import BankLayer, Lora, Part, share_input
+from lora_compose.attention.sites import Site
 
 Handle = tuple[Hashable, ...]
 """Stands for a LoRA: equal handles, equal factors. It begins with the handle of the file that the LoRA is from, or with
@@ -50,8 +53,12 @@ class Bank:
     @property
     def bytes(self) -> int:
         """The memory that it takes."""
-        own = [tensor for layer in self.layers.values() for tensor in layer.tensors]
-        return sum(tensor.nbytes for tensor in (*own, *(one for pair in self.exact.values() for one in pair)))
+        return self._bytes_of_layers + sum(tensor.nbytes for pair in self.exact.values() for tensor in pair)
+
+    @cached_property
+    def _bytes_of_layers(self) -> int:
+        """Asked for in every call; a bank whose precision has changed is not kept."""
+        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer.tensors)
 
 
 class BankCache:
@@ -146,3 +153,35 @@ class KeptBanks:
 
 Parts = Mapping[str, Part]
 """The factors of one LoRA as a bank has them, by layer."""
+
+
+def new_bank(
+    loras: Sequence[Lora],
+    where: Mapping[str, Site],
+    key: BankKey,
+    kept: KeptBanks | None,
+    same_input: Iterable[Sequence[str]],
+) -> Bank:
+    """A bank made of factors that are on the device already, where there are some.
+
+    Args:
+        loras: The factors of every concept for a model.
+        where: The site of every layer that may be adapted.
+        key: Where the bank is, and in which precision.
+        kept: Banks that may have the same factors.
+        same_input: Names of layers that read the same input.
+    """
+    there = [kept.cache.parts(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
+    state, layers = ForwardState(), {}
+    with as_outside_of_inference_mode():
+        for name in dict.fromkeys(name for lora in loras for name in lora):
+            parts = {
+                index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
+                for index, (lora, found) in enumerate(zip(loras, there, strict=True))
+                if name in lora
+            }
+            layers[name] = BankLayer(parts, where[name], len(loras), state)
+        for names in same_input:
+            if layers.keys() >= set(names):
+                share_input([layers[name] for name in names])
+    return Bank(layers, state)

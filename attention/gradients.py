@@ -9,6 +9,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from lora_compose.attention.device import modules_of
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -30,7 +32,7 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
     diffusers' layerwise casting and group offloading replace a parameter's data once its layer has run: by the storage
     precision, or by the copy on the CPU. Backward would then use the replaced data.
     """
-    hooked: list[Any] = [module for module in model.modules() if hasattr(module, "_diffusers_hook")]
+    hooked: list[Any] = [module for module in modules_of(model).values() if "_diffusers_hook" in module.__dict__]
     with ExitStack() as undo:
         if hooked:
             # Early stop ends a recomputed block with an exception, and the hook after its last layer would not run.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones import Backbone
-from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks
+from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks, new_bank
 from lora_compose.attention.device import as_outside_of_inference_mode, modules_of, to_device, uncompiled
-from lora_compose.attention.forward_state import ForwardState, LayerInputs
+from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, base_layer
@@ -152,7 +152,7 @@ class Installation:
     def _exact_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """The stacked factors in fp32, kept with the bank."""
         if self._dtype == torch.float32:
-            return self.bank[name].A, self.bank[name].B
+            return self.bank[name].down, self.bank[name].up
         if name not in self._exact:
             thin = [lora[name] for lora in self._loras if name in lora and lora[name].left is None]
             downs, ups, _ = zip(*(factors.parts(self._device, torch.float32) for factors in thin), strict=True)
@@ -240,7 +240,7 @@ def install(
     with ExitStack() as undo:
         _claim(model, undo)
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
-        bank = _bank(modules, loras, backbone.sites, key, kept, undo)
+        bank = _bank(modules, loras, backbone.sites, key, kept, undo, backbone.same_input)
         backbone.steer(modules, bank.state, undo)
         yield _put_in_place(modules, loras, bank, key, silence, undo)
 
@@ -252,6 +252,7 @@ def _bank(
     key: BankKey,
     kept: KeptBanks | None,
     undo: ExitStack,
+    same_input: Iterable[Sequence[str]] = (),
 ) -> Bank:
     """A bank that was kept, if it fits the model, or a new one. Nothing is installed yet."""
     bank = kept.cache.take(key) if kept else None
@@ -259,25 +260,10 @@ def _bank(
         for lora in loras:
             for name, factors in lora.items():
                 check_factors(modules[""], name, factors, where)
-        bank = _made(loras, where, key, kept)
+        bank = new_bank(loras, where, key, kept, same_input)
     if kept:
         undo.callback(kept.cache.put, key, bank)
     return bank
-
-
-def _made(loras: Sequence[Lora], where: Mapping[str, Site], key: BankKey, kept: KeptBanks | None) -> Bank:
-    """A new bank, of factors that are on the device already where there are some."""
-    there = [kept.cache.parts(handle, key.device, key.dtype) for handle in key.loras] if kept else [None] * len(loras)
-    state, layers = ForwardState(), {}
-    with as_outside_of_inference_mode():
-        for name in dict.fromkeys(name for lora in loras for name in lora):
-            parts = {
-                index: lora[name].parts(key.device, key.dtype) if found is None else found[name]
-                for index, (lora, found) in enumerate(zip(loras, there, strict=True))
-                if name in lora
-            }
-            layers[name] = BankLayer(parts, where[name], len(loras), state)
-    return Bank(layers, state)
 
 
 def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: Mapping[str, Site]) -> bool:

@@ -12,7 +12,7 @@ A Kronecker product K (x) (up down) (LoKr) has too much rank for that. It is app
 after the other.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -118,6 +118,20 @@ class Kronecker(nn.Module):
         return F.linear(self.left @ inner, self.up).flatten(-2)
 
 
+class Stack(nn.Module):
+    """The factors before the gate of several layers that read the same input (`share_input`).
+
+    Args:
+        down: Those of all layers, one below the other. Shape: [sum of ranks of all layers, inputs, ...].
+    """
+
+    down: Tensor
+
+    def __init__(self, down: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("down", down, persistent=False)
+
+
 class BankLayer(nn.Module):
     """Stands in for one adapted layer while concepts are installed, and keeps it as its child.
 
@@ -134,8 +148,9 @@ class BankLayer(nn.Module):
         layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of
             them.
         key: What the thin products ask of gates.
-        A: All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...].
-        B: Those after it. Shape: [outputs, sum of ranks, ...].
+        stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
+        rows: Which of them are of this layer.
+        up: All concepts' factors after the gate. Shape: [outputs, sum of ranks, ...].
         keys: All that it asks of gates, Kronecker products included.
         concepts: The concepts that change this layer.
         products: Changes that are Kronecker products, by concept.
@@ -143,8 +158,10 @@ class BankLayer(nn.Module):
     """
 
     layer: nn.Module
-    A: Tensor
-    B: Tensor
+    own_down: Tensor
+    stack: Stack | None
+    rows = slice(None)
+    up: Tensor
 
     def __init__(self, parts: Mapping[int, Part], site: Site, concepts: int, state: ForwardState) -> None:
         super().__init__()
@@ -157,8 +174,9 @@ class BankLayer(nn.Module):
         self.key = GateKey(site, one.down.dim() == 4, ranks)
         self._state = state
         downs, ups = [part.down for part in thin.values()], [part.up for part in thin.values()]
-        self.register_buffer("A", torch.cat(downs or [one.down]), persistent=False)
-        self.register_buffer("B", torch.cat(ups or [one.up], dim=1), persistent=False)
+        self.register_buffer("own_down", torch.cat(downs or [one.down]), persistent=False)
+        self.register_buffer("up", torch.cat(ups or [one.up], dim=1), persistent=False)
+        self.stack = None
         self.products = {
             i: Kronecker(part, GateKey(site, False, _ranks({i: part}, concepts)))
             for i, part in parts.items()
@@ -176,16 +194,21 @@ class BankLayer(nn.Module):
         self.__dict__["training"] = layer.training
 
     @property
+    def down(self) -> Tensor:
+        """All concepts' factors before the gate. Shape: [sum of ranks, inputs, ...]."""
+        return self.own_down if self.stack is None else self.stack.down[self.rows]
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All factors."""
-        return self.A, self.B, *(tensor for product in self.products.values() for tensor in product.buffers())
+        return self.down, self.up, *(tensor for product in self.products.values() for tensor in product.buffers())
 
     def part(self, index: int) -> Part:
         """The factors of one concept, without copying them."""
         if index in self.products:
             return self.products[index].part
         start, rank = sum(self.key.ranks[:index]), self.key.ranks[index]
-        return Part(self.A.narrow(0, start, rank), self.B.narrow(1, start, rank))
+        return Part(self.down.narrow(0, start, rank), self.up.narrow(1, start, rank))
 
     def only(self, concepts: Collection[int]) -> "BankLayer":
         """The same with the factors of some of its concepts alone."""
@@ -202,31 +225,71 @@ class BankLayer(nn.Module):
         """The bias of the layer as found."""
         return getattr(base_layer(self.layer), "bias", None)
 
+    @property
+    def gates(self) -> Mapping[GateKey, Tensor]:
+        """Those of the current pass."""
+        return self._state.inputs.gates
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output plus the gated deltas of all concepts.
 
         Raises:
             KeyError: If no gate was set for this kind of layer.
         """
-        out, gates = self.layer(x), self._state.inputs.gates
+        out, gates, up = self.layer(x), self.gates, self.up
         for product in self.products.values():
-            out = out + product(x.to(self.A.dtype), gates[product.key]).to(out.dtype)
+            out = out + product(x.to(up.dtype), gates[product.key]).to(out.dtype)
         if len(self.keys) == len(self.products):
             return out
         gate = gates[self.key]
         if self.key.convolution:
             base = base_layer(self.layer)
-            hidden = F.conv2d(x, self.A, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]
-            return out + F.conv2d(hidden * gate, self.B)
+            hidden = F.conv2d(x, self.down, stride=base.stride, padding=base.padding, dilation=base.dilation)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            return out + F.conv2d(hidden * gate, up)
         # Quantised layers take inputs of any precision, so these may differ from that of the model.
-        hidden = F.linear(x.to(self.A.dtype), self.A) * gate
-        if out.dtype != self.B.dtype:  # the same, or autocast
-            return out + F.linear(hidden, self.B).to(out.dtype)
-        flat, hidden = out.view(-1, out.shape[-1]), hidden.view(-1, hidden.shape[-1])
-        if out.requires_grad:  # autograd refuses changes of what quantised layers give
-            return torch.addmm(flat, hidden, self.B.t()).view(out.shape)
-        flat.addmm_(hidden, self.B.t())  # a third less time than a separate addition
-        return out
+        return _added(out, F.linear(x.to(up.dtype), self.down) * gate, up)
+
+
+def _added(out: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """Adds deltas to the output of a linear layer. Shape of hidden: [..., sum of ranks]."""
+    if out.dtype != up.dtype:  # the same, or autocast
+        return out + F.linear(hidden, up).to(out.dtype)
+    flat, hidden = out.view(-1, out.shape[-1]), hidden.view(-1, hidden.shape[-1])
+    if out.requires_grad:  # autograd refuses changes of what quantised layers give
+        return torch.addmm(flat, hidden, up.t()).view(out.shape)
+    flat.addmm_(hidden, up.t())  # a third less time than a separate addition
+    return out
+
+
+def share_input(layers: Sequence[BankLayer]) -> None:
+    """Stacks the factors before the gate of layers that read the same input, if they ask for the same gates."""
+    first = layers[0]
+    if any(layer.products or layer.key != first.key for layer in layers):
+        return
+    stack = Stack(torch.cat([layer.down for layer in layers]))
+    for i, layer in enumerate(layers):
+        rank = sum(layer.key.ranks)
+        layer.stack, layer.rows = stack, slice(i * rank, (i + 1) * rank)
+        layer.register_buffer("own_down", None)
+
+
+def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """The outputs of linear layers that read the same input, with one product before the gate if they share a stack.
+
+    Args:
+        layers: All layers of a stack, or any others.
+        x: Shape: [..., inputs].
+
+    Raises:
+        KeyError: As `BankLayer.forward`.
+    """
+    bank = [layer for layer in layers if isinstance(layer, BankLayer)]
+    stack = bank[0].stack if bank else None
+    if stack is None or len(bank) < len(layers) or not all(layer.stack is stack for layer in bank):
+        return [layer(x) for layer in layers]
+    down, gate = stack.down, bank[0].gates[bank[0].key]
+    hidden = F.linear(x.to(down.dtype), down).unflatten(-1, (len(bank), -1)) * gate.unsqueeze(-2)
+    return [_added(layer.layer(x), one, layer.up) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
 
 
 def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:

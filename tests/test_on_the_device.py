@@ -417,6 +417,14 @@ def test_for_another_update_the_host_waits_as_often_as_documented(family: str, n
     assert_as_many(beyond(more, fewer), WAITS[name])
 
 
+def test_without_updates_clora_waits_once_for_new_masks() -> None:
+    pipe = composer("sd", DEVICE, torch.float32)
+    more, fewer = (
+        waits_of(pipe, method=Clora(step_size=0.0, mask_until=float(steps)), num_inference_steps=3) for steps in (3, 2)
+    )
+    assert_as_many(beyond(more, fewer), 1)
+
+
 def test_a_wait_in_a_step_is_found_with_its_line() -> None:
     pipe = composer("sd", DEVICE, torch.float32)
 

@@ -1,6 +1,6 @@
 """Backbones: what has to be known of each model class. One model family, one file."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
@@ -34,6 +34,11 @@ class Backbone(Protocol):
     @property
     def sites(self) -> Mapping[str, Site]:
         """Every layer that a LoRA may adapt, by name."""
+        ...
+
+    @property
+    def same_input(self) -> Sequence[tuple[str, ...]]:
+        """Names of layers that read the same input and that the attention set by `steer` runs together."""
         ...
 
     @property

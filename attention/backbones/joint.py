@@ -41,6 +41,7 @@ class JointBackbone:
     table: ClassVar[tuple[tuple[str, Site], ...]]
     blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks",)
     attends: ClassVar[Sequence[tuple[str, Stream]]] = ()
+    same_input: Sequence[tuple[str, ...]] = ()
     levels = frozenset({1})
     map_level = 1
     self_map_layers: tuple[str, ...] = ()

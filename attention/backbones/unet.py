@@ -1,7 +1,7 @@
 """The UNets of Stable Diffusion 1.x, 2.x and SDXL: sites, grids, attention, and forward passes that stop early."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,6 +16,7 @@ from lora_compose.attention.backbones.truncation import replaced
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.kernels import Kernel, kernel_of
+from lora_compose.attention.lora_bank import outputs_of
 from lora_compose.attention.sites import Site
 
 Stage = Literal["down", "mid", "up"]
@@ -47,6 +48,13 @@ class UNetBackbone:
         self.sites = _sites(layout)
         self.levels = frozenset(site.level for site in self.sites.values())
         self._layers = _attention_layers(layout)
+
+    @property
+    def same_input(self) -> Sequence[tuple[str, ...]]:
+        """Queries, keys and values of self-attention; keys and values of cross-attention."""
+        return [
+            tuple(f"{layer.name}.{side}" for side in ("to_q", "to_k", "to_v")[layer.cross :]) for layer in self._layers
+        ]
 
     @property
     def map_level(self) -> int:
@@ -326,11 +334,9 @@ class ComposeAttnProcessor:
         if attention_mask is not None:
             raise ValueError("attention masks of the caller cannot be combined with concepts")
         residual = hidden_states
-        query = attn.to_q(hidden_states)
         given = encoder_hidden_states
         text, images = given if isinstance(given, tuple) else (given, ())
-        key, value = self._key_value(attn, hidden_states, text)
-        query, key, value = (_split_heads(x, attn.heads) for x in (query, key, value))
+        query, key, value = (_split_heads(x, attn.heads) for x in self._projected(attn, hidden_states, text))
         self._record(query, key, attn.scale)
         hidden_states = self._attend(query, key, value)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
@@ -339,7 +345,8 @@ class ComposeAttnProcessor:
             read = self._images.read(self._kernel, query, images, ip_adapter_masks)
             for one in read if regions is None else (regions.at_queries(self._layer.level, x) for x in read):
                 hidden_states = hidden_states + one
-        project, dropout = cast("Sequence[Callable[[Tensor], Tensor]]", attn.to_out)
+        to_out: Any = attn.to_out
+        project, dropout = to_out
         hidden_states = dropout(project(hidden_states))
         if not self._layer.cross:
             for recorder in self._state.recorders:
@@ -369,22 +376,20 @@ class ComposeAttnProcessor:
         biases = self._state.inputs.text_bias
         return biases[self._layer.level] if biases is not None and self._layer.cross else None
 
-    def _key_value(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-        if text is not None:
-            text = self._own(
-                text if self._state.inputs.texts is None else self._state.inputs.texts, attn.cross_attention_dim
-            )
+    def _projected(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
+        """Queries, keys and values."""
+        keys_and_values: Any = attn.to_k, attn.to_v
+        if text is None:
+            return outputs_of((attn.to_q, *keys_and_values), hidden_states)
+        inputs = self._state.inputs
+        text = self._own(text if inputs.texts is None else inputs.texts, attn.cross_attention_dim)
 
         def project() -> tuple[Tensor, Tensor]:
-            source = hidden_states if text is None else text
-            if text is not None and attn.norm_cross:
-                source = attn.norm_encoder_hidden_states(text)
-            return attn.to_k(source), attn.to_v(source)  # pyright: ignore[reportOptionalCall]
+            key, value = outputs_of(keys_and_values, attn.norm_encoder_hidden_states(text) if attn.norm_cross else text)
+            return key, value
 
-        text_kv = self._state.inputs.text_kv
-        if text is None or text_kv is None:
-            return project()
-        return text_kv.get(self._layer.name, project)
+        kept = inputs.text_kv
+        return attn.to_q(hidden_states), *(project() if kept is None else kept.get(self._layer.name, project))
 
     def _own(self, text: Tensor, width: int) -> Tensor:
         """This layer's part of the text, if the texts of all layers are concatenated along the channels."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_compose.attention import BankCache, Gates, Site, installed_layers, scatter_concepts
+from lora_compose.attention.device import to_device
 from lora_compose.attention.sites import Stream
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet
@@ -58,7 +59,7 @@ words that name a concept. All must be present."""
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Encodes all prompts of a call, with the text-encoder LoRAs of all its concepts.
+    """Encodes all prompts of a call, with the text-encoder LoRAs of all its concepts; equal texts are encoded once.
 
     Attributes:
         concepts: All concepts of the call.
@@ -75,6 +76,7 @@ class PromptEncoder:
     canvas: Canvas
     steps: int
     banks: BankCache
+    _encoded: dict[tuple, EncodedText] = field(default_factory=dict)
 
     def __call__(
         self, weights: Tensor | None, prompts: Sequence[str] | None, negative_prompts: Sequence[str] | None
@@ -86,17 +88,30 @@ class PromptEncoder:
             prompts: Instead of the call's own.
             negative_prompts: Instead of the call's own.
         """
-        with ExitStack() as stack:
-            for part in TEXT_ENCODERS:
-                if self.components.get(part) is not None:
-                    stack.enter_context(self._adapted(part, weights))
-            return self.encode(prompts, negative_prompts)
+        gates = self._gates(weights)
+        key = gates, _value(prompts), _value(negative_prompts)
+        if key not in self._encoded:
+            with ExitStack() as stack:
+                for part in TEXT_ENCODERS:
+                    if self.components.get(part) is not None:
+                        stack.enter_context(self._adapted(part, gates))
+                self._encoded[key] = self.encode(prompts, negative_prompts)
+        return self._encoded[key]
+
+    def _gates(self, weights: Tensor | None) -> tuple[float, ...] | None:
+        """The gate of each concept's text-encoder LoRA; None if all are 0, so that nothing need be installed."""
+        if weights is None:
+            return None
+        every = zip(weights.tolist(), self.concepts.loaded, strict=True)
+        acting = [weight != 0 and bool(loaded.factors.text_encoders) for weight, loaded in every]
+        gates = weights * self.concepts.text_factors(acting, self.steps) * torch.tensor(acting)
+        return tuple(gates.tolist()) if gates.any() else None
 
     @contextmanager
-    def _adapted(self, part: Part, weights: Tensor | None) -> Iterator[None]:
+    def _adapted(self, part: Part, gates: tuple[float, ...] | None) -> Iterator[None]:
         model: nn.Module = self.components[part]
         every = self.concepts.loaded
-        loras = [{} if weights is None else loaded.factors.text_encoders.get(part, {}) for loaded in every]
+        loras = [{} if gates is None else loaded.factors.text_encoders.get(part, {}) for loaded in every]
         streams: dict[str, Stream] = {"text_projection": "row"}  # its input is one vector of the whole prompt
         where = {name: Site(streams.get(name, "text")) for lora in loras for name in lora}
         # Adapters of these names are replaced by the concepts, also by those that come from a file.
@@ -106,11 +121,14 @@ class PromptEncoder:
             model, loras, where, device=self.canvas.device, dtype=dtype, silence=names,
             kept=self.concepts.kept(part, self.banks) if any(loras) else None,
         ) as installation:  # fmt: skip
-            if weights is not None:
-                factors = self.concepts.text_factors((weights != 0).tolist(), self.steps)
-                gate = (weights * factors).to(self.canvas.device)[None]
+            if gates is not None:
+                gate = to_device(torch.tensor(gates), self.canvas.device)[None]
                 installation.use(installation.inputs(Gates(gate[:, None], {}, gate, (1, 1))))
             yield
+
+
+def _value(texts: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if texts is None else tuple(texts)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from components import (
     ATTENTION,
@@ -209,6 +210,37 @@ def test_gradient_to_the_latents_equals_that_of_the_slow_sum_with_and_without_ch
         assert len(passes) == 1 + 2
     assert relative_error(found[0], expected) < 2e-5
     assert torch.equal(found[0], found[1])
+
+
+class Products(TorchDispatchMode):
+    """Counts products of gates: one for each product before them."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func is torch.ops.aten.mul.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("other", "expected"), [(ATTENTION, 5), (("attn1.to_q", "attn2.to_v"), 8)])
+@torch.no_grad()
+def test_layers_with_the_same_input_and_the_same_ranks_share_the_product_before_the_gate(
+    other: tuple[str, ...], expected: int
+) -> None:
+    """Of the 4 layers of each attention, queries, keys and values of self-, and keys and values of cross-attention."""
+    unet = sd_unet()
+    case = Case(unet)
+    loras = [lora(unet, 1, targets=ATTENTION), lora(unet, 2, targets=other)]
+    pair = gates_for(case.inputs, 2, "everything")
+    with Products() as plain:
+        case.base()
+    with installed(unet, loras) as installation:
+        installation.use(installation.inputs(pair[0], case.inputs["encoder_hidden_states"]))
+        with Products() as ours:
+            unet(**case.inputs)
+    pairs_of_attention = sum(name.endswith("attn1") for name, _ in unet.named_modules())
+    assert ours.found - plain.found == expected * pairs_of_attention
+    assert_equals_the_slow_sum(unet, case.inputs, loras, pair, effect=0.01)
 
 
 class Stored(nn.Linear):

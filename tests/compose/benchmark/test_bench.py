@@ -117,6 +117,7 @@ def test_swapping_concepts_in_memory_is_much_faster_than_reading_them(tmp_path):
     output = bench("--swap", "--json", tmp_path / "it.json")
     swaps = json.loads((tmp_path / "it.json").read_text())["swaps"]
     assert 0 < swaps["swapping"] < swaps["reading"] / 10
+    assert 0 < swaps["installing_again"] < swaps["installing"]
     assert 16 < swaps["file_bytes"] / 2**20 < 17
     (row,) = (line for line in output.splitlines() if "used again" in line)
     assert row.split()[-1] == f"{swaps['swapping']:.2f}"

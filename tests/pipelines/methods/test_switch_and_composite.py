@@ -314,3 +314,13 @@ def test_shares_must_be_numbers_that_make_an_average(shares):
 def test_there_must_be_a_share_for_every_concept(pipe):
     with pytest.raises(ValueError, match="composite has 3 shares, but there are 2 concepts"):
         compose(pipe, method=Composite(shares=[1, 1, 1]), **PAIR)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("factor", "texts"), [(1.0, 3), (0.0, 1)])
+def test_a_text_is_encoded_once_unless_loras_change_it(pipe, method: str, factor: float, texts: int) -> None:
+    encoded: list[int] = []
+    pipe.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    concepts = [Concept(name=name, blocks={"text": factor}) for name in TRIGGERS]
+    latents_of(pipe, concepts=concepts, method=method, num_inference_steps=1)
+    assert len(encoded) == 2 * texts  # prompt and negative prompt
