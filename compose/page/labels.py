@@ -115,7 +115,6 @@ SETTING_LABELS: Mapping[str, Mapping[str, str]] = {
         "reading": "What each place reads",
         "apart": f"Make each area alone until {_UNTIL}",
         "isolate": "Areas do not see each other",
-        "softness": "How soft the borders between areas are",
         "bias": "How strongly areas read their own words",
         "keep_regions": "Keep your boxes",
     },

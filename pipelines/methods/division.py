@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -155,20 +154,3 @@ def nearest(centres: Tensor, free: Tensor) -> Tensor:
     cells = torch.stack(torch.meshgrid(*(torch.arange(int(side)) + 0.5 for side in sides), indexing="ij"), dim=-1)
     owner = torch.cdist(cells.flatten(0, 1), centres * sides).argmin(dim=1).unflatten(0, free.shape)
     return F.one_hot(owner, len(centres)).movedim(-1, 0) * free
-
-
-def softened(masks: Tensor, free: Tensor, sigma: float) -> Tensor:
-    """Masks with soft borders between them; in each free cell they still add up to 1.
-
-    Args:
-        masks: Each free cell belongs to one. Shape: [subjects, height, width].
-        free: 1 where a cell is used; borders to other cells stay sharp. Shape: [height, width].
-        sigma: Of the Gaussian, in cells; 0 keeps all borders sharp.
-
-    Returns:
-        Shape: [subjects, height, width].
-    """
-    if sigma == 0:
-        return masks
-    blurred = torch.stack([torch.from_numpy(cv2.GaussianBlur(mask.numpy(), (0, 0), sigma)) for mask in masks])
-    return free * blurred / blurred.sum(dim=0).clamp(min=1e-20)

@@ -4,7 +4,7 @@ A method of this project. The base model, without any LoRA, lays out a scene in 
 
     draft       the first steps without LoRAs, from the prompt without triggers. The mean attention of image cells to
                 the class word of each subject over these steps shows where the subject is
-    division    the whole canvas is divided between the subjects, half-way between their centres, with soft borders
+    division    the whole canvas is divided between the subjects, half-way between their centres
     restart     from the same noise. Every LoRA acts on the cells of its subject, in one pass per step
 
 With subjects of different classes all cells read the scene's prompt, as in `regional`, and on UNets a bias on
@@ -29,7 +29,7 @@ from torch import Tensor
 from lora_compose.attention import Site, grid_at
 from lora_compose.attention.masks import cells_of, coarse_mask
 from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.methods.division import divided, nearest, softened, strips
+from lora_compose.pipelines.methods.division import divided, nearest, strips
 from lora_compose.pipelines.methods.lora_composer import LoraComposer
 from lora_compose.pipelines.methods.merge import Merge
 from lora_compose.pipelines.methods.process import FixedPasses, Process, constant_gates
@@ -68,8 +68,6 @@ class Draft:
             canvas of its own (`LoraComposer.apart`); transformers denoise no region apart.
         isolate: With texts of their own, whether the cells of a region see no other region in self-attention; "auto",
             where text and image are not one sequence, since it tears the images of transformers apart.
-        softness: With the scene's prompt on UNets: standard deviation of the Gaussian that softens borders between
-            found regions, in parts of the model's own side; 0 keeps them sharp.
         bias: With the scene's prompt on UNets: added to the scores of cross-attention between the cells of a region and
             the words of its subject, and subtracted for the words of other subjects.
         keep_regions: Whether given regions are kept; otherwise the regions of all subjects are found.
@@ -81,7 +79,6 @@ class Draft:
     reading: Reading = "auto"
     apart: float = 0.4
     isolate: Isolation = "auto"
-    softness: float = 1 / 16
     bias: float = 1.0
     keep_regions: bool = True
 
@@ -93,8 +90,6 @@ class Draft:
             raise ValueError(f"length must be positive, not {self.length}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be at least 0 and below 1, not {self.threshold}")
-        if not 0 <= self.softness <= 1:
-            raise ValueError(f"softness must lie between 0 and 1, not {self.softness}")
         if not 0 <= self.bias < math.inf:
             raise ValueError(f"bias must be at least 0, not {self.bias}")
         if not 0 <= self.apart <= 1:
@@ -160,22 +155,16 @@ def _by_scene(settings: Draft, session: Session) -> Restart:
     """All cells read the scene's prompt, drawn to the words of their subject; LoRAs are gated as in `regional`."""
     concepts, regional = session.concepts, Regional()
     texts = shared_text(session)
-    backbone, divide = session.canvas.backbone, strips if settings.division == "strips" else nearest
-    is_unet = backbone.joint is None
-    sigma = settings.softness * backbone.native_side if is_unet else 0
-
-    def softly(centres: Tensor, free: Tensor) -> Tensor:
-        return softened(divide(centres, free), free, sigma)
 
     def start(masks: Tensor) -> Sequence[Process]:
         by_level = _by_level(session, masks)
         everywhere = [concept.is_style for concept in concepts.concepts]
         spec = regional.gated(session, texts, by_level, everywhere)
-        if settings.bias and is_unet:
+        if settings.bias and session.canvas.backbone.joint is None:
             spec = replace(spec, text_bias=_biases(session, texts.text, by_level, settings.bias))
         return [FixedPasses(session, [[(spec, 1.0)]])]
 
-    return Restart(texts.text, softly, start)
+    return Restart(texts.text, strips if settings.division == "strips" else nearest, start)
 
 
 def _biases(session: Session, text: Conditioning, shares: Mapping[int, Tensor], size: float) -> Mapping[int, Tensor]:
