@@ -1,5 +1,6 @@
 """Sheets: images in rows and columns with labels, on white."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def sheet(
     cell = _fitted(rows[0].images[0].size, side)
     left = _MARGIN + (labels + 2 * _GAP if labels else 0)
     across = left + len(columns) * (cell[0] + _GAP) - _GAP
-    wide = max(across, *(_MARGIN + _width(text, i) for i, text in enumerate((title, *lines))))
+    headings = [_title_font().getlength(plain(title)), *(_width(line, 1) for line in lines)]
+    wide = max(across, _MARGIN + math.ceil(max(headings)))
     header = _MARGIN + (_TITLE if title else 0) + _LINE * len(lines) + (_GAP if title or lines else 0)
     top = header + _LINE * max((len(column) for column in columns), default=0) + _GAP
     canvas = Image.new("RGB", (wide + _MARGIN, top + sum(_height(row, cell) for row in rows) + _MARGIN - _GAP), "white")
@@ -100,7 +102,7 @@ def _row(canvas: Image.Image, row: Row, corner: tuple[int, int], cell: tuple[int
 def _heading(draw: ImageDraw.ImageDraw, title: str, lines: Sequence[str]) -> None:
     y = _MARGIN
     if title:
-        draw.text((_MARGIN, y), plain(title), fill=_INK, font=ImageFont.load_default(30))
+        draw.text((_MARGIN, y), plain(title), fill=_INK, font=_title_font())
         y += _TITLE
     for line in lines:
         draw.text((_MARGIN, y), plain(line), fill=_FAINT, font=_font(1))
@@ -112,6 +114,10 @@ def _text(draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str
     for i, line in enumerate(lines):
         draw.text((x, y), _shortened(plain(line), i, width), fill=_FAINT if i else _INK, font=_font(i))
         y += _LINE
+
+
+def _title_font() -> Any:
+    return ImageFont.load_default(30)
 
 
 def _font(line: int) -> Any:

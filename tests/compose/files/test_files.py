@@ -504,6 +504,12 @@ def test_sheets_take_any_text(text: str) -> None:
     assert drawn.height > 2 * 256
 
 
+def test_a_title_that_is_wider_than_the_images_is_whole() -> None:
+    image = Image.new("RGB", (32, 32), "white")
+    drawn = seeds_sheet({0: image}, "a bear and a robot on a white background in snow", [])
+    assert drawn.crop((drawn.width - 24, 0, drawn.width, drawn.height)).getcolors() == [(24 * drawn.height, (255,) * 3)]
+
+
 def test_text_cannot_steer_the_terminal() -> None:
     assert plain("a\x1b[2Jb\u202ec\r\u2028") == "a\\x1b[2Jb\\u202ec\\r\\u2028"
     assert plain("\u732b [bold] a\nb") == "\u732b [bold] a\nb"
