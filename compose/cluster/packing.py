@@ -36,9 +36,6 @@ class Parcel:
     files: Mapping[str, Any] = field(default_factory=dict)
     moves: Mapping[str, str] = field(default_factory=dict)
 
-    def __or__(self, other: "Parcel") -> "Parcel":
-        return Parcel({**self.files, **other.files}, {**self.moves, **other.moves})
-
 
 class Packer:
     """Packs files; the same content is stored once.
@@ -106,10 +103,12 @@ class Packer:
 
 def union(parcels: Iterable[Parcel]) -> Parcel:
     """One parcel with the files of all."""
-    whole = Parcel()
+    files: dict[str, Any] = {}
+    moves: dict[str, str] = {}
     for parcel in parcels:
-        whole |= parcel
-    return whole
+        files |= parcel.files
+        moves |= parcel.moves
+    return Parcel(files, moves)
 
 
 class Node:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from evaluations import suite
-from lora_compose.compose.cluster.packing import Node, Packer
+from lora_compose.compose.cluster.packing import Node, Packer, union
 from lora_compose.compose.evaluation.packing import pack
 from lora_compose.compose.evaluation.scoring import reference_crops
 from lora_compose.compose.evaluation.suite import moved_suite
@@ -114,7 +114,7 @@ def test_settings_of_peft_travel_with_the_lora_that_they_are_of(store: Store, no
 def test_messages_name_what_the_user_has_named(store: Store, node: Node, here: Path) -> None:
     lora, model = write(here / "cat.safetensors", "a"), write(here / "model/unet/config.json", "{}").parents[1]
     packer = Packer(store.put)
-    move = node.unpack(packer.lora(str(lora)) | packer.source(str(model)))
+    move = node.unpack(union([packer.lora(str(lora)), packer.source(str(model))]))
     text = f"{move(str(lora))} does not fit {move(str(model))}/unet/config.json"
     assert node.as_given(text) == f"{lora} does not fit {model}/unet/config.json"
 
