@@ -29,6 +29,7 @@ class Bounds:
 
 def bounded(bounds: Bounds) -> type[H11Protocol]:
     """The protocol of uvicorn with bounds on all connections of one server."""
+
     class Bounded(H11Protocol):
         received = 0  # bytes of the current request
         unsent: float = float("inf")  # bytes of an answer at the last look

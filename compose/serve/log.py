@@ -29,6 +29,9 @@ class BoundedLog(logging.Handler):
         text = self.format(record)
         if len(text) > _MOST_OF_ONE:
             text = f"{text[:200]}\n...\n{text[-_MOST_OF_ONE:]}"
+        text = f"{record.levelname.lower()}: {text}"
+        if self._dropped:
+            text = f"warning: {self._dropped} records were left out; there were too many\n{text}"
         now = time.monotonic()
         self._left = min(float(self._burst), self._left + self._rate * (now - self._since))
         self._since = now
@@ -36,10 +39,8 @@ class BoundedLog(logging.Handler):
             self._dropped += 1
             return
         self._left -= len(text)
-        if self._dropped:
-            echo(f"warning: {self._dropped} lines of the log were left out; there were too many", to=err)
-            self._dropped = 0
-        echo(f"{record.levelname.lower()}: {text}", to=err)
+        self._dropped = 0
+        echo(text, to=err)
 
 
 @contextmanager
