@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +69,7 @@ class Facts:
     Attributes:
         alive: Whether its thread runs.
         waiting: Requests in the queue.
+        running: Requests of the current call.
         images: Images made so far.
         calls: Calls of the model so far.
         seconds_per_image: A moving average; None before the first one.
@@ -76,6 +77,7 @@ class Facts:
 
     alive: bool
     waiting: int
+    running: int
     images: int
     calls: int
     seconds_per_image: float | None
@@ -141,8 +143,8 @@ class Engine:
     def facts(self) -> Facts:
         """Its state."""
         with self._changed:
-            waiting = sum(not one.future.cancelled() for one in self._waiting)
-            return Facts(self._thread.is_alive(), waiting, self._images, self._calls, self._pace)
+            waiting, running = map(_wanted, (self._waiting, self._running))
+            return Facts(self._thread.is_alive(), waiting, running, self._images, self._calls, self._pace)
 
     def submit(self, request: ImageRequest) -> "Future[Served]":
         """Puts a request into the queue.
@@ -259,12 +261,18 @@ class Engine:
             ValueError: For anything that does not fit together.
         """
         self._calls += 1
-        return call_pipe(self._pipe, requests, self._after_step)
+        return call_pipe(self._pipe, requests, self.after_step)
 
-    def _after_step(self, pipe: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-        if all(one.future.cancelled() for one in self._running):
+    def after_step(self, pipe: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Ends the call if nobody waits for its images any more; diffusers' `callback_on_step_end`."""
+        if not _wanted(self._running):
             raise _GivenUp
         return {}
+
+
+def _wanted(requests: Iterable[_Waiting]) -> int:
+    """How many requests have not been given up."""
+    return sum(not one.future.cancelled() for one in requests)
 
 
 def call_pipe(

@@ -107,11 +107,16 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     where = f"http://{f'[{access.host}]' if ':' in access.host else access.host}:{serving.port}"
     echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
     engine = Engine(pipe, serving.most, serving.wait, serving.queue, serving.timeout)
+    run_server(Server(make_app(engine, size, serving.limits, access), engine, access.host, serving.port), engine)
+
+
+def run_server(server: Server, engine: Engine) -> None:
+    """Runs a server until a signal ends it; then the process ends, even in the middle of a step."""
     with bounded_log(), suppress(KeyboardInterrupt):
         try:
-            Server(make_app(engine, size, serving.limits, access), engine, access.host, serving.port).run()
+            server.run()
         finally:
             if not engine.stop(0):
-                # Python would not end before the step: its thread runs in torch, which must not see the interpreter go.
+                # A thread inside of torch must not see the interpreter go, and how long it stays there is unknown.
                 echo("ended in the middle of a step", to=err)
                 os._exit(1)

@@ -36,11 +36,11 @@ class Stepping(Engine):
         super().__init__(pipe, wait=0.0, **options)
         self.standing, self.go, self.steps = threading.Event(), threading.Event(), 0
 
-    def _after_step(self, *arguments: Any) -> Any:
+    def after_step(self, pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
         self.steps += 1
         self.standing.set()
         assert self.go.wait(60)
-        return super()._after_step(*arguments)
+        return super().after_step(pipe, step, timestep, tensors)
 
 
 @pytest.fixture
@@ -148,11 +148,10 @@ def test_clients_that_leave_keep_nobody_waiting(engine: Stepping) -> None:
         clients = [connect(port, request(COMPOSED))]
         assert engine.standing.wait(60)
         clients += [connect(port, request({**COMPOSED, "seed": seed})) for seed in range(5)]
-        until(lambda: engine.facts.waiting == 5)
+        until(lambda: (engine.facts.running, engine.facts.waiting) == (1, 5))
         for client in clients:
             client.close()
-        until(lambda: engine.facts.waiting == 0)
-        until(lambda: all(one.future.cancelled() for one in engine._running))
+        until(lambda: engine.facts.waiting + engine.facts.running == 0)
         engine.go.set()
         assert answer(port, "/images", SHORT)[0] == 200
     assert engine.steps == 2
@@ -166,6 +165,7 @@ def test_after_the_timeout_there_is_an_answer_whatever_runs(pipe: Any) -> None:
         for code, data, headers in answers:
             assert (code, headers["retry-after"]) == (503, "1")
             assert "no image after 0.5 seconds" in data.decode()
+        until(lambda: engine.facts.waiting + engine.facts.running == 0)
         engine.go.set()
     assert engine.steps == 1
 

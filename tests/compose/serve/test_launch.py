@@ -59,6 +59,42 @@ def test_a_signal_ends_the_process_in_the_middle_of_a_call(tmp_path: Path, numbe
     assert "Traceback" not in log.read_text()
 
 
+STUCK = """
+import sys, time
+from types import SimpleNamespace
+from lora_compose.compose.serve.app import make_app
+from lora_compose.compose.serve.engine import Engine
+from lora_compose.compose.serve.launch import Server, run_server
+
+class Stuck(Engine):
+    def make(self, requests):
+        time.sleep(600)
+
+engine = Stuck(SimpleNamespace(concepts={}), wait=0.0)
+run_server(Server(make_app(engine, (64, 64)), engine, "127.0.0.1", int(sys.argv[1])), engine)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_process_in_the_middle_of_a_step_that_does_not_end(number: signal.Signals) -> None:
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-c", STUCK, str(port)], env=os.environ)
+    try:
+        _wait_for(port, process)
+        head = b"POST /images HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 14"
+        asked = connect(port, head + b'\r\n\r\n{"prompt":"a"}')
+        time.sleep(1.0)
+        begun = time.monotonic()
+        process.send_signal(number)
+        process.wait(40)
+        assert time.monotonic() - begun < 20
+        assert closed(asked)
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _wait_for(port: int, process: subprocess.Popen) -> None:
     while process.poll() is None:
         try:
