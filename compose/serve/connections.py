@@ -22,7 +22,7 @@ class Bounds:
         bytes: Bytes that are read of a request, discarded ones included.
     """
 
-    connections: int = 256
+    connections: int = 128
     seconds: float = 30.0
     bytes: int = 2 * 1024 * 1024
 

@@ -47,7 +47,7 @@ class Serving:
 
 
 _HEADERS = 16 * 1024  # bytes
-_BACKLOG = 64  # connections that are accepted at once: more than there are file descriptors left would stop the server
+_BACKLOG = 32  # connections that are accepted at once; before older ones make room they all take file descriptors
 _GRACE = 5  # seconds for answers at the end
 
 
