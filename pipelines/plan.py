@@ -16,7 +16,7 @@ from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_re
 from lora_compose.pipelines.canvas import Canvas, images_of
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept, check_blocks
 from lora_compose.pipelines.concepts.loading import model_part
-from lora_compose.pipelines.concepts.selection import check_no_tags
+from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts, prepare_control
 from lora_compose.pipelines.denoiser import Denoiser

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,10 @@ import typer
 
 from lora_compose.compose.commands.options import run_of
 from lora_compose.compose.files.paths import model_source
+from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.names import file_near
+from lora_compose.compose.support.network import is_local
 from lora_compose.compose.support.terminal import handle_errors, starting
 from lora_compose.pipelines.scene import Scene
 
@@ -21,14 +24,29 @@ def serve(
     loras: Annotated[Path, typer.Option(help="Folder of LoRA files; requests name them without .safetensors.")],
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on. There is no password: anybody who can reach the address can use it."),
+        typer.Option(help="Address to listen on; all but localhost needs a token."),
     ] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8500,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LORA_COMPOSE_TOKEN",
+            help="What requests must carry, as the header Authorization: Bearer TOKEN. Other users of the machine can "
+            "read command lines; the environment variable is private.",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name that clients call the server by, such as gpu.example.org. May be repeated."),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, max=64, help="Most requests of equal size and steps in one batch.")
     ] = 4,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for further requests of a batch.")] = 0.05,
-    queue: Annotated[int, typer.Option(min=1, help="Most requests in the queue; further ones get 503.")] = 64,
+    queue: Annotated[int, typer.Option(min=1, max=500, help="Most requests in the queue; further ones get 503.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds within which a request is answered; 503 if that is not possible.")
+    ] = 600.0,
     lora_memory: Annotated[
         float, typer.Option(min=0, help="GiB of LoRA files kept in memory; the least recently used are dropped.")
     ] = 2.0,
@@ -42,11 +60,19 @@ def serve(
     model_source(model)
     if not loras.is_dir():
         raise ValueError(f"there is no folder {str(loras)!r}{file_near(loras)}; --loras names a folder of LoRAs")
+    if token is None and not is_local(host):
+        raise ValueError(
+            f"{host!r} lets others in, so a token is needed: LORA_COMPOSE_TOKEN=$(openssl rand -hex 16) lora-compose "
+            "serve ..."
+        )
+    if token is not None and not re.fullmatch(r"[!-~]{16,200}", token):
+        raise ValueError("a token has 16 to 200 letters, digits and signs, without spaces: openssl rand -hex 16")
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"the server needs {' and '.join(missing)}: pip install 'lora-compose[serve]'")
     with starting():
         from lora_compose.compose.serve.launch import Serving
         from lora_compose.compose.serve.launch import serve as start
+    access = Access(host, tuple(allowed_host or ()), token)
     limits = Limits(pixels=pixels, steps=steps)
-    start(asked, loras, Serving(host, port, batch_size, wait, queue, round(lora_memory * 2**30), limits))
+    start(asked, loras, Serving(access, port, batch_size, wait, queue, timeout, round(lora_memory * 2**30), limits))

@@ -1,11 +1,11 @@
 """`lora-compose ui`: starts the page."""
 
 import importlib.util
-import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_compose.compose.support.network import is_local
 from lora_compose.compose.support.terminal import echo
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -88,11 +88,3 @@ def script() -> Path:
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(f"the page is missing: {candidates[0]} is not there; install lora-compose again")
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False

@@ -1,10 +1,12 @@
 """The web interface of a server: POST /images, GET /loras, GET /health.
 
-A full queue answers 503 with Retry-After, an invalid request 422. A client that disconnects leaves the queue.
+Too long a queue answers 503 with Retry-After, an invalid request 422. A client that disconnects leaves the queue, or
+ends the call that makes its image. `Door` answers what never comes here.
 """
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from io import BytesIO
@@ -12,20 +14,27 @@ from typing import Any
 
 import psutil
 from fastapi import FastAPI, HTTPException, Request, Response  # pyright: ignore[reportMissingImports]
+from fastapi.exceptions import RequestValidationError  # pyright: ignore[reportMissingImports]
+from fastapi.responses import JSONResponse  # pyright: ignore[reportMissingImports]
 
+from lora_compose.compose.serve.door import Access, Door
 from lora_compose.compose.serve.engine import Busy, Engine, Served
-from lora_compose.compose.serve.requests import ImageRequest, Limits
+from lora_compose.compose.serve.requests import ImageRequest, Limits, reasons, short
 
 _LOOK = 0.25  # seconds between checks whether a client is still connected
+_STOPPING = 5.0  # seconds that the end waits for the current step
 
 
-def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None) -> FastAPI:
+def make_app(
+    engine: Engine, size: tuple[int, int], limits: Limits | None = None, access: Access | None = None
+) -> FastAPI:
     """The application of a server.
 
     Args:
         engine: Makes the images; it is started and stopped with the application.
         size: Width and height of images by default.
         limits: The most that a request may ask for.
+        access: Who may use it; None is this machine.
     """
     limits = limits or Limits()
 
@@ -33,9 +42,15 @@ def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
-        await asyncio.to_thread(engine.stop)
+        await asyncio.to_thread(engine.stop, _STOPPING)
 
-    app = FastAPI(title="lora-compose", lifespan=lifespan)
+    # No pages of documentation: they load scripts from another server. /openapi.json has all fields.
+    app = FastAPI(title="lora-compose", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Door, access=access or Access())
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": reasons(error.errors())}, 422)
 
     @app.post("/images", response_class=Response, responses={200: {"content": {"image/png": {}}}})
     async def images(given: ImageRequest, request: Request) -> Response:
@@ -48,8 +63,8 @@ def make_app(engine: Engine, size: tuple[int, int], limits: Limits | None = None
             headers = {"Retry-After": str(math.ceil(error.seconds))}
             raise HTTPException(503, str(error), headers=headers) from error
         except ValueError as error:
-            raise HTTPException(422, str(error)) from error
-        served = await _result(asyncio.wrap_future(future), request)
+            raise HTTPException(422, short(str(error))) from error
+        served = await _result(asyncio.wrap_future(future), request, engine.timeout)
         buffer = BytesIO()
         await asyncio.to_thread(served.image.save, buffer, "PNG")
         return Response(buffer.getvalue(), media_type="image/png", headers={"X-Images-Together": str(served.together)})
@@ -80,18 +95,25 @@ def _check(request: ImageRequest, limits: Limits) -> None:
         raise HTTPException(422, f"{request.steps} steps are too many; at most {limits.steps}")
 
 
-async def _result(future: "asyncio.Future[Served]", request: Request) -> Served:
-    """The image, unless the client goes away, which takes its request out of the queue."""
+async def _result(future: "asyncio.Future[Served]", request: Request, timeout: float) -> Served:
+    """The image, unless the client goes away or the time is over, which gives the request up."""
+    until = time.monotonic() + timeout
     while not future.done():
-        await asyncio.wait([future], timeout=_LOOK)
-        if not future.done() and await request.is_disconnected():
+        await asyncio.wait([future], timeout=min(_LOOK, max(0.0, until - time.monotonic())))
+        if future.done():
+            break
+        if await request.is_disconnected():
             future.cancel()
             raise HTTPException(499, "the client is gone")
+        if time.monotonic() >= until:
+            future.cancel()
+            reason = f"there was no image after {timeout:g} seconds; try again later, or with fewer pixels or steps"
+            raise HTTPException(503, reason, headers={"Retry-After": str(math.ceil(timeout))})
     try:
         return future.result()
     except asyncio.CancelledError as error:
-        raise HTTPException(503, "the server is ending") from error
+        raise HTTPException(503, "the server is ending", headers={"Retry-After": "10"}) from error
     except ValueError as error:
-        raise HTTPException(422, str(error)) from error
+        raise HTTPException(422, short(str(error))) from error
     except Exception as error:
         raise HTTPException(500, "the image could not be made; the log of the server says why") from error

@@ -2,14 +2,14 @@
 
 Requests of different concepts share a forward pass (`concepts=[[...], [...]]`). A request waits for others only as long
 as `wait`, and only if there is room for them. LoRA files are read when they are first named, and stay in memory up to a
-limit; the least recently used are dropped first.
+limit; the least recently used are dropped first. A call whose requests have all been given up ends after its step.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,16 +23,23 @@ from lora_compose.pipelines.scene import Concept
 logger = logging.getLogger(__name__)
 
 
+_MOST_PACES = 256  # kinds of requests whose time is remembered
+
+
 class Busy(Exception):  # noqa: N818 (nothing has gone wrong)
-    """There is no room in the queue.
+    """A request would have to wait for too long.
 
     Attributes:
         seconds: Estimated seconds until there is room.
     """
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"the queue is full; try again in {seconds:.0f} seconds")
-        self.seconds = seconds
+    def __init__(self, reason: str, seconds: float) -> None:
+        self.seconds = max(1.0, seconds)
+        super().__init__(f"{reason}; try again in {self.seconds:.0f} seconds")
+
+
+class _GivenUp(Exception):  # noqa: N818 (nothing has gone wrong)
+    """Nobody waits for the images of the current call any more."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Facts:
     Attributes:
         alive: Whether its thread runs.
         waiting: Requests in the queue.
+        running: Requests of the current call.
         images: Images made so far.
         calls: Calls of the model so far.
         seconds_per_image: A moving average; None before the first one.
@@ -69,6 +77,7 @@ class Facts:
 
     alive: bool
     waiting: int
+    running: int
     images: int
     calls: int
     seconds_per_image: float | None
@@ -82,31 +91,48 @@ class Engine:
         most: Most images in a batch.
         wait: Seconds that a request waits for others of its shape.
         queue: Most requests in the queue; further ones are refused.
+        timeout: Seconds within which a request should be answered; it is refused if it would wait longer than that.
     """
 
-    def __init__(self, pipe: Any, most: int = 4, wait: float = 0.05, queue: int = 64) -> None:
-        self._pipe, self._most, self._wait, self._queue = pipe, most, wait, queue
+    def __init__(self, pipe: Any, most: int = 4, wait: float = 0.05, queue: int = 64, timeout: float = 600.0) -> None:
+        self._pipe, self._most, self._wait, self._queue, self.timeout = pipe, most, wait, queue, timeout
         self._waiting: deque[_Waiting] = deque()
+        self._running: Sequence[_Waiting] = ()
+        self._begun = 0.0
         self._changed = threading.Condition()
         self._ends = False
         self._images = self._calls = 0
         self._pace: float | None = None
+        self._paces: dict[Any, float] = {}
         self._thread = threading.Thread(target=self._work, name="images", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread after its current call; waiting requests are dropped."""
+    def end(self) -> None:
+        """Gives up all requests; the thread ends after the current step. Does not wait for it."""
         with self._changed:
             self._ends = True
-            left = list(self._waiting)
+            left = [*self._waiting, *self._running]
             self._waiting.clear()
             self._changed.notify_all()
         for one in left:
             one.future.cancel()
-        self._thread.join()
+
+    def stop(self, seconds: float | None = None) -> bool:
+        """Ends the thread.
+
+        Args:
+            seconds: How long it is waited for; None is as long as the current step takes.
+
+        Returns:
+            Whether it has ended.
+        """
+        self.end()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def concepts(self) -> Mapping[str, Concept]:
@@ -117,41 +143,68 @@ class Engine:
     def facts(self) -> Facts:
         """Its state."""
         with self._changed:
-            return Facts(self._thread.is_alive(), len(self._waiting), self._images, self._calls, self._pace)
+            waiting, running = map(_wanted, (self._waiting, self._running))
+            return Facts(self._thread.is_alive(), waiting, running, self._images, self._calls, self._pace)
 
     def submit(self, request: ImageRequest) -> "Future[Served]":
         """Puts a request into the queue.
 
         Returns:
-            A future with its image. A request whose future is cancelled is not made.
+            A future with its image. It can be cancelled until it has one: the request then leaves the queue, and a
+            call that makes no other image ends after its step.
 
         Raises:
             ValueError: If it names a LoRA that is not there.
-            Busy: If the queue is full.
+            Busy: If the queue is full, or so long that the request would not be answered in time, or at the end.
         """
         known = self.concepts
-        if lost := [one.name for one in request.concepts if one.name not in known]:
-            raise ValueError(f"there is no LoRA {lost[0]!r}; GET /loras lists those that there are")
+        for i, one in enumerate(request.concepts):
+            if one.name not in known:
+                raise ValueError(f"concepts[{i}]: there is no LoRA of this name; GET /loras lists those that there are")
         waiting = _Waiting(request)
         with self._changed:
+            if self._ends:
+                raise Busy("the server is ending", 1.0)
             for given_up in [one for one in self._waiting if one.future.cancelled()]:
                 self._waiting.remove(given_up)
+            ahead = self._seconds_ahead()
             if len(self._waiting) >= self._queue:
-                raise Busy(max(1.0, (self._pace or 1.0) * len(self._waiting)))
+                raise Busy("the queue is full", ahead)
+            if ahead > self.timeout:
+                reason = f"the queue is about {ahead:.0f} seconds long; at most {self.timeout:.0f}"
+                raise Busy(reason, ahead - self.timeout)
             self._waiting.append(waiting)
             self._changed.notify_all()
         return waiting.future
 
+    def _seconds_ahead(self) -> float:
+        """An estimate of how long a new request would wait; kinds that have not been made yet count nothing."""
+        running = sum(self._paces.get(one.request.kind, 0.0) for one in self._running)
+        left = max(0.0, running - (time.monotonic() - self._begun))
+        return left + sum(self._paces.get(one.request.kind, 0.0) for one in self._waiting)
+
     def _work(self) -> None:
         while (batch := self._next()) is not None:
-            taken = [one for one in batch if one.future.set_running_or_notify_cancel()]
-            if taken:
-                start = time.monotonic()
-                self._answer(taken)
-                pace = (time.monotonic() - start) / len(taken)
+            try:
+                self._answer(batch)
+            finally:
                 with self._changed:
-                    self._images += len(taken)
-                    self._pace = pace if self._pace is None else 0.8 * self._pace + 0.2 * pace
+                    self._running = ()
+
+    def _note_pace(self, batch: Sequence[_Waiting], *, complete: bool) -> None:
+        """Remembers how long an image of this kind takes; a call that was given up says how long at least."""
+        kind = batch[0].request.kind
+        with self._changed:
+            pace = (time.monotonic() - self._begun) / len(batch)
+            before = self._paces.pop(kind, None)
+            if not complete:
+                self._paces[kind] = max(before or 0.0, pace)
+            else:
+                self._images += len(batch)
+                self._pace = pace if self._pace is None else 0.8 * self._pace + 0.2 * pace
+                self._paces[kind] = pace if before is None else 0.8 * before + 0.2 * pace
+            if len(self._paces) > _MOST_PACES:
+                del self._paces[next(iter(self._paces))]
 
     def _next(self) -> list[_Waiting] | None:
         """Requests of one shape, the oldest first; None at the end. Waits a moment for more of them."""
@@ -174,8 +227,18 @@ class Engine:
 
     def _answer(self, batch: Sequence[_Waiting]) -> None:
         """Makes the images of a batch; if that fails, each alone, so that one bad request does not affect others."""
+        with self._changed:
+            if self._ends:
+                return
+            batch = [one for one in batch if not one.future.cancelled()]
+            self._running, self._begun = batch, time.monotonic()
+        if not batch:
+            return
         try:
             images = self.make([one.request for one in batch])
+        except _GivenUp:
+            self._note_pace(batch, complete=False)
+            return
         except Exception as error:  # whatever models and libraries raise
             if len(batch) > 1:
                 for one in batch:
@@ -183,10 +246,13 @@ class Engine:
                 return
             if not isinstance(error, ValueError):
                 logger.exception("an image failed")
-            batch[0].future.set_exception(error)
+            if batch[0].future.set_running_or_notify_cancel():
+                batch[0].future.set_exception(error)
             return
+        self._note_pace(batch, complete=True)
         for one, image in zip(batch, images, strict=True):
-            one.future.set_result(Served(image, len(batch)))
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_result(Served(image, len(batch)))
 
     def make(self, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         """The images of requests of one shape, in one call of the pipeline.
@@ -195,11 +261,24 @@ class Engine:
             ValueError: For anything that does not fit together.
         """
         self._calls += 1
-        return call_pipe(self._pipe, requests)
+        return call_pipe(self._pipe, requests, self.after_step)
+
+    def after_step(self, pipe: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Ends the call if nobody waits for its images any more; diffusers' `callback_on_step_end`."""
+        if not _wanted(self._running):
+            raise _GivenUp
+        return {}
 
 
-def call_pipe(pipe: Any, requests: Sequence[ImageRequest]) -> list[Image.Image]:
-    """One call of a pipeline for requests of one shape."""
+def _wanted(requests: Iterable[_Waiting]) -> int:
+    """How many requests have not been given up."""
+    return sum(not one.future.cancelled() for one in requests)
+
+
+def call_pipe(
+    pipe: Any, requests: Sequence[ImageRequest], after_step: Callable[..., Any] | None = None
+) -> list[Image.Image]:
+    """One call of a pipeline for requests of one shape; `after_step` is diffusers' `callback_on_step_end`."""
     first = requests[0]
     composed: dict[str, Any] = {}
     if first.concepts:
@@ -215,5 +294,7 @@ def call_pipe(pipe: Any, requests: Sequence[ImageRequest]) -> list[Image.Image]:
         num_inference_steps=first.steps,
         guidance_scale=first.guidance_scale,
         generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+        callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=[],
         **composed,
     ).images

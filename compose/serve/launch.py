@@ -1,14 +1,21 @@
 """`lora-compose serve`: opens a model and a folder of LoRAs, and serves images until a signal ends it."""
 
+import os
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import uvicorn
+import uvicorn  # pyright: ignore[reportMissingImports]
 
 from lora_compose.compose.generate.making import size_of
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.serve.app import make_app
+from lora_compose.compose.serve.connections import Bounds, bounded
+from lora_compose.compose.serve.door import Access
 from lora_compose.compose.serve.engine import Engine
+from lora_compose.compose.serve.log import bounded_log
 from lora_compose.compose.serve.requests import Limits
 from lora_compose.compose.support.terminal import echo, err
 from lora_compose.pipelines.scene import Run, Scene
@@ -19,22 +26,66 @@ class Serving:
     """Settings of a server.
 
     Attributes:
-        host: The address to listen on.
+        access: The address to listen on, and who may use it.
         port: The port to listen on.
         most: Most images in a batch.
         wait: Seconds that a request waits for others of its shape.
         queue: Most requests in the queue.
+        timeout: Seconds within which a request is answered.
         lora_memory: Bytes of LoRA files kept in memory.
         limits: The most that a request may ask for.
     """
 
-    host: str
+    access: Access
     port: int
     most: int
     wait: float
     queue: int
+    timeout: float
     lora_memory: int
     limits: Limits
+
+
+_HEADERS = 16 * 1024  # bytes
+_BACKLOG = 32  # connections that are accepted at once; before older ones make room they all take file descriptors
+_GRACE = 5  # seconds for answers at the end
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; at the end it gives up what is being made, instead of waiting for it.
+
+    Args:
+        app: The application.
+        engine: What makes its images.
+        host: The address to listen on.
+        port: The port to listen on.
+        bounds: Bounds on connections.
+    """
+
+    def __init__(self, app: Any, engine: Engine, host: str, port: int, bounds: Bounds | None = None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                http=bounded(bounds or Bounds()),
+                ws="none",
+                backlog=_BACKLOG,
+                h11_max_incomplete_event_size=_HEADERS,
+                timeout_graceful_shutdown=_GRACE,
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+            )
+        )
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the server."""
+        self._engine.end()
+        await super().shutdown(sockets)
 
 
 def serve(run: Run, loras: Path, serving: Serving) -> None:
@@ -52,7 +103,20 @@ def serve(run: Run, loras: Path, serving: Serving) -> None:
     pipe.concept_memory = serving.lora_memory
     known = pipe.add_concepts(loras)
     size = size_of(pipe, Scene(prompt="-"))
-    where = f"http://{serving.host}:{serving.port}/docs"
+    access = serving.access
+    where = f"http://{f'[{access.host}]' if ':' in access.host else access.host}:{serving.port}"
     echo(f"{run.model}, {len(known)} LoRAs, images of {size[0]} x {size[1]}: {where}", to=err)
-    engine = Engine(pipe, serving.most, serving.wait, serving.queue)
-    uvicorn.run(make_app(engine, size, serving.limits), host=serving.host, port=serving.port, log_level="warning")
+    engine = Engine(pipe, serving.most, serving.wait, serving.queue, serving.timeout)
+    run_server(Server(make_app(engine, size, serving.limits, access), engine, access.host, serving.port), engine)
+
+
+def run_server(server: Server, engine: Engine) -> None:
+    """Runs a server until a signal ends it; then the process ends, even in the middle of a step."""
+    with bounded_log(), suppress(KeyboardInterrupt):
+        try:
+            server.run()
+        finally:
+            if not engine.stop(0):
+                # A thread inside of torch must not see the interpreter go, and how long it stays there is unknown.
+                echo("ended in the middle of a step", to=err)
+                os._exit(1)

@@ -12,9 +12,10 @@ from lora_compose.attention import BankCache
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
 from lora_compose.pipelines.concepts.library import ConceptLibrary, adapters_of
-from lora_compose.pipelines.concepts.selection import choose_concepts, has_tags, take_tags
+from lora_compose.pipelines.concepts.selection import choose_concepts
 from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.concepts.strength import Weight
+from lora_compose.pipelines.concepts.tags import has_tags, take_tags
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.spelling import did_you_mean

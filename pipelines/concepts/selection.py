@@ -4,19 +4,17 @@ Nothing is guessed: an ambiguous word is an error or a note, and a word spelled 
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from unicodedata import normalize
 
+from lora_compose.pipelines.concepts.tags import take_tags
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.spelling import did_you_mean, shortened
 from lora_compose.pipelines.text.tokens import Span, class_words, find_words
 
 _ALIKE = 0.75
 """Two words with at least this share of letters in common, in order, may be the same word mistyped."""
-
-_TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 
 _MOST = 200  # words of a prompt that are compared, and concepts that a message lists
 
@@ -43,51 +41,6 @@ class Choice:
     def concepts(self) -> list[str | Concept]:
         """Names, and concepts with the weights of tags."""
         return [Concept(name=name, weight=self.weights[name]) if name in self.weights else name for name in self.names]
-
-
-def has_tags(text: str) -> bool:
-    """Whether a text names LoRAs as other programs do, `<lora:cat:0.8>`."""
-    return "<lora:" in text.lower()
-
-
-def check_no_tags(texts: Iterable[str]) -> None:
-    """Raises ValueError for tags where none is read: in negative prompts, and in those of concepts."""
-    if wrong := next(filter(has_tags, texts), None):
-        raise ValueError(f"tags such as <lora:cat:0.8> are read in prompt alone; take them out of {shortened(wrong)}")
-
-
-def take_tags(prompt: str, known: Collection[str]) -> tuple[str, dict[str, float]]:
-    """A prompt without its tags of LoRAs, as other programs have them, and their weights by name.
-
-    Args:
-        prompt: The text, such as "a cat <lora:cat:0.8>".
-        known: Names of concepts.
-
-    Raises:
-        ValueError: For tags of unknown names, weights that are no numbers, and names given twice.
-    """
-    weights: dict[str, float] = {}
-    if has_tags(_TAG.sub("", prompt)):
-        raise ValueError("the prompt has '<lora:' without '>'; write a tag as <lora:NAME:0.8>")
-    for tag in _TAG.finditer(prompt):
-        name, _, number = tag[1].strip().partition(":")
-        name = name.strip()
-        if name not in known:
-            loaded = ", ".join(sorted(known)[:_MOST]) or "none"
-            raise ValueError(
-                f"the prompt has {tag[0]!r}, but there is no concept {name!r}; there are {loaded}. Load it with "
-                f"load_concept or add_concepts, on the command line with --loras FOLDER{did_you_mean(name, known)}"
-            )
-        try:
-            weight = float(number or 1)
-        except ValueError:
-            raise ValueError(f"{tag[0]!r}: expected a name and one number, such as <lora:{name}:0.8>") from None
-        if name in weights:
-            raise ValueError(f"the prompt has a tag for {name!r} twice; leave out one")
-        weights[name] = weight
-    if not weights:
-        return prompt, {}
-    return re.sub(r"\s+([,.;:!?])", r"\1", re.sub(r"\s+", " ", _TAG.sub(" ", prompt))).strip(" ,"), weights
 
 
 def choose_concepts(prompt: str, known: Mapping[str, Concept]) -> Choice:

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate, pixel_shuffle
 from lora_compose.attention.backbones.joint import PATCH, unpacked
 from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas, Step
-from lora_compose.pipelines.concepts.selection import check_no_tags
+from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept
 from lora_compose.pipelines.from_image import FromImage, Source

@@ -29,7 +29,7 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Step
-from lora_compose.pipelines.concepts.selection import check_no_tags
+from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, real_tokens
 from lora_compose.pipelines.families.image_tasks import ImageTask

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.call import Call, Guidance, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas
-from lora_compose.pipelines.concepts.selection import check_no_tags
+from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TOKENIZERS
 from lora_compose.pipelines.control import PreparedImagePrompts, prepare_image_prompts
 from lora_compose.pipelines.families.image_tasks import ImageTasksPipeline, precision_kept

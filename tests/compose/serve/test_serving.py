@@ -3,27 +3,23 @@
 import json
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
-from commands import call, flat, free_port
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import assets_dir
 from lora_compose.compose.serve.engine import Busy, Engine, call_pipe
-from lora_compose.compose.serve.requests import ImageRequest
+from lora_compose.compose.serve.requests import ImageRequest, Limits
 from lora_compose.pipelines.scene import Concept, Run, Scene
+from served import answer, server
 
 LORAS = assets_dir() / "playground" / "loras"
 SIZE = {"width": 64, "height": 64, "steps": 1, "guidance_scale": 4}
@@ -67,42 +63,6 @@ class Held(Engine):
 
 def same(one: Image.Image, other: Image.Image) -> bool:
     return np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other.convert("RGB")))
-
-
-# --- requests ---
-
-
-def test_what_is_left_open_is_resolved_from_the_request_alone() -> None:
-    assert asked({"prompt": "a"}).shape == (128, 128, 25, 5.0, None)
-    assert asked(BEAR).method == "merge"
-    assert asked(BOXED).method == "regional"
-    assert asked({**BOXED, "method": "tara"}).method == "tara"
-    style = {"name": "faded", "role": "style"}
-    assert asked({**BOXED, "concepts": [*BOXED["concepts"], style]}).method == "regional"
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"prompt": ""}, "prompt"),
-        ({"prompt": "a" * 3000}, "2000"),
-        ({"concepts": ["bear"] * 2}, "stands twice"),
-        ({"concepts": [f"{i}" for i in range(9)]}, "at most 8"),
-        ({"concepts": [{"name": "bear", "lora": "/etc/passwd"}]}, "lora"),
-        ({"concepts": [{"name": "bear", "region": [0, 0, 99, 9]}]}, "leaves the canvas"),
-        ({"method": "mrge"}, "unknown method"),
-        ({"concepts": []}, None),
-        ({"concepts": [], "method": "merge"}, "needs concepts"),
-        ({"seed": -1}, "seed"),
-        ({"guidance_scale": float("nan")}, "guidance"),
-    ],
-)
-def test_requests_are_bounded(change: dict[str, Any], expected: str | None) -> None:
-    if expected is None:
-        asked({**BEAR, **change})
-        return
-    with pytest.raises(ValidationError, match=expected):
-        asked({**BEAR, **change})
 
 
 # --- the queue ---
@@ -174,7 +134,7 @@ def test_a_bad_request_spoils_no_other_of_its_batch(pipe: Any) -> None:
     engine = Held(pipe, most=2, wait=1.0)
     engine.go.set()
     odd = {**SIZE, "prompt": "a xlo bear", "concepts": ["bear"], "method": "clora"}
-    with running(engine), pytest.raises(ValueError, match="no LoRA 'fox'"):
+    with running(engine), pytest.raises(ValueError, match="there is no LoRA of this name"):
         engine.submit(asked({**BEAR, "concepts": ["fox"]}))
     engine = Held(pipe, most=2, wait=1.0)
     engine.go.set()
@@ -191,36 +151,17 @@ def test_a_bad_request_spoils_no_other_of_its_batch(pipe: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(pipe: Any) -> Iterator[str]:
+def port(pipe: Any) -> Iterator[int]:
     pytest.importorskip("fastapi", reason="the server needs fastapi: the extra serve")
-    uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn: the extra serve")
     from lora_compose.compose.serve.app import make_app
-    from lora_compose.compose.serve.requests import Limits
 
-    app = make_app(Engine(pipe, most=2, wait=0.0, queue=8), (128, 128), Limits(pixels=128 * 128, steps=4))
-    port = free_port()
-    web = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=web.run)
-    thread.start()
-    while not web.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    web.should_exit = True
-    thread.join()
+    engine = Engine(pipe, most=2, wait=0.0, queue=8)
+    with server(make_app(engine, (128, 128), Limits(pixels=128 * 128, steps=4)), engine) as port:
+        yield port
 
 
-def answer(url: str, body: Any = None) -> tuple[int, bytes, dict[str, str]]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, response.read(), dict(response.headers)
-    except urllib.error.HTTPError as error:
-        return error.code, error.read(), dict(error.headers)
-
-
-def test_the_image_over_http_is_that_of_the_python_call(server: str, pipe: Any) -> None:
-    code, data, headers = answer(f"{server}/images", BEAR)
+def test_the_image_over_http_is_that_of_the_python_call(port: int, pipe: Any) -> None:
+    code, data, headers = answer(port, "/images", BEAR)
     assert (code, headers["content-type"], headers["x-images-together"]) == (200, "image/png", "1")
     expected = pipe(
         [BEAR["prompt"]], concepts=[["bear"]], method="merge", width=64, height=64, num_inference_steps=1,
@@ -229,11 +170,11 @@ def test_the_image_over_http_is_that_of_the_python_call(server: str, pipe: Any) 
     assert same(Image.open(BytesIO(data)), expected)
 
 
-def test_loras_and_health(server: str) -> None:
-    loras = json.loads(answer(f"{server}/loras")[1])
+def test_loras_and_health(port: int) -> None:
+    loras = json.loads(answer(port, "/loras")[1])
     assert set(loras) == {path.stem for path in LORAS.glob("*.safetensors")}
     assert loras["bear"] == {"trigger": "xlo", "class_word": "bear"}
-    code, data, _ = answer(f"{server}/health")
+    code, data, _ = answer(port, "/health")
     told = json.loads(data)
     assert (code, told["alive"], told["waiting"]) == (200, True, 0)
     assert told["memory_bytes"] > 2**20
@@ -246,25 +187,21 @@ def test_loras_and_health(server: str) -> None:
         ({"steps": 5}, "at most 4"),
         ({"width": 512}, "too large"),
         ({"width": 65}, "65"),
-        ({"prmpt": "a"}, "prmpt"),
+        ({"prmpt": "a"}, "did you mean 'prompt'"),
+        ({"prompt": "a xlo bear <lora:fox:1>", "concepts": []}, "there is no LoRA"),
     ],
 )
-def test_what_cannot_be_made_is_answered_with_the_reason(server: str, change: dict[str, Any], expected: str) -> None:
-    code, data, _ = answer(f"{server}/images", {**BEAR, **change})
+def test_what_cannot_be_made_is_answered_with_the_reason(port: int, change: dict[str, Any], expected: str) -> None:
+    code, data, _ = answer(port, "/images", {**BEAR, **change})
     assert code == 422
     assert expected in data.decode()
 
 
 @pytest.mark.slow
-def test_a_full_queue_is_answered_by_retry_after(server: str) -> None:
+def test_a_full_queue_is_answered_by_retry_after(port: int) -> None:
     with ThreadPoolExecutor(24) as clients:
-        answers = list(clients.map(lambda seed: answer(f"{server}/images", {**BEAR, "seed": seed}), range(24)))
+        answers = list(clients.map(lambda seed: answer(port, "/images", {**BEAR, "seed": seed}), range(24)))
     codes = [code for code, *_ in answers]
     assert set(codes) == {200, 503}
     assert codes.count(200) >= 8
     assert all(int(headers["retry-after"]) >= 1 for code, _, headers in answers if code == 503)
-
-
-def test_the_command_says_what_is_missing(tmp_path: Path) -> None:
-    assert "--loras names a folder" in flat(call("serve", "playground", "--loras", tmp_path / "none", code=2).output)
-    assert "did you mean 'playground'" in call("serve", "plyground", "--loras", tmp_path, code=2).output
