@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_compose.attention import check_free
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.control import Control, PreparedImagePrompts
@@ -182,12 +181,11 @@ def of_prompt(
     return found
 
 
-def check_plain(model: nn.Module, composition: Composition) -> None:
+def check_plain(composition: Composition) -> None:
     """Checks a call without concepts.
 
     Raises:
         ValueError: If an argument is given that needs concepts.
-        RuntimeError: If concepts are installed in the model at the moment.
     """
     if composition.controls:
         raise ValueError(
@@ -198,7 +196,6 @@ def check_plain(model: nn.Module, composition: Composition) -> None:
     others = composition.method, composition.token_positions
     if any(given is not None for given in others) or composition.record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
-    check_free(model)
 
 
 def refuse_unknown(given: Iterable[str], call: Callable[..., Any]) -> None:

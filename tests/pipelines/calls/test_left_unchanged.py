@@ -129,7 +129,7 @@ def test_a_second_call_is_refused_while_the_first_one_runs_and_does_not_disturb_
 
     assert torch.equal(latents_of(composer, callback_on_step_end=callback, **arguments), expected)
     assert len(messages) == 3
-    assert all("composing another image" in message for message in messages)
+    assert all("making another image" in message for message in messages)
     assert torch.equal(latents_of(second, **arguments), expected)
 
 
@@ -137,7 +137,7 @@ def test_a_plain_call_on_a_model_that_is_composing_is_refused_and_the_image_is_n
     alone = latents_of(composer)
 
     def call_plainly(pipe, step, timestep, tensors):
-        with pytest.raises(RuntimeError, match="composing another image right now"):
+        with pytest.raises(RuntimeError, match="making another image right now"):
             run(pipe)
         return tensors
 
