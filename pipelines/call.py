@@ -22,7 +22,7 @@ from lora_compose.pipelines.text.conditioning import TokenPositions
 Generators = torch.Generator | list[torch.Generator] | None
 
 ConceptNames = Sequence[str | Concept] | Mapping[str, Weight]
-"""Names and concepts, or weights by name."""
+"""Names and concepts; or by name weights, and boxes, which are regions."""
 
 Concepts = ConceptNames | Sequence[ConceptNames]
 """A concept set for all prompts, or one for each prompt."""
@@ -278,18 +278,22 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
 
 
 def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
-    """Checks the shape of the latents that a call is to start from.
+    """Checks the latents that a call is to start from.
 
     Args:
         given: The latents; None if there are none.
         expected: The shapes that they may have.
 
     Raises:
-        ValueError: For other shapes.
+        ValueError: For other shapes, and values that are not finite.
     """
-    if given is not None and tuple(given.shape) not in expected:
+    if given is None:
+        return
+    if tuple(given.shape) not in expected:
         shapes = " or ".join(str(list(shape)) for shape in expected)
         raise ValueError(f"latents have the shape {list(given.shape)}; expected {shapes}")
+    if not torch.isfinite(given).all():
+        raise ValueError("latents have NaN or infinite values; give finite ones, or leave them out")
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:

@@ -103,7 +103,8 @@ def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
     return Concept(
         name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
-        blocks=concept.blocks, negative_prompt=concept.negative_prompt, region=region, role=concept.role,
+        blocks=concept.blocks, any_weight=concept.any_weight, negative_prompt=concept.negative_prompt, region=region,
+        role=concept.role,
     )  # fmt: skip
 
 
