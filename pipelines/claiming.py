@@ -27,7 +27,7 @@ def claims_models(call: Callable[P, R]) -> Callable[P, R]:
     def claiming(*args: P.args, **kwargs: P.kwargs) -> R:
         pipe: Any = args[0]
         prompt = args[place] if len(args) > place else kwargs.get("prompt")
-        claim = Claim(_models_of(pipe), "compose" if _composes(prompt, kwargs.get("concepts")) else "read")
+        claim = Claim(models_of(pipe), "compose" if _composes(prompt, kwargs.get("concepts")) else "read")
         try:
             try:
                 claim.take()
@@ -45,6 +45,7 @@ def _composes(prompt: Any, concepts: Any) -> bool:
     return not no_concepts(concepts) or any(has_tags(text) for text in texts if isinstance(text, str))
 
 
-def _models_of(pipe: Any) -> list[nn.Module]:
+def models_of(pipe: Any) -> list[nn.Module]:
+    """The models of a pipeline that calls with concepts change."""
     every = [pipe.model, *(getattr(pipe, name, None) for name in TEXT_ENCODERS)]
     return [model for model in every if isinstance(model, nn.Module)]

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_compose.attention.claims import claimed
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.files.images import Hashes, Record
 from lora_compose.compose.generate.guides import (
@@ -22,6 +23,7 @@ from lora_compose.compose.generate.guides import (
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.claiming import models_of
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.sources import moved_files
 from lora_compose.pipelines.finite import causes_of_precision, check_finite
@@ -258,7 +260,8 @@ def _plain(pipe: Any, scene: Scene, arguments: dict[str, Any]) -> Any:
     if controls is None:
         return pipe(**arguments)
     plain, more = pipeline_without_concepts(pipe, scene, controls)
-    return plain(**{name: it for name, it in arguments.items() if name not in ("concepts", "method")}, **more)
+    with claimed(models_of(pipe), "read"):
+        return plain(**{name: it for name, it in arguments.items() if name not in ("concepts", "method")}, **more)
 
 
 def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
