@@ -5,9 +5,10 @@ This package knows torch and diffusers' models, and nothing of prompts, methods 
 
 from lora_compose.attention.backbones import Backbone, backbone_of
 from lora_compose.attention.bank_cache import BankCache, KeptBanks
+from lora_compose.attention.claims import Claim
 from lora_compose.attention.gates import Gates, scatter_concepts
 from lora_compose.attention.gradients import frozen, weights_kept
-from lora_compose.attention.install import Installation, check_free, install, installed_layers
+from lora_compose.attention.install import Installation, install, installed_layers
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import Lora, LoraFactors
 from lora_compose.attention.recorder import Recorder
@@ -17,6 +18,7 @@ from lora_compose.attention.sites import Grid, Site, Stream, coarser, grid_at
 __all__ = [
     "Backbone",
     "BankCache",
+    "Claim",
     "Gates",
     "Grid",
     "Installation",
@@ -30,7 +32,6 @@ __all__ = [
     "Site",
     "Stream",
     "backbone_of",
-    "check_free",
     "coarser",
     "frozen",
     "grid_at",

@@ -1,7 +1,7 @@
 """Which weights the graph of a forward pass with gradients may hold."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from lora_compose.attention.claims import undoing
 from lora_compose.attention.device import modules_of
 
 
@@ -16,13 +17,15 @@ from lora_compose.attention.device import modules_of
 def frozen(model: nn.Module) -> Iterator[None]:
     """Inside this block no parameter requires a gradient, so the graph stores no inputs for weight gradients."""
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
+
+    def ask(wanted: bool) -> None:
         for parameter in asking:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(wanted)
+
+    with undoing(model) as undo:
+        undo.callback(ask, True)
+        ask(False)
         yield
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
@@ -33,10 +36,8 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
     precision, or by the copy on the CPU. Backward would then use the replaced data.
     """
     hooked: list[Any] = [module for module in modules_of(model).values() if "_diffusers_hook" in module.__dict__]
-    with ExitStack() as undo:
-        if hooked:
-            # Early stop ends a recomputed block with an exception, and the hook after its last layer would not run.
-            undo.enter_context(set_checkpoint_early_stop(False))
+    # Early stop ends a recomputed block with an exception, and the hook after its last layer would not run.
+    with set_checkpoint_early_stop(False) if hooked else nullcontext(), undoing(model) as undo:
         for module in hooked:  # the hooks have made `forward` an attribute of each
             undo.callback(setattr, module, "forward", module.forward)
             module.forward = _with_aliases(module.forward)

@@ -1,15 +1,14 @@
 """Installs concepts in a model for the length of a `with` block; all is removed again, also after an exception."""
 
-import threading
-import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lora_compose.attention.backbones import Backbone
 from lora_compose.attention.bank_cache import Bank, BankKey, KeptBanks, new_bank
+from lora_compose.attention.claims import Journal, claimed, undoing
 from lora_compose.attention.device import as_outside_of_inference_mode, modules_of, to_device, uncompiled
 from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates
@@ -19,9 +18,6 @@ from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Site, Stream
 from lora_compose.attention.text_kv import TextKV
-
-_in_use: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_in_use_lock = threading.Lock()
 
 
 class Installation:
@@ -33,7 +29,7 @@ class Installation:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], loras: Sequence[Lora], bank: Bank, key: BankKey, undo: ExitStack
+        self, modules: Mapping[str, nn.Module], loras: Sequence[Lora], bank: Bank, key: BankKey, undo: Journal
     ) -> None:
         self.bank = dict(bank.layers)
         self.state = bank.state
@@ -167,7 +163,7 @@ def _foldable(layer: nn.Module, dtype: torch.dtype) -> bool:
     return type(weight) is nn.Parameter and weight.dtype == dtype and not offloaded
 
 
-def _replace_weight(layer: nn.Module, weight: Tensor, undo: ExitStack) -> None:
+def _replace_weight(layer: nn.Module, weight: Tensor, undo: Journal) -> None:
     found = layer.get_parameter("weight")
 
     def restore() -> None:
@@ -211,11 +207,10 @@ def installed_layers(
 
     Raises:
         ValueError: For layers that the model does not have or whose shape differs.
-        RuntimeError: If concepts are installed in this model already.
+        RuntimeError: If another call uses this model, or concepts are installed in it already.
     """
     model = uncompiled(model)
-    with ExitStack() as undo:
-        _claim(model, undo)
+    with claimed([model], "install"), undoing(model) as undo:
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, where, key, kept, undo)
         yield _put_in_place(modules, loras, bank, key, silence, undo)
@@ -237,8 +232,7 @@ def install(
     without changing what they do.
     """
     model = uncompiled(backbone.model)
-    with ExitStack() as undo:
-        _claim(model, undo)
+    with claimed([model], "install"), undoing(model) as undo:
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, backbone.sites, key, kept, undo, backbone.same_input)
         backbone.steer(modules, bank.state, undo)
@@ -251,7 +245,7 @@ def _bank(
     where: Mapping[str, Site],
     key: BankKey,
     kept: KeptBanks | None,
-    undo: ExitStack,
+    undo: Journal,
     same_input: Iterable[Sequence[str]] = (),
 ) -> Bank:
     """A bank that was kept, if it fits the model, or a new one. Nothing is installed yet."""
@@ -281,7 +275,7 @@ def _put_in_place(
     bank: Bank,
     key: BankKey,
     silence: Iterable[str],
-    undo: ExitStack,
+    undo: Journal,
 ) -> Installation:
     _silence(modules.values(), frozenset(silence), undo)
     undo.callback(_take_out, modules, bank.layers)
@@ -298,20 +292,7 @@ def _take_out(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer])
         layer._modules.pop("layer", None)
 
 
-def check_free(model: nn.Module) -> None:
-    """Raises RuntimeError if concepts are installed in a model: they would act on every other use of it."""
-    if uncompiled(model) in _in_use:
-        raise RuntimeError("this model is composing another image right now; wait for it or use a second pipeline")
-
-
-def _claim(model: nn.Module, undo: ExitStack) -> None:
-    with _in_use_lock:
-        check_free(model)
-        undo.callback(_in_use.discard, model)
-        _in_use.add(model)
-
-
-def _silence(modules: Iterable[nn.Module], adapters: frozenset[str], undo: ExitStack) -> None:
+def _silence(modules: Iterable[nn.Module], adapters: frozenset[str], undo: Journal) -> None:
     """Sets the scaling of PEFT adapters to zero, as `peft.helpers.rescale_adapter_scale` scales it."""
     for module in modules:
         scaling = module.__dict__.get("scaling")

@@ -20,6 +20,7 @@ from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcep
 from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
 from lora_compose.pipelines.control import Control
+from lora_compose.pipelines.finite import check_decoded, check_finite, likely_causes
 from lora_compose.pipelines.from_image import Source
 from lora_compose.pipelines.hub import is_hub_name, reachable
 from lora_compose.pipelines.loop import Hooks, denoise
@@ -262,6 +263,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
 
         Raises:
             ValueError: For anything that does not fit together, before anything is changed.
+            NotFiniteError: If the final latents are NaN or infinite.
         """
         plan = make_plan(self, call)
         # Refuses a second call on this model before the scheduler and the properties of the first are touched.
@@ -274,20 +276,15 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
-                self._before_step,
-                lambda step, latents: self._after_step(call, process, step, latents),
-                lambda: self.interrupt,
-                self.progress_bar,
-            )
+                self._before_step, lambda step, latents: self._after_step(call, process, step, latents),
+                lambda: self.interrupt, self.progress_bar,
+            )  # fmt: skip
             latents = denoise(
-                process,
-                task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
-                sampler,
-                1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale,
-                hooks,
-                cost=opened.denoiser.cost,
-                started=call.started,
-            )
+                process, task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
+                sampler, 1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale, hooks,
+                cost=opened.denoiser.cost, started=call.started,
+            )  # fmt: skip
+            check_finite(latents, likely_causes(plan))
             return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
     # Differences between families.
@@ -395,6 +392,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return self.guidance_scale
 
     def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
+        check_decoded(image)
         return self.image_processor.postprocess(image, output_type=output_type, **options)
 
 

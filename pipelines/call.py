@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_compose.attention import check_free
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.control import Control, PreparedImagePrompts
@@ -23,7 +22,7 @@ from lora_compose.pipelines.text.conditioning import TokenPositions
 Generators = torch.Generator | list[torch.Generator] | None
 
 ConceptNames = Sequence[str | Concept] | Mapping[str, Weight]
-"""Names and concepts, or weights by name."""
+"""Names and concepts; or by name weights, and boxes, which are regions."""
 
 Concepts = ConceptNames | Sequence[ConceptNames]
 """A concept set for all prompts, or one for each prompt."""
@@ -182,12 +181,11 @@ def of_prompt(
     return found
 
 
-def check_plain(model: nn.Module, composition: Composition) -> None:
+def check_plain(composition: Composition) -> None:
     """Checks a call without concepts.
 
     Raises:
         ValueError: If an argument is given that needs concepts.
-        RuntimeError: If concepts are installed in the model at the moment.
     """
     if composition.controls:
         raise ValueError(
@@ -198,7 +196,6 @@ def check_plain(model: nn.Module, composition: Composition) -> None:
     others = composition.method, composition.token_positions
     if any(given is not None for given in others) or composition.record_attention is not False:
         raise ValueError("method, token_positions and record_attention need concepts; name some with concepts=[...]")
-    check_free(model)
 
 
 def refuse_unknown(given: Iterable[str], call: Callable[..., Any]) -> None:
@@ -281,18 +278,22 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
 
 
 def check_latents(given: Tensor | None, *expected: tuple[int, ...]) -> None:
-    """Checks the shape of the latents that a call is to start from.
+    """Checks the latents that a call is to start from.
 
     Args:
         given: The latents; None if there are none.
         expected: The shapes that they may have.
 
     Raises:
-        ValueError: For other shapes.
+        ValueError: For other shapes, and values that are not finite.
     """
-    if given is not None and tuple(given.shape) not in expected:
+    if given is None:
+        return
+    if tuple(given.shape) not in expected:
         shapes = " or ".join(str(list(shape)) for shape in expected)
         raise ValueError(f"latents have the shape {list(given.shape)}; expected {shapes}")
+    if not torch.isfinite(given).all():
+        raise ValueError("latents have NaN or infinite values; give finite ones, or leave them out")
 
 
 def steps_to_record(record_attention: bool | Sequence[int], steps: int) -> frozenset[int]:

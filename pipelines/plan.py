@@ -22,6 +22,7 @@ from lora_compose.pipelines.control import PreparedControl, PreparedImagePrompts
 from lora_compose.pipelines.denoiser import Denoiser
 from lora_compose.pipelines.from_image import region_in_pixels
 from lora_compose.pipelines.guidance import Guider
+from lora_compose.pipelines.memory import check_size
 from lora_compose.pipelines.methods import Choice
 from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
@@ -146,6 +147,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     Raises:
         ValueError: For anything that does not fit together.
     """
+    check_size(pipe, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
     loaded, concepts_of = resolve_sets(pipe, call)
     loaded = tuple(_region_in_pixels(call, found) for found in loaded)
     raw = _other_texts(call, loaded)

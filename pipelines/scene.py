@@ -19,7 +19,15 @@ from pydantic import (
 )
 
 from lora_compose.pipelines.concepts.sources import Lora, weighted
-from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
+from lora_compose.pipelines.concepts.strength import (
+    SANE_WEIGHT,
+    Weight,
+    check_sane,
+    is_box,
+    largest_factor,
+    read_blocks,
+    read_weight,
+)
 from lora_compose.pipelines.field_errors import FieldError
 from lora_compose.pipelines.mask_images import URI_PREFIX, is_fractions, region_of
 
@@ -213,6 +221,7 @@ class Concept(_Frozen):
             is above 1.
         blocks: Further factors by block of the model, {"down": 0.5, "up.1": 0}; the longest name counts,
             and "text" means the text encoders.
+        any_weight: Whether `weight`, `blocks` and weights of files may be beyond 10 and -10.
         region: Where the concept may appear: a box in pixels or in fractions of the image, or a mask (white = inside):
             a path, a PIL image, an array or a tensor; None leaves it to the method.
         prompt: The text of the region, for methods that read a text per concept; it contains the trigger. None
@@ -230,6 +239,7 @@ class Concept(_Frozen):
     class_word: str | None = None
     weight: Annotated[Weight, BeforeValidator(read_weight)] | None = None
     blocks: Annotated[dict[str, float] | None, BeforeValidator(read_blocks)] = None
+    any_weight: bool | None = None
     region: BoxOrMask | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     negative_prompt: str | None = None
@@ -242,6 +252,12 @@ class Concept(_Frozen):
             raise ValueError(
                 f"the concept {self.name!r} merges one file; give lora a list of several, or leave out merge"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weighs_sanely(self) -> Self:
+        if not self.any_weight:
+            check_sane(self.weight, self.blocks, [weight for _, weight in weighted(self.lora)])
         return self
 
     @model_validator(mode="after")
@@ -261,6 +277,22 @@ class Concept(_Frozen):
     def phrase(self) -> str:
         """Trigger and class word: "sks cat"."""
         return " ".join(word for word in (self.trigger, self.class_word) if word)
+
+
+def concept_of(name: str, given: Any) -> Concept:
+    """What `concepts={name: given}` means: a weight, a schedule of weights, or a box, which is the concept's region.
+
+    Raises:
+        ValueError: For four numbers that may be a box and may be weights, and for unusable weights.
+    """
+    if not is_box(given):
+        return Concept(name=name, weight=given)
+    if largest_factor(given) <= SANE_WEIGHT:
+        raise ValueError(
+            f"concepts={{{name!r}: {given}}} may be a box or the weights of four parts of the steps; write "
+            f"Concept(name={name!r}, region={given}) or Concept(name={name!r}, weight={list(given)})"
+        )
+    return Concept(name=name, region=given)
 
 
 class Scene(Start):

@@ -1,7 +1,7 @@
 """Backbones: what has to be known of each model class. One model family, one file."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from diffusers import (
@@ -18,6 +18,7 @@ from lora_compose.attention.backbones.flux2 import Flux2Backbone
 from lora_compose.attention.backbones.krea2 import Krea2Backbone
 from lora_compose.attention.backbones.unet import UNetBackbone
 from lora_compose.attention.backbones.z_image import ZImageBackbone
+from lora_compose.attention.claims import Journal
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.sites import Site
@@ -86,7 +87,7 @@ class Backbone(Protocol):
         """How text and image lie in one sequence, where the model attends to both together (`JointRegions`)."""
         ...
 
-    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: ExitStack) -> None:
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Replaces the attention among the model's modules by ours, which reads the state in every pass.
 
         Args:

@@ -8,7 +8,7 @@ before and after it stays diffusers' own.
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import FunctionType, MappingProxyType
@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_compose.attention.backbones.truncation import replaced
+from lora_compose.attention.backbones.truncation import replace_children
+from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.sites import Site, Stream, grid_at
@@ -64,7 +65,7 @@ class JointBackbone:
         """Side of the latents at the native resolution of 1024 pixels, in cells."""
         return 128
 
-    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: ExitStack) -> None:
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Puts our kernel into every attention processor; `undo` puts them back.
 
         Raises:
@@ -95,7 +96,8 @@ class JointBackbone:
             kind: nn.ModuleList(block for i, block in enumerate(getattr(model, kind)) if (kind, i) in kept)
             for kind in self.blocks
         }
-        with replaced(model, **cut):
+        with undoing(model) as undo:
+            replace_children(model, undo, **cut)
             yield
 
     @property

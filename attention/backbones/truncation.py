@@ -3,26 +3,25 @@
 Leaving the pass by an exception instead would break `torch.compile` and offloading hooks.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import nn
 
+from lora_compose.attention.claims import Journal
 
-@contextmanager
-def replaced(module: nn.Module, **children: nn.Module | None) -> Iterator[None]:
-    """Replaces some children of a module inside this block; None removes one.
+
+def replace_children(module: nn.Module, undo: Journal, **children: nn.Module | None) -> None:
+    """Replaces some children of a module until `undo` puts them back; None removes one.
 
     The original children stay registered, under the name `cut_off`. An offloading hook may move the model to its device
-    inside this block, and it does not move it again while its first parameter is there: children that were missing
-    would stay behind.
+    in between, and it does not move it again while its first parameter is there: children that were missing would stay
+    behind.
     """
     children = {name: child for name, child in children.items() if name in module._modules}
     found = {name: module._modules[name] for name in children}
-    try:
-        module._modules.update(children)
-        module._modules["cut_off"] = nn.ModuleList(child for child in found.values() if child is not None)
-        yield
-    finally:
+
+    def put_back() -> None:
         module._modules.pop("cut_off", None)
         module._modules.update(found)
+
+    undo.callback(put_back)
+    module._modules.update(children)
+    module._modules["cut_off"] = nn.ModuleList(child for child in found.values() if child is not None)

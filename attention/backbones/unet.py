@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, cat, nn
 
 from lora_compose.attention.backbones.ip_adapter import ImageAttention, image_attention
-from lora_compose.attention.backbones.truncation import replaced
+from lora_compose.attention.backbones.truncation import replace_children
+from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.kernels import Kernel, kernel_of
@@ -87,7 +88,7 @@ class UNetBackbone:
         """Whether `guidance_scale` is an input of the model (LCM), and classifier-free guidance is never applied."""
         return uncompiled(self.model).config["time_cond_proj_dim"] is not None  # pyright: ignore[reportIndexIssue, reportArgumentType]
 
-    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: ExitStack) -> None:
+    def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Replaces every attention processor by ours, with the kernel found; `undo` puts them back.
 
         Raises:
@@ -280,12 +281,11 @@ def stopped_after(unet: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     needed = [i for i, name in enumerate(names, start=1) if any(layer.startswith(f"{name}.") for layer in layers)]
     keep = max(needed, default=0)
     up_blocks = list(model.up_blocks)
-    with ExitStack() as undo:
-        undo.enter_context(
-            replaced(model, up_blocks=nn.ModuleList(up_blocks[:keep]), conv_norm_out=None, conv_out=nn.Identity())
-        )
+    with undoing(model) as undo:
+        cut = {"up_blocks": nn.ModuleList(up_blocks[:keep]), "conv_norm_out": None, "conv_out": nn.Identity()}
+        replace_children(model, undo, **cut)
         if keep:
-            undo.enter_context(replaced(up_blocks[keep - 1], upsamplers=None))
+            replace_children(up_blocks[keep - 1], undo, upsamplers=None)
         yield
 
 

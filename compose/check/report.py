@@ -21,6 +21,7 @@ from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.concepts.strength import blocks_text, weight_text
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.mask_images import mask_name
+from lora_compose.pipelines.memory import check_size
 from lora_compose.pipelines.methods import Settings, name_of
 from lora_compose.pipelines.notes import warn_once
 from lora_compose.pipelines.regions import check_region
@@ -105,6 +106,7 @@ def _facts(pipe: Any, run: Run, problems: list[str]) -> tuple[list[tuple[str, st
     facts = [("tokens", _tokens(tokenizer, prompt))]
     of_model = run.scene.model_copy(update={"image": None})
     width, height = _attempt(problems, size_of, pipe, run.scene) or size_of(pipe, of_model)
+    _attempt(problems, check_size, pipe, width, height)
     places: list[tuple[Concept, Positions]] = []
     for concept, found in zip(run.scene.concepts, loaded, strict=True):
         facts += _attempt(problems, _file_facts, concept) or [] if found is None else _concept_facts(found)

@@ -25,7 +25,7 @@ _RAY = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
-    "merge": "merge",
+    "merge": "merge", "any_weight": "any_weight",
 }  # fmt: skip
 LORA_HELP = (
     "A LoRA, repeatable, with its weight if that is not 1: cat.safetensors:0.8, playground:bear, user/my-cat. Trigger "
@@ -45,7 +45,8 @@ CONCEPT_HELP = (
     "image (0,0.1,0.5,0.9), or a mask image (white = inside); role=style makes it act everywhere. Several files, "
     "path=cat.safetensors,path=style.safetensors:0.7, are merged; merge names the method. weight may change over "
     "the steps: 0:1,0.5:0 (off in the second half), 1..0.4 (linear ramp), 1,0.5,0 (equal parts); "
-    "blocks=down:0.5,up.1:0 are factors by block; prompt and negative are its own; alpha is for files without one."
+    "blocks=down:0.5,up.1:0 are factors by block; any_weight=true allows weights beyond 10; prompt and negative are "
+    "its own; alpha is for files without one."
 )
 
 

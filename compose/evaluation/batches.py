@@ -103,7 +103,8 @@ def _concept(concept: SuiteConcept, kind: str | None, region: Any) -> Concept:
     lora = next(iter(concept.loras.values())) if kind is None else concept.loras[kind]
     return Concept(
         name=concept.name, lora=lora, trigger=concept.trigger, class_word=concept.class_word, weight=concept.weight,
-        blocks=concept.blocks, negative_prompt=concept.negative_prompt, region=region, role=concept.role,
+        blocks=concept.blocks, any_weight=concept.any_weight, negative_prompt=concept.negative_prompt, region=region,
+        role=concept.role,
     )  # fmt: skip
 
 
@@ -111,7 +112,10 @@ def _merged(suite: Suite, scene: SuiteScene, method: SuiteMethod, concepts: Sequ
     """The concepts of a scene with all LoRAs of it in one, which for the method `merge` is one concept."""
     further = [_concept(suite.concept(name), method.lora, None) for name in scene.bundle]
     files = tuple(f"{concept.lora}:{concept.weight}" for concept in (*concepts, *further))
-    bundle: dict[str, Any] = {"lora": files, "merge": method.merge, "weight": 1.0, "blocks": None}
+    anyhow = any(concept.any_weight for concept in (*concepts, *further)) or None
+    bundle: dict[str, Any] = {
+        "lora": files, "merge": method.merge, "weight": 1.0, "blocks": None, "any_weight": anyhow,
+    }  # fmt: skip
     if method.method == "merge":
         return [Concept(name="+".join(concept.name for concept in (*concepts, *further)), **bundle)]
     return [Concept(**{**dict(concept), **bundle}) for concept in concepts if not suite.concept(concept.name).is_style]

@@ -9,7 +9,7 @@ from lora_compose.compose.evaluation.shipped import find_suite
 from lora_compose.compose.files.paths import local_source, moved_start
 from lora_compose.compose.files.scenes import read_as
 from lora_compose.compose.support.savers import Savers
-from lora_compose.pipelines.concepts.strength import Weight, read_blocks, read_weight
+from lora_compose.pipelines.concepts.strength import Weight, check_sane, read_blocks, read_weight
 from lora_compose.pipelines.merging import make_merger
 from lora_compose.pipelines.methods import make_method
 from lora_compose.pipelines.scene import Region, Start
@@ -37,6 +37,7 @@ class SuiteConcept(_Frozen):
         references: Reference images: a folder, a list of files, or `playground:NAME`.
         weight: Factor on the whole LoRA, which may change over the steps (`Concept.weight`).
         blocks: Further factors, by block of the model (`Concept.blocks`).
+        any_weight: Whether weights may be beyond 10 and -10.
         negative_prompt: Negative prompt of its region, for methods that read a text per concept.
         role: "style" for a concept that acts everywhere: it has no region, and is not looked for in the image.
     """
@@ -48,8 +49,15 @@ class SuiteConcept(_Frozen):
     references: str | Annotated[tuple[str, ...], Field(min_length=1)]
     weight: Annotated[Weight, BeforeValidator(read_weight)] = 1.0
     blocks: Annotated[dict[str, float] | None, BeforeValidator(read_blocks)] = None
+    any_weight: bool | None = None
     negative_prompt: str | None = None
     role: Literal["subject", "style"] | None = None
+
+    @model_validator(mode="after")
+    def _weighs_sanely(self) -> Self:
+        if not self.any_weight:
+            check_sane(self.weight, self.blocks)
+        return self
 
     @property
     def is_style(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lora_compose.attention.claims import claimed
 from lora_compose.compose.figures.overlay import Attention
 from lora_compose.compose.files.images import Hashes, Record
 from lora_compose.compose.generate.guides import (
@@ -22,9 +23,12 @@ from lora_compose.compose.generate.guides import (
 from lora_compose.compose.generate.machine import machine, versions
 from lora_compose.compose.generate.schedulers import scheduler_of
 from lora_compose.compose.playground.assets import lora_source
+from lora_compose.pipelines.claiming import models_of
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.sources import moved_files
+from lora_compose.pipelines.finite import causes_of_precision, check_finite
 from lora_compose.pipelines.mask_images import open_image
+from lora_compose.pipelines.memory import check_size
 from lora_compose.pipelines.methods import METHODS, Choice, Process, Settings, make_method, name_of
 from lora_compose.pipelines.output import Cost
 from lora_compose.pipelines.regular import sha256_of
@@ -119,7 +123,11 @@ def make_batch(
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "callback_on_step_end": _callback(on_progress, on_step) if on_progress or on_step else None,
         }
-        output = pipe(**arguments, record_attention=record_attention) if loaded else _plain(pipe, run.scene, arguments)
+        if loaded:
+            output = pipe(**arguments, record_attention=record_attention)
+        else:
+            arguments["callback_on_step_end"] = _callback(on_progress, _finite(pipe, on_step))
+            output = _plain(pipe, run.scene, arguments)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(seeds)
     for seed, flagged in zip(seeds, flags, strict=True):
         if flagged:
@@ -221,10 +229,11 @@ def _prepared(pipe: Any, run: Run) -> Iterator[tuple[list[LoadedConcept], Choice
     """Concepts, method and the arguments of the call, with the run's scheduler in the pipeline inside this block."""
     if pipe.model.dtype != getattr(torch, run.dtype):
         raise ValueError(f"the run asks for {run.dtype}, but the model was opened in {pipe.model.dtype}; open it again")
+    size = size_of(pipe, run.scene)
+    check_size(pipe, *size)
     loaded = [load(pipe, concept) for concept in run.scene.concepts]
     choice = resolve_choice(pipe, run, loaded)
     before, scheduler = pipe.scheduler, scheduler_of(pipe, run)
-    size = size_of(pipe, run.scene)
     fit_ip_adapters(pipe, run.scene.ip_adapters)
     arguments = {
         "prompt": run.scene.prompt,
@@ -251,7 +260,8 @@ def _plain(pipe: Any, scene: Scene, arguments: dict[str, Any]) -> Any:
     if controls is None:
         return pipe(**arguments)
     plain, more = pipeline_without_concepts(pipe, scene, controls)
-    return plain(**{name: it for name, it in arguments.items() if name not in ("concepts", "method")}, **more)
+    with claimed(models_of(pipe), "read"):
+        return plain(**{name: it for name, it in arguments.items() if name not in ("concepts", "method")}, **more)
 
 
 def _as_used(pipe: Any, run: Run, settings: Settings | None) -> Run:
@@ -269,6 +279,19 @@ def _hashes(loaded: Sequence[LoadedConcept]) -> dict[str, Hashes]:
 def _image_hashes(scene: Scene) -> dict[str, str]:
     """The SHA-256 of the images that a scene reads."""
     return {name: sha256_of(Path(path).expanduser()) for name, path in scene.image_files.items()}
+
+
+def _finite(pipe: Any, on_step: OnStep | None) -> OnStep:
+    """Looks at the final latents of a call without concepts, where diffusers would make a black image of NaN."""
+
+    def after_step(done: int, steps: int, latents: Tensor) -> None:
+        if on_step is not None:
+            on_step(done, steps, latents)
+        if done == steps:
+            damaged = "weights of the model that are damaged, or do not fit its precision"
+            check_finite(latents, [*causes_of_precision(pipe.model.dtype), damaged])
+
+    return after_step
 
 
 def _callback(on_progress: Callable[[float], None] | None, on_step: OnStep | None) -> Callable[..., dict]:

@@ -16,7 +16,7 @@ from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.formats.alphas import needed_alpha
 from lora_compose.pipelines.formats.deltas import MAX_RANK
 from lora_compose.pipelines.formats.files import read_words
-from lora_compose.pipelines.scene import Concept, check_names
+from lora_compose.pipelines.scene import Concept, check_names, concept_of
 from lora_compose.pipelines.spelling import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class ConceptLibrary:
 
         Args:
             pipe: The pipeline.
-            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights by name.
+            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights or boxes by name.
             memory: Bytes of read files that stay in memory.
 
         Raises:
@@ -115,7 +115,7 @@ class ConceptLibrary:
         if isinstance(concepts, str | Concept):
             raise ValueError(f"concepts must be a list of names or Concepts, not {concepts!r}")
         if isinstance(concepts, Mapping):
-            concepts = [Concept(name=name, weight=weight) for name, weight in concepts.items()]
+            concepts = [concept_of(name, weight) for name, weight in concepts.items()]
         given = tuple(Concept(name=concept) if isinstance(concept, str) else concept for concept in concepts)
         if wrong := [concept for concept in given if not isinstance(concept, Concept)]:
             raise ValueError(f"concepts must be a list of names or Concepts, and one of them is {wrong[0]!r}")

@@ -17,7 +17,7 @@ from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.concepts.strength import Weight
 from lora_compose.pipelines.concepts.tags import has_tags, take_tags
 from lora_compose.pipelines.formats.deltas import MAX_RANK
-from lora_compose.pipelines.scene import Concept
+from lora_compose.pipelines.scene import Concept, concept_of
 from lora_compose.pipelines.spelling import did_you_mean
 
 HUB_OPTIONS = frozenset(signature(hf_hub_download).parameters) - {"repo_id", "filename"}
@@ -70,6 +70,7 @@ class ConceptLoaderMixin:
         class_word: str | None = None,
         weight: Weight = 1.0,
         blocks: Mapping[str, float] | None = None,
+        any_weight: bool = False,
         region: Any = None,
         prompt: str | None = None,
         negative_prompt: str | None = None,
@@ -91,6 +92,7 @@ class ConceptLoaderMixin:
             class_word: The noun after the trigger; taken from the file's metadata if it has it.
             weight: Factor on the whole LoRA, or a schedule of it (`Concept.weight`).
             blocks: Further factors, by block of the model (`Concept.blocks`).
+            any_weight: Whether weights may be beyond 10 and -10.
             region: Where it may appear, unless a call gives another region (`Concept.region`).
             prompt: The text of its region (`Concept.prompt`).
             negative_prompt: What to avoid there (`Concept.negative_prompt`).
@@ -116,7 +118,8 @@ class ConceptLoaderMixin:
         lora = tuple(map(str, given)) if isinstance(source, list | tuple) else str(source)
         concept = Concept(
             name=name or _stems(lora), lora=lora, merge=merge, trigger=trigger, class_word=class_word,
-            weight=weight, blocks=blocks if blocks is None else dict(blocks), region=region, prompt=prompt,
+            weight=weight, blocks=blocks if blocks is None else dict(blocks), any_weight=any_weight or None,
+            region=region, prompt=prompt,
             negative_prompt=negative_prompt, role=role, alpha=alpha,
         )  # fmt: skip
         self.library.check_new(self, concept.name)
@@ -158,7 +161,7 @@ class ConceptLoaderMixin:
         """The concepts of a call with their factors; given fields override loaded ones.
 
         Args:
-            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights by name.
+            concepts: Names of loaded concepts or adapters, `Concept` objects, or weights or boxes by name.
 
         Raises:
             ValueError: For unknown names and names given twice.
@@ -201,9 +204,10 @@ class ConceptLoaderMixin:
         each = given if any(isinstance(entry, list | tuple | Mapping) for entry in given) else [given] * len(texts)
         sets = []
         for (_, weights), one in zip(taken, each, strict=True):
-            one = one.items() if isinstance(one, Mapping) else [(entry, None) for entry in one]
-            named = [entry if isinstance(entry, Concept) else Concept(name=entry, weight=weight)
-                     for entry, weight in one]  # fmt: skip
+            if isinstance(one, Mapping):
+                named = [concept_of(name, weight) for name, weight in one.items()]
+            else:
+                named = [entry if isinstance(entry, Concept) else Concept(name=entry) for entry in one]
             if twice := weights.keys() & {concept.name for concept in named}:
                 raise ValueError(f"{sorted(twice)[0]!r} is in concepts and has a tag in the prompt; leave out one")
             sets.append([*named, *(Concept(name=name, weight=weight) for name, weight in weights.items())])

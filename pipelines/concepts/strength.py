@@ -17,6 +17,9 @@ Weight = float | Sequence[float] | str
 TEXT = "text"
 """Name of the text encoders among the blocks."""
 
+SANE_WEIGHT = 10.0
+"""Weights beyond it in either direction have to be asked for (`Concept.any_weight`): images are noise there."""
+
 _MOST = 1000  # numbers in a schedule
 _NUMBER = r"[+-]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 _POINT = re.compile(rf"(?:({_NUMBER}):)?({_NUMBER})")
@@ -164,6 +167,43 @@ def _positions(given: Iterable[str | None], text: str) -> list[float]:
             f"found {text[:80]!r}"
         )
     return places
+
+
+def largest_factor(weight: Weight | None, blocks: Mapping[str, float] | None = None) -> float:
+    """The largest factor, without its sign, that a weight and factors on blocks put on a LoRA."""
+    points = Schedule.of(1.0 if weight is None else weight).points
+    return max(abs(point.weight) for point in points) * max([1.0, *map(abs, (blocks or {}).values())])
+
+
+def check_sane(weight: Weight | None, blocks: Mapping[str, float] | None, files: Iterable[float] = ()) -> None:
+    """Refuses weights that are probably none: a box, or a slip of the decimal point.
+
+    Args:
+        weight: A checked weight.
+        blocks: Checked factors on blocks.
+        files: Weights of merged files.
+
+    Raises:
+        ValueError: For factors beyond `SANE_WEIGHT`.
+    """
+    largest = max([largest_factor(weight, blocks), *map(abs, files)])
+    if largest <= SANE_WEIGHT:
+        return
+    box = "; a box is a region, not a weight" if is_box(weight) else ""
+    raise ValueError(
+        f"the weight reaches {largest:g}, and images are noise beyond {SANE_WEIGHT:g} and -{SANE_WEIGHT:g}{box}. If it "
+        "is meant, set any_weight as well"
+    )
+
+
+def is_box(given: Any) -> bool:
+    """Whether a value may be a box: left, top, right, bottom."""
+    if not isinstance(given, list | tuple) or len(given) != 4:
+        return False
+    if any(isinstance(side, bool) or not isinstance(side, int | float) for side in given):
+        return False
+    left, top, right, bottom = given
+    return 0 <= left < right and 0 <= top < bottom
 
 
 def weight_text(weight: Weight | None) -> str:

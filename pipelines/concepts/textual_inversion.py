@@ -8,7 +8,7 @@ encoder's. A word may have one vector for each cross-attention layer of the mode
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
+from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.formats.keys import Part
@@ -112,9 +113,9 @@ class TextualInversions:
     def _known_to(self, pipe: Any) -> Iterator[list["WordEmbedding"]]:
         """Inside this block the pipeline's tokenizers and text encoders have the words."""
         embeddings = []
-        with ExitStack() as undo:
+        with undoing(pipe.model) as undo:
             expand = self.expander(pipe)
-            undo.callback(pipe.__dict__.pop, "maybe_convert_prompt")
+            undo.callback(pipe.__dict__.pop, "maybe_convert_prompt", None)
             pipe.maybe_convert_prompt = expand
             for name, part in TOKENIZERS.items():
                 if part not in self.vectors:
@@ -235,7 +236,7 @@ def _further(word: str, i: int) -> str:
     return f"{word}#{i}"
 
 
-def _find_end(model: nn.Module, end: int, undo: ExitStack) -> None:
+def _find_end(model: nn.Module, end: int, undo: Journal) -> None:
     """Makes a CLIP text model take its pooled text from the end token, even if a word has a higher token id.
 
     With an `eos_token_id` of 2, as in SDXL's configurations, transformers takes the highest token id instead.

@@ -29,6 +29,7 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Step
+from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, real_tokens
@@ -60,6 +61,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         later = any(key.startswith("single_stream_modulation.") for key in bare)  # FLUX.2 has double blocks too
         return not later and any(key.startswith("double_blocks.") for key in bare)
 
+    @claims_models
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -135,7 +137,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
-            check_plain(self.transformer, composition)
+            check_plain(composition)
             arguments = {
                 "prompt": prompt, "prompt_2": prompt_2, "negative_prompt": negative_prompt,
                 "negative_prompt_2": negative_prompt_2, "true_cfg_scale": true_cfg_scale, "height": height,

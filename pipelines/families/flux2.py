@@ -34,6 +34,7 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, real_tokens
 from lora_compose.pipelines.families.image_tasks import ImageTask
@@ -59,6 +60,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         """Never: diffusers opens no checkpoints in one file for this pipeline."""
         return False
 
+    @claims_models
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -125,7 +127,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         if paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop)):
             given_image, image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original), None
         if no_concepts(concepts):
-            check_plain(self.transformer, composition)
+            check_plain(composition)
             self._check_plain_texts(prompt)
             arguments = {
                 "prompt": prompt, "height": height, "width": width, "num_inference_steps": num_inference_steps,

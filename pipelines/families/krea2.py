@@ -29,6 +29,7 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
+from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.methods import Settings
@@ -51,6 +52,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         """Never: diffusers opens no checkpoints in one file for this family."""
         return False
 
+    @claims_models
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -116,7 +118,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
-            check_plain(self.transformer, composition)
+            check_plain(composition)
             self._check_plain_texts(prompt, negative_prompt)
             plain: Callable[..., Any] = Krea2Pipeline.__call__
             return plain(

@@ -31,6 +31,7 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
+from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
@@ -64,6 +65,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         with _inner_model_named(self.text_encoder):
             return super().encode_prompt(*args, **kwargs)
 
+    @claims_models
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -133,7 +135,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
-            check_plain(self.unet, composition)
+            check_plain(composition)
             arguments = {
                 "prompt": prompt, "height": height, "width": width, "num_inference_steps": num_inference_steps,
                 "timesteps": timesteps, "sigmas": sigmas, "guidance_scale": guidance_scale,

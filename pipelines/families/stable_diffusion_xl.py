@@ -29,6 +29,7 @@ from lora_compose.pipelines.call import (
     refuse_unknown,
     tensors_for,
 )
+from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.families.unets import OLD_CALLBACK, UNetPipeline
@@ -77,6 +78,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             raise ValueError(_REFINER)
         return False
 
+    @claims_models
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -161,7 +163,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
-            check_plain(self.unet, composition)
+            check_plain(composition)
             arguments = {
                 "prompt": prompt, "prompt_2": prompt_2, "height": height, "width": width,
                 "num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas,

@@ -32,6 +32,7 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.canvas import Canvas
+from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.control import Control, controls_of
 from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, for_each
 from lora_compose.pipelines.families.image_tasks import ImageTask
@@ -58,6 +59,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         """Whether a checkpoint is of this family."""
         return any(key.removeprefix("model.diffusion_model.") == "cap_pad_token" for key in keys)
 
+    @claims_models
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -122,7 +124,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
-            check_plain(self.transformer, composition)
+            check_plain(composition)
             self._check_plain_texts(prompt, negative_prompt)
             arguments = {
                 "prompt": list(prompt) if isinstance(prompt, list) else prompt,  # diffusers writes into the list

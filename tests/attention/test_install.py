@@ -29,7 +29,16 @@ from components import (
     unet_inputs,
     with_bank,
 )
-from lora_compose.attention import Gates, Lora, LoraFactors, Site, Stream, installed_layers
+from lora_compose.attention import (
+    Gates,
+    Lora,
+    LoraFactors,
+    Site,
+    Stream,
+    backbone_of,
+    frozen,
+    installed_layers,
+)
 from reference import FullGates, constant_gates, random_gates, relative_error, with_reference
 
 CPU = torch.device("cpu")
@@ -128,18 +137,23 @@ class InterruptedAt:
                 raise KeyboardInterrupt
 
 
-@torch.no_grad()
-def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind() -> None:
+def small_unet_and_loras() -> tuple[Any, list[Lora]]:
+    """A UNet of one block with the adapter "style", and two LoRAs that change some layers of it."""
     unet = sd_unet(
         block_out_channels=(8,),
         down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("UpBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
         mid_block_type=None,
         layers_per_block=1,
     )
     add_adapter(unet, "style", ("attn2.to_k", "attn1.to_q"))
     loras = two_loras(unet, ("conv_in", "attn2.to_k.base_layer"))
-    loras = [{name.removesuffix(".base_layer"): found for name, found in lora.items()} for lora in loras]
+    return unet, [{name.removesuffix(".base_layer"): found for name, found in lora.items()} for lora in loras]
+
+
+@torch.no_grad()
+def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind() -> None:
+    unet, loras = small_unet_and_loras()
     before = Snapshot(unet)
     call, done = 1, False
     while not done:
@@ -157,6 +171,50 @@ def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind() -> None
         before.assert_unchanged(unet)
         call += 1
     assert call > 50, "the loop ended because nothing was left to interrupt"
+    with installed(unet, loras):
+        pass
+
+
+class InterruptedAtLine:
+    """Raises KeyboardInterrupt at the nth line of our files that runs after `begin`."""
+
+    def __init__(self, line: int) -> None:
+        self.line, self.seen = line, 0
+
+    def begin(self) -> None:
+        sys.settrace(self)
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
+        if "/lora_compose/attention/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            self.seen += 1
+            if self.seen == self.line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+@torch.no_grad()
+def test_ctrl_c_at_any_line_while_concepts_go_out_leaves_nothing_behind() -> None:
+    unet, loras = small_unet_and_loras()
+    before = Snapshot(unet)
+    line, done = 1, False
+    while not done:
+        trace = InterruptedAtLine(line)
+        try:
+            with installed(unet, loras, silence=["style"]) as installation:
+                installation.fold(("text",), WEIGHTS)
+                with frozen(unet), backbone_of(unet).truncated_after(()):
+                    trace.begin()
+        except KeyboardInterrupt:
+            assert trace.seen == line
+        finally:
+            sys.settrace(None)
+        done = trace.seen < line
+        before.assert_unchanged(unet)
+        line += 1
+    assert line > 100, "the loop ended because nothing was left to interrupt"
     with installed(unet, loras):
         pass
 

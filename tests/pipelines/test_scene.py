@@ -125,6 +125,11 @@ def test_names_of_concepts_differ():
     (Scene, {"prompt": "sks", "height": 64.5}, "valid integer"),
     (Scene, {"prompt": "sks", "concepts": "cat"}, "tuple"),
     (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "wieght": 1}]}, "concepts.0..wieght"),
+    (Concept, {"name": "cat", "weight": -11}, "the weight reaches 11, .* set any_weight"),
+    (Concept, {"name": "cat", "weight": (0, 0, 64, 128)}, "reaches 128, .*; a box is a region, not a weight"),
+    (Concept, {"name": "cat", "weight": 5, "blocks": {"down": -3}}, "reaches 15"),
+    (Concept, {"name": "cat", "lora": ["a.safetensors:40", "b.safetensors"]}, "reaches 40"),
+    (Scene, {"prompt": "sks", "concepts": [{"name": "cat", "weight": 30}]}, "concepts.0.: the weight reaches 30"),
     (Run, {"scene": SCENE, "model": "playground", "steps": 0}, "greater than 0"),
     (Run, {"scene": SCENE, "model": "playground", "seed": -1}, "greater than or equal to 0"),
     (Run, {"scene": SCENE, "model": "playground", "seed": 2**63}, "less than"),
@@ -135,6 +140,11 @@ def test_names_of_concepts_differ():
 def test_bad_values_are_refused(kind, fields, message):
     with pytest.raises(FieldError, match=message):
         kind(**fields)
+
+
+def test_any_weight_is_taken_if_it_is_asked_for():
+    assert Concept(name="cat", weight="0:1,0.5:-30", blocks={"up": 90}, any_weight=True).any_weight
+    assert Concept(name="cat", weight=10, blocks={"up": 0.5}).any_weight is None
 
 
 def test_a_run_survives_json():

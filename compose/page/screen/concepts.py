@@ -76,6 +76,7 @@ def _details(session: PageSession, row: Row) -> None:
     st.text_input("Weight by block", key=fields.of_row(row, "blocks"), max_chars=MOST_TEXT, help=(
         "Factors on parts of the LoRA, e.g. “down:0.5,mid:1,up.1:0,text:0”. Empty: 1 everywhere."
     ))  # fmt: skip
+    st.checkbox("Any weight: also beyond 10 and -10", key=fields.of_row(row, "any_weight"))
     st.checkbox("A style: it acts everywhere and has no box", key=fields.of_row(row, "style"))
     st.text_area("Own prompt", key=fields.of_row(row, "prompt"), height=68, help=(
         "Prompt of its box, with the trigger, for methods with a text per box. Empty: made from the "

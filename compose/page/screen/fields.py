@@ -114,6 +114,7 @@ def add(
         st.session_state[of_row(row, field)] = known.get(field, "") if value is None else value
     st.session_state[of_row(row, "weight")], st.session_state[of_row(row, "schedule")] = _weight_fields(concept.weight)
     st.session_state[of_row(row, "blocks")] = blocks_text(concept.blocks)
+    st.session_state[of_row(row, "any_weight")] = bool(concept.any_weight)
     st.session_state[of_row(row, "style")] = concept.is_style
     box = in_pixels(concept.region, *size) if isinstance(concept.region, tuple) else (0, 0, *size)
     set_box(row, box)
@@ -192,6 +193,7 @@ def concept_of(row: Row) -> Concept:
             weight=st.session_state[of_row(row, "schedule")].strip()
             or round(st.session_state[of_row(row, "weight")], 4),
             blocks=st.session_state[of_row(row, "blocks")].strip() or None,
+            any_weight=bool(st.session_state[of_row(row, "any_weight")]) or None,
             region=None if is_style(row) else row.mask or box_of(row),
             prompt=texts["prompt"] or None,
             negative_prompt=texts["negative_prompt"] or None,

@@ -1,6 +1,6 @@
 """A FLUX transformer that stops early gives the same maps and gradients, and is whole again afterwards."""
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch import Tensor
 from components import seeded
 from flux import flux_transformer
 from lora_compose.attention import Recorder, backbone_of, frozen
+from lora_compose.attention.claims import undoing
 from lora_compose.attention.device import modules_of
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
 from transformer_families import TOKENS
@@ -33,7 +34,7 @@ def maps_and_gradient(transformer: Any, layers: list[str], *, stop: bool) -> tup
     recorder = Recorder(layers, torch.eye(TOKENS).expand(ROWS, -1, -1))
     state.recorders = [recorder]
     state.inputs = LayerInputs(lengths=(TOKENS,) * ROWS, latent_grid=GRID)
-    with ExitStack() as undo, frozen(transformer):
+    with undoing(transformer) as undo, frozen(transformer):
         backbone.steer(modules_of(transformer), state, undo)
         with backbone.truncated_after(layers) if stop else nullcontext():
             backbone.forward(latents, torch.tensor(500.0), text, added, guidance=torch.full((ROWS,), 3.5))

@@ -152,6 +152,9 @@ def test_a_concept_acts_as_in_its_suite(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (other.weight, other.blocks) == (Concept(name="dog", weight=[1, 0]).weight, None)
     assert "weight" in complaint(tmp_path, concepts=[{**CAT, "weight": "often"}, DOG])
+    assert "the weight reaches 30" in complaint(tmp_path, concepts=[{**CAT, "weight": 30}, DOG])
+    suite = read_suite(written(tmp_path, concepts=[{**CAT, "weight": 30, "any_weight": True}, DOG]))
+    assert 30 in {concept.weight for batch in batches(suite) for concept in run_of(suite, batch).scene.concepts}
 
 
 def test_a_concept_may_have_one_lora(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from components import State
-from composing import ONE_PASS, assert_close, compose, far_apart, latents_of
+from composing import BOXED, ONE_PASS, PROMPT, assert_close, compose, far_apart, latents_of, lora_file
 from lora_compose.pipelines.concepts.loading import LoraError
 from lora_compose.pipelines.scene import Concept
 
@@ -43,6 +43,56 @@ def test_weights_may_be_given_by_name(composer):
     by_list = latents_of(composer, prompt=prompts, concepts=[[Concept(name="cat", weight=0.5)], ["dog"]])
     assert torch.equal(sets, by_list)
     assert torch.equal(latents_of(composer, concepts={}, method=None), latents_of(composer, concepts=None, method=None))
+
+
+def test_a_box_by_name_is_the_region(composer):
+    boxes = {"cat": (0, 0, 64, 128), "dog": [64, 0, 128, 128]}
+    expected = latents_of(composer, concepts=BOXED, method="regional")
+    assert torch.equal(latents_of(composer, concepts=boxes, method="regional"), expected)
+    assert far_apart(latents_of(composer, method="regional", concepts=boxes | {"cat": (0, 0, 32, 128)}), expected)
+
+
+def test_a_box_by_name_is_the_region_beside_a_tag(composer):
+    boxed = [BOXED[0], Concept(name="dog", weight=0.5, region=None)]
+    tagged = latents_of(composer, prompt=f"{PROMPT} <lora:dog:0.5>", concepts={"cat": (0, 0, 64, 128)})
+    assert torch.equal(tagged, latents_of(composer, concepts=boxed))
+
+
+@pytest.mark.parametrize("given", [(0, 0.2, 0.5, 1.0), [0.0, 0.0, 1.0, 1.0], (0, 0, 8, 8)])
+def test_four_numbers_that_may_be_a_box_and_may_be_weights_are_refused_with_what_to_write(composer, given):
+    with pytest.raises(ValueError, match=r"may be a box or the weights") as error:
+        compose(composer, concepts={"cat": given, "dog": 1.0})
+    written = str(error.value).partition("; write ")[2].split(" or ")
+    region, weights = (eval(one, {"Concept": Concept}) for one in written)
+    assert region == Concept(name="cat", region=given)
+    assert weights == Concept(name="cat", weight=list(given))
+
+
+@pytest.mark.parametrize("weights", [[1, 0.8, 0.4, 0], (1.0, 1.0, 0.0, 0.0), [0, 0.5, 1], [0, 0.2, 0.4, 0.2]])
+def test_other_lists_by_name_are_weights_for_parts_of_the_steps(composer, weights):
+    expected = latents_of(composer, concepts=[Concept(name="cat", weight=weights), "dog"])
+    assert torch.equal(latents_of(composer, concepts={"cat": weights, "dog": 1.0}), expected)
+
+
+@pytest.mark.parametrize(
+    "concepts", [{"cat": 30, "dog": 1}, {"cat": (64, 0, 0, 128)}, {"cat": "0:1,0.5:-80"}, {"cat": [1, 11]}]
+)
+def test_weights_that_are_probably_a_mistake_are_refused(composer, concepts):
+    with pytest.raises(ValueError, match=r"the weight reaches \d+, and images are noise beyond 10"):
+        compose(composer, concepts=concepts)
+    with pytest.raises(ValueError, match="the weight reaches 80"):
+        compose(composer, concepts=["cat"], prompt=f"{PROMPT} <lora:dog:80>")
+
+
+def test_weights_that_are_asked_for_are_taken(composer):
+    strong = Concept(name="cat", weight=12, any_weight=True)
+    found = latents_of(composer, concepts=[strong, "dog"])
+    assert far_apart(found, latents_of(composer, concepts={"cat": 10, "dog": 1}))
+    composer.load_concept(lora_file("sd", "cat"), "strong", weight=12, any_weight=True, trigger="sks")
+    assert torch.equal(latents_of(composer, concepts=["strong", "dog"]), found)
+    composer.unload_concept("strong")
+    with pytest.raises(ValueError, match="set any_weight"):
+        composer.load_concept(lora_file("sd", "cat"), "strong", weight=12)
 
 
 def test_every_field_of_a_concept_can_be_given_when_it_is_loaded(composer):

@@ -1,5 +1,6 @@
 """A call leaves nothing behind however it ends, and no other call disturbs it."""
 
+import sys
 import threading
 
 import pytest
@@ -129,7 +130,7 @@ def test_a_second_call_is_refused_while_the_first_one_runs_and_does_not_disturb_
 
     assert torch.equal(latents_of(composer, callback_on_step_end=callback, **arguments), expected)
     assert len(messages) == 3
-    assert all("composing another image" in message for message in messages)
+    assert all("making another image" in message for message in messages)
     assert torch.equal(latents_of(second, **arguments), expected)
 
 
@@ -137,9 +138,113 @@ def test_a_plain_call_on_a_model_that_is_composing_is_refused_and_the_image_is_n
     alone = latents_of(composer)
 
     def call_plainly(pipe, step, timestep, tensors):
-        with pytest.raises(RuntimeError, match="composing another image right now"):
+        with pytest.raises(RuntimeError, match="making another image right now"):
             run(pipe)
         return tensors
 
     assert torch.equal(latents_of(composer, callback_on_step_end=call_plainly), alone)
     run(composer)
+
+
+def shared_with(pipe):
+    """Another pipeline with the same models, and a scheduler of its own."""
+    other = with_concepts(ComposePipeline.from_pipe(pipe))
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def in_a_thread(work):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+
+
+@pytest.mark.parametrize("elsewhere", [lambda work: work(), in_a_thread])
+def test_a_call_with_concepts_is_refused_while_a_plain_one_runs_and_does_not_disturb_it(
+    composer, plain_pipe, elsewhere
+):
+    second, messages = shared_with(composer), []
+
+    def other_call():
+        try:
+            compose(second)
+        except RuntimeError as error:
+            messages.append(str(error))
+
+    def callback(pipe, step, timestep, tensors):
+        elsewhere(other_call)
+        return {}
+
+    found = run(composer, callback_on_step_end=callback)
+    assert same_bits(found.images, run(plain_pipe).images)
+    assert len(messages) == 2
+    assert all("making another image right now" in message for message in messages)
+    compose(second)
+
+
+def test_plain_calls_share_a_model(composer, plain_pipe):
+    second, images = shared_with(composer), []
+
+    def callback(pipe, step, timestep, tensors):
+        in_a_thread(lambda: images.append(run(second).images))
+        return {}
+
+    images.append(run(composer, callback_on_step_end=callback).images)
+    assert len(images) == 3
+    assert all(same_bits(image, run(plain_pipe).images) for image in images)
+
+
+@pytest.mark.parametrize("call", [run, compose])
+def test_a_model_is_claimed_until_the_image_is_decoded_and_free_after_an_error(composer, call):
+    second, refused = shared_with(composer), []
+
+    def compose_more(module, inputs):
+        with pytest.raises(RuntimeError, match="making another image"):
+            compose(second)
+        refused.append(module)
+        raise StoppedError
+
+    handle = composer.vae.decoder.register_forward_pre_hook(compose_more)
+    with pytest.raises(StoppedError):
+        call(composer, output_type="np")
+    handle.remove()
+    assert len(refused) == 1
+    compose(second, output_type="np")
+    run(composer)
+
+
+class InterruptedAt:
+    """Raises KeyboardInterrupt at the nth line of some files that runs; each of them once."""
+
+    def __init__(self, line):
+        self.line, self.seen = line, set()
+
+    def __call__(self, frame, event, arg):
+        if not frame.f_code.co_filename.endswith(("attention/claims.py", "attention/install.py", "gradients.py")):
+            return None
+        if event == "line" and (here := (frame.f_code, frame.f_lineno)) not in self.seen:
+            self.seen.add(here)
+            if len(self.seen) == self.line:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_line_leaves_nothing_behind(composer):
+    before, line, done = State(composer), 1, False
+    while not done:
+        trace = InterruptedAt(line)
+        sys.settrace(trace)
+        try:
+            compose(composer, concepts=BOXED, method=UPDATES, num_inference_steps=1, guidance_scale=3.0)
+        except KeyboardInterrupt:
+            assert len(trace.seen) == line
+        finally:
+            sys.settrace(None)
+        done = len(trace.seen) < line
+        before.assert_unchanged()
+        line += 1
+    assert line > 100, "the loop ended because nothing was left to interrupt"
+    compose(composer)

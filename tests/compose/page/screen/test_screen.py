@@ -287,6 +287,10 @@ def test_a_weight_that_cannot_be_read_is_explained(at: AppTest) -> None:
     assert not at.exception
     assert "bear: weight: expected a valid number" in said(at)
     assert at.button(key="do.make").disabled
+    at.text_input(key=row_key(at, 0, "schedule")).set_value("12").run()
+    assert "the weight reaches 12" in said(at)
+    at.checkbox(key=row_key(at, 0, "any_weight")).check().run()
+    assert not at.button(key="do.make").disabled
     at.text_input(key=row_key(at, 0, "schedule")).set_value("1..0.4").run()
     assert not at.button(key="do.make").disabled
 
