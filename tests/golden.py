@@ -104,8 +104,8 @@ def transformer(family: str) -> Any:
     with TemporaryDirectory() as folder:
         for seed, (name, (trigger, class_word)) in enumerate(words.items()):
             path = Path(folder) / f"{name}.safetensors"
-            made = lokr_of_all(pipe.transformer) if name == "kron" else random_lora_of_all(pipe.transformer, seed)
-            save_file(dict(made if name == "kron" else as_file(made)), path)
+            low_rank = as_file(random_lora_of_all(pipe.transformer, seed))
+            save_file(lokr_of_all(pipe.transformer) if name == "kron" else dict(low_rank), path)
             pipe.load_concept(path, trigger=trigger, class_word=class_word)
     return pipe
 
