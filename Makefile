@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ui evaluate docs test lint format wheel clean
+.PHONY: help demo ui evaluate docs test matrix lint format wheel clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -22,6 +22,11 @@ docs: .venv/.installed-docs  ## build the site of the docs into build/site; brok
 
 test: .venv/.installed-dev  ## run the tests
 	$(BIN)/python -m pytest -n 2
+
+# The recorded latents are left out of the lowest: transformers fills new text encoders otherwise in each version.
+matrix: build/matrix/newest/.installed build/matrix/lowest/.installed  ## run the tests on the newest and the lowest versions that pyproject.toml allows
+	build/matrix/newest/bin/python -m pytest -n 2 $(TESTS)
+	build/matrix/lowest/bin/python -m pytest -n 2 --ignore tests/test_goldens.py $(TESTS)
 
 lint: .venv/.installed-dev  ## ruff check, ruff format --check, pyright
 	$(BIN)/ruff check .
@@ -68,3 +73,11 @@ clean:  ## remove build results and caches (keeps .venv and outputs)
 .venv/.installed-dev: pyproject.toml | .venv/.created
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch .venv/.installed-core .venv/.installed-evaluation $@
+
+# Environments of their own, of the newest and the lowest versions that pyproject.toml allows.
+build/matrix/newest/.installed: RESOLUTION = highest
+build/matrix/lowest/.installed: RESOLUTION = lowest-direct
+build/matrix/%/.installed: pyproject.toml | .venv/.installed-dev
+	$(BIN)/uv venv --clear --python $(BIN)/python build/matrix/$*
+	$(BIN)/uv pip install --python build/matrix/$*/bin/python --resolution $(RESOLUTION) --editable '.[dev]'
+	@touch $@

@@ -9,11 +9,10 @@ Only the public interface is used, so that what is behind it may change.
 
 import json
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,102 +25,14 @@ from diffusers import (
     LCMScheduler,
     T2IAdapter,
 )
-from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from torch import Tensor
 
-from components import EVERYTHING, FAMILIES, activated, lora_tensors, random_lora, seeded, text_loras
-from lora_compose import ComposePipeline, Concept, Control
-from lora_compose.compose.playground.assets import playground_lora, playground_model
-from lora_compose.pipelines.methods import make_method
+from components import FAMILIES, activated
+from golden import BOXES, LEFT, PROMPT, RIGHT, WIDE, Golden, boxed, mask_file, squares
+from lora_compose import Concept, Control
+from transformer_goldens import transformer_goldens
 
 RECORDED = Path(__file__).parent / "fixtures" / "goldens.json"
-PROMPT = "a sks cat and a zwx dog on grass"
-LEFT, RIGHT, WIDE = (0, 0, 60, 128), (64, 10, 128, 120), (30, 20, 128, 128)
-BOXES = {"cat": LEFT, "dog": RIGHT}
-
-
-@dataclass(frozen=True)
-class Golden:
-    """One run.
-
-    Attributes:
-        family: "sd", "sdxl" or "playground".
-        method: Its name.
-        settings: What differs from the defaults.
-        fields: Fields of the concepts, by name.
-        arguments: Of the call.
-        scheduler: In place of the pipeline's own.
-        cheap: Whether the default suite runs it.
-    """
-
-    family: str
-    method: str | None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"cat": {}, "dog": {}})
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    scheduler: Any = None
-    cheap: bool = False
-
-    def latents(self) -> Tensor:
-        """What the run gives. Shape: [images, channels, height, width]."""
-        pipe = PIPELINES[self.family]()
-        given: dict[str, Any] = {
-            "prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent",
-            "generator": seeded(3), "height": 128, "width": 128,
-        }  # fmt: skip
-        made = {name: value(pipe) if callable(value) else value for name, value in self.arguments.items()}
-        concepts = [Concept(name=name, **fields) for name, fields in self.fields.items()]
-        method = make_method(self.method, self.settings) if self.method else None
-        before = pipe.scheduler
-        pipe.scheduler = self.scheduler.from_config(before.config) if self.scheduler else before
-        try:
-            return pipe(**{**given, "concepts": concepts, "method": method, **made}).images
-        finally:
-            pipe.scheduler = before
-
-
-def boxed(**more: Any) -> dict[str, dict[str, Any]]:
-    """Two concepts with a box each."""
-    return {name: {"region": box, **more} for name, box in BOXES.items()}
-
-
-def small(family: str) -> Any:
-    """A tiny pipeline with four concepts of random LoRAs on every kind of layer."""
-    pipe = FAMILIES[family]()
-    words = {"cat": ("sks", "cat"), "dog": ("zwx", "dog"), "bear": ("xlo", "bear"), "style": (None, None)}
-    with TemporaryDirectory() as folder:
-        for seed, (name, (trigger, class_word)) in enumerate(words.items()):
-            loras = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15), **text_loras(pipe, 5 + seed)}
-            path = Path(folder) / f"{name}.safetensors"
-            save_file(lora_tensors(**loras), path)
-            pipe.load_concept(path, trigger=trigger, class_word=class_word)
-    return pipe
-
-
-def playground() -> Any:
-    """The trained model of the repository with two of its LoRAs, ordinary and trained with TARA."""
-    pipe = ComposePipeline.from_pretrained(playground_model())
-    pipe.set_progress_bar_config(disable=True)
-    for name in ("cat", "dog", "cat-tara", "dog-tara"):
-        pipe.load_concept(playground_lora(name), name=name)
-    return pipe
-
-
-PIPELINES: Mapping[str, Callable[[], Any]] = {
-    "sd": cache(lambda: small("sd")),
-    "sdxl": cache(lambda: small("sdxl")),
-    "playground": cache(playground),
-}
-
-
-def squares(size: int = 128) -> Image.Image:
-    """A control image."""
-    image = Image.new("RGB", (size, size), "navy")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((20, 30, 70, 110), fill="white")
-    draw.ellipse((60, 10, 120, 70), fill="orange")
-    return image
 
 
 def controlnet_by_region(pipe: Any) -> Control:
@@ -142,21 +53,6 @@ def t2i_adapter(pipe: Any) -> Control:
     channels = list(pipe.unet.config.block_out_channels)
     net: Any = T2IAdapter(channels=channels, adapter_type="full_adapter", downscale_factor=8, num_res_blocks=1)
     return Control(model=net.eval(), image=squares())
-
-
-@cache
-def mask_file() -> str:
-    """A mask image (white = inside)."""
-    path = Path(_folder().name) / "mask.png"
-    image = Image.new("L", (128, 128))
-    ImageDraw.Draw(image).ellipse((50, 20, 120, 120), fill=255)
-    image.save(path)
-    return str(path)
-
-
-@cache
-def _folder() -> TemporaryDirectory:
-    return TemporaryDirectory()
 
 
 def _masked() -> dict[str, dict[str, Any]]:
@@ -296,7 +192,7 @@ def _others() -> dict[str, Golden]:
     }
 
 
-GOLDENS: Mapping[str, Golden] = {**_by_family(), **_sd(), **_others()}
+GOLDENS: Mapping[str, Golden] = {**_by_family(), **_sd(), **_others(), **transformer_goldens()}
 """All runs, by name."""
 
 
@@ -327,7 +223,8 @@ def main(verb: str, path: str = "") -> None:
         cheap = {name: numbers(latents) for name, latents in made.items() if GOLDENS[name].cheap}
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in cheap.items())
         RECORDED.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-    sys.stdout.write(f"{len(made)} runs, {apart} differ\n" if verb == "compare" else f"{len(made)} runs\n")
+    differ = f", {apart} differ" if verb == "compare" else ""
+    sys.stdout.write(f"{len(made)} runs{differ}; {time.process_time():.0f} CPU seconds\n")
     raise SystemExit(bool(apart))
 
 

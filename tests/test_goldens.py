@@ -1,6 +1,7 @@
 """Latents of fixed runs, as they were when they were recorded (`goldens.py` makes and records them)."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,8 @@ def test_latents_are_what_they_were(name: str) -> None:
 
 def test_what_is_recorded_is_what_is_compared() -> None:
     assert set(json.loads(RECORDED.read_text(encoding="utf-8"))) == set(CHEAP)
+
+
+def test_contributing_says_how_many_runs_there_are() -> None:
+    page = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
+    assert f": {len(GOLDENS)} runs, bit for bit" in page.read_text(encoding="utf-8")

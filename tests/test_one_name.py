@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -40,6 +41,45 @@ def run_in_a_project(folder: Path, library: Path) -> str:
 
 def test_a_project_with_folders_of_these_names_can_use_the_library(tmp_path: Path) -> None:
     assert run_in_a_project(tmp_path, ROOT).split() == ["lora_compose.pipelines.families.stable_diffusion", "1"]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone as git on Windows checks it out: links are text files that hold where they lead."""
+    package = tmp_path / "clone/lora_compose"
+    package.mkdir(parents=True)
+    for path in (ROOT / "lora_compose").iterdir():
+        if path.is_symlink():
+            (package / path.name).write_text(path.readlink().as_posix(), encoding="utf-8")
+        elif path.is_file():
+            shutil.copy(path, package)
+    for part in PARTS:
+        shutil.copytree(ROOT / part, package.parent / part, ignore=shutil.ignore_patterns("__pycache__", "recipe"))
+    (package.parent / "assets").symlink_to(ROOT / "assets")
+    assert (package / "compose").read_text(encoding="utf-8") == "../compose"
+    return package.parent
+
+
+def test_a_clone_whose_links_are_text_files_has_everything_under_one_name(clone: Path) -> None:
+    look = f"""
+from importlib.util import find_spec
+from lora_compose.compose.playground.assets import playground_model
+print(playground_model())
+print(*(find_spec(f"lora_compose.{{part}}").origin for part in {PARTS}), sep="\\n")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", look], env={**os.environ, "PYTHONPATH": str(clone)}, capture_output=True, text=True,
+        check=True, cwd=clone.parent,
+    )  # fmt: skip
+    model, *origins = map(Path, ended.stdout.split())
+    assert (model / "model_index.json").is_file()
+    assert origins == [clone / part / "__init__.py" for part in PARTS]
+
+
+@pytest.mark.slow
+def test_a_clone_whose_links_are_text_files_works_in_such_a_project(clone: Path, tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    assert "stable_diffusion 1" in run_in_a_project(tmp_path / "project", clone)
 
 
 def files_of(part: str) -> set[Path]:

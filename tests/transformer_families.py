@@ -90,6 +90,17 @@ def as_file(lora: Lora) -> Mapping[str, Tensor]:
     return tensors
 
 
+def lokr_of_all(transformer: nn.Module, size: float = 0.2) -> dict[str, Tensor]:
+    """A LoKr file for every linear layer with an even number of inputs and outputs."""
+    tensors = {}
+    for layer, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features % 2 == module.in_features % 2 == 0:
+            generator, sides = seeded(len(layer)), (module.out_features // 2, module.in_features // 2)
+            tensors[f"transformer.{layer}.lokr_w1"] = torch.randn(2, 2, generator=generator) * size
+            tensors[f"transformer.{layer}.lokr_w2"] = torch.randn(sides, generator=generator) * sides[1] ** -0.5
+    return tensors
+
+
 def pipeline_with_concepts(family: Family, folder: Path) -> Any:
     """A small pipeline with a cat and a dog, whose LoRAs are on every linear layer."""
     pipe = family.pipeline()

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_the_record_says_what_was_used(saved: dict[str, Path]) -> None:
     assert record.run.scene.concepts[1].weight == 0.7
     assert record.run.scene.concepts[1].lora == "playground:robot-tara"
     assert record.versions.keys() == {"lora-compose", "python", "torch", "diffusers", "transformers"}
-    assert record.versions["torch"] == torch.__version__
+    assert record.versions["torch"] == version("torch")
     assert all(re.fullmatch("[0-9a-f]{64}", str(sha)) for sha in record.sha256.values())
     assert record.sha256.keys() == {"bear-tara", "robot-tara"}
     assert record.machine.threads == torch.get_num_threads()

@@ -1,7 +1,6 @@
 """Without concepts a call is diffusers' own to the bit, and with them every argument means what it means there."""
 
 import copy
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,8 +33,6 @@ from composing import (
     BOXED,
     EMBEDDINGS,
     FIXED,
-    OURS,
-    PLAIN,
     POSITIONS,
     PROMPT,
     as_tensor,
@@ -340,24 +337,6 @@ def test_clip_skip_reaches_the_text_encoder(composer, method):
     embeds = {"prompt": None, "prompt_embeds": positive, "negative_prompt_embeds": negative}
     assert torch.equal(skipped, latents_of(composer, method=method, token_positions=POSITIONS, **embeds))
     assert far_apart(skipped, latents_of(composer, method=method))
-
-
-@BOTH
-def test_the_signature_is_that_of_diffusers_and_more(family):
-    ours = inspect.signature(OURS[family].__call__).parameters
-    theirs = inspect.signature(PLAIN[family].__call__).parameters
-    positional = [name for name, p in theirs.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert [name for name, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
-    for name in positional:
-        ours_default, theirs_default = ours[name].default, theirs[name].default
-        if name == "callback_on_step_end_tensor_inputs":
-            ours_default = list(ours_default)
-        if name not in ("self", "prompt"):
-            assert ours_default == theirs_default, name
-    added = ours.keys() - theirs.keys()
-    from_image = {"image", "mask_image", "strength", "padding_mask_crop", "paste_original"}
-    assert added == {"concepts", "method", "control", "token_positions", "record_attention"} | from_image
-    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in added)
 
 
 @pytest.mark.parametrize("concepts", [None, ["cat", "dog"]])

@@ -23,6 +23,7 @@ from transformer_families import (
     as_file,
     assert_equals_dense_deltas,
     latents_of,
+    lokr_of_all,
     pipeline_with_concepts,
     plain_latents,
     random_lora_of_all,
@@ -68,12 +69,7 @@ def test_a_lokr_of_any_rank_is_applied_exactly(name, tmp_path):
     family = FAMILIES[name]
     pipe = pipeline_with_concepts(family, tmp_path)
     pipe.unload_concept("cat")
-    tensors = {}
-    for layer, module in pipe.transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and module.out_features % 2 == module.in_features % 2 == 0:
-            generator, sides = seeded(len(layer)), (module.out_features // 2, module.in_features // 2)
-            tensors[f"transformer.{layer}.lokr_w1"] = torch.randn(2, 2, generator=generator) * 0.2
-            tensors[f"transformer.{layer}.lokr_w2"] = torch.randn(sides, generator=generator) * sides[1] ** -0.5
+    tensors = lokr_of_all(pipe.transformer)
     save_file(tensors, tmp_path / "lokr.safetensors")
     pipe.load_concept(tmp_path / "lokr.safetensors", name="cat", trigger="sks", class_word="cat", max_rank=4)
     changed = pipe.resolve_concepts(["cat"])[0].factors

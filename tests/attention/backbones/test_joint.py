@@ -1,0 +1,129 @@
+"""What `with_kernel` relies on in diffusers: an attention processor ends in one call of `dispatch_attention_fn`."""
+
+import inspect
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from flux import flux_transformer
+from flux2 import flux2_transformer
+from golden import TRANSFORMERS
+from krea2 import krea2_transformer
+from lora_compose.attention.backbones import backbone_of
+from lora_compose.attention.backbones.joint import JointKernel, with_kernel
+from lora_compose.attention.forward_state import ForwardState
+from transformer_families import CALL, Family, plain_latents
+from z_image import z_image_transformer
+
+MODELS = {
+    "flux": flux_transformer,
+    "flux2": flux2_transformer,
+    "krea2": krea2_transformer,
+    "z-image": z_image_transformer,
+}
+
+
+@pytest.fixture(params=MODELS)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def attention_layers(model: nn.Module) -> Mapping[str, Any]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "set_processor")}
+
+
+def test_the_dispatch_takes_queries_keys_values_and_a_mask_first():
+    first = list(inspect.signature(dispatch_attention_fn).parameters)[:4]
+    assert first == ["query", "key", "value", "attn_mask"]
+    assert list(inspect.signature(JointKernel.__call__).parameters)[1:5] == first
+
+
+def test_processors_are_plain_functions_that_find_the_dispatch_among_the_names_of_their_module(family):
+    layers = attention_layers(MODELS[family]())
+    assert layers
+    for layer in layers.values():
+        call: Any = type(layer.processor).__call__
+        assert isinstance(call, FunctionType)
+        assert "dispatch_attention_fn" in call.__code__.co_names
+        assert call.__globals__["dispatch_attention_fn"] is dispatch_attention_fn
+        assert not hasattr(call, "__wrapped__"), "a decorator would be copied, not what it decorates"
+
+
+def defaults(function: Any) -> list[tuple[str, Any]]:
+    return [(one.name, one.default) for one in inspect.signature(function).parameters.values()]
+
+
+def test_a_copy_has_the_state_of_the_processor_which_stays_as_it_was(family):
+    model = MODELS[family]()
+    backbone: Any = backbone_of(model)
+    state = ForwardState()
+    for name, layer in attention_layers(model).items():
+        layer.processor._attention_backend = "native"
+        before = dict(vars(layer.processor))
+        call: Any = type(layer.processor).__call__
+        made = with_kernel(layer.processor, name, backbone.joint, state)
+        assert isinstance(made, type(layer.processor))
+        assert vars(made) == before == vars(layer.processor)
+        assert type(layer.processor).__call__ is call
+        assert call.__globals__["dispatch_attention_fn"] is dispatch_attention_fn
+        ours, theirs = (inspect.signature(one).parameters for one in (type(made).__call__, call))  # diffusers looks
+        assert [(one.name, one.default) for one in ours.values()] == [
+            (one.name, one.default) for one in theirs.values()
+        ]
+
+
+class Counted:
+    """A kernel that counts its calls and the arguments they have."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.calls = kernel, []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        self.calls.append((query.dim(), set(options)))
+        return self.kernel(query, key, value, **options)
+
+
+def test_every_layer_attends_through_our_kernel_once_in_a_pass_with_the_same_bits(family):
+    described: Family = TRANSFORMERS[family]
+    pipe = described.pipeline()
+    given = {**CALL, "num_inference_steps": 1, **described.unguided}
+    expected = plain_latents(described, pipe, **given)
+    backbone: Any = backbone_of(pipe.transformer)
+    state, kernels = ForwardState(), {}
+    for name, layer in attention_layers(pipe.transformer).items():
+        made = with_kernel(layer.processor, name, backbone.joint, state)
+        call: Any = type(made).__call__
+        names = call.__globals__
+        kernels[name] = names["dispatch_attention_fn"] = Counted(names["dispatch_attention_fn"])
+        layer.set_processor(made)
+    assert torch.equal(plain_latents(described, pipe, **given), expected)
+    for name, kernel in kernels.items():
+        assert len(kernel.calls) == 1, name
+        ((dimensions, options),) = kernel.calls
+        assert dimensions == 4, "rows, positions, heads, channels"
+        assert {"attn_mask", "backend"} <= options
+
+
+class WithoutDispatch:
+    """A processor that attends by itself."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, **options: Any) -> Tensor:
+        return hidden_states
+
+
+class Builtin:
+    """A processor that is not a function of Python."""
+
+    __call__ = print
+
+
+@pytest.mark.parametrize("processor", [WithoutDispatch(), Builtin()])
+def test_a_processor_without_the_dispatch_is_refused(processor):
+    backbone: Any = backbone_of(flux_transformer())
+    with pytest.raises(ValueError, match=f"layer has a {type(processor).__name__}, which cannot be combined"):
+        with_kernel(processor, "layer", backbone.joint, ForwardState())

@@ -1,0 +1,142 @@
+"""What a golden run is: a family of small pipelines, a method, and the arguments of a call."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from torch import Tensor
+
+from components import EVERYTHING, FAMILIES, lora_tensors, random_lora, seeded, text_loras
+from flux import FLUX
+from flux2 import FLUX2
+from krea2 import KREA2
+from lora_compose import ComposePipeline, Concept
+from lora_compose.compose.playground.assets import playground_lora, playground_model
+from lora_compose.pipelines.methods import make_method
+from transformer_families import TOKENS, as_file, lokr_of_all, random_lora_of_all
+from z_image import Z_IMAGE
+
+PROMPT = "a sks cat and a zwx dog on grass"
+LEFT, RIGHT, WIDE = (0, 0, 60, 128), (64, 10, 128, 120), (30, 20, 128, 128)
+BOXES = {"cat": LEFT, "dog": RIGHT}
+TRANSFORMERS = {"flux": FLUX, "flux2": FLUX2, "krea2": KREA2, "z-image": Z_IMAGE}
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One run.
+
+    Attributes:
+        family: A name in `PIPELINES`.
+        method: Its name.
+        settings: What differs from the defaults.
+        fields: Fields of the concepts, by name.
+        arguments: Of the call.
+        scheduler: In place of the pipeline's own.
+        cheap: Whether the default suite runs it.
+    """
+
+    family: str
+    method: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"cat": {}, "dog": {}})
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: Any = None
+    cheap: bool = False
+
+    def latents(self) -> Tensor:
+        """What the run gives. Shape: [images, channels, height, width]."""
+        pipe = PIPELINES[self.family]()
+        given: dict[str, Any] = {
+            "prompt": PROMPT, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "latent",
+            "generator": seeded(3), "height": 128, "width": 128,
+        }  # fmt: skip
+        if self.family in TRANSFORMERS:
+            del given["guidance_scale"]  # which each family means in its own way
+            given |= {"max_sequence_length": TOKENS, **TRANSFORMERS[self.family].unguided}
+        made = {name: value(pipe) if callable(value) else value for name, value in self.arguments.items()}
+        concepts = [Concept(name=name, **fields) for name, fields in self.fields.items()]
+        method = make_method(self.method, self.settings) if self.method else None
+        before = pipe.scheduler
+        pipe.scheduler = self.scheduler.from_config(before.config) if self.scheduler else before
+        try:
+            return pipe(**{**given, "concepts": concepts, "method": method, **made}).images
+        finally:
+            pipe.scheduler = before
+
+
+def boxed(**more: Any) -> dict[str, dict[str, Any]]:
+    """Two concepts with a box each."""
+    return {name: {"region": box, **more} for name, box in BOXES.items()}
+
+
+def small(family: str) -> Any:
+    """A tiny pipeline with four concepts of random LoRAs on every kind of layer."""
+    pipe = FAMILIES[family]()
+    words = {"cat": ("sks", "cat"), "dog": ("zwx", "dog"), "bear": ("xlo", "bear"), "style": (None, None)}
+    with TemporaryDirectory() as folder:
+        for seed, (name, (trigger, class_word)) in enumerate(words.items()):
+            loras = {"unet": random_lora(pipe.unet, seed, targets=EVERYTHING, size=0.15), **text_loras(pipe, 5 + seed)}
+            path = Path(folder) / f"{name}.safetensors"
+            save_file(lora_tensors(**loras), path)
+            pipe.load_concept(path, trigger=trigger, class_word=class_word)
+    return pipe
+
+
+def playground() -> Any:
+    """The trained model of the repository with two of its LoRAs, ordinary and trained with TARA."""
+    pipe = ComposePipeline.from_pretrained(playground_model())
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("cat", "dog", "cat-tara", "dog-tara"):
+        pipe.load_concept(playground_lora(name), name=name)
+    return pipe
+
+
+def transformer(family: str) -> Any:
+    """A tiny pipeline with three concepts of random LoRAs on every linear layer, and with a LoKr."""
+    pipe = TRANSFORMERS[family].pipeline()
+    words = {"cat": ("sks", "cat"), "dog": ("zwx", "dog"), "style": (None, None), "kron": ("sks", "cat")}
+    with TemporaryDirectory() as folder:
+        for seed, (name, (trigger, class_word)) in enumerate(words.items()):
+            path = Path(folder) / f"{name}.safetensors"
+            low_rank = as_file(random_lora_of_all(pipe.transformer, seed))
+            save_file(lokr_of_all(pipe.transformer) if name == "kron" else dict(low_rank), path)
+            pipe.load_concept(path, trigger=trigger, class_word=class_word)
+    return pipe
+
+
+PIPELINES: Mapping[str, Callable[[], Any]] = {
+    "sd": cache(lambda: small("sd")),
+    "sdxl": cache(lambda: small("sdxl")),
+    "playground": cache(playground),
+    **{name: cache(partial(transformer, name)) for name in TRANSFORMERS},
+}
+
+
+def squares(size: int = 128) -> Image.Image:
+    """A control image."""
+    image = Image.new("RGB", (size, size), "navy")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((20, 30, 70, 110), fill="white")
+    draw.ellipse((60, 10, 120, 70), fill="orange")
+    return image
+
+
+@cache
+def mask_file() -> str:
+    """A mask image (white = inside)."""
+    path = Path(_folder().name) / "mask.png"
+    image = Image.new("L", (128, 128))
+    ImageDraw.Draw(image).ellipse((50, 20, 120, 120), fill=255)
+    image.save(path)
+    return str(path)
+
+
+@cache
+def _folder() -> TemporaryDirectory:
+    return TemporaryDirectory()
