@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import warnings
 import zipfile
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.formats.keys import Part, bundled_embedding, parse
 from lora_compose.pipelines.formats.safetensors_reader import (
+    MAX_BYTES,
     MAX_HEADER,
     MAX_TENSORS,
     DamagedError,
@@ -120,7 +122,7 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
     digest = hashlib.sha256()
     with _opened(path) as file:
         if pickled:
-            content = file.read()
+            content = _content(path, file)
             digest.update(content)
             metadata, found = {}, _unpickled(path, content)
         else:
@@ -225,6 +227,13 @@ def check_words(path: Path, shapes: Mapping[str, Sequence[int]]) -> Sequence[str
     if len(words) > MAX_WORDS:
         raise LoraError(f"{path.name} bundles {len(words)} words (textual inversions); expected at most {MAX_WORDS}")
     return list(words)
+
+
+def _content(path: Path, file: BufferedReader) -> bytes:
+    """A whole file, if it is not too large; it may claim more than is stored."""
+    if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+        raise LoraError(f"{path.name} has {size / 2**30:.1f} GiB; a LoRA has at most {MAX_BYTES >> 30} GiB")
+    return file.read()
 
 
 def _unpickled(path: Path, content: bytes) -> dict[str, Tensor]:
