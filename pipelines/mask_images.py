@@ -5,16 +5,19 @@ No torch is needed, and numpy only for arrays and tensors: fields of concepts ar
 
 import base64
 import binascii
+import os
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from lora_compose.pipelines.regular import open_regular
 
 PIXEL_LIMIT = 64 * 2**20
+SIDE_LIMIT = 2**15  # pixels; Pillow keeps a pointer to each row, which in narrow images need more than the pixels
+FILE_LIMIT = 256 * 2**20  # bytes; some parts of a file are read whole, whatever the size of the image
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 URI_PREFIX = "data:image/png;base64,"
 
@@ -54,7 +57,7 @@ def read_mask_image(given: Any, size: tuple[int, int]) -> Image.Image:
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:
-    """Opens an image file.
+    """Opens an image file, upright as `upright_image`.
 
     Args:
         path: The file.
@@ -64,15 +67,31 @@ def open_image(path: str | Path, what: str) -> Image.Image:
         ValueError: If it is missing, unreadable or too large.
     """
     try:
-        with open_regular(Path(path).expanduser()) as file, Image.open(file, formats=FORMATS) as image:
-            bounded(image, "it")
-            image.load()
-            return image.copy()
+        with open_regular(Path(path).expanduser()) as file:
+            return upright_image(file)
     except FileNotFoundError as error:
         raise ValueError(f"there is no {what} {str(path)!r}; expected a {', '.join(FORMATS)} file") from error
     except Exception as error:  # images are not trusted, and Pillow raises many kinds of errors for damaged ones
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise ValueError(f"the {what} {str(path)!r} cannot be read: {reason}") from error
+
+
+def upright_image(file: BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Decodes an image, and turns it as its EXIF orientation says; every image that a user gives is opened here.
+
+    Args:
+        file: The image. Images are not trusted: sizes are judged by the header, before anything is decoded.
+        formats: Pillow's names of those that are expected.
+
+    Raises:
+        ValueError: If it is too large.
+        Exception: Pillow raises many kinds for what is damaged or no image.
+    """
+    if (size := file.seek(0, os.SEEK_END)) > FILE_LIMIT:
+        raise ValueError(f"it has {size} bytes; expected at most {FILE_LIMIT}")
+    file.seek(0)
+    with Image.open(file, formats=list(formats)) as image:
+        return ImageOps.exif_transpose(bounded(image, "it"))
 
 
 def greys(image: Image.Image) -> Image.Image:
@@ -154,10 +173,7 @@ def from_uri(text: str) -> Image.Image:
     """
     try:
         data = base64.b64decode(text.removeprefix(URI_PREFIX), validate=True)
-        with Image.open(BytesIO(data), formats=("PNG",)) as image:
-            bounded(image, "it")
-            image.load()
-            return image.copy()
+        return upright_image(BytesIO(data), ("PNG",))
     except binascii.Error as error:
         raise ValueError(f"a mask given as text ({URI_PREFIX}...) is damaged: {error}") from error
     except Exception as error:  # as for files
@@ -170,6 +186,8 @@ def bounded(image: Image.Image, what: str) -> Image.Image:
     Raises:
         ValueError: If not.
     """
+    if max(image.size) > SIDE_LIMIT:
+        raise ValueError(f"{what} has {image.width} x {image.height} pixels; expected at most {SIDE_LIMIT} a side")
     if not 0 < image.width * image.height <= PIXEL_LIMIT:
         raise ValueError(f"{what} has {image.width} x {image.height} pixels; expected at most {PIXEL_LIMIT} in all")
     if image.mode[0] in "IF":

@@ -48,5 +48,5 @@ def shapes_of(known: dict[str, Any]) -> dict[str, list[int]]:
 def file_of(known: dict[str, Any], value: float = 1.0) -> LoraFile:
     """The file as read; its tensors hold one number, and take no memory."""
     shapes, path = shapes_of(known), Path("it.safetensors")
-    found: dict[str, Tensor] = {key: torch.tensor(value).expand(shapes[key]) for key in wanted_keys(path, [*shapes])}
+    found: dict[str, Tensor] = {key: torch.tensor(value).expand(shapes[key]) for key in wanted_keys(path, shapes)}
     return lora_file(path, "", known["metadata"], found)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lora_compose.compose.batch.settings import BatchSettings, Seeds
 from lora_compose.compose.batch.tables import SUFFIXES as TABLES
@@ -24,8 +24,16 @@ from lora_compose.pipelines.concepts.sources import files_of
 from lora_compose.pipelines.scene import Concept, Scene
 
 _SCENES = (".yaml", ".yml", ".json")
+MOST_NAME_BYTES = 200
+"""Bytes of a name: with seed, number and suffix, file systems take 255."""
 _MOST_BYTES = 64 * 2**20  # of a batch file in JSON
 _OWN = ("name", "seed", "seeds")
+
+
+def _short_enough(name: str) -> str:
+    if (size := len(name.encode())) > MOST_NAME_BYTES:
+        raise ValueError(f"as a file name it has {size} bytes; expected at most {MOST_NAME_BYTES}: give a shorter one")
+    return name
 
 
 class _Named(BaseModel):
@@ -33,7 +41,7 @@ class _Named(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(pattern=r"^\w[\w .,+-]{0,99}$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w .,+-]{0,99}$"), AfterValidator(_short_enough)]
     seeds: Seeds | None = None
 
 

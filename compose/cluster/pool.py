@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import ray  # pyright: ignore[reportMissingImports]
 import torch
+from ray._private import ray_constants  # pyright: ignore[reportMissingImports]
 from ray.exceptions import RayError, RayTaskError  # pyright: ignore[reportMissingImports]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # pyright: ignore[reportMissingImports]
 
@@ -29,7 +30,7 @@ from lora_compose.compose.generate.machine import versions
 from lora_compose.compose.support.errors import error_text
 from lora_compose.compose.support.terminal import echo, err
 
-LOCAL = "local"
+LOCAL, LOOPBACK = "local", "127.0.0.1"
 TRIES = 3
 """Number of workers that die of a call, or one after the other before they are open, before it is given up."""
 
@@ -37,6 +38,10 @@ PATIENCE = 300.0
 """Seconds without room for any worker after which the driver gives up."""
 
 SECONDS_TO_ANSWER = 10.0
+
+# How HTTP/2, and so gRPC, begins on both sides (RFC 9113, 3.4): its preface, then a frame of settings.
+_SETTINGS = b"\x04"
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + _SETTINGS + bytes(5)
 
 Opening = Callable[[Node], Any]
 """Opens what a worker works with. Pickled: a function of a module, or a `partial` of one."""
@@ -72,8 +77,12 @@ def connected(address: str) -> Iterator[None]:
     ours = not ray.is_initialized()
     if ours:
         _check_reachable(address)
-        dashboard = {"include_dashboard": False} if address == LOCAL else {}
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == LOCAL:
+            with _on_loopback():
+                ray.init(address, _node_ip_address=LOOPBACK, include_dashboard=False, **quiet)
+        else:
+            ray.init(address, **quiet)
     try:
         yield
     finally:
@@ -81,13 +90,32 @@ def connected(address: str) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Inside this block a cluster that is started listens on this machine alone.
+
+    Ray takes the address of a network for 127.0.0.1, so that other nodes can join, unless it is told that there are
+    none; it has an environment variable for that, which is read when ray is imported.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def _check_reachable(address: str) -> None:
-    """Raises OSError if nothing answers at HOST:PORT, which Ray itself would try for many minutes."""
+    """Raises OSError if no gRPC server answers at HOST:PORT, which Ray itself would try for many minutes."""
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
         return
     try:
-        socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+        with socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):  # otherwise it waits for a handshake with keys
+                connection.sendall(_HELLO)
+                if connection.recv(4)[3:] != _SETTINGS:
+                    raise OSError("what answers there is no Ray cluster")
     except OSError as error:
         raise ConnectionError(
             f"there is no Ray cluster at {address}: {error.strerror or error}; `ray start --head` starts one and "

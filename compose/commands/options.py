@@ -21,7 +21,7 @@ from lora_compose.pipelines.scene import Concept, ControlFile, IPAdapterFile, Ru
 LAST_SEED = 2**63 - 1
 _EDGE = r"\s*(\d{1,9}|\d?\.\d{1,9}|\d\.)\s*"
 _BOX = re.compile(rf"\(?{_EDGE}([,:]){_EDGE}\2{_EDGE}\2{_EDGE}\)?")
-_RAY = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
+_RAY = re.compile(r"local|auto|[^\s:/]+:\d{1,5}")
 _CONCEPT_FIELDS = {
     "path": "lora", "name": "name", "trigger": "trigger", "class": "class_word", "weight": "weight", "region": "region",
     "role": "role", "alpha": "alpha", "blocks": "blocks", "prompt": "prompt", "negative": "negative_prompt",
@@ -133,6 +133,11 @@ def check_ray(address: str | None) -> None:
     """Raises ValueError if a Ray cluster is to be used and its address is none, or Ray is not installed."""
     if address is None:
         return
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"--ray {address}: Ray Client is not supported; start the command on a node of the cluster, with "
+            "--ray HOST:PORT as `ray start` prints it, or --ray auto"
+        )
     if not _RAY.fullmatch(address):
         raise ValueError(
             f"--ray {address}: expected local, auto (that of this machine) or HOST:PORT, e.g. 10.0.0.1:6379"

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import StringIO
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_lora, playground_references
 from lora_compose.compose.support.terminal import bar
@@ -173,9 +175,9 @@ def read_votes(out: Path) -> tuple[dict[str, str], dict[str, str]]:
     Raises:
         ValueError: For unknown verdicts.
     """
-    key = json.loads((out / "key.json").read_text(encoding="utf-8"))
-    with (out / "votes.csv").open(encoding="utf-8", newline="") as file:
-        votes = {row["number"]: row["verdict"].strip() for row in csv.DictReader(file)}
+    key = json.loads(read_whole(out / "key.json"))
+    table = StringIO(read_whole(out / "votes.csv").decode(), newline="")
+    votes = {row["number"]: row["verdict"].strip() for row in csv.DictReader(table)}
     wrong = {number: verdict for number, verdict in votes.items() if verdict not in VERDICTS or number not in key}
     if wrong:
         number, verdict = next(iter(wrong.items()))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lora_compose.attention.masks import Box
@@ -15,12 +15,14 @@ from lora_compose.compose.evaluation.encoders import Encoder
 from lora_compose.compose.evaluation.metrics import assign, clip_i, clip_t, similarity_matrix
 from lora_compose.compose.evaluation.results import ConceptScore, ImageScores
 from lora_compose.compose.evaluation.suite import Suite, SuiteConcept, SuiteScene
+from lora_compose.compose.files.reading import read_whole
 from lora_compose.compose.playground.assets import PLAYGROUND, playground_references
+from lora_compose.pipelines.mask_images import upright_image
+from lora_compose.pipelines.regular import open_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "captions.tsv"
 """The file beside reference images that may say where in them the concept is."""
-_PIXEL_LIMIT = 64 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,13 +164,11 @@ def reference_crop(path: Path, concept: str = "") -> Image.Image:
 
 def _opened(path: Path, where: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > _PIXEL_LIMIT:
-                raise ValueError(f"{where} has {image.width} x {image.height} pixels, which is too large")
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with open_regular(path) as file:
+            return upright_image(file).convert("RGB")
     except FileNotFoundError as error:
         raise ValueError(f"{where} is missing") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises many kinds of errors for damaged images
         raise ValueError(f"{where} cannot be read: {error}") from error
 
 
@@ -178,7 +178,7 @@ def _recorded_boxes(folder: Path) -> dict[str, Box]:
     if not path.is_file():
         return {}
     boxes = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_whole(path).decode().splitlines():
         cells = line.split("\t")
         if len(cells) == 3 and len(edges := cells[2].split()) == 3:
             left, top, side = map(int, edges)

@@ -5,6 +5,7 @@ the lock when the writer dies, however it dies, so the next writer in this folde
 them.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -50,11 +51,15 @@ def write_new(path: Path, data: Content, free_path: Callable[[Path], Path]) -> P
         OSError: If it cannot be written; the error names `path`.
     """
     with _part(path, data) as part:
+        taken = None
         while True:
             free = free_path(path)
+            if free == taken:
+                raise FileExistsError(errno.EEXIST, "there is something of that name already", str(free))
             try:
                 os.link(part, free)  # unlike a rename, fails if another process was faster
             except FileExistsError:
+                taken = free
                 continue
             except OSError:  # a file system without links
                 part.replace(free)

@@ -20,14 +20,13 @@ from lora_compose.compose.files.paths import free_path, located, moved, to_recor
 from lora_compose.compose.files.reading import FileError, open_file
 from lora_compose.compose.files.text import parse_json
 from lora_compose.compose.files.validation import validated
+from lora_compose.pipelines.mask_images import FILE_LIMIT, PIXEL_LIMIT, SIDE_LIMIT
 from lora_compose.pipelines.scene import Run
 
 RECORD_KEY = "lora-compose"
 
 _MIB = 2**20
 _RECORD_LIMIT = 8 * _MIB  # characters; the largest scene file fits, whatever its characters
-_IMAGE_LIMIT = 256 * _MIB  # bytes of an image file
-_PIXEL_LIMIT = 64 * _MIB
 
 
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -153,11 +152,11 @@ def read_pixels(path: str | Path) -> Image.Image:
 @contextmanager
 def _opened(file: BinaryIO, where: str) -> Iterator[Image.Image]:
     try:
-        if file.seek(0, os.SEEK_END) > _IMAGE_LIMIT:
-            raise FileError(f"{where} is larger than {_IMAGE_LIMIT} bytes; an image of lora-compose is smaller")
+        if file.seek(0, os.SEEK_END) > FILE_LIMIT:
+            raise FileError(f"{where} is larger than {FILE_LIMIT} bytes; an image of lora-compose is smaller")
         file.seek(0)
         with Image.open(file, formats=("PNG",)) as image:
-            if image.width * image.height > _PIXEL_LIMIT:
+            if image.width * image.height > PIXEL_LIMIT or max(image.size) > SIDE_LIMIT:
                 raise FileError(
                     f"{where} has {image.width} x {image.height} pixels, too many for an image of lora-compose"
                 )

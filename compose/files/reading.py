@@ -8,9 +8,25 @@ from typing import BinaryIO
 from lora_compose.compose.support.names import file_near
 from lora_compose.pipelines.regular import open_regular
 
+FILE_LIMIT = 256 * 2**20
+"""Bytes of the largest file that is read whole, where nothing smaller is said."""
+
 
 class FileError(ValueError):
     """A file that cannot be read or written as asked; the message says where, what was expected and what was found."""
+
+
+def read_whole(path: Path, limit: int = FILE_LIMIT) -> bytes:
+    """The content of a file; of one that is too large, no more than the limit is read.
+
+    Raises:
+        FileError: If it is missing, unreadable, or has more bytes than the limit.
+    """
+    with open_file(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"{path} is larger than {limit} bytes")
+    return data
 
 
 @contextmanager

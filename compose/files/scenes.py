@@ -5,6 +5,7 @@ was expected and what was found.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,7 +69,7 @@ def write_run(run: Run, path: str | Path, *, overwrite: bool = False) -> None:
 
 def _write_model(model: Scene | Run, path: Path, overwrite: bool) -> None:
     as_json = is_json(path)
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:  # also a link that leads nowhere
         raise FileError(f"{path} exists already; choose another name")
     folder = path.parent.absolute()
     data = moved(model, lambda source: to_file(source, folder)).model_dump(mode="json", exclude_none=True)

@@ -6,7 +6,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from lora_compose.compose.files.atomic import write_whole
-from lora_compose.compose.files.reading import FileError
+from lora_compose.compose.files.reading import FILE_LIMIT, FileError
+from lora_compose.pipelines.regular import open_regular
 
 _Stored = TypeVar("_Stored", bound=BaseModel)
 
@@ -36,7 +37,11 @@ def read(path: Path, kind: type[_Stored]) -> _Stored | None:
         FileError: If it is unreadable or damaged.
     """
     try:
-        return kind.model_validate_json(path.read_bytes())
+        with open_regular(path) as file:
+            data = file.read(FILE_LIMIT + 1)
+        if len(data) > FILE_LIMIT:
+            raise FileError(f"{path} is larger than {FILE_LIMIT} bytes")
+        return kind.model_validate_json(data)
     except FileNotFoundError:
         return None
     except OSError as error:

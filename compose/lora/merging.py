@@ -1,6 +1,7 @@
 """Merges LoRA files: layers are matched by name, merged one after the other, and written at once."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -223,7 +224,7 @@ def check_free(path: Path, overwrite: bool) -> Path:
     """
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{str(path)!r} is not a LoRA file name; expected one that ends in .safetensors")
-    if path.is_dir() or (path.exists() and not overwrite):
+    if path.is_dir() or (os.path.lexists(path) and not overwrite):  # also a link that leads nowhere
         raise ValueError(f"{str(path)!r} is there already; choose another name, or add --overwrite")
     return path
 

@@ -5,12 +5,18 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from lora_compose.attention.device import uncompiled
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.playground.assets import PLAYGROUNDS, lora_source
 from lora_compose.compose.support.savers import OFFLOADS, Saver
+from lora_compose.pipelines.concepts.loading import Factors
 from lora_compose.pipelines.concepts.sources import moved_files
+from lora_compose.pipelines.formats.keys import PARTS
 from lora_compose.pipelines.scene import Concept, Run, Scene
 
 LIMIT = 2
@@ -72,6 +78,7 @@ class OpenModel:
         self.scheduler = type(pipe.scheduler).__name__
         self.seconds_per_flop: float | None = None
         self._pipe = pipe
+        self._models = _without_weights(pipe)
         self._queue: deque[object] = deque()
         self._changed = threading.Condition()
 
@@ -103,6 +110,15 @@ class OpenModel:
         if "unet" not in self._pipe.components:
             return self._pipe.family
         return _FAMILIES.get(self._pipe.unet.config.cross_attention_dim)
+
+    def read(self, concept: Concept) -> Factors:
+        """Reads and matches a concept's file without a turn; a run with it need not read it again.
+
+        Raises:
+            LoraError: If the file is unusable or does not fit the model.
+            OSError: If it cannot be read.
+        """
+        return self._pipe.library.read_ahead(self._models, concept, self._pipe.concept_memory)
 
     @contextmanager
     def turn(
@@ -180,6 +196,18 @@ class OpenModels:
 def _opened(choice: Choice) -> Any:
     scene = Scene(prompt="-")  # opening looks at the model's part of a run only
     return open_model(Run(scene=scene, model=choice.model, dtype=choice.dtype, device=choice.device), choice.memory)
+
+
+def _without_weights(pipe: Any) -> SimpleNamespace:
+    """The models that LoRAs change, as they are between calls, by name: layers and shapes without values."""
+    found = {}
+    for part in PARTS:
+        model = uncompiled(getattr(pipe, part, None))
+        if model is not None:
+            with torch.device("meta"):
+                new = getattr(type(model), "from_config", type(model))  # of diffusers, or of transformers
+                found[part] = new(model.config)
+    return SimpleNamespace(**found)
 
 
 def _unload_others(pipe: Any, concepts: Sequence[Concept]) -> None:

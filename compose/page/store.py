@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lora_compose.compose.figures.overlay import PALETTE
 from lora_compose.compose.files.images import Hashes, Record, read_pixels, record_in
@@ -29,7 +29,7 @@ from lora_compose.compose.playground.assets import (
 from lora_compose.pipelines.concepts.finding import find_file
 from lora_compose.pipelines.concepts.loading import LoraError, LoraFile, read_lora
 from lora_compose.pipelines.formats.recognise import guess_family
-from lora_compose.pipelines.mask_images import FORMATS, bounded, from_uri, greys
+from lora_compose.pipelines.mask_images import FORMATS, from_uri, greys, upright_image
 from lora_compose.pipelines.regular import sha256_of
 from lora_compose.pipelines.scene import Concept
 
@@ -48,7 +48,6 @@ MOST_FILES = 60
 SUFFIX = ".safetensors"
 _CHUNK = 2**20
 _THUMBNAIL_LIMIT = 2**20  # characters of an image in a file's metadata
-_THUMBNAIL_PIXELS = 4096 * 4096
 _SIDE = 96
 
 
@@ -189,8 +188,7 @@ class Store:
             raise FileError(f"{shown} is larger than {PNG_LIMIT // 2**20} MB, which is the maximum")
         data.seek(0)
         try:
-            with Image.open(data, formats=FORMATS) as found:
-                image = ImageOps.exif_transpose(bounded(found, "it")).convert("RGB")
+            image = upright_image(data).convert("RGB")
         except Exception as error:  # images are not trusted, and Pillow raises many kinds of errors for damaged ones
             raise FileError(f"{shown} cannot be read as an image; expected {', '.join(FORMATS)}") from error
         share = min(1.0, side / max(image.size))
@@ -372,8 +370,7 @@ def _embedded(uri: str | None) -> bytes | None:
     if not comma or not head.startswith("data:image/") or len(text) > _THUMBNAIL_LIMIT:
         return None
     try:
-        with Image.open(BytesIO(base64.b64decode(text)), formats=("PNG", "JPEG", "WEBP")) as image:
-            return _small(image.convert("RGB")) if image.width * image.height <= _THUMBNAIL_PIXELS else None
+        return _small(upright_image(BytesIO(base64.b64decode(text)), ("PNG", "JPEG", "WEBP")).convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, binascii.Error, Image.DecompressionBombError):
         return None
 

@@ -3,22 +3,23 @@
 import hashlib
 import logging
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from lora_compose.pipelines.mask_images import upright_image
+from lora_compose.pipelines.regular import open_regular
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "captions.tsv"
 _CAPTION_LIMIT = 2**20  # bytes of a file with captions
-_PIXEL_LIMIT = 2**26
 
 
 class DataError(ValueError):
@@ -78,17 +79,12 @@ def load_image(path: Path) -> Image.Image:
         DataError: If it is broken or too large.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as opened:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we have a limit of our own
-            if opened.width * opened.height > _PIXEL_LIMIT:
-                raise DataError(f"{path} has {opened.width} x {opened.height} pixels; at most {_PIXEL_LIMIT} are read")
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except DataError:
-        raise
+        with open_regular(path) as file:
+            image = upright_image(file)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except Exception as error:  # what a broken image raises depends on its format
         raise DataError(f"{path} is not a readable image (truncated or damaged?): {error}") from error
 

@@ -65,7 +65,7 @@ def train(settings: Training, *, on_step: OnStep | None = None, fresh: bool = Fa
         DivergedError: If the loss is not finite.
         OSError: If a checkpoint or the output cannot be written.
     """
-    if settings.out.exists() and not overwrite:
+    if os.path.lexists(settings.out) and not overwrite:  # also a link that leads nowhere
         raise FileExistsError(f"{settings.out} exists already; choose another name, or overwrite it with --overwrite")
     accelerator = _accelerator(settings)
     with threads(settings.threads) if settings.threads else nullcontext():

@@ -1,14 +1,14 @@
 """The concepts that a pipeline knows: loaded from files, added by name, or adapters of `load_lora_weights`."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.finding import find_file, local_path
-from lora_compose.pipelines.concepts.loading import LoraError, adapter_factors, match, read_lora
+from lora_compose.pipelines.concepts.loading import Factors, LoraError, adapter_factors, match, read_lora
 from lora_compose.pipelines.concepts.lru import Read, Recent
 from lora_compose.pipelines.concepts.merged import merge_matched, merger_for, without_tensors
 from lora_compose.pipelines.concepts.sources import Lora, files_of, shown, weighted
@@ -62,7 +62,11 @@ class ConceptLibrary:
         Raises:
             LoraError: If the file is unusable or does not fit the model.
         """
-        read = _read(pipe, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
+        usual = max_rank == MAX_RANK and not allow_pickle
+        read = self.recent.find(paths, _options(concept)) if usual else None
+        if read is None:
+            read = _read(pipe, concept, paths, max_rank=max_rank, allow_pickle=allow_pickle)
+        _warn_of_rest(read)
         logger.info("concept %s: %s", concept.name, read.factors.report)
         self.loaded[concept.name] = _loaded_concept(concept, read)
         return self.loaded[concept.name].concept
@@ -147,8 +151,30 @@ class ConceptLibrary:
     def _from_disk(self, pipe: Any, concept: Concept) -> LoadedConcept:
         """A concept whose files are read, unless they are still in memory."""
         paths = [find_file(source) for source in files_of(concept.lora)]
-        options = concept.alpha, concept.merge, tuple(weight for _, weight in weighted(concept.lora))
-        return _loaded_concept(concept, self.recent.get(paths, options, lambda: _read(pipe, concept, paths)))
+
+        def read() -> Read:
+            found = _read(pipe, concept, paths)
+            _warn_of_rest(found)
+            return found
+
+        return _loaded_concept(concept, self.recent.get(paths, _options(concept), read))
+
+    def read_ahead(self, models: Any, concept: Concept, memory: int) -> Factors:
+        """Reads a concept's file and matches it, so that the next call with it need not; for any thread.
+
+        Args:
+            models: The models of the pipeline, or others of their names and shapes, without weights: so the pipeline
+                may be in use meanwhile.
+            concept: With one file.
+            memory: Bytes of read files that stay in memory.
+
+        Raises:
+            LoraError: If the file is unusable or does not fit the models.
+        """
+        paths = [find_file(source) for source in files_of(concept.lora)]
+        found = self.recent.get(paths, _options(concept), lambda: _read(models, concept, paths))
+        self.recent.trim(memory, keep=1)
+        return found.factors
 
 
 def adapters_of(pipe: Any) -> set[str]:
@@ -173,9 +199,18 @@ def _read(
         weights = [weight for _, weight in weighted(concept.lora)]
         merged = merge_matched(pipe, files, matched, weights, merger)
         read = Read(tuple(map(without_tensors, files)), merged)
-    if not read.factors.complete:
-        logger.warning("%s: %s", " + ".join(file.path.name for file in files), read.factors.report)
     return read
+
+
+def _warn_of_rest(read: Read) -> None:
+    """Warns of what a LoRA does not use of its files, or not exactly."""
+    if not read.factors.complete:
+        logger.warning("%s: %s", " + ".join(file.path.name for file in read.files), read.factors.report)
+
+
+def _options(concept: Concept) -> Hashable:
+    """What decides, with its files, what a concept's LoRA is."""
+    return concept.alpha, concept.merge, tuple(weight for _, weight in weighted(concept.lora))
 
 
 def _in_files(source: str | Path | Iterable[str | Path | Concept]) -> Iterable[Concept]:

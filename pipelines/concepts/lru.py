@@ -1,6 +1,7 @@
 """LRU cache of LoRA files, bounded in bytes."""
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,10 +43,11 @@ class Read:
 
 
 class Recent:
-    """Cache of read files, ordered by use with the most recent at the end."""
+    """Cache of read files, ordered by use with the most recent at the end; for several threads."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Read] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def bytes(self) -> int:
@@ -60,11 +62,20 @@ class Recent:
             options: Options of reading; the content is cached for each combination.
             read: Reads it. If that fails, the cache is unchanged.
         """
-        key = *map(_identity, paths), options
-        if key not in self._kept:
-            self._kept[key] = read()
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        found = self.find(paths, options)
+        if found is None:
+            key, found = _key(paths, options), read()  # the key of before: a file that changes meanwhile is read again
+            with self._lock:
+                self._kept[key] = found
+        return found
+
+    def find(self, paths: Sequence[Path], options: Hashable) -> Read | None:
+        """The content of files that are in memory and have not changed on disk, otherwise None; as for `get`."""
+        key = _key(paths, options)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
 
     def trim(self, limit: int, keep: int) -> None:
         """Drops the least recently used files until the rest fits.
@@ -73,14 +84,21 @@ class Recent:
             limit: Bytes.
             keep: How many of the most recently used stay in any case.
         """
-        excess = self.bytes - limit
-        for key in list(self._kept)[: max(0, len(self._kept) - keep)]:
-            if excess <= 0:
-                break
-            read = self._kept.pop(key)
-            excess -= read.bytes
+        dropped = []
+        with self._lock:
+            excess = self.bytes - limit
+            for key in list(self._kept)[: max(0, len(self._kept) - keep)]:
+                if excess <= 0:
+                    break
+                dropped.append(self._kept.pop(key))
+                excess -= dropped[-1].bytes
+        for read in dropped:
             size, names = read.bytes / 2**20, " + ".join(str(file.path) for file in read.files)
             logger.debug("%s leaves the memory (%.1f MiB); its next use reads it again", names, size)
+
+
+def _key(paths: Sequence[Path], options: Hashable) -> Hashable:
+    return *map(_identity, paths), options
 
 
 def _identity(path: Path) -> tuple[Path, int, int, int]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -67,19 +68,25 @@ class TextualInversions:
         convert = pipe.maybe_convert_prompt  # the same for the user's own textual inversions
 
         @cache
-        def has_long_words(tokenizer: Any) -> bool:
-            return any(name.endswith("_1") for name in tokenizer.added_tokens_encoder)
+        def known_to(tokenizer: Any) -> tuple[Mapping[str, str], bool]:
+            added = tokenizer.added_tokens_encoder  # which is built anew each time that it is asked for
+            own: set[str] = set()
+            spelled = {}
+            for word in self.words:
+                names = [word, *takewhile(added.__contains__, (_further(word, i) for i in count(1)))]
+                own.update(names)
+                if len(names) > 1:
+                    spelled[word] = " ".join(names)
+            return spelled, any(name.endswith("_1") and name not in own for name in added)
 
         def expand(prompt: str | list[str], tokenizer: Any) -> Any:
             if isinstance(prompt, list):
                 return [expand(text, tokenizer) for text in prompt]
-            for word in self.words:
-                names = [word]
-                while (name := _further(word, len(names))) in tokenizer.added_tokens_encoder:
-                    names.append(name)
-                for start, end in reversed(find_words(word, prompt) if len(names) > 1 else []):
-                    prompt = prompt[:start] + " ".join(names) + prompt[end:]
-            return convert(prompt, tokenizer) if has_long_words(tokenizer) else prompt
+            spelled, users_have_several = known_to(tokenizer)
+            for word, tokens in spelled.items():
+                for start, end in reversed(find_words(word, prompt)):
+                    prompt = prompt[:start] + tokens + prompt[end:]
+            return convert(prompt, tokenizer) if users_have_several else prompt
 
         return expand
 
@@ -217,17 +224,20 @@ def _brought(concepts: Sequence[LoadedConcept], part: Part) -> dict[str, Tensor]
 
 def _with_words(tokenizer: Any, words: Mapping[str, int]) -> Any:
     """A copy of a tokenizer with so many tokens for each word."""
-    copied, known = copy.deepcopy(tokenizer), len(tokenizer)
-    for word, count in words.items():
+    copied, known, tokens = copy.deepcopy(tokenizer), tokenizer.get_vocab().keys(), {}
+    for word, number in words.items():
         # Whole words, as `find_words` has them.
         alone = bool(re.match(r"\w", word) and re.search(r"\w$", word))
-        names = [word, *(_further(word, i) for i in range(1, count))]
-        known += count
-        if copied.add_tokens([AddedToken(name, single_word=alone) for name in names]) != count or len(copied) != known:
-            raise ValueError(
-                f"the tokenizer knows {word!r} already, so a LoRA file cannot add it; if it comes from a "
-                f"textual inversion, call `unload_textual_inversion({word!r})`"
-            )
+        for name in [word, *(_further(word, i) for i in range(1, number))]:
+            if name in known or name in tokens:
+                raise ValueError(
+                    f"the tokenizer knows {word!r} already, so a LoRA file cannot add it; if it comes from a "
+                    f"textual inversion, call `unload_textual_inversion({word!r})`"
+                )
+            tokens[name] = AddedToken(name, single_word=alone)
+    copied.add_tokens(list(tokens.values()))  # all at once: each time, it counts the tokens that it has
+    if len(copied) != len(tokenizer) + len(tokens):
+        raise ValueError(f"the tokenizer does not take all words of the LoRA files: {', '.join([*words][:3])}, ...")
     return copied
 
 

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader, BytesIO
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lora_compose.pipelines.formats.keys import Part, bundled_embedding, parse
 from lora_compose.pipelines.formats.safetensors_reader import (
+    MAX_BYTES,
     MAX_HEADER,
     MAX_TENSORS,
     DamagedError,
@@ -30,6 +32,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SCALARS = (".alpha", ".scalar")
 _WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)  # some trainers store alphas as integers
 _MAX_KEY = 256  # characters; bounded for the same reason as `MAX_TENSORS`
+MAX_WORDS = 100
+"""The most words (textual inversions) that a file may bundle; usual are one to ten. Prompts are searched for each."""
+MAX_VECTORS = 75
+"""The most vectors of a bundled word: so many tokens a text encoder reads at once."""
+_BY_LAYER = "new_concept_embedding."  # a word's vectors are those of the layers that read it
 # Configurations that PEFT writes beside its file, not into it.
 PEFT_FILE, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 
@@ -84,8 +91,8 @@ def read_words(path: Path) -> tuple[str | None, str | None]:
     """
     with _opened(path) as file:
         header = read_header(file)
-    found = [known[0] for key in header.entries if (known := bundled_embedding(key)) is not None]
-    return _trigger(header.metadata, dict.fromkeys(found)), header.metadata.get("class_word") or None
+    words = check_words(path, {key: entry.shape for key, entry in header.entries.items()})
+    return _trigger(header.metadata, words), header.metadata.get("class_word") or None
 
 
 def trained_with(path: Path) -> str | None:
@@ -115,13 +122,14 @@ def read_lora(path: Path, *, allow_pickle: bool = False) -> LoraFile:
     digest = hashlib.sha256()
     with _opened(path) as file:
         if pickled:
-            content = file.read()
+            content = _content(path, file)
             digest.update(content)
             metadata, found = {}, _unpickled(path, content)
         else:
             header = read_header(file)
             metadata = dict(header.metadata)
-            found = read_tensors(file, header, wanted_keys(path, list(header.entries)), digest)
+            shapes = {key: entry.shape for key, entry in header.entries.items()}
+            found = read_tensors(file, header, wanted_keys(path, shapes), digest)
     return lora_file(path, digest.hexdigest(), metadata, found)
 
 
@@ -165,12 +173,13 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
         raise LoraError(f"{path.name} cannot be read: {error.strerror or error}") from error
 
 
-def wanted_keys(path: Path, keys: list[str]) -> list[str]:
+def wanted_keys(path: Path, shapes: Mapping[str, Sequence[int]]) -> list[str]:
     """The keys to read; from a whole model with LoRA layers inside, only those of the LoRA.
 
     Raises:
-        LoraError: If there is no key of a LoRA.
+        LoraError: If there is no key of a LoRA, or more keys or words than a LoRA has.
     """
+    keys = list(shapes)
     longest = max(map(len, keys), default=0)
     if len(keys) > MAX_TENSORS or longest > _MAX_KEY:
         raise LoraError(
@@ -192,7 +201,39 @@ def wanted_keys(path: Path, keys: list[str]) -> list[str]:
             f"{path.name} is not a LoRA: expected keys with lora_A/lora_B, lora_down/lora_up, hada or lokr, "
             f"found {shown}"
         )
+    check_words(path, shapes)
     return keys
+
+
+def check_words(path: Path, shapes: Mapping[str, Sequence[int]]) -> Sequence[str]:
+    """The words that a file bundles, checked by the shapes of their vectors.
+
+    Raises:
+        LoraError: If they are no vectors, or too many.
+    """
+    words: dict[str, None] = {}
+    for key, shape in shapes.items():
+        if (known := bundled_embedding(key)) is None:
+            continue
+        words[known[0]] = None
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise LoraError(f"{path.name}: the embedding {key} has shape {list(shape)}; expected vectors")
+        by_layer = key.startswith(_BY_LAYER)  # compared with the model's layers when it is matched
+        if len(shape) == 2 and shape[0] > MAX_VECTORS and not by_layer:
+            raise LoraError(
+                f"{path.name}: the word {known[0]!r} has {shape[0]} vectors; expected at most {MAX_VECTORS}, as many "
+                "tokens as a text encoder reads at once"
+            )
+    if len(words) > MAX_WORDS:
+        raise LoraError(f"{path.name} bundles {len(words)} words (textual inversions); expected at most {MAX_WORDS}")
+    return list(words)
+
+
+def _content(path: Path, file: BufferedReader) -> bytes:
+    """A whole file, if it is not too large; it may claim more than is stored."""
+    if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+        raise LoraError(f"{path.name} has {size / 2**30:.1f} GiB; a LoRA has at most {MAX_BYTES >> 30} GiB")
+    return file.read()
 
 
 def _unpickled(path: Path, content: bytes) -> dict[str, Tensor]:
@@ -211,7 +252,8 @@ def _unpickled(path: Path, content: bytes) -> dict[str, Tensor]:
         if any(key.startswith(outer) for key in found):
             found = {key.removeprefix(outer): t for key, t in found.items() if key.startswith(outer)}
             break
-    return {key: found[key] for key in wanted_keys(path, list(found))}
+    shapes = {key: tensor.shape for key, tensor in found.items()}
+    return {key: found[key] for key in wanted_keys(path, shapes)}
 
 
 def _check_archive(path: Path, content: bytes) -> None:
@@ -300,8 +342,6 @@ def _embeddings(path: Path, found: Mapping[str, Tensor]) -> dict[str, dict[Part,
     for key, tensor in found.items():
         if (known := bundled_embedding(key)) is not None:
             vectors = tensor[None] if tensor.ndim == 1 else tensor
-            if vectors.ndim != 2 or 0 in vectors.shape:
-                raise LoraError(f"{path.name}: the embedding {key} has shape {list(tensor.shape)}; expected vectors")
-            by_layer = key.startswith("new_concept_embedding.")
+            by_layer = key.startswith(_BY_LAYER)
             words.setdefault(known[0], {})[known[1]] = vectors[None] if by_layer else vectors[:, None]
     return words

@@ -24,6 +24,9 @@ MAX_HEADER = 8 << 20
 MAX_TENSORS = 20_000
 """The most tensors that a file may have: every name is searched for patterns, which takes time."""
 
+MAX_BYTES = 4 << 30
+"""The most bytes of the tensors that are read: they are all in memory at once."""
+
 MAX_DIMENSIONS = 8
 """The most dimensions of a tensor; convolutions have four or five."""
 
@@ -141,6 +144,11 @@ def read_tensors(file: BufferedReader, header: Header, wanted: Collection[str], 
         _check(key, header.entries[key])
     digest.update(header.raw)
     kept = {key: entry for key, entry in header.entries.items() if key in wanted}
+    if (size := sum(entry.stop - entry.start for entry in kept.values())) > MAX_BYTES:
+        raise ValueError(
+            f"its tensors have {size / 2**30:.1f} GiB; at most {MAX_BYTES >> 30} GiB are read: store them in float16, "
+            "or at a lower rank"
+        )
     starts = list(accumulate((_aligned(entry.stop - entry.start) for entry in kept.values()), initial=0))
     whole = torch.empty(starts.pop(), dtype=torch.uint8)  # one block: hundreds of small ones fragment the memory
     inside, found = dict(zip(kept, starts, strict=True)), {}

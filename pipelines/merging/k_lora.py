@@ -7,11 +7,11 @@ the style afterwards.
 
 A file has no steps. Each layer here gets the mean over them: the subject by the share of the steps that it wins, the
 style by the rest. Deviations from the authors' code: alpha counts, all layers of the files take part, and layers whose
-ratio is more than ten times the median or less than a tenth of it do not count in g. Changes are built whole here, one
-at a time.
+ratio is more than ten times the median or less than a tenth of it do not count in g. All entries of a change are looked
+at, some rows at a time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from lora_compose.pipelines.merging.merger import Changes, MergeLayer, Merger, c
 
 _START, _RISE = 0.5, 1.5  # the style's factor over the steps
 _OUTLIER = 10.0
+_MOST_ENTRIES = 2**30  # of a layer; files can have any with two thin factors, and looking at more takes minutes
+_AT_ONCE = 2**24  # entries
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class KLora(Merger):
         check_positive("balance", self.balance)
 
     def start(self, layers: Iterable[Changes]) -> MergeLayer:
-        """Compares the two over all layers first."""
+        """Compares the two over all layers first.
+
+        Raises:
+            ValueError: If a layer is too large.
+        """
         ratios = (absolute_ratio(*changes) for changes in layers)
         level = mean_ratio([ratio for ratio in ratios if ratio])
 
@@ -56,7 +62,7 @@ def absolute_ratio(subject: LoraFactors, style: LoraFactors) -> float:
     """The sum of the subject's absolute entries over that of the style's; 0 where one does not change the layer."""
     if not subject.rank or not style.rank:
         return 0.0
-    one, other = (float(change.delta().abs().sum(dtype=torch.float64)) for change in (subject, style))
+    one, other = (sum(float(rows.sum(dtype=torch.float64)) for rows in _entries(change)) for change in (subject, style))
     return one / other if other else 0.0
 
 
@@ -87,5 +93,21 @@ def subject_share(subject: LoraFactors, style: LoraFactors, level: float) -> flo
 
 
 def _largest(change: LoraFactors, count: int) -> float:
-    entries = change.delta().abs().flatten()
-    return float(entries.topk(min(count, len(entries))).values.sum(dtype=torch.float64))
+    largest = torch.zeros(0)
+    for rows in _entries(change):
+        largest = torch.cat([largest, rows.topk(min(count, len(rows))).values])
+        largest = largest.topk(min(count, len(largest))).values
+    return float(largest.sum(dtype=torch.float64))
+
+
+def _entries(change: LoraFactors) -> Iterator[torch.Tensor]:
+    """The absolute entries of a change, some rows at a time. Shape: [entries]."""
+    up, down = change.scale * change.up.flatten(1).float(), change.down.flatten(1).float()
+    outputs, inputs = len(up), down.shape[1]
+    if outputs * inputs > _MOST_ENTRIES:
+        raise ValueError(
+            f"k-lora looks at every entry of a change, and one is {outputs} x {inputs}; expected at most "
+            f"{_MOST_ENTRIES} entries in a layer"
+        )
+    for rows in up.split(max(1, _AT_ONCE // inputs)):
+        yield (rows @ down).abs().flatten()

@@ -42,12 +42,32 @@ def divided(
     found = [n for n, region in enumerate(given) if not region.any()]
     if not found:
         return masks
-    if not free.any():
+    if (cells := int(free.sum())) < len(found):
         names = ", ".join(subjects[n].name for n in found)
-        raise ValueError(f"the given regions leave no part of the canvas for {names}")
+        raise ValueError(
+            f"the given regions and the mask leave {cells} cells of the latents for {names}, which need one each; "
+            "give smaller regions, a larger image, or fewer concepts"
+        )
     here = F.adaptive_avg_pool2d(free[None], (maps.shape[1], maps.shape[2]))[0]
     centres = centres_of(smooth(maps[found]) * here, [(subjects[n].class_word or "").lower() for n in found], threshold)
-    masks[found] = divide(centres, free)
+    masks[found] = _seated(divide(centres, free), centres, free)
+    return masks
+
+
+def _seated(masks: Tensor, centres: Tensor, free: Tensor) -> Tensor:
+    """A division in which every subject has a cell: one without takes the nearest of those that have several.
+
+    There are such where many subjects share a small canvas, or two have the same centre. Args and shape: as `strips`.
+    """
+    sides = torch.tensor(free.shape)
+    cells = torch.stack(torch.meshgrid(*(torch.arange(int(side)) + 0.5 for side in sides), indexing="ij"), dim=-1)
+    for n in (~masks.flatten(1).any(dim=1)).nonzero()[:, 0].tolist():
+        several = masks.sum(dim=(1, 2), keepdim=True) > 1
+        away = (cells - centres[n] * sides).square().sum(dim=-1)
+        taken = int(torch.where((masks * several).any(dim=0), away, torch.inf).argmin())
+        row, column = divmod(taken, masks.shape[2])
+        masks[:, row, column] = 0
+        masks[n, row, column] = 1
     return masks
 
 

@@ -53,7 +53,7 @@ def _card(session: PageSession, i: int, row: Row) -> None:
                       disabled=fields.has_schedule(row))  # fmt: skip
             with st.popover("More"):
                 _details(session, row)
-            st.button("Remove", key=f"do.remove.{row.number}", on_click=session.rows.remove, args=(row,),
+            st.button("Remove", key=f"do.remove.{row.number}", on_click=_remove, args=(session, row),
                       icon=":material/delete:")  # fmt: skip
         if about := _about(session, row):
             st.html(f'<div class="lc-file">{about}</div>')
@@ -66,6 +66,12 @@ def _card(session: PageSession, i: int, row: Row) -> None:
             st.error(f"This LoRA is missing: {markdown(row.wanted)}. Upload it, or remove the concept.")
         elif (fit := session.fit(row)) is not None and fit[2]:
             st.error("This LoRA does not fit the open model.", icon=":material/error:")  # reason: at the button
+
+
+def _remove(session: PageSession, row: Row) -> None:
+    """Removes a concept, unless an earlier press that the page had not shown yet has."""
+    if row in session.rows:
+        session.rows.remove(row)
 
 
 def _details(session: PageSession, row: Row) -> None:

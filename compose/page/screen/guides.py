@@ -25,7 +25,7 @@ def guides_part(session: PageSession) -> None:
             left, right = st.columns([1, 3], vertical_alignment="center", wrap=False)
             left.image(guide.image, width="stretch", alt=f"The image of the {kind}")
             right.caption(markdown(f"{kind} {Path(guide.model).name}, scale {guide.scale:g}"))
-            right.button("Remove", key=f"do.unguide.{number}", on_click=_remove, args=(session, number),
+            right.button("Remove", key=f"do.unguide.{number}", on_click=_remove, args=(session, guide),
                          icon=":material/delete:")  # fmt: skip
         if session.options.local:
             _more(session)
@@ -68,5 +68,6 @@ def _dropped(session: PageSession, key: str) -> None:
         discard([file])
 
 
-def _remove(session: PageSession, number: int) -> None:
-    del session.guides[number]
+def _remove(session: PageSession, guide: ControlFile | IPAdapterFile) -> None:
+    if guide in session.guides:  # otherwise an earlier press has removed it
+        session.guides.remove(guide)

@@ -221,7 +221,7 @@ class PageSession:
         return self._outlooks[key]
 
     def fit(self, row: Row) -> Fit | None:
-        """Whether a concept's LoRA fits the model; None while the model is in use."""
+        """Whether a concept's LoRA fits the model; None while files of other sessions are being read."""
         if row.lora is not None and (row.fit is None or row.fit[0] != self.model.choice):
             try:
                 row.fit = self.model.choice, *_fit(self.model, row.lora, row.alpha)
@@ -281,16 +281,15 @@ def choose_model(session: PageSession, choice: Choice) -> None:
 
 
 def _fit(model: OpenModel, lora: Lora, alpha: float | None) -> tuple[str, str]:
-    concept = lora.concept("it").model_copy(update={"alpha": alpha})
-    with checking(_PATIENCE), model.turn((), wait=False) as pipe:
+    concept = lora.concept("it").model_copy(update={"lora": lora_source(lora.source), "alpha": alpha})
+    with checking(_PATIENCE):
         try:
-            found = pipe.resolve_concepts([concept.model_copy(update={"lora": lora_source(lora.source)})])[0]
+            return model.read(concept).report, ""
         except (LoraError, OSError) as error:
             return "", _unfit(model, lora, error)
         except Exception as error:  # files are not trusted: whatever errors they cause, the page goes on
             logger.exception("a LoRA could not be looked at")
             return "", f"{lora.shown} cannot be used ({type(error).__name__})."
-    return found.factors.report, ""
 
 
 def _unfit(model: OpenModel, lora: Lora, error: Exception) -> str:

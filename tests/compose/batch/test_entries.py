@@ -249,3 +249,10 @@ def test_errors_in_settings_are_reported_before_anything_is_made(tmp_path: Path)
     assert "not valid YAML" in call("batch", bad, "--model", "playground", *out, code=2).output
     assert "are for tables" in call("batch", scene, "--template", scene, "--model", "playground", *out, code=2).output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_file_systems_do_not_take_is_a_bad_row(tmp_path: Path) -> None:
+    (path,) = written(tmp_path, rows_csv="name,prompt\n" + "\u732b" * 90 + ",a\n" + "\u732b" * 60 + ",b\n")
+    found = read_entries([path])
+    assert [one.scene.prompt for one in found.entries] == ["b"]
+    assert "270 bytes; expected at most 200" in found.bad[0].error

@@ -1,6 +1,8 @@
 """Workers on a Ray cluster that fail and die."""
 
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,43 @@ def test_an_address_where_nothing_answers() -> None:
 
     with pytest.raises(OSError, match=r"there is no Ray cluster at 127\.0"), connected(f"127.0.0.1:{free_port()}"):
         pass
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_an_address_that_accepts_and_is_no_cluster(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_compose.compose.cluster import pool
+
+    monkeypatch.setattr(pool, "SECONDS_TO_ANSWER", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, kept = server.getsockname()[1], []
+
+        def answer() -> None:
+            kept.append(server.accept()[0])
+            kept[0].sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(OSError, match="there is no Ray cluster at"), pool.connected(f"127.0.0.1:{port}"):
+            pass
+        thread.join(10)
+        kept[0].close()
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="lists the open ports of Linux")
+def test_a_local_cluster_listens_on_this_machine_alone() -> None:
+    from lora_compose.compose.cluster.pool import connected
+
+    before = open_to_others()
+    with connected("local"):
+        assert open_to_others() <= before
+
+
+def open_to_others() -> set[str]:
+    """Ports of this machine that others can reach."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            address, state = line.split()[1], line.split()[3]
+            if state == "0A" and not address.startswith(("0100007F", "0000000000000000FFFF00000100007F")):
+                found.add(address)
+    return found

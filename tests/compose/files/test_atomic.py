@@ -103,3 +103,12 @@ def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
     (tmp_path / "any").touch()
     write_whole(tmp_path / "whole", b"")
     assert (tmp_path / "whole").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.parametrize("taken", ["file", "link"])
+def test_a_name_that_is_given_again_although_it_is_taken_ends_the_write(tmp_path: Path, taken: str) -> None:
+    path = tmp_path / "it"
+    path.symlink_to("nowhere") if taken == "link" else path.write_bytes(b"theirs")
+    with pytest.raises(FileExistsError):
+        write_new(path, b"mine", lambda path: path)
+    assert [one.name for one in tmp_path.iterdir()] == ["it"]

@@ -373,6 +373,16 @@ def test_mistakes_are_reported_and_nothing_is_written(arguments: list[str], mess
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_that_leads_nowhere_is_a_name_that_is_taken(tmp_path: Path) -> None:
+    (out := tmp_path / "out.safetensors").symlink_to("nowhere.safetensors")
+    result = run(app, ["merge", *TWO, "--out", str(out)])
+    assert result.exit_code == 2, result.output
+    assert "is there already" in text_of(result)
+    assert run(app, ["merge", *TWO, "--out", str(out), "--overwrite"]).exit_code == 0
+    assert out.is_file()
+    assert not out.is_symlink()
+
+
 def one_layer(path: Path, width: int = 768, outputs: int = 1280) -> Path:
     down, up = torch.ones(2, width), torch.ones(outputs, 2)
     save_file({f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}, path)

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from commands import call
+from components import installed
 from lora_compose.compose.check.report import check
 from lora_compose.compose.figures import overlay
 from lora_compose.compose.figures.overlay import Attention
@@ -30,7 +31,7 @@ from lora_compose.compose.files.images import Machine, Record, png_bytes, read_p
 from lora_compose.compose.files.reading import FileError
 from lora_compose.compose.files.scenes import read_scene
 from lora_compose.compose.files.text import parse_value
-from lora_compose.compose.generate.making import make
+from lora_compose.compose.generate.making import load, make
 from lora_compose.compose.generate.models import open_model
 from lora_compose.compose.page import (
     boxes,
@@ -802,6 +803,22 @@ def test_one_call_at_a_time_in_the_order_of_arrival(model: OpenModel) -> None:
         thread.join(10)
     assert order == ["a", "b", "c"]
     assert not model.busy
+
+
+def test_a_file_is_checked_while_the_model_works(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is matched without the model, whose layers are then those of a call, and not read again by the next one."""
+    bear = BEAR.model_copy(update={"lora": str(playground_lora("bear"))})
+    with model.turn(()) as pipe:
+        expected = pipe.resolve_concepts([bear.model_copy(update={"name": "alone"})])[0].factors
+    with model.turn((), wait=False) as pipe, installed(pipe.unet, [expected.model]):
+        pipe.library.recent.trim(0, keep=0)
+        found = model.read(bear)
+        assert model.busy
+    assert found is not expected
+    assert found.report == expected.report
+    monkeypatch.setattr("lora_compose.pipelines.concepts.library.read_lora", None)
+    with model.turn((bear,)) as pipe:
+        assert load(pipe, bear).factors is found
 
 
 def test_nothing_of_one_visitors_call_is_left_in_the_next(model: OpenModel) -> None:

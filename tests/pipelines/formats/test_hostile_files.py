@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -165,6 +166,33 @@ def test_alphas_out_of_all_proportion_are_refused(pipe: Any, tmp_path: Path, whe
 
 
 # What is no file.
+
+
+@pytest.mark.parametrize(
+    ("words", "vectors", "expected"),
+    [(1, 30_000, "'zw0' has 30000 vectors; expected at most 75"), (3_000, 1, "3000 words .*expected at most 100")],
+)
+def test_bundled_words_are_counted_before_they_are_read(
+    pipe: Any, tmp_path: Path, words: int, vectors: int, expected: str
+) -> None:
+    tensors = {f"bundle_emb.zw{i}.string_to_param.*": half(vectors, 24) for i in range(words)}
+    save_file({**tensors, f"{KOHYA}.lora_down.weight": half(1, 8)}, tmp_path / "it.safetensors")
+    assert re.search(expected, refused(pipe, tmp_path / "it.safetensors"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_files_that_claim_gigabytes_are_refused_before_memory_is_asked_for(tmp_path: Path, suffix: str) -> None:
+    path, size = tmp_path / f"it{suffix}", 8 << 30
+    entry = {"dtype": "F16", "shape": [size // 16, 8], "data_offsets": [0, size]}
+    header = json.dumps({f"{KOHYA}.lora_up.weight": entry}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)  # with holes: it takes no space
+    with peak_memory("cpu") as memory:
+        before = memory.peak_bytes
+        with pytest.raises(LoraError, match=r"8\.0 GiB"):
+            read_lora(path, allow_pickle=True)
+    assert memory.peak_bytes - before < MIB * 2**20
 
 
 def test_tensors_of_countless_dimensions_are_refused(pipe: Any, tmp_path: Path) -> None:

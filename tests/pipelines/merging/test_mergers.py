@@ -346,3 +346,15 @@ def test_k_means_finds_groups_that_are_plain_to_see() -> None:
 def test_unusable_settings_are_errors_that_say_what_is_expected(name: str, given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_merger(name, given)
+
+
+def test_k_lora_looks_at_large_layers_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same result for any number of rows, and a refusal of two thin factors with a huge product."""
+    small = [change(1), change(2)]
+    expected = make_merger("k-lora").start([small])(small, None)
+    monkeypatch.setattr("lora_compose.pipelines.merging.k_lora._AT_ONCE", 1)
+    found = make_merger("k-lora").start([small])(small, None)
+    torch.testing.assert_close(found.delta(), expected.delta())
+    thin = [LoraFactors(torch.ones(1, 100_000), torch.ones(100_000, 1), 1.0)] * 2
+    with pytest.raises(ValueError, match="one is 100000 x 100000; expected at most"):
+        make_merger("k-lora").start([thin])

@@ -210,8 +210,22 @@ def test_a_given_region_is_kept_and_the_rest_is_found_around_it(composer, dividi
     assert dog.any()
     assert bear.any()
     assert output.masks.shape == (4, 1, 3, 4, 4)
-    with pytest.raises(ValueError, match="leave no part of the canvas for dog"):
+    with pytest.raises(ValueError, match="leave 0 cells of the latents for dog"):
         call(composer, (Concept(name="cat", region=(0, 0, 128, 128)), "dog"))
+
+
+def test_every_subject_gets_a_cell_as_long_as_there_are_enough():
+    """Nine in a row of eight cells, two of them at one place, and nine on nine cells."""
+    subjects = [Concept(name=f"c{i}") for i in range(9)]
+    for divide in (strips, nearest):
+        for grid in ((8, 8), (3, 3)):
+            maps = torch.rand(9, *grid, generator=seeded())
+            maps[1] = maps[0]
+            masks = divided(maps, subjects, [torch.zeros(grid, dtype=torch.bool)] * 9, divide, 0.5)
+            assert masks.flatten(1).any(dim=1).all()
+            assert (masks.sum(dim=0) == 1).all()
+        with pytest.raises(ValueError, match=r"leave 4 cells of the latents for c0, .*fewer concepts"):
+            divided(torch.rand(9, 2, 2), subjects, [torch.zeros(2, 2, dtype=torch.bool)] * 9, divide, 0.5)
 
 
 def test_with_a_region_for_each_subject_nothing_is_drafted(composer):

@@ -28,6 +28,7 @@ from lora_compose.compose.page.labels import full_name
 from lora_compose.compose.page.launch import script
 from lora_compose.compose.page.open_models import Choice, OpenModel
 from lora_compose.compose.page.screen import fields
+from lora_compose.compose.page.screen.concepts import _remove
 from lora_compose.compose.page.screen.state import PageSession, checking
 from lora_compose.compose.playground.assets import playground_lora, playground_model
 from lora_compose.compose.support.savers import Saver
@@ -257,6 +258,14 @@ def test_templates_fill_the_boxes(at: AppTest) -> None:
 
 def fields_box(at: AppTest, index: int) -> list[int]:
     return [int(at.number_input(key=row_key(at, index, edge)).value or 0) for edge in fields.EDGES]
+
+
+def test_a_second_press_of_remove_removes_nothing(at: AppTest) -> None:
+    """A page that lags still shows the button."""
+    row, other = session(at).rows
+    for _ in range(2):
+        _remove(session(at), row)
+    assert session(at).rows == [other]
 
 
 def test_a_plain_image_without_concepts(at: AppTest) -> None:
