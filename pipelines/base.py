@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -110,16 +111,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return family.from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
-    def from_single_file(cls, link_or_path: str | Path, **options: Any) -> Self:
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
         """Opens a checkpoint in one file; all options of diffusers are passed on.
 
         Raises:
             ValueError: For SDXL's refiner.
         """
         if cls is not ComposePipeline:
-            return super().from_single_file(str(link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
-        family: Any = cls.family_of_keys(checkpoint_keys(link_or_path, options))
-        return family.from_single_file(link_or_path, **options)
+            return super().from_single_file(str(pretrained_model_link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
+        family: Any = cls.family_of_keys(checkpoint_keys(pretrained_model_link_or_path, options))
+        return family.from_single_file(pretrained_model_link_or_path, **options)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
@@ -148,6 +149,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         self.banks.clear()
         return super().to(*args, **options)
 
+    @wraps(DiffusionPipeline.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         """Saves the model as diffusers does; plain diffusers opens it as well.
 

@@ -56,13 +56,13 @@ class GivenPrompts:
         texts: The prompts for each tokenizer; None with embeddings.
         embeds: Embeddings, instead of prompts. Shape: [prompts, tokens, channels].
         length: Tokens of an encoded text; None means as many as the tokenizer says.
-        negative: The negative prompts, as all tokenizers read them.
+        negative: The negative prompts for each tokenizer: one for each prompt, one for all, or none.
     """
 
     texts: Sequence[Sequence[str]] | None
     embeds: Tensor | None = None
     length: int | None = None
-    negative: Sequence[str] = ()
+    negative: Sequence[Sequence[str]] = ()
 
     @property
     def first(self) -> Sequence[str] | None:
@@ -235,9 +235,15 @@ def check_arguments(
         )
 
 
-def tensors_for(callback: object, tensors: Sequence[str]) -> list[str]:
-    """Names of the tensors for a callback; diffusers' own callbacks have a list."""
-    return list(callback.tensor_inputs if isinstance(callback, PipelineCallback | MultiPipelineCallbacks) else tensors)
+def tensors_for(callback: object, tensors: Sequence[str] | None) -> list[str]:
+    """Names of the tensors for a callback, None for none; diffusers' own callbacks have a list."""
+    own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    return list((callback.tensor_inputs if own else tensors) or ())
+
+
+def as_list(names: Sequence[str] | None) -> list[str] | None:
+    """Names as diffusers takes them."""
+    return None if names is None else list(names)
 
 
 def listed(prompt: str | list[str] | None) -> list[str]:

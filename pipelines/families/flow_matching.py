@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, unpacked
-from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
+from lora_compose.pipelines.call import Call, GivenPrompts, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.selection import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
@@ -259,6 +259,17 @@ def both_sides(
     negatives = None if negative_prompts is None else list(negative_prompts)
     negative, negative_added = encode(negatives, True, device, **reading)
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
+
+
+def check_negative_embeds(given: GivenPrompts, embeds: Tensor | None) -> None:
+    """Raises ValueError for negative embeddings that cannot be in one batch with the text of the prompts."""
+    tokens = given.length if given.embeds is None else given.embeds.shape[1]
+    if embeds is not None and tuple(embeds.shape[:2]) != (len(given), tokens):
+        raise ValueError(
+            "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, since both "
+            f"are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but got the shape "
+            f"{list(embeds.shape)}"
+        )
 
 
 def for_each(text: str | list[str] | None, count: int) -> list[str]:

@@ -26,6 +26,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -35,7 +36,13 @@ from lora_compose.pipelines.call import (
 )
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, real_tokens
+from lora_compose.pipelines.families.flow_matching import (
+    Shape,
+    TemplatePipeline,
+    both_sides,
+    check_negative_embeds,
+    real_tokens,
+)
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
@@ -78,7 +85,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int = 512,
         text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
         *,
@@ -134,7 +141,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
                 "negative_prompt_embeds": negative_prompt_embeds, "output_type": output_type,
                 "return_dict": return_dict, "attention_kwargs": attention_kwargs,
                 "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
                 "max_sequence_length": max_sequence_length, "text_encoder_out_layers": text_encoder_out_layers,
             }  # fmt: skip
             if given_image is not None:
@@ -153,6 +160,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         self.check_inputs(prompt, height, width, prompt_embeds, tensors, guidance_scale)
         cfg_scale = self._cfg_of(guidance_scale)
         given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
+        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
             composition, given, ImageSize(width, height, num_images_per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),

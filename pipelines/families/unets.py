@@ -179,7 +179,7 @@ class UNetPipeline(ImageTasksPipeline):
         if given or "prompt" not in texts:
             raise ValueError(f"weights in prompts do not go with {', '.join(given) or 'embeddings'}; give the prompts")
         prompts = [column for name, column in texts.items() if not name.startswith("negative")]
-        negative = [text for name, column in texts.items() if name.startswith("negative") for text in column]
+        negative = [column for name, column in texts.items() if name.startswith("negative")]
         reading = Reading.of(self.tokenizers_for([]), prompts, negative)
         guided = arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         known = [name for name in TEXTS if name in arguments]
@@ -192,11 +192,11 @@ class UNetPipeline(ImageTasksPipeline):
     # Calls that start from an image.
 
     def _repaint(
-        self, guidance: Guidance, negative: Sequence[str], ip_adapter_image: Any, ip_adapter_image_embeds: Any
+        self, guidance: Guidance, negative: Sequence[Sequence[str]], ip_adapter_image: Any, ip_adapter_image_embeds: Any
     ) -> Mapping[str, Any]:
         """Arguments of calls that repaint the subjects of images."""
         return {
-            "guidance_scale": guidance.scale, "negative_prompt": negative[0] if negative else None,
+            "guidance_scale": guidance.scale, "negative_prompt": negative[0][0] if negative[0] else None,
             "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
         }  # fmt: skip
 

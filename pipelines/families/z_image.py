@@ -24,6 +24,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -79,7 +80,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         return_dict: bool = True,
         joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int = 512,
         *,
         concepts: Concepts | None = None,
@@ -133,7 +134,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
                 "output_type": output_type, "return_dict": return_dict,
                 "joint_attention_kwargs": joint_attention_kwargs, "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
                 "max_sequence_length": max_sequence_length,
             }  # fmt: skip
             if given_image is not None:
@@ -159,7 +160,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         per_prompt, tokens = num_images_per_prompt or 1, _padded(max_sequence_length)
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
         texts = None if prompt is None else [listed(prompt)]
-        given = GivenPrompts(texts, embeds, max_sequence_length, listed(negative_prompt))
+        given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
         call = Call(
             composition, given, ImageSize(width, height, per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
