@@ -125,7 +125,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             )
 
     def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
-        canvas, generator, pixels = plan.canvas, call.sampling.generator, self._pixels_by_image(call, source)
+        canvas, generator, pixels = plan.canvas, call.sampling.generator, self._by_image(call, source.pixels)
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
         first: Any = schedule.timesteps[:1]
         with precision_kept(self.vae):
@@ -136,7 +136,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         if source.mask is None:
             return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas))
         latents, noise, image = (_unpacked(one, canvas) for one in found[:3])
-        mask = self._latent_mask(source.mask, canvas).to(canvas.device, encoder.dtype)
+        mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, encoder.dtype)
         inputs = self._inputs_from_image(image)
         return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
 
@@ -267,8 +267,8 @@ def check_negative_embeds(given: GivenPrompts, embeds: Tensor | None) -> None:
     if embeds is not None and tuple(embeds.shape[:2]) != (len(given), tokens):
         raise ValueError(
             "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, since both "
-            f"are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but got the shape "
-            f"{list(embeds.shape)}"
+            f"are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but got the "
+            f"shape {list(embeds.shape)}"
         )
 
 

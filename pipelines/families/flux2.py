@@ -95,6 +95,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
         mask_image: Any = None,
+        image_reference: Any = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
@@ -114,6 +115,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
             mask_image: White where the image is painted, or a box.
+            image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
             strength: The share of the steps that are run; None is diffusers' default.
             padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
             paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
@@ -131,6 +133,10 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         given_image = None
         if paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop)):
             given_image, image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original), None
+        if image_reference is not None and given_image is None:
+            raise ValueError(
+                "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
+            )
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
             self._check_plain_texts(prompt)
@@ -145,13 +151,13 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
                 "max_sequence_length": max_sequence_length, "text_encoder_out_layers": text_encoder_out_layers,
             }  # fmt: skip
             if given_image is not None:
-                return self._from_image_as_diffusers(given_image, arguments)
+                return self._from_image_as_diffusers(given_image, arguments | {"image_reference": image_reference})
             plain: Callable[..., Any] = Flux2KleinPipeline.__call__
             return plain(self, image, **arguments)
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        if image is not None:
+        if image is not None or image_reference is not None:
             raise ValueError(
-                "reference images cannot be combined with concepts yet; leave out image, or give mask_image to repaint "
+                "reference images cannot be combined with concepts yet; leave them out, or give mask_image to repaint "
                 "a part of it"
             )
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)

@@ -159,7 +159,16 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         source = self._source(given_image, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds, None, None, tensors
+            prompt,
+            height,
+            width,
+            None,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            None,
+            None,
+            self._of_every_task(tensors, given_image),
         )
         texts = None if prompt_embeds is not None else [listed(prompt)]
         given = GivenPrompts(texts, prompt_embeds, negative=[listed(negative_prompt)])

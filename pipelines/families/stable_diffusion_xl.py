@@ -192,7 +192,8 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, prompt_2, height, width, None, negative_prompt, negative_prompt_2, prompt_embeds,
-            negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None, tensors,
+            negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None,
+            self._of_every_task(tensors, given_image),
         )  # fmt: skip
         self._check_model()
         given = GivenPrompts(

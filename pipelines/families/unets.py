@@ -202,11 +202,11 @@ class UNetPipeline(ImageTasksPipeline):
 
     def _check_start(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask."""
-        if self.unet.config.in_channels == _FOR_INPAINTING and (given is None or given.mask is None):
+        if self.unet.config.in_channels == _FOR_INPAINTING and (given is None or not given.inpaints):
             raise ValueError("this UNet was made for inpainting: give image=... and mask_image=...")
 
     def _check_composed(self, given: FromImage) -> None:
-        if given.mask is None:
+        if not given.inpaints:
             return
         if isinstance(self.vae, AsymmetricAutoencoderKL):
             raise ValueError(
@@ -223,14 +223,14 @@ class UNetPipeline(ImageTasksPipeline):
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.unet
         dtype, device = encoder.dtype, canvas.device  # as diffusers' text
         first = schedule.timesteps[:1].repeat(canvas.images)  # pyright: ignore[reportAttributeAccessIssue]
-        pixels = self._pixels_by_image(call, source)
+        pixels = self._by_image(call, source.pixels)
         with precision_kept(self.vae):
             if source.mask is None:
                 latents = source.pipeline.prepare_latents(
                     pixels, first, canvas.prompts, canvas.images_per_prompt, dtype, device, generator
                 )
                 return ImageToImage(latents)
-            size = call.size.height, call.size.width
+            size, white = (call.size.height, call.size.width), self._by_image(call, source.mask)
             inpaints = self.unet.config.in_channels == _FOR_INPAINTING
             latents, noise, *image = source.pipeline.prepare_latents(
                 canvas.images, self.vae.config.latent_channels, *size, dtype, device, generator, call.sampling.latents,
@@ -238,12 +238,12 @@ class UNetPipeline(ImageTasksPipeline):
                 return_image_latents=not inpaints,
             )  # fmt: skip
             # What is left of latents is not known, and only UNets made for inpainting read it.
-            left = pixels if source.given.is_latents else pixels.float() * (source.mask < 0.5)
+            left = pixels if source.given.is_latents else pixels.float() * (white < 0.5)
             mask, masked = source.pipeline.prepare_mask_latents(
-                source.mask, left, canvas.images, *size, dtype, device, generator, False
+                white, left, canvas.images, *size, dtype, device, generator, False
             )
         channels = {"channels": torch.cat([mask, masked], dim=1)} if inpaints else {}
         return Inpainting(
             latents, channels,
-            mask=mask, image=image[0] if image else None, noise=noise, timesteps=schedule.timesteps,
+            mask=mask, masked=masked, image=image[0] if image else None, noise=noise, timesteps=schedule.timesteps,
         )  # fmt: skip

@@ -362,7 +362,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"mask_image": MASK.resize((64, 64)), "padding_mask_crop": 2, "output_type": "pil"}, "expected the same size",
     ),
     "a mask of no numbers": ({"mask_image": torch.full((128, 128), float("nan"))}, "NaN or outside"),
-    "two masks": ({"mask_image": [MASK, MASK]}, "a list of 2"),
+    "two masks": ({"mask_image": [MASK, MASK]}, "a list of 2 masks, and there are 1 prompts"),
     "a box outside": ({"mask_image": (0, 0, 300, 20)}, "does not lie in the image of 128 x 128 pixels"),
     "a negative padding": ({"mask_image": MASK, "padding_mask_crop": -1}, "at least 0, not -1"),
     "padding without a mask": ({"padding_mask_crop": 4}, "need a mask"),
