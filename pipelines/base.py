@@ -328,7 +328,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The task of a call that starts from an image."""
         raise NotImplementedError
 
-    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         """Text tensors for callbacks, by diffusers' names."""
         return {"prompt_embeds": text.prompt_embeds}
 

@@ -304,7 +304,7 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     if call.source is not None:
         given = sampling.timesteps if sampling.timesteps is not None else sampling.sigmas
         steps = (sampling.num_inference_steps or 1) if given is None else len(given)
-        check_steps(steps, call.source.strength)
+        check_steps(steps, call.source.strength, rounds_up=call.source.rounds_up)
         call.source.given.check_masks(len(call.prompts))
         images, prompts = len(call.source.pixels), len(call.prompts)
         if images not in (1, prompts):

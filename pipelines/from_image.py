@@ -167,6 +167,7 @@ class Source:
         given: What the call gave.
         pipeline: diffusers' pipeline for the task, with the same components.
         strength: The share of the steps that are run.
+        rounds_up: Whether their number is rounded up.
         pixels: The part of the image that is worked on, as the VAE reads it, or latents. Shape: [images, channels,
             height, width].
         mask: 1 where it is painted. Shape: [1 or images, 1, height, width]; None is image-to-image.
@@ -177,13 +178,16 @@ class Source:
     given: FromImage
     pipeline: Any
     strength: float
+    rounds_up: bool
     pixels: Tensor
     mask: Tensor | None
     size: tuple[int, int]
     crop: Box | None
 
     @classmethod
-    def of(cls, given: FromImage, pipeline: Any, strength: float, size: tuple[int, int]) -> "Source":
+    def of(
+        cls, given: FromImage, pipeline: Any, strength: float, size: tuple[int, int], *, rounds_up: bool
+    ) -> "Source":
         """Prepares an image with diffusers' processors.
 
         Args:
@@ -191,6 +195,7 @@ class Source:
             pipeline: diffusers' pipeline for the task.
             strength: The share of the steps that are run.
             size: Width and height of what is worked on, in pixels.
+            rounds_up: Whether the number of steps is rounded up.
 
         Raises:
             ValueError: If latents are for another size, or nothing would be painted.
@@ -208,7 +213,7 @@ class Source:
         mask = pipeline.mask_processor.preprocess(list(given.masks), **how) if given.inpaints else None
         if mask is not None and not (mask > 0).any():
             raise ValueError(_PALE)
-        return cls(given, pipeline, strength, pixels, mask, (columns, rows), crop)
+        return cls(given, pipeline, strength, rounds_up, pixels, mask, (columns, rows), crop)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -257,13 +262,16 @@ class Source:
 _PALE = "mask_image has no pixel above half of white at the size that is painted; nothing would be painted"
 
 
-def check_steps(steps: int, strength: float) -> None:
+def steps_left(steps: int, strength: float, *, rounds_up: bool) -> int:
+    """How many of the steps a strength leaves, as in diffusers' pipelines, which round differently."""
+    return steps - int(steps - steps * strength) if rounds_up else int(steps * strength)
+
+
+def check_steps(steps: int, strength: float, *, rounds_up: bool) -> None:
     """Raises ValueError if a strength leaves no step of so many."""
-    if int(steps * strength) < 1:
-        least = 1 / max(steps, 1)
-        raise ValueError(
-            f"strength={strength:g} leaves none of the {steps} steps; give at least {least:.2g}, or more steps"
-        )
+    if steps_left(steps, strength, rounds_up=rounds_up) < 1:
+        least = "more than 0" if rounds_up else f"at least {1 / max(steps, 1):.2g}, or more steps"
+        raise ValueError(f"strength={strength:g} leaves none of the {steps} steps; give {least}")
 
 
 def region_in_pixels(loaded: LoadedConcept, width: int, height: int) -> LoadedConcept:

@@ -32,6 +32,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
 
     transformer_class: ClassVar[type[nn.Module]]
+    rounds_steps_up: ClassVar[bool] = True
     architecture: ClassVar[str]
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import Call, listed
-from lora_compose.pipelines.from_image import FromImage, Source, check_steps
+from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.task import OF_INPAINTING
@@ -42,6 +42,9 @@ class ImageTasksPipeline(ComposePipeline):
     starts_from_latents: ClassVar[bool] = True
     """Whether latents may be given in place of an image."""
 
+    rounds_steps_up: ClassVar[bool] = False
+    """Whether diffusers' pipelines round the number of steps that a strength leaves up."""
+
     def start_image(
         self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
     ) -> FromImage | None:
@@ -67,7 +70,7 @@ class ImageTasksPipeline(ComposePipeline):
         Raises:
             ValueError: If the family does not have the task.
         """
-        return min(int(steps * self._strength(strength, inpaints)), steps)
+        return steps_left(steps, self._strength(strength, inpaints), rounds_up=self.rounds_steps_up)
 
     def _task(self, inpaints: bool) -> ImageTask:
         found = self.inpainting if inpaints else self.image_to_image
@@ -154,7 +157,7 @@ class ImageTasksPipeline(ComposePipeline):
         self._image_size(given, arguments["width"], arguments["height"])
         if not task.resizes:
             arguments = {**arguments, "width": None, "height": None}
-        check_steps(_steps(arguments), self._strength(given.strength, given.inpaints))
+        check_steps(_steps(arguments), self._strength(given.strength, given.inpaints), rounds_up=self.rounds_steps_up)
         prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
         given.check_masks(len(embeds) if prompt is None else len(listed(prompt)))
         taken = inspect.signature(type(pipe).__call__).parameters

@@ -40,7 +40,7 @@ from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -155,8 +155,11 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             if side != self._rounded(side):
                 raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor * 2}, not {side}")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if unknown := set(tensors) - {"latents"}:
-            raise ValueError(f"with concepts, callbacks are given latents, not {', '.join(sorted(unknown))}")
+        if unknown := {*self._of_every_task(tensors, given_image)} - {*self._callback_tensor_inputs}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {', '.join(sorted(unknown))}; callbacks can have "
+                f"{' and '.join(self._callback_tensor_inputs)}"
+            )
         per_prompt, tokens = num_images_per_prompt or 1, _padded(max_sequence_length)
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
         texts = None if prompt is None else [listed(prompt)]
@@ -193,6 +196,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         encode_prompt: Any = self._encode_prompt
         rows = encode_prompt(list(prompts), self._execution_device, None, length or 512)
         return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
+
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
+        rows = text.conditional()
+        return {"prompt_embeds": [row[:length] for row, length in zip(rows.prompt_embeds, rows.lengths, strict=True)]}
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=True), length, _padded(length))
