@@ -1,7 +1,7 @@
 """diffusers' own pipeline tests pass with our classes, and with every call through a concept, but for what we refuse.
 
-`DIFFUSERS_TESTS=FOLDER pytest -m slow tests/test_diffusers_own.py`, where FOLDER is a clone of diffusers at the version that is
-installed (only its `tests` is read), beside `parameterized` and `requests-mock`.
+`DIFFUSERS_TESTS=FOLDER pytest -m slow tests/test_diffusers_own.py`, where FOLDER is a clone of diffusers at the version
+that is installed (only its `tests` is read); `parameterized` and `requests-mock` have to be installed.
 """
 
 import json

@@ -194,12 +194,9 @@ class ImageTasksPipeline(ComposePipeline):
             raise ValueError(_PIL_ONLY)
         strength = self._strength(given.strength, given.inpaints)
         return Source.of(
-            given,
-            self._task_pipeline(inpaints=given.inpaints),
-            strength,
-            self._image_size(given, width, height),
+            given, self._task_pipeline(inpaints=given.inpaints), strength, self._image_size(given, width, height),
             rounds_up=self.rounds_steps_up,
-        )
+        )  # fmt: skip
 
     def _by_image(self, call: Call, given: Tensor) -> Tensor:
         """The start image or mask of all images of the batch, or that of every one."""
