@@ -149,8 +149,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         self.banks.clear()
         return super().to(*args, **options)
 
-    @wraps(DiffusionPipeline.save_pretrained)
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+    @wraps(DiffusionPipeline.save_pretrained, assigned=())  # its signature
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | os.PathLike[str], *args: Any, **options: Any
+    ) -> None:
         """Saves the model as diffusers does; plain diffusers opens it as well.
 
         Concepts are not saved: they stay in their LoRA files. If there are any, a README.md in the folder shows how to

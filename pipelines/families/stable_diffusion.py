@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 import torch
@@ -61,11 +60,24 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Whether a checkpoint is of this family: as in diffusers, if it has no keys of another one."""
         return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
-    @wraps(StableDiffusionPipeline.encode_prompt)
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def encode_prompt(
+        self,
+        prompt: Any,
+        device: Any,
+        num_images_per_prompt: Any,
+        do_classifier_free_guidance: Any,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
         with _inner_model_named(self.text_encoder):
-            return super().encode_prompt(*args, **kwargs)
+            return super().encode_prompt(
+                prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds,
+                negative_prompt_embeds, lora_scale, clip_skip,
+            )  # fmt: skip
 
     @torch.no_grad()
     def __call__(  # noqa: D417  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -25,12 +25,12 @@ CONFIGS: dict[str, Any] = {
                           mag_ratios=torch.ones(9)),
     "pyramid": PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=9, spatial_attention_timestep_skip_range=(-1, 1001),
-        spatial_attention_block_identifiers=["transformer_blocks"], current_timestep_callback=lambda: 500,
+        spatial_attention_block_identifiers=("transformer_blocks",), current_timestep_callback=lambda: 500,
     ),
     "faster": FasterCacheConfig(
         spatial_attention_block_skip_range=9, spatial_attention_timestep_skip_range=(-1, 1001),
         current_timestep_callback=lambda: 500, attention_weight_callback=lambda _: 0.0, is_guidance_distilled=True,
-        spatial_attention_block_identifiers=["^transformer_blocks.*attn"],
+        spatial_attention_block_identifiers=("^transformer_blocks.*attn",),
     ),
 }  # fmt: skip
 
@@ -53,8 +53,8 @@ def test_passes_with_other_rows_do_not_read_what_each_other_left(name: str) -> N
     passes = {"two rows": inputs(2, 0), "three": inputs(3, 1)}
     expected = {key: model(**given)[0] for key, given in passes.items()}
     model.enable_cache(CONFIGS[name])
-    attention, computed = model.transformer_blocks[1].attn.to_q, []
-    attention.register_forward_hook(lambda *_: computed.append(True))
+    computed: list[bool] = []
+    model.get_submodule("transformer_blocks.1.attn.to_q").register_forward_hook(lambda *_: computed.append(True))
     with StepCaches.opened(model) as caches:
         for anew in (True, False, True):
             computed.clear()
