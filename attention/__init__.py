@@ -14,6 +14,7 @@ from lora_compose.attention.lora_bank import Lora, LoraFactors
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import Partition, RegionAttention
 from lora_compose.attention.sites import Grid, Site, Stream, coarser, grid_at
+from lora_compose.attention.step_caches import StepCaches, check_caches
 
 __all__ = [
     "Backbone",
@@ -30,8 +31,10 @@ __all__ = [
     "Recorder",
     "RegionAttention",
     "Site",
+    "StepCaches",
     "Stream",
     "backbone_of",
+    "check_caches",
     "coarser",
     "frozen",
     "grid_at",

@@ -27,6 +27,8 @@ class LayerInputs:
         lengths: Number of text tokens in each row.
         latent_grid: Height and width of the latents.
         text_bias: Added to the scores of cross-attention, by level. Shape: [rows, 1, cells, tokens].
+        text_end: Minus infinity at tokens that a row does not have, added as well; None if it has all. Shape: [rows, 1,
+            1, tokens].
     """
 
     gates: Mapping[GateKey, Tensor] = field(default_factory=dict)
@@ -37,6 +39,7 @@ class LayerInputs:
     lengths: tuple[int, ...] = (1,)
     latent_grid: Grid = (1, 1)
     text_bias: Mapping[int, Tensor] | None = None
+    text_end: Tensor | None = None
 
 
 @dataclass

@@ -69,8 +69,14 @@ class Installation:
         bias = {level: one.to(self._device, self._dtype)[:, None] for level, one in (text_bias or {}).items()}
         return LayerInputs(
             expanded, kept, regions, text if regions is not None else None, joint_regions, tuple(lengths),
-            gates.latent_grid, bias or None,
+            gates.latent_grid, bias or None, self._text_end(lengths, text),
         )  # fmt: skip
+
+    def _text_end(self, lengths: Sequence[int], text: Tensor | None) -> Tensor | None:
+        if text is None or min(lengths) == text.shape[-2]:
+            return None
+        past = torch.arange(text.shape[-2]) >= torch.tensor(lengths)[:, None]
+        return to_device(torch.where(past, -torch.inf, 0.0).to(self._dtype), self._device)[:, None, None]
 
     def use(self, inputs: LayerInputs, *recorders: Recorder) -> None:
         """Sets what the next pass needs; it stays until it is set again.

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor,
     IPAdapterAttnProcessor2_0,
     IPAdapterXFormersAttnProcessor,
+    SlicedAttnProcessor,
     XFormersAttnProcessor,
 )
 from torch import Tensor
@@ -29,7 +30,7 @@ class Kernel(Protocol):
             query: Shape: [rows, heads, positions, channels].
             key: Shape: [rows, heads, keys, channels].
             value: The same shape.
-            bias: Added to the scores of all heads. Shape: [rows, 1, positions, keys].
+            bias: Added to the scores of all heads. Shape: [rows, 1, positions, keys]; 1 position is for all.
         """
         ...
 
@@ -63,6 +64,19 @@ class PlainKernel:
 
 
 @dataclass(frozen=True)
+class SlicedKernel:
+    """A few heads after the other, to save memory, as in diffusers' SlicedAttnProcessor."""
+
+    kernel: Kernel
+    heads: int
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attends."""
+        parts = zip(*(x.split(self.heads, dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat([self.kernel(one, keys, values, bias) for one, keys, values in parts], dim=1)
+
+
+@dataclass(frozen=True)
 class XFormersKernel:
     """Memory-efficient attention from xformers, with the operator that the user chose."""
 
@@ -75,7 +89,8 @@ class XFormersKernel:
 
         if bias is not None:  # its rows have to start at multiples of 8 in memory
             keys = bias.shape[-1]
-            bias = F.pad(bias.to(query.dtype), (0, -keys % 8))[..., :keys].expand(-1, query.shape[1], -1, -1)
+            bias = F.pad(bias.to(query.dtype), (0, -keys % 8))[..., :keys]
+            bias = bias.expand(-1, query.shape[1], query.shape[2], -1)
         query, key, value = (x.transpose(1, 2).contiguous() for x in (query, key, value))
         out = xformers.ops.memory_efficient_attention(
             query, key, value, attn_bias=bias, op=self.operator, scale=self.scale
@@ -86,6 +101,8 @@ class XFormersKernel:
 def kernel_of(name: str, attn: Attention) -> Kernel:
     """The kernel of a layer's attention processor, for ours to use.
 
+    Fused projections are copies of the layer's own, which ours uses: that is where its LoRAs are.
+
     Raises:
         ValueError: If ours would lose something that the processor or the layer does.
     """
@@ -93,16 +110,17 @@ def kernel_of(name: str, attn: Attention) -> Kernel:
         if getattr(attn, part, None) is not None:
             raise ValueError(f"{name} has {part}, which cannot be combined with concepts")
     processor = attn.processor
-    if type(processor) in (AttnProcessor2_0, IPAdapterAttnProcessor2_0):
+    if type(processor) in (AttnProcessor2_0, IPAdapterAttnProcessor2_0, FusedAttnProcessor2_0):
         return sdpa
     if isinstance(processor, IPAdapterXFormersAttnProcessor) or type(processor) is XFormersAttnProcessor:
         return XFormersKernel(attn.scale, processor.attention_op)
+    plain = PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
     if type(processor) in (AttnProcessor, IPAdapterAttnProcessor):
-        return PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
-    if type(processor) is FusedAttnProcessor2_0:
-        raise ValueError(f"{name} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`")
+        return plain
+    if type(processor) is SlicedAttnProcessor:
+        return SlicedKernel(plain, processor.slice_size)
     raise ValueError(
         f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: "
-        "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor, and those of IP-Adapters. Undo what installed it "
-        "(for example `disable_attention_slicing()`; attention needs no more memory without slicing)."
+        "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor, their fused and sliced variants, and those of "
+        "IP-Adapters. Undo what installed it, or call `pipe.unet.set_default_attn_processor()`"
     )

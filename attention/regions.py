@@ -136,7 +136,9 @@ class RegionAttention:
     inject: bool
     isolate: bool
 
-    def cross(self, kernel: Kernel, level: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def cross(
+        self, kernel: Kernel, level: int, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """Cross-attention of all region queries.
 
         Args:
@@ -145,14 +147,15 @@ class RegionAttention:
             query: Shape: [rows, heads, cells, channels].
             keys: Shape: [texts, rows, heads, tokens, channels].
             values: The same shape.
+            bias: Added to the scores of all queries and texts. Shape: [rows, 1, 1, tokens].
 
         Returns:
             Shape: [rows, heads, queries, channels]; without injection there is one query per cell.
         """
         if not self.inject:
-            return kernel(query, keys[0], values[0])
+            return kernel(query, keys[0], values[0], bias)
         queries = self.partitions[level].queries
-        parts = [kernel(query[:, :, cells], keys[text], values[text]) for text, cells in queries.by_text]
+        parts = [kernel(query[:, :, cells], keys[text], values[text], bias) for text, cells in queries.by_text]
         return torch.cat(parts, dim=2)[:, :, queries.order]
 
     def at_queries(self, level: int, by_cell: Tensor) -> Tensor:

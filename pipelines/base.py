@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_compose.attention import Backbone, backbone_of
 from lora_compose.pipelines import concept_sets
-from lora_compose.pipelines.call import Call, Concepts, Sampling
+from lora_compose.pipelines.call import Call, Concepts, Sampling, check_changed
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import ConceptSet, LoadedConcept
 from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
@@ -33,7 +34,7 @@ from lora_compose.pipelines.plan import Plan, expanding_tokenizers, make_plan
 from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.sampler import Sampler, Schedule
 from lora_compose.pipelines.saved import README, how_to_open
-from lora_compose.pipelines.task import ImageToImage, TextToImage
+from lora_compose.pipelines.task import OF_INPAINTING, ImageToImage, Inpainting, Task, TextToImage
 from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.encoder import FamilyEncoder
 from lora_compose.pipelines.text.tokens import Tokenizer
@@ -111,16 +112,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         return family.from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
-    def from_single_file(cls, link_or_path: str | Path, **options: Any) -> Self:
+    def from_single_file(cls, pretrained_model_link_or_path: str | Path, **options: Any) -> Self:
         """Opens a checkpoint in one file; all options of diffusers are passed on.
 
         Raises:
             ValueError: For SDXL's refiner.
         """
         if cls is not ComposePipeline:
-            return super().from_single_file(str(link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
-        family: Any = cls.family_of_keys(checkpoint_keys(link_or_path, options))
-        return family.from_single_file(link_or_path, **options)
+            return super().from_single_file(str(pretrained_model_link_or_path), **options)  # pyright: ignore[reportAttributeAccessIssue]
+        family: Any = cls.family_of_keys(checkpoint_keys(pretrained_model_link_or_path, options))
+        return family.from_single_file(pretrained_model_link_or_path, **options)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **options: Any) -> Self:
@@ -149,7 +150,10 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         self.banks.clear()
         return super().to(*args, **options)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
+    @wraps(DiffusionPipeline.save_pretrained, assigned=())  # its signature
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | os.PathLike[str], *args: Any, **options: Any
+    ) -> None:
         """Saves the model as diffusers does; plain diffusers opens it as well.
 
         Concepts are not saved: they stay in their LoRA files. If there are any, a README.md in the folder shows how to
@@ -276,7 +280,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             process = concept_sets.start(plan.choice.method.start, opened.each, opened.denoiser)
             self._num_timesteps = len(schedule.timesteps)
             hooks = Hooks(
-                self._before_step, lambda step, latents: self._after_step(call, process, step, latents),
+                self._before_step, lambda step, latents: self._after_step(call, process, step, latents, task),
                 lambda: self.interrupt, self.progress_bar,
             )  # fmt: skip
             latents = denoise(
@@ -323,7 +327,7 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         """The task of a call that starts from an image."""
         raise NotImplementedError
 
-    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Tensor]:
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
         """Text tensors for callbacks, by diffusers' names."""
         return {"prompt_embeds": text.prompt_embeds}
 
@@ -369,22 +373,21 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         if hasattr(self, "_current_timestep"):
             self._current_timestep = step.t
 
-    def _after_step(self, call: Call, process: Process, step: Step, latents: Tensor) -> tuple[Tensor, float]:
+    def _after_step(
+        self, call: Call, process: Process, step: Step, latents: Tensor, task: Task | None
+    ) -> tuple[Tensor, float]:
         """Calls the callback; it may change latents or switch guidance off."""
         function, guidance_scale, cfg_scale = call.callback.function, self.guidance_scale, step.cfg_scale
         if function is None:
             return latents, cfg_scale
         offered = {"latents": latents, **self._text_for_callbacks(process.text)}
+        if isinstance(task, Inpainting):
+            offered |= dict(zip(OF_INPAINTING, (task.mask, task.masked), strict=True))
         given = {name: offered[name] for name in call.callback.tensors}
         returned = function(self, step.index, step.t, dict(given))
         if step.guided and self.guidance_scale != guidance_scale:
             cfg_scale = self._cfg_scale(step)
-        changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
-        if changed and not (changed <= _CUT_WITH_GUIDANCE and step.guided and cfg_scale <= 1):
-            raise ValueError(
-                f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
-                "guidance off, since the positions of the concepts' words in other embeddings are unknown"
-            )
+        check_changed(offered, returned, cut=step.guided and cfg_scale <= 1)
         return returned.get("latents", latents), cfg_scale
 
     def _cfg_scale(self, step: Step) -> float:
@@ -394,7 +397,3 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
         check_decoded(image)
         return self.image_processor.postprocess(image, output_type=output_type, **options)
-
-
-_CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids"}
-"""Tensors from which diffusers' own callbacks remove the unconditional rows when they switch guidance off."""

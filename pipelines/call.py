@@ -17,6 +17,7 @@ from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.regions import check_region
 from lora_compose.pipelines.scene import Concept
 from lora_compose.pipelines.spelling import did_you_mean
+from lora_compose.pipelines.task import OF_INPAINTING
 from lora_compose.pipelines.text.conditioning import TokenPositions
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -55,13 +56,13 @@ class GivenPrompts:
         texts: The prompts for each tokenizer; None with embeddings.
         embeds: Embeddings, instead of prompts. Shape: [prompts, tokens, channels].
         length: Tokens of an encoded text; None means as many as the tokenizer says.
-        negative: The negative prompts, as all tokenizers read them.
+        negative: The negative prompts for each tokenizer: one for each prompt, one for all, or none.
     """
 
     texts: Sequence[Sequence[str]] | None
     embeds: Tensor | None = None
     length: int | None = None
-    negative: Sequence[str] = ()
+    negative: Sequence[Sequence[str]] = ()
 
     @property
     def first(self) -> Sequence[str] | None:
@@ -232,9 +233,38 @@ def check_arguments(
         )
 
 
-def tensors_for(callback: object, tensors: Sequence[str]) -> list[str]:
-    """Names of the tensors for a callback; diffusers' own callbacks have a list."""
-    return list(callback.tensor_inputs if isinstance(callback, PipelineCallback | MultiPipelineCallbacks) else tensors)
+def tensors_for(callback: object, tensors: Sequence[str] | None) -> list[str]:
+    """Names of the tensors for a callback, None for none; diffusers' own callbacks have a list."""
+    own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    return list((callback.tensor_inputs if own else tensors) or ())
+
+
+_CUT_WITH_GUIDANCE = {"prompt_embeds", "add_text_embeds", "add_time_ids", *OF_INPAINTING}
+"""Tensors from which callbacks written for diffusers remove the unconditional rows when they switch guidance off."""
+
+
+def check_changed(offered: Mapping[str, Any], returned: Mapping[str, Any], *, cut: bool) -> None:
+    """Checks what a callback has changed.
+
+    Args:
+        offered: The tensors that it could have, by name.
+        returned: What it has returned.
+        cut: Whether it has switched guidance off.
+
+    Raises:
+        ValueError: For others than the latents, but for tensors that have lost their unconditional rows.
+    """
+    changed = {name for name, value in returned.items() if value is not offered.get(name)} - {"latents"}
+    if changed and not (changed <= _CUT_WITH_GUIDANCE and cut):
+        raise ValueError(
+            f"the callback changed {', '.join(sorted(changed))}; with concepts it may change latents or switch "
+            "guidance off, since the positions of the concepts' words in other embeddings are unknown"
+        )
+
+
+def as_list(names: Sequence[str] | None) -> list[str] | None:
+    """Names as diffusers takes them."""
+    return None if names is None else list(names)
 
 
 def listed(prompt: str | list[str] | None) -> list[str]:
@@ -271,7 +301,8 @@ def check_call(call: Call, concepts: Sequence[LoadedConcept]) -> None:
     if call.source is not None:
         given = sampling.timesteps if sampling.timesteps is not None else sampling.sigmas
         steps = (sampling.num_inference_steps or 1) if given is None else len(given)
-        check_steps(steps, call.source.strength)
+        check_steps(steps, call.source.strength, rounds_up=call.source.rounds_up)
+        call.source.given.check_masks(len(call.prompts))
         images, prompts = len(call.source.pixels), len(call.prompts)
         if images not in (1, prompts):
             raise ValueError(f"there are {images} images and {prompts} prompts; give one image, or one for each prompt")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import Backbone, Installation, Recorder, Stream, frozen, weights_kept
+from lora_compose.attention import Backbone, Installation, Recorder, StepCaches, Stream, frozen, weights_kept
 from lora_compose.attention.device import uncompiled
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.canvas import Canvas, Step
@@ -59,6 +59,7 @@ class Denoiser:
         inputs: Further arguments of every forward pass; tensors have one row per image, those of four dimensions are on
             the grid of the latents.
         log: Records the attention maps of some steps.
+        caches: What diffusers' caches keep between steps.
 
     Attributes:
         cost: Rows that have been run so far.
@@ -74,6 +75,7 @@ class Denoiser:
         controls: Sequence[PreparedControl | PreparedImagePrompts],
         inputs: Mapping[str, Any],
         log: AttentionLog,
+        caches: StepCaches,
     ) -> None:
         self.backbone = backbone
         self.installation = installation
@@ -83,6 +85,7 @@ class Denoiser:
         self.controls = tuple(controls)
         self.inputs = dict(inputs)
         self.log = log
+        self.caches = caches
         self.cost = Cost()
         self._can_fold = True
 
@@ -99,7 +102,7 @@ class Denoiser:
             self.backbone, self.installation, self.sampler.of_images(images),
             self.canvas.of_prompts(len(images) // self.canvas.images_per_prompt), concepts,
             [control.of_images(images) for control in self.controls], inputs,
-            self.log.of_set(columns, len(self.concepts.loaded), images),
+            self.log.of_set(columns, len(self.concepts.loaded), images), self.caches,
         )  # fmt: skip
         part.cost = self.cost
         part._can_fold = False
@@ -327,7 +330,7 @@ class Denoiser:
         """All rows, through the denoiser to its end, or to the last layer that is recorded."""
         wanted = [layer for recorder in recorders for layer in recorder.all_layers]
         parts = [[r.of_rows(one.rows) for r in recorders] for one in batches] if len(batches) > 1 else [recorders]
-        outputs, view = [], View(spec.window, spec.image)
+        outputs, view, total = [], View(spec.window, spec.image), sum(one.text.rows for one in batches)
         # Rows are counted in latents of the whole canvas.
         fraction = scaled.shape[-2] * scaled.shape[-1] / math.prod(self.canvas.latent_grid)
         with nullcontext() if whole else self.backbone.truncated_after(wanted):
@@ -339,7 +342,8 @@ class Denoiser:
                     **{name: _by_row(one, view, text.rows) for name, one in self.inputs.items()},
                     **self._control_inputs(latents, step, text, view, fraction),
                 }
-                outputs.append(self.backbone.forward(latents, step.t, text.first_embeds, text.added, **inputs))
+                with self.caches.of((spec, total, batch.rows.start) if whole else None, anew=bool(wanted) or not whole):
+                    outputs.append(self.backbone.forward(latents, step.t, text.first_embeds, text.added, **inputs))
                 if whole:
                     self.cost.rows_forward += text.rows * fraction
                 else:

@@ -15,7 +15,7 @@ from lora_compose.attention.masks import Box
 from lora_compose.attention.sites import Grid
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.images import read_images
-from lora_compose.pipelines.mask_images import as_uri, in_pixels, is_fractions, mask_of_box, read_mask_image
+from lora_compose.pipelines.mask_images import as_uri, each_mask, in_pixels, is_fractions, mask_of_box, read_mask_image
 from lora_compose.pipelines.regions import read_mask
 
 
@@ -25,14 +25,14 @@ class FromImage:
 
     Attributes:
         images: PIL images in RGB, or a tensor. Shape: [images, channels, height, width].
-        mask: White where the image is repainted; None means image-to-image.
+        masks: White where the image is repainted: one for all images, or one for each; none means image-to-image.
         strength: The fraction of the steps that are run; None means diffusers' default for the model.
         padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to the size of the call.
         paste_original: Whether the pixels outside of the mask are the image's own.
     """
 
     images: list[Image.Image] | Tensor
-    mask: Image.Image | None = None
+    masks: Sequence[Image.Image] = ()
     strength: float | None = None
     padding_mask_crop: int | None = None
     paste_original: bool = False
@@ -51,7 +51,7 @@ class FromImage:
 
         Args:
             image: As for `read_images`.
-            mask_image: As for `read_mask_image`.
+            mask_image: As for `read_mask_image`, or a list of such, one for each image.
             strength: The fraction of the steps that are run.
             padding_mask_crop: Pixels around the mask.
             paste_original: Whether the pixels outside of the mask are the image's own.
@@ -76,11 +76,12 @@ class FromImage:
         if mask_image is None:
             if padding_mask_crop is not None or paste_original:
                 raise ValueError("padding_mask_crop and paste_original need a mask: give mask_image=... as well")
-            return cls(images, None, strength)
-        mask = read_mask_image(mask_image, _size(images))
-        if mask.getextrema()[1] < 128:  # pyright: ignore[reportOperatorIssue]
-            raise ValueError(_PALE)
-        _check_sizes(_size(images), mask.size, exactly=padding_mask_crop is not None or paste_original)
+            return cls(images, (), strength)
+        masks = [read_mask_image(one, _size(images)) for one in each_mask(mask_image)]
+        for mask in masks:
+            if mask.getextrema()[1] < 128:  # pyright: ignore[reportOperatorIssue]
+                raise ValueError(_PALE)
+            _check_sizes(_size(images), mask.size, exactly=padding_mask_crop is not None or paste_original)
         whole = isinstance(padding_mask_crop, int) and not isinstance(padding_mask_crop, bool)
         if padding_mask_crop is not None and (not whole or padding_mask_crop < 0):
             raise ValueError(f"padding_mask_crop is a number of pixels, at least 0, not {padding_mask_crop!r}")
@@ -88,7 +89,22 @@ class FromImage:
             raise ValueError(
                 "padding_mask_crop and paste_original work with PIL images, paths and 8-bit arrays, not with tensors"
             )
-        return cls(images, mask, strength, padding_mask_crop, paste_original)
+        if padding_mask_crop is not None and len(masks) > 1:
+            raise ValueError(f"padding_mask_crop works with one mask_image for all images, not with {len(masks)}")
+        return cls(images, masks, strength, padding_mask_crop, paste_original)
+
+    def check_masks(self, prompts: int) -> None:
+        """Raises ValueError if there are several masks, but not one for each prompt."""
+        if len(self.masks) > 1 and len(self.masks) != prompts:
+            raise ValueError(
+                f"mask_image is a list of {len(self.masks)} masks, and there are {prompts} prompts; give one mask, or "
+                "one for each prompt"
+            )
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether a part of the image is repainted."""
+        return bool(self.masks)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -120,8 +136,8 @@ class FromImage:
             given["image"] = self.images[0]
         if self.strength is not None:
             given["strength"] = self.strength
-        if self.mask is not None:
-            given["mask_image"] = self.mask
+        if self.masks:
+            given["mask_image"] = self.masks[0] if len(self.masks) == 1 else list(self.masks)
         if self.padding_mask_crop is not None:
             given["padding_mask_crop"] = self.padding_mask_crop
         return given
@@ -134,12 +150,12 @@ class FromImage:
             processor: diffusers' image processor.
             crop: The part of the image that was worked on, in pixels; None means all.
         """
-        originals: Any = self.images if len(self.images) == len(images) else [self.images[0]] * len(images)
+        originals, masks = (_for_each(given, len(images)) for given in (self.images, self.masks))
         width, height = self.size
         parts = images if crop is not None else [processor.resize(image, height, width) for image in images]
         return [
-            processor.apply_overlay(self.mask, original, part, crop)
-            for original, part in zip(originals, parts, strict=True)
+            processor.apply_overlay(mask, original, part, crop)
+            for mask, original, part in zip(masks, originals, parts, strict=True)
         ]
 
 
@@ -151,9 +167,10 @@ class Source:
         given: What the call gave.
         pipeline: diffusers' pipeline for the task, with the same components.
         strength: The share of the steps that are run.
+        rounds_up: Whether their number is rounded up.
         pixels: The part of the image that is worked on, as the VAE reads it, or latents. Shape: [images, channels,
             height, width].
-        mask: 1 where it is painted. Shape: [1, 1, height, width]; None is image-to-image.
+        mask: 1 where it is painted. Shape: [1 or images, 1, height, width]; None is image-to-image.
         size: Width and height of the part that is worked on, in pixels.
         crop: The part of the image that is worked on, in its pixels; None is all of it.
     """
@@ -161,13 +178,16 @@ class Source:
     given: FromImage
     pipeline: Any
     strength: float
+    rounds_up: bool
     pixels: Tensor
     mask: Tensor | None
     size: tuple[int, int]
     crop: Box | None
 
     @classmethod
-    def of(cls, given: FromImage, pipeline: Any, strength: float, size: tuple[int, int]) -> "Source":
+    def of(
+        cls, given: FromImage, pipeline: Any, strength: float, size: tuple[int, int], *, rounds_up: bool
+    ) -> "Source":
         """Prepares an image with diffusers' processors.
 
         Args:
@@ -175,6 +195,7 @@ class Source:
             pipeline: diffusers' pipeline for the task.
             strength: The share of the steps that are run.
             size: Width and height of what is worked on, in pixels.
+            rounds_up: Whether the number of steps is rounded up.
 
         Raises:
             ValueError: If latents are for another size, or nothing would be painted.
@@ -182,17 +203,17 @@ class Source:
         scale, (width, height) = pipeline.vae_scale_factor, size
         crop, mode = None, "default"
         if given.padding_mask_crop is not None:
-            crop = pipeline.mask_processor.get_crop_region(given.mask, width, height, pad=given.padding_mask_crop)
+            crop = pipeline.mask_processor.get_crop_region(given.masks[0], width, height, pad=given.padding_mask_crop)
             mode = "fill"
         how = {"height": height, "width": width, "crops_coords": crop, "resize_mode": mode}
         pixels = pipeline.image_processor.preprocess(given.images, **how)
         rows, columns = (side * scale if given.is_latents else side for side in pixels.shape[-2:])
         if given.is_latents and (columns, rows) != size:
             raise ValueError(f"these latents are for {columns} x {rows} pixels, and the call for {width} x {height}")
-        mask = None if given.mask is None else pipeline.mask_processor.preprocess(given.mask, **how)
+        mask = pipeline.mask_processor.preprocess(list(given.masks), **how) if given.inpaints else None
         if mask is not None and not (mask > 0).any():
             raise ValueError(_PALE)
-        return cls(given, pipeline, strength, pixels, mask, (columns, rows), crop)
+        return cls(given, pipeline, strength, rounds_up, pixels, mask, (columns, rows), crop)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -200,8 +221,11 @@ class Source:
         return self.size if self.given.is_latents else self.given.size
 
     def painted(self, latent_grid: Grid) -> Tensor | None:
-        """1 at the cells that are repainted, as in diffusers; None means everywhere. Shape: [height, width]."""
-        return None if self.mask is None else F.interpolate(self.mask, latent_grid)[0, 0]
+        """1 at the cells that are repainted in any image, as in diffusers; None means everywhere.
+
+        Shape: [height, width].
+        """
+        return None if self.mask is None else F.interpolate(self.mask, latent_grid).amax(dim=0)[0]
 
     def timesteps(self, pipe: Any, steps: int, device: torch.device) -> tuple[Tensor, int]:
         """The timesteps that the strength leaves of a pipeline's scheduler, and the number of their steps."""
@@ -238,13 +262,16 @@ class Source:
 _PALE = "mask_image has no pixel above half of white at the size that is painted; nothing would be painted"
 
 
-def check_steps(steps: int, strength: float) -> None:
+def steps_left(steps: int, strength: float, *, rounds_up: bool) -> int:
+    """How many of the steps a strength leaves, as in diffusers' pipelines, which round differently."""
+    return steps - int(steps - steps * strength) if rounds_up else int(steps * strength)
+
+
+def check_steps(steps: int, strength: float, *, rounds_up: bool) -> None:
     """Raises ValueError if a strength leaves no step of so many."""
-    if int(steps * strength) < 1:
-        least = 1 / max(steps, 1)
-        raise ValueError(
-            f"strength={strength:g} leaves none of the {steps} steps; give at least {least:.2g}, or more steps"
-        )
+    if steps_left(steps, strength, rounds_up=rounds_up) < 1:
+        least = "more than 0" if rounds_up else f"at least {1 / max(steps, 1):.2g}, or more steps"
+        raise ValueError(f"strength={strength:g} leaves none of the {steps} steps; give {least}")
 
 
 def region_in_pixels(loaded: LoadedConcept, width: int, height: int) -> LoadedConcept:
@@ -253,6 +280,11 @@ def region_in_pixels(loaded: LoadedConcept, width: int, height: int) -> LoadedCo
     if region is None or isinstance(region, str) or not is_fractions(region):
         return loaded
     return replace(loaded, concept=loaded.concept.model_copy(update={"region": in_pixels(region, width, height)}))
+
+
+def _for_each(given: Any, images: int) -> list[Any]:
+    """What is given for each image: one for all, or one for each prompt, which may have several images."""
+    return [given[i * len(given) // images] for i in range(images)]
 
 
 def _size(images: list[Image.Image] | Tensor) -> tuple[int, int]:

@@ -17,6 +17,7 @@ def read_images(given: Any, latent_channels: int | None = None) -> list[Image.Im
     Args:
         given: A PIL image, a path, an array of 8 bits [height, width, 3] or of 0 to 1, a tensor of 0 to 1 [3, height,
             width], latents [images, channels, height, width], or a list of these; also batches of arrays and tensors.
+            Values of -1 to 1 are images, too, as they once were for diffusers, which warns.
         latent_channels: Channels of latents; None takes no latents.
 
     Returns:
@@ -87,6 +88,6 @@ def _of_tensor(given: Tensor, latent_channels: int | None = None) -> Tensor:
     if not tensor.isfinite().all():
         raise ValueError("image has values that are NaN or infinite")
     low, high = tensor.min(), tensor.max()
-    if tensor.shape[1] == 3 and (low < 0 or high > 1):
+    if tensor.shape[1] == 3 and (low < -1 or high > 1):
         raise ValueError(f"image has values from {low:.3g} to {high:.3g}; floats are expected between 0 and 1")
     return tensor

@@ -42,7 +42,7 @@ def read_mask_image(given: Any, size: tuple[int, int]) -> Image.Image:
         mask = mask_of_box(in_pixels(given, *size), *size)
     elif isinstance(given, list | tuple):
         raise ValueError(
-            f"mask_image is a list of {len(given)}; give one mask for all images, or a box of four numbers: left, top, "
+            f"mask_image is a list of {len(given)} where one mask was expected; a box has four numbers: left, top, "
             "right, bottom"
         )
     elif isinstance(given, str | Path):
@@ -54,6 +54,14 @@ def read_mask_image(given: Any, size: tuple[int, int]) -> Image.Image:
     if mask.getextrema()[1] == 0:  # pyright: ignore[reportIndexIssue, reportArgumentType]
         raise ValueError("mask_image is all black; it must be white where the image is painted")
     return mask
+
+
+def each_mask(given: Any) -> list[Any]:
+    """The masks that are given as one: a list of them, or a batch of arrays or tensors; otherwise it is one mask."""
+    numbers = isinstance(given, list | tuple) and all(isinstance(side, int | float) for side in given)
+    if isinstance(given, list | tuple) and given and not numbers:
+        return [mask for one in given for mask in each_mask(one)]
+    return list(given) if getattr(given, "ndim", 0) == 4 else [given]
 
 
 def open_image(path: str | Path, what: str) -> Image.Image:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_compose.attention import install
+from lora_compose.attention import StepCaches, check_caches, install
 from lora_compose.attention.device import dtype_of
 from lora_compose.pipelines.attention_log import AttentionLog
 from lora_compose.pipelines.call import Call, check_call, of_prompt, steps_to_record
@@ -89,21 +89,24 @@ class Plan:
         """
         model: Any = self.canvas.backbone.model
         names = [concept.name for concept in self.concepts.concepts]
-        with install(
-            self.canvas.backbone,
-            [loaded.lora for loaded in self.concepts.loaded],
-            device=self.canvas.device,
-            dtype=dtype_of(model),
-            silence=names,
-            kept=self.concepts.kept(model_part(pipe), pipe.banks),
-        ) as installation:
+        with (
+            install(
+                self.canvas.backbone,
+                [loaded.lora for loaded in self.concepts.loaded],
+                device=self.canvas.device,
+                dtype=dtype_of(model),
+                silence=names,
+                kept=self.concepts.kept(model_part(pipe), pipe.banks),
+            ) as installation,
+            StepCaches.opened(model) as caches,
+        ):
 
             def sessions(encode: FamilyEncoder, sampler: Sampler, inputs: Mapping[str, Any]) -> Sessions:
                 steps = len(sampler.schedule.timesteps)
                 log = AttentionLog(self.canvas, steps_to_record(self.call.composition.record_attention, steps))
                 denoiser = Denoiser(
                     self.canvas.backbone, installation, sampler, self.canvas, self.concepts, self.controls,
-                    {**self.call.inputs, **inputs}, log,
+                    {**self.call.inputs, **inputs}, log, caches,
                 )  # fmt: skip
                 reading = {} if self.reading is None else {"reading": self.reading}
 
@@ -150,7 +153,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     check_size(pipe, call.size.width, call.size.height, len(call.prompts) * call.size.images_per_prompt)
     loaded, concepts_of = resolve_sets(pipe, call)
     loaded = tuple(_region_in_pixels(call, found) for found in loaded)
-    raw = _other_texts(call, loaded)
+    raw = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]
     loaded = tuple(map(_without_weights, loaded))
     check_call(call, loaded)
     if call.source is not None:
@@ -167,6 +170,7 @@ def make_plan(pipe: Any, call: Call) -> Plan:
             "this method needs region attention or gradients, which work with SD 1.x, SD 2.x and SDXL only; use "
             "draft, which needs no layout, regional with a region for each subject, or tara"
         )
+    check_caches(backbone.model, differentiates=getattr(choice.method, "needs_region_attention", False))
     if call.source is not None and call.source.strength < 1 and getattr(choice.method, "moves_noise", False):
         raise ValueError(
             "the re-initialisation of this method moves start noise, and with an image the latents are the image; give "
@@ -175,8 +179,8 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     textual_inversions = TextualInversions.of(loaded, pipe.components)
     tokenizers = pipe._prompt_tokenizers(textual_inversions, call.prompts.length)
     reading = _reading(pipe, call, tokenizers, raw)
-    if reading is not None and reading.chunks > 1:
-        tokenizers = [LongTokenizer(tokenizer, reading.chunks) for tokenizer in tokenizers]
+    if reading is not None and reading.longest > 1:
+        tokenizers = [LongTokenizer(tokenizer, reading.longest) for tokenizer in tokenizers]
     texts = call.prompts.texts
     plain = None if texts is None else [[plain_text(text) for text in column] for column in texts]
     call = replace(call, prompts=replace(call.prompts, texts=plain))
@@ -207,12 +211,6 @@ def make_plan(pipe: Any, call: Call) -> Plan:
     return plan
 
 
-def _other_texts(call: Call, loaded: Sequence[LoadedConcept]) -> list[str]:
-    """Negative prompts and those of concepts, as they are written."""
-    own = [text for found in loaded for text in (found.concept.prompt, found.concept.negative_prompt) if text]
-    return [*call.prompts.negative, *own]
-
-
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:
     """A concept whose own texts are plain."""
     texts = {name: getattr(loaded.concept, name) for name in ("prompt", "negative_prompt")}
@@ -221,11 +219,11 @@ def _without_weights(loaded: LoadedConcept) -> LoadedConcept:
 
 
 def _reading(pipe: Any, call: Call, tokenizers: Sequence[Tokenizer], others: Sequence[str]) -> Reading | None:
-    prompts = call.prompts.texts or ()
-    check_no_tags([*others, *(text for column in prompts for text in column)])
+    prompts, negative = call.prompts.texts or (), call.prompts.negative
+    every = [*(text for column in (*prompts, *negative) for text in column), *others]
+    check_no_tags(every)
     if pipe.reads_weights and prompts:
-        return Reading.of(tokenizers, prompts, others, in_chunks=pipe.reads_in_chunks)
-    every = (*(text for column in prompts for text in column), *others)
+        return Reading.of(tokenizers, prompts, negative, others, in_chunks=pipe.reads_in_chunks)
     refuse_weights(every, "go with a prompt, and this call has embeddings" if pipe.reads_weights else None)
     return None
 

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lora_compose.pipelines.canvas import Step
 
+OF_INPAINTING = ("mask", "masked_image_latents")
+"""Tensors that diffusers gives callbacks of inpainting with a UNet."""
+
 
 class Task(Protocol):
     """The start latents of a call, and what is restored after each step."""
@@ -82,12 +85,14 @@ class Inpainting(ImageToImage):
 
     Attributes:
         mask: 1 where the image is painted. Shape: [images, 1, height, width].
+        masked: Latents of the image without what is painted, for callbacks. Shape: as the latents.
         image: Latents of the image; None for models made for inpainting. Shape: as the latents.
         noise: The noise on these latents. Shape: as the latents.
         timesteps: Of all passes.
     """
 
     mask: Tensor = field(kw_only=True)
+    masked: Tensor | None = field(kw_only=True, default=None)
     image: Tensor | None = field(kw_only=True)
     noise: Tensor = field(kw_only=True)
     timesteps: Any = field(kw_only=True)

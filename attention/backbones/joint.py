@@ -68,18 +68,19 @@ class JointBackbone:
     def steer(self, modules: Mapping[str, nn.Module], state: ForwardState, undo: Journal) -> None:
         """Puts our kernel into every attention processor; `undo` puts them back.
 
+        Fused projections are not used meanwhile: they are copies of the layers that have the LoRAs.
+
         Raises:
-            ValueError: For processors that do not end in diffusers' attention dispatch, and for fused projections.
+            ValueError: For processors that do not end in diffusers' attention dispatch.
         """
         found = dict(_attention(modules))
-        if fused := [name for name, attn in found.items() if getattr(attn, "fused_projections", False)]:
-            raise ValueError(
-                f"{fused[0]} has fused projections, which drop LoRAs silently: call `unfuse_qkv_projections()`"
-            )
         ours = {name: with_kernel(attn.processor, name, self._sequence(name), state) for name, attn in found.items()}
         for name, attn in found.items():
             undo.callback(attn.set_processor, attn.processor)
             attn.set_processor(ours[name])
+            if getattr(attn, "fused_projections", False):
+                undo.callback(setattr, attn, "fused_projections", True)
+                attn.fused_projections = False
 
     @contextmanager
     def truncated_after(self, layers: Iterable[str]) -> Iterator[None]:

@@ -124,7 +124,7 @@ class UNetBackbone:
             latents: Scaled for the model. Shape: [rows, channels, height, width].
             t: The timestep.
             text: Shape: [rows, tokens, channels].
-            added: Further inputs by row (SDXL's pooled text and sizes).
+            added: Further inputs by row (SDXL's pooled text and sizes); "lengths" of texts are for attention only.
             channels: Further channels beside the latents: mask and masked image, for UNets made for inpainting. Shape:
                 [rows, channels, height, width].
             image_embeds: The images of each IP-Adapter. Shape: [rows, images, ...] each.
@@ -134,7 +134,7 @@ class UNetBackbone:
         Returns:
             Shape: as the latents.
         """
-        conditions = None if added is None else dict(added)
+        conditions = {name: one for name, one in (added or {}).items() if name != "lengths"} or None
         if image_embeds is not None:
             conditions = {**(conditions or {}), "image_embeds": list(image_embeds)}
         if ip_adapter_masks is not None:
@@ -361,8 +361,9 @@ class ComposeAttnProcessor:
         regions = self._state.inputs.regions
         if regions is None:
             return self._kernel(query, key, value, self._bias)
-        attend = regions.cross if self._layer.cross else regions.self_attention
-        return attend(self._kernel, self._layer.level, query, key, value)
+        if self._layer.cross:
+            return regions.cross(self._kernel, self._layer.level, query, key, value, self._bias)
+        return regions.self_attention(self._kernel, self._layer.level, query, key, value)
 
     def _record(self, query: Tensor, key: Tensor, scale: float) -> None:
         regions, name = self._state.inputs.regions, self._layer.name
@@ -373,8 +374,11 @@ class ComposeAttnProcessor:
 
     @property
     def _bias(self) -> Tensor | None:
-        biases = self._state.inputs.text_bias
-        return biases[self._layer.level] if biases is not None and self._layer.cross else None
+        inputs = self._state.inputs
+        if not self._layer.cross:
+            return None
+        bias, end = (inputs.text_bias or {}).get(self._layer.level), inputs.text_end
+        return end if bias is None else bias if end is None else bias + end
 
     def _projected(self, attn: Attention, hidden_states: Tensor, text: Tensor | None) -> Sequence[Tensor]:
         """Queries, keys and values."""

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from lora_compose.attention import Lora, Stream, backbone_of, grid_at, install
+from lora_compose.attention import Lora, StepCaches, Stream, backbone_of, grid_at, install
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.sites import Grid
 from lora_compose.compose.benchmark.flops import Operations
@@ -111,7 +111,8 @@ def count(
         install(backbone, loras, device=META, dtype=unet.dtype) as installed,
     ):
         sampler = Sampler(scheduler, Schedule(scheduler.timesteps, steps, scheduler.order))
-        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), unet_kwargs, AttentionLog(canvas, ()))
+        log, caches = AttentionLog(canvas, ()), StepCaches(backbone.model)
+        denoiser = Denoiser(backbone, installed, sampler, canvas, acting, (), unet_kwargs, log, caches)
         prompts = Prompts(
             (" ".join(concept.concept.phrase for concept in concepts),), masks, acting,
             lambda weights, prompts, negative_prompts: text,

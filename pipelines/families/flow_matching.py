@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle
 
 from lora_compose.attention.backbones.joint import PATCH, unpacked
-from lora_compose.pipelines.call import Call, Sampling, check_latents, listed
+from lora_compose.pipelines.call import Call, GivenPrompts, Sampling, check_latents, listed
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.concepts.textual_inversion import TextualInversions
@@ -32,6 +32,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
 
     transformer_class: ClassVar[type[nn.Module]]
+    rounds_steps_up: ClassVar[bool] = True
     architecture: ClassVar[str]
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
@@ -125,7 +126,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             )
 
     def _from_image(self, call: Call, source: Source, plan: Plan, schedule: Schedule) -> ImageToImage:
-        canvas, generator, pixels = plan.canvas, call.sampling.generator, self._pixels_by_image(call, source)
+        canvas, generator, pixels = plan.canvas, call.sampling.generator, self._by_image(call, source.pixels)
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
         first: Any = schedule.timesteps[:1]
         with precision_kept(self.vae):
@@ -136,7 +137,7 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         if source.mask is None:
             return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas))
         latents, noise, image = (_unpacked(one, canvas) for one in found[:3])
-        mask = self._latent_mask(source.mask, canvas).to(canvas.device, encoder.dtype)
+        mask = self._latent_mask(self._by_image(call, source.mask), canvas).to(canvas.device, encoder.dtype)
         inputs = self._inputs_from_image(image)
         return Inpainting(latents, inputs, mask=mask, image=image, noise=noise, timesteps=schedule.timesteps)
 
@@ -259,6 +260,17 @@ def both_sides(
     negatives = None if negative_prompts is None else list(negative_prompts)
     negative, negative_added = encode(negatives, True, device, **reading)
     return EncodedText(text, negative, {name: torch.cat([negative_added[name], of]) for name, of in added.items()})
+
+
+def check_negative_embeds(given: GivenPrompts, embeds: Tensor | None) -> None:
+    """Raises ValueError for negative embeddings that cannot be in one batch with the text of the prompts."""
+    tokens = given.length if given.embeds is None else given.embeds.shape[1]
+    if embeds is not None and tuple(embeds.shape[:2]) != (len(given), tokens):
+        raise ValueError(
+            "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, since both "
+            f"are read in one batch: expected negative ones for {len(given)} prompts of {tokens} tokens, but got the "
+            f"shape {list(embeds.shape)}"
+        )
 
 
 def for_each(text: str | list[str] | None, count: int) -> list[str]:

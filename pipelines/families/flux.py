@@ -21,6 +21,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -32,7 +33,12 @@ from lora_compose.pipelines.canvas import Step
 from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.concepts.tags import check_no_tags
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import FlowMatchingPipeline, both_sides, real_tokens
+from lora_compose.pipelines.families.flow_matching import (
+    FlowMatchingPipeline,
+    both_sides,
+    check_negative_embeds,
+    real_tokens,
+)
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
@@ -90,7 +96,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         return_dict: bool = True,
         joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int = 512,
         *,
         concepts: Concepts | None = None,
@@ -152,7 +158,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds, "output_type": output_type,
                 "return_dict": return_dict, "joint_attention_kwargs": joint_attention_kwargs,
                 "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
                 "max_sequence_length": max_sequence_length,
             }  # fmt: skip
             arguments = self._with_weights(arguments)
@@ -177,8 +183,9 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         cfg_scale = true_cfg_scale if has_negative else 1.0
         per_prompt = num_images_per_prompt or 1
         sampling = Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale))
-        negatives = [*listed(negative_prompt), *listed(negative_prompt_2)]
+        negatives = [listed(negative_prompt), listed(negative_prompt_2)]
         given = GivenPrompts(texts, prompt_embeds, max_sequence_length, negatives)
+        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         images = len(given) * per_prompt
         call = Call(
             composition, given,

@@ -26,6 +26,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -36,7 +37,13 @@ from lora_compose.pipelines.call import (
 from lora_compose.pipelines.canvas import Canvas
 from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import Shape, TemplatePipeline, both_sides, real_tokens
+from lora_compose.pipelines.families.flow_matching import (
+    Shape,
+    TemplatePipeline,
+    both_sides,
+    check_negative_embeds,
+    real_tokens,
+)
 from lora_compose.pipelines.families.image_tasks import ImageTask
 from lora_compose.pipelines.from_image import FromImage
 from lora_compose.pipelines.methods import Settings
@@ -80,7 +87,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int = 512,
         text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
         *,
@@ -90,6 +97,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         token_positions: TokenPositions | None = None,
         record_attention: bool | Sequence[int] = False,
         mask_image: Any = None,
+        image_reference: Any = None,
         strength: float | None = None,
         padding_mask_crop: int | None = None,
         paste_original: bool = False,
@@ -109,6 +117,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             token_positions: Positions among all tokens, those of the chat template included.
             record_attention: Maps come from the last third of the double-stream blocks.
             mask_image: White where the image is painted, or a box.
+            image_reference: A further image that inpainting reads; cannot be combined with concepts yet.
             strength: The share of the steps that are run; None is diffusers' default.
             padding_mask_crop: Pixels around the mask; only that part is painted, enlarged to width and height.
             paste_original: Whether pixels outside of the mask are the image's own; greys of the mask blend.
@@ -126,6 +135,10 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         given_image = None
         if paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop)):
             given_image, image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original), None
+        if image_reference is not None and given_image is None:
+            raise ValueError(
+                "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
+            )
         if no_concepts(concepts):
             check_plain(composition)
             self._check_plain_texts(prompt)
@@ -136,17 +149,17 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
                 "negative_prompt_embeds": negative_prompt_embeds, "output_type": output_type,
                 "return_dict": return_dict, "attention_kwargs": attention_kwargs,
                 "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
                 "max_sequence_length": max_sequence_length, "text_encoder_out_layers": text_encoder_out_layers,
             }  # fmt: skip
             if given_image is not None:
-                return self._from_image_as_diffusers(given_image, arguments)
+                return self._from_image_as_diffusers(given_image, arguments | {"image_reference": image_reference})
             plain: Callable[..., Any] = Flux2KleinPipeline.__call__
             return plain(self, image, **arguments)
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
-        if image is not None:
+        if image is not None or image_reference is not None:
             raise ValueError(
-                "reference images cannot be combined with concepts yet; leave out image, or give mask_image to repaint "
+                "reference images cannot be combined with concepts yet; leave them out, or give mask_image to repaint "
                 "a part of it"
             )
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -155,6 +168,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         self.check_inputs(prompt, height, width, prompt_embeds, tensors, guidance_scale)
         cfg_scale = self._cfg_of(guidance_scale)
         given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
+        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
             composition, given, ImageSize(width, height, num_images_per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),

@@ -1,18 +1,20 @@
 """Image-to-image and inpainting, the same for all model families; diffusers' pipelines prepare the image."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import Call
-from lora_compose.pipelines.from_image import FromImage, Source, check_steps
+from lora_compose.pipelines.call import Call, listed
+from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.refine import Origin
+from lora_compose.pipelines.task import OF_INPAINTING
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class ImageTasksPipeline(ComposePipeline):
     starts_from_latents: ClassVar[bool] = True
     """Whether latents may be given in place of an image."""
 
+    rounds_steps_up: ClassVar[bool] = False
+    """Whether diffusers' pipelines round the number of steps that a strength leaves up."""
+
     def start_image(
         self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
     ) -> FromImage | None:
@@ -51,7 +56,7 @@ class ImageTasksPipeline(ComposePipeline):
         channels = self.vae.config.get("latent_channels") if self.starts_from_latents else None
         given = FromImage.of(image, mask_image, strength, padding_mask_crop, paste_original, channels)
         if given is not None:
-            self._task(given.mask is not None)
+            self._task(given.inpaints)
         return given
 
     def steps_from_image(self, steps: int, strength: float | None, inpaints: bool) -> int:
@@ -65,7 +70,7 @@ class ImageTasksPipeline(ComposePipeline):
         Raises:
             ValueError: If the family does not have the task.
         """
-        return min(int(steps * self._strength(strength, inpaints)), steps)
+        return steps_left(steps, self._strength(strength, inpaints), rounds_up=self.rounds_steps_up)
 
     def _task(self, inpaints: bool) -> ImageTask:
         found = self.inpainting if inpaints else self.image_to_image
@@ -90,15 +95,22 @@ class ImageTasksPipeline(ComposePipeline):
         """Width and height of a call in pixels; None means the model's own."""
         raise NotImplementedError
 
-    def _task_pipeline(self, given: FromImage) -> Any:
-        """The pipeline of diffusers for the task of a call, with the same components."""
-        kind = self._task(given.mask is not None).pipeline
+    @property
+    def mask_processor(self) -> VaeImageProcessor:
+        """How masks are prepared: that of diffusers' inpainting."""
+        if self.inpainting is None:
+            raise AttributeError(f"diffusers has no inpainting for {self.family}, and so no mask_processor")
+        return self._task_pipeline(inpaints=True).mask_processor
+
+    def _task_pipeline(self, *, inpaints: bool) -> Any:
+        """The pipeline of diffusers for a task, with the same components and properties of the call."""
+        kind = self._task(inpaints).pipeline
         names = inspect.signature(kind.__init__).parameters
         parts = {name: part for name, part in self.components.items() if name in names}
         options = {name: self.config[name] for name in names if name in self.config and name not in self.components}
         if "add_watermarker" in names:
             options["add_watermarker"] = False
-        pipe = kind(**parts, **options)
+        pipe = _with_properties_of(self, kind)(**parts, **options)
         kept = ("watermark", "_progress_bar_config")
         pipe.__dict__.update({name: self.__dict__[name] for name in kept if name in self.__dict__})
         return pipe
@@ -116,7 +128,7 @@ class ImageTasksPipeline(ComposePipeline):
             ValueError: If the image is too small, or keeps its own size and the call asks for another one.
         """
         given.check_size(self._cell)
-        if self._task(given.mask is not None).resizes:
+        if self._task(given.inpaints).resizes:
             found = self._size(width, height)
         else:
             own = given.cells(self.vae_scale_factor if given.is_latents else self._cell)
@@ -141,17 +153,19 @@ class ImageTasksPipeline(ComposePipeline):
             ValueError: For arguments that it does not take.
         """
         self._check_start(given)
-        pipe, task = self._task_pipeline(given), self._task(given.mask is not None)
+        pipe, task = self._task_pipeline(inpaints=given.inpaints), self._task(given.inpaints)
         self._image_size(given, arguments["width"], arguments["height"])
         if not task.resizes:
             arguments = {**arguments, "width": None, "height": None}
-        check_steps(_steps(arguments), self._strength(given.strength, given.mask is not None))
+        check_steps(_steps(arguments), self._strength(given.strength, given.inpaints), rounds_up=self.rounds_steps_up)
+        prompt, embeds = arguments["prompt"], arguments["prompt_embeds"]
+        given.check_masks(len(embeds) if prompt is None else len(listed(prompt)))
         taken = inspect.signature(type(pipe).__call__).parameters
         own = inspect.signature(type(self).__call__).parameters
         left_out = [name for name in arguments if name not in taken and name in own]
         unread = [name for name in left_out if arguments[name] != own[name].default]
         if unread := unread + [name for name in given.arguments if name not in taken]:
-            name = "image-to-image" if given.mask is None else "inpainting"
+            name = "inpainting" if given.inpaints else "image-to-image"
             raise ValueError(f"{', '.join(unread)} cannot be given for {name}")
         if given.paste_original and arguments["output_type"] != "pil":
             raise ValueError(_PIL_ONLY)
@@ -178,13 +192,19 @@ class ImageTasksPipeline(ComposePipeline):
         self._check_composed(given)
         if (given.paste_original or given.padding_mask_crop is not None) and output_type != "pil":
             raise ValueError(_PIL_ONLY)
-        strength = self._strength(given.strength, given.mask is not None)
-        return Source.of(given, self._task_pipeline(given), strength, self._image_size(given, width, height))
+        strength = self._strength(given.strength, given.inpaints)
+        return Source.of(
+            given, self._task_pipeline(inpaints=given.inpaints), strength, self._image_size(given, width, height),
+            rounds_up=self.rounds_steps_up,
+        )  # fmt: skip
 
-    def _pixels_by_image(self, call: Call, source: Source) -> Tensor:
-        """The start image, or that of every image of the batch."""
-        pixels, per_prompt = source.pixels, call.size.images_per_prompt
-        return pixels if len(pixels) == 1 else pixels.repeat_interleave(per_prompt, dim=0)
+    def _by_image(self, call: Call, given: Tensor) -> Tensor:
+        """The start image or mask of all images of the batch, or that of every one."""
+        return given if len(given) == 1 else given.repeat_interleave(call.size.images_per_prompt, dim=0)
+
+    def _of_every_task(self, tensors: Sequence[str], given: FromImage | None) -> list[str]:
+        """Those of the tensors for callbacks that are not of inpainting alone."""
+        return [name for name in tensors if name not in OF_INPAINTING or given is None or not given.inpaints]
 
     def _finished(self, images: Any, source: Source | None) -> Any:
         """Images with what is outside of the mask pasted in, where that is asked for."""
@@ -206,6 +226,23 @@ class ImageTasksPipeline(ComposePipeline):
         options = {"num_inference_steps": sampling.num_inference_steps, **call.repaint}
         columns = [[names.index(concept.name) for concept in one] for one in each]
         return Origin(self, prompts, each, columns, call.size.images_per_prompt, options)
+
+
+_OF_A_CALL = (
+    "_attention_kwargs", "_cfg_normalization", "_cfg_truncation", "_clip_skip", "_cross_attention_kwargs",
+    "_current_timestep", "_denoising_end", "_denoising_start", "_guidance_rescale", "_guidance_scale", "_interrupt",
+    "_joint_attention_kwargs", "_num_timesteps",
+)  # fmt: skip
+"""Attributes that diffusers' pipelines set in a call, and that callbacks and other threads change."""
+
+
+def _with_properties_of(host: Any, kind: Any) -> Any:
+    """A class of diffusers whose calls set, and read, the attributes of another pipeline."""
+
+    def shared(name: str) -> property:
+        return property(lambda _: getattr(host, name), lambda _, value: setattr(host, name, value))
+
+    return type(kind.__name__, (kind,), {name: shared(name) for name in _OF_A_CALL})
 
 
 _PIL_ONLY = "padding_mask_crop and paste_original give PIL images; leave output_type='pil'"

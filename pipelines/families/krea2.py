@@ -22,6 +22,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -31,7 +32,12 @@ from lora_compose.pipelines.call import (
 )
 from lora_compose.pipelines.claiming import claims_models
 from lora_compose.pipelines.control import Control, controls_of
-from lora_compose.pipelines.families.flow_matching import TemplatePipeline, both_sides, for_each
+from lora_compose.pipelines.families.flow_matching import (
+    TemplatePipeline,
+    both_sides,
+    check_negative_embeds,
+    for_each,
+)
 from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
@@ -73,7 +79,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         output_type: str | None = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 512,
         *,
@@ -120,13 +126,19 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         if no_concepts(concepts):
             check_plain(composition)
             self._check_plain_texts(prompt, negative_prompt)
+            arguments = {
+                "prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width,
+                "num_inference_steps": num_inference_steps, "sigmas": sigmas, "guidance_scale": guidance_scale,
+                "num_images_per_prompt": num_images_per_prompt, "generator": generator, "latents": latents,
+                "prompt_embeds": prompt_embeds, "prompt_embeds_mask": prompt_embeds_mask,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "negative_prompt_embeds_mask": negative_prompt_embeds_mask, "output_type": output_type,
+                "return_dict": return_dict, "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
+                "attention_kwargs": attention_kwargs, "max_sequence_length": max_sequence_length,
+            }  # fmt: skip
             plain: Callable[..., Any] = Krea2Pipeline.__call__
-            return plain(
-                self, prompt, negative_prompt, height, width, num_inference_steps, sigmas, guidance_scale,
-                num_images_per_prompt, generator, latents, prompt_embeds, prompt_embeds_mask, negative_prompt_embeds,
-                negative_prompt_embeds_mask, output_type, return_dict, callback_on_step_end,
-                list(callback_on_step_end_tensor_inputs), attention_kwargs, max_sequence_length,
-            )  # fmt: skip
+            return plain(self, **arguments)
         check_arguments(kwargs, (), attention_kwargs, "attention_kwargs")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = (-self._rounded(-side) for side in (height, width))  # up, as diffusers does
@@ -137,7 +149,8 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         cfg_scale = self._cfg_of(guidance_scale)
         embeds = None if prompt_embeds is None else prompt_embeds.flatten(2)
         texts = None if prompt is None else [listed(prompt)]
-        given = GivenPrompts(texts, embeds, max_sequence_length, listed(negative_prompt))
+        given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
+        check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
         call = Call(
             composition, given, ImageSize(width, height, num_images_per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),

@@ -24,6 +24,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -60,10 +61,24 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """Whether a checkpoint is of this family: as in diffusers, if it has no keys of another one."""
         return not any(key.startswith(("conditioner.", "double_blocks.")) for key in keys)
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def encode_prompt(
+        self,
+        prompt: Any,
+        device: Any,
+        num_images_per_prompt: Any,
+        do_classifier_free_guidance: Any,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
         with _inner_model_named(self.text_encoder):
-            return super().encode_prompt(*args, **kwargs)
+            return super().encode_prompt(
+                prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds,
+                negative_prompt_embeds, lora_scale, clip_skip,
+            )  # fmt: skip
 
     @claims_models
     @torch.no_grad()
@@ -91,7 +106,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         *,
         concepts: Concepts | None = None,
         method: str | Settings | None = None,
@@ -146,7 +161,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 "return_dict": return_dict, "cross_attention_kwargs": cross_attention_kwargs,
                 "guidance_rescale": guidance_rescale, "clip_skip": clip_skip,
                 "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
             }  # fmt: skip
             arguments = self.with_weights(arguments)
             if given_image is not None:
@@ -158,10 +173,19 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         source = self._source(given_image, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt, height, width, None, negative_prompt, prompt_embeds, negative_prompt_embeds, None, None, tensors
+            prompt,
+            height,
+            width,
+            None,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            None,
+            None,
+            self._of_every_task(tensors, given_image),
         )
         texts = None if prompt_embeds is not None else [listed(prompt)]
-        given = GivenPrompts(texts, prompt_embeds, negative=listed(negative_prompt))
+        given = GivenPrompts(texts, prompt_embeds, negative=[listed(negative_prompt)])
         size = ImageSize(width, height, num_images_per_prompt or 1)
         guidance = Guidance(guidance_scale, guidance_rescale)
         sampling = Sampling(num_inference_steps, timesteps, sigmas, None, generator, latents, eta, guidance)
@@ -203,7 +227,9 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                     reading, texts, size.images_per_prompt, guided=self.do_classifier_free_guidance,
                     scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
                 )  # fmt: skip
-            return EncodedText(embeds, uncond if self.do_classifier_free_guidance else None)
+            uncond = uncond if self.do_classifier_free_guidance else None
+            lengths = {} if reading is None else reading.lengths(size.images_per_prompt, 1 if uncond is None else 2)
+            return EncodedText(embeds, uncond, lengths or None)
 
         final, process, outcome = self.compose(call, encode)
         images, nsfw = self._decode(final, call, output_type or "np", process.text.prompt_embeds.dtype)

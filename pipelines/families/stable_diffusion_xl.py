@@ -22,6 +22,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -115,7 +116,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         negative_target_size: tuple[int, int] | None = None,
         clip_skip: int | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         *,
         concepts: Concepts | None = None,
         method: str | Settings | None = None,
@@ -180,7 +181,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 "negative_crops_coords_top_left": negative_crops_coords_top_left,
                 "negative_target_size": negative_target_size, "clip_skip": clip_skip,
                 "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
             }  # fmt: skip
             arguments = self.with_weights(arguments)
             if given_image is not None:
@@ -193,12 +194,13 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
             prompt, prompt_2, height, width, None, negative_prompt, negative_prompt_2, prompt_embeds,
-            negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None, tensors,
+            negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None,
+            self._of_every_task(tensors, given_image),
         )  # fmt: skip
         self._check_model()
         given = GivenPrompts(
             None if prompt_embeds is not None else self._texts(prompt, prompt_2), prompt_embeds,
-            negative=[*listed(negative_prompt), *listed(negative_prompt_2)],
+            negative=[listed(negative_prompt), listed(negative_prompt_2)],
         )  # fmt: skip
         size = ImageSize(width, height, num_images_per_prompt or 1)
         guidance = Guidance(guidance_scale, guidance_rescale)
@@ -254,10 +256,11 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
                 )  # fmt: skip
             uncond = uncond if self.do_classifier_free_guidance else None
             parts = [(pooled, sizes)] if uncond is None else [(uncond_pooled, negative_sizes), (pooled, sizes)]
-            return EncodedText(embeds, uncond, self._added(parts, embeds))
+            lengths = {} if reading is None else reading.lengths(size.images_per_prompt, len(parts))
+            return EncodedText(embeds, uncond, {**self._added(parts, embeds), **lengths})
 
         final, _, outcome = self.compose(call, encode)
-        images = self._decode(final, call, output_type or "np")
+        images = self._decode(final, output_type or "np")
         images = self._finished(images, source)
         self.maybe_free_model_hooks()
         return output_of(outcome, images) if return_dict else (images,)
@@ -286,12 +289,12 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         pooled = torch.cat([pooled for pooled, _ in parts])
         return {"text_embeds": pooled.to(embeds.device), "time_ids": torch.cat(rows).to(embeds.device)}
 
-    def _decode(self, latents: Tensor, call: Call, output_type: str) -> Any:
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return latents
         with self._vae_in_range():
             scaled = self._unscaled(latents.to(self.vae.dtype))
-            image = self.vae.decode(scaled, return_dict=False, generator=call.sampling.generator)[0]
+            image = self.vae.decode(scaled, return_dict=False)[0]
         if self.watermark is not None:
             image = self.watermark.apply_watermark(image)
         return self._postprocess(image, output_type)

@@ -179,7 +179,7 @@ class UNetPipeline(ImageTasksPipeline):
         if given or "prompt" not in texts:
             raise ValueError(f"weights in prompts do not go with {', '.join(given) or 'embeddings'}; give the prompts")
         prompts = [column for name, column in texts.items() if not name.startswith("negative")]
-        negative = [text for name, column in texts.items() if name.startswith("negative") for text in column]
+        negative = [column for name, column in texts.items() if name.startswith("negative")]
         reading = Reading.of(self.tokenizers_for([]), prompts, negative)
         guided = arguments["guidance_scale"] > 1 and self.unet.config.time_cond_proj_dim is None
         known = [name for name in TEXTS if name in arguments]
@@ -192,21 +192,21 @@ class UNetPipeline(ImageTasksPipeline):
     # Calls that start from an image.
 
     def _repaint(
-        self, guidance: Guidance, negative: Sequence[str], ip_adapter_image: Any, ip_adapter_image_embeds: Any
+        self, guidance: Guidance, negative: Sequence[Sequence[str]], ip_adapter_image: Any, ip_adapter_image_embeds: Any
     ) -> Mapping[str, Any]:
         """Arguments of calls that repaint the subjects of images."""
         return {
-            "guidance_scale": guidance.scale, "negative_prompt": negative[0] if negative else None,
+            "guidance_scale": guidance.scale, "negative_prompt": negative[0][0] if negative[0] else None,
             "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
         }  # fmt: skip
 
     def _check_start(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask."""
-        if self.unet.config.in_channels == _FOR_INPAINTING and (given is None or given.mask is None):
+        if self.unet.config.in_channels == _FOR_INPAINTING and (given is None or not given.inpaints):
             raise ValueError("this UNet was made for inpainting: give image=... and mask_image=...")
 
     def _check_composed(self, given: FromImage) -> None:
-        if given.mask is None:
+        if not given.inpaints:
             return
         if isinstance(self.vae, AsymmetricAutoencoderKL):
             raise ValueError(
@@ -223,14 +223,14 @@ class UNetPipeline(ImageTasksPipeline):
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.unet
         dtype, device = encoder.dtype, canvas.device  # as diffusers' text
         first = schedule.timesteps[:1].repeat(canvas.images)  # pyright: ignore[reportAttributeAccessIssue]
-        pixels = self._pixels_by_image(call, source)
+        pixels = self._by_image(call, source.pixels)
         with precision_kept(self.vae):
             if source.mask is None:
                 latents = source.pipeline.prepare_latents(
                     pixels, first, canvas.prompts, canvas.images_per_prompt, dtype, device, generator
                 )
                 return ImageToImage(latents)
-            size = call.size.height, call.size.width
+            size, white = (call.size.height, call.size.width), self._by_image(call, source.mask)
             inpaints = self.unet.config.in_channels == _FOR_INPAINTING
             latents, noise, *image = source.pipeline.prepare_latents(
                 canvas.images, self.vae.config.latent_channels, *size, dtype, device, generator, call.sampling.latents,
@@ -238,12 +238,12 @@ class UNetPipeline(ImageTasksPipeline):
                 return_image_latents=not inpaints,
             )  # fmt: skip
             # What is left of latents is not known, and only UNets made for inpainting read it.
-            left = pixels if source.given.is_latents else pixels.float() * (source.mask < 0.5)
+            left = pixels if source.given.is_latents else pixels.float() * (white < 0.5)
             mask, masked = source.pipeline.prepare_mask_latents(
-                source.mask, left, canvas.images, *size, dtype, device, generator, False
+                white, left, canvas.images, *size, dtype, device, generator, False
             )
         channels = {"channels": torch.cat([mask, masked], dim=1)} if inpaints else {}
         return Inpainting(
             latents, channels,
-            mask=mask, image=image[0] if image else None, noise=noise, timesteps=schedule.timesteps,
+            mask=mask, masked=masked, image=image[0] if image else None, noise=noise, timesteps=schedule.timesteps,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from lora_compose.pipelines.call import (
     Guidance,
     ImageSize,
     Sampling,
+    as_list,
     check_arguments,
     check_plain,
     listed,
@@ -40,7 +41,7 @@ from lora_compose.pipelines.methods import Settings
 from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan
-from lora_compose.pipelines.text.conditioning import TokenPositions
+from lora_compose.pipelines.text.conditioning import Conditioning, TokenPositions
 from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 
@@ -81,7 +82,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         return_dict: bool = True,
         joint_attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int = 512,
         *,
         concepts: Concepts | None = None,
@@ -135,7 +136,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 "prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds,
                 "output_type": output_type, "return_dict": return_dict,
                 "joint_attention_kwargs": joint_attention_kwargs, "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+                "callback_on_step_end_tensor_inputs": as_list(callback_on_step_end_tensor_inputs),
                 "max_sequence_length": max_sequence_length,
             }  # fmt: skip
             if given_image is not None:
@@ -156,12 +157,15 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
             if side != self._rounded(side):
                 raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor * 2}, not {side}")
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if unknown := set(tensors) - {"latents"}:
-            raise ValueError(f"with concepts, callbacks are given latents, not {', '.join(sorted(unknown))}")
+        if unknown := {*self._of_every_task(tensors, given_image)} - {*self._callback_tensor_inputs}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names {', '.join(sorted(unknown))}; callbacks can have "
+                f"{' and '.join(self._callback_tensor_inputs)}"
+            )
         per_prompt, tokens = num_images_per_prompt or 1, _padded(max_sequence_length)
         embeds = None if prompt_embeds is None else _stacked(prompt_embeds, tokens)
         texts = None if prompt is None else [listed(prompt)]
-        given = GivenPrompts(texts, embeds, max_sequence_length, listed(negative_prompt))
+        given = GivenPrompts(texts, embeds, max_sequence_length, [listed(negative_prompt)])
         call = Call(
             composition, given, ImageSize(width, height, per_prompt),
             Sampling(num_inference_steps, None, sigmas, None, generator, latents, guidance=Guidance(cfg_scale)),
@@ -194,6 +198,10 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         encode_prompt: Any = self._encode_prompt
         rows = encode_prompt(list(prompts), self._execution_device, None, length or 512)
         return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
+
+    def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
+        rows = text.conditional()
+        return {"prompt_embeds": [row[:length] for row, length in zip(rows.prompt_embeds, rows.lengths, strict=True)]}
 
     def _template(self, length: int) -> TemplateTokenizer:
         return TemplateTokenizer(self.tokenizer, self._chat_template(enable_thinking=True), length, _padded(length))

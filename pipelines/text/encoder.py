@@ -200,11 +200,11 @@ class Prompts:
         return scatter_concepts(weights, self.concepts.columns, self.concepts.installed)
 
     def _for_all_prompts(self, texts: Sequence[str] | None) -> list[str] | None:
-        """The texts in a batch of the call's size; rows of other prompts are not used."""
+        """The texts in a batch of the call's size; rows of other prompts are not used, and empty."""
         if texts is None:
             return None
         found = dict(zip(self.indices, texts, strict=True))
-        return [found.get(prompt, texts[0]) for prompt in range(self.canvas.prompts)]
+        return [found.get(prompt, "") for prompt in range(self.canvas.prompts)]
 
     def _conditioning(self, text: EncodedText, masks: TokenMasks) -> Conditioning:
         embeds, negative = text.prompt_embeds, text.negative_prompt_embeds

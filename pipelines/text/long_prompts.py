@@ -1,7 +1,9 @@
 """Prompts that are longer than a text encoder reads at once, in chunks; and weights in prompts.
 
 A chunk ends with a word, after punctuation where there is some. Each is encoded alone and the results stand one after
-the other, as in most tools; shorter texts of the call get empty chunks.
+the other, as in most tools. Of the texts of one image, shorter ones get empty chunks. Beside a longer prompt, the
+chunks of an image are repeated: attention to a text written twice is attention to the text, and UNets with concepts
+leave out what is repeated.
 """
 
 import re
@@ -90,13 +92,13 @@ class Reading:
 
     Attributes:
         tokenizers: Of one chunk, one for each text encoder.
-        chunks: How many chunks every text has.
+        chunks: How many chunks the texts of each prompt have; those of shorter ones are repeated.
         origins: The prompts, from which other texts are derived.
         known: Further texts with weights, by their plain text.
     """
 
     tokenizers: Sequence[Any]
-    chunks: int
+    chunks: Sequence[int]
     origins: Sequence[Emphasis]
     known: Mapping[str, Emphasis]
 
@@ -105,7 +107,8 @@ class Reading:
         cls,
         tokenizers: Sequence[Any],
         prompts: Sequence[Sequence[str]],
-        others: Sequence[str],
+        negative: Sequence[Sequence[str]],
+        others: Sequence[str] = (),
         *,
         in_chunks: bool = True,
     ) -> "Reading | None":
@@ -114,16 +117,41 @@ class Reading:
         Args:
             tokenizers: One for each text encoder.
             prompts: The prompts, for each of them.
-            others: Negative prompts and those of concepts.
+            negative: Negative prompts, each for one prompt, or one for all.
+            others: Texts of concepts.
             in_chunks: Whether a text may have several chunks; otherwise it is cut off.
         """
-        read = [[read_emphasis(text) for text in texts] for texts in (*prompts, others)]
+        columns = (*prompts, *negative, others)
+        read = [[read_emphasis(text) for text in texts] for texts in columns]
         plain = {one.text for texts in read for one in texts}
-        lengths = (len(chunks_of(tokenizer, text)) for tokenizer in tokenizers for text in plain)
-        chunks = max(lengths) if in_chunks else 1
-        if chunks == 1 and plain == {text for texts in (*prompts, others) for text in texts}:
+        length = {text: max(len(chunks_of(one, text)) if in_chunks else 1 for one in tokenizers) for text in plain}
+
+        def chunks(prompt: int) -> int:
+            own = [texts[min(prompt, len(texts) - 1)] for texts in read[:-1] if texts]
+            return max(length[one.text] for one in (*own, *read[-1]))
+
+        each = tuple(chunks(prompt) for prompt in range(len(prompts[0])))
+        if set(each) == {1} and plain == {text for texts in columns for text in texts}:
             return None
-        return cls(tokenizers, chunks, read[0], {one.text: one for one in read[-1] if not one.is_even})
+        derived = (one for texts in read[len(prompts) :] for one in texts)
+        return cls(tokenizers, each, read[0], {one.text: one for one in derived if not one.is_even})
+
+    @property
+    def longest(self) -> int:
+        """How many chunks every text gets."""
+        return max(self.chunks)
+
+    def lengths(self, images_per_prompt: int, sides: int) -> Mapping[str, Tensor]:
+        """Tokens of the rows without those that are repeated, if rows differ; as a further input of the model.
+
+        Args:
+            images_per_prompt: Rows of each prompt.
+            sides: 2 if there are negative prompts, too.
+        """
+        if len(set(self.chunks)) == 1:
+            return {}
+        tokens = torch.tensor(self.chunks) * self.tokenizers[0].model_max_length
+        return {"lengths": tokens.repeat_interleave(images_per_prompt).repeat(sides)}
 
     def emphasis(self, text: str, prompt: int, *, derived: bool) -> Emphasis:
         """The weights of a text that belongs to a prompt, from which it may have been derived."""
@@ -157,7 +185,7 @@ class Reading:
         ]
         parts = [
             encode([None if texts is None else [text[chunk].text for text in texts] for texts in split])
-            for chunk in range(self.chunks)
+            for chunk in range(self.longest)
         ]
         half = len(columns) // 2
         joined: list[Any] = [None, None]
@@ -167,7 +195,7 @@ class Reading:
             chunks = [part[side].clone() for part in parts]
             read = [column or texts[0] for column in texts]
             for row in range(len(read[0] or ())):
-                for i in range(self.chunks):
+                for i in range(self.longest):
                     pieces = [column[row][i] for column in read if column is not None]
                     if not all(one.is_even for one in pieces):
                         rows = slice(row * images_per_prompt, (row + 1) * images_per_prompt)
@@ -177,10 +205,11 @@ class Reading:
 
     def _split(self, text: str, prompt: int, *, derived: bool) -> list[Emphasis]:
         whole = self.emphasis(text, prompt, derived=derived)
-        spans = chunks_of(self.tokenizers[0], whole.text)
-        if len(spans) > self.chunks:
+        spans, chunks = chunks_of(self.tokenizers[0], whole.text), self.chunks[prompt]
+        if len(spans) > chunks:
             raise ValueError(
-                f"{shortened(whole.text)} is longer than the prompts of this call, which has {self.chunks} chunks of "
+                f"{shortened(whole.text)} is longer than the prompt of its image, which has {chunks} chunks of "
                 f"{self.tokenizers[0].model_max_length} tokens; shorten it, or lengthen the prompt"
             )
-        return [*(whole.part(*span) for span in spans), *[Emphasis("", ())] * (self.chunks - len(spans))]
+        found = [*(whole.part(*span) for span in spans), *[Emphasis("", ())] * (chunks - len(spans))]
+        return [found[i % chunks] for i in range(self.longest)]

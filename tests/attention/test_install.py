@@ -12,7 +12,6 @@ from accelerate import cpu_offload
 from diffusers.models.attention_processor import (
     AttnProcessor,
     AttnProcessor2_0,
-    SlicedAttnProcessor,
 )
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -366,8 +365,6 @@ def one_is(processor: Any) -> Callable[[Any], None]:
 
 
 UNSUPPORTED: dict[str, Callable[[Any], None]] = {
-    "fused projections.*unfuse_qkv_projections": lambda unet: unet.fuse_qkv_projections(),
-    SlicedAttnProcessor.__name__: lambda unet: unet.set_attention_slice("max"),
     "OwnProcessor": one_is(OwnProcessor()),
     "OwnSubclass": one_is(OwnSubclass()),
 }
@@ -381,6 +378,25 @@ def test_processors_that_would_be_lost_are_refused(message: str) -> None:
     with pytest.raises(ValueError, match=message), installed(unet):
         pass
     before.assert_unchanged(unet)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda unet: unet.fuse_qkv_projections(), lambda unet: unet.set_attention_slice(1)],
+    ids=["fused projections", "slices"],
+)
+@torch.no_grad()
+def test_loras_act_in_attention_that_is_fused_or_in_slices(change: Callable[[Any], None]) -> None:
+    unet = tiny_unet()
+    loras, inputs = [random_lora(unet, 0)], unet_inputs(unet)
+    gates = Gates(torch.ones(1, 1, 1), {level: torch.ones(1, 1, 1) for level in range(4)}, torch.ones(1, 1), (16, 16))
+    expected = with_bank(unet, loras, gates, inputs)
+    change(unet)
+    before, plain = Snapshot(unet), unet(**inputs)[0]
+    torch.testing.assert_close(with_bank(unet, loras, gates, inputs), expected, atol=1e-5, rtol=0)
+    before.assert_unchanged(unet)
+    assert torch.equal(unet(**inputs)[0], plain)
+    assert (plain - expected).abs().max() > 1e-3
 
 
 def test_attention_with_parts_that_would_be_lost_is_refused() -> None:

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from components import FAMILIES, TINY, sd_unet, seeded, small_pipeline
-from composing import BOTH, PROMPT, TRIGGERS, assert_close, composer_of, lora_file, run, same_bits
+from composing import BOTH, PROMPT, TRIGGERS, assert_close, composer_of, lora_file, run, same_bits, with_concepts
 from lora_compose import ComposePipeline, Concept
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer
 from lora_compose.pipelines.sampler import Sampler, Schedule
@@ -103,6 +103,90 @@ def test_without_concepts_a_part_of_the_image_is_enlarged_as_in_diffusers(family
     given = task(True) | {"padding_mask_crop": 4, "output_type": "pil"}
     ours, theirs = (run(pipe, **given).images for pipe in (composer_of(family), diffusers_pipe(family, True)))
     assert same_bits(ours, theirs)
+
+
+@TASKS
+@pytest.mark.parametrize("concepts", [None, BOXED])
+def test_a_call_sets_the_properties_that_callbacks_and_others_read(inpaints: bool, concepts: Any) -> None:
+    pipe, seen = copy.copy(composer_of("sd")), []
+
+    def look(given: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((given.guidance_scale, pipe.guidance_scale, given.num_timesteps))
+        pipe._interrupt = step == 1  # by another thread, which knows this pipeline
+        return tensors
+
+    run(pipe, concepts=concepts, callback_on_step_end=look, **task(inpaints))
+    assert seen == [(4.0, 4.0, 3)] * 2
+    assert pipe.guidance_scale == 4.0
+    assert pipe.num_timesteps == 3
+
+
+def test_masks_are_prepared_as_in_diffusers() -> None:
+    ours, theirs = composer_of("sd").mask_processor, diffusers_pipe("sd", True).mask_processor
+    assert ours.config == theirs.config
+    assert torch.equal(ours.preprocess(MASK), theirs.preprocess(MASK))
+
+
+@pytest.mark.parametrize("concepts", [None, BOXED])
+def test_callbacks_of_inpainting_see_the_mask(concepts: Any) -> None:
+    names, seen = ["latents", "mask", "masked_image_latents"], []
+
+    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append({name: tensors[name].shape[-3:] for name in names})
+        return tensors
+
+    how = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": names}
+    run(composer_of("sd"), concepts=concepts, **task(True), **how)
+    assert seen == [{"latents": (4, 16, 16), "mask": (1, 16, 16), "masked_image_latents": (4, 16, 16)}] * 3
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+        run(composer_of("sd"), concepts=concepts, **task(False), **how)
+
+
+MASKS = [MASK, MASK.transpose(Image.Transpose.FLIP_LEFT_RIGHT).crop((0, 64, 128, 128)).resize((128, 128))]
+
+
+@BOTH
+def test_each_prompt_may_have_a_mask_without_concepts_as_in_diffusers(family: str) -> None:
+    given = task(True) | {"prompt": [PROMPT, "a cat"], "image": [IMAGE] * 2, "mask_image": MASKS}
+    assert same_bits(run(composer_of(family), **given).images, run(diffusers_pipe(family, True), **given).images)
+
+
+@pytest.mark.parametrize("inner", [4, 9])
+def test_each_prompt_may_have_a_mask_with_concepts_as_in_calls_of_its_own(inner: int) -> None:
+    pipe = composer_of("sd")
+    if inner == 9:
+        pipe = with_concepts(ComposePipeline.from_pipe(for_inpainting(StableDiffusionInpaintPipeline)))
+    prompts, seen = [PROMPT, "a zwx dog and a sks cat"], []
+    given = task(True) | {"concepts": ["cat", "dog"], "method": "tara"}
+    several = {"prompt": prompts, "mask_image": MASKS, "image": [IMAGE] * 2}
+    both = run(pipe, **given | several, generator=[seeded(i) for i in range(2)]).images
+    for i, (prompt, mask) in enumerate(zip(prompts, MASKS, strict=True)):
+        own = {"prompt": prompt, "mask_image": mask, "generator": seeded(i)}
+        assert_close(both[i : i + 1], run(pipe, **given | own).images)
+
+    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(tensors["mask"])
+        return tensors
+
+    how = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["mask"]}
+    run(pipe, **given | several, **how, num_images_per_prompt=2)
+    assert torch.equal(seen[0][0], seen[0][1])
+    assert torch.equal(seen[0][2], seen[0][3])
+    assert not torch.equal(seen[0][1], seen[0][2])
+
+
+@TASKS
+def test_images_of_values_from_minus_1_are_taken_as_in_diffusers(inpaints: bool) -> None:
+    pixels = torch.from_numpy(np.array(IMAGE)).permute(2, 0, 1)[None] / 127.5 - 1
+    given = task(inpaints) | {"image": pixels}
+    found = []
+    for pipe, concepts in (
+        (diffusers_pipe("sd", inpaints), {}), (composer_of("sd"), {}), (composer_of("sd"), {"concepts": BOXED}),
+    ):  # fmt: skip
+        with pytest.warns(FutureWarning, match="range"):
+            found.append(run(pipe, **given, **concepts).images)
+    assert same_bits(found[0], found[1])
+    assert_close(found[2], run(composer_of("sd"), **task(inpaints), concepts=BOXED).images, 1e-3)
 
 
 def for_inpainting(cls: Any) -> Any:
@@ -362,7 +446,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"mask_image": MASK.resize((64, 64)), "padding_mask_crop": 2, "output_type": "pil"}, "expected the same size",
     ),
     "a mask of no numbers": ({"mask_image": torch.full((128, 128), float("nan"))}, "NaN or outside"),
-    "two masks": ({"mask_image": [MASK, MASK]}, "a list of 2"),
+    "two masks": ({"mask_image": [MASK, MASK]}, "a list of 2 masks, and there are 1 prompts"),
     "a box outside": ({"mask_image": (0, 0, 300, 20)}, "does not lie in the image of 128 x 128 pixels"),
     "a negative padding": ({"mask_image": MASK, "padding_mask_crop": -1}, "at least 0, not -1"),
     "padding without a mask": ({"padding_mask_crop": 4}, "need a mask"),

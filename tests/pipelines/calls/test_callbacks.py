@@ -1,15 +1,26 @@
 """Callbacks see and change what they do in diffusers, and interrupt a call."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback
+from safetensors.torch import save_file
 from torch import Tensor
 
-from components import State
+from components import FAMILIES, State, lora_tensors
 from composing import BOTH, EVERY, compose, composer_of, latents_of, one_step, run
+from flux import flux_pipeline
+from flux2 import FLUX2, LAYERS
+from krea2 import krea2_pipeline
+from lora_compose.attention import LoraFactors
+from z_image import Z_IMAGE
 
+EVERY_FAMILY = {
+    **FAMILIES, "flux": flux_pipeline, "flux2": FLUX2.pipeline, "krea2": krea2_pipeline, "z-image": Z_IMAGE.pipeline,
+}  # fmt: skip
 SHAPES = {
     "sd": {"latents": (1, 4, 16, 16), "prompt_embeds": (2, 32, 24), "negative_prompt_embeds": (1, 32, 24)},
     "sdxl": {
@@ -38,6 +49,37 @@ def test_callbacks_are_given_every_tensor_that_diffusers_names(composer, family,
 def test_callbacks_may_name_only_tensors_that_there_are(composer, concepts):
     with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs.*noise_pred"):
         run(composer, concepts=concepts, callback_on_step_end_tensor_inputs=["noise_pred"])
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_FAMILY))
+@pytest.mark.parametrize("composed", [False, True])
+def test_no_tensors_may_be_asked_for(name: str, composed: bool) -> None:
+    pipe = EVERY_FAMILY[name]()
+    concept = {"concepts": ["nothing"], "method": "merge"} if composed else {}
+    if composed:
+        layer = next(found for found in pipe.model.state_dict() if found.endswith("to_q.weight"))
+        rows, columns = pipe.model.state_dict()[layer].shape
+        factors = {layer.removesuffix(".weight"): LoraFactors(torch.zeros(1, columns), torch.zeros(rows, 1))}
+        part = "unet" if pipe.components.get("unet") is not None else "transformer"
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "nothing.safetensors"
+            save_file(lora_tensors(**{part: factors}), path)
+            pipe.load_concept(path, "nothing")
+    concept |= {} if name != "flux2" else {"text_encoder_out_layers": LAYERS}
+    call = {"width": 64, "height": 64, "num_inference_steps": 1, "output_type": "latent", "prompt": "a cat"}
+    found = pipe(**call, **concept, callback_on_step_end_tensor_inputs=None, generator=torch.manual_seed(0)).images
+    assert torch.equal(found, pipe(**call, **concept, generator=torch.manual_seed(0)).images)
+
+
+def test_a_callback_without_tensors_is_given_none(composer: Any) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(tensors)
+        return tensors
+
+    compose(composer, callback_on_step_end=look, callback_on_step_end_tensor_inputs=None)
+    assert seen == [{}, {}]
 
 
 def test_several_callbacks_of_diffusers_run_in_turn(composer):

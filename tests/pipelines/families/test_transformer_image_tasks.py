@@ -150,6 +150,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another size": ({"width": 64}, "width and height are those of the image, 128 x 128"),
     "one pixel": ({"image": IMAGE.resize((1, 1)), "mask_image": None}, "this model needs at least 16"),
     "latents": ({"image": torch.zeros(1, 16, 16, 16)}, r"a tensor of torch.float32 with the shape \[1, 16"),
+    "two masks": ({"mask_image": [MASK, MASK]}, "a list of 2 masks, and there are 1 prompts"),
     "strength 0": ({"strength": 0.0}, "strength=0 leaves none of the 4 steps"),
     "an empty mask": ({"mask_image": Image.new("L", (128, 128))}, "all black"),
     "a mask of another shape": ({"mask_image": MASK.resize((64, 128))}, "the same proportions"),
@@ -176,6 +177,44 @@ def test_what_does_not_go_together_is_refused_with_words(pipes):
     other.scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     with pytest.raises(ValueError, match=r"a UniPCMultistepScheduler, FLUX.1 cannot start from an image; use"):
         other(**task("flux", False))
+
+
+@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+def test_a_part_of_a_step_is_a_step_as_in_diffusers(pipes, concepts):
+    seen = []
+
+    def look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(step)
+        return tensors
+
+    given = task("z-image", True, strength=0.1, concepts=concepts, output_type="latent")
+    pipes["z-image"](**given, callback_on_step_end=look)
+    assert seen == [0]
+    assert pipes["z-image"].steps_from_image(4, 0.1, inpaints=True) == 1
+
+
+@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+def test_each_prompt_may_have_a_mask(pipes, name, concepts):
+    masks = [MASK, MASK.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
+    several = {"prompt": [PROMPT, "a zwx dog and a sks cat"], "image": [IMAGE] * 2, "mask_image": masks}
+    given = task(name, True, concepts=concepts, output_type="latent")
+    words = {name: text for name, text in given.items() if name == "negative_prompt"}
+    both = pipes[name](
+        **given | several | {name: [text] * 2 for name, text in words.items()}, generator=[seeded(i) for i in range(2)]
+    ).images
+    for i in range(2):
+        own = {"prompt": several["prompt"][i], "mask_image": masks[i], "generator": seeded(i)}
+        torch.testing.assert_close(both[i : i + 1], pipes[name](**given | own).images, atol=2e-4, rtol=0)
+
+
+def test_a_further_reference_image_is_for_inpainting_without_concepts(pipes):
+    pipe, given = pipes["flux2"], task("flux2", True, output_type="latent")
+    plain = pipe(**given, generator=seeded()).images
+    assert not torch.equal(pipe(**given, generator=seeded(), image_reference=IMAGE.rotate(90)).images, plain)
+    with pytest.raises(ValueError, match="reference images cannot be combined with concepts"):
+        pipe(**given, image_reference=IMAGE, concepts=["cat"])
+    with pytest.raises(ValueError, match="image_reference goes with inpainting"):
+        pipe(PROMPT, image_reference=IMAGE)
 
 
 @pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])

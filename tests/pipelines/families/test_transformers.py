@@ -56,6 +56,23 @@ def test_without_concepts_it_does_exactly_what_diffusers_does(family, pipe, guid
     assert torch.equal(latents_of(pipe, **guidance), plain_latents(family, pipe, **CALL, **guidance))
 
 
+def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
+    if family is Z_IMAGE:  # whose rows have lengths of their own
+        return
+    layers = {name: one for name, one in family.guided.items() if name == "text_encoder_out_layers"}
+    tokens, rest = pipe.encode_prompt("a cat", device="cpu", **layers)[0][:, :-1], {}
+    if family is FLUX:
+        rest = {"negative_pooled_prompt_embeds": torch.zeros(1, 24), "negative_prompt": None}
+    if family is KREA2:
+        rest = {
+            "negative_prompt_embeds_mask": torch.ones(1, tokens.shape[1], dtype=torch.bool),
+            "negative_prompt": None,
+        }
+    guided = {**family.guided, **rest, "negative_prompt_embeds": tokens}
+    with pytest.raises(ValueError, match="must have the same shape when passed directly"):
+        pipe(**CALL, **guided, concepts=["cat"], method="merge")
+
+
 def test_one_merged_lora_equals_diffusers_with_the_lora_loaded(family, pipe):
     found = latents_of(pipe, concepts=["cat"], method="merge", **family.guided)
     other = copy.deepcopy(pipe)

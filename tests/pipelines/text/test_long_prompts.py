@@ -23,7 +23,7 @@ from composing import run as two_steps
 from flux import flux_pipeline
 from flux2 import FLUX2
 from krea2 import KREA2
-from lora_compose import Concept
+from lora_compose import Clora, Concept, LoraComposer
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, chunks_of
 from transformer_families import TOKENS, as_file, pipeline_with_concepts, random_lora_of_all
 from z_image import Z_IMAGE
@@ -136,6 +136,32 @@ def test_a_long_prompt_is_read_in_chunks(family):
     positions = {"cat": [first.index(sks)], "dog": [(len(texts) - 1) * length + last.index(zwx)]}
     expected = latents_of(pipe, **{**parts[0], **given}, token_positions=positions)
     assert_close(latents_of(pipe, prompt=LONG, negative_prompt="dark"), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("sd", "tara"), ("sd", Clora(fuse="branches")), ("sd", LoraComposer(least_updates=0.0)), ("sdxl", "tara"),
+        pytest.param("sd", "freefuse", marks=pytest.mark.slow),
+        pytest.param("sdxl", Clora(fuse="branches"), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_a_short_prompt_beside_a_long_one_gives_the_image_that_it_gives_alone(family, method):
+    pipe, short = composer_of(family, whole=True), "a sks cat and a zwx dog on grass"
+    noise = torch.randn(2, 4, 16, 16, generator=seeded())
+    how = {"method": method, "concepts": BOXED, "negative_prompt": ["dark", "blurry"], "record_attention": True}
+    both = compose(pipe, prompt=[short, LONG], latents=noise, num_inference_steps=2, **how)
+    for i, (prompt, negative) in enumerate(zip([short, LONG], ["dark", "blurry"], strict=True)):
+        own = {**how, "negative_prompt": negative}
+        alone = compose(pipe, prompt=prompt, latents=noise[i : i + 1], num_inference_steps=2, **own)
+        assert_close(both.images[i], alone.images[0])
+        assert_close(both.attention_maps[:, i], alone.attention_maps[:, 0])
+
+
+def test_a_weighted_prompt_beside_a_long_one_gives_the_image_that_it_gives_alone_without_concepts():
+    pipe, noise = composer_of("sd"), torch.randn(2, 4, 16, 16, generator=seeded())
+    both = run(pipe, prompt=[WEIGHTED, LONG], latents=noise).images
+    assert_close(both[0], run(pipe, prompt=WEIGHTED, latents=noise[:1]).images[0])
 
 
 def test_a_phrase_may_stand_in_two_chunks():
