@@ -10,7 +10,7 @@ from torch import nn
 from lora_compose.attention import Claim
 from lora_compose.pipelines.call import no_concepts
 from lora_compose.pipelines.concepts.loading import TEXT_ENCODERS
-from lora_compose.pipelines.concepts.selection import has_tags
+from lora_compose.pipelines.concepts.tags import has_tags
 
 P = ParamSpec("P")
 R = TypeVar("R")
