@@ -124,6 +124,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         given_image = None
         if paste_original or any(one is not None for one in (mask_image, strength, padding_mask_crop)):
             given_image, image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original), None
+        if given_image is None and image is None:  # otherwise the size is that of the image
+            width, height = self._sides(width, height)
         if no_concepts(concepts):
             check_plain(self.transformer, composition)
             self._check_plain_texts(prompt)
@@ -212,10 +214,6 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
         return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, references=1)
-
-    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        native = self.default_sample_size * self.vae_scale_factor
-        return self._rounded(width or native), self._rounded(height or native)
 
     def _check_composed(self, given: FromImage) -> None:
         if given.size[0] * given.size[1] > 1024 * 1024:
