@@ -15,8 +15,7 @@ class Examples:
     """Encoded images.
 
     Attributes:
-        latents: The means of the VAE; with some VAEs the variance is as large as the image, and sampling would only
-            add noise. Shape: [images, channels, height, width].
+        latents: The means of the VAE; sampling would only add noise. Shape: [images, channels, height, width].
         caption: Index of each image's caption. Shape: [images], integers.
         text: Features of the captions. Shape: [captions, tokens, channels].
         mask: 1 at the trigger. Shape: [captions, tokens, 1].

@@ -27,6 +27,9 @@ from lora_compose.pipelines.text.templates import TemplateTokenizer
 
 Shape = tuple[int, ...]
 
+_UNSTATED = 32
+"""diffusers' default for `sample_size` of a VAE, which says nothing about the model."""
+
 
 class FlowMatchingPipeline(ImageTasksPipeline):
     """A composing pipeline of a transformer; in its calls latents keep their height and width, unpacked."""
@@ -100,9 +103,13 @@ class FlowMatchingPipeline(ImageTasksPipeline):
             found = randn_tensor(self._drawn(shape), generator=generator, device=canvas.device, dtype=dtype)
         return _unpacked(found, canvas).to(canvas.device, dtype)
 
+    def _sides(self, width: int | None, height: int | None) -> tuple[int, int]:
+        """Width and height as given; None means the model's own, for which diffusers has 1024 with any model."""
+        return width or self.own_size[0], height or self.own_size[1]
+
     def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        native_width, native_height = self.own_size
-        return self._rounded(width or native_width), self._rounded(height or native_height)
+        width, height = self._sides(width, height)
+        return self._rounded(width), self._rounded(height)
 
     def _check_plain_texts(self, *given: Any) -> None:
         """Checks the texts of a call without concepts, which the model would read as they are written.
@@ -152,7 +159,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
     @property
     def own_size(self) -> tuple[int, int]:
         """Width and height in pixels: what the VAE's configuration says, or 1024."""
-        side = int(getattr(self.vae.config, "sample_size", None) or 1024)
+        side = self.vae.config.get("sample_size")
+        side = 1024 if side in (None, _UNSTATED) else int(side)
         return side, side
 
     def guided(self, scale: float, negative_prompt: str | None) -> dict[str, Any]:

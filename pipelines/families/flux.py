@@ -142,6 +142,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             negative_prompt = _for_each(negative_prompt, len(prompt))
         composition = Composition(concepts or (), method, controls_of(control), token_positions, record_attention)
         given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
+        width, height = self._sides(width, height)
         if no_concepts(concepts):
             check_plain(composition)
             arguments = {
@@ -299,10 +300,6 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                     expand=self.maybe_convert_prompt, length=text.shape[1],
                 ).to(text)  # fmt: skip
         return found
-
-    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        native = self.default_sample_size * self.vae_scale_factor
-        return self._rounded(width or native), self._rounded(height or native)
 
     def _readable(self, length: int) -> int:
         """Tokens to which texts are padded, at most the T5's own maximum; that of the playground is short."""

@@ -139,6 +139,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             raise ValueError(
                 "image_reference goes with inpainting: give mask_image as well, or the reference images as image"
             )
+        if given_image is None and image is None:  # otherwise the size is that of the image
+            width, height = self._sides(width, height)
         if no_concepts(concepts):
             check_plain(composition)
             self._check_plain_texts(prompt)
@@ -228,10 +230,6 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     def backbone_of(self, call: Call) -> Backbone:
         """The backbone of a call; with a start image it reads that as a reference image, too."""
         return super().backbone_of(call) if call.source is None else Flux2Backbone(self.transformer, references=1)
-
-    def _size(self, width: int | None, height: int | None) -> tuple[int, int]:
-        native = self.default_sample_size * self.vae_scale_factor
-        return self._rounded(width or native), self._rounded(height or native)
 
     def _check_composed(self, given: FromImage) -> None:
         if given.size[0] * given.size[1] > 1024 * 1024:

@@ -165,6 +165,7 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         given_image = self.start_image(image, mask_image, strength, padding_mask_crop, paste_original)
         if no_concepts(concepts):
             check_plain(composition)
+        if no_concepts(concepts) and self._is_diffusers_own(given_image):
             arguments = {
                 "prompt": prompt, "prompt_2": prompt_2, "height": height, "width": width,
                 "num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas,

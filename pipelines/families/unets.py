@@ -24,6 +24,9 @@ from lora_compose.pipelines.text.weighted import weighted_embeds
 _FOR_INPAINTING = 9
 """Input channels of UNets that were made for inpainting: latents, mask, and latents of the masked image."""
 
+_DIFFUSERS_INPAINTS = (4, _FOR_INPAINTING)
+"""Input channels of the UNets with which diffusers inpaints."""
+
 TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 """Arguments that are texts, and what the text encoders make of them."""
@@ -200,10 +203,21 @@ class UNetPipeline(ImageTasksPipeline):
             "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
         }  # fmt: skip
 
+    def _is_diffusers_own(self, given: FromImage | None) -> bool:
+        """Whether diffusers can run a call without concepts: it inpaints with UNets of four or nine channels only."""
+        return given is None or not given.inpaints or self.unet.config.in_channels in _DIFFUSERS_INPAINTS
+
     def _check_start(self, given: FromImage | None) -> None:
-        """Raises ValueError for UNets made for inpainting where there is no mask."""
-        if self.unet.config.in_channels == _FOR_INPAINTING and (given is None or not given.inpaints):
-            raise ValueError("this UNet was made for inpainting: give image=... and mask_image=...")
+        """Raises ValueError for UNets made for inpainting where there is no mask, and for those that cannot inpaint."""
+        channels, latents = self.unet.config.in_channels, self.vae.config.latent_channels
+        if given is None or not given.inpaints:
+            if channels == _FOR_INPAINTING:
+                raise ValueError("this UNet was made for inpainting: give image=... and mask_image=...")
+        elif channels not in (latents, _FOR_INPAINTING):
+            raise ValueError(
+                f"a UNet with {channels} input channels cannot inpaint with a VAE of {latents} channels; expected "
+                f"{latents}, or {_FOR_INPAINTING} for a UNet made for inpainting: leave out mask_image"
+            )
 
     def _check_composed(self, given: FromImage) -> None:
         if not given.inpaints:

@@ -127,6 +127,8 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         if no_concepts(concepts):
             check_plain(composition)
             self._check_plain_texts(prompt, negative_prompt)
+            if given_image is None:
+                width, height = self._sides(width, height)
             arguments = {
                 "prompt": list(prompt) if isinstance(prompt, list) else prompt,  # diffusers writes into the list
                 "height": height, "width": width, "num_inference_steps": num_inference_steps, "sigmas": sigmas,
@@ -152,7 +154,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
         if prompt_embeds is not None and cfg_scale > 1 and negative_prompt_embeds is None:
             raise ValueError("with prompt_embeds, guidance needs negative_prompt_embeds as well")
         source = self._source(given_image, width, height, output_type or "np")
-        width, height = (width or 1024, height or 1024) if source is None else source.size
+        width, height = self._sides(width, height) if source is None else source.size
         for name, side in (("height", height), ("width", width)):
             if side != self._rounded(side):
                 raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor * 2}, not {side}")

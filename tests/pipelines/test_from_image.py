@@ -22,8 +22,8 @@ from diffusers import (
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from components import FAMILIES, TINY, sd_unet, seeded, small_pipeline
-from composing import BOTH, PROMPT, TRIGGERS, assert_close, composer_of, lora_file, run, same_bits, with_concepts
+from components import FAMILIES, TINY, TINY_XL, sd_unet, sdxl_unet, seeded, small_pipeline, small_vae, xl_pipeline
+from composing import BOTH, OURS, PROMPT, TRIGGERS, assert_close, composer_of, lora_file, run, same_bits, with_concepts
 from lora_compose import ComposePipeline, Concept
 from lora_compose.pipelines.methods import METHODS, Clora, LoraComposer
 from lora_compose.pipelines.sampler import Sampler, Schedule
@@ -199,6 +199,36 @@ def for_inpainting(cls: Any) -> Any:
 def test_without_concepts_a_unet_made_for_inpainting_does_what_it_does_in_diffusers():
     ours = run(ComposePipeline.from_pipe(for_inpainting(StableDiffusionInpaintPipeline)), **task(True)).images
     assert same_bits(ours, run(for_inpainting(StableDiffusionInpaintPipeline), **task(True)).images)
+
+
+def of_eight_channels(cls: Any, family: str) -> Any:
+    """A pipeline whose latents have as many channels as the playground's, for which diffusers has no inpainting."""
+    channels = {"in_channels": 8, "out_channels": 8}
+    if family == "sd":
+        pipe = small_pipeline(cls, sd_unet(**TINY, **channels))
+    else:
+        pipe = xl_pipeline(cls, sdxl_unet(**TINY_XL, **channels))
+    pipe.register_modules(vae=small_vae(latent_channels=8, force_upcast=False))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@SDXL_SLOW
+@pytest.mark.parametrize("case", ["as it is", "negative prompts", "generators", "no guidance, eta"])
+def test_without_concepts_a_unet_of_other_channels_does_what_diffusers_does_with_four(family, case):
+    ours, theirs = of_eight_channels(OURS[family], family), of_eight_channels(DIFFUSERS[family, True], family)
+    with pytest.raises(ValueError, match="should have either 4 or 9 input channels"):
+        run(theirs, **task(True))
+    theirs.unet.register_to_config(in_channels=4)  # all that keeps diffusers from it
+    found, expected = (run(pipe, **task(True) | ARGUMENTS[case]()).images for pipe in (ours, theirs))
+    assert_close(found, expected)
+
+
+def test_a_unet_whose_other_channels_are_no_latents_is_not_for_inpainting():
+    pipe = small_pipeline(unet=sd_unet(**TINY, in_channels=8))
+    for concepts in (None, [Concept(name="cat", lora=str(lora_file("sd", "cat")))]):
+        with pytest.raises(ValueError, match="8 input channels cannot inpaint with a VAE of 4 channels; expected 4"):
+            run(pipe, **task(True), concepts=concepts)
 
 
 # --- with concepts ---

@@ -57,6 +57,17 @@ def new_vae() -> AutoencoderKL:
     return AutoencoderKL(**config)
 
 
+def tighten(vae: AutoencoderKL) -> None:
+    """Sets the log-variance of the posterior to a constant, diffusers' least: what is sampled is the mean.
+
+    Training uses the mean alone and leaves the variance as it was drawn, but image-to-image and inpainting sample.
+    """
+    last: Any = vae.quant_conv
+    with torch.no_grad():
+        last.weight.chunk(2)[1].fill_(0.0)
+        last.bias.chunk(2)[1].fill_(-30.0)
+
+
 class Crops(IterableDataset):
     """Endless batches of crops around objects, on whole cells, drawn in a process of their own.
 
@@ -164,6 +175,7 @@ def train(
     resume(trainer, checkpoint)
     crops = Crops(dict(np.load(sprites)), seed + trainer.step, batch)
     run(trainer, iter(DataLoader(crops, batch_size=None, num_workers=1, prefetch_factor=6)), steps, checkpoint, "error")
+    tighten(vae)
     vae.half().save_pretrained(out)
 
 

@@ -81,7 +81,6 @@ def test_the_sum_opens_everywhere_and_is_the_image_of_both(
 @pytest.mark.parametrize("method", ["tsv", "ssr"])
 def test_merged_when_loaded_is_as_merged_before(method: str, tmp_path: Path) -> None:
     ours = flux_pipeline()
-    ours.default_sample_size = 8  # of the images that ssr looks at
     paths = []
     for seed, trigger in ((1, "sks"), (2, "zwx")):
         paths.append(str(tmp_path / f"{seed}.safetensors"))

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 
+from lora_compose import ComposePipeline, Concept
 from lora_compose.compose.playground import assets
 
 CONCEPTS = {  # and what names them: trigger and class word
@@ -116,6 +120,31 @@ def test_plain_diffusers_opens_the_model_and_makes_an_image() -> None:
     assert images.shape == (1, 3, 128, 128)
     assert images.isfinite().all()
     assert images.std() > 0.01
+
+
+@pytest.mark.parametrize("name", assets.PLAYGROUNDS)
+@pytest.mark.parametrize("composed", [False, True], ids=["plain", "concepts"])
+def test_outside_of_a_mask_an_image_stays_as_it_is(name: str, composed: bool) -> None:
+    pipe: Any = ComposePipeline.from_pretrained(assets.playground_model(name))
+    pipe.set_progress_bar_config(disable=True)
+    concepts = [Concept(name="cat", lora=str(assets.playground_lora("cat", name)))] if composed else None
+    with Image.open(assets.playground_references("dog")[0]) as file:
+        image = file.convert("RGB")
+    (found,) = pipe(
+        "a sks cat on grass", concepts=concepts, image=image, mask_image=(0, 0, 64, 128), num_inference_steps=4,
+        generator=torch.Generator().manual_seed(0), **pipe.guided(4.0, None),
+    ).images  # fmt: skip
+    changed = np.abs(np.asarray(found, dtype=float) - np.asarray(image, dtype=float)).mean(axis=2)
+    assert changed[:, 64:].mean() < 8  # of 255
+    assert changed[:, :64].mean() > 16
+
+
+@pytest.mark.parametrize("name", assets.PLAYGROUNDS)
+def test_what_the_vae_samples_is_its_mean(name: str) -> None:
+    vae: Any = AutoencoderKL.from_pretrained(assets.playground_model(name) / "vae")
+    posterior = vae.encode(torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1).latent_dist
+    assert posterior.std.max() < 1e-6
+    assert posterior.mean.std() > 0.1
 
 
 def test_plain_diffusers_opens_the_model_in_half_precision() -> None:

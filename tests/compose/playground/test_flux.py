@@ -47,6 +47,16 @@ def test_it_is_small_and_plain_diffusers_makes_the_same_image(pipe: Any) -> None
     assert np.array_equal(np.asarray(image), np.asarray(make(pipe, run(None)).image))
 
 
+@pytest.mark.parametrize("method", [None, "regional"])
+def test_its_images_have_its_own_size(pipe: Any, method: str | None) -> None:
+    given = {"num_inference_steps": 1, "generator": seeded(1)}
+    lora = str(playground_lora("bear", PLAYGROUND_FLUX))
+    concepts = [Concept(name="bear", lora=lora, region=(0, 0, 64, 128))] if method else None
+    (made,) = pipe(PROMPT, concepts=concepts, method=method, **given).images
+    (again,) = pipe(PROMPT, concepts=concepts, method=method, **given, image=made, strength=1).images
+    assert made.size == again.size == pipe.own_size == (128, 128)
+
+
 @pytest.mark.parametrize("method", ["merge", "tara", "regional", "draft"])
 def test_its_loras_compose_by_name(pipe: Any, method: str) -> None:
     image = np.asarray(make(pipe, run(method, boxed=method == "regional")).image, dtype=int)

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from components import sd_unet, seeded
+from components import sd_unet, seeded, small_vae
 from flux import FLUX, flux_pipeline
 from lora_compose import Clora, ComposePipeline, Concept, Control, Draft, FreeFuse, LoraComposer, Merge, Regional
 from lora_compose.attention.backbones import backbone_of
@@ -180,3 +180,11 @@ def test_every_linear_layer_has_a_site(pipe):
 def test_without_a_method_one_that_works_is_chosen(pipe):
     for concepts, method in ((BOXES, Regional), (["cat", "dog"], Draft), (["cat"], Merge)):
         assert isinstance(pipe.resolve_choice(None, pipe.resolve_concepts(concepts), [PROMPT]).method, method)
+
+
+@pytest.mark.parametrize(("made_for", "side"), [(64, 64), (1024, 1024), (32, 1024)])
+def test_the_size_is_what_the_vae_was_made_for_and_otherwise_that_of_diffusers(made_for, side):
+    pipe = flux_pipeline()
+    pipe.register_modules(vae=small_vae(shift_factor=0.1, sample_size=made_for))
+    assert pipe.own_size == (side, side)
+    assert pipe.default_sample_size * pipe.vae_scale_factor == 1024

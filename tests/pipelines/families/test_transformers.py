@@ -73,6 +73,17 @@ def test_negative_embeddings_of_another_shape_are_refused(family, pipe):
         pipe(**CALL, **guided, concepts=["cat"], method="merge")
 
 
+@pytest.mark.parametrize("concepts", [None, ["cat"]], ids=["plain", "concepts"])
+def test_without_a_size_images_have_that_of_the_model(family, pipe, concepts):
+    given = {**CALL, **family.unguided, "num_inference_steps": 1, "concepts": concepts}
+    if family is KREA2:  # whose call has a size by default, as in diffusers
+        assert pipe.own_size == (1024, 1024)
+        return
+    expected = latents_of(pipe, **given | dict(zip(("width", "height"), pipe.own_size, strict=True)))
+    assert pipe.own_size == (128, 128)
+    assert torch.equal(latents_of(pipe, **given | {"width": None, "height": None}), expected)
+
+
 def test_one_merged_lora_equals_diffusers_with_the_lora_loaded(family, pipe):
     found = latents_of(pipe, concepts=["cat"], method="merge", **family.guided)
     other = copy.deepcopy(pipe)

@@ -172,7 +172,20 @@ def test_the_vae_is_trained_and_continued(artwork: Path, tmp_path: Path) -> None
     assert first.startswith("1 error")
     assert more.startswith("2 error")
     made: Any = AutoencoderKL.from_pretrained(out, dtype=torch.float32)
-    assert made.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean.shape == (1, 8, 8, 8)
+    posterior = made.encode(torch.zeros(1, 3, 64, 64)).latent_dist
+    assert posterior.mean.shape == (1, 8, 8, 8)
+    assert posterior.std.max() < 1e-6
+
+
+def test_a_vae_with_a_constant_variance_keeps_its_means() -> None:
+    made, pixels = vae.new_vae(), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before: Any = made.encode(pixels)
+        vae.tighten(made)
+        after: Any = made.encode(pixels)
+    assert torch.equal(after.latent_dist.mean, before.latent_dist.mean)
+    assert before.latent_dist.std.mean() > 0.1
+    assert after.latent_dist.std.max() < 1e-6
 
 
 def test_training_the_decoder_alone_leaves_the_latents_as_they_are(artwork: Path, tmp_path: Path) -> None:
