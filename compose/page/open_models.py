@@ -202,11 +202,12 @@ def _without_weights(pipe: Any) -> SimpleNamespace:
     """The models that LoRAs change, as they are between calls, by name: layers and shapes without values."""
     found = {}
     for part in PARTS:
-        model = uncompiled(getattr(pipe, part, None))
-        if model is not None:
-            with torch.device("meta"):
-                new = getattr(type(model), "from_config", type(model))  # of diffusers, or of transformers
-                found[part] = new(model.config)
+        if (given := getattr(pipe, part, None)) is None:
+            continue
+        model: Any = uncompiled(given)
+        with torch.device("meta"):
+            new = getattr(type(model), "from_config", type(model))  # of diffusers, or of transformers
+            found[part] = new(model.config)
     return SimpleNamespace(**found)
 
 

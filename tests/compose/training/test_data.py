@@ -88,8 +88,8 @@ def test_images_are_turned_upright_and_put_on_white(tmp_path: Path) -> None:
     assert load_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_image(tmp_path / "clear.png").getpixel((3, 3)) == (255, 255, 255)
-    Image.new("P", (8, 8)).save(tmp_path / "palette.gif")
-    assert load_image(tmp_path / "palette.gif").mode == "RGB"
+    Image.new("P", (8, 8)).save(tmp_path / "palette.png")
+    assert load_image(tmp_path / "palette.png").mode == "RGB"
 
 
 def test_the_middle_of_an_image_is_taken() -> None:

@@ -467,11 +467,11 @@ def test_others_are_not_kept_waiting_by_a_file_that_takes_long(at: AppTest) -> N
 def test_a_lora_that_does_not_fit_is_looked_at_once(at: AppTest, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
 
-    def fails(self: Any, concepts: Any, *args: Any) -> Any:
-        looked.append(concepts[0].lora)
+    def fails(self: Any, concept: Any) -> Any:
+        looked.append(concept.lora)
         raise RuntimeError("whatever a file sets off")
 
-    monkeypatch.setattr("lora_compose.pipelines.base.ComposePipeline.resolve_concepts", fails)
+    monkeypatch.setattr("lora_compose.compose.page.open_models.OpenModel.read", fails)
     at.multiselect(key="do.pick.ready.0").set_value([at.multiselect(key="do.pick.ready.0").options[0]]).run()
     looked.clear()
     session(at).rows[0].fit = None
