@@ -200,7 +200,8 @@ class ImageTasksPipeline(ComposePipeline):
 
     def _by_image(self, call: Call, given: Tensor) -> Tensor:
         """The start image or mask of all images of the batch, or that of every one."""
-        return given if len(given) == 1 else given.repeat_interleave(call.size.images_per_prompt, dim=0)
+        count = 1 if len(given) == 1 else call.size.images_per_prompt
+        return given if count == 1 else given.repeat_interleave(count, dim=0)  # whose layout in memory is another
 
     def _of_every_task(self, tensors: Sequence[str], given: FromImage | None) -> list[str]:
         """Those of the tensors for callbacks that are not of inpainting alone."""
