@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import Call, listed
+from lora_compose.pipelines.call import Call, listed, tensors_for
 from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.refine import Origin
@@ -169,6 +169,11 @@ class ImageTasksPipeline(ComposePipeline):
             raise ValueError(f"{', '.join(unread)} cannot be given for {name}")
         if given.paste_original and arguments["output_type"] != "pil":
             raise ValueError(_PIL_ONLY)
+        callback = arguments["callback_on_step_end"]
+        if callback is not None:  # it is given the pipeline that was called
+            names = tensors_for(callback, arguments["callback_on_step_end_tensor_inputs"])
+            called = {"callback_on_step_end": lambda _, *step: callback(self, *step)}
+            arguments = {**arguments, **called, "callback_on_step_end_tensor_inputs": names}
         with precision_kept(self.vae):
             output = pipe(**given.arguments, **{name: value for name, value in arguments.items() if name in taken})
         self.maybe_free_model_hooks()
@@ -200,7 +205,8 @@ class ImageTasksPipeline(ComposePipeline):
 
     def _by_image(self, call: Call, given: Tensor) -> Tensor:
         """The start image or mask of all images of the batch, or that of every one."""
-        return given if len(given) == 1 else given.repeat_interleave(call.size.images_per_prompt, dim=0)
+        count = 1 if len(given) == 1 else call.size.images_per_prompt
+        return given if count == 1 else given.repeat_interleave(count, dim=0)  # whose layout in memory is another
 
     def _of_every_task(self, tensors: Sequence[str], given: FromImage | None) -> list[str]:
         """Those of the tensors for callbacks that are not of inpainting alone."""
