@@ -76,8 +76,10 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         """As in diffusers, whose `clip_skip` works with text encoders of transformers 5 as well."""
         with _inner_model_named(self.text_encoder):
             return super().encode_prompt(
-                prompt, device, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds,
-                negative_prompt_embeds, lora_scale, clip_skip,
+                prompt, device=device, num_images_per_prompt=num_images_per_prompt,
+                do_classifier_free_guidance=do_classifier_free_guidance, negative_prompt=negative_prompt,
+                prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds, lora_scale=lora_scale,
+                clip_skip=clip_skip,
             )  # fmt: skip
 
     @claims_models
