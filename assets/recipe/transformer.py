@@ -1,0 +1,188 @@
+"""The transformer: a small FLUX.1 on the latents of the same world, with a T5 whose every word is one token.
+
+    PYTHONPATH=assets python -m recipe.transformer POOL MODEL --base UNET_MODEL --minutes 480
+
+VAE, CLIP and its words are those of the UNet's model and stay as they are; transformer and T5 learn together. T5's
+vectors of words begin as CLIP's, which have learnt from images what a cat and a fox have in common. Flow matching with
+logit-normal times (Esser et al. 2024), Muon for the matrices of the blocks, an average of the last weights;
+classifier-free guidance by dropped captions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers.models.transformers import transformer_flux
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from lora_compose.attention.backbones.joint import image_positions, packed
+from lora_compose.compose.playground.recipe.averaged import NO_CAPTION, AveragedTrainer
+from lora_compose.compose.support.precision import cpu_autocast
+from lora_compose.compose.support.terminal import handle_errors
+from recipe.clock import train_for
+from recipe.pool import Batch
+from recipe.tokenizer import known_words
+
+WIDTH = 192
+MAX_TOKENS = 32
+SHIFT = 1.0  # of the timesteps, when images are made
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
+ENDING = "</w>"  # of words in CLIP's vocabulary
+
+
+def new_tokenizer() -> T5Tokenizer:
+    """One token per word, with the space before it, and letters for what is none of them."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    spaced = [(f"▁{word}", -2.0) for word in known_words()]
+    letters = [(letter, -8.0) for letter in LETTERS]
+    return T5Tokenizer(vocab=[*special, *spaced, ("▁", -6.0), *letters], extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def new_encoder(tokenizer: T5Tokenizer, clip: CLIPTextModel, words: CLIPTokenizer) -> T5EncoderModel:
+    """An untrained encoder that has CLIP's vectors of the words it knows, at T5's size."""
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=48, d_ff=512, num_layers=2, num_heads=4, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    model: Any = T5EncoderModel(config)
+    source: Any = clip
+    known = source.get_input_embeddings().weight.detach().float()
+    known = known / known.pow(2).mean(1, keepdim=True).sqrt()
+    vocabulary = words.get_vocab()
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for piece, index in tokenizer.get_vocab().items():
+            same = vocabulary.get(piece.removeprefix("▁") + ENDING)
+            if same is not None:
+                table[index] = known[same]
+    return model
+
+
+def new_transformer(channels: int, double: int = 3, single: int = 8) -> FluxTransformer2DModel:
+    """An untrained transformer whose blocks do nothing yet."""
+    model = FluxTransformer2DModel(
+        in_channels=4 * channels, num_layers=double, num_single_layers=single, attention_head_dim=64,
+        num_attention_heads=4, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, guidance_embeds=False,
+        axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    for name, module in model.named_modules():
+        if name == "proj_out" or (isinstance(module, nn.Linear) and "norm" in name):
+            nn.init.zeros_(module.weight)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(module.bias)  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def new_pipeline(base: Path) -> FluxPipeline:
+    """An untrained model around VAE, CLIP and words of the UNet's."""
+    parts: Any = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    parts.vae.register_to_config(shift_factor=0.0)  # FLUX's pipeline adds it
+    tokenizer = new_tokenizer()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=parts.vae, text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer, text_encoder_2=new_encoder(tokenizer, parts.text_encoder, parts.tokenizer),
+        tokenizer_2=tokenizer, transformer=new_transformer(parts.vae.config.latent_channels),
+    )  # fmt: skip
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    """Attention by two products: for short sequences a CPU is faster so than in the fused kernel's backward pass."""
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@contextmanager
+def quick_attention() -> Iterator[None]:
+    """Inside this block diffusers' FLUX attends like that."""
+    before = transformer_flux.dispatch_attention_fn
+    transformer_flux.dispatch_attention_fn = _attend
+    try:
+        yield
+    finally:
+        transformer_flux.dispatch_attention_fn = before
+
+
+class TransformerTrainer(AveragedTrainer):
+    """Trains transformer and T5.
+
+    Args:
+        pipe: The pipeline, trained in place.
+        lr: Learning rate of Muon.
+        seed: Seed of noise, times and dropped captions.
+        fast: Compiles the forward pass, once for each size of images.
+    """
+
+    def __init__(self, pipe: FluxPipeline, lr: float, seed: int, fast: bool = True) -> None:
+        super().__init__([pipe.transformer, pipe.text_encoder_2], _is_inner, lr, seed)
+        self.pipe = pipe
+        self.t5: Any = pipe.text_encoder_2
+        self.compiled: Any = torch.compile(pipe.transformer, dynamic=False) if fast else pipe.transformer
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def read(self, captions: Sequence[str]) -> None:
+        """T5's tokens and CLIP's pooled features of new captions, computed in one batch."""
+        new = sorted(set(captions) - set(self._texts))
+        if not new:
+            return
+        ids: Any = self.pipe.tokenizer_2(
+            new, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        with torch.no_grad():
+            pooled = self.pipe._get_clip_prompt_embeds(new)
+        self._texts |= zip(new, zip(ids, pooled, strict=True), strict=True)
+
+    def loss(self, batch: Batch) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The error of the velocity."""
+        self.read(["", *batch.captions])
+        clean, rng = packed(batch.latents), self.generator
+        left_out = (torch.rand(len(clean), generator=rng) < NO_CAPTION).tolist()
+        texts = [self._texts["" if out else text] for text, out in zip(batch.captions, left_out, strict=True)]
+        ids, pooled = (torch.stack(part) for part in zip(*texts, strict=True))
+        times = torch.randn(len(clean), generator=rng).sigmoid()
+        noise = torch.randn(clean.shape, generator=rng)
+        with cpu_autocast(), quick_attention():
+            predicted = self.compiled(
+                hidden_states=clean.lerp(noise, times.view(-1, 1, 1)), timestep=times,
+                encoder_hidden_states=self.t5(ids)[0], pooled_projections=pooled,
+                img_ids=image_positions(batch.latents), txt_ids=torch.zeros(MAX_TOKENS, 3), return_dict=False,
+            )[0]  # fmt: skip
+        return (predicted.float() - (noise - clean)).pow(2).mean()
+
+    def save(self, out: Path) -> None:
+        """Writes the pipeline with averaged weights in fp16; training may continue afterwards."""
+        parts = (self.pipe.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae)
+        self.write(self.pipe, parts, out)
+        # Otherwise text encoders alone are opened in the precision of the file.
+        for path in out.glob("text_encoder*/config.json"):
+            path.write_text(path.read_text(encoding="utf-8").replace('"float16"', '"float32"'), encoding="utf-8")
+
+
+def _is_inner(name: str, weight: Tensor) -> bool:
+    """Whether a weight maps features to features inside of a block, which is what Muon is for."""
+    return weight.ndim == 2 and name.startswith("0.") and "blocks" in name and ".linear" not in name
+
+
+@handle_errors()
+def train(
+    pool: Path,
+    out: Path,
+    base: Annotated[Path, typer.Option(help="The UNet's model, for VAE, CLIP and its words.")],
+    minutes: Annotated[float, typer.Option(min=0.1, help="Of computing, in all; the rate falls to their end.")] = 480,
+    images: Annotated[int, typer.Option(min=1, help="Of the usual size in a batch.")] = 32,
+    lr: float = 0.01,
+    seed: int = 0,
+    threads: int = 1,
+) -> None:
+    """Trains the transformer."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    train_for(minutes, TransformerTrainer(new_pipeline(base), lr, seed), pool, out, images, seed)
+
+
+if __name__ == "__main__":
+    typer.run(train)

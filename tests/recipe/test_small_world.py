@@ -1,0 +1,166 @@
+"""The recipe of the small world: images are what their captions say; VAE and pool are what trainings need."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipe.pool import SHARD, Pool, encode
+from recipe.scenes import Picture, scene
+from recipe.tokenizer import build, known_words
+from recipe.vae import CHANNELS, VaeTrainer, as_tensor, measured, new_vae, scale_of
+from recipe.world import (
+    CHARACTERS,
+    CLASSES,
+    CLOSE_UP,
+    COATS,
+    PATCH,
+    PLACES,
+    PLAIN,
+    SIZE,
+    WIDE,
+    base_drawings,
+    character_drawings,
+    ground,
+    recoloured,
+    squares,
+)
+
+
+@pytest.fixture(scope="module")
+def drawings():
+    """A disc of another colour for each drawing of the world."""
+    rng = np.random.default_rng(0)
+    ys, xs = np.mgrid[:SIZE, :SIZE] - SIZE / 2
+    alpha = np.where(np.hypot(xs, ys) < SIZE / 2, 255, 0).astype("u1")[..., None]
+    names = [*base_drawings(), *character_drawings()]
+    return {name: np.concatenate([np.ones_like(alpha) * rng.integers(0, 255, 3, "u1"), alpha], 2) for name in names}
+
+
+def test_every_class_place_and_character_is_drawn_of_known_drawings(drawings):
+    assert all(known.class_word in CLASSES for known in CHARACTERS.values())
+    triggers = [known.trigger for known in CHARACTERS.values()]
+    assert len(set(triggers)) == len(triggers)
+    for known in CHARACTERS.values():
+        assert known.drawn(drawings).shape == (SIZE, SIZE, 4)
+    for name in (*PLAIN, *PLACES):
+        image = ground(np.random.default_rng(1), name, WIDE)
+        assert image.shape == (WIDE[1], WIDE[0], 3)
+
+
+def test_no_character_is_drawn_by_the_artist_of_the_base_world():
+    artists = {name.split(":")[0] for name in base_drawings()}
+    assert artists.isdisjoint(known.drawing.split(":")[0] for known in CHARACTERS.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from([(SIZE, SIZE), WIDE]))
+def test_objects_lie_on_whole_patches_inside_and_apart(seed, count, size):
+    found = squares(np.random.default_rng(seed), count, size)
+    assert len(found) == count
+    assert found == sorted(found)
+    taken = np.zeros((size[1], size[0]), int)
+    for left, top, side in found:
+        assert left % PATCH == top % PATCH == side % PATCH == 0
+        assert 0 <= left <= size[0] - side
+        assert 0 <= top <= size[1] - side
+        taken[top : top + side, left : left + side] += 1
+    assert taken.max() == 1
+
+
+@pytest.mark.parametrize("size", [(SIZE, SIZE), WIDE, (CLOSE_UP, CLOSE_UP)])
+def test_captions_name_the_objects_from_left_to_right(drawings, size):
+    rng = np.random.default_rng(2)
+    for _ in range(20):
+        found = scene(rng, drawings, size=size)
+        assert found.image.shape == (size[1], size[0], 3)
+        words = found.caption.replace(",", "").split()
+        assert [word for word in words if word in CLASSES] == [name for name, _ in found.objects]
+        assert found.objects == sorted(found.objects, key=lambda each: each[1])
+
+
+def test_the_same_seed_makes_the_same_image(drawings):
+    one, two = (scene(np.random.default_rng(3), drawings) for _ in range(2))
+    assert one.caption == two.caption
+    assert np.array_equal(one.image, two.image)
+
+
+def test_words_of_captions_and_triggers_are_one_token_each(drawings):
+    tokenizer, rng = build(), np.random.default_rng(4)
+    captions = [scene(rng, drawings).caption for _ in range(50)]
+    words = {word for text in captions for word in text.replace(",", "").split()}
+    assert words <= set(known_words())
+    for word in (*words, *(known.trigger for known in CHARACTERS.values())):
+        ids: list[int] = tokenizer(word, add_special_tokens=False).input_ids  # pyright: ignore[reportAssignmentType]
+        assert len(ids) == 1, word
+
+
+def test_coats_change_tones_but_not_shapes(drawings):
+    sprite = drawings[CHARACTERS["kitten"].drawing]
+    for coat in COATS:
+        found = recoloured(sprite, coat)
+        assert np.array_equal(found[..., 3], sprite[..., 3])
+        assert not np.array_equal(found[..., :3], sprite[..., :3])
+
+
+def test_the_vae_samples_its_mean_also_after_training(drawings):
+    torch.manual_seed(0)
+    vae = new_vae()
+    trainer = VaeTrainer(vae, 0.01, decoder_only=False, colours_first=0)
+    batch = as_tensor(np.stack([ground(np.random.default_rng(i), "on grass")[:32, :32].astype("u1") for i in range(2)]))
+    before = trainer.learn(batch, 1.0)
+    for _ in range(3):
+        after = trainer.learn(batch, 1.0)
+    assert after < before
+    with torch.no_grad():
+        found = vae.encode(batch).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    assert found.mean.shape == (2, CHANNELS, 4, 4)
+    assert found.std.max() < 1e-6
+
+
+def test_quality_is_measured_against_the_image_itself():
+    class Same:
+        def encode(self, pixels):
+            self.pixels = pixels
+            return self
+
+        latent_dist = property(lambda self: self)
+        mean = property(lambda self: self.pixels)
+        sample = property(lambda self: self.pixels + 0.02)
+
+        def decode(self, _):
+            return self
+
+    images = np.full((3, 8, 8, 3), 100, "u1")
+    assert measured(Same(), images).numpy() == pytest.approx([20 * np.log10(100)] * 3, abs=1e-2)
+
+
+def test_a_pool_mixes_sizes_and_sees_new_shards(drawings, tmp_path):
+    vae = new_vae()
+    scale_of(vae, drawings)
+    rng = np.random.default_rng(5)
+    for name, size in {"close": (64, 64), "scenes": (96, 64)}.items():
+        picture = Picture(ground(rng, "in snow", size).clip(0, 255).astype("u1"), name, [])
+        latents = encode(vae, [picture])
+        assert latents.shape == (1, CHANNELS, size[1] // 8, size[0] // 8)
+        buffer = io.BytesIO()
+        torch.save({"latents": latents.half().repeat(SHARD, 1, 1, 1), "captions": [name] * SHARD}, buffer)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0000.pt").write_bytes(buffer.getvalue())
+    pool = Pool(tmp_path, {"close": 1, "scenes": 1}, 0)
+    batches = pool.batches(192)
+    found = [next(batches) for _ in range(12)]
+    assert {batch.captions[0]: batch.latents.shape for batch in found} == {
+        "close": (3, CHANNELS, 8, 8), "scenes": (2, CHANNELS, 8, 12),
+    }  # fmt: skip
+    assert len(pool) == 2 * SHARD
+    pool.mix({"close": 0, "scenes": 1})
+    assert {next(batches).captions[0] for _ in range(6)} == {"scenes"}
+
+
+def test_a_pool_without_images_says_what_makes_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"make some with recipe\.pool"):
+        next(Pool(tmp_path, {"close": 1}, 0).batches(64))
