@@ -65,6 +65,7 @@ concepts = st.builds(
     weight=st.none() | numbers | st.lists(numbers, min_size=1, max_size=4) | st.sampled_from(["1..0.4", "0:1,0.5:0"]),
     region=st.none() | st.just((0, 8, 64, 128)),
     blocks=st.none() | st.dictionaries(st.sampled_from(["down", "up.1", "mid_block", "text"]), numbers),
+    any_weight=st.just(True),
 )  # fmt: skip
 scenes = st.builds(
     Scene, prompt=names, negative_prompt=st.text(),
