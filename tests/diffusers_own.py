@@ -164,8 +164,9 @@ class Plugin:
         items[:] = [item for item in items if _REFINER not in item.cls.__name__]
         for item in items:
             for each in item.cls.__mro__:
-                name = getattr(each.__dict__.get("pipeline_class"), "__name__", None)
-                if name in self.classes and each.pipeline_class is not self.classes[name]:
+                found = each.__dict__.get("pipeline_class")
+                name = getattr(found, "__name__", None)
+                if name in self.classes and found not in self.classes.values():
                     setattr(item.module, name, self.classes[name])
                     each.pipeline_class = self.classes[name]
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -395,13 +394,9 @@ def test_every_kind_of_vae_decodes_as_in_diffusers(composer, plain_pipe, family,
         results.append(run(each, num_inference_steps=1, output_type="np", **more).images)
     plain, composed, expected = results
     assert same_bits(plain, expected)
-    if kind is consistency_vae and family == "sdxl":  # with concepts it has drawn from the call's generator
-        assert np.isfinite(composed).all()
-    else:
-        assert_close(torch.from_numpy(composed), torch.from_numpy(expected))
+    assert_close(torch.from_numpy(composed), torch.from_numpy(expected))
 
 
-@BOTH
 def test_a_vae_that_draws_takes_the_generator_of_a_call_with_concepts(composer):
     composer.vae = consistency_vae().eval()
     state = torch.get_rng_state()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ConsistencyDecoderVAE, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from diffusers.callbacks import SDXLCFGCutoffCallback
 from torch import Tensor
 
@@ -349,26 +349,6 @@ def test_latents_with_a_mean_of_their_own_are_decoded_as_in_diffusers(composer, 
     arguments = {"num_inference_steps": 1, "output_type": "pt"}
     expected = plain_pipe(PROMPT, generator=seeded(), **arguments).images
     assert_close(latents_of(composer, "merge", concepts=weightless, **arguments), expected)
-
-
-def test_a_vae_that_draws_noise_draws_what_it_does_in_diffusers(composer, plain_pipe):
-    torch.manual_seed(0)
-    vae = ConsistencyDecoderVAE(
-        encoder_block_out_channels=(4, 4, 4, 4), encoder_down_block_types=("DownEncoderBlock2D",) * 4,
-        encoder_norm_num_groups=2, decoder_block_out_channels=(4, 4), decoder_norm_num_groups=2,
-        decoder_down_block_types=("ResnetDownsampleBlock2D",) * 2, decoder_layers_per_block=1,
-        decoder_up_block_types=("ResnetUpsampleBlock2D",) * 2,
-    ).eval()  # fmt: skip
-    vae.register_to_config(force_upcast=False)
-    weightless = [Concept(name=concept.name, weight=0.0) for concept in BOXED]
-    arguments = {"num_inference_steps": 1, "output_type": "pt", "width": 64, "height": 64}
-    found = []
-    for pipe, more in ((plain_pipe, {}), (composer, {"concepts": weightless, "method": "merge"})):
-        pipe.vae = vae
-        latents = torch.randn(1, 4, 8, 8, generator=seeded())
-        torch.manual_seed(1)
-        found.append(pipe(PROMPT, generator=seeded(), latents=latents, **arguments, **more).images)
-    assert_close(*found)
 
 
 # Memory
