@@ -27,7 +27,8 @@ def claims_models(call: Callable[P, R]) -> Callable[P, R]:
     def claiming(*args: P.args, **kwargs: P.kwargs) -> R:
         pipe: Any = args[0]
         prompt = args[place] if len(args) > place else kwargs.get("prompt")
-        claim = Claim(models_of(pipe), "compose" if _composes(prompt, kwargs.get("concepts")) else "read")
+        ours = kwargs.get("mask_image") is not None and not pipe.inpaints_as_diffusers
+        claim = Claim(models_of(pipe), "compose" if ours or _composes(prompt, kwargs.get("concepts")) else "read")
         try:
             try:
                 claim.take()

@@ -45,6 +45,11 @@ class ImageTasksPipeline(ComposePipeline):
     rounds_steps_up: ClassVar[bool] = False
     """Whether diffusers' pipelines round the number of steps that a strength leaves up."""
 
+    @property
+    def inpaints_as_diffusers(self) -> bool:
+        """Whether diffusers' pipeline can inpaint with this model without concepts; otherwise our own loop does."""
+        return True
+
     def start_image(
         self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool
     ) -> FromImage | None:

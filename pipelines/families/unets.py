@@ -203,9 +203,14 @@ class UNetPipeline(ImageTasksPipeline):
             "ip_adapter_image": ip_adapter_image, "ip_adapter_image_embeds": ip_adapter_image_embeds,
         }  # fmt: skip
 
+    @property
+    def inpaints_as_diffusers(self) -> bool:
+        """As `ImageTasksPipeline.inpaints_as_diffusers`: diffusers inpaints with UNets of four or nine channels only."""
+        return self.unet.config.in_channels in _DIFFUSERS_INPAINTS
+
     def _is_diffusers_own(self, given: FromImage | None) -> bool:
-        """Whether diffusers can run a call without concepts: it inpaints with UNets of four or nine channels only."""
-        return given is None or not given.inpaints or self.unet.config.in_channels in _DIFFUSERS_INPAINTS
+        """Whether diffusers can run a call without concepts."""
+        return given is None or not given.inpaints or self.inpaints_as_diffusers
 
     def _check_start(self, given: FromImage | None) -> None:
         """Raises ValueError for UNets made for inpainting where there is no mask, and for those that cannot inpaint."""

@@ -31,7 +31,7 @@ MISTAKES = {
     "run playground --prompt a --method CLORRA": "unknown method 'CLORRA'; there are merge, tara",
     f"run playground --prompt a --method clra --concept {CONCEPT}": "did you mean 'clora'?",
     "run playground --prompt a --lora playground:baer": "did you mean 'bear'",
-    f"run playground --prompt a --concept {CONCEPT},wieght=2": "did you mean 'weight'?",
+    f"run playground --prompt a --concept {CONCEPT},wieght=2": "did you mean 'weight' or 'any_weight'?",
     f"run playground --prompt a --concept {CONCEPT},weight=much": "weight: expected a valid number",
     "run playground --scene assets/scenes/cat-dg.yaml": "in assets/scenes, did you mean 'cat-dog.yaml'",
     "run playground --prompt a --lora READMEE.md": "there is no file 'READMEE.md'; did you mean 'README.md'?",

@@ -28,7 +28,6 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
 from components import TINY, sd_unet, seeded, small_pipeline
 from composing import (
-    BOTH,
     BOXED,
     EMBEDDINGS,
     FIXED,
