@@ -205,7 +205,7 @@ class UNetPipeline(ImageTasksPipeline):
 
     @property
     def inpaints_as_diffusers(self) -> bool:
-        """As `ImageTasksPipeline.inpaints_as_diffusers`: diffusers inpaints with UNets of four or nine channels only."""
+        """As `ImageTasksPipeline.inpaints_as_diffusers`: diffusers takes UNets of four or nine channels only."""
         return self.unet.config.in_channels in _DIFFUSERS_INPAINTS
 
     def _is_diffusers_own(self, given: FromImage | None) -> bool:
