@@ -11,8 +11,9 @@ from lora_compose.attention.swapped_forward import SwappedForward
 
 How = Literal["module", "forward"]
 """In place of a module, or on its `forward`; the numbers are the same. On `forward`, modules and keys of the state dict
-stay, for programs that patch weights themselves; hooks of a module get its output with the LoRAs; factors stay where
-they are when the model moves; and `Installation.fold` is refused."""
+stay, for programs that patch weights themselves. Then hooks of a module get its output with the LoRAs, factors stay
+where they are when the model moves, `torch.compile` makes new graphs for each installation, and `Installation.fold` is
+refused."""
 
 
 def check_how(how: How) -> None:

@@ -62,8 +62,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize(
     ("error", "how", "fold"),
     [
-        (None, "module", False), (ValueError, "module", False), (Stop, "module", True), (None, "forward", False),
-        (Stop, "forward", False),
+        (None, "module", False), (ValueError, "module", False), (Stop, "module", True), (Stop, "forward", False),
     ],
 )  # fmt: skip
 @torch.no_grad()

@@ -408,8 +408,7 @@ def test_models_compiled_without_concepts_show_them_later(way: str, backend: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["module", "forward"])
-def test_other_gates_and_other_loras_of_the_same_shape_need_no_new_graph(how: How) -> None:
+def test_other_gates_and_other_loras_of_the_same_shape_need_no_new_graph() -> None:
     """One graph that projects the text, one that finds its keys and values there, and no others later."""
     torch._dynamo.reset()
     unet: Any = sd_unet(**TINY)
@@ -421,7 +420,7 @@ def test_other_gates_and_other_loras_of_the_same_shape_need_no_new_graph(how: Ho
         gates, full = gates_for(inputs, 1, "everything", seed=other)
         loras = [lora(unet, seed)]
         before = counted["unique_graphs"]
-        with torch.no_grad(), installed(unet, loras, how=how) as installation:
+        with torch.no_grad(), installed(unet, loras) as installation:
             handed = installation.inputs(gates, inputs["encoder_hidden_states"])
             installation.use(handed)
             unet(**inputs)
