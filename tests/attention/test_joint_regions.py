@@ -15,8 +15,8 @@ SITES = {"one length": Site("joint", 1), "padded": Site("joint", 1, multiple=4)}
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    given = (x.transpose(1, 2) for x in (query, key, value))
-    return torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=mask).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def case(site: Site, order: tuple[int, ...], *, padding: bool) -> tuple[Tensor, Tensor]:
@@ -24,14 +24,14 @@ def case(site: Site, order: tuple[int, ...], *, padding: bool) -> tuple[Tensor, 
     generator = torch.Generator().manual_seed(0)
     tokens = site.padded(sum(LENGTHS))
     positions = tokens + site.padded(CELLS)
-    inputs = torch.randn(3, 4, positions, 2, 4, generator=generator)[:, order]
+    q, k, v = torch.randn(3, 4, positions, 2, 4, generator=generator)[:, order]
     hidden = (torch.rand(4, sum(LENGTHS), generator=generator) < 0.3)[list(order)] if padding else None
     mask = (torch.rand(4, 1, 1, positions, generator=generator) < 0.8)[list(order)] if padding else None
     regions = JointRegions.of(
         site, MEMBERSHIP, LENGTHS, [UNCONDITIONAL[row] for row in order], isolate=True, hidden=hidden
     )
     back = torch.tensor(order).argsort()
-    return regions.attend(attend, "joint", *inputs, mask)[back], regions.allowed("joint", positions)[back]
+    return regions.attend(attend, "joint", q, k, v, mask)[back], regions.allowed("joint", positions)[back]
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -50,10 +50,10 @@ def test_rows_in_any_order_give_the_same(site: str, padding: bool) -> None:
 def test_attention_is_that_of_a_mask_of_positions(site: str) -> None:
     generator = torch.Generator().manual_seed(1)
     positions = SITES[site].padded(sum(LENGTHS)) + SITES[site].padded(CELLS)
-    inputs = torch.randn(3, 4, positions, 2, 4, generator=generator)
+    q, k, v = torch.randn(3, 4, positions, 2, 4, generator=generator)
     regions = JointRegions.of(SITES[site], MEMBERSHIP, LENGTHS, UNCONDITIONAL, isolate=True)
-    everything = attend(*inputs, regions.allowed("joint", positions)[:, None])
-    found = regions.attend(attend, "joint", *inputs, None)
+    everything = attend(q, k, v, regions.allowed("joint", positions)[:, None])
+    found = regions.attend(attend, "joint", q, k, v, None)
     # What unconditional rows do not attend to is not computed either: the texts of regions, which nothing reads.
     own = slice(None) if regions.base is None else regions.base["joint"].queries
     for row, unconditional in enumerate(UNCONDITIONAL):

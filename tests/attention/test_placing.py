@@ -162,10 +162,14 @@ def test_hooks_of_a_module_get_its_output_with_the_loras() -> None:
     model, lora, x, run = group()
     expected = [model[name](x) + x @ lora[name].delta().t() for name in model]
     seen: list[Tensor] = []
+
+    def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        seen.append(output)
+
     where = {name: Site("text") for name in model}
     with installed_layers(model, [lora], where, **ON, how="forward") as there:
         there.use(there.inputs(constant_gates((1.0,))[0]))
-        hook = model["v"].register_forward_hook(lambda _, __, output: seen.append(output))
+        hook = model["v"].register_forward_hook(look)
         found = run()
         hook.remove()
     for one, other in zip([*found, *seen], [*expected, expected[1]], strict=True):
