@@ -13,8 +13,7 @@ region.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -65,12 +64,21 @@ class JointRegions:
         unconditional: True for unconditional rows, in any order; they attend as in the base model.
         base: What unconditional rows attend to: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
+        rows: The unconditional rows, and the others; None where there are none.
     """
 
     groups: Mapping[Stream, Sequence[Group]]
     unconditional: tuple[bool, ...]
     base: Mapping[Stream, Group] | None = None
     hidden: Mapping[Stream, Tensor] | None = None
+    rows: tuple[Rows | None, Rows | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.groups["joint"][0].queries.device
+        unconditional = [i for i, row in enumerate(self.unconditional) if row]
+        others = [i for i, row in enumerate(self.unconditional) if not row]
+        # Not a cached property: its lock would break the graphs of `torch.compile`.
+        object.__setattr__(self, "rows", (_rows(unconditional, device), _rows(others, device)))
 
     @classmethod
     def of(
@@ -116,14 +124,6 @@ class JointRegions:
             hidden = torch.nn.functional.pad(hidden, (0, len(text) - hidden.shape[1]))
             masks = {"text": hidden, "joint": torch.cat([none, hidden] if site.image_first else [hidden, none], dim=1)}
         return cls(groups, tuple(unconditional), base, masks)
-
-    @cached_property
-    def rows(self) -> tuple[Rows | None, Rows | None]:
-        """The unconditional rows, and the others; None where there are none."""
-        device = self.groups["joint"][0].queries.device
-        unconditional = [i for i, row in enumerate(self.unconditional) if row]
-        others = [i for i, row in enumerate(self.unconditional) if not row]
-        return _rows(unconditional, device), _rows(others, device)
 
     def select(self, rows: slice) -> "JointRegions":
         """For a slice of the rows."""

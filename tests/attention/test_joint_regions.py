@@ -83,3 +83,17 @@ def test_a_slice_of_the_rows_has_rows_of_its_own() -> None:
     regions = JointRegions.of(SITES["one length"], MEMBERSHIP, LENGTHS, [False, True, False], isolate=False)
     assert regions.rows[0] == slice(1, 2)
     assert regions.select(slice(1, 3)).rows == (slice(0, 1), slice(1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unconditional", [[True, False, False], [False, True, False]])
+def test_attention_compiles_into_one_graph(unconditional: list[bool]) -> None:
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 3, sum(LENGTHS) + CELLS, 2, 4, generator=torch.Generator().manual_seed(1))
+    regions = JointRegions.of(SITES["one length"], MEMBERSHIP, LENGTHS, unconditional, isolate=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return regions.attend(attend, "joint", q, k, v, None)
+
+    assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(q, k, v), run(q, k, v))
+    torch._dynamo.reset()
