@@ -1,7 +1,10 @@
 """How LoRAs and attention are steered inside one forward pass of a denoiser.
 
-This package knows torch and diffusers' models, and nothing of prompts, methods or pipelines.
+This package knows torch, and nothing of prompts, methods or pipelines. Only `backbones` knows diffusers, which is
+imported when a model of it is used.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from lora_compose.attention.backbones import Backbone, backbone_of
 from lora_compose.attention.bank_cache import BankCache, KeptBanks
@@ -11,10 +14,13 @@ from lora_compose.attention.gradients import frozen, weights_kept
 from lora_compose.attention.install import Installation, install, installed_layers
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import Lora, LoraFactors
+from lora_compose.attention.placing import How
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import Partition, RegionAttention
 from lora_compose.attention.sites import Grid, Site, Stream, coarser, grid_at
-from lora_compose.attention.step_caches import StepCaches, check_caches
+
+if TYPE_CHECKING:
+    from lora_compose.attention.backbones.step_caches import StepCaches, check_caches
 
 __all__ = [
     "Backbone",
@@ -22,6 +28,7 @@ __all__ = [
     "Claim",
     "Gates",
     "Grid",
+    "How",
     "Installation",
     "JointRegions",
     "KeptBanks",
@@ -43,3 +50,11 @@ __all__ = [
     "scatter_concepts",
     "weights_kept",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("StepCaches", "check_caches"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lora_compose.attention.backbones import step_caches
+
+    return getattr(step_caches, name)

@@ -6,6 +6,7 @@ token mask is TARA, an image mask is a regional LoRA, one value per row is one L
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ class GateKey(NamedTuple):
 class Gates:
     """Factors on the LoRA deltas of `concepts` concepts during one forward pass, weights included.
 
-    Every dimension may be 1 and is then broadcast. Rows are ordered (unconditional, conditional); a tensor whose values
-    differ by row has all rows.
+    Every dimension may be 1 and is then broadcast; a tensor whose values differ by row has all rows of the batch, in
+    its order.
 
     Attributes:
         text: For text tokens. Shape: [rows, tokens, concepts], or [texts, rows, tokens, concepts] with several texts.
@@ -97,14 +98,13 @@ class Gates:
         if not key.convolution:
             return gate.contiguous()
         gate = gate.transpose(1, 2)
-        height, width = grid if gate.shape[-1] > 1 else (1, 1)
-        return gate.reshape(*gate.shape[:2], height, width)
+        return gate.reshape(*gate.shape[:2], *(grid if gate.shape[-1] > 1 else [1] * len(grid)))
 
     def _of(self, site: Site, lengths: Sequence[int]) -> Tensor:
         gate = self._by_position(site, lengths)
         if site.flat:
-            height, width = grid_at(self.latent_grid, site.level)
-            each = lengths if site.stream == "text" else [height * width] * len(lengths)
+            cells = prod(grid_at(self.latent_grid, site.level))
+            each = lengths if site.stream == "text" else [cells] * len(lengths)
             gate = _flat(gate, [site.padded(length) for length in each])
         return gate.unsqueeze(-2) if site.extra_axis else gate
 
@@ -119,8 +119,8 @@ class Gates:
         if site.stream == "text":
             return text
         image = (self.read if site.reads_text and self.read is not None else self.image)[site.level]
-        height, width = grid_at(self.latent_grid, site.level)
-        image, cells = _padded(image, site.padded(height * width)), site.padded(height * width)
+        cells = site.padded(prod(grid_at(self.latent_grid, site.level)))
+        image = _padded(image, cells)
         if site.references:  # a LoRA acts in a cell of a reference image as in that of the image
             cells *= 1 + site.references
             image = image if image.shape[1] == 1 else torch.cat([image] * (1 + site.references), dim=1)

@@ -14,6 +14,7 @@ from lora_compose.attention.forward_state import LayerInputs
 from lora_compose.attention.gates import Gates
 from lora_compose.attention.joint_regions import JointRegions
 from lora_compose.attention.lora_bank import BankLayer, Lora, LoraFactors, base_layer
+from lora_compose.attention.placing import How, check_how, put_in, replace_module
 from lora_compose.attention.recorder import Recorder
 from lora_compose.attention.regions import RegionAttention
 from lora_compose.attention.sites import Site, Stream
@@ -29,7 +30,13 @@ class Installation:
     """
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], loras: Sequence[Lora], bank: Bank, key: BankKey, undo: Journal
+        self,
+        modules: Mapping[str, nn.Module],
+        loras: Sequence[Lora],
+        bank: Bank,
+        key: BankKey,
+        undo: Journal,
+        how: How = "module",
     ) -> None:
         self.bank = dict(bank.layers)
         self.state = bank.state
@@ -39,6 +46,7 @@ class Installation:
         self._undo = undo
         self._device = key.device
         self._dtype = key.dtype
+        self._how = how
 
     def inputs(
         self,
@@ -105,7 +113,12 @@ class Installation:
 
         Returns:
             How many layers were folded.
+
+        Raises:
+            ValueError: If the layers act on `forward`: weights are then left to others.
         """
+        if self._how != "module":
+            raise ValueError("LoRAs on `forward` are not folded into weights; install them with how='module' for that")
         if any("_diffusers_hook" in module.__dict__ for module in self._modules.values()):
             return 0  # group offloading and layerwise casting hold on to the weights they found
         streams = set(streams)
@@ -127,8 +140,8 @@ class Installation:
             del self.bank[name]
             if adapted & set(stay):
                 self.bank[name] = rest = layer.only(stay)
-                rest.stand_in_for(layer.layer)
-            _swap(self._modules, name, self.bank.get(name, layer.layer))
+                rest.act_on(layer.layer)
+            replace_module(self._modules, name, self.bank.get(name, layer.layer))
         return folded
 
     def _columns(self, gates: Sequence[float], ranks: Sequence[int]) -> Tensor | None:
@@ -182,11 +195,6 @@ def _replace_weight(layer: nn.Module, weight: Tensor, undo: Journal) -> None:
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=found.requires_grad)
 
 
-def _swap(modules: Mapping[str, nn.Module], name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    modules[parent]._modules[child] = layer
-
-
 @contextmanager
 def installed_layers(
     model: nn.Module,
@@ -197,6 +205,7 @@ def installed_layers(
     dtype: torch.dtype,
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
+    how: How = "module",
 ) -> Iterator[Installation]:
     """Puts the bank layers of all concepts into a model: a denoiser or a text encoder.
 
@@ -210,16 +219,18 @@ def installed_layers(
         dtype: The precision in which it runs.
         silence: Names of PEFT adapters to switch off, because they take part as concepts.
         kept: Banks of earlier installations, of which one that fits is used, and which gets this one afterwards.
+        how: In place of modules, or on their `forward`.
 
     Raises:
-        ValueError: For layers that the model does not have or whose shape differs.
+        ValueError: For layers that the model does not have or whose shape differs, and for another `how`.
         RuntimeError: If another call uses this model, or concepts are installed in it already.
     """
+    check_how(how)
     model = uncompiled(model)
     with claimed([model], "install"), undoing(model) as undo:
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, where, key, kept, undo)
-        yield _put_in_place(modules, loras, bank, key, silence, undo)
+        yield _put_in(modules, loras, bank, key, silence, undo, how)
 
 
 @contextmanager
@@ -231,18 +242,20 @@ def install(
     dtype: torch.dtype,
     silence: Iterable[str] = (),
     kept: KeptBanks | None = None,
+    how: How = "module",
 ) -> Iterator[Installation]:
     """Puts concepts into a denoiser: bank layers for adapted layers, our processors for attention layers.
 
     Args and errors as for `installed_layers`; also raises ValueError for attention processors that ours cannot replace
     without changing what they do.
     """
+    check_how(how)
     model = uncompiled(backbone.model)
     with claimed([model], "install"), undoing(model) as undo:
         modules, key = modules_of(model), BankKey(kept.handles if kept else (), device, dtype)
         bank = _bank(modules, loras, backbone.sites, key, kept, undo, backbone.same_input)
         backbone.steer(modules, bank.state, undo)
-        yield _put_in_place(modules, loras, bank, key, silence, undo)
+        yield _put_in(modules, loras, bank, key, silence, undo, how)
 
 
 def _bank(
@@ -275,27 +288,18 @@ def _fits(modules: Mapping[str, nn.Module], name: str, layer: BankLayer, where: 
     return isinstance(found, nn.Linear | nn.Conv2d) and _shape_of(name, found) == layer.weight_shape
 
 
-def _put_in_place(
+def _put_in(
     modules: Mapping[str, nn.Module],
     loras: Sequence[Lora],
     bank: Bank,
     key: BankKey,
     silence: Iterable[str],
     undo: Journal,
+    how: How,
 ) -> Installation:
     _silence(modules.values(), frozenset(silence), undo)
-    undo.callback(_take_out, modules, bank.layers)
-    for name, layer in bank.layers.items():
-        layer.stand_in_for(modules[name])
-        _swap(modules, name, layer)
-    return Installation(modules, loras, bank, key, undo)
-
-
-def _take_out(modules: Mapping[str, nn.Module], layers: Mapping[str, BankLayer]) -> None:
-    """Puts the layers found back, also if only some have been replaced."""
-    for name, layer in layers.items():
-        _swap(modules, name, modules[name])
-        layer._modules.pop("layer", None)
+    put_in(modules, bank.layers, undo, how)
+    return Installation(modules, loras, bank, key, undo, how)
 
 
 def _silence(modules: Iterable[nn.Module], adapters: frozenset[str], undo: Journal) -> None:

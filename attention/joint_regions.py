@@ -13,7 +13,7 @@ region.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,9 @@ from lora_compose.attention.sites import Site, Stream
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Attention of queries, keys and values, with a mask that is True where keys are seen."""
+
+Rows = slice | Tensor
+"""Rows of a batch: a slice where they are contiguous, which copies nothing; otherwise their indices."""
 
 
 class Kind(NamedTuple):
@@ -58,15 +61,24 @@ class JointRegions:
     Attributes:
         groups: Groups by stream of the attention layer (text, image or joint). Layers of other streams attend as in the
             base model.
-        unconditional: True for unconditional rows. They come first and attend as in the base model.
+        unconditional: True for unconditional rows, in any order; they attend as in the base model.
         base: What unconditional rows attend to: text 0 and the image; None if that is their whole sequence.
         hidden: True at padding inside the texts. Shape: [rows, positions].
+        rows: The unconditional rows, and the others; None where there are none.
     """
 
     groups: Mapping[Stream, Sequence[Group]]
     unconditional: tuple[bool, ...]
     base: Mapping[Stream, Group] | None = None
     hidden: Mapping[Stream, Tensor] | None = None
+    rows: tuple[Rows | None, Rows | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.groups["joint"][0].queries.device
+        unconditional = [i for i, row in enumerate(self.unconditional) if row]
+        others = [i for i, row in enumerate(self.unconditional) if not row]
+        # Not a cached property: its lock would break the graphs of `torch.compile`.
+        object.__setattr__(self, "rows", (_rows(unconditional, device), _rows(others, device)))
 
     @classmethod
     def of(
@@ -134,53 +146,59 @@ class JointRegions:
         groups = self.groups.get(stream)
         if groups is None:
             return attend(query, key, value, mask)
-        first = sum(self.unconditional)
-        out = torch.zeros_like(query)
-        if first:
-            rows = slice(0, first)
-            whole = None if self.base is None else self.base[stream]
-            _into(out, attend, whole, query[rows], key[rows], value[rows], None if mask is None else mask[rows], rows)
-        rows = slice(first, None)
-        if self.hidden is not None:
-            seen = ~self.hidden[stream][rows]
-            seen = torch.nn.functional.pad(seen, (0, key.shape[1] - seen.shape[1]), value=True)[:, None, None]
-            mask = seen if mask is None else mask[rows] & seen
-        elif mask is not None:
-            mask = mask[rows]
-        for group in groups if first < len(query) else ():
-            _into(out, attend, group, query[rows], key[rows], value[rows], mask, rows)
+        out, (unconditional, others) = torch.zeros_like(query), self.rows
+        if unconditional is not None:
+            base = None if self.base is None else self.base[stream]
+            _into(out, attend, [base], query, key, value, mask, unconditional)
+        if others is not None:
+            if self.hidden is not None:
+                seen = ~self.hidden[stream]
+                seen = torch.nn.functional.pad(seen, (0, key.shape[1] - seen.shape[1]), value=True)[:, None, None]
+                mask = seen if mask is None else mask & seen
+            _into(out, attend, groups, query, key, value, mask, others)
         return out
 
     def allowed(self, stream: Stream, positions: int) -> Tensor:
         """True where a position attends to another, for recording maps. Shape: [rows, positions, positions]."""
         device = self.groups[stream][0].queries.device
-        found = torch.zeros(len(self.unconditional), positions, positions, dtype=torch.bool, device=device)
-        first = sum(self.unconditional)
+        of_base, of_groups = torch.zeros(2, positions, positions, dtype=torch.bool, device=device)
         for group in self.groups[stream]:
-            found[first:, group.queries[:, None], group.keys] = True
-        if self.base is None:
-            found[:first] = True
-        else:
-            found[:first, :, self.base[stream].keys] = True
+            of_groups[group.queries[:, None], group.keys] = True
+        of_base[:, slice(None) if self.base is None else self.base[stream].keys] = True
+        found = of_groups.expand(len(self.unconditional), -1, -1).clone()
+        if self.rows[0] is not None:
+            found[self.rows[0]] = of_base
         return found
+
+
+def _rows(indices: Sequence[int], device: torch.device) -> Rows | None:
+    if not indices:
+        return None
+    if indices[-1] - indices[0] == len(indices) - 1:
+        return slice(indices[0], indices[-1] + 1)
+    return to_device(torch.tensor(indices), device)
 
 
 def _into(
     out: Tensor,
     attend: Attend,
-    group: Group | None,
+    groups: Sequence[Group | None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    rows: slice,
+    rows: Rows,
 ) -> None:
-    if group is None:
-        out[rows] = attend(query, key, value, mask)
-        return
-    keys = group.keys
-    seen = None if mask is None else mask[..., keys]
-    out[rows, group.queries] = attend(query[:, group.queries], key[:, keys], value[:, keys], seen)
+    """Writes the attention of some rows; a group of None is the whole sequence."""
+    query, key, value, mask = query[rows], key[rows], value[rows], None if mask is None else mask[rows]
+    for group in groups:
+        if group is None:
+            out[rows] = attend(query, key, value, mask)
+            continue
+        queries, keys = group.queries, group.keys
+        seen = None if mask is None else mask[..., keys]
+        found = attend(query[:, queries], key[:, keys], value[:, keys], seen)
+        out[rows if isinstance(rows, slice) else rows[:, None], queries] = found
 
 
 def _groups(kinds: Sequence[Kind], isolate: bool, device: torch.device | None) -> Sequence[Group]:

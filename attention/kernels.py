@@ -6,17 +6,6 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import (
-    Attention,
-    AttnProcessor,
-    AttnProcessor2_0,
-    FusedAttnProcessor2_0,
-    IPAdapterAttnProcessor,
-    IPAdapterAttnProcessor2_0,
-    IPAdapterXFormersAttnProcessor,
-    SlicedAttnProcessor,
-    XFormersAttnProcessor,
-)
 from torch import Tensor
 
 
@@ -96,31 +85,3 @@ class XFormersKernel:
             query, key, value, attn_bias=bias, op=self.operator, scale=self.scale
         )
         return out.transpose(1, 2)
-
-
-def kernel_of(name: str, attn: Attention) -> Kernel:
-    """The kernel of a layer's attention processor, for ours to use.
-
-    Fused projections are copies of the layer's own, which ours uses: that is where its LoRAs are.
-
-    Raises:
-        ValueError: If ours would lose something that the processor or the layer does.
-    """
-    for part in ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj"):
-        if getattr(attn, part, None) is not None:
-            raise ValueError(f"{name} has {part}, which cannot be combined with concepts")
-    processor = attn.processor
-    if type(processor) in (AttnProcessor2_0, IPAdapterAttnProcessor2_0, FusedAttnProcessor2_0):
-        return sdpa
-    if isinstance(processor, IPAdapterXFormersAttnProcessor) or type(processor) is XFormersAttnProcessor:
-        return XFormersKernel(attn.scale, processor.attention_op)
-    plain = PlainKernel(attn.scale, attn.upcast_attention, attn.upcast_softmax)
-    if type(processor) in (AttnProcessor, IPAdapterAttnProcessor):
-        return plain
-    if type(processor) is SlicedAttnProcessor:
-        return SlicedKernel(plain, processor.slice_size)
-    raise ValueError(
-        f"{name} has a {type(processor).__name__}, which cannot be combined with concepts. Supported: "
-        "AttnProcessor2_0, XFormersAttnProcessor, AttnProcessor, their fused and sliced variants, and those of "
-        "IP-Adapters. Undo what installed it, or call `pipe.unet.set_default_attn_processor()`"
-    )

@@ -12,7 +12,7 @@ A Kronecker product K (x) (up down) (LoKr) has too much rank for that. It is app
 after the other.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from lora_compose.attention.device import to_device
 from lora_compose.attention.forward_state import ForwardState
 from lora_compose.attention.gates import GateKey
 from lora_compose.attention.sites import Site
+from lora_compose.attention.swapped_forward import SwappedForward
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +134,11 @@ class Stack(nn.Module):
 
 
 class BankLayer(nn.Module):
-    """Stands in for one adapted layer while concepts are installed, and keeps it as its child.
+    """Adds the gated LoRAs of all concepts to the output of one adapted layer, while they are installed.
 
-    A replaced module rather than a forward hook, since `torch.compile` may reuse a graph that was compiled without the
-    hook, and so drop the LoRA silently. As a child, the layer is still reached by `.to()` and by offloading.
+    It stands in the layer's place, or acts on its `forward`; not as a forward hook, since `torch.compile` may reuse a
+    graph that was compiled without the hook, and so drop the LoRA silently. In its place it has the layer as its child,
+    which is so still reached by `.to()` and by offloading.
 
     Args:
         parts: The factors of each concept that changes this layer, by its index (`LoraFactors.parts`).
@@ -145,8 +147,9 @@ class BankLayer(nn.Module):
         state: Holds the gates of the current pass.
 
     Attributes:
-        layer: The layer as found, while this one stands in for it: linear, convolution, or a PEFT layer around one of
+        layer: The layer as found, while concepts are installed: linear, convolution, or a PEFT layer around one of
             them.
+        found: Its `forward` as found, if this one acts on that; None if it stands in the layer's place.
         key: What the thin products ask of gates.
         stack: Factors before the gate, beside those of layers with the same input; None if the layer has its own.
         rows: Which of them are of this layer.
@@ -158,6 +161,7 @@ class BankLayer(nn.Module):
     """
 
     layer: nn.Module
+    found: Callable[[Tensor], Tensor] | None = None
     own_down: Tensor
     stack: Stack | None
     rows = slice(None)
@@ -188,10 +192,20 @@ class BankLayer(nn.Module):
         self.concepts = frozenset(parts)
         self.weight_shape = (one.up.shape[0], *one.down.shape[1:])
 
-    def stand_in_for(self, layer: nn.Module) -> None:
-        """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest."""
+    def act_on(self, layer: nn.Module, found: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Takes a layer as its child, and its mode. Without `nn.Module.__setattr__`, which costs more than the rest.
+
+        Args:
+            layer: The layer.
+            found: The layer's `forward`, if this one acts on that.
+        """
         self._modules["layer"] = layer
-        self.__dict__["training"] = layer.training
+        self.__dict__.update(training=layer.training, found=found)
+
+    def let_go(self) -> None:
+        """Holds no layer any more."""
+        self._modules.pop("layer", None)
+        self.__dict__.pop("found", None)
 
     @property
     def down(self) -> Tensor:
@@ -230,13 +244,29 @@ class BankLayer(nn.Module):
         """Those of the current pass."""
         return self._state.inputs.gates
 
+    def base(self, x: Tensor) -> Tensor:
+        """The output of the layer as found."""
+        return self.layer(x) if self.found is None else self.found(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output plus the gated deltas of all concepts.
 
         Raises:
             KeyError: If no gate was set for this kind of layer.
         """
-        out, gates, up = self.layer(x), self.gates, self.up
+        return self.add(self.base(x), x)
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Adds the gated deltas of all concepts to an output of the layer.
+
+        Args:
+            out: The output, which may be changed in place.
+            x: The input.
+
+        Raises:
+            KeyError: As `forward`.
+        """
+        gates, up = self.gates, self.up
         for product in self.products.values():
             out = out + product(x.to(up.dtype), gates[product.key]).to(out.dtype)
         if len(self.keys) == len(self.products):
@@ -252,13 +282,25 @@ class BankLayer(nn.Module):
 
 def _added(out: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     """Adds deltas to the output of a linear layer. Shape of hidden: [..., sum of ranks]."""
-    if out.dtype != up.dtype:  # the same, or autocast
+    if out.dtype != up.dtype or not out.is_contiguous():  # the same, or autocast; or another program's output
         return out + F.linear(hidden, up).to(out.dtype)
     flat, hidden = out.view(-1, out.shape[-1]), hidden.view(-1, hidden.shape[-1])
     if out.requires_grad:  # autograd refuses changes of what quantised layers give
         return torch.addmm(flat, hidden, up.t()).view(out.shape)
     flat.addmm_(hidden, up.t())  # a third less time than a separate addition
     return out
+
+
+def bank_layer_of(module: nn.Module) -> BankLayer | None:
+    """The bank layer that stands in a module's place, or acts on its `forward` and nothing else does; None without one.
+
+    Hooks of a module belong to each of its calls, so one that has some is run by itself.
+    """
+    if isinstance(module, BankLayer):
+        return module
+    forward = module.forward
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return forward.layer if isinstance(forward, SwappedForward) and not hooked else None
 
 
 def share_input(layers: Sequence[BankLayer]) -> None:
@@ -283,13 +325,13 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     Raises:
         KeyError: As `BankLayer.forward`.
     """
-    bank = [layer for layer in layers if isinstance(layer, BankLayer)]
+    bank = [layer for layer in map(bank_layer_of, layers) if layer is not None]
     stack = bank[0].stack if bank else None
     if stack is None or len(bank) < len(layers) or not all(layer.stack is stack for layer in bank):
         return [layer(x) for layer in layers]
     down, gate = stack.down, bank[0].gates[bank[0].key]
     hidden = F.linear(x.to(down.dtype), down).unflatten(-1, (len(bank), -1)) * gate.unsqueeze(-2)
-    return [_added(layer.layer(x), one, layer.up) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
+    return [_added(layer.base(x), one, layer.up) for layer, one in zip(bank, hidden.unbind(-2), strict=True)]
 
 
 def _ranks(parts: Mapping[int, Part], concepts: int) -> tuple[int, ...]:

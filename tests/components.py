@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lora_compose.attention import Gates, Installation, Lora, LoraFactors, backbone_of, install
+from lora_compose.attention import Gates, How, Installation, Lora, LoraFactors, backbone_of, install
 from lora_compose.compose.playground.assets import playground_model
 from lora_compose.pipelines.families.stable_diffusion import ComposeStableDiffusionPipeline
 from lora_compose.pipelines.families.stable_diffusion_xl import ComposeStableDiffusionXLPipeline
@@ -206,17 +206,27 @@ def unet_inputs(
 
 
 def installed(
-    unet: nn.Module, loras: Sequence[Lora] = (), *, dtype: torch.dtype = torch.float32, silence: Sequence[str] = ()
+    unet: nn.Module,
+    loras: Sequence[Lora] = (),
+    *,
+    dtype: torch.dtype = torch.float32,
+    silence: Sequence[str] = (),
+    how: How = "module",
 ) -> AbstractContextManager[Installation]:
     """Concepts installed in a UNet on the CPU, for as long as the `with` block lasts."""
-    return install(backbone_of(unet), loras, device=torch.device("cpu"), dtype=dtype, silence=silence)
+    return install(backbone_of(unet), loras, device=torch.device("cpu"), dtype=dtype, silence=silence, how=how)
 
 
 def with_bank(
-    unet: Any, loras: Sequence[Lora], gates: Gates, inputs: dict[str, Any], dtype: torch.dtype = torch.float32
+    unet: Any,
+    loras: Sequence[Lora],
+    gates: Gates,
+    inputs: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    how: How = "module",
 ) -> Tensor:
     """What one forward pass gives with concepts installed for it alone."""
-    with installed(unet, loras, dtype=dtype) as installation:
+    with installed(unet, loras, dtype=dtype, how=how) as installation:
         installation.use(installation.inputs(gates, inputs["encoder_hidden_states"]))
         return unet(**inputs)[0]
 

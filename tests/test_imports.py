@@ -4,11 +4,15 @@ Inside compose it goes one way as well, from folder to folder, and no modules im
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from lora_compose import attention
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "lora_compose"
@@ -147,6 +151,23 @@ def test_a_circle_and_a_wrong_folder_are_seen(tmp_path: Path, statement: str) ->
 
 def test_inner_packages_do_not_import_outer_ones() -> None:
     assert arrows_the_wrong_way(ROOT) == []
+
+
+def test_only_backbones_import_diffusers() -> None:
+    users = {
+        path.relative_to(ROOT).parent.as_posix()
+        for ring, path in modules(ROOT)
+        if ring == "attention" and any(name.split(".")[0] == "diffusers" for _, name in imported(path))
+    }
+    assert users == {"attention/backbones"}
+
+
+def test_the_engine_loads_nothing_of_diffusers() -> None:
+    """Other programs have models of their own; what knows diffusers' is loaded when it is asked for."""
+    program = "import sys, lora_compose.attention; print(*{name.split('.')[0] for name in sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert {"torch", "diffusers", "transformers"} & set(ran.stdout.split()) == {"torch"}
+    assert all(hasattr(attention, name) for name in attention.__all__)
 
 
 def test_the_rings_use_each_other() -> None:

@@ -1,23 +1,12 @@
 """Backbones: what has to be known of each model class. One model family, one file."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any, Protocol
 
-from diffusers import (
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    Krea2Transformer2DModel,
-    UNet2DConditionModel,
-    ZImageTransformer2DModel,
-)
 from torch import Tensor, nn
 
-from lora_compose.attention.backbones.flux import FluxBackbone
-from lora_compose.attention.backbones.flux2 import Flux2Backbone
-from lora_compose.attention.backbones.krea2 import Krea2Backbone
-from lora_compose.attention.backbones.unet import UNetBackbone
-from lora_compose.attention.backbones.z_image import ZImageBackbone
 from lora_compose.attention.claims import Journal
 from lora_compose.attention.device import uncompiled
 from lora_compose.attention.forward_state import ForwardState
@@ -119,13 +108,14 @@ class Backbone(Protocol):
         ...
 
 
-BACKBONES: Mapping[type[nn.Module], Callable[[nn.Module], Backbone]] = {
-    UNet2DConditionModel: UNetBackbone,
-    FluxTransformer2DModel: FluxBackbone,
-    Flux2Transformer2DModel: Flux2Backbone,
-    Krea2Transformer2DModel: Krea2Backbone,
-    ZImageTransformer2DModel: ZImageBackbone,
+BACKBONES: Mapping[str, str] = {
+    "UNet2DConditionModel": "unet.UNetBackbone",
+    "FluxTransformer2DModel": "flux.FluxBackbone",
+    "Flux2Transformer2DModel": "flux2.Flux2Backbone",
+    "Krea2Transformer2DModel": "krea2.Krea2Backbone",
+    "ZImageTransformer2DModel": "z_image.ZImageBackbone",
 }
+"""File and class for each model class of diffusers. By name: programs with models of their own load none of them."""
 
 
 def backbone_of(model: nn.Module) -> Backbone:
@@ -134,10 +124,9 @@ def backbone_of(model: nn.Module) -> Backbone:
     Raises:
         ValueError: For models of a class that is not supported.
     """
-    original = uncompiled(model)
-    for kind, backbone in BACKBONES.items():
-        if isinstance(original, kind):
-            return backbone(model)
-    raise ValueError(
-        f"a {type(original).__name__} is not supported; expected {', '.join(kind.__name__ for kind in BACKBONES)}"
-    )
+    kinds = type(uncompiled(model)).__mro__
+    for kind in kinds:
+        if kind.__name__ in BACKBONES and kind.__module__.startswith("diffusers."):
+            file, name = BACKBONES[kind.__name__].split(".")
+            return getattr(import_module(f"{__name__}.{file}"), name)(model)
+    raise ValueError(f"a {kinds[0].__name__} is not supported; expected {', '.join(BACKBONES)}")

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from types import FunctionType, MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_compose.attention.backbones.processors import replace_processor
 from lora_compose.attention.backbones.truncation import replace_children
 from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
@@ -76,8 +78,7 @@ class JointBackbone:
         found = dict(_attention(modules))
         ours = {name: with_kernel(attn.processor, name, self._sequence(name), state) for name, attn in found.items()}
         for name, attn in found.items():
-            undo.callback(attn.set_processor, attn.processor)
-            attn.set_processor(ours[name])
+            replace_processor(attn, ours[name], undo)
             if getattr(attn, "fused_projections", False):
                 undo.callback(setattr, attn, "fused_projections", True)
                 attn.fused_projections = False
@@ -191,8 +192,8 @@ class JointKernel:
     def _parts(self) -> tuple[slice, slice, slice]:
         """Where text, image, and image with its reference images are in a joint sequence."""
         inputs = self.state.inputs
-        height, width = grid_at(inputs.latent_grid, self.site.level)
-        tokens, cells = self.site.padded(max(inputs.lengths)), height * width
+        tokens = self.site.padded(max(inputs.lengths))
+        cells = prod(grid_at(inputs.latent_grid, self.site.level))
         if self.site.image_first:
             start = self.site.padded(cells)
             return slice(start, start + tokens), slice(0, cells), slice(0, cells)

@@ -12,11 +12,12 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, cat, nn
 
 from lora_compose.attention.backbones.ip_adapter import ImageAttention, image_attention
+from lora_compose.attention.backbones.processors import kernel_of, replace_processor
 from lora_compose.attention.backbones.truncation import replace_children
 from lora_compose.attention.claims import Journal, undoing
 from lora_compose.attention.device import modules_of, uncompiled
 from lora_compose.attention.forward_state import ForwardState
-from lora_compose.attention.kernels import Kernel, kernel_of
+from lora_compose.attention.kernels import Kernel
 from lora_compose.attention.lora_bank import outputs_of
 from lora_compose.attention.sites import Site
 
@@ -100,8 +101,7 @@ class UNetBackbone:
             for layer, attn in found.items()
         }
         for layer, attn in found.items():
-            undo.callback(attn.set_processor, attn.processor)
-            attn.set_processor(ours[layer])  # pyright: ignore[reportArgumentType]
+            replace_processor(attn, ours[layer], undo)
 
     def truncated_after(self, layers: Iterable[str]) -> AbstractContextManager[None]:
         """Inside this block the UNet stops after the last of some layers."""

@@ -30,6 +30,7 @@ from components import (
 )
 from lora_compose.attention import (
     Gates,
+    How,
     Lora,
     LoraFactors,
     Site,
@@ -38,6 +39,7 @@ from lora_compose.attention import (
     frozen,
     installed_layers,
 )
+from model_snapshot import Snapshot
 from reference import FullGates, constant_gates, random_gates, relative_error, with_reference
 
 CPU = torch.device("cpu")
@@ -53,47 +55,18 @@ def two_loras(unet: nn.Module, targets: tuple[str, ...] = EVERYTHING) -> list[Lo
     return [random_lora(unet, seed, rank=2 + seed, size=SIZE, targets=targets) for seed in (1, 2)]
 
 
-class Snapshot:
-    """All that must not change; the objects are held, so that no other can take over their identity."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
-        self.training = {name: module.training for name, module in self.modules.items()}
-        self.hooks = {
-            name: (list(module._forward_hooks), list(module._forward_pre_hooks))
-            for name, module in self.modules.items()
-        }
-        self.parameters = dict(model.named_parameters())
-        self.buffers = dict(model.named_buffers())
-        self.bits = {name: tensor.detach().clone() for name, tensor in self.tensors.items() if not tensor.is_meta}
-        self.facts = {name: (t.requires_grad, t.device, t.dtype) for name, t in self.tensors.items()}
-        self.processors = {n: getattr(m, "processor", None) for n, m in self.modules.items()}
-        scaling: dict[str, Any] = {n: getattr(m, "scaling", None) for n, m in self.modules.items()}
-        self.scaling = {n: dict(found) for n, found in scaling.items() if isinstance(found, dict)}
-        self.attributes = {name: set(vars(module)) for name, module in self.modules.items()}
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.parameters, **self.buffers}
-
-    def assert_unchanged(self, model: nn.Module) -> None:
-        now = Snapshot(model)
-        for what in ("modules", "parameters", "buffers", "processors"):
-            before, after = getattr(self, what), getattr(now, what)
-            assert list(before) == list(after), what
-            assert [name for name in before if before[name] is not after[name]] == [], what
-        for what in ("training", "hooks", "facts", "scaling", "attributes"):
-            assert getattr(self, what) == getattr(now, what), what
-        assert [name for name, bits in self.bits.items() if not torch.equal(bits, now.bits[name])] == []
-
-
 class Stop(BaseException):
     """As rude as KeyboardInterrupt and SystemExit, and caught by nothing by accident."""
 
 
-@pytest.mark.parametrize(("error", "fold"), [(None, False), (ValueError, False), (Stop, True)])
+@pytest.mark.parametrize(
+    ("error", "how", "fold"),
+    [
+        (None, "module", False), (ValueError, "module", False), (Stop, "module", True), (Stop, "forward", False),
+    ],
+)  # fmt: skip
 @torch.no_grad()
-def test_nothing_is_left_in_the_model(error: type[BaseException] | None, fold: bool) -> None:
+def test_nothing_is_left_in_the_model(error: type[BaseException] | None, how: How, fold: bool) -> None:
     unet = sd_unet()
     unet.train()
     unet.conv_in.eval()
@@ -103,7 +76,7 @@ def test_nothing_is_left_in_the_model(error: type[BaseException] | None, fold: b
     before = Snapshot(unet)
 
     def use() -> None:
-        with installed(unet, two_loras(unet)) as installation:
+        with installed(unet, two_loras(unet), how=how) as installation:
             if fold:
                 assert installation.fold(("image", "row"), WEIGHTS) > 200
             installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
@@ -121,16 +94,16 @@ def test_nothing_is_left_in_the_model(error: type[BaseException] | None, fold: b
 
 
 class InterruptedAt:
-    """Raises KeyboardInterrupt at the nth function call that a source file makes, where Python delivers Ctrl-C."""
+    """Raises KeyboardInterrupt at the nth function call that source files make, where Python delivers Ctrl-C."""
 
-    def __init__(self, suffix: str, call: int) -> None:
-        self.suffix, self.call, self.seen = suffix, call, 0
+    def __init__(self, suffixes: tuple[str, ...], call: int) -> None:
+        self.suffixes, self.call, self.seen = suffixes, call, 0
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> None:
         caller = frame.f_back
         if event != "call" or caller is None or "_dynamo" in frame.f_code.co_filename:  # callbacks of weak references
             return
-        if caller.f_code.co_filename.endswith(self.suffix):
+        if caller.f_code.co_filename.endswith(self.suffixes):
             self.seen += 1
             if self.seen == self.call:
                 raise KeyboardInterrupt
@@ -150,17 +123,19 @@ def small_unet_and_loras() -> tuple[Any, list[Lora]]:
     return unet, [{name.removesuffix(".base_layer"): found for name, found in lora.items()} for lora in loras]
 
 
+@pytest.mark.parametrize("how", ["module", "forward"])
 @torch.no_grad()
-def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind() -> None:
+def test_ctrl_c_at_any_time_while_concepts_go_in_leaves_nothing_behind(how: How) -> None:
     unet, loras = small_unet_and_loras()
     before = Snapshot(unet)
     call, done = 1, False
     while not done:
-        trace = InterruptedAt("attention/install.py", call)
+        trace = InterruptedAt(("attention/install.py", "attention/placing.py"), call)
         try:
             sys.setprofile(trace)
-            with installed(unet, loras, silence=["style"]) as installation:
-                installation.fold(STREAMS, WEIGHTS)
+            with installed(unet, loras, silence=["style"], how=how) as installation:
+                if how == "module":
+                    installation.fold(STREAMS, WEIGHTS)
                 sys.setprofile(None)
         except KeyboardInterrupt:
             assert trace.seen == call
@@ -194,16 +169,18 @@ class InterruptedAtLine:
         return self
 
 
+@pytest.mark.parametrize("how", ["module", "forward"])
 @torch.no_grad()
-def test_ctrl_c_at_any_line_while_concepts_go_out_leaves_nothing_behind() -> None:
+def test_ctrl_c_at_any_line_while_concepts_go_out_leaves_nothing_behind(how: How) -> None:
     unet, loras = small_unet_and_loras()
     before = Snapshot(unet)
     line, done = 1, False
     while not done:
         trace = InterruptedAtLine(line)
         try:
-            with installed(unet, loras, silence=["style"]) as installation:
-                installation.fold(("text",), WEIGHTS)
+            with installed(unet, loras, silence=["style"], how=how) as installation:
+                if how == "module":
+                    installation.fold(("text",), WEIGHTS)
                 with frozen(unet), backbone_of(unet).truncated_after(()):
                     trace.begin()
         except KeyboardInterrupt:
@@ -528,19 +505,21 @@ def stored_in_half_precision(unet: Any) -> None:
     unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("how", ["module", "forward"])
 @pytest.mark.parametrize("keep", [layer_by_layer, in_groups, stored_in_half_precision])
 @torch.no_grad()
-def test_weights_that_hooks_bring_are_not_folded_and_give_the_same_image(keep: Callable[[Any], None]) -> None:
+def test_weights_that_hooks_bring_are_not_folded_and_give_the_same_image(keep: Callable[[Any], None], how: How) -> None:
     unet = tiny_unet().half().float()  # numbers that each way of keeping them can hold
     inputs = unet_inputs(unet)
     loras = two_loras(unet)
     base, expected = unet(**inputs)[0], with_bank(unet, loras, GATES, inputs)
     keep(unet)
     before = Snapshot(unet)
-    with installed(unet, loras) as installation:
-        layers = len(installation.bank)
-        assert installation.fold(STREAMS, WEIGHTS) == 0
-        assert len(installation.bank) == layers
+    with installed(unet, loras, how=how) as installation:
+        if how == "module":
+            layers = len(installation.bank)
+            assert installation.fold(STREAMS, WEIGHTS) == 0
+            assert len(installation.bank) == layers
         installation.use(installation.inputs(GATES, inputs["encoder_hidden_states"]))
         assert torch.equal(unet(**inputs)[0], expected)
     if keep is layer_by_layer:  # accelerate makes new parameters in each pass

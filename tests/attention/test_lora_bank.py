@@ -21,7 +21,7 @@ from components import (
     unet_inputs,
     with_bank,
 )
-from lora_compose.attention import Gates, Lora, LoraFactors, Site, installed_layers
+from lora_compose.attention import Gates, How, Lora, LoraFactors, Site, installed_layers
 from reference import STYLES, FullGates, Style, constant_gates, random_gates, relative_error, with_reference
 
 UNETS: dict[str, Callable[..., Any]] = {"sd": sd_unet, "sdxl": shallow_sdxl_unet}
@@ -379,9 +379,10 @@ def test_gates_of_another_size_are_an_error() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["module", "forward"])
 @pytest.mark.parametrize(("way", "backend"), [("wrapper", "aot_eager"), ("in place", "eager")])
 @torch.no_grad()
-def test_models_compiled_without_concepts_show_them_later(way: str, backend: str) -> None:
+def test_models_compiled_without_concepts_show_them_later(way: str, backend: str, how: How) -> None:
     """A graph that was compiled without concepts must not be used again with them, nor one with them without."""
     torch._dynamo.reset()
     unet: Any = sd_unet(
@@ -401,7 +402,7 @@ def test_models_compiled_without_concepts_show_them_later(way: str, backend: str
         unet.compile(backend=backend)
     assert relative_error(base, expected) > 0.1
     assert relative_error(model(**inputs)[0], base) < 1e-5
-    assert relative_error(with_bank(model, loras, gates, inputs), expected) < 1e-5
+    assert relative_error(with_bank(model, loras, gates, inputs, how=how), expected) < 1e-5
     assert relative_error(model(**inputs)[0], base) < 1e-5
     torch._dynamo.reset()
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from components import installed, sd_unet, shallow_sdxl_unet, unet_inputs, with_bank
 from lora_compose.attention import Recorder
+from lora_compose.attention.backbones.processors import kernel_of
 from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.kernels import XFormersKernel, kernel_of
+from lora_compose.attention.kernels import XFormersKernel
 from reference import random_gates, relative_error
 
 PROCESSORS = {"AttnProcessor": AttnProcessor, "AttnProcessor2_0": AttnProcessor2_0}

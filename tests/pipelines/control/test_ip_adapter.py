@@ -16,9 +16,9 @@ from components import FAMILIES, State, seeded
 from composing import BOXED, PLAIN, assert_close, composer_of, far_apart, lora_file, run
 from ip_adapters import with_ip_adapters
 from lora_compose.attention.backbones.ip_adapter import image_attention
+from lora_compose.attention.backbones.processors import kernel_of
 from lora_compose.attention.backbones.unet import AttentionLayer, ComposeAttnProcessor
 from lora_compose.attention.forward_state import ForwardState, LayerInputs
-from lora_compose.attention.kernels import kernel_of
 from lora_compose.attention.regions import Partition, RegionAttention
 from lora_compose.pipelines.control import PreparedImagePrompts, View
 from lora_compose.pipelines.methods import METHODS

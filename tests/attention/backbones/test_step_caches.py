@@ -15,7 +15,7 @@ from diffusers.hooks import apply_pyramid_attention_broadcast
 
 from components import tiny_unet
 from flux import flux_pipeline, flux_transformer
-from lora_compose.attention.step_caches import StepCaches, check_caches
+from lora_compose.attention.backbones.step_caches import StepCaches, check_caches
 
 # All of them use what they have kept in the second step.
 CONFIGS: dict[str, Any] = {

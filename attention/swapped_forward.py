@@ -1,0 +1,45 @@
+"""The `forward` of a module on which a bank layer acts: the way into a model that leaves its modules where they are."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class SwappedForward:
+    """Stands on a module as its attribute `forward`, until it is taken off.
+
+    Other programs swap this attribute too, and not always in the reverse order. So nothing is put back over what
+    another has put there since; if that still calls this one, it passes calls on.
+
+    Args:
+        module: The module.
+        layer: The bank layer that acts on it.
+
+    Attributes:
+        layer: The bank layer; None once it has been taken off.
+        found: The `forward` that was there: the class's own, a PEFT layer's, or that of an offloading hook.
+    """
+
+    def __init__(self, module: nn.Module, layer: nn.Module) -> None:
+        self.layer: Any = layer
+        self.found: Callable[..., Any] = module.forward
+        self._attributes = vars(module)
+        self._own = "forward" in self._attributes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, with the deltas of the bank layer."""
+        return (self.found if self.layer is None else self.layer)(*args, **kwargs)
+
+    def put_on(self) -> None:
+        """Swaps."""
+        self._attributes["forward"] = self
+
+    def take_off(self) -> None:
+        """Swaps back; does nothing the second time."""
+        self.layer = None
+        if self._attributes.get("forward") is self:
+            if self._own:
+                self._attributes["forward"] = self.found
+            else:
+                del self._attributes["forward"]
