@@ -71,7 +71,8 @@ class UNetPipeline(ImageTasksPipeline):
         """
         return {"guidance_scale": scale, "negative_prompt": negative_prompt}
 
-    def _check_latents(self, call: Call, canvas: Canvas) -> None:
+    def check_start(self, call: Call, canvas: Canvas) -> None:
+        """See `Host.check_start`."""
         given, source = call.sampling.latents, call.source
         if given is not None and source is not None and source.mask is None:
             raise ValueError("latents cannot be given for image-to-image, which starts from those of the image")
