@@ -49,6 +49,12 @@ class Recent:
         self._kept: OrderedDict[Hashable, Read] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "Recent":
+        copied = Recent()  # with a lock of its own; what was read is never changed
+        with self._lock:
+            copied._kept.update(self._kept)
+        return copied
+
     @property
     def bytes(self) -> int:
         """The memory that all of them take."""
