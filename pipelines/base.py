@@ -22,12 +22,13 @@ from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer
 from lora_compose.pipelines.control import Control
 from lora_compose.pipelines.finite import check_decoded, check_finite, likely_causes
 from lora_compose.pipelines.from_image import Source
+from lora_compose.pipelines.front import Request
 from lora_compose.pipelines.hub import is_hub_name, reachable
 from lora_compose.pipelines.loop import Hooks, denoise
 from lora_compose.pipelines.methods import Choice, Settings
 from lora_compose.pipelines.methods.process import Process
 from lora_compose.pipelines.opening import checkpoint_keys
-from lora_compose.pipelines.outcome import Outcome
+from lora_compose.pipelines.outcome import Outcome, output_of
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, make_plan, resolve_choice
 from lora_compose.pipelines.refine import Origin
@@ -83,11 +84,13 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
         `AutoPipelineFor...from_pipe` finds the pipelines for other tasks. `__qualname__` stays our own.
         """
         super().__init_subclass__(**options)
-        cls.__name__ = next(
-            base.__name__
-            for base in cls.__mro__
-            if issubclass(base, DiffusionPipeline) and not issubclass(base, ComposePipeline)
-        )
+        cls.__name__ = cls._plain_class().__name__
+
+    @classmethod
+    def _plain_class(cls) -> Any:
+        """Diffusers' pipeline for the family."""
+        every = cls.__mro__
+        return next(one for one in every if issubclass(one, DiffusionPipeline) and not issubclass(one, ComposePipeline))
 
     @classmethod
     def from_pretrained(
@@ -282,6 +285,16 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )  # fmt: skip
             check_finite(latents, likely_causes(plan))
             return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
+
+    def run_request(self, request: Request) -> Any:
+        """Runs a call with concepts, decodes its latents, and returns what the family's `__call__` promises."""
+        latents, process, outcome = self.compose(request.call, request.encode)
+        if "_current_timestep" in request.call.properties:
+            self.__dict__["_current_timestep"] = None
+        results = request.decode(latents, process)
+        maybe_free_model_hooks: Any = self.maybe_free_model_hooks
+        maybe_free_model_hooks()
+        return output_of(outcome, *results) if request.named else tuple(results)
 
     # Differences between families.
 

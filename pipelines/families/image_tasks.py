@@ -1,17 +1,30 @@
 """Image-to-image and inpainting, the same for all model families; diffusers' pipelines prepare the image."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from lora_compose.pipelines.base import ComposePipeline
-from lora_compose.pipelines.call import Call, listed, tensors_for
+from lora_compose.pipelines.call import (
+    Call,
+    Composition,
+    as_list,
+    check_plain,
+    listed,
+    no_concepts,
+    refuse_unknown,
+    tensors_for,
+)
+from lora_compose.pipelines.control import controls_of
 from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
+from lora_compose.pipelines.front import OF_OURS, OF_START_IMAGE, Begun, Plain
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.task import OF_INPAINTING
@@ -44,6 +57,55 @@ class ImageTasksPipeline(ComposePipeline):
 
     rounds_steps_up: ClassVar[bool] = False
     """Whether diffusers' pipelines round the number of steps that a strength leaves up."""
+
+    def _begin(self, given: Mapping[str, Any], unread: Collection[str] = ()) -> Begun:
+        """What all families ask of the arguments of a call; and the call itself, if it is diffusers' own.
+
+        Args:
+            given: The arguments by name, as `locals()` has them at the beginning of `__call__`.
+            unread: Unknown arguments that diffusers' pipeline takes.
+
+        Raises:
+            TypeError: For unknown arguments.
+            ValueError: For what does not fit together.
+        """
+        started, unknown = time.perf_counter(), given["kwargs"]
+        allowed = unread if no_concepts(given["concepts"]) else ()
+        refuse_unknown([name for name in unknown if name not in allowed], type(self).__call__)
+        prompt, concepts = self.named_concepts(given["prompt"], given["concepts"])
+        composition = Composition(
+            concepts or (), given["method"], controls_of(given["control"]), given["token_positions"],
+            given["record_attention"],
+        )  # fmt: skip
+        start = self.start_image(*(given[name] for name in OF_START_IMAGE))
+        if not no_concepts(concepts):
+            return Begun(prompt, composition, start, started, None)
+        check_plain(composition)
+        ours = ("self", "kwargs", *OF_OURS, *OF_START_IMAGE)
+        arguments = {name: it for name, it in given.items() if name not in ours} | {"prompt": prompt}
+        names = "callback_on_step_end_tensor_inputs"
+        arguments[names] = as_list(arguments[names])
+        plain = Plain(partial(self._as_diffusers, arguments, start, unknown))
+        return Begun(prompt, composition, start, started, plain if self._is_diffusers_own(start) else None)
+
+    def _as_diffusers(self, arguments: dict[str, Any], start: FromImage | None, unknown: Mapping[str, Any]) -> Any:
+        """A call without concepts: exactly what diffusers' pipeline for the task does."""
+        arguments = self._plain_arguments(arguments, start) | unknown
+        if start is not None:
+            return self._from_image_as_diffusers(start, arguments)
+        return self._plain_class().__call__(self, **arguments)
+
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        """The arguments of a call without concepts, as diffusers takes them.
+
+        Raises:
+            ValueError: For what diffusers would not see to be wrong.
+        """
+        return arguments
+
+    def _is_diffusers_own(self, given: FromImage | None) -> bool:
+        """Whether diffusers can run a call without concepts."""
+        return True
 
     def start_image(
         self, image: Any, mask_image: Any, strength: float | None, padding_mask_crop: int | None, paste_original: bool

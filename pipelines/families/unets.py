@@ -172,8 +172,8 @@ class UNetPipeline(ImageTasksPipeline):
 
         return reading.encode(columns, encode, weighted, images_per_prompt)
 
-    def with_weights(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call without concepts; prompts with weights become embeddings, others stay as they are."""
+    def _plain_arguments(self, arguments: dict[str, Any], start: FromImage | None) -> dict[str, Any]:
+        """Prompts with weights become embeddings, others stay as they are."""
         names = [name for name in TEXTS if isinstance(arguments.get(name), str | list)]  # others are for diffusers
         texts = {name: listed(arguments[name]) for name in names}
         check_no_tags([text for column in texts.values() for text in column])
