@@ -15,20 +15,22 @@ from torch import Tensor, nn
 from lora_compose.attention import Backbone, backbone_of
 from lora_compose.pipelines import concept_sets
 from lora_compose.pipelines.call import Call, Concepts, Sampling, check_changed
+from lora_compose.pipelines.call_plan import CallPlan
 from lora_compose.pipelines.canvas import Canvas, Step
 from lora_compose.pipelines.concepts.concept_set import LoadedConcept
 from lora_compose.pipelines.concepts.loader_mixin import ConceptLoaderMixin
 from lora_compose.pipelines.concepts.textual_inversion import ExpandingTokenizer, TextualInversions
 from lora_compose.pipelines.control import Control
-from lora_compose.pipelines.finite import check_decoded, check_finite, likely_causes
+from lora_compose.pipelines.finite import check_finite, likely_causes
 from lora_compose.pipelines.from_image import Source
-from lora_compose.pipelines.front import Request
+from lora_compose.pipelines.front import request_of
 from lora_compose.pipelines.hub import is_hub_name, reachable
 from lora_compose.pipelines.loop import Hooks, denoise
 from lora_compose.pipelines.methods import Choice, Settings
 from lora_compose.pipelines.methods.process import Process
+from lora_compose.pipelines.notes import kept
 from lora_compose.pipelines.opening import checkpoint_keys
-from lora_compose.pipelines.outcome import Outcome, output_of
+from lora_compose.pipelines.outcome import Outcome
 from lora_compose.pipelines.output import ComposeOutput
 from lora_compose.pipelines.plan import Plan, make_plan, resolve_choice
 from lora_compose.pipelines.refine import Origin
@@ -280,21 +282,20 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
             )  # fmt: skip
             latents = denoise(
                 process, task or TextToImage(lambda: self._noise(call, plan, process.text.prompt_embeds.dtype)),
-                sampler, 1.0 if plan.canvas.backbone.embeds_guidance else call.sampling.guidance.scale, hooks,
+                sampler, plan.cfg_scale, hooks,
                 cost=opened.denoiser.cost, started=call.started,
             )  # fmt: skip
             check_finite(latents, likely_causes(plan))
             return latents, process, Outcome(opened.denoiser, plan.choice, self._origin(call, plan))
 
-    def run_request(self, request: Request) -> Any:
-        """Runs a call with concepts, decodes its latents, and returns what the family's `__call__` promises."""
-        latents, process, outcome = self.compose(request.call, request.encode)
-        if "_current_timestep" in request.call.properties:
-            self.__dict__["_current_timestep"] = None
-        results = request.decode(latents, process)
-        maybe_free_model_hooks: Any = self.maybe_free_model_hooks
-        maybe_free_model_hooks()
-        return output_of(outcome, *results) if request.named else tuple(results)
+    def plan(self, *args: Any, **kwargs: Any) -> CallPlan:
+        """What a call with these arguments would do; changes nothing, and claims no model. LoRA files may be read.
+
+        Raises:
+            ValueError: As the call, for anything that does not fit together; and for calls without concepts.
+        """
+        with kept() as warnings, torch.no_grad():
+            return CallPlan.of(make_plan(self, request_of(self, args, kwargs).call), warnings)
 
     # Differences between families.
 
@@ -395,7 +396,3 @@ class ComposePipeline(ConceptLoaderMixin, DiffusionPipeline):
     def _cfg_scale(self, step: Step) -> float:
         """The scale of guidance from now on, after a callback has changed `_guidance_scale`."""
         return self.guidance_scale
-
-    def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
-        check_decoded(image)
-        return self.image_processor.postprocess(image, output_type=output_type, **options)

@@ -231,7 +231,7 @@ class Source:
     def timesteps(self, scheduler: Any, steps: int, device: torch.device) -> tuple[Tensor, int]:
         """The timesteps that the strength leaves of a scheduler, and the number of their steps."""
         reading: Any = SimpleNamespace(scheduler=scheduler)  # all that diffusers' method reads of its pipeline
-        return type(self.pipeline).get_timesteps(reading, steps, self.strength, device)
+        return type(self.pipeline).get_timesteps(reading, steps, strength=self.strength, device=device)
 
     def placed(self, loaded: LoadedConcept) -> LoadedConcept:
         """The concept with its region moved from image coordinates to those of the part that is worked on.

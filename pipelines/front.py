@@ -103,7 +103,8 @@ def request_of(pipe: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Req
     Raises:
         ValueError: For arguments that do not fit together, and calls without concepts.
     """
-    made = type(pipe).__call__.__wrapped__(pipe, *args, **kwargs)
+    call: Any = type(pipe).__call__
+    made = call.__wrapped__(pipe, *args, **kwargs)
     if isinstance(made, Plain):
         raise ValueError("a call without concepts is diffusers' own, which is not planned; name some: concepts=[...]")
     return made

@@ -27,14 +27,16 @@ from lora_compose.pipelines.host import Host
 from lora_compose.pipelines.memory import check_size
 from lora_compose.pipelines.methods import Choice, Settings, choose_method, make_method
 from lora_compose.pipelines.regions import region_mask
-from lora_compose.pipelines.sampler import Sampler, Schedule
+from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session
+from lora_compose.pipelines.session import Session, SetRunner
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
-from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts
+from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
 from lora_compose.pipelines.text.long_prompts import LongTokenizer, Reading
 from lora_compose.pipelines.text.tokens import Tokenizer
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Plan:
         textual_inversions: Words bundled with LoRA files.
         finder: Finds words in prompts.
         controls: Prepared ControlNets, T2I-Adapters and images of IP-Adapters.
-        schedule: The timesteps.
+        sampler: A copy of the scheduler with its timesteps, on the CPU.
         reading: How texts with weights, and long ones, are read; None if there are none.
     """
 
@@ -77,7 +79,7 @@ class Plan:
     textual_inversions: TextualInversions
     finder: Finder
     controls: Sequence[PreparedControl | PreparedImagePrompts]
-    schedule: Schedule
+    sampler: Sampler
     reading: Reading | None = None
 
     @contextmanager
@@ -121,15 +123,21 @@ class Plan:
                     self.concepts, host.components, self.textual_inversions.read_by(host, here), self.canvas, steps,
                     host.banks,
                 )  # fmt: skip
-                return Sessions(denoiser, [self._session(part, denoiser, encoder) for part in self.sets])
+                return Sessions(denoiser, [self.session(part, denoiser, encoder) for part in self.sets])
 
             yield sessions
 
-    def _session(self, part: PromptsOfSet, denoiser: Denoiser, encoder: PromptEncoder) -> Session:
+    @property
+    def cfg_scale(self) -> float:
+        """Classifier-free guidance; 1 for models that take its scale as an input."""
+        return 1.0 if self.canvas.backbone.embeds_guidance else self.call.sampling.guidance.scale
+
+    def session(self, part: PromptsOfSet, denoiser: SetRunner, encoder: TextEncoder) -> Session:
+        """The session of one concept set, for what runs the passes and encodes the texts of the call."""
         texts = self.call.prompts.first
         prompts = Prompts(
             None if texts is None else tuple(texts[index] for index in part.indices),
-            part.token_masks, part.concepts, encoder, self.finder, part.indices, self.canvas,
+            part.token_masks, part.concepts, encoder, self.finder, part.indices, denoiser.canvas,
         )  # fmt: skip
         if len(self.sets) > 1:
             denoiser = denoiser.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
@@ -210,9 +218,10 @@ def make_plan(host: Host, call: Call) -> Plan:
     controls: list[Any] = [control for control in ready if not control.control.is_off]
     if call.image_prompts is not None:
         controls.append(call.image_prompts)
-    schedule = host.schedule(deepcopy(host.scheduler), call.sampling, canvas, call.source)
-    steps_to_record(call.composition.record_attention, len(schedule.timesteps))
-    return Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, schedule, reading)
+    scheduler = deepcopy(host.scheduler)
+    sampler = Sampler(scheduler, host.schedule(scheduler, call.sampling, canvas.on(CPU), call.source))
+    steps_to_record(call.composition.record_attention, len(sampler.schedule.timesteps))
+    return Plan(call, choice, concepts, of_sets, canvas, textual_inversions, finder, controls, sampler, reading)
 
 
 def _without_weights(loaded: LoadedConcept) -> LoadedConcept:

@@ -36,6 +36,8 @@ class FlowMatchingPipeline(ImageTasksPipeline):
 
     transformer_class: ClassVar[type[nn.Module]]
     rounds_steps_up: ClassVar[bool] = True
+    named_channels: ClassVar[str] = "num_channels_latents"
+    """What diffusers' pipelines that start from an image call the channels of the latents."""
     architecture: ClassVar[str]
     """The architecture in the metadata of trained LoRAs, named as in the ModelSpec standard."""
     most_tokens: ClassVar[int] = 4096
@@ -137,10 +139,12 @@ class FlowMatchingPipeline(ImageTasksPipeline):
         canvas, generator, pixels = plan.canvas, call.sampling.generator, self._by_image(call, source.pixels)
         encoder = self.components.get("text_encoder_2") or self.components.get("text_encoder") or self.transformer
         first: Any = schedule.timesteps[:1]
+        height, width = canvas.image_size
         with precision_kept(self.vae):
             found = source.pipeline.prepare_latents(
-                pixels.float(), first.repeat(canvas.images), canvas.images, self._latent_shape(canvas)[1],
-                *canvas.image_size, encoder.dtype, canvas.device, generator,
+                pixels.float(), timestep=first.repeat(canvas.images), batch_size=canvas.images, height=height,
+                width=width, dtype=encoder.dtype, device=canvas.device, generator=generator,
+                **{self.named_channels: self._latent_shape(canvas)[1]},
             )  # fmt: skip
         if source.mask is None:
             return ImageToImage(_unpacked(found if isinstance(found, Tensor) else found[0], canvas))

@@ -8,6 +8,7 @@ import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
+from lora_compose.attention.backbones.joint import packed
 from lora_compose.pipelines.base import ComposePipeline
 from lora_compose.pipelines.call import (
     Call,
@@ -141,8 +142,11 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
         source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt, prompt_2, height, width, negative_prompt, negative_prompt_2, prompt_embeds, negative_prompt_embeds,
-            pooled_prompt_embeds, negative_pooled_prompt_embeds, tensors, max_sequence_length,
+            prompt, prompt_2=prompt_2, height=height, width=width, negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds, callback_on_step_end_tensor_inputs=tensors,
+            max_sequence_length=max_sequence_length,
         )  # fmt: skip
         texts = None if prompt_embeds is not None else [listed(prompt_2 or prompt)]
         if texts is not None and len(texts[0]) != len(listed(prompt)):
@@ -186,8 +190,9 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
                 first, second = list(map(plain_text, listed(first))), [one.text for one in read]
             encode_prompt: Any = self.encode_prompt  # its annotations know no plain tensors
             text, pooled, _ = encode_prompt(
-                first, second, device, per_prompt, embeds, pooled, max_sequence_length,
-                (joint_attention_kwargs or {}).get("scale"),
+                first, prompt_2=second, device=device, num_images_per_prompt=per_prompt, prompt_embeds=embeds,
+                pooled_prompt_embeds=pooled, max_sequence_length=max_sequence_length,
+                lora_scale=(joint_attention_kwargs or {}).get("scale"),
             )  # fmt: skip
             text = text if read is None else self._weighted(text, read, per_prompt)
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
@@ -243,8 +248,9 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
             read = list(map(read_emphasis, second or first))
             encode_prompt: Any = self.encode_prompt
             text, pooled, _ = encode_prompt(
-                list(map(plain_text, first)), [one.text for one in read], self._execution_device, count,
-                max_sequence_length=length, lora_scale=(arguments["joint_attention_kwargs"] or {}).get("scale"),
+                list(map(plain_text, first)), prompt_2=[one.text for one in read], device=self._execution_device,
+                num_images_per_prompt=count, max_sequence_length=length,
+                lora_scale=(arguments["joint_attention_kwargs"] or {}).get("scale"),
             )  # fmt: skip
             found[f"{side}prompt_embeds"] = self._weighted(text, read, count)
             found[f"{side}pooled_prompt_embeds"] = pooled
@@ -288,7 +294,7 @@ class ComposeFluxPipeline(FlowMatchingPipeline, FluxPipeline):  # pyright: ignor
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
-            return self._pack_latents(latents, *latents.shape)
+            return packed(latents)
         scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         image = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
         return self._postprocess(image, output_type)

@@ -52,6 +52,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     architecture = "flux-2-klein"
     transformer_class = Flux2Transformer2DModel
     inpainting = ImageTask(Flux2KleinInpaintPipeline, resizes=False)
+    named_channels = "num_latents_channels"
     starts_from_latents = False  # diffusers reads them with patches as channels
 
     @classmethod
@@ -140,7 +141,10 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         source = self._source(begun.start, width, height, output_type)
         width, height = self._size(width, height) if source is None else source.size
-        self.check_inputs(prompt, height, width, prompt_embeds, tensors, guidance_scale)
+        self.check_inputs(
+            prompt, height=height, width=width, prompt_embeds=prompt_embeds,
+            callback_on_step_end_tensor_inputs=tensors, guidance_scale=guidance_scale,
+        )  # fmt: skip
         cfg_scale = self._cfg_of(guidance_scale)
         given = GivenPrompts(None if prompt is None else [listed(prompt)], prompt_embeds, max_sequence_length)
         check_negative_embeds(given, negative_prompt_embeds if cfg_scale > 1 else None)
@@ -161,8 +165,8 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self.encode_prompt
             text, _ = encode_prompt(
-                words, device, num_images_per_prompt, embeds, max_sequence_length,
-                text_encoder_out_layers,
+                words, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
+                max_sequence_length=max_sequence_length, text_encoder_out_layers=text_encoder_out_layers,
             )  # fmt: skip
             mask = text.new_ones(text.shape[:2], dtype=torch.bool)
             if embeds is None:
@@ -193,7 +197,7 @@ class ComposeFlux2KleinPipeline(TemplatePipeline, Flux2KleinPipeline):  # pyrigh
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`."""
         encode_prompt: Any = self.encode_prompt
-        text, _ = encode_prompt(list(prompts), self._execution_device, max_sequence_length=length or 512)
+        text, _ = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text, {}
 
     def latents_of(self, pixels: Tensor) -> Tensor:

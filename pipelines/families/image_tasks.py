@@ -23,8 +23,10 @@ from lora_compose.pipelines.call import (
     tensors_for,
 )
 from lora_compose.pipelines.control import controls_of
+from lora_compose.pipelines.finite import check_decoded
 from lora_compose.pipelines.from_image import FromImage, Source, check_steps, steps_left
-from lora_compose.pipelines.front import OF_OURS, OF_START_IMAGE, Begun, Plain
+from lora_compose.pipelines.front import OF_OURS, OF_START_IMAGE, Begun, Plain, Request
+from lora_compose.pipelines.outcome import output_of
 from lora_compose.pipelines.plan import Plan
 from lora_compose.pipelines.refine import Origin
 from lora_compose.pipelines.task import OF_INPAINTING
@@ -90,7 +92,7 @@ class ImageTasksPipeline(ComposePipeline):
 
     def _as_diffusers(self, arguments: dict[str, Any], start: FromImage | None, unknown: Mapping[str, Any]) -> Any:
         """A call without concepts: exactly what diffusers' pipeline for the task does."""
-        arguments = self._plain_arguments(arguments, start) | unknown
+        arguments = {**self._plain_arguments(arguments, start), **unknown}
         if start is not None:
             return self._from_image_as_diffusers(start, arguments)
         return self._plain_class().__call__(self, **arguments)
@@ -264,6 +266,20 @@ class ImageTasksPipeline(ComposePipeline):
             given, self._task_pipeline(inpaints=given.inpaints), strength, self._image_size(given, width, height),
             rounds_up=self.rounds_steps_up,
         )  # fmt: skip
+
+    def run_request(self, request: Request) -> Any:
+        """Runs a call with concepts, decodes its latents, and returns what the family's `__call__` promises."""
+        latents, process, outcome = self.compose(request.call, request.encode)
+        if "_current_timestep" in request.call.properties:
+            self.__dict__["_current_timestep"] = None
+        results = request.decode(latents, process)
+        maybe_free_model_hooks: Any = self.maybe_free_model_hooks
+        maybe_free_model_hooks()
+        return output_of(outcome, *results) if request.named else tuple(results)
+
+    def _postprocess(self, image: Tensor, output_type: str, **options: Any) -> Any:
+        check_decoded(image)
+        return self.image_processor.postprocess(image, output_type=output_type, **options)
 
     def _by_image(self, call: Call, given: Tensor) -> Tensor:
         """The start image or mask of all images of the batch, or that of every one."""

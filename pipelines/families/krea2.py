@@ -118,8 +118,10 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
         tensors = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height, width = (-self._rounded(-side) for side in (height, width))  # up, as diffusers does
         self.check_inputs(
-            prompt, height, width, negative_prompt, prompt_embeds, prompt_embeds_mask, negative_prompt_embeds,
-            negative_prompt_embeds_mask, tensors, max_sequence_length,
+            prompt, height=height, width=width, negative_prompt=negative_prompt, prompt_embeds=prompt_embeds,
+            prompt_embeds_mask=prompt_embeds_mask, negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_embeds_mask=negative_prompt_embeds_mask, callback_on_step_end_tensor_inputs=tensors,
+            max_sequence_length=max_sequence_length,
         )  # fmt: skip
         cfg_scale = self._cfg_of(guidance_scale)
         embeds = None if prompt_embeds is None else prompt_embeds.flatten(2)
@@ -140,7 +142,10 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
                 own = (words, negative_prompt_embeds, negative_prompt_embeds_mask)
             words, embeds, mask = own if prompts is None else (prompts, None, None)
             encode_prompt: Any = self.encode_prompt  # its annotations know no missing prompt
-            text, mask = encode_prompt(words, device, num_images_per_prompt, embeds, mask, max_sequence_length)
+            text, mask = encode_prompt(
+                words, device=device, num_images_per_prompt=num_images_per_prompt, prompt_embeds=embeds,
+                prompt_embeds_mask=mask, max_sequence_length=max_sequence_length,
+            )  # fmt: skip
             return text.flatten(2), {"text_mask": mask}
 
         def decode(latents: Tensor, process: Process) -> tuple[Any]:
@@ -155,7 +160,7 @@ class ComposeKrea2Pipeline(TemplatePipeline, Krea2Pipeline):  # pyright: ignore[
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; layers lie side by side."""
         encode_prompt: Any = self.encode_prompt
-        text, mask = encode_prompt(list(prompts), self._execution_device, max_sequence_length=length or 512)
+        text, mask = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return text.flatten(2), {"text_mask": mask}
 
     def latents_of(self, pixels: Tensor) -> Tensor:

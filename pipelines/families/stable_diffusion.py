@@ -146,17 +146,10 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
         source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt,
-            height,
-            width,
-            None,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            None,
-            None,
-            self._of_every_task(tensors, begun.start),
-        )
+            prompt, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
+        )  # fmt: skip
         texts = None if prompt_embeds is not None else [listed(prompt)]
         given = GivenPrompts(texts, prompt_embeds, negative=[listed(negative_prompt)])
         size = ImageSize(width, height, num_images_per_prompt or 1)
@@ -189,7 +182,8 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
                 own, negative = list(prompts), [negative] * len(prompts) if isinstance(negative, str) else negative
             if reading is None:
                 embeds, uncond = self.encode_prompt(
-                    own, device, size.images_per_prompt, self.do_classifier_free_guidance, negative,
+                    own, device=device, num_images_per_prompt=size.images_per_prompt,
+                    do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
                     prompt_embeds=prompt_embeds if prompts is None else None,
                     negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                     lora_scale=(cross_attention_kwargs or {}).get("scale"), clip_skip=clip_skip,
@@ -215,7 +209,7 @@ class ComposeStableDiffusionPipeline(UNetPipeline, StableDiffusionPipeline):  # 
             return self._postprocess(latents, output_type), None
         scaled = latents / self.vae.config.scaling_factor
         image = self.vae.decode(scaled, return_dict=False, generator=call.sampling.generator)[0]
-        image, nsfw = self.run_safety_checker(image, latents.device, dtype)
+        image, nsfw = self.run_safety_checker(image, device=latents.device, dtype=dtype)
         denormalize = [True] * len(image) if nsfw is None else [not flag for flag in nsfw]
         return self._postprocess(image, output_type, do_denormalize=denormalize), nsfw
 

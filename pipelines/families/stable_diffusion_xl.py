@@ -157,9 +157,11 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
         source = self._source(begun.start, width, height, output_type or "np")
         width, height = self._size(width, height) if source is None else source.size
         self.check_inputs(
-            prompt, prompt_2, height, width, None, negative_prompt, negative_prompt_2, prompt_embeds,
-            negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds, None, None,
-            self._of_every_task(tensors, begun.start),
+            prompt, prompt_2=prompt_2, height=height, width=width, callback_steps=None, negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2, prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            callback_on_step_end_tensor_inputs=self._of_every_task(tensors, begun.start),
         )  # fmt: skip
         self._check_model()
         given = GivenPrompts(
@@ -202,8 +204,9 @@ class ComposeStableDiffusionXLPipeline(UNetPipeline, StableDiffusionXLPipeline):
             if reading is None:
                 encode_prompt: Any = self.encode_prompt  # its annotations know no lists
                 embeds, uncond, pooled, uncond_pooled = encode_prompt(
-                    own, own_2, device, size.images_per_prompt, self.do_classifier_free_guidance,
-                    negative, negative_2,
+                    own, prompt_2=own_2, device=device, num_images_per_prompt=size.images_per_prompt,
+                    do_classifier_free_guidance=self.do_classifier_free_guidance, negative_prompt=negative,
+                    negative_prompt_2=negative_2,
                     prompt_embeds=prompt_embeds if prompts is None else None,
                     negative_prompt_embeds=negative_prompt_embeds if negative_prompts is None else None,
                     pooled_prompt_embeds=pooled_prompt_embeds if prompts is None else None,

@@ -156,7 +156,9 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
                 own = (for_each(negative_prompt, len(given)), negative_prompt_embeds)
             words, embeds = own if prompts is None else (prompts, None)
             encode_prompt: Any = self._encode_prompt
-            found = encode_prompt(list(words), device, embeds, max_sequence_length)
+            found = encode_prompt(
+                list(words), device=device, prompt_embeds=embeds, max_sequence_length=max_sequence_length
+            )
             rows = [row for row in found for _ in range(per_prompt)]
             return _stacked(rows, tokens), {"lengths": torch.tensor([len(row) for row in rows])}
 
@@ -176,7 +178,7 @@ class ComposeZImagePipeline(TemplatePipeline, ZImagePipeline):  # pyright: ignor
     def read_texts(self, prompts: Sequence[str], length: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """As `FlowMatchingPipeline.read_texts`; texts keep their "lengths"."""
         encode_prompt: Any = self._encode_prompt
-        rows = encode_prompt(list(prompts), self._execution_device, None, length or 512)
+        rows = encode_prompt(list(prompts), device=self._execution_device, max_sequence_length=length or 512)
         return _stacked(rows, _padded(length or 512)), {"lengths": torch.tensor([len(row) for row in rows])}
 
     def _text_for_callbacks(self, text: Conditioning) -> dict[str, Any]:
