@@ -29,7 +29,7 @@ from lora_compose.pipelines.methods import Choice, Settings, choose_method, make
 from lora_compose.pipelines.regions import region_mask
 from lora_compose.pipelines.sampler import Sampler
 from lora_compose.pipelines.scene import Concept
-from lora_compose.pipelines.session import Session, SetRunner
+from lora_compose.pipelines.session import Runner, Session, SetRunner
 from lora_compose.pipelines.text.conditioning import TokenMasks, agreed
 from lora_compose.pipelines.text.emphasis import plain_text, refuse_weights
 from lora_compose.pipelines.text.encoder import EncodedText, FamilyEncoder, Finder, PromptEncoder, Prompts, TextEncoder
@@ -132,15 +132,16 @@ class Plan:
         """Classifier-free guidance; 1 for models that take its scale as an input."""
         return 1.0 if self.canvas.backbone.embeds_guidance else self.call.sampling.guidance.scale
 
-    def session(self, part: PromptsOfSet, denoiser: SetRunner, encoder: TextEncoder) -> Session:
+    def session(self, part: PromptsOfSet, runner: SetRunner, encoder: TextEncoder) -> Session:
         """The session of one concept set, for what runs the passes and encodes the texts of the call."""
         texts = self.call.prompts.first
         prompts = Prompts(
             None if texts is None else tuple(texts[index] for index in part.indices),
-            part.token_masks, part.concepts, encoder, self.finder, part.indices, denoiser.canvas,
+            part.token_masks, part.concepts, encoder, self.finder, part.indices, runner.canvas,
         )  # fmt: skip
+        denoiser: Runner = runner
         if len(self.sets) > 1:
-            denoiser = denoiser.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
+            denoiser = runner.of_set(part.concepts, images_of(part.indices, self.canvas.images_per_prompt))
         return Session(part.concepts, prompts, denoiser, Guider(self.call.sampling.guidance.rescale))
 
 
